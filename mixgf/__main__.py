@@ -1,0 +1,6 @@
+"""`python -m mixgf` is `mixgf`."""
+
+from mixgf.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,150 @@
+"""Records of artifacts: an output without its record does not exist.
+
+An artifact is a folder. Its files are written one by one, each atomically; `record.json` is written last and makes it
+visible. Until then `plan.json` says what is being made, so that a killed run is continued by the same plan only. The
+fingerprint covers kind, schema, the config that matters and the parents' fingerprints: equal means nothing to do,
+unequal is an error that lists the differing fields. Nothing is recomputed or overwritten silently.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mixgf
+from mixgf import storage
+from mixgf.config import UserError, difference, fingerprint
+
+_MAKERS = {
+    "vocabulary": "mixgf prepare",
+    "corpus": "mixgf prepare",
+    "checkpoint": "mixgf pretrain",
+    "embeddings": "mixgf embed",
+    "classification": "mixgf classify",
+    "perturbation": "mixgf perturb",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """What an artifact is and where it comes from."""
+
+    kind: str
+    schema: int
+    fingerprint: str
+    config: dict[str, Any]
+    """The part of the config that decides the artifact's content."""
+    parents: dict[str, str]
+    """Role to fingerprint of the artifacts it was made from."""
+    code: str
+    """Version, and commit where there is one, of the code that made it."""
+    created: str
+    """UTC time at which the plan was made."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    """Name to bytes and SHA-256."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def code_version() -> str:
+    """The package's version and, in a checkout, its commit."""
+    root = Path(mixgf.__file__).parent.parent
+    if not (root / ".git").exists():
+        return mixgf.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{mixgf.__version__}+{found.stdout.strip()}" if found.returncode == 0 else mixgf.__version__
+
+
+def plan(kind: str, schema: int, config: dict[str, Any], parents: dict[str, str]) -> Record:
+    """The record of an artifact yet to be made."""
+    print_ = fingerprint({"kind": kind, "schema": schema, "config": config, "parents": parents})
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Record(
+        kind=kind, schema=schema, fingerprint=print_, config=config, parents=parents, code=code_version(), created=now
+    )
+
+
+def _read(uri: str, name: str) -> Record | None:
+    where = storage.join(uri, name)
+    if not storage.exists(where):
+        return None
+    try:
+        return Record(**storage.read_json(where))
+    except (ValueError, TypeError) as error:
+        msg = f"{where}: not a readable record ({error}); restore it, or remove {uri} to start again"
+        raise UserError(msg) from None
+
+
+def find(uri: str) -> Record | None:
+    """The record of a finished artifact, if there is one."""
+    return _read(uri, "record.json")
+
+
+def begin(uri: str, record: Record) -> bool:
+    """Claim a folder for a planned artifact.
+
+    Returns:
+        True when there is work to do (fresh, or the same plan left unfinished); False when the artifact is finished.
+
+    Raises:
+        UserError: the folder holds another artifact, finished or not.
+    """
+    for name in ("record.json", "plan.json"):
+        there = _read(uri, name)
+        if there is None:
+            continue
+        if there.fingerprint == record.fingerprint:
+            return name == "plan.json"
+        changes = _changes(there, record)
+        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+        msg = (
+            f"{uri} holds another {there.kind}: {'; '.join(changes[:5])}{more}. "
+            f"Choose another output (--set output=...), or remove {uri} to make it again"
+        )
+        raise UserError(msg)
+    storage.write_json(storage.join(uri, "plan.json"), asdict(record))
+    return True
+
+
+def _changes(old: Record, new: Record) -> list[str]:
+    keys = ("kind", "schema", "parents", "config")
+    a, b = ({k: getattr(r, k) for k in keys} for r in (old, new))
+    return [line[:120] for line in difference(a, b)]
+
+
+def finish(
+    uri: str,
+    record: Record,
+    *,
+    counts: dict[str, Any] | None = None,
+    files: dict[str, Any] | None = None,
+    details: dict[str, Any] | None = None,
+) -> Record:
+    """Make an artifact visible: write its record, last of all its files."""
+    done = replace(record, counts=counts or {}, files=files or {}, details=details or {})
+    storage.write_json(storage.join(uri, "record.json"), asdict(done))
+    storage.remove(storage.join(uri, "plan.json"))
+    return done
+
+
+def require(uri: str, kind: str, schema: int | None = None) -> Record:
+    """The record of a finished artifact of one kind, or a `UserError` that says how to get it."""
+    record = find(uri)
+    maker = _MAKERS.get(kind, "the stage that makes it")
+    if record is None:
+        state = "unfinished" if _read(uri, "plan.json") else "not there"
+        msg = f"{uri}: no finished {kind} ({state}); run `{maker}` first, or name one with --set inputs.…=URI"
+        raise UserError(msg)
+    if record.kind != kind:
+        msg = f"{uri}: holds a {record.kind}, not a {kind}; name a {kind}, made by `{maker}`"
+        raise UserError(msg)
+    if schema is not None and record.schema != schema:
+        msg = f"{uri}: {kind} of schema {record.schema}, this mixgf reads {schema}; make it again with `{maker}`"
+        raise UserError(msg)
+    return record

@@ -1,0 +1,552 @@
+"""The configuration of a whole run: frozen dataclasses, dotted overrides, JSON, fingerprints.
+
+Nothing heavy is imported here, so that `--help`, `--print-config` and validation answer at once.
+A run is a `Config`; a recipe (`mixgf.recipes`) is a function that returns one; `--set a.b=c` replaces one field;
+the recorded JSON repeats the run. Units and special values stand under each field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used. One line: field, value, what is allowed, way out."""
+
+
+def _require(ok: bool, path: str, value: object, allowed: str) -> None:  # noqa: FBT001 (a predicate reads better first)
+    if not ok:
+        msg = f"{path} = {value!r}: must be {allowed}"
+        raise UserError(msg)
+
+
+def _one_of(path: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, path, value, "one of " + ", ".join(repr(a) for a in allowed))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeciesRow:
+    """A species is a row of data, never an `if` (spec section 1)."""
+
+    name: str
+    taxon: int
+    """NCBI taxonomy id."""
+    gene_prefix: str
+    """Prefix of its Ensembl gene ids, for example ENSG."""
+    genes: str
+    """URI of its gene table (Parquet: gene, symbol, biotype, is_mito, previous, alias); `resource:` is inside the package."""
+
+
+HUMAN = SpeciesRow(name="human", taxon=9606, gene_prefix="ENSG", genes="resource:genes_human.parquet")
+MOUSE = SpeciesRow(name="mouse", taxon=10090, gene_prefix="ENSMUSG", genes="resource:genes_mouse.parquet")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One file (or glob) of raw counts."""
+
+    uri: str
+    """`.h5ad`, 10x `.h5` or a 10x Matrix Market folder; a path, glob or s3:// URI; `resource:` is inside the package."""
+    species: str
+    """Name of one row of `species`."""
+    name: str = ""
+    """Name in the corpus; empty = the file name without its ending. Must be unique."""
+    layer: str = "X"
+    """`X`, `raw` (that is, raw.X) or the name of a layer."""
+    genes: str = ""
+    """Column of `var` with Ensembl ids or symbols; empty = the index of `var`, or `ensembl_id` where that column exists."""
+    sample: str = ""
+    """Column of `obs` naming the sample (for doublets and caps); empty = the whole source is one sample."""
+    obs: tuple[str, ...] = ()
+    """Columns of `obs` to keep, as `name` or `new_name=name`; empty = all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QC:
+    """Quality control of one source (spec section 2). Every dropped cell is counted by reason."""
+
+    method: str = "sd"
+    """`sd`: within num_sd standard deviations of the source's mean; `mad`: within num_mads MADs on the log scale; `none`."""
+    num_sd: float = 3.0
+    num_mads: float = 5.0
+    min_genes: int = 7
+    """Fewest detected vocabulary genes of a kept cell."""
+    max_mito_fraction: float = 1.0
+    """Hard cap on the mitochondrial share of counts, beside the rule above."""
+    doublets: bool = False
+    """Remove doublets by Scrublet (scanpy's), per sample."""
+    doublet_rate: float = 0.06
+    """Expected share of doublets, given to Scrublet."""
+    drop_duplicates: bool = True
+    """Drop cells whose count vector was already seen, in this or another source."""
+    max_cells_per_sample: int = 0
+    """0 = no cap; else the first that many kept cells of each sample in a keyed random order."""
+    min_mapped_fraction: float = 0.5
+    """A source with a smaller share of its counts on known genes is refused."""
+
+    def __post_init__(self) -> None:
+        _one_of("qc.method", self.method, ("sd", "mad", "none"))
+        _require(self.min_genes >= 1, "qc.min_genes", self.min_genes, "at least 1")
+        _require(0 < self.doublet_rate < 0.5, "qc.doublet_rate", self.doublet_rate, "between 0 and 0.5")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocab:
+    """The joint vocabulary (spec sections 1 and 3)."""
+
+    biotypes: tuple[str, ...] = ("protein_coding", "miRNA")
+    sharing: str = "separate"
+    """`separate` (the paper): every species has ids of its own; `ortholog`: one-to-one orthologs share one id."""
+    medians: str = ""
+    """URI of a table (Parquet or TSV: gene, median) to import; empty = computed from the kept cells."""
+    reuse: str = ""
+    """URI of an existing vocabulary to use unchanged; empty = build one."""
+    orthologs: tuple[str, ...] = ("resource:orthologs.parquet",)
+    """One-to-one tables (Parquet); each column is a species' name and holds its gene ids."""
+
+    def __post_init__(self) -> None:
+        _one_of("vocab.sharing", self.sharing, ("separate", "ortholog"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Rank value encoding (spec section 3)."""
+
+    max_len: int = 2048
+    """Longest sentence in tokens, `<cls>` included."""
+    scaling: str = "divide"
+    """`divide` (all published code) or `multiply` (the paper's wording) by the gene's median."""
+    cls: bool = False
+    """Put `<cls>` before the genes."""
+
+    def __post_init__(self) -> None:
+        _one_of("tokens.scaling", self.scaling, ("divide", "multiply"))
+        _require(2 <= self.max_len <= 65536, "tokens.max_len", self.max_len, "between 2 and 65536")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepare:
+    """How the corpus is cut into work and files. Changes speed and file names, never a sentence."""
+
+    shard_cells: int = 10_000
+    """Source rows per work unit and Parquet shard."""
+    block_cells: int = 1024
+    """Source rows held in memory at a time."""
+    strict: bool = False
+    """Stop at the first refused source, instead of listing it at the end."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.shard_cells >= self.block_cells >= 1, "prepare.shard_cells", self.shard_cells, "at least block_cells"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """The BERT encoder of paper section 3.3 (spec section 5)."""
+
+    num_layers: int = 6
+    dim: int = 256
+    num_heads: int = 4
+    ffn_dim: int = 512
+    max_positions: int = 2048
+    activation: str = "silu"
+    """`silu` (the paper), `relu` or `gelu` (published relatives)."""
+    dropout: float = 0.1
+    """After the embedding, attention and feed-forward blocks."""
+    attention_dropout: float = 0.0
+    """On attention weights. The paper is silent; fused kernels want 0. Above 0 a slower exact path is used."""
+    norm_eps: float = 1e-12
+    init_sd: float = 0.02
+
+    def __post_init__(self) -> None:
+        _one_of("model.activation", self.activation, ("silu", "relu", "gelu"))
+        _require(
+            self.dim % self.num_heads == 0, "model.dim", self.dim, f"divisible by model.num_heads ({self.num_heads})"
+        )
+        for name in ("dropout", "attention_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What pretraining minimises (paper eq. 1 to 3, spec section 6)."""
+
+    mlm_weight: float = 1.0
+    mlm_fraction: float = 0.15
+    """Share of gene positions that are masked, of which 80 % become <mask>, 10 % a random gene of the species, 10 % stay."""
+    contrast_weight: float = 1.0
+    """0 = no contrastive term and a single view."""
+    view: str = "dropout"
+    """How the second view differs: `dropout` (the paper: same masked input, other dropout), `mask`, `subsample`, `ortholog`."""
+    subsample_fraction: float = 0.8
+    """Share of genes kept by the `subsample` view."""
+    temperature: float = 0.05
+    pooling: str = "mean"
+    """The cell vector of the contrast: `mean` over genes, `first` position (published code), `cls` (needs tokens.cls)."""
+    gather: bool = True
+    """Take negatives from all workers, with gradients."""
+    simcsepp_weight: float = 0.0
+    """Dimension-wise SimCSE++ term; the published value is 0.1, temperature 5."""
+    simcsepp_temperature: float = 5.0
+    ortholog_weight: float = 0.0
+    """A cell and its gene-by-gene translation to the other species as a positive pair."""
+
+    def __post_init__(self) -> None:
+        _one_of("objective.view", self.view, ("dropout", "mask", "subsample", "ortholog"))
+        _one_of("objective.pooling", self.pooling, ("mean", "first", "cls"))
+        _require(0 < self.mlm_fraction < 1, "objective.mlm_fraction", self.mlm_fraction, "between 0 and 1")
+        _require(self.temperature > 0, "objective.temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """Optimisation (spec section 7). `batch_cells` is global: it does not depend on the number of workers."""
+
+    epochs: int = 10
+    max_steps: int = 0
+    """0 = all epochs; else stop after that many optimizer steps (the schedule ends there too)."""
+    batch_cells: int = 64
+    """Cells in one global batch, over all workers (the paper: 8 GPUs x 8)."""
+    micro_tokens: int = 16_384
+    """Most tokens in one forward pass of one worker; a bigger share of the batch is accumulated."""
+    lr: float = 1e-4
+    schedule: str = "cosine"
+    """`cosine` or `linear` to zero after the warm-up, or `constant`."""
+    warmup_steps: int = 10_000
+    weight_decay: float = 0.001
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 = no clipping."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16` (autocast; weights stay float32)."""
+    compile: bool = False
+    """torch.compile the encoder (pays on GPUs)."""
+    threads: int = 1
+    """Torch threads per CPU worker."""
+    checkpoint_steps: int = 1000
+    """Steps between checkpoints; the last step is always kept."""
+    keep_checkpoints: int = 2
+    log_steps: int = 10
+    species_mix: tuple[str, ...] = ()
+    """Shares by species and epoch as `name=share`, for example human=0.5, mouse=0.5; empty = every cell once."""
+
+    def __post_init__(self) -> None:
+        _one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
+        _one_of("train.precision", self.precision, ("fp32", "bf16"))
+        for name in (
+            "epochs",
+            "batch_cells",
+            "micro_tokens",
+            "checkpoint_steps",
+            "keep_checkpoints",
+            "log_steps",
+            "threads",
+        ):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.lr > 0, "train.lr", self.lr, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embed:
+    """Cells to vectors."""
+
+    pooling: str = "mean"
+    """`mean` over genes, `first` position, or `cls`."""
+    layer: int = -1
+    """Which hidden layer: -1 = the last, -2 = the one before it (the family's habit)."""
+
+    def __post_init__(self) -> None:
+        _one_of("embed.pooling", self.pooling, ("mean", "first", "cls"))
+        _require(self.layer < 0, "embed.layer", self.layer, "negative, counted from the last layer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classify:
+    """Cell-type classification and zero-shot scores (paper section 4.3, spec section 8)."""
+
+    label: str = "cell_type"
+    """Column of `obs` with the labels."""
+    unlabelled: tuple[str, ...] = ("", "unknown", "nan", "None")
+    """Values of the label that mean: no label."""
+    group: str = "source"
+    """Column that splits the cells into independent tasks (the paper: per organ)."""
+    donor: str = "donor"
+    """Column of donors, for held-out-donor splits and intervals; cells of a missing column are one donor."""
+    min_class_fraction: float = 0.005
+    """Types rarer than this share of the group's cells are dropped (the paper)."""
+    test_fraction: float = 0.2
+    validation_fraction: float = 0.1
+    """Share of the training cells on which epochs are selected. Test cells are never looked at."""
+    splits: tuple[str, ...] = ("random", "species")
+    """`random` cells (the paper), held-out `donor`, held-out `dataset` (group), other `species`."""
+    seeds: int = 1
+    models: tuple[str, ...] = (
+        "finetune",
+        "knn",
+        "probe",
+        "untrained_knn",
+        "untrained_probe",
+        "majority",
+        "hvg_logreg",
+        "pca_knn",
+    )
+    """What is scored, each on identical splits; see `mixgf.classify.MODELS` and `mixgf.baselines.BASELINES`."""
+    knn: int = 5
+    num_hvgs: int = 2000
+    epochs: int = 10
+    lr: float = 5e-5
+    batch_cells: int = 8
+    warmup_steps: int = 500
+    freeze_layers: int = 0
+    """Encoder layers (and the embedding) that are not trained; -1 = all."""
+    class_weights: bool = False
+    """Weigh the loss by inverse class frequency."""
+    max_len: int = 0
+    """Cut sentences to this many tokens; 0 = as in the corpus."""
+
+    def __post_init__(self) -> None:
+        for split in self.splits:
+            _one_of("classify.splits", split, ("random", "donor", "dataset", "species"))
+        _require(self.seeds >= 1, "classify.seeds", self.seeds, "at least 1")
+        _require(0 < self.test_fraction < 1, "classify.test_fraction", self.test_fraction, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Perturb:
+    """In silico perturbation (paper section 4.2, spec section 9)."""
+
+    start: str = ""
+    """Cells that are perturbed, as an expression over `obs`, for example cell_type == 'alpha' and species == 'human'."""
+    goal: str = ""
+    """Cells that define the goal state; empty = no goal, the shift is 1 - cos(original, perturbed)."""
+    alternatives: tuple[str, ...] = ()
+    """Expressions of further states whose shifts are reported too."""
+    operations: tuple[str, ...] = ("delete", "overexpress")
+    """`delete`, `overexpress`, `inhibit`, `activate`."""
+    rank_share: float = 0.25
+    """How far inhibit and activate move a gene, as a share of the sentence."""
+    genes: tuple[str, ...] = ()
+    """Ensembl ids or symbols; `+` joins genes that are perturbed together; empty = all detected genes."""
+    min_coverage: float = 0.05
+    """Genes in the sentences of fewer start cells are not tested."""
+    max_genes: int = 0
+    """0 = all; else only the genes with the highest coverage."""
+    max_cells: int = 200
+    """Start cells that are perturbed, drawn with a key, balanced over donors; 0 = all. States always use all cells."""
+    variant: str = "remaining"
+    """Embedding compared: mean over the `remaining` genes (V1, the paper), over `all` positions (V2), or `cls`."""
+    layer: int = -1
+    donor: str = "donor"
+    insert_absent: bool = True
+    """Overexpress a gene in cells whose sentence lacks it, too; false = only where it is detected (published, cheaper)."""
+    block_genes: int = 64
+    """Genes per work unit."""
+    block_cells: int = 16
+    """Cells per work unit."""
+    micro_tokens: int = 16_384
+    """Most tokens in one forward pass. Changes speed and memory, no result."""
+    num_permutations: int = 10_000
+    mode: str = "honest"
+    """`honest`, or `paper`: the published rank-sum test against the pooled shifts, the gene itself included."""
+
+    def __post_init__(self) -> None:
+        for operation in self.operations:
+            _one_of("perturb.operations", operation, ("delete", "overexpress", "inhibit", "activate"))
+        _one_of("perturb.variant", self.variant, ("remaining", "all", "cls"))
+        _one_of("perturb.mode", self.mode, ("honest", "paper"))
+        _require(self.layer < 0, "perturb.layer", self.layer, "negative, counted from the last layer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compute:
+    """Workers of the distributed stages. Where they run is Ray's business (RAY_ADDRESS)."""
+
+    num_workers: int = 2
+    min_workers: int = 0
+    """Training goes on with as few workers as this when a node is lost; 0 = num_workers (not elastic)."""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    max_failures: int = 3
+    """Times that a lost training worker group is started again."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 1, "compute.num_workers", self.num_workers, "at least 1")
+        _require(
+            0 <= self.min_workers <= self.num_workers,
+            "compute.min_workers",
+            self.min_workers,
+            "between 0 and num_workers",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """Artifacts made by other runs; empty = the artifact of that stage under `output`."""
+
+    corpus: str = ""
+    checkpoint: str = ""
+    embeddings: str = ""
+    classification: str = ""
+    perturbation: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """MLflow."""
+
+    uri: str = ""
+    """Tracking server or database; empty = MLFLOW_TRACKING_URI, else SQLite under `output` (or under . for s3://)."""
+    experiment: str = "mixgf"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run of mixgf, whole."""
+
+    recipe: str = "default"
+    output: str = "runs/default"
+    """URI of the folder that receives every artifact of the run, local or s3://."""
+    seed: int = 0
+    species: tuple[SpeciesRow, ...] = (HUMAN, MOUSE)
+    sources: tuple[Source, ...] = ()
+    qc: QC = field(default_factory=QC)
+    vocab: Vocab = field(default_factory=Vocab)
+    tokens: Tokens = field(default_factory=Tokens)
+    prepare: Prepare = field(default_factory=Prepare)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    train: Train = field(default_factory=Train)
+    embed: Embed = field(default_factory=Embed)
+    classify: Classify = field(default_factory=Classify)
+    perturb: Perturb = field(default_factory=Perturb)
+    compute: Compute = field(default_factory=Compute)
+    inputs: Inputs = field(default_factory=Inputs)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def __post_init__(self) -> None:
+        names = tuple(row.name for row in self.species)
+        _require(len(set(names)) == len(names), "species", names, "rows with different names")
+        for i, source in enumerate(self.sources):
+            _one_of(f"sources[{i}].species", source.species, names)
+        _require(self.output.strip() != "", "output", self.output, "a folder or an s3:// URI")
+        _require(
+            self.tokens.max_len <= self.model.max_positions,
+            "tokens.max_len",
+            self.tokens.max_len,
+            f"at most model.max_positions ({self.model.max_positions})",
+        )
+        for path, pooling in (
+            ("objective.pooling", self.objective.pooling),
+            ("embed.pooling", self.embed.pooling),
+            ("perturb.variant", self.perturb.variant),
+        ):
+            _require(pooling != "cls" or self.tokens.cls, path, pooling, "used with tokens.cls = true")
+
+
+# JSON, overrides, fingerprints
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain JSON form of a config or of one of its sections."""
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def from_dict(cls: type[T], data: dict[str, Any], path: str = "") -> T:
+    """Build a config section from its JSON form; unknown or ill-typed fields are a `UserError`."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        msg = f"{_join(path, unknown[0])}: unknown field; known here: {', '.join(sorted(hints))}"
+        raise UserError(msg)
+    try:
+        return cls(**{k: _coerce(hints[k], v, _join(path, k)) for k, v in data.items()})
+    except TypeError as error:  # a required field is missing; the constructor names it
+        msg = f"{path or cls.__name__}: {str(error).split('() ')[-1]}"
+        raise UserError(msg) from None
+
+
+def override(config: Config, assignments: list[str]) -> Config:
+    """Apply `a.b=c` assignments; values are JSON where they parse as JSON, else plain text."""
+    data = to_dict(config)
+    for assignment in assignments:
+        path, eq, text = assignment.partition("=")
+        if not eq:
+            msg = f"--set {assignment}: must look like section.field=value"
+            raise UserError(msg)
+        node, cls = data, typing.cast("Any", Config)
+        *parents, leaf = path.strip().split(".")
+        for i, name in enumerate(parents):
+            cls = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
+            if not dataclasses.is_dataclass(cls):
+                where = ".".join(parents[: i + 1])
+                msg = f"--set {assignment}: {where!r} is no section; sections: {', '.join(sections())}"
+                raise UserError(msg)
+            node = node[name]
+        hints = typing.get_type_hints(cls)
+        if leaf not in hints:
+            msg = f"--set {assignment}: no field {leaf!r}; known: {', '.join(sorted(hints))}"
+            raise UserError(msg)
+        node[leaf] = _parse(hints[leaf], text)
+    return from_dict(Config, data)
+
+
+def sections() -> list[str]:
+    """Names of the nested sections of `Config`."""
+    return [k for k, t in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(t)]
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of plain data; anything without a stable form raises `TypeError`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted fields in which two plain-JSON values differ, as `path: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines: list[str] = []
+        for key in sorted(set(old) | set(new)):
+            lines += difference(old.get(key), new.get(key), _join(path, key))
+        return lines
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _parse(hint: Any, text: str) -> Any:
+    if hint is str:
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        # a bare list of words for tuple[str, ...]; a bare word elsewhere is refused by _coerce
+        return [part.strip() for part in text.split(",")] if typing.get_origin(hint) is tuple else text
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            msg = f"{path} = {value!r}: must be an object with fields {', '.join(typing.get_type_hints(hint))}"
+            raise UserError(msg)
+        return from_dict(typing.cast("type[Any]", hint), value, path)
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(item, v, f"{path}[{i}]") for i, v in enumerate(values))
+    assert not isinstance(hint, types.UnionType), f"{path}: config fields have one type"
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        msg = f"{path} = {value!r}: must be {'true or false' if hint is bool else hint.__name__}"
+        raise UserError(msg)
+    return value

@@ -1,0 +1,59 @@
+"""Laws of records: no output without one, equal plans are no-ops, unequal ones are refused with their differences."""
+
+import pytest
+
+from mixgf import artifacts, storage
+from mixgf.config import UserError
+
+
+def make(config=None, parents=None, kind="corpus", schema=1):
+    return artifacts.plan(kind, schema, config or {"tokens": {"max_len": 8}}, parents or {})
+
+
+def test_an_artifact_is_visible_only_when_its_record_is(tmp_path):
+    uri = str(tmp_path / "corpus")
+    assert artifacts.begin(uri, make())
+    storage.write_bytes(storage.join(uri, "half.bin"), b"x")
+    with pytest.raises(UserError, match=r"no finished corpus \(unfinished\); run `mixgf prepare` first"):
+        artifacts.require(uri, "corpus")
+    assert artifacts.begin(uri, make()), "the same plan goes on"
+    artifacts.finish(uri, make(), counts={"kept": 3})
+    assert artifacts.require(uri, "corpus").counts == {"kept": 3}
+    assert not artifacts.begin(uri, make()), "the same plan again is a no-op"
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_plan_is_refused_with_the_fields_that_differ(tmp_path, finished):
+    uri = str(tmp_path / "corpus")
+    artifacts.begin(uri, make())
+    if finished:
+        artifacts.finish(uri, make())
+    with pytest.raises(
+        UserError, match=r"holds another corpus: config\.tokens\.max_len: 8 -> 16\. Choose another output"
+    ):
+        artifacts.begin(uri, make({"tokens": {"max_len": 16}}))
+    with pytest.raises(UserError, match=r'parents\.vocabulary: null -> "abc"'):
+        artifacts.begin(uri, make(parents={"vocabulary": "abc"}))
+
+
+def test_the_fingerprint_covers_content_and_parents_but_not_time_or_code(monkeypatch):
+    before = make()
+    monkeypatch.setattr(artifacts, "code_version", lambda: "another")
+    assert make().fingerprint == before.fingerprint
+    others = [make({"a": 1}), make(parents={"x": "1"}), make(kind="embeddings"), make(schema=2)]
+    assert len({before.fingerprint, *(o.fingerprint for o in others)}) == 5
+
+
+def test_another_kind_schema_or_a_torn_record_is_refused(tmp_path):
+    uri = str(tmp_path / "a")
+    with pytest.raises(UserError, match=r"no finished checkpoint \(not there\); run `mixgf pretrain` first"):
+        artifacts.require(uri, "checkpoint")
+    artifacts.begin(uri, make())
+    artifacts.finish(uri, make())
+    with pytest.raises(UserError, match="holds a corpus, not a checkpoint"):
+        artifacts.require(uri, "checkpoint")
+    with pytest.raises(UserError, match="corpus of schema 1, this mixgf reads 2"):
+        artifacts.require(uri, "corpus", schema=2)
+    storage.write_bytes(storage.join(uri, "record.json"), b'{"kind": "cor')
+    with pytest.raises(UserError, match="not a readable record"):
+        artifacts.find(uri)

@@ -1,0 +1,107 @@
+"""Laws of the config: JSON round trip, overrides, refusals that name the field, stable fingerprints."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mixgf import recipes
+from mixgf.config import Config, UserError, difference, fingerprint, from_dict, override, to_dict
+
+
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
+def test_every_recipe_survives_its_json(name):
+    config = recipes.get(name)
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+    assert config.recipe == name
+
+
+def test_paper_recipe_holds_the_numbers_of_section_3_3():
+    paper = recipes.get("paper")
+    assert (paper.model.num_layers, paper.model.num_heads, paper.model.dim, paper.model.activation) == (
+        6,
+        4,
+        256,
+        "silu",
+    )
+    assert (paper.tokens.max_len, paper.train.lr, paper.train.schedule, paper.train.epochs) == (
+        2048,
+        1e-4,
+        "cosine",
+        10,
+    )
+    assert paper.train.batch_cells == 8 * paper.compute.num_workers
+    assert (paper.objective.mlm_weight, paper.objective.contrast_weight, paper.objective.mlm_fraction) == (
+        1.0,
+        1.0,
+        0.15,
+    )
+    assert (paper.classify.epochs, paper.classify.lr, paper.classify.batch_cells, paper.classify.warmup_steps) == (
+        10,
+        5e-5,
+        8,
+        500,
+    )
+
+
+def test_ablation_recipes_differ_from_the_paper_only_in_what_they_name():
+    paper = to_dict(recipes.get("paper"))
+    changed = {line.partition(":")[0] for line in difference(paper, to_dict(recipes.get("paper_mlm_only")))}
+    assert changed == {"recipe", "output", "objective.contrast_weight"}
+
+
+def test_set_replaces_one_field_of_the_right_type():
+    config = override(
+        Config(),
+        ["train.lr=1e-3", "tokens.cls=true", "perturb.genes=STAT1,IRF7+IRF9", "output=runs/x", "train.epochs=3"],
+    )
+    assert (config.train.lr, config.tokens.cls, config.perturb.genes) == (1e-3, True, ("STAT1", "IRF7+IRF9"))
+    assert difference(to_dict(Config()), to_dict(config)) == [
+        'output: "runs/default" -> "runs/x"', 'perturb.genes: [] -> ["STAT1", "IRF7+IRF9"]', "tokens.cls: false -> true",
+        "train.epochs: 10 -> 3", "train.lr: 0.0001 -> 0.001",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.lr=fast", r"train\.lr = 'fast': must be float"),
+        ("train.epochs=1.5", r"train\.epochs = 1\.5: must be int"),
+        ("tokens.cls=yes", r"tokens\.cls = 'yes': must be true or false"),
+        ("train.learning_rate=1", r"no field 'learning_rate'; known: batch_cells"),
+        ("trian.lr=1", r"'trian' is no section; sections: qc"),
+        ("train.lr", r"must look like section\.field=value"),
+        ("qc.method=iqr", r"qc\.method = 'iqr': must be one of 'sd', 'mad', 'none'"),
+        ("model.dim=250", r"model\.dim = 250: must be divisible by model\.num_heads \(4\)"),
+        ("objective.pooling=cls", r"objective\.pooling = 'cls': must be used with tokens\.cls = true"),
+        (
+            'sources=[{"uri": "a.h5ad", "species": "rat"}]',
+            r"sources\[0\]\.species = 'rat': must be one of 'human', 'mouse'",
+        ),
+        ('sources=[{"uri": "a.h5ad"}]', r"sources\[0\]: missing 1 required .*'species'"),
+        ("model.max_positions=128", r"tokens\.max_len = 2048: must be at most model\.max_positions \(128\)"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_field_value_and_way_out(assignment, message):
+    with pytest.raises(UserError, match=message) as caught:
+        override(Config(), [assignment])
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint_is_the_same_in_every_process_and_refuses_unstable_values():
+    code = "from mixgf import recipes, config; print(config.fingerprint(config.to_dict(recipes.get('demo'))))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert fingerprint(to_dict(recipes.get("demo"))) == other
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        fingerprint({"f": print})
+    with pytest.raises(ValueError, match="Out of range float"):
+        fingerprint({"x": float("nan")})
+
+
+def test_config_and_cli_import_nothing_heavy():
+    code = "import sys, mixgf.cli, mixgf.recipes; print([m for m in ('torch','ray','numpy','pyarrow','mlflow') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,0 +1,110 @@
+"""Laws of storage: atomic, deterministic, the same on disk and on S3 (moto's server: real HTTP on loopback)."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from mixgf import storage
+from mixgf.config import UserError
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A moto server with an empty bucket; the environment is what a user sets for any endpoint."""
+    import socket
+
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(150):
+        try:
+            urllib.request.urlopen(url)
+            break
+        except OSError:
+            time.sleep(0.2)
+    env = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {k: os.environ.get(k) for k in env}
+    os.environ.update(env)
+    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="cells")
+    yield "s3://cells/run"
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request, tmp_path):
+    return str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3")
+
+
+def test_what_is_written_is_read_listed_and_removed(root):
+    uri = storage.join(root, "a", "b.json")
+    assert not storage.exists(uri)
+    storage.write_json(uri, {"x": [1, 2]})
+    storage.write_bytes(storage.join(root, "a", "c.bin"), b"0123456789")
+    assert storage.read_json(uri) == {"x": [1, 2]}
+    assert storage.list_dir(storage.join(root, "a")) == ["b.json", "c.bin"]
+    assert storage.glob(storage.join(root, "a", "*.bin")) == [storage.join(root, "a", "c.bin")]
+    assert storage.size(storage.join(root, "a", "c.bin")) == 10
+    with storage.open_read(storage.join(root, "a", "c.bin"), block_size=4) as file:
+        file.seek(6)
+        assert file.read(3) == b"678"
+    with storage.local_copy(uri) as path:
+        assert Path(path).read_text() == '{\n "x": [\n  1,\n  2\n ]\n}\n'
+    storage.write_json(uri, 3)  # a reader never sees a stale listing or an old object
+    assert storage.read_json(uri) == 3
+    storage.remove(storage.join(root, "a"))
+    assert storage.list_dir(storage.join(root, "a")) == []
+    storage.remove(storage.join(root, "a"))  # nothing there is fine
+
+
+def test_the_same_table_gives_the_same_bytes(root):
+    table = pa.table({"tokens": pa.array([[3, 1], [2]], pa.list_(pa.int32())), "cell": ["a", "b"]})
+    first = storage.write_table(storage.join(root, "t1.parquet"), table)
+    assert storage.write_table(storage.join(root, "t2.parquet"), table) == first
+    assert (storage.size(storage.join(root, "t1.parquet")), storage.sha256(storage.join(root, "t1.parquet"))) == first
+    assert storage.read_table(storage.join(root, "t1.parquet")).equals(table)
+    assert storage.read_table(storage.join(root, "t1.parquet"), columns=["cell"]).column_names == ["cell"]
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(tmp_path):
+    uri = str(tmp_path / "f")
+    storage.write_bytes(uri, b"old")
+    code = (
+        "import os, signal; from pathlib import Path; from mixgf import storage\n"
+        "Path.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"storage.write_bytes({uri!r}, b'new' * 1000)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert storage.read_bytes(uri) == b"old"
+    assert storage.list_dir(str(tmp_path)) == ["f"]  # the torn temporary is not listed
+
+
+def test_an_unknown_storage_is_refused():
+    with pytest.raises(UserError, match="tape:// is not a known storage"):
+        storage.exists("tape://x/y")
+
+
+def test_resources_travel_with_the_package():
+    assert storage.exists("resource:orthologs.parquet")
+    assert storage.glob("resource:nothing.parquet") == []
