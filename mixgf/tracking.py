@@ -1,0 +1,135 @@
+"""The only home of MLflow: one run per stage, logged by whoever holds its id.
+
+The driver opens the run; training workers log to it by id through `Run.log`, at checkpoints only, so that replayed steps
+never appear twice. Without MLFLOW_TRACKING_URI the store is SQLite beside the artifacts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, Param
+from mlflow.tracking import MlflowClient
+
+from mixgf import storage
+from mixgf.config import Config
+
+for _name in ("mlflow", "alembic"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+_FINGERPRINT = "mixgf.fingerprint"
+
+
+def uri(config: Config) -> str:
+    """Where the run is tracked: `tracking.uri`, MLFLOW_TRACKING_URI, or SQLite beside the artifacts."""
+    chosen = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if chosen:
+        return chosen
+    folder = (
+        storage.local_path(config.output).absolute()
+        if storage.is_local(config.output)
+        else storage.local_path("mlflow").absolute()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def ui_command(config: Config) -> str:
+    """The command that opens MLflow's pages for this run."""
+    return f"mlflow ui --backend-store-uri {uri(config)} --port 5000"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A tracked run, safe to send to other processes."""
+
+    uri: str
+    id: str
+
+    def log(self, metrics: dict[str, float], step: int = 0) -> None:
+        """Log figures at one step."""
+        self.log_many([(step, name, value) for name, value in metrics.items()])
+
+    def log_many(self, rows: list[tuple[int, str, float]]) -> None:
+        """Log (step, name, value) rows in batches; values that are not finite are left out."""
+        now = int(time.time() * 1000)
+        finite = [Metric(name, float(value), now, step) for step, name, value in rows if abs(value) < float("inf")]
+        client = MlflowClient(self.uri)
+        for i in range(0, len(finite), 1000):
+            client.log_batch(self.id, metrics=finite[i : i + 1000])
+
+    def artifact(self, path: str) -> None:
+        """Keep a local file with the run."""
+        MlflowClient(self.uri).log_artifact(self.id, path)
+
+    def tags(self, tags: dict[str, str]) -> None:
+        """Set tags."""
+        client = MlflowClient(self.uri)
+        for key, value in tags.items():
+            client.set_tag(self.id, key, value)
+
+
+@contextlib.contextmanager
+def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, parent: str = "") -> Iterator[Run]:
+    """Open the run of one stage, or continue the unfinished run of the same fingerprint.
+
+    Args:
+        config: the whole run's config (for the place and the experiment).
+        name: stage, shown as the run's name.
+        params: flat or nested parameters; nested ones get dotted names.
+        fingerprint: of the artifact that the stage makes; a restart with the same one continues its run.
+        parent: id of the run that this one belongs under.
+    """
+    where = uri(config)
+    client = MlflowClient(where)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    place = _artifacts(where)
+    ident = (
+        experiment.experiment_id
+        if experiment
+        else client.create_experiment(config.tracking.experiment, artifact_location=place)
+    )
+    found = client.search_runs([ident], f"tags.`{_FINGERPRINT}` = '{fingerprint}'", max_results=1)
+    tags = {_FINGERPRINT: fingerprint, "mixgf.output": config.output, "mlflow.source.name": "mixgf"}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+    else:
+        run_id = client.create_run(ident, run_name=name, tags=tags).info.run_id
+        client.log_batch(run_id, params=[Param(k, str(v)[:6000]) for k, v in _flat(params).items()])
+    try:
+        yield Run(where, run_id)
+    except BaseException:
+        client.set_terminated(run_id, status="FAILED")
+        raise
+    client.set_terminated(run_id)
+
+
+def _artifacts(where: str) -> str | None:
+    """Beside a SQLite store, a folder of its own; a server has its own."""
+    return (
+        f"{where.removeprefix('sqlite:///').removesuffix('.db')}-artifacts" if where.startswith("sqlite:///") else None
+    )
+
+
+def _flat(params: dict[str, Any], path: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in params.items():
+        name = f"{path}.{key}" if path else key
+        rows |= _flat(value, name) if isinstance(value, dict) else {name: value}
+    return rows
+
+
+def version() -> str:
+    """MLflow's version."""
+    return str(mlflow.__version__)

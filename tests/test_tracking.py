@@ -1,0 +1,46 @@
+"""Laws of tracking: a restarted stage continues its run; a failed one is marked; curves hold each step once."""
+
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from mixgf import recipes, tracking
+from mixgf.config import override
+
+
+@pytest.fixture
+def config(tmp_path):
+    return override(recipes.get("demo"), [f"output={tmp_path}"])
+
+
+def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
+    def killed():
+        with tracking.stage(config, "pretrain", {"train": {"lr": 1e-3}}, "abc") as run:
+            run.log({"loss/mlm": 9.5}, step=1)
+            seen.append(run.id)
+            raise RuntimeError("killed")
+
+    seen = []
+    with pytest.raises(RuntimeError, match="killed"):
+        killed()
+    client = MlflowClient(tracking.uri(config))
+    assert client.get_run(seen[0]).info.status == "FAILED"
+    with tracking.stage(config, "pretrain", {"train": {"lr": 1e-3}}, "abc") as again:
+        again.log_many([(2, "loss/mlm", 9.0), (2, "bad", float("nan")), (3, "loss/mlm", 8.5)])
+        again.artifact(__file__)
+    assert again.id == seen[0]
+    done = client.get_run(seen[0])
+    assert done.info.status == "FINISHED"
+    assert done.data.params["train.lr"] == "0.001"
+    assert [(m.step, m.value) for m in client.get_metric_history(seen[0], "loss/mlm")] == [(1, 9.5), (2, 9.0), (3, 8.5)]
+    assert "bad" not in done.data.metrics
+    assert [f.path for f in client.list_artifacts(seen[0])] == [Path(__file__).name]
+    with tracking.stage(config, "pretrain", {}, "def") as other:
+        assert other.id != seen[0]
+
+
+def test_the_store_is_beside_the_artifacts_unless_the_environment_names_one(config, tmp_path, monkeypatch):
+    assert tracking.uri(config) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking.uri(config) == "http://127.0.0.1:5000"
