@@ -1,0 +1,67 @@
+"""One Ray session for a run: the cluster of RAY_ADDRESS, or a quiet local Ray in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+# before ray is imported: settings are read once
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray is private to this process
+
+import ray
+
+from mixgf.config import Config
+from mixgf.progress import say
+
+_QUIET = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
+OBJECT_STORE_BYTES = 256 << 20
+"""Of a local Ray: counts never travel through the object store, so a small one does."""
+
+
+@contextlib.contextmanager
+def session(config: Config) -> Iterator[None]:
+    """Connect to Ray for the time of a stage; inside another session, do nothing."""
+    if ray.is_initialized():
+        yield
+        return
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="ERROR", log_to_driver=False)
+        say(f"ray: cluster at {ray.get_runtime_context().gcs_address}, {cpus():g} CPUs, {gpus():g} GPUs")
+    else:
+        # pools and training workers are sized by the config, so a laptop with fewer cores than workers still runs
+        wanted = max(os.cpu_count() or 1, int(config.compute.num_workers * config.compute.cpus_per_worker) + 1)
+        ray.init(
+            address="local",
+            num_cpus=wanted,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            configure_logging=True,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.train.threads)}},
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cpus() -> float:
+    """CPUs of the cluster."""
+    return float(ray.cluster_resources().get("CPU", 0))
+
+
+def gpus() -> float:
+    """GPUs of the cluster."""
+    return float(ray.cluster_resources().get("GPU", 0))
