@@ -280,13 +280,17 @@ class Classify:
     """Column that splits the cells into independent tasks (the paper: per organ)."""
     donor: str = "donor"
     """Column of donors, for held-out-donor splits and intervals; cells of a missing column are one donor."""
+    dataset: str = "source"
+    """Column of data sets, for held-out-dataset splits."""
+    transfer: str = "organ"
+    """Column within which species, and data sets of a species, are compared; cells of a missing column are one group."""
     min_class_fraction: float = 0.005
     """Types rarer than this share of the group's cells are dropped (the paper)."""
     test_fraction: float = 0.2
     validation_fraction: float = 0.1
     """Share of the training cells on which epochs are selected. Test cells are never looked at."""
     splits: tuple[str, ...] = ("random", "species")
-    """`random` cells (the paper), held-out `donor`, held-out `dataset` (group), other `species`."""
+    """`random` cells (the paper), held-out `donor`, held-out `dataset`, other `species`."""
     seeds: int = 1
     models: tuple[str, ...] = (
         "finetune",
@@ -297,6 +301,8 @@ class Classify:
         "majority",
         "hvg_logreg",
         "pca_knn",
+        "pseudobulk",
+        "rank_pca",
     )
     """What is scored, each on identical splits; see `mixgf.classify.MODELS` and `mixgf.baselines.BASELINES`."""
     knn: int = 5
@@ -405,6 +411,8 @@ class Tracking:
     uri: str = ""
     """Tracking server or database; empty = MLFLOW_TRACKING_URI, else SQLite under `output` (or under . for s3://)."""
     experiment: str = "mixgf"
+    prices: str = ""
+    """URI of a JSON object, node type to price per node-hour, for the cost ledger; empty = MIXGF_PRICES, else no prices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

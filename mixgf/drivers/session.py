@@ -19,7 +19,7 @@ if "RAY_ADDRESS" not in os.environ:
 import ray
 
 from mixgf.config import Config
-from mixgf.progress import say
+from mixgf.progress import say, warn
 
 _QUIET = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
 OBJECT_STORE_BYTES = 256 << 20
@@ -41,20 +41,33 @@ def session(config: Config) -> Iterator[None]:
     else:
         # pools and training workers are sized by the config, so a laptop with fewer cores than workers still runs
         wanted = max(os.cpu_count() or 1, int(config.compute.num_workers * config.compute.cpus_per_worker) + 1)
-        ray.init(
-            address="local",
-            num_cpus=wanted,
-            include_dashboard=False,
-            logging_level="ERROR",
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            configure_logging=True,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.train.threads)}},
-        )
+        _start(wanted, config.train.threads)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(num_cpus: int, threads: int) -> None:
+    """Start a local Ray; a machine so busy that it takes more than Ray's 30 seconds gets two more chances."""
+    for chance in (2, 1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            )
+        except Exception as error:
+            if not chance or "timed out during startup" not in str(error):
+                raise
+            warn("ray: slow to start, trying again")
+            ray.shutdown()
+        else:
+            return
 
 
 def cpus() -> float:
