@@ -1,0 +1,383 @@
+"""Sources to bounded row blocks of checked counts, with every column named by its gene.
+
+`resolve` expands what the user listed; `identify` says which gene each column of a file is (spec section 1);
+`blocks` yields int32 counts with the columns of one gene summed. Every refusal is one line: file, field, value, way out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import pyarrow as pa
+
+from mixgf import artifacts, storage
+from mixgf import species as species_rows
+from mixgf.config import Source, SpeciesRow, UserError
+from mixgf.formats import RawBlock, Reader
+
+F = TypeVar("F", bound=Callable[..., Any])
+_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
+
+ID, SYMBOL, PREVIOUS, ALIAS, AMBIGUOUS, UNKNOWN, NOT_A_GENE = (
+    "id", "symbol", "previous", "alias", "ambiguous", "unknown", "not a gene"
+)  # fmt: skip
+_MADE_UNIQUE = re.compile(r"^(.+)[-.]\d{1,2}$")
+
+
+def resolve(sources: Iterable[Source]) -> tuple[Source, ...]:
+    """Expand globs and give every file a name of its own; a pattern without a match is a `UserError`."""
+    out: list[Source] = []
+    for i, source in enumerate(sources):
+        uris = storage.glob(source.uri) if re.search(r"[*?\[]", source.uri) else [source.uri]
+        if not uris:
+            msg = f"sources[{i}].uri = {source.uri!r}: matches no file; check the pattern"
+            raise UserError(msg)
+        for uri in uris:
+            stem = re.sub(r"\.(h5ad|h5|hdf5)$", "", uri.rstrip("/").rsplit("/", 1)[-1].removeprefix("resource:"))
+            name = source.name if source.name and len(uris) == 1 else "-".join(filter(None, (source.name, stem)))
+            out.append(replace(source, uri=uri, name=name))
+    if not out:
+        msg = "sources = (): must name at least one file of counts (.h5ad, 10x .h5, 10x folder), with its species"
+        raise UserError(msg)
+    for name, times in Counter(s.name for s in out).items():
+        if times > 1:
+            msg = f"sources.name = {name!r}: used by {times} sources; give each a name of its own (sources[i].name)"
+            raise UserError(msg)
+    return tuple(out)
+
+
+# Which gene is a column?
+
+
+@dataclass(frozen=True, slots=True)
+class KnownGenes:
+    """A species' gene table, ready for look-ups; names that mean several genes map to None."""
+
+    row: SpeciesRow
+    biotype: dict[str, str]
+    mito: frozenset[str]
+    names: tuple[tuple[str, dict[str, str | None]], ...]
+    """(how, name to gene), in order of trust."""
+
+
+@lru_cache(maxsize=16)
+def known_genes(row: SpeciesRow) -> KnownGenes:
+    """Read a species' gene table.
+
+    A current symbol that several ids carry means the one of the primary assembly, protein-coding before others, then
+    the lowest id. A previous symbol or alias of several genes means none of them.
+    """
+    table = species_rows.gene_table(row)
+    genes = table["gene"].to_pylist()
+    biotype = dict(zip(genes, table["biotype"].to_pylist(), strict=True))
+    current: dict[str, list[str]] = {}
+    for gene, symbol in zip(genes, table["symbol"].to_pylist(), strict=True):
+        if symbol:
+            current.setdefault(symbol, []).append(gene)
+    primary = frozenset(g for g, p in zip(genes, table["primary"].to_pylist(), strict=True) if p)
+    main = {
+        name: min(found, key=lambda g: (g not in primary, biotype[g] != "protein_coding", g))
+        for name, found in current.items()
+    }
+    maps: list[tuple[str, dict[str, str | None]]] = [(SYMBOL, dict(main))]
+    for how, column in ((PREVIOUS, "previous"), (ALIAS, "alias")):
+        other: dict[str, list[str]] = {}
+        for gene, names in zip(genes, table[column].to_pylist(), strict=True):
+            for name in names or ():
+                other.setdefault(name, []).append(gene)
+        maps.append((how, {name: found[0] if len(set(found)) == 1 else None for name, found in other.items()}))
+    mito = frozenset(g for g, m in zip(genes, table["is_mito"].to_pylist(), strict=True) if m)
+    return KnownGenes(row, biotype, mito, tuple(maps))
+
+
+@lru_cache(maxsize=64)
+def _id_pattern(prefix: str) -> re.Pattern[str]:
+    return re.compile(rf"^({re.escape(prefix)}\d+)(\.\d+)?(_PAR_Y)?$")
+
+
+def identify(
+    names: Iterable[str], known: KnownGenes, *, biotypes: tuple[str, ...], vocabulary: frozenset[str] | None = None,
+    is_gene: np.ndarray | None = None,
+) -> pa.Table:  # fmt: skip
+    """What each column of a source is.
+
+    Args:
+        names: Ensembl ids (versions are stripped) or symbols.
+        known: the source's species.
+        biotypes: of genes that may enter the vocabulary.
+        vocabulary: where medians or a vocabulary are given: exactly these genes may enter it, whatever their biotype.
+        is_gene: False for columns of other kinds (antibodies), which are left out altogether.
+
+    Returns:
+        One row per column: name, gene (null where unknown), how, counted, mito, candidate, canonical (int32: first
+        column of the same gene), key (uint64: of the gene, 0 where unknown).
+    """
+    names = list(names)
+    pattern = _id_pattern(known.row.gene_prefix)
+    rows: dict[str, list[Any]] = {n: [] for n in ("gene", "how", "counted", "mito", "candidate", "canonical", "key")}
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        counted = is_gene is None or bool(is_gene[i])
+        gene, how = _resolve(name, known, pattern, vocabulary or frozenset()) if counted else (None, NOT_A_GENE)
+        allowed = gene is not None and (
+            gene in vocabulary if vocabulary is not None else known.biotype.get(gene) in biotypes
+        )
+        key = int.from_bytes(hashlib.blake2b(gene.encode(), digest_size=8).digest(), "little") if gene else 0
+        canonical = first.setdefault(gene, i) if gene else i
+        values = (gene, how, counted, gene in known.mito, allowed, canonical, key)
+        for column, value in zip(rows.values(), values, strict=True):
+            column.append(value)
+    types = (pa.string(), pa.string(), pa.bool_(), pa.bool_(), pa.bool_(), pa.int32(), pa.uint64())
+    columns = {n: pa.array(v, type=t) for (n, v), t in zip(rows.items(), types, strict=True)}
+    return pa.table({"name": pa.array(names, type=pa.string())} | columns)
+
+
+def _resolve(
+    name: str, known: KnownGenes, pattern: re.Pattern[str], vocabulary: frozenset[str]
+) -> tuple[str | None, str]:
+    match = pattern.match(name)
+    bare = match.group(1) if match else name
+    if bare in known.biotype or bare in vocabulary:
+        return bare, ID
+    for text in (name, unique.group(1) if (unique := _MADE_UNIQUE.match(name)) else None):
+        for how, genes in known.names if text else ():
+            if text in genes:
+                gene = genes[text]
+                return gene, how if gene else AMBIGUOUS
+    return None, UNKNOWN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mapping:
+    """The gene mapping report of one source."""
+
+    columns: int
+    mapped: int
+    renamed: int
+    """Mapped by a previous symbol or an alias."""
+    summed: int
+    """Columns added to another column of the same gene."""
+    unmapped: int
+    counts_lost: float
+    """Share of the counts that lie on unmapped columns."""
+    unmapped_names: list[str]
+    """The ten with the most counts."""
+    cause: str
+    """Why columns are likely unmapped; empty when few counts are lost."""
+
+
+def report(columns: pa.Table, sums_G: np.ndarray, others: Iterable[KnownGenes]) -> Mapping:
+    """Summarise `identify` with the sum of counts of each column; `others` are the other species."""
+    counted = columns["counted"].to_numpy()
+    unknown = np.asarray([g is None for g in columns["gene"].to_pylist()]) & counted
+    how = Counter(columns["how"].to_pylist())
+    canonical = columns["canonical"].to_numpy()
+    total = int(sums_G[counted].sum())
+    lost = int(sums_G[unknown].sum()) / total if total else float(unknown.sum() / max(1, counted.sum()))
+    names = columns["name"].to_pylist()
+    worst = sorted(np.flatnonzero(unknown).tolist(), key=lambda i: (-int(sums_G[i]), names[i]))
+    return Mapping(
+        columns=int(counted.sum()),
+        mapped=int((counted & ~unknown).sum()),
+        renamed=how[PREVIOUS] + how[ALIAS],
+        summed=int((canonical != np.arange(len(canonical))).sum()),
+        unmapped=int(unknown.sum()),
+        counts_lost=lost,
+        unmapped_names=[names[i] for i in worst[:10]],
+        cause=_cause([names[i] for i in worst], others) if lost > 0.1 else "",
+    )
+
+
+def _cause(unmapped: list[str], others: Iterable[KnownGenes]) -> str:
+    for other in others:
+        pattern = _id_pattern(other.row.gene_prefix)
+        fits = sum(_resolve(name, other, pattern, frozenset())[0] is not None for name in unmapped)
+        if fits > 0.5 * len(unmapped):
+            return f"they are {other.row.name} genes: wrong species?"
+    if sum(bool(re.match(r"^(ENS[A-Z]*\d{6,}|[A-Z]{2,7}\d{6,})", name)) for name in unmapped) > 0.5 * len(unmapped):
+        return "they are ids that the gene table does not have: another species, or retired ids?"
+    if sum(name.isdigit() for name in unmapped) > 0.5 * len(unmapped):
+        return "they are bare numbers: name the column of var with ids or symbols (sources[i].genes)"
+    return "they are neither Ensembl ids nor known symbols: name another column of var (sources[i].genes)"
+
+
+# Checked counts
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Counts of consecutive rows: int32 CSR over the file's columns, every gene at most once in a row."""
+
+    start: int
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+
+
+_FINITE, _NEGATIVE, _WHOLE, _LARGE = 1, 2, 3, 4
+_WRONG = {_FINITE: "not a finite number", _NEGATIVE: "negative", _WHOLE: "not a whole number", _LARGE: "above 2**31"}
+
+
+@_jit
+def _to_counts(data: np.ndarray, out: np.ndarray) -> tuple[int, int]:
+    """Copy as int32; returns (0, 0), or what is wrong and where."""
+    for i in range(data.shape[0]):
+        x = float(data[i])
+        if not np.isfinite(x):
+            return 1, i
+        if x < 0:
+            return 2, i
+        if x != np.floor(x):
+            return 3, i
+        if x >= 2147483648.0:
+            return 4, i
+        out[i] = np.int32(x)
+    return 0, 0
+
+
+@_jit
+def _canonical(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, canonical: np.ndarray, total: np.ndarray,
+    out: np.ndarray, out_indices: np.ndarray, out_indptr: np.ndarray,
+) -> int:  # fmt: skip
+    """Sum equal columns of each row, in order of first appearance; `total` is zeros of int64[G] and ends so."""
+    n = 0
+    for row in range(indptr.shape[0] - 1):
+        begin = n
+        for p in range(indptr[row], indptr[row + 1]):
+            if data[p] == 0:
+                continue
+            c = canonical[indices[p]]
+            if total[c] == 0:
+                out_indices[n] = c
+                n += 1
+            total[c] += data[p]
+        for i in range(begin, n):
+            c = out_indices[i]
+            if total[c] > 2147483647:
+                return -1
+            out[i] = np.int32(total[c])
+            total[c] = 0
+        out_indptr[row + 1] = n
+    return n
+
+
+@_jit
+def _is_sorted(indices: np.ndarray, indptr: np.ndarray, num_columns: int) -> int:
+    """2: strictly ascending columns within rows; 1: not; 0: a column outside the matrix."""
+    for row in range(indptr.shape[0] - 1):
+        last = -1
+        for p in range(indptr[row], indptr[row + 1]):
+            c = indices[p]
+            if c < 0 or c >= num_columns:
+                return 0
+            if c <= last:
+                return 1
+            last = c
+    return 2
+
+
+def blocks(reader: Reader, columns: pa.Table, start: int, stop: int, *, rows: int) -> Iterator[Block]:
+    """Checked counts of rows [start, stop) in blocks of at most `rows` rows; wrong values are a `UserError`."""
+    canonical = columns["canonical"].to_numpy()
+    sums = bool((canonical != np.arange(len(canonical))).any())
+    for raw in reader.read(start, stop, rows):
+        data = np.empty(len(raw.data), dtype=np.int32)
+        wrong, at = _to_counts(raw.data, data)
+        if wrong:
+            raise _bad_value(reader, columns, raw, wrong, at)
+        order = _is_sorted(raw.indices, raw.indptr, reader.num_columns)
+        if order == 0:
+            msg = f"{reader.uri}: a column index outside the matrix near row {raw.start}: the file is damaged; fetch it again"
+            raise UserError(msg)
+        if order == 2 and not sums:
+            yield Block(raw.start, data, raw.indices, raw.indptr)
+            continue
+        out, indices, indptr = np.empty_like(data), np.empty_like(raw.indices), np.zeros_like(raw.indptr)
+        total = np.zeros(reader.num_columns, dtype=np.int64)
+        n = _canonical(data, raw.indices, raw.indptr, canonical, total, out, indices, indptr)
+        if n < 0:
+            raise _bad_value(reader, columns, raw, _LARGE, int(np.argmax(data)))
+        yield Block(raw.start, out[:n], indices[:n], indptr)
+
+
+def _bad_value(reader: Reader, columns: pa.Table, raw: RawBlock, wrong: int, at: int) -> UserError:
+    row = int(np.searchsorted(raw.indptr, at, side="right")) - 1
+    cell = reader.cell_names(raw.start + row, raw.start + row + 1)[0]
+    where = f"cell {cell} (row {raw.start + row}), gene {columns['name'][int(raw.indices[at])].as_py()}"
+    msg = f"{reader.uri}: count {raw.data[at]} of {where} is {_WRONG[wrong]}; {_advice(raw, wrong)}"
+    return UserError(msg)
+
+
+def _advice(raw: RawBlock, wrong: int) -> str:
+    with np.errstate(all="ignore"):
+        for name, values in (("normalised", raw.data), ("log-normalised", np.expm1(raw.data.astype(np.float64)))):
+            rows = np.repeat(np.arange(len(raw.indptr) - 1), np.diff(raw.indptr))
+            sums = np.bincount(rows, weights=values, minlength=len(raw.indptr) - 1)
+            sums = sums[sums > 0]
+            if wrong == _WHOLE and len(sums) and np.ptp(sums) < 1e-3 * sums.mean():
+                return f"the matrix is already {name} (every cell sums to {sums.mean():,.0f}): give raw counts (sources[i].layer)"
+    if wrong == _NEGATIVE:
+        return "the matrix looks scaled: give raw counts (sources[i].layer = 'raw' or a layer's name)"
+    return "counts must be whole numbers from 0: give raw counts (sources[i].layer = 'raw' or a layer's name)"
+
+
+# What is in a corpus?
+
+
+def corpus_summary(uri: str) -> dict[str, Any]:
+    """Figures of a finished corpus: counts, cells by species, source and cell type, lengths, losses, genes known."""
+    record = artifacts.require(uri, "corpus")
+    columns: dict[str, Counter[str]] = {"species": Counter(), "source": Counter(), "cell_type": Counter()}
+    for shard in record.details["shards"]:
+        where = storage.join(uri, "shards", shard["name"])
+        table = storage.read_table(where, columns=list(columns))  # columns that the shard lacks are left out
+        for name in set(columns) & set(table.column_names):
+            columns[name].update(str(v) for v in table[name].to_pylist())
+    length = storage.read_table(storage.join(uri, "index.parquet"))["length"].to_numpy()
+    shares = (0, 5, 25, 50, 75, 95, 100)
+    max_len = int(record.details["max_len"])
+    return {
+        "counts": record.counts,
+        **{name: dict(found.most_common()) for name, found in columns.items()},
+        "length": dict(zip((f"{s} %" for s in shares), np.percentile(length, shares).tolist(), strict=True)),
+        "tokens": int(length.sum()),
+        "full": float((length >= max_len).mean()),
+        "mapping": storage.read_table(storage.join(uri, "mapping.parquet")).to_pylist(),
+        "refused": record.details["refused"],
+        "max_len": max_len,
+        "vocabulary": record.details["vocabulary"],
+    }
+
+
+def describe(uri: str) -> str:
+    """`corpus_summary` as text for a terminal."""
+    s = corpus_summary(uri)
+    dropped = {k: n for k, n in s["counts"]["dropped"].items() if n}
+    lines = [
+        f"corpus {uri}, vocabulary {s['vocabulary'][:12]}",
+        f"cells: {s['counts']['read']:,} read, {s['counts']['kept']:,} kept; {s['tokens']:,} tokens",
+        "dropped: " + (", ".join(f"{n:,} {k}" for k, n in dropped.items()) or "none"),
+        f"length: {', '.join(f'{k} {v:,.0f}' for k, v in s['length'].items())}; {s['full']:.1%} at max_len {s['max_len']:,}",
+    ]
+    for name in ("species", "source", "cell_type"):
+        most = max(s[name].values(), default=1)
+        lines += [f"{name}:"] + [
+            f"  {k[:40]:40} {n:10,} {'#' * round(30 * n / most)}" for k, n in list(s[name].items())[:25]
+        ]
+    lines.append("genes known, by source:")
+    for m in s["mapping"]:
+        cause = f"; {m['cause']}" if m["cause"] else ""
+        lines.append(
+            f"  {m['source'][:40]:40} {m['mapped']:,} of {m['columns']:,}, {1 - m['counts_lost']:.1%} of counts{cause}"
+        )
+    lines += [f"refused: {r['error']}" for r in s["refused"]]
+    return "\n".join(lines)

@@ -1,0 +1,391 @@
+"""`prepare`: sources to cell sentences, in three passes of work units (`mixgf.units`) that Ray tasks spread.
+
+1. metrics of every cell; then the rules of QC, duplicates and caps decide what is kept;
+2. the median sketch over kept cells, merged into the vocabulary (skipped where medians or a vocabulary are given);
+3. sentences, one shard per unit.
+
+Every unit reads its own rows and writes its own part under `corpus/work`; what is there is not made again, so a run
+killed at any moment continues. Only file names, masks and configs travel through Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mixgf import artifacts, corpus, qc, species, storage, tracking, units, vocab
+from mixgf.config import Config, Source, UserError, to_dict
+from mixgf.progress import Progress, say, warn
+
+SCHEMA = 1
+MERGE_FAN_IN = 32
+"""Sketch parts merged by one task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call of a unit function; `weight` is its share of the pass, in cells or files."""
+
+    source: int
+    """Number of the source that is refused if the call raises `UserError`."""
+    weight: int
+    function: Callable[..., None]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+Spread = Callable[[Sequence[Job]], Iterator[tuple[int, str]]]
+"""Runs jobs in any order; yields (number of the job, "" or why it was refused)."""
+
+
+def job(source: int, weight: int, function: Callable[..., None], *args: Any, **kwargs: Any) -> Job:
+    """A job, written like the call that it makes."""
+    return Job(source, weight, function, args, kwargs)
+
+
+def attempt(what: Job) -> str:
+    """Make one call; a `UserError` becomes its text, so that one bad source does not lose the run."""
+    try:
+        what.function(*what.args, **what.kwargs)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def loop(jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+    """The plain loop: what Ray must equal."""
+    for i, one in enumerate(jobs):
+        yield i, attempt(one)
+
+
+def ray_tasks(config: Config) -> Spread:
+    """Spread jobs over Ray tasks, `compute.num_workers` at a time; lost workers and network errors are tried again."""
+    import ray
+
+    options = {"num_cpus": config.compute.cpus_per_worker, "max_retries": 3, "retry_exceptions": [OSError]}
+    task = ray.remote(attempt).options(**options)
+
+    def spread(jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+        running: dict[Any, int] = {}
+        todo = iter(enumerate(jobs))
+        while True:
+            while len(running) < config.compute.num_workers and (following := next(todo, None)) is not None:
+                running[task.remote(following[1])] = following[0]
+            if not running:
+                return
+            for ref in ray.wait(list(running), num_returns=1)[0]:
+                yield running.pop(ref), ray.get(ref)
+
+    return spread
+
+
+def run(config: Config, *, spread: Spread | None = None) -> str:
+    """Make the corpus and its vocabulary; returns the corpus' URI. `spread` replaces Ray (`loop` in tests)."""
+    sources = corpus.resolve(config.sources)
+    uri = storage.join(config.output, "corpus")
+    vocabulary, record = _plans(config, sources)
+    if not artifacts.begin(uri, record):
+        storage.remove(storage.join(uri, "work"))
+        return uri
+    params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
+    with tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
+        if spread is not None:
+            done = _Prepare(config, uri, sources, spread).make(vocabulary, record)
+        else:
+            from mixgf.drivers.session import session
+
+            with session(config):
+                done = _Prepare(config, uri, sources, ray_tasks(config)).make(vocabulary, record)
+        tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
+    storage.remove(storage.join(uri, "work"))
+    return uri
+
+
+def _plans(config: Config, sources: Sequence[Source]) -> tuple[artifacts.Record | None, artifacts.Record]:
+    """Plans of the vocabulary (None where one is reused) and of the corpus."""
+    data = to_dict(config)
+    sized = [asdict(s) | {"size": _size(s.uri)} for s in sources]
+    content = {name: data[name] for name in ("species", "qc", "vocab", "seed")} | {"sources": sized}
+    vocabulary = None
+    if config.vocab.reuse:
+        parent = artifacts.require(config.vocab.reuse, "vocabulary").fingerprint
+    else:
+        vocabulary = artifacts.plan("vocabulary", SCHEMA, content, {})
+        parent = vocabulary.fingerprint
+    whole = content | {"tokens": data["tokens"], "prepare": {"shard_cells": config.prepare.shard_cells}}
+    return vocabulary, artifacts.plan("corpus", SCHEMA, whole, {"vocabulary": parent})
+
+
+def _size(uri: str) -> int:
+    """Bytes of a source, so that another file under an old name is noticed; -1 where there is none."""
+    if not storage.exists(uri):
+        return -1
+    return sum(storage.size(storage.join(uri, name)) for name in storage.list_dir(uri)) or storage.size(uri)
+
+
+@dataclass
+class _Prepare:
+    config: Config
+    uri: str
+    sources: tuple[Source, ...]
+    spread: Spread
+
+    def __post_init__(self) -> None:
+        self.work = storage.join(self.uri, "work")
+        self.rows = {row.name: row for row in self.config.species}
+        self.refused: dict[int, str] = {}
+        self.facts: dict[int, dict[str, Any]] = {}
+
+    def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
+        allowed, medians = self._given()
+        self._describe(allowed)
+        all_units = units.plan_units(
+            {i: (self.sources[i], f["rows"]) for i, f in self.facts.items()}, self.config.prepare.shard_cells
+        )
+        self._measure(all_units)
+        reports = self._reports(all_units)
+        all_units = [u for u in all_units if u.index not in self.refused]
+        reasons = self._judge(all_units)
+        keeps = {u.number: reasons[u.index][u.start : u.stop] == qc.KEPT for u in all_units}
+        kept_units = [u for u in all_units if keeps[u.number].any()]
+        if not kept_units:
+            msg = f"qc: none of {sum(len(r) for r in reasons.values()):,} cells passes ({self._dropped(reasons)}); relax qc.*"
+            raise UserError(msg)
+        made = self._vocabulary(vocabulary, kept_units, keeps, medians)
+        made.save(storage.join(self.uri, "vocabulary.parquet"))
+        self._encode(kept_units, keeps)
+        return self._publish(record, made, kept_units, reasons, reports)
+
+    # passes
+
+    def _pass(self, what: str, kind: str, jobs: dict[Any, Job], unit: str = "cells") -> None:
+        """Do the jobs (by name of their part) whose part is not there; note refused sources."""
+        have = set(storage.list_dir(storage.join(self.work, kind)))
+        todo = [j for name, j in jobs.items() if units.part("", kind, name).rsplit("/", 1)[-1] not in have]
+        total = sum(j.weight for j in jobs.values())
+        done = total - sum(j.weight for j in todo)
+        with Progress(f"prepare: {what}", total, unit, done=done) as progress:
+            for i, why in self.spread(todo):
+                if why:
+                    self._refuse(todo[i].source, why)
+                done += todo[i].weight
+                progress.update(done)
+
+    def _refuse(self, index: int, why: str) -> None:
+        if self.config.prepare.strict:
+            raise UserError(why)
+        if index not in self.refused:
+            warn(f"refused: {why}")
+        self.refused.setdefault(index, why)
+        self.facts.pop(index, None)
+        if len(self.refused) == len(self.sources):
+            first = self.refused[min(self.refused)]
+            msg = (
+                first if len(self.refused) == 1 else f"all {len(self.refused)} sources are refused; the first: {first}"
+            )
+            raise UserError(msg)
+
+    def _given(self) -> tuple[dict[str, list[str]] | None, dict[str, dict[str, float]] | None]:
+        """Genes that alone may enter the vocabulary, and imported medians, where the config gives them."""
+        if self.config.vocab.reuse:
+            given = vocab.Vocabulary.load(self.config.vocab.reuse)
+            return {name: list(given.of(name).genes) for name in given.species}, None
+        if self.config.vocab.medians:
+            known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
+            medians = vocab.read_medians(self.config.vocab.medians, self.config.species, known)
+            return {name: list(genes) for name, genes in medians.items()}, medians
+        return None, None
+
+    def _describe(self, allowed: dict[str, list[str]] | None) -> None:
+        options: dict[str, Any] = {"rules": self.config.qc, "biotypes": self.config.vocab.biotypes, "allowed": allowed}
+        jobs = {
+            i: job(i, 1, units.describe, self.work, i, s, row=self.rows[s.species], **options)
+            for i, s in enumerate(self.sources)
+        }
+        self._pass("sources", "sources", jobs, "files")
+        self.facts = {i: storage.read_json(units.facts_uri(self.work, i)) for i in jobs if i not in self.refused}
+
+    def _measure(self, all_units: list[units.Unit]) -> None:
+        rows = self.config.prepare.block_cells
+        jobs = {u.number: job(u.index, u.stop - u.start, units.measure, self.work, u, rows) for u in all_units}
+        self._pass("metrics", "metrics", jobs)
+
+    def _reports(self, all_units: list[units.Unit]) -> dict[int, corpus.Mapping]:
+        """Gene mapping of every source; refuses those of which too few counts are known."""
+        out = {}
+        for i in sorted(self.facts):
+            numbers = [u.number for u in all_units if u.index == i]
+            sums = np.sum(
+                [storage.read_table(units.part(self.work, "sums", n))["sum"].to_numpy() for n in numbers], axis=0
+            )
+            mine = self.sources[i].species
+            others = [corpus.known_genes(row) for name, row in self.rows.items() if name != mine]
+            found = corpus.report(storage.read_table(units.part(self.work, "sources", i)), sums, others)
+            out[i] = found
+            if 1 - found.counts_lost < self.config.qc.min_mapped_fraction:
+                self._refuse(i, (
+                    f"{self.sources[i].uri}: only {1 - found.counts_lost:.1%} of the counts are on known {mine} genes "
+                    f"(qc.min_mapped_fraction = {self.config.qc.min_mapped_fraction}); commonest unknown: "
+                    f"{', '.join(found.unmapped_names[:5])}; {found.cause}"
+                ))  # fmt: skip
+        return out
+
+    def _judge(self, all_units: list[units.Unit]) -> dict[int, np.ndarray]:
+        """Reasons of all cells, by source."""
+        rules = self.config.qc
+        metrics: dict[int, qc.Metrics] = {}
+        samples: dict[int, np.ndarray | None] = {}
+        for i in sorted(self.facts):
+            metrics[i], samples[i] = units.read_metrics(self.work, [u.number for u in all_units if u.index == i])
+        reasons = {i: qc.judge(m, rules) for i, m in metrics.items()}
+        if rules.doublets:
+            called = self._doublets(reasons, samples)
+            reasons = {i: qc.judge(m, rules, called[i]) for i, m in metrics.items()}
+        if rules.drop_duplicates:
+            qc.drop_duplicates(list(metrics.values()), list(reasons.values()))
+        for i in reasons if rules.max_cells_per_sample else ():
+            qc.cap(reasons[i], samples[i], rules.max_cells_per_sample, self.sources[i].name, self.config.seed)
+        return reasons
+
+    def _doublets(self, reasons: dict[int, np.ndarray], samples: dict[int, np.ndarray | None]) -> dict[int, np.ndarray]:
+        rules, options = self.config.qc, {"block_cells": self.config.prepare.block_cells, "seed": self.config.seed}
+        jobs: dict[Any, Job] = {}
+        for i, reason in reasons.items():
+            rows = np.flatnonzero(reason == qc.KEPT)
+            of = samples[i]
+            names = np.asarray(["" if of is None else str(of[row]) for row in rows], dtype=object)
+            for k, name in enumerate(sorted(set(names.tolist()))):
+                mine, part = rows[names == name], f"{i:05d}-{k:05d}"
+                args = (self.work, part, self.sources[i], i, mine)
+                jobs[part] = job(i, len(mine), units.doublets, *args, rate=rules.doublet_rate, **options)
+        self._pass("doublets", "doublets", jobs)
+        called = {i: np.zeros(len(r), dtype=bool) for i, r in reasons.items()}
+        for part, one in jobs.items():
+            table = storage.read_table(units.part(self.work, "doublets", part))
+            called[one.source][table["row"].to_numpy()] = table["doublet"].to_numpy()
+        return called
+
+    def _vocabulary(
+        self,
+        record: artifacts.Record | None,
+        kept: list[units.Unit],
+        keeps: dict[int, np.ndarray],
+        medians: dict[str, dict[str, float]] | None,
+    ) -> vocab.Vocabulary:
+        if record is None:
+            return vocab.Vocabulary.load(self.config.vocab.reuse)
+        uri = storage.join(self.config.output, "vocabulary")
+        if not artifacts.begin(uri, record):
+            return vocab.Vocabulary.load(uri)
+        if medians is None:
+            medians = self._medians(kept, keeps)
+        tables = {name: species.gene_table(self.rows[name]) for name in medians}
+        with_genes = {name: genes for name, genes in medians.items() if genes}
+        pairs = species.orthologs(self.config.vocab.orthologs)
+        made = vocab.build(with_genes, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
+        size, digest = made.save(storage.join(uri, "vocabulary.parquet"))
+        genes = {name: len(made.of(name).tokens) for name in made.species}
+        artifacts.finish(
+            uri, record, counts={"tokens": made.size, "genes": genes},
+            files={"vocabulary.parquet": {"bytes": size, "sha256": digest}}, details={"hash": made.hash, "sharing": made.sharing},
+        )  # fmt: skip
+        say(f"vocabulary: {made.size:,} tokens ({', '.join(f'{n:,} {name} genes' for name, n in genes.items())})")
+        return made
+
+    def _medians(self, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> dict[str, dict[str, float]]:
+        """Medians by species, in the config's order, from a tree of sketch merges."""
+        present = [name for name in self.rows if any(u.source.species == name for u in kept)]
+        genes = {
+            name: units.number_genes(self.work, name, [i for i in self.facts if self.sources[i].species == name])
+            for name in present
+        }
+        rows = self.config.prepare.block_cells
+        jobs = {
+            u.number: job(u.index, u.stop - u.start, units.sketch, self.work, u, keeps[u.number], rows) for u in kept
+        }
+        self._pass("medians", "sketch", jobs)
+        out = {}
+        for name in present:
+            parts = [units.part(self.work, "sketch", u.number) for u in kept if u.source.species == name]
+            level = 0
+            while len(parts) > MERGE_FAN_IN:
+                groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
+                parts = [units.part(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
+                pairs = zip(groups, parts, strict=True)
+                merges = {k: job(-1, len(g), units.merge_sketches, g, to) for k, (g, to) in enumerate(pairs)}
+                self._pass("merge", f"merge-{name}-{level}", merges, "parts")
+                level += 1
+            total = vocab.merge(units.read_sketch(p) for p in parts)
+            out[name] = {genes[name][g]: median for g, median in vocab.finish(total).items()}
+        return out
+
+    def _encode(self, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> None:
+        options: dict[str, Any] = {
+            "to": storage.join(self.uri, "shards"), "vocabulary": storage.join(self.uri, "vocabulary.parquet"),
+            "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
+        }  # fmt: skip
+        jobs = {
+            n: job(u.index, u.stop - u.start, units.encode, self.work, u, keeps[u.number], n, **options)
+            for n, u in enumerate(kept)
+        }
+        self._pass("sentences", "done", jobs)
+
+    def _obs(self) -> dict[str, str]:
+        """Kind of every obs column over all sources: numbers only where every source that has it has numbers."""
+        kinds: dict[str, set[str]] = {}
+        for i in sorted(self.facts):
+            for name, kind in self.facts[i]["kinds"].items():
+                kinds.setdefault(name, set()).add(kind)
+        return {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
+
+    # the end
+
+    def _dropped(self, reasons: dict[int, np.ndarray]) -> str:
+        counts = qc.count(np.concatenate(list(reasons.values())))
+        return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n and name != "kept")
+
+    def _publish(
+        self, record: artifacts.Record, made: vocab.Vocabulary, kept: list[units.Unit], reasons: dict[int, np.ndarray],
+        reports: dict[int, corpus.Mapping],
+    ) -> artifacts.Record:  # fmt: skip
+        done = [units.read_done(self.work, n) for n in range(len(kept))]
+        codes = {name: code for code, name in enumerate(made.species)}
+        index = pa.table({
+            "length": pa.array(np.concatenate([lengths for lengths, _ in done]), pa.int32()),
+            "species": pa.array(np.concatenate([np.full(len(lengths), codes[u.source.species]) for (lengths, _), u in zip(done, kept, strict=True)]), pa.int8()),
+        })  # fmt: skip
+        counts = {i: qc.count(r) for i, r in reasons.items()}
+        read = sum(len(r) for r in reasons.values())
+        dropped = {name: sum(c[name] for c in counts.values()) for name in qc.REASONS if name != "kept"}
+        assert index.num_rows + sum(dropped.values()) == read == sum(f["rows"] for f in self.facts.values())
+        rows = [{"source": self.sources[i].name, "species": self.sources[i].species, "cells_read": len(reasons[i]),
+                 "cells_kept": counts[i]["kept"]} | asdict(reports[i]) for i in sorted(self.facts)]  # fmt: skip
+        losses = [
+            {"source": self.sources[i].name, "reason": name, "cells": c[name]}
+            for i, c in counts.items()
+            for name in dropped
+        ]
+        files = {}
+        for name, table in {
+            "index": index,
+            "mapping": pa.Table.from_pylist(rows),
+            "dropped": pa.Table.from_pylist(losses),
+        }.items():
+            size, digest = storage.write_table(storage.join(self.uri, f"{name}.parquet"), table)
+            files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
+        details = {
+            "species": list(made.species), "vocabulary": made.hash, "max_len": self.config.tokens.max_len, "cls": self.config.tokens.cls,
+            "shards": [entry for _, entry in done],
+            "sources": [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(reasons[i]), "cells_kept": counts[i]["kept"],
+                         "size": self.facts[i]["size"], "sha256": self.facts[i]["sha256"]} for i, s in enumerate(self.sources) if i in self.facts],
+            "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.refused.items())],
+        }  # fmt: skip
+        say(
+            f"corpus: {read:,} cells read, {index.num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
+        )
+        totals = {"read": read, "kept": index.num_rows, "dropped": dropped}
+        return artifacts.finish(self.uri, record, counts=totals, files=files, details=details)

@@ -1,0 +1,355 @@
+"""Work units of `prepare`: a row range of one source each, which reads its own rows and writes its own part file.
+
+No Ray here: a driver, a test or a plain loop calls these functions in any order, any number of times. A part file is
+written atomically and holds the same bytes whoever made it, so whatever was killed is simply made again. A source that
+cannot be used raises `UserError`.
+
+Layout of the work folder, all Parquet unless said otherwise: sources/I.json and sources/I.parquet (facts and columns
+of source I), metrics/U (cells of unit U) after sums/U (counts by column), doublets/I-S (sample S), genes/SPECIES,
+sketch/U, done/N (shard N).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mixgf import corpus, qc, storage, tokenize, vocab
+from mixgf.config import QC, Source, SpeciesRow, Tokens, UserError
+from mixgf.formats import Reader, open_reader
+
+RESERVED = (
+    "tokens", "cell", "species", "source", "source_row", "length", "n_counts", "n_genes", "mito_fraction",
+)  # fmt: skip
+"""Columns that mixgf computes; an obs column of the same name is left out."""
+ROW_GROUP_CELLS = 2_500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """Rows [start, stop) of source number `index`."""
+
+    number: int
+    index: int
+    source: Source
+    start: int
+    stop: int
+
+
+def plan_units(sources: dict[int, tuple[Source, int]], shard_cells: int) -> list[Unit]:
+    """Cut sources (index to source and number of rows) into units, in order."""
+    ranges = [
+        (i, source, a, min(a + shard_cells, rows))
+        for i, (source, rows) in sorted(sources.items())
+        for a in range(0, rows, shard_cells)
+    ]
+    return [Unit(number=n, index=i, source=s, start=a, stop=b) for n, (i, s, a, b) in enumerate(ranges)]
+
+
+def part(work: str, kind: str, name: int | str) -> str:
+    """URI of a part file."""
+    return storage.join(work, kind, f"{name:05d}.parquet" if isinstance(name, int) else f"{name}.parquet")
+
+
+def facts_uri(work: str, index: int) -> str:
+    """URI of what is known of a source."""
+    return storage.join(work, "sources", f"{index:05d}.json")
+
+
+# Sources
+
+
+def describe(
+    work: str,
+    index: int,
+    source: Source,
+    *,
+    row: SpeciesRow,
+    rules: QC,
+    biotypes: tuple[str, ...],
+    allowed: dict[str, list[str]] | None,
+) -> None:
+    """Open one source, identify its genes and obs columns, hash its bytes; write its facts.
+
+    `allowed` names, by species, the genes that alone may enter the vocabulary (imported medians, a given vocabulary).
+    """
+    with open_reader(source.uri, source.layer) as reader:
+        if reader.num_rows == 0 or reader.num_columns == 0:
+            msg = f"{source.uri}: empty ({reader.num_rows} cells x {reader.num_columns} genes); give a file with counts"
+            raise UserError(msg)
+        names = reader.gene_names(source.genes)
+        vocabulary = None if allowed is None else frozenset(allowed.get(source.species, ()))
+        known = corpus.known_genes(row)
+        columns = corpus.identify(names, known, biotypes=biotypes, vocabulary=vocabulary, is_gene=reader.is_gene)
+        num_known = sum(columns["candidate"].to_pylist())
+        if num_known < rules.min_genes:
+            shown = ", ".join(str(n) for n in names[:5])
+            msg = (
+                f"{source.uri}: species = {source.species!r}: only {num_known} of {len(names)} genes are known "
+                f"(qc.min_genes = {rules.min_genes}); names are like {shown}: wrong species, or another column of var (sources[{index}].genes)?"
+            )
+            raise UserError(msg)
+        obs = {new: old for new, old in _obs_names(reader, source).items() if new not in RESERVED}
+        if source.sample and source.sample not in reader.obs_columns:
+            raise _no_column(reader, f"sources[{index}].sample", source.sample)
+        kinds = {new: _kind(reader, old) for new, old in obs.items()}
+        rows = reader.num_rows
+    facts = {"rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds} | _identity(source.uri)
+    storage.write_json(facts_uri(work, index), facts)
+    storage.write_table(part(work, "sources", index), columns)  # last: its presence says that the source is described
+
+
+def _identity(uri: str) -> dict[str, Any]:
+    files = [storage.join(uri, n) for n in storage.list_dir(uri)] or [uri]
+    sums = [storage.sha256(f) for f in files]
+    together = hashlib.sha256("".join(sums).encode()).hexdigest()
+    return {"size": sum(storage.size(f) for f in files), "sha256": sums[0] if len(sums) == 1 else together}
+
+
+def _obs_names(reader: Reader, source: Source) -> dict[str, str]:
+    """New name to column of obs."""
+    if not source.obs:
+        return {name: name for name in reader.obs_columns}
+    out = {}
+    for item in source.obs:
+        new, _, old = item.partition("=")
+        old = old or new
+        if old not in reader.obs_columns:
+            raise _no_column(reader, "sources.obs", old)
+        out[new] = old
+    return out
+
+
+def _no_column(reader: Reader, field: str, name: str) -> UserError:
+    return UserError(
+        f"{reader.uri}: {field} = {name!r}: no such column of obs; it has {', '.join(reader.obs_columns) or 'none'}"
+    )
+
+
+def _kind(reader: Reader, name: str) -> str:
+    values = reader.obs(name, 0, 1)
+    return "str" if values.dtype == object else "float" if values.dtype.kind == "f" else "int"
+
+
+def _columns(work: str, index: int) -> pa.Table:
+    return storage.read_table(part(work, "sources", index))
+
+
+# Pass 1: metrics
+
+
+def measure(work: str, unit: Unit, block_cells: int) -> None:
+    """Metrics of the unit's cells, their samples, and the sum of counts by column."""
+    columns = _columns(work, unit.index)
+    masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
+    sums_G = np.zeros(columns.num_rows, dtype=np.int64)
+    with open_reader(unit.source.uri, unit.source.layer) as reader:
+        metrics = qc.Metrics.merge(
+            [
+                qc.measure(b.data, b.indices, b.indptr, **masks, sums_G=sums_G)
+                for b in corpus.blocks(reader, columns, unit.start, unit.stop, rows=block_cells)
+            ]
+        )
+        table = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
+        if unit.source.sample:
+            values = reader.obs(unit.source.sample, unit.start, unit.stop)
+            table = table.append_column(
+                "sample", pa.array([None if v is None else str(v) for v in values], pa.string())
+            )
+    storage.write_table(part(work, "sums", unit.number), pa.table({"sum": sums_G}))
+    storage.write_table(part(work, "metrics", unit.number), table)
+
+
+def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, np.ndarray | None]:
+    """Metrics (and samples) of consecutive units."""
+    tables = [storage.read_table(part(work, "metrics", n)) for n in numbers]
+    table = pa.concat_tables(tables)
+    sample = np.asarray(table["sample"].to_pylist(), dtype=object) if "sample" in table.column_names else None
+    return qc.Metrics(*(table[name].to_numpy() for name in qc.Metrics.__slots__)), sample
+
+
+def doublets(
+    work: str, name: str, source: Source, index: int, rows: np.ndarray, *, block_cells: int, rate: float, seed: int
+) -> None:
+    """Scrublet over one sample: `rows` (ascending) of a source, all held in memory."""
+    columns = _columns(work, index)
+    wanted = np.zeros(int(rows[-1]) + 1, dtype=bool)
+    wanted[rows] = True
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    with open_reader(source.uri, source.layer) as reader:
+        for b in corpus.blocks(reader, columns, int(rows[0]), int(rows[-1]) + 1, rows=block_cells):
+            keep = wanted[b.start : b.start + len(b.indptr) - 1]
+            entries = np.repeat(keep, np.diff(b.indptr))
+            parts.append((b.data[entries], b.indices[entries], np.diff(b.indptr)[keep]))
+    data, indices, lengths = (np.concatenate(p) for p in zip(*parts, strict=True))
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    score, verdict = qc.scrublet(data, indices, indptr, columns.num_rows, rate=rate, seed=seed)
+    storage.write_table(part(work, "doublets", name), pa.table({"row": rows, "score": score, "doublet": verdict}))
+
+
+# Pass 2: medians
+
+
+def number_genes(work: str, species: str, indices: list[int]) -> list[str]:
+    """Candidate genes of a species over its sources, in ascending order; written for the units to read."""
+    found: set[str] = set()
+    for index in indices:
+        columns = _columns(work, index)
+        found.update(columns.filter(columns["candidate"])["gene"].to_pylist())
+    genes = sorted(found)
+    storage.write_table(part(work, "genes", species), pa.table({"gene": pa.array(genes, pa.string())}))
+    return genes
+
+
+def sketch(work: str, unit: Unit, keep_N: np.ndarray, block_cells: int) -> None:
+    """Median sketch of the unit's kept cells, over the genes of `number_genes`."""
+    columns = _columns(work, unit.index)
+    listed = storage.read_table(part(work, "genes", unit.source.species))["gene"].to_pylist()
+    genes = {gene: i for i, gene in enumerate(listed)}
+    candidate = columns["candidate"].to_pylist()
+    gene_G = np.asarray(
+        [genes[g] if ok else -1 for g, ok in zip(columns["gene"].to_pylist(), candidate, strict=True)], dtype=np.int32
+    )
+    depth = read_metrics(work, [unit.number])[0].n_counts
+    numbers, local = np.unique(gene_G, return_inverse=True)  # genes of this source only; -1 stands first, if at all
+    skip = int(numbers[0] < 0)
+    local_G = (local - skip).astype(np.int32)
+    filled = vocab.Accumulator(len(numbers) - skip, num_cells=len(keep_N), max_depth=int(depth[keep_N].max()))
+    with open_reader(unit.source.uri, unit.source.layer) as reader:
+        for b, rows in _blocks(reader, columns, unit, block_cells):
+            filled.update(b.data, b.indices, b.indptr, depth_N=depth[rows], keep_N=keep_N[rows], gene_G=local_G)
+    write_sketch(part(work, "sketch", unit.number), filled.finish(numbers[skip:]))
+
+
+def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterator[tuple[corpus.Block, slice]]:
+    for block in corpus.blocks(reader, columns, unit.start, unit.stop, rows=rows):
+        first = block.start - unit.start
+        yield block, slice(first, first + len(block.indptr) - 1)
+
+
+def write_sketch(uri: str, found: vocab.Sketch) -> None:
+    """Write a sketch part."""
+    storage.write_table(uri, pa.table({"key": found.keys, "count": found.counts}))
+
+
+def merge_sketches(uris: list[str], to: str) -> None:
+    """Merge sketch parts, one at a time, into another part."""
+    write_sketch(to, vocab.merge(read_sketch(uri) for uri in uris))
+
+
+def read_sketch(uri: str) -> vocab.Sketch:
+    """Read a sketch part."""
+    table = storage.read_table(uri)
+    return vocab.Sketch(table["key"].to_numpy(), table["count"].to_numpy())
+
+
+# Pass 3: sentences
+
+
+def encode(
+    work: str, unit: Unit, keep_N: np.ndarray, shard: int, *, to: str, vocabulary: str, tokens: Tokens, obs: dict[str, str],
+    block_cells: int,
+) -> None:  # fmt: skip
+    """Write the unit's shard of cell sentences, and then the part that says so (lengths, bytes, sha256).
+
+    Args:
+        work: URI of the work folder.
+        unit: the source's rows.
+        keep_N: bool, which of the unit's rows are kept; at least one is.
+        shard: number of the shard.
+        to: URI of the folder of shards.
+        vocabulary: URI of the vocabulary's file.
+        tokens: how to encode.
+        obs: kind (`str`, `float`, `int`) of every obs column of the corpus; a source that lacks one has nulls.
+        block_cells: rows in memory at a time.
+    """
+    columns = _columns(work, unit.index)
+    genes = vocab.Vocabulary.load(vocabulary).of(unit.source.species)
+    gene = columns["gene"].to_pylist()
+    position_G = genes.positions(
+        g if int(c) == i else None for i, (g, c) in enumerate(zip(gene, columns["canonical"].to_pylist(), strict=True))
+    )
+    facts = storage.read_json(facts_uri(work, unit.index))
+    metrics, _ = read_metrics(work, [unit.number])
+    parts: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    with open_reader(unit.source.uri, unit.source.layer) as reader:
+        for b, rows in _blocks(reader, columns, unit, block_cells):
+            keep = keep_N[rows]
+            if not keep.any():
+                continue
+            data, indices, indptr = (b.data, b.indices, b.indptr) if keep.all() else _select(b, keep)
+            ids, offsets = tokenize.encode(data, indices, indptr, position_G=position_G, genes=genes, tokens=tokens)
+            parts.append(ids)
+            lengths.append(np.diff(offsets))
+        names = reader.cell_names(unit.start, unit.stop)[keep_N]
+        values = {
+            new: (reader.obs(facts["obs"][new], unit.start, unit.stop)[keep_N] if new in facts["obs"] else None)
+            for new in obs
+        }
+    length = np.concatenate(lengths)
+    offsets_ = np.concatenate([[0], np.cumsum(length)])
+    assert length.min() > int(tokens.cls), "a kept cell without vocabulary genes"
+    num = len(length)
+    table = pa.table(
+        {
+            "tokens": pa.ListArray.from_arrays(pa.array(offsets_, pa.int32()), pa.array(np.concatenate(parts))),
+            "cell": pa.array([f"{unit.source.name}:{name}" for name in names], pa.string()),
+            "species": pa.array([unit.source.species] * num, pa.string()),
+            "source": pa.array([unit.source.name] * num, pa.string()),
+            "source_row": pa.array(np.flatnonzero(keep_N) + unit.start, pa.int64()),
+            "length": pa.array(length, pa.int32()),
+            "n_counts": pa.array(metrics.n_counts[keep_N], pa.int64()),
+            "n_genes": pa.array(metrics.n_genes[keep_N], pa.int32()),
+            "mito_fraction": pa.array(metrics.mito_fraction[keep_N], pa.float64()),
+        }
+        | {name: _obs_array(values[name], kind, num) for name, kind in obs.items()}
+    )
+    name = shard_name(shard)
+    size, digest = write_shard(storage.join(to, name), table)
+    done = {"name": name, "rows": num, "bytes": size, "sha256": digest}
+    lengths_table = pa.table({"length": pa.array(length, pa.int32())}).replace_schema_metadata(
+        {"shard": json.dumps(done)}
+    )
+    storage.write_table(part(work, "done", shard), lengths_table)
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"{shard:05d}.parquet"
+
+
+def read_done(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Lengths (int32[N]) and manifest entry of a finished shard."""
+    table = storage.read_table(part(work, "done", shard))
+    return table["length"].to_numpy(), json.loads(table.schema.metadata[b"shard"])
+
+
+def write_shard(uri: str, table: pa.Table) -> tuple[int, str]:
+    """Write one shard: tokens byte-stream split, zstd, row groups of 2,500 cells."""
+    text = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name != "cell"]
+    return storage.write_table(
+        uri, table, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text,
+        column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
+    )  # fmt: skip
+
+
+def _select(block: corpus.Block, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    lengths = np.diff(block.indptr)
+    entries = np.repeat(keep, lengths)
+    return block.data[entries], block.indices[entries], np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64)
+
+
+def _obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:
+    wanted = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}[kind]
+    if values is None:
+        return pa.nulls(num, wanted)
+    if kind == "str":
+        return pa.array([None if v is None or v != v else str(v) for v in values], wanted)  # noqa: PLR0124 (NaN)
+    return pa.array([None if v != v else v for v in values.tolist()], wanted)  # noqa: PLR0124 (NaN)

@@ -1,0 +1,310 @@
+"""Laws of prepare: one Ray worker gives what the loop gives, blocks and kills change no byte, kept + dropped == read."""
+
+import dataclasses
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import sparse
+
+from mixgf import artifacts, corpus, storage, units
+from mixgf.config import QC, Config, Prepare, Source, SpeciesRow, Tokens, Tracking, UserError, Vocab
+from mixgf.drivers import prepare
+from mixgf.vocab import Vocabulary
+
+NUM_GENES = 30
+
+
+def species(tmp_path, name, prefix):
+    genes = [f"{prefix}{i:05d}" for i in range(NUM_GENES)]
+    path = tmp_path / f"{name}.parquet"
+    pq.write_table(
+        pa.table({"gene": genes, "symbol": [f"{name}-{i}x" for i in range(NUM_GENES)], "biotype": ["protein_coding"] * NUM_GENES,
+                  "is_mito": [i == 0 for i in range(NUM_GENES)]}), path,
+    )  # fmt: skip
+    return SpeciesRow(name=name, taxon=1, gene_prefix=prefix, genes=str(path))
+
+
+def write_cells(path, prefix, num, seed, **obs):
+    rng = np.random.default_rng(seed)
+    x = rng.negative_binomial(2, 0.2, (num, NUM_GENES)) * (rng.random((num, NUM_GENES)) < 0.8)
+    x[3] = 0  # an empty cell
+    x[5] = x[4]  # a duplicate
+    names = [f"{prefix}{i:05d}" for i in range(NUM_GENES)]
+    frame = pd.DataFrame(
+        {"cell_type": pd.Categorical(["a", "b"] * num)[:num], **obs}, index=[f"c{i}" for i in range(num)]
+    )
+    anndata.AnnData(sparse.csr_matrix(x.astype(np.float32)), obs=frame, var=pd.DataFrame(index=names)).write_h5ad(path)
+    return x
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"  # made once: a new database takes seconds
+
+
+@pytest.fixture
+def world(tmp_path, tracking_uri):
+    """Three invented species, one file each of another size, and their one-to-one table."""
+    rows = tuple(species(tmp_path, n, p) for n, p in (("ant", "ENSA"), ("bee", "ENSB"), ("cow", "ENSC")))
+    pairs = {row.name: [f"{row.gene_prefix}{i:05d}" for i in range(5)] for row in rows}
+    pq.write_table(pa.table(pairs), tmp_path / "orthologs.parquet")
+    counts = {
+        "ant": write_cells(tmp_path / "ant.h5ad", "ENSA", 37, 1, score=np.arange(37), donor=["d1"] * 37),
+        "bee": write_cells(tmp_path / "bee.h5ad", "ENSB", 20, 2, score=np.linspace(0, 1, 20)),
+        "cow": write_cells(tmp_path / "cow.h5ad", "ENSC", 11, 3, score=["x"] * 11),
+    }
+    config = Config(
+        output=str(tmp_path / "run"), species=rows, sources=tuple(Source(uri=str(tmp_path / f"{n}.h5ad"), species=n) for n in counts),
+        vocab=Vocab(orthologs=(str(tmp_path / "orthologs.parquet"),)), tokens=Tokens(max_len=20),
+        prepare=Prepare(shard_cells=10, block_cells=4), tracking=Tracking(uri=tracking_uri),
+    )  # fmt: skip
+    return config, counts
+
+
+def bytes_of(uri):
+    files = ["index.parquet", "mapping.parquet", "dropped.parquet", "vocabulary.parquet"]
+    shards = [f"shards/{n}" for n in storage.list_dir(f"{uri}/shards")]
+    return {f: storage.sha256(f"{uri}/{f}") for f in files + shards}
+
+
+def made(config, tmp_path, name, **changes):
+    config = dataclasses.replace(config, output=str(tmp_path / name), **changes)
+    return prepare.run(config, spread=prepare.loop)
+
+
+def shards(uri):
+    record = artifacts.require(uri, "corpus")
+    return pa.concat_tables([storage.read_table(f"{uri}/shards/{s['name']}") for s in record.details["shards"]])
+
+
+def test_three_invented_species_become_the_sentences_of_the_formula(world, tmp_path):
+    config, counts = world
+    uri = made(config, tmp_path, "run")
+    record = artifacts.require(uri, "corpus")
+    table = shards(uri)
+    vocabulary = Vocabulary.load(uri)
+    assert record.details["species"] == ["ant", "bee", "cow"]
+    assert record.details["vocabulary"] == vocabulary.hash == Vocabulary.load(f"{config.output}/vocabulary").hash
+    read = sum(len(x) for x in counts.values())
+    dropped = record.counts["dropped"]
+    assert record.counts["read"] == read == record.counts["kept"] + sum(dropped.values())
+    assert dropped["few_genes"] >= 3
+    assert dropped["duplicate"] == 3
+    index = storage.read_table(f"{uri}/index.parquet")
+    assert index.num_rows == table.num_rows == record.counts["kept"] == sum(s["rows"] for s in record.details["shards"])
+    assert index["length"].to_pylist() == table["length"].to_pylist() == [len(t) for t in table["tokens"].to_pylist()]
+    assert [record.details["species"][c] for c in index["species"].to_pylist()] == table["species"].to_pylist()
+    for cell in table.to_pylist():
+        genes, row = vocabulary.of(cell["species"]), counts[cell["species"]][cell["source_row"]]
+        x = {int(t): int(row[int(g[4:])]) / m for g, t, m in zip(genes.genes, genes.tokens, genes.medians, strict=True)}
+        expected = sorted((t for t in x if x[t] > 0), key=lambda t: (-x[t], t))[:20]
+        assert cell["tokens"] == expected
+        assert cell["cell"] == f"{cell['source']}:c{cell['source_row']}"
+        assert (cell["n_counts"], cell["n_genes"]) == (row.sum(), (row > 0).sum())
+        assert cell["mito_fraction"] == pytest.approx(row[0] / row.sum())
+        assert cell["cell_type"] == "ab"[cell["source_row"] % 2]
+        assert cell["donor"] == ("d1" if cell["species"] == "ant" else None)
+        assert isinstance(cell["score"], str)  # a number in two sources, text in the third: text
+    for name in ("ant", "bee", "cow"):  # medians against numpy's, over kept cells
+        kept = counts[name][[c["source_row"] for c in table.to_pylist() if c["species"] == name]]
+        x = kept / kept.sum(1, keepdims=True) * 10_000
+        for gene, median in zip(vocabulary.of(name).genes, vocabulary.of(name).medians, strict=True):
+            column = x[:, int(gene[4:])]
+            assert median == pytest.approx(np.median(column[column > 0]), rel=0.005)
+
+
+def test_neither_blocks_nor_the_order_of_work_change_a_byte(world, tmp_path):
+    config, _ = world
+    expected = bytes_of(made(config, tmp_path, "one"))
+
+    def backwards(jobs):
+        for i in reversed(range(len(jobs))):
+            yield i, prepare.attempt(jobs[i])
+
+    for block in (1, 10):
+        other = dataclasses.replace(
+            config, prepare=Prepare(shard_cells=10, block_cells=block), output=str(tmp_path / f"b{block}")
+        )
+        assert bytes_of(prepare.run(other, spread=backwards)) == expected
+    # another cut into shards: other files, the same sentences
+    other = made(config, tmp_path, "cut", prepare=Prepare(shard_cells=7, block_cells=3))
+    assert shards(other).equals(shards(str(tmp_path / "one" / "corpus")))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [1, 3])
+def test_ray_gives_what_the_loop_gives(world, tmp_path, ray_local, workers):
+    config, _ = world
+    expected = bytes_of(made(config, tmp_path, "loop"))
+    compute = dataclasses.replace(config.compute, num_workers=workers)
+    assert bytes_of(prepare.run(dataclasses.replace(config, compute=compute))) == expected
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path):
+    config, _ = world
+    expected = bytes_of(made(config, tmp_path, "whole"))
+    made_calls = []
+
+    def dying(after):
+        def spread(jobs):
+            for i, call in enumerate(jobs):
+                if len(made_calls) >= after:
+                    raise KeyboardInterrupt
+                made_calls.append(call.function.__name__)
+                yield i, prepare.attempt(call)
+
+        return spread
+
+    total = 0
+    for after in (2, 3, 5, 4, 6, 1):  # dies in every pass
+        made_calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            prepare.run(config, spread=dying(after))
+        assert artifacts.find(f"{config.output}/corpus") is None
+        total += len(made_calls)
+    made_calls.clear()
+    uri = prepare.run(config, spread=dying(10**9))
+    assert total + len(made_calls) == 3 + 3 * 8  # three sources, eight units in three passes: nothing was made twice
+    assert bytes_of(uri) == expected
+    assert not storage.exists(f"{uri}/work")
+    made_calls.clear()
+    assert prepare.run(config, spread=dying(0)) == uri  # done: nothing to do
+    with pytest.raises(UserError, match=r"holds another .*tokens\.max_len: 20 -> 19"):
+        made(config, tmp_path, "run", tokens=Tokens(max_len=19))
+
+
+def test_a_bad_source_does_not_lose_the_run_unless_strict(world, tmp_path):
+    config, _ = world
+    bad = anndata.read_h5ad(tmp_path / "bee.h5ad")
+    bad.X[17, 4] = 0.5  # in its second unit
+    bad.write_h5ad(tmp_path / "bee.h5ad")
+    record = artifacts.require(made(config, tmp_path, "run"), "corpus")
+    assert [r["name"] for r in record.details["refused"]] == ["bee"]
+    assert "count 0.5 of cell c17 (row 17)" in record.details["refused"][0]["error"]
+    assert [s["name"] for s in record.details["sources"]] == ["ant", "cow"]
+    assert record.counts["read"] == 48
+    with pytest.raises(UserError, match=r"count 0\.5 of cell c17"):
+        made(config, tmp_path, "strict", prepare=Prepare(shard_cells=10, block_cells=4, strict=True))
+    with pytest.raises(UserError, match=r"count 0\.5 of cell c17"):
+        made(config, tmp_path, "only", sources=config.sources[1:2])
+    assert artifacts.find(str(tmp_path / "only" / "corpus")) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"species": "bee"}, r"species = 'bee': only 0 of 30 genes are known .*ENSA00000.*wrong species"),
+        ({"uri": "no.h5ad"}, r"no\.h5ad: no such file"),
+        ({"sample": "batch"}, r"sources\[0\]\.sample = 'batch': no such column of obs; it has cell_type, score, donor"),
+        ({"obs": ("type=kind",)}, r"sources\.obs = 'kind': no such column of obs"),
+        ({"layer": "raw"}, r"layer = 'raw': not in the file; it has X"),
+    ],
+    ids=["species", "missing", "sample", "obs", "layer"],
+)
+def test_what_a_source_says_wrongly_is_refused(world, tmp_path, change, message):
+    config, _ = world
+    with pytest.raises(UserError, match=message):
+        made(config, tmp_path, "run", sources=(dataclasses.replace(config.sources[0], **change),))
+
+
+def test_too_few_counts_on_known_genes_refuse_a_source_with_its_commonest_unknown_names(world, tmp_path):
+    config, _ = world
+    cells = anndata.read_h5ad(tmp_path / "ant.h5ad")
+    cells.var_names = [n if i < 10 else f"odd{i}" for i, n in enumerate(cells.var_names)]
+    cells.X = cells.X.multiply(np.where(np.arange(NUM_GENES) == 11, 9, 1)).tocsr()
+    cells.write_h5ad(tmp_path / "ant.h5ad")
+    with pytest.raises(
+        UserError, match=r"only \d+\.\d% of the counts are on known ant genes .*commonest unknown: odd11, .*neither"
+    ):
+        made(config, tmp_path, "run", sources=config.sources[:1])
+
+
+def test_an_empty_file_and_a_run_without_kept_cells_are_refused(world, tmp_path):
+    config, _ = world
+    cells = anndata.read_h5ad(tmp_path / "ant.h5ad")
+    cells[:0].copy().write_h5ad(tmp_path / "empty.h5ad")
+    with pytest.raises(UserError, match=r"empty\.h5ad: empty \(0 cells x 30 genes\)"):
+        made(config, tmp_path, "run", sources=(Source(uri=str(tmp_path / "empty.h5ad"), species="ant"),))
+    cells.X = sparse.csr_matrix(cells.shape, dtype=np.float32)
+    cells.write_h5ad(tmp_path / "ant.h5ad")
+    with pytest.raises(UserError, match=r"none of 37 cells passes \(37 few_genes\)"):
+        made(config, tmp_path, "run2", sources=config.sources[:1])
+
+
+def test_a_given_vocabulary_is_used_unchanged_and_imported_medians_are_kept(world, tmp_path):
+    config, _ = world
+    first = made(config, tmp_path, "first")
+    reuse = Vocab(reuse=str(tmp_path / "first" / "vocabulary"))
+    again = made(config, tmp_path, "again", vocab=reuse)
+    assert Vocabulary.load(again).hash == Vocabulary.load(first).hash
+    assert shards(again).equals(shards(first))
+    assert not storage.exists(str(tmp_path / "again" / "vocabulary"))
+    lines = "".join(f"ENSA{i:05d}\t{1 + i % 3}\n" for i in range(12))
+    (tmp_path / "m.tsv").write_text("gene\tmedian\n" + lines)
+    imported = dataclasses.replace(config.vocab, medians=str(tmp_path / "m.tsv"))
+    uri = made(
+        config, tmp_path, "imported", vocab=imported, sources=config.sources[:1], qc=QC(method="none", min_genes=2)
+    )
+    vocabulary = Vocabulary.load(uri)
+    assert vocabulary.of("ant").medians.tolist() == [1.0 + i % 3 for i in range(12)]
+    assert vocabulary.species == ("ant",)
+
+
+def test_many_sketch_parts_are_merged_in_a_tree(world, tmp_path, monkeypatch):
+    config, _ = world
+    expected = Vocabulary.load(made(config, tmp_path, "flat")).hash
+    monkeypatch.setattr(prepare, "MERGE_FAN_IN", 2)
+    assert Vocabulary.load(made(config, tmp_path, "tree")).hash == expected
+
+
+def test_shared_tokens_caps_and_cls_reach_the_corpus(world, tmp_path):
+    config, _ = world
+    shared = dataclasses.replace(config.vocab, sharing="ortholog")
+    sources = tuple(dataclasses.replace(s, sample="cell_type") for s in config.sources)
+    uri = made(
+        config,
+        tmp_path,
+        "run",
+        vocab=shared,
+        sources=sources,
+        qc=QC(max_cells_per_sample=4),
+        tokens=Tokens(max_len=8, cls=True),
+    )
+    assert Vocabulary.load(uri).size == 3 + 3 * NUM_GENES - 2 * 5
+    table = shards(uri)
+    assert {t[0] for t in table["tokens"].to_pylist()} == {2}
+    assert max(table["length"].to_pylist()) == 8
+    per_sample = table.group_by(["source", "cell_type"]).aggregate([("cell", "count")]).to_pylist()
+    assert [r["cell_count"] for r in per_sample if r["source"] != "cow"] == [4] * 4
+    assert max(r["cell_count"] for r in per_sample) == 4
+    assert artifacts.require(uri, "corpus").counts["dropped"]["cap"] > 0
+
+
+def test_units_cover_every_row_once():
+    source = Source(uri="a", species="b")
+    found = units.plan_units({0: (source, 25), 2: (source, 10), 3: (source, 1)}, 10)
+    assert [(u.number, u.index, u.start, u.stop) for u in found] == [
+        (0, 0, 0, 10),
+        (1, 0, 10, 20),
+        (2, 0, 20, 25),
+        (3, 2, 0, 10),
+        (4, 3, 0, 1),
+    ]
+
+
+def test_the_summary_of_a_corpus_counts_what_is_in_it(world, tmp_path):
+    config, _ = world
+    uri = made(config, tmp_path, "run")
+    found, table = corpus.corpus_summary(uri), shards(uri)
+    for name in ("species", "source", "cell_type"):
+        assert found[name] == {k: table[name].to_pylist().count(k) for k in found[name]}
+        assert sum(found[name].values()) == table.num_rows == found["counts"]["kept"]
+    assert found["length"]["100 %"] == max(table["length"].to_pylist())
+    text = corpus.describe(uri)
+    assert "68 read" in text
+    assert "3 duplicate" in text
+    assert "30 of 30, 100.0% of counts" in text

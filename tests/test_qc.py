@@ -1,0 +1,154 @@
+"""Laws of quality control: every dropped cell has one reason, and neither blocks nor order decide which."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from mixgf import qc
+from mixgf.config import QC
+
+
+def measure(counts_NG, mito=None, candidate=None, key=None):
+    x = sparse.csr_array(np.asarray(counts_NG))
+    n = x.shape[1]
+    sums = np.zeros(n, dtype=np.int64)
+    metrics = qc.measure(
+        x.data.astype(np.int32), x.indices.astype(np.int32), x.indptr.astype(np.int64),
+        counted_G=np.ones(n, bool), mito_G=np.zeros(n, bool) if mito is None else np.asarray(mito),
+        candidate_G=np.ones(n, bool) if candidate is None else np.asarray(candidate),
+        key_G=np.arange(1, n + 1, dtype=np.uint64) if key is None else np.asarray(key, dtype=np.uint64), sums_G=sums,
+    )  # fmt: skip
+    return metrics, sums
+
+
+def metrics_of(n_counts, n_genes=None, n_mito=None):
+    n = len(n_counts)
+    return qc.Metrics(
+        np.asarray(n_counts, dtype=np.int64), np.asarray(n_genes or [100] * n, dtype=np.int32),
+        np.asarray(n_mito or [0] * n, dtype=np.int64), np.arange(n, dtype=np.uint64), np.arange(n, dtype=np.uint64),
+    )  # fmt: skip
+
+
+def test_metrics_worked_by_hand():
+    found, sums = measure(
+        [[1, 0, 3, 4], [0, 0, 0, 0]], mito=[False, False, True, False], candidate=[True, True, True, False]
+    )
+    assert found.n_counts.tolist() == [8, 0]  # the sum of ALL counts
+    assert found.n_genes.tolist() == [2, 0]
+    assert found.mito_fraction.tolist() == [3 / 8, 0]
+    assert sums.tolist() == [1, 0, 3, 4]
+
+
+def test_the_hash_depends_on_genes_and_counts_not_on_the_order_of_columns():
+    a, _ = measure([[1, 2, 3], [1, 2, 4], [2, 1, 3]])
+    b, _ = measure([[3, 1, 2]], key=[3, 1, 2])
+    assert (a.hash_a[0], a.hash_b[0]) == (b.hash_a[0], b.hash_b[0])
+    assert len(set(a.hash_a.tolist())) == len(set(a.hash_b.tolist())) == 3
+    unknown, _ = measure([[1, 2, 3, 9]], key=[1, 2, 3, 0])  # an unknown column does not hide a duplicate
+    assert unknown.hash_a[0] == a.hash_a[0]
+
+
+def test_metrics_of_blocks_are_those_of_the_whole():
+    counts = np.random.default_rng(1).negative_binomial(0.5, 0.1, (23, 40))
+    whole, sums = measure(counts)
+    parts = [measure(counts[a : a + 5]) for a in range(0, 23, 5)]
+    merged = qc.Metrics.merge([m for m, _ in parts])
+    for name in qc.Metrics.__slots__:
+        assert np.array_equal(getattr(merged, name), getattr(whole, name))
+    assert np.array_equal(sum(s for _, s in parts), sums)
+
+
+def test_sd_rule_drops_both_tails_and_cells_without_genes_do_not_move_the_mean():
+    depth = [100] * 50 + [102] * 50 + [1_000, 0]
+    genes = [50] * 101 + [0]
+    reason = qc.judge(metrics_of(depth, genes), QC(method="sd"))
+    assert [qc.REASONS[r] for r in reason[-2:]] == ["depth", "few_genes"]
+    assert (reason[:-2] == qc.KEPT).all()
+    low = qc.judge(metrics_of([1_000] * 100 + [1]), QC(method="sd"))
+    assert low[-1] == qc.DEPTH
+    assert (qc.judge(metrics_of(depth, genes), QC(method="none"))[:-1] == qc.KEPT).all()
+
+
+def test_sd_rule_is_exact_at_the_bound():
+    # 1 of 10 differs by d: its distance from the mean is .9 d = 3 sd exactly (sd = .3 d); within means kept
+    assert (qc.judge(metrics_of([7] * 9 + [107]), QC()) == qc.KEPT).all()
+    assert qc.judge(metrics_of([7] * 10 + [107]), QC())[-1] == qc.DEPTH
+
+
+def test_mad_rule_works_on_the_log_scale_and_a_mad_of_zero_drops_nothing():
+    depth = [900, 1_000, 1_100, 950, 1_050, 1_000, 980, 60, 30_000]
+    reason = qc.judge(metrics_of(depth), QC(method="mad"))
+    assert np.flatnonzero(reason).tolist() == [7, 8]
+    same = qc.judge(metrics_of([1_000] * 9, n_mito=[0] * 8 + [400]), QC(method="mad"))
+    assert (same == qc.KEPT).all()
+
+
+def test_mitochondrial_share_is_capped_beside_the_rule():
+    reason = qc.judge(metrics_of([1_000] * 4, n_mito=[10, 20, 30, 300]), QC(method="none", max_mito_fraction=0.2))
+    assert [qc.REASONS[r] for r in reason] == ["kept", "kept", "kept", "mito"]
+
+
+def test_a_cell_gets_one_reason_the_first():
+    metrics = metrics_of([5] * 2, n_genes=[3, 10], n_mito=[5, 5])
+    reason = qc.judge(metrics, QC(method="none", max_mito_fraction=0.5), np.asarray([True, True]))
+    assert [qc.REASONS[r] for r in reason] == ["few_genes", "mito"]
+
+
+def test_the_first_kept_copy_of_a_cell_stays_across_sources():
+    a, b = metrics_of([1] * 3), metrics_of([1] * 4)
+    a.hash_a[:], b.hash_a[:] = [5, 6, 5], [6, 7, 8, 7]
+    a.hash_b[:], b.hash_b[:] = [1, 1, 1], [1, 1, 1, 2]
+    reasons = [np.zeros(3, np.int8), np.zeros(4, np.int8)]
+    reasons[0][1] = qc.DEPTH  # the earlier copy of hash 6 is dropped anyway, so the later one stays
+    qc.drop_duplicates([a, b], reasons)
+    assert reasons[0].tolist() == [0, qc.DEPTH, qc.DUPLICATE]
+    assert reasons[1].tolist() == [0, 0, 0, 0]  # 7 twice, but the second half of the hash differs
+
+
+def test_caps_keep_so_many_per_sample_by_key_and_touch_only_kept_cells():
+    sample = np.asarray(["x"] * 10 + ["y"] * 3, dtype=object)
+    reason = np.zeros(13, dtype=np.int8)
+    reason[0] = qc.MITO
+    first, again, other = reason.copy(), reason.copy(), reason.copy()
+    for r, seed in ((first, 0), (again, 0), (other, 1)):
+        qc.cap(r, sample, 4, "source", seed)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert (first[:10] == qc.KEPT).sum() == 4
+    assert (first[10:] == qc.KEPT).all()
+    assert first[0] == qc.MITO
+    assert qc.count(first) == {"kept": 7, "few_genes": 0, "depth": 0, "mito": 1, "doublet": 0, "duplicate": 0, "cap": 5}
+
+
+def test_scrublet_ranks_simulated_doublets_above_singlets():
+    pytest.importorskip("skimage", reason="scanpy's Scrublet needs scikit-image")
+    rng = np.random.default_rng(0)
+    programs = rng.lognormal(0, 1.5, (4, 400))
+    programs /= programs.sum(1, keepdims=True)
+    singlets = rng.poisson(programs[np.arange(280) % 4] * 2_000)
+    doublets = singlets[:20] + singlets[21:41]  # of different types
+    x = sparse.csr_array(np.vstack([singlets, doublets]))
+    score, verdict = qc.scrublet(x.data.astype(np.int32), x.indices, x.indptr, 400, rate=0.07, seed=0)
+    truth = np.arange(300) >= 280
+    better = (score[truth][:, None] > score[~truth]).mean() + 0.5 * (score[truth][:, None] == score[~truth]).mean()
+    assert better > 0.9
+    assert verdict.shape == (300,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cellline_human_scmixology", "cellline_human_hashing"])
+def test_scrublet_against_labelled_doublets(name):
+    path = Path(__file__).parents[2] / "shared" / "data" / "h5ad" / f"{name}.h5ad"
+    if not path.exists():
+        pytest.skip("labelled doublets are not on this machine")
+    import anndata
+    from sklearn.metrics import roc_auc_score
+
+    cells = anndata.read_h5ad(path)
+    x = cells.X.astype(np.int32)
+    truth = cells.obs["is_doublet"].astype(str).isin(["True", "1"]).to_numpy()
+    score, _ = qc.scrublet(x.data, x.indices, x.indptr, x.shape[1], rate=max(0.02, float(truth.mean())), seed=0)
+    auroc = roc_auc_score(truth, score)
+    assert auroc > 0.6, f"{name}: AUROC {auroc:.3f}"
