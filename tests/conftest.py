@@ -28,3 +28,67 @@ def ray_local():
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def make_corpus(tmp_path_factory):
+    """Writes small token corpora in the documented layout: `make_corpus(lengths, species, rows, genes=...) -> uri`."""
+    import numpy as np
+    import pyarrow as pa
+
+    from mixgf import artifacts, storage
+    from mixgf.vocab import NUM_SPECIALS, Vocabulary
+
+    def make(lengths, species, rows, *, genes=40, names=("human", "mouse"), cls=False, seed=0):
+        """`genes` per species; gene i of every species is the ortholog of gene i of the others (see `orthologs.parquet`)."""
+        uri = str(tmp_path_factory.mktemp("corpus"))
+        lengths, species = np.asarray(lengths, dtype=np.int32), np.asarray(species, dtype=np.int8)
+        table = pa.table(
+            {
+                "token": pa.array(np.arange(genes * len(names)) + NUM_SPECIALS, pa.int32()),
+                "gene": [f"G{name}{i:05d}" for name in names for i in range(genes)],
+                "symbol": [f"{name}{i}" for name in names for i in range(genes)],
+                "species": [name for name in names for _ in range(genes)],
+                "median": pa.array(np.ones(genes * len(names))),
+                "biotype": ["protein_coding"] * (genes * len(names)),
+            }
+        )
+        vocabulary = Vocabulary(table, species=tuple(names), sharing="separate")
+        vocabulary.save(storage.join(uri, "vocabulary.parquet"))
+        orthologs = pa.table({name: [f"G{name}{i:05d}" for i in range(genes // 2)] for name in names})
+        storage.write_table(storage.join(uri, "orthologs.parquet"), orthologs)
+        rng = np.random.default_rng(seed)
+        sentences = [
+            [2] * cls + (rng.permutation(genes)[: n - cls] + NUM_SPECIALS + genes * s).tolist()
+            for n, s in zip(lengths, species, strict=True)
+        ]
+        shards, start = [], 0
+        for i, n in enumerate(rows):
+            cells = range(start, start + n)
+            shard = pa.table(
+                {
+                    "tokens": pa.array([sentences[c] for c in cells], pa.list_(pa.int32())),
+                    "cell": [f"source:{c}" for c in cells],
+                    "species": [names[species[c]] for c in cells],
+                    "source": ["source"] * n,
+                    "source_row": pa.array(list(cells), pa.int64()),
+                    "length": pa.array(lengths[start : start + n]),
+                    "cell_type": ["alpha" if c % 2 else "beta" for c in cells],
+                }
+            )
+            size, sha = storage.write_table(storage.join(uri, "shards", f"{i:05d}.parquet"), shard)
+            shards.append({"name": f"{i:05d}.parquet", "rows": n, "bytes": size, "sha256": sha})
+            start += n
+        assert start == len(lengths)
+        storage.write_table(storage.join(uri, "index.parquet"), pa.table({"length": lengths, "species": species}))
+        record = artifacts.plan("corpus", 1, {"tokens": {"cls": cls}, "seed": seed}, {})
+        details = {
+            "species": list(names),
+            "vocabulary": vocabulary.hash,
+            "shards": shards,
+            "max_len": int(lengths.max()),
+        }
+        artifacts.finish(uri, record, counts={"kept": len(lengths)}, details=details)
+        return uri
+
+    return make

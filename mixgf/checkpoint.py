@@ -1,0 +1,269 @@
+"""Weights and training state in storage: safetensors and JSON, never pickle.
+
+A resumable checkpoint is a folder `steps/<NNNNNNNN>`: model and optimizer as safetensors, then `state.json`, written last,
+which makes it count. A checkpoint with a state that cannot be read is an error, never a silent start from step 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from mixgf import artifacts, config, storage
+from mixgf.artifacts import Record
+from mixgf.config import UserError
+from mixgf.model import Encoder, MaskedModel
+
+KIND, SCHEMA = "checkpoint", 1
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What training needs beside the weights to go on as if nothing had happened."""
+
+    step: int
+    """Optimizer steps done."""
+    details: dict[str, Any]
+
+
+def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors as one safetensors file; returns its bytes and SHA-256."""
+    data = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    storage.write_bytes(uri, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def read_tensors(uri: str, expected: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, after a check of its hash where one is known."""
+    try:
+        data = storage.read_bytes(uri)
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            msg = f"{uri}: not the bytes that were written"
+            raise UserError(_lost(msg, uri))
+        return load_tensors(data)
+    except (FileNotFoundError, safetensors.SafetensorError) as error:
+        raise UserError(_lost(f"{uri}: {error}", uri)) from None
+
+
+def _lost(what: str, uri: str) -> str:
+    return f"{what}. Restore it, or remove the folder {uri.rsplit('/', 1)[0]} to go on from what lies before it"
+
+
+def save_step(uri: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, details: dict[str, Any]) -> str:
+    """Publish a resumable checkpoint under `uri`/steps; returns its folder."""
+    folder = storage.join(uri, "steps", f"{step:08d}")
+    names = {id(p): name for name, p in model.named_parameters()}
+    moments = {
+        f"{names[id(p)]}/{key}": value
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    files = {
+        WEIGHTS: write_tensors(storage.join(folder, WEIGHTS), dict(model.named_parameters())),
+        "optimizer.safetensors": write_tensors(storage.join(folder, "optimizer.safetensors"), moments),
+    }
+    state = {"step": step, "files": files, "details": details}
+    storage.write_json(storage.join(folder, "state.json"), state)
+    return folder
+
+
+def complete_steps(uri: str) -> list[int]:
+    """Steps of all complete checkpoints under `uri`/steps, ascending."""
+    folder = storage.join(uri, "steps")
+    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in storage.list_dir(folder)]
+    return [int(n) for n in sorted(names) if n.isdigit() and storage.exists(storage.join(folder, n, "state.json"))]
+
+
+def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
+    """Restore the latest complete checkpoint under `uri`/steps in place; None when there is none.
+
+    Raises:
+        UserError: there is one, but it cannot be read or is of another model.
+    """
+    steps = complete_steps(uri)
+    if not steps:
+        return None
+    folder = storage.join(uri, "steps", f"{steps[-1]:08d}")
+    where = storage.join(folder, "state.json")
+    try:
+        state = storage.read_json(where)
+        step, files, details = int(state["step"]), dict(state["files"]), dict(state["details"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(_lost(f"{where}: not a readable state ({error!r})", where)) from None
+    load_weights(model, read_tensors(storage.join(folder, WEIGHTS), files[WEIGHTS]), folder)
+    uri_moments = storage.join(folder, "optimizer.safetensors")
+    moments = read_tensors(uri_moments, files["optimizer.safetensors"])
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            mine = {k.rsplit("/", 1)[1]: v for k, v in moments.items() if k.rsplit("/", 1)[0] == names[id(p)]}
+            device = {k: v.to(p.device) if v.dim() or group.get("fused") else v for k, v in mine.items()}
+            optimizer.state[p] = device
+    return State(step, details)
+
+
+def promote(uri: str, record: Record, model: MaskedModel, **about: Any) -> Record:
+    """Make the weights of the latest complete checkpoint under `uri`/steps the artifact's; arguments as `publish`."""
+    folder = storage.join(uri, "steps", f"{complete_steps(uri)[-1]:08d}")
+    files = storage.read_json(storage.join(folder, "state.json"))["files"]
+    load_weights(model, read_tensors(storage.join(folder, WEIGHTS), files[WEIGHTS]), folder)
+    return publish(uri, record, model, **about)
+
+
+def prune(uri: str, keep: int) -> None:
+    """Remove all but the latest `keep` complete checkpoints."""
+    for step in complete_steps(uri)[:-keep]:
+        folder = storage.join(uri, "steps", f"{step:08d}")
+        storage.remove(storage.join(folder, "state.json"))  # first, so that no half-removed checkpoint counts
+        storage.remove(folder)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into a model's parameters; names and shapes must be the same."""
+    parameters = dict(model.named_parameters())
+    differing = sorted(set(parameters) ^ set(tensors)) or [
+        f"{k} {tuple(tensors[k].shape)} instead of {tuple(p.shape)}"
+        for k, p in parameters.items()
+        if p.shape != tensors[k].shape
+    ]
+    if differing:
+        msg = f"{where}: weights of another model ({', '.join(differing[:3])}); name one made with the same config"
+        raise UserError(msg)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def publish(
+    uri: str,
+    record: Record,
+    model: MaskedModel,
+    *,
+    vocabulary: str,
+    tokens: config.Tokens,
+    objective: config.Objective | None = None,
+    counts: dict[str, Any] | None = None,
+    files: dict[str, Any] | None = None,
+) -> Record:
+    """Write a model's weights and finish its artifact.
+
+    Args:
+        uri: the artifact's folder, already begun.
+        record: its plan.
+        model: encoder and head.
+        vocabulary: hash of the vocabulary.
+        tokens: how its sentences are made.
+        objective: what it was trained with, if it was.
+        counts: counts of the record.
+        files: further files that were written.
+    """
+    files = (files or {}) | {WEIGHTS: write_tensors(storage.join(uri, WEIGHTS), dict(model.named_parameters()))}
+    details = {
+        "vocabulary": vocabulary,
+        "vocab_size": model.encoder.vocab_size,
+        "model": config.to_dict(model.encoder.row),
+        "tokens": config.to_dict(tokens),
+        "objective": config.to_dict(objective) if objective is not None else None,
+    }
+    return artifacts.finish(uri, record, counts=counts, files=files, details=details)
+
+
+def load_model(uri: str, device: torch.device | str = "cpu") -> tuple[MaskedModel, Record]:
+    """Encoder and masked-gene head of a checkpoint artifact, in evaluation mode."""
+    record = artifacts.require(uri, KIND, SCHEMA)
+    row = config.from_dict(config.Model, record.details["model"])
+    model = MaskedModel(row, int(record.details["vocab_size"]))
+    load_weights(model, read_tensors(storage.join(uri, WEIGHTS), record.files.get(WEIGHTS)), uri)
+    return model.to(device).eval(), record
+
+
+def load_encoder(uri: str, device: torch.device | str = "cpu") -> tuple[Encoder, Record]:
+    """The encoder of a checkpoint artifact, in evaluation mode, and the artifact's record."""
+    model, record = load_model(uri, device)
+    return model.encoder, record
+
+
+def require_vocabulary(record: Record, vocabulary: str, what: str) -> None:
+    """Refuse to use a checkpoint on tokens of another vocabulary."""
+    if record.details["vocabulary"] != vocabulary:
+        msg = (
+            f"inputs.checkpoint: made with vocabulary {record.details['vocabulary'][:12]}, but {what} has {vocabulary[:12]}; "
+            f"name a checkpoint trained on that vocabulary, or prepare with --set vocab.reuse=URI"
+        )
+        raise UserError(msg)
+
+
+# Hugging Face BERT names
+
+_LAYER = {
+    "out": "attention.output.dense", "norm_attention": "attention.output.LayerNorm", "up": "intermediate.dense",
+    "down": "output.dense", "norm_ffn": "output.LayerNorm",
+}  # fmt: skip
+_HEAD = {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm"}
+
+
+def to_bert(model: MaskedModel) -> dict[str, Tensor]:
+    """The state dict of an equal Hugging Face `BertForMaskedLM` (one token type, a zero vector)."""
+    own = {k: v.detach() for k, v in model.named_parameters()}
+    dim = model.encoder.row.dim
+    out = {
+        "bert.embeddings.word_embeddings.weight": own["encoder.tokens"],
+        "bert.embeddings.position_embeddings.weight": own["encoder.positions"],
+        "bert.embeddings.token_type_embeddings.weight": torch.zeros(1, dim, device=own["encoder.tokens"].device),
+        "cls.predictions.bias": own["bias"],
+        "cls.predictions.decoder.weight": own["encoder.tokens"],
+        "cls.predictions.decoder.bias": own["bias"],
+    }
+    for kind in ("weight", "bias"):
+        out[f"bert.embeddings.LayerNorm.{kind}"] = own[f"encoder.norm.{kind}"]
+        for ours, theirs in _HEAD.items():
+            out[f"{theirs}.{kind}"] = own[f"{ours}.{kind}"]
+        for i in range(model.encoder.row.num_layers):
+            layer = f"bert.encoder.layer.{i}"
+            parts = own[f"encoder.layers.{i}.qkv.{kind}"].chunk(3)
+            for name, part in zip(("query", "key", "value"), parts, strict=True):
+                out[f"{layer}.attention.self.{name}.{kind}"] = part
+            for ours, theirs in _LAYER.items():
+                out[f"{layer}.{theirs}.{kind}"] = own[f"encoder.layers.{i}.{ours}.{kind}"]
+    return out
+
+
+def from_bert(state: Mapping[str, Tensor], row: config.Model) -> dict[str, Tensor]:
+    """Our parameters from the state dict of a Hugging Face `BertForMaskedLM` (or `BertModel`, then without a head).
+
+    The first token-type vector is added to every position. Names may carry the prefix `bert.` or not.
+    """
+    given = {k.removeprefix("bert."): v.float() for k, v in state.items()}
+    try:
+        out = {
+            "encoder.tokens": given["embeddings.word_embeddings.weight"],
+            "encoder.positions": given["embeddings.position_embeddings.weight"]
+            + given["embeddings.token_type_embeddings.weight"][0],
+        }
+        for kind in ("weight", "bias"):
+            out[f"encoder.norm.{kind}"] = given[f"embeddings.LayerNorm.{kind}"]
+            for i in range(row.num_layers):
+                layer = f"encoder.layer.{i}"
+                parts = [given[f"{layer}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
+                out[f"encoder.layers.{i}.qkv.{kind}"] = torch.cat(parts)
+                for ours, theirs in _LAYER.items():
+                    out[f"encoder.layers.{i}.{ours}.{kind}"] = given[f"{layer}.{theirs}.{kind}"]
+            for ours, theirs in _HEAD.items():
+                if f"{theirs}.{kind}" in given:
+                    out[f"{ours}.{kind}"] = given[f"{theirs}.{kind}"]
+    except KeyError as error:
+        msg = f"weights without {error.args[0]!r}: need a BERT with at least {row.num_layers} layers"
+        raise UserError(msg) from None
+    if "cls.predictions.bias" in given:
+        out["bias"] = given["cls.predictions.bias"]
+    return out

@@ -1,0 +1,194 @@
+"""Pretraining on a Ray Train worker group.
+
+Ray starts the workers, starts them again after a loss, and shrinks or grows the group; what was trained so far lies in the
+output folder, where the loop itself finds it. So worker, node, head and driver may die at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from mixgf import artifacts, checkpoint, storage, tracking
+from mixgf.config import Config, UserError, from_dict, to_dict
+from mixgf.dataset import Corpus
+from mixgf.drivers.session import session
+from mixgf.model import MaskedModel, forward_flops, head_flops
+from mixgf.objectives import Pretraining
+from mixgf.progress import Progress, number, say
+from mixgf.train import GroupContext, Row, fit
+
+_SPEED = ("micro_tokens", "compile", "threads", "checkpoint_steps", "keep_checkpoints", "log_steps")
+_SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
+
+
+def run(config: Config) -> str:
+    """Train the model of `config` on its corpus; returns the URI of the checkpoint artifact."""
+    uri = storage.join(config.output, "pretrain")
+    corpus = Corpus(config.inputs.corpus or storage.join(config.output, "corpus"))
+    longest = int(corpus.lengths_N.max(initial=0))
+    if longest > config.model.max_positions:
+        msg = f"model.max_positions = {config.model.max_positions}: the corpus has cells of {longest} tokens; set at least that"
+        raise UserError(msg)
+    record = planned(config, corpus)
+    if not artifacts.begin(uri, record):
+        say(f"pretrain: {uri} is already there")
+        return uri
+    task = Pretraining(config, corpus)
+    model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
+    _announce(config, corpus, task, model)
+    with session(config), tracking.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked:
+        _train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
+        done = checkpoint.promote(
+            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised, objective=config.objective,
+            counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": corpus.num_cells},
+        )  # fmt: skip
+    say(f"pretrain: {done.counts['steps']:,} steps, weights in {uri}")
+    return uri
+
+
+def planned(config: Config, corpus: Corpus) -> artifacts.Record:
+    """The record of this training: all that decides the weights, nothing that only changes speed."""
+    data = to_dict(config)
+    train = {k: v for k, v in data["train"].items() if k not in _SPEED}
+    chosen = {"model": data["model"], "objective": data["objective"], "train": train, "seed": config.seed}
+    if config.objective.ortholog_weight > 0 or config.objective.view == "ortholog":
+        chosen["orthologs"] = data["vocab"]["orthologs"]
+    return artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, {"corpus": corpus.record.fingerprint})
+
+
+def _announce(config: Config, corpus: Corpus, task: Pretraining, model: MaskedModel) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    sample = corpus.lengths_N[:: max(1, corpus.num_cells // 10_000)]
+    masked = float(np.mean(sample)) * config.objective.mlm_fraction
+    per_cell = 3 * len(task.views) * forward_flops(config.model, sample.tolist()) / max(1, len(sample))
+    per_cell += 3 * head_flops(config.model, corpus.vocabulary.size, masked)
+    say(
+        f"pretrain: {number(parameters)} parameters, {corpus.num_cells:,} cells, {per_cell / 1e9:.3g} GFLOP per cell and epoch, "
+        f"{task.num_steps:,} steps of {config.train.batch_cells} cells, {config.compute.num_workers} workers"
+    )
+
+
+class Board:
+    """What the driver shows while workers work: the latest figures, and a reason to give up."""
+
+    def __init__(self) -> None:
+        self.step, self.figures, self.error = 0, dict[str, float](), ""
+
+    def report(self, step: int, figures: dict[str, float]) -> None:
+        """Figures of a step."""
+        self.step, self.figures = step, figures
+
+    def fail(self, error: str) -> None:
+        """The user's config cannot be trained; starting again will not help."""
+        self.error = error
+
+    def read(self) -> tuple[int, dict[str, float], str]:
+        """Step, figures, error."""
+        return self.step, self.figures, self.error
+
+
+class RayContext(GroupContext):
+    """A worker of a Ray Train group, whose figures go to the driver's board and to the tracker."""
+
+    def __init__(self, device: torch.device, board: Any, tracked: tracking.Run) -> None:
+        super().__init__(device)
+        self._board, self._tracked = board, tracked
+
+    def report(self, step: int, figures: dict[str, float]) -> None:
+        """Show the driver; does not wait."""
+        self._board.report.remote(step, figures)
+
+    def commit(self, rows: list[Row]) -> None:
+        """Log to the tracker."""
+        self._tracked.log_many([(step, name, value) for step, _, name, value in rows])
+
+
+def work(params: dict[str, Any]) -> None:
+    """One worker of the group."""
+    config = from_dict(Config, params["config"])
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config.train.threads)
+    context = RayContext(device, params["board"], params["tracked"])
+    try:
+        corpus = Corpus(params["corpus"])
+        task = Pretraining(config, corpus)
+        model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
+        fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"])
+    except UserError as error:  # every worker meets it alike; the driver raises it, and nobody starts again
+        ray.get(params["board"].fail.remote(str(error)))
+
+
+def _train(config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run) -> None:
+    compute = config.compute
+    gpu = compute.gpus_per_worker > 0
+    board = ray.remote(num_cpus=0)(Board).remote()
+    params = {
+        "config": to_dict(config), "corpus": corpus, "uri": uri, "identity": identity, "board": board, "tracked": tracked,
+    }  # fmt: skip
+    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if gpu else {})
+    elastic = 0 < compute.min_workers < compute.num_workers
+    scaling = ScalingConfig(
+        num_workers=(compute.min_workers, compute.num_workers) if elastic else compute.num_workers,
+        use_gpu=gpu, resources_per_worker=resources,
+    )  # fmt: skip
+    for name in ("ray.train", "ray.train.v2"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    scratch = tempfile.mkdtemp(prefix="mixgf-train-")  # Ray's own bookkeeping; ours is in the output
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=params,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=f"mixgf-{uuid.uuid4().hex[:8]}", storage_path=scratch,
+            failure_config=FailureConfig(max_failures=compute.max_failures),
+        ),
+    )  # fmt: skip
+    try:
+        with _watch(board, num_steps):
+            trainer.fit()
+        error = ray.get(board.read.remote())[2]
+    finally:
+        ray.kill(board)
+        shutil.rmtree(scratch, ignore_errors=True)
+    if error:
+        raise UserError(error)
+
+
+@contextlib.contextmanager
+def _watch(board: Any, num_steps: int) -> Iterator[None]:
+    """Show the board's figures as progress from a thread."""
+    ended = threading.Event()
+
+    def look() -> None:
+        progress: Progress | None = None
+        while not ended.wait(0.5):
+            step, figures, _ = ray.get(board.read.remote())
+            if step:
+                progress = progress or Progress("pretrain", num_steps, "steps", done=step)
+                progress.update(step, **{k: figures[k] for k in _SHOWN if k in figures})
+        if progress is not None:
+            progress.close()
+
+    thread = threading.Thread(target=look, name="mixgf-board", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,80 @@
+"""Cells to vectors with a frozen encoder.
+
+On a CPU every cell is computed alone, so its vector is bitwise the same whatever else is asked for. On a GPU cells are
+packed by length up to a token budget.
+
+Shapes: N cells asked for, D width, T packed tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mixgf import dataset, plan
+from mixgf.dataset import Corpus
+from mixgf.model import Encoder, pool
+
+_FETCH_CELLS = 4096
+
+
+def num_layers(encoder: Encoder, layer: int) -> int:
+    """How many layers to run for hidden layer -1 (the last), -2, ... ; -(num_layers + 1) is the embedding."""
+    count = encoder.row.num_layers + 1 + layer
+    assert layer < 0 <= count, f"layer {layer} of {encoder.row.num_layers}"
+    return count
+
+
+@torch.inference_mode()
+def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
+    encoder: Encoder,
+    corpus: Corpus,
+    cells: npt.ArrayLike,
+    pooling: str = "mean",
+    layer: int = -1,
+    micro_tokens: int = 65_536,
+    *,
+    max_len: int = 0,
+    precision: str = "fp32",
+) -> npt.NDArray[np.float32]:
+    """Vectors of the given cells in the given order, (N, D).
+
+    Args:
+        encoder: trained or not, on the device that computes.
+        corpus: where the sentences are.
+        cells: global cell numbers.
+        pooling: `mean` over genes, `first` or `cls`.
+        layer: -1 = the last hidden layer, -2 = the one before it, ...
+        micro_tokens: most tokens of one forward pass on a GPU.
+        max_len: cut sentences to so many tokens; 0 = as they are.
+        precision: `fp32`, or `bf16` (autocast).
+    """
+    cells_N = np.asarray(cells, dtype=np.int64)
+    device = encoder.tokens.device
+    layers = num_layers(encoder, layer)
+    out_ND = np.empty((len(cells_N), encoder.row.dim), dtype=np.float32)
+    by_shard = np.argsort(cells_N, kind="stable")  # shards are read once, in order
+    was_training = encoder.training
+    encoder.eval()
+    for start in range(0, len(cells_N), _FETCH_CELLS):
+        chunk = by_shard[start : start + _FETCH_CELLS]
+        chunk = chunk[np.argsort(-corpus.lengths_N[cells_N[chunk]], kind="stable")]
+        lengths = corpus.lengths_N[cells_N[chunk]]
+        runs = (
+            [slice(i, i + 1) for i in range(len(chunk))]
+            if device.type == "cpu"
+            else plan.micro_batches(lengths, micro_tokens)
+        )
+        tokens_T, offsets = corpus.tokens(cells_N[chunk])
+        for run in runs:
+            part = slice(int(offsets[run.start]), int(offsets[run.stop]))
+            few = dataset.cut(tokens_T[part], offsets[run.start : run.stop + 1] - offsets[run.start], max_len)
+            batch = dataset.pack(*few, cells_N[chunk[run]]).to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                h_TD = encoder(
+                    batch.ids_T, batch.offsets_B1, positions_T=batch.positions_T, layers=layers, max_len=batch.max_len
+                )
+            out_ND[chunk[run]] = pool(h_TD, batch.offsets_B1, pooling, cls=corpus.cls).float().cpu().numpy()
+    encoder.train(was_training)
+    return out_ND

@@ -1,0 +1,327 @@
+"""The encoder of paper section 3.3 over packed cells, and its masked-gene head. One file, as in the paper's figure 1.
+
+BERT: learned positions, post-norm blocks, no padding anywhere. All cells of a batch lie one after the other; element-wise
+operations and matrix products see [T, D], only attention knows where a cell ends.
+
+Shapes: T packed tokens, B cells, D width, H heads, E width of a head, K scored positions, V vocabulary, L tokens of a cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixgf import config, keyed
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits that exist at one time
+
+
+class Linear(nn.Linear):
+    """A linear layer whose initialisation is left to `Encoder.reset`."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing; no global random state is touched."""
+
+
+class Layer(nn.Module):
+    """One post-norm transformer block."""
+
+    def __init__(self, row: config.Model) -> None:
+        super().__init__()
+        self.row = row
+        self.qkv = Linear(row.dim, 3 * row.dim)
+        self.out = Linear(row.dim, row.dim)
+        self.norm_attention = nn.LayerNorm(row.dim, eps=row.norm_eps)
+        self.up = Linear(row.dim, row.ffn_dim)
+        self.down = Linear(row.ffn_dim, row.dim)
+        self.norm_ffn = nn.LayerNorm(row.dim, eps=row.norm_eps)
+
+    def forward(self, h_TD: Tensor, cells: Cells, keys_T: Tensor | None, site: int) -> Tensor:
+        row = self.row
+        qkv_T3HE = self.qkv(h_TD).view(h_TD.shape[0], 3, row.num_heads, row.dim // row.num_heads)
+        if keys_T is not None and row.attention_dropout > 0:
+            a_TD = _attend_dropout(qkv_T3HE, cells, keys_T, site, row.attention_dropout)
+        else:
+            a_TD = attend(qkv_T3HE, cells)
+        h_TD = self.norm_attention(_drop_add(h_TD, self.out(a_TD), row.dropout, keys_T, site + 1))
+        f_TD = self.down(_ACTIVATIONS[row.activation](self.up(h_TD)))
+        return self.norm_ffn(_drop_add(h_TD, f_TD, row.dropout, keys_T, site + 2))
+
+
+class Cells:
+    """Where cells begin and end in a packed batch, on the device and, where a path needs it, on the host."""
+
+    def __init__(self, offsets_B1: Tensor, max_len: int | None = None) -> None:
+        self.offsets_B1 = offsets_B1.to(torch.int32)
+        self._max_len = max_len
+        self._runs: list[tuple[int, int]] | None = None
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Runs of neighbouring cells of equal length, as (cells, length). Waits for the device."""
+        if self._runs is None:
+            lengths = torch.diff(self.offsets_B1).tolist()
+            self._runs = [(len(list(group)), length) for length, group in groupby(lengths)]
+        return self._runs
+
+    @property
+    def max_len(self) -> int:
+        """A bound of the longest cell."""
+        return self._max_len if self._max_len is not None else max((length for _, length in self.runs), default=1)
+
+
+def attend(qkv_T3HE: Tensor, cells: Cells) -> Tensor:
+    """Attention of every token to the tokens of its own cell, (T, 3, H, E) -> (T, H * E).
+
+    CUDA in half precision: torch's variable-length flash attention. Elsewhere: scaled_dot_product_attention over runs of
+    cells of equal length, which needs no padding and no mask.
+    """
+    T, _, H, E = qkv_T3HE.shape
+    if qkv_T3HE.is_cuda and qkv_T3HE.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (needs a CUDA build)
+
+        q_THE, k_THE, v_THE = qkv_T3HE.unbind(1)
+        out = varlen_attn(q_THE, k_THE, v_THE, cells.offsets_B1, cells.offsets_B1, cells.max_len, cells.max_len)
+        assert isinstance(out, Tensor)
+        return out.reshape(T, H * E)
+    parts = []
+    for (n, length), piece in zip(
+        cells.runs, torch.split(qkv_T3HE, [n * length for n, length in cells.runs]), strict=True
+    ):
+        q, k, v = piece.view(n, length, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * length, H * E))
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _attend_dropout(qkv_T3HE: Tensor, cells: Cells, keys_T: Tensor, site: int, p: float) -> Tensor:
+    """Attention with keyed dropout on its weights: explicit scores, one cell at a time (slow, exact)."""
+    _, _, H, E = qkv_T3HE.shape
+    lengths = [length for n, length in cells.runs for _ in range(n)]
+    chance16 = round(p * 65536)
+    parts = []
+    for piece, keys_L in zip(torch.split(qkv_T3HE, lengths), torch.split(keys_T, lengths), strict=True):
+        L = piece.shape[0]
+        q_HLE, k_HLE, v_HLE = piece.permute(1, 2, 0, 3).unbind(0)
+        w_HLL = torch.softmax(q_HLE @ k_HLE.transpose(1, 2) / math.sqrt(E), dim=-1)
+        drop_HLL = keyed.dropped(keys_L, site, H * L, chance16).view(L, H, L).transpose(0, 1)
+        w_HLL = w_HLL.masked_fill(drop_HLL, 0.0) * (1 / (1 - chance16 / 65536))
+        parts.append((w_HLL @ v_HLE).transpose(0, 1).reshape(L, H * E))
+    return torch.cat(parts)
+
+
+def _drop_add(residual_TD: Tensor, x_TD: Tensor, p: float, keys_T: Tensor | None, site: int) -> Tensor:
+    """`residual + dropout(x)`; without keys there is no dropout."""
+    if keys_T is None or p == 0:
+        return residual_TD + x_TD
+    chance16 = round(p * 65536)
+    x_TD = x_TD.masked_fill(keyed.dropped(keys_T, site, x_TD.shape[1], chance16), 0.0)
+    return torch.add(residual_TD, x_TD, alpha=1 / (1 - chance16 / 65536))
+
+
+class Encoder(nn.Module):
+    """Genes of packed cells to vectors.
+
+    Args:
+        row: sizes.
+        vocab_size: V.
+        seed: key of the initial weights.
+    """
+
+    def __init__(self, row: config.Model, vocab_size: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.row = row
+        self.vocab_size = vocab_size
+        self.tokens = nn.Parameter(torch.empty(vocab_size, row.dim))
+        self.positions = nn.Parameter(torch.empty(row.max_positions, row.dim))
+        self.norm = nn.LayerNorm(row.dim, eps=row.norm_eps)
+        self.layers = nn.ModuleList(Layer(row) for _ in range(row.num_layers))
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """Draw all weights.
+
+        | what | distribution |
+        |---|---|
+        | matrices, token and position embeddings | normal(0, init_sd); the row of <pad> is 0 |
+        | biases | 0 |
+        | layer norms | weight 1, bias 0 |
+        """
+        _reset(self, self.row.init_sd, seed)
+        with torch.no_grad():
+            self.tokens[0].zero_()
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        offsets_B1: Tensor,
+        *,
+        positions_T: Tensor | None = None,
+        layers: int | None = None,
+        keys: Tensor | None = None,
+        max_len: int | None = None,
+    ) -> Tensor:
+        """Hidden states of all tokens, (T, D).
+
+        Args:
+            ids_T: token ids of all cells, one cell after the other.
+            offsets_B1: where each cell begins, and T.
+            positions_T: position of each token in its cell; None = 0, 1, 2, ...
+            layers: how many layers to run; None = all, 0 = the embedding.
+            keys: dropout keys, int32 (T,), `keyed.dropout_keys`; None = no dropout.
+            max_len: a bound of the longest cell, so that a GPU need not be asked; None = it is asked.
+        """
+        if positions_T is None:
+            positions_T = positions(offsets_B1, ids_T.shape[0])
+        return self.run(self.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len), layers=layers, keys=keys)
+
+    def embed(self, ids_T: Tensor, positions_T: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The input of the first layer, (T, D)."""
+        x_TD = self.norm(F.embedding(ids_T, self.tokens) + F.embedding(positions_T, self.positions))
+        if keys is None or self.row.dropout == 0:
+            return x_TD
+        chance16 = round(self.row.dropout * 65536)
+        drop_TD = keyed.dropped(keys, 0, self.row.dim, chance16)
+        return x_TD.masked_fill(drop_TD, 0.0) * (1 / (1 - chance16 / 65536))
+
+    def run(self, h_TD: Tensor, cells: Cells, *, layers: int | None = None, keys: Tensor | None = None) -> Tensor:
+        """The first `layers` layers on given inputs (T, D)."""
+        num_layers = self.row.num_layers if layers is None else layers
+        assert 0 <= num_layers <= self.row.num_layers, f"layers = {layers} of {self.row.num_layers}"
+        for i in range(num_layers):
+            h_TD = self.layers[i](h_TD, cells, keys, 3 * i + 1)
+        return h_TD
+
+
+def positions(offsets_B1: Tensor, num_tokens: int) -> Tensor:
+    """Position of every packed token in its cell, int64 (T,)."""
+    starts_B = offsets_B1[:-1].long()
+    lengths_B = torch.diff(offsets_B1).long()
+    starts_T = torch.repeat_interleave(starts_B, lengths_B, output_size=num_tokens)
+    return torch.arange(num_tokens, device=offsets_B1.device) - starts_T
+
+
+def pool(h_TD: Tensor, offsets_B1: Tensor, how: str, *, cls: bool = False) -> Tensor:
+    """One vector per cell, (B, D).
+
+    Args:
+        h_TD: hidden states.
+        offsets_B1: where each cell begins, and T.
+        how: `mean` over the genes, `first` position or `cls` (which is the first position of a sentence with <cls>).
+        cls: sentences begin with <cls>; the mean leaves it out.
+    """
+    starts_B = offsets_B1[:-1].long()
+    if how in ("first", "cls"):
+        return h_TD[starts_B]
+    assert how == "mean", how
+    lengths_B = torch.diff(offsets_B1).long()
+    sum_BD = torch.segment_reduce(h_TD.float(), "sum", lengths=lengths_B, axis=0, unsafe=True)
+    if cls:
+        return (sum_BD - h_TD[starts_B].float()) / (lengths_B - 1).clamp(min=1)[:, None]
+    return sum_BD / lengths_B[:, None]
+
+
+class MaskedModel(nn.Module):
+    """Encoder and masked-gene head (dense, activation, layer norm, decoder tied to the token embedding, bias)."""
+
+    def __init__(self, row: config.Model, vocab_size: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.encoder = Encoder(row, vocab_size, seed=seed)
+        self.dense = Linear(row.dim, row.dim)
+        self.norm = nn.LayerNorm(row.dim, eps=row.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        for part, key in ((self.dense, seed + 1), (self.norm, seed + 1)):
+            _reset(part, row.init_sd, key)
+
+    def transform(self, h_KD: Tensor) -> Tensor:
+        """What the decoder sees, (K, D)."""
+        return self.norm(_ACTIVATIONS[self.encoder.row.activation](self.dense(h_KD)))
+
+    def logits(self, h_KD: Tensor) -> Tensor:
+        """Scores of the whole vocabulary at the given positions, (K, V). For few positions; training uses `loss`."""
+        return F.linear(self.transform(h_KD), self.encoder.tokens, self.bias)
+
+    def loss(self, h_KD: Tensor, targets_K: Tensor) -> Tensor:
+        """Sum over the given positions of the cross entropy of the true gene; logits exist one chunk at a time."""
+        return chunked_cross_entropy(self.transform(h_KD), self.encoder.tokens, self.bias, targets_K)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Hidden states, as `Encoder.forward`."""
+        return self.encoder(*args, **kwargs)
+
+
+def _reset(module: nn.Module, init_sd: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * init_sd)
+            else:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        if isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)
+
+
+def chunked_cross_entropy(x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_K: Tensor) -> Tensor:
+    """Sum of cross entropies of `x @ weight.T + bias`; the (K, V) logits never exist at once.
+
+    The gradients are computed chunk by chunk beside the loss, so nothing is computed twice.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(x_KD, weight_VD, bias_V, targets_K)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_K: Tensor) -> Tensor:
+        device = x_KD.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        rows = max(1, _CHUNK_ELEMENTS.get(device, 1 << 24) // max(1, weight_VD.shape[0]))
+        need = any(ctx.needs_input_grad)
+        weight = weight_VD.to(half)
+        dx_KD = torch.empty_like(x_KD, dtype=torch.float32) if need else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need else None
+        dbias_V = torch.zeros_like(bias_V, dtype=torch.float32) if need else None
+        total = torch.zeros((), dtype=torch.float32, device=x_KD.device)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, x_KD.shape[0], rows):
+                part = slice(start, start + rows)
+                x, target = x_KD[part].to(half), targets_K[part]
+                scores = (x @ weight.t()).float() + bias_V
+                norm = torch.logsumexp(scores, dim=1)
+                total += (norm - scores.gather(1, target[:, None]).squeeze(1)).sum()
+                if dx_KD is not None and dweight_VD is not None and dbias_V is not None:
+                    p = scores.sub_(norm[:, None]).exp_()
+                    p.scatter_add_(1, target[:, None], torch.full_like(p[:, :1], -1.0))
+                    dbias_V += p.sum(0)
+                    p = p.to(half)
+                    dx_KD[part] = (p @ weight).float()
+                    dweight_VD += (p.t() @ x).float()
+        ctx.save_for_backward(dx_KD, dweight_VD, dbias_V)
+        ctx.x_dtype = x_KD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx_KD, dweight_VD, dbias_V = ctx.saved_tensors
+        (grad,) = grads
+        return (dx_KD * grad).to(ctx.x_dtype), dweight_VD * grad, dbias_V * grad, None
+
+
+def forward_flops(row: config.Model, lengths: list[int] | Any, *, layers: int | None = None) -> float:
+    """Floating point operations of one forward pass of the encoder over cells of these lengths (a multiply-add is 2)."""
+    num_layers = row.num_layers if layers is None else layers
+    tokens = float(sum(lengths))
+    pairs = float(sum(int(length) ** 2 for length in lengths))
+    return num_layers * (tokens * 2 * (4 * row.dim**2 + 2 * row.dim * row.ffn_dim) + pairs * 4 * row.dim)
+
+
+def head_flops(row: config.Model, vocab_size: int, num_positions: float) -> float:
+    """Floating point operations of one forward pass of the masked-gene head at so many positions."""
+    return 2.0 * num_positions * (row.dim**2 + row.dim * vocab_size)

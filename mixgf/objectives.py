@@ -1,0 +1,306 @@
+"""What pretraining minimises: masked genes, contrast of two views of a cell, orthologs (paper eq. 1 to 3, spec section 6).
+
+`Pretraining` turns a share of a global batch into packed micro batches and computes losses and gradients. The contrast is
+gradient-cached: cell vectors of the whole global batch are gathered first, the loss and its gradient by vector follow,
+then every micro batch is run with that gradient. Dropout is keyed, so the second run of a micro batch equals the first.
+
+Shapes: T packed tokens, B cells, C cells of the global batch, K masked positions, D width, W views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixgf import dataset, keyed, species
+from mixgf.config import Config, Objective
+from mixgf.dataset import Batch, Corpus
+from mixgf.model import MaskedModel, forward_flops, head_flops, pool
+from mixgf.plan import I64, Plan, Share, micro_batches, parse_mix
+from mixgf.views import Packed, Translator, join, mask, thin
+
+
+class Group(Protocol):
+    """What an objective needs to know of the other workers."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def all_reduce(self, x: Tensor) -> None:
+        """Sum a tensor over all workers, in place."""
+
+
+# losses
+
+
+def nt_xent(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
+    """Paper eq. 3 as a mean over the 2B anchors: cosine, the anchor itself excluded, the other view is the positive."""
+    num = a_BD.shape[0]
+    z = F.normalize(torch.cat([a_BD, b_BD]).float(), dim=1)
+    scores = z @ z.t() / temperature
+    scores = scores.masked_fill(torch.eye(2 * num, dtype=torch.bool, device=z.device), -torch.inf)
+    return F.cross_entropy(scores, torch.arange(2 * num, device=z.device).roll(num))
+
+
+def dimension_contrast(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
+    """SimCSE++'s dimension-wise term: each dimension of one view finds itself among those of the other, mean over D."""
+    scores = a_BD.float().t() @ b_BD.float() / temperature
+    return F.cross_entropy(scores, torch.arange(a_BD.shape[1], device=a_BD.device))
+
+
+@torch.no_grad()
+def alignment(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+    """Mean squared distance of the two views of a cell on the unit sphere (Wang and Isola 2020); 0 is best."""
+    return (F.normalize(a_BD.float(), dim=1) - F.normalize(b_BD.float(), dim=1)).square().sum(1).mean()
+
+
+@torch.no_grad()
+def uniformity(a_BD: Tensor) -> Tensor:
+    """Log of the mean over pairs of cells of exp(-2 distance^2); lower is more uniform. 0 when there is no pair."""
+    num = a_BD.shape[0]
+    if num < 2:
+        return torch.zeros((), device=a_BD.device)
+    z = F.normalize(a_BD.float(), dim=1)
+    kernel = torch.exp(-2 * (2 - 2 * z @ z.t()).clamp(min=0))
+    return torch.log((kernel.sum() - kernel.diagonal().sum()) / (num * (num - 1)))
+
+
+# the pretraining task
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """One forward pass of one worker: all views of some cells, packed view after view."""
+
+    batch: Batch
+    num_views: int
+    masked_K: Tensor
+    """Places in `batch.ids_T` that are scored; all in the first view."""
+    targets_K: Tensor
+    slots_B: Tensor
+    """Places of the cells in the global batch."""
+    paired_B: Tensor
+    """Which cells have an ortholog translation."""
+
+    def to(self, device: torch.device) -> Micro:
+        """The same on a device."""
+        if device.type == "cpu":
+            return self
+        move = [
+            x.pin_memory().to(device, non_blocking=True)
+            for x in (self.masked_K, self.targets_K, self.slots_B, self.paired_B)
+        ]
+        return Micro(self.batch.to(device), self.num_views, *move)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A worker's share of a global batch, ready to run."""
+
+    micros: list[Micro]
+    batch_cells: int
+    epoch: int
+    num_cells: int
+    num_tokens: int
+    """Tokens of the cells, each counted once however many views it has."""
+    num_masked: int
+    flops: float
+    """Needed floating point operations, forward and backward."""
+
+
+class Pretraining:
+    """The paper's objective over a corpus, as a task of `train.fit`.
+
+    Args:
+        config: the run's.
+        corpus: the token corpus.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        self.config, self.corpus = config, corpus
+        self.objective: Objective = config.objective
+        mix = parse_mix(config.train.species_mix, corpus.species)
+        self.plan = Plan(
+            corpus.lengths_N, corpus.species_N, corpus.shard_rows,
+            seed=config.seed, batch_cells=config.train.batch_cells, species_mix=mix,
+        )  # fmt: skip
+        self.num_steps = self.plan.steps_per_epoch * config.train.epochs
+        if config.train.max_steps:
+            self.num_steps = min(self.num_steps, config.train.max_steps)
+        self.steps_per_epoch = self.plan.steps_per_epoch
+        self.pools = [corpus.vocabulary.species_tokens(name) for name in corpus.species]
+        o = config.objective
+        self.views = ["input"]
+        if o.contrast_weight > 0 or o.simcsepp_weight > 0:
+            self.views.append(o.view)
+        if o.ortholog_weight > 0 and "ortholog" not in self.views:
+            self.views.append("ortholog")
+        self.translate: Translator | None = None
+        if "ortholog" in self.views:
+            self.translate = Translator(corpus.vocabulary, species.orthologs(config.vocab.orthologs))
+
+    def work(self, step: int, rank: int, world_size: int) -> Work:
+        """One worker's share of a step, collated."""
+        share = self.plan.share(step, rank, world_size)
+        sentences = self.corpus.tokens(share.cells_B)
+        lengths = np.diff(sentences[1]).astype(np.int32)
+        micros, flops, masked = [], 0.0, 0
+        row = self.config.model
+        for part in micro_batches(lengths * len(self.views), self.config.train.micro_tokens):
+            micro, view_lengths = self._micro(share, sentences, part)
+            micros.append(micro)
+            masked += len(micro.targets_K)
+            flops += 3 * forward_flops(row, view_lengths.tolist())
+        flops += 3 * head_flops(row, self.corpus.vocabulary.size, masked)
+        cells, tokens = len(share.cells_B), int(sentences[1][-1])
+        return Work(micros, share.batch_cells, share.epoch, cells, tokens, masked, flops)
+
+    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[Micro, I64]:
+        tokens, offsets = sentences
+        span = offsets[part.start : part.stop + 1]
+        few: Packed = (tokens[span[0] : span[-1]], span - span[0])
+        visits, cells = share.visits_B[part], share.cells_B[part]
+        codes = self.corpus.species_N[cells]
+        key, fraction = (self.config.seed, share.epoch), self.objective.mlm_fraction
+        inputs, at = mask(few, visits, codes, self.pools, fraction=fraction, key=(*key, 0))
+        packs: list[Packed] = []
+        paired = np.zeros(len(cells), dtype=np.bool_)
+        for number, name in enumerate(self.views):
+            if name in ("input", "dropout"):
+                packs.append((inputs, few[1]))
+            elif name == "mask":
+                packs.append((mask(few, visits, codes, self.pools, fraction=fraction, key=(*key, number))[0], few[1]))
+            elif name == "subsample":
+                packs.append(thin((inputs, few[1]), visits, self.objective.subsample_fraction, (*key, number)))
+            else:
+                assert self.translate is not None
+                pack, paired = self.translate(few, visits, codes, (*key, number))
+                packs.append(pack)
+        all_tokens, all_offsets = join(packs)
+        num_views, lengths = len(self.views), np.diff(all_offsets)
+        keys_T = None
+        if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
+            view_T = np.repeat(np.repeat(np.arange(num_views), len(cells)), lengths)
+            keys_T = keyed.dropout_keys(
+                *key, np.repeat(np.tile(visits, num_views), lengths), view_T, dataset.positions(all_offsets)
+            )
+        batch = dataset.pack(all_tokens, all_offsets, np.tile(cells, num_views), keys_T)
+        targets = torch.from_numpy(few[0][at].astype(np.int64))
+        micro = Micro(
+            batch,
+            num_views,
+            torch.from_numpy(at),
+            targets,
+            torch.from_numpy(share.slots_B[part]),
+            torch.from_numpy(paired),
+        )
+        return micro, lengths
+
+    def backward(self, model: MaskedModel, work: Work, group: Group) -> dict[str, Tensor]:
+        """Add this share's gradients to the model's; returns figures whose sums over the workers are the global ones."""
+        o, device = self.objective, group.device
+        masked = torch.tensor([float(work.num_masked)], device=device)
+        group.all_reduce(masked)
+        masked.clamp_(min=1.0)
+        micros = [micro.to(device) for micro in work.micros]
+        contrast = len(self.views) > 1
+        hidden = [self._hidden(model, micros[0])] if len(micros) == 1 else None
+        grad_WCD: Tensor | None = None
+        figures: dict[str, Tensor] = {}
+        if contrast:
+            vectors = []
+            for i, micro in enumerate(micros):
+                if hidden is not None:
+                    h = hidden[i].detach()
+                else:
+                    with torch.no_grad():
+                        h = self._hidden(model, micro)
+                vectors.append(self._vectors(h, micro))
+            grad_WCD, figures = self._contrast(vectors, micros, work.batch_cells, group)
+        total = torch.zeros((), device=device)
+        for i, micro in enumerate(micros):
+            if micro.batch.num_cells == 0:
+                continue
+            h = hidden[i] if hidden is not None else self._hidden(model, micro)
+            with autocast(device, self.config.train.precision):
+                mlm = model.loss(h[micro.masked_K], micro.targets_K) / masked[0]
+            total = total + mlm.detach()
+            surrogate = o.mlm_weight * mlm
+            if grad_WCD is not None:
+                surrogate = surrogate + (self._vectors(h, micro) * grad_WCD[:, micro.slots_B]).sum()
+            surrogate.backward()  # type: ignore[no-untyped-call]
+        loss = o.mlm_weight * total + figures.pop("terms", torch.zeros((), device=device))
+        return {"loss": loss, "mlm": total, **figures}
+
+    def _hidden(self, model: MaskedModel, micro: Micro) -> Tensor:
+        b = micro.batch
+        if b.num_cells == 0:  # a worker of a batch with fewer cells than workers
+            return model.encoder.tokens.new_zeros((0, model.encoder.row.dim))
+        with autocast(b.ids_T.device, self.config.train.precision):
+            return model(b.ids_T, b.offsets_B1, positions_T=b.positions_T, keys=b.keys_T, max_len=b.max_len)
+
+    def _vectors(self, h_TD: Tensor, micro: Micro) -> Tensor:
+        """Cell vectors by view, float32 (W, B, D)."""
+        if micro.batch.num_cells == 0:
+            return h_TD.new_zeros((micro.num_views, 0, h_TD.shape[1]), dtype=torch.float32)
+        z = pool(h_TD, micro.batch.offsets_B1, self.objective.pooling, cls=self.corpus.cls).float()
+        return z.view(micro.num_views, -1, z.shape[1])
+
+    def _contrast(
+        self, vectors: list[Tensor], micros: list[Micro], batch_cells: int, group: Group
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient by cell vector (W, C, D) of all terms on vectors, and their figures.
+
+        Every worker computes the loss of the whole global batch from the gathered vectors, so its gradient for its own
+        cells is complete, and the order of cells does not depend on the number of workers.
+        """
+        o, dim = self.objective, vectors[0].shape[2]
+        z_WCD = torch.zeros(len(self.views), batch_cells, dim, device=group.device)
+        paired_C = torch.zeros(batch_cells, device=group.device)
+        mine = torch.cat([micro.slots_B for micro in micros])
+        z_WCD[:, mine] = torch.cat(vectors, dim=1)
+        paired_C[mine] = torch.cat([micro.paired_B for micro in micros]).float()
+        share = 1.0 if group.rank == 0 else 0.0  # of the figures: every worker has all of them
+        if o.gather:
+            group.all_reduce(z_WCD)
+            group.all_reduce(paired_C)
+            rows, scale = torch.arange(batch_cells, device=group.device), 1.0
+        else:
+            rows, scale = mine, len(mine) / batch_cells
+            share = scale
+        leaf = z_WCD.requires_grad_()
+        a, has_cells = leaf[0, rows], len(leaf[0, rows]) > 0
+        zero = torch.zeros((), device=group.device)
+        total, figures = zero, {}
+        if o.contrast_weight > 0:
+            b = leaf[1, rows]
+            figures["contrast"] = nt_xent(a, b, o.temperature) if has_cells else zero
+            total = total + o.contrast_weight * figures["contrast"]
+            figures["alignment"] = alignment(a, b) if has_cells else zero
+            figures["uniformity"] = uniformity(a)
+        if o.simcsepp_weight > 0:
+            figures["simcsepp"] = dimension_contrast(a, leaf[1, rows], o.simcsepp_temperature)
+            total = total + o.simcsepp_weight * figures["simcsepp"]
+        if o.ortholog_weight > 0:
+            pairs = paired_C[rows] > 0
+            other = leaf[self.views.index("ortholog"), rows]
+            figures["ortholog"] = nt_xent(a[pairs], other[pairs], o.temperature) if pairs.any() else zero
+            total = total + o.ortholog_weight * figures["ortholog"]
+        grad = torch.zeros_like(z_WCD)
+        if total.requires_grad:
+            (grad,) = torch.autograd.grad(total * scale, leaf)
+        figures["terms"] = total
+        return grad, {name: value.detach() * share for name, value in figures.items()}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass in `train.precision`; weights stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

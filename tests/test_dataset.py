@@ -1,0 +1,88 @@
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from mixgf import config, dataset, storage
+
+LENGTHS = [5, 1, 7, 3, 3, 9, 2]
+SPECIES = [0, 1, 0, 1, 0, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def uri(make_corpus):
+    return make_corpus(LENGTHS, SPECIES, [3, 1, 3])
+
+
+def test_packed_tokens_are_the_sentences_in_the_order_asked(uri):
+    corpus = dataset.Corpus(uri)
+    sentences = [t for i in range(3) for t in corpus.table(i, ["tokens"]).column("tokens").to_pylist()]
+    assert [len(s) for s in sentences] == LENGTHS == corpus.lengths_N.tolist()
+    for cells in ([6, 0, 3, 3, 5], [2], [], list(range(7))):
+        tokens, offsets = corpus.tokens(cells)
+        assert [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)] == [sentences[c] for c in cells]
+
+
+def test_memory_is_bounded_by_the_number_of_cached_shards(uri):
+    corpus = dataset.Corpus(uri, cached_shards=1)
+    expected = dataset.Corpus(uri).tokens(range(7))[0]
+    assert np.array_equal(corpus.tokens(range(7))[0], expected)
+    assert len(corpus._cache) == 1
+
+
+def test_obs_comes_in_cell_order_and_names_unknown_columns(uri):
+    corpus = dataset.Corpus(uri)
+    assert corpus.obs(["cell"])["cell"].tolist() == [f"source:{i}" for i in range(7)]
+    assert "tokens" not in corpus.obs().columns
+    assert corpus.obs()["species"].tolist() == [("human", "mouse")[s] for s in SPECIES]
+    with pytest.raises(config.UserError, match="no column 'donor'; there are cell, species"):
+        corpus.obs(["donor"])
+
+
+def test_a_corpus_with_another_vocabulary_is_refused(make_corpus):
+    uri, other = make_corpus(LENGTHS, SPECIES, [7]), make_corpus(LENGTHS, SPECIES, [7], genes=41)
+    storage.write_bytes(f"{uri}/vocabulary.parquet", storage.read_bytes(f"{other}/vocabulary.parquet"))
+    with pytest.raises(config.UserError, match="not the one its tokens were made with"):
+        _ = dataset.Corpus(uri).vocabulary
+
+
+def test_a_shard_that_does_not_fit_the_index_is_refused(make_corpus):
+    uri, other = make_corpus(LENGTHS, SPECIES, [3, 4]), make_corpus(LENGTHS[::-1], SPECIES, [3, 4])
+    storage.write_bytes(f"{uri}/shards/00000.parquet", storage.read_bytes(f"{other}/shards/00000.parquet"))
+    with pytest.raises(config.UserError, match=r"does not fit index.parquet"):
+        dataset.Corpus(uri).tokens([0])
+
+
+def test_pack_and_cut_by_hand():
+    tokens, offsets = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 4])
+    batch = dataset.pack(tokens, offsets, [7, 9])
+    assert batch.positions_T.tolist() == [0, 1, 2, 0]
+    assert (batch.max_len, batch.num_cells, batch.num_tokens) == (3, 2, 4)
+    few, bounds = dataset.cut(tokens, offsets, 2)
+    assert few.tolist() == [10, 11, 20]
+    assert bounds.tolist() == [0, 2, 3]
+
+
+def test_prefetch_gives_all_steps_in_order_and_counts_the_time_waited():
+    def slow(step):
+        time.sleep(0.02)
+        return step
+
+    with dataset.Prefetch(slow, 3, 8, depth=1) as ahead:
+        assert list(ahead) == [3, 4, 5, 6, 7]
+    assert 0.05 < ahead.waited < 5
+
+
+def test_prefetch_raises_the_error_of_its_thread_and_stops_when_left():
+    def fail(step):
+        if step == 2:
+            msg = "at 2"
+            raise RuntimeError(msg)
+        return step
+
+    with dataset.Prefetch(fail, 0, 1000, depth=2) as ahead, pytest.raises(RuntimeError, match="at 2"):
+        list(ahead)
+    with dataset.Prefetch(lambda step: step, 0, 10**9, depth=2) as ahead:
+        next(iter(ahead))
+    assert not ahead._thread.is_alive()

@@ -1,0 +1,69 @@
+import dataclasses
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from mixgf import artifacts, checkpoint, config, dataset, storage
+from mixgf.config import UserError
+from mixgf.drivers import embed as driver
+from mixgf.embed import embed_cells
+from mixgf.model import MaskedModel
+
+pytestmark = pytest.mark.ray
+ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40)
+
+
+@pytest.fixture(scope="module")
+def settings(make_corpus, tmp_path_factory):
+    uri = make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 10, 4])
+    output = str(tmp_path_factory.mktemp("run"))
+    vocabulary = dataset.Corpus(uri).vocabulary
+    record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {})
+    artifacts.begin(f"{output}/pretrain", record)
+    model = MaskedModel(ROW, vocabulary.size)
+    checkpoint.publish(
+        f"{output}/pretrain", record, model, vocabulary=vocabulary.hash, tokens=config.Tokens(max_len=40)
+    )
+    return config.Config(output=output, inputs=config.Inputs(corpus=uri), compute=config.Compute(num_workers=2))
+
+
+def test_the_cluster_gives_what_the_pure_function_gives_and_a_second_run_does_nothing(ray_local, settings):
+    uri = driver.run(settings)
+    corpus = dataset.Corpus(settings.inputs.corpus)
+    encoder, _ = checkpoint.load_encoder(f"{settings.output}/pretrain")
+    expected = embed_cells(encoder, corpus, range(23))
+    assert np.array_equal(driver.load(uri), expected)
+    cells = ad.read_h5ad(f"{uri}/cells.h5ad")
+    assert np.array_equal(cells.obsm["X_mixgf"], expected)
+    assert cells.obs_names.tolist() == [f"source:{i}" for i in range(23)]
+    assert cells.obs["species"].tolist() == ["human", "mouse"] * 11 + ["human"]
+    before = storage.read_bytes(f"{uri}/record.json")
+    assert driver.run(settings) == uri
+    assert storage.read_bytes(f"{uri}/record.json") == before
+
+
+def test_a_killed_run_computes_only_the_missing_shards(ray_local, settings, tmp_path):
+    first = dataclasses.replace(
+        settings, inputs=dataclasses.replace(settings.inputs, checkpoint=f"{settings.output}/pretrain")
+    )
+    whole, part = (dataclasses.replace(first, output=f"{tmp_path}/{name}") for name in ("whole", "part"))
+    expected = driver.load(driver.run(whole))
+    storage.write_json(f"{part.output}/embed/plan.json", _plan(whole))
+    name = "shards/00001.parquet"
+    storage.write_bytes(f"{part.output}/embed/{name}", storage.read_bytes(f"{whole.output}/embed/{name}"))
+    stamp = storage.local_path(f"{part.output}/embed/{name}").stat().st_mtime_ns
+    assert np.array_equal(driver.load(driver.run(part)), expected)
+    assert storage.local_path(f"{part.output}/embed/{name}").stat().st_mtime_ns == stamp
+
+
+def _plan(settings):
+    return dataclasses.asdict(artifacts.find(f"{settings.output}/embed"))
+
+
+def test_a_layer_the_model_does_not_have_and_a_foreign_vocabulary_are_refused(settings, make_corpus):
+    with pytest.raises(UserError, match=r"embed.layer = -4: the model has 2 layers"):
+        driver.run(dataclasses.replace(settings, embed=config.Embed(layer=-4)))
+    foreign = make_corpus([5], [0], [1], genes=50)
+    with pytest.raises(UserError, match=r"inputs.checkpoint: made with vocabulary"):
+        driver.run(dataclasses.replace(settings, inputs=config.Inputs(corpus=foreign)))

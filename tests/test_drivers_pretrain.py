@@ -1,0 +1,86 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mixgf import artifacts, checkpoint, config, dataset, storage, train
+from mixgf.config import UserError
+from mixgf.drivers import pretrain
+from mixgf.model import MaskedModel
+from mixgf.objectives import Pretraining
+
+pytestmark = pytest.mark.ray
+LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr")
+
+
+@pytest.fixture(scope="module")
+def settings(make_corpus, tmp_path_factory):
+    uri = make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 14])
+    return config.Config(
+        output=str(tmp_path_factory.mktemp("run")),
+        model=config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40),
+        tokens=config.Tokens(max_len=40),
+        train=config.Train(epochs=2, batch_cells=6, lr=1e-2, warmup_steps=2, log_steps=1, checkpoint_steps=3),
+        inputs=config.Inputs(corpus=uri),
+        compute=config.Compute(num_workers=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def local(settings, tmp_path_factory):
+    """The loop in this process: its losses and its weights."""
+    corpus = dataset.Corpus(settings.inputs.corpus)
+    model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
+    rows = train.fit(model, Pretraining(settings, corpus), settings.train, train.LocalContext())
+    return trace(rows), model
+
+
+def trace(rows):
+    return {(step, name): value for step, _, name, value in rows if name in LOSSES}
+
+
+def test_one_ray_worker_gives_what_the_local_loop_gives_and_a_second_run_does_nothing(ray_local, settings, local):
+    uri = pretrain.run(settings)
+    losses, model = local
+    assert trace(train.History(uri, 8).rows) == losses
+    encoder, record = checkpoint.load_encoder(uri)
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
+    assert record.counts == {"steps": 8, "epochs": 2, "cells": 23}
+    assert record.details["vocabulary"] == dataset.Corpus(settings.inputs.corpus).vocabulary.hash
+    before = storage.read_bytes(f"{uri}/record.json")
+    assert pretrain.run(dataclasses.replace(settings, compute=config.Compute(num_workers=3))) == uri
+    assert storage.read_bytes(f"{uri}/record.json") == before
+    with pytest.raises(UserError, match=r"holds another checkpoint: config.train.lr: 0.01 -> 0.001"):
+        pretrain.run(dataclasses.replace(settings, train=dataclasses.replace(settings.train, lr=1e-3)))
+
+
+def test_two_ray_workers_see_every_cell_once_and_give_the_losses_of_one(ray_local, settings, local, tmp_path):
+    two = dataclasses.replace(settings, output=str(tmp_path), compute=config.Compute(num_workers=2))
+    ours = trace(train.History(pretrain.run(two), 8).rows)
+    assert ours.keys() == local[0].keys()
+    for key, value in local[0].items():
+        assert ours[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_a_run_that_cannot_go_on_ends_with_one_line_and_is_not_started_again(ray_local, settings, tmp_path):
+    """A checkpoint that was cut short: every worker refuses it, the driver raises it once."""
+    broken = dataclasses.replace(settings, output=str(tmp_path))
+    corpus = dataset.Corpus(settings.inputs.corpus)
+    uri = f"{tmp_path}/pretrain"
+    record = pretrain.planned(broken, corpus)
+    artifacts.begin(uri, record)
+    model = MaskedModel(settings.model, corpus.vocabulary.size)
+    optimizer = train.make_optimizer(model, settings.train)
+    folder = checkpoint.save_step(uri, 3, model, optimizer, {"identity": record.fingerprint})
+    data = storage.read_bytes(f"{folder}/model.safetensors")
+    storage.write_bytes(f"{folder}/model.safetensors", data[:100])
+    with pytest.raises(UserError, match=r"model.safetensors: .*Restore it"):
+        pretrain.run(broken)
+    assert artifacts.find(uri) is None
+
+
+def test_a_corpus_of_longer_cells_than_the_model_has_positions_is_refused(settings):
+    short = dataclasses.replace(settings.model, max_positions=20)
+    with pytest.raises(UserError, match=r"model.max_positions = 20: the corpus has cells of 2\d tokens"):
+        pretrain.run(dataclasses.replace(settings, model=short, tokens=config.Tokens(max_len=20)))

@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+import torch
+
+from mixgf import keyed
+
+
+def test_uniform_numbers_are_uniform_and_differ_by_every_part_of_the_key():
+    x = keyed.uniform(1, 2, np.arange(100_000))
+    assert x.mean() == pytest.approx(0.5, abs=0.005)
+    assert np.histogram(x, 10, (0, 1))[0].std() < 400
+    for other in ((2, 2), (1, 3)):
+        assert abs(np.corrcoef(x, keyed.uniform(*other, np.arange(100_000)))[0, 1]) < 0.02
+
+
+def test_a_key_gives_the_same_number_on_every_machine_and_in_every_version():
+    assert keyed.hashed(0).tolist() == 0xE220A8397B1DCDAF  # first output of splitmix64 with state 0
+    keys = keyed.dropout_keys(1, 0, np.arange(4), 0, 0)
+    assert keys.dtype == torch.int32
+    packed = np.packbits(keyed.dropped(keys, 3, 8, 32768).numpy(), axis=1)[:, 0].tolist()
+    assert packed == GOLDEN
+
+
+def test_order_and_neighbours_do_not_matter():
+    cells = np.arange(50)
+    assert np.array_equal(keyed.hashed(5, cells)[::-1], keyed.hashed(5, cells[::-1]))
+    keys = keyed.dropout_keys(5, cells)
+    assert torch.equal(keyed.dropped(keys, 1, 7, 9000)[20:23], keyed.dropped(keys[20:23], 1, 7, 9000))
+
+
+GOLDEN = [14, 102, 178, 207]

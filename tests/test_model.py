@@ -1,0 +1,160 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mixgf import checkpoint, config, keyed, model
+
+ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=24, dropout=0.25, init_sd=0.2)
+LENGTHS = [7, 7, 3, 24, 1, 5]
+V = 50
+
+
+def packed(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return torch.randint(3, V, (int(offsets[-1]),), generator=generator), offsets
+
+
+def keys_for(visits, lengths, view=0):
+    visit_T = np.repeat(visits, lengths)
+    position_T = np.concatenate([np.arange(n) for n in lengths])
+    return keyed.dropout_keys(1, 0, visit_T, view, position_T)
+
+
+@pytest.fixture(scope="module")
+def bert():
+    transformers = pytest.importorskip("transformers")
+    sizes = transformers.BertConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, hidden_act="silu",
+        max_position_embeddings=24, layer_norm_eps=1e-12, type_vocab_size=2, initializer_range=0.2,
+    )  # fmt: skip
+    reference = transformers.BertForMaskedLM(sizes).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return reference
+
+
+def test_hidden_states_and_logits_equal_those_of_hugging_face_bert(bert):
+    ours = model.MaskedModel(ROW, V).eval()
+    checkpoint.load_weights(ours, checkpoint.from_bert(bert.state_dict(), ROW), "reference")
+    ids, offsets = packed()
+    for layers in (0, 1, 2):
+        h = ours.encoder(ids, offsets, layers=layers)
+        for a, b in itertools.pairwise(offsets):
+            theirs = bert(input_ids=ids[None, a:b], output_hidden_states=True)
+            assert torch.allclose(h[a:b], theirs.hidden_states[layers][0], atol=1e-5, rtol=0)
+            if layers == 2:
+                assert torch.allclose(ours.logits(h[a:b]), theirs.logits[0], atol=1e-4, rtol=1e-5)
+
+
+def test_weights_survive_the_way_to_hugging_face_and_back(bert):
+    ours = model.MaskedModel(ROW, V, seed=3)
+    state = checkpoint.to_bert(ours)
+    back = checkpoint.from_bert(state, ROW)
+    assert all(torch.equal(back[name], p) for name, p in ours.named_parameters())
+    theirs = {k: v for k, v in bert.state_dict().items() if "token_type" not in k and "position_ids" not in k}
+    assert {k: tuple(v.shape) for k, v in theirs.items()} == {
+        k: tuple(v.shape) for k, v in state.items() if "token_type" not in k
+    }
+
+
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.3], ids=["residual dropout", "attention dropout too"])
+def test_dropout_depends_on_the_cell_and_not_on_the_batch(attention_dropout):
+    row = config.Model(**(config.to_dict(ROW) | {"attention_dropout": attention_dropout}))
+    encoder = model.Encoder(row, V)
+    ids, offsets = packed()
+    visits = np.arange(len(LENGTHS)) + 100
+    together = encoder(ids, offsets, keys=keys_for(visits, LENGTHS))
+    for i in range(len(LENGTHS)):
+        a, b = int(offsets[i]), int(offsets[i + 1])
+        few = torch.tensor([0, b - a], dtype=torch.int32)
+        alone = encoder(ids[a:b], few, keys=keys_for(visits[i : i + 1], LENGTHS[i : i + 1]))
+        assert torch.allclose(together[a:b], alone, atol=1e-5)
+    other_view = encoder(ids, offsets, keys=keys_for(visits, LENGTHS, view=1))
+    assert (together - other_view).abs().max() > 0.1
+    assert (together - encoder(ids, offsets)).abs().max() > 0.1
+
+
+def test_dropout_keeps_the_set_share_in_every_channel_and_the_expected_value():
+    keys = keyed.dropout_keys(0, 0, np.repeat(np.arange(200), 50), 0, np.tile(np.arange(50), 200))
+    drop = keyed.dropped(keys, 4, 33, round(0.1 * 65536)).float()
+    assert drop.shape == (10_000, 33)
+    assert (drop.mean(0) - 0.1).abs().max() < 5 * (0.09 / 10_000) ** 0.5
+    assert (drop.mean(1) - 0.1).abs().max() < 6 * (0.09 / 33) ** 0.5
+    centred = drop - drop.mean(0)
+    correlation = (centred.t() @ centred) / (10_000 * 0.09) - torch.eye(33)
+    assert correlation.abs().max() < 0.06
+    assert (keyed.dropped(keys, 5, 33, round(0.1 * 65536)).float() * drop).mean() == pytest.approx(0.01, abs=0.002)
+
+
+def test_chunked_cross_entropy_and_its_gradients_equal_the_plain_ones(monkeypatch):
+    monkeypatch.setitem(model._CHUNK_ELEMENTS, "cpu", 3 * V)  # 3 rows at a time: 7 positions make 3 chunks
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(V, 8, generator=generator, requires_grad=True)
+    bias = torch.randn(V, generator=generator, requires_grad=True)
+    targets = torch.randint(0, V, (7,), generator=generator)
+    plain = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
+    expected = torch.autograd.grad(plain * 0.5, (x, weight, bias))
+    ours = model.chunked_cross_entropy(x, weight, bias, targets)
+    assert torch.allclose(ours, plain, rtol=1e-6)
+    for mine, theirs in zip(torch.autograd.grad(ours * 0.5, (x, weight, bias)), expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_chunked_cross_entropy_of_no_positions_is_zero_with_zero_gradients():
+    head = model.MaskedModel(ROW, V)
+    h = torch.zeros(0, 32, requires_grad=True)
+    loss = head.loss(h, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert head.encoder.tokens.grad.abs().sum() == 0
+
+
+def test_pooling_by_hand():
+    h = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 9.0]])
+    offsets = torch.tensor([0, 3, 4], dtype=torch.int32)
+    assert model.pool(h, offsets, "mean").tolist() == [[3.0, 4.0], [7.0, 9.0]]
+    assert model.pool(h, offsets, "first").tolist() == [[1.0, 2.0], [7.0, 9.0]]
+    assert model.pool(h, offsets, "mean", cls=True).tolist() == [[4.0, 5.0], [0.0, 0.0]]
+
+
+def test_pooling_has_the_gradient_of_a_mean():
+    h = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    model.pool(h, torch.tensor([0, 3, 4], dtype=torch.int32), "mean").sum().backward()
+    assert torch.allclose(h.grad, torch.tensor([[1 / 3] * 2] * 3 + [[1.0] * 2]))
+
+
+def test_initial_weights_depend_on_the_seed_only():
+    a, b, c = (model.MaskedModel(ROW, V, seed=s) for s in (1, 1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.encoder.tokens, c.encoder.tokens)
+    assert a.encoder.tokens[0].abs().sum() == 0
+    assert a.encoder.tokens[1:].std().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_flops_by_hand():
+    row = config.Model(num_layers=1, dim=2, num_heads=1, ffn_dim=3)
+    # one token: q, k, v, out are 2x2 and the feed-forward 2x3 and 3x2: 16 + 12 multiply-adds; scores and weighted sum 2 + 2
+    assert model.forward_flops(row, [1]) == 2 * 28 + 2 * 4
+    assert model.forward_flops(row, [2]) == 2 * 2 * 28 + 4 * 2 * 4
+    assert model.head_flops(row, 10, 3) == 2 * 3 * (4 + 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_variable_length_attention_on_cuda_equals_attention_per_cell():
+    row = config.Model(num_layers=2, dim=128, num_heads=2, ffn_dim=256, max_positions=600)
+    encoder = model.Encoder(row, V)
+    lengths = [600, 17, 17, 300, 1]
+    ids, offsets = packed(lengths)
+    expected = encoder(ids, offsets)
+    encoder.cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        ours = encoder(ids.cuda(), offsets.cuda())
+    assert F.cosine_similarity(ours.float().cpu(), expected, dim=1).min() > 0.999

@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+
+from mixgf import config, plan
+
+ROWS = [10, 1, 33, 7, 20, 2, 28]  # 101 cells, sizes that divide nothing
+
+
+def make(batch_cells=8, mix=None, window_shards=3, seed=0, rows=ROWS):
+    n = sum(rows)
+    rng = np.random.default_rng(0)
+    species = np.repeat(np.arange(len(rows)) % 2, rows).astype(np.int8)
+    return plan.Plan(
+        rng.integers(1, 60, n).astype(np.int32), species, rows,
+        seed=seed, batch_cells=batch_cells, species_mix=mix, window_shards=window_shards,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_cells", [1, 3, 8, 101, 200])
+def test_every_cell_comes_once_per_epoch_and_only_the_last_batch_is_short(batch_cells):
+    p = make(batch_cells)
+    batches = [p.batch(step) for step in range(p.steps_per_epoch)]
+    assert sorted(np.concatenate(batches)) == list(range(101))
+    assert all(len(b) == min(batch_cells, 101) for b in batches[:-1])
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_shares_are_disjoint_complete_and_balanced_by_tokens(world_size):
+    p = make(batch_cells=16)
+    for step in range(p.steps_per_epoch):
+        shares = [p.share(step, rank, world_size) for rank in range(world_size)]
+        batch = p.batch(step)
+        together = np.empty_like(batch)
+        for share in shares:
+            together[share.slots_B] = share.visits_B
+            assert share.batch_cells == len(batch)
+        assert np.array_equal(together, batch)
+        assert sum(len(s.cells_B) for s in shares) == len(batch)
+        tokens = [p.lengths[s.cells_B].sum() for s in shares]
+        assert max(tokens) - min(tokens) <= p.lengths[batch].max()
+
+
+def test_the_order_is_a_pure_function_of_seed_and_step():
+    p, q = make(), make()
+    jumped = q.batch(20)
+    assert np.array_equal(jumped, [p.batch(step) for step in range(21)][20])
+    assert np.array_equal(q.batch(3), p.batch(3))
+    assert not np.array_equal(make(seed=1).batch(3), p.batch(3))
+    assert not np.array_equal(p.batch(3), p.batch(3 + p.steps_per_epoch))
+
+
+def test_a_window_reads_few_shards_and_batches_are_of_like_length():
+    rows = [100] * 12
+    p = make(batch_cells=10, window_shards=2, rows=rows)
+    shard_of = np.repeat(np.arange(12), rows)
+    spread = []
+    for step in range(p.steps_per_epoch):
+        batch = p.batch(step)
+        assert len(np.unique(shard_of[batch])) <= 2
+        assert set(shard_of[batch]) <= set(p.window_shards_of(step))
+        spread.append(np.ptp(p.lengths[batch]))
+    assert np.mean(spread) < 0.2 * np.ptp(p.lengths)
+
+
+def test_species_are_interleaved_over_windows():
+    rows = [100] * 12
+    p = make(batch_cells=10, window_shards=4, rows=rows)  # shards alternate between two species
+    for step in range(0, p.steps_per_epoch, 10):
+        kinds = {int(p.species[p.starts[shard]]) for shard in p.window_shards_of(step)}
+        assert kinds == {0, 1}
+
+
+def test_species_mix_sets_the_ratio_and_repeats_cells_evenly():
+    p = make(mix={0: 0.25, 1: 0.75})
+    counts = np.bincount(p.species)
+    visits = np.concatenate([p.batch(step) for step in range(p.steps_per_epoch)])
+    assert len(visits) == len(np.unique(visits)) == 101
+    cells = visits % 101
+    drawn = np.bincount(p.species[cells])
+    assert drawn.tolist() == [25, 76]
+    assert counts.tolist() == [91, 10]  # so species 1 is visited 7 or 8 times, species 0 at most once
+    times = np.bincount(cells, minlength=101)
+    assert set(times[p.species == 1]) == {7, 8}
+    assert set(times[p.species == 0]) == {0, 1}
+
+
+def test_a_mix_that_cannot_be_kept_is_refused():
+    with pytest.raises(config.UserError, match=r"train.species_mix.*corpus has"):
+        make(mix={0: 0.5, 5: 0.5})
+    with pytest.raises(config.UserError, match=r"name=share.*human, mouse"):
+        plan.parse_mix(("rat=0.5",), ("human", "mouse"))
+    assert plan.parse_mix(("mouse=0.5", "human=1"), ("human", "mouse")) == {0: 1.0, 1: 0.5}
+
+
+def test_micro_batches_keep_the_budget_and_lose_nothing():
+    lengths = np.array([5, 5, 1, 30, 2, 2], dtype=np.int32)
+    runs = plan.micro_batches(lengths, 10)
+    assert [lengths[r].tolist() for r in runs] == [[5, 5], [1], [30], [2, 2]]
+    assert [(r.start, r.stop) for r in plan.micro_batches(lengths[:0], 10)] == [(0, 0)]

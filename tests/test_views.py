@@ -1,0 +1,83 @@
+import math
+
+import numpy as np
+import pytest
+
+from mixgf import dataset, species, views
+from mixgf.config import UserError
+
+MASK, CLS = 1, 2
+
+
+@pytest.fixture(scope="module")
+def uri(make_corpus):
+    return make_corpus([5, 5], [0, 1], [2])
+
+
+@pytest.fixture(scope="module")
+def corpus(uri):
+    return dataset.Corpus(uri)
+
+
+def masked(*, num_cells=3000, seed=0, epoch=0, view=0, visits=None, fraction=0.15):
+    """Two genes per species: a draw of a special, or of the other species, cannot hide."""
+    kinds = np.arange(num_cells) % 2
+    tokens = np.stack([np.full(num_cells, CLS), 3 + 2 * kinds, 4 + 2 * kinds], 1).astype(np.int32).reshape(-1)
+    offsets = np.arange(num_cells + 1) * 3
+    visits = np.arange(num_cells) if visits is None else visits
+    pools = [np.array([3, 4], dtype=np.int32), np.array([5, 6], dtype=np.int32)]
+    inputs, at = views.mask((tokens, offsets), visits, kinds, pools, fraction=fraction, key=(seed, epoch, view))
+    return tokens, inputs, at, np.repeat(kinds, 3)
+
+
+def test_masking_law_with_two_genes_per_species():
+    tokens, inputs, at, kinds = masked(num_cells=30_000)
+    share = len(at) / 60_000
+    assert share == pytest.approx(0.15, abs=4 * math.sqrt(0.15 * 0.85 / 60_000))
+    assert (tokens[at] != CLS).all()
+    unchosen = np.setdiff1d(np.arange(len(tokens)), at)
+    assert np.array_equal(inputs[unchosen], tokens[unchosen])
+    is_mask = inputs[at] == MASK
+    assert is_mask.mean() == pytest.approx(0.8, abs=0.02)
+    replaced = at[~is_mask]
+    assert set(inputs[replaced][kinds[replaced] == 0]) == {3, 4}
+    assert set(inputs[replaced][kinds[replaced] == 1]) == {5, 6}
+    # 10 % stay, and 10 % become one of two genes, half of them the other one
+    assert (inputs[at] != tokens[at])[~is_mask].mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_masks_are_keyed_by_seed_epoch_view_and_cell():
+    chosen = masked()[2].tolist()
+    assert masked()[2].tolist() == chosen
+    for other in ({"seed": 1}, {"epoch": 1}, {"view": 1}, {"visits": np.arange(3000) + 3000}):
+        assert masked(**other)[2].tolist() != chosen
+    _, inputs, _, _ = masked()
+    _, reversed_inputs, _, _ = masked(visits=np.arange(3000)[::-1].copy())
+    assert np.array_equal((inputs == MASK).reshape(-1, 3)[::-1], (reversed_inputs == MASK).reshape(-1, 3))
+
+
+def test_thinning_keeps_the_set_share_in_order_and_never_empties_a_cell():
+    tokens = np.arange(3, 3 + 4000, dtype=np.int32)
+    offsets = np.array([0, 1, 2000, 4000])
+    out, bounds = views.thin((tokens, offsets), np.arange(3), 0.8, (0, 0, 1))
+    assert (np.diff(out) > 0).all()
+    assert np.diff(bounds)[0] == 1
+    assert len(out) == pytest.approx(3200, abs=4 * math.sqrt(4000 * 0.16))
+
+
+def test_translation_by_hand(corpus, uri):
+    translate = views.Translator(corpus.vocabulary, species.orthologs((f"{uri}/orthologs.parquet",)))
+    # 40 genes per species from id 3; the first 20 of each are partners
+    tokens = np.array([CLS, 3, 30, 22, 43, 62, 63, 82, 35], dtype=np.int32)
+    offsets = np.array([0, 4, 8, 9])
+    (out, bounds), found = translate((tokens, offsets), np.arange(3), np.array([0, 1, 0]), (0, 0))
+    assert out.tolist() == [CLS, 43, 62, 3, 22, 35]
+    assert bounds.tolist() == [0, 3, 5, 6]
+    assert found.tolist() == [True, True, False]
+
+
+def test_orthologs_without_a_table_that_fits_are_refused(corpus, make_corpus):
+    other = make_corpus([5], [0], [1], names=("rat", "pig"))
+    with pytest.raises(UserError, match="links no two species"):
+        views.Translator(corpus.vocabulary, {("rat", "pig"): {}})
+    assert dataset.Corpus(other).species == ("rat", "pig")
