@@ -1,0 +1,232 @@
+"""An elastic pool of Ray actors over a list of work items.
+
+Ray's own pools lose a run with one dead actor (`ActorPool`) or ramp up actor by actor and never reach zero (Ray Data). This
+one is a loop over `ray.wait`:
+
+- it asks at once for as many actors as there is work, up to a maximum: those the cluster has no room for stay pending, and
+  pending actors are what the cluster's autoscaler sees as demand. Work goes only to actors that are up;
+- each actor builds its worker (loads the model) once and keeps it; a second item waits in its queue, so that it never idles;
+- an item that fails, or whose actor dies with it, is tried again elsewhere, a few times; then it goes to the dead letter,
+  and the rest goes on. Items that merely waited behind it are not blamed;
+- idle actors beyond the minimum are given back, and all of them at the end.
+
+Results are handed to the caller one by one, in the order in which they come; keys say which is which.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from mixgf.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Actors of a pool, and what each of them needs."""
+
+    min_actors: int = 1
+    """Kept while the pool is open, even without work."""
+    max_actors: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
+    """Custom Ray resources per actor."""
+
+
+@dataclass(slots=True)
+class _Actor:
+    handle: Any
+    up: bool = False
+    queue: deque[Any] = field(default_factory=deque)
+    """Item keys given to it, oldest (the one it works on) first."""
+    idle_since: float = 0.0
+
+
+class _Host:
+    """Holds one worker in its own process."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+        self.work = make()
+
+    def run(self, item: Any) -> Any:
+        return self.work(item)
+
+
+_RemoteHost: Any = ray.remote(max_restarts=0, max_task_retries=0)(_Host)
+
+
+class Pool:
+    """Open with `with Pool(make, size) as pool`, then `pool.run(items, done)` any number of times.
+
+    Args:
+        make: builds a worker, a function of one item; called once in every actor. It and the items must be serialisable.
+        size: bounds and needs.
+        retries: times that a failed item is tried again.
+        idle_seconds: how long an actor beyond the minimum may be without work.
+        max_failed_starts: actors that may die before they are up, in a row, until the pool gives up.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Callable[[Any], Any]],
+        size: Size,
+        *,
+        retries: int = 2,
+        idle_seconds: float = 10.0,
+        max_failed_starts: int = 5,
+    ) -> None:
+        self.size, self.retries, self.idle_seconds = size, retries, idle_seconds
+        self.max_failed_starts = max_failed_starts
+        self.most_actors = 0
+        """Most actors that were up at a time."""
+        self.num_deaths = 0
+        """Actors lost with their work, or before they were up."""
+        self._make = ray.put(make)
+        self._actors: list[_Actor] = []
+        self._failed_starts = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        self._actors.clear()
+
+    @property
+    def num_actors(self) -> int:
+        """Actors that are up or asked for."""
+        return len(self._actors)
+
+    def run(self, items: Mapping[str, Any], done: Callable[[str, Any], None]) -> dict[str, str]:
+        """Work through all items, first to last as far as possible.
+
+        Args:
+            items: key to item.
+            done: called in this process with every key and result.
+
+        Returns:
+            The dead letter: key to reason of the items that failed every time.
+        """
+        waiting = deque(items)
+        failures: dict[str, int] = {}
+        dead: dict[str, str] = {}
+        flying: dict[Any, tuple[_Actor, str]] = {}
+        starting: dict[Any, _Actor] = {}
+        for actor in self._actors:
+            actor.idle_since = time.monotonic()
+
+        def lost(actor: _Actor, reason: str) -> None:
+            """An actor died: blame the item it worked on, put back those behind it."""
+            self._actors.remove(actor)
+            self.num_deaths += 1
+            for ref in [ref for ref, (owner, _) in flying.items() if owner is actor]:
+                del flying[ref]
+            keys = list(actor.queue)
+            waiting.extendleft(reversed(keys[1:]))
+            if keys:
+                failed(keys[0], reason)
+
+        def failed(key: str, reason: str) -> None:
+            failures[key] = failures.get(key, 0) + 1
+            if failures[key] > self.retries:
+                dead[key] = reason
+            else:
+                waiting.append(key)
+
+        while waiting or flying:
+            self._scale(len(waiting) + len(flying), starting)
+            self._feed(waiting, items, flying)
+            refs = [*flying, *starting]
+            for ref in ray.wait(refs, num_returns=1, timeout=1.0)[0]:
+                if ref in starting:
+                    self._started(ref, starting.pop(ref))
+                    continue
+                if ref not in flying:
+                    continue  # of an actor that died a moment ago
+                actor, key = flying[ref]
+                try:
+                    result = ray.get(ref)
+                except RayTaskError as error:
+                    failed(key, _reason(error))
+                except RayActorError as error:
+                    lost(actor, f"its actor died: {_first_line(error)}")
+                    continue
+                except RayError as error:
+                    failed(key, _first_line(error))
+                else:
+                    done(key, result)
+                del flying[ref]
+                actor.queue.remove(key)
+                actor.idle_since = time.monotonic()
+        for actor in starting.values():  # asked for, never needed
+            ray.kill(actor.handle)
+            self._actors.remove(actor)
+        return dead
+
+    def _scale(self, num_items: int, starting: dict[Any, _Actor]) -> None:
+        """Ask for actors up to the work there is; give back idle ones beyond the minimum."""
+        wanted = max(self.size.min_actors, min(self.size.max_actors, num_items))
+        while len(self._actors) < wanted:
+            options = {"num_cpus": self.size.cpus, "num_gpus": self.size.gpus, "resources": self.size.resources}
+            handle = _RemoteHost.options(**options).remote(self._make)
+            actor = _Actor(handle)
+            self._actors.append(actor)
+            starting[handle.__ray_ready__.remote()] = actor
+        now = time.monotonic()
+        for actor in list(self._actors):
+            spare = len(self._actors) > max(self.size.min_actors, min(self.size.max_actors, num_items))
+            if spare and actor.up and not actor.queue and now - actor.idle_since >= self.idle_seconds:
+                ray.kill(actor.handle)
+                self._actors.remove(actor)
+
+    def _feed(self, waiting: deque[str], items: Mapping[str, Any], flying: dict[Any, tuple[_Actor, str]]) -> None:
+        """Give each actor an item to work on, and one to have ready unless others would go without."""
+        ups = [actor for actor in self._actors if actor.up]
+        for depth in (1, 2):
+            for actor in ups:
+                if depth == 2 and len(waiting) <= len(self._actors):
+                    return  # towards the end one item in hand is enough
+                if waiting and len(actor.queue) < depth:
+                    key = waiting.popleft()
+                    actor.queue.append(key)
+                    flying[actor.handle.run.remote(items[key])] = (actor, key)
+
+    def _started(self, ref: Any, actor: _Actor) -> None:
+        try:
+            ray.get(ref)
+        except RayActorError as error:
+            self._actors.remove(actor)
+            self.num_deaths += 1
+            self._failed_starts += 1
+            if self._failed_starts >= self.max_failed_starts:
+                msg = f"{self._failed_starts} workers in a row failed to start: {_cause(error)}"
+                raise UserError(msg) from error
+            time.sleep(min(5.0, 0.1 * math.pow(2, self._failed_starts)))
+        else:
+            actor.up, actor.idle_since = True, time.monotonic()
+            self._failed_starts = 0
+            self.most_actors = max(self.most_actors, sum(other.up for other in self._actors))
+
+
+def _reason(error: RayTaskError) -> str:
+    cause = getattr(error, "cause", None)
+    return f"{type(cause).__name__}: {cause}" if cause is not None else _first_line(error)
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of a remote traceback says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]

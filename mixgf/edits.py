@@ -1,0 +1,160 @@
+"""Perturbations as pure operations on cell sentences (paper section 4.2, spec section 9). Only torch, no model.
+
+A block of cells comes packed: `ids_T` with `offsets_B1`. One call edits many sentences at once, each a copy of one cell with
+its own genes. Nothing loops over sentences, and the operations run where the tokens are (CPU or GPU).
+
+Letters: B cells, T packed tokens, S perturbed sentences, X their source tokens, M genes perturbed together, H hits.
+
+Operations, for a gene at rank r (0 = top) of the n genes of a sentence:
+
+| name | does | absent gene |
+|---|---|---|
+| `delete` | takes it out; later genes move up | identity |
+| `overexpress` | moves or inserts it at the front, after <cls>; cut to max_len | inserted |
+| `inhibit` | moves it down by floor(rank_share * n) ranks, at least 1, at most to the end | identity |
+| `activate` | moves it up likewise, at most to the front | identity |
+
+All other genes keep their order. Genes given together are applied together: `overexpress` puts them at the front in the
+order given; `inhibit` and `activate` move each by its share, as applying them one by one would (the lowest first, or the
+highest first). The published code leaves the top gene out of "overexpress all", appends for every `inhibit` and returns the
+sentence unchanged for `activate`; none of that is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OPERATIONS = ("delete", "overexpress", "inhibit", "activate")
+NO_GENE = -1
+"""Fills up the rows of shorter gene sets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Edited:
+    """Perturbed sentences, packed, and where the perturbed genes stand after and before."""
+
+    ids_T: Tensor
+    """int64."""
+    offsets_S1: Tensor
+    """int64; where each sentence begins, and T."""
+    hits_H: Tensor
+    """Indices into ids_T of perturbed genes (none after `delete`), and the sentence of each below."""
+    hit_sentences_H: Tensor
+    sources_H: Tensor
+    """Indices into the unperturbed ids_T of the same genes, where the cell has them, and the sentence of each below."""
+    source_sentences_H: Tensor
+
+
+def ranks(ids_T: Tensor, offsets_B1: Tensor, genes_K: Tensor, *, lead: int = 0) -> Tensor:
+    """Rank (0 = top gene) of every gene in every cell, int64 (B, K); -1 where the cell's sentence lacks it.
+
+    Args:
+        ids_T: packed token ids.
+        offsets_B1: where each cell begins, and T.
+        genes_K: token ids to look up.
+        lead: special tokens before the genes: 1 with <cls>, else 0.
+    """
+    num_cells = offsets_B1.shape[0] - 1
+    size = int(torch.stack([ids_T.max(), genes_K.max()]).max()) + 1
+    table_BV = torch.full((num_cells, size), -1, dtype=torch.int64, device=ids_T.device)
+    cell_T, place_T = _places(torch.diff(offsets_B1))
+    table_BV[cell_T, ids_T] = place_T - lead
+    return table_BV[:, genes_K]
+
+
+def edit(
+    ids_T: Tensor,
+    offsets_B1: Tensor,
+    cells_S: Tensor,
+    genes_SM: Tensor,
+    operation: str,
+    *,
+    max_len: int,
+    lead: int = 0,
+    rank_share: float = 0.25,
+) -> Edited:
+    """Apply one operation to many copies of a block's cells.
+
+    Args:
+        ids_T: packed token ids of the unperturbed cells, int64.
+        offsets_B1: where each cell begins, and T, int64.
+        cells_S: which cell each sentence is a copy of.
+        genes_SM: token ids perturbed together in each sentence, distinct; rows of smaller sets end in `NO_GENE`.
+        operation: one of `OPERATIONS`.
+        max_len: longest sentence, <cls> included; only `overexpress` can make one longer.
+        lead: special tokens before the genes: 1 with <cls>, else 0.
+        rank_share: how far `inhibit` and `activate` move a gene, as a share of the sentence's genes.
+    """
+    assert operation in OPERATIONS, operation
+    lengths_S = torch.diff(offsets_B1)[cells_S]
+    sentence_X, place_X = _places(lengths_S)
+    source_X = offsets_B1[:-1][cells_S][sentence_X] + place_X
+    ids_X = ids_T[source_X]
+    hit_X = torch.zeros_like(ids_X, dtype=torch.bool)
+    for genes_S in genes_SM.unbind(1):
+        hit_X |= ids_X == genes_S[sentence_X]
+    hit_sentences = sentence_X[hit_X]
+    num_hits_S = torch.bincount(hit_sentences, minlength=len(cells_S))
+    if operation == "delete":
+        new_lengths_S = lengths_S - num_hits_S
+        new_ids, new_hit = ids_X[~hit_X], None
+    elif operation == "overexpress":
+        new_ids, new_hit, new_lengths_S = _to_front(
+            ids_X[~hit_X], lengths_S - num_hits_S, genes_SM, lead=lead, max_len=max_len
+        )
+    else:
+        new_lengths_S = lengths_S
+        steps_S = torch.floor((lengths_S - lead).double() * rank_share).long().clamp(min=1)
+        steps_H = (steps_S if operation == "inhibit" else -steps_S)[hit_sentences]
+        new_hit = _moved(hit_sentences, place_X[hit_X] - lead, lengths_S - lead, num_hits_S, steps_H)
+        new_hit = _offsets(lengths_S)[hit_sentences] + lead + new_hit
+        is_hit_X = torch.zeros_like(hit_X)
+        is_hit_X[new_hit] = True
+        new_ids = torch.empty_like(ids_X)
+        new_ids[is_hit_X], new_ids[~is_hit_X] = ids_X[hit_X], ids_X[~hit_X]
+    if new_hit is None:
+        new_hit = new_lengths_S.new_empty(0)
+    sentence_T = _places(new_lengths_S)[0]
+    return Edited(
+        ids_T=new_ids,
+        offsets_S1=_offsets(new_lengths_S),
+        hits_H=new_hit,
+        hit_sentences_H=sentence_T[new_hit],
+        sources_H=source_X[hit_X],
+        source_sentences_H=hit_sentences,
+    )
+
+
+def _to_front(
+    others: Tensor, num_others_S: Tensor, genes_SM: Tensor, *, lead: int, max_len: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sentences of the other genes with the given ones put in front: ids, indices of the latter, lengths."""
+    assert lead + genes_SM.shape[1] <= max_len, "more genes than a sentence holds"
+    given_SM = genes_SM != NO_GENE
+    lengths_S = num_others_S + given_SM.sum(1)
+    sentence_T, place_T = _places(lengths_S)
+    hit_T = (place_T >= lead) & (place_T < lead + given_SM.sum(1)[sentence_T])
+    ids_T = torch.empty_like(sentence_T)
+    ids_T[hit_T], ids_T[~hit_T] = genes_SM[given_SM], others
+    kept_T = place_T < max_len
+    return ids_T[kept_T], torch.nonzero(hit_T[kept_T]).squeeze(1), lengths_S.clamp(max=max_len)
+
+
+def _moved(sentence_H: Tensor, rank_H: Tensor, num_genes_S: Tensor, num_hits_S: Tensor, steps_H: Tensor) -> Tensor:
+    """Ranks of the hits after so many steps down (up: negative); they keep their order and leave no gap at the ends."""
+    first_H = torch.arange(len(sentence_H), device=sentence_H.device) - _offsets(num_hits_S)[sentence_H]
+    last_H = (num_genes_S - num_hits_S)[sentence_H] + first_H
+    return torch.minimum(torch.maximum(rank_H + steps_H, first_H), last_H)
+
+
+def _offsets(lengths_S: Tensor) -> Tensor:
+    return torch.nn.functional.pad(torch.cumsum(lengths_S, 0), (1, 0))
+
+
+def _places(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Sentence of every packed token, and its place in it."""
+    sentence_T = torch.repeat_interleave(torch.arange(len(lengths_S), device=lengths_S.device), lengths_S)
+    return sentence_T, torch.arange(len(sentence_T), device=lengths_S.device) - _offsets(lengths_S)[sentence_T]

@@ -1,0 +1,364 @@
+"""In silico perturbation: which cells, genes and states, cut into work units, and the worker that scores one unit.
+
+`design` says what is to be done, as a pure function of corpus and config; `units` cuts it into pieces that do not depend on
+who works on them; `Scorer` does one piece and writes it to storage; `mixgf.effects` turns all pieces into the table of genes.
+
+Letters: N perturbed cells, B cells of a unit, K targets, M genes of a target, S states, C donors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from mixgf import checkpoint, edits, storage
+from mixgf.config import Config, Perturb, UserError
+from mixgf.dataset import Corpus
+from mixgf.selection import sample, select
+from mixgf.shifts import Engine, Original
+
+Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+
+STATE_CELLS = 256
+"""Cells per unit of state embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """One gene, or several that are perturbed together."""
+
+    gene: str
+    """Ensembl ids, joined by `+`."""
+    symbol: str
+    species: str
+    tokens: tuple[int, ...]
+    coverage: float
+    """Share of the perturbed cells of its species whose sentences hold all its genes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """Cells that define a direction: all that fit the expression."""
+
+    name: str
+    """`start`, `goal`, `alternative_0`, ..."""
+    expression: str
+    cells: Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What is perturbed, how, and towards what."""
+
+    cells_N: Ints
+    """Cells that are perturbed, longest sentence first, then by number."""
+    states: tuple[State, ...]
+    targets: tuple[Target, ...]
+    donors: tuple[str, ...]
+    donor_of: Ints
+    """Donor code of every cell of the corpus."""
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def goal(self) -> int | None:
+        """Index of the goal among the states."""
+        return next((i for i, state in enumerate(self.states) if state.name == "goal"), None)
+
+    @cached_property
+    def genes_KM(self) -> Ints:
+        """Tokens of the targets, filled up with `NO_GENE`."""
+        width = max(len(target.tokens) for target in self.targets)
+        rows = [[*target.tokens, *[edits.NO_GENE] * (width - len(target.tokens))] for target in self.targets]
+        return np.array(rows, dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A piece of work. `operation` is one of `edits.OPERATIONS`, or `embed` for state embeddings."""
+
+    key: str
+    operation: str
+    cells_B: Ints
+    cost: float
+    """Expected tokens to encode."""
+    targets_K: Ints
+    """Numbers of the targets; empty for `embed`."""
+    genes_KM: Ints
+    allowed_KB: NDArray[np.bool_]
+    """Whether the target's species is the cell's."""
+    states_SB: NDArray[np.bool_]
+    """For `embed`: which cells belong to which state."""
+    donor_B: Ints
+
+
+def design(corpus: Corpus, config: Config) -> Design:
+    """Choose cells, states and genes; a pure function of the corpus and the config."""
+    settings, obs = config.perturb, corpus.obs()
+    warnings: list[str] = []
+    if settings.donor in obs.columns:
+        codes, names = pd.factorize(obs[settings.donor].astype(str), sort=True)
+        donor_of, donors = codes.astype(np.int64), tuple(map(str, names))
+    else:
+        donor_of, donors = np.zeros(len(obs), dtype=np.int64), ("all",)
+        warnings.append(f"no column {settings.donor!r}: all cells count as one donor, and there is no donor-level test")
+    wanted = [("start", settings.start), ("goal", settings.goal)]
+    wanted += [(f"alternative_{i}", text) for i, text in enumerate(settings.alternatives)]
+    states = tuple(
+        State(name=name, expression=text, cells=select(obs, text, f"perturb.{name}"))
+        for name, text in wanted
+        if name == "start" or text.strip()
+    )
+    start = states[0].cells
+    for state in states[1:]:
+        shared = len(np.intersect1d(start, state.cells))
+        if shared:
+            warnings.append(f"{shared} of {len(start)} start cells are in {state.name}, too")
+    cells = sample(start, donor_of, settings.max_cells, config.seed)
+    cells = cells[np.lexsort((cells, -corpus.lengths_N[cells].astype(np.int64)))]
+    num_donors = len(np.unique(donor_of[cells]))
+    if num_donors < 3 and settings.donor in obs.columns:
+        warnings.append(f"the start cells come from {num_donors} donor(s): no donor-level test with fewer than 3")
+    return Design(
+        cells_N=cells,
+        states=states,
+        targets=tuple(_targets(corpus, settings, cells)),
+        donors=donors,
+        donor_of=donor_of,
+        warnings=tuple(warnings),
+    )
+
+
+def _targets(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
+    """The genes to perturb: those named, or all detected in enough of the cells."""
+    species_N = corpus.species_N[cells]
+    present = [name for code, name in enumerate(corpus.species) if (species_N == code).any()]
+    num = {name: int((species_N == corpus.species.index(name)).sum()) for name in present}
+    genes, symbols = _names(corpus, present)
+    if settings.genes:
+        return [target for text in settings.genes for target in _named(corpus, text, cells, num)]
+    counts_V = np.zeros(corpus.vocabulary.size, dtype=np.int64)
+    for part in np.array_split(cells, max(1, len(cells) // 1024)):
+        counts_V += np.bincount(corpus.tokens(part)[0], minlength=len(counts_V))
+    found = []
+    for token in np.flatnonzero(counts_V).tolist():
+        owners = [name for name in present if (name, token) in genes]
+        if not owners:
+            continue  # a special token
+        coverage = counts_V[token] / sum(num[name] for name in owners)
+        if coverage >= settings.min_coverage:
+            key = (owners[0], token)
+            found.append(
+                Target(gene=genes[key], symbol=symbols[key], species=owners[0], tokens=(token,), coverage=coverage)
+            )
+    if not found:
+        msg = (
+            f"perturb.min_coverage = {settings.min_coverage}: no gene is in so many of the {len(cells)} cells; lower it"
+        )
+        raise UserError(msg)
+    if settings.max_genes:
+        found.sort(key=lambda target: (-target.coverage, target.tokens))
+        found = sorted(found[: settings.max_genes], key=lambda target: target.tokens)
+    return found
+
+
+def _names(corpus: Corpus, species: list[str]) -> tuple[dict[tuple[str, int], str], dict[tuple[str, int], str]]:
+    """Ensembl id and symbol by (species, token)."""
+    table = corpus.vocabulary.table
+    rows = zip(*(table[c].to_pylist() for c in ("species", "token", "gene", "symbol")), strict=True)
+    kept = [row for row in rows if row[0] in species]
+    return {(s, t): g for s, t, g, _ in kept}, {(s, t): symbol or g for s, t, g, symbol in kept}
+
+
+def _named(corpus: Corpus, text: str, cells: Ints, num: dict[str, int]) -> Iterator[Target]:
+    """The target of one entry of perturb.genes, in each species of the cells that has all its genes."""
+    parts = [part.strip() for part in text.split("+")]
+    first_error: UserError | None = None
+    found = False
+    for species in num:
+        try:
+            tokens = tuple(corpus.vocabulary.find(part, species) for part in parts)
+        except UserError as error:
+            first_error = first_error or error
+            continue
+        if len(set(tokens)) < len(tokens):
+            msg = f"perturb.genes: {text!r} names a gene twice; name each gene once"
+            raise UserError(msg)
+        found = True
+        genes, symbols = _names(corpus, [species])
+        mine = cells[corpus.species_N[cells] == corpus.species.index(species)]
+        held = sum(_holding(corpus, block, tokens) for block in np.array_split(mine, max(1, len(mine) // 1024)))
+        yield Target(
+            gene="+".join(genes[species, token] for token in tokens),
+            symbol="+".join(symbols[species, token] for token in tokens),
+            species=species,
+            tokens=tokens,
+            coverage=held / len(mine),
+        )
+    if not found:
+        msg = f"perturb.genes: {first_error}"
+        raise UserError(msg)
+
+
+def _holding(corpus: Corpus, cells: Ints, tokens: tuple[int, ...]) -> int:
+    ids_T, offsets_B1 = corpus.tokens(cells)
+    hits = np.concatenate([[0], np.cumsum(np.isin(ids_T, tokens))])
+    return int((np.diff(hits[offsets_B1]) == len(tokens)).sum())
+
+
+def units(plan: Design, corpus: Corpus, settings: Perturb) -> list[Unit]:
+    """All work, in a fixed order: state embeddings, then operation by cell block by gene block.
+
+    Gene blocks of the same cells follow each other, so that a worker's unperturbed embeddings serve many of them.
+    """
+    work = []
+    cells = np.unique(np.concatenate([state.cells for state in plan.states]))
+    for i, block in enumerate(_blocks(len(cells), STATE_CELLS)):
+        part = cells[block]
+        work.append(
+            Unit(
+                key=f"states-{i:05d}",
+                operation="embed",
+                cells_B=part,
+                cost=float(corpus.lengths_N[part].sum()),
+                targets_K=np.empty(0, dtype=np.int64),
+                genes_KM=np.empty((0, 1), dtype=np.int64),
+                allowed_KB=np.empty((0, len(part)), dtype=bool),
+                states_SB=np.stack([np.isin(part, state.cells) for state in plan.states]),
+                donor_B=plan.donor_of[part],
+            )
+        )
+    owned_KS = _owned(plan, corpus)
+    coverage_K = np.array([target.coverage for target in plan.targets])
+    for operation in settings.operations:
+        everywhere = operation == "overexpress" and settings.insert_absent
+        for c, cell_block in enumerate(_blocks(len(plan.cells_N), settings.block_cells)):
+            part = plan.cells_N[cell_block]
+            lengths_B = corpus.lengths_N[part].astype(np.float64)
+            for g, block in enumerate(_blocks(len(plan.targets), settings.block_genes)):
+                numbers = np.arange(len(plan.targets))[block]
+                allowed = owned_KS[numbers][:, corpus.species_N[part]]
+                tokens_K = (allowed @ lengths_B) * (1.0 if everywhere else coverage_K[numbers])
+                work.append(
+                    Unit(
+                        key=f"{operation}-c{c:05d}-g{g:05d}",
+                        operation=operation,
+                        cells_B=part,
+                        cost=float(tokens_K.sum()),
+                        targets_K=numbers,
+                        genes_KM=plan.genes_KM[numbers],
+                        allowed_KB=allowed,
+                        states_SB=np.empty((0, len(part)), dtype=bool),
+                        donor_B=plan.donor_of[part],
+                    )
+                )
+    return work
+
+
+def _owned(plan: Design, corpus: Corpus) -> NDArray[np.bool_]:
+    """(K, species): whether a species has all genes of a target (more than one where orthologs share tokens)."""
+    columns = [set(corpus.vocabulary.species_tokens(name).tolist()) for name in corpus.species]
+    return np.array([[set(target.tokens) <= tokens for tokens in columns] for target in plan.targets])
+
+
+def _blocks(num: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, num)) for start in range(0, num, size)]
+
+
+class Scorer:
+    """Works on units: encoder, corpus and the last unperturbed cells stay in memory; results go to storage.
+
+    Args:
+        config: the run's config.
+        corpus: URI of the corpus.
+        weights: URI of the checkpoint.
+        folder: URI under which parts are written, `<key>.parquet` each.
+    """
+
+    def __init__(self, config: Config, *, corpus: str, weights: str, folder: str) -> None:
+        torch.set_num_threads(config.train.threads)
+        device = "cuda" if config.compute.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+        self.settings, self.folder = config.perturb, folder
+        self.corpus = Corpus(corpus)
+        encoder, record = checkpoint.load_encoder(weights, device)
+        checkpoint.require_vocabulary(record, self.corpus.vocabulary.hash, "the corpus")
+        self.engine = Engine(
+            encoder=encoder.eval(),
+            variant=self.settings.variant,
+            layers=encoder.row.num_layers + 1 + self.settings.layer,
+            lead=int(self.corpus.cls),
+            max_len=min(int(self.corpus.record.details["max_len"]), encoder.row.max_positions),
+            rank_share=self.settings.rank_share,
+            micro_tokens=self.settings.micro_tokens,
+            precision=config.train.precision,
+        )
+        self._cells: tuple[bytes, Original] | None = None
+
+    def __call__(self, item: tuple[Unit, Floats | None]) -> float:
+        """Do one unit, write its part, return its cost. The states, float64 (S, D), come with it, once they are known."""
+        unit, states = item
+        table = self.embed(unit) if unit.operation == "embed" else self.score(unit, states)
+        uri = storage.join(self.folder, f"{unit.key}.parquet")
+        storage.write_table(uri, table, use_byte_stream_split=[n for n in table.column_names if table[n].type == "float"],
+                            use_dictionary=False)  # fmt: skip
+        return unit.cost
+
+    def embed(self, unit: Unit) -> pa.Table:
+        """Sums of the cells' embeddings by state and donor: columns state, donor, num_cells, sum."""
+        ids_T, offsets_B1 = self.corpus.tokens(unit.cells_B)
+        vectors = self.engine.vectors(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)).cpu().numpy()
+        rows: dict[str, list[Any]] = {"state": [], "donor": [], "num_cells": [], "sum": []}
+        for state, member_B in enumerate(unit.states_SB):
+            for donor in np.unique(unit.donor_B[member_B]).tolist():
+                chosen = member_B & (unit.donor_B == donor)
+                rows["state"].append(state)
+                rows["donor"].append(donor)
+                rows["num_cells"].append(int(chosen.sum()))
+                rows["sum"].append(vectors[chosen].sum(axis=0).tolist())
+        types = (pa.int32(), pa.int32(), pa.int64(), pa.list_(pa.float64()))
+        return pa.table({name: pa.array(v, t) for (name, v), t in zip(rows.items(), types, strict=True)})
+
+    def score(self, unit: Unit, states: Floats | None) -> pa.Table:
+        """Shifts of the unit's (cell, target) pairs, by cell, then target.
+
+        Columns: target, cell, rank of the target's first gene (0 = top, -1 = absent), response (1 - cos of before and
+        after), shift_<i> towards state i; all cells that hold every gene of the target, and for `overexpress` the others
+        of its species too, unless `perturb.insert_absent` is off.
+        """
+        assert states is not None, "states come before shifts"
+        original = self._original(unit.cells_B)
+        device = self.engine.device
+        genes_KM = torch.from_numpy(unit.genes_KM).to(device)
+        flat = edits.ranks(
+            original.ids_T, original.offsets_B1, genes_KM.clamp(min=0).reshape(-1), lead=self.engine.lead
+        ).reshape(len(unit.cells_B), *unit.genes_KM.shape)
+        held_BK = ((flat >= 0) | (genes_KM < 0)).all(dim=2).cpu().numpy()
+        everywhere = unit.operation == "overexpress" and self.settings.insert_absent
+        cell_P, target_P = np.nonzero(unit.allowed_KB.T & (held_BK | everywhere))
+        cells, targets = torch.from_numpy(cell_P).to(device), torch.from_numpy(target_P).to(device)
+        shifts = self.engine.score(original, cells, genes_KM[targets], unit.operation, torch.from_numpy(states))
+        columns = {
+            "target": pa.array(unit.targets_K[target_P], pa.int32()),
+            "cell": pa.array(unit.cells_B[cell_P], pa.int64()),
+            "rank": pa.array(flat[:, :, 0].cpu().numpy()[cell_P, target_P], pa.int32()),
+            "response": pa.array(shifts.response_S.numpy(), pa.float32()),
+        }
+        for i in range(len(states)):
+            columns[f"shift_{i}"] = pa.array(shifts.shift_SK[:, i].numpy(), pa.float32())
+        return pa.table(columns)
+
+    def _original(self, cells_B: Ints) -> Original:
+        """The unperturbed cells of a block: computed once for all its units."""
+        key = cells_B.tobytes()
+        if self._cells is None or self._cells[0] != key:
+            ids_T, offsets_B1 = self.corpus.tokens(cells_B)
+            self._cells = (key, self.engine.original(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)))
+        return self._cells[1]

@@ -1,0 +1,207 @@
+"""The perturb stage: nothing is computed twice, whatever was killed; a pool gives what one loop gives."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mixgf import artifacts, checkpoint, config, storage
+from mixgf.config import UserError
+from mixgf.dataset import Corpus
+from mixgf.drivers import perturb as driver
+from mixgf.model import MaskedModel
+from mixgf.perturb import Scorer
+
+ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
+NUM_CELLS = 40
+COLUMNS = [
+    "gene", "symbol", "species", "operation", "variant", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
+    "shift_high", "response", "p_cell", "fdr_cell", "p_donor", "fdr_donor", "null_percentile", "rank_expected",
+    "shift_minus_rank_expected", "shift_alternatives", "shift_minus_alternatives", "de_statistic", "de_log_fold", "warnings",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(make_corpus, tmp_path_factory):
+    """A corpus with four donors, and an untrained checkpoint on its vocabulary."""
+    lengths = np.random.default_rng(1).integers(6, 18, NUM_CELLS)
+    corpus = make_corpus(lengths, [0] * NUM_CELLS, [25, 15], genes=24, names=("human",))
+    start = 0
+    for i, rows in enumerate((25, 15)):
+        uri = f"{corpus}/shards/{i:05d}.parquet"
+        donors = [f"d{c // 2 % 4}" for c in range(start, start + rows)]
+        storage.write_table(uri, storage.read_table(uri).append_column("donor", pa.array(donors)))
+        start += rows
+    weights = str(tmp_path_factory.mktemp("pretrain"))
+    vocabulary = Corpus(corpus).vocabulary
+    record = artifacts.plan("checkpoint", 1, {}, {})
+    artifacts.begin(weights, record)
+    model = MaskedModel(ROW, vocabulary.size, seed=5)
+    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=config.Tokens(max_len=20))
+    return config.Inputs(corpus=corpus, checkpoint=weights)
+
+
+def configure(inputs, output, **settings):
+    chosen = {
+        "start": "cell_type == 'alpha'", "goal": "cell_type == 'beta'", "alternatives": ("donor == 'd1'",), "max_cells": 14,
+        "block_cells": 4, "block_genes": 7, "num_permutations": 100,
+    } | settings  # fmt: skip
+    return config.Config(
+        output=str(output), inputs=inputs, perturb=config.Perturb(**chosen), tokens=config.Tokens(max_len=20)
+    )
+
+
+def genes(output):
+    return storage.read_bytes(f"{output}/perturb/genes.parquet")
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """A run that was never interrupted."""
+    output = tmp_path_factory.mktemp("whole")
+    driver.run(configure(inputs, output), local=True)
+    return output
+
+
+def test_the_table_has_a_row_per_gene_and_operation_ranked_by_shift(whole):
+    table = storage.read_table(f"{whole}/perturb/genes.parquet")
+    assert table.column_names == COLUMNS
+    frame = table.to_pandas()
+    record = artifacts.require(f"{whole}/perturb", "perturbation")
+    assert len(frame) == 2 * record.counts["genes"]
+    assert not frame.duplicated(["gene", "operation"]).any()
+    for _, part in frame.groupby("operation"):
+        assert part["shift"].is_monotonic_decreasing
+    assert (frame["variant"] == "remaining").all()
+    assert (frame.loc[frame["operation"] == "overexpress", "num_cells"] == 14).all()
+    deleted = frame[frame["operation"] == "delete"]
+    assert np.allclose(deleted["num_cells"], deleted["coverage"] * 14)
+    assert record.counts["sentences"] == frame["num_cells"].sum()
+    assert (frame["p_donor"].between(0, 1) == (frame["num_donors"] >= 3)).all()
+    assert ((frame["shift_low"] < frame["shift"]) & (frame["shift"] < frame["shift_high"])).all()
+
+
+def test_running_again_computes_nothing(inputs, whole, monkeypatch):
+    monkeypatch.setattr(Scorer, "__init__", lambda *_, **__: pytest.fail("worked again"))
+    before = storage.read_json(f"{whole}/perturb/record.json")
+    driver.run(configure(inputs, whole, micro_tokens=50), local=True)
+    assert storage.read_json(f"{whole}/perturb/record.json") == before
+
+
+def test_a_killed_run_computes_only_what_is_missing_and_ends_with_the_same_bytes(inputs, whole, tmp_path, monkeypatch):
+    keys, call = [], Scorer.__call__
+
+    def counted(scorer, item):
+        if len(keys) == 9 and "stop" not in keys:
+            keys.append("stop")
+            raise KeyboardInterrupt
+        result = call(scorer, item)
+        keys.append(item[0].key)
+        return result
+
+    monkeypatch.setattr(Scorer, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(configure(inputs, tmp_path), local=True)
+    assert artifacts.find(f"{tmp_path}/perturb") is None
+    driver.run(configure(inputs, tmp_path), local=True)
+    keys.remove("stop")
+    assert len(keys) == len(set(keys)) == artifacts.require(f"{tmp_path}/perturb", "perturbation").counts["parts"]
+    assert genes(tmp_path) == genes(whole)
+
+
+def test_a_lost_part_is_the_only_one_made_again(inputs, whole, tmp_path, monkeypatch):
+    driver.run(configure(inputs, tmp_path), local=True)
+    record = artifacts.find(f"{tmp_path}/perturb")
+    parts = f"{tmp_path}/perturb/{record.details['parts']}"
+    storage.remove(f"{tmp_path}/perturb/record.json")
+    storage.remove(f"{parts}/delete-c00001-g00002.parquet")
+    keys, call = [], Scorer.__call__
+    monkeypatch.setattr(Scorer, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
+    driver.run(configure(inputs, tmp_path), local=True)
+    assert keys == ["delete-c00001-g00002"]
+    assert genes(tmp_path) == genes(whole)
+
+
+@pytest.mark.ray
+def test_two_ray_workers_give_what_the_local_loop_gives(ray_local, inputs, whole, tmp_path):
+    driver.run(configure(inputs, tmp_path), local=False)
+    assert genes(tmp_path) == genes(whole)
+    states = [storage.read_bytes(f"{output}/perturb/states.parquet") for output in (tmp_path, whole)]
+    assert states[0] == states[1]
+
+
+def test_other_settings_in_the_same_place_are_refused_and_a_wrong_expression_leaves_nothing(inputs, whole, tmp_path):
+    with pytest.raises(UserError, match=r"perturb\.goal: .*Choose another output"):
+        driver.run(configure(inputs, whole, goal="donor == 'd2'"), local=True)
+    with pytest.raises(UserError, match=r"perturb\.goal: cell_type has no value 'bet'; did you mean one of beta"):
+        driver.run(configure(inputs, tmp_path, goal="cell_type == 'bet'"), local=True)
+    assert not storage.exists(f"{tmp_path}/perturb")
+
+
+def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, monkeypatch):
+    call = Scorer.__call__
+
+    def broken(scorer, item):
+        if item[0].key == "delete-c00000-g00001":
+            msg = "no"
+            raise ValueError(msg)
+        return call(scorer, item)
+
+    def patient(make):
+        worker = make()
+
+        def runner(items, done):
+            dead = {}
+            for key, item in items.items():
+                try:
+                    done(key, worker(item))
+                except ValueError as error:
+                    dead[key] = str(error)
+            return dead
+
+        return runner
+
+    monkeypatch.setattr(Scorer, "__call__", broken)
+    monkeypatch.setattr(driver, "_loop", patient)
+    with pytest.raises(UserError, match=r"1 of \d+ parts failed every time; delete-c00000-g00001: no\. The others are"):
+        driver.run(configure(inputs, tmp_path), local=True)
+    assert artifacts.find(f"{tmp_path}/perturb") is None
+
+
+def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inputs, tmp_path):
+    """Planted truth: cells are `with` or `without` gene human3 in their sentence; putting it in front moves towards `with`
+    and away from `without`."""
+    corpus = Corpus(inputs.corpus)
+    token = corpus.vocabulary.find("human3", "human")
+    copy = str(tmp_path / "corpus")
+    for name in ("vocabulary.parquet", "index.parquet", "record.json"):
+        storage.write_bytes(f"{copy}/{name}", storage.read_bytes(f"{inputs.corpus}/{name}"))
+    for name in ("00000.parquet", "00001.parquet"):
+        table = storage.read_table(f"{inputs.corpus}/shards/{name}")
+        sentences = table["tokens"].to_pylist()
+        marked = []
+        for i, sentence in enumerate(sentences):
+            rest = [t for t in sentence if t != token]
+            spare = next(t for t in corpus.vocabulary.species_tokens("human").tolist() if t not in sentence)
+            rest += [spare] * (len(sentence) - len(rest))
+            sentences[i] = [token, *rest[:-1]] if i % 3 == 0 else rest
+            marked.append("with" if i % 3 == 0 else "without")
+        table = table.set_column(
+            table.column_names.index("tokens"), "tokens", pa.array(sentences, pa.list_(pa.int32()))
+        )
+        storage.write_table(f"{copy}/shards/{name}", table.append_column("state", pa.array(marked)))
+    inputs = config.Inputs(corpus=copy, checkpoint=inputs.checkpoint)
+    chosen = {
+        "start": "state == 'without'",
+        "goal": "state == 'with'",
+        "variant": "all",
+        "operations": ("overexpress",),
+        "alternatives": ("state == 'without'",),
+    }
+    settings = configure(inputs, tmp_path, **chosen, genes=tuple(f"human{i}" for i in range(24)))
+    driver.run(settings, local=True)
+    frame = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
+    frame = frame.sort_values("shift_minus_alternatives", ascending=False, ignore_index=True)
+    assert frame["symbol"][0] == "human3"
+    assert frame["shift_minus_alternatives"][0] > 3 * frame["shift_minus_alternatives"][1]
+    assert frame["de_log_fold"][0] > 3
+    assert "differs itself between start and goal" in frame["warnings"][0]

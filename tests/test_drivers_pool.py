@@ -1,0 +1,99 @@
+"""The actor pool: every item once, whatever dies; the pool grows, shrinks, and loads a worker once per actor."""
+
+import functools
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from mixgf.config import UserError
+
+pytestmark = pytest.mark.ray
+
+
+def make(folder, *, kill=(), poison=(), seconds=0.0):
+    """A worker that leaves a mark when it is built and when it works; some items kill it, once or always."""
+    (Path(folder) / f"built-{os.getpid()}").touch()
+
+    def work(item):
+        if item in poison:
+            msg = f"bad item {item}"
+            raise ValueError(msg)
+        mark = Path(folder) / f"killed-{item}"
+        if item in kill and (kill[item] == "always" or not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), 9)
+        time.sleep(seconds)
+        return item * 10
+
+    return work
+
+
+def run(pool, items):
+    seen = {}
+    dead = pool.run({str(i): i for i in items}, lambda key, value: seen.setdefault(key, []).append(value))
+    return seen, dead
+
+
+def expected(items):
+    return {str(i): [i * 10] for i in items}
+
+
+@pytest.fixture
+def pools(ray_local):
+    from mixgf.drivers import pool
+
+    return pool
+
+
+def test_every_item_comes_once_and_a_worker_is_built_once_per_actor(pools, tmp_path):
+    with pools.Pool(functools.partial(make, str(tmp_path), seconds=0.02), pools.Size(max_actors=2)) as pool:
+        assert run(pool, range(30)) == (expected(range(30)), {})
+        assert run(pool, range(5)) == (expected(range(5)), {})  # the same actors again
+        assert pool.most_actors == 2
+    assert len(list(tmp_path.glob("built-*"))) == 2
+
+
+def test_a_killed_actor_loses_nothing_and_a_poison_item_loses_only_itself(pools, tmp_path):
+    worker = functools.partial(make, str(tmp_path), kill={3: "once", 11: "always"}, poison=(5,), seconds=0.01)
+    with pools.Pool(worker, pools.Size(max_actors=2), retries=1) as pool:
+        seen, dead = run(pool, range(14))
+        assert pool.num_deaths == 3  # item 3 once, item 11 twice
+    assert seen == expected(i for i in range(14) if i not in (5, 11))
+    assert dead.keys() == {"5", "11"}
+    assert dead["5"] == "ValueError: bad item 5"
+    assert "died" in dead["11"]
+
+
+def test_the_pool_asks_for_no_more_actors_than_items_and_gives_idle_ones_back(pools, tmp_path):
+    worker = functools.partial(make, str(tmp_path), seconds=0.3)
+    with pools.Pool(worker, pools.Size(min_actors=1, max_actors=3), idle_seconds=0.0) as pool:
+        run(pool, range(1))
+        assert pool.num_actors == 1
+        run(pool, range(8))
+        assert pool.most_actors >= 2
+        run(pool, range(2))
+        assert pool.num_actors <= 2
+
+
+def test_actors_that_the_cluster_has_no_room_for_do_not_hold_up_the_work(pools, tmp_path):
+    worker = functools.partial(make, str(tmp_path), seconds=0.02)
+    with pools.Pool(worker, pools.Size(max_actors=50, cpus=1.5)) as pool:  # two fit
+        assert run(pool, range(60)) == (expected(range(60)), {})
+        assert pool.most_actors == 2
+
+
+def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(pools, tmp_path):
+    worker = functools.partial(make, str(tmp_path / "absent"))
+    with (
+        pools.Pool(worker, pools.Size(max_actors=1), max_failed_starts=2) as pool,
+        pytest.raises(UserError, match=r"2 workers in a row failed to start: .*FileNotFoundError"),
+    ):
+        run(pool, range(3))
+
+
+def test_no_items_need_no_actors(pools, tmp_path):
+    with pools.Pool(functools.partial(make, str(tmp_path)), pools.Size(max_actors=2)) as pool:
+        assert run(pool, ()) == ({}, {})
+        assert pool.num_actors == 0

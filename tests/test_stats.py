@@ -1,0 +1,219 @@
+"""Laws of the statistics: equal to scipy and statsmodels, calibrated at donor level, powered where effects are planted."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.metrics import roc_auc_score
+from statsmodels.stats.multitest import multipletests
+
+from mixgf import stats
+
+
+def _flat(groups):
+    values = np.concatenate(groups)
+    return values, np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+
+
+@pytest.fixture(params=[False, True], ids=["no ties", "many ties"])
+def groups(request):
+    rng = np.random.default_rng([1, int(request.param)])
+    sizes = [1, 2, 7, 30, 5]
+    draws = [rng.normal(i / 4, 1, n) for i, n in enumerate(sizes)]
+    return [np.round(g) for g in draws] if request.param else draws
+
+
+def test_rank_sums_against_the_others_equals_scipy(groups):
+    values, group = _flat(groups)
+    z, p = stats.rank_sums(values, group, len(groups))
+    z_plain, p_plain = stats.rank_sums(values, group, len(groups), correct_ties=False)
+    for g, own in enumerate(groups):
+        others = values[group != g]
+        expected = scipy.stats.mannwhitneyu(own, others, method="asymptotic", use_continuity=False)
+        assert p[g] == pytest.approx(expected.pvalue, rel=1e-10)
+        plain = scipy.stats.ranksums(own, others)
+        assert (z_plain[g], p_plain[g]) == pytest.approx((plain.statistic, plain.pvalue), rel=1e-10)
+        assert np.sign(z[g]) == np.sign(plain.statistic)
+
+
+def test_rank_sums_with_self_in_the_pool_equals_scipy(groups):
+    values, group = _flat(groups)
+    z, p = stats.rank_sums(values, group, len(groups), include_self=True)
+    for g, own in enumerate(groups):
+        expected = scipy.stats.ranksums(own, values)
+        assert (z[g], p[g]) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-10)
+
+
+def test_rank_sums_of_an_empty_group_or_without_others_is_nan():
+    values, group = np.array([1.0, 2.0]), np.array([1, 1])
+    assert np.isnan(stats.rank_sums(values, group, 3)[1]).all()
+    assert stats.rank_sums(np.zeros(4), np.array([0, 0, 1, 1]), 2)[1].tolist() == [1.0, 1.0]  # all equal: no evidence
+
+
+def test_benjamini_hochberg_equals_statsmodels_and_passes_nan_by():
+    p = np.random.default_rng(2).uniform(size=50) ** 3
+    p[7] = p[8]
+    assert stats.benjamini_hochberg(p) == pytest.approx(multipletests(p, method="fdr_bh")[1], rel=1e-12)
+    with_nan = np.insert(p, 10, np.nan)
+    fdr = stats.benjamini_hochberg(with_nan)
+    assert np.isnan(fdr[10])
+    assert np.delete(fdr, 10) == pytest.approx(stats.benjamini_hochberg(p), rel=1e-12)
+    # by hand: 0.01*3/1, 0.02*3/2, 0.5*3/3, made monotone
+    assert stats.benjamini_hochberg(np.array([0.5, 0.01, 0.02])).tolist() == pytest.approx([0.5, 0.03, 0.03])
+
+
+def test_interval_is_student_t_where_every_donor_has_one_value():
+    values = np.array([1.0, 2.0, 4.0, 9.0])
+    means = stats.group_means(values, np.zeros(4, int), np.arange(4), 1, 4)
+    low, high = scipy.stats.t.interval(0.95, 3, values.mean(), scipy.stats.sem(values))
+    assert (means.mean[0], means.low[0], means.high[0]) == pytest.approx((4.0, low, high), rel=1e-12)
+    assert means.num_clusters.tolist() == [4]
+
+
+def test_interval_is_cluster_robust_by_hand_and_plain_with_two_donors():
+    # residuals from the mean 3: donor 0 (-2,-1), donor 1 (0), donor 2 (+3); sums -3, 0, 3
+    values, donors = np.array([1.0, 2.0, 3.0, 6.0]), np.array([0, 0, 1, 2])
+    means = stats.group_means(values, np.zeros(4, int), donors, 1, 3)
+    half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(18 * 3 / 2) / 4
+    assert means.high[0] - means.mean[0] == pytest.approx(half, rel=1e-12)
+    two = stats.group_means(values, np.zeros(4, int), np.array([0, 0, 1, 1]), 1, 2)
+    assert two.high[0] - 3 == pytest.approx(scipy.stats.t.ppf(0.975, 3) * scipy.stats.sem(values), rel=1e-12)
+    single = stats.group_means(np.array([5.0]), np.array([1]), np.array([0]), 2, 1)
+    assert np.isnan(single.mean[0])
+    assert single.mean[1] == 5
+    assert np.isnan(single.low[1])
+
+
+def test_cluster_interval_covers_the_truth_where_the_naive_one_does_not():
+    rng = np.random.default_rng(3)
+    num, donors, cells = 400, 8, 20
+    values = rng.normal(size=(num, donors, 1)) + rng.normal(size=(num, donors, cells))  # true mean 0, donor sd 1
+    group = np.repeat(np.arange(num), donors * cells)
+    donor = np.tile(np.repeat(np.arange(donors), cells), num)
+    means = stats.group_means(values.ravel(), group, donor, num, donors)
+    covered = ((means.low < 0) & (means.high > 0)).mean()
+    assert 0.91 < covered < 0.99
+    naive = stats.group_means(values.ravel(), group, np.zeros_like(donor), num, 1)
+    assert ((naive.low < 0) & (naive.high > 0)).mean() < 0.5
+
+
+def test_sign_flip_by_hand_and_against_scipy():
+    # |sum| = 6 is the largest of the 8 patterns, reached by 2 of them
+    assert stats.sign_flip(np.array([[1.0, 2.0, 3.0]]), 100, np.random.default_rng(0))[0] == 2 / 8
+    means = np.random.default_rng(4).normal(0.4, 1, (5, 7))
+    p = stats.sign_flip(means, 1000, np.random.default_rng(0))
+    for row, value in zip(means, p, strict=True):
+        expected = scipy.stats.permutation_test(
+            (row,), lambda x, axis: np.abs(x.mean(axis=axis)), permutation_type="samples", alternative="greater",
+            n_resamples=np.inf, vectorized=True,
+        )  # fmt: skip
+        assert value == pytest.approx(expected.pvalue, rel=1e-9)
+    drawn = stats.sign_flip(means, 127, np.random.default_rng(0))  # fewer than 2**7: random patterns
+    assert np.abs(drawn - p).max() < 0.15
+    assert drawn.min() >= 1 / 128
+
+
+def test_sign_flip_of_a_missing_donor_equals_leaving_it_out():
+    row = np.array([0.5, 1.5, -0.2, 0.9])
+    full = stats.sign_flip(row[None], 1000, np.random.default_rng(0))
+    holed = stats.sign_flip(np.insert(row, 2, np.nan)[None], 1000, np.random.default_rng(0))
+    assert full == holed
+    assert np.isnan(stats.sign_flip(np.array([[1.0, 2.0, np.nan]]), 1000, np.random.default_rng(0))[0])
+
+
+def test_under_the_null_donor_level_p_is_uniform_and_cell_level_p_is_not():
+    """Donors differ gene by gene, no gene has an effect: the pseudo-replicated test cries wolf, sign-flip does not."""
+    rng = np.random.default_rng(5)
+    genes, donors, cells = 600, 12, 15
+    donor_effect = rng.normal(0, 1, (genes, donors))
+    values = donor_effect[:, :, None] + rng.normal(0, 1, (genes, donors, cells))
+    group = np.repeat(np.arange(genes), donors * cells)
+    donor = np.tile(np.repeat(np.arange(donors), cells), genes)
+    means, _ = stats.cluster_means(values.ravel(), group, donor, genes, donors)
+    p_donor = stats.sign_flip(stats.less_background(means), 10_000, rng)
+    assert scipy.stats.kstest(p_donor, "uniform").pvalue > 0.01
+    assert 0.03 < (p_donor < 0.05).mean() < 0.07
+    _, p_cell = stats.rank_sums(values.ravel(), group, genes)
+    assert (p_cell < 0.05).mean() > 0.3
+
+
+def test_planted_effects_are_found_at_donor_level():
+    rng = np.random.default_rng(6)
+    genes, planted, donors = 300, 30, 12
+    effect = np.where(np.arange(genes) < planted, 1.5, 0.0)  # in donor standard deviations
+    means = effect[:, None] + rng.normal(0, 1, (genes, donors))
+    fdr = stats.benjamini_hochberg(stats.sign_flip(stats.less_background(means), 10_000, rng))
+    assert (fdr[:planted] < 0.1).mean() > 0.8
+    assert (fdr[planted:] < 0.1).mean() < 0.05
+
+
+def test_background_leaves_the_gene_itself_out():
+    means = np.zeros((12, 3))
+    means[:, 1] = 5.0  # a donor that moves with every gene
+    means[4] += 1.1
+    clean = stats.less_background(means)
+    assert clean[4] == pytest.approx([1.1] * 3)
+    assert clean[0] == pytest.approx([-0.1] * 3)
+    assert np.isnan(stats.less_background(means[:10])).all()  # nine others are no background
+    means[2:, 2] = np.nan
+    assert np.isnan(stats.less_background(means)[:, 2]).all()
+
+
+def test_percentile_is_taken_among_similar_genes_only():
+    # two families: rank 1..30 with effects near 10, rank 1001..1030 with effects near 0
+    rank = np.concatenate([np.arange(30), 1000 + np.arange(30)]).astype(float)
+    effect = np.concatenate([10 + np.linspace(0, 1, 30), np.linspace(0, 1, 30)])
+    features = np.stack([rank, np.ones(60)], axis=1)
+    percentile = stats.matched_percentile(effect, features, num_matched=10)
+    assert percentile[10] == pytest.approx(50, abs=10)  # ordinary among its like, although above all of the others
+    assert percentile[0] == 0
+    effect[45] = 5
+    assert stats.matched_percentile(effect, features, num_matched=10)[45] == 100
+    assert np.isnan(stats.matched_percentile(effect[:10], features[:10])).all()
+    same = stats.matched_percentile(np.ones(40), np.ones((40, 2)), num_matched=10)
+    assert (same == 50).all()  # 40 equal points: nobody is compared with nothing
+
+
+def test_rank_expectation_recovers_a_line_and_ignores_the_gene_itself():
+    rng = np.random.default_rng(7)
+    rank = rng.uniform(0, 2000, 200)
+    line = 0.3 - rank / 1000
+    assert stats.expected_by_rank(line, rank) == pytest.approx(line, abs=1e-9)
+    spiked = line.copy()
+    spiked[50] += 9
+    assert stats.expected_by_rank(spiked, rank)[50] == pytest.approx(line[50], abs=1e-9)
+    assert stats.expected_by_rank(np.ones(30), np.full(30, 7.0)) == pytest.approx(1.0)  # one rank: the mean
+    assert np.isnan(stats.expected_by_rank(line[:10], rank[:10])).all()
+    holed = np.where(np.arange(200) == 3, np.nan, line)
+    assert np.isnan(stats.expected_by_rank(holed, rank)[3])
+
+
+def test_welch_equals_scipy():
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(0, 1, 9), rng.normal(1, 2, 14)
+    ours = stats.welch(*(np.array([[f(a)], [f(b)]]) for f in (len, np.mean, lambda v: np.var(v, ddof=1))))
+    assert ours[0] == pytest.approx(scipy.stats.ttest_ind(b, a, equal_var=False).statistic, rel=1e-12)
+    num, mean, none = np.array([[5.0] * 3, [5.0] * 3]), np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]), np.zeros((2, 3))
+    assert stats.welch(num, mean, none).tolist() == [np.inf, -np.inf, 0.0]  # a perfect mark of a state is no 0
+
+
+def test_scores_against_known_genes_by_hand():
+    score = np.array([5.0, 4.0, 3.0, 2.0, 1.0, np.nan])
+    known = np.array([True, False, True, False, False, True])
+    result = stats.score_against(score, score > 3.5, known)
+    assert (result["ppv"].value, result["sensitivity"].value) == (0.5, 0.5)
+    assert (result["npv"].value, result["specificity"].value) == pytest.approx((2 / 3, 2 / 3))
+    assert result["auroc"].value == pytest.approx(5 / 6)  # of the 6 pairs one is the wrong way round
+    for estimate in result.values():
+        assert 0 <= estimate.low < estimate.value < estimate.high <= 1
+
+
+def test_auroc_equals_sklearn_and_its_interval_covers():
+    rng = np.random.default_rng(9)
+    covered = 0
+    for _ in range(200):
+        known = np.arange(120) < 40
+        score = np.round(rng.normal(known * 0.8, 1), 1)
+        estimate = stats.auroc(score, known)
+        assert estimate.value == pytest.approx(roc_auc_score(known, score), rel=1e-12)
+        covered += estimate.low < scipy.stats.norm.cdf(0.8 / np.sqrt(2)) < estimate.high
+    assert 0.9 < covered / 200 < 0.99
