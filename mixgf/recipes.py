@@ -22,13 +22,13 @@ def demo() -> Config:
             Source(uri="resource:pancreas_human_baron.h5ad", species="human", name="baron_human"),
             Source(uri="resource:pancreas_mouse_baron.h5ad", species="mouse", name="baron_mouse"),
         ),
-        tokens=Tokens(max_len=512),
-        model=Model(num_layers=3, dim=128, num_heads=4, ffn_dim=256, max_positions=512),
+        tokens=Tokens(max_len=256),
+        model=Model(num_layers=2, dim=128, num_heads=4, ffn_dim=256, max_positions=256),
         objective=Objective(),
         train=Train(
-            epochs=4, batch_cells=32, lr=1e-3, warmup_steps=30, checkpoint_steps=100, micro_tokens=8192, log_steps=5
+            epochs=3, batch_cells=16, lr=1e-3, warmup_steps=50, checkpoint_steps=100, micro_tokens=8192, log_steps=5
         ),
-        classify=Classify(epochs=3, batch_cells=8, lr=2e-4, warmup_steps=50, max_len=256, splits=("random", "species")),
+        classify=Classify(epochs=4, batch_cells=8, lr=3e-4, warmup_steps=50),
         perturb=Perturb(
             start="cell_type == 'alpha cell' and species == 'human'",
             goal="cell_type == 'beta cell' and species == 'human'",
@@ -36,8 +36,8 @@ def demo() -> Config:
                 "cell_type == 'ductal cell' and species == 'human'",
                 "cell_type == 'delta cell' and species == 'human'",
             ),
-            max_cells=48,
-            max_genes=200,
+            max_cells=40,
+            max_genes=150,
             min_coverage=0.2,
         ),
         compute=Compute(num_workers=2),
@@ -116,7 +116,7 @@ def laptop() -> Config:
         output="runs/laptop",
         sources=(),
         tokens=Tokens(max_len=512),
-        model=replace(base.model, num_layers=4),
+        model=replace(base.model, num_layers=4, max_positions=512),
         train=replace(base.train, epochs=3, batch_cells=64, warmup_steps=100),
     )
 
