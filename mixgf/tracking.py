@@ -12,20 +12,26 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import mlflow
-from mlflow.entities import Metric, Param
-from mlflow.tracking import MlflowClient
+from typing import TYPE_CHECKING, Any
 
 from mixgf import storage
 from mixgf.config import Config
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 _FINGERPRINT = "mixgf.fingerprint"
+
+
+def _client(where: str) -> MlflowClient:
+    """MLflow's client; MLflow is imported here, because that takes seconds and most workers never log."""
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(where)
 
 
 def uri(config: Config) -> str:
@@ -60,19 +66,21 @@ class Run:
 
     def log_many(self, rows: list[tuple[int, str, float]]) -> None:
         """Log (step, name, value) rows in batches; values that are not finite are left out."""
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         finite = [Metric(name, float(value), now, step) for step, name, value in rows if abs(value) < float("inf")]
-        client = MlflowClient(self.uri)
+        client = _client(self.uri)
         for i in range(0, len(finite), 1000):
             client.log_batch(self.id, metrics=finite[i : i + 1000])
 
     def artifact(self, path: str) -> None:
         """Keep a local file with the run."""
-        MlflowClient(self.uri).log_artifact(self.id, path)
+        _client(self.uri).log_artifact(self.id, path)
 
     def tags(self, tags: dict[str, str]) -> None:
         """Set tags."""
-        client = MlflowClient(self.uri)
+        client = _client(self.uri)
         for key, value in tags.items():
             client.set_tag(self.id, key, value)
 
@@ -89,7 +97,9 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
         parent: id of the run that this one belongs under.
     """
     where = uri(config)
-    client = MlflowClient(where)
+    from mlflow.entities import Param
+
+    client = _client(where)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     place = _artifacts(where)
     ident = (
@@ -132,4 +142,6 @@ def _flat(params: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def version() -> str:
     """MLflow's version."""
+    import mlflow
+
     return str(mlflow.__version__)

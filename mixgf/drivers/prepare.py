@@ -10,6 +10,7 @@ killed at any moment continues. Only file names, masks and configs travel throug
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -92,7 +93,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
         storage.remove(storage.join(uri, "work"))
         return uri
     params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
-    with tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
+    with _nothing_left_of_a_refusal(uri), tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
         if spread is not None:
             done = _Prepare(config, uri, sources, spread).make(vocabulary, record)
         else:
@@ -103,6 +104,16 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     storage.remove(storage.join(uri, "work"))
     return uri
+
+
+@contextlib.contextmanager
+def _nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
+    """Where no source can be used there is nothing to continue: the next try may be another plan."""
+    try:
+        yield
+    except UserError:
+        storage.remove(uri)
+        raise
 
 
 def _plans(config: Config, sources: Sequence[Source]) -> tuple[artifacts.Record | None, artifacts.Record]:

@@ -25,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from mixgf import artifacts, checkpoint, storage, tracking
 from mixgf.config import Config, UserError, from_dict, to_dict
 from mixgf.dataset import Corpus
+from mixgf.drivers.board import Board
 from mixgf.drivers.session import session
 from mixgf.model import MaskedModel, forward_flops, head_flops
 from mixgf.objectives import Pretraining
@@ -44,10 +45,12 @@ def run(config: Config) -> str:
         msg = f"model.max_positions = {config.model.max_positions}: the corpus has cells of {longest} tokens; set at least that"
         raise UserError(msg)
     record = planned(config, corpus)
+    task = Pretraining(
+        config, corpus
+    )  # before the folder is claimed: a config that cannot be trained leaves nothing behind
     if not artifacts.begin(uri, record):
         say(f"pretrain: {uri} is already there")
         return uri
-    task = Pretraining(config, corpus)
     model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
     _announce(config, corpus, task, model)
     with session(config), tracking.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked:
@@ -80,25 +83,6 @@ def _announce(config: Config, corpus: Corpus, task: Pretraining, model: MaskedMo
         f"pretrain: {number(parameters)} parameters, {corpus.num_cells:,} cells, {per_cell / 1e9:.3g} GFLOP per cell and epoch, "
         f"{task.num_steps:,} steps of {config.train.batch_cells} cells, {config.compute.num_workers} workers"
     )
-
-
-class Board:
-    """What the driver shows while workers work: the latest figures, and a reason to give up."""
-
-    def __init__(self) -> None:
-        self.step, self.figures, self.error = 0, dict[str, float](), ""
-
-    def report(self, step: int, figures: dict[str, float]) -> None:
-        """Figures of a step."""
-        self.step, self.figures = step, figures
-
-    def fail(self, error: str) -> None:
-        """The user's config cannot be trained; starting again will not help."""
-        self.error = error
-
-    def read(self) -> tuple[int, dict[str, float], str]:
-        """Step, figures, error."""
-        return self.step, self.figures, self.error
 
 
 class RayContext(GroupContext):

@@ -50,7 +50,11 @@ def session(config: Config) -> Iterator[None]:
 
 
 def _start(num_cpus: int, threads: int) -> None:
-    """Start a local Ray; a machine so busy that it takes more than Ray's 30 seconds gets two more chances."""
+    """Start a local Ray; a machine so busy that it takes more than Ray's 30 seconds gets two more chances.
+
+    Workers inherit this process' environment: a runtime environment would give every one a second start.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     for chance in (2, 1, 0):
         try:
             ray.init(
@@ -60,7 +64,6 @@ def _start(num_cpus: int, threads: int) -> None:
                 logging_level="ERROR",
                 log_to_driver=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
             )
         except Exception as error:
             if not chance or "timed out during startup" not in str(error):
