@@ -1,0 +1,397 @@
+"""The report's drawings, each a function from arrays or frames to one SVG element.
+
+Text stays text; dense point clouds are pictures. Nothing is told by colour alone: species also differ by
+marker or hatching, cell types carry numbers, heat maps carry values. Colours are those of Okabe and Ito. The same input
+gives the same bytes. matplotlib and umap are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+SPECIES_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SPECIES_MARKERS = ("o", "^", "s", "D", "v", "P")
+SPECIES_HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++")
+TYPE_COLORS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#5B4A9E", "#7A9A01", "#B2182B",
+    "#2F6F73", "#F28E8E", "#3B3B3B", "#A6761D", "#8DA0CB", "#1B7837", "#C51B7D", "#BDB76B", "#4D9DE0", "#7F7F7F",
+)  # fmt: skip
+MIN_UMAP_CELLS = 200
+"""Fewer cells have too few neighbours for a map of neighbourhoods."""
+MAX_TYPES = 30
+"""Most types with a number of their own in a map; the rarer ones are drawn grey."""
+_INK, _SOFT, _FAINT = "#1f2933", "#52606d", "#cbd2d9"
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.edgecolor": _SOFT, "axes.labelcolor": _INK,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "text.color": _INK, "xtick.color": _SOFT,
+    "ytick.color": _SOFT, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "legend.frameon": False, "hatch.linewidth": 0.6,
+    "figure.facecolor": "none", "savefig.facecolor": "none", "axes.facecolor": "none", "figure.dpi": 100,
+}  # fmt: skip
+
+
+@contextmanager
+def _canvas(name: str, width: float, height: float, **layout: Any) -> Iterator[tuple[Any, list[str]]]:
+    """A figure of `width` x `height` inches; the list receives its SVG when the block ends."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    out: list[str] = []
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"mixgf-{name}"}):
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, **layout))
+        FigureCanvasSVG(figure)
+        yield figure, out
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer, format="svg", dpi=170, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+        out.append(_inline(buffer.getvalue(), name, width))
+
+
+def _inline(svg: str, name: str, width: float) -> str:
+    """Cut an SVG file down to its element; ids get the figure's name, so that figures on one page cannot mix."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r'<svg ([^>]*?)(?:height|width)="[^"]*pt" ', r"<svg \1", svg)
+    svg = re.sub(r'(<svg [^>]*?)(?:height|width)="[^"]*pt" ', r"\1", svg)
+    return svg.replace("<svg ", f'<svg class="figure" role="img" style="max-width:{width:.2f}in" ', 1).strip()
+
+
+def cells_by_type(counts: pd.DataFrame) -> str:
+    """Bars of cells by type (rows, largest first) and species (columns), on a log scale."""
+    counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index[:40]]
+    bar = 0.8 / max(counts.shape[1], 1)
+    with _canvas("types", 7.2, 0.7 + len(counts) * max(0.24, 0.15 * counts.shape[1])) as (figure, out):
+        axes = figure.subplots()
+        for i, species in enumerate(counts.columns):
+            y = np.arange(len(counts)) + (i - (counts.shape[1] - 1) / 2) * bar
+            axes.barh(
+                y,
+                counts[species],
+                height=bar * 0.9,
+                color=SPECIES_COLORS[i % 6],
+                hatch=SPECIES_HATCHES[i % 6],
+                edgecolor="white",
+                linewidth=0,
+                label=species,
+            )
+            for at, n in zip(y, counts[species], strict=True):
+                if n:
+                    axes.text(n * 1.06, at, f"{n:,.0f}", va="center", fontsize=7, color=_SOFT)
+        axes.set(
+            xscale="log",
+            xlabel="cells (log scale)",
+            yticks=np.arange(len(counts)),
+            yticklabels=list(counts.index),
+            xlim=(0.7, max(float(counts.to_numpy().max()), 2) * 2),
+            ylim=(len(counts) - 0.4, -0.6),
+        )
+        axes.tick_params(axis="y", length=0)
+        axes.legend(loc="lower right", handlelength=1.6)
+    return out[0]
+
+
+def lengths(histogram: dict[str, np.ndarray], max_len: int) -> str:
+    """Sentence lengths by species; `histogram[species][n]` is the number of cells with n tokens."""
+    with _canvas("lengths", 7.2, 2.5) as (figure, out):
+        axes = figure.subplots()
+        longest = max((int(np.flatnonzero(h).max()) for h in histogram.values() if h.any()), default=1)
+        edges = np.linspace(0, longest + 1, min(51, longest + 2)).astype(int)
+        for i, (species, counts) in enumerate(histogram.items()):
+            padded = np.concatenate([[0], np.cumsum(counts), np.full(max(0, longest + 2 - len(counts)), counts.sum())])
+            bins = np.diff(padded[edges])
+            axes.stairs(
+                bins / max(counts.sum(), 1),
+                edges,
+                color=SPECIES_COLORS[i % 6],
+                linewidth=1.6,
+                linestyle=("-", "--", ":", "-.")[i % 4],
+                label=f"{species} (median {_median(counts):,})",
+            )
+        axes.axvline(max_len, color=_SOFT, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            f"longest sentence {max_len:,}",
+            (max_len, axes.get_ylim()[1]),
+            fontsize=7,
+            color=_SOFT,
+            ha="right",
+            va="top",
+            xytext=(-4, 0),
+            textcoords="offset points",
+        )
+        axes.set(
+            xlabel="genes in the sentence",
+            ylabel="share of cells",
+            xlim=(0, max(longest, max_len) * 1.02),
+            ylim=(0, None),
+        )
+        axes.legend(loc="upper left", bbox_to_anchor=(0.0, 1.0))
+    return out[0]
+
+
+def _tick(value: float, _: int | None = None) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _median(counts: np.ndarray) -> int:
+    total = counts.sum()
+    return int(np.searchsorted(np.cumsum(counts), (total + 1) // 2)) if total else 0
+
+
+def curves(series: dict[str, pd.DataFrame], name: str, *, zero: bool = False) -> str:
+    """Small multiples: one panel per curve, `series[title]` with columns step and value; thin raw, thick smoothed."""
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    with _canvas(name, 3.05 * columns + 0.2, 2.0 * rows + 0.1) as (figure, out):
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for axes, (title, frame) in zip(panels.flat, series.items(), strict=False):
+            steps, values = frame["step"].to_numpy(float), frame["value"].to_numpy(float)
+            if len(values) > 600:
+                keep = np.linspace(0, len(values) - 1, 600).astype(int)
+                steps, values = steps[keep], values[keep]
+            window = max(1, len(values) // 15)
+            if window > 1:
+                axes.plot(steps, values, color=SPECIES_COLORS[5], linewidth=0.8, alpha=0.7)
+                values = pd.Series(values).rolling(window, min_periods=1, center=True).mean().to_numpy()
+            axes.plot(steps, values, color=SPECIES_COLORS[0], linewidth=1.7, marker="o" if len(values) < 3 else None)
+            axes.set(title=title)
+            axes.margins(x=0.02)
+            axes.locator_params(axis="x", nbins=5)
+            if np.nanmin(values) >= 0 and (zero or np.nanmin(values) < 0.4 * np.nanmax(values)):
+                axes.set_ylim(0, None)
+            axes.yaxis.set_major_formatter(_tick)
+        for axes in panels.flat[len(series) :]:
+            axes.set_visible(False)
+        for axes in panels[-1]:
+            axes.set_xlabel("optimizer step")
+    return out[0]
+
+
+def layout(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    """Two coordinates per cell, (N, 2), and how they were made: UMAP, or with few cells the principal components."""
+    if len(vectors_ND) >= MIN_UMAP_CELLS:
+        return umap_layout(vectors_ND, seed), "UMAP (15 cosine neighbours)"
+    centred = vectors_ND.astype(np.float64) - vectors_ND.mean(axis=0, dtype=np.float64)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    u = u[:, :2] * np.where(u[np.abs(u[:, :2]).argmax(axis=0), [0, 1]] < 0, -1, 1)
+    return np.asarray(u * s[:2]), "First two principal components"
+
+
+def umap_layout(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
+    """UMAP of the cells, (N, 2): 15 nearest neighbours by cosine, the same for the same vectors and seed."""
+    import warnings
+
+    from sklearn.neighbors import NearestNeighbors
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # umap speaks of threads and of its search index, neither of which is used
+        import umap
+
+        k = min(15, len(vectors_ND) - 1)
+        found = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(vectors_ND)
+        distance_NK, index_NK = found.kneighbors(vectors_ND)
+        state = int(np.random.default_rng([seed, 0x554D4150]).integers(2**31))
+        fit = umap.UMAP(n_neighbors=k, random_state=state, n_jobs=1, metric="cosine", n_epochs=200,
+                        precomputed_knn=(index_NK, distance_NK, None))  # fmt: skip
+        return np.asarray(fit.fit_transform(vectors_ND), dtype=np.float64)
+
+
+def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
+    """The map twice: by species, and by cell type with a number on the cells of each type and species."""
+    from matplotlib.patheffects import withStroke
+
+    kinds, counts = np.unique(types_N, return_counts=True)
+    order = [str(k) for k in kinds[np.argsort(-counts, kind="stable")] if k][:MAX_TYPES]
+    size = float(np.clip(22_000 / max(len(xy_N2), 1), 4, 16))
+    with _canvas("maps", 10.2, 5.0 + 0.165 * -(-(len(order) + 1) // 3)) as (figure, out):
+        left, right = figure.subplots(1, 2)
+        names = sorted(set(species_N))
+        for axes, by_type in ((left, False), (right, True)):
+            for i, name in enumerate(names):
+                rows = np.flatnonzero(species_N == name)
+                kind_N = [order.index(t) if t in order else -1 for t in types_N[rows]]
+                color = (
+                    [TYPE_COLORS[k % 20] if k >= 0 else _FAINT for k in kind_N] if by_type else SPECIES_COLORS[i % 6]
+                )
+                axes.scatter(
+                    *xy_N2[rows].T,
+                    s=size,
+                    c=color,
+                    marker=SPECIES_MARKERS[i % 6],
+                    alpha=0.6,
+                    linewidths=0,
+                    rasterized=True,
+                )
+                if not by_type:
+                    axes.scatter([], [], s=34, c=color, marker=SPECIES_MARKERS[i % 6], label=f"{name} ({len(rows):,})")
+        labels = [(k, np.flatnonzero((types_N == k) & (species_N == name))) for k in order for name in names]
+        labels = [
+            (k, rows) for k, rows in labels if len(rows) >= 3 or (len(rows) and len(rows) == (types_N == k).sum())
+        ]
+        if labels:
+            at = _apart(
+                np.array([_middle(xy_N2[rows]) for _, rows in labels]), 0.036 * float(np.ptp(xy_N2, axis=0).max())
+            )
+            for (kind, _), (x, y) in zip(labels, at, strict=True):
+                right.text(x, y, str(order.index(kind) + 1), ha="center", va="center", fontsize=9, fontweight="bold",
+                           path_effects=[withStroke(linewidth=2.6, foreground="white")])  # fmt: skip
+        for i, kind in enumerate(order):
+            right.scatter(
+                [], [], s=34, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {kind} ({(types_N == kind).sum():,})"
+            )
+        if rest := int(np.isin(types_N, order, invert=True).sum()):
+            right.scatter([], [], s=34, c=_FAINT, label=f"–  unlabelled or rarer ({rest:,})")
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=3, handletextpad=0.2)
+        right.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.44, -0.03),
+            ncols=3,
+            fontsize=7.5,
+            handletextpad=0.1,
+            columnspacing=0.8,
+        )
+        for axes, title in ((left, "By species"), (right, "By cell type")):
+            axes.set(title=title, xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+            axes.spines[:].set_visible(True)
+            axes.spines[:].set_color(_FAINT)
+    return out[0]
+
+
+def _middle(xy_N2: np.ndarray) -> tuple[float, float]:
+    """The cell nearest to the median, so that a number lies on cells even where a type has two clouds."""
+    x, y = xy_N2[np.argmin(((xy_N2 - np.median(xy_N2, axis=0)) ** 2).sum(axis=1))]
+    return float(x), float(y)
+
+
+def _apart(at_K2: np.ndarray, gap: float) -> np.ndarray:
+    """Push labels that lie nearer than `gap` apart, a little at a time."""
+    at_K2 = at_K2 + 1e-6 * np.arange(len(at_K2))[:, None]
+    for _ in range(60):
+        step_K2 = np.zeros_like(at_K2)
+        for i in range(len(at_K2)):
+            away = at_K2[i] - at_K2
+            distance = np.hypot(*away.T)
+            near = (distance < gap) & (np.arange(len(at_K2)) != i)
+            step_K2[i] = (away[near] / distance[near, None] * (gap - distance[near, None])).sum(axis=0) / 2
+        if not step_K2.any():
+            break
+        at_K2 = at_K2 + step_K2
+    return at_K2
+
+
+def heatmap(
+    table: pd.DataFrame, name: str, *, rows: str, columns: str, text: Sequence[Sequence[str]], outline: str = ""
+) -> str:
+    """A table of values as shades with the text in each cell; `outline` boxes each row's `smallest` value."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    ends = ("#f3f6f9", "#56B4E9", "#003d66")
+    shades = LinearSegmentedColormap.from_list("mixgf", ends[::-1] if outline == "smallest" else ends)
+    width = min(10.0, 2.4 + 0.47 * table.shape[1])
+    with _canvas(name, width, 1.6 + 0.31 * len(table)) as (figure, out):
+        axes = figure.subplots()
+        values = table.to_numpy(float)
+        low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if outline else (0.0, 1.0)
+        axes.pcolormesh(values, cmap=shades, vmin=low, vmax=max(high, low + 1e-12), edgecolors="white", linewidth=1)
+        small = table.shape[1] > 16
+        for i, j in np.ndindex(*table.shape):
+            shade = (values[i, j] - low) / max(high - low, 1e-12)
+            dark = (1 - shade if outline == "smallest" else shade) > 0.55
+            axes.text(
+                j + 0.5,
+                i + 0.5,
+                text[i][j],
+                ha="center",
+                va="center",
+                fontsize=6 if small else 7.5,
+                color="white" if dark else _INK,
+            )
+        if outline == "smallest":
+            for i, j in enumerate(np.argmin(values, axis=1)):
+                axes.add_patch(
+                    Rectangle(
+                        (float(j) + 0.04, i + 0.05), 0.92, 0.9, fill=False, edgecolor=SPECIES_COLORS[1], linewidth=2
+                    )
+                )
+        axes.set(
+            xticks=np.arange(table.shape[1]) + 0.5,
+            yticks=np.arange(len(table)) + 0.5,
+            yticklabels=list(table.index),
+            xlabel=columns,
+            ylabel=rows,
+        )
+        axes.set_xticklabels(list(table.columns), rotation=40, ha="right", rotation_mode="anchor")
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    return out[0]
+
+
+def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -> str:
+    """Shift against -log10 p, and shift against mean rank with what rank alone predicts; the strongest genes named."""
+    from matplotlib.patheffects import withStroke
+
+    frame = genes[np.isfinite(genes["shift"])].sort_values(["shift", "gene"], ascending=[False, True])
+    named = pd.concat([frame.head(7), frame.tail(3)]).drop_duplicates("gene") if goal else frame.head(8)
+    with _canvas(name, 10.2, 3.9, wspace=0.05) as (figure, out):
+        left, right = figure.subplots(1, 2)
+        floor = np.clip(frame[p].to_numpy(float), 1e-300, 1)
+        for axes, x, y in ((left, frame["shift"], -np.log10(floor)), (right, frame["mean_rank"], frame["shift"])):
+            axes.scatter(x, y, s=11, c=_SOFT, alpha=0.45, linewidths=0, rasterized=True)
+            chosen = frame["gene"].isin(named["gene"]).to_numpy()
+            axes.scatter(
+                x[chosen], np.asarray(y)[chosen], s=26, facecolors="none", edgecolors=SPECIES_COLORS[1], linewidths=1.3
+            )
+            taken: list[tuple[float, float]] = []
+            for symbol, a, b in zip(frame["symbol"][chosen], np.asarray(x)[chosen], np.asarray(y)[chosen], strict=True):
+                if np.isfinite(a) and np.isfinite(b):
+                    _name(
+                        axes,
+                        str(symbol),
+                        (float(a), float(b)),
+                        taken=taken,
+                        halo=withStroke(linewidth=2, foreground="white"),
+                    )
+        left.axvline(0, color=_FAINT, linewidth=0.8)
+        left.set(
+            xlabel="shift towards the goal" if goal else "shift (1 − cosine)",
+            ylabel=f"−log₁₀ p ({title})",
+            title="Effect and test",
+        )
+        fit = frame[["mean_rank", "rank_expected"]].dropna().sort_values("mean_rank")
+        if len(fit):
+            right.plot(
+                fit["mean_rank"],
+                fit["rank_expected"],
+                color=SPECIES_COLORS[0],
+                linewidth=1.8,
+                label="predicted by rank alone",
+            )
+            right.legend(loc="best")
+        right.axhline(0, color=_FAINT, linewidth=0.8)
+        right.set(xlabel="mean rank in the sentence (1 = most characteristic)", ylabel="shift", title="Effect and rank")
+        left.margins(0.09)
+        right.margins(0.06)
+    return out[0]
+
+
+def _name(axes: Any, symbol: str, at: tuple[float, float], *, taken: list[tuple[float, float]], halo: Any) -> None:
+    """Write a gene's name beside its point, unless an earlier name is in the way (the tables hold every gene)."""
+    if not taken:
+        axes.figure.draw_without_rendering()  # lays out the axes, so that points have places
+    px, py = axes.transData.transform(at)
+    if all(abs(px - a) > 45 or abs(py - b) > 11 for a, b in taken):
+        axes.annotate(symbol, at, xytext=(5, 4), textcoords="offset points", fontsize=8, path_effects=[halo])
+    taken.append((px, py))

@@ -1,0 +1,341 @@
+"""What the results say: from result tables to comparisons, verdicts and plain sentences.
+
+Pure functions over data frames, in the layout of the artifacts. A verdict is never the author's: a model is ahead of
+the best baseline where the 95 % interval of the paired difference lies above 0, and behind where it lies below; without
+a paired comparison, where the two intervals do not meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+OWN = ("finetune", "probe", "knn", "centroid")
+"""Models built on the encoder under test, the paper's first; every other model is a control or a baseline."""
+CONTROL = "untrained_"
+"""Begins the name of a control: the same model on an encoder with random weights. What it reaches is not pretraining's."""
+LABELS = {
+    "finetune": "mixgf, fine-tuned",
+    "finetune_lora": "mixgf, fine-tuned (LoRA)",
+    "probe": "mixgf, frozen + logistic probe",
+    "knn": "mixgf, frozen 5-NN (“zero-shot”)",
+    "centroid": "mixgf, frozen, nearest centroid",
+    "untrained_knn": "untrained encoder, 5-NN",
+    "untrained_probe": "untrained encoder + logistic probe",
+    "untrained_finetune": "untrained encoder, fine-tuned",
+    "majority": "majority class",
+    "hvg_logreg": "variable genes + logistic regression",
+    "pca_knn": "PCA + 5-NN",
+    "rank_pca": "rank z-scores + PCA",
+    "pseudobulk": "nearest pseudobulk",
+    "scvi": "scVI",
+    "celltypist": "CellTypist",
+}
+METRICS = {
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro F1",
+    "balanced_accuracy": "Balanced accuracy",
+    "ece": "Calibration error",
+}
+SPLITS = {
+    "random": "Random cells held out (the paper's split)",
+    "donor": "Whole donors held out",
+    "dataset": "Whole data sets held out",
+    "species": "Transfer between species: trained on one, scored on the other",
+}
+SPLIT_NAMES = {"random": "random cells", "donor": "new donors", "dataset": "new data sets", "species": "across species"}
+TASK = ["split", "group", "direction"]
+MIN_TYPE_CELLS = 5
+"""Fewest cells of a type, in each species, for its centroid to be compared."""
+
+
+def label(model: str) -> str:
+    """A model's name for readers."""
+    return LABELS.get(model, model.replace("_", " "))
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name for readers."""
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def share(value: float) -> str:
+    """A score between 0 and 1 with three decimals; a dash where there is none."""
+    return "–" if not np.isfinite(value) else f"{value:.3f}"
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """A score with its interval."""
+    return share(value) if not (np.isfinite(low) and np.isfinite(high)) else f"{value:.3f} ({low:.3f}–{high:.3f})"
+
+
+def lower(text: str) -> str:
+    """A label inside a sentence: its first letter small, unless the word is a name or an abbreviation."""
+    return text if len(text) > 1 and text[1].isupper() else text[:1].lower() + text[1:]
+
+
+def board(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores as means over seeds: one row per task, metric and model; `seeds` counts them.
+
+    The interval of a mean over seeds is the mean of the seeds' interval ends: it speaks of the cells (or donors) that
+    were scored, not of the seeds.
+    """
+    keys = [*TASK, "metric", "model"]
+    numbers = ["value", "low", "high", "num_train", "num_test", "num_classes"]
+    frame = scores.assign(direction=scores["direction"].fillna(""))
+    out = frame.groupby(keys, sort=True, observed=True)[numbers].mean().reset_index()
+    extra = frame.groupby(keys, sort=True, observed=True).agg(
+        seeds=("seed", "nunique"), interval_by=("interval_by", "first")
+    )
+    return out.merge(extra.reset_index(), on=keys)
+
+
+def is_baseline(model: str) -> bool:
+    """Whether a model makes no use of an encoder."""
+    return model not in OWN and not model.startswith(CONTROL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duel:
+    """One of our models against the best baseline of the same task and metric."""
+
+    split: str
+    group: str
+    direction: str
+    metric: str
+    model: str
+    score: tuple[float, float, float]
+    """Value, low, high."""
+    baseline: str
+    baseline_score: tuple[float, float, float]
+    difference: tuple[float, float, float] | None = None
+    """Model less baseline on the same cells, where that was worked out."""
+
+    @property
+    def verdict(self) -> str:
+        """`ahead`, `behind` or `level`."""
+        if self.difference is not None:
+            _, low, high = self.difference
+            return "ahead" if low > 0 else "behind" if high < 0 else "level"
+        (_, low, high), (_, base_low, base_high) = self.score, self.baseline_score
+        if low > base_high:
+            return "ahead"
+        return "behind" if high < base_low else "level"
+
+    @property
+    def lower(self) -> bool:
+        """Whether the baseline's value is the higher one, whatever the intervals."""
+        return self.score[0] < self.baseline_score[0]
+
+
+def _triple(row: Any) -> tuple[float, float, float]:
+    return float(row["value"]), float(row["low"]), float(row["high"])
+
+
+def duels(
+    table: pd.DataFrame, comparisons: pd.DataFrame | None = None, metrics: tuple[str, ...] = ("accuracy", "macro_f1")
+) -> list[Duel]:
+    """Every model of ours against the best baseline, by task.
+
+    Args:
+        table: Rows of `board`.
+        comparisons: Paired comparisons, which also name the baseline; without them it is the one with the highest value.
+        metrics: Which.
+    """
+    paired: dict[tuple[str, ...], tuple[str, tuple[float, float, float]]] = {}
+    if comparisons is not None:
+        for row in comparisons.to_dict("records"):
+            key = (row["split"], row["group"], row["direction"] or "", row["metric"], row["model"])
+            paired[key] = (row["baseline"], (row["difference"], row["low"], row["high"]))
+    found: list[Duel] = []
+    for keys, task in table[table["metric"].isin(metrics)].groupby([*TASK, "metric"], sort=True):
+        row_of = {str(row["model"]): row for row in task.to_dict("records")}
+        rivals = sorted((m for m in row_of if is_baseline(m)), key=lambda m: (-row_of[m]["value"], m))
+        split, group, direction, metric = keys
+        for model in [m for m in OWN if m in row_of and rivals]:
+            baseline, difference = paired.get((*keys, model), (rivals[0], None))
+            found.append(Duel(
+                split=split, group=group, direction=direction, metric=metric, model=model, score=_triple(row_of[model]),
+                baseline=baseline, baseline_score=_triple(row_of[baseline]), difference=difference,
+            ))  # fmt: skip
+    return found
+
+
+def gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tuple[str, str, float, int]]:
+    """What pretraining adds: (split, model, mean gain over the same model on an untrained encoder, tasks)."""
+    rows = table[table["metric"] == metric]
+    wide = rows.pivot_table(index=TASK, columns="model", values="value", observed=True)
+    out = []
+    for split in [s for s in SPLITS if s in set(rows["split"])]:
+        for model in [m for m in OWN if m in wide and CONTROL + m in wide]:
+            change = (wide[model] - wide[CONTROL + model]).xs(split, level="split").dropna()
+            if len(change):
+                out.append((split, model, float(change.mean()), len(change)))
+    return out
+
+
+def tally(found: list[Duel]) -> str:
+    """`2 wins, 1 tie, 0 losses`."""
+    count = {v: sum(d.verdict == v for d in found) for v in ("ahead", "level", "behind")}
+    one = {"ahead": "win", "level": "tie", "behind": "loss"}
+    many = {"ahead": "wins", "level": "ties", "behind": "losses"}
+    return ", ".join(f"{n} {(one if n == 1 else many)[v]}" for v, n in count.items())
+
+
+def task_label(split: str, group: str, direction: str) -> str:
+    """A task's name for readers: the group and, for a transfer, its direction."""
+    arrow = direction.replace("->", ">").replace(">", " → ")
+    if split == "species":
+        return arrow if group in ("", "all", "species") or arrow in group else f"{arrow} ({group})" if group else arrow
+    return " ".join(part for part in (group, f"({arrow})" if arrow else "") if part)
+
+
+def task_sentences(found: list[Duel]) -> list[tuple[str, str]]:
+    """(tone, sentence) for each task of one model's comparisons; a baseline that is better is said first and plainly."""
+    out: list[tuple[str, str]] = []
+    for split, group, direction in dict.fromkeys((d.split, d.group, d.direction) for d in found):
+        mine = [d for d in found if (d.split, d.group, d.direction) == (split, group, direction)]
+        if any(d.verdict == "behind" for d in mine):
+            tone, said = "bad", "a baseline beats the model"
+        elif any(d.lower for d in mine):
+            tone, said = "warn", "a baseline scores higher than the model, within the margin of error"
+        elif all(d.verdict == "ahead" for d in mine):
+            tone, said = "good", "the model beats every baseline"
+        else:
+            tone, said = "plain", "the model scores highest, within the margin of error"
+        parts = [
+            f"{lower(metric_label(d.metric))} {interval(*d.score)} against {interval(*d.baseline_score)} of {label(d.baseline)}"
+            for d in mine
+        ]
+        where = f"{SPLIT_NAMES.get(split, split)}, {task_label(split, group, direction)}"
+        where = where[:1].upper() + where[1:]
+        out.append((tone, f"{where}: {said}. {label(mine[0].model)}: {'; '.join(parts)}."))
+    return out
+
+
+def best_own(table: pd.DataFrame) -> str:
+    """The model of ours that headlines speak of: the fine-tuned one where it was scored, else the first there is."""
+    models = set(table["model"])
+    return next((m for m in OWN if m in models), "")
+
+
+def leakage(table: pd.DataFrame, metric: str = "macro_f1") -> pd.DataFrame:
+    """Mean score by model (rows) and split (columns): how much an easy split flatters. Empty with a single split."""
+    rows = table[table["metric"] == metric]
+    wide = rows.pivot_table(index="model", columns="split", values="value", aggfunc="mean", observed=True)
+    wide = wide[[s for s in SPLITS if s in wide.columns]]
+    return wide.loc[order_models(list(wide.index))] if wide.shape[1] > 1 else wide.iloc[:0]
+
+
+def order_models(models: list[str]) -> list[str]:
+    """Ours first, in the order of `OWN`; then the others by name."""
+    return [m for m in OWN if m in models] + sorted(set(models) - set(OWN))
+
+
+# embedding
+
+
+def centroids(vectors_ND: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    """Mean vector of each (species, type) with at least `MIN_TYPE_CELLS` cells."""
+    found = {}
+    for species in sorted(set(species_N)):
+        for kind in sorted(set(types_N[species_N == species])):
+            rows = (species_N == species) & (types_N == kind)
+            if kind and rows.sum() >= MIN_TYPE_CELLS:
+                found[str(species), str(kind)] = vectors_ND[rows].mean(axis=0, dtype=np.float64)
+    return found
+
+
+def cosine_distances(a_AD: np.ndarray, b_BD: np.ndarray) -> np.ndarray:
+    """1 - cosine between the rows of two matrices, shape (A, B)."""
+    norm_a = a_AD / np.maximum(np.linalg.norm(a_AD, axis=1, keepdims=True), 1e-12)
+    norm_b = b_BD / np.maximum(np.linalg.norm(b_BD, axis=1, keepdims=True), 1e-12)
+    return np.asarray(1 - norm_a @ norm_b.T)
+
+
+def centroid_table(centres: dict[tuple[str, str], np.ndarray], first: str, second: str) -> pd.DataFrame:
+    """Cosine distances between the type centroids of two species: rows `first`'s types, columns `second`'s."""
+    rows = [t for s, t in centres if s == first]
+    columns = [t for s, t in centres if s == second]
+    shared = [t for t in rows if t in columns]
+    rows, columns = shared + [t for t in rows if t not in shared], shared + [t for t in columns if t not in shared]
+    if not rows or not columns:
+        return pd.DataFrame()
+    values = cosine_distances(
+        np.stack([centres[first, t] for t in rows]), np.stack([centres[second, t] for t in columns])
+    )
+    return pd.DataFrame(values, index=rows, columns=columns)
+
+
+def counterparts(table: pd.DataFrame) -> tuple[int, int]:
+    """Of the types in both species, how many have their counterpart as nearest centroid; and how many there are."""
+    shared = [t for t in table.index if t in set(table.columns)]
+    return sum(str(table.loc[t].idxmin()) == t for t in shared), len(shared)
+
+
+def mixing(vectors_ND: np.ndarray, species_N: np.ndarray, k: int = 15) -> tuple[float, float]:
+    """Share of the k nearest neighbours (cosine) that are of another species, and the share under perfect mixing."""
+    distance = cosine_distances(vectors_ND.astype(np.float32), vectors_ND.astype(np.float32))
+    np.fill_diagonal(distance, np.inf)
+    k = min(k, len(distance) - 1)
+    near = np.argpartition(distance, k - 1, axis=1)[:, :k]
+    seen = float((species_N[near] != species_N[:, None]).mean())
+    _, counts = np.unique(species_N, return_counts=True)
+    expected = float(np.sum(counts * (len(distance) - counts)) / (len(distance) * (len(distance) - 1)))
+    return seen, expected
+
+
+# perturbation
+
+
+def spearman(a: pd.Series, b: pd.Series) -> float:
+    """Rank correlation over the rows where both are there; NaN with fewer than five such rows or a constant column."""
+    both = pd.DataFrame({"a": a.to_numpy(float), "b": b.to_numpy(float)}).replace([np.inf, -np.inf], np.nan).dropna()
+    if len(both) < 5 or both["a"].nunique() < 2 or both["b"].nunique() < 2:
+        return float("nan")
+    return float(both["a"].rank().corr(both["b"].rank()))
+
+
+def smallest_p(num_donors: int) -> float:
+    """Smallest two-sided p that a sign-flip test over so many donors can give."""
+    return min(1.0, 2.0 ** (1 - num_donors)) if num_donors > 0 else 1.0
+
+
+def hits(genes: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
+    """Genes whose donor-level FDR passes, those with the largest shift first."""
+    return genes[genes["fdr_donor"] <= level].sort_values(["shift", "gene"], ascending=[False, True])
+
+
+def perturbation_sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
+    """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain."""
+    out: list[tuple[str, str]] = []
+    top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
+    names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
+    out.append(("plain", f"Largest shifts{' towards the goal state' if goal else ''}: {names}."))
+    donors = int(genes["num_donors"].max())
+    passing, cell_level = hits(genes), int((genes["fdr_cell"] <= 0.05).sum())
+    if len(passing):
+        out.append(("good", f"{len(passing):,} of {len(genes):,} genes pass an FDR of 5 % over {donors} donors."))
+    elif smallest_p(donors) > 0.05:
+        few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {smallest_p(donors):.2g}"
+        out.append(("warn", f"No gene can be called a replicated hit: {few}."))
+    else:
+        out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
+    text = (
+        f"{cell_level:,} of {len(genes):,} genes have a cell-level FDR below 5 %. Cells of one donor are not replicates: that "
+        "figure grows with the number of cells and is no evidence by itself."
+    )
+    out.append(("warn" if cell_level and passing.empty else "plain", text))
+    rho = spearman(genes["shift"], genes["rank_expected"])
+    if np.isfinite(rho):
+        much = "much" if abs(rho) >= 0.7 else "part" if abs(rho) >= 0.3 else "little"
+        text = f"What a gene's rank in the cell alone predicts explains {much} of the shifts (Spearman {rho:.2f})."
+        out.append(("warn" if abs(rho) >= 0.7 else "plain", text))
+    rho = spearman(genes["shift"], genes["de_statistic"])
+    if np.isfinite(rho):
+        text = f"Agreement with differential expression between start and goal: Spearman {rho:.2f}."
+        out.append(("plain", text))
+    return out

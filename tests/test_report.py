@@ -1,0 +1,384 @@
+"""Laws of the report: it says what the tables say, names the baseline that wins, and is one file that asks for nothing."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from mixgf import artifacts, figures, findings, page, report, scorecard, scores, sections, storage
+from mixgf.config import Classify, Config, Inputs, Perturb, to_dict
+
+TYPES = ("alpha cell", "beta cell", "ductal cell")
+
+
+def _board(values, *, half=0.02, group="baron", split="random", direction=""):
+    """Scores of one task: model -> (accuracy, macro F1)."""
+    rows = [
+        {"group": group, "split": split, "direction": direction, "seed": 0, "model": model, "metric": metric, "value": value, "low": value - half,
+             "high": value + half, "num_train": 80, "num_test": 20, "num_classes": 3, "interval_by": "cell"}
+        for model, pair in values.items() for metric, value in zip(("accuracy", "macro_f1"), pair, strict=True)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _genes(num_donors=3, num=30, seed=0, **columns):
+    rng = np.random.default_rng(seed)
+    shift = rng.normal(0, 0.01, num)
+    frame = {
+        "gene": [f"ENSG{i:05d}" for i in range(num)], "symbol": [f"GENE{i}" for i in range(num)], "species": "human",
+        "operation": "delete", "variant": "remaining", "num_cells": 40, "num_donors": num_donors, "coverage": rng.uniform(0.1, 1, num),
+        "mean_rank": rng.uniform(1, 300, num), "shift": shift, "shift_low": shift - 0.001, "shift_high": shift + 0.001,
+        "response": abs(shift), "p_cell": 1e-9, "fdr_cell": 1e-8, "p_donor": 0.25, "fdr_donor": 0.5, "null_percentile": 50.0,
+        "rank_expected": rng.normal(0, 0.01, num), "shift_minus_rank_expected": 0.001, "shift_alternatives": 0.0,
+        "shift_minus_alternatives": shift, "de_statistic": rng.normal(0, 1, num), "de_log_fold": 0.1, "warnings": "one donor carries it",
+    }  # fmt: skip
+    return pd.DataFrame(frame | columns)
+
+
+def _text(section):
+    parts = []
+    for block in section.blocks:
+        parts += [block.text] if isinstance(block, page.Text) else []
+        parts += [block.caption] if isinstance(block, page.Picture | page.Grid) else []
+        parts += [cell.text for row in block.rows for cell in row] if isinstance(block, page.Grid) else []
+    return "\n".join(parts)
+
+
+def _artifact(uri, kind, files, *, parents=None, **finish):
+    record = artifacts.plan(kind, 1, {"made": "by test_report"}, parents or {})
+    artifacts.begin(uri, record)
+    for name, frame in files.items():
+        table = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame, preserve_index=False)
+        storage.write_table(storage.join(uri, name), table)
+    return artifacts.finish(uri, record, **finish)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A finished small run: real Parquet artifacts in the layout of the stages."""
+    root = str(tmp_path_factory.mktemp("run"))
+    config = Config(
+        output=root,
+        recipe="test",
+        classify=Classify(splits=("random",)),
+        perturb=Perturb(start="x == 1", goal="x == 2"),
+    )
+    rng = np.random.default_rng(5)
+    sizes = {"human": 90, "mouse": 61}
+    shards, vectors = {}, {}
+    for species, n in sizes.items():
+        kind = rng.integers(0, 3, n)
+        name = f"{len(shards):05d}.parquet"
+        shards[name] = pd.DataFrame({
+            "cell": [f"{species}:{i}" for i in range(n)], "species": species, "source": f"baron_{species}", "length": 20 + kind,
+            "cell_type": np.where(np.arange(n) == 0, "unknown", np.array(TYPES)[kind]), "donor": [f"d{i % 3}" for i in range(n)],
+        })  # fmt: skip
+        centre = np.eye(8, dtype=np.float32)[kind] * 4 + (species == "mouse") * np.eye(8, dtype=np.float32)[5]
+        vectors[name] = (centre + rng.normal(0, 0.3, (n, 8))).astype(np.float32)
+    entries = [{"name": name, "rows": len(frame), "bytes": 1, "sha256": "0"} for name, frame in shards.items()]
+    corpus = _artifact(
+        f"{root}/corpus", "corpus",
+        {f"shards/{name}": frame for name, frame in shards.items()} | {
+            "dropped.parquet": pd.DataFrame({"source": ["baron_human", "baron_human"], "reason": ["depth", "few_genes"], "cells": [4, 1]}),
+            "mapping.parquet": pd.DataFrame({"source": ["baron_human"], "columns": [20], "mapped": [18], "counts_lost": [0.031], "unmapped_names": [["A", "B"]]}),
+        },
+        counts={"read": 156, "kept": 151, "dropped": {"depth": 4, "few_genes": 1, "mito": 0}},
+        details={"shards": entries, "max_len": 22, "species": list(sizes)},
+    )  # fmt: skip
+    parents = {"corpus": corpus.fingerprint}
+    _artifact(f"{root}/embed", "embeddings", {
+        f"shards/{name}": pa.table({"vector": pa.FixedSizeListArray.from_arrays(pa.array(z.ravel()), 8)}) for name, z in vectors.items()
+    }, parents=parents)  # fmt: skip
+    history = [
+        (s, s // 20, n, v)
+        for s in range(1, 41)
+        for n, v in (("loss", 9 - s / 10), ("mlm", 8 - s / 10), ("contrast", 1.0), ("lr", 1e-3), ("cells_per_s", 30.0))
+    ]
+    _artifact(f"{root}/pretrain", "checkpoint", {"history.parquet": pd.DataFrame(history, columns=["step", "epoch", "name", "value"])},
+              parents=parents, details={"model": to_dict(config.model), "objective": to_dict(config.objective)})  # fmt: skip
+    truth = rng.integers(0, 3, 60)
+    rows = {"per_class": [], "confusion": []}
+    for model, wrong in (("finetune", 0.3), ("hvg_logreg", 0.0), ("untrained_knn", 0.5)):
+        predicted = np.where(rng.random(60) < wrong, (truth + 1) % 3, truth)
+        matrix = scores.confusion(truth, predicted, 3)
+        key = {"group": "baron_human", "split": "random", "direction": "", "seed": 0, "model": model}
+        rows["per_class"].append(
+            pd.DataFrame(key | {"class": TYPES} | scores.class_scores(matrix) | {"num_test": matrix.sum(1)})
+        )
+        true, guess = np.nonzero(matrix)
+        rows["confusion"].append(
+            pd.DataFrame(
+                key | {"true": np.array(TYPES)[true], "predicted": np.array(TYPES)[guess], "count": matrix[true, guess]}
+            )
+        )
+    board = _board(
+        {"finetune": (0.7, 0.68), "hvg_logreg": (1.0, 1.0), "untrained_knn": (0.5, 0.4)}, group="baron_human"
+    )
+    _artifact(
+        f"{root}/classify",
+        "classification",
+        {"scores.parquet": board} | {f"{k}.parquet": pd.concat(v) for k, v in rows.items()},
+        parents=parents,
+    )
+    genes = pd.concat([_genes(), _genes(seed=1, operation="overexpress")])
+    _artifact(
+        f"{root}/perturb",
+        "perturbation",
+        {"genes.parquet": genes},
+        parents=parents,
+        details={"warnings": ["one thing to know"]},
+    )
+    return config
+
+
+# findings
+
+
+@pytest.mark.parametrize(
+    ("score", "verdict", "lower"),
+    [((0.90, 0.88, 0.92), "ahead", False), ((0.80, 0.70, 0.86), "level", True), ((0.60, 0.55, 0.65), "behind", True)],
+    ids=["intervals apart, above", "intervals meet", "intervals apart, below"],
+)
+def test_a_verdict_needs_intervals_that_do_not_meet(score, verdict, lower):
+    duel = findings.Duel(split="random", group="g", direction="", metric="macro_f1", model="finetune", score=score,
+                         baseline="pca_knn", baseline_score=(0.85, 0.84, 0.87))  # fmt: skip
+    assert (duel.verdict, duel.lower) == (verdict, lower)
+
+
+def test_a_paired_comparison_decides_where_there_is_one():
+    board = findings.board(_board({"finetune": (0.80, 0.80), "pca_knn": (0.82, 0.82)}))
+    paired = pd.DataFrame([
+        {"group": "baron", "split": "random", "direction": "", "model": "finetune", "baseline": "pca_knn", "metric": m, "difference": -0.02, "low": -0.03, "high": -0.01}
+        for m in ("accuracy", "macro_f1")
+    ])  # fmt: skip
+    assert {d.verdict for d in findings.duels(board)} == {"level"}
+    assert {d.verdict for d in findings.duels(board, paired)} == {"behind"}
+
+
+def test_the_best_baseline_is_neither_ours_nor_an_untrained_encoder():
+    board = findings.board(
+        _board(
+            {
+                "finetune": (0.9, 0.9),
+                "knn": (0.95, 0.95),
+                "untrained_knn": (0.94, 0.94),
+                "pca_knn": (0.5, 0.4),
+                "majority": (0.3, 0.1),
+            }
+        )
+    )
+    assert {d.baseline for d in findings.duels(board)} == {"pca_knn"}
+    assert findings.gain(board) == [("random", "knn", pytest.approx(0.01), 1)]
+
+
+def test_a_baseline_that_wins_is_named_in_the_summary_and_comes_first():
+    scores_ = pd.concat([
+        _board({"finetune": (0.95, 0.95), "hvg_logreg": (0.80, 0.80)}, group="easy"),
+        _board({"finetune": (0.50, 0.45), "hvg_logreg": (0.90, 0.88)}, group="hard"),
+    ])  # fmt: skip
+    run = page.Run(config=Config(), uris={}, tables={"scores": scores_})
+    tones = [(b.tone, b.text) for b in scorecard.brief(run).blocks]
+    bad = [text for tone, text in tones if tone == "bad"]
+    assert len(bad) == 1
+    assert "hard" in bad[0]
+    assert "a baseline beats the model" in bad[0]
+    assert "0.450 (0.430–0.470) against 0.880 (0.860–0.900) of variable genes + logistic regression" in bad[0]  # noqa: RUF001
+    assert [t for t, _ in tones].index("bad") < [t for t, _ in tones].index("good")
+    assert "macro F1 1 win, 0 ties, 1 loss" in tones[1][1]
+
+
+def test_scores_of_several_seeds_are_averaged():
+    both = pd.concat([_board({"knn": (0.8, 0.6)}), _board({"knn": (0.9, 0.8)}).assign(seed=1)])
+    one = findings.board(both).set_index("metric")
+    assert one.loc["accuracy", "value"] == pytest.approx(0.85)
+    assert one.loc["macro_f1", ["low", "high"]].tolist() == pytest.approx([0.68, 0.72])
+    assert set(one["seeds"]) == {2}
+
+
+def test_a_transfer_is_named_by_its_direction():
+    for direction in ("human>mouse", "human->mouse"):
+        assert findings.task_label("species", "pancreas", direction) == "human → mouse (pancreas)"
+    assert findings.task_label("random", "baron_human", "") == "baron_human"
+
+
+def test_centroids_and_counterparts_on_a_case_by_hand():
+    # alpha at 0°, beta at 90° in a; in b alpha at 10° and beta at 80°, so each nearest centroid is its counterpart
+    def at(degrees):
+        return np.tile([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], (5, 1))
+
+    vectors = np.concatenate([at(0), at(90), at(10), at(80)])
+    species, types = np.repeat(["a", "b"], 10), np.tile(np.repeat(["alpha", "beta"], 5), 2)
+    table = findings.centroid_table(findings.centroids(vectors, species, types), "a", "b")
+    assert table.loc["alpha", "alpha"] == pytest.approx(1 - np.cos(np.radians(10)))
+    assert table.loc["alpha", "beta"] == pytest.approx(1 - np.cos(np.radians(80)))
+    assert findings.counterparts(table) == (2, 2)
+    assert findings.counterparts(table[["beta", "alpha"]].set_axis(["alpha", "beta"], axis=1)) == (0, 2)
+    assert findings.centroids(vectors[1:], species[1:], types[1:]).keys() == {
+        ("a", "beta"),
+        ("b", "alpha"),
+        ("b", "beta"),
+    }
+
+
+def test_species_apart_have_no_neighbours_of_the_other_kind():
+    vectors = np.repeat(np.eye(2), 20, axis=0) + np.random.default_rng(0).normal(0, 0.01, (40, 2))
+    apart = np.repeat(["a", "b"], 20)
+    assert findings.mixing(vectors, apart, k=5) == (0.0, pytest.approx(20 / 39))
+    seen, expected = findings.mixing(vectors, np.tile(["a", "b"], 20), k=19)
+    assert seen == pytest.approx(10 / 19)
+    assert expected == pytest.approx(20 / 39)
+
+
+@pytest.mark.parametrize(
+    ("donors", "said"),
+    [(3, "smallest p that a test over donors can give is 0.25"), (8, "No gene passes an FDR of 5 % over 8 donors")],
+)
+def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
+    lines = findings.perturbation_sentences(_genes(num_donors=donors), goal=True)
+    assert any(tone == "warn" and said in text for tone, text in lines)
+    assert any(
+        tone == "warn" and "30 of 30 genes have a cell-level FDR" in text and "not replicates" in text
+        for tone, text in lines
+    )
+
+
+def test_shifts_that_rank_explains_are_called_so():
+    genes = _genes()
+    lines = findings.perturbation_sentences(genes.assign(rank_expected=genes["shift"]), goal=True)
+    assert (
+        "warn",
+        "What a gene's rank in the cell alone predicts explains much of the shifts (Spearman 1.00).",
+    ) in lines
+
+
+# sections and the page
+
+
+def test_a_stage_that_has_not_run_is_said_plainly(tmp_path):
+    config = Config(output=str(tmp_path / "none"))
+    html = storage.read_bytes(report.write(config, str(tmp_path / "report.html"))).decode()
+    for stage in ("prepare", "pretrain", "embed", "classify", "perturb"):
+        assert f"mixgf {stage} --output" in html
+    assert report.summary(config) == "nothing was made yet"
+
+
+def test_every_warning_stands_beside_its_gene(config):
+    run = report.load(config, light=True)
+    section = scorecard.perturbation(run)
+    grids = [b for b in section.blocks if isinstance(b, page.Grid)]
+    assert [g.sortable for g in grids] == [True, True]
+    assert all(row[-1].text == "one donor carries it" for g in grids for row in g.rows)
+    assert "FDR, cells (not replicated)" in grids[0].head
+    assert "One thing to know." in _text(section)
+    shifts = [row[1].order for row in grids[0].rows]
+    assert shifts == sorted(shifts, reverse=True)
+
+
+def test_dropped_cells_and_mapping_are_in_the_cells_section(config):
+    text = _text(sections.corpus(report.load(config)))
+    assert "151 of 156 cells were kept; dropped: 4 depth out of range, 1 too few genes." in text
+    assert "3.10%" in text
+    assert "A, B" in text
+
+
+def test_the_label_for_unknown_is_no_type(config):
+    cells = report.load(config).tables["cells"]
+    assert set(cells["type"]) == {"", *TYPES}
+    assert cells["cells"].sum() == 151
+
+
+def test_embeddings_of_another_corpus_are_not_shown(config, tmp_path):
+    _artifact(str(tmp_path), "embeddings", {}, parents={"corpus": "another"})
+    run = report.load(dataclasses.replace(config, inputs=Inputs(embeddings=str(tmp_path))))
+    assert run.vectors_ND is None
+    assert "made from another corpus" in _text(sections.embedding(run))
+
+
+def test_a_step_run_twice_counts_once():
+    history = pd.DataFrame({"step": [1, 2, 2, 3], "epoch": 0, "name": "loss", "value": [4.0, 9.0, 3.0, 2.0]})
+    assert sections.curve(history, "loss")["value"].tolist() == [4.0, 3.0, 2.0]
+
+
+def test_figures_on_one_page_share_no_ids_and_text_stays_text():
+    frame = pd.DataFrame({"step": [1, 2, 3], "value": [3.0, 2.0, 1.0]})
+    one, two = figures.curves({"Total loss": frame}, "one"), figures.curves({"Total loss": frame}, "two")
+    ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (one, two)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', one)) <= ids[0]
+    assert ">Total loss<" in one
+    assert one == figures.curves({"Total loss": frame}, "one")
+
+
+@pytest.mark.slow  # numba compiles umap
+def test_the_map_depends_on_the_seed_alone_and_keeps_groups_together():
+    kind = np.repeat([0, 1], 150)
+    vectors = (np.eye(6)[kind] * 5 + np.random.default_rng(0).normal(0, 0.5, (300, 6))).astype(np.float32)
+    one, method = figures.layout(vectors, 7)
+    assert method.startswith("UMAP")
+    np.testing.assert_array_equal(one, figures.layout(vectors, 7)[0])
+    assert not np.array_equal(one, figures.layout(vectors, 8)[0])
+    centre = np.stack([one[kind == k].mean(axis=0) for k in (0, 1)])
+    nearest = np.hypot(*(one[:, None] - centre[None]).transpose(2, 0, 1)).argmin(axis=1)
+    assert (nearest == kind).mean() > 0.99
+
+
+def test_few_cells_are_shown_by_their_principal_components():
+    vectors = np.array([[3.0, 0, 1], [-3, 0, 1], [0, 1, 1], [0, -1, 1]])
+    xy, method = figures.layout(vectors, 0)
+    assert method == "First two principal components"
+    np.testing.assert_allclose(np.abs(xy), [[3, 0], [3, 0], [0, 1], [0, 1]], atol=1e-12)
+
+
+def test_labels_are_pushed_apart():
+    at = figures._apart(np.zeros((6, 2)), 1.0)
+    gaps = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1))[np.triu_indices(6, 1)]
+    assert gaps.min() > 0.8
+
+
+def test_the_report_is_one_file_that_asks_for_nothing_and_has_the_same_bytes_again(config, tmp_path):
+    uri = report.write(config, str(tmp_path / "report.html"))
+    data = storage.read_bytes(uri)
+    html = data.decode()
+    assert len(data) < 5_000_000
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', html), "nothing outside the file is referred to"
+    assert not re.findall(r"url\((?!#)|@import|fetch\(|XMLHttpRequest", html)
+    for text in ("In brief", "One space for all species", "Baseline better:", "best baseline", "variable genes + logistic regression",
+                 "Why it may be an artefact", "GENE0", "Configuration (JSON)", "By cell type", "true type (test cells)"):  # fmt: skip
+        assert text in html, text
+    for id_ in ("brief", "corpus", "training", "embedding", "classification", "perturbation", "provenance"):
+        assert html.count(f'<section id="{id_}">') == 1
+    again = report.write(config, str(tmp_path / "again.html"))
+    assert storage.read_bytes(again) == data
+
+
+def test_a_report_of_the_same_inputs_is_left_alone_and_of_others_is_made_again(tmp_path):
+    config = Config(output=str(tmp_path / "none"))
+    uri = report.write(config, str(tmp_path / "report.html"))
+    storage.write_bytes(uri, storage.read_bytes(uri) + b"<!-- mark -->")
+    report.write(config, uri)
+    assert storage.read_bytes(uri).endswith(b"<!-- mark -->")
+    report.write(dataclasses.replace(config, seed=1), uri)
+    assert not storage.read_bytes(uri).endswith(b"<!-- mark -->")
+
+
+def test_text_from_the_data_is_escaped(config):
+    run = report.load(config, light=True)
+    genes = run.tables["genes"].assign(symbol="<script>alert(1)</script>", warnings="<b>bold</b>")
+    html = report.render(dataclasses.replace(run, tables={"genes": genes}), "key")
+    assert "<script>alert" not in html
+    assert "<b>bold" not in html
+    assert "&lt;script&gt;alert" in html
+
+
+def test_the_summary_says_where_the_model_is_worse(config):
+    text = report.summary(config)
+    assert "151 kept of 156" in text
+    assert re.search(
+        r"random cells: baron_human +mixgf, fine-tuned +0\.700 +0\.680 +variable genes \+ logistic regression +1\.000 +1\.000 +WORSE",
+        text,
+    )
+    assert "(0 of 30 genes at a donor-level FDR of 5 %)" in text
