@@ -1,0 +1,43 @@
+"""The home of every benchmark: `python jobs/bench.py prepare|train|perturb [--json] [--quick]`.
+
+Prints a table, or with --json one object per figure: {"figure", "value", "unit", "baseline", "ratio"}. Baselines are the
+published way of doing the same, written plainly in the benchmark, measured in turn with ours in one process.
+
+Submit: ray job submit --working-dir . -- python jobs/bench.py STAGE --json
+Inputs: none (bundled cells, or cells drawn with a seed). Outputs: standard output. Resources: two CPU cores; a GPU is used where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+STAGES = {p.stem.removeprefix("bench_"): p.stem for p in sorted(Path(__file__).parent.glob("bench_*.py"))}
+
+
+def main() -> int:
+    """Run one stage's benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
+    parser.add_argument("--quick", action="store_true", help="small sizes and one repetition: does it run?")
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
+    figures = importlib.import_module(STAGES[args.stage]).figures(quick=args.quick)
+    if not args.json:
+        print(f"{'figure':58} {'value':>12} {'unit':16} {'baseline':>12} {'ratio':>8}")
+    for figure in figures:
+        row = figure.row()
+        if args.json:
+            print(json.dumps(row), flush=True)
+        else:
+            baseline, ratio = (f"{row[k]:,.4g}" if row[k] is not None else "" for k in ("baseline", "ratio"))
+            print(f"{row['figure']:58} {row['value']:>12,.5g} {row['unit']:16} {baseline:>12} {ratio:>8}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,65 @@
+"""How every benchmark measures: interleaved repetitions after a warm-up, medians, ratios within one process.
+
+Machines are noisy, so a figure that is compared with another one is measured in turn with it (A B A B ...), and the
+ratio is the median of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """One measured number: `value` in `unit`, beside the `baseline` in the same unit and the `ratio` of the two."""
+
+    figure: str
+    value: float
+    unit: str
+    baseline: float | None = None
+    ratio: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """The JSON form, rounded to five significant digits."""
+        return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def seconds(work: Callable[[], object], *, cpu: bool = False) -> float:
+    """Wall seconds of one call, or its CPU seconds over all threads of this process."""
+    clock = time.process_time if cpu else time.perf_counter
+    start = clock()
+    work()
+    return clock() - start
+
+
+def interleaved(
+    works: dict[str, Callable[[], object]], *, repeats: int = 3, warmups: int = 1, cpu: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every piece of work, measured in turn `repeats` times after `warmups` uncounted rounds."""
+    for _ in range(warmups):
+        for work in works.values():
+            work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(seconds(work, cpu=cpu))
+    return times
+
+
+def rate(name: str, unit: str, amount: float, *, times: dict[str, list[float]], key: str, against: str = "") -> Figure:
+    """The figure `amount / seconds` of one piece of work, with the ratio to another one where there is one."""
+    value = amount / statistics.median(times[key])
+    if not against:
+        return Figure(figure=name, value=value, unit=unit)
+    ratio = statistics.median(b / a for a, b in zip(times[key], times[against], strict=True))
+    return Figure(figure=name, value=value, unit=unit, baseline=amount / statistics.median(times[against]), ratio=ratio)
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

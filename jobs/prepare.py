@@ -1,0 +1,17 @@
+"""Counts to corpus, as a cluster job.
+
+Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster):
+    ray job submit --working-dir . -- python jobs/prepare.py human=s3://bucket/human/*.h5ad mouse=s3://bucket/mouse/*.h5ad --output s3://bucket/run
+
+Inputs: raw counts (.h5ad, 10x .h5, 10x folders), local to every node or in object storage.
+Outputs: OUTPUT/vocabulary and OUTPUT/corpus (Parquet sentences, manifest, mapping and drop reports).
+Resources: one CPU per task; memory does not grow with the file. No GPU.
+Again: the same line continues a killed run and does nothing to a finished one.
+"""
+
+import sys
+
+from mixgf.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["prepare", *sys.argv[1:]]))

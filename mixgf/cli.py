@@ -1,0 +1,222 @@
+"""`mixgf STAGE --recipe|--config --set a.b=c`: one command per stage, and `mixgf demo` for all of them on bundled cells.
+
+Nothing heavy is imported before a stage runs. Exit codes: 0 done, 1 failed (a fault of ours or of the machine),
+2 something that was given cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from mixgf import progress, recipes
+from mixgf.config import Config, UserError, from_dict, override, to_dict
+
+STAGES = {
+    "prepare": "raw counts -> cell sentences: checks, QC, vocabulary, rank value encoding",
+    "pretrain": "cell sentences -> encoder: masked genes + SimCSE contrast",
+    "embed": "encoder -> a vector per cell (AnnData .obsm)",
+    "classify": "cell types: fine-tuning, frozen probes, transfer between species, baselines",
+    "perturb": "in silico perturbation: genes ranked by how they move cells to a goal state",
+    "report": "one HTML file from whatever stages are done",
+}
+_NEXT = {
+    "prepare": "pretrain",
+    "pretrain": "embed, classify or perturb",
+    "embed": "report",
+    "classify": "report",
+    "perturb": "report",
+}
+_EPILOG = """examples:
+  mixgf demo                                            every stage on bundled human and mouse pancreas cells
+  mixgf prepare human=pbmc.h5ad mouse=spleen.h5ad --output runs/mine
+  mixgf pretrain --recipe laptop --output runs/mine
+  mixgf classify --output runs/mine --set classify.label=cell_type --set classify.seeds=5
+  mixgf perturb  --output runs/mine --set "perturb.start=cell_type == 'alpha cell'" --set "perturb.goal=cell_type == 'beta cell'"
+  mixgf pretrain --recipe paper --print-config > mine.json; mixgf pretrain --config mine.json
+
+A stage finds its inputs under --output (or --set inputs.corpus=URI ...), and does nothing twice.
+With RAY_ADDRESS it runs on that cluster, with s3:// in object storage, with MLFLOW_TRACKING_URI it is tracked there."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixgf",
+        description="One encoder for human and mouse single cells: corpus, pretraining, classification, perturbation.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in {
+        "demo": "all stages on bundled real cells, in minutes",
+        "run": "all stages on your own config",
+        **STAGES,
+    }.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"mixgf {name}: {text}",
+            epilog=_fields(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name in ("prepare", "run"):
+            command.add_argument(
+                "sources",
+                nargs="*",
+                metavar="SPECIES=URI",
+                help="raw counts: .h5ad, 10x .h5 or 10x folder; path, glob or s3://",
+            )
+        if name != "demo":
+            command.add_argument("--recipe", default="", help=f"a named config: {', '.join(recipes.RECIPES)}")
+        command.add_argument("--config", default="", metavar="FILE", help="a JSON config, as --print-config prints it")
+        command.add_argument(
+            "--output", default="", metavar="URI", help="folder of the run's artifacts (default: the recipe's)"
+        )
+        command.add_argument(
+            "--set", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated"
+        )
+        command.add_argument("--print-config", action="store_true", help="print the whole config as JSON and stop")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    inspect = commands.add_parser(
+        "inspect", help="what is in a corpus", description="mixgf inspect: what is in a corpus"
+    )
+    inspect.add_argument("uri", metavar="URI", help="a corpus, for example runs/demo/corpus")
+    inspect.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _fields(stage: str) -> str:
+    """The config fields that a stage reads, with the default recipe's values."""
+    used = {
+        "prepare": ("qc", "vocab", "tokens", "prepare"),
+        "pretrain": ("model", "objective", "train", "compute"),
+        "embed": ("embed",),
+        "classify": ("classify",),
+        "perturb": ("perturb",),
+    }.get(stage, ())
+    data = to_dict(Config())
+    lines = [f"  {s}.{k} = {json.dumps(v)}" for s in used for k, v in data[s].items()]
+    return "\n".join(["fields for --set and their defaults (meaning: mixgf/config.py):", *lines]) if lines else ""
+
+
+def _config(args: argparse.Namespace) -> Config:
+    recipe = "demo" if args.command == "demo" else args.recipe
+    if args.config:
+        if recipe and args.command != "demo":
+            msg = f"--config {args.config}: cannot be given together with --recipe {recipe}; choose one and use --set for changes"
+            raise UserError(msg)
+        path = Path(args.config)
+        if not path.is_file():
+            msg = (
+                f"--config {args.config}: no such file; write one with `mixgf {args.command} --print-config > my.json`"
+            )
+            raise UserError(msg)
+        try:
+            data = json.loads(path.read_text())
+        except ValueError as error:
+            msg = f"--config {args.config}: not JSON ({error}); write one with --print-config"
+            raise UserError(msg) from None
+        if not isinstance(data, dict):
+            msg = f"--config {args.config}: must be a JSON object, as --print-config prints it"
+            raise UserError(msg)
+        config = from_dict(Config, data)
+    else:
+        config = recipes.get(recipe or "default")
+    changes = list(args.set)
+    if args.output:
+        changes.append(f"output={args.output}")
+    sources = []
+    for text in getattr(args, "sources", []):
+        species, eq, uri = text.partition("=")
+        if not eq:
+            msg = f"{text}: must look like SPECIES=URI, for example human={text}"
+            raise UserError(msg)
+        sources.append({"species": species, "uri": uri})
+    if sources:
+        changes.append(f"sources={json.dumps(sources)}")
+    return override(config, changes)
+
+
+def _run_stage(name: str, config: Config) -> str:
+    """Run one stage and return the URI of what it made."""
+    if name == "report":
+        from mixgf import report, storage
+
+        return report.write(config, storage.join(config.output, "report.html"))
+    import importlib
+
+    from mixgf.drivers.session import session
+
+    driver = importlib.import_module(f"mixgf.drivers.{name}")
+    with session(config):
+        return str(driver.run(config))
+
+
+def _run_all(config: Config) -> None:
+    from mixgf import report, tracking
+    from mixgf.drivers.session import session
+
+    start = time.monotonic()
+    with session(config):
+        for i, name in enumerate(STAGES, 1):
+            began = time.monotonic()
+            progress.say(f"[{i}/{len(STAGES)}] {name}: {STAGES[name]}")
+            uri = _run_stage(name, config)
+            progress.say(f"      {uri}  ({progress.duration(time.monotonic() - began)})")
+    print()
+    print(report.summary(config))
+    print()
+    print(f"report   {uri}")
+    print(f"mlflow   {tracking.ui_command(config)}")
+    print(f"time     {progress.duration(time.monotonic() - start)}")
+
+
+def _dispatch(args: argparse.Namespace) -> None:
+    if args.command == "inspect":
+        from mixgf import corpus
+
+        print(corpus.describe(args.uri))
+        return
+    config = _config(args)
+    if args.print_config:
+        print(json.dumps(to_dict(config), indent=1))
+    elif args.command in ("demo", "run"):
+        _run_all(config)
+    else:
+        uri = _run_stage(args.command, config)
+        print(f"{args.command}: {uri}")
+        if args.command in _NEXT:
+            print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    progress.setup(debug=args.debug)
+    try:
+        _dispatch(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"mixgf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mixgf: stopped; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            raise
+        first = str(error).strip().split("\n")[0]
+        print(
+            f"mixgf: failed: {type(error).__name__}: {first[:500]} (the same command with --debug shows where)",
+            file=sys.stderr,
+        )
+        return 1
+    return 0

@@ -1,0 +1,81 @@
+"""Laws of the command line: instant help, one-line refusals with exit code 2, printed configs that repeat the run."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mixgf import cli, recipes
+from mixgf.config import Config, from_dict
+
+
+def mixgf(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "mixgf", *argv], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_help_names_every_stage_and_imports_fast():
+    mixgf("--help")  # warm the page cache
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = mixgf("--help")
+        seconds.append(time.monotonic() - start)
+    assert done.returncode == 0
+    assert all(stage in done.stdout for stage in (*cli.STAGES, "demo", "inspect"))
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("stage", list(cli.STAGES))
+def test_stage_help_lists_its_fields(stage):
+    done = mixgf(stage, "--help")
+    assert done.returncode == 0
+    section = {
+        "prepare": "qc.min_genes",
+        "pretrain": "train.lr",
+        "embed": "embed.pooling",
+        "classify": "classify.label",
+        "perturb": "perturb.goal",
+    }
+    assert section.get(stage, "--output") in done.stdout
+
+
+def test_printed_config_is_the_run_again(tmp_path, capsys):
+    assert (
+        cli.main(["pretrain", "--recipe", "demo", "--set", "train.lr=0.002", "--output", "runs/a", "--print-config"])
+        == 0
+    )
+    path = tmp_path / "mine.json"
+    path.write_text(capsys.readouterr().out)
+    config = from_dict(Config, json.loads(path.read_text()))
+    assert (config.train.lr, config.output, config.model) == (0.002, "runs/a", recipes.get("demo").model)
+    assert cli.main(["pretrain", "--config", str(path), "--print-config"]) == 0
+    assert capsys.readouterr().out == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["prepare", "--recipe", "nope"], "--recipe nope: no such recipe; there are default, demo"),
+        (["prepare", "cells.h5ad"], "cells.h5ad: must look like SPECIES=URI, for example human=cells.h5ad"),
+        (["prepare", "rat=cells.h5ad"], "sources[0].species = 'rat': must be one of 'human', 'mouse'"),
+        (["pretrain", "--config", "missing.json"], "--config missing.json: no such file"),
+        (["pretrain", "--set", "train.lr=high"], "train.lr = 'high': must be float"),
+        (["pretrain", "--config", "x.json", "--recipe", "demo"], "cannot be given together with --recipe demo"),
+        (["inspect", "nowhere"], "nowhere: no finished corpus (not there); run `mixgf prepare` first"),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_2(argv, message, capsys):
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_option_is_refused():
+    done = mixgf("pretrain", "--learning-rate", "1")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --learning-rate" in done.stderr
