@@ -1,7 +1,7 @@
 """`mixgf STAGE --recipe|--config --set a.b=c`: one command per stage, and `mixgf demo` for all of them on bundled cells.
 
 Nothing heavy is imported before a stage runs. Exit codes: 0 done, 1 failed (a fault of ours or of the machine),
-2 something that was given cannot be used.
+2 something that was given cannot be used, 3 done without the sources that were refused.
 """
 
 from __future__ import annotations
@@ -156,8 +156,19 @@ def _run_stage(name: str, config: Config) -> str:
         return str(driver.run(config))
 
 
-def _run_all(config: Config) -> None:
-    from mixgf import report, tracking
+def _refused(uri: str) -> int:
+    """Name the sources that a corpus was made without; returns the exit code."""
+    from mixgf import artifacts
+
+    record = artifacts.find(uri)
+    refused = record.details.get("refused", []) if record is not None else []
+    for source in refused:
+        progress.warn(f"refused: {source['error']}")
+    return 3 if refused else 0
+
+
+def _run_all(config: Config) -> int:
+    from mixgf import report, storage, tracking
     from mixgf.drivers.session import session
 
     start = time.monotonic()
@@ -173,24 +184,28 @@ def _run_all(config: Config) -> None:
     print(f"report   {uri}")
     print(f"mlflow   {tracking.ui_command(config)}")
     print(f"time     {progress.duration(time.monotonic() - start)}")
+    return _refused(storage.join(config.output, "corpus"))
 
 
-def _dispatch(args: argparse.Namespace) -> None:
+def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "inspect":
         from mixgf import corpus
 
         print(corpus.describe(args.uri))
-        return
+        return 0
     config = _config(args)
     if args.print_config:
         print(json.dumps(to_dict(config), indent=1))
     elif args.command in ("demo", "run"):
-        _run_all(config)
+        return _run_all(config)
     else:
         uri = _run_stage(args.command, config)
         print(f"{args.command}: {uri}")
         if args.command in _NEXT:
             print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")
+        if args.command == "prepare":
+            return _refused(uri)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     progress.setup(debug=args.debug)
     try:
-        _dispatch(args)
+        return _dispatch(args)
     except UserError as error:
         if args.debug:
             raise
@@ -219,4 +234,3 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return 0

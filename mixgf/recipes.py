@@ -23,10 +23,10 @@ def demo() -> Config:
             Source(uri="resource:pancreas_mouse_baron.h5ad", species="mouse", name="baron_mouse"),
         ),
         tokens=Tokens(max_len=256),
-        model=Model(num_layers=2, dim=128, num_heads=4, ffn_dim=256, max_positions=256),
+        model=Model(num_layers=2, dim=96, num_heads=4, ffn_dim=192, max_positions=256),
         objective=Objective(),
         train=Train(
-            epochs=3, batch_cells=16, lr=1e-3, warmup_steps=50, checkpoint_steps=100, micro_tokens=8192, log_steps=5
+            epochs=2, batch_cells=16, lr=2e-3, warmup_steps=50, checkpoint_steps=100, micro_tokens=8192, log_steps=5
         ),
         classify=Classify(epochs=4, batch_cells=8, lr=3e-4, warmup_steps=50),
         perturb=Perturb(
@@ -116,8 +116,8 @@ def laptop() -> Config:
         output="runs/laptop",
         sources=(),
         tokens=Tokens(max_len=512),
-        model=replace(base.model, num_layers=4, max_positions=512),
-        train=replace(base.train, epochs=3, batch_cells=64, warmup_steps=100),
+        model=Model(num_layers=4, dim=128, num_heads=4, ffn_dim=256, max_positions=512),
+        train=replace(base.train, epochs=3, batch_cells=32, lr=1e-3, warmup_steps=100),
     )
 
 

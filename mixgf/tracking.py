@@ -20,8 +20,6 @@ from mixgf.config import Config
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-for _name in ("mlflow", "alembic"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 _FINGERPRINT = "mixgf.fingerprint"
@@ -31,6 +29,8 @@ def _client(where: str) -> MlflowClient:
     """MLflow's client; MLflow is imported here, because that takes seconds and most workers never log."""
     from mlflow.tracking import MlflowClient
 
+    for name in ("mlflow", "alembic"):  # after the import, which sets them up to be heard
+        logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(where)
 
 

@@ -1,0 +1,228 @@
+"""How good predictions are, with intervals, and which of two models is better.
+
+Everything is computed from counts of *states* (true class, predicted class, confidence bin), so that a bootstrap resample
+is one row of counts and costs the same for a thousand cells as for a million.
+
+Shape letters: M test cells, C classes, E distinct states, K clusters (donors or cells), R resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse, stats
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+NUM_RESAMPLES = 1000
+NUM_BINS = 15
+"""Confidence bins of the calibration error (Guo et al. 2017)."""
+MIN_DONORS = 3
+"""Intervals are clustered by donor from this many donors on; with fewer, over cells."""
+LEVEL = 0.95
+METRICS = ("accuracy", "macro_f1", "balanced_accuracy", "ece")
+"""`ece` is the expected calibration error: lower is better."""
+
+
+def confusion(true_M: Ints, predicted_M: Ints, num_classes: int) -> Ints:
+    """Counts (C, C): row = true class, column = predicted class."""
+    flat = np.bincount(true_M * num_classes + predicted_M, minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def class_scores(confusion_CC: npt.NDArray[np.number]) -> dict[str, Floats]:
+    """`precision`, `recall`, `f1` per class over leading axes; 0 where a class was never predicted or never true."""
+    hits = np.diagonal(confusion_CC, axis1=-2, axis2=-1).astype(np.float64)
+    true, predicted = confusion_CC.sum(-1), confusion_CC.sum(-2)
+    return {
+        "precision": _ratio(hits, predicted),
+        "recall": _ratio(hits, true),
+        "f1": _ratio(2 * hits, true + predicted),
+    }
+
+
+def totals(confusion_CC: npt.NDArray[np.number]) -> dict[str, Floats]:
+    """`accuracy`, `macro_f1` and `balanced_accuracy` over leading axes.
+
+    The means over classes are over classes with a test cell. A split has test cells of every class; a resample may not.
+    """
+    classes = class_scores(confusion_CC)
+    present = confusion_CC.sum(-1) > 0
+    count = np.maximum(present.sum(-1), 1)
+    hits = np.diagonal(confusion_CC, axis1=-2, axis2=-1).sum(-1).astype(np.float64)
+    return {
+        "accuracy": _ratio(hits, confusion_CC.sum((-2, -1))),
+        "macro_f1": (classes["f1"] * present).sum(-1) / count,
+        "balanced_accuracy": (classes["recall"] * present).sum(-1) / count,
+    }
+
+
+@dataclass(frozen=True)
+class Interval:
+    value: float
+    low: float
+    high: float
+
+
+def score(
+    true_M: Ints, predicted_M: Ints, confidence_M: Floats, donors_M: npt.NDArray[np.str_], num_classes: int, *,
+    rng: np.random.Generator,
+) -> tuple[dict[str, Interval], str]:  # fmt: skip
+    """Every metric of `METRICS` with its 95 % percentile bootstrap interval, and what was resampled (`donor` or `cell`).
+
+    Args:
+        true_M: Class ids.
+        predicted_M: Class ids.
+        confidence_M: Probability that the model gave its prediction.
+        donors_M: Donor of each cell.
+        num_classes: C.
+        rng: Draws the resamples.
+    """
+    clusters_M, by = clusters(donors_M)
+    bins_M = np.clip(np.ceil(confidence_M * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    state_M = (true_M * num_classes + predicted_M) * NUM_BINS + bins_M
+    states_E, entry_M = np.unique(state_M, return_inverse=True)
+    sums_E = np.bincount(entry_M, weights=confidence_M)
+    mean_E = sums_E / np.bincount(entry_M)
+
+    def metrics(counts_RE: npt.NDArray[np.number]) -> dict[str, Floats]:
+        table_RCC = _spread(counts_RE, states_E // NUM_BINS, num_classes**2).reshape(-1, num_classes, num_classes)
+        true_E, predicted_E = np.divmod(states_E // NUM_BINS, num_classes)
+        weights = np.where(true_E == predicted_E, 1.0, 0.0) - mean_E
+        gaps = np.abs(_spread(counts_RE * weights, states_E % NUM_BINS, NUM_BINS)).sum(-1)
+        return {**totals(table_RCC), "ece": gaps / np.maximum(counts_RE.sum(-1), 1)}
+
+    exact = metrics(np.bincount(entry_M)[None, :])
+    drawn = metrics(resample(clusters_M, entry_M, len(states_E), rng=rng))
+    return {name: _interval(float(exact[name][0]), drawn[name]) for name in METRICS}, by
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model against one baseline on the same cells."""
+
+    accuracy: Interval
+    """Difference, model minus baseline."""
+    macro_f1: Interval
+    p: float
+    """Exact McNemar test on the cells that only one of the two got right; cells count as independent."""
+    by: str
+    """What the intervals resample: `donor` or `cell`."""
+
+    @property
+    def outcome(self) -> str:
+        """`win`, `tie` or `loss`: whether the interval of the macro F1 difference lies above, across or below 0."""
+        return "win" if self.macro_f1.low > 0 else "loss" if self.macro_f1.high < 0 else "tie"
+
+
+def compare(
+    *, true_M: Ints, model_M: Ints, baseline_M: Ints, cells_M: Ints, donors_M: npt.NDArray[np.str_], seeds_M: Ints,
+    num_classes: int, rng: np.random.Generator,
+) -> Comparison:  # fmt: skip
+    """Compare two models on the same test cells, over all seeds at once.
+
+    A difference is the mean over seeds of the difference within a seed. A resample draws donors (from three on), else cells,
+    and takes all that is known of them in every seed, so that a cell tested in several seeds does not count as several.
+
+    Args:
+        true_M: Class ids; rows of all seeds one after the other.
+        model_M: Predictions of the model.
+        baseline_M: Predictions of the baseline, same rows.
+        cells_M: Which cell each row is.
+        donors_M: Its donor.
+        seeds_M: Its seed.
+        num_classes: C.
+        rng: Draws the resamples.
+    """
+    clusters_M, by = clusters(donors_M)
+    clusters_M = clusters_M if by == "donor" else np.unique(cells_M, return_inverse=True)[1]
+    num_seeds = len(np.unique(seeds_M))
+    seed_M = np.unique(seeds_M, return_inverse=True)[1]
+    state_M = ((seed_M * num_classes + true_M) * num_classes + model_M) * num_classes + baseline_M
+    states_E, entry_M = np.unique(state_M, return_inverse=True)
+    rest_E, by_baseline_E = np.divmod(states_E, num_classes)
+    truth_E, by_model_E = np.divmod(rest_E, num_classes)
+
+    def differences(counts_RE: npt.NDArray[np.number]) -> dict[str, Floats]:
+        shape = (-1, num_seeds, num_classes, num_classes)
+        size = num_seeds * num_classes**2
+        of_model = totals(_spread(counts_RE, truth_E * num_classes + by_model_E, size).reshape(shape))
+        of_baseline = totals(_spread(counts_RE, truth_E * num_classes + by_baseline_E, size).reshape(shape))
+        return {name: (of_model[name] - of_baseline[name]).mean(-1) for name in ("accuracy", "macro_f1")}
+
+    exact = differences(np.bincount(entry_M)[None, :])
+    drawn = differences(resample(clusters_M, entry_M, len(states_E), rng=rng))
+    right, wrong = true_M == model_M, true_M == baseline_M
+    return Comparison(
+        accuracy=_interval(float(exact["accuracy"][0]), drawn["accuracy"]),
+        macro_f1=_interval(float(exact["macro_f1"][0]), drawn["macro_f1"]),
+        p=mcnemar(int((right & ~wrong).sum()), int((~right & wrong).sum())),
+        by=by,
+    )
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of McNemar's test, from the numbers of cells that only one of two models got right."""
+    pairs = only_first + only_second
+    return float(stats.binomtest(only_first, pairs, 0.5).pvalue) if pairs else 1.0
+
+
+def clusters(donors_M: npt.NDArray[np.str_]) -> tuple[Ints, str]:
+    """The unit that a bootstrap draws, as one number per cell: its donor from `MIN_DONORS` donors on, else the cell."""
+    donors, donor_M = np.unique(donors_M, return_inverse=True)
+    if len(donors) >= MIN_DONORS:
+        return donor_M.astype(np.int64), "donor"
+    return np.arange(len(donors_M), dtype=np.int64), "cell"
+
+
+def resample(clusters_M: Ints, entries_M: Ints, num_entries: int, *, rng: np.random.Generator,
+             num_resamples: int = NUM_RESAMPLES) -> Ints:  # fmt: skip
+    """Cluster bootstrap: counts (R, E) of each entry when K clusters are drawn K times with replacement.
+
+    Clusters with the same entries are drawn as one multinomial category, which is the same law and far cheaper.
+
+    Args:
+        clusters_M: Cluster of each row, 0 to K - 1.
+        entries_M: Entry of each row, 0 to E - 1.
+        num_entries: E.
+        rng: Draws.
+        num_resamples: R.
+    """
+    num_clusters = int(clusters_M.max()) + 1
+    order = np.lexsort((entries_M, clusters_M))
+    starts = np.searchsorted(clusters_M[order], np.arange(num_clusters + 1))
+    sorted_entries = entries_M[order].astype(np.int64)
+    multiplicity: dict[bytes, int] = {}
+    for start, stop in pairwise(starts.tolist()):
+        pattern = sorted_entries[start:stop].tobytes()
+        multiplicity[pattern] = multiplicity.get(pattern, 0) + 1
+    patterns = [np.frombuffer(pattern, dtype=np.int64) for pattern in sorted(multiplicity)]
+    weights = np.array([multiplicity[pattern] for pattern in sorted(multiplicity)], dtype=np.float64)
+    drawn = rng.multinomial(num_clusters, weights / weights.sum(), size=num_resamples)
+    rows = np.repeat(np.arange(len(patterns)), [len(pattern) for pattern in patterns])
+    columns = np.concatenate(patterns)
+    contents = sparse.csr_matrix(
+        (np.ones(len(rows), dtype=np.int64), (rows, columns)), shape=(len(patterns), num_entries)
+    )
+    return np.asarray((contents.T @ drawn.T).T, dtype=np.int64)
+
+
+def _interval(value: float, drawn_R: Floats) -> Interval:
+    low, high = np.quantile(drawn_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def _spread(counts_RE: npt.NDArray[np.number], target_E: Ints, size: int) -> npt.NDArray[Any]:
+    """Sum the columns of `counts_RE` that have the same target: (R, E) -> (R, size)."""
+    num_entries = len(target_E)
+    fold = sparse.csr_matrix((np.ones(num_entries), (target_E, np.arange(num_entries))), shape=(size, num_entries))
+    return np.asarray((fold @ counts_RE.T).T)
+
+
+def _ratio(over: npt.NDArray[np.number], under: npt.NDArray[np.number]) -> Floats:
+    return np.divide(over, under, out=np.zeros(np.broadcast(over, under).shape), where=np.asarray(under) > 0)

@@ -1,0 +1,250 @@
+"""Fine-tuning and frozen classifiers: test cells decide nothing, dropout is keyed, freezing freezes, hand-worked heads."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mixgf import classify, keyed, train
+from mixgf.classify import Classifier
+from mixgf.config import Classify, Config, Model, Tokens, Train, UserError
+from mixgf.dataset import Corpus
+from mixgf.model import Encoder
+from mixgf.splits import Labelled, Split, make
+
+CELLS = 90
+SMALL = Model(num_layers=2, dim=32, num_heads=2, ffn_dim=64, max_positions=32)
+
+
+@pytest.fixture(scope="module")
+def corpus(make_corpus) -> Corpus:
+    """Every other cell has genes of its own kind, so that types can be told apart."""
+    rng = np.random.default_rng(0)
+    return Corpus(make_corpus(rng.integers(5, 20, CELLS), np.arange(CELLS) % 2, [40, 50]))
+
+
+def table(labels: np.ndarray | None = None) -> Labelled:
+    same = np.full(CELLS, "x")
+    names = np.array([f"c{i}" for i in range(CELLS)])
+    labels = np.array(["even", "odd"])[np.arange(CELLS) % 2] if labels is None else labels
+    return Labelled(cells=np.arange(CELLS), names=names, labels=labels, species=same, groups=same, donors=same, datasets=same,
+                    transfer=same, sources=same)  # fmt: skip
+
+
+RUN = Config(
+    model=SMALL,
+    tokens=Tokens(max_len=32),
+    train=Train(micro_tokens=100),
+    classify=Classify(epochs=3, lr=3e-3, warmup_steps=5, splits=("random",)),
+)
+
+
+def only_split(data: Labelled) -> Split:
+    return make(data, RUN.classify, seed=0)[0]
+
+
+def tuned(corpus: Corpus, data: Labelled, split: Split, run: Config = RUN) -> classify.Tuned:
+    encoder = Encoder(SMALL, corpus.vocabulary.size)
+    return classify.finetune(encoder, corpus, data, split, run=run, context=train.LocalContext())
+
+
+@pytest.fixture(scope="module")
+def base(corpus: Corpus) -> classify.Tuned:
+    return tuned(corpus, table(), only_split(table()))
+
+
+def test_fine_tuning_learns_types_that_can_be_told_apart(base: classify.Tuned) -> None:
+    split = only_split(table())
+    true = split.ids(table().labels[split.test])
+    assert base.probabilities.shape == (len(split.test), 2)
+    np.testing.assert_allclose(base.probabilities.sum(1), 1, atol=1e-9)
+    assert (base.probabilities.argmax(1) == true).mean() >= 0.9
+    assert [row["epoch"] for row in base.history] == [1, 2, 3]
+    assert base.history[-1]["train_loss"] < base.history[0]["train_loss"]
+
+
+def test_labels_of_test_cells_decide_nothing(corpus: Corpus, base: classify.Tuned) -> None:
+    data, split = table(), only_split(table())
+    labels = data.labels.copy()
+    labels[split.test] = labels[np.random.default_rng(5).permutation(split.test)]
+    assert (labels != data.labels).any()
+    other = tuned(corpus, replace(data, labels=labels), split)
+    assert (other.epoch, other.history) == (base.epoch, base.history)
+    np.testing.assert_array_equal(other.probabilities, base.probabilities)
+
+
+def test_which_cells_are_tested_decides_nothing(corpus: Corpus, base: classify.Tuned) -> None:
+    split = only_split(table())
+    few = replace(split, test=split.test[::3])
+    other = tuned(corpus, table(), few)
+    assert other.history == base.history
+    np.testing.assert_array_equal(other.probabilities, base.probabilities[::3])
+
+
+def noise() -> Labelled:
+    """Labels that mean nothing, so that training on is worse than stopping."""
+    return table(np.where(np.random.default_rng(3).random(CELLS) < 0.5, "even", "odd"))
+
+
+OVERFITS = replace(RUN, classify=replace(RUN.classify, epochs=5, lr=0.01))
+
+
+def test_the_epoch_with_the_lowest_validation_loss_is_chosen(corpus: Corpus) -> None:
+    found = tuned(corpus, noise(), only_split(noise()), OVERFITS)
+    assert found.epoch == int(np.argmin([row["loss"] for row in found.history])) + 1
+    assert found.epoch < 5  # so that the choice can be seen at all
+
+
+def test_the_chosen_weights_predict(corpus: Corpus) -> None:
+    """Tested on the validation cells, the loss of the returned probabilities is the lowest of the history."""
+    data, split = noise(), only_split(noise())
+    found = tuned(corpus, data, replace(split, test=split.validation), OVERFITS)
+    true = split.ids(data.labels[split.validation])
+    loss = -np.log(found.probabilities[np.arange(len(true)), true].clip(1e-12)).mean()
+    assert loss == pytest.approx(min(row["loss"] for row in found.history), abs=1e-12)
+
+
+def test_warm_up_is_at_most_a_quarter_of_the_steps(corpus: Corpus, base: classify.Tuned) -> None:
+    assert (base.warmup_steps, base.num_steps) == (5, 3 * 8)  # 64 training cells in batches of 8
+    run = replace(RUN, classify=replace(RUN.classify, epochs=1, warmup_steps=500))
+    found = tuned(corpus, table(), only_split(table()), run)
+    assert (found.warmup_steps, found.num_steps) == (2, 8)
+
+
+def test_another_seed_gives_another_model(corpus: Corpus, base: classify.Tuned) -> None:
+    other = tuned(corpus, table(), only_split(table()), replace(RUN, seed=1))
+    assert not np.array_equal(other.probabilities, base.probabilities)
+
+
+def test_class_weights_count_every_class_alike(corpus: Corpus) -> None:
+    """With inverse frequencies the weighted first loss of an untrained head is near log C whatever the class sizes."""
+    labels = np.array(["rare" if i % 9 == 0 else "common" for i in range(CELLS)])
+    data = table(labels)
+    run = replace(RUN, classify=replace(RUN.classify, class_weights=True, epochs=1, lr=1e-9))
+    found = tuned(corpus, data, only_split(data), run)
+    assert found.history[0]["train_loss"] == pytest.approx(np.log(2), rel=0.1)
+
+
+@pytest.mark.parametrize(("layers", "trained"), [(0, {0, 1, "embedding"}), (1, {1}), (2, set()), (-1, set())])
+def test_frozen_layers_do_not_move(corpus: Corpus, layers: int, trained: set[object]) -> None:
+    encoder = Encoder(SMALL, corpus.vocabulary.size)
+    before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    run = replace(RUN, classify=replace(RUN.classify, freeze_layers=layers, epochs=1))
+    classify.finetune(encoder, corpus, table(), only_split(table()), run=run, context=train.LocalContext())
+    moved: set[object] = set()
+    for name, p in encoder.named_parameters():
+        if not torch.equal(p, before[name]):
+            moved.add(int(name.split(".")[1]) if name.startswith("layers.") else "embedding")
+    assert moved == trained
+
+
+def test_freezing_more_layers_than_there_are_is_refused(corpus: Corpus) -> None:
+    run = replace(RUN, classify=replace(RUN.classify, freeze_layers=3))
+    with pytest.raises(UserError, match=r"classify.freeze_layers = 3: must be between -1 and the encoder's 2 layers"):
+        tuned(corpus, table(), only_split(table()), run)
+
+
+def test_a_cell_is_classified_alike_whatever_its_batch_mates(corpus: Corpus) -> None:
+    model = Classifier(Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0)
+    sentences = classify._Sentences(corpus, 0)
+    whole = classify.probabilities(model, sentences, np.arange(20), 64)
+    np.testing.assert_array_equal(whole[[7, 3]], classify.probabilities(model, sentences, np.array([7, 3]), 64))
+
+
+def test_dropout_depends_on_seed_epoch_and_cell_only(corpus: Corpus) -> None:
+    model = Classifier(Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0)
+    sentences = classify._Sentences(corpus, 0)
+
+    def logits(cells: list[int], epoch: int) -> torch.Tensor:
+        return model(sentences.batch(np.array(cells), (0, epoch, np.array(cells))))
+
+    torch.testing.assert_close(logits([4, 9], 0)[1], logits([9], 0)[0])
+    assert not torch.allclose(logits([9], 0), logits([9], 1))
+    assert not torch.allclose(logits([9], 0), model(sentences.batch(np.array([9]))))
+
+
+def test_sentences_are_cut_to_max_len(corpus: Corpus) -> None:
+    sentences = classify._Sentences(corpus, 6)
+    cells = np.arange(10)
+    batch = sentences.batch(cells)
+    assert (
+        torch.diff(batch.offsets_B1).tolist()
+        == sentences.lengths(cells).tolist()
+        == np.minimum(corpus.lengths_N[:10], 6).tolist()
+    )
+
+
+def test_sentences_longer_than_the_encoder_has_positions_are_cut(corpus: Corpus) -> None:
+    assert corpus.lengths_N.max() > 8
+    encoder = Encoder(replace(SMALL, max_positions=8), corpus.vocabulary.size)
+    found = classify.finetune(encoder, corpus, table(), only_split(table()), run=RUN, context=train.LocalContext())
+    assert np.isfinite(found.probabilities).all()
+    assert [classify.longest(encoder, Classify(max_len=n)) for n in (0, 5, 9)] == [8, 5, 8]
+
+
+# Frozen heads
+
+
+def two_groups(*, across: bool) -> tuple[Labelled, Split]:
+    species = np.array(["h", "h", "h", "h", "m", "m"] if across else ["h"] * 6)
+    same = np.full(6, "x")
+    data = Labelled(cells=np.arange(6), names=np.array(list("abcdef")), labels=np.array(["p", "p", "q", "q", "p", "q"]),
+                    species=species, groups=same, donors=same, datasets=same, transfer=same, sources=same)  # fmt: skip
+    split = Split(group="x", kind="random", direction="", seed=0, classes=("p", "q"), train=np.arange(4), validation=np.arange(1),
+                  test=np.array([4, 5]))  # fmt: skip
+    return data, split
+
+
+TRAIN = np.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+
+
+@pytest.mark.parametrize("head", classify.HEADS)
+def test_heads_tell_two_directions_apart(head: str) -> None:
+    data, split = two_groups(across=False)
+    found = classify.frozen(
+        head, TRAIN, np.array([[5.0, 0.0], [-5.0, 0.0]]), table=data, split=split, settings=Classify(knn=2)
+    )
+    assert found.argmax(1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("head", classify.HEADS)
+def test_between_species_an_offset_of_all_cells_of_a_species_does_not_matter(head: str) -> None:
+    data, split = two_groups(across=True)
+    shifted = np.array([[105.0, 3.0], [95.0, 3.0]])  # the mouse cells lie elsewhere, types apart in the same direction
+    found = classify.frozen(head, TRAIN, shifted, table=data, split=split, settings=Classify(knn=2))
+    assert found.argmax(1).tolist() == [0, 1]
+
+
+def test_labels_come_from_the_corpus_and_unknown_ones_are_left_out(corpus: Corpus) -> None:
+    found = classify.labelled(corpus, Classify(unlabelled=("beta",)))
+    assert set(found.labels) == {"alpha"}
+    assert found.cells.tolist() == list(range(1, CELLS, 2))
+    assert set(found.donors) == {""}  # the corpus has no such column
+
+
+def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(corpus: Corpus, tmp_path) -> None:
+    from mixgf import artifacts, checkpoint
+    from mixgf.model import MaskedModel
+
+    record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {})
+    uri = str(tmp_path / "pretrain")
+    artifacts.begin(uri, record)
+    checkpoint.publish(
+        uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=Tokens()
+    )
+    trained, untrained = (
+        classify.load_encoder(uri, name, RUN, corpus.vocabulary.hash) for name in ("knn", "untrained_knn")
+    )
+    assert trained.row == untrained.row
+    assert not torch.equal(trained.tokens, untrained.tokens)
+    assert torch.equal(trained.tokens, Encoder(SMALL, corpus.vocabulary.size).tokens)
+    with pytest.raises(UserError, match="made with vocabulary"):
+        classify.load_encoder(uri, "knn", RUN, "another")
+
+
+def test_keys_of_the_head_are_not_those_of_a_layer() -> None:
+    keys = keyed.dropout_keys(0, 0, np.arange(50), 0, np.zeros(50, dtype=np.int64))
+    at_head = keyed.dropped(keys, classify._HEAD_SITE, 32, 1 << 15)
+    for site in range(40):
+        assert abs((at_head == keyed.dropped(keys, site, 32, 1 << 15)).float().mean() - 0.5) < 0.1

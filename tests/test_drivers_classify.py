@@ -1,0 +1,250 @@
+"""The classification stage from end to end on small real cells: Ray equals the loop, nothing is done twice."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from scipy import sparse
+
+from mixgf import artifacts, checkpoint, config, embed, evaluation, storage
+from mixgf.baselines import BASELINES
+from mixgf.classify import MODELS, load_encoder
+from mixgf.config import Classify, Compute, Config, Embed, Model, Source, Tokens, Tracking, Train, UserError
+from mixgf.dataset import Corpus
+from mixgf.drivers import classify as driver
+from mixgf.drivers import prepare
+from mixgf.model import MaskedModel
+
+TYPES = ("beta cell", "alpha cell", "delta cell", "ductal cell")
+SMALL = Model(num_layers=2, dim=32, num_heads=2, ffn_dim=64, max_positions=64)
+
+
+def subset(name: str, folder: Path, each: int) -> str:
+    data = anndata.read_h5ad(storage.local_path(f"resource:pancreas_{name}_baron.h5ad"))
+    matrix = sparse.csr_matrix(
+        (data.X.data.astype(np.int32), data.X.indices.astype(np.int32), data.X.indptr), shape=data.shape
+    )
+    labels = data.obs["cell_type"].astype(str).to_numpy()
+    rows = np.concatenate([np.flatnonzero(labels == kind)[:each] for kind in TYPES])
+    obs = data.obs.iloc[rows][["cell_type", "organ"]].astype(str)
+    obs["donor"] = [f"{name}{i % 4}" for i in range(len(obs))]
+    obs.iloc[0, 0] = "unknown"
+    path = folder / f"{name}.h5ad"
+    anndata.AnnData(matrix[rows], obs=obs, var=data.var[["ensembl_id"]]).write_h5ad(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished corpus and a checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("classify")
+    run = Config(
+        output=str(folder / "run"), model=SMALL, tokens=Tokens(max_len=64), embed=Embed(), train=Train(micro_tokens=2048),
+        tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
+        sources=tuple(Source(uri=subset(name, folder, each), species=name, name=name) for name, each in (("human", 40), ("mouse", 30))),
+        classify=Classify(seeds=1, epochs=1, num_hvgs=200, splits=("random", "donor", "species"),
+                          models=("finetune", "knn", "probe", "untrained_knn", "majority", "hvg_logreg")),
+    )  # fmt: skip
+    prepare.run(run, spread=prepare.loop)
+    corpus = Corpus(storage.join(run.output, "corpus"))
+    uri = storage.join(run.output, "pretrain")
+    record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {"corpus": corpus.record.fingerprint})
+    artifacts.begin(uri, record)
+    checkpoint.publish(
+        uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=run.tokens
+    )
+    return run
+
+
+def at(base: Config, folder: Path, **changes: object) -> Config:
+    """The same inputs, another output."""
+    inputs = config.Inputs(corpus=f"{base.output}/corpus", checkpoint=f"{base.output}/pretrain")
+    return replace(base, output=str(folder), inputs=inputs, classify=replace(base.classify, **changes))
+
+
+def table(run: Config, name: str) -> pd.DataFrame:
+    return storage.read_table(f"{run.output}/classify/{name}.parquet").to_pandas()
+
+
+@pytest.fixture(scope="module")
+def local(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    run = at(base, tmp_path_factory.mktemp("local"))
+    driver.run(run, spread=driver.loop)
+    return run
+
+
+def test_every_model_is_scored_on_every_split_with_an_interval(local: Config) -> None:
+    scores = table(local, "scores")
+    tasks = scores[["group", "split", "direction", "seed"]].drop_duplicates()
+    assert sorted(set(tasks["split"])) == ["donor", "random", "species"]
+    assert set(scores[scores["split"] == "species"]["direction"]) == {"human>mouse", "mouse>human"}
+    assert len(scores) == len(tasks) * len(local.classify.models) * 4
+    assert ((scores["low"] <= scores["high"]) & scores["value"].between(0, 1)).all()
+    assert set(scores[(scores["split"] == "random")]["interval_by"]) == {"donor"}
+    assert set(scores[(scores["split"] == "donor")]["interval_by"]) == {"cell"}  # one donor of four is tested
+
+
+def test_scores_are_those_of_the_predictions(local: Config) -> None:
+    predictions, scores = table(local, "predictions"), table(local, "scores")
+    keys = ["group", "split", "direction", "seed", "model"]
+    right = (predictions["true"] == predictions["predicted"]).groupby([predictions[k] for k in keys]).mean()
+    accuracy = scores[scores["metric"] == "accuracy"].set_index(keys)["value"]
+    pd.testing.assert_series_equal(right.sort_index(), accuracy.sort_index(), check_names=False)
+    confusion = table(local, "confusion")
+    assert confusion["count"].sum() == len(predictions) == table(local, "per_class")["num_test"].sum()
+
+
+def test_predictions_are_of_the_test_cells_and_their_labels(local: Config) -> None:
+    corpus = Corpus(f"{local.inputs.corpus}")
+    label = corpus.obs(["cell", "cell_type"]).set_index("cell")["cell_type"]
+    predictions, split_cells = table(local, "predictions"), table(local, "splits")
+    assert (predictions["true"].to_numpy() == label[predictions["cell"]].to_numpy()).all()
+    assert "unknown" not in set(predictions["true"])
+    task = ["group", "split", "direction", "seed"]
+    tested = {k: set(f["cell"]) for k, f in split_cells[split_cells["part"] == "test"].groupby(task)}
+    for (*key, _), frame in predictions.groupby([*task, "model"]):
+        assert set(frame["cell"]) == tested[tuple(key)]
+        assert not frame["cell"].duplicated().any()
+
+
+def test_a_baseline_learns_where_the_majority_cannot(local: Config) -> None:
+    scores = table(local, "scores")
+    means = scores[(scores["metric"] == "macro_f1") & (scores["split"] == "random")].groupby("model")["value"].mean()
+    assert means["hvg_logreg"] > 0.8
+    assert means["majority"] < 0.2
+    found = table(local, "comparisons")
+    assert set(found[found["split"] == "random"]["baseline"]) == {"hvg_logreg"}
+    assert set(found["model"]) == {"finetune", "knn", "probe", "untrained_knn"}
+
+
+def test_predictions_of_the_best_model_lie_in_anndata(local: Config) -> None:
+    data = anndata.read_h5ad(f"{local.output}/classify/cells.h5ad")
+    tested = data.obs[data.obs["predicted"].notna()]
+    assert 0 < len(tested) < data.n_obs
+    assert data.uns["mixgf"]["model"] in MODELS
+
+
+def test_running_again_does_nothing_and_leaves_no_parts(local: Config) -> None:
+    def refuse(pieces: Sequence[driver.Piece]):
+        raise AssertionError(pieces)
+
+    before = {
+        name: storage.sha256(f"{local.output}/classify/{name}") for name in storage.list_dir(f"{local.output}/classify")
+    }
+    driver.run(local, spread=refuse)
+    after = {
+        name: storage.sha256(f"{local.output}/classify/{name}") for name in storage.list_dir(f"{local.output}/classify")
+    }
+    assert before == after
+    assert "record.json" in after
+
+
+def without_times(run: Config, name: str) -> pd.DataFrame:
+    frame = table(run, name)
+    return frame.sort_values(list(frame.columns)).reset_index(drop=True)
+
+
+TABLES = ("scores", "per_class", "confusion", "predictions", "comparisons", "epochs", "splits")
+
+
+FEW = {"splits": ("species",), "models": ("finetune", "untrained_knn", "majority", "hvg_logreg")}
+
+
+@pytest.fixture(scope="module")
+def looped(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    run = at(base, tmp_path_factory.mktemp("few"), **FEW)
+    driver.run(run, spread=driver.loop)
+    return run
+
+
+@pytest.mark.ray
+def test_ray_gives_what_the_loop_gives(looped: Config, base: Config, tmp_path: Path, ray_local) -> None:
+    run = at(base, tmp_path, **FEW)
+    driver.run(replace(run, compute=Compute(cpus_per_worker=2.0)))  # two workers at a time
+    for name in TABLES:
+        pd.testing.assert_frame_equal(without_times(run, name), without_times(looped, name))
+
+
+def test_a_killed_run_makes_only_what_is_missing_and_ends_the_same(
+    looped: Config, base: Config, tmp_path: Path
+) -> None:
+    run = at(base, tmp_path, **FEW)
+
+    def dies(pieces: Sequence[driver.Piece]):
+        for i, piece in enumerate(pieces):
+            if i == 3:
+                raise KeyboardInterrupt
+            piece.call(*piece.args)
+            yield i
+
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(run, spread=dies)
+    assert artifacts.find(f"{run.output}/classify") is None
+    parts = f"{run.output}/classify/parts"
+    have = {name for kind in storage.list_dir(parts) for name in storage.list_dir(f"{parts}/{kind}")}
+    made: list[str] = []
+
+    def counts(pieces: Sequence[driver.Piece]):
+        made.extend(piece.uri.rsplit("/", 1)[-1] for piece in pieces)
+        yield from driver.loop(pieces)
+
+    driver.run(run, spread=counts)
+    assert have
+    assert not have & set(made)
+    for name in TABLES:
+        pd.testing.assert_frame_equal(without_times(run, name), without_times(looped, name))
+
+
+def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: Path) -> None:
+    """Vectors from the artifact's shards equal those made in parts; those of other settings are refused."""
+    corpus, encoder = Corpus(base.output + "/corpus"), artifacts.require(base.output + "/pretrain", "checkpoint")
+    run = replace(at(base, tmp_path), inputs=config.Inputs(embeddings=str(tmp_path / "embed")))
+    with pytest.raises(UserError, match=r"inputs.embeddings = .*embed: not of this corpus, checkpoint and embed"):
+        evaluation.embeddings(run, corpus.record, encoder)
+    parents = {"corpus": corpus.record.fingerprint, "checkpoint": encoder.fingerprint}
+    record = artifacts.plan("embeddings", 1, config.to_dict(run.embed), parents)
+    model = load_encoder(base.output + "/pretrain", "knn", base, corpus.vocabulary.hash)
+    for shard, start in enumerate(corpus.starts[:-1].tolist()):
+        vectors = embed.embed_cells(model, corpus, np.arange(start, corpus.starts[shard + 1]), "mean", -1)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+        storage.write_table(str(tmp_path / "embed" / "shards" / f"{shard:05d}.parquet"), pa.table({"vector": column}))
+    artifacts.finish(str(tmp_path / "embed"), record)
+    assert evaluation.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
+    assert evaluation.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
+    places = evaluation.Places(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
+                               embeddings=str(tmp_path / "embed"))  # fmt: skip
+    cells = np.array([200, 3, 77, 4])
+    from_artifact = evaluation.vectors(places, "trained", cells)
+    made_here = replace(places, embeddings="")
+    for number, block in enumerate(np.array_split(np.arange(corpus.num_cells), 2)):
+        evaluation.embed_block(base, made_here, "trained", number, block)
+    np.testing.assert_array_equal(from_artifact, evaluation.vectors(made_here, "trained", cells))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": ("scgpt",)}, r"classify.models: 'scgpt' is not known; there are finetune, knn"),
+        ({"label": "celltype"}, r"classify.label = 'celltype': the corpus has no such column; it has .*cell_type"),
+        ({"label": "organ"}, r"classify.splits = random, donor, species: none can be made"),
+        ({"unlabelled": (*TYPES, "unknown")}, r"classify.label = 'cell_type': none of \d+ cells has a label"),
+    ],
+    ids=["unknown model", "no such label", "one type", "no labels"],
+)
+def test_what_cannot_be_done_is_one_line(
+    base: Config, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        driver.run(at(base, tmp_path, **changes), spread=driver.loop)
+    assert not storage.list_dir(str(tmp_path / "classify"))
+
+
+def test_registered_models_do_not_share_names() -> None:
+    assert not set(MODELS) & set(BASELINES)
+    assert json.dumps([*MODELS, *BASELINES])

@@ -1,0 +1,193 @@
+"""Laws of splits: disjoint, complete, keyed by names, and honest about donors and species."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mixgf import splits
+from mixgf.config import Classify, UserError
+from mixgf.splits import Labelled, Split, keyed_order, make, names_of, stratified
+
+
+def table(seed: int = 0, cells: int = 331) -> Labelled:
+    """Two species, two organs, three sources, five donors with different types; sizes that divide by nothing."""
+    rng = np.random.default_rng(seed)
+    source = rng.integers(0, 3, cells)
+    species = np.where(source == 2, "mouse", "human")
+    donors = np.array([f"s{s}d{d}" for s, d in zip(source, rng.integers(0, 5, cells), strict=True)])
+    labels = np.array(["beta", "alpha", "delta", "acinar"])[rng.choice(4, cells, p=[0.5, 0.3, 0.15, 0.05])]
+    labels[np.flatnonzero(species == "mouse")[:3]] = "only mouse"
+    labels[7] = "seen once"
+    return Labelled(
+        cells=np.arange(1000, 1000 + cells), names=np.array([f"cell{i}" for i in range(cells)]), labels=labels,
+        species=species, groups=np.array([f"source{s}" for s in source]), donors=donors,
+        datasets=np.array([f"source{s}" for s in source]), transfer=np.full(cells, "pancreas"), sources=np.array([f"source{s}" for s in source]),
+    )  # fmt: skip
+
+
+def shuffled(data: Labelled, order: np.ndarray) -> Labelled:
+    return Labelled(**{name: getattr(data, name)[order] for name in data.__dataclass_fields__})
+
+
+ALL = Classify(splits=("random", "donor", "dataset", "species"), seeds=3)
+
+
+def parts(data: Labelled, split: Split) -> dict[str, list[str]]:
+    return {part: sorted(data.names[getattr(split, part)].tolist()) for part in ("train", "validation", "test")}
+
+
+@pytest.mark.parametrize("kind", ["random", "donor", "dataset", "species"])
+def test_training_and_test_are_disjoint_and_validation_lies_inside_training(kind: str) -> None:
+    data = table()
+    found = make(data, replace(ALL, splits=(kind,)), seed=0)
+    assert found
+    for split in found:
+        train, test, validation = set(split.train), set(split.test), set(split.validation)
+        assert len(train) == len(split.train)
+        assert not train & test
+        assert validation < train
+        assert validation
+        types = set(split.classes)
+        assert list(split.classes) == sorted(types)
+        trained = set(data.labels[np.setdiff1d(split.train, split.validation)])
+        assert trained == set(data.labels[split.test]) == types
+
+
+def test_the_random_split_uses_every_cell_of_a_group_but_the_rare_types() -> None:
+    data = table()
+    for split in make(data, replace(ALL, splits=("random",)), seed=0):
+        cells = int((data.groups == split.group).sum())
+        assert len(split.train) + len(split.test) + sum(split.dropped.values()) == cells
+
+
+def test_the_random_split_takes_a_fifth_of_every_type() -> None:
+    data = table()
+    for split in make(data, replace(ALL, splits=("random",)), seed=0):
+        for name in split.classes:
+            of_type = int(((data.labels == name) & (data.groups == split.group)).sum())
+            tested = int((data.labels[split.test] == name).sum())
+            assert abs(tested - 0.2 * of_type) <= max(0.5, 1 - 0.2 * of_type)
+
+
+def test_types_below_the_fraction_are_dropped_and_counted() -> None:
+    labels = np.array(["a"] * 198 + ["b"] * 199 + ["c"] * 2 + ["d"])  # of 400, 0.5 % are two cells
+    data = replace(table(cells=400), labels=labels, groups=np.full(400, "g"))
+    (split,) = make(data, replace(ALL, splits=("random",), seeds=1), seed=0)
+    assert split.classes == ("a", "b", "c")
+    assert split.dropped == {"rare type: d": 1}
+
+
+def test_no_donor_is_on_both_sides_and_every_donor_is_tested_once_by_as_many_seeds() -> None:
+    data = table()
+    for group in np.unique(data.groups):
+        found = [
+            s
+            for s in make(data, replace(ALL, splits=("donor",), seeds=5, test_fraction=0.01), seed=0)
+            if s.group == group
+        ]
+        tested = []
+        for split in found:
+            assert not set(data.donors[split.train]) & set(data.donors[split.test])
+            assert set(split.donors) == set(data.donors[split.test])
+            tested += split.donors
+        assert sorted(tested) == sorted(set(data.donors[data.groups == group]))
+
+
+def test_cells_of_an_unknown_donor_take_no_part_in_the_donor_split() -> None:
+    data = table()
+    donors = data.donors.copy()
+    donors[::3] = splits.UNKNOWN
+    data = replace(data, donors=donors)
+    for split in make(data, replace(ALL, splits=("donor",)), seed=0):
+        assert splits.UNKNOWN not in data.donors[np.concatenate([split.train, split.test])]
+        assert split.dropped["donor unknown"] == int(((data.groups == split.group) & (donors == "")).sum())
+
+
+def test_other_species_trains_on_one_and_tests_on_the_other_both_ways_on_shared_types() -> None:
+    data = table()
+    found = make(data, replace(ALL, splits=("species",), seeds=1), seed=0)
+    assert [s.direction for s in found] == ["human>mouse", "mouse>human"]
+    for split in found:
+        source, target = split.direction.split(">")
+        assert set(data.species[split.train]) == {source}
+        assert set(data.species[split.test]) == {target}
+        assert "only mouse" not in split.classes
+    assert found[0].dropped["type not in training"] == 3
+    assert found[1].dropped["type not tested"] == 3
+
+
+def test_a_held_out_data_set_is_tested_by_models_of_the_other_data_sets_of_its_species() -> None:
+    data = table()
+    found = make(data, replace(ALL, splits=("dataset",), seeds=1), seed=0)
+    assert [s.direction for s in found] == ["source0", "source1"]  # source2 is the only one of mouse
+    for split in found:
+        assert set(data.datasets[split.test]) == {split.direction}
+        assert set(data.datasets[split.train]) == {"source0", "source1"} - {split.direction}
+
+
+def test_the_same_key_gives_the_same_split_and_another_gives_another() -> None:
+    data = table()
+    one, same, other = (make(data, ALL, seed=seed) for seed in (0, 0, 1))
+    assert [parts(data, s) for s in one] == [parts(data, s) for s in same]
+    assert [parts(data, s) for s in one] != [parts(data, s) for s in other]
+    by_seed = [parts(data, s)["test"] for s in one if s.kind == "random" and s.group == "source0"]
+    assert len({tuple(test) for test in by_seed}) == 3
+
+
+def test_splits_and_class_ids_do_not_depend_on_the_order_of_rows() -> None:
+    data = table()
+    order = np.random.default_rng(9).permutation(len(data))
+    moved = shuffled(data, order)
+    for a, b in zip(make(data, ALL, seed=0), make(moved, ALL, seed=0), strict=True):
+        assert (a.name, a.classes, a.dropped) == (b.name, b.classes, b.dropped)
+        assert parts(data, a) == parts(moved, b)
+        ids = dict(zip(data.names[a.train], a.ids(data.labels[a.train]), strict=True))
+        assert ids == dict(zip(moved.names[b.train], b.ids(moved.labels[b.train]), strict=True))
+
+
+def test_labels_of_test_cells_do_not_move_training_or_validation_cells_between_species() -> None:
+    data = table()
+    labels = data.labels.copy()
+    mouse = np.flatnonzero(data.species == "mouse")
+    labels[mouse] = labels[np.random.default_rng(1).permutation(mouse)]
+    for a, b in zip(make(data, ALL, seed=0), make(replace(data, labels=labels), ALL, seed=0), strict=True):
+        if a.direction == "human>mouse":
+            assert [parts(data, a)[part] for part in ("train", "validation")] == [
+                parts(data, b)[part] for part in ("train", "validation")
+            ]
+
+
+def test_stratified_draws_at_least_the_least_and_never_all() -> None:
+    labels = np.array(["one", "two", "two", "ten"] + ["ten"] * 9)
+    names = np.array([f"n{i}" for i in range(13)])
+    rows = np.arange(13)
+    drawn = stratified(rows, labels, names, 0.9, "key", least=1)
+    assert [int((labels[drawn] == name).sum()) for name in ("one", "two", "ten")] == [0, 1, 9]
+    assert len(stratified(rows, labels, names, 0.04, "key", least=0)) == 0
+
+
+def test_a_keyed_order_is_a_permutation_that_does_not_follow_the_names() -> None:
+    names = np.array([f"n{i:03}" for i in range(500)])
+    order = keyed_order(names, "a", 1)
+    assert sorted(order.tolist()) == list(range(500))
+    assert abs(np.corrcoef(order, np.arange(500))[0, 1]) < 0.15
+    assert order.tolist() != keyed_order(names, "a", 2).tolist()
+    assert keyed_order(names, "a", 12).tolist() != keyed_order(names, "a1", 2).tolist()
+
+
+def test_nothing_to_split_is_one_clear_line() -> None:
+    data = replace(table(), labels=np.full(331, "all the same"))
+    with pytest.raises(UserError, match=r"classify.splits = random, donor, dataset, species: none can be made of 331"):
+        make(data, ALL, seed=0)
+
+
+def test_missing_and_unknown_values_are_one_value() -> None:
+    assert names_of(["a", None, float("nan"), "nan", "unknown", 3], unknown=("unknown", "nan")).tolist() == [
+        "a",
+        "",
+        "",
+        "",
+        "",
+        "3",
+    ]
