@@ -293,12 +293,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, x_KD.shape[0], rows):
                 part = slice(start, start + rows)
                 x, target = x_KD[part].to(half), targets_K[part]
-                scores = (x @ weight.t()).float() + bias_V
-                norm = torch.logsumexp(scores, dim=1)
-                total += (norm - scores.gather(1, target[:, None]).squeeze(1)).sum()
+                if half == torch.float32:
+                    scores = torch.addmm(bias_V, x, weight.t())
+                else:
+                    scores = (x @ weight.t()).float().add_(bias_V)
+                top = scores.amax(1, keepdim=True)
+                true = scores.gather(1, target[:, None])
+                p = scores.sub_(top).exp_()  # in place, and one exponential for loss and gradient
+                norm = p.sum(1, keepdim=True)
+                total += (norm.log() + top - true).sum()
                 if dx_KD is not None and dweight_VD is not None and dbias_V is not None:
-                    p = scores.sub_(norm[:, None]).exp_()
-                    p.scatter_add_(1, target[:, None], torch.full_like(p[:, :1], -1.0))
+                    p.div_(norm)
+                    p.scatter_add_(1, target[:, None], torch.full_like(norm, -1.0))
                     dbias_V += p.sum(0)
                     p = p.to(half)
                     dx_KD[part] = (p @ weight).float()

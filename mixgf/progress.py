@@ -75,7 +75,11 @@ class Progress:
         rate = (done - self._first) / elapsed
         parts = [f"{self.what}: {min(done / self.total, 1):4.0%}"]
         if rate > 0:
-            parts.append(f"{number(rate)} {self.unit}/s".replace(" /", "/"))
+            parts.append(
+                f"{number(rate)} {self.unit}/s".replace(" /", "/")
+                if rate >= 1
+                else f"{number(rate * 60)} {self.unit}/min"
+            )
             parts.append(f"{duration((self.total - done) / rate)} left" if done < self.total else duration(elapsed))
         parts += [f"{name} {number(value)}" for name, value in figures.items()]
         line = "  ".join(parts)

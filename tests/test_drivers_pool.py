@@ -12,8 +12,11 @@ from mixgf.config import UserError
 pytestmark = pytest.mark.ray
 
 
-def make(folder, *, kill=(), poison=(), seconds=0.0):
-    """A worker that leaves a mark when it is built and when it works; some items kill it, once or always."""
+def make(folder, *, kill=(), poison=(), together=1):
+    """A worker that leaves a mark when it is built and when it works; some items kill it, once or always.
+
+    Items but the first wait until so many workers `together` are built, however slowly the machine starts them.
+    """
     (Path(folder) / f"built-{os.getpid()}").touch()
 
     def work(item):
@@ -24,7 +27,9 @@ def make(folder, *, kill=(), poison=(), seconds=0.0):
         if item in kill and (kill[item] == "always" or not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), 9)
-        time.sleep(seconds)
+        give_up = time.monotonic() + 120
+        while item and len(list(Path(folder).glob("built-*"))) < together and time.monotonic() < give_up:
+            time.sleep(0.05)
         return item * 10
 
     return work
@@ -48,7 +53,7 @@ def pools(ray_local):
 
 
 def test_every_item_comes_once_and_a_worker_is_built_once_per_actor(pools, tmp_path):
-    with pools.Pool(functools.partial(make, str(tmp_path), seconds=0.02), pools.Size(max_actors=2)) as pool:
+    with pools.Pool(functools.partial(make, str(tmp_path), together=2), pools.Size(max_actors=2)) as pool:
         assert run(pool, range(30)) == (expected(range(30)), {})
         assert run(pool, range(5)) == (expected(range(5)), {})  # the same actors again
         assert pool.most_actors == 2
@@ -56,7 +61,7 @@ def test_every_item_comes_once_and_a_worker_is_built_once_per_actor(pools, tmp_p
 
 
 def test_a_killed_actor_loses_nothing_and_a_poison_item_loses_only_itself(pools, tmp_path):
-    worker = functools.partial(make, str(tmp_path), kill={3: "once", 11: "always"}, poison=(5,), seconds=0.01)
+    worker = functools.partial(make, str(tmp_path), kill={3: "once", 11: "always"}, poison=(5,))
     with pools.Pool(worker, pools.Size(max_actors=2), retries=1) as pool:
         seen, dead = run(pool, range(14))
         assert pool.num_deaths == 3  # item 3 once, item 11 twice
@@ -67,7 +72,7 @@ def test_a_killed_actor_loses_nothing_and_a_poison_item_loses_only_itself(pools,
 
 
 def test_the_pool_asks_for_no_more_actors_than_items_and_gives_idle_ones_back(pools, tmp_path):
-    worker = functools.partial(make, str(tmp_path), seconds=0.3)
+    worker = functools.partial(make, str(tmp_path), together=2)
     with pools.Pool(worker, pools.Size(min_actors=1, max_actors=3), idle_seconds=0.0) as pool:
         run(pool, range(1))
         assert pool.num_actors == 1
@@ -78,7 +83,7 @@ def test_the_pool_asks_for_no_more_actors_than_items_and_gives_idle_ones_back(po
 
 
 def test_actors_that_the_cluster_has_no_room_for_do_not_hold_up_the_work(pools, tmp_path):
-    worker = functools.partial(make, str(tmp_path), seconds=0.02)
+    worker = functools.partial(make, str(tmp_path), together=2)
     with pools.Pool(worker, pools.Size(max_actors=50, cpus=1.5)) as pool:  # two fit
         assert run(pool, range(60)) == (expected(range(60)), {})
         assert pool.most_actors == 2

@@ -162,7 +162,7 @@ def _shared(config: Config, places: Places, corpus: Corpus, table: Labelled, mad
         for source in np.unique(table.sources[rows]).tolist():
             mine = np.sort(table.cells[rows][table.sources[rows] == source])
             pieces.append(Piece(uri=evaluation.counts_part(places, source), call=evaluation.read_counts,
-                                args=(config, places, source, mine), cost=float(len(mine))))  # fmt: skip
+                                args=(config, places, source, mine), cost=float(corpus.lengths_N[mine].sum())))  # fmt: skip
     needed = {UNTRAINED if m.startswith(UNTRAINED) else evaluation.TRAINED for m in config.classify.models
               if m.removeprefix(UNTRAINED) in HEADS}  # fmt: skip
     for encoder in sorted(needed):
