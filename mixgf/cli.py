@@ -141,6 +141,26 @@ def _config(args: argparse.Namespace) -> Config:
     return override(config, changes)
 
 
+def _absolute(config: Config) -> Config:
+    """The same config with absolute local paths: workers have working folders of their own."""
+
+    def path(uri: str) -> str:
+        return (
+            str(Path(uri).expanduser().absolute())
+            if uri and "://" not in uri and not uri.startswith("resource:")
+            else uri
+        )
+
+    data = to_dict(config)
+    data["output"] = path(config.output)
+    data["inputs"] = {name: path(uri) for name, uri in data["inputs"].items()}
+    data["species"] = [row | {"genes": path(row["genes"])} for row in data["species"]]
+    data["sources"] = [source | {"uri": path(source["uri"])} for source in data["sources"]]
+    tables = {"medians": path(config.vocab.medians), "reuse": path(config.vocab.reuse)}
+    data["vocab"] |= tables | {"orthologs": [path(uri) for uri in config.vocab.orthologs]}
+    return from_dict(Config, data)
+
+
 def _run_stage(name: str, config: Config) -> str:
     """Run one stage and return the URI of what it made."""
     if name == "report":
@@ -197,9 +217,9 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.print_config:
         print(json.dumps(to_dict(config), indent=1))
     elif args.command in ("demo", "run"):
-        return _run_all(config)
+        return _run_all(_absolute(config))
     else:
-        uri = _run_stage(args.command, config)
+        uri = _run_stage(args.command, _absolute(config))
         print(f"{args.command}: {uri}")
         if args.command in _NEXT:
             print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")

@@ -47,9 +47,10 @@ def contents(folder):
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_every_stage_runs_on_real_cells_and_nothing_runs_twice(ray_local, tmp_path, capsys):
+def test_every_stage_runs_on_real_cells_and_nothing_runs_twice(ray_local, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a relative output is the caller's, not that of the workers
     output = tmp_path / "run"
-    config = override(recipes.get("demo"), [*SMALL, f"output={output}"])
+    config = override(recipes.get("demo"), [*SMALL, "output=run"])
     path = tmp_path / "small.json"
     path.write_text(json.dumps(to_dict(config)))
     assert cli.main(["run", "--config", str(path), "--debug"]) == 0
