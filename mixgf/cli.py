@@ -203,6 +203,7 @@ def _run_all(config: Config) -> int:
     print()
     print(f"report   {uri}")
     print(f"mlflow   {tracking.ui_command(config)}")
+    print(f"         then open {tracking.page(config)}")
     print(f"time     {progress.duration(time.monotonic() - start)}")
     return _refused(storage.join(config.output, "corpus"))
 

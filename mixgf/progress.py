@@ -62,15 +62,14 @@ class Progress:
         self._start = self._shown = time.monotonic()
         self._bar = sys.stderr.isatty() and _log.isEnabledFor(logging.INFO)
         self._width = 0
-        self._ticks = 0
+        self._last = done - 1.0
 
     def update(self, done: float, **figures: float) -> None:
         """Show that `done` of `total` is finished, with figures such as loss=8.1."""
         now = time.monotonic()
-        self._ticks += 1
-        if now - self._shown < (0.2 if self._bar else LOG_SECONDS) and done < self.total:
+        if now - self._shown < (0.2 if self._bar else LOG_SECONDS) and (done < self.total or done == self._last):
             return
-        self._shown = now
+        self._shown, self._last = now, done
         elapsed = max(now - self._start, 1e-9)
         rate = (done - self._first) / elapsed
         parts = [f"{self.what}: {min(done / self.total, 1):4.0%}"]

@@ -53,6 +53,13 @@ def ui_command(config: Config) -> str:
     return f"mlflow ui --backend-store-uri {uri(config)} --port 5000"
 
 
+def page(config: Config, server: str = "http://127.0.0.1:5000") -> str:
+    """The page of the runs on MLflow's server, in its view for training (it opens on chat traces otherwise)."""
+    experiment = _client(uri(config)).get_experiment_by_name(config.tracking.experiment)
+    where = f"/experiments/{experiment.experiment_id}/runs" if experiment is not None else "/experiments"
+    return f"{server}/#{where}?workflowType=machine_learning"
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A tracked run, safe to send to other processes."""
@@ -101,12 +108,10 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
 
     client = _client(where)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
-    place = _artifacts(where)
-    ident = (
-        experiment.experiment_id
-        if experiment
-        else client.create_experiment(config.tracking.experiment, artifact_location=place)
-    )
+    if experiment is not None:
+        ident = experiment.experiment_id
+    else:
+        ident = client.create_experiment(config.tracking.experiment, artifact_location=_artifacts(where))
     found = client.search_runs([ident], f"tags.`{_FINGERPRINT}` = '{fingerprint}'", max_results=1)
     tags = {_FINGERPRINT: fingerprint, "mixgf.output": config.output, "mlflow.source.name": "mixgf"}
     if parent:

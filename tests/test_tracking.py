@@ -35,6 +35,9 @@ def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
     assert done.data.params["train.lr"] == "0.001"
     assert [(m.step, m.value) for m in client.get_metric_history(seen[0], "loss/mlm")] == [(1, 9.5), (2, 9.0), (3, 8.5)]
     assert "bad" not in done.data.metrics
+    assert tracking.page(config).endswith(
+        f"/#/experiments/{done.info.experiment_id}/runs?workflowType=machine_learning"
+    )
     assert [f.path for f in client.list_artifacts(seen[0])] == [Path(__file__).name]
     with tracking.stage(config, "pretrain", {}, "def") as other:
         assert other.id != seen[0]

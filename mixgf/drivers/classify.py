@@ -20,6 +20,7 @@ from mixgf.baselines import BASELINES
 from mixgf.classify import HEADS, UNTRAINED
 from mixgf.config import Config, to_dict
 from mixgf.dataset import Corpus
+from mixgf.drivers.metrics import Meter, watch
 from mixgf.evaluation import Places
 from mixgf.progress import Progress, say
 from mixgf.splits import Labelled, Split
@@ -116,12 +117,13 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
                 + (f"; not used: {dropped}" if dropped else ""))  # fmt: skip
     with tracking.stage(config, "classify", to_dict(config.classify), record.fingerprint) as tracked:
         if spread is not None:
-            _make(config, places, table, made, spread)
+            _make(config, places, table, made, spread, meter=Meter("classify", tracked.id))
         else:
             from mixgf.drivers.session import session
 
-            with session(config):
-                _make(config, places, table, made, ray_tasks(config))
+            with session(config), watch(config, "classify", tracked, uri) as watched:
+                _make(config, places, table, made, ray_tasks(config), meter=watched.meter)
+                watched.made(cells=len(table))
         done = _publish(config, places, record, table, made)
         tracked.log(done)
     storage.remove(places.parts)
@@ -147,10 +149,12 @@ def _plan(config: Config, uri: str) -> tuple[Places, artifacts.Record]:
     return places, artifacts.plan("classification", SCHEMA, content, parents)
 
 
-def _make(config: Config, places: Places, table: Labelled, made: Sequence[Split], spread: Spread) -> None:
+def _make(
+    config: Config, places: Places, table: Labelled, made: Sequence[Split], spread: Spread, *, meter: Meter
+) -> None:
     corpus = Corpus(places.corpus)
-    _spread("classify: counts and vectors", _shared(config, places, corpus, table, made), spread)
-    _spread("classify: models", _scored(config, places, corpus, table, made), spread)
+    _spread("classify: counts and vectors", _shared(config, places, corpus, table, made), spread, meter)
+    _spread("classify: models", _scored(config, places, corpus, table, made), spread, meter)
 
 
 def _shared(config: Config, places: Places, corpus: Corpus, table: Labelled, made: Sequence[Split]) -> list[Piece]:
@@ -191,15 +195,16 @@ def _scored(config: Config, places: Places, corpus: Corpus, table: Labelled, mad
     return pieces
 
 
-def _spread(what: str, pieces: Sequence[Piece], spread: Spread) -> None:
+def _spread(what: str, pieces: Sequence[Piece], spread: Spread, meter: Meter) -> None:
     """Make the pieces that are not there, the longest first."""
     todo = sorted((p for p in pieces if not storage.exists(p.uri)), key=lambda p: (-p.cost, p.uri))
     total = sum(p.cost for p in pieces)
     done = total - sum(p.cost for p in todo)
     with Progress(what, total, "tokens", done=done) as progress:
-        for i in spread(todo):
+        for finished, i in enumerate(spread(todo), 1):
             done += todo[i].cost
             progress.update(done)
+            meter.units(waiting=len(todo) - finished, done=finished)
 
 
 def _publish(

@@ -15,6 +15,7 @@ import torch
 from mixgf import artifacts, checkpoint, storage, tracking
 from mixgf.config import Config, UserError, to_dict
 from mixgf.dataset import Corpus
+from mixgf.drivers.metrics import Meter, watch
 from mixgf.drivers.pool import Pool, Size
 from mixgf.drivers.session import session
 from mixgf.embed import embed_cells
@@ -39,8 +40,13 @@ def run(config: Config) -> str:
     if not artifacts.begin(uri, record):
         say(f"embed: {uri} is already there")
         return uri
-    with session(config), tracking.stage(config, "embed", to_dict(config.embed), record.fingerprint) as tracked:
-        _spread(config, corpus, weights, uri)
+    with (
+        session(config),
+        tracking.stage(config, "embed", to_dict(config.embed), record.fingerprint) as tracked,
+        watch(config, "embed", tracked, uri) as watched,
+    ):
+        _spread(config, corpus, weights, uri, watched.meter)
+        watched.made(cells=corpus.num_cells)
         dim = _assemble(corpus, uri)
         names = [f"shards/{_name(i)}" for i in range(len(corpus.shards))] + ["cells.h5ad"]
         files = {
@@ -106,7 +112,7 @@ def _worker(config: Config, corpus_uri: str, weights: str, uri: str) -> Callable
     return make
 
 
-def _spread(config: Config, corpus: Corpus, weights: str, uri: str) -> None:
+def _spread(config: Config, corpus: Corpus, weights: str, uri: str, meter: Meter) -> None:
     done = set(storage.list_dir(storage.join(uri, "shards")))
     todo: dict[str, Any] = {_name(i): i for i in range(len(corpus.shards)) if _name(i) not in done}
     if not todo:
@@ -120,6 +126,8 @@ def _spread(config: Config, corpus: Corpus, weights: str, uri: str) -> None:
         nonlocal cells
         cells += embedded
         progress.update(cells)
+        meter.add("cells_encoded", embedded)
+        meter.add("shards_written")
 
     with Pool(_worker(config, corpus.uri, weights, uri), size) as pool:
         dead = pool.run(todo, count)

@@ -12,6 +12,7 @@ import pyarrow as pa
 from mixgf import artifacts, checkpoint, effects, perturb, storage, tracking
 from mixgf.config import Config, UserError, to_dict
 from mixgf.dataset import Corpus
+from mixgf.drivers.metrics import Meter, watch
 from mixgf.drivers.pool import Pool, Size
 from mixgf.drivers.session import session
 from mixgf.perturb import Design, Scorer, Unit
@@ -55,7 +56,7 @@ def run(config: Config, *, local: bool = False) -> str:
     make = functools.partial(Scorer, config, corpus=source, weights=weights, folder=folder)
     with tracking.stage(config, "perturb", settings, record.fingerprint) as tracked:
         if local:
-            figures, table = _complete(work, plan, folder, _loop(make))
+            figures, table = _complete(work, plan, folder, _loop(make), Meter("perturb", tracked.id))
         else:
             size = Size(
                 min_actors=max(1, config.compute.min_workers),
@@ -63,40 +64,63 @@ def run(config: Config, *, local: bool = False) -> str:
                 cpus=config.compute.cpus_per_worker,
                 gpus=config.compute.gpus_per_worker,
             )
-            with session(config), Pool(make, size, retries=config.compute.max_failures) as pool:
-                figures, table = _complete(work, plan, folder, pool.run)
+            with (
+                session(config),
+                watch(config, "perturb", tracked, uri) as watched,
+                Pool(make, size, retries=config.compute.max_failures) as pool,
+            ):
+                figures, table = _complete(work, plan, folder, _metered(pool, watched.meter), watched.meter)
+                watched.made(genes=len(plan.targets), cells=len(plan.cells_N))
         _publish(uri, record, config=config, corpus=corpus, plan=plan, states=table, folder=folder, work=work)
         tracked.log({**figures, "genes": float(len(plan.targets)), "cells": float(len(plan.cells_N))})
     say(f"perturb: {len(plan.targets):,} genes in {len(plan.cells_N):,} cells, {uri}/genes.parquet")
     return uri
 
 
-def _complete(work: list[Unit], plan: Design, folder: str, runner: Runner) -> tuple[dict[str, float], pa.Table]:
+def _metered(pool: Pool, meter: Meter) -> Runner:
+    """The pool's `run`, which tells the boards how many actors there are."""
+
+    def runner(items: Mapping[str, Any], done: Callable[[str, Any], None]) -> dict[str, str]:
+        def counted(key: str, result: Any) -> None:
+            meter.set("actors", pool.num_actors, state="wanted")
+            meter.set("actors", pool.num_up, state="up")
+            done(key, result)
+
+        return pool.run(items, counted)
+
+    return runner
+
+
+def _complete(
+    work: list[Unit], plan: Design, folder: str, runner: Runner, meter: Meter
+) -> tuple[dict[str, float], pa.Table]:
     """Compute the missing parts: state embeddings first, then the shifts towards them."""
     first = [unit for unit in work if unit.operation == "embed"]
-    figures = _run_missing("perturb: states", first, folder, None, runner)
+    figures = _run_missing("perturb: states", first, folder, None, runner, meter=meter)
     means, table = effects.state_means([_part(folder, unit) for unit in first], len(plan.states))
     rest = [unit for unit in work if unit.operation != "embed"]
-    return figures | _run_missing("perturb: genes", rest, folder, means, runner), table
+    return figures | _run_missing("perturb: genes", rest, folder, means, runner, meter=meter), table
 
 
 def _run_missing(
-    what: str, work: list[Unit], folder: str, states: np.ndarray | None, runner: Runner
+    what: str, work: list[Unit], folder: str, states: np.ndarray | None, runner: Runner, *, meter: Meter
 ) -> dict[str, float]:
-    finished = set(storage.list_dir(folder))
-    missing = {unit.key: (unit, states) for unit in work if f"{unit.key}.parquet" not in finished}
+    there = set(storage.list_dir(folder))
+    missing = {unit.key: (unit, states) for unit in work if f"{unit.key}.parquet" not in there}
     total = sum(unit.cost for unit in work)
     done = total - sum(unit.cost for unit, _ in missing.values())
     if 0 < len(missing) < len(work):
         say(f"{what}: {len(work) - len(missing)} of {len(work)} parts are there already")
     dead: dict[str, str] = {}
+    finished = 0
     if missing:
         with Progress(what, total, "tokens", done=done) as progress:
 
             def finish(_: str, cost: float) -> None:
-                nonlocal done
-                done += cost
+                nonlocal done, finished
+                done, finished = done + cost, finished + 1
                 progress.update(done)
+                meter.units(waiting=len(missing) - finished, done=finished)
 
             dead = runner(missing, finish)
     if dead:

@@ -106,6 +106,11 @@ class Pool:
         """Actors that are up or asked for."""
         return len(self._actors)
 
+    @property
+    def num_up(self) -> int:
+        """Actors that are up."""
+        return sum(actor.up for actor in self._actors)
+
     def run(self, items: Mapping[str, Any], done: Callable[[str, Any], None]) -> dict[str, str]:
         """Work through all items, first to last as far as possible.
 
@@ -214,7 +219,7 @@ class Pool:
         else:
             actor.up, actor.idle_since = True, time.monotonic()
             self._failed_starts = 0
-            self.most_actors = max(self.most_actors, sum(other.up for other in self._actors))
+            self.most_actors = max(self.most_actors, self.num_up)
 
 
 def _reason(error: RayTaskError) -> str:

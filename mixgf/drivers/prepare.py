@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from mixgf import artifacts, corpus, qc, species, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
+from mixgf.drivers.metrics import Meter, watch
 from mixgf.progress import Progress, say, warn
 
 SCHEMA = 1
@@ -95,12 +96,13 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
     with _nothing_left_of_a_refusal(uri), tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
         if spread is not None:
-            done = _Prepare(config, uri, sources, spread).make(vocabulary, record)
+            done = _Prepare(config, uri, sources, spread, Meter("prepare", tracked.id)).make(vocabulary, record)
         else:
             from mixgf.drivers.session import session
 
-            with session(config):
-                done = _Prepare(config, uri, sources, ray_tasks(config)).make(vocabulary, record)
+            with session(config), watch(config, "prepare", tracked, uri) as watched:
+                done = _Prepare(config, uri, sources, ray_tasks(config), watched.meter).make(vocabulary, record)
+                watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     storage.remove(storage.join(uri, "work"))
     return uri
@@ -144,6 +146,7 @@ class _Prepare:
     uri: str
     sources: tuple[Source, ...]
     spread: Spread
+    meter: Meter
 
     def __post_init__(self) -> None:
         self.work = storage.join(self.uri, "work")
@@ -161,6 +164,9 @@ class _Prepare:
         reports = self._reports(all_units)
         all_units = [u for u in all_units if u.index not in self.refused]
         reasons = self._judge(all_units)
+        for reason, number in qc.count(np.concatenate(list(reasons.values()))).items():
+            self.meter.add("cells_dropped", number, reason=reason)
+        self.meter.add("cells_kept", sum(int((r == qc.KEPT).sum()) for r in reasons.values()))
         keeps = {u.number: reasons[u.index][u.start : u.stop] == qc.KEPT for u in all_units}
         kept_units = [u for u in all_units if keeps[u.number].any()]
         if not kept_units:
@@ -173,16 +179,19 @@ class _Prepare:
 
     # passes
 
-    def _pass(self, what: str, kind: str, jobs: dict[Any, Job], unit: str = "cells") -> None:
-        """Do the jobs (by name of their part) whose part is not there; note refused sources."""
+    def _pass(self, what: str, kind: str, jobs: dict[Any, Job], unit: str = "cells", counter: str = "") -> None:
+        """Do the jobs (by name of their part) whose part is not there; note refused sources; count the cells done."""
         have = set(storage.list_dir(storage.join(self.work, kind)))
         todo = [j for name, j in jobs.items() if units.part("", kind, name).rsplit("/", 1)[-1] not in have]
         total = sum(j.weight for j in jobs.values())
         done = total - sum(j.weight for j in todo)
         with Progress(f"prepare: {what}", total, unit, done=done) as progress:
-            for i, why in self.spread(todo):
+            for finished, (i, why) in enumerate(self.spread(todo), 1):
                 if why:
                     self._refuse(todo[i].source, why)
+                if counter:
+                    self.meter.add(counter, todo[i].weight)
+                self.meter.units(waiting=len(todo) - finished, done=finished, failed=len(self.refused))
                 done += todo[i].weight
                 progress.update(done)
 
@@ -223,7 +232,7 @@ class _Prepare:
     def _measure(self, all_units: list[units.Unit]) -> None:
         rows = self.config.prepare.block_cells
         jobs = {u.number: job(u.index, u.stop - u.start, units.measure, self.work, u, rows) for u in all_units}
-        self._pass("metrics", "metrics", jobs)
+        self._pass("metrics", "metrics", jobs, counter="cells_read")
 
     def _reports(self, all_units: list[units.Unit]) -> dict[int, corpus.Mapping]:
         """Gene mapping of every source; refuses those of which too few counts are known."""
@@ -343,7 +352,8 @@ class _Prepare:
             n: job(u.index, u.stop - u.start, units.encode, self.work, u, keeps[u.number], n, **options)
             for n, u in enumerate(kept)
         }
-        self._pass("sentences", "done", jobs)
+        self._pass("sentences", "done", jobs, counter="cells_encoded")
+        self.meter.add("shards_written", len(jobs))
 
     def _obs(self) -> dict[str, str]:
         """Kind of every obs column over all sources: numbers only where every source that has it has numbers."""

@@ -26,6 +26,7 @@ from mixgf import artifacts, checkpoint, storage, tracking
 from mixgf.config import Config, UserError, from_dict, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.board import Board
+from mixgf.drivers.metrics import Meter, watch
 from mixgf.drivers.session import session
 from mixgf.model import MaskedModel, forward_flops, head_flops
 from mixgf.objectives import Pretraining
@@ -53,8 +54,14 @@ def run(config: Config) -> str:
         return uri
     model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
     _announce(config, corpus, task, model)
-    with session(config), tracking.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked:
+    with (
+        session(config),
+        tracking.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked,
+        watch(config, "pretrain", tracked, uri) as watched,
+    ):
         _train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
+        epochs = task.num_steps / task.steps_per_epoch
+        watched.made(cells=corpus.num_cells * epochs, epochs=epochs)
         done = checkpoint.promote(
             uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised, objective=config.objective,
             counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": corpus.num_cells},
@@ -93,8 +100,9 @@ class RayContext(GroupContext):
         self._board, self._tracked = board, tracked
 
     def report(self, step: int, figures: dict[str, float]) -> None:
-        """Show the driver; does not wait."""
+        """Show the driver and the boards; does not wait."""
         self._board.report.remote(step, figures)
+        Meter("pretrain", self._tracked.id).figures(step, figures)
 
     def commit(self, rows: list[Row]) -> None:
         """Log to the tracker."""
