@@ -40,9 +40,9 @@ def demo() -> Config:
                 "cell_type == 'ductal cell' and species == 'human'",
                 "cell_type == 'delta cell' and species == 'human'",
             ),
-            max_cells=40,
+            max_cells=100,
             max_genes=150,
-            min_coverage=0.2,
+            min_coverage=0.1,
         ),
         compute=Compute(num_workers=2),
     )

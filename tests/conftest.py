@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: a session-wide local Ray, and nothing that could reach a running cluster."""
 
 import os
+import sys
 
 os.environ.update(
     RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", MLFLOW_DISABLE_TELEMETRY="true"
@@ -9,6 +10,13 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As every worker (train.threads = 1): float32 sums depend on the number of threads, and some libraries change it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
