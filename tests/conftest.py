@@ -12,9 +12,9 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As every worker (train.threads = 1): float32 sums depend on the number of threads, and some libraries change it."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """One torch thread before any fixture, as every worker (train.threads = 1): float32 sums depend on the number of threads, and some libraries change it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
