@@ -33,7 +33,7 @@ _NEXT = {
 }
 _EPILOG = """examples:
   mixgf demo                                            every stage on bundled human and mouse pancreas cells
-  mixgf prepare human=pbmc.h5ad mouse=spleen.h5ad --output runs/mine
+  mixgf prepare human=pbmc.h5ad mouse=spleen.h5ad --recipe laptop --output runs/mine
   mixgf pretrain --recipe laptop --output runs/mine
   mixgf classify --output runs/mine --set classify.label=cell_type --set classify.seeds=5
   mixgf perturb  --output runs/mine --set "perturb.start=cell_type == 'alpha cell'" --set "perturb.goal=cell_type == 'beta cell'"
