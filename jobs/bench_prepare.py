@@ -85,6 +85,7 @@ class _Case:
         self.genes: SpeciesGenes = self.vocabulary.of("human")
         self.work = str(folder / "work")
         units.describe(self.work, 0, source, row=HUMAN, rules=QC(), biotypes=self.config.vocab.biotypes, allowed=None)
+        units.number_genes(self.work, "human", [0])
         self.unit = units.plan_units({0: (source, num_cells)}, num_cells)[0]
         self.keep = np.ones(num_cells, dtype=bool)
         self.columns = storage.read_table(units.part(self.work, "sources", 0))
