@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,10 @@ class _Case:
         self.path = folder / "cells.h5ad"
         _repeated(self.path, num_cells)
         self.num_cells, self.folder = num_cells, folder
-        self.config: Config = override(
-            recipes.get("default"), [f"output={folder / 'run'}", "qc.drop_duplicates=false", "qc.method=none"]
-        )
         source = Source(uri=str(self.path), species="human", name="cells")
-        self.config = override(
-            self.config, [f'sources=[{{"uri": "{self.path}", "species": "human", "name": "cells"}}]']
-        )
+        rules = ["qc.drop_duplicates=false", "qc.method=none"]
+        plain = override(recipes.get("default"), [f"output={folder / 'run'}", *rules])
+        self.config: Config = replace(plain, sources=(source,))
         prepare.run(self.config, spread=prepare.loop)
         self.vocabulary = Vocabulary.load(str(folder / "run" / "corpus"))
         self.genes: SpeciesGenes = self.vocabulary.of("human")

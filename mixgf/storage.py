@@ -131,20 +131,25 @@ def open_read(uri: str, block_size: int = 4 << 20) -> BinaryIO:
     return cast("BinaryIO", fs.open(key, "rb", block_size=block_size, cache_type="readahead"))
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file atomically."""
     if is_local(uri):
-        path = local_path(uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _replacing(local_path(uri)) as temporary, temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         return
     fs, key = _remote(uri)
     fs.pipe_file(key, data)
@@ -153,14 +158,8 @@ def write_bytes(uri: str, data: bytes) -> None:
 def upload(path: Path, uri: str) -> None:
     """Publish one local file atomically."""
     if is_local(uri):
-        target = local_path(uri)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-        try:
+        with _replacing(local_path(uri)) as temporary:
             shutil.copyfile(path, temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
         return
     fs, key = _remote(uri)
     fs.put_file(str(path), key)

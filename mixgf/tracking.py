@@ -85,12 +85,6 @@ class Run:
         """Keep a local file with the run."""
         _client(self.uri).log_artifact(self.id, path)
 
-    def tags(self, tags: dict[str, str]) -> None:
-        """Set tags."""
-        client = _client(self.uri)
-        for key, value in tags.items():
-            client.set_tag(self.id, key, value)
-
 
 @contextlib.contextmanager
 def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, parent: str = "") -> Iterator[Run]:
@@ -143,10 +137,3 @@ def _flat(params: dict[str, Any], path: str = "") -> dict[str, Any]:
         name = f"{path}.{key}" if path else key
         rows |= _flat(value, name) if isinstance(value, dict) else {name: value}
     return rows
-
-
-def version() -> str:
-    """MLflow's version."""
-    import mlflow
-
-    return str(mlflow.__version__)
