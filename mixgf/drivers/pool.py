@@ -7,7 +7,8 @@ one is a loop over `ray.wait`:
   pending actors are what the cluster's autoscaler sees as demand. Work goes only to actors that are up;
 - each actor builds its worker (loads the model) once and keeps it; a second item waits in its queue, so that it never idles;
 - an item that fails, or whose actor dies with it, is tried again elsewhere, a few times; then it goes to the dead letter,
-  and the rest goes on. Items that merely waited behind it are not blamed;
+  and the rest goes on. An actor that dies with two items in hand does not say which of them killed it (the answer to the
+  first may have died with it): neither is blamed, and each is then worked on alone, where guilt is plain;
 - idle actors beyond the minimum are given back, and all of them at the end.
 
 Results are handed to the caller one by one, in the order in which they come; keys say which is which.
@@ -122,6 +123,7 @@ class Pool:
             The dead letter: key to reason of the items that failed every time.
         """
         waiting = deque(items)
+        alone: set[str] = set()
         failures: dict[str, int] = {}
         dead: dict[str, str] = {}
         flying: dict[Any, tuple[_Actor, str]] = {}
@@ -130,15 +132,16 @@ class Pool:
             actor.idle_since = time.monotonic()
 
         def lost(actor: _Actor, reason: str) -> None:
-            """An actor died: blame the item it worked on, put back those behind it."""
+            """An actor died: blame its item, or put back two suspects, each to be worked on alone."""
             self._actors.remove(actor)
             self.num_deaths += 1
             for ref in [ref for ref, (owner, _) in flying.items() if owner is actor]:
                 del flying[ref]
-            keys = list(actor.queue)
-            waiting.extendleft(reversed(keys[1:]))
-            if keys:
-                failed(keys[0], reason)
+            if len(actor.queue) == 1:
+                failed(actor.queue[0], reason)
+            else:
+                alone.update(actor.queue)
+                waiting.extendleft(reversed(actor.queue))
 
         def failed(key: str, reason: str) -> None:
             failures[key] = failures.get(key, 0) + 1
@@ -149,7 +152,7 @@ class Pool:
 
         while waiting or flying:
             self._scale(len(waiting) + len(flying), starting)
-            self._feed(waiting, items, flying)
+            self._feed(waiting, items, flying, alone)
             refs = [*flying, *starting]
             for ref in ray.wait(refs, num_returns=1, timeout=1.0)[0]:
                 if ref in starting:
@@ -193,14 +196,17 @@ class Pool:
                 ray.kill(actor.handle)
                 self._actors.remove(actor)
 
-    def _feed(self, waiting: deque[str], items: Mapping[str, Any], flying: dict[Any, tuple[_Actor, str]]) -> None:
-        """Give each actor an item to work on, and one to have ready unless others would go without."""
+    def _feed(
+        self, waiting: deque[str], items: Mapping[str, Any], flying: dict[Any, tuple[_Actor, str]], alone: set[str]
+    ) -> None:
+        """Give each actor an item to work on, and one to have ready unless others would go without or one is suspected."""
         ups = [actor for actor in self._actors if actor.up]
         for depth in (1, 2):
             for actor in ups:
                 if depth == 2 and len(waiting) <= len(self._actors):
                     return  # towards the end one item in hand is enough
-                if waiting and len(actor.queue) < depth:
+                suspected = waiting and actor.queue and not alone.isdisjoint((waiting[0], actor.queue[0]))
+                if waiting and len(actor.queue) < depth and not suspected:
                     key = waiting.popleft()
                     actor.queue.append(key)
                     flying[actor.handle.run.remote(items[key])] = (actor, key)
