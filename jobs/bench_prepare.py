@@ -1,183 +1,337 @@
-"""`bench.py prepare`: cells per second of reading, QC, encoding and writing, beside the published way and the physical floor.
+"""`bench.py prepare`: cells per second of every step, beside the published way, the physical floor and a plain process pool.
 
-Cells are the bundled human pancreas cells, repeated to `NUM_CELLS` rows of one .h5ad, gzip-compressed as scanpy writes it.
-"Published way" is the per-cell algorithm of the published tokenizers, written plainly here: backed AnnData in blocks of 512
-cells, one numpy argsort per cell, tokens kept as Python lists until the end, then one table, cut and measured in further
-passes. CPU seconds of this process, one thread.
+Cells are the bundled human pancreas cells, thinned anew at every repetition (binomially, seeded), in .h5ad files written
+as anndata writes them: gzip-compressed, and raw. CPU seconds of this process, one thread, unless "wall" is said.
+
+"Published way" is the algorithm of the published tokenizers, written plainly here: backed AnnData, 512 cells at a time
+picked by an index array, one argsort per cell, all cells as Python lists until the end, then one table, cut and measured
+in two further passes over its rows.
+"Floor" is what no way of doing it can avoid: decompressing the file's chunks (libdeflate), sorting one 64-bit key per
+gene (numpy), writing the tokens as Parquet.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import anndata
+import deflate
 import h5py
 import numpy as np
+import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse as sp
-from measure import Figure, interleaved, peak_memory, rate
+from measure import Figure, interleaved, rate
 
-from mixgf import recipes, storage, tokenize, units
+from mixgf import recipes, storage, units
 from mixgf.config import HUMAN, QC, Config, Source, Tokens, override
 from mixgf.corpus import blocks
-from mixgf.drivers import prepare
+from mixgf.drivers import prepare, session
 from mixgf.formats import open_reader
-from mixgf.vocab import SpeciesGenes, Vocabulary
+from mixgf.tokenize import Encoder, Ranks
+from mixgf.vocab import Vocabulary
 
 NUM_CELLS = 12_000
+NUM_PUBLISHED = 2_000
+"""Cells that the published way is given: it takes a fixed time per cell."""
+NUM_SCALE = 300_000
 TOKENS = Tokens()
+NODE_CORES = 16
+NODE_BYTES_PER_SECOND = 1.25e9
+"""Of the projection: 10 Gbit/s between a node and object storage."""
 
 
-def _repeated(path: Path, num_cells: int) -> None:
-    """One .h5ad of so many cells."""
+def write_cells(path: Path, num_cells: int, *, gzip: bool) -> None:
+    """One .h5ad of so many cells, written block by block."""
     cells = anndata.read_h5ad(storage.local_path("resource:pancreas_human_baron.h5ad"))
     counts = cells.X.tocsr().astype(np.float32)
-    times = -(-num_cells // cells.n_obs)
-    stacked = sp.vstack([counts] * times, format="csr")[:num_cells]
-    anndata.AnnData(X=stacked, var=cells.var).write_h5ad(path, compression="gzip")
+    options: dict[str, Any] = {"compression": "gzip" if gzip else None, "maxshape": (None,)}
+    options["chunks"] = (h5py.filters.guess_chunk((num_cells * counts.nnz // cells.n_obs,), None, 4)[0],)
+    anndata.AnnData(X=counts[:0], var=cells.var).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        x = file["X"]
+        del x["data"], x["indices"], x["indptr"]
+        for name, kind in (("data", np.float32), ("indices", np.int32)):
+            x.create_dataset(name, (0,), kind, **options)
+        lengths = []
+        for k, start in enumerate(range(0, num_cells, cells.n_obs)):
+            block = counts[: min(cells.n_obs, num_cells - start)].copy()
+            rng = np.random.default_rng(k)
+            block.data = rng.binomial(block.data.astype(np.int64), rng.uniform(0.8, 1.0)).astype(np.float32)
+            block.eliminate_zeros()
+            lengths.append(np.diff(block.indptr))
+            for name in ("data", "indices"):
+                old = x[name].shape[0]
+                x[name].resize((old + block.nnz,))
+                x[name][old:] = getattr(block, name)
+        x["indptr"] = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        x.attrs["shape"] = (num_cells, counts.shape[1])
+        del file["obs"]
+        file.create_group("obs").attrs.update(
+            {"_index": "_index", "column-order": np.array([], h5py.string_dtype()), "encoding-type": "dataframe", "encoding-version": "0.2.0"}
+        )  # fmt: skip
+        names = np.array([f"c{i}" for i in range(num_cells)], dtype=object)
+        file["obs"].create_dataset("_index", data=names, dtype=h5py.string_dtype())
+        file["obs/_index"].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
 
 
-def published(path: Path, medians: dict[str, float], ids: dict[str, int], to: Path) -> int:
-    """The published tokenizers' algorithm, plainly."""
+def published(path: Path, medians: dict[str, float], ids: dict[str, int], depth_N: np.ndarray, to: Path) -> int:
+    """The published tokenizers' algorithm, plainly, over the first `NUM_PUBLISHED` cells."""
     cells = anndata.read_h5ad(path, backed="r")
     genes = cells.var["ensembl_id"].to_numpy()
     known = np.flatnonzero([gene in medians for gene in genes])
     norm = np.array([medians[gene] for gene in genes[known]])
     tokens = np.array([ids[gene] for gene in genes[known]])
-    sentences: list[list[int]] = []
-    for start in range(0, cells.n_obs, 512):
-        block = cells[start : start + 512].X
-        depth = np.asarray(block.sum(axis=1)).ravel()
-        scaled = (
-            sp.csr_matrix(block[:, known].multiply(1 / depth[:, None]) * 10_000).multiply(1 / norm[None, :]).tocsr()
-        )
+    sentences: list[np.ndarray] = []
+    passing = np.arange(min(NUM_PUBLISHED, cells.n_obs))
+    for start in range(0, len(passing), 512):
+        chosen = passing[start : start + 512]
+        block = cells[chosen, known].X
+        scaled = sp.csr_matrix(block / depth_N[chosen][:, None] * 10_000 / norm)
         for i in range(scaled.shape[0]):
             row = scaled[i]
-            sentences.append(tokens[row.indices[np.argsort(-row.data)]].tolist())
-    table = pa.table({"input_ids": pa.array(sentences, pa.list_(pa.int32()))})
+            sentences.append(tokens[row.indices[np.argsort(-row.data)]])
+    table = pa.table({"input_ids": pa.array([s.tolist() for s in sentences], pa.list_(pa.int32()))})
     cut = [row.as_py()[: TOKENS.max_len] for row in table["input_ids"]]
-    pq.write_table(pa.table({"input_ids": pa.array(cut, pa.list_(pa.int32())), "length": [len(c) for c in cut]}), to)
+    table = pa.table({"input_ids": pa.array(cut, pa.list_(pa.int32()))})
+    lengths = [len(row.as_py()) for row in table["input_ids"]]
+    table = table.append_column("length", pa.array(lengths))
+    with pa.OSFile(str(to), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
     cells.file.close()
-    return len(cut)
+    return len(lengths)
+
+
+def _config(path: Path, output: Path, **prepare_: Any) -> Config:
+    # the cells are repetitions of a few: rules that look for outliers and duplicates would have odd things to do
+    rules = ["qc.drop_duplicates=false", "qc.method=none", *(f"prepare.{k}={v}" for k, v in prepare_.items())]
+    plain = override(recipes.get("default"), [f"output={output}", *rules])
+    return replace(plain, sources=(Source(uri=str(path), species="human", name="cells"),))
 
 
 class _Case:
-    """One file, described and measured once, so that each part can be timed alone."""
+    """One file, prepared once, so that each part can be timed alone."""
 
-    def __init__(self, folder: Path, num_cells: int) -> None:
-        self.path = folder / "cells.h5ad"
-        _repeated(self.path, num_cells)
-        self.num_cells, self.folder = num_cells, folder
-        source = Source(uri=str(self.path), species="human", name="cells")
-        rules = ["qc.drop_duplicates=false", "qc.method=none"]
-        plain = override(recipes.get("default"), [f"output={folder / 'run'}", *rules])
-        self.config: Config = replace(plain, sources=(source,))
+    def __init__(self, folder: Path, num_cells: int, *, gzip: bool) -> None:
+        self.name = "gzip .h5ad" if gzip else "raw .h5ad"
+        self.folder = folder / self.name.split()[0]
+        self.folder.mkdir()
+        self.path = self.folder / "cells.h5ad"
+        write_cells(self.path, num_cells, gzip=gzip)
+        self.num_cells, self.gzip = num_cells, gzip
+        self.config = _config(self.path, self.folder / "run", shard_cells=num_cells)
+        self.rows = self.config.prepare.block_cells
         prepare.run(self.config, spread=prepare.loop)
-        self.vocabulary = Vocabulary.load(str(folder / "run" / "corpus"))
-        self.genes: SpeciesGenes = self.vocabulary.of("human")
-        self.work = str(folder / "work")
+        self.corpus = self.folder / "run" / "corpus"
+        vocabulary = Vocabulary.load(str(self.corpus))
+        self.digest, genes = vocabulary.hash, vocabulary.of("human")
+        self.medians = dict(zip(genes.genes, genes.medians.tolist(), strict=True))
+        self.ids = dict(zip(genes.genes, genes.tokens.tolist(), strict=True))
+        self.work = str(self.folder / "work")
+        source = self.config.sources[0]
         units.describe(self.work, 0, source, row=HUMAN, rules=QC(), biotypes=self.config.vocab.biotypes, allowed=None)
         units.number_genes(self.work, "human", [0])
         self.unit = units.plan_units({0: (source, num_cells)}, num_cells)[0]
         self.keep = np.ones(num_cells, dtype=bool)
+        self.measure()
+        self.depth_N = units.read_metrics(self.work, [0])[0].n_counts
         self.columns = storage.read_table(units.part(self.work, "sources", 0))
-        gene = self.columns["gene"].to_pylist()
-        canonical = self.columns["canonical"].to_pylist()
-        self.position_G = self.genes.positions(
-            g if int(c) == i else None for i, (g, c) in enumerate(zip(gene, canonical, strict=True))
-        )
-        self.table = storage.read_table(str(folder / "run" / "corpus" / "shards" / "00000.parquet"))
+        own = self.columns["canonical"].to_numpy() == np.arange(self.columns.num_rows)
+        position_G = np.where(own, genes.positions(self.columns["gene"].combine_chunks()), -1).astype(np.int32)
+        self.encoder = Encoder(Ranks.of(genes, "divide"), position_G, TOKENS)
+        self.table = storage.read_table(str(self.corpus / "shards" / "00000.parquet"))
+        self.held = []
+        for block in self.blocks():
+            self.held.append(block)
+            if len(self.held) == 3:
+                break
+        self.num_held = sum(len(b.indptr) - 1 for b in self.held)
+        rng = np.random.default_rng(0)
+        self.keys = [
+            rng.integers(0, 1 << 62, stop - start).astype(np.uint64)
+            for b in self.held
+            for start, stop in zip(b.indptr[:-1], b.indptr[1:], strict=True)
+        ]
 
     def raw_read(self) -> None:
-        """The floor of reading: the file's bytes, decompressed."""
+        """The floor of reading: the file's bytes, decompressed chunk by chunk."""
         with h5py.File(self.path) as file:
             for name in ("data", "indices"):
                 column = file[f"X/{name}"]
-                for start in range(0, column.shape[0], 1 << 21):
-                    column[start : start + (1 << 21)]
+                rows = column.chunks[0]
+                for start in range(0, column.shape[0], rows):
+                    data = column.id.read_direct_chunk((start,))[1]
+                    if self.gzip:
+                        deflate.zlib_decompress(data, rows * 4)
 
     def blocks(self) -> Iterator[Any]:
         """Checked count blocks, as every pass reads them."""
         with open_reader(str(self.path)) as reader:
-            yield from blocks(reader, self.columns, 0, self.num_cells, rows=self.config.prepare.block_cells)
+            yield from blocks(reader, self.columns, 0, self.num_cells, rows=self.rows)
 
     def sort(self) -> None:
-        """The floor of ranking: one sort of as many 64-bit keys as the cell has genes."""
-        for b in self.held:
-            for a, c in zip(b.indptr[:-1], b.indptr[1:], strict=True):
-                np.sort(b.data[a:c].astype(np.uint64))
-
-    def hold(self) -> None:
-        """Keep the first blocks in memory, for the parts that do not read."""
-        self.held = []
-        for block in self.blocks():
-            self.held.append(block)
-            if len(self.held) == 4:
-                break
-        self.num_held = sum(len(b.indptr) - 1 for b in self.held)
+        """The floor of ranking."""
+        for keys in self.keys:
+            np.sort(keys)
 
     def encode(self) -> None:
         """Rank value encoding of the held blocks."""
         for b in self.held:
-            tokenize.encode(b.data, b.indices, b.indptr, position_G=self.position_G, genes=self.genes, tokens=TOKENS)
+            self.encoder(b.data, b.indices, b.indptr)
 
-    def ours(self) -> None:
-        """Read, encode, write: the third pass, which is what the published tokenizer does with medians given."""
+    def measure(self) -> None:
+        """The first pass."""
+        units.measure(self.work, self.unit, self.rows)
+
+    def sketch(self) -> None:
+        """The second pass."""
+        units.sketch(self.work, 0, [(self.unit, self.keep)], self.rows)
+
+    def sentences(self) -> None:
+        """The third pass, file to file: what the published tokenizer does, with medians given."""
         units.encode(
-            self.work, self.unit, self.keep, 0, to=str(self.folder / "out"), tokens=TOKENS, obs={},
-            vocabulary=str(self.folder / "run" / "corpus" / "vocabulary.parquet"), block_cells=self.config.prepare.block_cells,
+            self.work, self.unit, self.keep, 0, to=str(self.folder / "out"), tokens=TOKENS, obs={}, digest=self.digest,
+            vocabulary=str(self.corpus / "vocabulary.parquet"), block_cells=self.rows,
+        )  # fmt: skip
+
+    def write(self) -> None:
+        """Write a shard."""
+        units.write_shard(str(self.folder / "w.parquet"), self.table)
+
+    def figures(self, *, repeats: int) -> Iterator[Figure]:
+        """All figures of this file."""
+        n, n_published = self.num_cells, min(NUM_PUBLISHED, self.num_cells)
+        to = self.folder / "published.arrow"
+        works: dict[str, Callable[[], object]] = {
+            "sentences": self.sentences,
+            "published": lambda: published(self.path, self.medians, self.ids, self.depth_N, to),
+            "read": self.raw_read,
+            "sort": self.sort,
+            "write": self.write,
+            "encode": self.encode,
+            "checked": lambda: sum(len(b.indptr) for b in self.blocks()),
+            "measure": self.measure,
+            "sketch": self.sketch,
+        }
+        cells = dict.fromkeys(works, n) | {"published": n_published, "sort": self.num_held, "encode": self.num_held}
+        times = interleaved(works, repeats=repeats, cpu=True)
+        each = {k: [t / cells[k] for t in v] for k, v in times.items()}  # seconds per cell
+        unit = "cells/CPU-s"
+
+        def one(name: str, key: str, against: str = "") -> Figure:
+            return rate(f"{self.name}: {name}", unit, 1, times=each, key=key, against=against)
+
+        yield one("file to Parquet sentences, against the published way", "sentences", "published")
+        yield one("read and check counts, against bare decompression", "checked", "read")
+        yield one("encode in memory, against a bare sort", "encode", "sort")
+        yield one("write Parquet", "write")
+        yield one("pass 1, metrics (read included)", "measure")
+        yield one("pass 2, median sketch (read included)", "sketch")
+        floors = [r + s + w for r, s, w in zip(each["read"], each["sort"], each["write"], strict=True)]
+        shares = [f / ours for f, ours in zip(floors, each["sentences"], strict=True)]
+        yield Figure(
+            figure=f"{self.name}: file to sentences, share of the floor", value=1 / statistics.median(each["sentences"]), unit=unit,
+            baseline=1 / statistics.median(floors), ratio=statistics.median(shares),
+        )  # fmt: skip
+        whole = sum(statistics.median(each[k]) for k in ("measure", "sketch", "sentences"))
+        yield Figure(figure=f"{self.name}: all three passes", value=1 / whole, unit=unit)
+
+
+class _Watch:
+    """Largest resident memory of any one process below this one while it is open, in GB."""
+
+    def __enter__(self) -> Self:
+        self.peak, self._open = 0.0, True
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while self._open:
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    name = " ".join(process.cmdline()[:1])
+                    if name.startswith("ray::attempt") or "spawn_main" in " ".join(process.cmdline()):
+                        self.peak = max(self.peak, process.memory_info().rss / 1e9)
+                except psutil.Error:
+                    continue
+            time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+        self._thread.join()
+
+
+def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
+    """One large file: the whole of prepare on Ray, memory of its workers, and the third pass against a plain pool."""
+    path = folder / "large.h5ad"
+    write_cells(path, num_cells, gzip=True)
+    config = _config(path, folder / "large")
+    workers = config.compute.num_workers
+    with session.session(config), _Watch() as watched:
+        start = time.perf_counter()
+        uri = prepare.run(config)
+        whole = time.perf_counter() - start
+        yield Figure(
+            figure=f"prepare of {num_cells:,} cells on {workers} Ray workers (wall)",
+            value=num_cells / whole,
+            unit="cells/s",
+        )
+        yield Figure(
+            figure="memory of the largest worker, same run (bar: 0.7)",
+            value=watched.peak,
+            unit="GB",
+            baseline=0.7,
+            ratio=watched.peak / 0.7,
+        )
+        work = str(folder / "work")
+        source = config.sources[0]
+        units.describe(work, 0, source, row=HUMAN, rules=QC(), biotypes=config.vocab.biotypes, allowed=None)
+        all_units = units.plan_units({0: (source, num_cells)}, config.prepare.shard_cells)
+        spread = prepare.ray_tasks(config)
+        for _ in spread([prepare.job(0, 1, units.measure, work, u, config.prepare.block_cells) for u in all_units]):
+            pass
+        options = {
+            "tokens": TOKENS, "obs": {}, "digest": Vocabulary.load(uri).hash, "vocabulary": f"{uri}/vocabulary.parquet",
+            "block_cells": config.prepare.block_cells, "to": str(folder / "shards"),
+        }  # fmt: skip
+        jobs = [
+            prepare.job(0, 1, units.encode, work, u, np.ones(u.stop - u.start, bool), u.number, **options)
+            for u in all_units
+        ]
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            works: dict[str, Callable[[], object]] = {
+                "ray": lambda: list(spread(jobs)),
+                "pool": lambda: pool.map(prepare.attempt, jobs, chunksize=1),
+            }
+            times = interleaved(works, repeats=repeats)
+    ratio = statistics.median(r / p for r, p in zip(times["ray"], times["pool"], strict=True))
+    yield Figure(
+        figure=f"sentences of {num_cells:,} cells, Ray tasks: wall time against a plain pool (bar: 1.2)",
+        value=statistics.median(times["ray"]), unit="s", baseline=statistics.median(times["pool"]), ratio=ratio,
+    )  # fmt: skip
+    bytes_per_cell = path.stat().st_size / num_cells
+    for nodes in (8, 32):
+        compute = 50e6 * workers / (num_cells / whole) / (nodes * NODE_CORES)
+        network = 50e6 * bytes_per_cell * 4 / (nodes * NODE_BYTES_PER_SECOND)
+        yield Figure(
+            figure=f"projection: 50 M cells like these on {nodes} nodes of {NODE_CORES} such cores and 10 Gbit/s (baseline: network alone)",
+            value=max(compute, network) / 60, unit="minutes", baseline=network / 60,
         )  # fmt: skip
 
 
 def figures(*, quick: bool = False) -> Iterator[Figure]:
     """All figures of the stage."""
+    repeats = 1 if quick else 3
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        case = _Case(folder, 1500 if quick else NUM_CELLS)
-        repeats = 1 if quick else 3
-        medians = dict(zip(case.genes.genes, case.genes.medians.tolist(), strict=True))
-        ids = dict(zip(case.genes.genes, case.genes.tokens.tolist(), strict=True))
-        units.measure(case.work, case.unit, case.config.prepare.block_cells)
-        case.hold()
-        whole: dict[str, Callable[[], object]] = {
-            "ours": case.ours,
-            "published": lambda: published(case.path, medians, ids, folder / "published.parquet"),
-            "read": case.raw_read,
-            "checked": lambda: sum(len(b.indptr) for b in case.blocks()),
-            "measure": lambda: units.measure(case.work, case.unit, case.config.prepare.block_cells),
-            "sketch": lambda: units.sketch(case.work, case.unit, case.keep, case.config.prepare.block_cells),
-        }
-        t = interleaved(whole, repeats=repeats, cpu=True)
-        held: dict[str, Callable[[], object]] = {
-            "encode": case.encode,
-            "sort": case.sort,
-            "write": lambda: units.write_shard(str(folder / "w.parquet"), case.table),
-        }
-        h = interleaved(held, repeats=repeats, cpu=True)
-    n, unit = case.num_cells, "cells/CPU-s"
-    yield rate("gzip .h5ad -> Parquet sentences, against published", unit, n, times=t, key="ours", against="published")
-    yield rate("read and check blocks, against raw decompression", unit, n, times=t, key="checked", against="read")
-    yield rate("pass 1, metrics", unit, n, times=t, key="measure")
-    yield rate("pass 2, median sketch", unit, n, times=t, key="sketch")
-    yield rate("encode in memory, against a bare sort", unit, case.num_held, times=h, key="encode", against="sort")
-    yield rate("write Parquet", unit, case.table.num_rows, times=h, key="write")
-    floor = 1 / (
-        statistics.median(t["read"]) / n
-        + statistics.median(h["sort"]) / case.num_held
-        + statistics.median(h["write"]) / case.table.num_rows
-    )
-    ours = n / statistics.median(t["ours"])
-    yield Figure(
-        figure="share of the floor (read + sort + write)",
-        value=ours / floor,
-        unit="share",
-        baseline=1.0,
-        ratio=ours / floor,
-    )
-    yield Figure(figure="peak memory of this process", value=peak_memory(), unit="GB")
+        for gzip in (True, False):
+            yield from _Case(Path(name), 1500 if quick else NUM_CELLS, gzip=gzip).figures(repeats=repeats)
+        yield from scale(Path(name), 12_000 if quick else NUM_SCALE, repeats=repeats)

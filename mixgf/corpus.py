@@ -214,7 +214,7 @@ def _cause(unmapped: list[str], others: Iterable[KnownGenes]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Counts of consecutive rows: int32 CSR over the file's columns, every gene at most once in a row."""
+    """Counts of consecutive rows: int32 CSR over the file's columns; counts above 0 name every gene at most once in a row."""
 
     start: int
     data: np.ndarray
@@ -227,20 +227,25 @@ _WRONG = {_FINITE: "not a finite number", _NEGATIVE: "negative", _WHOLE: "not a 
 
 
 @_jit
-def _to_counts(data: np.ndarray, out: np.ndarray) -> tuple[int, int]:
-    """Copy as int32; returns (0, 0), or what is wrong and where."""
+def _to_counts(data: np.ndarray, out: np.ndarray) -> bool:
+    """Copy as int32; False where a value is no count. Without branches, so that it compiles to vector instructions."""
+    wrong = 0
     for i in range(data.shape[0]):
-        x = float(data[i])
-        if not np.isfinite(x):
-            return 1, i
-        if x < 0:
-            return 2, i
-        if x != np.floor(x):
-            return 3, i
-        if x >= 2147483648.0:
-            return 4, i
-        out[i] = np.int32(x)
-    return 0, 0
+        x = data[i]
+        fits = x >= 0 and x < 2147483648.0
+        count = np.int32(x if fits else 0)
+        out[i] = count
+        wrong |= (not fits) | (count != x)
+    return wrong == 0
+
+
+def _first_wrong(data: np.ndarray) -> tuple[int, int]:
+    """What is wrong with the first value that is no count, and where it is."""
+    x = data.astype(np.float64)
+    tests = {_FINITE: ~np.isfinite(x), _NEGATIVE: x < 0, _WHOLE: x != np.floor(x), _LARGE: x >= 2147483648.0}
+    where = {what: int(np.argmax(mask)) for what, mask in tests.items() if mask.any()}
+    what = min(where, key=lambda w: (where[w], w))
+    return what, where[what]
 
 
 @_jit
@@ -271,34 +276,69 @@ def _canonical(  # noqa: PLR0917 (a compiled kernel)
 
 
 @_jit
-def _is_sorted(indices: np.ndarray, indptr: np.ndarray, num_columns: int) -> int:
-    """2: strictly ascending columns within rows; 1: not; 0: a column outside the matrix."""
+def _sum_moved(
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, canonical: np.ndarray, moved: np.ndarray
+) -> bool:
+    """`_canonical` in place, for rows of ascending columns: counts of the few `moved` columns go to their gene's first column.
+
+    What was added elsewhere stays as a count of 0. False where a sum is too large.
+    """
     for row in range(indptr.shape[0] - 1):
-        last = -1
         for p in range(indptr[row], indptr[row + 1]):
             c = indices[p]
-            if c < 0 or c >= num_columns:
+            if not moved[c]:
+                continue
+            i = indptr[row]
+            while i < p and indices[i] != canonical[c]:
+                i += 1
+            if i == p:
+                indices[p] = canonical[c]
+                continue
+            total = np.int64(data[i]) + data[p]
+            if total > 2147483647:
+                return False
+            data[i], data[p] = total, 0
+    return True
+
+
+@_jit
+def _is_sorted(indices: np.ndarray, indptr: np.ndarray, num_columns: int) -> int:
+    """2: strictly ascending columns within rows; 1: not; 0: a column outside the matrix."""
+    begin, end = indptr[0], indptr[-1]
+    descents = 0
+    for p in range(begin + 1, end):
+        descents += indices[p] <= indices[p - 1]
+    for row in range(1, indptr.shape[0] - 1):  # from one row to the next columns may fall
+        p = indptr[row]
+        if begin < p < indptr[row + 1]:
+            descents -= indices[p] <= indices[p - 1]
+    if descents:
+        for p in range(begin, end):
+            if indices[p] < 0 or indices[p] >= num_columns:
                 return 0
-            if c <= last:
-                return 1
-            last = c
+        return 1
+    for row in range(indptr.shape[0] - 1):
+        lo, hi = indptr[row], indptr[row + 1]
+        if lo < hi and (indices[lo] < 0 or indices[hi - 1] >= num_columns):
+            return 0
     return 2
 
 
 def blocks(reader: Reader, columns: pa.Table, start: int, stop: int, *, rows: int) -> Iterator[Block]:
     """Checked counts of rows [start, stop) in blocks of at most `rows` rows; wrong values are a `UserError`."""
     canonical = columns["canonical"].to_numpy()
-    sums = bool((canonical != np.arange(len(canonical))).any())
+    moved = canonical != np.arange(len(canonical))
     for raw in reader.read(start, stop, rows):
         data = np.empty(len(raw.data), dtype=np.int32)
-        wrong, at = _to_counts(raw.data, data)
-        if wrong:
-            raise _bad_value(reader, columns, raw, wrong, at)
+        if not _to_counts(raw.data, data):
+            raise _bad_value(reader, columns, raw, *_first_wrong(raw.data))
         order = _is_sorted(raw.indices, raw.indptr, reader.num_columns)
         if order == 0:
             msg = f"{reader.uri}: a column index outside the matrix near row {raw.start}: the file is damaged; fetch it again"
             raise UserError(msg)
-        if order == 2 and not sums:
+        if order == 2:
+            if moved.any() and not _sum_moved(data, raw.indices, raw.indptr, canonical, moved):
+                raise _bad_value(reader, columns, raw, _LARGE, int(np.argmax(data)))
             yield Block(raw.start, data, raw.indices, raw.indptr)
             continue
         out, indices, indptr = np.empty_like(data), np.empty_like(raw.indices), np.zeros_like(raw.indptr)

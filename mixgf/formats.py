@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
+import deflate
 import h5py
 import numpy as np
 import pyarrow as pa
@@ -223,9 +224,51 @@ def _matrix_reader(
     return lambda a, b, rows: _gather(_csc_scan(matrix), a, b, rows, num_columns)
 
 
+class _Column1D:
+    """Ranges of a 1-D dataset, read in order. Plain gzip chunks are decompressed by libdeflate, about twice as fast as HDF5.
+
+    A chunk that a range only begins is kept for the next range, so that none is decompressed twice.
+    """
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self._dataset = dataset
+        plist = dataset.id.get_create_plist()
+        filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+        self._direct = filters == [h5py.h5z.FILTER_DEFLATE] and dataset.dtype.isnative and dataset.dtype.kind in "iuf"
+        self._number, self._values = -1, np.empty(0, dataset.dtype)
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        lo, hi = int(wanted.start), int(wanted.stop)
+        if not self._direct or hi <= lo:
+            return cast("np.ndarray", self._dataset[lo:hi])
+        rows = self._dataset.chunks[0]
+        out = np.empty(hi - lo, self._dataset.dtype)
+        for number in range(lo // rows, (hi - 1) // rows + 1):
+            begin = number * rows
+            a, b = max(lo, begin), min(hi, begin + rows)
+            out[a - lo : b - lo] = self._chunk(number, rows)[a - begin : b - begin]
+        return out
+
+    def _chunk(self, number: int, rows: int) -> np.ndarray:
+        if number != self._number:
+            begin = number * rows
+            try:
+                skipped, data = self._dataset.id.read_direct_chunk((begin,))
+            except RuntimeError:  # a chunk that was never written holds the fill value
+                return cast("np.ndarray", self._dataset[begin : begin + rows])
+            if not skipped:
+                try:
+                    data = deflate.zlib_decompress(data, rows * self._dataset.dtype.itemsize)
+                except deflate.DeflateError as error:
+                    msg = f"chunk {number} of {self._dataset.name} is truncated or damaged ({error})"
+                    raise OSError(msg) from None
+            self._values, self._number = np.frombuffer(data, self._dataset.dtype), number
+        return self._values
+
+
 def _csr_blocks(matrix: h5py.Group, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
     indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
-    data, indices = matrix["data"], matrix["indices"]
+    data, indices = _Column1D(matrix["data"]), _Column1D(matrix["indices"])
     for a in range(start, stop, rows):
         p = indptr[a - start : min(a + rows, stop) - start + 1]
         lo, hi = int(p[0]), int(p[-1])

@@ -59,29 +59,31 @@ def _mix(x: np.uint64) -> np.uint64:  # the finaliser of splitmix64
     return x ^ (x >> np.uint64(31))
 
 
+_COUNTED, _MITO, _CANDIDATE = 1, 2, 4
+
+
 @_jit
 def _measure(  # noqa: PLR0917 (a compiled kernel)
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, counted: np.ndarray, mito: np.ndarray,
-    candidate: np.ndarray, key: np.ndarray, sums: np.ndarray, n_counts: np.ndarray, n_genes: np.ndarray,
-    n_mito: np.ndarray, hash_a: np.ndarray, hash_b: np.ndarray,
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, flags: np.ndarray, key: np.ndarray, sums: np.ndarray,
+    n_counts: np.ndarray, n_genes: np.ndarray, n_mito: np.ndarray, hash_a: np.ndarray, hash_b: np.ndarray,
 ) -> None:  # fmt: skip
     for row in range(indptr.shape[0] - 1):
         a, b = np.uint64(0), np.uint64(0)
+        depth, mito, genes = np.int64(0), np.int64(0), 0
         for p in range(indptr[row], indptr[row + 1]):
             c, count = indices[p], np.int64(data[p])
-            if count == 0 or not counted[c]:
+            flag = flags[c]
+            if count == 0 or flag == 0:
                 continue
-            n_counts[row] += count
+            depth += count
             sums[c] += count
-            if mito[c]:
-                n_mito[row] += count
-            if candidate[c]:
-                n_genes[row] += 1
+            mito += count * ((flag & _MITO) >> 1)
+            genes += (flag & _CANDIDATE) >> 2
             if key[c] != 0:
                 x = _mix(key[c] + np.uint64(count) * np.uint64(0x9E3779B97F4A7C15))
                 a += x
-                b += _mix(x ^ np.uint64(0xD1B54A32D192ED03))
-        hash_a[row], hash_b[row] = a, b
+                b += (x ^ (x >> np.uint64(29))) * np.uint64(0xD1B54A32D192ED03)
+        n_counts[row], n_mito[row], n_genes[row], hash_a[row], hash_b[row] = depth, mito, genes, a, b
 
 
 def measure(
@@ -97,10 +99,8 @@ def measure(
         np.zeros(n, np.uint64),
         np.zeros(n, np.uint64),
     )
-    _measure(
-        data, indices, indptr, counted_G, mito_G, candidate_G, key_G, sums_G,
-        out.n_counts, out.n_genes, out.n_mito, out.hash_a, out.hash_b,
-    )  # fmt: skip
+    flags = (counted_G * _COUNTED + mito_G * _MITO + candidate_G * _CANDIDATE).astype(np.uint8) * counted_G
+    _measure(data, indices, indptr, flags, key_G, sums_G, out.n_counts, out.n_genes, out.n_mito, out.hash_a, out.hash_b)
     return out
 
 

@@ -8,7 +8,6 @@ Non-AWS endpoints come from AWS_ENDPOINT_URL.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -143,7 +142,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a file atomically."""
     if is_local(uri):
         with _replacing(local_path(uri)) as temporary, temporary.open("wb") as file:
@@ -152,7 +151,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             os.fsync(file.fileno())
         return
     fs, key = _remote(uri)
-    fs.pipe_file(key, data)
+    fs.pipe_file(key, bytes(data))
 
 
 def upload(path: Path, uri: str) -> None:
@@ -219,8 +218,8 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> tuple[int, str]:
     """Write a Parquet file atomically; the same table and options give the same bytes. Returns (bytes, sha256)."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, **({"compression": "zstd"} | options))
-    data = buffer.getvalue()
+    stream = pa.BufferOutputStream()
+    pq.write_table(table, stream, **({"compression": "zstd"} | options))
+    data = stream.getvalue()
     write_bytes(uri, data)
-    return len(data), hashlib.sha256(data).hexdigest()
+    return data.size, hashlib.sha256(data).hexdigest()

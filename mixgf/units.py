@@ -15,10 +15,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mixgf import corpus, qc, storage, tokenize, vocab
 from mixgf.config import QC, Source, SpeciesRow, Tokens, UserError
@@ -29,6 +31,7 @@ RESERVED = (
 )  # fmt: skip
 """Columns that mixgf computes; an obs column of the same name is left out."""
 ROW_GROUP_CELLS = 2_500
+SENTENCES = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,24 +210,19 @@ def number_genes(work: str, species: str, indices: list[int]) -> list[str]:
     return genes
 
 
-def sketch(work: str, unit: Unit, keep_N: np.ndarray, block_cells: int) -> None:
-    """Median sketch of the unit's kept cells, over the genes of `number_genes`."""
-    columns = _columns(work, unit.index)
-    listed = storage.read_table(part(work, "genes", unit.source.species))["gene"].to_pylist()
-    genes = {gene: i for i, gene in enumerate(listed)}
-    candidate = columns["candidate"].to_pylist()
-    gene_G = np.asarray(
-        [genes[g] if ok else -1 for g, ok in zip(columns["gene"].to_pylist(), candidate, strict=True)], dtype=np.int32
-    )
-    depth = read_metrics(work, [unit.number])[0].n_counts
-    numbers, local = np.unique(gene_G, return_inverse=True)  # genes of this source only; -1 stands first, if at all
-    skip = int(numbers[0] < 0)
-    local_G = (local - skip).astype(np.int32)
-    filled = vocab.Accumulator(len(numbers) - skip, num_cells=len(keep_N), max_depth=int(depth[keep_N].max()))
-    with open_reader(unit.source.uri, unit.source.layer) as reader:
-        for b, rows in _blocks(reader, columns, unit, block_cells):
-            filled.update(b.data, b.indices, b.indptr, depth_N=depth[rows], keep_N=keep_N[rows], gene_G=local_G)
-    write_sketch(part(work, "sketch", unit.number), filled.finish(numbers[skip:]))
+def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_cells: int) -> None:
+    """Median sketch number `number`: kept cells (unit, bool[rows]) of one species, over the genes of `number_genes`."""
+    listed = storage.read_table(part(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
+    filled = vocab.Accumulator(len(listed))
+    for unit, keep_N in parts:
+        columns = _columns(work, unit.index)
+        gene_G = pc.index_in(columns["gene"].combine_chunks(), value_set=listed)
+        gene_G = np.where(columns["candidate"].to_numpy(), pc.fill_null(gene_G, -1).to_numpy(), -1).astype(np.int32)
+        depth = read_metrics(work, [unit.number])[0].n_counts
+        with open_reader(unit.source.uri, unit.source.layer) as reader:
+            for b, rows in _blocks(reader, columns, unit, block_cells):
+                filled.update(b.data, b.indices, b.indptr, depth_N=depth[rows], keep_N=keep_N[rows], gene_G=gene_G)
+    write_sketch(part(work, "sketch", number), filled.finish())
 
 
 def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterator[tuple[corpus.Block, slice]]:
@@ -235,7 +233,10 @@ def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterato
 
 def write_sketch(uri: str, found: vocab.Sketch) -> None:
     """Write a sketch part."""
-    storage.write_table(uri, pa.table({"key": found.keys, "count": found.counts}))
+    storage.write_table(
+        uri, pa.table({"key": found.keys, "count": found.counts}), use_dictionary=["count"],
+        column_encoding={"key": "DELTA_BINARY_PACKED"}, write_statistics=False,
+    )  # fmt: skip
 
 
 def merge_sketches(uris: list[str], to: str) -> None:
@@ -253,8 +254,8 @@ def read_sketch(uri: str) -> vocab.Sketch:
 
 
 def encode(
-    work: str, unit: Unit, keep_N: np.ndarray, shard: int, *, to: str, vocabulary: str, tokens: Tokens, obs: dict[str, str],
-    block_cells: int,
+    work: str, unit: Unit, keep_N: np.ndarray, shard: int, *, to: str, vocabulary: str, digest: str, tokens: Tokens,
+    obs: dict[str, str], block_cells: int,
 ) -> None:  # fmt: skip
     """Write the unit's shard of cell sentences, and then the part that says so (lengths, bytes, sha256).
 
@@ -265,41 +266,44 @@ def encode(
         shard: number of the shard.
         to: URI of the folder of shards.
         vocabulary: URI of the vocabulary's file.
+        digest: its hash.
         tokens: how to encode.
         obs: kind (`str`, `float`, `int`) of every obs column of the corpus; a source that lacks one has nulls.
         block_cells: rows in memory at a time.
     """
     columns = _columns(work, unit.index)
-    genes = vocab.Vocabulary.load(vocabulary).of(unit.source.species)
-    gene = columns["gene"].to_pylist()
-    position_G = genes.positions(
-        g if int(c) == i else None for i, (g, c) in enumerate(zip(gene, columns["canonical"].to_pylist(), strict=True))
-    )
+    ranks = _ranks(vocabulary, digest, unit.source.species, tokens.scaling)
+    own = columns["canonical"].to_numpy() == np.arange(columns.num_rows)  # the others were added to theirs
+    position_G = ranks.genes.positions(columns["gene"].combine_chunks())
+    encoder = tokenize.Encoder(ranks, np.where(own, position_G, -1).astype(np.int32), tokens)
     facts = storage.read_json(facts_uri(work, unit.index))
     metrics, _ = read_metrics(work, [unit.number])
-    parts: list[np.ndarray] = []
-    lengths: list[np.ndarray] = []
+    length = np.minimum(metrics.n_genes[keep_N], tokens.max_len - int(tokens.cls)) + int(tokens.cls)
+    offsets_N1 = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
+    tokens_T, done_N = np.empty(offsets_N1[-1], np.int32), 0
     with open_reader(unit.source.uri, unit.source.layer) as reader:
         for b, rows in _blocks(reader, columns, unit, block_cells):
             keep = keep_N[rows]
             if not keep.any():
                 continue
             data, indices, indptr = (b.data, b.indices, b.indptr) if keep.all() else _select(b, keep)
-            ids, offsets = tokenize.encode(data, indices, indptr, position_G=position_G, genes=genes, tokens=tokens)
-            parts.append(ids)
-            lengths.append(np.diff(offsets))
+            ids, offsets = encoder(data, indices, indptr)
+            begin, end = offsets_N1[done_N], offsets_N1[done_N] + len(ids)
+            tokens_T[begin:end] = ids
+            done_N += len(offsets) - 1
+            assert np.array_equal(offsets_N1[done_N - len(offsets) + 1 : done_N + 1] - begin, offsets), (
+                "lengths differ from pass 1"
+            )
         names = reader.cell_names(unit.start, unit.stop)[keep_N]
         values = {
             new: (reader.obs(facts["obs"][new], unit.start, unit.stop)[keep_N] if new in facts["obs"] else None)
             for new in obs
         }
-    length = np.concatenate(lengths)
-    offsets_ = np.concatenate([[0], np.cumsum(length)])
     assert length.min() > int(tokens.cls), "a kept cell without vocabulary genes"
     num = len(length)
     table = pa.table(
         {
-            "tokens": pa.ListArray.from_arrays(pa.array(offsets_, pa.int32()), pa.array(np.concatenate(parts))),
+            "tokens": pa.ListArray.from_arrays(pa.array(offsets_N1, pa.int32()), pa.array(tokens_T), SENTENCES.type),
             "cell": pa.array([f"{unit.source.name}:{name}" for name in names], pa.string()),
             "species": pa.array([unit.source.species] * num, pa.string()),
             "source": pa.array([unit.source.name] * num, pa.string()),
@@ -311,6 +315,7 @@ def encode(
         }
         | {name: _obs_array(values[name], kind, num) for name, kind in obs.items()}
     )
+    table = table.cast(table.schema.set(0, SENTENCES))
     name = shard_name(shard)
     size, digest = write_shard(storage.join(to, name), table)
     done = {"name": name, "rows": num, "bytes": size, "sha256": digest}
@@ -318,6 +323,14 @@ def encode(
         {"shard": json.dumps(done)}
     )
     storage.write_table(part(work, "done", shard), lengths_table)
+
+
+@lru_cache(maxsize=8)
+def _ranks(vocabulary: str, digest: str, species: str, scaling: str) -> tokenize.Ranks:
+    """Made once per process and vocabulary; `digest` keeps apart what a file of the same name held before."""
+    found = vocab.Vocabulary.load(vocabulary)
+    assert found.hash == digest, vocabulary
+    return tokenize.Ranks.of(found.of(species), scaling)
 
 
 def shard_name(shard: int) -> str:
@@ -332,10 +345,14 @@ def read_done(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def write_shard(uri: str, table: pa.Table) -> tuple[int, str]:
-    """Write one shard: tokens byte-stream split, zstd, row groups of 2,500 cells."""
+    """Write one shard: tokens byte-stream split, zstd, row groups of 2,500 cells.
+
+    Tokens are declared never null: a third of the writing time would go into saying of each that it is there.
+    """
     text = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name != "cell"]
+    sums = [f.name for f in table.schema if f.name not in ("tokens", "cell")]
     return storage.write_table(
-        uri, table, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text,
+        uri, table, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text, write_statistics=sums,
         column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip
 

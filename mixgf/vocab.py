@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -62,10 +62,10 @@ class SpeciesGenes:
     medians: np.ndarray
     """float64[G], above 0."""
 
-    def positions(self, genes: Iterable[str | None]) -> np.ndarray:
-        """int32: where each Ensembl id stands in this table, -1 where it does not."""
-        where = {gene: i for i, gene in enumerate(self.genes)}
-        return np.asarray([where.get(gene, -1) if gene else -1 for gene in genes], dtype=np.int32)
+    def positions(self, genes: pa.Array) -> np.ndarray:
+        """int32: where each Ensembl id (string or null) stands in this table, -1 where it does not."""
+        found = pc.index_in(genes, value_set=pa.array(self.genes, pa.string()))
+        return cast("np.ndarray", pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int32))
 
 
 class Vocabulary:
@@ -290,17 +290,11 @@ EMPTY = Sketch(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @_jit
-def _update(  # noqa: PLR0917 (a compiled kernel)
-    data: np.ndarray,
-    indices: np.ndarray,
-    indptr: np.ndarray,
-    depth: np.ndarray,
-    keep: np.ndarray,
-    gene: np.ndarray,
-    base: int,
-    scaled: np.ndarray,
-    histogram: np.ndarray,
-) -> None:
+def _collect(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, depth: np.ndarray, keep: np.ndarray, gene: np.ndarray,
+    scaled: np.ndarray, keys: np.ndarray, n: int,
+) -> int:  # fmt: skip
+    """Append gene * NUM_BUCKETS + bucket of every count of the kept rows to `keys`; returns the new number of keys."""
     bits = scaled.view(np.int64)
     for row in range(indptr.shape[0] - 1):
         if not keep[row]:
@@ -309,24 +303,83 @@ def _update(  # noqa: PLR0917 (a compiled kernel)
             g = gene[indices[p]]
             if g >= 0 and data[p] > 0:
                 scaled[0] = data[p] / depth[row] * 10000.0
-                bucket = (bits[0] >> (52 - 8)) - base
-                histogram[g, min(max(bucket, 0), histogram.shape[1] - 1)] += 1
+                bucket = (bits[0] >> (52 - 8)) - (1003 << 8)
+                keys[n] = g * 9216 + min(max(bucket, 0), 9215)
+                n += 1
+    return n
+
+
+@_jit
+def _count(keys: np.ndarray, num_genes: int, out_keys: np.ndarray, out_counts: np.ndarray) -> int:
+    """Count equal keys; writes them in ascending order and returns how many differ.
+
+    Keys are first spread over groups of 8 genes, so that the histogram of one group stays in the processor's cache.
+    """
+    num_groups = (num_genes + 7) >> 3
+    ends = np.zeros(num_groups + 1, np.int64)
+    lowest, highest = np.int64(9215), np.int64(0)
+    for k in keys:
+        g = np.int64(k) // 73728
+        bucket = (np.int64(k) - g * 73728) % 9216
+        lowest = bucket if bucket < lowest else lowest
+        highest = bucket if bucket > highest else highest
+        ends[g + 1] += 1
+    for group in range(num_groups):
+        ends[group + 1] += ends[group]
+    spread = np.empty(keys.shape[0], np.int32)
+    free = ends[:-1].copy()
+    for k in keys:
+        g = np.int64(k) // 73728
+        spread[free[g]] = np.int64(k) - g * 73728
+        free[g] += 1
+    histogram = np.zeros(73728, np.int32)
+    n = 0
+    for group in range(num_groups):
+        if ends[group] == ends[group + 1]:
+            continue
+        for i in range(ends[group], ends[group + 1]):
+            histogram[spread[i]] += 1
+        for first in range(0, 73728, 9216):
+            for i in range(first + lowest, first + highest + 1):
+                if histogram[i]:
+                    out_keys[n], out_counts[n] = group * 73728 + i, histogram[i]
+                    histogram[i] = 0
+                    n += 1
+    return n
+
+
+@_jit
+def _merge(  # noqa: PLR0917 (a compiled kernel)
+    keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, keys: np.ndarray,
+    counts: np.ndarray,
+) -> int:  # fmt: skip
+    i, j, n = 0, 0, 0
+    while i < keys_a.shape[0] or j < keys_b.shape[0]:
+        if j >= keys_b.shape[0] or (i < keys_a.shape[0] and keys_a[i] < keys_b[j]):
+            keys[n], counts[n] = keys_a[i], counts_a[i]
+            i += 1
+        elif i >= keys_a.shape[0] or keys_b[j] < keys_a[i]:
+            keys[n], counts[n] = keys_b[j], counts_b[j]
+            j += 1
+        else:
+            keys[n], counts[n] = keys_a[i], counts_a[i] + counts_b[j]
+            i += 1
+            j += 1
+        n += 1
+    return n
 
 
 class Accumulator:
-    """The sketch of one work unit, filled block by block.
+    """The sketch of some cells, filled block by block. Memory: `room` keys of 4 bytes three times over, and the sketch."""
 
-    A dense histogram over the values that cells of that depth can have: 2 bytes per bucket, 256 buckets per power of
-    two from 10,000 / max_depth to 2**14; about 7 kB per gene for cells of 10,000 counts.
-    """
-
-    def __init__(self, num_genes: int, *, num_cells: int, max_depth: int) -> None:
-        """`num_cells` and `max_depth` bound the kept cells that `update` will bring."""
-        assert (SKETCH_BITS, _LOWEST) == (8, 1003)
-        lowest = max(-20, int(np.floor(np.log2(TARGET_SUM / max_depth))) - 1)
-        self._first = (lowest + 20) << SKETCH_BITS
-        kind = np.uint16 if num_cells < 1 << 16 else np.uint32
-        self._histogram = np.zeros((num_genes, (14 - lowest) << SKETCH_BITS), dtype=kind)
+    def __init__(self, num_genes: int, *, room: int = 1 << 22) -> None:
+        """`room`: counts that are gathered before they are counted; a block may bring more."""
+        assert (SKETCH_BITS, _LOWEST, NUM_BUCKETS) == (8, 1003, 9216), "compiled into the kernels above"
+        assert num_genes * NUM_BUCKETS < 1 << 32, num_genes
+        self._num_genes = num_genes
+        self._keys = np.empty(room, np.uint32)
+        self._used = 0
+        self._total = EMPTY
 
     def update(
         self,
@@ -339,29 +392,37 @@ class Accumulator:
         gene_G: np.ndarray,
     ) -> None:
         """Add the kept rows of one CSR block; `gene_G` gives the gene of each column, -1 for none."""
-        base = (_LOWEST << SKETCH_BITS) + self._first
-        _update(data, indices, indptr, depth_N.astype(np.float64), keep_N, gene_G, base, np.empty(1), self._histogram)
+        if self._used + len(data) > len(self._keys):
+            self._flush()
+        if len(data) > len(self._keys):
+            self._keys = np.empty(len(data), np.uint32)
+        depth = depth_N.astype(np.float64)
+        self._used = _collect(data, indices, indptr, depth, keep_N, gene_G, np.empty(1), self._keys, self._used)
 
-    def finish(self, genes: np.ndarray | None = None) -> Sketch:
-        """The sparse form; `genes`, ascending, renumbers the accumulator's genes."""
-        keys = [EMPTY.keys]
-        counts = [EMPTY.counts]
-        for i, row in enumerate(self._histogram):
-            (buckets,) = np.nonzero(row)
-            keys.append(buckets + self._first + int(i if genes is None else genes[i]) * NUM_BUCKETS)
-            counts.append(row[buckets].astype(np.int64))
-        return Sketch(np.concatenate(keys), np.concatenate(counts))
+    def _flush(self) -> None:
+        keys, counts = np.empty(self._used, np.int64), np.empty(self._used, np.int64)
+        n = _count(self._keys[: self._used], self._num_genes, keys, counts)
+        found = Sketch(keys[:n].copy(), counts[:n].copy())
+        del keys, counts
+        self._total, self._used = merge([self._total, found]), 0
+
+    def finish(self) -> Sketch:
+        """The sketch of all that `update` brought."""
+        self._flush()
+        return self._total
 
 
 def merge(sketches: Iterable[Sketch]) -> Sketch:
     """The sketch of all cells together; order and grouping do not matter."""
     total = EMPTY
     for sketch in sketches:
-        keys = np.concatenate([total.keys, sketch.keys])
-        order = np.argsort(keys, kind="stable")
-        unique, first = np.unique(keys[order], return_index=True)
-        counts = np.concatenate([total.counts, sketch.counts])[order]
-        total = Sketch(unique, np.add.reduceat(counts, first) if len(first) else EMPTY.counts)
+        if not len(total.keys):
+            total = sketch
+            continue
+        most = len(total.keys) + len(sketch.keys)
+        keys, counts = np.empty(most, np.int64), np.empty(most, np.int64)
+        n = _merge(total.keys, total.counts, sketch.keys, sketch.counts, keys, counts)
+        total = Sketch(keys[:n].copy(), counts[:n].copy())
     return total
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 
 from mixgf.config import Tokens
-from mixgf.tokenize import encode
+from mixgf.tokenize import TABLE_COUNTS, Encoder, Ranks
 from mixgf.vocab import CLS, SpeciesGenes
 
 
@@ -21,10 +21,9 @@ def genes_of(medians, first=3):
 def sentences(counts_NG, genes, position_G=None, **tokens):
     x = sparse.csr_array(np.asarray(counts_NG))
     position_G = np.arange(x.shape[1], dtype=np.int32) if position_G is None else np.asarray(position_G, dtype=np.int32)
-    ids, offsets = encode(
-        x.data.astype(np.int32), x.indices.astype(np.int32), x.indptr.astype(np.int64),
-        position_G=position_G, genes=genes, tokens=Tokens(**tokens),
-    )  # fmt: skip
+    how = Tokens(**tokens)
+    encode = Encoder(Ranks.of(genes, how.scaling), position_G, how)
+    ids, offsets = encode(x.data.astype(np.int32), x.indices.astype(np.int32), x.indptr.astype(np.int64))
     assert ids.dtype == np.int32
     assert offsets.dtype == np.int64
     return [ids[a:b].tolist() for a, b in pairwise(offsets)]
@@ -55,29 +54,40 @@ def test_golden_sentence_worked_by_hand():
 
 @pytest.mark.parametrize("kind", ["distinct", "coarse", "equal"])
 @pytest.mark.parametrize("scaling", ["divide", "multiply"])
-def test_sentences_are_those_of_the_formula_ties_included(kind, scaling):
+@pytest.mark.parametrize("scale", [1, 6, 400], ids=["small", "around the table's edge", "reads"])
+def test_sentences_are_those_of_the_formula_ties_included(kind, scaling, scale):
     rng = np.random.default_rng([7, len(kind)])
     medians = {"distinct": rng.lognormal(0.5, 1, 300), "coarse": rng.integers(1, 4, 300) / 2, "equal": np.ones(300)}[
         kind
     ]
     genes = genes_of(medians)
-    counts = rng.negative_binomial(0.5, 0.2, (40, 300))
+    counts = rng.negative_binomial(0.5, 0.2, (40, 300)) * rng.integers(1, scale + 1, (40, 300))
     counts[3] = 0
+    assert (counts > TABLE_COUNTS).any()
     expected = straightforward(counts, genes, most=64, divide=scaling == "divide")
     assert sentences(counts, genes, max_len=64, scaling=scaling) == expected
 
 
 def test_values_that_differ_in_the_last_bit_are_ordered_by_value_even_across_the_cut():
-    # medians one ulp apart give values one ulp apart: the packed key cannot tell them, the repair must
+    # medians one ulp apart give values one ulp apart
     medians = [2.0]
     for _ in range(5):
         medians.append(nextafter(medians[-1], 3))
-    counts = [[3] * 6]
     up, down = genes_of(medians), genes_of(medians[::-1])
     for genes in (up, down):
         for most in (2, 3, 6):
-            assert sentences(counts, genes, max_len=most) == straightforward(counts, genes, most=most)
+            for count in (3, 3 * TABLE_COUNTS):
+                counts = [[count] * 6]
+                assert sentences(counts, genes, max_len=most) == straightforward(counts, genes, most=most)
     assert straightforward(counts, down)[0][0] == down.tokens[-1]  # the smallest median, the highest id, comes first
+
+
+def test_equal_values_on_both_sides_of_the_table_go_by_token_too():
+    # 16 / 1 = 32 / 2 = 48 / 3: one looked up, two sorted, in every order of ids
+    for medians in ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [2.0, 3.0, 1.0]):
+        counts = [[int(m) * TABLE_COUNTS for m in medians]]
+        assert sentences(counts, genes_of(medians)) == [[3, 4, 5]]
+        assert sentences(counts, genes_of(medians), max_len=2) == [[3, 4]]
 
 
 def test_doubling_every_count_changes_nothing():

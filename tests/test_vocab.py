@@ -102,11 +102,11 @@ def test_medians_are_imported_by_species_from_a_published_layout(tmp_path):
 # sketch
 
 
-def fill(counts_NG, keep=None):
+def fill(counts_NG, keep=None, room=1000):
     counts_NG = np.asarray(counts_NG)
     rows, columns = np.nonzero(counts_NG)
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(counts_NG)))]).astype(np.int64)
-    a = vocab.Accumulator(counts_NG.shape[1], num_cells=len(counts_NG), max_depth=int(counts_NG.sum(1).max()))
+    a = vocab.Accumulator(counts_NG.shape[1], room=room)
     keep = np.ones(len(counts_NG), dtype=bool) if keep is None else keep
     a.update(
         counts_NG[rows, columns].astype(np.int32), columns.astype(np.int32), indptr,
@@ -134,7 +134,7 @@ def test_medians_are_within_the_stated_error_and_absent_genes_have_none(cells):
 
 def test_the_error_bound_holds_from_the_smallest_share_to_the_whole_cell():
     for count, depth in [(1, 10**9), (1, 10**6), (1, 1), (999_999, 10**6), (1, 3)]:
-        a = vocab.Accumulator(1, num_cells=1, max_depth=depth)
+        a = vocab.Accumulator(1)
         one = np.asarray([count], dtype=np.int32)
         a.update(
             one,
@@ -152,6 +152,9 @@ def test_merging_in_any_order_and_grouping_gives_the_same_sketch():
     counts = rng.negative_binomial(0.5, 0.1, (41, 30))
     whole = fill(counts)
     parts = [fill(counts[a : a + 7]) for a in range(0, 41, 7)]
+    small = fill(counts, room=1)  # flushed at every block
+    assert np.array_equal(small.keys, whole.keys)
+    assert np.array_equal(small.counts, whole.counts)
     for order in (parts, parts[::-1], [vocab.merge(parts[3:]), vocab.merge(parts[:3])], [vocab.EMPTY, *parts]):
         merged = vocab.merge(order)
         assert np.array_equal(merged.keys, whole.keys)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -175,10 +175,13 @@ class Pool:
                 del flying[ref]
                 actor.queue.remove(key)
                 actor.idle_since = time.monotonic()
-        for actor in starting.values():  # asked for, never needed
+        self._give_back(starting.values())  # asked for, never needed
+        return dead
+
+    def _give_back(self, actors: Iterable[_Actor]) -> None:
+        for actor in list(actors):
             ray.kill(actor.handle)
             self._actors.remove(actor)
-        return dead
 
     def _scale(self, num_items: int, starting: dict[Any, _Actor]) -> None:
         """Ask for actors up to the work there is; give back idle ones beyond the minimum."""
@@ -190,11 +193,8 @@ class Pool:
             self._actors.append(actor)
             starting[handle.__ray_ready__.remote()] = actor
         now = time.monotonic()
-        for actor in list(self._actors):
-            spare = len(self._actors) > max(self.size.min_actors, min(self.size.max_actors, num_items))
-            if spare and actor.up and not actor.queue and now - actor.idle_since >= self.idle_seconds:
-                ray.kill(actor.handle)
-                self._actors.remove(actor)
+        idle = [a for a in self._actors if a.up and not a.queue and now - a.idle_since >= self.idle_seconds]
+        self._give_back(idle[: max(0, len(self._actors) - wanted)])
 
     def _feed(
         self, waiting: deque[str], items: Mapping[str, Any], flying: dict[Any, tuple[_Actor, str]], alone: set[str]

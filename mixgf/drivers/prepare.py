@@ -26,6 +26,8 @@ from mixgf.progress import Progress, say, warn
 SCHEMA = 1
 MERGE_FAN_IN = 32
 """Sketch parts merged by one task."""
+SKETCH_UNITS = 8
+"""Units that share a sketch in a large corpus: sketches of more cells are hardly larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ class _Prepare:
             raise UserError(msg)
         made = self._vocabulary(vocabulary, kept_units, keeps, medians)
         made.save(storage.join(self.uri, "vocabulary.parquet"))
-        self._encode(kept_units, keeps)
+        self._encode(made.hash, kept_units, keeps)
         return self._publish(record, made, kept_units, reasons, reports)
 
     # passes
@@ -324,28 +326,38 @@ class _Prepare:
             for name in present
         }
         rows = self.config.prepare.block_cells
-        jobs = {
-            u.number: job(u.index, u.stop - u.start, units.sketch, self.work, u, keeps[u.number], rows) for u in kept
-        }
+        jobs: dict[Any, Job] = {}
+        sketches: dict[str, list[str]] = {name: [] for name in present}
+        for name in present:
+            mine = [u for u in kept if u.source.species == name]
+            each = max(1, min(SKETCH_UNITS, len(mine) // 64))
+            for k in range(0, len(mine), each):
+                group = [(u, keeps[u.number]) for u in mine[k : k + each]]
+                sketches[name].append(units.part(self.work, "sketch", len(jobs)))
+                weight = sum(u.stop - u.start for u, _ in group)
+                jobs[len(jobs)] = job(group[0][0].index, weight, units.sketch, self.work, len(jobs), group, rows)
         self._pass("medians", "sketch", jobs)
         out = {}
         for name in present:
-            parts = [units.part(self.work, "sketch", u.number) for u in kept if u.source.species == name]
-            level = 0
-            while len(parts) > MERGE_FAN_IN:
-                groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
-                parts = [units.part(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
-                pairs = zip(groups, parts, strict=True)
-                merges = {k: job(-1, len(g), units.merge_sketches, g, to) for k, (g, to) in enumerate(pairs)}
-                self._pass("merge", f"merge-{name}-{level}", merges, "parts")
-                level += 1
-            total = vocab.merge(units.read_sketch(p) for p in parts)
+            total = vocab.merge(units.read_sketch(p) for p in self._merged(name, sketches[name]))
             out[name] = {genes[name][g]: median for g, median in vocab.finish(total).items()}
         return out
 
-    def _encode(self, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> None:
+    def _merged(self, name: str, parts: list[str]) -> list[str]:
+        """Merge sketch parts in a tree until one task can read them all."""
+        level = 0
+        while len(parts) > MERGE_FAN_IN:
+            groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
+            parts = [units.part(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
+            pairs = zip(groups, parts, strict=True)
+            merges = {k: job(-1, len(g), units.merge_sketches, g, to) for k, (g, to) in enumerate(pairs)}
+            self._pass("merge", f"merge-{name}-{level}", merges, "parts")
+            level += 1
+        return parts
+
+    def _encode(self, digest: str, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> None:
         options: dict[str, Any] = {
-            "to": storage.join(self.uri, "shards"), "vocabulary": storage.join(self.uri, "vocabulary.parquet"),
+            "to": storage.join(self.uri, "shards"), "vocabulary": storage.join(self.uri, "vocabulary.parquet"), "digest": digest,
             "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
         }  # fmt: skip
         jobs = {
