@@ -280,13 +280,13 @@ RELATIVE_ERROR = 2.0**-SKETCH_BITS
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """A sparse histogram: key = gene * NUM_BUCKETS + bucket, ascending; both int64."""
+    """A sparse histogram: key = gene * NUM_BUCKETS + bucket, ascending; both uint32."""
 
     keys: np.ndarray
     counts: np.ndarray
 
 
-EMPTY = Sketch(np.empty(0, np.int64), np.empty(0, np.int64))
+EMPTY = Sketch(np.empty(0, np.uint32), np.empty(0, np.uint32))
 
 
 @_jit
@@ -400,16 +400,21 @@ class Accumulator:
         self._used = _collect(data, indices, indptr, depth, keep_N, gene_G, np.empty(1), self._keys, self._used)
 
     def _flush(self) -> None:
-        keys, counts = np.empty(self._used, np.int64), np.empty(self._used, np.int64)
+        keys, counts = np.empty(self._used, np.uint32), np.empty(self._used, np.uint32)
         n = _count(self._keys[: self._used], self._num_genes, keys, counts)
-        found = Sketch(keys[:n].copy(), counts[:n].copy())
-        del keys, counts
-        self._total, self._used = merge([self._total, found]), 0
+        self._total, self._used = merge([self._total, _cut(keys, counts, n)]), 0
 
     def finish(self) -> Sketch:
         """The sketch of all that `update` brought."""
         self._flush()
         return self._total
+
+
+def _cut(keys: np.ndarray, counts: np.ndarray, n: int) -> Sketch:
+    """The first n of both, without holding them twice."""
+    keys.resize(n, refcheck=False)
+    counts.resize(n, refcheck=False)
+    return Sketch(keys, counts)
 
 
 def merge(sketches: Iterable[Sketch]) -> Sketch:
@@ -420,9 +425,8 @@ def merge(sketches: Iterable[Sketch]) -> Sketch:
             total = sketch
             continue
         most = len(total.keys) + len(sketch.keys)
-        keys, counts = np.empty(most, np.int64), np.empty(most, np.int64)
-        n = _merge(total.keys, total.counts, sketch.keys, sketch.counts, keys, counts)
-        total = Sketch(keys[:n].copy(), counts[:n].copy())
+        keys, counts = np.empty(most, np.uint32), np.empty(most, np.uint32)
+        total = _cut(keys, counts, _merge(total.keys, total.counts, sketch.keys, sketch.counts, keys, counts))
     return total
 
 

@@ -26,7 +26,7 @@ from mixgf.progress import Progress, say, warn
 SCHEMA = 1
 MERGE_FAN_IN = 32
 """Sketch parts merged by one task."""
-SKETCH_UNITS = 8
+SKETCH_UNITS = 4
 """Units that share a sketch in a large corpus: sketches of more cells are hardly larger."""
 
 
