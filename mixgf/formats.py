@@ -4,8 +4,8 @@ A reader gives facts of the file, names of its rows and columns, `obs` values of
 range as CSR blocks. Nothing here knows genes or checks counts (that is `mixgf.corpus`).
 
 Memory: row-major files (CSR, dense, 10x .h5) hold one block of rows. Column-major files (CSC, Matrix Market) are
-scanned from end to end in chunks of 4 M entries, of which those of the asked rows are kept: one such row range
-(a work unit) is in memory, 12 bytes per count and as much again while it is sorted.
+scanned from end to end in chunks of 4 M entries, of which those of the asked rows are kept, as often as rows are asked
+for: to read them more than once, turn them into rows first (`mixgf.bands`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class RawBlock:
     indptr: np.ndarray
 
 
+Triples = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Row, column and value of some entries."""
+
+
 @dataclass(kw_only=True)
 class Reader:
     """One open file. `num_rows` cells x `num_columns` features."""
@@ -62,6 +66,8 @@ class Reader:
     """Values of one obs column: float64, int64, or objects that are str or None."""
     is_gene: np.ndarray | None = None
     """Which columns are genes, where the file holds other features too; the others are not read."""
+    scan: Callable[[], Iterator[Triples]] | None = None
+    """Of column-major files: all entries, in the file's order. Reading a row range of one is a scan of the whole file."""
 
 
 def format_of(uri: str) -> str:
@@ -132,12 +138,14 @@ def _h5ad(uri: str, file: h5py.File, layer: str) -> Reader:
     index = _index(obs)
     if index.shape[0] != num_rows:
         raise _refuse(uri, f"obs has {index.shape[0]} rows, {where} has {num_rows}; the file is damaged")
+    read, scan = _matrix_reader(uri, matrix, num_rows, num_columns)
     return Reader(
         uri=uri,
         num_rows=num_rows,
         num_columns=num_columns,
         gene_names=lambda column: _h5ad_genes(uri, var, column),
-        read=_matrix_reader(uri, matrix, num_rows, num_columns),
+        read=read,
+        scan=scan,
         cell_names=lambda a, b: _strings(index, a, b),
         obs_columns=[str(name) for name in obs.attrs.get("column-order", [])],
         obs=lambda name, a, b: _column(obs[name], a, b),
@@ -209,9 +217,9 @@ def _h5ad_genes(uri: str, var: h5py.Group, column: str) -> np.ndarray:
 
 def _matrix_reader(
     uri: str, matrix: h5py.Group | h5py.Dataset, num_rows: int, num_columns: int
-) -> Callable[[int, int, int], Iterator[RawBlock]]:
+) -> tuple[Callable[[int, int, int], Iterator[RawBlock]], Callable[[], Iterator[Triples]] | None]:
     if isinstance(matrix, h5py.Dataset):
-        return lambda a, b, rows: _dense_blocks(matrix, a, b, rows)
+        return lambda a, b, rows: _dense_blocks(matrix, a, b, rows), None
     encoding = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "")))
     major = {"csr_matrix": num_rows, "csr": num_rows, "csc_matrix": num_columns, "csc": num_columns}.get(encoding)
     if major is None:
@@ -220,8 +228,12 @@ def _matrix_reader(
     if indptr.shape[0] != major + 1 or int(indptr[-1]) != matrix["data"].shape[0]:
         raise _refuse(uri, "its row pointers do not fit its data: truncated or damaged; fetch it again")
     if encoding.startswith("csr"):
-        return lambda a, b, rows: _csr_blocks(matrix, a, b, rows)
-    return lambda a, b, rows: _gather(_csc_scan(matrix), a, b, rows, num_columns)
+        return lambda a, b, rows: _csr_blocks(matrix, a, b, rows), None
+
+    def scan() -> Iterator[Triples]:
+        return _csc_scan(matrix)
+
+    return lambda a, b, rows: _gather(scan(), a, b, rows, num_columns), scan
 
 
 class _Column1D:
@@ -282,19 +294,20 @@ def _dense_blocks(matrix: h5py.Dataset, start: int, stop: int, rows: int) -> Ite
         yield RawBlock(a, block.data, block.indices.astype(np.int32), block.indptr.astype(np.int64))
 
 
-Triples = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, column, value
-
-
 def _csc_scan(matrix: h5py.Group) -> Iterator[Triples]:
     indptr = matrix["indptr"][:].astype(np.int64)
+    data, indices = _Column1D(matrix["data"]), _Column1D(matrix["indices"])
     for lo in range(0, int(indptr[-1]), SCAN_ENTRIES):
         hi = min(lo + SCAN_ENTRIES, int(indptr[-1]))
-        columns = np.searchsorted(indptr, np.arange(lo, hi), side="right") - 1
-        yield matrix["indices"][lo:hi], columns.astype(np.int32), matrix["data"][lo:hi]
+        first = int(np.searchsorted(indptr, lo, side="right")) - 1
+        last = int(np.searchsorted(indptr, hi, side="left"))
+        lengths = np.diff(np.clip(indptr[first : last + 1], lo, hi))
+        columns = np.repeat(np.arange(first, last, dtype=np.int32), lengths)
+        yield indices[lo:hi].astype(np.int32, copy=False), columns, data[lo:hi]
 
 
 def _gather(scan: Iterator[Triples], start: int, stop: int, rows: int, num_columns: int) -> Iterator[RawBlock]:
-    """Rows [start, stop) of a column-major scan, as blocks."""
+    """Rows [start, stop) of a scan, as blocks."""
     kept: list[Triples] = []
     for row, column, value in scan:
         mask = (row >= start) & (row < stop)
@@ -305,12 +318,25 @@ def _gather(scan: Iterator[Triples], start: int, stop: int, rows: int, num_colum
     else:
         r, c, v = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32)
     del kept
-    order = np.argsort(r.astype(np.int64) * num_columns + c, kind="stable")
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(r, minlength=stop - start))]).astype(np.int64)
-    c, v = c[order], v[order]
-    for a in range(start, stop, rows):
-        p = indptr[a - start : min(a + rows, stop) - start + 1]
-        yield RawBlock(a, v[p[0] : p[-1]], c[p[0] : p[-1]], p - p[0])
+    data, indices, indptr = by_row(r, c, v, stop - start)
+    yield from cut_rows(data, indices, indptr, start, rows)
+
+
+def by_row(
+    row: np.ndarray, column: np.ndarray, value: np.ndarray, num_rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entries as CSR (data, int32 indices, int64 indptr): rows in order, and the entries of a row in the order given."""
+    small = row.astype(np.uint16) if num_rows < 1 << 16 else row  # numpy sorts 16 bits by radix
+    order = np.argsort(small, kind="stable")
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))]).astype(np.int64)
+    return value[order], column[order], indptr
+
+
+def cut_rows(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, start: int, rows: int) -> Iterator[RawBlock]:
+    """A CSR matrix whose first row is row `start` of a file, in blocks of so many rows."""
+    for a in range(0, len(indptr) - 1, rows):
+        p = indptr[a : a + rows + 1]
+        yield RawBlock(start + a, data[p[0] : p[-1]], indices[p[0] : p[-1]], p - p[0])
 
 
 # 10x
@@ -369,6 +395,10 @@ def _mtx(uri: str, layer: str) -> Reader:
         shapes = f"{num_columns} x {num_rows} but {len(features)} features and {len(barcodes)} barcodes"
         raise _refuse(folder, f"matrix is {shapes}; the files do not belong together")
     genes = {"": 0, "id": 0, "name": 1}
+
+    def scan() -> Iterator[Triples]:
+        return _mtx_scan(matrix, skip, num_entries)
+
     kinds = np.asarray([line[2] if len(line) > 2 else _EXPRESSION for line in features], dtype=object)
     return Reader(
         uri=uri,
@@ -377,7 +407,8 @@ def _mtx(uri: str, layer: str) -> Reader:
         gene_names=lambda column: np.asarray(
             [line[genes.get(column, 0) if len(line) > 1 else 0] for line in features], dtype=object
         ),
-        read=lambda a, b, rows: _gather(_mtx_scan(matrix, skip, num_entries), a, b, rows, num_columns),
+        read=lambda a, b, rows: _gather(scan(), a, b, rows, num_columns),
+        scan=scan,
         cell_names=lambda a, b: barcodes[a:b],
         is_gene=kinds == _EXPRESSION,
     )

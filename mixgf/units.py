@@ -5,7 +5,7 @@ written atomically and holds the same bytes whoever made it, so whatever was kil
 cannot be used raises `UserError`.
 
 Layout of the work folder, all Parquet unless said otherwise: sources/I.json and sources/I.parquet (facts and columns
-of source I), metrics/U (cells of unit U) after sums/U (counts by column), doublets/I-S (sample S), genes/SPECIES,
+of source I), rows/I after bands-I (column-major sources turned into rows), metrics/U (cells of unit U) after sums/U (counts by column), doublets/I-S (sample S), genes/SPECIES,
 sketch/U, done/N (shard N).
 """
 
@@ -14,15 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixgf import corpus, qc, storage, tokenize, vocab
+from mixgf import bands, corpus, qc, storage, tokenize, vocab
 from mixgf.config import QC, Source, SpeciesRow, Tokens, UserError
 from mixgf.formats import Reader, open_reader
 
@@ -103,7 +104,9 @@ def describe(
             raise _no_column(reader, f"sources[{index}].sample", source.sample)
         kinds = {new: _kind(reader, old) for new, old in obs.items()}
         rows = reader.num_rows
-    facts = {"rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds} | _identity(source.uri)
+        by_column = reader.scan is not None
+    facts = {"rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column}
+    facts |= _identity(source.uri)
     storage.write_json(facts_uri(work, index), facts)
     storage.write_table(part(work, "sources", index), columns)  # last: its presence says that the source is described
 
@@ -144,6 +147,28 @@ def _columns(work: str, index: int) -> pa.Table:
     return storage.read_table(part(work, "sources", index))
 
 
+def turn(work: str, index: int, source: Source) -> None:
+    """Turn a column-major file into rows (`mixgf.bands`), for the units to read."""
+    with open_reader(source.uri, source.layer) as reader:
+        bands.write(reader, _bands(work, index))
+        storage.write_table(
+            part(work, "rows", index), pa.table({"rows": [reader.num_rows]})
+        )  # last: all bands are there
+
+
+def _bands(work: str, index: int) -> str:
+    return storage.join(work, f"bands-{index:05d}")
+
+
+@contextmanager
+def _opened(work: str, index: int, source: Source) -> Iterator[Reader]:
+    """A source; one that was turned into rows is read from these."""
+    with open_reader(source.uri, source.layer) as reader:
+        if reader.scan is not None and storage.exists(part(work, "rows", index)):
+            reader.read = partial(bands.read, _bands(work, index))
+        yield reader
+
+
 # Pass 1: metrics
 
 
@@ -152,7 +177,7 @@ def measure(work: str, unit: Unit, block_cells: int) -> None:
     columns = _columns(work, unit.index)
     masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
     sums_G = np.zeros(columns.num_rows, dtype=np.int64)
-    with open_reader(unit.source.uri, unit.source.layer) as reader:
+    with _opened(work, unit.index, unit.source) as reader:
         metrics = qc.Metrics.merge(
             [
                 qc.measure(b.data, b.indices, b.indptr, **masks, sums_G=sums_G)
@@ -185,7 +210,7 @@ def doublets(
     wanted = np.zeros(int(rows[-1]) + 1, dtype=bool)
     wanted[rows] = True
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    with open_reader(source.uri, source.layer) as reader:
+    with _opened(work, index, source) as reader:
         for b in corpus.blocks(reader, columns, int(rows[0]), int(rows[-1]) + 1, rows=block_cells):
             keep = wanted[b.start : b.start + len(b.indptr) - 1]
             entries = np.repeat(keep, np.diff(b.indptr))
@@ -219,7 +244,7 @@ def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_c
         gene_G = pc.index_in(columns["gene"].combine_chunks(), value_set=listed)
         gene_G = np.where(columns["candidate"].to_numpy(), pc.fill_null(gene_G, -1).to_numpy(), -1).astype(np.int32)
         depth = read_metrics(work, [unit.number])[0].n_counts
-        with open_reader(unit.source.uri, unit.source.layer) as reader:
+        with _opened(work, unit.index, unit.source) as reader:
             for b, rows in _blocks(reader, columns, unit, block_cells):
                 filled.update(b.data, b.indices, b.indptr, depth_N=depth[rows], keep_N=keep_N[rows], gene_G=gene_G)
     write_sketch(part(work, "sketch", number), filled.finish())
@@ -281,7 +306,7 @@ def encode(
     length = np.minimum(metrics.n_genes[keep_N], tokens.max_len - int(tokens.cls)) + int(tokens.cls)
     offsets_N1 = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
     tokens_T, done_N = np.empty(offsets_N1[-1], np.int32), 0
-    with open_reader(unit.source.uri, unit.source.layer) as reader:
+    with _opened(work, unit.index, unit.source) as reader:
         for b, rows in _blocks(reader, columns, unit, block_cells):
             keep = keep_N[rows]
             if not keep.any():

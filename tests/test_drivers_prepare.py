@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
-from mixgf import artifacts, corpus, storage, units
+from mixgf import artifacts, bands, corpus, storage, units
 from mixgf.config import QC, Config, Prepare, Source, SpeciesRow, Tokens, Tracking, UserError, Vocab
 from mixgf.drivers import prepare
 from mixgf.vocab import Vocabulary
@@ -282,6 +282,20 @@ def test_shared_tokens_caps_and_cls_reach_the_corpus(world, tmp_path):
     assert [r["cell_count"] for r in per_sample if r["source"] != "cow"] == [4] * 4
     assert max(r["cell_count"] for r in per_sample) == 4
     assert artifacts.require(uri, "corpus").counts["dropped"]["cap"] > 0
+
+
+def test_a_column_major_source_gives_the_bytes_of_a_row_major_one(world, tmp_path, monkeypatch):
+    config, _ = world
+    expected = bytes_of(made(config, tmp_path, "rows"))
+    monkeypatch.setattr(bands, "BAND_ROWS", 4)
+    for source in config.sources:
+        cells = anndata.read_h5ad(source.uri)
+        cells.X = sparse.csc_matrix(cells.X)
+        cells.write_h5ad(source.uri)
+    uri = made(config, tmp_path, "columns")
+    found = bytes_of(uri)
+    assert found == expected
+    assert not storage.exists(f"{uri}/work")
 
 
 def test_units_cover_every_row_once():

@@ -159,6 +159,7 @@ class _Prepare:
     def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
         allowed, medians = self._given()
         self._describe(allowed)
+        self._turn()
         all_units = units.plan_units(
             {i: (self.sources[i], f["rows"]) for i, f in self.facts.items()}, self.config.prepare.shard_cells
         )
@@ -230,6 +231,11 @@ class _Prepare:
         }
         self._pass("sources", "sources", jobs, "files")
         self.facts = {i: storage.read_json(units.facts_uri(self.work, i)) for i in jobs if i not in self.refused}
+
+    def _turn(self) -> None:
+        columns = [i for i, f in sorted(self.facts.items()) if f["by_column"]]
+        jobs = {i: job(i, self.facts[i]["rows"], units.turn, self.work, i, self.sources[i]) for i in columns}
+        self._pass("rows", "rows", jobs)
 
     def _measure(self, all_units: list[units.Unit]) -> None:
         rows = self.config.prepare.block_cells
