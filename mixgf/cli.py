@@ -153,6 +153,7 @@ def _absolute(config: Config) -> Config:
 
     data = to_dict(config)
     data["output"] = path(config.output)
+    data["prepare"]["extend"] = path(config.prepare.extend)
     data["inputs"] = {name: path(uri) for name, uri in data["inputs"].items()}
     data["species"] = [row | {"genes": path(row["genes"])} for row in data["species"]]
     data["sources"] = [source | {"uri": path(source["uri"])} for source in data["sources"]]

@@ -142,6 +142,9 @@ class Prepare:
     """Source rows held in memory at a time."""
     strict: bool = False
     """Stop at the first refused source, instead of listing it at the end."""
+    extend: str = ""
+    """URI of a finished corpus whose cells are taken over as they are: `sources` then names only the ones to be added. Needs
+    its vocabulary (vocab.reuse), its qc and tokens."""
 
     def __post_init__(self) -> None:
         _require(

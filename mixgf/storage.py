@@ -164,6 +164,24 @@ def upload(path: Path, uri: str) -> None:
     fs.put_file(str(path), key)
 
 
+def copy(uri: str, to: str) -> None:
+    """Copy one file atomically: a hard link on one disk, a copy by the server within object storage."""
+    if is_local(uri) and is_local(to):
+        with _replacing(local_path(to)) as temporary:
+            try:
+                temporary.hardlink_to(local_path(uri))
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(local_path(uri), temporary)
+    elif is_local(uri):
+        upload(local_path(uri), to)
+    elif is_local(to) or uri.partition("://")[0] != to.partition("://")[0]:
+        with local_copy(uri) as path:
+            upload(path, to)
+    else:
+        fs, key = _remote(uri)
+        fs.cp_file(key, _remote(to)[1])
+
+
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """A local path to a file: the file itself, or a download that is removed afterwards."""

@@ -344,10 +344,7 @@ def encode(
     name = shard_name(shard)
     size, digest = write_shard(storage.join(to, name), table)
     done = {"name": name, "rows": num, "bytes": size, "sha256": digest}
-    lengths_table = pa.table({"length": pa.array(length, pa.int32())}).replace_schema_metadata(
-        {"shard": json.dumps(done)}
-    )
-    storage.write_table(part(work, "done", shard), lengths_table)
+    write_done(work, shard, length, done)
 
 
 @lru_cache(maxsize=8)
@@ -361,6 +358,12 @@ def _ranks(vocabulary: str, digest: str, species: str, scaling: str) -> tokenize
 def shard_name(shard: int) -> str:
     """File name of a shard."""
     return f"{shard:05d}.parquet"
+
+
+def write_done(work: str, shard: int, length_N: np.ndarray, entry: dict[str, Any]) -> None:
+    """Write the part that says that a shard is there: its lengths and manifest entry."""
+    table = pa.table({"length": pa.array(length_N, pa.int32())})
+    storage.write_table(part(work, "done", shard), table.replace_schema_metadata({"shard": json.dumps(entry)}))
 
 
 def read_done(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:

@@ -39,6 +39,19 @@ def ray_local():
 
 
 @pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"  # made once: a new database takes seconds
+
+
+@pytest.fixture
+def world(tmp_path, tracking_uri):
+    """Three invented species, one file each of another size, and their one-to-one table (`tests/invented.py`)."""
+    import invented
+
+    return invented.make(tmp_path, tracking_uri)
+
+
+@pytest.fixture(scope="session")
 def make_corpus(tmp_path_factory):
     """Writes small token corpora in the documented layout: `make_corpus(lengths, species, rows, genes=...) -> uri`."""
     import numpy as np

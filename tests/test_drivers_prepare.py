@@ -4,65 +4,15 @@ import dataclasses
 
 import anndata
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from invented import NUM_GENES
 from scipy import sparse
 
 from mixgf import artifacts, bands, corpus, storage, units
-from mixgf.config import QC, Config, Prepare, Source, SpeciesRow, Tokens, Tracking, UserError, Vocab
+from mixgf.config import QC, Prepare, Source, Tokens, UserError, Vocab
 from mixgf.drivers import prepare
 from mixgf.vocab import Vocabulary
-
-NUM_GENES = 30
-
-
-def species(tmp_path, name, prefix):
-    genes = [f"{prefix}{i:05d}" for i in range(NUM_GENES)]
-    path = tmp_path / f"{name}.parquet"
-    pq.write_table(
-        pa.table({"gene": genes, "symbol": [f"{name}-{i}x" for i in range(NUM_GENES)], "biotype": ["protein_coding"] * NUM_GENES,
-                  "is_mito": [i == 0 for i in range(NUM_GENES)]}), path,
-    )  # fmt: skip
-    return SpeciesRow(name=name, taxon=1, gene_prefix=prefix, genes=str(path))
-
-
-def write_cells(path, prefix, num, seed, **obs):
-    rng = np.random.default_rng(seed)
-    x = rng.negative_binomial(2, 0.2, (num, NUM_GENES)) * (rng.random((num, NUM_GENES)) < 0.8)
-    x[3] = 0  # an empty cell
-    x[5] = x[4]  # a duplicate
-    names = [f"{prefix}{i:05d}" for i in range(NUM_GENES)]
-    frame = pd.DataFrame(
-        {"cell_type": pd.Categorical(["a", "b"] * num)[:num], **obs}, index=[f"c{i}" for i in range(num)]
-    )
-    anndata.AnnData(sparse.csr_matrix(x.astype(np.float32)), obs=frame, var=pd.DataFrame(index=names)).write_h5ad(path)
-    return x
-
-
-@pytest.fixture(scope="module")
-def tracking_uri(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"  # made once: a new database takes seconds
-
-
-@pytest.fixture
-def world(tmp_path, tracking_uri):
-    """Three invented species, one file each of another size, and their one-to-one table."""
-    rows = tuple(species(tmp_path, n, p) for n, p in (("ant", "ENSA"), ("bee", "ENSB"), ("cow", "ENSC")))
-    pairs = {row.name: [f"{row.gene_prefix}{i:05d}" for i in range(5)] for row in rows}
-    pq.write_table(pa.table(pairs), tmp_path / "orthologs.parquet")
-    counts = {
-        "ant": write_cells(tmp_path / "ant.h5ad", "ENSA", 37, 1, score=np.arange(37), donor=["d1"] * 37),
-        "bee": write_cells(tmp_path / "bee.h5ad", "ENSB", 20, 2, score=np.linspace(0, 1, 20)),
-        "cow": write_cells(tmp_path / "cow.h5ad", "ENSC", 11, 3, score=["x"] * 11),
-    }
-    config = Config(
-        output=str(tmp_path / "run"), species=rows, sources=tuple(Source(uri=str(tmp_path / f"{n}.h5ad"), species=n) for n in counts),
-        vocab=Vocab(orthologs=(str(tmp_path / "orthologs.parquet"),)), tokens=Tokens(max_len=20),
-        prepare=Prepare(shard_cells=10, block_cells=4), tracking=Tracking(uri=tracking_uri),
-    )  # fmt: skip
-    return config, counts
 
 
 def bytes_of(uri):

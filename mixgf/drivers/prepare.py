@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, corpus, qc, species, storage, tracking, units, vocab
+from mixgf import artifacts, corpus, extension, qc, species, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.progress import Progress, say, warn
@@ -35,7 +35,7 @@ class Job:
     """One call of a unit function; `weight` is its share of the pass, in cells or files."""
 
     source: int
-    """Number of the source that is refused if the call raises `UserError`."""
+    """Number of the source that is refused if the call raises `UserError`; -1: of none, and the run stops."""
     weight: int
     function: Callable[..., None]
     args: tuple[Any, ...]
@@ -91,19 +91,20 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     """Make the corpus and its vocabulary; returns the corpus' URI. `spread` replaces Ray (`loop` in tests)."""
     sources = corpus.resolve(config.sources)
     uri = storage.join(config.output, "corpus")
-    vocabulary, record = _plans(config, sources)
-    if not artifacts.begin(uri, record):
+    older = extension.find(config, sources)
+    vocabulary, record = _plans(config, sources, older)
+    if not _begin(uri, record):
         storage.remove(storage.join(uri, "work"))
         return uri
     params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
     with _nothing_left_of_a_refusal(uri), tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
         if spread is not None:
-            done = _Prepare(config, uri, sources, spread, Meter("prepare", tracked.id)).make(vocabulary, record)
+            done = _Prepare(config, uri, sources, older, spread, Meter("prepare", tracked.id)).make(vocabulary, record)
         else:
             from mixgf.drivers.session import session
 
             with session(config), watch(config, "prepare", tracked, uri) as watched:
-                done = _Prepare(config, uri, sources, ray_tasks(config), watched.meter).make(vocabulary, record)
+                done = _Prepare(config, uri, sources, older, ray_tasks(config), watched.meter).make(vocabulary, record)
                 watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     storage.remove(storage.join(uri, "work"))
@@ -120,7 +121,23 @@ def _nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
         raise
 
 
-def _plans(config: Config, sources: Sequence[Source]) -> tuple[artifacts.Record | None, artifacts.Record]:
+def _begin(uri: str, record: artifacts.Record) -> bool:
+    """`artifacts.begin`, with the way out for who only wants to add sources."""
+    try:
+        return artifacts.begin(uri, record)
+    except UserError as error:
+        there = artifacts.find(uri)
+        names = [{s["name"] for s in r.config["sources"]} for r in (there, record) if r is not None]
+        if len(names) < 2 or not names[0] < names[1]:
+            raise
+        how = f"--set prepare.extend={uri} --set vocab.reuse={uri.rsplit('/', 1)[0]}/vocabulary"
+        msg = f"{error}. To add sources without reading the others again: give the new ones alone, with another --output and {how}"
+        raise UserError(msg) from None
+
+
+def _plans(
+    config: Config, sources: Sequence[Source], older: extension.Older | None
+) -> tuple[artifacts.Record | None, artifacts.Record]:
     """Plans of the vocabulary (None where one is reused) and of the corpus."""
     data = to_dict(config)
     sized = [asdict(s) | {"size": _size(s.uri)} for s in sources]
@@ -132,7 +149,8 @@ def _plans(config: Config, sources: Sequence[Source]) -> tuple[artifacts.Record 
         vocabulary = artifacts.plan("vocabulary", SCHEMA, content, {})
         parent = vocabulary.fingerprint
     whole = content | {"tokens": data["tokens"], "prepare": {"shard_cells": config.prepare.shard_cells}}
-    return vocabulary, artifacts.plan("corpus", SCHEMA, whole, {"vocabulary": parent})
+    parents = {"vocabulary": parent} | ({"extends": older.record.fingerprint} if older else {})
+    return vocabulary, artifacts.plan("corpus", SCHEMA, whole, parents)
 
 
 def _size(uri: str) -> int:
@@ -147,6 +165,7 @@ class _Prepare:
     config: Config
     uri: str
     sources: tuple[Source, ...]
+    older: extension.Older | None
     spread: Spread
     meter: Meter
 
@@ -155,6 +174,10 @@ class _Prepare:
         self.rows = {row.name: row for row in self.config.species}
         self.refused: dict[int, str] = {}
         self.facts: dict[int, dict[str, Any]] = {}
+        self.metrics: dict[int, qc.Metrics] = {}
+        self.shards = storage.join(self.uri, "shards")
+        self.first = self.older.num_shards if self.older else 0
+        """Number of the first shard of the sources read here."""
 
     def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
         allowed, medians = self._given()
@@ -177,6 +200,7 @@ class _Prepare:
             raise UserError(msg)
         made = self._vocabulary(vocabulary, kept_units, keeps, medians)
         made.save(storage.join(self.uri, "vocabulary.parquet"))
+        self._take()
         self._encode(made.hash, kept_units, keeps)
         return self._publish(record, made, kept_units, reasons, reports)
 
@@ -190,6 +214,8 @@ class _Prepare:
         done = total - sum(j.weight for j in todo)
         with Progress(f"prepare: {what}", total, unit, done=done) as progress:
             for finished, (i, why) in enumerate(self.spread(todo), 1):
+                if why and todo[i].source < 0:
+                    raise UserError(why)
                 if why:
                     self._refuse(todo[i].source, why)
                 if counter:
@@ -265,7 +291,7 @@ class _Prepare:
     def _judge(self, all_units: list[units.Unit]) -> dict[int, np.ndarray]:
         """Reasons of all cells, by source."""
         rules = self.config.qc
-        metrics: dict[int, qc.Metrics] = {}
+        metrics = self.metrics
         samples: dict[int, np.ndarray | None] = {}
         for i in sorted(self.facts):
             metrics[i], samples[i] = units.read_metrics(self.work, [u.number for u in all_units if u.index == i])
@@ -274,7 +300,9 @@ class _Prepare:
             called = self._doublets(reasons, samples)
             reasons = {i: qc.judge(m, rules, called[i]) for i, m in metrics.items()}
         if rules.drop_duplicates:
-            qc.drop_duplicates(list(metrics.values()), list(reasons.values()))
+            held = [self.older.hashes()] if self.older else []
+            all_kept = [np.zeros(len(h.hash_a), dtype=np.int8) for h in held]
+            qc.drop_duplicates([*held, *metrics.values()], [*all_kept, *reasons.values()])
         for i in reasons if rules.max_cells_per_sample else ():
             qc.cap(reasons[i], samples[i], rules.max_cells_per_sample, self.sources[i].name, self.config.seed)
         return reasons
@@ -361,14 +389,33 @@ class _Prepare:
             level += 1
         return parts
 
+    def _take(self) -> None:
+        """Take over the shards of the older corpus."""
+        if self.older is not None:
+            jobs = {
+                n: job(
+                    -1,
+                    e["rows"],
+                    extension.take,
+                    self.work,
+                    n,
+                    self.older.uri,
+                    entry=e,
+                    length_N=lengths,
+                    to=self.shards,
+                )
+                for n, (e, lengths) in enumerate(self.older.shards())
+            }
+            self._pass("cells taken over", "done", jobs)
+
     def _encode(self, digest: str, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> None:
         options: dict[str, Any] = {
-            "to": storage.join(self.uri, "shards"), "vocabulary": storage.join(self.uri, "vocabulary.parquet"), "digest": digest,
+            "to": self.shards, "vocabulary": storage.join(self.uri, "vocabulary.parquet"), "digest": digest,
             "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
         }  # fmt: skip
         jobs = {
             n: job(u.index, u.stop - u.start, units.encode, self.work, u, keeps[u.number], n, **options)
-            for n, u in enumerate(kept)
+            for n, u in enumerate(kept, self.first)
         }
         self._pass("sentences", "done", jobs, counter="cells_encoded")
         self.meter.add("shards_written", len(jobs))
@@ -391,40 +438,53 @@ class _Prepare:
         self, record: artifacts.Record, made: vocab.Vocabulary, kept: list[units.Unit], reasons: dict[int, np.ndarray],
         reports: dict[int, corpus.Mapping],
     ) -> artifacts.Record:  # fmt: skip
-        done = [units.read_done(self.work, n) for n in range(len(kept))]
+        done = [units.read_done(self.work, n) for n in range(self.first + len(kept))]
         codes = {name: code for code, name in enumerate(made.species)}
-        index = pa.table({
-            "length": pa.array(np.concatenate([lengths for lengths, _ in done]), pa.int32()),
-            "species": pa.array(np.concatenate([np.full(len(lengths), codes[u.source.species]) for (lengths, _), u in zip(done, kept, strict=True)]), pa.int8()),
-        })  # fmt: skip
+        species_of = [
+            np.full(len(lengths), codes[u.source.species])
+            for (lengths, _), u in zip(done[self.first :], kept, strict=True)
+        ]
+        tables = {"index": pa.table({
+            "length": pa.array(np.concatenate([lengths for lengths, _ in done[self.first :]]), pa.int32()),
+            "species": pa.array(np.concatenate(species_of), pa.int8()),
+        })}  # fmt: skip
         counts = {i: qc.count(r) for i, r in reasons.items()}
         read = sum(len(r) for r in reasons.values())
         dropped = {name: sum(c[name] for c in counts.values()) for name in qc.REASONS if name != "kept"}
-        assert index.num_rows + sum(dropped.values()) == read == sum(f["rows"] for f in self.facts.values())
+        assert tables["index"].num_rows + sum(dropped.values()) == read == sum(f["rows"] for f in self.facts.values())
         rows = [{"source": self.sources[i].name, "species": self.sources[i].species, "cells_read": len(reasons[i]),
                  "cells_kept": counts[i]["kept"]} | asdict(reports[i]) for i in sorted(self.facts)]  # fmt: skip
-        losses = [
-            {"source": self.sources[i].name, "reason": name, "cells": c[name]}
-            for i, c in counts.items()
-            for name in dropped
-        ]
+        losses = [{"source": self.sources[i].name, "reason": name, "cells": c[name]} for i, c in counts.items() for name in dropped]  # fmt: skip
+        tables |= {"mapping": pa.Table.from_pylist(rows), "dropped": pa.Table.from_pylist(losses)}
+        if self.config.qc.drop_duplicates:
+            mine = [(self.metrics[i], r == qc.KEPT) for i, r in sorted(reasons.items())]
+            tables["hashes"] = pa.table(
+                {x: np.concatenate([getattr(m, f"hash_{x}")[k] for m, k in mine]) for x in "ab"}
+            )
+        sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(reasons[i]), "cells_kept": counts[i]["kept"],
+                    "size": self.facts[i]["size"], "sha256": self.facts[i]["sha256"]} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
+        if self.older is not None:
+            tables = {
+                name: pa.Table.from_pylist(self.older.table(name).to_pylist() + table.to_pylist())
+                if name in ("mapping", "dropped")  # lists of names have their type from all of them
+                else pa.concat_tables([self.older.table(name), table])
+                for name, table in tables.items()
+            }
+            sources = self.older.record.details["sources"] + sources
+            read += self.older.record.counts["read"]
+            dropped = {name: n + self.older.record.counts["dropped"].get(name, 0) for name, n in dropped.items()}
         files = {}
-        for name, table in {
-            "index": index,
-            "mapping": pa.Table.from_pylist(rows),
-            "dropped": pa.Table.from_pylist(losses),
-        }.items():
+        for name, table in tables.items():
             size, digest = storage.write_table(storage.join(self.uri, f"{name}.parquet"), table)
             files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
         details = {
             "species": list(made.species), "vocabulary": made.hash, "max_len": self.config.tokens.max_len, "cls": self.config.tokens.cls,
             "shards": [entry for _, entry in done],
-            "sources": [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(reasons[i]), "cells_kept": counts[i]["kept"],
-                         "size": self.facts[i]["size"], "sha256": self.facts[i]["sha256"]} for i, s in enumerate(self.sources) if i in self.facts],
+            "sources": sources,
             "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.refused.items())],
         }  # fmt: skip
         say(
-            f"corpus: {read:,} cells read, {index.num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
+            f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
         )
-        totals = {"read": read, "kept": index.num_rows, "dropped": dropped}
+        totals = {"read": read, "kept": tables["index"].num_rows, "dropped": dropped}
         return artifacts.finish(self.uri, record, counts=totals, files=files, details=details)

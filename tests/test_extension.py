@@ -1,0 +1,135 @@
+"""Adding sources to a corpus: only they are read, and the corpus is that of all sources prepared together."""
+
+import dataclasses
+
+import anndata
+import pytest
+
+from mixgf import artifacts, storage, units
+from mixgf.config import QC, Prepare, Tokens, UserError, Vocab
+from mixgf.dataset import Corpus
+from mixgf.drivers import prepare
+
+
+@pytest.fixture
+def runs(world, tmp_path):
+    """A corpus of two sources, the config that adds the third, and that of all three at once with the same vocabulary."""
+    config, _ = world
+    config = dataclasses.replace(
+        config, sources=tuple(dataclasses.replace(s, obs=("cell_type",)) for s in config.sources)
+    )
+    first = dataclasses.replace(config, output=str(tmp_path / "all"))
+    prepare.run(first, spread=prepare.loop)  # only for a vocabulary that knows all three species
+    fixed = dataclasses.replace(config, vocab=Vocab(reuse=str(tmp_path / "all" / "vocabulary")))
+    old = dataclasses.replace(fixed, output=str(tmp_path / "old"), sources=config.sources[:2])
+    older = prepare.run(old, spread=prepare.loop)
+    new = dataclasses.replace(
+        fixed, output=str(tmp_path / "new"), sources=config.sources[2:],
+        prepare=dataclasses.replace(config.prepare, extend=older),
+    )  # fmt: skip
+    together = dataclasses.replace(fixed, output=str(tmp_path / "together"))
+    return older, new, together
+
+
+def contents(uri):
+    names = storage.list_dir(uri)
+    files = [n for n in names if n.endswith(".parquet")] + [f"shards/{n}" for n in storage.list_dir(f"{uri}/shards")]
+    return {f: storage.sha256(f"{uri}/{f}") for f in files}
+
+
+def test_an_added_source_alone_is_read_and_the_corpus_is_that_of_all_together(runs, monkeypatch):
+    older, new, together = runs
+    expected = prepare.run(together, spread=prepare.loop)
+    read = []
+    measure = units.measure
+    monkeypatch.setattr(
+        units, "measure", lambda work, unit, rows: (read.append(unit.source.name), measure(work, unit, rows))
+    )
+    before = contents(older)
+    uri = prepare.run(new, spread=prepare.loop)
+    assert set(read) == {"cow"}
+    assert contents(older) == before
+    assert contents(uri) == contents(expected)
+    a, b = artifacts.require(uri, "corpus"), artifacts.require(expected, "corpus")
+    assert a.counts == b.counts
+    assert {k: a.details[k] for k in a.details} == b.details
+    assert a.parents["extends"] == artifacts.require(older, "corpus").fingerprint
+    assert Corpus.open(uri).num_cells == a.counts["kept"]
+
+
+def test_a_killed_extension_continues_and_a_second_one_does_nothing(runs):
+    _, new, together = runs
+    expected = contents(prepare.run(together, spread=prepare.loop))
+    calls = []
+
+    def dying(jobs):
+        for i, call in enumerate(jobs):
+            if len(calls) == 9:
+                raise KeyboardInterrupt
+            calls.append(call.function.__name__)
+            yield i, prepare.attempt(call)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare.run(new, spread=dying)
+    assert "take" in calls or "measure" in calls
+    uri = prepare.run(new, spread=prepare.loop)
+    assert contents(uri) == expected
+
+    def never(jobs):
+        raise AssertionError
+
+    assert prepare.run(new, spread=never) == uri
+
+
+def test_cells_that_the_older_corpus_holds_are_duplicates(runs, tmp_path):
+    older, new, _ = runs
+    source = artifacts.require(older, "corpus").config["sources"][0]
+    cells = anndata.read_h5ad(source["uri"])
+    cells[:20].copy().write_h5ad(tmp_path / "again.h5ad")
+    again = dataclasses.replace(
+        new.sources[0], uri=str(tmp_path / "again.h5ad"), species=source["species"], name="again", obs=()
+    )
+    both = dataclasses.replace(new, sources=(*new.sources, again), qc=new.qc)
+    uri = prepare.run(both, spread=prepare.loop)
+    dropped = {(r["source"], r["reason"]): r["cells"] for r in storage.read_table(f"{uri}/dropped.parquet").to_pylist()}
+    kept = {r["source"]: r["cells_kept"] for r in storage.read_table(f"{uri}/mapping.parquet").to_pylist()}
+    assert kept["again"] == 0
+    assert dropped["again", "duplicate"] > 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab": Vocab()}, r"the vocabulary is not fixed: new cells change its medians.*--set vocab\.reuse"),
+        ({"qc": QC(min_genes=9)}, r"made with other settings: qc\.\w+: .*prepare all sources together"),
+        ({"tokens": Tokens(max_len=7)}, r"made with other settings: tokens\.max_len: 20 -> 7"),
+        ({"prepare": Prepare(extend="nowhere")}, r"nowhere: no finished corpus"),
+    ],
+    ids=["vocabulary", "qc", "tokens", "missing"],
+)
+def test_what_cannot_be_added_says_why_and_how_else(runs, change, message):
+    _, new, _ = runs
+    with pytest.raises(UserError, match=message):
+        prepare.run(dataclasses.replace(new, **change), spread=prepare.loop)
+
+
+def test_a_source_that_is_there_and_a_foreign_vocabulary_are_refused(runs, tmp_path, world):
+    _, new, _ = runs
+    config, _ = world
+    with pytest.raises(UserError, match=r"holds a source named 'ant' already; give only the sources to be added"):
+        prepare.run(dataclasses.replace(new, sources=config.sources[:1]), spread=prepare.loop)
+    other = dataclasses.replace(config, output=str(tmp_path / "other"), sources=config.sources[:1])
+    prepare.run(other, spread=prepare.loop)
+    foreign = dataclasses.replace(new, vocab=Vocab(reuse=str(tmp_path / "other" / "vocabulary")))
+    with pytest.raises(UserError, match=r"made with another vocabulary than vocab\.reuse"):
+        prepare.run(foreign, spread=prepare.loop)
+
+
+def test_more_sources_in_the_same_output_are_refused_with_the_way_to_add_them(runs, world, tmp_path):
+    config, _ = world
+    fewer = dataclasses.replace(config, output=str(tmp_path / "grow"), sources=config.sources[:2])
+    prepare.run(fewer, spread=prepare.loop)
+    with pytest.raises(
+        UserError, match=r"holds another corpus: .*--set prepare\.extend=\S+/corpus --set vocab\.reuse=\S+/vocabulary"
+    ):
+        prepare.run(dataclasses.replace(fewer, sources=config.sources), spread=prepare.loop)
