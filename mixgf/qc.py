@@ -194,9 +194,7 @@ def scrublet(
     cells = anndata.AnnData(counts)
     scanpy.pp.filter_genes(cells, min_cells=3)
     # exact neighbours at any size: from 2,731 cells on scanpy would ask pynndescent, whose answer it cannot read
-    scanpy.pp.scrublet(
-        cells, expected_doublet_rate=rate, random_state=seed, verbose=False, use_approx_neighbors=False
-    )
+    scanpy.pp.scrublet(cells, expected_doublet_rate=rate, random_state=seed, verbose=False, use_approx_neighbors=False)
     score = cells.obs["doublet_score"].to_numpy(dtype=np.float64)
     called = cells.obs.get("predicted_doublet")
     verdict = (
