@@ -58,7 +58,9 @@ def _number(value: float | None, digits: int = 0) -> str:
 
 
 def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+    """Cut in the middle: names of files differ at either end."""
+    half = width // 2
+    return text if len(text) <= width else f"{text[:half]}…{text[half + 1 - width :]}"
 
 
 def _why(dropped: dict[str, int]) -> str:
@@ -215,7 +217,7 @@ _REASONS = {
     "mito": ("#E69F00", "mitochondria"),
     "doublet": ("#CC79A7", "doublets"),
     "duplicate": ("#8C6D31", "duplicates"),
-    "cap": ("#CBD2D9", "over the cap"),
+    "cap": ("#A6CEE3", "over the cap"),
 }
 
 
