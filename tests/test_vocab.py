@@ -161,17 +161,19 @@ def test_merging_in_any_order_and_grouping_gives_the_same_sketch():
 
 
 def test_the_error_bound_and_the_order_hold_on_real_cells():
-    """All bundled human pancreas cells against numpy's exact medians, gene by gene; two parts in two orders."""
+    """All bundled human cells against numpy's exact medians, every fourth gene; two parts in two orders."""
     cells = anndata.read_h5ad(storage.local_path("resource:pancreas_human_baron.h5ad"))
     counts = cells.X.tocsr().astype(np.int64)
     depth = np.asarray(counts.sum(axis=1)).ravel()
+    counts = counts[:, ::4]
+    num_genes = counts.shape[1]
     parts = []
     for a in range(0, cells.n_obs, 1_100):
         part = counts[a : a + 1_100]
-        sketch = vocab.Accumulator(cells.n_vars, num_cells=part.shape[0], max_depth=int(depth[a : a + 1_100].max()))
+        sketch = vocab.Accumulator(num_genes, num_cells=part.shape[0], max_depth=int(depth[a : a + 1_100].max()))
         sketch.update(
             part.data.astype(np.int32), part.indices.astype(np.int32), part.indptr.astype(np.int64),
-            depth_N=depth[a : a + 1_100], keep_N=np.ones(part.shape[0], bool), gene_G=np.arange(cells.n_vars, dtype=np.int32),
+            depth_N=depth[a : a + 1_100], keep_N=np.ones(part.shape[0], bool), gene_G=np.arange(num_genes, dtype=np.int32),
         )  # fmt: skip
         parts.append(sketch.finish())
     forward, backward = vocab.merge(parts), vocab.merge(parts[::-1])
@@ -179,9 +181,9 @@ def test_the_error_bound_and_the_order_hold_on_real_cells():
     assert np.array_equal(forward.counts, backward.counts)
     found = vocab.finish(forward)
     columns = (sparse.diags_array(10_000 / depth) @ counts).tocsc()
-    assert len(found) > 15_000
+    assert len(found) > 3_500
     errors = []
-    for g in range(cells.n_vars):
+    for g in range(num_genes):
         values = columns.data[columns.indptr[g] : columns.indptr[g + 1]]
         assert (g in found) == (len(values) > 0)
         if len(values):
