@@ -1,10 +1,10 @@
-"""The home of every benchmark: `python jobs/bench.py prepare|train|perturb [--json] [--quick]`.
+"""The home of every benchmark: `python jobs/bench.py STAGE [--json] [--quick]`.
 
 Prints a table, or with --json one object per figure: {"figure", "value", "unit", "baseline", "ratio"}. Baselines are the
 published way of doing the same, written plainly in the benchmark, measured in turn with ours in one process.
 
 Submit: ray job submit --working-dir . -- python jobs/bench.py STAGE --json
-Inputs: none (bundled cells, or cells drawn with a seed). Outputs: standard output. Resources: two CPU cores; a GPU is used where there is one.
+Inputs: none (bundled cells, or cells drawn with a seed; `doublets` reads labelled cells, see there). Outputs: standard output. Resources: two CPU cores; a GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixgf.config import UserError
+
+if TYPE_CHECKING:
+    from measure import Figure
 
 STAGES = {p.stem.removeprefix("bench_"): p.stem for p in sorted(Path(__file__).parent.glob("bench_*.py"))}
 
@@ -27,16 +34,24 @@ def main() -> int:
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     figures = importlib.import_module(STAGES[args.stage]).figures(quick=args.quick)
-    if not args.json:
-        print(f"{'figure':58} {'value':>12} {'unit':16} {'baseline':>12} {'ratio':>8}")
-    for figure in figures:
-        row = figure.row()
-        if args.json:
-            print(json.dumps(row), flush=True)
-        else:
-            baseline, ratio = (f"{row[k]:,.4g}" if row[k] is not None else "" for k in ("baseline", "ratio"))
-            print(f"{row['figure']:58} {row['value']:>12,.5g} {row['unit']:16} {baseline:>12} {ratio:>8}", flush=True)
+    try:
+        _print(figures, as_json=args.json)
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _print(figures: Iterable[Figure], *, as_json: bool) -> None:
+    for i, figure in enumerate(figures):
+        row = figure.row()
+        if as_json:
+            print(json.dumps(row), flush=True)
+            continue
+        if i == 0:
+            print(f"{'figure':76} {'value':>12} {'unit':16} {'baseline':>12} {'ratio':>8}")
+        baseline, ratio = (f"{row[k]:,.4g}" if row[k] is not None else "" for k in ("baseline", "ratio"))
+        print(f"{row['figure']:76} {row['value']:>12,.5g} {row['unit']:16} {baseline:>12} {ratio:>8}", flush=True)
 
 
 if __name__ == "__main__":

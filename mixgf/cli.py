@@ -82,9 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--print-config", action="store_true", help="print the whole config as JSON and stop")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     inspect = commands.add_parser(
-        "inspect", help="what is in a corpus", description="mixgf inspect: what is in a corpus"
+        "inspect",
+        help="what is in a corpus",
+        description="mixgf inspect: cells by species, source and type, why cells were dropped, lengths, vocabulary",
     )
-    inspect.add_argument("uri", metavar="URI", help="a corpus, for example runs/demo/corpus")
+    inspect.add_argument("uri", metavar="URI", help="a corpus, for example runs/demo/corpus or s3://bucket/run/corpus")
+    inspect.add_argument("--json", action="store_true", help="one JSON object with every figure")
+    inspect.add_argument("--plot", default="", metavar="FILE", help="draw it as well: FILE.png, FILE.svg or FILE.pdf")
     inspect.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -209,12 +213,24 @@ def _run_all(config: Config) -> int:
     return _refused(storage.join(config.output, "corpus"))
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from mixgf import inspection, overview
+
+    if args.plot:
+        overview.check_plot(args.plot, args.uri)  # before the counting, not after it
+    found = inspection.inspect(args.uri)
+    print(json.dumps(found, allow_nan=False) if args.json else overview.text(found))
+    if args.plot:
+        overview.save(found, args.plot)
+        progress.say(f"figure: {args.plot}")
+    elif not args.json:
+        print(f"\nas a figure: mixgf inspect {args.uri} --plot corpus.png")
+    return 0
+
+
 def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "inspect":
-        from mixgf import corpus
-
-        print(corpus.describe(args.uri))
-        return 0
+        return _inspect(args)
     config = _config(args)
     if args.print_config:
         print(json.dumps(to_dict(config), indent=1))

@@ -95,6 +95,13 @@ class QC:
     def __post_init__(self) -> None:
         _one_of("qc.method", self.method, ("sd", "mad", "none"))
         _require(self.min_genes >= 1, "qc.min_genes", self.min_genes, "at least 1")
+        _require(self.num_sd > 0, "qc.num_sd", self.num_sd, "above 0 (qc.method = 'none' drops nothing by depth)")
+        _require(self.num_mads > 0, "qc.num_mads", self.num_mads, "above 0 (qc.method = 'none' drops nothing by depth)")
+        for name in ("max_mito_fraction", "min_mapped_fraction"):
+            _require(0 <= getattr(self, name) <= 1, f"qc.{name}", getattr(self, name), "a share between 0 and 1")
+        _require(
+            self.max_cells_per_sample >= 0, "qc.max_cells_per_sample", self.max_cells_per_sample, "at least 0 (no cap)"
+        )
         _require(0 < self.doublet_rate < 0.5, "qc.doublet_rate", self.doublet_rate, "between 0 and 0.5")
 
 

@@ -18,8 +18,8 @@ import numba
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, storage
 from mixgf import species as species_rows
+from mixgf import storage
 from mixgf.config import Source, SpeciesRow, UserError
 from mixgf.formats import RawBlock, Reader
 
@@ -368,56 +368,3 @@ def _advice(raw: RawBlock, wrong: int) -> str:
     if wrong == _NEGATIVE:
         return "the matrix looks scaled: give raw counts (sources[i].layer = 'raw' or a layer's name)"
     return "counts must be whole numbers from 0: give raw counts (sources[i].layer = 'raw' or a layer's name)"
-
-
-# What is in a corpus?
-
-
-def corpus_summary(uri: str) -> dict[str, Any]:
-    """Figures of a finished corpus: counts, cells by species, source and cell type, lengths, losses, genes known."""
-    record = artifacts.require(uri, "corpus")
-    columns: dict[str, Counter[str]] = {"species": Counter(), "source": Counter(), "cell_type": Counter()}
-    for shard in record.details["shards"]:
-        where = storage.join(uri, "shards", shard["name"])
-        table = storage.read_table(where, columns=list(columns))  # columns that the shard lacks are left out
-        for name in set(columns) & set(table.column_names):
-            columns[name].update(str(v) for v in table[name].to_pylist())
-    length = storage.read_table(storage.join(uri, "index.parquet"))["length"].to_numpy()
-    shares = (0, 5, 25, 50, 75, 95, 100)
-    max_len = int(record.details["max_len"])
-    return {
-        "counts": record.counts,
-        **{name: dict(found.most_common()) for name, found in columns.items()},
-        "length": dict(zip((f"{s} %" for s in shares), np.percentile(length, shares).tolist(), strict=True)),
-        "tokens": int(length.sum()),
-        "full": float((length >= max_len).mean()),
-        "mapping": storage.read_table(storage.join(uri, "mapping.parquet")).to_pylist(),
-        "refused": record.details["refused"],
-        "max_len": max_len,
-        "vocabulary": record.details["vocabulary"],
-    }
-
-
-def describe(uri: str) -> str:
-    """`corpus_summary` as text for a terminal."""
-    s = corpus_summary(uri)
-    dropped = {k: n for k, n in s["counts"]["dropped"].items() if n}
-    lines = [
-        f"corpus {uri}, vocabulary {s['vocabulary'][:12]}",
-        f"cells: {s['counts']['read']:,} read, {s['counts']['kept']:,} kept; {s['tokens']:,} tokens",
-        "dropped: " + (", ".join(f"{n:,} {k}" for k, n in dropped.items()) or "none"),
-        f"length: {', '.join(f'{k} {v:,.0f}' for k, v in s['length'].items())}; {s['full']:.1%} at max_len {s['max_len']:,}",
-    ]
-    for name in ("species", "source", "cell_type"):
-        most = max(s[name].values(), default=1)
-        lines += [f"{name}:"] + [
-            f"  {k[:40]:40} {n:10,} {'#' * round(30 * n / most)}" for k, n in list(s[name].items())[:25]
-        ]
-    lines.append("genes known, by source:")
-    for m in s["mapping"]:
-        cause = f"; {m['cause']}" if m["cause"] else ""
-        lines.append(
-            f"  {m['source'][:40]:40} {m['mapped']:,} of {m['columns']:,}, {1 - m['counts_lost']:.1%} of counts{cause}"
-        )
-    lines += [f"refused: {r['error']}" for r in s["refused"]]
-    return "\n".join(lines)

@@ -27,34 +27,44 @@ MIN_UMAP_CELLS = 200
 """Fewer cells have too few neighbours for a map of neighbourhoods."""
 MAX_TYPES = 30
 """Most types with a number of their own in a map; the rarer ones are drawn grey."""
-_INK, _SOFT, _FAINT = "#1f2933", "#52606d", "#cbd2d9"
+INK, SOFT, FAINT = "#1f2933", "#52606d", "#cbd2d9"
 _STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.edgecolor": _SOFT, "axes.labelcolor": _INK,
+    "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.edgecolor": SOFT, "axes.labelcolor": INK,
     "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "text.color": _INK, "xtick.color": _SOFT,
-    "ytick.color": _SOFT, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "legend.frameon": False, "hatch.linewidth": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "text.color": INK, "xtick.color": SOFT,
+    "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "hatch.linewidth": 0.6,
     "figure.facecolor": "none", "savefig.facecolor": "none", "axes.facecolor": "none", "figure.dpi": 100,
 }  # fmt: skip
 
 
 @contextmanager
-def _canvas(name: str, width: float, height: float, **layout: Any) -> Iterator[tuple[Any, list[str]]]:
-    """A figure of `width` x `height` inches; the list receives its SVG when the block ends."""
+def sheet(
+    name: str, width: float, height: float, *, kind: str = "svg", **layout: Any
+) -> Iterator[tuple[Any, list[bytes]]]:
+    """A figure of `width` x `height` inches; the list receives its file (svg, or png or pdf on white) at the end."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    out: list[str] = []
+    undated = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate",), "png": ("Software",)}[kind]
+    out: list[bytes] = []
     with mpl.rc_context({**_STYLE, "svg.hashsalt": f"mixgf-{name}"}):
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, **layout))
         FigureCanvasSVG(figure)
         yield figure, out
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", dpi=170, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-        out.append(_inline(buffer.getvalue(), name, width))
+        file, back = io.BytesIO(), "none" if kind == "svg" else "white"
+        figure.savefig(file, format=kind, dpi=170, metadata=dict.fromkeys(undated), facecolor=back)
+        out.append(file.getvalue())
+
+
+@contextmanager
+def _canvas(name: str, width: float, height: float, **layout: Any) -> Iterator[tuple[Any, list[str]]]:
+    """A figure of the report; the list receives its SVG element when the block ends."""
+    out: list[str] = []
+    with sheet(name, width, height, **layout) as (figure, files):
+        yield figure, out
+    out.append(_inline(files[0].decode(), name, width))
 
 
 def _inline(svg: str, name: str, width: float) -> str:
@@ -88,7 +98,7 @@ def cells_by_type(counts: pd.DataFrame) -> str:
             )
             for at, n in zip(y, counts[species], strict=True):
                 if n:
-                    axes.text(n * 1.06, at, f"{n:,.0f}", va="center", fontsize=7, color=_SOFT)
+                    axes.text(n * 1.06, at, f"{n:,.0f}", va="center", fontsize=7, color=SOFT)
         axes.set(
             xscale="log",
             xlabel="cells (log scale)",
@@ -119,12 +129,12 @@ def lengths(histogram: dict[str, np.ndarray], max_len: int) -> str:
                 linestyle=("-", "--", ":", "-.")[i % 4],
                 label=f"{species} (median {_median(counts):,})",
             )
-        axes.axvline(max_len, color=_SOFT, linewidth=0.8, linestyle=":")
+        axes.axvline(max_len, color=SOFT, linewidth=0.8, linestyle=":")
         axes.annotate(
             f"longest sentence {max_len:,}",
             (max_len, axes.get_ylim()[1]),
             fontsize=7,
-            color=_SOFT,
+            color=SOFT,
             ha="right",
             va="top",
             xytext=(-4, 0),
@@ -221,9 +231,7 @@ def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
             for i, name in enumerate(names):
                 rows = np.flatnonzero(species_N == name)
                 kind_N = [order.index(t) if t in order else -1 for t in types_N[rows]]
-                color = (
-                    [TYPE_COLORS[k % 20] if k >= 0 else _FAINT for k in kind_N] if by_type else SPECIES_COLORS[i % 6]
-                )
+                color = [TYPE_COLORS[k % 20] if k >= 0 else FAINT for k in kind_N] if by_type else SPECIES_COLORS[i % 6]
                 axes.scatter(
                     *xy_N2[rows].T,
                     s=size,
@@ -251,7 +259,7 @@ def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
                 [], [], s=34, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {kind} ({(types_N == kind).sum():,})"
             )
         if rest := int(np.isin(types_N, order, invert=True).sum()):
-            right.scatter([], [], s=34, c=_FAINT, label=f"–  unlabelled or rarer ({rest:,})")
+            right.scatter([], [], s=34, c=FAINT, label=f"–  unlabelled or rarer ({rest:,})")
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=3, handletextpad=0.2)
         right.legend(
             loc="upper center",
@@ -264,7 +272,7 @@ def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
         for axes, title in ((left, "By species"), (right, "By cell type")):
             axes.set(title=title, xticks=[], yticks=[], aspect="equal", adjustable="datalim")
             axes.spines[:].set_visible(True)
-            axes.spines[:].set_color(_FAINT)
+            axes.spines[:].set_color(FAINT)
     return out[0]
 
 
@@ -316,7 +324,7 @@ def heatmap(
                 ha="center",
                 va="center",
                 fontsize=6 if small else 7.5,
-                color="white" if dark else _INK,
+                color="white" if dark else INK,
             )
         if outline == "smallest":
             for i, j in enumerate(np.argmin(values, axis=1)):
@@ -349,7 +357,7 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
         left, right = figure.subplots(1, 2)
         floor = np.clip(frame[p].to_numpy(float), 1e-300, 1)
         for axes, x, y in ((left, frame["shift"], -np.log10(floor)), (right, frame["mean_rank"], frame["shift"])):
-            axes.scatter(x, y, s=11, c=_SOFT, alpha=0.45, linewidths=0, rasterized=True)
+            axes.scatter(x, y, s=11, c=SOFT, alpha=0.45, linewidths=0, rasterized=True)
             chosen = frame["gene"].isin(named["gene"]).to_numpy()
             axes.scatter(
                 x[chosen], np.asarray(y)[chosen], s=26, facecolors="none", edgecolors=SPECIES_COLORS[1], linewidths=1.3
@@ -364,7 +372,7 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
                         taken=taken,
                         halo=withStroke(linewidth=2, foreground="white"),
                     )
-        left.axvline(0, color=_FAINT, linewidth=0.8)
+        left.axvline(0, color=FAINT, linewidth=0.8)
         left.set(
             xlabel="shift towards the goal" if goal else "shift (1 − cosine)",
             ylabel=f"−log₁₀ p ({title})",
@@ -380,7 +388,7 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
                 label="predicted by rank alone",
             )
             right.legend(loc="best")
-        right.axhline(0, color=_FAINT, linewidth=0.8)
+        right.axhline(0, color=FAINT, linewidth=0.8)
         right.set(xlabel="mean rank in the sentence (1 = most characteristic)", ylabel="shift", title="Effect and rank")
         left.margins(0.09)
         right.margins(0.06)

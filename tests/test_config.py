@@ -73,6 +73,11 @@ def test_set_replaces_one_field_of_the_right_type():
         ("trian.lr=1", r"'trian' is no section; sections: qc"),
         ("train.lr", r"must look like section\.field=value"),
         ("qc.method=iqr", r"qc\.method = 'iqr': must be one of 'sd', 'mad', 'none'"),
+        ("qc.num_sd=0", r"qc\.num_sd = 0(\.0)?: must be above 0"),
+        ("qc.num_mads=-1.0", r"qc\.num_mads = -1\.0: must be above 0"),
+        ("qc.max_mito_fraction=20.0", r"qc\.max_mito_fraction = 20\.0: must be a share between 0 and 1"),
+        ("qc.min_mapped_fraction=-0.1", r"qc\.min_mapped_fraction = -0\.1: must be a share"),
+        ("qc.max_cells_per_sample=-1", r"qc\.max_cells_per_sample = -1: must be at least 0"),
         ("model.dim=250", r"model\.dim = 250: must be divisible by model\.num_heads \(4\)"),
         ("objective.pooling=cls", r"objective\.pooling = 'cls': must be used with tokens\.cls = true"),
         (

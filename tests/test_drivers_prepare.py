@@ -9,7 +9,7 @@ import pytest
 from invented import NUM_GENES
 from scipy import sparse
 
-from mixgf import artifacts, bands, corpus, storage, units
+from mixgf import artifacts, bands, storage, units
 from mixgf.config import QC, Prepare, Source, Tokens, UserError, Vocab
 from mixgf.drivers import prepare
 from mixgf.vocab import Vocabulary
@@ -258,17 +258,3 @@ def test_units_cover_every_row_once():
         (3, 2, 0, 10),
         (4, 3, 0, 1),
     ]
-
-
-def test_the_summary_of_a_corpus_counts_what_is_in_it(world, tmp_path):
-    config, _ = world
-    uri = made(config, tmp_path, "run")
-    found, table = corpus.corpus_summary(uri), shards(uri)
-    for name in ("species", "source", "cell_type"):
-        assert found[name] == {k: table[name].to_pylist().count(k) for k in found[name]}
-        assert sum(found[name].values()) == table.num_rows == found["counts"]["kept"]
-    assert found["length"]["100 %"] == max(table["length"].to_pylist())
-    text = corpus.describe(uri)
-    assert "68 read" in text
-    assert "3 duplicate" in text
-    assert "30 of 30, 100.0% of counts" in text

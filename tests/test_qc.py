@@ -1,5 +1,6 @@
 """Laws of quality control: every dropped cell has one reason, and neither blocks nor order decide which."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -137,18 +138,85 @@ def test_scrublet_ranks_simulated_doublets_above_singlets():
     assert verdict.shape == (300,)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cellline_human_scmixology", "cellline_human_hashing"])
-def test_scrublet_against_labelled_doublets(name):
-    path = Path(__file__).parents[2] / "shared" / "data" / "h5ad" / f"{name}.h5ad"
+def scores(counts_NG):
+    x = sparse.csr_array(np.asarray(counts_NG))
+    return qc.scrublet(x.data.astype(np.int32), x.indices, x.indptr, x.shape[1], rate=0.06, seed=0)
+
+
+def test_samples_of_any_size_are_scored_by_exact_neighbours():
+    # 3 x 2,731 real and simulated cells are more than 8,192, where scanpy turns to an approximate search
+    rng = np.random.default_rng(1)
+    programs = rng.lognormal(0, 1.5, (3, 60))
+    programs /= programs.sum(1, keepdims=True)
+    counts = rng.poisson(programs[np.arange(2_731) % 3] * 300)
+    counts[:100] += counts[101:201]
+    score, _ = scores(counts)
+    assert np.isfinite(score).all()
+    assert score[:100].mean() > 1.5 * score[100:].mean()
+
+
+@pytest.mark.parametrize(
+    "shape", [(49, 300), (60, 25), (100, 5), (60, 60)], ids=["49 cells", "25 genes", "5 genes", "60 genes"]
+)
+def test_samples_too_small_for_scrublet_lose_nothing(shape):
+    score, verdict = scores(np.random.default_rng(0).poisson(2, shape))
+    assert score.shape == verdict.shape == (shape[0],)
+    assert not verdict.any()
+
+
+def test_cells_and_genes_without_variation_lose_nothing():
+    one = np.random.default_rng(0).poisson(3, (1, 200))
+    alone = np.zeros((100, 300), dtype=int)
+    alone[np.arange(100), np.arange(100)] = 5  # no gene in three cells
+    for counts in (np.tile(one, (100, 1)), np.ones((100, 200), dtype=int), alone):
+        score, verdict = scores(counts)
+        assert not score.any()
+        assert not verdict.any()
+
+
+@pytest.mark.parametrize("cells", [60, 200])
+def test_a_threshold_within_noise_drops_no_cell(cells):
+    # one type, so no doublet can be seen; Scrublet alone called 27 to 92 % of 50 or 200 cells like these (2,000 genes)
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(0.5 * rng.lognormal(0, 1, (1, 800)), (cells, 800))
+    counts[:10] = 0
+    counts[:10, 0] = 5  # too few genes to be scored: no NaN
+    score, verdict = scores(counts)
+    assert np.isfinite(score).all()
+    assert (score > 0).sum() >= cells - 10
+    assert not verdict.any()
+
+
+SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[2] / "shared")
+
+
+@pytest.mark.parametrize(
+    ("name", "sample", "floor"),
+    [
+        ("cellline_human_scmixology", "batch", 0.60),
+        ("cellline_human_hashing", "", 0.57),
+        ("pbmc_human_eccite_hto", "", 0.63),
+    ],
+)
+def test_scrublet_against_labelled_doublets(name, sample, floor):
+    """Mean AUROC over samples; over all cells and seeds 0 to 2 it was .66, .62 and .69.
+
+    `bench.py doublets` gives less (.61, .61, .67): it scores kept cells only, and pools the samples. A logistic regression
+    taught the labels reached .67 to .77 (five-fold), so little more can be seen in these counts.
+    """
+    path = SHARED / "data" / "h5ad" / f"{name}.h5ad"
     if not path.exists():
-        pytest.skip("labelled doublets are not on this machine")
+        pytest.skip(f"{path.name}: labelled doublets are not on this machine (MIXGF_SHARED names the folder)")
     import anndata
     from sklearn.metrics import roc_auc_score
 
     cells = anndata.read_h5ad(path)
-    x = cells.X.astype(np.int32)
     truth = cells.obs["is_doublet"].astype(str).isin(["True", "1"]).to_numpy()
-    score, _ = qc.scrublet(x.data, x.indices, x.indptr, x.shape[1], rate=max(0.02, float(truth.mean())), seed=0)
-    auroc = roc_auc_score(truth, score)
-    assert auroc > 0.6, f"{name}: AUROC {auroc:.3f}"
+    of = cells.obs[sample].astype(str).to_numpy() if sample else np.zeros(len(truth))
+    areas, called, right = [], 0, 0
+    for one in np.unique(of):
+        score, verdict = scores(cells.X[of == one].toarray())
+        areas.append(roc_auc_score(truth[of == one], score))
+        called, right = called + verdict.sum(), right + (verdict & truth[of == one]).sum()
+    assert np.mean(areas) > floor
+    assert right > 0.5 * called > 0  # what is dropped is mostly doublets, of 9 to 36 % in the file

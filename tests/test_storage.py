@@ -108,3 +108,17 @@ def test_an_unknown_storage_is_refused():
 def test_resources_travel_with_the_package():
     assert storage.exists("resource:orthologs.parquet")
     assert storage.glob("resource:nothing.parquet") == []
+
+
+def test_a_corpus_on_s3_is_inspected_like_one_on_disk(s3, make_corpus):
+    from mixgf import inspection
+
+    uri = make_corpus([5, 9, 7, 3], [0, 0, 1, 1], [2, 2])
+    there = f"{s3}/inspected/corpus"
+    for name in ("record.json", "vocabulary.parquet", "shards/00000.parquet", "shards/00001.parquet"):
+        storage.upload(Path(uri) / name, f"{there}/{name}")
+    assert inspection.inspect(there) == inspection.inspect(uri) | {"uri": there}
+    with pytest.raises(
+        UserError, match=rf"{s3}/inspected: the folder of a whole run, not a corpus; its corpus is {there}"
+    ):
+        inspection.inspect(f"{s3}/inspected")

@@ -1,0 +1,116 @@
+"""`bench.py doublets`: are the cells that QC takes for doublets doublets? Against labels that do not come from expression.
+
+Truth: genotypes (scmixology: CEL-seq2 of five cell lines) and hashtags (hashing: four cell lines, 2,000 genes; eccite:
+blood). The way is that of `prepare`: source described, cells measured, the rules applied, then Scrublet over the kept
+cells of each sample. Baseline: the total count of a cell, the plainest sign of two cells in one drop. For the precision of
+the verdicts the baseline is the share of doublets, which is what calling at random would reach.
+
+Inputs: the folder of real data, beside the checkout or named by MIXGF_SHARED. Means over three seeds.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+from measure import Figure
+
+from mixgf import qc, storage, units
+from mixgf.config import HUMAN, QC, Source, UserError, Vocab
+
+SETS = {"scmixology": ("cellline_human_scmixology", "batch"), "hashing": ("cellline_human_hashing", ""),
+        "eccite": ("pbmc_human_eccite_hto", "")}  # fmt: skip
+"""Name to file, and to the column of its samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Kept cells of one file."""
+
+    truth_N: np.ndarray
+    depth_N: np.ndarray
+    sample_N: np.ndarray
+    score_N: np.ndarray
+    verdict_N: np.ndarray
+
+
+def folder() -> Path:
+    """Where the labelled files lie."""
+    chosen = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[2] / "shared") / "data" / "h5ad"
+    if not chosen.is_dir():
+        msg = f"{chosen}: no such folder; name the folder that has data/h5ad by the environment variable MIXGF_SHARED"
+        raise UserError(msg)
+    return chosen
+
+
+def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
+    """Score one file as prepare does, `sample` being the obs column of its samples ("" = the file is one)."""
+    source = Source(uri=str(path), species="human", name=path.stem, sample=sample)
+    with tempfile.TemporaryDirectory() as work:
+        units.describe(work, 0, source, row=HUMAN, rules=rules, biotypes=Vocab().biotypes, allowed=None)
+        rows = int(storage.read_json(units.facts_uri(work, 0))["rows"])
+        units.measure(work, units.plan_units({0: (source, rows)}, rows)[0], 2_048)
+        metrics, samples = units.read_metrics(work, [0])
+        kept = np.flatnonzero(qc.judge(metrics, rules) == qc.KEPT)
+        sample_N = np.full(len(kept), "", dtype=object) if samples is None else samples[kept]
+        score_N, verdict_N = np.zeros(len(kept)), np.zeros(len(kept), dtype=bool)
+        for k, name in enumerate(sorted(set(sample_N.tolist()))):
+            mine = sample_N == name
+            part = f"00000-{k:05d}"
+            units.doublets(work, part, source, 0, kept[mine], block_cells=2_048, rate=rules.doublet_rate, seed=seed)
+            table = storage.read_table(units.part(work, "doublets", part))
+            score_N[mine], verdict_N[mine] = table["score"].to_numpy(), table["doublet"].to_numpy()
+    truth = anndata.read_h5ad(path, backed="r").obs["is_doublet"].astype(str).isin(["True", "1"]).to_numpy()
+    return Scored(truth[kept], metrics.n_counts[kept], sample_N, score_N, verdict_N)
+
+
+def _figures(name: str, runs: list[Scored], mine: np.ndarray) -> Iterator[Figure]:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    truth, depth = runs[0].truth_N[mine], runs[0].depth_N[mine]
+    label = f"{name}, {len(truth):,} cells, {truth.mean():.1%} doublets"
+    for what, unit, metric in (
+        ("AUROC", "area", roc_auc_score),
+        ("average precision", "area", average_precision_score),
+    ):
+        value = float(np.mean([metric(truth, r.score_N[mine]) for r in runs]))
+        plain = float(metric(truth, depth))
+        yield Figure(figure=f"{label}: {what}", value=value, unit=unit, baseline=plain, ratio=value / plain)
+    called = float(np.mean([r.verdict_N[mine].sum() for r in runs]))
+    right = float(np.mean([(r.verdict_N & r.truth_N)[mine].sum() for r in runs]))
+    rate = float(truth.mean())
+    if called:
+        precision = right / called
+        yield Figure(
+            figure=f"{label}: precision of verdicts",
+            value=precision,
+            unit="share",
+            baseline=rate,
+            ratio=precision / rate,
+        )
+    yield Figure(figure=f"{label}: recall of verdicts", value=right / max(int(truth.sum()), 1), unit="share")
+
+
+def figures(*, quick: bool = False) -> Iterator[Figure]:
+    """All figures: every file with its samples as prepare treats them, each sample alone, and the file taken as one sample."""
+    where = folder()
+    for name, (file, sample) in SETS.items():
+        path = where / f"{file}.h5ad"
+        if not path.exists():
+            msg = f"{path}: no such file; the folder that MIXGF_SHARED names must hold data/h5ad/{path.name}"
+            raise UserError(msg)
+        seeds = (0,) if quick else (0, 1, 2)
+        runs = [score(path, sample, rules=QC(), seed=seed) for seed in seeds]
+        everything = np.ones(len(runs[0].truth_N), dtype=bool)
+        yield from _figures(f"{name}, by {sample}" if sample else name, runs, everything)
+        for one in sorted(set(runs[0].sample_N.tolist())) if sample else ():
+            yield from _figures(f"{name} {one}", runs, runs[0].sample_N == one)
+        if sample:
+            yield from _figures(
+                f"{name}, as one sample", [score(path, "", rules=QC(), seed=s) for s in seeds], everything
+            )
