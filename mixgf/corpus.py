@@ -41,7 +41,9 @@ def resolve(sources: Iterable[Source]) -> tuple[Source, ...]:
             msg = f"sources[{i}].uri = {source.uri!r}: matches no file; check the pattern"
             raise UserError(msg)
         for uri in uris:
-            stem = re.sub(r"\.(h5ad|h5|hdf5)$", "", uri.rstrip("/").rsplit("/", 1)[-1].removeprefix("resource:"))
+            stem = re.sub(
+                r"\.(h5ad|h5|hdf5|arrow|dataset)$", "", uri.rstrip("/").rsplit("/", 1)[-1].removeprefix("resource:")
+            )
             name = source.name if source.name and len(uris) == 1 else "-".join(filter(None, (source.name, stem)))
             out.append(replace(source, uri=uri, name=name))
     if not out:
@@ -353,6 +355,7 @@ def corpus_summary(uri: str) -> dict[str, Any]:
         "full": float((length >= max_len).mean()),
         "mapping": storage.read_table(storage.join(uri, "mapping.parquet")).to_pylist(),
         "refused": record.details["refused"],
+        "imported": record.details.get("imported", []),
         "max_len": max_len,
         "vocabulary": record.details["vocabulary"],
     }
@@ -378,6 +381,12 @@ def describe(uri: str) -> str:
         cause = f"; {m['cause']}" if m["cause"] else ""
         lines.append(
             f"  {m['source'][:40]:40} {m['mapped']:,} of {m['columns']:,}, {1 - m['counts_lost']:.1%} of counts{cause}"
+        )
+    for r in s["imported"]:
+        ids = {name.removeprefix("ids_"): n for name, n in r.items() if name.startswith("ids_") and n}
+        lines.append(
+            f"  {r['source'][:40]:40} imported: {r['genes_in_vocabulary']:,} of {r['dictionary_genes']:,} dictionary genes; ids: "
+            + ", ".join(f"{n:,} {name}" for name, n in ids.items())
         )
     lines += [f"refused: {r['error']}" for r in s["refused"]]
     return "\n".join(lines)

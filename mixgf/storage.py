@@ -132,6 +132,17 @@ def open_read(uri: str, block_size: int = 4 << 20) -> BinaryIO:
 
 
 @contextmanager
+def open_arrow(uri: str) -> Iterator[pa.NativeFile]:
+    """A seekable pyarrow file: mapped into memory from disk, read in ranges from object storage."""
+    if is_local(uri):
+        with pa.memory_map(str(local_path(uri))) as file:
+            yield file
+        return
+    with open_read(uri) as stream, pa.PythonFile(stream, mode="r") as file:
+        yield file
+
+
+@contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
