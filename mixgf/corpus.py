@@ -355,7 +355,6 @@ def corpus_summary(uri: str) -> dict[str, Any]:
         "full": float((length >= max_len).mean()),
         "mapping": storage.read_table(storage.join(uri, "mapping.parquet")).to_pylist(),
         "refused": record.details["refused"],
-        "imported": record.details.get("imported", []),
         "max_len": max_len,
         "vocabulary": record.details["vocabulary"],
     }
@@ -381,12 +380,6 @@ def describe(uri: str) -> str:
         cause = f"; {m['cause']}" if m["cause"] else ""
         lines.append(
             f"  {m['source'][:40]:40} {m['mapped']:,} of {m['columns']:,}, {1 - m['counts_lost']:.1%} of counts{cause}"
-        )
-    for r in s["imported"]:
-        ids = {name.removeprefix("ids_"): n for name, n in r.items() if name.startswith("ids_") and n}
-        lines.append(
-            f"  {r['source'][:40]:40} imported: {r['genes_in_vocabulary']:,} of {r['dictionary_genes']:,} dictionary genes; ids: "
-            + ", ".join(f"{n:,} {name}" for name, n in ids.items())
         )
     lines += [f"refused: {r['error']}" for r in s["refused"]]
     return "\n".join(lines)

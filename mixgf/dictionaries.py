@@ -245,16 +245,16 @@ def genes_of(
     """The names that are genes of one species, to Ensembl ids without version.
 
     A gene belongs to the species whose gene table (`known`) has it, else to the one with the longest fitting id prefix,
-    so retired ids of published dictionaries keep their species.
+    so retired ids of published dictionaries keep their species. ENSGR ids (the pseudoautosomal copies on Y, as old
+    releases call them) are genes of their own, as they are there.
     """
     ordered = sorted(rows, key=lambda row: -len(row.gene_prefix))
+    prefixes = [(row.name, re.compile(re.escape(row.gene_prefix) + r"R?\d+")) for row in ordered]
     out = {}
     for name in names:
         bare = name if any(name in genes for genes in known.values()) else re.sub(r"\.\d+$", "", name)
         owner = next((row.name for row in ordered if bare in known[row.name]), None)
-        owner = owner or next(
-            (r.name for r in ordered if bare.startswith(r.gene_prefix) and bare[len(r.gene_prefix) :].isdigit()), None
-        )
+        owner = owner or next((owner for owner, pattern in prefixes if pattern.fullmatch(bare)), None)
         if owner == species:
             out[name] = bare
     return out

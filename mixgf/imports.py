@@ -40,7 +40,7 @@ class Given:
         rules = self.config.imports
         self.rows = {row.name: row for row in self.config.species}
         names = [name for name in self.rows if any(s.species == name for s in self.sources)]
-        by_name = _named(rules, "dictionaries", {s.name for s in self.sources} | set(names))
+        by_name = _named(rules, "dictionaries", {s.name for s in self.sources} | set(self.rows))
         self.dictionary_uris: list[str] = []
         for i, source in enumerate(self.sources):
             uri = by_name.get(source.name) or by_name.get(source.species) or by_name.get("")
@@ -58,7 +58,7 @@ class Given:
         self.known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
         self.genes = [self._genes(i) for i in range(len(self.sources))]
         self.reused = vocab.Vocabulary.load(self.config.vocab.reuse) if self.config.vocab.reuse else None
-        self.median_uris = {} if self.reused else _named(rules, "medians", set(names))
+        self.median_uris = {} if self.reused else _named(rules, "medians", set(self.rows))
         self.medians = {} if self.reused else {name: self._medians(name) for name in names}
         if self.reused is not None:
             for name in names:
@@ -82,23 +82,11 @@ class Given:
         mine = [i for i, s in enumerate(self.sources) if s.species == name]
         wanted = {gene for i in mine for gene in self.genes[i].values()}
         uri = self.median_uris.get(name) or self.median_uris.get("")
-        found: dict[str, float] = {}
-        for where in [uri] if uri else dict.fromkeys(self.dictionary_uris[i] for i in mine):
-            # a pickle or JSON file is either a dictionary or medians; a table can be both
-            if not uri and where.endswith((".pkl", ".pickle", ".json")):
-                continue
-            table = dictionaries.read_medians(where, "imports.medians")
-            if table is None and uri:
-                msg = f"imports.medians = {uri!r}: no column median; give gene (or key) and median"
-                raise UserError(msg)
-            bare = dictionaries.genes_of(table or (), name, self.rows.values(), self.known)
-            for given, gene in bare.items():
-                if gene in found and found[gene] != (table or {})[given]:
-                    msg = f"imports.medians: {name} gene {gene} has two medians in its sources' dictionaries; give one table: {name}=URI"
-                    raise UserError(msg)
-                found[gene] = (table or {})[given]
+        # a pickle or JSON file is either a dictionary or medians; a table can be both
+        tables = [u for u in (self.dictionary_uris[i] for i in mine) if not u.endswith((".pkl", ".pickle", ".json"))]
+        found = self._read_medians(name, [uri] if uri else tables, "imports.medians", need=bool(uri))
         if not found and self.config.vocab.medians:
-            found = vocab.read_medians(self.config.vocab.medians, self.config.species, self.known)[name]
+            found = self._read_medians(name, [self.config.vocab.medians], "vocab.medians", need=True)
         out = {gene: median for gene, median in found.items() if gene in wanted}
         if not out:
             msg = (
@@ -107,6 +95,21 @@ class Given:
             )
             raise UserError(msg)
         return out
+
+    def _read_medians(self, name: str, uris: list[str], field: str, *, need: bool) -> dict[str, float]:
+        """Medians of a species' genes over several tables, which must agree."""
+        found: dict[str, float] = {}
+        for uri in dict.fromkeys(uris):
+            table = dictionaries.read_medians(uri, field)
+            if table is None and need:
+                msg = f"{field} = {uri!r}: no column median; give gene (or key) and median"
+                raise UserError(msg)
+            for given, gene in dictionaries.genes_of(table or (), name, self.rows.values(), self.known).items():
+                median = (table or {})[given]
+                if found.setdefault(gene, median) != median:
+                    msg = f"imports.medians: {name} gene {gene} has medians {found[gene]} and {median}; give one table: {name}=URI"
+                    raise UserError(msg)
+        return found
 
     def plans(self) -> tuple[artifacts.Record | None, artifacts.Record]:
         """Plans of the vocabulary (None where one is reused) and of the corpus."""
@@ -265,15 +268,15 @@ def _refuse(
     found: interop.Sentences, ids: np.ndarray, offsets: np.ndarray, *, uri: str, row: int, dictionary: str, species_name: str, rules: Imports
 ) -> None:  # fmt: skip
     kinds = {
-        "unknown": ("unknown_ids", f"is not in the dictionary {dictionary}, or a special token out of place: another dictionary"),
-        "outside": ("outside", f"is a gene that the {species_name} vocabulary does not have: another species, or no median"),
-        "duplicate": ("duplicates", "is a gene that the sentence already has"),
+        "unknown": ("unknown_ids", f"is not in the dictionary {dictionary}, or a special token out of place (another dictionary?)"),
+        "outside": ("outside", f"is a gene that the {species_name} vocabulary does not have (another species? no median?)"),
+        "duplicate": ("duplicates", "is a gene that the sentence already has (a damaged data set?)"),
     }  # fmt: skip
     for kind, (field, why) in kinds.items():
         at = found.first[kind]
         if at >= 0 and getattr(rules, field) == "refuse":
             cell = row + int(np.searchsorted(offsets, at, side="right")) - 1
-            msg = f"{uri}: row {cell}: id {ids[at]} {why}? Or leave such ids out and count them: imports.{field} = 'count'"
+            msg = f"{uri}: row {cell}: id {ids[at]} {why}; or leave such ids out and count them: imports.{field} = 'count'"
             raise UserError(msg)
 
 
@@ -287,7 +290,7 @@ def _lengths(batch: pa.RecordBatch, offsets: np.ndarray, uri: str, row: int, rul
         at = int(wrong[0])
         msg = (
             f"{uri}: row {row + at}: length says {said[at]}, input_ids has {offsets[at + 1] - offsets[at]} ids; "
-            "a damaged data set? Or believe the ids and count such cells: imports.lengths = 'count'"
+            "fetch the data set again, or believe the ids and count such cells: imports.lengths = 'count'"
         )
         raise UserError(msg)
     return len(wrong)

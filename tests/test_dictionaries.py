@@ -170,9 +170,18 @@ def test_a_median_must_be_above_0_and_a_missing_file_is_named(tmp_path):
 
 def test_genes_go_to_the_species_that_knows_them_and_lose_their_version():
     known = {"human": {"ENSG00000000003", "ODD.1"}, "mouse": {"ENSMUSG00000000001"}}
-    names = ["ENSG00000000003.15", "ENSG99999999999", "ENSMUSG00000000001", "ODD.1", "TSPAN6", "ENSRNOG00000000001"]
+    names = [
+        "ENSG00000000003.15",
+        "ENSG99999999999",
+        "ENSMUSG00000000001",
+        "ODD.1",
+        "ENSGR0000002586",
+        "TSPAN6",
+        "ENSRNOG00000000001",
+    ]
     assert dictionaries.genes_of(names, "human", (HUMAN, MOUSE), known) == {
         "ENSG00000000003.15": "ENSG00000000003", "ENSG99999999999": "ENSG99999999999", "ODD.1": "ODD.1",
+        "ENSGR0000002586": "ENSGR0000002586",
     }  # fmt: skip
     assert list(dictionaries.genes_of(names, "mouse", (HUMAN, MOUSE), known)) == ["ENSMUSG00000000001"]
 

@@ -184,6 +184,8 @@ class _Import:
             )
         if left_out := sorted({column for f in self.facts[index] for column in f["left_out"]}):
             warn(f"{name}: columns left out (lists, bytes, or names that mixgf uses): {', '.join(left_out)}")
+        parts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in total.items() if n)
+        say(f"{name}: {sum(f['rows'] for f in self.facts[index]):,} cells, {ids:,} ids: {parts}")
 
     def _counts(self, index: int) -> dict[str, int]:
         """Ids by what became of them, over the files of a source."""
