@@ -81,26 +81,25 @@ def _reid(  # noqa: PLR0917 (a compiled kernel)
         for p in range(begin, last):
             t = int(ids[p])
             code = int(table[t]) if 0 <= t < table.shape[0] else UNKNOWN
+            if code >= 0 and seen[code] != row + 1:
+                seen[code] = row + 1
+                if n < longest:
+                    out[written] = code
+                    written += 1
+                n += 1
+                continue
             if code >= 0:
-                if seen[code] == row + 1:
-                    kind = 4
-                else:
-                    seen[code] = row + 1
-                    kind = 0 if n < longest else 5
-                    if kind == 0:
-                        out[written] = code
-                        written += 1
-                    n += 1
+                kind = 4
             elif code == FRONT and p == begin:
                 kind = 1
-            elif code == OUTSIDE:
-                kind = 3
             else:
-                kind = 2
+                kind = 3 if code == OUTSIDE else 2
             counts[kind] += 1
             if first[kind] < 0:
                 first[kind] = p
         genes[row] = n
+        counts[0] += min(n, longest)
+        counts[5] += max(n - longest, 0)
     return written
 
 
@@ -115,7 +114,7 @@ class Sentences:
     counts: dict[str, int]
     """Ids by what became of them (`COUNTED`)."""
     first: dict[str, int]
-    """Position among the T ids of the first of each kind, -1 for none."""
+    """Position among the T ids of the first that is left out as each kind, -1 for none."""
 
 
 def reid(ids_T: np.ndarray, offsets_N1: np.ndarray, table_K: np.ndarray, *, size: int, longest: int) -> Sentences:
@@ -131,7 +130,7 @@ def reid(ids_T: np.ndarray, offsets_N1: np.ndarray, table_K: np.ndarray, *, size
     out = np.empty(len(ids_T), dtype=np.int32)
     genes = np.empty(len(offsets_N1) - 1, dtype=np.int32)
     counts, first = np.zeros(len(COUNTED), dtype=np.int64), np.full(len(COUNTED), -1, dtype=np.int64)
-    seen = np.zeros(size, dtype=np.int64)
+    seen = np.zeros(size, dtype=np.int32)
     n = _reid(ids_T, offsets_N1, table_K, longest, seen, out, genes, counts, first)
     return Sentences(
         out[:n],
