@@ -126,7 +126,7 @@ def unpickle(data: bytes, where: str) -> dict[Any, Any]:
 def _pairs(uri: str, field: str, value: str) -> dict[str, Any] | None:
     """Gene to `value` (token or median), from any of the formats; None for a table without that column."""
     where = f"{field} = {uri!r}"
-    if not storage.exists(uri) or storage.list_dir(uri):
+    if not storage.exists(uri) or storage.is_folder(uri):
         msg = f"{where}: no such file; give a pickle, JSON, Parquet or TSV file of gene and {value}"
         raise UserError(msg)
     if storage.size(uri) > MAX_DICTIONARY_BYTES:

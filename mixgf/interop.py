@@ -145,13 +145,13 @@ def reid(ids_T: np.ndarray, offsets_N1: np.ndarray, table_K: np.ndarray, *, size
 
 def data_files(uri: str) -> list[str]:
     """The .arrow files of a data set, in order: those that state.json lists, or all of a folder, or the one file."""
-    names = storage.list_dir(uri)
-    if not names:
+    if not storage.is_folder(uri):
         if not storage.exists(uri) or not uri.endswith(".arrow"):
             state = "not an .arrow file" if storage.exists(uri) else "no such file or folder"
             msg = f"{uri}: {state}; give a folder that save_to_disk wrote, a folder of .arrow files, or one of them"
             raise UserError(msg)
         return [uri]
+    names = storage.list_dir(uri)
     if "dataset_dict.json" in names:
         splits = storage.read_json(storage.join(uri, "dataset_dict.json")).get("splits", [])
         msg = f"{uri}: a set of data sets; give one of them: {', '.join(storage.join(uri, s) for s in splits)}"
@@ -259,7 +259,7 @@ class _reading:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, pa.ArrowInvalid | pa.ArrowTypeError | pa.ArrowNotImplementedError) or (
-            isinstance(error, OSError) and storage.is_local(self.uri)
+            isinstance(error, OSError) and (storage.is_local(self.uri) or "Expected to be able to read" in str(error))
         ):
             raise _damaged(self.uri, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 

@@ -78,6 +78,14 @@ def exists(uri: str) -> bool:
     return bool(fs.exists(key))
 
 
+def is_folder(uri: str) -> bool:
+    """Whether a folder is there, not a file."""
+    if is_local(uri):
+        return local_path(uri).is_dir()
+    fs, key = _remote(uri)
+    return bool(fs.isdir(key))
+
+
 def size(uri: str) -> int:
     """Bytes of a file."""
     if is_local(uri):

@@ -4,16 +4,23 @@ import dataclasses
 import json
 import os
 import pickle
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixgf import artifacts, cli, config, species, storage
+from mixgf import artifacts, cli, config, species, storage, train
 from mixgf.config import HUMAN, MOUSE, QC, Config, Imports, Prepare, Source, Tokens, Tracking, UserError, Vocab, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers import importer, prepare
+from mixgf.model import MaskedModel
+from mixgf.objectives import Pretraining
 from mixgf.species import gene_table
 from mixgf.vocab import Vocabulary
 
@@ -376,7 +383,88 @@ def test_chosen_columns_get_new_names_and_ours_are_left_out(world, tmp_path):
     assert set(table["kind"].to_pylist()) == {"t"}
 
 
+# Object storage
+
+
+def _forget_connections():
+    """An endpoint is read once per process; the next test has another one."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    storage._filesystem.cache_clear()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty bucket of moto's server: real HTTP on loopback."""
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(url)
+            break
+        except OSError:
+            time.sleep(0.2)
+    for key, value in {
+        "ENDPOINT_URL": url,
+        "ACCESS_KEY_ID": "k",
+        "SECRET_ACCESS_KEY": "s",
+        "DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="imports")
+    _forget_connections()
+    yield "s3://imports/x"
+    _forget_connections()
+    server.terminate()
+    server.wait()
+
+
+def test_object_storage_gives_the_bytes_of_the_disk(world, tmp_path, bucket):
+    settings, _, _ = world
+    expected = bytes_of(made(settings, tmp_path, "disk"))
+    for path in sorted(tmp_path.glob("*.dataset/*")) + sorted(tmp_path.glob("*.pkl")):
+        storage.upload(path, f"{bucket}/{path.relative_to(tmp_path)}")
+
+    def moved(text):
+        return text.replace(str(tmp_path), bucket)
+
+    remote = dataclasses.replace(
+        ruled(settings, dictionaries=tuple(map(moved, settings.imports.dictionaries)), medians=tuple(map(moved, settings.imports.medians))),
+        output=f"{bucket}/run", sources=tuple(dataclasses.replace(s, uri=moved(s.uri)) for s in settings.sources),
+    )  # fmt: skip
+    uri = importer.run(remote, spread=prepare.loop)
+    found = bytes_of(uri)
+    assert {k: v for k, v in found.items() if k != "imported.parquet"} == {
+        k: v for k, v in expected.items() if k != "imported.parquet"
+    }
+    assert importer.run(remote, spread=prepare.loop) == uri
+    name = f"{bucket}/h.dataset/data-00001-of-00003.arrow"
+    storage.write_bytes(name, storage.read_bytes(name)[:700])  # cut short: the data set is refused, not asked for again
+    again = importer.run(dataclasses.replace(remote, output=f"{bucket}/cut"), spread=prepare.loop)
+    (refused,) = artifacts.require(again, "corpus").details["refused"]
+    assert "data-00001-of-00003.arrow: truncated or not an Arrow file" in refused["error"]
+
+
 # Through the command line, to a trained model
+
+SMALL = [
+    "tokens.max_len=20", "qc.min_genes=5", "model.num_layers=1", "model.dim=16", "model.num_heads=2", "model.ffn_dim=16",
+    "train.max_steps=3", "train.warmup_steps=1", "train.batch_cells=8", "compute.num_workers=1",
+]  # fmt: skip
+DICTIONARIES = "imports.dictionaries=human=human_tokens.pkl,mouse=mouse_tokens.pkl"
+MEDIANS = "imports.medians=human=human_medians.pkl,mouse=mouse_medians.pkl"
+
+
+def command(settings, name, *positional):
+    changes = [*SMALL, f"tracking.uri={settings.tracking.uri}", *((DICTIONARIES, MEDIANS) if name == "import" else ())]
+    return [name, *positional, "--output", "run", *(x for change in changes for x in ("--set", change))]
 
 
 @pytest.mark.ray
@@ -385,26 +473,51 @@ def test_an_imported_corpus_is_inspected_trained_on_and_told_from_a_prepared_one
 ):
     settings, _, _ = world
     monkeypatch.chdir(tmp_path)
-    small = [
-        "tokens.max_len=20", "qc.min_genes=5", "model.num_layers=1", "model.dim=16", "model.num_heads=2", "model.ffn_dim=16",
-        "train.max_steps=3", "train.warmup_steps=1", "train.batch_cells=8", "compute.num_workers=1", f"tracking.uri={settings.tracking.uri}",
-    ]  # fmt: skip
-    options = ["--output", "run", *(x for s in small for x in ("--set", s))]
-    found = "imports.dictionaries=human=human_tokens.pkl,mouse=mouse_tokens.pkl"
-    medians = "imports.medians=human=human_medians.pkl,mouse=mouse_medians.pkl"
-    argv = ["import", "human=h.dataset", "mouse=m.dataset", "--set", found, "--set", medians, *options, "--debug"]
-    assert cli.main(argv) == 0
+    assert cli.main(command(settings, "import", "human=h.dataset", "mouse=m.dataset", "--debug")) == 0
     assert "next: mixgf pretrain --output run" in capsys.readouterr().out
-    assert cli.main(["inspect", "run/corpus"]) == 0
+    assert cli.main(["inspect", "run/corpus", "--debug"]) == 0
     out = capsys.readouterr().out
     assert "57" in out
     assert "55" in out
-    assert cli.main(["pretrain", *options, "--debug"]) == 0
-    assert artifacts.require("run/pretrain", "checkpoint").counts["steps"] == 3
-    assert Corpus("run/corpus").obs(["cell_type", "n_counts"])["n_counts"].isna().all()
-    assert cli.main(["classify", *options]) == 2
+    corpus, small = Corpus("run/corpus"), config.override(Config(), SMALL)
+    model = MaskedModel(small.model, corpus.vocabulary.size, seed=0)
+    rows = train.fit(model, Pretraining(small, corpus), small.train, train.LocalContext())
+    losses = [value for _, _, name, value in rows if name == "loss"]
+    assert len(losses) > 0
+    assert np.isfinite(losses).all()
+    assert corpus.obs(["cell_type", "n_counts"])["n_counts"].isna().all()
+    assert cli.main(command(settings, "classify")) == 2
     assert "pca_knn, pseudobulk, rank_pca need raw counts, which the imported corpus" in capsys.readouterr().err
-    assert cli.main(["report", *options, "--debug"]) == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_stage_runs_on_an_imported_corpus(world, tmp_path, ray_local, monkeypatch):
+    settings, _, _ = world
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command(settings, "import", "human=h.dataset", "mouse=m.dataset", "--debug")) == 0
+    assert cli.main([*command(settings, "pretrain"), "--debug"]) == 0
+    assert artifacts.require("run/pretrain", "checkpoint").counts["steps"] == 3
+    assert cli.main([*command(settings, "embed"), "--debug"]) == 0
+    few = [
+        "--set",
+        "classify.models=knn,untrained_knn",
+        "--set",
+        "classify.min_class_fraction=0",
+        "--set",
+        "classify.splits=random",
+    ]
+    assert cli.main([*command(settings, "classify"), *few, "--debug"]) == 0
+    states = [
+        "--set",
+        "perturb.start=cell_type == 't0'",
+        "--set",
+        "perturb.goal=cell_type == 't1'",
+        "--set",
+        "perturb.max_genes=2",
+    ]
+    assert cli.main([*command(settings, "perturb"), *states, "--debug"]) == 0
+    assert cli.main([*command(settings, "report"), *few, *states, "--debug"]) == 0
 
 
 def test_help_and_printed_config_show_the_section(capsys):

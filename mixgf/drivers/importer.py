@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf import artifacts, corpus, imports, interop, storage, tracking, units, vocab
-from mixgf.config import Config, Source, UserError
+from mixgf.config import Config, Source, UserError, to_dict
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.drivers.prepare import Job, Spread, job, ray_tasks
 from mixgf.progress import Progress, say, warn
@@ -35,7 +35,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     if not artifacts.begin(uri, record):
         storage.remove(storage.join(uri, "work"))
         return uri
-    params = {name: record.config[name] for name in ("vocab", "imports", "tokens")}
+    params = {name: to_dict(getattr(config, name)) for name in ("vocab", "imports", "tokens")}
     try:
         with tracking.stage(config, "import", params, record.fingerprint) as tracked:
             if spread is not None:
