@@ -114,9 +114,9 @@ class Given:
     def plans(self) -> tuple[artifacts.Record | None, artifacts.Record]:
         """Plans of the vocabulary (None where one is reused) and of the corpus."""
         data = to_dict(self.config)
-        tables = {
-            uri: storage.sha256(uri) for uri in dict.fromkeys([*self.dictionary_uris, *self.median_uris.values()])
-        }
+        uris = [*self.dictionary_uris, *self.median_uris.values()]
+        uris += [self.config.vocab.medians] if self.config.vocab.medians and self.reused is None else []
+        tables = {uri: storage.sha256(uri) for uri in dict.fromkeys(uris) if storage.exists(uri)}
         content = {name: data[name] for name in ("species", "vocab")} | {
             "imports": data["imports"] | {"sha256": tables}
         }

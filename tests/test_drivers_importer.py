@@ -492,6 +492,7 @@ def test_an_imported_corpus_is_inspected_trained_on_and_told_from_a_prepared_one
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_stage_runs_on_an_imported_corpus(world, tmp_path, ray_local, monkeypatch):
     settings, _, _ = world
     monkeypatch.chdir(tmp_path)
