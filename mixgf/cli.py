@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from mixgf import progress, recipes
-from mixgf.config import Config, UserError, from_dict, override, to_dict
+from mixgf.config import Config, UserError, from_dict, override, split_named, to_dict
 
 STAGES = {
     "prepare": "raw counts -> cell sentences: checks, QC, vocabulary, rank value encoding",
@@ -24,8 +24,10 @@ STAGES = {
     "perturb": "in silico perturbation: genes ranked by how they move cells to a goal state",
     "report": "one HTML file from whatever stages are done",
 }
+IMPORT = "tokenised Arrow data sets (Genecorpus-30M, Mouse-Genecorpus-20M) -> the corpus that prepare makes"
 _NEXT = {
     "prepare": "pretrain",
+    "import": "pretrain",
     "pretrain": "embed, classify or perturb",
     "embed": "report",
     "classify": "report",
@@ -34,6 +36,8 @@ _NEXT = {
 _EPILOG = """examples:
   mixgf demo                                            every stage on bundled human and mouse pancreas cells
   mixgf prepare human=pbmc.h5ad mouse=spleen.h5ad --recipe laptop --output runs/mine
+  mixgf import human=human.dataset mouse=mouse.dataset --output runs/mine \
+      --set imports.dictionaries=human=tokens_h.pkl,mouse=tokens_m.pkl --set imports.medians=human=medians_h.pkl,mouse=medians_m.pkl
   mixgf pretrain --recipe laptop --output runs/mine
   mixgf classify --output runs/mine --set classify.label=cell_type --set classify.seeds=5
   mixgf perturb  --output runs/mine --set "perturb.start=cell_type == 'alpha cell'" --set "perturb.goal=cell_type == 'beta cell'"
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo": "all stages on bundled real cells, in minutes",
         "run": "all stages on your own config",
         **STAGES,
+        "import": IMPORT,
     }.items():
         command = commands.add_parser(
             name,
@@ -63,13 +68,11 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_fields(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name in ("prepare", "run"):
-            command.add_argument(
-                "sources",
-                nargs="*",
-                metavar="SPECIES=URI",
-                help="raw counts: .h5ad, 10x .h5 or 10x folder; path, glob or s3://",
-            )
+        if name in ("prepare", "run", "import"):
+            counts = "raw counts: .h5ad, 10x .h5 or 10x folder; path, glob or s3://"
+            arrow = "a folder that save_to_disk wrote, a folder of .arrow files, or one of them; path, glob or s3://"
+            wanted = arrow if name == "import" else counts
+            command.add_argument("sources", nargs="*", metavar="SPECIES=URI", help=wanted)
         if name != "demo":
             command.add_argument("--recipe", default="", help=f"a named config: {', '.join(recipes.RECIPES)}")
         command.add_argument("--config", default="", metavar="FILE", help="a JSON config, as --print-config prints it")
@@ -97,6 +100,7 @@ def _fields(stage: str) -> str:
     """The config fields that a stage reads, with the default recipe's values."""
     used = {
         "prepare": ("qc", "vocab", "tokens", "prepare"),
+        "import": ("imports", "vocab", "tokens", "prepare"),
         "pretrain": ("model", "objective", "train", "compute"),
         "embed": ("embed",),
         "classify": ("classify",),
@@ -163,6 +167,9 @@ def _absolute(config: Config) -> Config:
     data["sources"] = [source | {"uri": path(source["uri"])} for source in data["sources"]]
     tables = {"medians": path(config.vocab.medians), "reuse": path(config.vocab.reuse)}
     data["vocab"] |= tables | {"orthologs": [path(uri) for uri in config.vocab.orthologs]}
+    for name in ("dictionaries", "medians"):
+        named = [split_named(text) for text in getattr(config.imports, name)]
+        data["imports"][name] = [f"{key}={path(uri)}" if key else path(uri) for key, uri in named]
     return from_dict(Config, data)
 
 
@@ -176,7 +183,7 @@ def _run_stage(name: str, config: Config) -> str:
 
     from mixgf.drivers.session import session
 
-    driver = importlib.import_module(f"mixgf.drivers.{name}")
+    driver = importlib.import_module(f"mixgf.drivers.{'importer' if name == 'import' else name}")
     with session(config):
         return str(driver.run(config))
 
@@ -241,7 +248,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         print(f"{args.command}: {uri}")
         if args.command in _NEXT:
             print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")
-        if args.command == "prepare":
+        if args.command in ("prepare", "import"):
             return _refused(uri)
     return 0
 

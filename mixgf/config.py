@@ -51,10 +51,11 @@ MOUSE = SpeciesRow(name="mouse", taxon=10090, gene_prefix="ENSMUSG", genes="reso
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One file (or glob) of raw counts."""
+    """One file (or glob) of raw counts; for `import`, one tokenised Arrow data set."""
 
     uri: str
-    """`.h5ad`, 10x `.h5` or a 10x Matrix Market folder; a path, glob or s3:// URI; `resource:` is inside the package."""
+    """`.h5ad`, 10x `.h5` or a 10x Matrix Market folder; a path, glob or s3:// URI; `resource:` is inside the package.
+    For `import`: a folder that Hugging Face's save_to_disk wrote, a folder of `.arrow` files, or one such file."""
     species: str
     """Name of one row of `species`."""
     name: str = ""
@@ -157,6 +158,44 @@ class Prepare:
         _require(
             self.shard_cells >= self.block_cells >= 1, "prepare.shard_cells", self.shard_cells, "at least block_cells"
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Imports:
+    """`import`: tokenised Arrow data sets with token dictionaries of their own (Genecorpus-30M, Mouse-Genecorpus-20M).
+
+    Of the other sections it reads `sources`, `vocab`, `tokens`, `prepare` and `qc.min_genes`. What is counted stands in
+    the corpus' `imported.parquet`.
+    """
+
+    dictionaries: tuple[str, ...] = ()
+    """Token dictionary of each source, as `species=URI`, `source_name=URI`, or one `URI` for all: gene to id, a published
+    pickle (read by a restricted reader), JSON, Parquet, or TSV with columns gene (or key) and token."""
+    medians: tuple[str, ...] = ()
+    """Medians of each species, as `species=URI` or one `URI` for all: the same formats, column median. Empty = the median
+    column of the dictionary's table, else `vocab.medians`. Not needed with `vocab.reuse`."""
+    unknown_ids: str = "refuse"
+    """An id that the dictionary does not have, a <mask>, or a special token between genes: `refuse` the source, or `count`
+    it and leave it out."""
+    outside: str = "count"
+    """A gene of the dictionary that the species' vocabulary does not have: `refuse` or `count` (left out)."""
+    duplicates: str = "refuse"
+    """A gene that the sentence already has: `refuse` or `count` (the first one stays)."""
+    lengths: str = "refuse"
+    """A `length` column that is not the number of ids: `refuse` or `count` (the ids are right)."""
+
+    def __post_init__(self) -> None:
+        for name in ("unknown_ids", "outside", "duplicates", "lengths"):
+            _one_of(f"imports.{name}", getattr(self, name), ("refuse", "count"))
+        for name in ("dictionaries", "medians"):
+            keys = [split_named(text)[0] for text in getattr(self, name)]
+            _require(len(set(keys)) == len(keys), f"imports.{name}", getattr(self, name), "one URI per name")
+
+
+def split_named(text: str) -> tuple[str, str]:
+    """`name=URI` or a bare `URI` as (name or "", URI)."""
+    name, eq, uri = text.partition("=")
+    return (name.strip(), uri.strip()) if eq and not set(name) & set("/:\\") else ("", text.strip())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -439,6 +478,7 @@ class Config:
     vocab: Vocab = field(default_factory=Vocab)
     tokens: Tokens = field(default_factory=Tokens)
     prepare: Prepare = field(default_factory=Prepare)
+    imports: Imports = field(default_factory=Imports)
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)

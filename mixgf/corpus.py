@@ -41,7 +41,9 @@ def resolve(sources: Iterable[Source]) -> tuple[Source, ...]:
             msg = f"sources[{i}].uri = {source.uri!r}: matches no file; check the pattern"
             raise UserError(msg)
         for uri in uris:
-            stem = re.sub(r"\.(h5ad|h5|hdf5)$", "", uri.rstrip("/").rsplit("/", 1)[-1].removeprefix("resource:"))
+            stem = re.sub(
+                r"\.(h5ad|h5|hdf5|arrow|dataset)$", "", uri.rstrip("/").rsplit("/", 1)[-1].removeprefix("resource:")
+            )
             name = source.name if source.name and len(uris) == 1 else "-".join(filter(None, (source.name, stem)))
             out.append(replace(source, uri=uri, name=name))
     if not out:

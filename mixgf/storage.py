@@ -77,6 +77,14 @@ def exists(uri: str) -> bool:
     return bool(fs.exists(key))
 
 
+def is_folder(uri: str) -> bool:
+    """Whether a folder is there, not a file."""
+    if is_local(uri):
+        return local_path(uri).is_dir()
+    fs, key = _remote(uri)
+    return bool(fs.isdir(key))
+
+
 def size(uri: str) -> int:
     """Bytes of a file."""
     if is_local(uri):
@@ -128,6 +136,17 @@ def open_read(uri: str, block_size: int = 4 << 20) -> BinaryIO:
         return cast("BinaryIO", local_path(uri).open("rb"))
     fs, key = _remote(uri)
     return cast("BinaryIO", fs.open(key, "rb", block_size=block_size, cache_type="readahead"))
+
+
+@contextmanager
+def open_arrow(uri: str) -> Iterator[pa.NativeFile]:
+    """A seekable pyarrow file: mapped into memory from disk, read in ranges from object storage."""
+    if is_local(uri):
+        with pa.memory_map(str(local_path(uri))) as file:
+            yield file
+        return
+    with open_read(uri) as stream, pa.PythonFile(stream, mode="r") as file:
+        yield file
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import pyarrow as pa
 from mixgf import artifacts, classify, evaluation, splits, storage, tracking
 from mixgf.baselines import BASELINES
 from mixgf.classify import HEADS, UNTRAINED
-from mixgf.config import Config, to_dict
+from mixgf.config import Config, UserError, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.evaluation import Places
@@ -135,6 +135,11 @@ def _plan(config: Config, uri: str) -> tuple[Places, artifacts.Record]:
     corpus_uri = config.inputs.corpus or storage.join(config.output, "corpus")
     checkpoint_uri = config.inputs.checkpoint or storage.join(config.output, "pretrain")
     corpus = artifacts.require(corpus_uri, "corpus")
+    if "imported" in corpus.details and (counted := [m for m in config.classify.models if m in BASELINES]):
+        others = ",".join(m for m in config.classify.models if m not in BASELINES) or "finetune"
+        msg = (f"classify.models: {', '.join(counted)} need raw counts, which the imported corpus {corpus_uri} does not have; "
+               f"leave them out: --set classify.models={others}")  # fmt: skip
+        raise UserError(msg)
     checkpoint = artifacts.require(checkpoint_uri, "checkpoint")
     embeddings, embedded = evaluation.embeddings(config, corpus, checkpoint)
     data = to_dict(config)
