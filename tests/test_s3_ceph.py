@@ -89,7 +89,7 @@ def ceph(folder: Path):
 
     def once(program, *args):
         command = die_with_us([program, "--conf", str(conf), *args])
-        found = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        found = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
         assert found.returncode == 0, f"{program} {args}: {found.stderr[-2000:]}"
         return found.stdout
 
@@ -108,7 +108,7 @@ def ceph(folder: Path):
         once("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=localhost")
         daemon("ceph-osd", "-i", "0")
         daemon("radosgw", "-n", "client.rgw")
-        for _ in range(600):
+        for _ in range(2000):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             assert all(d.poll() is None for d in daemons), "a daemon of Ceph ended"
