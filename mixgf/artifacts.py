@@ -95,21 +95,29 @@ def begin(uri: str, record: Record) -> bool:
     Raises:
         UserError: the folder holds another artifact, finished or not.
     """
+    plan_uri = storage.join(uri, "plan.json")
     for name in ("record.json", "plan.json"):
         there = _read(uri, name)
-        if there is None:
-            continue
-        if there.fingerprint == record.fingerprint:
+        if there is not None:
+            _same(uri, there, record)
             return name == "plan.json"
-        changes = _changes(there, record)
-        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-        msg = (
-            f"{uri} holds another {there.kind}: {'; '.join(changes[:5])}{more}. "
-            f"Choose another output (--set output=...), or remove {uri} to make it again"
-        )
-        raise UserError(msg)
-    storage.write_json(storage.join(uri, "plan.json"), asdict(record))
+    if not storage.create_bytes(plan_uri, storage.json_bytes(asdict(record))):
+        there = _read(uri, "plan.json")  # another run was faster, by a moment
+        if there is not None:
+            _same(uri, there, record)
     return True
+
+
+def _same(uri: str, there: Record, record: Record) -> None:
+    if there.fingerprint == record.fingerprint:
+        return
+    changes = _changes(there, record)
+    more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+    msg = (
+        f"{uri} holds another {there.kind}: {'; '.join(changes[:5])}{more}. "
+        f"Choose another output (--set output=...), or remove {uri} to make it again"
+    )
+    raise UserError(msg)
 
 
 def _changes(old: Record, new: Record) -> list[str]:

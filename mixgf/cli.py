@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from mixgf import progress, recipes
-from mixgf.config import Config, UserError, from_dict, override, split_named, to_dict
+from mixgf.config import AccessError, Config, UserError, from_dict, override, split_named, to_dict
 
 STAGES = {
     "prepare": "raw counts -> cell sentences: checks, QC, vocabulary, rank value encoding",
@@ -273,7 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        first = str(error).strip().split("\n")[0]
+        error = getattr(error, "cause", None) or error  # what a Ray worker raised
+        first = (str(error).strip() or repr(error)).split("\n")[0]
+        if isinstance(error, AccessError):
+            print(f"mixgf: {first}", file=sys.stderr)
+            return 2
         print(
             f"mixgf: failed: {type(error).__name__}: {first[:500]} (the same command with --debug shows where)",
             file=sys.stderr,

@@ -22,6 +22,14 @@ class UserError(ValueError):
     """Something the user gave cannot be used. One line: field, value, what is allowed, way out."""
 
 
+class StorageError(OSError):
+    """Object storage, or the way to it, did not do what was asked, after patience. Nothing is wrong with what is stored."""
+
+
+class AccessError(StorageError):
+    """Object storage refuses: keys, rights, bucket. For the user to mend; no source is to blame, and no work is lost."""
+
+
 def _require(ok: bool, path: str, value: object, allowed: str) -> None:  # noqa: FBT001 (a predicate reads better first)
     if not ok:
         msg = f"{path} = {value!r}: must be {allowed}"

@@ -24,7 +24,7 @@ import pyarrow.csv as pa_csv
 from scipy import sparse
 
 from mixgf import storage
-from mixgf.config import UserError
+from mixgf.config import StorageError, UserError
 
 SCAN_ENTRIES = 4_000_000
 """Counts held at a time while a column-major file is scanned."""
@@ -98,9 +98,9 @@ def open_reader(uri: str, layer: str = "X") -> Iterator[Reader]:
             return
         with _h5(uri) as file:
             yield _h5ad(uri, file, layer) if kind == "h5ad" else _tenx(uri, file, layer)
+    except StorageError:
+        raise  # the network, not the file (h5py, gzip and Arrow pass it on as it is): the caller tries again
     except (OSError, EOFError) as error:
-        if not storage.is_local(uri) and "truncated" not in str(error):
-            raise  # perhaps the network: the caller tries again
         text = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         msg = f"{uri}: truncated or damaged ({text}); fetch it again"
         raise UserError(msg) from None

@@ -159,9 +159,6 @@ def _size(uri: str) -> int:
 
 # Work units
 
-TOKENS = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
-"""Sentences hold no nulls; Parquet that is told so is written in less time."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
@@ -344,7 +341,7 @@ def write(work: str, unit: Unit, shard: int, *, to: str, rules: Rules, obs: dict
     done = pa.table(
         {
             "tokens": pa.ListArray.from_arrays(
-                pa.array(offsets_N1, pa.int32()), pa.array(packed, pa.int32()), TOKENS.type
+                pa.array(offsets_N1, pa.int32()), pa.array(packed, pa.int32()), units.SENTENCES.type
             ),
             "cell": pa.array([f"{unit.source.name}:{row}" for row in rows], pa.string()),
             "species": pa.array([unit.source.species] * num, pa.string()),
@@ -355,7 +352,7 @@ def write(work: str, unit: Unit, shard: int, *, to: str, rules: Rules, obs: dict
         | {name: pa.nulls(num, kind) for name, kind in NOT_KNOWN.items()}
         | {name: _column(values[name], kind, num) for name, kind in obs.items()}
     )
-    done = done.cast(done.schema.set(0, TOKENS))
+    done = done.cast(done.schema.set(0, units.SENTENCES))
     name = units.shard_name(shard)
     size, digest = units.write_shard(storage.join(to, name), done)
     entry = {"name": name, "rows": num, "bytes": size, "sha256": digest}

@@ -1,7 +1,10 @@
 """Fixtures shared by the tests: a session-wide local Ray, and nothing that could reach a running cluster."""
 
 import os
+import subprocess
 import sys
+import time
+import urllib.request
 
 os.environ.update(
     RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", MLFLOW_DISABLE_TELEMETRY="true"
@@ -10,6 +13,7 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import pytest
+from processes import die_with_us, free_port
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,6 +53,50 @@ def world(tmp_path, tracking_uri):
     import invented
 
     return invented.make(tmp_path, tracking_uri)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """URL of moto's S3 server: a process of its own, real HTTP on loopback, in memory. It asks for no keys."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(die_with_us(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(url)
+            break
+        except OSError:
+            assert server.poll() is None, "moto's server ended"
+            time.sleep(0.2)
+    yield url
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """Sources of every format for the tests of S3, prepared from disk to disk (`tests/s3_world.py`)."""
+    import s3_world
+
+    return s3_world.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def s3_settings(monkeypatch):
+    """What a user sets for an endpoint: `s3_settings(url)`."""
+
+    def settings(url, key="testkey", secret="testsecret"):
+        for name in [n for n in os.environ if n.startswith("AWS_")]:
+            if name.split("_")[1] not in ("REQUEST", "RESPONSE", "RETRY", "MAX"):
+                monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    return settings
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,6 @@ import dataclasses
 import json
 import os
 import pickle
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -386,44 +381,14 @@ def test_chosen_columns_get_new_names_and_ours_are_left_out(world, tmp_path):
 # Object storage
 
 
-def _forget_connections():
-    """An endpoint is read once per process; the next test has another one."""
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    storage._filesystem.cache_clear()
-
-
 @pytest.fixture
-def bucket(monkeypatch):
-    """An empty bucket of moto's server: real HTTP on loopback."""
+def bucket(s3_server, s3_settings):
+    """A folder of a bucket of moto's server."""
     import boto3
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url)
-            break
-        except OSError:
-            time.sleep(0.2)
-    for key, value in {
-        "ENDPOINT_URL": url,
-        "ACCESS_KEY_ID": "k",
-        "SECRET_ACCESS_KEY": "s",
-        "DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(f"AWS_{key}", value)
-    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="imports")
-    _forget_connections()
-    yield "s3://imports/x"
-    _forget_connections()
-    server.terminate()
-    server.wait()
+    s3_settings(s3_server)
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="imports")
+    return "s3://imports/x"
 
 
 def test_object_storage_gives_the_bytes_of_the_disk(world, tmp_path, bucket):

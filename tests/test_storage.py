@@ -1,12 +1,11 @@
 """Laws of storage: atomic, deterministic, the same on disk and on S3 (moto's server: real HTTP on loopback)."""
 
-import os
 import subprocess
 import sys
-import time
-import urllib.request
+import uuid
 from pathlib import Path
 
+import boto3
 import pyarrow as pa
 import pytest
 
@@ -14,42 +13,12 @@ from mixgf import storage
 from mixgf.config import UserError
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """A moto server with an empty bucket; the environment is what a user sets for any endpoint."""
-    import socket
-
-    import boto3
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(150):
-        try:
-            urllib.request.urlopen(url)
-            break
-        except OSError:
-            time.sleep(0.2)
-    env = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "k",
-        "AWS_SECRET_ACCESS_KEY": "s",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {k: os.environ.get(k) for k in env}
-    os.environ.update(env)
-    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="cells")
-    yield "s3://cells/run"
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
-    server.terminate()
-    server.wait()
+@pytest.fixture
+def s3(s3_server, s3_settings):
+    """A bucket of moto's server."""
+    s3_settings(s3_server)
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="cells")  # there already is fine
+    return f"s3://cells/{uuid.uuid4().hex}"
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -64,6 +33,7 @@ def test_what_is_written_is_read_listed_and_removed(root):
     storage.write_bytes(storage.join(root, "a", "c.bin"), b"0123456789")
     assert storage.read_json(uri) == {"x": [1, 2]}
     assert storage.list_dir(storage.join(root, "a")) == ["b.json", "c.bin"]
+    assert storage.list_dir(uri) == []  # a file is no folder
     assert storage.glob(storage.join(root, "a", "*.bin")) == [storage.join(root, "a", "c.bin")]
     assert storage.size(storage.join(root, "a", "c.bin")) == 10
     with storage.open_read(storage.join(root, "a", "c.bin"), block_size=4) as file:
@@ -85,6 +55,14 @@ def test_the_same_table_gives_the_same_bytes(root):
     assert (storage.size(storage.join(root, "t1.parquet")), storage.sha256(storage.join(root, "t1.parquet"))) == first
     assert storage.read_table(storage.join(root, "t1.parquet")).equals(table)
     assert storage.read_table(storage.join(root, "t1.parquet"), columns=["cell"]).column_names == ["cell"]
+
+
+def test_of_several_who_create_a_file_one_succeeds(root):
+    uri = storage.join(root, "claim")
+    assert storage.create_bytes(uri, b"first")
+    assert not storage.create_bytes(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    assert storage.list_dir(root) == ["claim"]
 
 
 def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(tmp_path):

@@ -117,7 +117,8 @@ def _nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
     try:
         yield
     except UserError:
-        storage.remove(uri)
+        if artifacts.find(uri) is None:  # else another run of the same plan has finished meanwhile
+            storage.remove(uri)
         raise
 
 
