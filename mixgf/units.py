@@ -187,9 +187,7 @@ def measure(work: str, unit: Unit, block_cells: int) -> None:
         table = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
         if unit.source.sample:
             values = reader.obs(unit.source.sample, unit.start, unit.stop)
-            table = table.append_column(
-                "sample", pa.array([None if v is None else str(v) for v in values], pa.string())
-            )
+            table = table.append_column("sample", pc.fill_null(_obs_array(values, "str", len(values)), ""))
     storage.write_table(part(work, "sums", unit.number), pa.table({"sum": sums_G}))
     storage.write_table(part(work, "metrics", unit.number), table)
 

@@ -176,6 +176,8 @@ class _Prepare:
         self.refused: dict[int, str] = {}
         self.facts: dict[int, dict[str, Any]] = {}
         self.metrics: dict[int, qc.Metrics] = {}
+        self.settled = False
+        """Whether it is decided which sources are refused: one that cannot be read after that has changed, and stops the run."""
         self.shards = storage.join(self.uri, "shards")
         self.first = self.older.num_shards if self.older else 0
         """Number of the first shard of the sources read here."""
@@ -189,10 +191,12 @@ class _Prepare:
         )
         self._measure(all_units)
         reports = self._reports(all_units)
+        self.settled = True
         all_units = [u for u in all_units if u.index not in self.refused]
         reasons = self._judge(all_units)
         for reason, number in qc.count(np.concatenate(list(reasons.values()))).items():
-            self.meter.add("cells_dropped", number, reason=reason)
+            if reason != "kept":
+                self.meter.add("cells_dropped", number, reason=reason)
         self.meter.add("cells_kept", sum(int((r == qc.KEPT).sum()) for r in reasons.values()))
         keeps = {u.number: reasons[u.index][u.start : u.stop] == qc.KEPT for u in all_units}
         kept_units = [u for u in all_units if keeps[u.number].any()]
@@ -215,7 +219,7 @@ class _Prepare:
         done = total - sum(j.weight for j in todo)
         with Progress(f"prepare: {what}", total, unit, done=done) as progress:
             for finished, (i, why) in enumerate(self.spread(todo), 1):
-                if why and todo[i].source < 0:
+                if why and (todo[i].source < 0 or self.settled):
                     raise UserError(why)
                 if why:
                     self._refuse(todo[i].source, why)

@@ -1,0 +1,175 @@
+"""SIGKILL to prepare, at random moments: the same command again ends with the bytes of the run never killed."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from mixgf import artifacts, config, storage
+from mixgf.drivers import prepare
+
+PATIENCE = 300
+"""Seconds that a part may take to come on a busy machine."""
+
+
+@pytest.fixture
+def settings(world):
+    chosen, _ = world
+    sources = tuple(dataclasses.replace(s, sample="cell_type") for s in chosen.sources)
+    rules = config.QC(max_cells_per_sample=9)
+    return dataclasses.replace(chosen, sources=sources, qc=rules, prepare=config.Prepare(shard_cells=3, block_cells=2))
+
+
+def contents(uri):
+    """Hashes of every file but the record and the cost ledger, which hold times; no work folder, no temporary files are left."""
+    names = [n for n in storage.list_dir(uri) if n != "cost"]
+    assert names == [
+        "dropped.parquet", "hashes.parquet", "index.parquet", "mapping.parquet", "record.json", "shards", "vocabulary.parquet",
+    ]  # fmt: skip
+    files = [f"{uri}/{n}" for n in names if n.endswith("parquet")] + [
+        f"{uri}/shards/{n}" for n in storage.list_dir(f"{uri}/shards")
+    ]
+    record = artifacts.require(uri, "corpus")
+    return {Path(f).name: storage.sha256(f) for f in files} | {"counts": record.counts, "details": record.details}
+
+
+def moved(settings, tmp_path, name):
+    return dataclasses.replace(settings, output=str(tmp_path / name))
+
+
+def parts(uri):
+    """Finished part files under the work folder and shards."""
+    return sum(1 for p in Path(uri).rglob("*.parquet") if not p.name.startswith("."))
+
+
+def until(uri, number, alive):
+    """Wait for so many parts while `alive()`; returns whether they came."""
+    give_up = time.monotonic() + PATIENCE
+    while alive() and time.monotonic() < give_up:
+        if parts(uri) >= number:
+            return True
+        time.sleep(0.002)
+    return False
+
+
+LOOP = """
+import json, sys
+from mixgf.config import Config, from_dict
+from mixgf.drivers import prepare
+prepare.run(from_dict(Config, json.load(open(sys.argv[1]))), spread=prepare.loop)
+"""
+
+
+def test_a_driver_killed_again_and_again_ends_with_the_bytes_of_one_never_killed(settings, tmp_path):
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=prepare.loop))
+    chosen = moved(settings, tmp_path, "killed")
+    path, uri = tmp_path / "config.json", f"{chosen.output}/corpus"
+    path.write_text(json.dumps(config.to_dict(chosen)))
+    rng = np.random.default_rng()
+    kills, total = [], 3 * 23 + 20  # about as many parts as a whole run makes
+    for number in np.sort(rng.integers(1, total, 4)).tolist():
+        child = subprocess.Popen([sys.executable, "-c", LOOP, str(path)], stderr=subprocess.DEVNULL)
+        if until(uri, number, lambda child=child: child.poll() is None):
+            time.sleep(float(rng.uniform(0, 0.02)))  # in the middle of something
+        child.kill()
+        kills.append((number, child.wait()))
+    assert any(code == -9 for _, code in kills), kills
+    assert contents(prepare.run(chosen, spread=prepare.loop)) == expected, kills
+
+
+def tasks(parent):
+    """The live Ray workers under a process that are at work units."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        try:
+            if any("ray::attempt" in part for part in process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.mark.ray
+def test_killed_ray_workers_change_nothing(settings, tmp_path, ray_local):
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=prepare.loop))
+    chosen = moved(settings, tmp_path, "killed")
+    uri, rng, killed, over = f"{chosen.output}/corpus", np.random.default_rng(), [], threading.Event()
+
+    def kill():
+        for number in (int(rng.integers(2, 30)), int(rng.integers(31, 70))):
+            until(uri, number, lambda: not over.is_set())
+            while not over.is_set():
+                victims = tasks(os.getpid())
+                if victims:
+                    victims[int(rng.integers(len(victims)))].kill()
+                    killed.append(number)
+                    break
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        prepare.run(chosen)
+    finally:
+        over.set()
+        thread.join()
+    assert killed
+    assert contents(uri) == expected, killed
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_ray_driver_and_a_lost_node_change_nothing(settings, tmp_path):
+    """First the driver of a local Ray dies with all it started, then the run goes on over three nodes, of which one is lost."""
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=prepare.loop))
+    chosen = moved(settings, tmp_path, "killed")
+    path, uri = tmp_path / "config.json", f"{chosen.output}/corpus"
+    path.write_text(json.dumps(config.to_dict(chosen)))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "mixgf", "prepare", "--config", str(path)], stderr=subprocess.DEVNULL
+    )
+    assert until(uri, 20, lambda: driver.poll() is None)
+    driver.kill()
+    assert driver.wait() == -9
+    done = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert '{"nodes": 2}' in done.stdout.splitlines(), done.stdout[-3000:]  # Ray prints of the loss, too
+    assert contents(uri) == expected
+
+
+def main(path):
+    """Prepare on a head without CPUs and two nodes, of which one is killed; prints how many nodes are left."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    chosen = config.from_dict(config.Config, json.loads(Path(path).read_text()))
+    store = {"object_store_memory": 100 << 20, "include_dashboard": False}
+    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, "_system_config": health})
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+
+    def lose():
+        until(f"{chosen.output}/corpus", 40, lambda: True)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    prepare.run(chosen)
+    thread.join()
+    sys.stdout.write(json.dumps({"nodes": sum(n["Alive"] for n in ray.nodes())}) + "\n")
+    sys.stdout.flush()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
