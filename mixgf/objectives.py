@@ -21,7 +21,7 @@ from mixgf import dataset, keyed, species
 from mixgf.config import Config, Objective
 from mixgf.dataset import Batch, Corpus
 from mixgf.model import MaskedModel, forward_flops, head_flops, pool
-from mixgf.plan import I64, Plan, Share, micro_batches, parse_mix
+from mixgf.plan import Plan, Share, micro_batches, parse_mix
 from mixgf.views import Packed, Translator, join, mask, thin
 
 
@@ -83,22 +83,30 @@ class Micro:
     batch: Batch
     num_views: int
     masked_K: Tensor
-    """Places in `batch.ids_T` that are scored; all in the first view."""
+    """Places that are scored, all in the first view: in the pack, or among the queries where there are some."""
     targets_K: Tensor
     slots_B: Tensor
     """Places of the cells in the global batch."""
     paired_B: Tensor
     """Which cells have an ortholog translation."""
+    queries: tuple[Tensor, Tensor] | None = None
+    """The tokens that the losses look at, as `Encoder.forward` takes them; None = all."""
+    firsts: Tensor | None = None
+    """Place of every sentence's first token among the queries."""
 
     def to(self, device: torch.device) -> Micro:
         """The same on a device."""
         if device.type == "cpu":
             return self
-        move = [
-            x.pin_memory().to(device, non_blocking=True)
-            for x in (self.masked_K, self.targets_K, self.slots_B, self.paired_B)
-        ]
-        return Micro(self.batch.to(device), self.num_views, *move)
+
+        def move(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True)
+
+        return Micro(
+            self.batch.to(device), self.num_views, move(self.masked_K), move(self.targets_K), move(self.slots_B),
+            move(self.paired_B), None if self.queries is None else (move(self.queries[0]), move(self.queries[1])),
+            None if self.firsts is None else move(self.firsts),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,8 @@ class Pretraining:
             self.views.append(o.view)
         if o.ortholog_weight > 0 and "ortholog" not in self.views:
             self.views.append("ortholog")
+        self.last_layer_at_queries = len(self.views) == 1 or o.pooling in ("first", "cls")
+        """Masked tokens and first tokens are all that the losses look at, unless cells are means over all tokens."""
         self.translate: Translator | None = None
         if "ortholog" in self.views:
             self.translate = Translator(corpus.vocabulary, species.orthologs(config.vocab.orthologs))
@@ -155,15 +165,15 @@ class Pretraining:
         micros, flops, masked = [], 0.0, 0
         row = self.config.model
         for part in micro_batches(lengths * len(self.views), self.config.train.micro_tokens):
-            micro, view_lengths = self._micro(share, sentences, part)
+            micro, view_lengths, queries = self._micro(share, sentences, part)
             micros.append(micro)
             masked += len(micro.targets_K)
-            flops += 3 * forward_flops(row, view_lengths.tolist())
+            flops += 3 * forward_flops(row, view_lengths, queries=queries)
         flops += 3 * head_flops(row, self.corpus.vocabulary.size, masked)
         cells, tokens = len(share.cells_B), int(sentences[1][-1])
         return Work(micros, share.batch_cells, share.epoch, cells, tokens, masked, flops)
 
-    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[Micro, I64]:
+    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[Micro, list[int], list[int] | None]:
         tokens, offsets = sentences
         span = offsets[part.start : part.stop + 1]
         few: Packed = (tokens[span[0] : span[-1]], span - span[0])
@@ -194,15 +204,19 @@ class Pretraining:
             )
         batch = dataset.pack(all_tokens, all_offsets, np.tile(cells, num_views), keys_T)
         targets = torch.from_numpy(few[0][at].astype(np.int64))
+        asked: tuple[Tensor, Tensor] | None = None
+        firsts, counts, masked = None, None, at
+        if self.last_layer_at_queries:
+            begins = all_offsets[:-1] if num_views > 1 else all_offsets[:0]
+            places = np.union1d(at, begins)
+            masked, bounds = np.searchsorted(places, at), np.searchsorted(places, all_offsets)
+            firsts, counts = torch.from_numpy(np.searchsorted(places, begins)), np.diff(bounds).tolist()
+            asked = (torch.from_numpy(places), torch.from_numpy(bounds.astype(np.int32)))
         micro = Micro(
-            batch,
-            num_views,
-            torch.from_numpy(at),
-            targets,
-            torch.from_numpy(share.slots_B[part]),
-            torch.from_numpy(paired),
-        )
-        return micro, lengths
+            batch, num_views, torch.from_numpy(masked), targets, torch.from_numpy(share.slots_B[part]),
+            torch.from_numpy(paired), asked, firsts,
+        )  # fmt: skip
+        return micro, lengths.tolist(), counts
 
     def backward(self, model: MaskedModel, work: Work, group: Group) -> dict[str, Tensor]:
         """Add this share's gradients to the model's; returns figures whose sums over the workers are the global ones."""
@@ -245,13 +259,18 @@ class Pretraining:
         if b.num_cells == 0:  # a worker of a batch with fewer cells than workers
             return model.encoder.tokens.new_zeros((0, model.encoder.row.dim))
         with autocast(b.ids_T.device, self.config.train.precision):
-            return model(b.ids_T, b.offsets_B1, positions_T=b.positions_T, keys=b.keys_T, max_len=b.max_len)
+            return model(
+                b.ids_T, b.offsets_B1, positions_T=b.positions_T, keys=b.keys_T, max_len=b.max_len, queries=micro.queries
+            )  # fmt: skip
 
     def _vectors(self, h_TD: Tensor, micro: Micro) -> Tensor:
         """Cell vectors by view, float32 (W, B, D)."""
         if micro.batch.num_cells == 0:
             return h_TD.new_zeros((micro.num_views, 0, h_TD.shape[1]), dtype=torch.float32)
-        z = pool(h_TD, micro.batch.offsets_B1, self.objective.pooling, cls=self.corpus.cls).float()
+        if micro.firsts is not None:
+            z = h_TD.index_select(0, micro.firsts).float()
+        else:
+            z = pool(h_TD, micro.batch.offsets_B1, self.objective.pooling, cls=self.corpus.cls).float()
         return z.view(micro.num_views, -1, z.shape[1])
 
     def _contrast(

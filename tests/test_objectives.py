@@ -53,13 +53,14 @@ def run(
     batch_cells=10,
     model_row=ROW,
     orthologs="",
+    whole_last_layer=False,
     **objective,
 ):
     """Losses and flat gradient of one step, summed over simulated workers (threads that meet in every reduction)."""
     import threading
 
     settings = config.Config(
-        model=model_row, tokens=config.Tokens(max_len=40), objective=config.Objective(**objective), vocab=config.Vocab(orthologs=(orthologs,)),
+        model=model_row, tokens=config.Tokens(max_len=40, cls=corpus.cls), objective=config.Objective(**objective), vocab=config.Vocab(orthologs=(orthologs,)),
         train=config.Train(epochs=epochs, batch_cells=batch_cells, micro_tokens=micro_tokens),
     )  # fmt: skip
     barrier, buffers, lock = threading.Barrier(workers), {}, threading.Lock()
@@ -78,6 +79,9 @@ def run(
 
     def work(rank):
         task = objectives.Pretraining(settings, corpus)
+        if whole_last_layer:
+            assert task.last_layer_at_queries
+            task.last_layer_at_queries = False
         model = MaskedModel(model_row, corpus.vocabulary.size)
         context = Worker(torch.device("cpu"), rank, workers)
         figures = task.backward(model, task.work(step, rank, workers), context)
@@ -121,6 +125,24 @@ def test_workers_together_give_the_losses_and_gradients_of_one(corpus, uri, view
     assert set(one[0]) == {"loss", "mlm", "contrast", "simcsepp", "ortholog", "alignment", "uniformity"}
     assert all(np.isfinite(v) for v in one[0].values())
     same(run(corpus, view=view, workers=3, orthologs=f"{uri}/orthologs.parquet", **ALL), one)
+
+
+@pytest.fixture(scope="module")
+def corpus_cls(make_corpus):
+    return dataset.Corpus(
+        make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 14], cls=True)
+    )
+
+
+@pytest.mark.parametrize("pooling", ["first", "cls", "mlm only"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_last_layer_only_where_the_losses_look_gives_the_losses_and_gradients_of_all_of_it(
+    corpus_cls, pooling, workers
+):
+    chosen = {"contrast_weight": 0.0} if pooling == "mlm only" else {"pooling": pooling, "simcsepp_weight": 0.1}
+    whole = run(corpus_cls, whole_last_layer=True, **chosen)
+    assert whole[1].abs().max() > 1e-3
+    same(run(corpus_cls, workers=workers, micro_tokens=10_000 if workers == 1 else 100, **chosen), whole)
 
 
 def test_gradient_caching_gives_the_losses_and_gradients_of_one_pass(corpus, uri):
