@@ -198,17 +198,17 @@ class Pretraining:
         num_views, lengths = len(self.views), np.diff(all_offsets)
         keys_T = None
         if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
-            view_T = np.repeat(np.repeat(np.arange(num_views), len(cells)), lengths)
-            keys_T = keyed.dropout_keys(
-                *key, np.repeat(np.tile(visits, num_views), lengths), view_T, dataset.positions(all_offsets)
-            )
+            sentence_keys = np.concatenate([keyed.hashed(*key, visits, view) for view in range(num_views)])
+            keys_T = keyed.as_keys(keyed.of_places(sentence_keys, all_offsets))
         batch = dataset.pack(all_tokens, all_offsets, np.tile(cells, num_views), keys_T)
         targets = torch.from_numpy(few[0][at].astype(np.int64))
         asked: tuple[Tensor, Tensor] | None = None
         firsts, counts, masked = None, None, at
         if self.last_layer_at_queries:
             begins = all_offsets[:-1] if num_views > 1 else all_offsets[:0]
-            places = np.union1d(at, begins)
+            looked_at = np.zeros(all_offsets[-1], dtype=np.bool_)
+            looked_at[at] = looked_at[begins] = True
+            places = np.flatnonzero(looked_at)
             masked, bounds = np.searchsorted(places, at), np.searchsorted(places, all_offsets)
             firsts, counts = torch.from_numpy(np.searchsorted(places, begins)), np.diff(bounds).tolist()
             asked = (torch.from_numpy(places), torch.from_numpy(bounds.astype(np.int32)))

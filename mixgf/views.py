@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mixgf import dataset, keyed
+from mixgf import keyed
 from mixgf.config import UserError
 from mixgf.vocab import MASK, NUM_SPECIALS, Vocabulary
 
@@ -42,10 +42,9 @@ def mask(
         The input tokens (T,), and the chosen positions (K,).
     """
     tokens_T, offsets = sentences
-    place_T, visit_T = dataset.positions(offsets), np.repeat(visits_B, np.diff(offsets))
-    at = np.flatnonzero((keyed.uniform(*key, visit_T, place_T, _SELECT) < fraction) & (tokens_T >= NUM_SPECIALS))
-    action = keyed.uniform(*key, visit_T[at], place_T[at], _ACTION)
-    gene = keyed.uniform(*key, visit_T[at], place_T[at], _GENE)
+    hash_T = keyed.of_places(keyed.hashed(*key, visits_B), offsets)
+    at = np.flatnonzero(keyed.chance(hash_T, _SELECT, fraction) & (tokens_T >= NUM_SPECIALS))
+    action, gene = (keyed.uniform(stream, after=hash_T[at]) for stream in (_ACTION, _GENE))
     species_K = np.repeat(np.asarray(species_B), np.diff(offsets))[at]
     replacement = np.empty(len(at), dtype=np.int32)
     for code in np.unique(species_K):
@@ -66,9 +65,9 @@ def select(sentences: Packed, keep_T: npt.NDArray[np.bool_]) -> Packed:
 def thin(sentences: Packed, visits_B: I64, fraction: float, key: tuple[int, ...]) -> Packed:
     """Keep each gene with probability `fraction`; specials and the first token stay."""
     tokens_T, offsets = sentences
-    place_T, visit_T = dataset.positions(offsets), np.repeat(visits_B, np.diff(offsets))
-    keep = keyed.uniform(*key, visit_T, place_T, _THIN) < fraction
-    return select(sentences, keep | (place_T == 0) | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
+    keep = keyed.chance(keyed.of_places(keyed.hashed(*key, visits_B), offsets), _THIN, fraction)
+    keep[offsets[:-1][np.diff(offsets) > 0]] = True
+    return select(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
 
 
 def join(parts: list[Packed]) -> Packed:
