@@ -21,7 +21,7 @@ from mixgf import dataset, keyed, species
 from mixgf.config import Config, Objective
 from mixgf.dataset import Batch, Corpus
 from mixgf.model import MaskedModel, forward_flops, head_flops, pool
-from mixgf.plan import Plan, Share, micro_batches, parse_mix
+from mixgf.plan import Plan, Share, micro_batches, packing, parse_mix
 from mixgf.views import Packed, Translator, join, mask, thin
 
 
@@ -156,6 +156,22 @@ class Pretraining:
         self.translate: Translator | None = None
         if "ortholog" in self.views:
             self.translate = Translator(corpus.vocabulary, species.orthologs(config.vocab.orthologs))
+
+    def facts(self) -> dict[str, float]:
+        """What is known before the start, from a sample of the cells.
+
+        `gflop_per_cell` (needed, forward and backward, all views), `tokens_per_cell`, and what padding would compute beside:
+        tokens by token that is there, for batches in random order and grouped by length. Packed batches compute 1.
+        """
+        lengths = self.corpus.lengths_N[:: max(1, self.corpus.num_cells // 10_000)]
+        row, o, mean = self.config.model, self.objective, float(lengths.mean())
+        flops = 3 * head_flops(row, self.corpus.vocabulary.size, mean * o.mlm_fraction)
+        for view in self.views:
+            asked = lengths * o.mlm_fraction + 1 if view == "input" else np.ones_like(lengths)
+            queries = asked.tolist() if self.last_layer_at_queries else None
+            flops += 3 * forward_flops(row, lengths.tolist(), queries=queries) / len(lengths)
+        padded = packing(lengths, self.config.train.batch_cells)
+        return {"gflop_per_cell": flops / 1e9, "tokens_per_cell": mean} | {f"padding_{k}": v for k, v in padded.items()}
 
     def work(self, step: int, rank: int, world_size: int) -> Work:
         """One worker's share of a step, collated."""

@@ -183,3 +183,23 @@ def test_negatives_of_all_workers_enter_unless_gather_is_off(corpus):
     apart = run(corpus, workers=2, gather=False)
     assert apart[0]["contrast"] < one[0]["contrast"]
     assert apart[0]["mlm"] == pytest.approx(one[0]["mlm"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "chosen", [{}, {"pooling": "first"}, {"contrast_weight": 0.0}], ids=["mean", "first", "mlm only"]
+)
+def test_the_work_foretold_is_the_work_done(corpus, chosen):
+    settings = config.Config(
+        model=ROW,
+        tokens=config.Tokens(max_len=40),
+        objective=config.Objective(**chosen),
+        train=config.Train(batch_cells=6),
+    )
+    task = objectives.Pretraining(settings, corpus)
+    facts = task.facts()
+    done = sum(task.work(step, 0, 1).flops for step in range(task.steps_per_epoch)) / 23
+    assert facts["gflop_per_cell"] * 1e9 == pytest.approx(
+        done, rel=0.05
+    )  # the masks are drawn, the forecast is their mean
+    assert facts["tokens_per_cell"] == pytest.approx(corpus.lengths_N.mean())
+    assert 1 <= facts["padding_grouped"] < facts["padding_random"]
