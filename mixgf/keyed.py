@@ -32,12 +32,8 @@ def hashed(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> U64:
     `hashed(*a, *b)` is `hashed(*b, after=hashed(*a))`.
     """
     h: U64 = np.asarray(after, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            x = (h ^ np.asarray(part).astype(np.int64).view(np.uint64)) + _GOLDEN
-            x = (x ^ (x >> np.uint64(30))) * _M1
-            x = (x ^ (x >> np.uint64(27))) * _M2
-            h = x ^ (x >> np.uint64(31))
+    for part in parts:
+        h = _rounds(h, np.asarray(part).astype(np.int64).view(np.uint64))
     return h
 
 
@@ -74,6 +70,17 @@ def _round(h: np.uint64, part: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
+@numba.vectorize(["uint64(uint64, uint64)"], cache=True)  # type: ignore[untyped-decorator]
+def _rounds(h: np.uint64, part: np.uint64) -> np.uint64:
+    return _round(h, part)
+
+
+@_jit
+def draw(h: np.uint64, stream: np.uint64) -> float:
+    """`uniform(*key, stream)` from `hashed(*key)`, for compiled code."""
+    return np.float64(_round(h, stream) >> np.uint64(11)) * 2.0**-53
+
+
 @_jit
 def _of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
     out = np.empty(offsets_B1[-1], dtype=np.uint64)
@@ -88,7 +95,7 @@ def _of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
 def _chance(hashes: U64, stream: np.uint64, fraction: float) -> npt.NDArray[np.bool_]:
     out = np.empty(len(hashes), dtype=np.bool_)
     for i in range(len(hashes)):
-        out[i] = np.float64(_round(hashes[i], stream) >> np.uint64(11)) * 2.0**-53 < fraction
+        out[i] = draw(hashes[i], stream) < fraction
     return out
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -378,10 +379,10 @@ def forward_flops(
     num_layers = row.num_layers if layers is None else layers
     if not num_layers:
         return 0.0
-    counts = lengths if queries is None else queries
-    tokens, asked = float(sum(lengths)), float(sum(counts))
-    pairs = float(sum(int(length) ** 2 for length in lengths))
-    pairs_asked = float(sum(int(n) * int(length) for n, length in zip(counts, lengths, strict=True)))
+    lengths_B = np.asarray(lengths, dtype=np.float64)
+    counts_B = lengths_B if queries is None else np.asarray(queries, dtype=np.float64)
+    tokens, asked = float(lengths_B.sum()), float(counts_B.sum())
+    pairs, pairs_asked = float(lengths_B @ lengths_B), float(counts_B @ lengths_B)
     kv, rest = 2 * row.dim**2, 2 * row.dim**2 + 2 * row.dim * row.ffn_dim  # multiply-adds per token
     return (num_layers - 1) * (tokens * 2 * (kv + rest) + pairs * 4 * row.dim) + (
         tokens * 2 * kv + asked * 2 * rest + pairs_asked * 4 * row.dim

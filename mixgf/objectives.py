@@ -21,8 +21,8 @@ from mixgf import dataset, keyed, species
 from mixgf.config import Config, Objective
 from mixgf.dataset import Batch, Corpus
 from mixgf.model import MaskedModel, forward_flops, head_flops, pool
-from mixgf.plan import Plan, Share, micro_batches, packing, parse_mix
-from mixgf.views import Packed, Translator, join, mask, thin
+from mixgf.plan import I64, Plan, Share, micro_batches, packing, parse_mix
+from mixgf.views import Packed, Translator, join, looked_at, mask, thin
 
 
 class Group(Protocol):
@@ -168,8 +168,8 @@ class Pretraining:
         flops = 3 * head_flops(row, self.corpus.vocabulary.size, mean * o.mlm_fraction)
         for view in self.views:
             asked = lengths * o.mlm_fraction + 1 if view == "input" else np.ones_like(lengths)
-            queries = asked.tolist() if self.last_layer_at_queries else None
-            flops += 3 * forward_flops(row, lengths.tolist(), queries=queries) / len(lengths)
+            queries = asked if self.last_layer_at_queries else None
+            flops += 3 * forward_flops(row, lengths, queries=queries) / len(lengths)
         padded = packing(lengths, self.config.train.batch_cells)
         return {"gflop_per_cell": flops / 1e9, "tokens_per_cell": mean} | {f"padding_{k}": v for k, v in padded.items()}
 
@@ -189,7 +189,7 @@ class Pretraining:
         cells, tokens = len(share.cells_B), int(sentences[1][-1])
         return Work(micros, share.batch_cells, share.epoch, cells, tokens, masked, flops)
 
-    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[Micro, list[int], list[int] | None]:
+    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[Micro, I64, I64 | None]:
         tokens, offsets = sentences
         span = offsets[part.start : part.stop + 1]
         few: Packed = (tokens[span[0] : span[-1]], span - span[0])
@@ -222,17 +222,15 @@ class Pretraining:
         firsts, counts, masked = None, None, at
         if self.last_layer_at_queries:
             begins = all_offsets[:-1] if num_views > 1 else all_offsets[:0]
-            looked_at = np.zeros(all_offsets[-1], dtype=np.bool_)
-            looked_at[at] = looked_at[begins] = True
-            places = np.flatnonzero(looked_at)
-            masked, bounds = np.searchsorted(places, at), np.searchsorted(places, all_offsets)
-            firsts, counts = torch.from_numpy(np.searchsorted(places, begins)), np.diff(bounds).tolist()
+            places, masked, begun = looked_at(at, begins)
+            bounds = np.searchsorted(places, all_offsets)
+            firsts, counts = torch.from_numpy(begun), np.diff(bounds)
             asked = (torch.from_numpy(places), torch.from_numpy(bounds.astype(np.int32)))
         micro = Micro(
             batch, num_views, torch.from_numpy(masked), targets, torch.from_numpy(share.slots_B[part]),
             torch.from_numpy(paired), asked, firsts,
         )  # fmt: skip
-        return micro, lengths.tolist(), counts
+        return micro, lengths, counts
 
     def backward(self, model: MaskedModel, work: Work, group: Group) -> dict[str, Tensor]:
         """Add this share's gradients to the model's; returns figures whose sums over the workers are the global ones."""

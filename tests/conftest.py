@@ -67,7 +67,7 @@ def make_corpus(tmp_path_factory):
         storage.write_table(storage.join(uri, "orthologs.parquet"), orthologs)
         rng = np.random.default_rng(seed)
         sentences = [
-            [2] * cls + (rng.permutation(genes)[: n - cls] + NUM_SPECIALS + genes * s).tolist()
+            [2] * cls + (rng.permutation(genes)[: n - cls] + NUM_SPECIALS + genes * int(s)).tolist()
             for n, s in zip(lengths, species, strict=True)
         ]
         shards, start = [], 0
