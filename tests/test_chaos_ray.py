@@ -147,8 +147,8 @@ def main(data):
 
     chosen = config.from_dict(config.Config, data)
     store = {"object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store, "_system_config": {
-        "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4,
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, "_system_config": {
+        "health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10,
     }})  # fmt: skip
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
