@@ -1,8 +1,6 @@
-"""Training of the paper's model: ours against the published way, written plainly with Hugging Face BERT.
+"""Training of the paper's model: ours against the published way (published.py).
 
-The published way (shared notes, performance section 2): cells padded to the longest, two full passes with other dropout,
-scores of the whole vocabulary at every position, contrast of the first position's vectors, AdamW; a collator that pads
-Python lists; vectors from a pass that scores the vocabulary too. On a CPU in CPU seconds of one thread, interleaved in one
+On a CPU in CPU seconds of one thread, interleaved in one
 process, a batch of two cells of the real length mix; memory in processes of their own; on a GPU in wall seconds.
 Run through `python jobs/bench.py train [--json] [--quick]`. Needs `transformers` (extra `test`).
 """
@@ -10,7 +8,6 @@ Run through `python jobs/bench.py train [--json] [--quick]`. Needs `transformers
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import statistics
 import tempfile
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -32,7 +30,7 @@ from mixgf import artifacts, config, plan, storage
 from mixgf.dataset import Corpus
 from mixgf.embed import embed_cells
 from mixgf.model import MaskedModel
-from mixgf.objectives import Pretraining, nt_xent
+from mixgf.objectives import Pretraining
 from mixgf.recipes import get
 from mixgf.train import GroupContext, LocalContext, make_optimizer, measure_peak
 from mixgf.vocab import NUM_SPECIALS, Vocabulary
@@ -69,8 +67,8 @@ def _steps(row: config.Model, corpus: Corpus, *, quick: bool) -> list[Figure]:
         "ours": _ours(settings, corpus, step),
         "whole last layer": _ours(settings, corpus, step, whole_last_layer=True),
         "whole head": _ours(settings, corpus, step, whole_last_layer=True, whole_head=True),
-        "equal dropout": _published(settings, corpus, step, attention_dropout=0.0),
-        "as shipped": _published(settings, corpus, step, attention_dropout=0.1),
+        "equal dropout": published.step(settings, corpus, step, attention_dropout=0.0),
+        "as shipped": published.step(settings, corpus, step, attention_dropout=0.1),
     }
     if torch.cpu._is_amx_tile_supported():
         works["bf16"] = _ours(settings, corpus, step, precision="bf16")
@@ -108,7 +106,7 @@ def _memory(row: config.Model, corpus: Corpus) -> list[Figure]:
         return peak_memory() - before
 
     ours = _forked([lambda: above_start(_ours(settings, corpus, 0))])[0]
-    theirs = _forked([lambda: above_start(_published(settings, corpus, 0, attention_dropout=0.1))])[0]
+    theirs = _forked([lambda: above_start(published.step(settings, corpus, 0, attention_dropout=0.1))])[0]
     name = f"train memory, 2 x {corpus.lengths_N.max():,} tokens, published as shipped / ours"
     return [Figure(figure=name, value=ours, unit="GB", baseline=theirs, ratio=theirs / ours)]
 
@@ -190,7 +188,7 @@ def _loader(row: config.Model, corpus: Corpus) -> list[Figure]:
     works: dict[str, Step] = {
         "one view": lambda: [one_view.work(s, 0, 1) for s in batches],
         "whole": lambda: [whole.work(s, 0, 1) for s in batches],
-        "published": lambda: [_collate(corpus, whole.plan.share(s).cells_B) for s in batches],
+        "published": lambda: [published.collate(corpus, whole.plan.share(s).cells_B) for s in batches],
     }
     times = interleaved(works, repeats=9, cpu=True)
     cells = 8 * len(batches)
@@ -218,19 +216,19 @@ def _embeddings(row: config.Model, corpus: Corpus, *, quick: bool) -> list[Figur
     """Vectors of cells sorted by length, mean over genes, of the second last layer (the family's habit) and of the last."""
     cells = np.argsort(corpus.lengths_N, kind="stable")[:: len(corpus.lengths_N) // (4 if quick else 8)]
     model = MaskedModel(row, corpus.vocabulary.size).eval()
-    bert = _bert(row, corpus.vocabulary.size, attention_dropout=0.0).eval()
+    bert = published.bert(row, corpus.vocabulary.size, attention_dropout=0.0).eval()
 
     @torch.inference_mode()
-    def published() -> None:
+    def theirs() -> None:
         for start in range(0, len(cells), 2):
-            ids, real = _padded(corpus, cells[start : start + 2])
+            ids, real = published.padded(corpus, cells[start : start + 2])
             states = bert(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states[-2]
             _ = (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
     works: dict[str, Step] = {
         "ours, -2": lambda: embed_cells(model.encoder, corpus, cells, "mean", -2),
         "ours, -1": lambda: embed_cells(model.encoder, corpus, cells, "mean", -1),
-        "published": published,
+        "published": theirs,
     }
     times = interleaved(works, repeats=1 if quick else 3, cpu=True)
     return [
@@ -332,66 +330,6 @@ class _WholeHead(MaskedModel):
         """The sum of cross entropies at the first positions, from scores of all."""
         scores = self.logits(self.states)
         return F.cross_entropy(scores[: len(targets_K)], targets_K, reduction="sum")
-
-
-def _bert(m: config.Model, vocab_size: int, *, attention_dropout: float) -> Any:
-    from transformers import BertConfig, BertForMaskedLM
-
-    sizes = BertConfig(
-        vocab_size=vocab_size, hidden_size=m.dim, num_hidden_layers=m.num_layers, num_attention_heads=m.num_heads,
-        intermediate_size=m.ffn_dim, hidden_act="silu", max_position_embeddings=m.max_positions,
-        hidden_dropout_prob=m.dropout, attention_probs_dropout_prob=attention_dropout,
-    )  # fmt: skip
-    return BertForMaskedLM(sizes)
-
-
-def _padded(corpus: Corpus, cells: Any) -> tuple[Tensor, Tensor]:
-    """Ids padded to the longest, and which are real."""
-    tokens, offsets = corpus.tokens(cells)
-    rows = [torch.from_numpy(tokens[a:b].astype(np.int64)) for a, b in itertools.pairwise(offsets)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return ids, (ids > 0).long()
-
-
-def _collate(corpus: Corpus, cells: Any) -> tuple[Tensor, ...]:
-    """Rows of a table to lists, padded and marked element by element, then masked: as the published collator works."""
-    tokens, offsets = corpus.tokens(cells)
-    rows = [pa.array(tokens[a:b]).to_pylist() for a, b in itertools.pairwise(offsets)]
-    longest = max(map(len, rows))
-    padded = [row + [0] * (longest - len(row)) for row in rows]
-    real = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    special = torch.tensor([[1 if token in (0, 1) else 0 for token in row] for row in padded]).bool()
-    ids = torch.tensor(padded)
-    labels = ids.clone()
-    chosen = torch.bernoulli(torch.full(ids.shape, 0.15).masked_fill_(special, 0.0)).bool()
-    labels[~chosen] = -100
-    hidden = torch.bernoulli(torch.full(ids.shape, 0.8)).bool() & chosen
-    ids[hidden] = 1
-    other = torch.bernoulli(torch.full(ids.shape, 0.5)).bool() & chosen & ~hidden
-    ids[other] = torch.randint(corpus.vocabulary.size, ids.shape)[other]
-    return ids, torch.tensor(real), labels
-
-
-def _published(settings: config.Config, corpus: Corpus, step: int, *, attention_dropout: float) -> Step:
-    """The same batch the published way."""
-    o = settings.objective
-    model = _bert(settings.model, corpus.vocabulary.size, attention_dropout=attention_dropout).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.train.lr)
-    share = Pretraining(settings, corpus).plan.share(step)
-
-    def run() -> None:
-        ids, real = _padded(corpus, share.cells_B)
-        chosen = (torch.rand(ids.shape) < o.mlm_fraction) & (ids > 0)
-        labels = torch.where(chosen, ids, -100)
-        inputs = torch.where(chosen & (torch.rand(ids.shape) < 0.8), 1, ids)
-        optimizer.zero_grad()
-        passes = [model(input_ids=inputs, attention_mask=real, output_hidden_states=True) for _ in range(2)]
-        first, second = (out.hidden_states[-1][:, 0] for out in passes)
-        mlm = F.cross_entropy(passes[0].logits.flatten(0, 1), labels.flatten())
-        (mlm + nt_xent(first, second, o.temperature)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    return run
 
 
 def _on_gpu(*, quick: bool) -> list[Figure]:
