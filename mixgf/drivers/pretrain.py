@@ -21,6 +21,7 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mixgf import artifacts, checkpoint, storage, tracking
 from mixgf.config import Config, UserError, from_dict, to_dict
@@ -144,7 +145,10 @@ def work(params: dict[str, Any]) -> None:
 def _train(config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run) -> None:
     compute = config.compute
     gpu = compute.gpus_per_worker > 0
-    board = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(
+        Board
+    ).remote()  # lost with the driver, not with a worker's node
     params = {
         "config": to_dict(config), "corpus": corpus, "uri": uri, "identity": identity, "board": board, "tracked": tracked,
     }  # fmt: skip
