@@ -7,9 +7,10 @@ which makes it count. A checkpoint with a state that cannot be read is an error,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import safetensors
 import torch
@@ -21,9 +22,10 @@ from mixgf import artifacts, config, storage
 from mixgf.artifacts import Record
 from mixgf.config import UserError
 from mixgf.model import Encoder, MaskedModel
+from mixgf.progress import warn
 
 KIND, SCHEMA = "checkpoint", 1
-WEIGHTS = "model.safetensors"
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,14 @@ class State:
     step: int
     """Optimizer steps done."""
     details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Training state on the host, by name: a training step that follows does not change it."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
 
 
 def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -58,9 +68,8 @@ def _lost(what: str, uri: str) -> str:
     return f"{what}. Restore it, or remove the folder {uri.rsplit('/', 1)[0]} to go on from what lies before it"
 
 
-def save_step(uri: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, details: dict[str, Any]) -> str:
-    """Publish a resumable checkpoint under `uri`/steps; returns its folder."""
-    folder = storage.join(uri, "steps", f"{step:08d}")
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, into: Snapshot | None = None) -> Snapshot:
+    """Copies on the host of all weights and moments as they are now; `into` gives its memory to be used again."""
     names = {id(p): name for name, p in model.named_parameters()}
     moments = {
         f"{names[id(p)]}/{key}": value
@@ -68,20 +77,113 @@ def save_step(uri: str, step: int, model: nn.Module, optimizer: torch.optim.Opti
         for p in group["params"]
         for key, value in optimizer.state.get(p, {}).items()
     }
+    return Snapshot(
+        _copies(dict(model.named_parameters()), into.weights if into else {}), _copies(moments, into.moments if into else {})
+    )  # fmt: skip
+
+
+def _copies(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: into[name].copy_(tensor.detach())
+        if name in into
+        else tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def write_step(uri: str, step: int, taken: Snapshot, details: dict[str, Any]) -> str:
+    """Publish a resumable checkpoint under `uri`/steps; returns its folder."""
+    folder = storage.join(uri, "steps", f"{step:08d}")
     files = {
-        WEIGHTS: write_tensors(storage.join(folder, WEIGHTS), dict(model.named_parameters())),
-        "optimizer.safetensors": write_tensors(storage.join(folder, "optimizer.safetensors"), moments),
+        WEIGHTS: write_tensors(storage.join(folder, WEIGHTS), taken.weights),
+        MOMENTS: write_tensors(storage.join(folder, MOMENTS), taken.moments),
     }
     state = {"step": step, "files": files, "details": details}
     storage.write_json(storage.join(folder, "state.json"), state)
     return folder
 
 
+def save_step(uri: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, details: dict[str, Any]) -> str:
+    """Publish a resumable checkpoint of this moment and wait for it; returns its folder."""
+    return write_step(uri, step, snapshot(model, optimizer), details)
+
+
+class Saver:
+    """Publishes checkpoints while training goes on: a copy at once, the writing in a background thread, one at a time.
+
+    `save` waits for the checkpoint before it, so that memory holds one copy and checkpoints appear in order; what went
+    wrong in the thread is raised there, or by `close`. Use as a context manager: leaving it finishes the last checkpoint.
+
+    Args:
+        uri: folder of the checkpoints.
+        keep: how many complete checkpoints stay.
+    """
+
+    def __init__(self, uri: str, *, keep: int) -> None:
+        self.uri, self.keep = uri, keep
+        self._taken: Snapshot | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mixgf-checkpoint")
+        self._open: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        details: dict[str, Any],
+        *,
+        before: Callable[[], None],
+        after: Callable[[], None],
+    ) -> None:
+        """Begin to publish a checkpoint of this moment.
+
+        Args:
+            step: optimizer steps done.
+            model: its weights.
+            optimizer: its moments.
+            details: what else `load_step` gives back.
+            before: called in the thread before the checkpoint is written: what must be there when it counts.
+            after: called in the thread when it counts.
+        """
+        self.wait()
+        taken = self._taken = snapshot(model, optimizer, self._taken)
+
+        def publish() -> None:
+            before()
+            write_step(self.uri, step, taken, details)
+            after()
+            prune(self.uri, self.keep)
+
+        self._open = self._thread.submit(publish)
+
+    def wait(self) -> None:
+        """Wait until the latest checkpoint is there."""
+        if self._open is not None:
+            begun, self._open = self._open, None
+            begun.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            warn(f"{self.uri}/steps: the latest checkpoint was not written ({type(error).__name__}: {error})")
+        finally:
+            self._thread.shutdown()
+
+
+def _steps(uri: str) -> list[int]:
+    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in storage.list_dir(storage.join(uri, "steps"))]
+    return [int(name) for name in sorted(names) if name.isdigit()]
+
+
 def complete_steps(uri: str) -> list[int]:
     """Steps of all complete checkpoints under `uri`/steps, ascending."""
-    folder = storage.join(uri, "steps")
-    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in storage.list_dir(folder)]
-    return [int(n) for n in sorted(names) if n.isdigit() and storage.exists(storage.join(folder, n, "state.json"))]
+    return [n for n in _steps(uri) if storage.exists(storage.join(uri, "steps", f"{n:08d}", "state.json"))]
 
 
 def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
@@ -101,8 +203,7 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(_lost(f"{where}: not a readable state ({error!r})", where)) from None
     load_weights(model, read_tensors(storage.join(folder, WEIGHTS), files[WEIGHTS]), folder)
-    uri_moments = storage.join(folder, "optimizer.safetensors")
-    moments = read_tensors(uri_moments, files["optimizer.safetensors"])
+    moments = read_tensors(storage.join(folder, MOMENTS), files[MOMENTS])
     names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -121,11 +222,13 @@ def promote(uri: str, record: Record, model: MaskedModel, **about: Any) -> Recor
 
 
 def prune(uri: str, keep: int) -> None:
-    """Remove all but the latest `keep` complete checkpoints."""
-    for step in complete_steps(uri)[:-keep]:
-        folder = storage.join(uri, "steps", f"{step:08d}")
-        storage.remove(storage.join(folder, "state.json"))  # first, so that no half-removed checkpoint counts
-        storage.remove(folder)
+    """Remove all but the latest `keep` complete checkpoints, and what a killed writer left before them."""
+    kept = complete_steps(uri)[-keep:]
+    for step in _steps(uri):
+        if kept and step < kept[0]:
+            folder = storage.join(uri, "steps", f"{step:08d}")
+            storage.remove(storage.join(folder, "state.json"))  # first, so that no half-removed checkpoint counts
+            storage.remove(folder)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

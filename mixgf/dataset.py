@@ -98,10 +98,9 @@ class Corpus:
         for shard in np.unique(shard_B).tolist():
             values, bounds = self._shard(shard)
             mine = np.flatnonzero(shard_B == shard)
-            rows = cells_B[mine] - self.starts[shard]
-            lengths = lengths_B[mine]
-            within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            tokens_T[np.repeat(offsets_B1[mine], lengths) + within] = values[np.repeat(bounds[rows], lengths) + within]
+            begins = bounds[cells_B[mine] - self.starts[shard]].tolist()
+            for place, begin, length in zip(offsets_B1[mine].tolist(), begins, lengths_B[mine].tolist(), strict=True):
+                tokens_T[place : place + length] = values[begin : begin + length]
         return tokens_T, offsets_B1
 
     def _shard(self, shard: int) -> tuple[I32, I64]:
@@ -202,7 +201,9 @@ class Batch:
 
 def positions(offsets_B1: I64) -> I64:
     """Position of every packed token in its cell, (T,)."""
-    return np.arange(offsets_B1[-1]) - np.repeat(offsets_B1[:-1], np.diff(offsets_B1))
+    out_T = np.arange(offsets_B1[-1])
+    out_T -= np.repeat(offsets_B1[:-1], np.diff(offsets_B1))
+    return out_T
 
 
 def pack(tokens_T: I32, offsets_B1: I64, cells: npt.ArrayLike, keys_T: Tensor | None = None) -> Batch:

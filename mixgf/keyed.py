@@ -8,38 +8,95 @@ Shapes: T packed tokens, B cells, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 U64 = npt.NDArray[np.uint64]
+F = TypeVar("F", bound=Callable[..., Any])
+_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
 
 
-def hashed(*parts: npt.ArrayLike) -> U64:
-    """Hash integers (broadcast against each other) to 64 well mixed bits; the finaliser of splitmix64 per part."""
-    h: U64 = np.zeros((), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            x = (h ^ np.asarray(part).astype(np.int64).view(np.uint64)) + _GOLDEN
-            x = (x ^ (x >> np.uint64(30))) * _M1
-            x = (x ^ (x >> np.uint64(27))) * _M2
-            h = x ^ (x >> np.uint64(31))
+def hashed(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> U64:
+    """Hash integers (broadcast against each other) to 64 well mixed bits; the finaliser of splitmix64 per part.
+
+    `hashed(*a, *b)` is `hashed(*b, after=hashed(*a))`.
+    """
+    h: U64 = np.asarray(after, dtype=np.uint64)
+    for part in parts:
+        h = _rounds(h, np.asarray(part).astype(np.int64).view(np.uint64))
     return h
 
 
-def uniform(*parts: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def uniform(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> npt.NDArray[np.float64]:
     """Uniform numbers in [0, 1) with 53 bits, one per key."""
-    return (hashed(*parts) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (hashed(*parts, after=after) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
+    """`hashed(*key of the cell, place in the cell)` of every packed token, (T,), from `hashed(*key of the cell)` (B,)."""
+    return _of_places(cells_B, offsets_B1)
+
+
+def chance(hashes: U64, stream: int, fraction: float) -> npt.NDArray[np.bool_]:
+    """`uniform(*key, stream) < fraction` from `hashed(*key)`."""
+    return _chance(hashes, np.uint64(stream), fraction)
 
 
 def dropout_keys(*parts: npt.ArrayLike) -> Tensor:
     """Dropout keys, int32, one per token: pass (seed, epoch, visit_T, view_T, position_T)."""
-    return torch.from_numpy((hashed(*parts) >> np.uint64(32)).astype(np.uint32).view(np.int32))
+    return as_keys(hashed(*parts))
+
+
+def as_keys(hashes: U64) -> Tensor:
+    """Dropout keys of hashes, (T,)."""
+    return torch.from_numpy((hashes >> np.uint64(32)).astype(np.uint32).view(np.int32))
+
+
+@_jit
+def _round(h: np.uint64, part: np.uint64) -> np.uint64:
+    x = (h ^ part) + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _M1
+    x = (x ^ (x >> np.uint64(27))) * _M2
+    return x ^ (x >> np.uint64(31))
+
+
+@numba.vectorize(["uint64(uint64, uint64)"], cache=True)  # type: ignore[untyped-decorator]
+def _rounds(h: np.uint64, part: np.uint64) -> np.uint64:
+    return _round(h, part)
+
+
+@_jit
+def draw(h: np.uint64, stream: np.uint64) -> float:
+    """`uniform(*key, stream)` from `hashed(*key)`, for compiled code."""
+    return np.float64(_round(h, stream) >> np.uint64(11)) * 2.0**-53
+
+
+@_jit
+def _of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
+    out = np.empty(offsets_B1[-1], dtype=np.uint64)
+    for i in range(len(cells_B)):
+        start = offsets_B1[i]
+        for place in range(offsets_B1[i + 1] - start):
+            out[start + place] = _round(cells_B[i], np.uint64(place))
+    return out
+
+
+@_jit
+def _chance(hashes: U64, stream: np.uint64, fraction: float) -> npt.NDArray[np.bool_]:
+    out = np.empty(len(hashes), dtype=np.bool_)
+    for i in range(len(hashes)):
+        out[i] = draw(hashes[i], stream) < fraction
+    return out
 
 
 def dropped(keys_T: Tensor, site: int, num_channels: int, chance16: int) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,14 +44,23 @@ class Layer(nn.Module):
         self.down = Linear(row.ffn_dim, row.dim)
         self.norm_ffn = nn.LayerNorm(row.dim, eps=row.norm_eps)
 
-    def forward(self, h_TD: Tensor, cells: Cells, keys_T: Tensor | None, site: int) -> Tensor:
+    def forward(self, h_TD: Tensor, cells: Cells, keys_T: Tensor | None, site: int, queries: Queries | None) -> Tensor:
         row = self.row
-        qkv_T3HE = self.qkv(h_TD).view(h_TD.shape[0], 3, row.num_heads, row.dim // row.num_heads)
-        if keys_T is not None and row.attention_dropout > 0:
-            a_TD = _attend_dropout(qkv_T3HE, cells, keys_T, site, row.attention_dropout)
+        T, H, E = h_TD.shape[0], row.num_heads, row.dim // row.num_heads
+        if queries is None:
+            q_RHE, k_THE, v_THE = self.qkv(h_TD).view(T, 3, H, E).unbind(1)
+            asked = cells
         else:
-            a_TD = attend(qkv_T3HE, cells)
-        h_TD = self.norm_attention(_drop_add(h_TD, self.out(a_TD), row.dropout, keys_T, site + 1))
+            weight, bias = self.qkv.weight, self.qkv.bias
+            k_THE, v_THE = F.linear(h_TD, weight[row.dim :], bias[row.dim :]).view(T, 2, H, E).unbind(1)
+            at_R, asked = queries.at_R, queries.cells
+            h_TD, keys_T = h_TD.index_select(0, at_R), None if keys_T is None else keys_T.index_select(0, at_R)
+            q_RHE = F.linear(h_TD, weight[: row.dim], bias[: row.dim]).view(-1, H, E)
+        if keys_T is not None and row.attention_dropout > 0:
+            a_RD = _attend_dropout(q_RHE, k_THE, v_THE, asked, cells, keys_T, site, row.attention_dropout)
+        else:
+            a_RD = attend(q_RHE, k_THE, v_THE, asked, cells)
+        h_TD = self.norm_attention(_drop_add(h_TD, self.out(a_RD), row.dropout, keys_T, site + 1))
         f_TD = self.down(_ACTIVATIONS[row.activation](self.up(h_TD)))
         return self.norm_ffn(_drop_add(h_TD, f_TD, row.dropout, keys_T, site + 2))
 
@@ -61,58 +71,83 @@ class Cells:
     def __init__(self, offsets_B1: Tensor, max_len: int | None = None) -> None:
         self.offsets_B1 = offsets_B1.to(torch.int32)
         self._max_len = max_len
-        self._runs: list[tuple[int, int]] | None = None
+        self._lengths: list[int] | None = None
 
     @property
-    def runs(self) -> list[tuple[int, int]]:
-        """Runs of neighbouring cells of equal length, as (cells, length). Waits for the device."""
-        if self._runs is None:
-            lengths = torch.diff(self.offsets_B1).tolist()
-            self._runs = [(len(list(group)), length) for length, group in groupby(lengths)]
-        return self._runs
+    def lengths(self) -> list[int]:
+        """Tokens of each cell. Waits for the device."""
+        if self._lengths is None:
+            self._lengths = torch.diff(self.offsets_B1).tolist()
+        return self._lengths
 
     @property
     def max_len(self) -> int:
         """A bound of the longest cell."""
-        return self._max_len if self._max_len is not None else max((length for _, length in self.runs), default=1)
+        return self._max_len if self._max_len is not None else max(self.lengths, default=1)
 
 
-def attend(qkv_T3HE: Tensor, cells: Cells) -> Tensor:
-    """Attention of every token to the tokens of its own cell, (T, 3, H, E) -> (T, H * E).
+class Queries:
+    """The only tokens whose last hidden state somebody looks at: the last layer computes no other.
+
+    Args:
+        at_R: their places in the pack, ascending.
+        offsets_B1: where each cell's begin among them, and R.
+        max_len: a bound of the longest cell.
+    """
+
+    def __init__(self, at_R: Tensor, offsets_B1: Tensor, max_len: int | None = None) -> None:
+        self.at_R, self.cells = at_R, Cells(offsets_B1, max_len)
+
+
+def attend(q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cells) -> Tensor:
+    """Attention of every query to the tokens of its own cell, (R, H * E).
 
     CUDA in half precision: torch's variable-length flash attention. Elsewhere: scaled_dot_product_attention over runs of
     cells of equal length, which needs no padding and no mask.
+
+    Args:
+        q_RHE: queries, cell after cell; all tokens, or fewer.
+        k_THE: keys of all tokens.
+        v_THE: values of all tokens.
+        asked: where the cells' queries begin.
+        cells: where the cells' tokens begin.
     """
-    T, _, H, E = qkv_T3HE.shape
-    if qkv_T3HE.is_cuda and qkv_T3HE.dtype in (torch.bfloat16, torch.float16):
+    R, H, E = q_RHE.shape
+    if q_RHE.is_cuda and q_RHE.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (needs a CUDA build)
 
-        q_THE, k_THE, v_THE = qkv_T3HE.unbind(1)
-        out = varlen_attn(q_THE, k_THE, v_THE, cells.offsets_B1, cells.offsets_B1, cells.max_len, cells.max_len)
+        out = varlen_attn(q_RHE, k_THE, v_THE, asked.offsets_B1, cells.offsets_B1, asked.max_len, cells.max_len)
         assert isinstance(out, Tensor)
-        return out.reshape(T, H * E)
-    parts = []
-    for (n, length), piece in zip(
-        cells.runs, torch.split(qkv_T3HE, [n * length for n, length in cells.runs]), strict=True
-    ):
-        q, k, v = piece.view(n, length, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
-        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * length, H * E))
-    return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return out.reshape(R, H * E)
+    parts, q0, k0 = [], 0, 0
+    for (queries, length), group in groupby(zip(asked.lengths, cells.lengths, strict=True)):
+        n = len(list(group))
+        q1, k1 = q0 + n * queries, k0 + n * length
+        q = q_RHE[q0:q1].view(n, queries, H, E).transpose(1, 2)
+        k, v = (x_THE[k0:k1].view(n, length, H, E).transpose(1, 2) for x_THE in (k_THE, v_THE))
+        if queries:
+            parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * queries, H * E))
+        q0, k0 = q1, k1
+    if not parts:
+        return q_RHE.reshape(0, H * E)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _attend_dropout(qkv_T3HE: Tensor, cells: Cells, keys_T: Tensor, site: int, p: float) -> Tensor:
+def _attend_dropout(  # noqa: PLR0917 (as `attend`, and what dropout needs)
+    q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cells, keys_R: Tensor, site: int, p: float
+) -> Tensor:
     """Attention with keyed dropout on its weights: explicit scores, one cell at a time (slow, exact)."""
-    _, _, H, E = qkv_T3HE.shape
-    lengths = [length for n, length in cells.runs for _ in range(n)]
+    _, H, E = q_RHE.shape
     chance16 = round(p * 65536)
     parts = []
-    for piece, keys_L in zip(torch.split(qkv_T3HE, lengths), torch.split(keys_T, lengths), strict=True):
-        L = piece.shape[0]
-        q_HLE, k_HLE, v_HLE = piece.permute(1, 2, 0, 3).unbind(0)
-        w_HLL = torch.softmax(q_HLE @ k_HLE.transpose(1, 2) / math.sqrt(E), dim=-1)
-        drop_HLL = keyed.dropped(keys_L, site, H * L, chance16).view(L, H, L).transpose(0, 1)
-        w_HLL = w_HLL.masked_fill(drop_HLL, 0.0) * (1 / (1 - chance16 / 65536))
-        parts.append((w_HLL @ v_HLE).transpose(0, 1).reshape(L, H * E))
+    few, many = asked.lengths, cells.lengths
+    pieces = (torch.split(q_RHE, few), torch.split(keys_R, few), torch.split(k_THE, many), torch.split(v_THE, many))
+    for q, keys, k, v in zip(*pieces, strict=True):
+        R, L = q.shape[0], k.shape[0]
+        w_HRL = torch.softmax(q.transpose(0, 1) @ k.permute(1, 2, 0) / math.sqrt(E), dim=-1)
+        drop_HRL = keyed.dropped(keys, site, H * L, chance16).view(R, H, L).transpose(0, 1)
+        w_HRL = w_HRL.masked_fill(drop_HRL, 0.0) * (1 / (1 - chance16 / 65536))
+        parts.append((w_HRL @ v.transpose(0, 1)).transpose(0, 1).reshape(R, H * E))
     return torch.cat(parts)
 
 
@@ -166,8 +201,9 @@ class Encoder(nn.Module):
         layers: int | None = None,
         keys: Tensor | None = None,
         max_len: int | None = None,
+        queries: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states of all tokens, (T, D).
+        """Hidden states of all tokens, (T, D), or of those asked for, (R, D).
 
         Args:
             ids_T: token ids of all cells, one cell after the other.
@@ -176,10 +212,15 @@ class Encoder(nn.Module):
             layers: how many layers to run; None = all, 0 = the embedding.
             keys: dropout keys, int32 (T,), `keyed.dropout_keys`; None = no dropout.
             max_len: a bound of the longest cell, so that a GPU need not be asked; None = it is asked.
+            queries: places in the pack, ascending (R,), whose states are wanted, and where each cell's begin among them
+                (B + 1,); None = all. They are the same states: the last layer just leaves the others out.
         """
         if positions_T is None:
             positions_T = positions(offsets_B1, ids_T.shape[0])
-        return self.run(self.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len), layers=layers, keys=keys)
+        asked = None if queries is None else Queries(*queries, max_len)
+        return self.run(
+            self.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len), layers=layers, keys=keys, queries=asked
+        )
 
     def embed(self, ids_T: Tensor, positions_T: Tensor, keys: Tensor | None = None) -> Tensor:
         """The input of the first layer, (T, D)."""
@@ -190,13 +231,21 @@ class Encoder(nn.Module):
         drop_TD = keyed.dropped(keys, 0, self.row.dim, chance16)
         return x_TD.masked_fill(drop_TD, 0.0) * (1 / (1 - chance16 / 65536))
 
-    def run(self, h_TD: Tensor, cells: Cells, *, layers: int | None = None, keys: Tensor | None = None) -> Tensor:
-        """The first `layers` layers on given inputs (T, D)."""
+    def run(
+        self,
+        h_TD: Tensor,
+        cells: Cells,
+        *,
+        layers: int | None = None,
+        keys: Tensor | None = None,
+        queries: Queries | None = None,
+    ) -> Tensor:
+        """The first `layers` layers on given inputs (T, D), the last of them only at the queries."""
         num_layers = self.row.num_layers if layers is None else layers
         assert 0 <= num_layers <= self.row.num_layers, f"layers = {layers} of {self.row.num_layers}"
         for i in range(num_layers):
-            h_TD = self.layers[i](h_TD, cells, keys, 3 * i + 1)
-        return h_TD
+            h_TD = self.layers[i](h_TD, cells, keys, 3 * i + 1, queries if i == num_layers - 1 else None)
+        return h_TD if queries is None or num_layers else h_TD.index_select(0, queries.at_R)
 
 
 def positions(offsets_B1: Tensor, num_tokens: int) -> Tensor:
@@ -320,12 +369,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (dx_KD * grad).to(ctx.x_dtype), dweight_VD * grad, dbias_V * grad, None
 
 
-def forward_flops(row: config.Model, lengths: list[int] | Any, *, layers: int | None = None) -> float:
-    """Floating point operations of one forward pass of the encoder over cells of these lengths (a multiply-add is 2)."""
+def forward_flops(
+    row: config.Model, lengths: list[int] | Any, *, layers: int | None = None, queries: list[int] | Any = None
+) -> float:
+    """Floating point operations of one forward pass of the encoder over cells of these lengths (a multiply-add is 2).
+
+    `queries` is how many tokens of each cell the last layer computes; None = all.
+    """
     num_layers = row.num_layers if layers is None else layers
-    tokens = float(sum(lengths))
-    pairs = float(sum(int(length) ** 2 for length in lengths))
-    return num_layers * (tokens * 2 * (4 * row.dim**2 + 2 * row.dim * row.ffn_dim) + pairs * 4 * row.dim)
+    if not num_layers:
+        return 0.0
+    lengths_B = np.asarray(lengths, dtype=np.float64)
+    counts_B = lengths_B if queries is None else np.asarray(queries, dtype=np.float64)
+    tokens, asked = float(lengths_B.sum()), float(counts_B.sum())
+    pairs, pairs_asked = float(lengths_B @ lengths_B), float(counts_B @ lengths_B)
+    kv, rest = 2 * row.dim**2, 2 * row.dim**2 + 2 * row.dim * row.ffn_dim  # multiply-adds per token
+    return (num_layers - 1) * (tokens * 2 * (kv + rest) + pairs * 4 * row.dim) + (
+        tokens * 2 * kv + asked * 2 * rest + pairs_asked * 4 * row.dim
+    )
 
 
 def head_flops(row: config.Model, vocab_size: int, num_positions: float) -> float:

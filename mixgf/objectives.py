@@ -21,8 +21,8 @@ from mixgf import dataset, keyed, species
 from mixgf.config import Config, Objective
 from mixgf.dataset import Batch, Corpus
 from mixgf.model import MaskedModel, forward_flops, head_flops, pool
-from mixgf.plan import I64, Plan, Share, micro_batches, parse_mix
-from mixgf.views import Packed, Translator, join, mask, thin
+from mixgf.plan import I64, Plan, Share, micro_batches, packing, parse_mix
+from mixgf.views import Packed, Translator, join, looked_at, mask, thin
 
 
 class Group(Protocol):
@@ -83,22 +83,30 @@ class Micro:
     batch: Batch
     num_views: int
     masked_K: Tensor
-    """Places in `batch.ids_T` that are scored; all in the first view."""
+    """Places that are scored, all in the first view: in the pack, or among the queries where there are some."""
     targets_K: Tensor
     slots_B: Tensor
     """Places of the cells in the global batch."""
     paired_B: Tensor
     """Which cells have an ortholog translation."""
+    queries: tuple[Tensor, Tensor] | None = None
+    """The tokens that the losses look at, as `Encoder.forward` takes them; None = all."""
+    firsts: Tensor | None = None
+    """Place of every sentence's first token among the queries."""
 
     def to(self, device: torch.device) -> Micro:
         """The same on a device."""
         if device.type == "cpu":
             return self
-        move = [
-            x.pin_memory().to(device, non_blocking=True)
-            for x in (self.masked_K, self.targets_K, self.slots_B, self.paired_B)
-        ]
-        return Micro(self.batch.to(device), self.num_views, *move)
+
+        def move(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True)
+
+        return Micro(
+            self.batch.to(device), self.num_views, move(self.masked_K), move(self.targets_K), move(self.slots_B),
+            move(self.paired_B), None if self.queries is None else (move(self.queries[0]), move(self.queries[1])),
+            None if self.firsts is None else move(self.firsts),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +151,27 @@ class Pretraining:
             self.views.append(o.view)
         if o.ortholog_weight > 0 and "ortholog" not in self.views:
             self.views.append("ortholog")
+        self.last_layer_at_queries = len(self.views) == 1 or o.pooling in ("first", "cls")
+        """Masked tokens and first tokens are all that the losses look at, unless cells are means over all tokens."""
         self.translate: Translator | None = None
         if "ortholog" in self.views:
             self.translate = Translator(corpus.vocabulary, species.orthologs(config.vocab.orthologs))
+
+    def facts(self) -> dict[str, float]:
+        """What is known before the start, from a sample of the cells.
+
+        `gflop_per_cell` (needed, forward and backward, all views), `tokens_per_cell`, and what padding would compute beside:
+        tokens by token that is there, for batches in random order and grouped by length. Packed batches compute 1.
+        """
+        lengths = self.corpus.lengths_N[:: max(1, self.corpus.num_cells // 10_000)]
+        row, o, mean = self.config.model, self.objective, float(lengths.mean())
+        flops = 3 * head_flops(row, self.corpus.vocabulary.size, mean * o.mlm_fraction)
+        for view in self.views:
+            asked = lengths * o.mlm_fraction + 1 if view == "input" else np.ones_like(lengths)
+            queries = asked if self.last_layer_at_queries else None
+            flops += 3 * forward_flops(row, lengths, queries=queries) / len(lengths)
+        padded = packing(lengths, self.config.train.batch_cells)
+        return {"gflop_per_cell": flops / 1e9, "tokens_per_cell": mean} | {f"padding_{k}": v for k, v in padded.items()}
 
     def work(self, step: int, rank: int, world_size: int) -> Work:
         """One worker's share of a step, collated."""
@@ -155,15 +181,15 @@ class Pretraining:
         micros, flops, masked = [], 0.0, 0
         row = self.config.model
         for part in micro_batches(lengths * len(self.views), self.config.train.micro_tokens):
-            micro, view_lengths = self._micro(share, sentences, part)
+            micro, view_lengths, queries = self._micro(share, sentences, part)
             micros.append(micro)
             masked += len(micro.targets_K)
-            flops += 3 * forward_flops(row, view_lengths.tolist())
+            flops += 3 * forward_flops(row, view_lengths, queries=queries)
         flops += 3 * head_flops(row, self.corpus.vocabulary.size, masked)
         cells, tokens = len(share.cells_B), int(sentences[1][-1])
         return Work(micros, share.batch_cells, share.epoch, cells, tokens, masked, flops)
 
-    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[Micro, I64]:
+    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[Micro, I64, I64 | None]:
         tokens, offsets = sentences
         span = offsets[part.start : part.stop + 1]
         few: Packed = (tokens[span[0] : span[-1]], span - span[0])
@@ -188,21 +214,23 @@ class Pretraining:
         num_views, lengths = len(self.views), np.diff(all_offsets)
         keys_T = None
         if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
-            view_T = np.repeat(np.repeat(np.arange(num_views), len(cells)), lengths)
-            keys_T = keyed.dropout_keys(
-                *key, np.repeat(np.tile(visits, num_views), lengths), view_T, dataset.positions(all_offsets)
-            )
+            sentence_keys = np.concatenate([keyed.hashed(*key, visits, view) for view in range(num_views)])
+            keys_T = keyed.as_keys(keyed.of_places(sentence_keys, all_offsets))
         batch = dataset.pack(all_tokens, all_offsets, np.tile(cells, num_views), keys_T)
         targets = torch.from_numpy(few[0][at].astype(np.int64))
+        asked: tuple[Tensor, Tensor] | None = None
+        firsts, counts, masked = None, None, at
+        if self.last_layer_at_queries:
+            begins = all_offsets[:-1] if num_views > 1 else all_offsets[:0]
+            places, masked, begun = looked_at(at, begins)
+            bounds = np.searchsorted(places, all_offsets)
+            firsts, counts = torch.from_numpy(begun), np.diff(bounds)
+            asked = (torch.from_numpy(places), torch.from_numpy(bounds.astype(np.int32)))
         micro = Micro(
-            batch,
-            num_views,
-            torch.from_numpy(at),
-            targets,
-            torch.from_numpy(share.slots_B[part]),
-            torch.from_numpy(paired),
-        )
-        return micro, lengths
+            batch, num_views, torch.from_numpy(masked), targets, torch.from_numpy(share.slots_B[part]),
+            torch.from_numpy(paired), asked, firsts,
+        )  # fmt: skip
+        return micro, lengths, counts
 
     def backward(self, model: MaskedModel, work: Work, group: Group) -> dict[str, Tensor]:
         """Add this share's gradients to the model's; returns figures whose sums over the workers are the global ones."""
@@ -245,13 +273,18 @@ class Pretraining:
         if b.num_cells == 0:  # a worker of a batch with fewer cells than workers
             return model.encoder.tokens.new_zeros((0, model.encoder.row.dim))
         with autocast(b.ids_T.device, self.config.train.precision):
-            return model(b.ids_T, b.offsets_B1, positions_T=b.positions_T, keys=b.keys_T, max_len=b.max_len)
+            return model(
+                b.ids_T, b.offsets_B1, positions_T=b.positions_T, keys=b.keys_T, max_len=b.max_len, queries=micro.queries
+            )  # fmt: skip
 
     def _vectors(self, h_TD: Tensor, micro: Micro) -> Tensor:
         """Cell vectors by view, float32 (W, B, D)."""
         if micro.batch.num_cells == 0:
             return h_TD.new_zeros((micro.num_views, 0, h_TD.shape[1]), dtype=torch.float32)
-        z = pool(h_TD, micro.batch.offsets_B1, self.objective.pooling, cls=self.corpus.cls).float()
+        if micro.firsts is not None:
+            z = h_TD.index_select(0, micro.firsts).float()
+        else:
+            z = pool(h_TD, micro.batch.offsets_B1, self.objective.pooling, cls=self.corpus.cls).float()
         return z.view(micro.num_views, -1, z.shape[1])
 
     def _contrast(

@@ -192,6 +192,24 @@ class Plan:
         return (cells[keep] + repetition * self.num_cells).astype(np.int64)
 
 
+def packing(lengths: npt.NDArray[np.int32], batch_cells: int, *, seed: int = 0) -> dict[str, float]:
+    """Tokens that padding would compute by token that is there: batches in random order, and grouped by length.
+
+    Packed batches compute 1. Groups are `GROUP_BATCHES` batches, as the plan's.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths))
+
+    def padded(cells: I64) -> float:
+        cut = np.append(cells, np.full(-len(cells) % batch_cells, -1))
+        rows = np.where(cut >= 0, lengths[cut], 0).reshape(-1, batch_cells)
+        return float((rows.max(1).astype(np.int64) * (cut >= 0).reshape(rows.shape).sum(1)).sum() / lengths.sum())
+
+    size = GROUP_BATCHES * batch_cells
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    grouped = np.concatenate([group[np.argsort(lengths[group], kind="stable")] for group in groups])
+    return {"random": padded(order), "grouped": padded(grouped)}
+
+
 def micro_batches(lengths: npt.NDArray[np.int32], max_tokens: int) -> list[slice]:
     """Cut cells into runs of at most `max_tokens` tokens (a longer cell is alone); at least one, maybe empty, run."""
     cuts, used = [0], 0

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
@@ -43,7 +44,10 @@ class Context(Group, Protocol):
         """Figures of one step, on rank 0, now and then; after a restart steps may come again."""
 
     def commit(self, rows: list[Row]) -> None:
-        """Figures since the last checkpoint, on rank 0; no step comes twice."""
+        """Figures since the last checkpoint, on rank 0, in a background thread; no step comes twice.
+
+        Those of a checkpoint whose worker dies between it and this call are in history.parquet only.
+        """
 
 
 @dataclass
@@ -214,14 +218,14 @@ class History:
         """Figures of one step."""
         self.rows += [(step, epoch, name, value) for name, value in figures.items()]
 
-    def take(self) -> list[Row]:
-        """Rows since the last call."""
+    def take(self) -> tuple[list[Row], list[Row]]:
+        """All rows so far, and those since the last call."""
         new, self.committed = self.rows[self.committed :], len(self.rows)
-        return new
+        return list(self.rows), new
 
-    def write(self) -> None:
-        """Write all rows to history.parquet."""
-        step, epoch, name, value = zip(*self.rows, strict=True) if self.rows else ((), (), (), ())
+    def write(self, rows: list[Row]) -> None:
+        """Write rows to history.parquet."""
+        step, epoch, name, value = zip(*rows, strict=True) if rows else ((), (), (), ())
         table = {
             "step": pa.array(step, pa.int64()), "epoch": pa.array(epoch, pa.int32()),
             "name": pa.array(name, pa.string()), "value": pa.array(value, pa.float64()),
@@ -305,7 +309,10 @@ def fit(
     if settings.compile:
         model.compile(dynamic=True)
     clock = _Clock(measure_peak(device, settings.precision) * context.world_size)
-    with Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, num_steps) as ahead:
+    with (
+        checkpoint.Saver(uri, keep=settings.keep_checkpoints) as saver,
+        Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, num_steps) as ahead,
+    ):
         for step, work in enumerate(ahead, start):
             lr = learning_rate(settings, step, num_steps)
             for group in optimizer.param_groups:
@@ -330,10 +337,11 @@ def fit(
                     context.report(done, row)
             if uri and (done % settings.checkpoint_steps == 0 or done == num_steps):
                 if context.rank == 0:
-                    history.write()
-                    checkpoint.save_step(uri, done, model, optimizer, {"identity": identity, "epoch": work.epoch})
-                    context.commit(history.take())
-                    checkpoint.prune(uri, settings.keep_checkpoints)
+                    rows, new = history.take()
+                    saver.save(
+                        done, model, optimizer, {"identity": identity, "epoch": work.epoch},
+                        before=partial(history.write, rows), after=partial(context.commit, new),
+                    )  # fmt: skip
                 clock.pause(ahead.waited)
     context.barrier()
     return history.rows

@@ -5,10 +5,14 @@ Shapes: T packed tokens, B cells, K masked positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
 import numpy as np
 import numpy.typing as npt
 
-from mixgf import dataset, keyed
+from mixgf import keyed
 from mixgf.config import UserError
 from mixgf.vocab import MASK, NUM_SPECIALS, Vocabulary
 
@@ -16,6 +20,8 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 Packed = tuple[I32, I64]
 """Tokens (T,) and offsets (B + 1,)."""
+F = TypeVar("F", bound=Callable[..., Any])
+_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 _SELECT, _ACTION, _GENE, _THIN, _TARGET = range(5)  # streams of keyed draws
 
 
@@ -42,18 +48,55 @@ def mask(
         The input tokens (T,), and the chosen positions (K,).
     """
     tokens_T, offsets = sentences
-    place_T, visit_T = dataset.positions(offsets), np.repeat(visits_B, np.diff(offsets))
-    at = np.flatnonzero((keyed.uniform(*key, visit_T, place_T, _SELECT) < fraction) & (tokens_T >= NUM_SPECIALS))
-    action = keyed.uniform(*key, visit_T[at], place_T[at], _ACTION)
-    gene = keyed.uniform(*key, visit_T[at], place_T[at], _GENE)
-    species_K = np.repeat(np.asarray(species_B), np.diff(offsets))[at]
-    replacement = np.empty(len(at), dtype=np.int32)
-    for code in np.unique(species_K):
-        pool_, mine = pools[int(code)], species_K == code
-        replacement[mine] = pool_[(gene[mine] * len(pool_)).astype(np.int64)]
-    inputs = tokens_T.copy()
-    inputs[at] = np.where(action < 0.8, MASK, np.where(action < 0.9, replacement, tokens_T[at]))
-    return inputs, at
+    hash_T = keyed.of_places(keyed.hashed(*key, visits_B), offsets)
+    starts = np.cumsum([0, *map(len, pools)])
+    return _mask(tokens_T, offsets, hash_T, np.asarray(species_B), np.concatenate(pools), starts, fraction)
+
+
+@_jit
+def _mask(  # noqa: PLR0917 (compiled)
+    tokens_T: I32,
+    offsets: I64,
+    hash_T: npt.NDArray[np.uint64],
+    species_B: Any,
+    genes: I32,
+    starts: I64,
+    fraction: float,
+) -> tuple[I32, I64]:
+    inputs, at, number = tokens_T.copy(), np.empty(len(tokens_T), dtype=np.int64), 0
+    for cell in range(len(species_B)):
+        first = starts[species_B[cell]]
+        count = starts[species_B[cell] + 1] - first
+        for t in range(offsets[cell], offsets[cell + 1]):
+            if tokens_T[t] < NUM_SPECIALS or keyed.draw(hash_T[t], np.uint64(_SELECT)) >= fraction:
+                continue
+            at[number] = t
+            number += 1
+            action = keyed.draw(hash_T[t], np.uint64(_ACTION))
+            if action < 0.8:
+                inputs[t] = MASK
+            elif action < 0.9:
+                inputs[t] = genes[first + np.int64(keyed.draw(hash_T[t], np.uint64(_GENE)) * count)]
+    return inputs, at[:number].copy()
+
+
+@_jit
+def looked_at(at_K: I64, begins_B: I64) -> tuple[I64, I64, I64]:
+    """The union of two ascending lists of places, ascending, and the places in it of either."""
+    places = np.empty(len(at_K) + len(begins_B), dtype=np.int64)
+    of_at, of_begins = np.empty_like(at_K), np.empty_like(begins_B)
+    number, i, j = 0, 0, 0
+    while i < len(at_K) or j < len(begins_B):
+        place = at_K[i] if j == len(begins_B) or (i < len(at_K) and at_K[i] <= begins_B[j]) else begins_B[j]
+        if i < len(at_K) and at_K[i] == place:
+            of_at[i] = number
+            i += 1
+        if j < len(begins_B) and begins_B[j] == place:
+            of_begins[j] = number
+            j += 1
+        places[number] = place
+        number += 1
+    return places[:number].copy(), of_at, of_begins
 
 
 def select(sentences: Packed, keep_T: npt.NDArray[np.bool_]) -> Packed:
@@ -66,9 +109,9 @@ def select(sentences: Packed, keep_T: npt.NDArray[np.bool_]) -> Packed:
 def thin(sentences: Packed, visits_B: I64, fraction: float, key: tuple[int, ...]) -> Packed:
     """Keep each gene with probability `fraction`; specials and the first token stay."""
     tokens_T, offsets = sentences
-    place_T, visit_T = dataset.positions(offsets), np.repeat(visits_B, np.diff(offsets))
-    keep = keyed.uniform(*key, visit_T, place_T, _THIN) < fraction
-    return select(sentences, keep | (place_T == 0) | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
+    keep = keyed.chance(keyed.of_places(keyed.hashed(*key, visits_B), offsets), _THIN, fraction)
+    keep[offsets[:-1][np.diff(offsets) > 0]] = True
+    return select(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
 
 
 def join(parts: list[Packed]) -> Packed:

@@ -128,7 +128,7 @@ def make_corpus(tmp_path_factory):
         storage.write_table(storage.join(uri, "orthologs.parquet"), orthologs)
         rng = np.random.default_rng(seed)
         sentences = [
-            [2] * cls + (rng.permutation(genes)[: n - cls] + NUM_SPECIALS + genes * s).tolist()
+            [2] * cls + (rng.permutation(genes)[: n - cls] + NUM_SPECIALS + genes * int(s)).tolist()
             for n, s in zip(lengths, species, strict=True)
         ]
         shards, start = [], 0
@@ -161,3 +161,40 @@ def make_corpus(tmp_path_factory):
         return uri
 
     return make
+
+
+@pytest.fixture(scope="session")
+def s3_bucket():
+    """An empty bucket `s3://runs` of a moto server (real HTTP on loopback); the environment is what a user sets for any endpoint."""
+    import socket
+    import subprocess
+    import time
+    import urllib.request
+
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(url)
+                break
+            except OSError:
+                time.sleep(0.2)
+        keys = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (keys | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+                patch.setenv(name, value)
+            boto3.client("s3", endpoint_url=url).create_bucket(Bucket="runs")
+            yield "s3://runs"
+    finally:
+        server.terminate()
+        server.wait()

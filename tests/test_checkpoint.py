@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -92,3 +94,58 @@ def test_a_published_model_is_loaded_whole(tmp_path):
     checkpoint.require_vocabulary(found, "abc", "the corpus")
     with pytest.raises(UserError, match=r"inputs.checkpoint: made with vocabulary abc, but the corpus has other"):
         checkpoint.require_vocabulary(found, "other", "the corpus")
+
+
+def save(saver, step, model, optimizer, *, before=lambda: None, after=lambda: None):
+    saver.save(step, model, optimizer, {}, before=before, after=after)
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for_however_late_it_is_written(tmp_path):
+    model, optimizer = trained()
+    then = {name: p.detach().clone() for name, p in model.named_parameters()}
+    go_on, counted = threading.Event(), []
+    with checkpoint.Saver(str(tmp_path), keep=2) as saver:
+        save(saver, 2, model, optimizer, before=lambda: go_on.wait(60), after=lambda: counted.append(2))
+        sum((p**2).sum() for p in model.parameters()).backward()
+        optimizer.step()  # training goes on while the checkpoint is not written yet
+        assert checkpoint.complete_steps(str(tmp_path)) == counted == []
+        go_on.set()
+    assert checkpoint.complete_steps(str(tmp_path)) == counted == [2]
+    other, fresh = trained(steps=0, seed=1)
+    checkpoint.load_step(str(tmp_path), other, fresh)
+    assert all(torch.equal(p, then[name]) for name, p in other.named_parameters())
+    assert not torch.equal(model.encoder.tokens, then["encoder.tokens"])
+    assert {float(state["step"]) for state in fresh.state.values()} == {2.0}
+
+
+def test_checkpoints_appear_in_order_and_use_the_same_memory_again(tmp_path):
+    model, optimizer = trained()
+    with checkpoint.Saver(str(tmp_path), keep=2) as saver:
+        places = set()
+        for step in range(1, 6):
+            save(saver, step, model, optimizer)
+            places.add(saver._taken.weights["encoder.tokens"].data_ptr())
+    assert len(places) == 1
+    assert storage.list_dir(f"{tmp_path}/steps") == ["00000004", "00000005"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_at_the_next_one_or_at_the_end(tmp_path):
+    model, optimizer = trained()
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(NotADirectoryError, match="file"), checkpoint.Saver(f"{blocked}/run", keep=2) as saver:
+        save(saver, 1, model, optimizer)
+    saver = checkpoint.Saver(f"{blocked}/run", keep=2)
+    save(saver, 1, model, optimizer)
+    with pytest.raises(NotADirectoryError, match="file"):
+        save(saver, 2, model, optimizer)
+
+
+def test_pruning_removes_what_a_killed_writer_left_before_the_kept_checkpoints_and_nothing_after_them(tmp_path):
+    model, optimizer = trained()
+    for step in (1, 2, 3, 4):
+        folder = checkpoint.save_step(str(tmp_path), step, model, optimizer, {})
+        if step in (1, 4):
+            storage.remove(f"{folder}/state.json")
+    checkpoint.prune(str(tmp_path), 1)
+    assert storage.list_dir(f"{tmp_path}/steps") == ["00000003", "00000004"]

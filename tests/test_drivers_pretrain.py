@@ -55,6 +55,20 @@ def test_one_ray_worker_gives_what_the_local_loop_gives_and_a_second_run_does_no
         pretrain.run(dataclasses.replace(settings, train=dataclasses.replace(settings.train, lr=1e-3)))
 
 
+def test_what_is_known_before_the_start_is_said(settings, caplog):
+    """Parameters, work, padding saved, time; without Ray, because none of it needs a worker."""
+    corpus = dataset.Corpus(settings.inputs.corpus)
+    model = MaskedModel(settings.model, corpus.vocabulary.size)
+    with caplog.at_level("INFO", "mixgf"):
+        facts = pretrain._announce(settings, Pretraining(settings, corpus), model)
+    assert set(facts) == {"parameters", "gflop_per_cell", "tokens_per_cell", "padding_random", "padding_grouped",
+                          "estimated_seconds"}  # fmt: skip
+    said = "\n".join(caplog.messages)
+    for part in ("parameters", "23 cells of 18 tokens", "GFLOP per cell", "8 steps of 6 cells", "1 workers", "tokens per token",
+                 "about"):  # fmt: skip
+        assert part in said, part
+
+
 def test_two_ray_workers_see_every_cell_once_and_give_the_losses_of_one(ray_local, settings, local, tmp_path):
     two = dataclasses.replace(settings, output=str(tmp_path), compute=config.Compute(num_workers=2))
     ours = trace(train.History(pretrain.run(two), 8).rows)

@@ -29,3 +29,17 @@ def test_order_and_neighbours_do_not_matter():
 
 
 GOLDEN = [14, 102, 178, 207]
+
+
+def test_hashes_of_places_are_the_plain_ones_of_every_token():
+    lengths = np.array([3, 0, 1, 5])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    visits, places = np.repeat([7, 8, 9, 10**12], lengths), np.concatenate([np.arange(n) for n in lengths])
+    expected = keyed.hashed(4, 2, visits, places)
+    fast = keyed.of_places(keyed.hashed(4, 2, np.array([7, 8, 9, 10**12])), offsets)
+    assert np.array_equal(fast, expected)
+    assert np.array_equal(keyed.hashed(3, after=fast), keyed.hashed(4, 2, visits, places, 3))
+    for fraction in (0.0, 0.5, 1.0):
+        plain = keyed.uniform(4, 2, visits, places, 3) < fraction
+        assert np.array_equal(keyed.chance(fast, 3, fraction), plain)
+    assert torch.equal(keyed.as_keys(fast), keyed.dropout_keys(4, 2, visits, places))

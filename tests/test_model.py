@@ -80,6 +80,49 @@ def test_dropout_depends_on_the_cell_and_not_on_the_batch(attention_dropout):
     assert (together - encoder(ids, offsets)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_states_at_queries_are_those_of_the_whole_run_with_equal_gradients(attention_dropout, layers):
+    row = config.Model(**(config.to_dict(ROW) | {"attention_dropout": attention_dropout}))
+    encoder = model.Encoder(row, V)
+    ids, offsets = packed()
+    keys = keys_for(np.arange(len(LENGTHS)), LENGTHS)
+    at = torch.tensor([0, 3, 14, 20, 21, 40, 41, 46])  # none in the second cell, one or more in the others
+    bounds = torch.searchsorted(at, offsets.long()).int()
+    assert torch.diff(bounds).tolist() == [2, 0, 1, 3, 1, 1]
+    whole = encoder(ids, offsets, keys=keys, layers=layers)[at]
+    asked = encoder(ids, offsets, keys=keys, layers=layers, queries=(at, bounds))
+    assert torch.allclose(asked, whole, atol=1e-5, rtol=0)
+    weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
+    used = [p for name, p in encoder.named_parameters() if "layers" not in name or int(name.split(".")[1]) < layers]
+    for mine, theirs in zip(
+        torch.autograd.grad((asked * weights).sum(), used),
+        torch.autograd.grad((whole * weights).sum(), used),
+        strict=True,
+    ):
+        assert (mine - theirs).abs().max() <= 1e-5 * max(1.0, float(theirs.abs().max()))
+
+
+def test_no_queries_give_no_states():
+    ids, offsets = packed()
+    nothing = (torch.zeros(0, dtype=torch.int64), torch.zeros(len(offsets), dtype=torch.int32))
+    assert model.Encoder(ROW, V)(ids, offsets, queries=nothing).shape == (0, 32)
+
+
+def test_packed_states_equal_those_of_padded_batches_grouped_by_length(bert):
+    """The other way to batch cells of unequal length: pad to the longest of a group and mask the padding."""
+    ours = model.MaskedModel(ROW, V).eval()
+    checkpoint.load_weights(ours, checkpoint.from_bert(bert.state_dict(), ROW), "reference")
+    ids, offsets = packed()
+    h = ours.encoder(ids, offsets)
+    cells = [ids[a:b] for a, b in itertools.pairwise(offsets)]
+    for group in ([4, 2, 5], [0, 1], [3]):
+        padded = torch.nn.utils.rnn.pad_sequence([cells[i] for i in group], batch_first=True)
+        theirs = bert(input_ids=padded, attention_mask=(padded > 0).long(), output_hidden_states=True).hidden_states[-1]
+        for i, states in zip(group, theirs, strict=True):
+            assert torch.allclose(h[offsets[i] : offsets[i + 1]], states[: LENGTHS[i]], atol=1e-5, rtol=0)
+
+
 def test_dropout_keeps_the_set_share_in_every_channel_and_the_expected_value():
     keys = keyed.dropout_keys(0, 0, np.repeat(np.arange(200), 50), 0, np.tile(np.arange(50), 200))
     drop = keyed.dropped(keys, 4, 33, round(0.1 * 65536)).float()
@@ -143,6 +186,9 @@ def test_flops_by_hand():
     # one token: q, k, v, out are 2x2 and the feed-forward 2x3 and 3x2: 16 + 12 multiply-adds; scores and weighted sum 2 + 2
     assert model.forward_flops(row, [1]) == 2 * 28 + 2 * 4
     assert model.forward_flops(row, [2]) == 2 * 2 * 28 + 4 * 2 * 4
+    # the last layer at one query of two tokens: keys and values of both (2 x 8), the rest (8 + 12) and scores (4 + 4) of one
+    assert model.forward_flops(row, [2], queries=[1]) == 2 * (2 * 8 + 20) + 2 * 8
+    assert model.forward_flops(row, [2, 5], queries=[2, 5]) == model.forward_flops(row, [2, 5])
     assert model.head_flops(row, 10, 3) == 2 * 3 * (4 + 20)
 
 

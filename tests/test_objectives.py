@@ -53,13 +53,14 @@ def run(
     batch_cells=10,
     model_row=ROW,
     orthologs="",
+    whole_last_layer=False,
     **objective,
 ):
     """Losses and flat gradient of one step, summed over simulated workers (threads that meet in every reduction)."""
     import threading
 
     settings = config.Config(
-        model=model_row, tokens=config.Tokens(max_len=40), objective=config.Objective(**objective), vocab=config.Vocab(orthologs=(orthologs,)),
+        model=model_row, tokens=config.Tokens(max_len=40, cls=corpus.cls), objective=config.Objective(**objective), vocab=config.Vocab(orthologs=(orthologs,)),
         train=config.Train(epochs=epochs, batch_cells=batch_cells, micro_tokens=micro_tokens),
     )  # fmt: skip
     barrier, buffers, lock = threading.Barrier(workers), {}, threading.Lock()
@@ -78,6 +79,9 @@ def run(
 
     def work(rank):
         task = objectives.Pretraining(settings, corpus)
+        if whole_last_layer:
+            assert task.last_layer_at_queries
+            task.last_layer_at_queries = False
         model = MaskedModel(model_row, corpus.vocabulary.size)
         context = Worker(torch.device("cpu"), rank, workers)
         figures = task.backward(model, task.work(step, rank, workers), context)
@@ -123,6 +127,24 @@ def test_workers_together_give_the_losses_and_gradients_of_one(corpus, uri, view
     same(run(corpus, view=view, workers=3, orthologs=f"{uri}/orthologs.parquet", **ALL), one)
 
 
+@pytest.fixture(scope="module")
+def corpus_cls(make_corpus):
+    return dataset.Corpus(
+        make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 14], cls=True)
+    )
+
+
+@pytest.mark.parametrize("pooling", ["first", "cls", "mlm only"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_last_layer_only_where_the_losses_look_gives_the_losses_and_gradients_of_all_of_it(
+    corpus_cls, pooling, workers
+):
+    chosen = {"contrast_weight": 0.0} if pooling == "mlm only" else {"pooling": pooling, "simcsepp_weight": 0.1}
+    whole = run(corpus_cls, whole_last_layer=True, **chosen)
+    assert whole[1].abs().max() > 1e-3
+    same(run(corpus_cls, workers=workers, micro_tokens=10_000 if workers == 1 else 100, **chosen), whole)
+
+
 def test_gradient_caching_gives_the_losses_and_gradients_of_one_pass(corpus, uri):
     one = run(corpus, orthologs=f"{uri}/orthologs.parquet", **ALL)
     same(run(corpus, micro_tokens=100, orthologs=f"{uri}/orthologs.parquet", **ALL), one)
@@ -161,3 +183,23 @@ def test_negatives_of_all_workers_enter_unless_gather_is_off(corpus):
     apart = run(corpus, workers=2, gather=False)
     assert apart[0]["contrast"] < one[0]["contrast"]
     assert apart[0]["mlm"] == pytest.approx(one[0]["mlm"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "chosen", [{}, {"pooling": "first"}, {"contrast_weight": 0.0}], ids=["mean", "first", "mlm only"]
+)
+def test_the_work_foretold_is_the_work_done(corpus, chosen):
+    settings = config.Config(
+        model=ROW,
+        tokens=config.Tokens(max_len=40),
+        objective=config.Objective(**chosen),
+        train=config.Train(batch_cells=6),
+    )
+    task = objectives.Pretraining(settings, corpus)
+    facts = task.facts()
+    done = sum(task.work(step, 0, 1).flops for step in range(task.steps_per_epoch)) / 23
+    assert facts["gflop_per_cell"] * 1e9 == pytest.approx(
+        done, rel=0.05
+    )  # the masks are drawn, the forecast is their mean
+    assert facts["tokens_per_cell"] == pytest.approx(corpus.lengths_N.mean())
+    assert 1 <= facts["padding_grouped"] < facts["padding_random"]

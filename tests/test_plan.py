@@ -97,3 +97,13 @@ def test_micro_batches_keep_the_budget_and_lose_nothing():
     runs = plan.micro_batches(lengths, 10)
     assert [lengths[r].tolist() for r in runs] == [[5, 5], [1], [30], [2, 2]]
     assert [(r.start, r.stop) for r in plan.micro_batches(lengths[:0], 10)] == [(0, 0)]
+
+
+def test_packing_by_hand():
+    assert plan.packing(np.array([4, 4, 4, 4], dtype=np.int32), 2) == {"random": 1.0, "grouped": 1.0}
+    lengths = np.array([1, 3, 1, 3, 2], dtype=np.int32)
+    # grouped: (1, 1), (2, 3), (3): 2 + 6 + 3 tokens for 10 that are there
+    made = plan.packing(lengths, 2)
+    assert made["grouped"] == pytest.approx(1.1)
+    assert made["random"] >= made["grouped"]
+    assert plan.packing(lengths, 5)["random"] == pytest.approx(1.5)

@@ -81,3 +81,13 @@ def test_orthologs_without_a_table_that_fits_are_refused(corpus, make_corpus):
     with pytest.raises(UserError, match="links no two species"):
         views.Translator(corpus.vocabulary, {("rat", "pig"): {}})
     assert dataset.Corpus(other).species == ("rat", "pig")
+
+
+def test_places_looked_at_by_hand():
+    at, begins = np.array([0, 3, 9]), np.array([0, 5, 9, 12])
+    places, of_at, of_begins = views.looked_at(at, begins)
+    assert places.tolist() == [0, 3, 5, 9, 12]
+    assert of_at.tolist() == [0, 1, 3]
+    assert of_begins.tolist() == [0, 2, 3, 4]
+    assert [x.tolist() for x in views.looked_at(at, begins[:0])] == [[0, 3, 9], [0, 1, 2], []]
+    assert [len(x) for x in views.looked_at(at[:0], begins[:0])] == [0, 0, 0]

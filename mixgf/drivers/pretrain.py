@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -15,12 +16,12 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mixgf import artifacts, checkpoint, storage, tracking
 from mixgf.config import Config, UserError, from_dict, to_dict
@@ -28,12 +29,14 @@ from mixgf.dataset import Corpus
 from mixgf.drivers.board import Board
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.drivers.session import session
-from mixgf.model import MaskedModel, forward_flops, head_flops
+from mixgf.model import MaskedModel
 from mixgf.objectives import Pretraining
-from mixgf.progress import Progress, number, say
-from mixgf.train import GroupContext, Row, fit
+from mixgf.progress import Progress, duration, number, say
+from mixgf.train import GroupContext, Row, fit, measure_peak
 
 _SPEED = ("micro_tokens", "compile", "threads", "checkpoint_steps", "keep_checkpoints", "log_steps")
+USUAL_MFU = 0.5
+"""Share of the GEMM peak that training reaches on a CPU, for the estimate before the start."""
 _SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
 
 
@@ -53,12 +56,13 @@ def run(config: Config) -> str:
         say(f"pretrain: {uri} is already there")
         return uri
     model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
-    _announce(config, corpus, task, model)
+    facts = _announce(config, task, model)
     with (
         session(config),
         tracking.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked,
         watch(config, "pretrain", tracked, uri) as watched,
     ):
+        tracked.log(facts)
         _train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
         epochs = task.num_steps / task.steps_per_epoch
         watched.made(cells=corpus.num_cells * epochs, epochs=epochs)
@@ -80,16 +84,29 @@ def planned(config: Config, corpus: Corpus) -> artifacts.Record:
     return artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, {"corpus": corpus.record.fingerprint})
 
 
-def _announce(config: Config, corpus: Corpus, task: Pretraining, model: MaskedModel) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    sample = corpus.lengths_N[:: max(1, corpus.num_cells // 10_000)]
-    masked = float(np.mean(sample)) * config.objective.mlm_fraction
-    per_cell = 3 * len(task.views) * forward_flops(config.model, sample.tolist()) / max(1, len(sample))
-    per_cell += 3 * head_flops(config.model, corpus.vocabulary.size, masked)
+def _announce(config: Config, task: Pretraining, model: MaskedModel) -> dict[str, float]:
+    """Say what the training is and how long it may take; returns the figures."""
+    facts = task.facts() | {"parameters": float(sum(p.numel() for p in model.parameters()))}
+    cells, workers = task.corpus.num_cells, config.compute.num_workers
     say(
-        f"pretrain: {number(parameters)} parameters, {corpus.num_cells:,} cells, {per_cell / 1e9:.3g} GFLOP per cell and epoch, "
-        f"{task.num_steps:,} steps of {config.train.batch_cells} cells, {config.compute.num_workers} workers"
+        f"pretrain: {number(facts['parameters'])} parameters, {cells:,} cells of {facts['tokens_per_cell']:,.0f} tokens, "
+        f"{facts['gflop_per_cell']:.3g} GFLOP per cell and epoch, {task.num_steps:,} steps of {config.train.batch_cells} "
+        f"cells, {workers} workers"
     )
+    say(
+        f"pretrain: nothing is padded; padded batches would compute {facts['padding_random']:.2f} tokens per token in random "
+        f"order, {facts['padding_grouped']:.2f} grouped by length"
+    )
+    if not config.compute.gpus_per_worker:
+        cores = min(workers * config.train.threads, os.cpu_count() or 1)
+        peak = cores * measure_peak(torch.device("cpu"), config.train.precision) / torch.get_num_threads()
+        visits = min(task.num_steps * config.train.batch_cells, cells * config.train.epochs)
+        facts["estimated_seconds"] = visits * facts["gflop_per_cell"] * 1e9 / (peak * USUAL_MFU)
+        say(
+            f"pretrain: about {duration(facts['estimated_seconds'])} if {cores} such cores reach {USUAL_MFU:.0%} of "
+            f"{peak / 1e9:,.0f} GFLOP/s; the progress shows the time left as measured"
+        )
+    return facts
 
 
 class RayContext(GroupContext):
@@ -128,7 +145,10 @@ def work(params: dict[str, Any]) -> None:
 def _train(config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run) -> None:
     compute = config.compute
     gpu = compute.gpus_per_worker > 0
-    board = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(
+        Board
+    ).remote()  # lost with the driver, not with a worker's node
     params = {
         "config": to_dict(config), "corpus": corpus, "uri": uri, "identity": identity, "board": board, "tracked": tracked,
     }  # fmt: skip

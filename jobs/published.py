@@ -1,0 +1,84 @@
+"""The published way to train the paper's model, written plainly with Hugging Face BERT: the baseline of bench_train.py.
+
+Cells padded to the longest, two full passes with other dropout, scores of the whole vocabulary at every position, contrast
+of the first position's vectors, AdamW; a collator that pads Python lists (shared notes, performance sections 2 and 6).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixgf import config
+from mixgf.dataset import Corpus
+from mixgf.objectives import Pretraining, nt_xent
+
+Step = Callable[[], object]
+
+
+def bert(m: config.Model, vocab_size: int, *, attention_dropout: float) -> Any:
+    """A Hugging Face BERT of these sizes."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = BertConfig(
+        vocab_size=vocab_size, hidden_size=m.dim, num_hidden_layers=m.num_layers, num_attention_heads=m.num_heads,
+        intermediate_size=m.ffn_dim, hidden_act="silu", max_position_embeddings=m.max_positions,
+        hidden_dropout_prob=m.dropout, attention_probs_dropout_prob=attention_dropout,
+    )  # fmt: skip
+    return BertForMaskedLM(sizes)
+
+
+def padded(corpus: Corpus, cells: Any) -> tuple[Tensor, Tensor]:
+    """Ids padded to the longest, and which are real."""
+    tokens, offsets = corpus.tokens(cells)
+    rows = [torch.from_numpy(tokens[a:b].astype(np.int64)) for a, b in itertools.pairwise(offsets)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return ids, (ids > 0).long()
+
+
+def collate(corpus: Corpus, cells: Any) -> tuple[Tensor, ...]:
+    """Rows of a table to lists, padded and marked element by element, then masked: as the published collator works."""
+    tokens, offsets = corpus.tokens(cells)
+    rows = [pa.array(tokens[a:b]).to_pylist() for a, b in itertools.pairwise(offsets)]
+    longest = max(map(len, rows))
+    even = [row + [0] * (longest - len(row)) for row in rows]
+    real = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    special = torch.tensor([[1 if token in (0, 1) else 0 for token in row] for row in even]).bool()
+    ids = torch.tensor(even)
+    labels = ids.clone()
+    chosen = torch.bernoulli(torch.full(ids.shape, 0.15).masked_fill_(special, 0.0)).bool()
+    labels[~chosen] = -100
+    hidden = torch.bernoulli(torch.full(ids.shape, 0.8)).bool() & chosen
+    ids[hidden] = 1
+    other = torch.bernoulli(torch.full(ids.shape, 0.5)).bool() & chosen & ~hidden
+    ids[other] = torch.randint(corpus.vocabulary.size, ids.shape)[other]
+    return ids, torch.tensor(real), labels
+
+
+def step(settings: config.Config, corpus: Corpus, number: int, *, attention_dropout: float) -> Step:
+    """A training step on a batch of our plan."""
+    o = settings.objective
+    model = bert(settings.model, corpus.vocabulary.size, attention_dropout=attention_dropout).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.train.lr)
+    share = Pretraining(settings, corpus).plan.share(number)
+
+    def run() -> None:
+        ids, real = padded(corpus, share.cells_B)
+        chosen = (torch.rand(ids.shape) < o.mlm_fraction) & (ids > 0)
+        labels = torch.where(chosen, ids, -100)
+        inputs = torch.where(chosen & (torch.rand(ids.shape) < 0.8), 1, ids)
+        optimizer.zero_grad()
+        passes = [model(input_ids=inputs, attention_mask=real, output_hidden_states=True) for _ in range(2)]
+        first, second = (out.hidden_states[-1][:, 0] for out in passes)
+        mlm = F.cross_entropy(passes[0].logits.flatten(0, 1), labels.flatten())
+        (mlm + nt_xent(first, second, o.temperature)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return run

@@ -1,0 +1,185 @@
+"""Ray's part of the chaos: SIGKILL to training workers, to the driver, and to a node, against the run never disturbed.
+
+Slow (minutes): Ray needs seconds to notice a death and to start a group. What a worker does between two deaths is tested
+in test_chaos.py, in every run of the tests.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from mixgf import checkpoint, config, dataset, storage, train
+from mixgf.model import MaskedModel
+from mixgf.objectives import Pretraining
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr", "alignment", "uniformity")
+STEPS = 150
+PATIENCE = 400  # seconds that a step may take to come on a busy machine
+
+
+@pytest.fixture(scope="module")
+def settings(make_corpus, tmp_path_factory):
+    rng = np.random.default_rng(0)
+    uri = make_corpus(rng.integers(60, 200, 300), np.arange(300) % 2, [100, 150, 50], genes=200)
+    return config.Config(
+        output=str(tmp_path_factory.mktemp("run")),
+        model=config.Model(num_layers=2, dim=64, num_heads=4, ffn_dim=64, max_positions=200),
+        tokens=config.Tokens(max_len=200),
+        train=config.Train(
+            epochs=10, batch_cells=20, lr=1e-3, warmup_steps=10, log_steps=1, checkpoint_steps=5, max_steps=STEPS
+        ),
+        inputs=config.Inputs(corpus=uri),
+        compute=config.Compute(num_workers=2, max_failures=5),
+    )
+
+
+def result(uri):
+    """The trace of losses by (step, name), and the hash of the final weights."""
+    rows = storage.read_table(f"{uri}/history.parquet").to_pylist()
+    trace = {(row["step"], row["name"]): row["value"] for row in rows if row["name"] in LOSSES}
+    assert len(trace) == sum(row["name"] in LOSSES for row in rows) == STEPS * len(LOSSES)  # every step, and none twice
+    return trace, storage.sha256(f"{uri}/model.safetensors")
+
+
+def reached(uri, step):
+    """Wait until a checkpoint of at least this step is complete; returns the latest."""
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        steps = checkpoint.complete_steps(uri)
+        if steps and steps[-1] >= step:
+            return steps[-1]
+        time.sleep(0.02)
+    msg = f"no checkpoint of step {step}"
+    raise AssertionError(msg)
+
+
+def training_workers(parent):
+    """The live processes of a Ray Train group under this process."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        try:
+            if any("RayTrainWorker" in part for part in [process.name(), *process.cmdline()]):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return sorted(found, key=lambda process: process.pid)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_local, settings):
+    from mixgf.drivers import pretrain
+
+    return result(pretrain.run(settings))
+
+
+def test_killed_workers_give_the_bits_of_the_run_never_killed(ray_local, settings, undisturbed, tmp_path):
+    from mixgf.drivers import pretrain
+
+    chosen, rng = dataclasses.replace(settings, output=str(tmp_path)), np.random.default_rng(1)
+    killed, uri = [], f"{tmp_path}/pretrain"
+
+    def kill():
+        for after in (int(rng.integers(5, 40)), int(rng.integers(60, 110))):
+            at = reached(uri, after)
+            workers = training_workers(os.getpid())
+            victim = workers[int(rng.integers(len(workers)))]
+            victim.kill()
+            killed.append((victim.pid, at))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    pretrain.run(chosen)
+    thread.join()
+    assert len({pid for pid, _ in killed}) == 2
+    assert all(at < STEPS for _, at in killed)
+    assert result(uri) == undisturbed
+
+
+def test_a_killed_driver_goes_on_with_the_bits_of_the_run_never_killed(settings, undisturbed, tmp_path):
+    chosen = dataclasses.replace(settings, output=str(tmp_path))
+    path, uri = tmp_path / "config.json", f"{tmp_path}/pretrain"
+    path.write_text(json.dumps(config.to_dict(chosen)))
+    command = [sys.executable, "-m", "mixgf", "pretrain", "--config", str(path), "--debug"]
+    rng = np.random.default_rng(2)
+    ends = []
+    for after in (int(rng.integers(5, 40)), int(rng.integers(60, 110))):
+        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ends.append(reached(uri, after))
+        driver.kill()
+        assert driver.wait() == -9
+    assert ends[1] < STEPS
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert result(uri) == undisturbed
+
+
+def test_a_lost_node_makes_the_group_smaller_and_the_run_goes_on_with_the_same_batches(settings, tmp_path):
+    """Three nodes in one machine, of which a training node is lost: from two workers to one; against the loop alone."""
+    corpus = dataset.Corpus(settings.inputs.corpus)
+    model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
+    rows = train.fit(model, Pretraining(settings, corpus), settings.train, train.LocalContext())
+    expected = {(step, name): value for step, _, name, value in rows if name in LOSSES}
+    chosen = dataclasses.replace(
+        settings, output=str(tmp_path), compute=config.Compute(num_workers=2, min_workers=1, max_failures=5)
+    )
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(config.to_dict(chosen))], capture_output=True, text=True, check=False,
+        env=os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    assert sizes == {"before": 2, "after": 1}
+    losses = result(f"{tmp_path}/pretrain")[0]
+    assert losses.keys() == expected.keys()
+    for key, value in expected.items():
+        # the contrast is exp(cosine / temperature) to first order: its relative error is that of a cosine / temperature
+        near = 1e-4 / config.Objective().temperature if key[1] in ("alignment", "contrast") else 1e-4
+        assert losses[key] == pytest.approx(value, rel=near), key
+
+
+def main(data):
+    """Train on a cluster of three nodes and kill one that trains; prints the numbers of training workers."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    chosen = config.from_dict(config.Config, data)
+    store = {"object_store_memory": 100 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, "_system_config": {
+        "health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10,
+    }})  # fmt: skip
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    uri, sizes = f"{chosen.output}/pretrain", {}
+
+    def lose():
+        reached(uri, 20)
+        sizes["before"] = len(training_workers(os.getpid()))
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        reached(uri, 100)
+        sizes["after"] = len(training_workers(os.getpid()))
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    from mixgf.drivers import pretrain
+
+    pretrain.run(dataclasses.replace(chosen))
+    thread.join()
+    sys.stdout.write(json.dumps(sizes) + "\n")
+    sys.stdout.flush()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main(json.loads(sys.argv[1]))
