@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixgf import bands, corpus, qc, storage, tokenize, vocab
+from mixgf import bands, corpus, medians, qc, storage, tokenize, vocab
 from mixgf.config import QC, Source, SpeciesRow, Tokens, UserError
 from mixgf.formats import Reader, open_reader
 
@@ -236,7 +236,7 @@ def number_genes(work: str, species: str, indices: list[int]) -> list[str]:
 def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_cells: int) -> None:
     """Median sketch number `number`: kept cells (unit, bool[rows]) of one species, over the genes of `number_genes`."""
     listed = storage.read_table(part(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
-    filled = vocab.Accumulator(len(listed))
+    filled = medians.Accumulator(len(listed))
     for unit, keep_N in parts:
         columns = _columns(work, unit.index)
         gene_G = pc.index_in(columns["gene"].combine_chunks(), value_set=listed)
@@ -254,7 +254,7 @@ def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterato
         yield block, slice(first, first + len(block.indptr) - 1)
 
 
-def write_sketch(uri: str, found: vocab.Sketch) -> None:
+def write_sketch(uri: str, found: medians.Sketch) -> None:
     """Write a sketch part."""
     storage.write_table(
         uri, pa.table({"key": found.keys, "count": found.counts}), use_dictionary=["count"],
@@ -264,13 +264,13 @@ def write_sketch(uri: str, found: vocab.Sketch) -> None:
 
 def merge_sketches(uris: list[str], to: str) -> None:
     """Merge sketch parts, one at a time, into another part."""
-    write_sketch(to, vocab.merge(read_sketch(uri) for uri in uris))
+    write_sketch(to, medians.merge(read_sketch(uri) for uri in uris))
 
 
-def read_sketch(uri: str) -> vocab.Sketch:
+def read_sketch(uri: str) -> medians.Sketch:
     """Read a sketch part."""
     table = storage.read_table(uri)
-    return vocab.Sketch(table["key"].to_numpy(), table["count"].to_numpy())
+    return medians.Sketch(table["key"].to_numpy(), table["count"].to_numpy())
 
 
 # Pass 3: sentences

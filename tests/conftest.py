@@ -99,6 +99,19 @@ def s3_settings(monkeypatch):
     return settings
 
 
+@pytest.fixture(scope="module")
+def s3_bucket(s3_server):
+    """A bucket `s3://runs` of the server, in the environment of a whole module."""
+    import boto3
+
+    keys = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (keys | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="runs")
+        yield "s3://runs"
+
+
 @pytest.fixture(scope="session")
 def make_corpus(tmp_path_factory):
     """Writes small token corpora in the documented layout: `make_corpus(lengths, species, rows, genes=...) -> uri`."""
@@ -161,40 +174,3 @@ def make_corpus(tmp_path_factory):
         return uri
 
     return make
-
-
-@pytest.fixture(scope="session")
-def s3_bucket():
-    """An empty bucket `s3://runs` of a moto server (real HTTP on loopback); the environment is what a user sets for any endpoint."""
-    import socket
-    import subprocess
-    import time
-    import urllib.request
-
-    import boto3
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(url)
-                break
-            except OSError:
-                time.sleep(0.2)
-        keys = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (keys | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
-                patch.setenv(name, value)
-            boto3.client("s3", endpoint_url=url).create_bucket(Bucket="runs")
-            yield "s3://runs"
-    finally:
-        server.terminate()
-        server.wait()

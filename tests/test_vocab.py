@@ -1,12 +1,10 @@
-"""Laws of the vocabulary and of the median sketch: order of ids, sharing, hash, merge order, error bound."""
+"""Laws of the vocabulary: order of ids, sharing, hash, look-ups, imported medians."""
 
 import gzip
 
-import anndata
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy import sparse
 
 from mixgf import storage, vocab
 from mixgf.config import SpeciesRow, UserError
@@ -99,103 +97,3 @@ def test_medians_are_imported_by_species_from_a_published_layout(tmp_path):
     bad.write_text("name\tvalue\nENSG01\t-1\n")
     with pytest.raises(UserError, match="must have gene and median"):
         vocab.read_medians(str(bad), rows, known)
-
-
-# sketch
-
-
-def fill(counts_NG, keep=None, room=1000):
-    counts_NG = np.asarray(counts_NG)
-    rows, columns = np.nonzero(counts_NG)
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(counts_NG)))]).astype(np.int64)
-    a = vocab.Accumulator(counts_NG.shape[1], room=room)
-    keep = np.ones(len(counts_NG), dtype=bool) if keep is None else keep
-    a.update(
-        counts_NG[rows, columns].astype(np.int32), columns.astype(np.int32), indptr,
-        depth_N=counts_NG.sum(1), keep_N=keep, gene_G=np.arange(counts_NG.shape[1], dtype=np.int32),
-    )  # fmt: skip
-    return a.finish()
-
-
-def exact(counts_NG):
-    x = counts_NG / np.maximum(counts_NG.sum(1, keepdims=True), 1) * 10_000
-    return {g: float(np.median(x[:, g][x[:, g] > 0])) for g in range(x.shape[1]) if (x[:, g] > 0).any()}
-
-
-@pytest.mark.parametrize("cells", [1, 2, 3, 500])
-def test_medians_are_within_the_stated_error_and_absent_genes_have_none(cells):
-    rng = np.random.default_rng([1, cells])
-    counts = rng.negative_binomial(0.3, rng.uniform(0.001, 0.5, (1, 60)), (cells, 60))
-    counts[:, 7] = 0
-    found, true = vocab.finish(fill(counts)), exact(counts)
-    assert found.keys() == true.keys()
-    assert 7 not in found
-    assert vocab.RELATIVE_ERROR <= 0.005
-    assert max(abs(found[g] / true[g] - 1) for g in true) <= vocab.RELATIVE_ERROR
-
-
-def test_the_error_bound_holds_from_the_smallest_share_to_the_whole_cell():
-    for count, depth in [(1, 10**9), (1, 10**6), (1, 1), (999_999, 10**6), (1, 3)]:
-        a = vocab.Accumulator(1)
-        one = np.asarray([count], dtype=np.int32)
-        a.update(
-            one,
-            np.zeros(1, np.int32),
-            np.asarray([0, 1]),
-            depth_N=np.asarray([depth]),
-            keep_N=np.ones(1, bool),
-            gene_G=np.zeros(1, np.int32),
-        )
-        assert vocab.finish(a.finish())[0] == pytest.approx(count / depth * 10_000, rel=vocab.RELATIVE_ERROR)
-
-
-def test_merging_in_any_order_and_grouping_gives_the_same_sketch():
-    rng = np.random.default_rng(2)
-    counts = rng.negative_binomial(0.5, 0.1, (41, 30))
-    whole = fill(counts)
-    parts = [fill(counts[a : a + 7]) for a in range(0, 41, 7)]
-    small = fill(counts, room=1)  # flushed at every block
-    assert np.array_equal(small.keys, whole.keys)
-    assert np.array_equal(small.counts, whole.counts)
-    for order in (parts, parts[::-1], [vocab.merge(parts[3:]), vocab.merge(parts[:3])], [vocab.EMPTY, *parts]):
-        merged = vocab.merge(order)
-        assert np.array_equal(merged.keys, whole.keys)
-        assert np.array_equal(merged.counts, whole.counts)
-
-
-def test_the_error_bound_and_the_order_hold_on_real_cells():
-    """All bundled human cells against numpy's exact medians, every fourth gene; two parts in two orders."""
-    cells = anndata.read_h5ad(storage.local_path("resource:pancreas_human_baron.h5ad"))
-    counts = cells.X.tocsr().astype(np.int64)
-    depth = np.asarray(counts.sum(axis=1)).ravel()
-    counts = counts[:, ::4]
-    num_genes = counts.shape[1]
-    parts = []
-    for a in range(0, cells.n_obs, 1_100):
-        part = counts[a : a + 1_100]
-        sketch = vocab.Accumulator(num_genes, num_cells=part.shape[0], max_depth=int(depth[a : a + 1_100].max()))
-        sketch.update(
-            part.data.astype(np.int32), part.indices.astype(np.int32), part.indptr.astype(np.int64),
-            depth_N=depth[a : a + 1_100], keep_N=np.ones(part.shape[0], bool), gene_G=np.arange(num_genes, dtype=np.int32),
-        )  # fmt: skip
-        parts.append(sketch.finish())
-    forward, backward = vocab.merge(parts), vocab.merge(parts[::-1])
-    assert np.array_equal(forward.keys, backward.keys)
-    assert np.array_equal(forward.counts, backward.counts)
-    found = vocab.finish(forward)
-    columns = (sparse.diags_array(10_000 / depth) @ counts).tocsc()
-    assert len(found) > 3_500
-    errors = []
-    for g in range(num_genes):
-        values = columns.data[columns.indptr[g] : columns.indptr[g + 1]]
-        assert (g in found) == (len(values) > 0)
-        if len(values):
-            errors.append(abs(found[g] / np.median(values) - 1))
-    assert max(errors) <= vocab.RELATIVE_ERROR <= 0.005
-    assert np.median(errors) < 0.25 * vocab.RELATIVE_ERROR  # values within a bucket are spread, not put at its edge
-
-
-def test_dropped_cells_do_not_count():
-    counts = np.asarray([[1, 1], [9, 1], [1, 9]])
-    kept = fill(counts, keep=np.asarray([True, False, True]))
-    assert np.array_equal(kept.keys, fill(counts[[0, 2]]).keys)

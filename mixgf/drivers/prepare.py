@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, corpus, extension, qc, species, storage, tracking, units, vocab
+from mixgf import artifacts, corpus, extension, medians, qc, species, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.progress import Progress, say, warn
@@ -183,7 +183,7 @@ class _Prepare:
         """Number of the first shard of the sources read here."""
 
     def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
-        allowed, medians = self._given()
+        allowed, given = self._given()
         self._describe(allowed)
         self._turn()
         all_units = units.plan_units(
@@ -203,7 +203,7 @@ class _Prepare:
         if not kept_units:
             msg = f"qc: none of {sum(len(r) for r in reasons.values()):,} cells passes ({self._dropped(reasons)}); relax qc.*"
             raise UserError(msg)
-        made = self._vocabulary(vocabulary, kept_units, keeps, medians)
+        made = self._vocabulary(vocabulary, kept_units, keeps, given)
         made.save(storage.join(self.uri, "vocabulary.parquet"))
         self._take()
         self._encode(made.hash, kept_units, keeps)
@@ -250,8 +250,8 @@ class _Prepare:
             return {name: list(given.of(name).genes) for name in given.species}, None
         if self.config.vocab.medians:
             known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
-            medians = vocab.read_medians(self.config.vocab.medians, self.config.species, known)
-            return {name: list(genes) for name, genes in medians.items()}, medians
+            found = vocab.read_medians(self.config.vocab.medians, self.config.species, known)
+            return {name: list(genes) for name, genes in found.items()}, found
         return None, None
 
     def _describe(self, allowed: dict[str, list[str]] | None) -> None:
@@ -335,17 +335,17 @@ class _Prepare:
         record: artifacts.Record | None,
         kept: list[units.Unit],
         keeps: dict[int, np.ndarray],
-        medians: dict[str, dict[str, float]] | None,
+        given: dict[str, dict[str, float]] | None,
     ) -> vocab.Vocabulary:
         if record is None:
             return vocab.Vocabulary.load(self.config.vocab.reuse)
         uri = storage.join(self.config.output, "vocabulary")
         if not artifacts.begin(uri, record):
             return vocab.Vocabulary.load(uri)
-        if medians is None:
-            medians = self._medians(kept, keeps)
-        tables = {name: species.gene_table(self.rows[name]) for name in medians}
-        with_genes = {name: genes for name, genes in medians.items() if genes}
+        if given is None:
+            given = self._medians(kept, keeps)
+        tables = {name: species.gene_table(self.rows[name]) for name in given}
+        with_genes = {name: genes for name, genes in given.items() if genes}
         pairs = species.orthologs(self.config.vocab.orthologs)
         made = vocab.build(with_genes, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
         size, digest = made.save(storage.join(uri, "vocabulary.parquet"))
@@ -378,8 +378,8 @@ class _Prepare:
         self._pass("medians", "sketch", jobs)
         out = {}
         for name in present:
-            total = vocab.merge(units.read_sketch(p) for p in self._merged(name, sketches[name]))
-            out[name] = {genes[name][g]: median for g, median in vocab.finish(total).items()}
+            total = medians.merge(units.read_sketch(p) for p in self._merged(name, sketches[name]))
+            out[name] = {genes[name][g]: median for g, median in medians.finish(total).items()}
         return out
 
     def _merged(self, name: str, parts: list[str]) -> list[str]:
