@@ -34,7 +34,7 @@ from measure import Figure, interleaved, rate
 from mixgf import recipes, storage, units
 from mixgf.config import HUMAN, QC, Config, Source, Tokens, override
 from mixgf.corpus import blocks
-from mixgf.drivers import prepare, session
+from mixgf.drivers import dispatch, prepare, session
 from mixgf.formats import open_reader
 from mixgf.tokenize import Encoder, Ranks
 from mixgf.vocab import Vocabulary
@@ -129,7 +129,7 @@ class _Case:
         self.num_cells, self.gzip = num_cells, gzip
         self.config = _config(self.path, self.folder / "run", shard_cells=num_cells)
         self.rows = self.config.prepare.block_cells
-        prepare.run(self.config, spread=prepare.loop)
+        prepare.run(self.config, spread=dispatch.loop)
         self.corpus = self.folder / "run" / "corpus"
         vocabulary = Vocabulary.load(str(self.corpus))
         self.digest, genes = vocabulary.hash, vocabulary.of("human")
@@ -296,21 +296,21 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
         source = config.sources[0]
         units.describe(work, 0, source, row=HUMAN, rules=QC(), biotypes=config.vocab.biotypes, allowed=None)
         all_units = units.plan_units({0: (source, num_cells)}, config.prepare.shard_cells)
-        spread = prepare.ray_tasks(config)
-        for _ in spread([prepare.job(0, 1, units.measure, work, u, config.prepare.block_cells) for u in all_units]):
+        spread = dispatch.ray_tasks(config)
+        for _ in spread([dispatch.job(0, 1, units.measure, work, u, config.prepare.block_cells) for u in all_units]):
             pass
         options = {
             "tokens": TOKENS, "obs": {}, "digest": Vocabulary.load(uri).hash, "vocabulary": f"{uri}/vocabulary.parquet",
             "block_cells": config.prepare.block_cells, "to": str(folder / "shards"),
         }  # fmt: skip
         jobs = [
-            prepare.job(0, 1, units.encode, work, u, np.ones(u.stop - u.start, bool), u.number, **options)
+            dispatch.job(0, 1, units.encode, work, u, np.ones(u.stop - u.start, bool), u.number, **options)
             for u in all_units
         ]
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             works: dict[str, Callable[[], object]] = {
                 "ray": lambda: list(spread(jobs)),
-                "pool": lambda: pool.map(prepare.attempt, jobs, chunksize=1),
+                "pool": lambda: pool.map(dispatch.attempt, jobs, chunksize=1),
             }
             times = interleaved(works, repeats=repeats)
     ratio = statistics.median(r / p for r, p in zip(times["ray"], times["pool"], strict=True))

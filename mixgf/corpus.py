@@ -208,7 +208,7 @@ def _cause(unmapped: list[str], others: Iterable[KnownGenes]) -> str:
         return "they are ids that the gene table does not have: another species, or retired ids?"
     if sum(name.isdigit() for name in unmapped) > 0.5 * len(unmapped):
         return "they are bare numbers: name the column of var with ids or symbols (sources[i].genes)"
-    return "they are neither Ensembl ids nor known symbols: name another column of var (sources[i].genes)"
+    return "they are neither Ensembl ids nor known symbols: spike-ins or repeats, or another column of var has the names (sources[i].genes)"
 
 
 # Checked counts

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from mixgf import artifacts, storage
 from mixgf.config import Config, Prepare, Source, SpeciesRow, Tokens, Tracking, Vocab
-from mixgf.drivers import prepare
+from mixgf.drivers import dispatch, prepare
 
 NUM_GENES = 30
 BUCKET = "cells"
@@ -115,7 +115,7 @@ def make(folder: Path) -> World:
         tokens=Tokens(max_len=20), prepare=Prepare(shard_cells=15, block_cells=4),
         tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
     )  # fmt: skip
-    return World(folder, config, contents(prepare.run(config, spread=prepare.loop)))
+    return World(folder, config, contents(prepare.run(config, spread=dispatch.loop)))
 
 
 def client(url: str, key: str = "testkey", secret: str = "testsecret") -> object:

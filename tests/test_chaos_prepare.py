@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from mixgf import artifacts, config, storage
-from mixgf.drivers import prepare
+from mixgf.drivers import dispatch, prepare
 
 PATIENCE = 300
 """Seconds that a part may take to come on a busy machine."""
@@ -63,13 +63,13 @@ def until(uri, number, alive):
 LOOP = """
 import json, sys
 from mixgf.config import Config, from_dict
-from mixgf.drivers import prepare
-prepare.run(from_dict(Config, json.load(open(sys.argv[1]))), spread=prepare.loop)
+from mixgf.drivers import dispatch, prepare
+prepare.run(from_dict(Config, json.load(open(sys.argv[1]))), spread=dispatch.loop)
 """
 
 
 def test_a_driver_killed_again_and_again_ends_with_the_bytes_of_one_never_killed(settings, tmp_path):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=prepare.loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
     chosen = moved(settings, tmp_path, "killed")
     path, uri = tmp_path / "config.json", f"{chosen.output}/corpus"
     path.write_text(json.dumps(config.to_dict(chosen)))
@@ -82,7 +82,7 @@ def test_a_driver_killed_again_and_again_ends_with_the_bytes_of_one_never_killed
         child.kill()
         kills.append((number, child.wait()))
     assert any(code == -9 for _, code in kills), kills
-    assert contents(prepare.run(chosen, spread=prepare.loop)) == expected, kills
+    assert contents(prepare.run(chosen, spread=dispatch.loop)) == expected, kills
 
 
 def tasks(parent):
@@ -99,7 +99,7 @@ def tasks(parent):
 
 @pytest.mark.ray
 def test_killed_ray_workers_change_nothing(settings, tmp_path, ray_local):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=prepare.loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
     chosen = moved(settings, tmp_path, "killed")
     uri, rng, killed, over = f"{chosen.output}/corpus", np.random.default_rng(), [], threading.Event()
 
@@ -129,7 +129,7 @@ def test_killed_ray_workers_change_nothing(settings, tmp_path, ray_local):
 @pytest.mark.timeout(900)
 def test_a_killed_ray_driver_and_a_lost_node_change_nothing(settings, tmp_path):
     """First the driver of a local Ray dies with all it started, then the run goes on over three nodes, of which one is lost."""
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=prepare.loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
     chosen = moved(settings, tmp_path, "killed")
     path, uri = tmp_path / "config.json", f"{chosen.output}/corpus"
     path.write_text(json.dumps(config.to_dict(chosen)))

@@ -18,7 +18,7 @@ from mixgf.classify import MODELS, load_encoder
 from mixgf.config import Classify, Compute, Config, Embed, Model, Source, Tokens, Tracking, Train, UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers import classify as driver
-from mixgf.drivers import prepare
+from mixgf.drivers import dispatch, prepare
 from mixgf.model import MaskedModel
 
 TYPES = ("beta cell", "alpha cell", "delta cell", "ductal cell")
@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
         classify=Classify(seeds=1, epochs=1, num_hvgs=200, splits=("random", "donor", "species"),
                           models=("finetune", "knn", "probe", "untrained_knn", "majority", "hvg_logreg")),
     )  # fmt: skip
-    prepare.run(run, spread=prepare.loop)
+    prepare.run(run, spread=dispatch.loop)
     corpus = Corpus(storage.join(run.output, "corpus"))
     uri = storage.join(run.output, "pretrain")
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {"corpus": corpus.record.fingerprint})

@@ -13,7 +13,7 @@ import pytest
 from mixgf import artifacts, cli, config, species, storage, train
 from mixgf.config import HUMAN, MOUSE, QC, Config, Imports, Prepare, Source, Tokens, Tracking, UserError, Vocab, to_dict
 from mixgf.dataset import Corpus
-from mixgf.drivers import importer, prepare
+from mixgf.drivers import dispatch, importer
 from mixgf.model import MaskedModel
 from mixgf.objectives import Pretraining
 from mixgf.species import gene_table
@@ -102,7 +102,7 @@ def world(tmp_path, genes, tracking_uri):
 
 
 def made(settings, tmp_path, name="run", **changes):
-    return importer.run(dataclasses.replace(settings, output=str(tmp_path / name), **changes), spread=prepare.loop)
+    return importer.run(dataclasses.replace(settings, output=str(tmp_path / name), **changes), spread=dispatch.loop)
 
 
 def ruled(settings, **rules):
@@ -174,7 +174,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path, ge
                 if len(calls) >= after:
                     raise KeyboardInterrupt
                 calls.append(call.function.__name__)
-                yield i, prepare.attempt(call)
+                yield i, dispatch.attempt(call)
 
         return spread
 
@@ -214,7 +214,7 @@ def test_neither_the_cut_nor_the_order_of_work_changes_a_sentence(world, tmp_pat
 
     def backwards(jobs):
         for i in reversed(range(len(jobs))):
-            yield i, prepare.attempt(jobs[i])
+            yield i, dispatch.attempt(jobs[i])
 
     other = dataclasses.replace(settings, output=str(tmp_path / "back"))
     assert bytes_of(importer.run(other, spread=backwards)) == bytes_of(whole)
@@ -404,15 +404,15 @@ def test_object_storage_gives_the_bytes_of_the_disk(world, tmp_path, bucket):
         ruled(settings, dictionaries=tuple(map(moved, settings.imports.dictionaries)), medians=tuple(map(moved, settings.imports.medians))),
         output=f"{bucket}/run", sources=tuple(dataclasses.replace(s, uri=moved(s.uri)) for s in settings.sources),
     )  # fmt: skip
-    uri = importer.run(remote, spread=prepare.loop)
+    uri = importer.run(remote, spread=dispatch.loop)
     found = bytes_of(uri)
     assert {k: v for k, v in found.items() if k != "imported.parquet"} == {
         k: v for k, v in expected.items() if k != "imported.parquet"
     }
-    assert importer.run(remote, spread=prepare.loop) == uri
+    assert importer.run(remote, spread=dispatch.loop) == uri
     name = f"{bucket}/h.dataset/data-00001-of-00003.arrow"
     storage.write_bytes(name, storage.read_bytes(name)[:700])  # cut short: the data set is refused, not asked for again
-    again = importer.run(dataclasses.replace(remote, output=f"{bucket}/cut"), spread=prepare.loop)
+    again = importer.run(dataclasses.replace(remote, output=f"{bucket}/cut"), spread=dispatch.loop)
     (refused,) = artifacts.require(again, "corpus").details["refused"]
     assert "data-00001-of-00003.arrow: truncated or not an Arrow file" in refused["error"]
 
@@ -519,7 +519,7 @@ def test_the_published_table_gives_back_its_genes(tmp_path, tracking_uri):
         output=str(tmp_path / "run"), sources=(Source(uri=str(tmp_path / "g.dataset"), species="human"),),
         imports=Imports(dictionaries=(str(path),), outside="refuse"), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
-    uri = importer.run(settings, spread=prepare.loop)
+    uri = importer.run(settings, spread=dispatch.loop)
     vocabulary = Vocabulary.load(uri)
     assert vocabulary.size == 25_424 + 3
     names = vocabulary.genes()

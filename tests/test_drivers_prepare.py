@@ -11,7 +11,7 @@ from scipy import sparse
 
 from mixgf import artifacts, bands, storage, units
 from mixgf.config import QC, Prepare, Source, Tokens, UserError, Vocab
-from mixgf.drivers import prepare
+from mixgf.drivers import dispatch, prepare
 from mixgf.vocab import Vocabulary
 
 
@@ -23,7 +23,7 @@ def bytes_of(uri):
 
 def made(config, tmp_path, name, **changes):
     config = dataclasses.replace(config, output=str(tmp_path / name), **changes)
-    return prepare.run(config, spread=prepare.loop)
+    return prepare.run(config, spread=dispatch.loop)
 
 
 def shards(uri):
@@ -73,7 +73,7 @@ def test_neither_blocks_nor_the_order_of_work_change_a_byte(world, tmp_path):
 
     def backwards(jobs):
         for i in reversed(range(len(jobs))):
-            yield i, prepare.attempt(jobs[i])
+            yield i, dispatch.attempt(jobs[i])
 
     for block in (1, 10):
         other = dataclasses.replace(
@@ -105,7 +105,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path):
                 if len(made_calls) >= after:
                     raise KeyboardInterrupt
                 made_calls.append(call.function.__name__)
-                yield i, prepare.attempt(call)
+                yield i, dispatch.attempt(call)
 
         return spread
 

@@ -11,7 +11,7 @@ import pytest
 
 from mixgf import artifacts, cli, inspection, overview, recipes, storage
 from mixgf.config import QC, Prepare, Source, Tokens, Tracking, UserError
-from mixgf.drivers import prepare
+from mixgf.drivers import dispatch, prepare
 from mixgf.vocab import Vocabulary
 
 MAX_LEN = 700
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory):
         sources=(*sources, Source(uri=str(folder / "broken.h5ad"), species="mouse")), qc=QC(method="mad", num_mads=2.0),
         prepare=Prepare(shard_cells=64, block_cells=50), tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
     )  # fmt: skip
-    return prepare.run(config, spread=prepare.loop)
+    return prepare.run(config, spread=dispatch.loop)
 
 
 def cells_of(uri):

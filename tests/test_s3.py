@@ -17,7 +17,7 @@ from processes import free_port
 
 from mixgf import artifacts, cli, patience, storage, units
 from mixgf.config import Source, StorageError, to_dict
-from mixgf.drivers import prepare
+from mixgf.drivers import dispatch, prepare
 
 ROOT = f"s3://{s3_world.BUCKET}/data"
 
@@ -49,7 +49,7 @@ def proxy(shared_proxy, bucket, s3_settings):
 
 
 def made(config):
-    return prepare.run(config, spread=prepare.loop)
+    return prepare.run(config, spread=dispatch.loop)
 
 
 def bucket_keys(uri):
@@ -75,8 +75,8 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(world, proxy, tm
     config = world.on(ROOT, f"s3://{s3_world.BUCKET}/killed")
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     code = (
-        "import json; from mixgf.config import Config, from_dict; from mixgf.drivers import prepare\n"
-        f"prepare.run(from_dict(Config, json.load(open({str(tmp_path / 'config.json')!r}))), spread=prepare.loop)"
+        "import json; from mixgf.config import Config, from_dict; from mixgf.drivers import dispatch, prepare\n"
+        f"prepare.run(from_dict(Config, json.load(open({str(tmp_path / 'config.json')!r}))), spread=dispatch.loop)"
     )
     (rule,) = proxy.fresh(Rule("hold", "PUT .*/shards/", when=lambda i: i == 3))
     victim = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -276,7 +276,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(  # noqa: PLR0917
 ):
     settings, source, output, line = REFUSALS[why]
     monkeypatch.setenv("HOME", str(tmp_path))  # no keys of the person who runs the tests
-    monkeypatch.setattr(prepare, "ray_tasks", lambda _: prepare.loop)  # the session's workers know no endpoint
+    monkeypatch.setattr(prepare, "ray_tasks", lambda _: dispatch.loop)  # the session's workers know no endpoint
     for name, value in settings.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     assert run_cli(world, tmp_path, source, output or str(tmp_path / "out")) == 2

@@ -26,7 +26,7 @@ from processes import die_with_us, free_port
 
 from mixgf import artifacts, cli, storage
 from mixgf.config import AccessError, Source, UserError, to_dict
-from mixgf.drivers import prepare
+from mixgf.drivers import dispatch, prepare
 
 NEEDED = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph", "setpriv")
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
@@ -174,7 +174,7 @@ def test_the_command_prepares_from_and_to_ceph_through_faults(world, proxy, tmp_
     assert all(rule.hits for rule in rules), [(r.kind, r.match, r.seen) for r in rules if not r.hits]
     proxy.fresh()
     assert s3_world.contents(f"{config.output}/corpus") == world.local
-    assert prepare.run(config, spread=prepare.loop) == f"{config.output}/corpus"
+    assert prepare.run(config, spread=dispatch.loop) == f"{config.output}/corpus"
     assert not any(p.what.startswith(("PUT", "POST")) for p in proxy.passed)
 
 
@@ -196,7 +196,7 @@ def test_who_loses_the_right_to_write_blames_no_source(world, proxy, s3_settings
     config = world.on(str(world.folder / "data"), f"s3://{s3_world.BUCKET}/guest")
     s3_settings(proxy.url, GUEST, SECRET)
     with pytest.raises(AccessError, match=r"^s3://cells/guest/corpus/\S+: access denied"):
-        prepare.run(config, spread=prepare.loop)
+        prepare.run(config, spread=dispatch.loop)
 
 
 def test_of_runs_that_claim_one_folder_at_once_one_gets_it(proxy):

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, corpus, imports, interop, storage, tracking, units, vocab
+from mixgf import artifacts, corpus, imports, interop, manifest, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
+from mixgf.drivers.dispatch import Job, Spread, job, ray_tasks
 from mixgf.drivers.metrics import Meter, watch
-from mixgf.drivers.prepare import Job, Spread, job, ray_tasks
 from mixgf.progress import Progress, say, warn
 
 MANY_LOST = 0.05
@@ -27,7 +27,7 @@ MANY_LOST = 0.05
 
 
 def run(config: Config, *, spread: Spread | None = None) -> str:
-    """Make a corpus of tokenised data sets; returns its URI. `spread` replaces Ray (`prepare.loop` in tests)."""
+    """Make a corpus of tokenised data sets; returns its URI. `spread` replaces Ray (`dispatch.loop` in tests)."""
     sources = _sources(config)
     uri = storage.join(config.output, "corpus")
     given = imports.Given(config, sources)
@@ -229,11 +229,7 @@ class _Import:
         self, record: artifacts.Record, made: vocab.Vocabulary, kept: Sequence[imports.Unit]
     ) -> artifacts.Record:
         done = [units.read_done(self.work, n) for n in range(len(kept))]
-        codes = {name: code for code, name in enumerate(made.species)}
-        index = pa.table({
-            "length": pa.array(np.concatenate([lengths for lengths, _ in done]), pa.int32()),
-            "species": pa.array(np.repeat([codes[u.source.species] for u in kept], [len(lengths) for lengths, _ in done]), pa.int8()),
-        })  # fmt: skip
+        index = manifest.index(done, [u.source.species for u in kept], made.species)
         rows: list[dict[str, Any]] = []
         sources: list[dict[str, Any]] = []
         for i, source in enumerate(self.sources):
@@ -268,10 +264,6 @@ class _Import:
             "index": index, "dropped": pa.Table.from_pylist(losses), "imported": pa.Table.from_pylist(rows),
             "mapping": none.empty_table(),
         }  # fmt: skip
-        files_made = {}
-        for name, table in tables.items():
-            size, digest = storage.write_table(storage.join(self.uri, f"{name}.parquet"), table)
-            files_made[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
         details = {
             "species": list(made.species), "vocabulary": made.hash, "max_len": self.config.tokens.max_len, "cls": self.config.tokens.cls,
             "shards": [entry for _, entry in done], "sources": sources, "imported": rows,
@@ -284,7 +276,7 @@ class _Import:
             f"corpus: {read:,} cells imported, {num_kept:,} kept ({dropped['few_genes']:,} few_genes), {len(done)} shards"
         )
         totals = {"read": read, "kept": num_kept, "dropped": dropped}
-        return artifacts.finish(self.uri, record, counts=totals, files=files_made, details=details)
+        return manifest.publish(self.uri, record, tables=tables, counts=totals, details=details)
 
 
 _MAPPING = tuple(corpus.Mapping.__slots__)

@@ -11,15 +11,16 @@ killed at any moment continues. Only file names, masks and configs travel throug
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, corpus, extension, medians, qc, species, storage, tracking, units, vocab
+from mixgf import artifacts, corpus, extension, manifest, medians, qc, species, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
+from mixgf.drivers.dispatch import Job, Spread, job, ray_tasks
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.progress import Progress, say, warn
 
@@ -28,63 +29,6 @@ MERGE_FAN_IN = 32
 """Sketch parts merged by one task."""
 SKETCH_UNITS = 4
 """Units that share a sketch in a large corpus: sketches of more cells are hardly larger."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One call of a unit function; `weight` is its share of the pass, in cells or files."""
-
-    source: int
-    """Number of the source that is refused if the call raises `UserError`; -1: of none, and the run stops."""
-    weight: int
-    function: Callable[..., None]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-Spread = Callable[[Sequence[Job]], Iterator[tuple[int, str]]]
-"""Runs jobs in any order; yields (number of the job, "" or why it was refused)."""
-
-
-def job(source: int, weight: int, function: Callable[..., None], *args: Any, **kwargs: Any) -> Job:
-    """A job, written like the call that it makes."""
-    return Job(source, weight, function, args, kwargs)
-
-
-def attempt(what: Job) -> str:
-    """Make one call; a `UserError` becomes its text, so that one bad source does not lose the run."""
-    try:
-        what.function(*what.args, **what.kwargs)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def loop(jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
-    """The plain loop: what Ray must equal."""
-    for i, one in enumerate(jobs):
-        yield i, attempt(one)
-
-
-def ray_tasks(config: Config) -> Spread:
-    """Spread jobs over Ray tasks, `compute.num_workers` at a time; lost workers and network errors are tried again."""
-    import ray
-
-    options = {"num_cpus": config.compute.cpus_per_worker, "max_retries": 3, "retry_exceptions": [OSError]}
-    task = ray.remote(attempt).options(**options)
-
-    def spread(jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
-        running: dict[Any, int] = {}
-        todo = iter(enumerate(jobs))
-        while True:
-            while len(running) < config.compute.num_workers and (following := next(todo, None)) is not None:
-                running[task.remote(following[1])] = following[0]
-            if not running:
-                return
-            for ref in ray.wait(list(running), num_returns=1)[0]:
-                yield running.pop(ref), ray.get(ref)
-
-    return spread
 
 
 def run(config: Config, *, spread: Spread | None = None) -> str:
@@ -444,15 +388,7 @@ class _Prepare:
         reports: dict[int, corpus.Mapping],
     ) -> artifacts.Record:  # fmt: skip
         done = [units.read_done(self.work, n) for n in range(self.first + len(kept))]
-        codes = {name: code for code, name in enumerate(made.species)}
-        species_of = [
-            np.full(len(lengths), codes[u.source.species])
-            for (lengths, _), u in zip(done[self.first :], kept, strict=True)
-        ]
-        tables = {"index": pa.table({
-            "length": pa.array(np.concatenate([lengths for lengths, _ in done[self.first :]]), pa.int32()),
-            "species": pa.array(np.concatenate(species_of), pa.int8()),
-        })}  # fmt: skip
+        tables = {"index": manifest.index(done[self.first :], [u.source.species for u in kept], made.species)}
         counts = {i: qc.count(r) for i, r in reasons.items()}
         read = sum(len(r) for r in reasons.values())
         dropped = {name: sum(c[name] for c in counts.values()) for name in qc.REASONS if name != "kept"}
@@ -478,10 +414,6 @@ class _Prepare:
             sources = self.older.record.details["sources"] + sources
             read += self.older.record.counts["read"]
             dropped = {name: n + self.older.record.counts["dropped"].get(name, 0) for name, n in dropped.items()}
-        files = {}
-        for name, table in tables.items():
-            size, digest = storage.write_table(storage.join(self.uri, f"{name}.parquet"), table)
-            files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
         details = {
             "species": list(made.species), "vocabulary": made.hash, "max_len": self.config.tokens.max_len, "cls": self.config.tokens.cls,
             "shards": [entry for _, entry in done],
@@ -492,4 +424,4 @@ class _Prepare:
             f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
         )
         totals = {"read": read, "kept": tables["index"].num_rows, "dropped": dropped}
-        return artifacts.finish(self.uri, record, counts=totals, files=files, details=details)
+        return manifest.publish(self.uri, record, tables=tables, counts=totals, details=details)
