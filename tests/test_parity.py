@@ -69,7 +69,7 @@ def sentences(path, vocabulary, tmp_path):
     units.measure(work, unit, 500)
     units.encode(
         work, unit, np.ones(rows, dtype=bool), 0, to=str(tmp_path), vocabulary=str(tmp_path / "vocabulary.parquet"),
-        tokens=config.Tokens(max_len=MAX_LEN), obs={}, block_cells=500,
+        digest=vocabulary.hash, tokens=config.Tokens(max_len=MAX_LEN), obs={}, block_cells=500,
     )  # fmt: skip
     genes = np.asarray(vocabulary.genes(), dtype=object)
     return [genes[t] for t in pq.read_table(tmp_path / "00000.parquet")["tokens"].to_pylist()]
