@@ -202,20 +202,24 @@ class Encoder:
         self._ranks, self._position_G, self._tokens = ranks, position_G, tokens
         self._rank_CG = np.ascontiguousarray(ranks.rank_CV[:, position_G])  # column -1 is no gene
 
-    def __call__(self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Cell sentences of one CSR block.
 
         Args:
             data: int32 counts; those above 0 name each column at most once in a row (`mixgf.corpus.blocks` sees to that).
             indices: int32 columns.
             indptr: int64[N+1].
+            out: int32, where the tokens are written, with room for all of them; None = a new array.
 
         Returns:
             (tokens_T int32, offsets int64[N+1]): row i holds tokens_T[offsets[i] : offsets[i + 1]].
         """
         num_rows, ranks, cls = len(indptr) - 1, self._ranks, self._tokens.cls
         most = self._tokens.max_len - int(cls)
-        out = np.empty(int(np.minimum(np.diff(indptr), most).sum()) + num_rows * int(cls), dtype=np.int32)
+        if out is None:
+            out = np.empty(int(np.minimum(np.diff(indptr), most).sum()) + num_rows * int(cls), dtype=np.int32)
         out_offsets = np.zeros(num_rows + 1, dtype=np.int64)
         _encode(
             data, indices, indptr, self._position_G, ranks.genes.tokens, ranks.genes.medians, int(ranks.divide),

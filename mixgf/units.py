@@ -310,13 +310,10 @@ def encode(
             if not keep.any():
                 continue
             data, indices, indptr = (b.data, b.indices, b.indptr) if keep.all() else _select(b, keep)
-            ids, offsets = encoder(data, indices, indptr)
-            begin, end = offsets_N1[done_N], offsets_N1[done_N] + len(ids)
-            tokens_T[begin:end] = ids
+            rows_left = offsets_N1[done_N:] - offsets_N1[done_N]
+            _, offsets = encoder(data, indices, indptr, tokens_T[offsets_N1[done_N] :])
+            assert np.array_equal(rows_left[: len(offsets)], offsets), "lengths differ from those of pass 1"
             done_N += len(offsets) - 1
-            assert np.array_equal(offsets_N1[done_N - len(offsets) + 1 : done_N + 1] - begin, offsets), (
-                "lengths differ from pass 1"
-            )
         names = reader.cell_names(unit.start, unit.stop)[keep_N]
         values = {
             new: (reader.obs(facts["obs"][new], unit.start, unit.stop)[keep_N] if new in facts["obs"] else None)
