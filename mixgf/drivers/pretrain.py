@@ -35,8 +35,8 @@ from mixgf.progress import Progress, duration, number, say
 from mixgf.train import GroupContext, Row, fit, measure_peak
 
 _SPEED = ("micro_tokens", "compile", "threads", "checkpoint_steps", "keep_checkpoints", "log_steps")
-USUAL_MFU = 0.5
-"""Share of the GEMM peak that training reaches on a CPU, for the estimate before the start."""
+USUAL_MFU = 0.3
+"""Share of the GEMM peak that small recipes reached on two CPU cores through the command line (.22 to .38), for the estimate."""
 _SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
 
 
