@@ -98,19 +98,6 @@ def _sort(value: np.ndarray, token: np.ndarray, other_value: np.ndarray, other_t
 
 
 @_jit
-def _place(value: float, token: int, rank_value: np.ndarray, rank_token: np.ndarray) -> int:
-    """How many pairs of the table come before this one."""
-    lo, hi = 0, rank_value.shape[0]
-    while lo < hi:
-        middle = (lo + hi) >> 1
-        if _before(rank_value[middle], rank_token[middle], value, token):
-            lo = middle + 1
-        else:
-            hi = middle
-    return lo
-
-
-@_jit
 def _encode(  # noqa: PLR0912, PLR0915, PLR0917 (one pass, compiled; the steps are told apart by comments)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, position_G: np.ndarray, tokens_V: np.ndarray,
     medians_V: np.ndarray, divide: int, rank_CG: np.ndarray, rank_token: np.ndarray, rank_value: np.ndarray,
@@ -124,7 +111,7 @@ def _encode(  # noqa: PLR0912, PLR0915, PLR0917 (one pass, compiled; the steps a
     room = medians_V.shape[0]
     value, token = np.empty(room, np.float64), np.empty(room, np.int32)
     other_value, other_token = np.empty(room, np.float64), np.empty(room, np.int32)
-    rank_K = np.empty(room + 64, np.int32)
+    rank_K, word_W = np.empty(room + 64, np.int32), np.empty(room + 1, np.int32)
     n = out_offsets[0]
     for row in range(indptr.shape[0] - 1):
         # every count sets the bit of its rank, or waits among the large ones
@@ -144,21 +131,30 @@ def _encode(  # noqa: PLR0912, PLR0915, PLR0917 (one pass, compiled; the steps a
                     num_large += 1
         bits[num_ranks >> 6] &= nothing
         _sort(value, token, other_value, other_token, num_large)
-        # the bits in order are the ranks in order; a full sentence is read no further, only wiped
-        k = 0
+        # the bits in order are the ranks in order: first which words hold any (a full sentence is read no further, only wiped)
+        num_words, k = 0, 0
         for u in range(used.shape[0]):
             words = used[u]
             used[u] = 0
             while words:
-                first = ((u << 6) + np.int64(trailing_zeros(words))) << 6
+                word_W[num_words] = (u << 6) + np.int64(trailing_zeros(words))
                 words &= words - one
-                word = bits[first >> 6]
-                bits[first >> 6] = 0
-                if k < most:
-                    while word:
-                        rank_K[k] = first + np.int64(trailing_zeros(word))
-                        word &= word - one
-                        k += 1
+                num_words += 1
+        # most words hold one bit or two: up to three are written without a branch, of which k counts the true ones
+        for w in range(num_words):
+            at = word_W[w]
+            word, first = bits[at], np.int64(at) << 6
+            bits[at] = 0
+            if k >= most:
+                continue
+            for _ in range(3):
+                rank_K[k] = first + np.int64(trailing_zeros(word))
+                k += word != 0
+                word &= word - one
+            while word:
+                rank_K[k] = first + np.int64(trailing_zeros(word))
+                word &= word - one
+                k += 1
         # their tokens, with the large ones between them
         if cls >= 0:
             out[n] = cls
@@ -166,11 +162,15 @@ def _encode(  # noqa: PLR0912, PLR0915, PLR0917 (one pass, compiled; the steps a
         end = n + most
         done = 0
         for large in range(num_large):
-            place = _place(value[large], token[large], rank_value, rank_token)
-            upto, above = done, k
+            # the first rank that does not come before this one: leaps of 1, 2, 4, … and then halves
+            upto, leap = done, 1
+            while upto < k and _before(rank_value[rank_K[upto]], rank_token[rank_K[upto]], value[large], token[large]):
+                upto, leap = upto + leap, 2 * leap
+            above = min(upto, k)
+            upto = min(above, upto - (leap >> 1) + 1)
             while upto < above:
                 middle = (upto + above) >> 1
-                if rank_K[middle] < place:
+                if _before(rank_value[rank_K[middle]], rank_token[rank_K[middle]], value[large], token[large]):
                     upto = middle + 1
                 else:
                     above = middle
