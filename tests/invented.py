@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from mixgf.config import Config, Prepare, Source, SpeciesRow, Tokens, Tracking, Vocab
+from mixgf.drivers import dispatch
 
 NUM_GENES = 30
 
@@ -51,3 +52,16 @@ def make(tmp_path, tracking_uri):
         prepare=Prepare(shard_cells=10, block_cells=4), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
     return config, counts
+
+
+def dying(after, calls):
+    """A spread that notes the names of the functions it called in `calls`, and dies when there are so many."""
+
+    def spread(jobs):
+        for i, call in enumerate(jobs):
+            if len(calls) >= after:
+                raise KeyboardInterrupt
+            calls.append(call.function.__name__)
+            yield i, dispatch.attempt(call)
+
+    return spread

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from invented import dying
 
 from mixgf import artifacts, cli, config, species, storage, train
 from mixgf.config import HUMAN, MOUSE, QC, Config, Imports, Prepare, Source, Tokens, Tracking, UserError, Vocab, to_dict
@@ -168,30 +169,20 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path, ge
     expected = bytes_of(made(settings, tmp_path, "whole"))
     calls = []
 
-    def dying(after):
-        def spread(jobs):
-            for i, call in enumerate(jobs):
-                if len(calls) >= after:
-                    raise KeyboardInterrupt
-                calls.append(call.function.__name__)
-                yield i, dispatch.attempt(call)
-
-        return spread
-
     total = 0
     for after in (2, 4, 5):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            importer.run(settings, spread=dying(after))
+            importer.run(settings, spread=dying(after, calls))
         assert artifacts.find(f"{settings.output}/corpus") is None
         total += len(calls)
     calls.clear()
-    uri = importer.run(settings, spread=dying(10**9))
+    uri = importer.run(settings, spread=dying(10**9, calls))
     assert total + len(calls) == 5 + 13  # five files, thirteen row ranges with kept cells: nothing was made twice
     assert bytes_of(uri) == expected
     assert not storage.exists(f"{uri}/work")
     calls.clear()
-    assert importer.run(settings, spread=dying(0)) == uri  # done: nothing to do
+    assert importer.run(settings, spread=dying(0, calls)) == uri  # done: nothing to do
     with pytest.raises(UserError, match=r"holds another .*tokens\.max_len: 20 -> 19"):
         made(settings, tmp_path, tokens=Tokens(max_len=19))
     (tmp_path / "human_tokens.pkl").write_bytes(pickle.dumps({genes["human"][0]: 7}))

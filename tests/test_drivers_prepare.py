@@ -6,7 +6,7 @@ import anndata
 import numpy as np
 import pyarrow as pa
 import pytest
-from invented import NUM_GENES
+from invented import NUM_GENES, dying
 from scipy import sparse
 
 from mixgf import artifacts, bands, storage, units
@@ -99,30 +99,20 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path):
     expected = bytes_of(made(config, tmp_path, "whole"))
     made_calls = []
 
-    def dying(after):
-        def spread(jobs):
-            for i, call in enumerate(jobs):
-                if len(made_calls) >= after:
-                    raise KeyboardInterrupt
-                made_calls.append(call.function.__name__)
-                yield i, dispatch.attempt(call)
-
-        return spread
-
     total = 0
     for after in (2, 3, 5, 4, 6, 1):  # dies in every pass
         made_calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            prepare.run(config, spread=dying(after))
+            prepare.run(config, spread=dying(after, made_calls))
         assert artifacts.find(f"{config.output}/corpus") is None
         total += len(made_calls)
     made_calls.clear()
-    uri = prepare.run(config, spread=dying(10**9))
+    uri = prepare.run(config, spread=dying(10**9, made_calls))
     assert total + len(made_calls) == 3 + 3 * 8  # three sources, eight units in three passes: nothing was made twice
     assert bytes_of(uri) == expected
     assert not storage.exists(f"{uri}/work")
     made_calls.clear()
-    assert prepare.run(config, spread=dying(0)) == uri  # done: nothing to do
+    assert prepare.run(config, spread=dying(0, made_calls)) == uri  # done: nothing to do
     with pytest.raises(UserError, match=r"holds another .*tokens\.max_len: 20 -> 19"):
         made(config, tmp_path, "run", tokens=Tokens(max_len=19))
 

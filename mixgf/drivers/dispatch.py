@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from mixgf import storage, units
 from mixgf.config import Config, UserError
+from mixgf.drivers.metrics import Meter
+from mixgf.progress import Progress, warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,53 @@ def ray_tasks(config: Config) -> Spread:
                 yield running.pop(ref), ray.get(ref)
 
     return spread
+
+
+@dataclass(kw_only=True)
+class Passes:
+    """The passes of one stage over its sources: jobs whose part is there are not done again, unusable sources are refused."""
+
+    stage: str
+    work: str
+    """URI of the folder of parts (`units.part`)."""
+    num_sources: int
+    strict: bool
+    """`prepare.strict`: the first unusable source stops the run."""
+    spread: Spread
+    meter: Meter
+    refused: dict[int, str] = field(default_factory=dict)
+    """Why, by source: the least of its reasons, so that records do not depend on what was read first."""
+    settled: bool = False
+    """Whether it is decided which sources are refused: one that cannot be read after that has changed, and stops the run."""
+
+    def run(self, what: str, kind: str, jobs: Mapping[Any, Job], unit: str = "cells", counter: str = "") -> None:
+        """Do the jobs (by name of their part) whose part is not there; `counter` is the metric that counts their weight."""
+        have = set(storage.list_dir(storage.join(self.work, kind)))
+        todo = [j for name, j in jobs.items() if units.part("", kind, name).rsplit("/", 1)[-1] not in have]
+        total = sum(j.weight for j in jobs.values())
+        done = total - sum(j.weight for j in todo)
+        with Progress(f"{self.stage}: {what}", total, unit, done=done) as progress:
+            for finished, (i, why) in enumerate(self.spread(todo), 1):
+                if why and (todo[i].source < 0 or self.settled):
+                    raise UserError(why)
+                if why:
+                    self.refuse(todo[i].source, why)
+                if counter:
+                    self.meter.add(counter, todo[i].weight)
+                self.meter.units(waiting=len(todo) - finished, done=finished, failed=len(self.refused))
+                done += todo[i].weight
+                progress.update(done)
+
+    def refuse(self, index: int, why: str) -> None:
+        """Leave a source out; a `UserError` if none is left, or if `strict`."""
+        if self.strict:
+            raise UserError(why)
+        if index not in self.refused:
+            warn(f"refused: {why}")
+        self.refused[index] = min(self.refused.get(index, why), why)
+        if len(self.refused) == self.num_sources:
+            first = self.refused[min(self.refused)]
+            msg = (
+                first if len(self.refused) == 1 else f"all {len(self.refused)} sources are refused; the first: {first}"
+            )
+            raise UserError(msg)

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from mixgf import artifacts, corpus, imports, interop, manifest, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
-from mixgf.drivers.dispatch import Job, Spread, job, ray_tasks
+from mixgf.drivers.dispatch import Job, Passes, Spread, job, ray_tasks
 from mixgf.drivers.metrics import Meter, watch
-from mixgf.progress import Progress, say, warn
+from mixgf.progress import say, warn
 
 MANY_LOST = 0.05
 """Share of ids outside the vocabulary from which a source deserves a warning."""
@@ -79,7 +79,10 @@ class _Import:
     def __post_init__(self) -> None:
         self.config, self.sources = self.given.config, self.given.sources
         self.work = storage.join(self.uri, "work")
-        self.refused: dict[int, str] = {}
+        self.passes = Passes(
+            stage="import", work=self.work, num_sources=len(self.sources), strict=self.config.prepare.strict,
+            spread=self.spread, meter=self.meter,
+        )  # fmt: skip
         self.facts: dict[int, list[dict[str, Any]]] = {}
         self.genes: dict[int, list[np.ndarray]] = {}
 
@@ -117,36 +120,6 @@ class _Import:
 
     # passes
 
-    def _pass(self, what: str, kind: str, jobs: dict[Any, Job], unit: str, counter: str = "") -> None:
-        """Do the jobs (by name of their part) whose part is not there; note refused sources."""
-        have = set(storage.list_dir(storage.join(self.work, kind)))
-        todo = [j for name, j in jobs.items() if units.part("", kind, name).rsplit("/", 1)[-1] not in have]
-        total = sum(j.weight for j in jobs.values())
-        done = total - sum(j.weight for j in todo)
-        with Progress(f"import: {what}", total, unit, done=done) as progress:
-            for finished, (i, why) in enumerate(self.spread(todo), 1):
-                if why:
-                    self._refuse(todo[i].source, why)
-                if counter:
-                    self.meter.add(counter, todo[i].weight)
-                self.meter.units(waiting=len(todo) - finished, done=finished, failed=len(self.refused))
-                done += todo[i].weight
-                progress.update(done)
-
-    def _refuse(self, index: int, why: str) -> None:
-        if self.config.prepare.strict:
-            raise UserError(why)
-        if index not in self.refused:
-            warn(f"refused: {why}")
-        # the least reason, so that the record does not depend on which file was read first
-        self.refused[index] = min(self.refused.get(index, why), why)
-        if len(self.refused) == len(self.sources):
-            first = self.refused[min(self.refused)]
-            msg = (
-                first if len(self.refused) == 1 else f"all {len(self.refused)} sources are refused; the first: {first}"
-            )
-            raise UserError(msg)
-
     def _check(self, made: vocab.Vocabulary) -> None:
         """Read every file; refuses sources that cannot be used."""
         jobs: dict[Any, Job] = {}
@@ -155,7 +128,7 @@ class _Import:
             try:
                 found = interop.data_files(source.uri)
             except UserError as error:
-                self._refuse(i, str(error))
+                self.passes.refuse(i, str(error))
                 continue
             dictionary = self.given.dictionaries[self.given.dictionary_uris[i]]
             table = interop.lookup(dictionary, self.given.genes[i], made.of(source.species))
@@ -165,9 +138,9 @@ class _Import:
                 args = (self.work, i, f, source, uri)
                 options = {"dictionary": dictionary.uri, "rules": self.rules}
                 jobs[imports.file_part(i, f)] = job(i, storage.size(uri), imports.check, *args, **options)
-        self._pass("files", "files", jobs, "bytes")
+        self.passes.run("files", "files", jobs, "bytes")
         for i, number in files.items():
-            if i in self.refused:
+            if i in self.passes.refused:
                 continue
             parts = [imports.read_checked(self.work, i, f) for f in range(number)]
             self.genes[i], self.facts[i] = [p[0] for p in parts], [p[1] for p in parts]
@@ -220,7 +193,7 @@ class _Import:
         jobs = {
             n: job(u.index, u.stop - u.start, imports.write, self.work, u, n, **options) for n, u in enumerate(kept)
         }
-        self._pass("sentences", "done", jobs, "cells", counter="cells_encoded")
+        self.passes.run("sentences", "done", jobs, "cells", counter="cells_encoded")
         self.meter.add("shards_written", len(jobs))
 
     # the end
@@ -267,7 +240,7 @@ class _Import:
         details = {
             "species": list(made.species), "vocabulary": made.hash, "max_len": self.config.tokens.max_len, "cls": self.config.tokens.cls,
             "shards": [entry for _, entry in done], "sources": sources, "imported": rows,
-            "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.refused.items())],
+            "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.passes.refused.items())],
         }  # fmt: skip
         self.meter.add("cells_read", read)
         self.meter.add("cells_kept", num_kept)

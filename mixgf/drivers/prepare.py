@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from mixgf import artifacts, corpus, extension, manifest, medians, qc, species, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
-from mixgf.drivers.dispatch import Job, Spread, job, ray_tasks
+from mixgf.drivers.dispatch import Job, Passes, Spread, job, ray_tasks
 from mixgf.drivers.metrics import Meter, watch
-from mixgf.progress import Progress, say, warn
+from mixgf.progress import say
 
 SCHEMA = 1
 MERGE_FAN_IN = 32
@@ -117,11 +117,12 @@ class _Prepare:
     def __post_init__(self) -> None:
         self.work = storage.join(self.uri, "work")
         self.rows = {row.name: row for row in self.config.species}
-        self.refused: dict[int, str] = {}
+        self.passes = Passes(
+            stage="prepare", work=self.work, num_sources=len(self.sources), strict=self.config.prepare.strict,
+            spread=self.spread, meter=self.meter,
+        )  # fmt: skip
         self.facts: dict[int, dict[str, Any]] = {}
         self.metrics: dict[int, qc.Metrics] = {}
-        self.settled = False
-        """Whether it is decided which sources are refused: one that cannot be read after that has changed, and stops the run."""
         self.shards = storage.join(self.uri, "shards")
         self.first = self.older.num_shards if self.older else 0
         """Number of the first shard of the sources read here."""
@@ -135,8 +136,8 @@ class _Prepare:
         )
         self._measure(all_units)
         reports = self._reports(all_units)
-        self.settled = True
-        all_units = [u for u in all_units if u.index not in self.refused]
+        self.passes.settled = True
+        all_units = [u for u in all_units if u.index not in self.passes.refused]
         reasons = self._judge(all_units)
         for reason, number in qc.count(np.concatenate(list(reasons.values()))).items():
             if reason != "kept":
@@ -155,38 +156,6 @@ class _Prepare:
 
     # passes
 
-    def _pass(self, what: str, kind: str, jobs: dict[Any, Job], unit: str = "cells", counter: str = "") -> None:
-        """Do the jobs (by name of their part) whose part is not there; note refused sources; count the cells done."""
-        have = set(storage.list_dir(storage.join(self.work, kind)))
-        todo = [j for name, j in jobs.items() if units.part("", kind, name).rsplit("/", 1)[-1] not in have]
-        total = sum(j.weight for j in jobs.values())
-        done = total - sum(j.weight for j in todo)
-        with Progress(f"prepare: {what}", total, unit, done=done) as progress:
-            for finished, (i, why) in enumerate(self.spread(todo), 1):
-                if why and (todo[i].source < 0 or self.settled):
-                    raise UserError(why)
-                if why:
-                    self._refuse(todo[i].source, why)
-                if counter:
-                    self.meter.add(counter, todo[i].weight)
-                self.meter.units(waiting=len(todo) - finished, done=finished, failed=len(self.refused))
-                done += todo[i].weight
-                progress.update(done)
-
-    def _refuse(self, index: int, why: str) -> None:
-        if self.config.prepare.strict:
-            raise UserError(why)
-        if index not in self.refused:
-            warn(f"refused: {why}")
-        self.refused.setdefault(index, why)
-        self.facts.pop(index, None)
-        if len(self.refused) == len(self.sources):
-            first = self.refused[min(self.refused)]
-            msg = (
-                first if len(self.refused) == 1 else f"all {len(self.refused)} sources are refused; the first: {first}"
-            )
-            raise UserError(msg)
-
     def _given(self) -> tuple[dict[str, list[str]] | None, dict[str, dict[str, float]] | None]:
         """Genes that alone may enter the vocabulary, and imported medians, where the config gives them."""
         if self.config.vocab.reuse:
@@ -204,18 +173,23 @@ class _Prepare:
             i: job(i, 1, units.describe, self.work, i, s, row=self.rows[s.species], **options)
             for i, s in enumerate(self.sources)
         }
-        self._pass("sources", "sources", jobs, "files")
-        self.facts = {i: storage.read_json(units.facts_uri(self.work, i)) for i in jobs if i not in self.refused}
+        self.passes.run("sources", "sources", jobs, "files")
+        self.facts = {i: storage.read_json(units.facts_uri(self.work, i)) for i in jobs if i not in self.passes.refused}
+
+    def _leave_out(self) -> None:
+        self.facts = {i: f for i, f in self.facts.items() if i not in self.passes.refused}
 
     def _turn(self) -> None:
         columns = [i for i, f in sorted(self.facts.items()) if f["by_column"]]
         jobs = {i: job(i, self.facts[i]["rows"], units.turn, self.work, i, self.sources[i]) for i in columns}
-        self._pass("rows", "rows", jobs)
+        self.passes.run("rows", "rows", jobs)
+        self._leave_out()
 
     def _measure(self, all_units: list[units.Unit]) -> None:
         rows = self.config.prepare.block_cells
         jobs = {u.number: job(u.index, u.stop - u.start, units.measure, self.work, u, rows) for u in all_units}
-        self._pass("metrics", "metrics", jobs, counter="cells_read")
+        self.passes.run("metrics", "metrics", jobs, counter="cells_read")
+        self._leave_out()
 
     def _reports(self, all_units: list[units.Unit]) -> dict[int, corpus.Mapping]:
         """Gene mapping of every source; refuses those of which too few counts are known."""
@@ -230,11 +204,12 @@ class _Prepare:
             found = corpus.report(storage.read_table(units.part(self.work, "sources", i)), sums, others)
             out[i] = found
             if 1 - found.counts_lost < self.config.qc.min_mapped_fraction:
-                self._refuse(i, (
+                self.passes.refuse(i, (
                     f"{self.sources[i].uri}: only {1 - found.counts_lost:.1%} of the counts are on known {mine} genes "
                     f"(qc.min_mapped_fraction = {self.config.qc.min_mapped_fraction}); commonest unknown: "
                     f"{', '.join(found.unmapped_names[:5])}; {found.cause}"
                 ))  # fmt: skip
+        self._leave_out()
         return out
 
     def _judge(self, all_units: list[units.Unit]) -> dict[int, np.ndarray]:
@@ -267,7 +242,7 @@ class _Prepare:
                 mine, part = rows[names == name], f"{i:05d}-{k:05d}"
                 args = (self.work, part, self.sources[i], i, mine)
                 jobs[part] = job(i, len(mine), units.doublets, *args, rate=rules.doublet_rate, **options)
-        self._pass("doublets", "doublets", jobs)
+        self.passes.run("doublets", "doublets", jobs)
         called = {i: np.zeros(len(r), dtype=bool) for i, r in reasons.items()}
         for part, one in jobs.items():
             table = storage.read_table(units.part(self.work, "doublets", part))
@@ -319,7 +294,7 @@ class _Prepare:
                 sketches[name].append(units.part(self.work, "sketch", len(jobs)))
                 weight = sum(u.stop - u.start for u, _ in group)
                 jobs[len(jobs)] = job(group[0][0].index, weight, units.sketch, self.work, len(jobs), group, rows)
-        self._pass("medians", "sketch", jobs)
+        self.passes.run("medians", "sketch", jobs)
         out = {}
         for name in present:
             total = medians.merge(units.read_sketch(p) for p in self._merged(name, sketches[name]))
@@ -334,7 +309,7 @@ class _Prepare:
             parts = [units.part(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
             pairs = zip(groups, parts, strict=True)
             merges = {k: job(-1, len(g), units.merge_sketches, g, to) for k, (g, to) in enumerate(pairs)}
-            self._pass("merge", f"merge-{name}-{level}", merges, "parts")
+            self.passes.run("merge", f"merge-{name}-{level}", merges, "parts")
             level += 1
         return parts
 
@@ -355,7 +330,7 @@ class _Prepare:
                 )
                 for n, (e, lengths) in enumerate(self.older.shards())
             }
-            self._pass("cells taken over", "done", jobs)
+            self.passes.run("cells taken over", "done", jobs)
 
     def _encode(self, digest: str, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> None:
         options: dict[str, Any] = {
@@ -366,7 +341,7 @@ class _Prepare:
             n: job(u.index, u.stop - u.start, units.encode, self.work, u, keeps[u.number], n, **options)
             for n, u in enumerate(kept, self.first)
         }
-        self._pass("sentences", "done", jobs, counter="cells_encoded")
+        self.passes.run("sentences", "done", jobs, counter="cells_encoded")
         self.meter.add("shards_written", len(jobs))
 
     def _obs(self) -> dict[str, str]:
@@ -418,7 +393,7 @@ class _Prepare:
             "species": list(made.species), "vocabulary": made.hash, "max_len": self.config.tokens.max_len, "cls": self.config.tokens.cls,
             "shards": [entry for _, entry in done],
             "sources": sources,
-            "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.refused.items())],
+            "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.passes.refused.items())],
         }  # fmt: skip
         say(
             f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
