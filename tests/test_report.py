@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mixgf import artifacts, figures, findings, page, report, scorecard, scores, sections, storage
+from mixgf import artifacts, figures, findings, hits, page, perturbation, report, scorecard, scores, sections, storage
 from mixgf.config import Classify, Config, Inputs, Perturb, to_dict
 
 TYPES = ("alpha cell", "beta cell", "ductal cell")
@@ -29,7 +29,7 @@ def _genes(num_donors=3, num=30, seed=0, **columns):
     shift = rng.normal(0, 0.01, num)
     frame = {
         "gene": [f"ENSG{i:05d}" for i in range(num)], "symbol": [f"GENE{i}" for i in range(num)], "species": "human",
-        "operation": "delete", "variant": "remaining", "num_cells": 40, "num_donors": num_donors, "coverage": rng.uniform(0.1, 1, num),
+        "ortholog": "", "ortholog_symbol": "", "role": "target", "operation": "delete", "variant": "remaining", "num_cells": 40, "num_donors": num_donors, "coverage": rng.uniform(0.1, 1, num),
         "mean_rank": rng.uniform(1, 300, num), "shift": shift, "shift_low": shift - 0.001, "shift_high": shift + 0.001,
         "response": abs(shift), "p_cell": 1e-9, "fdr_cell": 1e-8, "p_donor": 0.25, "fdr_donor": 0.5, "null_percentile": 50.0,
         "rank_expected": rng.normal(0, 0.01, num), "shift_minus_rank_expected": 0.001, "shift_alternatives": 0.0,
@@ -237,7 +237,7 @@ def test_species_apart_have_no_neighbours_of_the_other_kind():
     [(3, "smallest p that a test over donors can give is 0.25"), (8, "No gene passes an FDR of 5 % over 8 donors")],
 )
 def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
-    lines = findings.perturbation_sentences(_genes(num_donors=donors), goal=True)
+    lines = hits.sentences(_genes(num_donors=donors), goal=True)
     assert any(tone == "warn" and said in text for tone, text in lines)
     assert any(
         tone == "warn" and "30 of 30 genes have a cell-level FDR" in text and "not replicates" in text
@@ -247,7 +247,7 @@ def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
 
 def test_shifts_that_rank_explains_are_called_so():
     genes = _genes()
-    lines = findings.perturbation_sentences(genes.assign(rank_expected=genes["shift"]), goal=True)
+    lines = hits.sentences(genes.assign(rank_expected=genes["shift"]), goal=True)
     assert (
         "warn",
         "What a gene's rank in the cell alone predicts explains much of the shifts (Spearman 1.00).",
@@ -267,7 +267,7 @@ def test_a_stage_that_has_not_run_is_said_plainly(tmp_path):
 
 def test_every_warning_stands_beside_its_gene(config):
     run = report.load(config, light=True)
-    section = scorecard.perturbation(run)
+    section = perturbation.section(run)
     grids = [b for b in section.blocks if isinstance(b, page.Grid)]
     assert [g.sortable for g in grids] == [True, True]
     assert all(row[-1].text == "one donor carries it" for g in grids for row in g.rows)
@@ -381,4 +381,4 @@ def test_the_summary_says_where_the_model_is_worse(config):
         r"random cells: baron_human +mixgf, fine-tuned +0\.700 +0\.680 +variable genes \+ logistic regression +1\.000 +1\.000 +WORSE",
         text,
     )
-    assert "(0 of 30 genes at a donor-level FDR of 5 %)" in text
+    assert "(0 of 30 genes are hits: a donor-level FDR of 5 %" in text
