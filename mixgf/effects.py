@@ -136,9 +136,10 @@ def _operation_table(
     means = stats.group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
     coverage_G = np.array([target.coverage for target in plan.targets])
     rank_G = _mean_ranks(pairs, num_genes)
-    tests = _tests(values_P, pairs.target_P, rank_G, donors, config, rng=_rng(config, operation, 92))
-    expected_G = stats.expected_by_rank(means.mean, rank_G)
-    percentile_G = stats.matched_percentile(means.mean, np.stack([rank_G, coverage_G], axis=1))
+    place_G = _places(rank_G)
+    tests = _tests(values_P, pairs.target_P, place_G, donors, config, rng=_rng(config, operation, 92))
+    expected_G = stats.expected_by_rank(means.mean, place_G)
+    percentile_G = stats.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1))
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
     towards = {plan.states[i].name: _mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
     other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
@@ -182,9 +183,9 @@ def _operation_table(
 
 
 def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Table:
-    """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor, a row per gene.
+    """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor.
 
-    Within every donor genes of like rank exchange their cells' shifts at random (`stats.shuffled_neighbours`). Sizes, ranks
+    A row per gene and exchange. Within every donor genes of like rank exchange their cells' shifts at random (`stats.shuffled_neighbours`). Sizes, ranks
     and the likeness of a donor's cells stay; no gene has anything of its own that repeats over donors. p-values of a test
     that keeps its word are then uniform. Without three named donors there is nothing to exchange between: no rows.
     """
@@ -194,19 +195,13 @@ def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Tab
         donors = _donors(plan, part, config)
         if int(donors.named_C.sum()) < stats.MIN_CLUSTERS or num_genes <= 2 * stats.MIN_BACKGROUND:
             continue
-        rank_G, rng = _mean_ranks(part, num_genes), _rng(config, operation, 94)
-        to_CG = stats.shuffled_neighbours(rank_G, donors.num, rng)
-        shuffled_P = to_CG[donors.of_P, part.target_P]
-        tests = _tests(_values(plan, part), shuffled_P, rank_G, donors, config, rng=rng)
-        tables.append(
-            pa.table(
-                {
-                    "operation": pa.array([operation] * num_genes, pa.string()),
-                    "p_cell": pa.array(tests.p_cell_G),
-                    "p_donor": pa.array(tests.p_donor_G),
-                }
-            )
-        )
+        rank_G, rng = _places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
+        for _ in range(max(1, min(8, 2000 // num_genes))):  # of few genes one exchange says little
+            to_CG = stats.shuffled_neighbours(rank_G, donors.num, rng)
+            shuffled_P = to_CG[donors.of_P, part.target_P]
+            tests = _tests(_values(plan, part), shuffled_P, rank_G, donors, config, rng=rng)
+            columns = {"p_cell": tests.p_cell_G, "p_donor": tests.p_donor_G}
+            tables.append(pa.table({"operation": [operation] * num_genes} | columns))
     schema = pa.schema([("operation", pa.string()), ("p_cell", pa.float64()), ("p_donor", pa.float64())])
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
@@ -266,6 +261,11 @@ def _mean_ranks(pairs: Pairs, num_genes: int) -> Floats:
     """Mean rank, 1 = top, in the cells whose sentences hold the gene."""
     present_P = pairs.rank_P >= 0
     return _mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
+
+
+def _places(rank_G: Floats) -> Floats:
+    """Mean ranks for comparisons: a gene that no sentence holds comes after all others."""
+    return np.where(np.isfinite(rank_G), rank_G, np.nanmax(rank_G, initial=0.0) + 1)
 
 
 def _ranking(de_G: Floats) -> Floats:

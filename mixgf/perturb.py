@@ -146,7 +146,8 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
     num = {name: int((species_N == corpus.species.index(name)).sum()) for name in present}
     genes, symbols = _names(corpus, present)
     if settings.genes:
-        named = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
+        given = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
+        named = list({(target.species, target.tokens): target for target in given}.values())  # each once
         return named + [null for name in present for null in _nulls(corpus, settings, cells, named, name, seed=seed)]
     counts_V = np.zeros(corpus.vocabulary.size, dtype=np.int64)
     for part in np.array_split(cells, max(1, len(cells) // 1024)):

@@ -78,7 +78,8 @@ def matched(features_GF: NDArray[np.float64], wanted: list[int], num: int, seed:
     free[wanted] = False
     num = min(num, int(free.sum())) if wanted else 0
     near = [order[np.argsort(np.abs(ranks_GF[order] - ranks_GF[row]).sum(axis=1), kind="stable")] for row in wanted]
-    places, taken = [0] * len(wanted), []
+    taken: list[int] = []
+    places = [0] * len(wanted)
     while len(taken) < num:
         turn = len(taken) % len(wanted)
         while not free[near[turn][places[turn]]]:
