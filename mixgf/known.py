@@ -81,12 +81,16 @@ def _table(uri: str) -> pd.DataFrame:
 
 
 def matches(genes: pd.DataFrame, names: set[str], config: Config) -> np.ndarray:
-    """Which rows are meant: by Ensembl id, current or former symbol, or those of the one-to-one ortholog. bool (G,)."""
+    """Which rows are meant: by Ensembl id or symbol, or those of the one-to-one ortholog. bool (G,).
+
+    A former symbol counts where no gene of the species bears it now.
+    """
     ids = set(names)
     for row in config.species:
         table = species.gene_table(row)
+        gone = names - set(table["symbol"].to_pylist())
         for gene, symbol, previous in zip(*(table[c].to_pylist() for c in ("gene", "symbol", "previous")), strict=True):
-            if symbol in names or any(old in names for old in previous or ()):
+            if symbol in names or any(old in gone for old in previous or ()):
                 ids.add(gene)
     return np.array(
         [

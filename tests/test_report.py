@@ -245,6 +245,54 @@ def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
     )
 
 
+def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
+    genes = _genes(num_donors=8, fdr_donor=[0.01] * 10 + [0.5] * 20, null_percentile=[99.0, 1.0] + [50.0] * 27 + [99.0])
+    assert set(hits.hits(genes)["symbol"]) == {"GENE0", "GENE1"}
+    assert ("good", "2 of 30 genes are hits") in [(tone, text[:22]) for tone, text in hits.sentences(genes, goal=True)]
+    assert hits.hits(genes.assign(role="null")).empty  # what was scored for comparison is nobody's hit
+    ordinary = hits.sentences(genes.assign(null_percentile=50.0), goal=True)
+    assert any(tone == "warn" and "none of them is unusual for its rank" in text for tone, text in ordinary)
+
+
+def test_what_so_few_donors_can_find_is_said():
+    text = " ".join(text for _, text in hits.sentences(_genes(num_donors=8), goal=True))
+    assert re.search(r"own effect 1\.\d times the spread between donors is found in 80 % of cases", text)
+    assert "no fewer than 5 genes can pass together, since no p is below 0.0078" in text  # 0.0078 x 30 genes / 5 < 0.05
+
+
+def test_a_test_that_cries_wolf_on_nothing_is_named(config):
+    rng = np.random.default_rng(3)
+    nulls = pd.DataFrame(
+        {"operation": "delete", "p_cell": rng.uniform(0, 0.09, 200), "p_donor": rng.uniform(0, 1, 200)}
+    )
+    tone, text = hits.calibration_sentence(nulls)
+    assert tone == "warn"
+    assert re.search(r"[3-7]\.\d% of genes have a donor-level p of 0\.05 or less, and 5\d\.\d% a cell-level one", text)
+    run = report.load(config, light=True)
+    with_nulls = perturbation.section(dataclasses.replace(run, tables=run.tables | {"nulls": nulls}))
+    pictures = [b.caption for b in with_nulls.blocks if isinstance(b, page.Picture)]
+    assert sum("genes of like rank exchanged their shifts" in caption for caption in pictures) == 1  # `delete` only
+    assert "could not be checked" in _text(with_nulls)  # `overexpress`
+
+
+def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
+    run = report.load(config, light=True)
+    genes = run.tables["genes"].assign(de_statistic=np.tile(np.arange(30.0), 2))
+    config = dataclasses.replace(run.config, perturb=Perturb(goal="x == 2", known=("GENE29", "GENE28", "GENE27")))
+    section = perturbation.section(dataclasses.replace(run, config=config, tables=run.tables | {"genes": genes}))
+    assert any(
+        block.tone == "bad" and "the best baseline (differential expression" in block.text
+        for block in section.blocks
+        if isinstance(block, page.Text)
+    )
+    grid = section.blocks[-1]
+    assert "3 known genes are found among 30" in grid.caption
+    unknown = dataclasses.replace(config, perturb=Perturb(goal="x == 2", known=("NEVER",)))
+    assert "none of them is among the 30 scored genes" in _text(
+        perturbation.section(dataclasses.replace(run, config=unknown))
+    )
+
+
 def test_shifts_that_rank_explains_are_called_so():
     genes = _genes()
     lines = hits.sentences(genes.assign(rank_expected=genes["shift"]), goal=True)
