@@ -40,6 +40,7 @@ def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
 def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
     """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain."""
     out: list[tuple[str, str]] = []
+    nulls = genes[genes["role"] == "null"] if "role" in genes else genes.iloc[:0]
     genes = asked(genes)
     top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
     names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
@@ -67,6 +68,13 @@ def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
         out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
     if len(found) == 0 and stats.smallest_p(donors) <= LEVEL:
         out.append(("plain", _power(donors, len(genes))))
+    if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
+        repeating, cells = (float((nulls[name] <= LEVEL).mean()) for name in ("fdr_donor", "fdr_cell"))
+        text = (
+            f"Of {len(nulls):,} genes that were scored for comparison only, {repeating:.0%} repeat over donors as well, and {cells:.0%} are "
+            "significant over cells: neither is enough, a hit must also be unusual among them."
+        )
+        out.append(("warn" if repeating > 0.1 else "plain", text))
     text = (
         f"{cell_level:,} of {num} have a cell-level FDR below 5 %. Cells of one donor are not replicates: that "
         "figure grows with the number of cells and is no evidence by itself."

@@ -45,7 +45,7 @@ def section(run: Run) -> Section:
             Picture(
                 screen_figures.volcano(part, f"volcano-{operation}", p=p, title=title, goal=goal),
                 f"{str(operation).capitalize()}, {len(part):,} genes. Left: shift and p value {title}{'' if tested else ', so that height says little more than how many cells there were'}. Right: shift and mean rank of the "
-                "gene in the cells; the line is what rank alone predicts, so only the distance from it speaks of the gene.",
+                "gene in the cells; the line is what rank alone predicts, so only the distance from it speaks of the gene; genes that no cell holds have no rank and are not drawn there.",
             )
         )
         blocks += _calibrated(part, run.tables.get("nulls"), str(operation))

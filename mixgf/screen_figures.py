@@ -21,7 +21,19 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
         left, right = figure.subplots(1, 2)
         floor = np.clip(frame[p].to_numpy(float), 1e-300, 1)
         for axes, x, y in ((left, frame["shift"], -np.log10(floor)), (right, frame["mean_rank"], frame["shift"])):
-            axes.scatter(x, y, s=11, c=SOFT, alpha=0.45, linewidths=0, rasterized=True)
+            null = (frame["role"] == "null").to_numpy() if "role" in frame else np.zeros(len(frame), dtype=bool)
+            points = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+            axes.scatter(points[0][null], points[1][null], s=14, marker="x", c=FAINT, linewidths=0.9, rasterized=True,
+                         label="scored for comparison" if null.any() else None)  # fmt: skip
+            axes.scatter(
+                points[0][~null],
+                points[1][~null],
+                s=11,
+                c=SOFT,
+                alpha=0.45 + 0.4 * null.any(),
+                linewidths=0,
+                rasterized=True,
+            )
             chosen = frame["gene"].isin(named["gene"]).to_numpy()
             axes.scatter(
                 x[chosen], np.asarray(y)[chosen], s=26, facecolors="none", edgecolors=SPECIES_COLORS[1], linewidths=1.3
