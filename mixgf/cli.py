@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from mixgf import progress, recipes
-from mixgf.config import AccessError, Config, UserError, from_dict, override, split_named, to_dict
+from mixgf.config import GENE_TABLES, AccessError, Config, UserError, from_dict, override, split_named, to_dict
 
 STAGES = {
     "prepare": "raw counts -> cell sentences: checks, QC, vocabulary, rank value encoding",
@@ -167,6 +167,7 @@ def _absolute(config: Config) -> Config:
     data["sources"] = [source | {"uri": path(source["uri"])} for source in data["sources"]]
     tables = {"medians": path(config.vocab.medians), "reuse": path(config.vocab.reuse)}
     data["vocab"] |= tables | {"orthologs": [path(uri) for uri in config.vocab.orthologs]}
+    data["perturb"]["known"] = [path(t) if t.lower().endswith(GENE_TABLES) else t for t in config.perturb.known]
     for name in ("dictionaries", "medians"):
         named = [split_named(text) for text in getattr(config.imports, name)]
         data["imports"][name] = [f"{key}={path(uri)}" if key else path(uri) for key, uri in named]

@@ -382,6 +382,10 @@ class Classify:
         _require(0 < self.test_fraction < 1, "classify.test_fraction", self.test_fraction, "between 0 and 1")
 
 
+GENE_TABLES = (".tsv", ".csv", ".txt", ".parquet", ".tsv.gz", ".csv.gz", ".txt.gz")
+"""Endings by which an entry of perturb.known is a table, not a gene."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Perturb:
     """In silico perturbation (paper section 4.2, spec section 9)."""
@@ -398,6 +402,9 @@ class Perturb:
     """How far inhibit and activate move a gene, as a share of the sentence."""
     genes: tuple[str, ...] = ()
     """Ensembl ids or symbols; `+` joins genes that are perturbed together; empty = all detected genes."""
+    null_genes: int = 0
+    """Genes that are scored beside named `genes` for comparison only: matched to them in rank and coverage, drawn with a key.
+    Without some 100 of them a named gene has nothing to be unusual among."""
     min_coverage: float = 0.05
     """Genes in the sentences of fewer start cells are not tested."""
     max_genes: int = 0
@@ -419,12 +426,19 @@ class Perturb:
     num_permutations: int = 10_000
     mode: str = "honest"
     """`honest`, or `paper`: the published rank-sum test against the pooled shifts, the gene itself included."""
+    known: tuple[str, ...] = ()
+    """Genes known to drive the change, to be found again: Ensembl ids, symbols, or tables (.tsv, .csv, .txt, .parquet) with a
+    column gene or symbol, and perhaps `hit` (a screen: true or false). Only read: another list needs no new perturbation."""
+    published: str = ""
+    """Print the paper's Table 4 beside the run: `dkd`, `adpkd` or `alzheimer`; empty = none. Only read, too."""
 
     def __post_init__(self) -> None:
         for operation in self.operations:
             _one_of("perturb.operations", operation, ("delete", "overexpress", "inhibit", "activate"))
         _one_of("perturb.variant", self.variant, ("remaining", "all", "cls"))
         _one_of("perturb.mode", self.mode, ("honest", "paper"))
+        _one_of("perturb.published", self.published, ("", "dkd", "adpkd", "alzheimer"))
+        _require(self.null_genes >= 0, "perturb.null_genes", self.null_genes, "at least 0")
         _require(self.layer < 0, "perturb.layer", self.layer, "negative, counted from the last layer")
 
 

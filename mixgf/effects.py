@@ -2,6 +2,9 @@
 
 Beside every effect stand what its gene's rank alone predicts, how it ranks among genes like it, whether it repeats in other
 donors, what happens towards unrelated states, and how much the gene itself differs between the states (spec section 9).
+The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* repeats over donors
+(`stats.less_expected`, `stats.sign_flip`); cells without a donor's name (`classify.unlabelled`) take no part in it, and are
+one more cluster of the interval. `calibration` shows on the run's own shifts whether the tests keep their word.
 
 Differential expression is taken from the corpus, which holds ranks and no counts: a gene's rank score in a cell is
 1 - rank / (number of genes in the sentence), 0 where the sentence lacks it. `de_statistic` is Welch's t of the rank scores,
@@ -19,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mixgf import stats
-from mixgf.config import Config
+from mixgf import species, stats
+from mixgf.config import Config, SpeciesRow
 from mixgf.dataset import Corpus
 from mixgf.perturb import Design, Floats, Ints
 
@@ -129,44 +132,40 @@ def _operation_table(
     plan: Design, operation: str, pairs: Pairs, expressed: dict[str, Expression], config: Config
 ) -> pa.Table:
     settings, num_genes = config.perturb, len(plan.targets)
-    values_P = pairs.response_P if plan.goal is None else pairs.shift_SP[plan.goal]
-    donor_codes, donor_P = np.unique(plan.donor_of[pairs.cell_P], return_inverse=True)
-    by = (pairs.target_P, donor_P.astype(np.int64), num_genes, max(1, len(donor_codes)))
-    means = stats.group_means(values_P, *by)
-    mean_GC, _ = stats.cluster_means(values_P, *by)
+    values_P, donors = _values(plan, pairs), _donors(plan, pairs, config)
+    means = stats.group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
     coverage_G = np.array([target.coverage for target in plan.targets])
-    present_P = pairs.rank_P >= 0
-    rank_G = _mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
-    # the published test takes the whole pool and no correction for ties
-    paper = settings.mode == "paper"
-    p_cell_G = stats.rank_sums(values_P, pairs.target_P, num_genes, include_self=paper, correct_ties=not paper)[1]
-    rng = np.random.default_rng([config.seed, settings.operations.index(operation), 92])
-    p_donor_G = stats.sign_flip(stats.less_background(mean_GC), settings.num_permutations, rng)
-    expected_G = stats.expected_by_rank(means.mean, rank_G)
-    percentile_G = stats.matched_percentile(means.mean, np.stack([rank_G, coverage_G], axis=1))
+    rank_G = _mean_ranks(pairs, num_genes)
+    place_G = _places(rank_G)
+    tests = _tests(values_P, pairs.target_P, place_G, donors, config, rng=_rng(config, operation, 92))
+    expected_G = stats.expected_by_rank(means.mean, place_G)
+    percentile_G = stats.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1))
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
-    other_G = np.full(num_genes, np.nan)
-    if others:
-        other_G = _mean_by(pairs.shift_SP[others].mean(axis=0), pairs.target_P, num_genes)
+    towards = {plan.states[i].name: _mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
+    other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
     de_G, fold_G = _differential(plan, expressed)
+    orthologs = _orthologs(plan, config)
     columns: dict[str, object] = {
         "gene": [target.gene for target in plan.targets],
         "symbol": [target.symbol for target in plan.targets],
+        "ortholog": [";".join(gene for gene, _ in partners) for partners in orthologs],
+        "ortholog_symbol": [";".join(symbol for _, symbol in partners) for partners in orthologs],
         "species": [target.species for target in plan.targets],
         "operation": [operation] * num_genes,
         "variant": [settings.variant] * num_genes,
+        "role": ["null" if target.null else "target" for target in plan.targets],
         "num_cells": means.num_values,
-        "num_donors": means.num_clusters,
+        "num_donors": np.isfinite(tests.mean_GC).sum(axis=1),
         "coverage": coverage_G,
         "mean_rank": rank_G,
         "shift": means.mean,
         "shift_low": means.low,
         "shift_high": means.high,
         "response": _mean_by(pairs.response_P, pairs.target_P, num_genes),
-        "p_cell": p_cell_G,
-        "fdr_cell": stats.benjamini_hochberg(p_cell_G),
-        "p_donor": p_donor_G,
-        "fdr_donor": stats.benjamini_hochberg(p_donor_G),
+        "p_cell": tests.p_cell_G,
+        "fdr_cell": stats.benjamini_hochberg(tests.p_cell_G),
+        "p_donor": tests.p_donor_G,
+        "fdr_donor": stats.benjamini_hochberg(tests.p_donor_G),
         "null_percentile": percentile_G,
         "rank_expected": expected_G,
         "shift_minus_rank_expected": means.mean - expected_G,
@@ -174,10 +173,123 @@ def _operation_table(
         "shift_minus_alternatives": means.mean - other_G,
         "de_statistic": de_G,
         "de_log_fold": fold_G,
+        "de_rank": _ranking(de_G),
     }
-    columns["warnings"] = _warnings(columns, mean_GC, has_goal=plan.goal is not None)
+    inserted = operation == "overexpress" and settings.insert_absent
+    columns["warnings"] = _warnings(columns, tests.mean_GC, has_goal=plan.goal is not None, inserted=inserted)
+    columns |= {f"shift_{name}": shift_G for name, shift_G in towards.items()}
     order = np.lexsort((np.array(columns["gene"]), -np.nan_to_num(means.mean, nan=-np.inf)))
     return pa.table({name: pa.array(values) for name, values in columns.items()}).take(order)
+
+
+def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Table:
+    """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor.
+
+    A row per gene and exchange. Within every donor genes of like rank exchange their cells' shifts at random (`stats.shuffled_neighbours`). Sizes, ranks
+    and the likeness of a donor's cells stay; no gene has anything of its own that repeats over donors. p-values of a test
+    that keeps its word are then uniform. Without three named donors there is nothing to exchange between: no rows.
+    """
+    tables = []
+    for operation in config.perturb.operations:
+        part, num_genes = pairs[operation], len(plan.targets)
+        donors = _donors(plan, part, config)
+        if int(donors.named_C.sum()) < stats.MIN_CLUSTERS or num_genes <= 2 * stats.MIN_BACKGROUND:
+            continue
+        rank_G, rng = _places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
+        for _ in range(max(1, min(8, 2000 // num_genes))):  # of few genes one exchange says little
+            to_CG = stats.shuffled_neighbours(rank_G, donors.num, rng)
+            shuffled_P = to_CG[donors.of_P, part.target_P]
+            tests = _tests(_values(plan, part), shuffled_P, rank_G, donors, config, rng=rng)
+            columns = {"p_cell": tests.p_cell_G, "p_donor": tests.p_donor_G}
+            tables.append(pa.table({"operation": [operation] * num_genes} | columns))
+    schema = pa.schema([("operation", pa.string()), ("p_cell", pa.float64()), ("p_donor", pa.float64())])
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Donors:
+    """Donors of the pairs: codes from 0, and which have a name."""
+
+    of_P: Ints
+    named_C: stats.Bools
+
+    @property
+    def num(self) -> int:
+        return len(self.named_C)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tests:
+    mean_GC: Floats
+    """Means by named donor, NaN where there is none."""
+    p_cell_G: Floats
+    p_donor_G: Floats
+
+
+def _values(plan: Design, pairs: Pairs) -> Floats:
+    return pairs.response_P if plan.goal is None else pairs.shift_SP[plan.goal]
+
+
+def _donors(plan: Design, pairs: Pairs, config: Config) -> _Donors:
+    codes_C, of_P = np.unique(plan.donor_of[pairs.cell_P], return_inverse=True)
+    named = [plan.donors[code] not in config.classify.unlabelled for code in codes_C.tolist()]
+    return _Donors(of_P=of_P.astype(np.int64), named_C=np.array(named, dtype=bool))
+
+
+def _rng(config: Config, operation: str, key: int) -> np.random.Generator:
+    return np.random.default_rng([config.seed, config.perturb.operations.index(operation), key])
+
+
+def _tests(
+    values_P: Floats, target_P: Ints, rank_G: Floats, donors: _Donors, config: Config, *, rng: np.random.Generator
+) -> _Tests:
+    """The two tests of every gene: over cells (as published in paper mode), and over donors with a name."""
+    # the published test takes the whole pool and no correction for ties
+    paper = config.perturb.mode == "paper"
+    p_cell_G = stats.rank_sums(values_P, target_P, len(rank_G), include_self=paper, correct_ties=not paper)[1]
+    mean_GC, _ = stats.cluster_means(values_P, target_P, donors.of_P, len(rank_G), max(1, donors.num))
+    mean_GC = mean_GC[:, donors.named_C]
+    own_GC = stats.less_expected(mean_GC, rank_G) if mean_GC.shape[1] else mean_GC
+    return _Tests(
+        mean_GC=mean_GC,
+        p_cell_G=p_cell_G,
+        p_donor_G=stats.sign_flip(own_GC, config.perturb.num_permutations, rng),
+    )
+
+
+def _mean_ranks(pairs: Pairs, num_genes: int) -> Floats:
+    """Mean rank, 1 = top, in the cells whose sentences hold the gene."""
+    present_P = pairs.rank_P >= 0
+    return _mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
+
+
+def _places(rank_G: Floats) -> Floats:
+    """Mean ranks for comparisons: a gene that no sentence holds comes after all others."""
+    return np.where(np.isfinite(rank_G), rank_G, np.nanmax(rank_G, initial=0.0) + 1)
+
+
+def _ranking(de_G: Floats) -> Floats:
+    """1 = the gene that rises most from start to goal; NaN without a figure."""
+    order = np.argsort(-np.where(np.isfinite(de_G) | np.isinf(de_G), de_G, -np.inf), kind="stable")
+    rank_G = np.empty(len(de_G))
+    rank_G[order] = np.arange(1, len(de_G) + 1)
+    return np.where(np.isnan(de_G), np.nan, rank_G)
+
+
+def _orthologs(plan: Design, config: Config) -> list[list[tuple[str, str]]]:
+    """Per target its one-to-one orthologs in the other species of the config, as (Ensembl id, symbol); none for sets."""
+    maps = species.orthologs(config.vocab.orthologs)
+    symbols = {row.name: _symbols(row) for row in config.species}
+    found: list[list[tuple[str, str]]] = []
+    for target in plan.targets:
+        partners = [(row.name, maps.get((target.species, row.name), {}).get(target.gene)) for row in config.species]
+        found.append([(gene, symbols[name].get(gene) or gene) for name, gene in partners if gene])
+    return found
+
+
+def _symbols(row: SpeciesRow) -> dict[str, str]:
+    table = species.gene_table(row)
+    return dict(zip(table["gene"].to_pylist(), table["symbol"].to_pylist(), strict=True))
 
 
 def _mean_by(values_P: NDArray[np.floating[Any]], group_P: Ints, num_groups: int) -> Floats:
@@ -199,8 +311,8 @@ def _differential(plan: Design, expressed: dict[str, Expression]) -> tuple[Float
     return np.where(single_G, t_V[first_G], np.nan), np.where(single_G, fold_V[first_G], np.nan)
 
 
-def _warnings(columns: dict[str, object], mean_GC: Floats, *, has_goal: bool) -> list[str]:
-    """Why each effect may be an artefact, in words; empty = no reason known."""
+def _warnings(columns: dict[str, object], mean_GC: Floats, *, has_goal: bool, inserted: bool) -> list[str]:
+    """Why each effect may be an artefact, in words; empty = no reason known. `inserted`: in cells that lack it, too."""
     coverage, num, donors, shift, percentile, other, de, fdr_cell, p_donor = (
         np.asarray(columns[name], dtype=np.float64)
         for name in (
@@ -215,7 +327,9 @@ def _warnings(columns: dict[str, object], mean_GC: Floats, *, has_goal: bool) ->
         if num[g] == 0:
             texts.append("in no sentence: not scored")
             continue
-        if coverage[g] < LOW_COVERAGE:
+        if inserted and coverage[g] < 0.5:
+            found.append(f"seen in {coverage[g]:.1%} of cells, put into the others")
+        elif coverage[g] < LOW_COVERAGE:
             found.append(f"seen in {coverage[g]:.1%} of cells")
         if donors[g] < stats.MIN_CLUSTERS:
             found.append(f"{donors[g]:.0f} donor(s): no donor-level test, the interval is over cells")

@@ -59,7 +59,7 @@ def sheet(
 
 
 @contextmanager
-def _canvas(name: str, width: float, height: float, **layout: Any) -> Iterator[tuple[Any, list[str]]]:
+def canvas(name: str, width: float, height: float, **layout: Any) -> Iterator[tuple[Any, list[str]]]:
     """A figure of the report; the list receives its SVG element when the block ends."""
     out: list[str] = []
     with sheet(name, width, height, **layout) as (figure, files):
@@ -82,7 +82,7 @@ def cells_by_type(counts: pd.DataFrame) -> str:
     """Bars of cells by type (rows, largest first) and species (columns), on a log scale."""
     counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index[:40]]
     bar = 0.8 / max(counts.shape[1], 1)
-    with _canvas("types", 7.2, 0.7 + len(counts) * max(0.24, 0.15 * counts.shape[1])) as (figure, out):
+    with canvas("types", 7.2, 0.7 + len(counts) * max(0.24, 0.15 * counts.shape[1])) as (figure, out):
         axes = figure.subplots()
         for i, species in enumerate(counts.columns):
             y = np.arange(len(counts)) + (i - (counts.shape[1] - 1) / 2) * bar
@@ -114,7 +114,7 @@ def cells_by_type(counts: pd.DataFrame) -> str:
 
 def lengths(histogram: dict[str, np.ndarray], max_len: int) -> str:
     """Sentence lengths by species; `histogram[species][n]` is the number of cells with n tokens."""
-    with _canvas("lengths", 7.2, 2.5) as (figure, out):
+    with canvas("lengths", 7.2, 2.5) as (figure, out):
         axes = figure.subplots()
         longest = max((int(np.flatnonzero(h).max()) for h in histogram.values() if h.any()), default=1)
         edges = np.linspace(0, longest + 1, min(51, longest + 2)).astype(int)
@@ -163,7 +163,7 @@ def curves(series: dict[str, pd.DataFrame], name: str, *, zero: bool = False) ->
     """Small multiples: one panel per curve, `series[title]` with columns step and value; thin raw, thick smoothed."""
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
-    with _canvas(name, 3.05 * columns + 0.2, 2.0 * rows + 0.1) as (figure, out):
+    with canvas(name, 3.05 * columns + 0.2, 2.0 * rows + 0.1) as (figure, out):
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes, (title, frame) in zip(panels.flat, series.items(), strict=False):
             steps, values = frame["step"].to_numpy(float), frame["value"].to_numpy(float)
@@ -224,7 +224,7 @@ def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
     kinds, counts = np.unique(types_N, return_counts=True)
     order = [str(k) for k in kinds[np.argsort(-counts, kind="stable")] if k][:MAX_TYPES]
     size = float(np.clip(22_000 / max(len(xy_N2), 1), 4, 16))
-    with _canvas("maps", 10.2, 5.0 + 0.165 * -(-(len(order) + 1) // 3)) as (figure, out):
+    with canvas("maps", 10.2, 5.0 + 0.165 * -(-(len(order) + 1) // 3)) as (figure, out):
         left, right = figure.subplots(1, 2)
         names = sorted(set(species_N))
         for axes, by_type in ((left, False), (right, True)):
@@ -308,7 +308,7 @@ def heatmap(
     ends = ("#f3f6f9", "#56B4E9", "#003d66")
     shades = LinearSegmentedColormap.from_list("mixgf", ends[::-1] if outline == "smallest" else ends)
     width = min(10.0, 2.4 + 0.47 * table.shape[1])
-    with _canvas(name, width, 1.6 + 0.31 * len(table)) as (figure, out):
+    with canvas(name, width, 1.6 + 0.31 * len(table)) as (figure, out):
         axes = figure.subplots()
         values = table.to_numpy(float)
         low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if outline else (0.0, 1.0)
@@ -345,61 +345,3 @@ def heatmap(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     return out[0]
-
-
-def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -> str:
-    """Shift against -log10 p, and shift against mean rank with what rank alone predicts; the strongest genes named."""
-    from matplotlib.patheffects import withStroke
-
-    frame = genes[np.isfinite(genes["shift"])].sort_values(["shift", "gene"], ascending=[False, True])
-    named = pd.concat([frame.head(7), frame.tail(3)]).drop_duplicates("gene") if goal else frame.head(8)
-    with _canvas(name, 10.2, 3.9, wspace=0.05) as (figure, out):
-        left, right = figure.subplots(1, 2)
-        floor = np.clip(frame[p].to_numpy(float), 1e-300, 1)
-        for axes, x, y in ((left, frame["shift"], -np.log10(floor)), (right, frame["mean_rank"], frame["shift"])):
-            axes.scatter(x, y, s=11, c=SOFT, alpha=0.45, linewidths=0, rasterized=True)
-            chosen = frame["gene"].isin(named["gene"]).to_numpy()
-            axes.scatter(
-                x[chosen], np.asarray(y)[chosen], s=26, facecolors="none", edgecolors=SPECIES_COLORS[1], linewidths=1.3
-            )
-            taken: list[tuple[float, float]] = []
-            for symbol, a, b in zip(frame["symbol"][chosen], np.asarray(x)[chosen], np.asarray(y)[chosen], strict=True):
-                if np.isfinite(a) and np.isfinite(b):
-                    _name(
-                        axes,
-                        str(symbol),
-                        (float(a), float(b)),
-                        taken=taken,
-                        halo=withStroke(linewidth=2, foreground="white"),
-                    )
-        left.axvline(0, color=FAINT, linewidth=0.8)
-        left.set(
-            xlabel="shift towards the goal" if goal else "shift (1 − cosine)",
-            ylabel=f"−log₁₀ p ({title})",
-            title="Effect and test",
-        )
-        fit = frame[["mean_rank", "rank_expected"]].dropna().sort_values("mean_rank")
-        if len(fit):
-            right.plot(
-                fit["mean_rank"],
-                fit["rank_expected"],
-                color=SPECIES_COLORS[0],
-                linewidth=1.8,
-                label="predicted by rank alone",
-            )
-            right.legend(loc="best")
-        right.axhline(0, color=FAINT, linewidth=0.8)
-        right.set(xlabel="mean rank in the sentence (1 = most characteristic)", ylabel="shift", title="Effect and rank")
-        left.margins(0.09)
-        right.margins(0.06)
-    return out[0]
-
-
-def _name(axes: Any, symbol: str, at: tuple[float, float], *, taken: list[tuple[float, float]], halo: Any) -> None:
-    """Write a gene's name beside its point, unless an earlier name is in the way (the tables hold every gene)."""
-    if not taken:
-        axes.figure.draw_without_rendering()  # lays out the axes, so that points have places
-    px, py = axes.transData.transform(at)
-    if all(abs(px - a) > 45 or abs(py - b) > 11 for a, b in taken):
-        axes.annotate(symbol, at, xytext=(5, 4), textcoords="offset points", fontsize=8, path_effects=[halo])
-    taken.append((px, py))

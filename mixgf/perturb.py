@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mixgf import checkpoint, edits, storage
 from mixgf.config import Config, Perturb, UserError
 from mixgf.dataset import Corpus
-from mixgf.selection import sample, select
+from mixgf.selection import matched, sample, select
 from mixgf.shifts import Engine, Original
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -43,6 +43,8 @@ class Target:
     tokens: tuple[int, ...]
     coverage: float
     """Share of the perturbed cells of its species whose sentences hold all its genes."""
+    null: bool = False
+    """Nobody's hypothesis: scored so that others can be compared with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,21 +132,23 @@ def design(corpus: Corpus, config: Config) -> Design:
     return Design(
         cells_N=cells,
         states=states,
-        targets=tuple(_targets(corpus, settings, cells)),
+        targets=tuple(_targets(corpus, settings, cells, seed=config.seed)),
         donors=donors,
         donor_of=donor_of,
         warnings=tuple(warnings),
     )
 
 
-def _targets(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
+def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> list[Target]:
     """The genes to perturb: those named, or all detected in enough of the cells."""
     species_N = corpus.species_N[cells]
     present = [name for code, name in enumerate(corpus.species) if (species_N == code).any()]
     num = {name: int((species_N == corpus.species.index(name)).sum()) for name in present}
     genes, symbols = _names(corpus, present)
     if settings.genes:
-        return [target for text in settings.genes for target in _named(corpus, text, cells, num)]
+        given = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
+        named = list({(target.species, target.tokens): target for target in given}.values())  # each once
+        return named + [null for name in present for null in _nulls(corpus, settings, cells, named, name, seed=seed)]
     counts_V = np.zeros(corpus.vocabulary.size, dtype=np.int64)
     for part in np.array_split(cells, max(1, len(cells) // 1024)):
         counts_V += np.bincount(corpus.tokens(part)[0], minlength=len(counts_V))
@@ -206,6 +210,39 @@ def _named(corpus: Corpus, text: str, cells: Ints, num: dict[str, int]) -> Itera
     if not found:
         msg = f"perturb.genes: {first_error}"
         raise UserError(msg)
+
+
+def _nulls(
+    corpus: Corpus, settings: Perturb, cells: Ints, named: list[Target], species: str, *, seed: int
+) -> list[Target]:
+    """Genes of one species like its named ones in rank and coverage; as many as its share of the named targets."""
+    mine = cells[corpus.species_N[cells] == corpus.species.index(species)]
+    size = corpus.vocabulary.size
+    counts_V, ranks_V = np.zeros(size), np.zeros(size)
+    for part in np.array_split(mine, max(1, len(mine) // 1024)):
+        ids_T, offsets_B1 = corpus.tokens(part)
+        place_T = np.arange(len(ids_T)) - np.repeat(offsets_B1[:-1], np.diff(offsets_B1))
+        counts_V += np.bincount(ids_T, minlength=size)
+        ranks_V += np.bincount(ids_T, weights=place_T, minlength=size)
+    tokens_G = corpus.vocabulary.species_tokens(species).astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        rank_G = (ranks_V / counts_V)[tokens_G]
+    features_GF = np.stack([np.nan_to_num(rank_G, nan=float(size)), counts_V[tokens_G]], axis=1)
+    own = [target for target in named if target.species == species]
+    wanted = np.flatnonzero(np.isin(tokens_G, [token for target in own for token in target.tokens])).tolist()
+    num = round(settings.null_genes * len(own) / len(named))
+    genes, symbols = _names(corpus, [species])
+    return [
+        Target(
+            gene=genes[species, token],
+            symbol=symbols[species, token],
+            species=species,
+            tokens=(token,),
+            coverage=float(counts_V[token]) / len(mine),
+            null=True,
+        )
+        for token in tokens_G[matched(features_GF, wanted, num, seed)].tolist()
+    ]
 
 
 def _holding(corpus: Corpus, cells: Ints, tokens: tuple[int, ...]) -> int:

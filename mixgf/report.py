@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mixgf import artifacts, findings, progress, scorecard, sections, storage
+from mixgf import artifacts, findings, hits, perturbation, progress, scorecard, sections, storage
 from mixgf.config import Config, fingerprint, to_dict
 from mixgf.page import Run, Section
 
@@ -54,7 +54,7 @@ def load(config: Config, *, light: bool = False) -> Run:
         "mapping": ("corpus", "mapping.parquet"), "dropped": ("corpus", "dropped.parquet"), "history": ("pretrain", "history.parquet"),
         "scores": ("classify", "scores.parquet"), "comparisons": ("classify", "comparisons.parquet"),
         "per_class": ("classify", "per_class.parquet"),
-        "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"),
+        "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"), "nulls": ("perturb", "calibration.parquet"),
     }  # fmt: skip
     tables: dict[str, pd.DataFrame] = {}
     for name, (stage, file) in wanted.items():
@@ -156,6 +156,10 @@ def _key(config: Config) -> str:
         "sections.py",
         "scorecard.py",
         "findings.py",
+        "hits.py",
+        "known.py",
+        "perturbation.py",
+        "screen_figures.py",
         "figures.py",
         "resources/report.html.j2",
     ):
@@ -172,7 +176,7 @@ def _versions() -> dict[str, str]:
 def all_sections(run: Run) -> list[Section]:
     """The report's sections in reading order."""
     return [scorecard.brief(run), sections.corpus(run), sections.training(run), sections.embedding(run), scorecard.classification(run),
-            scorecard.perturbation(run), sections.provenance(run, _versions())]  # fmt: skip
+            perturbation.section(run), sections.provenance(run, _versions())]  # fmt: skip
 
 
 def render(run: Run, key: str) -> str:
@@ -259,6 +263,6 @@ def summary(config: Config) -> str:
         for operation, part in genes.groupby("operation", sort=False):
             top = " ".join(part.sort_values(["shift", "gene"], ascending=[False, True]).head(8)["symbol"])
             lines.append(
-                f"{operation:<10} {top}  ({len(findings.hits(part))} of {len(part):,} genes at a donor-level FDR of 5 %)"
+                f"{operation:<10} {top}  ({len(hits.hits(part))} of {len(part):,} genes are hits: a donor-level FDR of 5 %, and unusual for their rank)"
             )
     return "\n".join(lines) if lines else "nothing was made yet"

@@ -1,21 +1,17 @@
-"""Sections of the report that judge: the summary in sentences, classification against baselines, perturbation.
+"""Sections of the report that judge: the summary in sentences, classification against baselines.
 
 What the words claim is worked out in `findings`; here it is only laid out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mixgf import figures, findings
+from mixgf import figures, findings, hits
 from mixgf.page import Cell, Grid, Picture, Run, Section, Text, count, missing, number, pair, plural, whisker
-
-MAX_GENES = 40
-"""Genes of one operation in the report's table; the artifact holds all."""
 
 
 def brief(run: Run) -> Section:
@@ -27,7 +23,7 @@ def brief(run: Run) -> Section:
     genes = run.tables.get("genes")
     if genes is not None and len(genes):
         for operation, part in genes.groupby("operation", sort=False):
-            lines = findings.perturbation_sentences(part, goal=bool(run.config.perturb.goal))
+            lines = hits.sentences(part, goal=bool(run.config.perturb.goal))
             tone = "warn" if any(t == "warn" for t, _ in lines) else "plain"
             blocks.append(Text(f"Perturbation, {operation}: " + " ".join(text for _, text in lines[:2]), tone))
     done = {"corpus": "prepare", "pretrain": "pretrain", "embed": "embed", "classify": "classify", "perturb": "perturb"}
@@ -275,82 +271,3 @@ def _confusions(run: Run, model: str) -> list[Any]:
         if i == 5:
             break
     return blocks
-
-
-# perturbation
-
-
-def perturbation(run: Run) -> Section:
-    """Ranked genes by operation, with effect against test and rank, and what speaks against each hit."""
-    genes, config = run.tables.get("genes"), run.config.perturb
-    if genes is None or genes.empty:
-        return missing("perturbation", "In silico perturbation", "perturb", run)
-    goal = bool(config.goal)
-    toward = f" and compared with the state `{config.goal}`" if goal else ""
-    variant = ", ".join(sorted(set(genes["variant"].astype(str))))
-    blocks: list[Any] = [
-        Text(f"Genes were changed one by one in the sentences of cells with `{config.start or 'all cells'}`{toward}; the shift is "
-             + ("how much nearer the goal's mean embedding a cell came (cosine)" if goal else "1 − cosine of the cell before and after")
-             + f", embedding variant `{variant}`."),
-        Text("A shift is a prediction of this model about its own embedding. It becomes evidence only if it repeats over donors, "
-             "exceeds what genes of the same rank do, and agrees with an experiment.", "warn"),
-    ]  # fmt: skip
-    record = run.records.get("perturb")
-    blocks += [
-        Text(f"{str(text)[:1].upper()}{str(text)[1:]}.", "warn")
-        for text in (record.details.get("warnings", []) if record else [])
-    ]
-    for operation, part in genes.groupby("operation", sort=False):
-        blocks.append(Text(f"{str(operation).capitalize()}", "heading"))
-        blocks += [Text(text, tone) for tone, text in findings.perturbation_sentences(part, goal=goal)]
-        tested = bool(np.isfinite(part["p_donor"]).any()) and findings.smallest_p(int(part["num_donors"].max())) <= 0.05
-        p, title = ("p_donor", "over donors") if tested else ("p_cell", "over cells, not replicated")
-        blocks.append(
-            Picture(
-                figures.volcano(part, f"volcano-{operation}", p=p, title=title, goal=goal),
-                f"{str(operation).capitalize()}, {len(part):,} genes. Left: shift and p value {title}{'' if tested else ', so that height says little more than how many cells there were'}. Right: shift and mean rank of the "
-                "gene in the cells; the line is what rank alone predicts, so only the distance from it speaks of the gene.",
-            )
-        )
-        blocks.append(_genes(part, str(operation), goal=goal))
-    return Section("perturbation", "In silico perturbation", blocks)
-
-
-def doubts(value: Any) -> list[str]:
-    """A gene's warnings as a list; the artifact joins them with `; `."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(";") if part.strip()]
-    return [str(part) for part in value] if isinstance(value, Iterable) else []
-
-
-def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Grid:
-    head = ["Gene", "Shift (95 % interval)", "Cells", "Donors", "Seen in", "Mean rank", "Rank alone predicts", "Excess",
-            "Null percentile", "DE log fold", "FDR, donors", "FDR, cells (not replicated)", "Why it may be an artefact"]  # fmt: skip
-    ordered = genes.sort_values(["shift", "gene"], ascending=[False, True])
-    few = ordered.head(MAX_GENES - 10) if len(ordered) > MAX_GENES and goal else ordered.head(MAX_GENES)
-    rows = []
-    shown = pd.concat([few, ordered.iloc[len(few) :].tail(10)]) if goal and len(ordered) > len(few) else few
-    for gene in shown.to_dict("records"):
-        band = f"{gene['shift_low']:+.4f} to {gene['shift_high']:+.4f}" if np.isfinite(gene["shift_low"]) else ""
-        why = doubts(gene["warnings"])
-        rows.append([
-            Cell(f"{gene['symbol'] or gene['gene']}", str(gene["symbol"] or gene["gene"]).upper(), strong=True),
-            Cell(f"{gene['shift']:+.4f}", float(gene["shift"]), note=band),
-            count(gene["num_cells"]), count(gene["num_donors"]), number(gene["coverage"], ".0%"), number(gene["mean_rank"], ",.0f"),
-            number(gene["rank_expected"], "+.4f"), number(gene["shift_minus_rank_expected"], "+.4f"),
-            number(gene["null_percentile"], ".0f"), number(gene["de_log_fold"], "+.2f"), number(gene["fdr_donor"], ".2g"),
-            number(gene["fdr_cell"], ".2g"), Cell("; ".join(why) or "no warning", len(why)),
-        ])  # fmt: skip
-    which = f"the {len(few)} largest shifts" + (
-        f" and the {len(shown) - len(few)} most negative" if len(shown) > len(few) else ""
-    )
-    return Grid(
-        f"{operation.capitalize()}: {which} of {len(genes):,} genes; a click on a heading sorts. Excess: shift less what rank alone "
-        "predicts. Null percentile: place among genes of like rank and detection (50 = ordinary). DE: differential "
-        "expression of the goal against the start state."
-        if goal
-        else f"{operation.capitalize()}: {which} of {len(genes):,} genes.",
-        head,
-        rows,
-        sortable=True,
-    )

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from mixgf import keyed
 from mixgf.config import UserError
@@ -64,6 +65,29 @@ def _check_values(obs: pd.DataFrame, expression: str, field: str) -> None:
                 near = get_close_matches(part.value, known, n=3) or sorted(known)[:8]
                 msg = f"{field}: {column} has no value {part.value!r}; did you mean one of {', '.join(near)}?"
                 raise UserError(msg)
+
+
+def matched(features_GF: NDArray[np.float64], wanted: list[int], num: int, seed: int) -> list[int]:
+    """For each wanted row in turn the nearest row not yet taken, until `num` are: rows like the wanted ones.
+
+    Near is meant in the ranks of the features; equally near rows come in a keyed random order. No wanted row is taken.
+    """
+    ranks_GF = np.stack([rankdata(column) for column in features_GF.T], axis=1)
+    order = np.argsort(keyed.hashed(seed, _KEY + 1, np.arange(len(features_GF))), kind="stable")
+    free = np.ones(len(features_GF), dtype=bool)
+    free[wanted] = False
+    num = min(num, int(free.sum())) if wanted else 0
+    near = [order[np.argsort(np.abs(ranks_GF[order] - ranks_GF[row]).sum(axis=1), kind="stable")] for row in wanted]
+    taken: list[int] = []
+    places = [0] * len(wanted)
+    while len(taken) < num:
+        turn = len(taken) % len(wanted)
+        while not free[near[turn][places[turn]]]:
+            places[turn] += 1
+        row = int(near[turn][places[turn]])
+        free[row] = False
+        taken.append(row)
+    return taken
 
 
 def sample(cells: Ints, donor_of: Ints, num: int, seed: int) -> Ints:

@@ -141,6 +141,31 @@ def less_background(mean_GC: Floats) -> Floats:
     return np.where(others_GC >= MIN_BACKGROUND, mean_GC - background_GC, np.nan)
 
 
+def less_expected(mean_GC: Floats, rank_G: Floats) -> Floats:
+    """Cluster means less what a gene's rank predicts in the same cluster, (G, C); `less_background` where ranks are too few.
+
+    Where a perturbation's effect follows from the gene's rank, and differs by donor, all genes of high rank repeat over
+    donors, and none of them means anything: only what is left is the gene's own part.
+    """
+    expected_GC = np.stack([expected_by_rank(column, rank_G) for column in mean_GC.T], axis=1)
+    return np.where(np.isfinite(expected_GC), mean_GC - expected_GC, less_background(mean_GC))
+
+
+def shuffled_neighbours(rank_G: Floats, num_clusters: int, rng: np.random.Generator, *, window: int = 25) -> Ints:
+    """For each cluster a random exchange of groups of like rank, (C, G): group g's values go to group [c, g].
+
+    What is left is what groups of like rank have in common in a cluster: no group has anything of its own that repeats
+    over clusters. Tests of repetition must then give uniform p-values. Groups without a rank are exchanged among themselves.
+    """
+    order = np.argsort(np.where(np.isfinite(rank_G), rank_G, np.inf), kind="stable")
+    blocks = np.array_split(order, max(1, len(order) // window))
+    to_CG = np.empty((num_clusters, len(rank_G)), dtype=np.int64)
+    for row in to_CG:
+        for block in blocks:
+            row[block] = rng.permutation(block)
+    return to_CG
+
+
 def sign_flip(mean_GC: Floats, num_permutations: int, rng: np.random.Generator) -> Floats:
     """Two-sided p-values (G,) that the cluster means are symmetric about 0: their signs are flipped at random.
 
@@ -167,6 +192,43 @@ def sign_flip(mean_GC: Floats, num_permutations: int, rng: np.random.Generator) 
         extreme_G = (flipped_RG >= observed_G - slack_G).sum(axis=0)
         p_G[start : start + block] = extreme_G / len(signs_RC) if exact else (1 + extreme_G) / (1 + len(signs_RC))
     return np.where(known_GC.sum(axis=1) >= MIN_CLUSTERS, p_G, np.nan)
+
+
+def power(num_clusters: int, effect: float, *, level: float = 0.05, num_draws: int = 2000) -> float:
+    """Share of genes that the sign-flip test finds (p at most `level`), by simulation with a seed of its own.
+
+    Args:
+        num_clusters: donors.
+        effect: the gene's effect, in standard deviations of donors' means (normal) about it.
+        level: largest p that counts as found, before any correction for many genes.
+        num_draws: simulated genes.
+    """
+    if num_clusters < MIN_CLUSTERS or smallest_p(num_clusters) > level:
+        return 0.0
+    rng = np.random.default_rng([num_clusters, 93])
+    mean_GC = effect + rng.standard_normal((num_draws, num_clusters))
+    return float((sign_flip(mean_GC, 1 << 10, rng) <= level).mean())
+
+
+def detectable(num_clusters: int, *, level: float = 0.05, wanted: float = 0.8) -> float:
+    """Smallest effect, in standard deviations of donors' means, that is found with power `wanted`; infinite if none is."""
+    low, high = 0.0, 8.0
+    if power(num_clusters, high, level=level) < wanted:
+        return float("inf")
+    while high - low > 0.02:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(num_clusters, middle, level=level) >= wanted else (middle, high)
+    return high
+
+
+def smallest_p(num_clusters: int) -> float:
+    """Smallest two-sided p that a sign-flip test over so many clusters can give."""
+    return min(1.0, 2.0 ** (1 - num_clusters)) if num_clusters > 0 else 1.0
+
+
+def fewest_hits(num_clusters: int, num_tests: int, *, level: float = 0.05) -> int:
+    """How many tests must reach the smallest possible p before any can pass Benjamini-Hochberg at `level`."""
+    return max(1, int(np.ceil(smallest_p(num_clusters) * num_tests / level - 1e-9)))
 
 
 def matched_percentile(effect_G: Floats, features_GF: Floats, *, num_matched: int = 100) -> Floats:

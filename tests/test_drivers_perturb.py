@@ -14,9 +14,10 @@ from mixgf.perturb import Scorer
 ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
 NUM_CELLS = 40
 COLUMNS = [
-    "gene", "symbol", "species", "operation", "variant", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
+    "gene", "symbol", "ortholog", "ortholog_symbol", "species", "operation", "variant", "role", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
     "shift_high", "response", "p_cell", "fdr_cell", "p_donor", "fdr_donor", "null_percentile", "rank_expected",
-    "shift_minus_rank_expected", "shift_alternatives", "shift_minus_alternatives", "de_statistic", "de_log_fold", "warnings",
+    "shift_minus_rank_expected", "shift_alternatives", "shift_minus_alternatives", "de_statistic", "de_log_fold", "de_rank", "warnings",
+    "shift_alternative_0",
 ]  # fmt: skip
 
 

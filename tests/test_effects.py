@@ -1,15 +1,17 @@
 """The table of genes, from pairs made by hand."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.stats
 
-from mixgf import config, effects, perturb
+from mixgf import config, effects, perturb, stats
 from mixgf.dataset import Corpus
 
 
-def design(num_genes, donor_of, states=("start", "goal")):
+def design(num_genes, donor_of, states=("start", "goal"), donors=None):
     targets = tuple(
         perturb.Target(gene=f"G{i:02d}", symbol=f"g{i}", species="human", tokens=(i,), coverage=0.05 if i == 1 else 1.0)
         for i in range(num_genes)
@@ -18,7 +20,7 @@ def design(num_genes, donor_of, states=("start", "goal")):
         cells_N=np.arange(len(donor_of)),
         states=tuple(perturb.State(name=n, expression="", cells=np.arange(len(donor_of))) for n in states),
         targets=targets,
-        donors=tuple(f"d{i}" for i in range(max(donor_of) + 1)),
+        donors=donors or tuple(f"d{i}" for i in range(max(donor_of) + 1)),
         donor_of=np.asarray(donor_of),
         warnings=(),
     )
@@ -59,6 +61,139 @@ def test_few_donors_have_no_donor_level_p_and_say_so():
     frame = table(design(20, [0, 0, 0, 1, 1, 1]), np.random.default_rng(2).normal(size=(20, 6)))
     assert frame["p_donor"].isna().all()
     assert frame["warnings"].str.contains(r"2 donor\(s\): no donor-level test").all()
+
+
+def test_cells_without_a_donor_s_name_are_no_donor():
+    """Six named donors agree on g3; what cells of nobody do to g5 changes its mean and no donor-level p."""
+    rng = np.random.default_rng(12)
+    donor_of = np.repeat(np.arange(7), 6)
+    shift = rng.normal(0, 0.001, (40, 42))
+    shift[3, donor_of < 6] += 0.01
+    shift[5, donor_of == 6] += 0.5
+    frame = table(design(40, donor_of, donors=(*"abcdef", "unknown")), shift)
+    assert (frame["num_donors"] == 6).all()
+    assert frame.loc["g3", "p_donor"] == 2 / 2**6
+    assert frame.loc["g5", "shift"] > 0.05  # the mean is over all cells
+    shift[:, donor_of == 6] = rng.normal(0, 9, (40, 6))
+    other = table(design(40, donor_of, donors=(*"abcdef", "nan")), shift)
+    assert (other["p_donor"].sort_index() == frame["p_donor"].sort_index()).all()
+    named = table(design(40, donor_of, donors=tuple("abcdefg")), shift)
+    assert (named["num_donors"] == 7).all()
+
+
+def screen(rng, *, genes=150, donors=12, planted=0, effect=0.0):
+    """Shifts of one screen: rank decides how far a gene moves a cell, each donor's cells follow it more or less, cells of a
+    donor are alike gene by gene (sd 1 between donors), and donors have 3 to 12 cells. Effects are in those donor sds."""
+    donor_of = np.repeat(np.arange(donors), rng.integers(3, 13, donors))
+    slope = rng.normal(3, 1, donors)
+    by_rank = np.exp(-np.arange(genes) / 40)[:, None]
+    own = rng.normal(0, 1, (genes, donors))
+    own[rng.choice(genes, planted, replace=False)] += effect
+    mean = by_rank * slope + own
+    return donor_of, mean[:, donor_of] + rng.normal(0, 0.5, (genes, len(donor_of)))
+
+
+def test_null_screens_give_uniform_p_values_over_donors_and_not_over_cells():
+    """A law of the whole table: rank-driven, donor-specific shifts without any gene's own effect, 8 screens."""
+    rng = np.random.default_rng(13)
+    p_donor, p_cell, plain = [], [], []
+    for _ in range(8):
+        donor_of, shift = screen(rng)
+        frame = table(design(150, donor_of), shift, num_permutations=5000)
+        p_donor.append(frame["p_donor"].to_numpy())
+        p_cell.append(frame["p_cell"].to_numpy())
+        means = np.stack([shift[:, donor_of == d].mean(axis=1) for d in range(12)], axis=1)
+        plain.append(stats.sign_flip(stats.less_background(means), 5000, rng))
+    p = np.concatenate(p_donor)
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+    assert 0.04 < (p <= 0.05).mean() < 0.06
+    assert (np.concatenate(p_cell) <= 0.05).mean() > 0.4  # pseudo-replication cries wolf
+    assert (
+        scipy.stats.kstest(np.concatenate(plain), "uniform").pvalue < 1e-6
+    )  # and so does rank, unless it is subtracted
+
+
+@pytest.mark.parametrize("donors", [3, 4, 6, 8])
+def test_with_few_donors_p_values_are_never_too_small(donors):
+    rng = np.random.default_rng([14, donors])
+    p = np.concatenate(
+        [
+            table(design(150, donor_of), shift)["p_donor"].to_numpy()
+            for donor_of, shift in (screen(rng, donors=donors) for _ in range(6))
+        ]
+    )
+    assert p.min() >= 2 / 2**donors
+    for level in (0.05, 0.25, 0.5):
+        assert (p <= level).mean() < level + 0.04
+
+
+@pytest.mark.parametrize(("donors", "effect"), [(6, 2.0), (8, 1.5), (12, 1.0)])
+def test_the_stated_power_is_reached_in_whole_screens(donors, effect):
+    rng = np.random.default_rng([15, donors])
+    found = []
+    for _ in range(8):
+        before = rng.bit_generator.state
+        donor_of, shift = screen(rng, donors=donors, planted=10, effect=effect)
+        replay = np.random.default_rng()
+        replay.bit_generator.state = before
+        replay.integers(3, 13, donors), replay.normal(3, 1, donors), replay.normal(0, 1, (150, donors))
+        planted = replay.choice(150, 10, replace=False)
+        frame = table(design(150, donor_of), shift, num_permutations=5000)
+        found += (frame.loc[[f"g{g}" for g in planted], "p_donor"] <= 0.05).tolist()
+    # cells add a little noise to donors' means, and neighbours to the expectation: a little less than the formula says
+    assert np.mean(found) == pytest.approx(stats.power(donors, effect), abs=0.12)
+
+
+def test_calibration_shows_what_each_test_says_of_exchanged_genes():
+    rng = np.random.default_rng(16)
+    donor_of, shift = screen(
+        rng, planted=75, effect=6.0
+    )  # half of all genes have an effect: observed p are far from uniform
+    plan = design(150, donor_of)
+    target, cell = np.divmod(np.arange(shift.size), len(donor_of))
+    pairs = effects.Pairs(
+        target_P=target, cell_P=cell, rank_P=target + 1, response_P=np.abs(shift.ravel()),
+        shift_SP=np.stack([np.zeros(shift.size), shift.ravel()]),
+    )  # fmt: skip
+    chosen = config.Config(perturb=config.Perturb(operations=("delete",)))
+    nulls = effects.calibration(plan, {"delete": pairs}, chosen).to_pandas()
+    observed = effects.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
+    assert (observed["p_donor"] <= 0.01).mean() > 0.4
+    assert len(nulls) == 8 * 150
+    assert 0.03 < (nulls["p_donor"] <= 0.05).mean() < 0.08
+    assert (nulls["p_cell"] <= 0.05).mean() > 0.3
+    two = effects.calibration(design(150, donor_of % 2), {"delete": pairs}, chosen)
+    assert two.num_rows == 0
+
+
+def test_a_gene_that_no_cell_holds_is_compared_with_others_like_it():
+    """Inserted genes without a rank: ten stand after all others, and the one that moves cells most is unusual among them."""
+    plan = design(40, [0, 1, 2])
+    rng = np.random.default_rng(18)
+    shift = rng.normal(0, 0.01, (40, 3))
+    shift[35] += 1
+    target, cell = np.divmod(np.arange(120), 3)
+    pairs = effects.Pairs(
+        target_P=target, cell_P=cell, rank_P=np.where(target < 30, target, -1), response_P=np.abs(shift.ravel()),
+        shift_SP=np.stack([np.zeros(120), shift.ravel()]),
+    )  # fmt: skip
+    chosen = config.Config(perturb=config.Perturb(operations=("overexpress",)))
+    frame = effects.gene_table(plan, {"overexpress": pairs}, {}, chosen).to_pandas().set_index("symbol")
+    assert np.isnan(frame.loc["g35", "mean_rank"])
+    assert frame.loc["g35", "null_percentile"] == 100
+    assert np.isfinite(frame.loc["g35", "rank_expected"])
+
+
+def test_orthologs_stand_beside_their_genes():
+    plan = design(12, [0, 1, 2])
+    named = perturb.Target(gene="ENSG00000118515", symbol="SGK1", species="human", tokens=(3,), coverage=1.0)
+    pair = perturb.Target(
+        gene="ENSG00000118515+ENSG00000118785", symbol="SGK1+SPP1", species="human", tokens=(3, 4), coverage=1.0
+    )
+    plan = dataclasses.replace(plan, targets=(named, pair, *plan.targets[2:]))
+    frame = table(plan, np.random.default_rng(17).normal(size=(12, 3)))
+    assert frame.loc["SGK1", ["ortholog", "ortholog_symbol"]].tolist() == ["ENSMUSG00000019970", "Sgk1"]
+    assert frame.loc["SGK1+SPP1", "ortholog"] == ""
 
 
 def test_paper_mode_is_the_published_test():

@@ -50,6 +50,21 @@ def test_all_detected_genes_are_targets_of_their_species_with_their_coverage(cor
         plan(corpus, min_coverage=2.0)
 
 
+def test_named_genes_come_once_and_bring_as_many_nulls_as_asked(corpus):
+    design, _ = plan(corpus, genes=("human3", "human3", "Ghuman00003", "mouse7"), null_genes=6)
+    targets, nulls = ([t for t in design.targets if t.null is null] for null in (False, True))
+    assert [t.symbol for t in targets] == ["human3", "mouse7"]
+    assert [t.species for t in nulls] == ["human"] * 3 + ["mouse"] * 3
+    assert not {t.tokens for t in nulls} & {t.tokens for t in targets}
+    assert len({t.tokens for t in nulls}) == 6
+    everything, _ = plan(corpus)
+    coverage = {t.tokens: t.coverage for t in everything.targets}
+    for target in nulls:
+        assert target.coverage == coverage.get(target.tokens, 0.0)
+    again, _ = plan(corpus, genes=("human3", "mouse7"), null_genes=6)
+    assert again.targets == design.targets
+
+
 def test_named_genes_and_sets(corpus):
     design, _ = plan(corpus, genes=("human3", "Ghuman00004+human5", "mouse7"))
     assert [t.symbol for t in design.targets] == ["human3", "human4+human5", "mouse7"]

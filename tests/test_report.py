@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mixgf import artifacts, figures, findings, page, report, scorecard, scores, sections, storage
+from mixgf import artifacts, figures, findings, hits, page, perturbation, report, scorecard, scores, sections, storage
 from mixgf.config import Classify, Config, Inputs, Perturb, to_dict
 
 TYPES = ("alpha cell", "beta cell", "ductal cell")
@@ -29,7 +29,7 @@ def _genes(num_donors=3, num=30, seed=0, **columns):
     shift = rng.normal(0, 0.01, num)
     frame = {
         "gene": [f"ENSG{i:05d}" for i in range(num)], "symbol": [f"GENE{i}" for i in range(num)], "species": "human",
-        "operation": "delete", "variant": "remaining", "num_cells": 40, "num_donors": num_donors, "coverage": rng.uniform(0.1, 1, num),
+        "ortholog": "", "ortholog_symbol": "", "role": "target", "operation": "delete", "variant": "remaining", "num_cells": 40, "num_donors": num_donors, "coverage": rng.uniform(0.1, 1, num),
         "mean_rank": rng.uniform(1, 300, num), "shift": shift, "shift_low": shift - 0.001, "shift_high": shift + 0.001,
         "response": abs(shift), "p_cell": 1e-9, "fdr_cell": 1e-8, "p_donor": 0.25, "fdr_donor": 0.5, "null_percentile": 50.0,
         "rank_expected": rng.normal(0, 0.01, num), "shift_minus_rank_expected": 0.001, "shift_alternatives": 0.0,
@@ -237,7 +237,7 @@ def test_species_apart_have_no_neighbours_of_the_other_kind():
     [(3, "smallest p that a test over donors can give is 0.25"), (8, "No gene passes an FDR of 5 % over 8 donors")],
 )
 def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
-    lines = findings.perturbation_sentences(_genes(num_donors=donors), goal=True)
+    lines = hits.sentences(_genes(num_donors=donors), goal=True)
     assert any(tone == "warn" and said in text for tone, text in lines)
     assert any(
         tone == "warn" and "30 of 30 genes have a cell-level FDR" in text and "not replicates" in text
@@ -245,9 +245,63 @@ def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
     )
 
 
+def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
+    genes = _genes(num_donors=8, fdr_donor=[0.01] * 10 + [0.5] * 20, null_percentile=[99.0, 1.0] + [50.0] * 27 + [99.0])
+    assert set(hits.hits(genes)["symbol"]) == {"GENE0", "GENE1"}
+    assert ("good", "2 of 30 genes are hits") in [(tone, text[:22]) for tone, text in hits.sentences(genes, goal=True)]
+    assert hits.hits(genes.assign(role="null")).empty  # what was scored for comparison is nobody's hit
+    mixed = genes.assign(
+        role=["target"] * 5 + ["null"] * 25
+    )  # of the nulls 5 have an FDR of 1 %, and all a cell-level one
+    text = " ".join(text for _, text in hits.sentences(mixed, goal=True))
+    assert "2 of 5 genes are hits" in text
+    assert "Of 25 genes that were scored for comparison only, 20% repeat over donors as well, and 100% are" in text
+    ordinary = hits.sentences(genes.assign(null_percentile=50.0), goal=True)
+    assert any(tone == "warn" and "none of them is unusual for its rank" in text for tone, text in ordinary)
+
+
+def test_what_so_few_donors_can_find_is_said():
+    text = " ".join(text for _, text in hits.sentences(_genes(num_donors=8), goal=True))
+    assert re.search(r"own effect 1\.\d times the spread between donors is found in 80 % of cases", text)
+    assert "no fewer than 5 genes can pass together, since no p is below 0.0078" in text  # 0.0078 x 30 genes / 5 < 0.05
+
+
+def test_a_test_that_cries_wolf_on_nothing_is_named(config):
+    rng = np.random.default_rng(3)
+    nulls = pd.DataFrame(
+        {"operation": "delete", "p_cell": rng.uniform(0, 0.09, 200), "p_donor": rng.uniform(0, 1, 200)}
+    )
+    tone, text = hits.calibration_sentence(nulls)
+    assert tone == "warn"
+    assert re.search(r"[3-7]\.\d% of genes have a donor-level p of 0\.05 or less, and 5\d\.\d% a cell-level one", text)
+    run = report.load(config, light=True)
+    with_nulls = perturbation.section(dataclasses.replace(run, tables=run.tables | {"nulls": nulls}))
+    pictures = [b.caption for b in with_nulls.blocks if isinstance(b, page.Picture)]
+    assert sum("genes of like rank exchanged their shifts" in caption for caption in pictures) == 1  # `delete` only
+    assert "could not be checked" in _text(with_nulls)  # `overexpress`
+
+
+def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
+    run = report.load(config, light=True)
+    genes = run.tables["genes"].assign(de_statistic=np.tile(np.arange(30.0), 2))
+    config = dataclasses.replace(run.config, perturb=Perturb(goal="x == 2", known=("GENE29", "GENE28", "GENE27")))
+    section = perturbation.section(dataclasses.replace(run, config=config, tables=run.tables | {"genes": genes}))
+    assert any(
+        block.tone == "bad" and "the best baseline (differential expression" in block.text
+        for block in section.blocks
+        if isinstance(block, page.Text)
+    )
+    grid = section.blocks[-1]
+    assert "3 known genes are found among 30" in grid.caption
+    unknown = dataclasses.replace(config, perturb=Perturb(goal="x == 2", known=("NEVER",)))
+    assert "none of them is among the 30 scored genes" in _text(
+        perturbation.section(dataclasses.replace(run, config=unknown))
+    )
+
+
 def test_shifts_that_rank_explains_are_called_so():
     genes = _genes()
-    lines = findings.perturbation_sentences(genes.assign(rank_expected=genes["shift"]), goal=True)
+    lines = hits.sentences(genes.assign(rank_expected=genes["shift"]), goal=True)
     assert (
         "warn",
         "What a gene's rank in the cell alone predicts explains much of the shifts (Spearman 1.00).",
@@ -267,7 +321,7 @@ def test_a_stage_that_has_not_run_is_said_plainly(tmp_path):
 
 def test_every_warning_stands_beside_its_gene(config):
     run = report.load(config, light=True)
-    section = scorecard.perturbation(run)
+    section = perturbation.section(run)
     grids = [b for b in section.blocks if isinstance(b, page.Grid)]
     assert [g.sortable for g in grids] == [True, True]
     assert all(row[-1].text == "one donor carries it" for g in grids for row in g.rows)
@@ -381,4 +435,4 @@ def test_the_summary_says_where_the_model_is_worse(config):
         r"random cells: baron_human +mixgf, fine-tuned +0\.700 +0\.680 +variable genes \+ logistic regression +1\.000 +1\.000 +WORSE",
         text,
     )
-    assert "(0 of 30 genes at a donor-level FDR of 5 %)" in text
+    assert "(0 of 30 genes are hits: a donor-level FDR of 5 %" in text

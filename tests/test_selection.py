@@ -61,3 +61,15 @@ def test_a_sample_is_balanced_over_donors_repeatable_and_independent_of_the_othe
     assert set(smaller.tolist()) <= set(chosen.tolist())  # a longer run extends a shorter one
     for num in (0, 75, 100):
         assert selection.sample(cells, donor_of, num, seed=1).tolist() == cells.tolist()
+
+
+def test_matched_rows_are_the_nearest_that_are_free():
+    features = np.array([[0.0, 0], [10, 1], [11, 1], [12, 1], [500, 9], [501, 9], [502, 9]])
+    assert set(selection.matched(features, [2, 5], 4, 0)) == {1, 3, 4, 6}
+    assert selection.matched(features, [2, 5], 2, 0)[1] in (4, 6)  # one for each in turn
+    assert len(selection.matched(features, [2], 99, 0)) == 6
+    assert selection.matched(features, [], 5, 0) == []
+    same = np.zeros((40, 2))
+    first, second = (selection.matched(same, [0], 5, seed) for seed in (1, 2))
+    assert first != second  # equal rows are drawn, not counted off
+    assert first == selection.matched(same, [0], 5, 1)

@@ -217,3 +217,46 @@ def test_auroc_equals_sklearn_and_its_interval_covers():
         assert estimate.value == pytest.approx(roc_auc_score(known, score), rel=1e-12)
         covered += estimate.low < scipy.stats.norm.cdf(0.8 / np.sqrt(2)) < estimate.high
     assert 0.9 < covered / 200 < 0.99
+
+
+def test_power_is_what_the_test_reaches_and_too_few_donors_have_none():
+    assert stats.power(5, 9.0) == 0.0  # the smallest p is 1/16
+    assert stats.detectable(5) == np.inf
+    assert stats.power(6, 0.0) == pytest.approx(2 / 2**6, abs=0.015)  # only the two extreme patterns reject
+    # 6 donors: rejected where all six have one sign
+    assert stats.power(6, 1.5) == pytest.approx(scipy.stats.norm.cdf(1.5) ** 6, abs=0.03)
+    effects = [stats.detectable(n) for n in (6, 8, 12)]
+    assert effects == sorted(effects, reverse=True)
+    assert stats.power(8, effects[1] + 0.1) > 0.8 > stats.power(8, effects[1] - 0.1)
+
+
+def test_few_donors_and_many_genes_cannot_pass_alone():
+    # 8 donors: the smallest p is 1/128; with 1,000 genes 157 of them must reach it, and no fewer
+    num = stats.fewest_hits(8, 1000)
+    p = np.ones(1000)
+    p[: num - 1] = stats.smallest_p(8)
+    assert (stats.benjamini_hochberg(p) > 0.05).all()
+    p[num - 1] = stats.smallest_p(8)
+    assert (stats.benjamini_hochberg(p) <= 0.05).sum() == num == 157
+
+
+def test_rank_and_donor_together_explain_nothing_of_a_gene_s_own():
+    rng = np.random.default_rng(10)
+    rank = rng.uniform(0, 500, 120)
+    slope = np.array([1.0, 2.0, 3.0])
+    means = rank[:, None] * slope / 500
+    means[7] += 0.4
+    own = stats.less_expected(means, rank)
+    assert own[7] == pytest.approx([0.4] * 3)
+    assert np.abs(np.delete(own, 7, axis=0)).max() < 0.1
+    few = stats.less_expected(means, np.where(np.arange(120) < 5, rank, np.nan))
+    assert few == pytest.approx(stats.less_background(means))
+
+
+def test_genes_exchange_within_their_neighbourhood_only():
+    rank = np.concatenate([np.arange(50.0), [np.nan] * 25])
+    to = stats.shuffled_neighbours(rank, 3, np.random.default_rng(11))
+    for row in to:
+        assert sorted(row.tolist()) == list(range(75))
+        assert (row // 25 == np.arange(75) // 25).all()
+    assert (to[0] != to[1]).any()

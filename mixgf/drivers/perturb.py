@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, checkpoint, effects, perturb, storage, tracking
+from mixgf import artifacts, checkpoint, effects, known, perturb, storage, tracking
 from mixgf.config import Config, UserError, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.metrics import Meter, watch
@@ -18,8 +18,8 @@ from mixgf.drivers.session import session
 from mixgf.perturb import Design, Scorer, Unit
 from mixgf.progress import Progress, say, warn
 
-KIND, SCHEMA = "perturbation", 1
-_NO_RESULT = {"micro_tokens"}
+KIND, SCHEMA = "perturbation", 2
+_NO_RESULT = {"micro_tokens", "known", "published"}
 """Settings that change no result and so stay out of the fingerprint."""
 
 Runner = Callable[[Mapping[str, Any], Callable[[str, Any], None]], dict[str, str]]
@@ -46,7 +46,9 @@ def run(config: Config, *, local: bool = False) -> str:
     there = artifacts.find(uri)
     if there is not None and there.fingerprint == record.fingerprint:
         say(f"perturb: already there, {uri}")
+        _say_known(uri, config)
         return uri
+    known.read(config)  # a list that cannot be read is said before the work, not after it
     plan = perturb.design(corpus, config)  # before the folder is claimed: a wrong expression leaves nothing behind
     artifacts.begin(uri, record)
     for text in plan.warnings:
@@ -74,7 +76,15 @@ def run(config: Config, *, local: bool = False) -> str:
         _publish(uri, record, config=config, corpus=corpus, plan=plan, states=table, folder=folder, work=work)
         tracked.log({**figures, "genes": float(len(plan.targets)), "cells": float(len(plan.cells_N))})
     say(f"perturb: {len(plan.targets):,} genes in {len(plan.cells_N):,} cells, {uri}/genes.parquet")
+    _say_known(uri, config)
     return uri
+
+
+def _say_known(uri: str, config: Config) -> None:
+    """Print what is known of the genes beside what was found, where the config asks for it."""
+    if config.perturb.known or config.perturb.published:
+        for line in known.text(storage.read_table(storage.join(uri, "genes.parquet")).to_pandas(), config).splitlines():
+            say(line)
 
 
 def _metered(pool: Pool, meter: Meter) -> Runner:
@@ -171,11 +181,12 @@ def _publish(
         state.name: effects.expression(corpus, state.cells) for state in plan.states if state.name in ("start", "goal")
     }
     genes = effects.gene_table(plan, pairs, expressed, config)
+    nulls = effects.calibration(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
     donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
     vectors = states.set_column(0, "state", pa.array(names)).set_column(1, "donor", pa.array(donors))
     files = {}
-    for name, table in (("genes.parquet", genes), ("states.parquet", vectors)):
+    for name, table in (("genes.parquet", genes), ("states.parquet", vectors), ("calibration.parquet", nulls)):
         size, digest = storage.write_table(storage.join(uri, name), table)
         files[name] = {"bytes": size, "sha256": digest}
     counts = {

@@ -1,0 +1,114 @@
+"""What a perturbation screen says: which genes may be called hits, and plain sentences about the others.
+
+A gene is a hit when its shift beyond what its rank predicts repeats over donors (FDR) *and* the shift is unusual among genes
+of like rank and coverage. The published call, a rank-sum test over cells, is counted beside it and never called a hit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from mixgf import stats
+
+LEVEL = 0.05
+"""False discovery rate of a hit."""
+ORDINARY = (2.5, 97.5)
+"""Null percentiles between which a shift is what genes of like rank and coverage do."""
+
+
+def spearman(a: pd.Series, b: pd.Series) -> float:
+    """Rank correlation over the rows where both are there; NaN with fewer than five such rows or a constant column."""
+    both = pd.DataFrame({"a": a.to_numpy(float), "b": b.to_numpy(float)}).replace([np.inf, -np.inf], np.nan).dropna()
+    if len(both) < 5 or both["a"].nunique() < 2 or both["b"].nunique() < 2:
+        return float("nan")
+    return float(both["a"].rank().corr(both["b"].rank()))
+
+
+def asked(genes: pd.DataFrame) -> pd.DataFrame:
+    """The genes that were asked about, without those scored for comparison only (role `null`)."""
+    return genes[genes["role"] != "null"] if "role" in genes else genes
+
+
+def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
+    """Genes that repeat over donors at an FDR of `level` and are unusual for their rank; the largest shift first."""
+    genes = asked(genes)
+    unusual = (genes["null_percentile"] < ORDINARY[0]) | (genes["null_percentile"] > ORDINARY[1])
+    return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
+
+
+def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
+    """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain."""
+    out: list[tuple[str, str]] = []
+    nulls = genes[genes["role"] == "null"] if "role" in genes else genes.iloc[:0]
+    genes = asked(genes)
+    top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
+    names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
+    out.append(("plain", f"Largest shifts{' towards the goal state' if goal else ''}: {names}."))
+    donors = int(genes["num_donors"].max())
+    found, repeated, cell_level = (
+        hits(genes),
+        int((genes["fdr_donor"] <= LEVEL).sum()),
+        int((genes["fdr_cell"] <= LEVEL).sum()),
+    )
+    num = f"{len(genes):,} gene{'s' * (len(genes) != 1)}"
+    if len(found):
+        text = (
+            f"{len(found):,} of {num} are hits: they repeat over {donors} donors at an FDR of 5 %, beyond what their rank "
+            f"predicts, and are unusual among genes of like rank and coverage."
+        )
+        out.append(("good", text))
+    elif stats.smallest_p(donors) > LEVEL:
+        few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {stats.smallest_p(donors):.2g}"
+        out.append(("warn", f"No gene can be called a replicated hit: {few}."))
+    elif repeated:
+        text = f"{repeated:,} of {num} pass an FDR of 5 % over {donors} donors, and none of them is unusual for its rank and coverage: no hit."
+        out.append(("warn", text))
+    else:
+        out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
+    if len(found) == 0 and stats.smallest_p(donors) <= LEVEL:
+        out.append(("plain", _power(donors, len(genes))))
+    if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
+        repeating, cells = (float((nulls[name] <= LEVEL).mean()) for name in ("fdr_donor", "fdr_cell"))
+        text = (
+            f"Of {len(nulls):,} genes that were scored for comparison only, {repeating:.0%} repeat over donors as well, and {cells:.0%} are "
+            "significant over cells: neither is enough, a hit must also be unusual among them."
+        )
+        out.append(("warn" if repeating > 0.1 else "plain", text))
+    text = (
+        f"{cell_level:,} of {num} have a cell-level FDR below 5 %. Cells of one donor are not replicates: that "
+        "figure grows with the number of cells and is no evidence by itself."
+    )
+    out.append(("warn" if cell_level and found.empty else "plain", text))
+    rho = spearman(genes["shift"], genes["rank_expected"])
+    if np.isfinite(rho):
+        much = "much" if abs(rho) >= 0.7 else "part" if abs(rho) >= 0.3 else "little"
+        text = f"What a gene's rank in the cell alone predicts explains {much} of the shifts (Spearman {rho:.2f})."
+        out.append(("warn" if abs(rho) >= 0.7 else "plain", text))
+    rho = spearman(genes["shift"], genes["de_statistic"])
+    if np.isfinite(rho):
+        text = f"Agreement with differential expression between start and goal: Spearman {rho:.2f}."
+        out.append(("plain", text))
+    return out
+
+
+def _power(donors: int, num_genes: int) -> str:
+    """What so many donors can find at all."""
+    fewest = stats.fewest_hits(donors, num_genes)
+    text = (
+        f"Over {donors} donors, a gene of its own effect {stats.detectable(donors):.1f} times the spread between donors is found in 80 % "
+        "of cases at p ≤ 0.05, before correction"
+    )
+    if fewest > 1:
+        text += f"; after it, no fewer than {fewest:,} genes can pass together, since no p is below {stats.smallest_p(donors):.2g}"
+    return f"{text}."
+
+
+def calibration_sentence(nulls: pd.DataFrame) -> tuple[str, str]:
+    """(tone, sentence): what the two tests say where nothing can be found."""
+    shares = {name: float((nulls[name].dropna() <= LEVEL).mean()) for name in ("p_cell", "p_donor")}
+    text = (
+        "When genes of like rank exchange their shifts within every donor, so that nothing is left to find, "
+        f"{shares['p_donor']:.1%} of genes have a donor-level p of 0.05 or less, and {shares['p_cell']:.1%} a cell-level one (5 % would be right)."
+    )
+    return ("warn" if shares["p_cell"] > 0.1 or shares["p_donor"] > 0.1 else "plain", text)
