@@ -181,6 +181,8 @@ class Tuned:
     """Per epoch: epoch, loss and accuracy on the validation cells, mean training loss."""
     warmup_steps: int
     num_steps: int
+    model: Classifier
+    """With the weights of the chosen epoch."""
 
 
 @dataclass
@@ -313,7 +315,7 @@ def finetune(
                 parameter.copy_(task.best[name])
     return Tuned(
         probabilities=probabilities(model, sentences, table.cells[split.test], run.train.micro_tokens), epoch=task.chosen,
-        history=task.history, warmup_steps=optimisation.warmup_steps, num_steps=num_steps,
+        history=task.history, warmup_steps=optimisation.warmup_steps, num_steps=num_steps, model=model,
     )  # fmt: skip
 
 

@@ -374,6 +374,8 @@ class Classify:
     """Weigh the loss by inverse class frequency."""
     max_len: int = 0
     """Cut sentences to this many tokens; 0 = as in the corpus."""
+    keep: bool = True
+    """Keep the best classifier of each group (by validation loss, seed 0 of the first split within groups) for `mixgf annotate`."""
 
     def __post_init__(self) -> None:
         for split in self.splits:

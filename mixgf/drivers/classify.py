@@ -225,13 +225,18 @@ def _publish(
         )
         files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
     shown = evaluation.write_cells(storage.join(uri, "cells.h5ad"), config, table, found, table.names.tolist())
+    kept = evaluation.keep_best(config, places, made, record.parents)
     details = {
-        "models": list(config.classify.models), "cells_h5ad": shown,
+        "models": list(config.classify.models), "cells_h5ad": shown, "classifiers": kept,
         "splits": [{"group": s.group, "split": s.kind, "direction": s.direction, "seed": s.seed, "classes": list(s.classes), "num_train": len(s.train),
                     "num_validation": len(s.validation), "num_test": len(s.test), "dropped": s.dropped, "donors": list(s.donors)} for s in made],
     }  # fmt: skip
     counts = {"labelled": len(table), "splits": len(made), "predictions": len(found["predictions"])}
     artifacts.finish(uri, record, counts=counts, files=files, details=details)
+    for one in kept:
+        say(
+            f"classify: kept the {one['model']} of {one['group']} (test accuracy {one['test']['accuracy']:.3f}): mixgf annotate --model {one['uri']} FILE"
+        )
     return _figures(found["scores"])
 
 
