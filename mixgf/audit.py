@@ -75,25 +75,22 @@ class Cells:
     obs: pd.DataFrame
     corpus: Corpus | None = None
 
+    def only(self, rows: npt.NDArray[np.int64]) -> Cells:
+        """Some of the cells, by number."""
+        hashes = None if self.hashes is None else self.hashes[rows]
+        return Cells(hashes=hashes, names=self.names[rows], obs=self.obs.iloc[rows], corpus=self.corpus)
 
-def evaluation(uri: str, rows: Sequence[SpeciesRow], *, labelled: str = "", unlabelled: Sequence[str] = ()) -> Cells:
+
+def evaluation(uri: str, rows: Sequence[SpeciesRow]) -> Cells:
     """The evaluation side: a corpus, or `SPECIES=FILE` of raw counts.
 
     Args:
         uri: A corpus folder, or a file with its species.
         rows: Known species.
-        labelled: Only cells with a value in this column count; empty = all cells.
-        unlabelled: Values that mean: no label.
     """
     species, path = config.split_named(uri)
     if not species and artifacts.find(path) is not None:
-        found = of_corpus(path)
-        if labelled and labelled in found.obs:
-            label = found.obs[labelled].astype(object).fillna("").astype(str)
-            mask = (~label.isin(list(unlabelled)) & (label != "")).to_numpy()
-            hashes = found.hashes[mask] if found.hashes is not None else None
-            return Cells(hashes=hashes, names=found.names[mask], obs=found.obs[mask], corpus=found.corpus)
-        return found
+        return of_corpus(path)
     row = next((r for r in rows if r.name == species), None)
     if row is None:
         msg = f"{uri}: neither a finished corpus nor SPECIES=FILE with one of {', '.join(r.name for r in rows)}"

@@ -182,6 +182,12 @@ def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
     classifier.save(classifier_part(places, split.group, model), made, corpus.vocabulary)
 
 
+def named(group: str, splits: Sequence[Split]) -> str:
+    """A group's folder: its name as a slug, with a key where two groups have the same slug."""
+    alike = {s.group for s in splits if slug(s.group) == slug(group)}
+    return slug(group) if len(alike) == 1 else f"{slug(group)}-{config.fingerprint(group)[:8]}"
+
+
 def keep_best(run: Config, places: Places, splits: Sequence[Split], parents: dict[str, str]) -> list[dict[str, Any]]:
     """Publish the classifier with the lowest validation loss of each group; returns what is known of each."""
     kept = []
@@ -194,7 +200,7 @@ def keep_best(run: Config, places: Places, splits: Sequence[Split], parents: dic
         if not parts:
             continue
         best = min(parts, key=lambda part: float(classifier.facts(part)["about"]["validation"]["loss"]))
-        uri = storage.join(places.output, classifier.FOLDER, slug(split.group))
+        uri = storage.join(places.output, classifier.FOLDER, named(split.group, splits))
         classifier.publish(uri, best, parents)
         about = classifier.facts(uri)["about"]
         kept.append({"uri": uri, **{name: about[name] for name in ("group", "model", "validation", "test")}})
