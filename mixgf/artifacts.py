@@ -25,6 +25,7 @@ _MAKERS = {
     "checkpoint": "mixgf pretrain",
     "embeddings": "mixgf embed",
     "classification": "mixgf classify",
+    "classifier": "mixgf classify",
     "perturbation": "mixgf perturb",
 }
 

@@ -152,10 +152,30 @@ def one_group(train: Floats | sparse.csr_matrix, test: Floats | sparse.csr_matri
 
 def logistic(train: Floats, labels: Ints, test: Floats, num_classes: int) -> Floats:
     """Multinomial logistic regression (ridge, C = 1, L-BFGS): probabilities (M, C)."""
+    fitted = _fit(train, labels)
+    return _aligned(fitted.predict_proba(test), fitted.classes_, num_classes)
+
+
+def logistic_layer(train: Floats, labels: Ints, num_classes: int) -> tuple[Floats, Floats]:
+    """The same fit as a layer, weights (C, H) and bias (C,), whose softmax is `logistic`'s probability.
+
+    Args:
+        train: Features.
+        labels: Class ids, each class at least once.
+        num_classes: C.
+    """
+    fitted = _fit(train, labels)
+    assert len(fitted.classes_) == num_classes, "every class has a training cell"
+    if num_classes > 2:
+        return fitted.coef_, fitted.intercept_
+    zeros = np.zeros_like(fitted.coef_)  # two classes have one row: the second against the first
+    return np.concatenate([zeros, fitted.coef_]), np.concatenate([np.zeros(1), fitted.intercept_])
+
+
+def _fit(train: Floats, labels: Ints) -> LogisticRegression:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the limit on iterations is part of the method
-        fitted = LogisticRegression(max_iter=MAX_ITERATIONS).fit(train, labels)
-    return _aligned(fitted.predict_proba(test), fitted.classes_, num_classes)
+        return LogisticRegression(max_iter=MAX_ITERATIONS).fit(train, labels)
 
 
 def neighbours(train: Floats, labels: Ints, test: Floats, num_classes: int, *, number: int, metric: str) -> Floats:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixgf import baselines, checkpoint, config, dataset, keyed, train
+from mixgf import baselines, checkpoint, config, dataset, keyed, rivals, selection, train
 from mixgf.config import Classify, Config, UserError
 from mixgf.dataset import Batch, Corpus
 from mixgf.model import Encoder, Linear, forward_flops, pool
@@ -49,6 +49,11 @@ def require_models(settings: Classify) -> None:
             raise UserError(msg)
 
 
+def skipped(settings: Classify) -> dict[str, str]:
+    """Models that are asked for and cannot run here, with the reason: another project's package is not installed."""
+    return {name: why for name in settings.models if (why := rivals.missing(name))}
+
+
 def labelled(corpus: Corpus, settings: Classify) -> Labelled:
     """The labelled cells of a corpus.
 
@@ -72,9 +77,13 @@ def labelled(corpus: Corpus, settings: Classify) -> Labelled:
         return names_of(obs[name].tolist(), unknown=settings.unlabelled) if name in obs else np.full(len(obs), UNKNOWN)
 
     labels = column(settings.label)
-    rows = np.flatnonzero(labels != UNKNOWN)
+    chosen = np.ones(len(labels), dtype=bool)
+    if settings.cells:
+        chosen[:] = False
+        chosen[selection.select(corpus.obs(), settings.cells, "classify.cells")] = True
+    rows = np.flatnonzero((labels != UNKNOWN) & chosen)
     if not len(rows):
-        msg = f"classify.label = {settings.label!r}: none of {len(obs):,} cells has a label; name another column of obs"
+        msg = f"classify.label = {settings.label!r}: none of {chosen.sum():,} cells has a label; name another column of obs"
         raise UserError(msg)
     return Labelled(
         cells=rows, names=obs["cell"].to_numpy().astype(np.str_)[rows], labels=labels[rows],
@@ -181,6 +190,8 @@ class Tuned:
     """Per epoch: epoch, loss and accuracy on the validation cells, mean training loss."""
     warmup_steps: int
     num_steps: int
+    model: Classifier
+    """With the weights of the chosen epoch."""
 
 
 @dataclass
@@ -272,9 +283,10 @@ def finetune(
     of_cell = dict(zip(cells.tolist(), labels.tolist(), strict=True))
     lengths = sentences.lengths(cells)
     plan = Plan(lengths, np.zeros(len(cells), dtype=np.int8), [len(cells)], seed=seed, batch_cells=settings.batch_cells)
-    num_steps = plan.steps_per_epoch * settings.epochs
+    epochs = max(settings.epochs, -(-settings.min_steps // plan.steps_per_epoch))
+    num_steps = plan.steps_per_epoch * epochs
     optimisation = replace(
-        run.train, epochs=settings.epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
+        run.train, epochs=epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
         warmup_steps=min(settings.warmup_steps, num_steps // 4), species_mix=(), log_steps=max(1, plan.steps_per_epoch),
     )  # fmt: skip
     if optimisation.warmup_steps < settings.warmup_steps:
@@ -313,7 +325,7 @@ def finetune(
                 parameter.copy_(task.best[name])
     return Tuned(
         probabilities=probabilities(model, sentences, table.cells[split.test], run.train.micro_tokens), epoch=task.chosen,
-        history=task.history, warmup_steps=optimisation.warmup_steps, num_steps=num_steps,
+        history=task.history, warmup_steps=optimisation.warmup_steps, num_steps=num_steps, model=model,
     )  # fmt: skip
 
 

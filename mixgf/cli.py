@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mixgf import progress, recipes
 from mixgf.config import GENE_TABLES, AccessError, Config, UserError, from_dict, override, split_named, to_dict
@@ -93,7 +94,42 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="one JSON object with every figure")
     inspect.add_argument("--plot", default="", metavar="FILE", help="draw it as well: FILE.png, FILE.svg or FILE.pdf")
     inspect.add_argument("--debug", action="store_true", help="show tracebacks")
+    _more(commands)
     return parser
+
+
+def _more(commands: Any) -> None:
+    """The commands on files of a user's own: annotate, audit."""
+    annotate = commands.add_parser(
+        "annotate",
+        help="cell types of your own cells, and when not to trust them",
+        description="mixgf annotate: labels cells of either species with a classifier that `mixgf classify` kept; the input stays as it is",
+    )
+    annotate.add_argument(
+        "file",
+        metavar="[SPECIES=]FILE",
+        help="raw counts: .h5ad, 10x .h5 or 10x folder; the species is found by gene names",
+    )
+    annotate.add_argument(
+        "--model", required=True, metavar="URI", help="a classifier, or the run or classification that kept one"
+    )
+    annotate.add_argument(
+        "--output", default="", metavar="FILE", help=".h5ad, .parquet or .csv (default: FILE.annotated.h5ad)"
+    )
+    annotate.add_argument("--layer", default="X", help="where the counts are: X, raw, or a layer's name")
+    annotate.add_argument("--genes", default="", metavar="COLUMN", help="column of var with Ensembl ids or symbols")
+    annotate.add_argument("--workers", type=int, default=2, metavar="N", help="Ray tasks at a time (default: 2)")
+    annotate.add_argument("--json", action="store_true", help="one JSON object with every figure")
+    annotate.add_argument("--debug", action="store_true", help="show tracebacks")
+    audit = commands.add_parser(
+        "audit",
+        help="how much of an evaluation was in a pretraining corpus",
+        description="mixgf audit: cells (by hash of their counts), donors and data sets of an evaluation that the model was pretrained on",
+    )
+    audit.add_argument("evaluation", metavar="EVAL", help="a corpus, or SPECIES=FILE of raw counts")
+    audit.add_argument("corpus", metavar="CORPUS", help="a corpus, or a checkpoint beside its corpus")
+    audit.add_argument("--json", action="store_true", help="one JSON object with every figure")
+    audit.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def _fields(stage: str) -> str:
@@ -149,16 +185,14 @@ def _config(args: argparse.Namespace) -> Config:
     return override(config, changes)
 
 
+def _path(uri: str) -> str:
+    local = uri and "://" not in uri and not uri.startswith("resource:")
+    return str(Path(uri).expanduser().absolute()) if local else uri
+
+
 def _absolute(config: Config) -> Config:
     """The same config with absolute local paths: workers have working folders of their own."""
-
-    def path(uri: str) -> str:
-        return (
-            str(Path(uri).expanduser().absolute())
-            if uri and "://" not in uri and not uri.startswith("resource:")
-            else uri
-        )
-
+    path = _path
     data = to_dict(config)
     data["output"] = path(config.output)
     data["prepare"]["extend"] = path(config.prepare.extend)
@@ -236,9 +270,59 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _annotate(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from mixgf.config import Compute, Source
+    from mixgf.drivers import annotate
+
+    species, uri = split_named(args.file)
+    stem = uri.rstrip("/").removesuffix(".h5ad").removesuffix(".h5")
+    to = _path(args.output or f"{stem}.annotated.h5ad")
+    source = Source(uri=_path(uri), species=species, layer=args.layer, genes=args.genes, name="mine")
+    settings = replace(Config(), compute=Compute(num_workers=args.workers))
+    found = annotate.run(_path(args.model), source, to, settings)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print(f"{found['cells']:,} {found['species']} cells by the {found['kind']} of {found['group']}: {found['trusted']:,} labels trusted, "
+          f"{found['cells'] - found['trusted']:,} doubted")  # fmt: skip
+    print(
+        f"{found['genes']:,} of the model's genes measured, {found['coverage']:.1%} of what training sentences are made of"
+    )
+    width = max((len(name) for name in found["labels"]), default=0)
+    for name, (number, trusted) in found["labels"].items():
+        print(f"  {name:<{width}}  {number:>7,}  {trusted:>7,} trusted")
+    for name, number in found["doubts"].items():
+        print(f"  doubted: {name:<{width}}  {number:,}")
+    test = found["test"]
+    print(
+        f"on its own test cells: accuracy {test['accuracy']:.3f}, calibration error {test['ece']:.3f}, {test['doubted']:.1%} doubted"
+    )
+    for text in found["verdicts"]:
+        progress.warn(f"do not trust without a check: {text}")
+    print(f"annotate: {found['output']}")
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from mixgf import audit
+
+    theirs = audit.of_corpus(audit.trained_on(_path(args.corpus)))
+    species, uri = split_named(args.evaluation)
+    mine = audit.evaluation(f"{species}={_path(uri)}" if species else _path(uri), Config().species)
+    found = audit.compare(mine, theirs)
+    print(json.dumps(found.json()) if args.json else f"audit: {found.line}")
+    return 0
+
+
 def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "inspect":
         return _inspect(args)
+    if args.command == "annotate":
+        return _annotate(args)
+    if args.command == "audit":
+        return _audit(args)
     config = _config(args)
     if args.print_config:
         print(json.dumps(to_dict(config), indent=1))

@@ -331,6 +331,8 @@ class Classify:
 
     label: str = "cell_type"
     """Column of `obs` with the labels."""
+    cells: str = ""
+    """Cells that take part, as an expression over `obs`, for example organ == 'pancreas'; empty = all."""
     unlabelled: tuple[str, ...] = ("", "unknown", "nan", "None")
     """Values of the label that mean: no label."""
     group: str = "source"
@@ -365,6 +367,8 @@ class Classify:
     knn: int = 5
     num_hvgs: int = 2000
     epochs: int = 10
+    min_steps: int = 0
+    """Epochs are added until training has at least this many steps, so that a small set is not left untrained; 0 = as `epochs` says."""
     lr: float = 5e-5
     batch_cells: int = 8
     warmup_steps: int = 500
@@ -374,6 +378,8 @@ class Classify:
     """Weigh the loss by inverse class frequency."""
     max_len: int = 0
     """Cut sentences to this many tokens; 0 = as in the corpus."""
+    keep: bool = True
+    """Keep the best classifier of each group (by validation loss, seed 0 of the first split within groups) for `mixgf annotate`."""
 
     def __post_init__(self) -> None:
         for split in self.splits:

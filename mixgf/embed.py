@@ -8,15 +8,34 @@ Shapes: N cells asked for, D width, T packed tokens.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from mixgf import dataset, plan
-from mixgf.dataset import Corpus
 from mixgf.model import Encoder, pool
 
 _FETCH_CELLS = 4096
+
+
+class Sentences(Protocol):
+    """Where sentences are: a `dataset.Corpus`, or some held in memory."""
+
+    @property
+    def lengths_N(self) -> npt.NDArray[np.int32]:
+        """Tokens of each cell."""
+        ...
+
+    @property
+    def cls(self) -> bool:
+        """Whether sentences begin with <cls>."""
+        ...
+
+    def tokens(self, cells: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Sentences of the given cells, packed, and their offsets."""
+        ...
 
 
 def num_layers(encoder: Encoder, layer: int) -> int:
@@ -29,7 +48,7 @@ def num_layers(encoder: Encoder, layer: int) -> int:
 @torch.inference_mode()
 def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
     encoder: Encoder,
-    corpus: Corpus,
+    corpus: Sentences,
     cells: npt.ArrayLike,
     pooling: str = "mean",
     layer: int = -1,

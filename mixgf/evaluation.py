@@ -22,12 +22,26 @@ import pyarrow as pa
 import torch
 from scipy import sparse
 
-from mixgf import artifacts, baselines, classify, config, counts, embed, keyed, scores, species, storage, train
+from mixgf import (
+    artifacts,
+    baselines,
+    classifier,
+    classify,
+    config,
+    counts,
+    embed,
+    keyed,
+    scores,
+    species,
+    storage,
+    train,
+)
 from mixgf.baselines import BASELINES
 from mixgf.classify import HEADS, UNTRAINED
 from mixgf.config import Config, Source, SpeciesRow, UserError
 from mixgf.counts import Counts
 from mixgf.dataset import Corpus
+from mixgf.model import Encoder
 from mixgf.splits import Labelled, Split
 
 Ints = npt.NDArray[np.int64]
@@ -148,6 +162,51 @@ def device(run: Config) -> torch.device:
     return torch.device("cuda" if run.compute.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
 
 
+# Classifiers
+
+
+def classifier_part(places: Places, group: str, model: str) -> str:
+    """Folder of a classifier that may be kept for a group."""
+    return storage.join(places.parts, "classifiers", f"{slug(group)}-{config.fingerprint([group, model])[:8]}")
+
+
+def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
+    run: Config, places: Places, corpus: Corpus, table: Labelled, split: Split, model: str, encoder: Encoder,
+    head: tuple[Floats, Floats] | None,
+) -> None:  # fmt: skip
+    """Write a trained classifier as a part. A tuned head pools the last layer, a probe the layer of `embed.layer`."""
+    made = classifier.of_split(
+        encoder, head, model=model, corpus=corpus, table=table, split=split, run=run,
+        max_len=classify.longest(encoder, run.classify) if head else encoder.row.max_positions, layer=-1 if head else run.embed.layer,
+    )  # fmt: skip
+    classifier.save(classifier_part(places, split.group, model), made, corpus.vocabulary)
+
+
+def named(group: str, splits: Sequence[Split]) -> str:
+    """A group's folder: its name as a slug, with a key where two groups have the same slug."""
+    alike = {s.group for s in splits if slug(s.group) == slug(group)}
+    return slug(group) if len(alike) == 1 else f"{slug(group)}-{config.fingerprint(group)[:8]}"
+
+
+def keep_best(run: Config, places: Places, splits: Sequence[Split], parents: dict[str, str]) -> list[dict[str, Any]]:
+    """Publish the classifier with the lowest validation loss of each group; returns what is known of each."""
+    kept = []
+    for split in [s for s in splits if classifier.wanted(run, s)]:
+        parts = [
+            classifier_part(places, split.group, model)
+            for model in run.classify.models
+            if model in ("finetune", "probe")
+        ]
+        if not parts:
+            continue
+        best = min(parts, key=lambda part: float(classifier.facts(part)["about"]["validation"]["loss"]))
+        uri = storage.join(places.output, classifier.FOLDER, named(split.group, splits))
+        classifier.publish(uri, best, parents)
+        about = classifier.facts(uri)["about"]
+        kept.append({"uri": uri, **{name: about[name] for name in ("group", "model", "validation", "test")}})
+    return kept
+
+
 # Predictions
 
 
@@ -162,6 +221,10 @@ def predict(run: Config, places: Places, table: Labelled, split: Split, model: s
     """Keep predictions of one model on the test cells of one split, with their scores."""
     began = time.perf_counter()
     details: dict[str, Any] = {}
+    if model == "probe" and classifier.wanted(run, split):
+        corpus = Corpus(places.corpus)
+        start = classify.load_encoder(places.checkpoint, model, run, corpus.vocabulary.hash, device(run))
+        _keep(run, places, corpus, table, split, model, start, None)
     if model in BASELINES:
         probabilities_MC = BASELINES[model](problem(run, places, table, split))
     elif model.removeprefix(UNTRAINED) in HEADS:
@@ -175,6 +238,10 @@ def predict(run: Config, places: Places, table: Labelled, split: Split, model: s
         start = classify.load_encoder(places.checkpoint, model, run, corpus.vocabulary.hash, device(run))
         tuned = classify.finetune(start, corpus, table, split, run=run, context=train.LocalContext(device(run)))
         probabilities_MC, details = tuned.probabilities, classify.notes(tuned)
+        if model == "finetune" and classifier.wanted(run, split):
+            head = tuned.model.head
+            layer = (head.weight.detach().cpu().numpy(), head.bias.detach().cpu().numpy())
+            _keep(run, places, corpus, table, split, model, tuned.model.encoder, layer)
     true_M, predicted_M = split.ids(table.labels[split.test]), probabilities_MC.argmax(1).astype(np.int64)
     confidence_M = probabilities_MC.max(1).astype(np.float64)
     rng = np.random.default_rng([run.seed, split.seed, 7])

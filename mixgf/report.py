@@ -242,6 +242,8 @@ def summary(config: Config) -> str:
             f"{findings.lower(sections.CURVES[name])} {first:.3f} -> {last:.3f}" for name, (first, last) in ends.items()
         ]
         lines.append(f"training   {'; '.join(said)}")
+    if "classify" in run.records and (seen := run.records["classify"].details.get("audit")):
+        lines.append(f"audit      {seen['line']}")
     if rows := summary_rows(run):
         head = (
             "task",

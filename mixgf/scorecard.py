@@ -20,6 +20,7 @@ def brief(run: Run) -> Section:
     scores = run.tables.get("scores")
     if scores is not None and len(scores):
         blocks += _verdicts(findings.board(scores), run.tables.get("comparisons"))
+        blocks.append(_seen(run))
     genes = run.tables.get("genes")
     if genes is not None and len(genes):
         for operation, part in genes.groupby("operation", sort=False):
@@ -30,6 +31,19 @@ def brief(run: Run) -> Section:
     if absent := [stage for key, stage in done.items() if key not in run.records]:
         blocks.append(Text(f"Not run: {', '.join(absent)}. The sections say which command makes each.", "missing"))
     return Section("brief", "In brief", blocks)
+
+
+def _seen(run: Run) -> Text:
+    """How much of the evaluation the encoder was pretrained on, in every report."""
+    record = run.records.get("classify")
+    found = record.details.get("audit") if record is not None else None
+    if not found:
+        return Text(
+            "Audit: not made; `mixgf audit EVAL CORPUS` counts the evaluation cells in a pretraining corpus.", "warn"
+        )
+    clean = found["cells"] is not None and found["cells"][0] == 0
+    line = str(found["line"])
+    return Text(f"Audit: {line}.", "plain" if clean else "warn")
 
 
 def _scope(run: Run) -> str:

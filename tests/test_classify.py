@@ -248,3 +248,13 @@ def test_keys_of_the_head_are_not_those_of_a_layer() -> None:
     at_head = keyed.dropped(keys, classify._HEAD_SITE, 32, 1 << 15)
     for site in range(40):
         assert abs((at_head == keyed.dropped(keys, site, 32, 1 << 15)).float().mean() - 0.5) < 0.1
+
+
+def test_epochs_are_added_until_a_small_set_has_its_steps(corpus: Corpus) -> None:
+    """65 training cells in batches of 8 are 9 steps an epoch: 40 steps need 5 epochs."""
+    data = table()
+    split = only_split(data)
+    steps = -(-len(np.setdiff1d(split.train, split.validation)) // RUN.classify.batch_cells)
+    found = tuned(corpus, data, split, replace(RUN, classify=replace(RUN.classify, epochs=1, min_steps=4 * steps + 1)))
+    assert len(found.history) == 5
+    assert found.num_steps == 5 * steps

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from scipy import sparse
 
-from mixgf import artifacts, checkpoint, config, embed, evaluation, storage
+from mixgf import artifacts, checkpoint, config, embed, evaluation, rivals, storage
 from mixgf.baselines import BASELINES
 from mixgf.classify import MODELS, load_encoder
 from mixgf.config import Classify, Compute, Config, Embed, Model, Source, Tokens, Tracking, Train, UserError
@@ -134,13 +134,13 @@ def test_running_again_does_nothing_and_leaves_no_parts(local: Config) -> None:
     def refuse(pieces: Sequence[driver.Piece]):
         raise AssertionError(pieces)
 
-    before = {
-        name: storage.sha256(f"{local.output}/classify/{name}") for name in storage.list_dir(f"{local.output}/classify")
-    }
+    def hashes() -> dict[str, str]:
+        folder = Path(local.output) / "classify"
+        return {str(p.relative_to(folder)): storage.sha256(str(p)) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    before = hashes()
     driver.run(local, spread=refuse)
-    after = {
-        name: storage.sha256(f"{local.output}/classify/{name}") for name in storage.list_dir(f"{local.output}/classify")
-    }
+    after = hashes()
     assert before == after
     assert "record.json" in after
 
@@ -243,6 +243,66 @@ def test_what_cannot_be_done_is_one_line(
     with pytest.raises(UserError, match=message):
         driver.run(at(base, tmp_path, **changes), spread=driver.loop)
     assert not storage.list_dir(str(tmp_path / "classify"))
+
+
+def test_only_the_chosen_cells_take_part_and_the_record_says_what_the_encoder_had_seen(
+    base: Config, tmp_path: Path
+) -> None:
+    run = at(
+        base,
+        tmp_path,
+        cells="species == 'human' and cell_type != 'delta cell'",
+        splits=("random",),
+        models=("majority", "knn"),
+    )
+    driver.run(run, spread=driver.loop)
+    assert set(table(run, "scores")["group"]) == {"human"}
+    assert set(table(run, "predictions")["true"]) == set(TYPES) - {"delta cell"}
+    record = artifacts.require(f"{run.output}/classify", "classification")
+    assert record.details["audit"]["cells"] == [record.counts["labelled"]] * 2
+    assert "(100.0%) were in the pretraining corpus" in record.details["audit"]["line"]
+    assert record.details["classifiers"] == []
+    with pytest.raises(UserError, match=r"classify.cells: species has no value 'rat'"):
+        driver.run(at(base, tmp_path / "b", cells="species == 'rat'"), spread=driver.loop)
+
+
+def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tmp_path: Path) -> None:
+    """Trained on a corpus that holds the human cells only: exactly these are counted."""
+    old = replace(
+        base,
+        output=str(tmp_path / "old"),
+        sources=base.sources[:1],
+        vocab=replace(base.vocab, reuse=f"{base.output}/vocabulary"),
+    )
+    prepare.run(old, spread=dispatch.loop)
+    seen = Corpus(f"{old.output}/corpus")
+    record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {"other": 1}, {"corpus": seen.record.fingerprint})
+    artifacts.begin(f"{old.output}/pretrain", record)
+    checkpoint.publish(
+        f"{old.output}/pretrain",
+        record,
+        MaskedModel(SMALL, seen.vocabulary.size),
+        vocabulary=seen.vocabulary.hash,
+        tokens=base.tokens,
+    )
+    run = at(base, tmp_path / "new", splits=("random",), models=("majority",))
+    run = replace(run, inputs=replace(run.inputs, checkpoint=f"{old.output}/pretrain"))
+    driver.run(run, spread=driver.loop)
+    found = artifacts.require(f"{run.output}/classify", "classification").details["audit"]
+    labels = Corpus(run.inputs.corpus).obs(["species", "cell_type"])
+    known = labels[labels["cell_type"] != "unknown"]
+    assert found["cells"] == [int((known["species"] == "human").sum()), len(known)]
+
+
+def test_a_model_whose_package_is_not_there_is_left_out_with_its_reason(
+    base: Config, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setitem(rivals.PACKAGES, "scvi", "no_such_package_of_anyone")
+    run = at(base, tmp_path, splits=("random",), models=("majority", "scvi"))
+    with caplog.at_level("WARNING"):
+        driver.run(run, spread=driver.loop)
+    assert set(table(run, "scores")["model"]) == {"majority"}
+    assert "left out: scvi is not installed (pip install 'mixgf[baselines]')" in caplog.text
 
 
 def test_registered_models_do_not_share_names() -> None:

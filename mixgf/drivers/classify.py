@@ -8,21 +8,21 @@ Ray. All arithmetic is in `mixgf.evaluation`, `mixgf.classify`, `mixgf.baselines
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf import artifacts, classify, evaluation, splits, storage, tracking
+from mixgf import artifacts, audit, classify, evaluation, splits, storage, tracking
 from mixgf.baselines import BASELINES
 from mixgf.classify import HEADS, UNTRAINED
 from mixgf.config import Config, UserError, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.evaluation import Places
-from mixgf.progress import Progress, say
+from mixgf.progress import Progress, say, warn
 from mixgf.splits import Labelled, Split
 
 SCHEMA = 1
@@ -101,6 +101,11 @@ def ray_tasks(config: Config) -> Spread:
 def run(config: Config, *, spread: Spread | None = None) -> str:
     """Score every model on every split; returns the artifact's URI. `spread` replaces Ray (`loop` in tests)."""
     classify.require_models(config.classify)
+    skipped = classify.skipped(config.classify)
+    for why in skipped.values():
+        warn(f"classify: left out: {why}")
+    models = tuple(m for m in config.classify.models if m not in skipped)
+    config = replace(config, classify=replace(config.classify, models=models))
     uri = storage.join(config.output, "classify")
     places, record = _plan(config, uri)
     finished = artifacts.find(uri)
@@ -225,14 +230,34 @@ def _publish(
         )
         files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
     shown = evaluation.write_cells(storage.join(uri, "cells.h5ad"), config, table, found, table.names.tolist())
+    seen = _audit(places, table)
+    say(f"classify: {seen['line']}")
+    kept = evaluation.keep_best(config, places, made, record.parents)
     details = {
-        "models": list(config.classify.models), "cells_h5ad": shown,
+        "models": list(config.classify.models), "cells_h5ad": shown, "classifiers": kept, "audit": seen,
         "splits": [{"group": s.group, "split": s.kind, "direction": s.direction, "seed": s.seed, "classes": list(s.classes), "num_train": len(s.train),
                     "num_validation": len(s.validation), "num_test": len(s.test), "dropped": s.dropped, "donors": list(s.donors)} for s in made],
     }  # fmt: skip
     counts = {"labelled": len(table), "splits": len(made), "predictions": len(found["predictions"])}
     artifacts.finish(uri, record, counts=counts, files=files, details=details)
+    for one in kept:
+        say(
+            f"classify: kept the {one['model']} of {one['group']} (test accuracy {one['test']['accuracy']:.3f}): mixgf annotate --model {one['uri']} FILE"
+        )
     return _figures(found["scores"])
+
+
+def _audit(places: Places, table: Labelled) -> dict[str, Any]:
+    """How many of the labelled cells the encoder was pretrained on, as plain data with one `line` for people."""
+    mine, trained = artifacts.require(places.corpus, "corpus"), artifacts.require(places.checkpoint, "checkpoint")
+    if trained.parents.get("corpus") == mine.fingerprint:  # one corpus: nothing to compare
+        return audit.Overlap(cells=(len(table), len(table)), by="the corpus' fingerprint", names=None, same=True).json()
+    try:
+        theirs = audit.of_corpus(audit.trained_on(places.checkpoint))
+    except UserError:
+        line = "not known how many evaluation cells were in the pretraining corpus, which does not lie beside the checkpoint: mixgf audit EVAL CORPUS"
+        return {"line": line, "cells": None}
+    return audit.compare(audit.of_corpus(places.corpus).only(table.cells), theirs).json()
 
 
 def _figures(scores: pd.DataFrame) -> dict[str, float]:

@@ -1,0 +1,221 @@
+"""Labels for a user's file: the same as the classifier gave its test cells; doubted where they should be; the file stays as it is."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse, special
+
+from mixgf import artifacts, baselines, checkpoint, classifier, storage
+from mixgf.config import Classify, Config, Model, Source, Tokens, Tracking, Train, UserError
+from mixgf.dataset import Corpus
+from mixgf.drivers import annotate as driver
+from mixgf.drivers import classify as classify_driver
+from mixgf.drivers import dispatch, prepare
+from mixgf.model import MaskedModel
+
+TYPES = ("beta cell", "alpha cell", "ductal cell")
+SMALL = Model(num_layers=1, dim=32, num_heads=2, ffn_dim=32, max_positions=48)
+
+
+def cells(name: str, each: int, types: tuple[str, ...] = TYPES, *, skip: int = 0) -> anndata.AnnData:
+    data = anndata.read_h5ad(storage.local_path(f"resource:pancreas_{name}_baron.h5ad"))
+    labels = data.obs["cell_type"].astype(str).to_numpy()
+    rows = np.concatenate([np.flatnonzero(labels == kind)[skip : skip + each] for kind in types])
+    x = sparse.csr_matrix(data.X[rows]).astype(np.int32)
+    return anndata.AnnData(x, obs=data.obs.iloc[rows][["cell_type", "organ"]].astype(str), var=data.var[["ensembl_id"]])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A classification of both species at once, whose probe (on random weights) is kept."""
+    folder = tmp_path_factory.mktemp("annotate")
+    for name in ("human", "mouse"):
+        cells(name, 40).write_h5ad(folder / f"{name}.h5ad")
+    run = Config(
+        output=str(folder / "run"), model=SMALL, tokens=Tokens(max_len=48), train=Train(micro_tokens=2048),
+        tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
+        sources=tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in ("human", "mouse")),
+        classify=Classify(group="source", splits=("random",), models=("probe", "finetune"), epochs=1),
+    )  # fmt: skip
+    prepare.run(run, spread=dispatch.loop)
+    corpus = Corpus(storage.join(run.output, "corpus"))
+    uri = storage.join(run.output, "pretrain")
+    record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {"corpus": corpus.record.fingerprint})
+    artifacts.begin(uri, record)
+    checkpoint.publish(
+        uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=run.tokens
+    )
+    classify_driver.run(run, spread=classify_driver.loop)
+    return run
+
+
+def model(run: Config, group: str = "human") -> str:
+    return f"{run.output}/classify/classifiers/{group}"
+
+
+def label(
+    run: Config, data: anndata.AnnData, folder: Path, *, group: str = "human", name: str = "mine"
+) -> tuple[dict, anndata.AnnData]:
+    path = folder / f"{name}.h5ad"
+    data.write_h5ad(path)
+    found = driver.run(
+        model(run, group),
+        Source(uri=str(path), species=""),
+        str(folder / f"{name}.out.h5ad"),
+        Config(),
+        spread=dispatch.loop,
+    )
+    return found, anndata.read_h5ad(found["output"])
+
+
+def test_labels_of_the_test_cells_are_those_that_were_scored(trained: Config, tmp_path: Path) -> None:
+    found, out = label(trained, cells("human", 40), tmp_path)
+    splits = storage.read_table(f"{trained.output}/classify/splits.parquet").to_pandas()
+    mine = splits[(splits["group"] == "human") & (splits["part"] == "test")]["cell"].str.removeprefix("human:")
+    tested = out.obs.loc[mine]
+    right = tested["mixgf_label"].astype(str) == tested["cell_type"]
+    assert right.mean() == pytest.approx(found["test"]["accuracy"], abs=1e-9)
+    assert (~tested["mixgf_trusted"]).mean() == pytest.approx(found["test"]["doubted"], abs=1e-9)
+    np.testing.assert_allclose(out.obsm["mixgf_probabilities"].sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(out.obsm["mixgf_probabilities"].max(1), out.obs["mixgf_probability"], atol=1e-6)
+
+
+def test_the_better_classifier_by_validation_loss_is_kept_and_knows_its_own_scores(trained: Config) -> None:
+    kept, _, record = classifier.load(model(trained))
+    assert record.kind == "classifier"
+    assert kept.about["model"] in ("probe", "finetune")
+    assert kept.about["test"]["cells"] == 24  # 20 % of 3 x 40
+    listed = artifacts.require(f"{trained.output}/classify", "classification").details["classifiers"]
+    assert [one["group"] for one in listed] == ["human", "mouse"]
+
+
+def test_the_input_and_all_that_is_in_it_stay(trained: Config, tmp_path: Path) -> None:
+    data = cells("human", 5)
+    data.obsm["X_mine"] = np.arange(2.0 * data.n_obs).reshape(-1, 2)
+    data.layers["twice"] = data.X * 2
+    _, out = label(trained, data, tmp_path)
+    before = anndata.read_h5ad(tmp_path / "mine.h5ad")
+    assert not any(c.startswith("mixgf_") for c in before.obs)
+    pd.testing.assert_frame_equal(out.obs[before.obs.columns], before.obs)
+    np.testing.assert_array_equal(out.obsm["X_mine"], data.obsm["X_mine"])
+    assert (out.layers["twice"] != data.layers["twice"]).nnz == 0
+    assert (out.X != data.X).nnz == 0
+
+
+def test_parts_of_any_size_and_a_csv_hold_the_same_labels(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = label(trained, cells("human", 9), tmp_path)
+    monkeypatch.setattr(driver, "PART_CELLS", 10)
+    to = str(tmp_path / "mine.csv")
+    driver.run(
+        model(trained), Source(uri=str(tmp_path / "mine.h5ad"), species="human"), to, Config(), spread=dispatch.loop
+    )
+    table = pd.read_csv(to)
+    assert table["mixgf_label"].tolist() == whole.obs["mixgf_label"].astype(str).tolist()
+    np.testing.assert_allclose(table["mixgf_probability"], whole.obs["mixgf_probability"], atol=1e-6)
+    assert not [p for p in tmp_path.iterdir() if ".parts-" in p.name]
+
+
+def test_a_species_without_training_cells_and_missing_genes_are_said(trained: Config, tmp_path: Path) -> None:
+    found, _ = label(trained, cells("mouse", 8), tmp_path, name="mouse")
+    assert found["species"] == "mouse"
+    assert any("trained on human cells only" in text for text in found["verdicts"])
+    assert label(trained, cells("mouse", 8), tmp_path, group="mouse", name="mouse2")[0]["coverage"] > 0.99
+    part = cells("human", 8)
+    part = part[:, np.random.default_rng(0).permutation(part.n_vars)[: part.n_vars // 3]].copy()
+    found, _ = label(trained, part, tmp_path, name="third")
+    assert found["coverage"] < 0.5
+    assert any("the file measures only" in text for text in found["verdicts"])
+
+
+def test_shallow_and_empty_cells_are_doubted(trained: Config, tmp_path: Path) -> None:
+    data = cells("human", 4)
+    x = data.X.tolil()
+    x[0] = 0
+    keep = x[1].nonzero()[1][:9]
+    row = np.zeros(data.n_vars, dtype=np.int32)
+    row[keep] = 1
+    x[1] = row
+    data.X = sparse.csr_matrix(x)
+    found, out = label(trained, data, tmp_path)
+    assert out.obs["mixgf_doubt"].iloc[0] == classifier.EMPTY
+    assert out.obs["mixgf_label"].iloc[0] == ""
+    assert classifier.SHALLOW in out.obs["mixgf_doubt"].iloc[1]
+    assert not out.obs["mixgf_trusted"].iloc[:2].any()
+    assert found["doubts"][classifier.EMPTY] == 1
+
+
+def test_temperature_scaling_finds_the_divisor() -> None:
+    """Labels drawn from softmax(z); shown 3 z, the fitted temperature is 3."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(20_000, 4)) * 2
+    p = special.softmax(z, axis=1)
+    labels = (p.cumsum(1) < rng.random((len(z), 1))).sum(1)
+    assert classifier.fit_temperature(3 * z, labels) == pytest.approx(3, rel=0.05)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_a_probe_is_a_linear_layer(num_classes: int) -> None:
+    """The folded layer on raw vectors gives the probabilities of logistic regression on z-scored ones."""
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(3, 5, (90, 6)), rng.normal(3, 5, (20, 6))
+    labels = np.arange(90) % num_classes
+    train[:, 0] += 9 * labels
+    weights, bias = classifier.probe(train, labels, num_classes)
+    scaled = baselines.standardise(train, test, *baselines.one_group(train, test))
+    expected = baselines.logistic(scaled[0], labels, scaled[1], num_classes)
+    np.testing.assert_allclose(special.softmax(test @ weights.T + bias, axis=1), expected, atol=1e-9)
+
+
+def test_limits_doubt_the_stated_share_of_validation_cells_and_far_cells() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    vectors = (np.eye(8)[labels] * 5 + rng.normal(size=(400, 8)) * 2).astype(np.float32)
+    head = np.eye(8)[:2] - np.eye(8)[:2].mean(0)
+    kept = classifier.keep(
+        None, head, np.zeros(2), classes=("a", "b"), pooling="mean", layer=-1, train_ND=vectors[:200], labels_N=labels[:200],
+        genes_N=np.arange(200), tokens_T=np.array([3, 3, 4]), vocab_size=6, validation_ND=vectors[200:], validation_labels=labels[200:], about={},
+    )  # fmt: skip
+    p = kept.probabilities(vectors[200:])
+    distance = kept.distances(vectors[200:], p.argmax(1))
+    assert (p.max(1) < kept.least_probability).mean() == pytest.approx(classifier.DOUBTED, abs=0.01)
+    assert (distance > kept.greatest_distance).mean() == pytest.approx(classifier.DOUBTED, abs=0.01)
+    np.testing.assert_allclose(kept.share_V, [0, 0, 0, 2 / 3, 1 / 3, 0])
+    strange = np.eye(8)[[5]] * 25 + np.eye(8)[[0]]
+    p = kept.probabilities(strange)
+    assert classifier.FAR in kept.doubts(p, kept.distances(strange, p.argmax(1)), np.array([999]))[0]
+
+
+def test_what_cannot_be_used_is_one_line(trained: Config, tmp_path: Path) -> None:
+    cells("human", 3).write_h5ad(tmp_path / "a.h5ad")
+    source = Source(uri=str(tmp_path / "a.h5ad"), species="human")
+    with pytest.raises(
+        UserError, match=r"--model .*: 2 classifiers there, one per group of cells; name one of .*/human, .*/mouse"
+    ):
+        driver.run(trained.output, source, str(tmp_path / "b.h5ad"), Config(), spread=dispatch.loop)
+    with pytest.raises(UserError, match=r"--model .*: no classifier there; `mixgf classify` makes them"):
+        driver.run(str(tmp_path), source, str(tmp_path / "b.h5ad"), Config(), spread=dispatch.loop)
+    with pytest.raises(UserError, match=r"--output .*b.txt: must end in .h5ad, .parquet or .csv"):
+        driver.run(model(trained), source, str(tmp_path / "b.txt"), Config(), spread=dispatch.loop)
+    with pytest.raises(UserError, match=r"a.h5ad: species = 'rat': the model reads human, mouse"):
+        driver.run(
+            model(trained), replace(source, species="rat"), str(tmp_path / "b.h5ad"), Config(), spread=dispatch.loop
+        )
+    strange = anndata.AnnData(sparse.csr_matrix(np.ones((3, 4), dtype=np.int32)))
+    strange.var_names = [f"x{i}" for i in range(4)]
+    strange.write_h5ad(tmp_path / "x.h5ad")
+    with pytest.raises(
+        UserError, match=r"x.h5ad: 3 cells, none of 4 genes is known to the model; names are like x0, x1"
+    ):
+        driver.run(
+            model(trained),
+            replace(source, uri=str(tmp_path / "x.h5ad")),
+            str(tmp_path / "b.h5ad"),
+            Config(),
+            spread=dispatch.loop,
+        )
