@@ -22,7 +22,6 @@ from measure import Figure, forked, interleaved, peak_memory, rate
 from torch import Tensor
 
 from mixgf import artifacts, checkpoint, config, perturb, storage
-from mixgf.dataset import Corpus
 from mixgf.model import Encoder, MaskedModel, forward_flops
 from mixgf.shifts import Engine, Original
 from mixgf.train import measure_peak
@@ -156,10 +155,10 @@ def _actors(row: config.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
                 perturb.Scorer, settings, corpus=corpus.uri, weights=weights, folder=storage.join(folder, str(size))
             )
             with Pool(make, Size(min_actors=size, max_actors=size)) as pool:
-                # loading is waited for: an item for each
-                pool.run({f"warm {i}": (unit, states) for i, unit in enumerate(units[: 2 * size])}, lambda *_: None)
-                while pool.num_up < size:
-                    pool.run({"warm": (units[0], states)}, lambda *_: None)
+                for _ in range(5):  # until all are loaded
+                    pool.run({unit.key: (unit, states) for unit in units}, lambda *_: None)
+                    if pool.num_up == size:
+                        break
                 began = time.perf_counter()
                 pool.run({unit.key: (unit, states) for unit in units}, lambda *_: None)
                 wall[size] = time.perf_counter() - began
