@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixgf import edits
-from mixgf.model import Encoder
+from mixgf.model import Encoder, Layer
 from mixgf.shifts import Engine
 
 OPERATIONS = ("delete", "overexpress")
@@ -157,7 +157,7 @@ def _trace(engine: Engine, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _
     with torch.enable_grad(), engine.autocast():
         places_LD = F.embedding(places_L, encoder.positions).detach().requires_grad_()
         h_LD = encoder.norm(F.embedding(ids_L, encoder.tokens) + places_LD)
-        for layer in encoder.layers[:num_layers]:
+        for layer in _layers(encoder)[:num_layers]:
             q, k, v = _heads(encoder, layer.qkv(h_LD))
             a = _weighted(q, k, v, log_weight_L)
             kept.append([q, k, v, a])
@@ -178,6 +178,10 @@ def _trace(engine: Engine, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _
             (*(x.detach().float() for x in row), grad.float()) for row, grad in zip(kept, grads, strict=True)
         ),
     )
+
+
+def _layers(encoder: Encoder) -> list[Layer]:
+    return [layer for layer in encoder.layers if isinstance(layer, Layer)]
 
 
 def _heads(encoder: Encoder, x_T3D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +217,7 @@ def _inserted(engine: Engine, cell: _Trace, genes_K: Tensor) -> tuple[Tensor, Te
     H, L, E = cell.attention[0][0].shape if cell.attention else (1, 1, 1)
     rows = max(1, _PROBE_ELEMENTS // (H * L))
     parts = [list(range(a, b)) for a, b in pairwise([*range(0, len(genes_K), rows), len(genes_K)])]
-    for layer, (q, k, v, out, grad) in zip(encoder.layers, cell.attention, strict=False):
+    for layer, (q, k, v, out, grad) in zip(_layers(encoder), cell.attention, strict=False):
         pq, pk, pv = _heads(encoder, layer.qkv(h_KD))
         log_sum = torch.logsumexp(q @ k.transpose(1, 2) / math.sqrt(E), dim=2)
         worth = (grad * out).sum(2, keepdim=True)
