@@ -79,7 +79,7 @@ def run_units(corpus, weights, folder, **settings):
     rows = {}
     work = perturb.units(design, corpus, chosen.perturb)
     for unit in work:
-        assert scorer((unit, states)) == unit.cost
+        assert scorer((unit, states)).cost == unit.cost
         if unit.operation != "embed":
             for row in storage.read_table(f"{folder}/{unit.key}.parquet").to_pylist():
                 key = (unit.operation, row["target"], row["cell"])
