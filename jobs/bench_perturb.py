@@ -2,6 +2,7 @@
 
 On a CPU in CPU seconds of one thread, interleaved in one process, random weights of the paper's sizes (time does not depend
 on their values); memory in processes of their own; one and two Ray actors in wall seconds; on a GPU sentences per wall second.
+How well the screen ranks genes is measured on a trained run: MIXGF_BENCH_RUN=runs/mine (corpus and pretrain).
 Run through `python jobs/bench.py perturb [--json] [--quick]`. Needs `transformers` (extra `test`).
 """
 
@@ -19,15 +20,18 @@ import published
 import torch
 from bench_train import _corpus, _embeddings
 from measure import Figure, forked, interleaved, peak_memory, rate
+from scipy import stats
 from torch import Tensor
 
-from mixgf import artifacts, checkpoint, config, perturb, storage
+from mixgf import artifacts, checkpoint, config, perturb, screen, storage
+from mixgf.dataset import Corpus
 from mixgf.model import Encoder, MaskedModel, forward_flops
 from mixgf.shifts import Engine, Original
 from mixgf.train import measure_peak
 
 VOCABULARY = 25_426
 """Genes of the published human dictionary, specials included."""
+GRID = config.Perturb().screen_grid
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -43,6 +47,8 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
     yield _memory(row, lengths[1], batch=4 if quick else 8)
     for length, num, batch in ((lengths[0], 32, 32), (lengths[1], 8, 8)):
         yield from _delete_all(row, length, num, batch=batch, repeats=1 if quick else 3)
+        yield from _screened(row, length, num, repeats=1 if quick else 3)
+    yield from _agreement(quick=quick)
     with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
         corpus = _corpus(
             storage.join(folder, "mix"), num_cells=400, genes=1000 if quick else 25_000, shrink=8 if quick else 1
@@ -103,6 +109,72 @@ def _delete_all(row: config.Model, length: int, num: int, *, batch: int, repeats
         value=work.flops(layers) / statistics.median(times["ours"]) / peak,
     )  # fmt: skip
     yield Figure(figure="  GEMM peak, fp32, one thread", value=peak / 1e9, unit="GFLOP/s")
+
+
+def _screened(row: config.Model, length: int, num: int, *, repeats: int) -> Iterator[Figure]:
+    """Estimates of all genes of one cell, against exact scores of all, as many times those of `num` genes."""
+    work = Work(row, length, num)
+    engine = Engine(encoder=work.encoder())
+    ids, genes = torch.tensor(work.sentence), torch.tensor(work.sentence)
+    absent = torch.arange(3, 3 + 4 * length)  # for overexpression: 4 genes per token, most of them not in the cell
+    works = {
+        "exact": lambda: work.exact(engine),
+        "delete": lambda: screen.estimate(engine, ids, genes, "delete", work.goal_D, grid=GRID),
+        "overexpress": lambda: screen.estimate(engine, ids, absent, "overexpress", work.goal_D, grid=GRID),
+    }
+    times = interleaved(works, repeats=repeats, cpu=True)
+    for name, asked in (("delete", len(genes)), ("overexpress", len(absent))):
+        exact = statistics.median(times["exact"]) / num
+        ratio = statistics.median(e / num * asked / t for e, t in zip(times["exact"], times[name], strict=True))
+        yield Figure(
+            figure=f"screen of {asked:,} genes, {name}, length {length:,} / exact (scaled from {num})", unit="genes/CPU-s",
+            value=asked / statistics.median(times[name]), baseline=1 / exact, ratio=ratio,
+        )  # fmt: skip
+
+
+def _agreement(*, quick: bool) -> Iterator[Figure]:
+    """With MIXGF_BENCH_RUN, the folder of a trained run: how estimates rank the genes of single cells, and over cells.
+
+    Ten cells of full length, drawn; the goal is the commonest cell type of another species or type.
+    """
+    folder = os.environ.get("MIXGF_BENCH_RUN", "")
+    if not folder:
+        return
+    corpus = Corpus(storage.join(folder, "corpus"))
+    encoder, _ = checkpoint.load_encoder(storage.join(folder, "pretrain"))
+    lead, longest = int(corpus.cls), int(corpus.lengths_N.max())
+    rng = np.random.default_rng(0)
+    full = np.flatnonzero(corpus.lengths_N == longest)
+    types = corpus.obs()["cell_type"].astype(str).to_numpy()
+    chosen = rng.choice(full, 2 if quick else 10, replace=False)
+    for variant in ("remaining", "all"):
+        engine = Engine(encoder=encoder.eval(), variant=variant, lead=lead, max_len=longest)
+        rows: dict[str, list[list[float]]] = {name: [] for name in screen.OPERATIONS}
+        for cell in chosen.tolist():
+            others = corpus.species_N == corpus.species_N[cell]
+            names, counts = np.unique(types[others & (types != types[cell])], return_counts=True)
+            goal = rng.permutation(np.flatnonzero(others & (types == names[counts.argmax()])))[:64]
+            ids_T, offsets_B1 = (torch.from_numpy(x) for x in corpus.tokens(goal))
+            goal_D = engine.vectors(ids_T, offsets_B1).mean(dim=0)
+            ids_L = torch.from_numpy(corpus.tokens([cell])[0]).long()
+            pool = corpus.vocabulary.species_tokens(corpus.species[corpus.species_N[cell]]).astype(np.int64)
+            drawn = torch.from_numpy(rng.choice(pool, longest, replace=False))
+            for name in screen.OPERATIONS:
+                genes = ids_L[lead:] if name == "delete" else torch.cat([ids_L[lead::2], drawn]).unique()
+                estimated = screen.estimate(engine, ids_L, genes, name, goal_D, grid=GRID)
+                original = engine.original(ids_L, torch.tensor([0, len(ids_L)]))
+                cells = torch.zeros(len(genes), dtype=torch.int64)
+                exact = engine.score(original, cells, genes[:, None], name, goal_D[None]).shift_SK[:, 0]
+                top = torch.topk(exact, 50).indices
+                found = torch.isin(top, torch.topk(estimated, 100).indices).double().mean()
+                rows[name].append([float(stats.spearmanr(estimated, exact).statistic), float(found)])
+        for name, values in rows.items():
+            for i, what in enumerate(("Spearman in a cell", "true top 50 within the top 100")):
+                column = [value[i] for value in values]
+                yield Figure(
+                    figure=f"screen, {name}, {variant}, length {longest}: {what}, median; worst of {len(column)}",
+                    unit="", value=statistics.median(column), baseline=min(column),
+                )  # fmt: skip
 
 
 def _memory(row: config.Model, length: int, *, batch: int) -> Figure:
