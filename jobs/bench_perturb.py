@@ -117,7 +117,7 @@ def _screened(row: config.Model, length: int, num: int, *, repeats: int) -> Iter
     engine = Engine(encoder=work.encoder())
     ids, genes = torch.tensor(work.sentence), torch.tensor(work.sentence)
     absent = torch.arange(3, 3 + 4 * length)  # for overexpression: 4 genes per token, most of them not in the cell
-    works = {
+    works: dict[str, Callable[[], object]] = {
         "exact": lambda: work.exact(engine),
         "delete": lambda: screen.estimate(engine, ids, genes, "delete", work.goal_D, grid=GRID),
         "overexpress": lambda: screen.estimate(engine, ids, absent, "overexpress", work.goal_D, grid=GRID),
@@ -160,7 +160,7 @@ def _agreement(*, quick: bool) -> Iterator[Figure]:
             pool = corpus.vocabulary.species_tokens(corpus.species[corpus.species_N[cell]]).astype(np.int64)
             drawn = torch.from_numpy(rng.choice(pool, longest, replace=False))
             for name in screen.OPERATIONS:
-                genes = ids_L[lead:] if name == "delete" else torch.cat([ids_L[lead::2], drawn]).unique()
+                genes = ids_L[lead:] if name == "delete" else torch.unique(torch.cat([ids_L[lead::2], drawn]))
                 estimated = screen.estimate(engine, ids_L, genes, name, goal_D, grid=GRID)
                 original = engine.original(ids_L, torch.tensor([0, len(ids_L)]))
                 cells = torch.zeros(len(genes), dtype=torch.int64)

@@ -398,6 +398,8 @@ class Perturb:
     """How far inhibit and activate move a gene, as a share of the sentence."""
     genes: tuple[str, ...] = ()
     """Ensembl ids or symbols; `+` joins genes that are perturbed together; empty = all detected genes."""
+    anchor: str = ""
+    """A gene that is perturbed together with each of the others (pairs), and once alone; empty = none."""
     min_coverage: float = 0.05
     """Genes in the sentences of fewer start cells are not tested."""
     max_genes: int = 0
@@ -450,6 +452,9 @@ class Perturb:
         if self.screen:
             _require(bool(self.goal.strip()), "perturb.screen", self.screen,
                      "0 without perturb.goal: a response without direction has no cheap estimate")  # fmt: skip
+            _require(
+                not self.anchor, "perturb.screen", self.screen, "0 with perturb.anchor: pairs have no cheap estimate"
+            )
             for operation in self.operations:
                 _require(operation in {"delete", "overexpress"}, "perturb.screen", self.screen,
                          f"0 with {operation}: only delete and overexpress have a cheap estimate")  # fmt: skip

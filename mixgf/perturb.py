@@ -137,7 +137,7 @@ def design(corpus: Corpus, config: Config) -> Design:
     return Design(
         cells_N=cells,
         states=states,
-        targets=tuple(_targets(corpus, settings, cells)),
+        targets=tuple(_paired(corpus, settings, cells, _targets(corpus, settings, cells))),
         donors=donors,
         donor_of=donor_of,
         warnings=tuple(warnings),
@@ -174,6 +174,43 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
     if settings.max_genes:
         found.sort(key=lambda target: (-target.coverage, target.tokens))
         found = sorted(found[: settings.max_genes], key=lambda target: target.tokens)
+    return found
+
+
+def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target]) -> list[Target]:
+    """The anchor alone and with every target of its species, where there is one; else the targets as they are."""
+    if not settings.anchor:
+        return targets
+    species = sorted({target.species for target in targets})
+    found: list[Target] = []
+    error: UserError | None = None
+    for name in species:
+        mine = cells[corpus.species_N[cells] == corpus.species.index(name)]
+        try:
+            token = corpus.vocabulary.find(settings.anchor, name)
+        except UserError as unknown:
+            error = error or unknown
+            continue
+        holding = np.array([cell for cell in mine.tolist() if token in corpus.tokens([cell])[0]], dtype=np.int64)
+        genes, symbols = _names(corpus, [name])
+        alone = Target(
+            gene=genes[name, token], symbol=symbols[name, token], species=name, tokens=(token,),
+            coverage=len(holding) / len(mine),
+        )  # fmt: skip
+        found.append(alone)
+        for target in targets:
+            if target.species != name or token in target.tokens:
+                continue
+            coverage = _holding(corpus, holding, target.tokens) / len(mine) if len(holding) else 0.0
+            if settings.genes or coverage >= settings.min_coverage:
+                pair = Target(
+                    gene=f"{alone.gene}+{target.gene}", symbol=f"{alone.symbol}+{target.symbol}", species=name,
+                    tokens=(token, *target.tokens), coverage=coverage,
+                )  # fmt: skip
+                found.append(pair)
+    if not found:
+        msg = f"perturb.anchor: {error}"
+        raise UserError(msg)
     return found
 
 
