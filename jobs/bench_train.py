@@ -8,7 +8,6 @@ Run through `python jobs/bench.py train [--json] [--quick]`. Needs `transformers
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measure import Figure, interleaved, peak_memory, rate
+from measure import Figure, forked, interleaved, peak_memory, rate
 from torch import Tensor
 
 from mixgf import artifacts, config, plan, storage
@@ -105,8 +104,8 @@ def _memory(row: config.Model, corpus: Corpus) -> list[Figure]:
         step()
         return peak_memory() - before
 
-    ours = _forked([lambda: above_start(_ours(settings, corpus, 0))])[0]
-    theirs = _forked([lambda: above_start(published.step(settings, corpus, 0, attention_dropout=0.1))])[0]
+    ours = forked([lambda: above_start(_ours(settings, corpus, 0))])[0]
+    theirs = forked([lambda: above_start(published.step(settings, corpus, 0, attention_dropout=0.1))])[0]
     name = f"train memory, 2 x {corpus.lengths_N.max():,} tokens, published as shipped / ours"
     return [Figure(figure=name, value=ours, unit="GB", baseline=theirs, ratio=theirs / ours)]
 
@@ -140,34 +139,13 @@ def _workers(folder: str, *, quick: bool) -> list[Figure]:
     wall = {}
     for size in (1, 2):
         store = str(Path(folder) / f"store{size}")
-        wall[size] = statistics.median(_forked([partial(steps, rank, size, store) for rank in range(size)])[0])
+        wall[size] = statistics.median(forked([partial(steps, rank, size, store) for rank in range(size)])[0])
     return [
         Figure(
             figure="data-parallel step, 2 processes / 1 (wall)", value=32 / wall[2], unit="cells/s", baseline=32 / wall[1],
             ratio=wall[1] / wall[2],
         )
     ]  # fmt: skip
-
-
-def _forked(works: list[Callable[[], Any]]) -> list[Any]:
-    """What functions return that run at the same time in forks of this process."""
-    import json
-
-    with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
-        pids = []
-        for i, work in enumerate(works):
-            pid = os.fork()
-            if not pid:
-                status = 1
-                try:
-                    (Path(folder) / str(i)).write_text(json.dumps(work()))
-                    status = 0
-                finally:
-                    os._exit(status)
-            pids.append(pid)
-        for pid in pids:
-            os.waitpid(pid, 0)
-        return [json.loads((Path(folder) / str(i)).read_text()) for i in range(len(works))]
 
 
 def _loader(row: config.Model, corpus: Corpus) -> list[Figure]:
@@ -285,6 +263,7 @@ def _corpus(
         "species": ["human", "mouse"],
         "vocabulary": vocabulary.hash,
         "shards": [{"name": "00000.parquet", "rows": num_cells}],
+        "max_len": int(lengths.max()),
     }
     artifacts.finish(folder, record, details=details)
     return Corpus(folder)

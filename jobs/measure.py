@@ -6,11 +6,15 @@ ratio is the median of the pairs' ratios.
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -63,3 +67,22 @@ def rate(name: str, unit: str, amount: float, *, times: dict[str, list[float]], 
 def peak_memory() -> float:
     """Largest resident memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def forked(works: list[Callable[[], Any]]) -> list[Any]:
+    """What functions return that run at the same time in forks of this process."""
+    with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
+        pids = []
+        for i, work in enumerate(works):
+            pid = os.fork()
+            if not pid:
+                status = 1
+                try:
+                    (Path(folder) / str(i)).write_text(json.dumps(work()))
+                    status = 0
+                finally:
+                    os._exit(status)
+            pids.append(pid)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        return [json.loads((Path(folder) / str(i)).read_text()) for i in range(len(works))]

@@ -1,7 +1,8 @@
-"""The published way to train the paper's model, written plainly with Hugging Face BERT: the baseline of bench_train.py.
+"""The published ways, written plainly with Hugging Face BERT: the baselines of bench_train.py and bench_perturb.py.
 
-Cells padded to the longest, two full passes with other dropout, scores of the whole vocabulary at every position, contrast
+Training: cells padded to the longest, two full passes with other dropout, scores of the whole vocabulary at every position, contrast
 of the first position's vectors, AdamW; a collator that pads Python lists (shared notes, performance sections 2 and 6).
+Perturbation: one cell at a time, a padded batch of copies through the whole model, scores of the vocabulary included.
 """
 
 from __future__ import annotations
@@ -82,3 +83,28 @@ def step(settings: config.Config, corpus: Corpus, number: int, *, attention_drop
         optimizer.step()
 
     return run
+
+
+@torch.inference_mode()
+def delete_all(model: Any, sentence: list[int], genes: list[int], goal_D: Tensor, *, batch: int) -> Tensor:
+    """Shifts towards a goal of one cell's deletions: copies of the cell without a gene, padded, batch after batch.
+
+    The second last layer, mean over the remaining genes on both sides, as the family does.
+    """
+    ids = torch.tensor([sentence])
+    real = torch.ones_like(ids)
+    before_LD = model(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states[-2][0]
+    copies = [[token for token in sentence if token != gene] for gene in genes]
+    places = [sentence.index(gene) for gene in genes]
+    out = []
+    for start in range(0, len(copies), batch):
+        rows = [torch.tensor(copy) for copy in copies[start : start + batch]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        real = (ids > 0).long()
+        after = model(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states[-2]
+        same = [torch.cat([before_LD[:at], before_LD[at + 1 :]]) for at in places[start : start + batch]]
+        before = torch.nn.utils.rnn.pad_sequence(same, batch_first=True)
+        num = real.sum(1, keepdim=True)
+        mean_after, mean_before = ((x * real[..., None]).sum(1) / num for x in (after, before))
+        out.append(F.cosine_similarity(mean_after, goal_D[None]) - F.cosine_similarity(mean_before, goal_D[None]))
+    return torch.cat(out)

@@ -84,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated"
         )
         command.add_argument("--print-config", action="store_true", help="print the whole config as JSON and stop")
+        if name == "perturb":
+            command.add_argument(
+                "--dry-run", action="store_true", help="print sentences, FLOP, time and cost, and stop"
+            )
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     inspect = commands.add_parser(
         "inspect",
@@ -328,6 +332,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         print(json.dumps(to_dict(config), indent=1))
     elif args.command in ("demo", "run"):
         return _run_all(_absolute(config))
+    elif getattr(args, "dry_run", False):
+        from mixgf.drivers import perturb
+
+        print(perturb.dry_run(_absolute(config)))
     else:
         uri = _run_stage(args.command, _absolute(config))
         print(f"{args.command}: {uri}")

@@ -411,6 +411,8 @@ class Perturb:
     null_genes: int = 0
     """Genes that are scored beside named `genes` for comparison only: matched to them in rank and coverage, drawn with a key.
     Without some 100 of them a named gene has nothing to be unusual among."""
+    anchor: str = ""
+    """A gene that is perturbed together with each of the others (pairs), and once alone; empty = none."""
     min_coverage: float = 0.05
     """Genes in the sentences of fewer start cells are not tested."""
     max_genes: int = 0
@@ -437,6 +439,23 @@ class Perturb:
     column gene or symbol, and perhaps `hit` (a screen: true or false). Only read: another list needs no new perturbation."""
     published: str = ""
     """Print the paper's Table 4 beside the run: `dkd`, `adpkd` or `alzheimer`; empty = none. Only read, too."""
+    screen: int = 0
+    """Genes per operation that are scored exactly, after a cheap estimate of all of them; 0 = all genes are. Needs a goal."""
+    screen_grid: int = 8
+    """Ranks per cell at which the estimate is exact. More is better and slower."""
+    screen_sample: int = 64
+    """Genes drawn at random that are scored exactly as well: on them the estimate is checked."""
+    screen_agreement: float = 0.8
+    """Least rank correlation of estimated and exact shifts of these genes; below it, all genes are scored exactly."""
+    budget_hours: float = 0.0
+    """Worker-hours (of compute.cpus_per_worker and gpus_per_worker) to spend, all submissions together; 0 = no bound.
+    Genes that are not reached are listed; the same command with more continues."""
+    budget_cost: float = 0.0
+    """The same as money, at perturb.price; 0 = no bound."""
+    price: float = 0.0
+    """Of one worker-hour, in your currency; 0 = not known."""
+    worker_flops: float = 0.0
+    """FLOP/s of a worker, for --dry-run; 0 = a probe of some seconds measures it."""
 
     def __post_init__(self) -> None:
         for operation in self.operations:
@@ -446,6 +465,32 @@ class Perturb:
         _one_of("perturb.published", self.published, ("", "dkd", "adpkd", "alzheimer"))
         _require(self.null_genes >= 0, "perturb.null_genes", self.null_genes, "at least 0")
         _require(self.layer < 0, "perturb.layer", self.layer, "negative, counted from the last layer")
+        for name in ("screen", "budget_hours", "budget_cost", "price", "worker_flops"):
+            _require(getattr(self, name) >= 0, f"perturb.{name}", getattr(self, name), "at least 0")
+        for name, least in (("screen_grid", 2), ("screen_sample", 10)):
+            _require(getattr(self, name) >= least, f"perturb.{name}", getattr(self, name), f"at least {least}")
+        if self.screen:
+            _require(bool(self.goal.strip()), "perturb.screen", self.screen,
+                     "0 without perturb.goal: a response without direction has no cheap estimate")  # fmt: skip
+            _require(
+                not self.anchor, "perturb.screen", self.screen, "0 with perturb.anchor: pairs have no cheap estimate"
+            )
+            _require(
+                not self.null_genes,
+                "perturb.screen",
+                self.screen,
+                "0 with perturb.null_genes: its own sample is the company",
+            )
+            for operation in self.operations:
+                _require(operation in {"delete", "overexpress"}, "perturb.screen", self.screen,
+                         f"0 with {operation}: only delete and overexpress have a cheap estimate")  # fmt: skip
+        if self.budget_cost:
+            _require(
+                self.price > 0,
+                "perturb.budget_cost",
+                self.budget_cost,
+                "0 without perturb.price, the price of a worker-hour",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

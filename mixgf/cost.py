@@ -8,7 +8,8 @@ and they are the user's contract. Without a price for a type that was used there
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,3 +139,46 @@ def project(amount: float, *, rate: float, num_nodes: int, price: float | None =
     return Projection(
         hours=node_hours / num_nodes, node_hours=node_hours, cost=None if price is None else node_hours * price
     )
+
+
+class Spend:
+    """Worker time of a run against its budget. What earlier sessions spent counts.
+
+    Args:
+        limit: worker-seconds; 0 = no bound.
+        before: worker-seconds of earlier sessions.
+        num_workers: asked whenever time is counted.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        *,
+        before: float = 0.0,
+        num_workers: Callable[[], int] = lambda: 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limit, self.before, self.session = limit, before, 0.0
+        self.num_finished = 0
+        self.num_workers, self._clock, self._at = num_workers, clock, clock()
+
+    @property
+    def total(self) -> float:
+        """Worker-seconds of all sessions so far."""
+        return self.before + self.session
+
+    def update(self, *, finished: int = 0) -> None:
+        """Count the time since the last call; some work units may have been finished in it."""
+        now = self._clock()
+        self.session += (now - self._at) * self.num_workers()
+        self._at = now
+        self.num_finished += finished
+
+    def enough(self, in_hand: int) -> bool:
+        """Whether to start nothing more: what is in hand will use up the rest, at the mean time of a unit so far."""
+        if not self.limit:
+            return False
+        self.update()
+        mean = self.session / self.num_finished if self.num_finished else 0.0
+        return self.total + mean * (in_hand + 1) > self.limit

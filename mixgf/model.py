@@ -60,6 +60,11 @@ class Layer(nn.Module):
             a_RD = _attend_dropout(q_RHE, k_THE, v_THE, asked, cells, keys_T, site, row.attention_dropout)
         else:
             a_RD = attend(q_RHE, k_THE, v_THE, asked, cells)
+        return self.finish(h_TD, a_RD, keys_T, site)
+
+    def finish(self, h_TD: Tensor, a_RD: Tensor, keys_T: Tensor | None = None, site: int = 0) -> Tensor:
+        """What follows attention: the layer's output from its input and what attention brought, heads side by side."""
+        row = self.row
         h_TD = self.norm_attention(_drop_add(h_TD, self.out(a_RD), row.dropout, keys_T, site + 1))
         f_TD = self.down(_ACTIVATIONS[row.activation](self.up(h_TD)))
         return self.norm_ffn(_drop_add(h_TD, f_TD, row.dropout, keys_T, site + 2))

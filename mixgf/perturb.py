@@ -8,6 +8,7 @@ Letters: N perturbed cells, B cells of a unit, K targets, M genes of a target, S
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,15 +20,17 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from mixgf import checkpoint, edits, storage
+from mixgf import checkpoint, edits, screen, storage
 from mixgf.config import Config, Perturb, UserError
 from mixgf.dataset import Corpus
+from mixgf.model import forward_flops
 from mixgf.selection import matched, sample, select
 from mixgf.shifts import Engine, Original
 
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
+PROBE_SECONDS, PROBE_GENES = 2.0, 16
 STATE_CELLS = 256
 """Cells per unit of state embeddings."""
 
@@ -85,7 +88,11 @@ class Design:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """A piece of work. `operation` is one of `edits.OPERATIONS`, or `embed` for state embeddings."""
+    """A piece of work.
+
+    `operation` is one of `edits.OPERATIONS`, the same after `screen-` for estimates, `embed` for state embeddings, or
+    `probe`, which measures.
+    """
 
     key: str
     operation: str
@@ -132,7 +139,7 @@ def design(corpus: Corpus, config: Config) -> Design:
     return Design(
         cells_N=cells,
         states=states,
-        targets=tuple(_targets(corpus, settings, cells, seed=config.seed)),
+        targets=tuple(_paired(corpus, settings, cells, _targets(corpus, settings, cells, seed=config.seed))),
         donors=donors,
         donor_of=donor_of,
         warnings=tuple(warnings),
@@ -171,6 +178,43 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
     if settings.max_genes:
         found.sort(key=lambda target: (-target.coverage, target.tokens))
         found = sorted(found[: settings.max_genes], key=lambda target: target.tokens)
+    return found
+
+
+def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target]) -> list[Target]:
+    """The anchor alone and with every target of its species, where there is one; else the targets as they are."""
+    if not settings.anchor:
+        return targets
+    species = sorted({target.species for target in targets})
+    found: list[Target] = []
+    error: UserError | None = None
+    for name in species:
+        mine = cells[corpus.species_N[cells] == corpus.species.index(name)]
+        try:
+            token = corpus.vocabulary.find(settings.anchor, name)
+        except UserError as unknown:
+            error = error or unknown
+            continue
+        holding = np.array([cell for cell in mine.tolist() if token in corpus.tokens([cell])[0]], dtype=np.int64)
+        genes, symbols = _names(corpus, [name])
+        alone = Target(
+            gene=genes[name, token], symbol=symbols[name, token], species=name, tokens=(token,),
+            coverage=len(holding) / len(mine),
+        )  # fmt: skip
+        found.append(alone)
+        for target in targets:
+            if target.species != name or token in target.tokens:
+                continue
+            coverage = _holding(corpus, holding, target.tokens) / len(mine) if len(holding) else 0.0
+            if settings.genes or coverage >= settings.min_coverage:
+                pair = Target(
+                    gene=f"{alone.gene}+{target.gene}", symbol=f"{alone.symbol}+{target.symbol}", species=name,
+                    tokens=(token, *target.tokens), coverage=coverage, null=target.null,
+                )  # fmt: skip
+                found.append(pair)
+    if not found:
+        msg = f"perturb.anchor: {error}"
+        raise UserError(msg)
     return found
 
 
@@ -251,11 +295,35 @@ def _holding(corpus: Corpus, cells: Ints, tokens: tuple[int, ...]) -> int:
     return int((np.diff(hits[offsets_B1]) == len(tokens)).sum())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """What a worker says of a unit."""
+
+    cost: float
+    """That of the unit; for `probe` the FLOP/s."""
+    sentences: int
+    """Sentences run through the encoder, unperturbed ones not counted."""
+
+
 def units(plan: Design, corpus: Corpus, settings: Perturb) -> list[Unit]:
-    """All work, in a fixed order: state embeddings, then operation by cell block by gene block.
+    """All work without a screen, in a fixed order: state embeddings, then operation by cell block by gene block.
 
     Gene blocks of the same cells follow each other, so that a worker's unperturbed embeddings serve many of them.
     """
+    blocks = gene_blocks(np.arange(len(plan.targets)), settings.block_genes)
+    genes = [
+        unit for operation in settings.operations for unit in gene_units(plan, corpus, settings, operation, blocks)
+    ]
+    return state_units(plan, corpus) + genes
+
+
+def gene_blocks(targets_K: Ints, size: int) -> list[Ints]:
+    """Targets in the given order, cut into blocks."""
+    return [targets_K[block] for block in _blocks(len(targets_K), size)]
+
+
+def state_units(plan: Design, corpus: Corpus) -> list[Unit]:
+    """Embeddings of all cells of the states."""
     work = []
     cells = np.unique(np.concatenate([state.cells for state in plan.states]))
     for i, block in enumerate(_blocks(len(cells), STATE_CELLS)):
@@ -273,34 +341,60 @@ def units(plan: Design, corpus: Corpus, settings: Perturb) -> list[Unit]:
                 donor_B=plan.donor_of[part],
             )
         )
-    owned_KS = _owned(plan, corpus)
-    coverage_K = np.array([target.coverage for target in plan.targets])
-    for operation in settings.operations:
-        everywhere = operation == "overexpress" and settings.insert_absent
-        for c, cell_block in enumerate(_blocks(len(plan.cells_N), settings.block_cells)):
-            part = plan.cells_N[cell_block]
-            lengths_B = corpus.lengths_N[part].astype(np.float64)
-            for g, block in enumerate(_blocks(len(plan.targets), settings.block_genes)):
-                numbers = np.arange(len(plan.targets))[block]
-                allowed = owned_KS[numbers][:, corpus.species_N[part]]
-                tokens_K = (allowed @ lengths_B) * (1.0 if everywhere else coverage_K[numbers])
-                work.append(
-                    Unit(
-                        key=f"{operation}-c{c:05d}-g{g:05d}",
-                        operation=operation,
-                        cells_B=part,
-                        cost=float(tokens_K.sum()),
-                        targets_K=numbers,
-                        genes_KM=plan.genes_KM[numbers],
-                        allowed_KB=allowed,
-                        states_SB=np.empty((0, len(part)), dtype=bool),
-                        donor_B=plan.donor_of[part],
-                    )
-                )
     return work
 
 
-def _owned(plan: Design, corpus: Corpus) -> NDArray[np.bool_]:
+def gene_units(
+    plan: Design, corpus: Corpus, settings: Perturb, operation: str, blocks: list[Ints], *, best_first: bool = False
+) -> list[Unit]:
+    """Blocks of targets times blocks of cells; cell blocks outermost, or with `best_first` gene blocks.
+
+    Keys end in the numbers of both blocks.
+    """
+    owned_KS = owned(plan, corpus)
+    coverage_K = np.array([target.coverage for target in plan.targets])
+    screened = operation.startswith("screen-")
+    everywhere = operation.endswith("overexpress") and settings.insert_absent
+    work: list[tuple[tuple[int, int], Unit]] = []
+    for c, cell_block in enumerate(_blocks(len(plan.cells_N), settings.block_cells)):
+        part = plan.cells_N[cell_block]
+        lengths_B = corpus.lengths_N[part].astype(np.float64)
+        for g, numbers in enumerate(blocks):
+            allowed = owned_KS[numbers][:, corpus.species_N[part]]
+            tokens_K = (allowed @ lengths_B) * (1.0 if everywhere else coverage_K[numbers])
+            cost = lengths_B.sum() * (settings.screen_grid + 6) if screened else tokens_K.sum()
+            unit = Unit(
+                key=f"{operation}-c{c:05d}-g{g:05d}",
+                operation=operation,
+                cells_B=part,
+                cost=float(cost),
+                targets_K=numbers,
+                genes_KM=plan.genes_KM[numbers],
+                allowed_KB=allowed,
+                states_SB=np.empty((0, len(part)), dtype=bool),
+                donor_B=plan.donor_of[part],
+            )
+            work.append(((g, c) if best_first else (c, g), unit))
+    return [unit for _, unit in sorted(work, key=lambda pair: pair[0])]
+
+
+def probe_unit(plan: Design) -> Unit:
+    """Deletions in a cell of middling length, again and again for some seconds."""
+    cell = plan.cells_N[len(plan.cells_N) // 2 :][:1]
+    return Unit(
+        key="probe",
+        operation="probe",
+        cells_B=cell,
+        cost=0.0,
+        targets_K=np.empty(0, dtype=np.int64),
+        genes_KM=np.empty((0, 1), dtype=np.int64),
+        allowed_KB=np.empty((0, 1), dtype=bool),
+        states_SB=np.empty((0, 1), dtype=bool),
+        donor_B=plan.donor_of[cell],
+    )
+
+
+def owned(plan: Design, corpus: Corpus) -> NDArray[np.bool_]:
     """(K, species): whether a species has all genes of a target (more than one where orthologs share tokens)."""
     columns = [set(corpus.vocabulary.species_tokens(name).tolist()) for name in corpus.species]
     return np.array([[set(target.tokens) <= tokens for tokens in columns] for target in plan.targets])
@@ -339,14 +433,66 @@ class Scorer:
         )
         self._cells: tuple[bytes, Original] | None = None
 
-    def __call__(self, item: tuple[Unit, Floats | None]) -> float:
-        """Do one unit, write its part, return its cost. The states, float64 (S, D), come with it, once they are known."""
+    def __call__(self, item: tuple[Unit, Floats | None]) -> Done:
+        """Do one unit and write its part. The states, float64 (S, D), come with it, once they are known."""
         unit, states = item
-        table = self.embed(unit) if unit.operation == "embed" else self.score(unit, states)
+        if unit.operation == "probe":
+            return self.probe(unit)
+        if unit.operation == "embed":
+            table = self.embed(unit)
+        elif unit.operation.startswith("screen-"):
+            table = self.estimate(unit, states)
+        else:
+            table = self.score(unit, states)
         uri = storage.join(self.folder, f"{unit.key}.parquet")
         storage.write_table(uri, table, use_byte_stream_split=[n for n in table.column_names if table[n].type == "float"],
                             use_dictionary=False)  # fmt: skip
-        return unit.cost
+        return Done(cost=unit.cost, sentences=table.num_rows if unit.operation in edits.OPERATIONS else 0)
+
+    def probe(self, unit: Unit) -> Done:
+        """FLOP/s of exact scoring, after one uncounted round."""
+        ids_T, offsets_B1 = self.corpus.tokens(unit.cells_B)
+        original = self.engine.original(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1))
+        length, device = len(ids_T), self.engine.device
+        genes_S1 = original.ids_T[self.engine.lead :][:PROBE_GENES, None]
+        cells_S = torch.zeros(len(genes_S1), dtype=torch.int64, device=device)
+        states = torch.ones(1, self.engine.encoder.row.dim)
+        num, start = -1, 0.0
+        while num < 1 or time.perf_counter() - start < PROBE_SECONDS:
+            self.engine.score(original, cells_S, genes_S1, "delete", states)
+            num += 1
+            start = start if num else time.perf_counter()
+        lengths = [length - 1] * len(genes_S1)
+        flops = forward_flops(self.engine.encoder.row, lengths, layers=self.engine.layers)
+        return Done(cost=num * flops / (time.perf_counter() - start), sentences=0)
+
+    def estimate(self, unit: Unit, states: Floats | None) -> pa.Table:
+        """Estimated shifts towards the goal of the unit's pairs that `score` would score: columns target, cell, estimate.
+
+        Targets of several genes have no estimate.
+        """
+        assert states is not None, "states come before estimates"
+        operation = unit.operation.removeprefix("screen-")
+        everywhere = operation == "overexpress" and self.settings.insert_absent
+        single_K = (unit.genes_KM != edits.NO_GENE).sum(axis=1) == 1
+        goal_D = torch.from_numpy(states[1])
+        rows: list[tuple[Ints, Ints, Floats]] = []
+        for b, cell in enumerate(unit.cells_B.tolist()):
+            ids_L = self.corpus.tokens([cell])[0]
+            genes_K = unit.genes_KM[:, 0]
+            chosen = np.flatnonzero(single_K & unit.allowed_KB[:, b] & (everywhere | np.isin(genes_K, ids_L)))
+            if len(chosen):
+                found = screen.estimate(
+                    self.engine, torch.from_numpy(ids_L), torch.from_numpy(genes_K[chosen]), operation, goal_D,
+                    grid=self.settings.screen_grid,
+                )  # fmt: skip
+                rows.append((unit.targets_K[chosen], np.full(len(chosen), cell), found.cpu().numpy()))
+        columns = [np.concatenate([row[i] for row in rows]) if rows else np.empty(0) for i in range(3)]
+        types = (pa.int32(), pa.int64(), pa.float32())
+        names = ("target", "cell", "estimate")
+        return pa.table(
+            {n: pa.array(v.astype(t.to_pandas_dtype()), t) for n, v, t in zip(names, columns, types, strict=True)}
+        )
 
     def embed(self, unit: Unit) -> pa.Table:
         """Sums of the cells' embeddings by state and donor: columns state, donor, num_cells, sum."""

@@ -77,9 +77,13 @@ class Engine:
         """Where the encoder is."""
         return self.encoder.tokens.device
 
+    def autocast(self) -> torch.autocast:
+        """The precision of a pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def hidden(self, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
         """Hidden states of one batch at the layer that is read, (T, D)."""
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.no_grad(), self.autocast():
             return self.encoder(ids_T, offsets_B1.int(), layers=self.layers)
 
     def original(self, ids_T: Tensor, offsets_B1: Tensor) -> Original:
@@ -90,7 +94,7 @@ class Engine:
             for a, b in _cuts(torch.diff(offsets_B1).tolist(), self.micro_tokens)
         ]
         hidden_TD = torch.cat(parts)
-        sum_BD, count_B = self._sums(hidden_TD, offsets_B1)
+        sum_BD, count_B = self.sums(hidden_TD, offsets_B1)
         return Original(ids_T=ids_T, offsets_B1=offsets_B1, hidden_TD=hidden_TD, sum_BD=sum_BD, count_B=count_B)
 
     def vectors(self, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
@@ -128,7 +132,7 @@ class Engine:
             rank_share=self.rank_share,
         )
         hidden_TD = self.hidden(edited.ids_T, edited.offsets_S1)
-        after_SD, after_S = self._sums(hidden_TD, edited.offsets_S1)
+        after_SD, after_S = self.sums(hidden_TD, edited.offsets_S1)
         before_SD, before_S = original.sum_BD[cells_S], original.count_B[cells_S]
         if self.variant == "remaining":
             after_SD, after_S = _less(after_SD, after_S, hidden_TD[edited.hits_H], edited.hit_sentences_H)
@@ -140,7 +144,7 @@ class Engine:
         shift_SK = (_unit(after_SD) - _unit(before_SD)) @ _unit(states_KD).T
         return Shifts(response_S=response_S.cpu(), shift_SK=shift_SK.cpu())
 
-    def _sums(self, hidden_TD: Tensor, offsets_B1: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, hidden_TD: Tensor, offsets_B1: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over the positions that count, and their number, both float64."""
         starts_B, lengths_B = offsets_B1[:-1], torch.diff(offsets_B1)
         if self.variant == "cls":

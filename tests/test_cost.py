@@ -97,3 +97,20 @@ def test_a_projection_worked_by_hand():
     """7.2 M cells at 500 cells/s and node are 4 node-hours: on 8 nodes half an hour, at 1.5 an hour 6."""
     assert cost.project(7.2e6, rate=500, num_nodes=8, price=1.5) == cost.Projection(hours=0.5, node_hours=4.0, cost=6.0)
     assert cost.project(7.2e6, rate=500, num_nodes=1).cost is None
+
+
+def test_worker_time_adds_up_over_workers_and_sessions_and_ends_within_the_budget():
+    now, workers = [0.0], [1]
+    spend = cost.Spend(100, before=30, num_workers=lambda: workers[0], clock=lambda: now[0])
+    assert not spend.enough(1)
+    for _ in range(4):  # four units of 10 worker-seconds
+        now[0] += 5
+        workers[0] = 2
+        spend.update(finished=1)
+    assert spend.total == 70
+    assert not spend.enough(2)  # 70 + 3 x 10
+    assert spend.enough(3)
+    now[0] += 15
+    assert spend.enough(0)
+    assert spend.total == 100
+    assert not cost.Spend(0, before=1e9).enough(5)

@@ -4,10 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixgf import artifacts, checkpoint, config, storage
+from mixgf import artifacts, checkpoint, config, cost, storage
 from mixgf.config import UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers import perturb as driver
+from mixgf.drivers.metrics import Meter
 from mixgf.model import MaskedModel
 from mixgf.perturb import Scorer
 
@@ -206,3 +207,98 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
     assert frame["shift_minus_alternatives"][0] > 3 * frame["shift_minus_alternatives"][1]
     assert frame["de_log_fold"][0] > 3
     assert "differs itself between start and goal" in frame["warnings"][0]
+
+
+def shifts(output):
+    frame = storage.read_table(f"{output}/perturb/genes.parquet").to_pandas()
+    return frame.set_index(["operation", "gene"])["shift"]
+
+
+def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agrees(inputs, whole, tmp_path):
+    driver.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=0.0, screen_grid=6), local=True)
+    every, found = shifts(whole), shifts(tmp_path)
+    assert 10 < len(found) / 2 < len(every) / 2
+    assert np.allclose(found, every[found.index], atol=1e-6)
+    fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
+    assert len(fate) == len(every)
+    assert set(fate.loc[fate["fate"] == "scored", "gene"]) == set(found.index.get_level_values("gene"))
+    assert (fate.groupby("operation")["fate"].apply(lambda f: (f.iloc[:4] == "scored").all())).all()
+    record = artifacts.find(f"{tmp_path}/perturb")
+    assert record.counts["screened_out"] == (fate["fate"] == "screened out").sum() / 2
+    estimates = fate.set_index(["operation", "gene"])["estimate"]
+    for operation, seen in record.details["screen"].items():
+        assert seen["num_genes"] == 10
+        assert np.isfinite(seen["spearman"])
+        assert 0 <= seen["recall"] <= 1
+        both = np.corrcoef(estimates[operation].rank(), every[operation][estimates[operation].index].rank())[0, 1]
+        assert both > 0.7
+    assert any("drawn at random" in text for text in record.details["warnings"])
+
+
+def test_a_screen_that_agrees_too_little_is_not_followed(inputs, whole, tmp_path):
+    driver.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=1.0), local=True)
+    every, found = shifts(whole), shifts(tmp_path)
+    assert np.allclose(found[every.index], every, atol=1e-6)
+    record = artifacts.find(f"{tmp_path}/perturb")
+    assert record.counts["screened_out"] == 0
+    assert any("agrees too little" in text for text in record.details["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"goal": ""}, r"perturb\.screen = 4: must be 0 without perturb\.goal"),
+        ({"operations": ("inhibit",)}, r"perturb\.screen = 4: must be 0 with inhibit"),
+        ({"budget_cost": 3.0}, r"perturb\.budget_cost = 3\.0: must be 0 without perturb\.price"),
+        ({"screen_sample": 2}, r"perturb\.screen_sample = 2: must be at least 10"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        config.Perturb(**({"screen": 4, "goal": "cell_type == 'beta'"} | settings))
+
+
+def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inputs, whole, tmp_path, monkeypatch):
+    keys, call = [], Scorer.__call__
+    monkeypatch.setattr(Scorer, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
+    ticks, spend = iter(range(10_000)), cost.Spend
+    monkeypatch.setattr(cost, "Spend", lambda *a, **k: spend(*a, **k, clock=lambda: float(next(ticks))))
+    with pytest.raises(
+        UserError, match=r"perturb\.budget_hours: .* were spent before .*: run again with a larger budget"
+    ):
+        driver.run(configure(inputs, tmp_path, budget_hours=1 / 3600), local=True)
+    driver.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
+    record, first, done = artifacts.find(f"{tmp_path}/perturb"), shifts(tmp_path), len(keys)
+    assert 0 < record.counts["not_scored"] < record.counts["genes"] + record.counts["not_scored"]
+    assert record.details["budget"]["worker_hours"] <= 60 / 3600
+    assert np.allclose(first, shifts(whole)[first.index], atol=1e-6)
+    fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
+    assert (fate["fate"] == "beyond the budget").sum() == 2 * record.counts["not_scored"]
+    driver.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
+    assert len(keys) == done  # the same budget: nothing to do
+    driver.run(configure(inputs, tmp_path), local=True)
+    assert len(keys) == len(set(keys))
+    assert artifacts.find(f"{tmp_path}/perturb").counts["not_scored"] == 0
+    assert genes(tmp_path) == genes(whole)
+
+
+@pytest.mark.ray
+def test_a_dry_run_writes_nothing_and_says_what_the_run_then_does(ray_local, inputs, whole, tmp_path):
+    for local in (True, False):
+        text = driver.dry_run(configure(inputs, tmp_path, price=2.0), local=local)
+        assert "measured on one worker" in text
+    assert not storage.exists(f"{tmp_path}/perturb")
+    stated = driver.dry_run(configure(inputs, tmp_path, worker_flops=1e3, price=2.0), local=True)
+    counts = artifacts.find(f"{whole}/perturb").counts
+    numbers = {line.split("  ")[0]: line.split() for line in stated.splitlines()}
+    sentences = sum(int(numbers[name][1].replace(",", "")) for name in ("delete", "overexpress"))
+    assert sentences == counts["sentences"]
+    assert "cost " in stated
+
+
+def test_scored_sentences_are_counted_for_the_boards(inputs, whole, tmp_path, monkeypatch):
+    added = []
+    monkeypatch.setattr(Meter, "add", lambda self, name, amount=1.0, **_: added.append((self.stage, name, amount)))
+    driver.run(configure(inputs, tmp_path), local=True)
+    counted = sum(amount for stage, name, amount in added if (stage, name) == ("perturb", "sentences_scored"))
+    assert counted == artifacts.find(f"{whole}/perturb").counts["sentences"]

@@ -110,6 +110,22 @@ def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(pools, tmp_path
         run(pool, range(3))
 
 
+def test_a_stop_gives_out_no_more_and_lets_what_is_in_hand_end(pools, tmp_path):
+    with pools.Pool(functools.partial(make, str(tmp_path)), pools.Size(max_actors=1)) as pool:
+        seen, asked = {}, []
+
+        def stop(in_hand):
+            asked.append(in_hand)
+            return len(seen) >= 3
+
+        dead = pool.run({str(i): i for i in range(30)}, lambda key, value: seen.setdefault(key, []).append(value), stop)
+        assert dead == {}
+        assert seen == expected(range(len(seen)))
+        assert 3 <= len(seen) <= 5  # three, and at most two in hand
+        assert max(asked) <= 2
+        assert pool.run({"a": 1}, lambda *_: pytest.fail("worked"), lambda _: True) == {}
+
+
 def test_no_items_need_no_actors(pools, tmp_path):
     with pools.Pool(functools.partial(make, str(tmp_path)), pools.Size(max_actors=2)) as pool:
         assert run(pool, ()) == ({}, {})

@@ -78,6 +78,29 @@ def test_named_genes_and_sets(corpus):
             plan(corpus, genes=genes)
 
 
+def test_an_anchor_is_paired_with_every_gene_of_its_species_and_stands_alone_once(corpus):
+    singles, _ = plan(corpus, min_coverage=0.3)
+    best = max((t for t in singles.targets if t.species == "human"), key=lambda t: t.coverage)
+    design, _ = plan(corpus, anchor=best.symbol, min_coverage=0.3)
+    sentences = [set(corpus.tokens([c])[0].tolist()) for c in range(9) if SPECIES[c] == 0]
+    anchor = best.tokens[0]
+    expected = {(anchor,): np.mean([anchor in s for s in sentences])}
+    for target in singles.targets:
+        both = np.mean([{anchor, *target.tokens} <= s for s in sentences])
+        if target.species == "human" and target.tokens != (anchor,) and both >= 0.3:
+            expected[anchor, *target.tokens] = both
+    assert len(expected) > 5
+    assert {t.tokens: t.coverage for t in design.targets} == pytest.approx(expected)
+    assert [t.symbol for t in plan(corpus, anchor="human3", genes=("human5", "human3"))[0].targets] == [
+        "human3",
+        "human3+human5",
+    ]
+    with pytest.raises(UserError, match=r"perturb\.anchor: .*not in the"):
+        plan(corpus, anchor="nope")
+    with pytest.raises(UserError, match=r"perturb\.screen = 5: must be 0 with perturb\.anchor"):
+        config.Perturb(anchor="human3", screen=5, goal="cell_type == 'alpha'")
+
+
 def test_states_hold_all_cells_even_when_few_are_perturbed(corpus):
     design, _ = plan(corpus, start="cell_type == 'beta'", goal="cell_type == 'alpha'", max_cells=2)
     assert len(design.cells_N) == 2
@@ -94,7 +117,7 @@ def run_units(corpus, weights, folder, **settings):
     rows = {}
     work = perturb.units(design, corpus, chosen.perturb)
     for unit in work:
-        assert scorer((unit, states)) == unit.cost
+        assert scorer((unit, states)).cost == unit.cost
         if unit.operation != "embed":
             for row in storage.read_table(f"{folder}/{unit.key}.parquet").to_pylist():
                 key = (unit.operation, row["target"], row["cell"])

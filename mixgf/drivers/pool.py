@@ -112,12 +112,18 @@ class Pool:
         """Actors that are up."""
         return sum(actor.up for actor in self._actors)
 
-    def run(self, items: Mapping[str, Any], done: Callable[[str, Any], None]) -> dict[str, str]:
+    def run(
+        self,
+        items: Mapping[str, Any],
+        done: Callable[[str, Any], None],
+        stop: Callable[[int], bool] = lambda _: False,
+    ) -> dict[str, str]:
         """Work through all items, first to last as far as possible.
 
         Args:
             items: key to item.
             done: called in this process with every key and result.
+            stop: asked, with the number of items in hand, before more are given out: true = those are the last.
 
         Returns:
             The dead letter: key to reason of the items that failed every time.
@@ -128,8 +134,7 @@ class Pool:
         dead: dict[str, str] = {}
         flying: dict[Any, tuple[_Actor, str]] = {}
         starting: dict[Any, _Actor] = {}
-        for actor in self._actors:
-            actor.idle_since = time.monotonic()
+        self._all_busy()
 
         def lost(actor: _Actor, reason: str) -> None:
             """An actor died: blame its item, or put back two suspects, each to be worked on alone."""
@@ -150,7 +155,7 @@ class Pool:
             else:
                 waiting.append(key)
 
-        while waiting or flying:
+        while _go_on(waiting, len(flying), stop):
             self._scale(len(waiting) + len(flying), starting)
             self._feed(waiting, items, flying, alone)
             refs = [*flying, *starting]
@@ -177,6 +182,10 @@ class Pool:
                 actor.idle_since = time.monotonic()
         self._give_back(starting.values())  # asked for, never needed
         return dead
+
+    def _all_busy(self) -> None:
+        for actor in self._actors:
+            actor.idle_since = time.monotonic()
 
     def _give_back(self, actors: Iterable[_Actor]) -> None:
         for actor in list(actors):
@@ -226,6 +235,13 @@ class Pool:
             actor.up, actor.idle_since = True, time.monotonic()
             self._failed_starts = 0
             self.most_actors = max(self.most_actors, self.num_up)
+
+
+def _go_on(waiting: deque[str], in_hand: int, stop: Callable[[int], bool]) -> bool:
+    """Whether anything is left to do; on a stop, no more than what is in hand."""
+    if waiting and stop(in_hand):
+        waiting.clear()
+    return bool(waiting or in_hand)
 
 
 def _reason(error: RayTaskError) -> str:

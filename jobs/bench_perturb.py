@@ -1,0 +1,257 @@
+"""In silico perturbation of the paper's model: ours against the published way (published.py).
+
+On a CPU in CPU seconds of one thread, interleaved in one process, random weights of the paper's sizes (time does not depend
+on their values); memory in processes of their own; one and two Ray actors in wall seconds; on a GPU sentences per wall second.
+How well the screen ranks genes is measured on a trained run: MIXGF_BENCH_RUN=runs/mine (corpus and pretrain).
+Run through `python jobs/bench.py perturb [--json] [--quick]`. Needs `transformers` (extra `test`).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import published
+import torch
+from bench_train import _corpus, _embeddings
+from measure import Figure, forked, interleaved, peak_memory, rate
+from scipy import stats
+from torch import Tensor
+
+from mixgf import artifacts, checkpoint, config, perturb, screen, storage
+from mixgf.dataset import Corpus
+from mixgf.model import Encoder, MaskedModel, forward_flops
+from mixgf.shifts import Engine, Original
+from mixgf.train import measure_peak
+
+VOCABULARY = 25_426
+"""Genes of the published human dictionary, specials included."""
+GRID = config.Perturb().screen_grid
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def figures(*, quick: bool = False) -> Iterator[Figure]:
+    """All figures of this machine: of its GPU where there is one."""
+    if torch.cuda.is_available():
+        yield from _on_gpu(quick=quick)
+        return
+    torch.set_num_threads(1)
+    row = config.Model(num_layers=2, dim=64, ffn_dim=128) if quick else config.Model()
+    lengths = (64, 128) if quick else (512, 2048)
+    # processes are forked first, before this one has used any thread or memory
+    yield _memory(row, lengths[1], batch=4 if quick else 8)
+    for length, num, batch in ((lengths[0], 32, 32), (lengths[1], 8, 8)):
+        yield from _delete_all(row, length, num, batch=batch, repeats=1 if quick else 3)
+        yield from _screened(row, length, num, repeats=1 if quick else 3)
+    yield from _agreement(quick=quick)
+    with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
+        corpus = _corpus(
+            storage.join(folder, "mix"), num_cells=400, genes=1000 if quick else 25_000, shrink=8 if quick else 1
+        )
+        yield from _embeddings(row, corpus, quick=quick)
+        yield from _actors(row, folder, quick=quick)
+
+
+class Work:
+    """Deletions of one cell of random genes, ready to be scored in either way."""
+
+    def __init__(self, row: config.Model, length: int, num: int, *, device: torch.device = CPU) -> None:
+        rng = np.random.default_rng(0)
+        self.row, self.length = row, length
+        self.sentence = (rng.permutation(VOCABULARY - 3)[:length] + 3).tolist()
+        self.genes = self.sentence[:: length // num][:num]
+        self.goal_D = torch.from_numpy(rng.normal(size=row.dim)).float()
+        self.device = device
+
+    def encoder(self) -> Encoder:
+        """The paper's encoder with random weights."""
+        return MaskedModel(self.row, VOCABULARY).eval().encoder.to(self.device)
+
+    def original(self, engine: Engine) -> Original:
+        """The unperturbed cell."""
+        return engine.original(torch.tensor(self.sentence), torch.tensor([0, self.length]))
+
+    def exact(self, engine: Engine) -> Tensor:
+        """Our shifts, unperturbed cell included."""
+        genes_S1 = torch.tensor(self.genes, device=self.device)[:, None]
+        cells_S = torch.zeros(len(genes_S1), dtype=torch.int64, device=self.device)
+        return engine.score(self.original(engine), cells_S, genes_S1, "delete", self.goal_D[None]).shift_SK[:, 0]
+
+    def flops(self, layers: int) -> float:
+        """What the deletions need, the unperturbed cell included."""
+        return forward_flops(self.row, [self.length] + [self.length - 1] * len(self.genes), layers=layers)
+
+
+def _delete_all(row: config.Model, length: int, num: int, *, batch: int, repeats: int) -> Iterator[Figure]:
+    """Deletions of one cell, the second last layer as the family reads it, and our default, the last."""
+    work = Work(row, length, num)
+    encoder = work.encoder()
+    layers = row.num_layers - 1
+    second_last, last = Engine(encoder=encoder, layers=layers), Engine(encoder=encoder)
+    bert = published.bert(row, VOCABULARY, attention_dropout=0.0).eval()
+    left, right = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    works: dict[str, Callable[[], object]] = {
+        "ours": lambda: work.exact(second_last),
+        "last": lambda: work.exact(last),
+        "published": lambda: published.delete_all(bert, work.sentence, work.genes, work.goal_D, batch=batch),
+        "peak": lambda: [left @ right for _ in range(8)],  # in CPU seconds like the rest: others may want the machine
+    }
+    times = interleaved(works, repeats=repeats, cpu=True)
+    peak = 8 * 2 * 1024**3 / statistics.median(times["peak"])
+    figure = partial(rate, unit="sentences/CPU-s", amount=num, times=times, against="published")
+    yield figure(f"delete, length {length:,}, fp32, second last layer / published", key="ours")
+    yield figure("  the last layer, our default / published (second last)", key="last")
+    yield Figure(
+        figure=f"  MFU, length {length:,}", unit="of GEMM peak",
+        value=work.flops(layers) / statistics.median(times["ours"]) / peak,
+    )  # fmt: skip
+    yield Figure(figure="  GEMM peak, fp32, one thread", value=peak / 1e9, unit="GFLOP/s")
+
+
+def _screened(row: config.Model, length: int, num: int, *, repeats: int) -> Iterator[Figure]:
+    """Estimates of all genes of one cell, against exact scores of all, as many times those of `num` genes."""
+    work = Work(row, length, num)
+    engine = Engine(encoder=work.encoder())
+    ids, genes = torch.tensor(work.sentence), torch.tensor(work.sentence)
+    absent = torch.arange(3, 3 + 4 * length)  # for overexpression: 4 genes per token, most of them not in the cell
+    works: dict[str, Callable[[], object]] = {
+        "exact": lambda: work.exact(engine),
+        "delete": lambda: screen.estimate(engine, ids, genes, "delete", work.goal_D, grid=GRID),
+        "overexpress": lambda: screen.estimate(engine, ids, absent, "overexpress", work.goal_D, grid=GRID),
+    }
+    times = interleaved(works, repeats=repeats, cpu=True)
+    for name, asked in (("delete", len(genes)), ("overexpress", len(absent))):
+        exact = statistics.median(times["exact"]) / num
+        ratio = statistics.median(e / num * asked / t for e, t in zip(times["exact"], times[name], strict=True))
+        yield Figure(
+            figure=f"screen of {asked:,} genes, {name}, length {length:,} / exact (scaled from {num})", unit="genes/CPU-s",
+            value=asked / statistics.median(times[name]), baseline=1 / exact, ratio=ratio,
+        )  # fmt: skip
+
+
+def _agreement(*, quick: bool) -> Iterator[Figure]:
+    """With MIXGF_BENCH_RUN, the folder of a trained run: how estimates rank the genes of single cells, and over cells.
+
+    Ten cells of full length, drawn; the goal is the commonest cell type of another species or type.
+    """
+    folder = os.environ.get("MIXGF_BENCH_RUN", "")
+    if not folder:
+        return
+    corpus = Corpus(storage.join(folder, "corpus"))
+    encoder, _ = checkpoint.load_encoder(storage.join(folder, "pretrain"))
+    lead, longest = int(corpus.cls), int(corpus.lengths_N.max())
+    rng = np.random.default_rng(0)
+    full = np.flatnonzero(corpus.lengths_N == longest)
+    types = corpus.obs()["cell_type"].astype(str).to_numpy()
+    chosen = rng.choice(full, 2 if quick else 10, replace=False)
+    for variant in ("remaining", "all"):
+        engine = Engine(encoder=encoder.eval(), variant=variant, lead=lead, max_len=longest)
+        rows: dict[str, list[list[float]]] = {name: [] for name in screen.OPERATIONS}
+        for cell in chosen.tolist():
+            others = corpus.species_N == corpus.species_N[cell]
+            names, counts = np.unique(types[others & (types != types[cell])], return_counts=True)
+            goal = rng.permutation(np.flatnonzero(others & (types == names[counts.argmax()])))[:64]
+            ids_T, offsets_B1 = (torch.from_numpy(x) for x in corpus.tokens(goal))
+            goal_D = engine.vectors(ids_T, offsets_B1).mean(dim=0)
+            ids_L = torch.from_numpy(corpus.tokens([cell])[0]).long()
+            pool = corpus.vocabulary.species_tokens(corpus.species[corpus.species_N[cell]]).astype(np.int64)
+            drawn = torch.from_numpy(rng.choice(pool, longest, replace=False))
+            for name in screen.OPERATIONS:
+                genes = ids_L[lead:] if name == "delete" else torch.unique(torch.cat([ids_L[lead::2], drawn]))
+                estimated = screen.estimate(engine, ids_L, genes, name, goal_D, grid=GRID)
+                original = engine.original(ids_L, torch.tensor([0, len(ids_L)]))
+                cells = torch.zeros(len(genes), dtype=torch.int64)
+                exact = engine.score(original, cells, genes[:, None], name, goal_D[None]).shift_SK[:, 0]
+                top = torch.topk(exact, 50).indices
+                found = torch.isin(top, torch.topk(estimated, 100).indices).double().mean()
+                rows[name].append([float(stats.spearmanr(estimated, exact).statistic), float(found)])
+        for name, values in rows.items():
+            for i, what in enumerate(("Spearman in a cell", "true top 50 within the top 100")):
+                column = [value[i] for value in values]
+                yield Figure(
+                    figure=f"screen, {name}, {variant}, length {longest}: {what}, median; worst of {len(column)}",
+                    unit="", value=statistics.median(column), baseline=min(column),
+                )  # fmt: skip
+
+
+def _memory(row: config.Model, length: int, *, batch: int) -> Figure:
+    """Largest memory of a batch of deletions, above that of a process that has made the model."""
+
+    def ours() -> float:
+        work = Work(row, length, batch)
+        engine = Engine(encoder=work.encoder(), layers=row.num_layers - 1)
+        before = peak_memory()
+        work.exact(engine)
+        return peak_memory() - before
+
+    def theirs() -> float:
+        work = Work(row, length, batch)
+        bert = published.bert(row, VOCABULARY, attention_dropout=0.0).eval()
+        before = peak_memory()
+        published.delete_all(bert, work.sentence, work.genes, work.goal_D, batch=batch)
+        return peak_memory() - before
+
+    (our,), (their,) = forked([ours]), forked([theirs])
+    name = f"memory of {batch} deletions at once, length {length:,}, published / ours"
+    return Figure(figure=name, value=our, unit="GB", baseline=their, ratio=their / our)
+
+
+def _actors(row: config.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
+    """The stage's own work units on a pool of one and of two Ray actors, one thread each, model and corpus loaded before."""
+    from mixgf.drivers.pool import Pool, Size
+    from mixgf.drivers.session import session
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    length = 64 if quick else 512
+    corpus = _corpus(storage.join(folder, "even"), num_cells=8, genes=600, longest=length, full=True)
+    weights = storage.join(folder, "weights")
+    record = artifacts.plan(checkpoint.KIND, 1, {}, {})
+    artifacts.begin(weights, record)
+    model = MaskedModel(row, corpus.vocabulary.size)
+    checkpoint.publish(weights, record, model, vocabulary=corpus.vocabulary.hash, tokens=config.Tokens(max_len=length))
+    settings = config.Config(
+        output=folder,
+        perturb=config.Perturb(max_cells=0, operations=("delete",), max_genes=16, block_cells=1, block_genes=4),
+    )
+    plan = perturb.design(corpus, settings)
+    units = [unit for unit in perturb.units(plan, corpus, settings.perturb) if unit.operation != "embed"]
+    states = np.ones((len(plan.states), row.dim))
+    sentences = round(sum(unit.cost for unit in units) / length)
+    wall = {}
+    with session(settings):
+        for size in (1, 2):
+            make = partial(
+                perturb.Scorer, settings, corpus=corpus.uri, weights=weights, folder=storage.join(folder, str(size))
+            )
+            with Pool(make, Size(min_actors=size, max_actors=size)) as pool:
+                for _ in range(5):  # until all are loaded
+                    pool.run({unit.key: (unit, states) for unit in units}, lambda *_: None)
+                    if pool.num_up == size:
+                        break
+                began = time.perf_counter()
+                pool.run({unit.key: (unit, states) for unit in units}, lambda *_: None)
+                wall[size] = time.perf_counter() - began
+    yield Figure(
+        figure="stage, 2 actors / 1 (wall, parts written)", unit="sentences/s", value=sentences / wall[2],
+        baseline=sentences / wall[1], ratio=wall[1] / wall[2],
+    )  # fmt: skip
+
+
+def _on_gpu(*, quick: bool) -> Iterator[Figure]:
+    """Deletions per second of one GPU, bf16."""
+    peak = measure_peak(GPU, "bf16", seconds=1.0)
+    row = config.Model()
+    for length in (512, 2048):
+        work = Work(row, length, length // (16 if quick else 4), device=GPU)
+        engine = Engine(encoder=work.encoder(), layers=row.num_layers - 1, micro_tokens=1 << 18, precision="bf16")
+        times = interleaved({"ours": partial(work.exact, engine)}, repeats=1 if quick else 5, warmups=2)
+        yield rate(f"delete, length {length:,}, bf16", "sentences/s", len(work.genes), times=times, key="ours")
+        yield Figure(
+            figure=f"  MFU, length {length:,}", unit="of GEMM peak",
+            value=work.flops(row.num_layers - 1) / statistics.median(times["ours"]) / peak,
+        )  # fmt: skip
