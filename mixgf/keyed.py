@@ -8,6 +8,7 @@ Shapes: T packed tokens, B cells, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -54,16 +55,17 @@ def chance(hashes: U64, stream: int, fraction: float) -> npt.NDArray[np.bool_]:
 
 def dropout_keys(*parts: npt.ArrayLike) -> Tensor:
     """Dropout keys, int32, one per token: pass (seed, epoch, visit_T, view_T, position_T)."""
-    return as_keys(hashed(*parts))
+    return torch.from_numpy((hashed(*parts) >> np.uint64(32)).astype(np.uint32).view(np.int32))
 
 
-def as_keys(hashes: U64) -> Tensor:
-    """Dropout keys of hashes, (T,)."""
-    return torch.from_numpy((hashes >> np.uint64(32)).astype(np.uint32).view(np.int32))
+def limit(fraction: float) -> np.uint64:
+    """So that `draw53(h, stream) < limit(fraction)` says what `uniform(*key, stream) < fraction` does, in whole numbers."""
+    return np.uint64(math.ceil(fraction * 2.0**53))
 
 
 @_jit
-def _round(h: np.uint64, part: np.uint64) -> np.uint64:
+def mixed(h: np.uint64, part: np.uint64) -> np.uint64:
+    """`hashed(*key, part)` from `hashed(*key)`, for compiled code."""
     x = (h ^ part) + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * _M1
     x = (x ^ (x >> np.uint64(27))) * _M2
@@ -72,13 +74,19 @@ def _round(h: np.uint64, part: np.uint64) -> np.uint64:
 
 @numba.vectorize(["uint64(uint64, uint64)"], cache=True)  # type: ignore[untyped-decorator]
 def _rounds(h: np.uint64, part: np.uint64) -> np.uint64:
-    return _round(h, part)
+    return mixed(h, part)
 
 
 @_jit
 def draw(h: np.uint64, stream: np.uint64) -> float:
     """`uniform(*key, stream)` from `hashed(*key)`, for compiled code."""
-    return np.float64(_round(h, stream) >> np.uint64(11)) * 2.0**-53
+    return np.float64(draw53(h, stream)) * 2.0**-53
+
+
+@_jit
+def draw53(h: np.uint64, stream: np.uint64) -> np.uint64:
+    """The 53 bits of `draw`."""
+    return mixed(h, stream) >> np.uint64(11)
 
 
 @_jit
@@ -87,7 +95,7 @@ def _of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
     for i in range(len(cells_B)):
         start = offsets_B1[i]
         for place in range(offsets_B1[i + 1] - start):
-            out[start + place] = _round(cells_B[i], np.uint64(place))
+            out[start + place] = mixed(cells_B[i], np.uint64(place))
     return out
 
 
