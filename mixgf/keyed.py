@@ -59,7 +59,7 @@ def dropout_keys(*parts: npt.ArrayLike) -> Tensor:
 
 
 def limit(fraction: float) -> np.uint64:
-    """So that `draw53(h, stream) < limit(fraction)` says what `uniform(*key, stream) < fraction` does, in whole numbers."""
+    """A bound in whole numbers: `draw53` of a key is below it where `uniform` of that key is below `fraction`."""
     return np.uint64(math.ceil(fraction * 2.0**53))
 
 
