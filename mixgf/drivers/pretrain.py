@@ -125,6 +125,10 @@ class RayContext(GroupContext):
         """Log to the tracker."""
         self._tracked.log_many([(step, name, value) for step, _, name, value in rows])
 
+    def recover(self, rows: list[Row]) -> None:
+        """Log to the tracker what it lacks."""
+        self._tracked.log_missing([(step, name, value) for step, _, name, value in rows])
+
 
 def work(params: dict[str, Any]) -> None:
     """One worker of the group."""
