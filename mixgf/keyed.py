@@ -8,6 +8,7 @@ Shapes: T packed tokens, B cells, C channels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -36,6 +37,12 @@ def hashed(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> U64:
     for part in parts:
         h = _rounds(h, np.asarray(part).astype(np.int64).view(np.uint64))
     return h
+
+
+@functools.lru_cache(4096)
+def of_numbers(*numbers: int) -> U64:
+    """`hashed` of plain numbers, remembered."""
+    return hashed(*numbers)
 
 
 def uniform(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> npt.NDArray[np.float64]:

@@ -212,18 +212,17 @@ class Pretraining:
                 packs.append(pack)
         num_views, keys = len(self.views), None
         if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
-            keys = keyed.hashed(*key, visits)
+            keys = keyed.hashed(visits, after=keyed.of_numbers(*key))
         batch = dataset.pack(packs, cells, keys)
         all_offsets = batch.offsets_B1.numpy()
         lengths = all_offsets[1:] - all_offsets[:-1]
         asked: tuple[Tensor, Tensor] | None = None
         firsts, counts, masked = None, None, at
         if self.last_layer_at_queries:
-            begins = (all_offsets[:-1] if num_views > 1 else all_offsets[:0]).astype(np.int64)
-            places, masked, begun = looked_at(at, begins)
-            bounds = np.searchsorted(places, all_offsets)
+            begins = all_offsets[:-1] if num_views > 1 else all_offsets[:0]
+            places, masked, begun, bounds = looked_at(at, begins, all_offsets)
             firsts, counts = torch.from_numpy(begun), bounds[1:] - bounds[:-1]
-            asked = (torch.from_numpy(places), torch.from_numpy(bounds.astype(np.int32)))
+            asked = (torch.from_numpy(places), torch.from_numpy(bounds))
         micro = Micro(
             batch, num_views, torch.from_numpy(masked), torch.from_numpy(targets), torch.from_numpy(share.slots_B[part]),
             torch.from_numpy(paired), asked, firsts,

@@ -62,7 +62,7 @@ def mask(
     """
     tokens_T, offsets = sentences
     return _mask(
-        tokens_T, offsets, keyed.hashed(*key), visits_B, species_B, pools.genes, pools.starts, keyed.limit(fraction)
+        tokens_T, offsets, keyed.of_numbers(*key), visits_B, species_B, pools.genes, pools.starts, keyed.limit(fraction)
     )
 
 
@@ -104,13 +104,13 @@ def _mask(  # noqa: PLR0917 (compiled)
 
 
 @_jit
-def looked_at(at_K: I64, begins_B: I64) -> tuple[I64, I64, I64]:
-    """The union of two ascending lists of places, ascending, and the places in it of either."""
+def looked_at(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64, I32]:
+    """The union of two ascending lists of places, ascending; the places in it of either; and where each cell's begin in it."""
     places = np.empty(len(at_K) + len(begins_B), dtype=np.int64)
-    of_at, of_begins = np.empty_like(at_K), np.empty_like(begins_B)
+    of_at, of_begins = np.empty_like(at_K), np.empty(len(begins_B), dtype=np.int64)
     number, i, j = 0, 0, 0
     while i < len(at_K) or j < len(begins_B):
-        place = at_K[i] if j == len(begins_B) or (i < len(at_K) and at_K[i] <= begins_B[j]) else begins_B[j]
+        place = at_K[i] if j == len(begins_B) or (i < len(at_K) and at_K[i] <= begins_B[j]) else np.int64(begins_B[j])
         if i < len(at_K) and at_K[i] == place:
             of_at[i] = number
             i += 1
@@ -119,7 +119,13 @@ def looked_at(at_K: I64, begins_B: I64) -> tuple[I64, I64, I64]:
             j += 1
         places[number] = place
         number += 1
-    return places[:number].copy(), of_at, of_begins
+    bounds = np.empty(len(offsets_B1), dtype=np.int32)
+    before = 0
+    for cell in range(len(offsets_B1)):
+        while before < number and places[before] < offsets_B1[cell]:
+            before += 1
+        bounds[cell] = before
+    return places[:number], of_at, of_begins, bounds
 
 
 def select(sentences: Packed, keep_T: npt.NDArray[np.bool_]) -> Packed:

@@ -110,10 +110,12 @@ def test_masks_are_the_plain_ones_draw_by_draw():
 
 
 def test_places_looked_at_by_hand():
-    at, begins = np.array([0, 3, 9]), np.array([0, 5, 9, 12])
-    places, of_at, of_begins = views.looked_at(at, begins)
+    at, begins, offsets = np.array([0, 3, 9]), np.array([0, 5, 9, 12], np.int32), np.array([0, 5, 9, 12, 14], np.int32)
+    places, of_at, of_begins, bounds = views.looked_at(at, begins, offsets)
     assert places.tolist() == [0, 3, 5, 9, 12]
     assert of_at.tolist() == [0, 1, 3]
     assert of_begins.tolist() == [0, 2, 3, 4]
-    assert [x.tolist() for x in views.looked_at(at, begins[:0])] == [[0, 3, 9], [0, 1, 2], []]
-    assert [len(x) for x in views.looked_at(at[:0], begins[:0])] == [0, 0, 0]
+    assert bounds.tolist() == [0, 2, 3, 4, 5]
+    found = views.looked_at(at, begins[:0], offsets)
+    assert [x.tolist() for x in found] == [[0, 3, 9], [0, 1, 2], [], [0, 2, 2, 3, 3]]
+    assert [len(x) for x in views.looked_at(at[:0], begins[:0], offsets[:1])] == [0, 0, 0, 1]
