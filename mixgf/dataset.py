@@ -36,7 +36,8 @@ Packed = tuple[I32, I64]
 """Tokens (T,) and offsets (B + 1,)."""
 F = TypeVar("F", bound=Callable[..., Any])
 _jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
-CACHED_SHARDS = 12
+CACHED_SHARDS = 6
+"""As many as the plan mixes with each other (`plan.WINDOW_SHARDS`): an epoch then reads every shard once."""
 
 
 class Corpus:
@@ -100,7 +101,8 @@ class Corpus:
         offsets_B1 = offsets_of(lengths_B)
         tokens_T = np.empty(offsets_B1[-1], dtype=np.int32)
         shard_B = np.searchsorted(self.starts, cells_B, side="right") - 1
-        for shard in set(shard_B.tolist()):
+        # first the shards that are held, before new ones take their place
+        for shard in sorted(set(shard_B.tolist()), key=lambda shard: (shard not in self._cache, shard)):
             _gather(*self._shard(shard), cells_B - self.starts[shard], shard_B == shard, offsets_B1, tokens_T)
         return tokens_T, offsets_B1
 

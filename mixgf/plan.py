@@ -71,9 +71,11 @@ class Plan:
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(shard_rows, dtype=np.int64))])
         assert self.starts[-1] == self.num_cells, (int(self.starts[-1]), self.num_cells)
         num_shards, num_species = len(self.starts) - 1, int(species.max(initial=0)) + 1
-        shard_of = np.repeat(np.arange(num_shards), np.diff(self.starts))
-        counts = np.bincount(shard_of * num_species + species.astype(np.int64), minlength=num_shards * num_species)
-        self._counts_SP = counts.reshape(num_shards, num_species)
+        self._counts_SP = np.zeros((num_shards, num_species), dtype=np.int64)
+        for shard, (start, stop) in enumerate(
+            itertools.pairwise(self.starts.tolist())
+        ):  # no array of all cells is made
+            self._counts_SP[shard] = np.bincount(species[start:stop], minlength=num_species)
         self._whole_P, self._extra_SP = self._quotas(species_mix or {})
         self._epoch = -1
         self._window: tuple[int, int, I64] | None = None

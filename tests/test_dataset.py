@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import config, dataset, keyed, storage
+from mixgf import config, dataset, keyed, plan, storage
 
 LENGTHS = [5, 1, 7, 3, 3, 9, 2]
 SPECIES = [0, 1, 0, 1, 0, 0, 1]
@@ -30,6 +30,20 @@ def test_memory_is_bounded_by_the_number_of_cached_shards(uri):
     expected = dataset.Corpus(uri).tokens(range(7))[0]
     assert np.array_equal(corpus.tokens(range(7))[0], expected)
     assert len(corpus._cache) == 1
+
+
+def test_an_epoch_reads_every_shard_once_and_holds_a_window_of_them(make_corpus, monkeypatch):
+    """Batches straddle windows, and shards are empty, small and large; more workers read as much each."""
+    rng = np.random.default_rng(0)
+    rows = [3, 0, 17, 9, 1, 30, 12, 8, 0, 22, 5, 14, 19, 2, 11, 6]
+    corpus = dataset.Corpus(make_corpus(rng.integers(2, 9, sum(rows)), np.arange(sum(rows)) % 2, rows))
+    order = plan.Plan(corpus.lengths_N, corpus.species_N, rows, seed=0, batch_cells=7)
+    read, table = [], corpus.table
+    monkeypatch.setattr(corpus, "table", lambda shard, columns: read.append(shard) or table(shard, columns))
+    for step in range(order.steps_per_epoch):
+        corpus.tokens(order.share(step).cells_B)
+        assert len(corpus._cache) <= plan.WINDOW_SHARDS == dataset.CACHED_SHARDS
+    assert sorted(read) == [shard for shard, n in enumerate(rows) if n]
 
 
 def test_obs_comes_in_cell_order_and_names_unknown_columns(uri):
