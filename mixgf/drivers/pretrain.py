@@ -160,7 +160,7 @@ def _train(config: Config, corpus: str, uri: str, identity: str, *, num_steps: i
     elastic = 0 < compute.min_workers < compute.num_workers
     scaling = ScalingConfig(
         num_workers=(compute.min_workers, compute.num_workers) if elastic else compute.num_workers,
-        use_gpu=gpu, resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=compute.resize_seconds, use_gpu=gpu, resources_per_worker=resources,
     )  # fmt: skip
     for name in ("ray.train", "ray.train.v2"):
         logging.getLogger(name).setLevel(logging.ERROR)
