@@ -46,7 +46,12 @@ def trace(rows):
 def test_one_ray_worker_gives_what_the_local_loop_gives_and_a_second_run_does_nothing(ray_local, settings, local):
     uri = pretrain.run(settings)
     losses, model = local
-    assert trace(train.History(uri, 8).rows) == losses
+    rows = train.History(uri, 8).rows
+    assert trace(rows) == losses
+    logged = {"loss", "mlm", "contrast", "alignment", "uniformity", "grad_norm", "lr", "cells_per_s", "tokens_per_s", "mfu",
+              "wait_share", "memory_gb"}  # fmt: skip
+    assert all([s for s, _, n, _ in rows if n == name] == list(range(1, 9)) for name in logged)
+    assert {name for _, _, name, _ in rows} == logged
     encoder, record = checkpoint.load_encoder(uri)
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
     assert record.counts == {"steps": 8, "epochs": 2, "cells": 23}
