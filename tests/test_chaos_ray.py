@@ -187,7 +187,7 @@ def main(how, data):
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2 if how == "lose" else 1)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    uri, sizes = f"{chosen.output}/pretrain", {}
+    uri, sizes, ended = f"{chosen.output}/pretrain", {}, threading.Event()
 
     def change():
         reached(uri, 20)
@@ -202,6 +202,7 @@ def main(how, data):
                 time.sleep(0.1)
             reached(uri, checkpoint.complete_steps(uri)[-1] + 10)  # with both at work
         sizes["after"] = len(training_workers(os.getpid()))
+        ended.wait()  # the kernel ends a node with the thread that started it
 
     handle = signal.signal
     signal.signal = lambda *args: handle(*args) if threading.current_thread() is threading.main_thread() else None
@@ -210,6 +211,7 @@ def main(how, data):
     )  # Ray Train wants the main thread, a new node would want it too
     thread.start()
     pretrain.run(chosen)
+    ended.set()
     thread.join(60)
     sys.stdout.write(json.dumps(sizes) + "\n")
     sys.stdout.flush()
