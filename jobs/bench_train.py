@@ -162,7 +162,7 @@ def _loader(row: config.Model, corpus: Corpus) -> list[Figure]:
         ),
         corpus,
     )
-    batches = range(10)
+    batches = range(50)
     works: dict[str, Step] = {
         "one view": lambda: [one_view.work(s, 0, 1) for s in batches],
         "whole": lambda: [whole.work(s, 0, 1) for s in batches],

@@ -6,7 +6,8 @@ Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster
 Inputs: OUTPUT/corpus, or --set inputs.corpus=URI.
 Outputs: OUTPUT/pretrain (model.safetensors, history.parquet, the latest train.keep_checkpoints of steps/).
 Resources: compute.num_workers workers of compute.gpus_per_worker GPUs; --set compute.min_workers=N makes it elastic: after
-    the loss of a node the group starts again with what is left (after RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, here 180).
+    the loss of a node the group starts again with what is left (after RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, here 180), and
+    when there is room for more workers again, which is looked for every compute.resize_seconds, with those as well.
 Before the start it says parameters, GFLOP per cell, steps, what padding would have cost, and (on CPUs) a time.
 While it runs, MLflow has, at every checkpoint: loss, mlm, contrast, simcsepp, ortholog (those with a weight), alignment,
     uniformity, grad_norm, lr, cells_per_s, tokens_per_s (no padding counted), mfu (of the measured GEMM peak), wait_share

@@ -203,13 +203,8 @@ class _Sentences:
 
     def batch(self, cells: Ints, keys: tuple[int, int, Ints] | None = None) -> Batch:
         """Cells in the given order; `keys` = (seed, epoch, visits) adds dropout."""
-        tokens_T, offsets_B1 = dataset.cut(*self.corpus.tokens(cells), self.max_len)
-        keys_T = None
-        if keys is not None:
-            seed, epoch, visits = keys
-            visit_T = np.repeat(visits, np.diff(offsets_B1))
-            keys_T = keyed.dropout_keys(seed, epoch, visit_T, 0, dataset.positions(offsets_B1))
-        return dataset.pack(tokens_T, offsets_B1, cells, keys_T)
+        few = dataset.cut(*self.corpus.tokens(cells), self.max_len)
+        return dataset.pack([few], cells, None if keys is None else keyed.hashed(*keys))
 
     def lengths(self, cells: Ints) -> npt.NDArray[np.int32]:
         lengths = self.corpus.lengths_N[cells]

@@ -26,7 +26,10 @@ STAGES = {
     "report": "one HTML file from whatever stages are done",
 }
 IMPORT = "tokenised Arrow data sets (Genecorpus-30M, Mouse-Genecorpus-20M) -> the corpus that prepare makes"
+IMPORT_WEIGHTS = "a published BERT checkpoint (Geneformer, Mouse-Geneformer) -> the run's encoder, for its corpus"
+EXPORT = "the run's encoder -> a folder that transformers loads as BertForMaskedLM"
 _NEXT = {
+    "import-weights": "embed, classify or perturb",
     "prepare": "pretrain",
     "import": "pretrain",
     "pretrain": "embed, classify or perturb",
@@ -40,6 +43,7 @@ _EPILOG = """examples:
   mixgf import human=human.dataset mouse=mouse.dataset --output runs/mine \
       --set imports.dictionaries=human=tokens_h.pkl,mouse=tokens_m.pkl --set imports.medians=human=medians_h.pkl,mouse=medians_m.pkl
   mixgf pretrain --recipe laptop --output runs/mine
+  mixgf import-weights Geneformer --output runs/mine --set imports.dictionaries=token_dictionary.pkl
   mixgf classify --output runs/mine --set classify.label=cell_type --set classify.seeds=5
   mixgf perturb  --output runs/mine --set "perturb.start=cell_type == 'alpha cell'" --set "perturb.goal=cell_type == 'beta cell'"
   mixgf pretrain --recipe paper --print-config > mine.json; mixgf pretrain --config mine.json
@@ -61,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "run": "all stages on your own config",
         **STAGES,
         "import": IMPORT,
+        "import-weights": IMPORT_WEIGHTS,
+        "export": EXPORT,
     }.items():
         command = commands.add_parser(
             name,
@@ -74,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
             arrow = "a folder that save_to_disk wrote, a folder of .arrow files, or one of them; path, glob or s3://"
             wanted = arrow if name == "import" else counts
             command.add_argument("sources", nargs="*", metavar="SPECIES=URI", help=wanted)
+        if name == "import-weights":
+            command.add_argument(
+                "folder", metavar="FOLDER", help="config.json and model.safetensors or pytorch_model.bin"
+            )
         if name != "demo":
             command.add_argument("--recipe", default="", help=f"a named config: {', '.join(recipes.RECIPES)}")
         command.add_argument("--config", default="", metavar="FILE", help="a JSON config, as --print-config prints it")
@@ -218,6 +228,10 @@ def _run_stage(name: str, config: Config) -> str:
         from mixgf import report, storage
 
         return report.write(config, storage.join(config.output, "report.html"))
+    if name == "export":
+        from mixgf import weights
+
+        return weights.export(config)
     import importlib
 
     from mixgf.drivers.session import session
@@ -337,7 +351,12 @@ def _dispatch(args: argparse.Namespace) -> int:
 
         print(perturb.dry_run(_absolute(config)))
     else:
-        uri = _run_stage(args.command, _absolute(config))
+        if args.command == "import-weights":
+            from mixgf import weights
+
+            uri = weights.bring(_absolute(config), args.folder)
+        else:
+            uri = _run_stage(args.command, _absolute(config))
         print(f"{args.command}: {uri}")
         if args.command in _NEXT:
             print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")

@@ -500,6 +500,9 @@ class Compute:
     num_workers: int = 2
     min_workers: int = 0
     """Training goes on with as few workers as this when a node is lost; 0 = num_workers (not elastic)."""
+    resize_seconds: float = 60.0
+    """With `min_workers`: how often to look whether more workers can train now. A change of size starts the group again
+    from its latest checkpoint."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     max_failures: int = 3
@@ -513,6 +516,7 @@ class Compute:
             self.min_workers,
             "between 0 and num_workers",
         )
+        _require(self.resize_seconds >= 1, "compute.resize_seconds", self.resize_seconds, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

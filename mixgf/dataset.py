@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from mixgf import artifacts, config, storage
+from mixgf import artifacts, config, keyed, storage
 from mixgf.artifacts import Record
 from mixgf.config import UserError
 from mixgf.vocab import Vocabulary
@@ -31,7 +32,12 @@ T_co = TypeVar("T_co", covariant=True)
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-CACHED_SHARDS = 12
+Packed = tuple[I32, I64]
+"""Tokens (T,) and offsets (B + 1,)."""
+F = TypeVar("F", bound=Callable[..., Any])
+_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
+CACHED_SHARDS = 6
+"""As many as the plan mixes with each other (`plan.WINDOW_SHARDS`): an epoch then reads every shard once."""
 
 
 class Corpus:
@@ -92,15 +98,12 @@ class Corpus:
         """Sentences of the given cells, packed in the given order: tokens (T,) and offsets (B + 1,)."""
         cells_B = np.asarray(cells, dtype=np.int64)
         lengths_B = self.lengths_N[cells_B].astype(np.int64)
-        offsets_B1: I64 = np.concatenate([[0], np.cumsum(lengths_B)]).astype(np.int64)
+        offsets_B1 = offsets_of(lengths_B)
         tokens_T = np.empty(offsets_B1[-1], dtype=np.int32)
         shard_B = np.searchsorted(self.starts, cells_B, side="right") - 1
-        for shard in np.unique(shard_B).tolist():
-            values, bounds = self._shard(shard)
-            mine = np.flatnonzero(shard_B == shard)
-            begins = bounds[cells_B[mine] - self.starts[shard]].tolist()
-            for place, begin, length in zip(offsets_B1[mine].tolist(), begins, lengths_B[mine].tolist(), strict=True):
-                tokens_T[place : place + length] = values[begin : begin + length]
+        # first the shards that are held, before new ones take their place
+        for shard in sorted(set(shard_B.tolist()), key=lambda shard: (shard not in self._cache, shard)):
+            _gather(*self._shard(shard), cells_B - self.starts[shard], shard_B == shard, offsets_B1, tokens_T)
         return tokens_T, offsets_B1
 
     def _shard(self, shard: int) -> tuple[I32, I64]:
@@ -206,16 +209,78 @@ def positions(offsets_B1: I64) -> I64:
     return out_T
 
 
-def pack(tokens_T: I32, offsets_B1: I64, cells: npt.ArrayLike, keys_T: Tensor | None = None) -> Batch:
-    """A `Batch` of packed sentences."""
+def offsets_of(lengths_B: npt.NDArray[Any]) -> I64:
+    """Where cells of these lengths begin when one lies after the other, and how many tokens there are, (B + 1,)."""
+    offsets_B1 = np.zeros(len(lengths_B) + 1, dtype=np.int64)
+    np.cumsum(lengths_B, out=offsets_B1[1:])
+    return offsets_B1
+
+
+def pack(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64] | None = None) -> Batch:
+    """A `Batch` of packed sentences.
+
+    Args:
+        packs: tokens and offsets, one pack (a view) after the other; all of the same B cells.
+        cells: their global numbers, (B,).
+        keys: of dropout, `keyed.hashed(seed, epoch, visits)`, (B,), to which a pack's number is added; None = no dropout.
+    """
+    cells_B = np.asarray(cells, dtype=np.int64)
+    num_cells, num_tokens = len(cells_B), sum(len(tokens_T) for tokens_T, _ in packs)
+    ids_T, positions_T = np.empty(num_tokens, dtype=np.int64), np.empty(num_tokens, dtype=np.int64)
+    offsets_B1 = np.zeros(num_cells * len(packs) + 1, dtype=np.int32)
+    keys_T = np.empty(num_tokens if keys is not None else 0, dtype=np.int32)
+    max_len, keys_B = 1, np.empty(0, dtype=np.uint64) if keys is None else keys
+    for number, (tokens_T, offsets) in enumerate(packs):
+        longest = _lay(tokens_T, offsets, keys_B, number, ids_T, positions_T, offsets_B1, keys_T)
+        max_len = max(max_len, int(longest))
     return Batch(
-        ids_T=torch.from_numpy(tokens_T.astype(np.int64)),
-        offsets_B1=torch.from_numpy(offsets_B1.astype(np.int32)),
-        positions_T=torch.from_numpy(positions(offsets_B1)),
-        cells_B=torch.from_numpy(np.array(cells, dtype=np.int64)),
-        max_len=int(np.diff(offsets_B1).max(initial=1)),
-        keys_T=keys_T,
+        ids_T=torch.from_numpy(ids_T),
+        offsets_B1=torch.from_numpy(offsets_B1),
+        positions_T=torch.from_numpy(positions_T),
+        cells_B=torch.from_numpy(np.tile(cells_B, len(packs))),
+        max_len=max_len,
+        keys_T=None if keys is None else torch.from_numpy(keys_T),
     )
+
+
+@_jit
+def _gather(  # noqa: PLR0917 (compiled)
+    values: I32, bounds: I64, rows_B: I64, mine_B: npt.NDArray[np.bool_], offsets_B1: I64, tokens_T: I32
+) -> None:
+    """Copy the sentences of one shard to their places."""
+    for i in range(len(rows_B)):
+        if mine_B[i]:
+            begin, end = bounds[rows_B[i]], bounds[rows_B[i] + 1]
+            tokens_T[offsets_B1[i] : offsets_B1[i + 1]] = values[begin:end]
+
+
+@_jit
+def _lay(  # noqa: PLR0917 (compiled)
+    tokens_T: I32,
+    offsets: I64,
+    keys_B: npt.NDArray[np.uint64],
+    number: int,
+    ids_T: I64,
+    positions_T: I64,
+    offsets_B1: I32,
+    keys_T: I32,
+) -> np.int64:
+    """Write one pack behind those of smaller number; returns its longest cell."""
+    num_cells = len(offsets) - 1
+    base, longest = np.int64(offsets_B1[number * num_cells]), np.int64(1)
+    for i in range(num_cells):
+        start, stop = base + offsets[i], base + offsets[i + 1]
+        longest = max(longest, stop - start)
+        offsets_B1[number * num_cells + i + 1] = stop
+        ids_T[start:stop] = tokens_T[offsets[i] : offsets[i + 1]]
+        places = positions_T[start:stop]
+        for t in range(len(places)):
+            places[t] = t
+        if len(keys_B):
+            key, keys = keyed.mixed(keys_B[i], np.uint64(number)), keys_T[start:stop]
+            for t in range(len(keys)):
+                keys[t] = np.int32(keyed.mixed(key, np.uint64(t)) >> np.uint64(32))
+    return longest
 
 
 def cut(tokens_T: I32, offsets_B1: I64, max_len: int) -> tuple[I32, I64]:
@@ -223,8 +288,7 @@ def cut(tokens_T: I32, offsets_B1: I64, max_len: int) -> tuple[I32, I64]:
     lengths_B = np.diff(offsets_B1)
     if max_len <= 0 or lengths_B.max(initial=0) <= max_len:
         return tokens_T, offsets_B1
-    new_B1 = np.concatenate([[0], np.cumsum(np.minimum(lengths_B, max_len))]).astype(np.int64)
-    return tokens_T[positions(offsets_B1) < max_len], new_B1
+    return tokens_T[positions(offsets_B1) < max_len], offsets_of(np.minimum(lengths_B, max_len))
 
 
 class Prefetch(Generic[T_co]):

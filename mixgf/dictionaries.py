@@ -97,7 +97,7 @@ class _Unpickler(pickle.Unpickler):
         return text.encode("latin1")
 
 
-_PICKLE_ERRORS = (
+PICKLE_ERRORS = (
     pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, ImportError, OverflowError, MemoryError,
     RecursionError, struct.error,
 )  # fmt: skip
@@ -111,7 +111,7 @@ def unpickle(data: bytes, where: str) -> dict[Any, Any]:
     """
     try:
         found = _Unpickler(io.BytesIO(data)).load()
-    except _PICKLE_ERRORS as error:
+    except PICKLE_ERRORS as error:
         msg = (
             f"{where}: refused: {str(error) or type(error).__name__}; a pickled dictionary needs only text and numbers. "
             "Check where it comes from, or give it as JSON or TSV"

@@ -89,7 +89,7 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
         for run in runs:
             part = slice(int(offsets[run.start]), int(offsets[run.stop]))
             few = dataset.cut(tokens_T[part], offsets[run.start : run.stop + 1] - offsets[run.start], max_len)
-            batch = dataset.pack(*few, cells_N[chunk[run]]).to(device)
+            batch = dataset.pack([few], cells_N[chunk[run]]).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 h_TD = encoder(
                     batch.ids_T, batch.offsets_B1, positions_T=batch.positions_T, layers=layers, max_len=batch.max_len

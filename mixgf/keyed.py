@@ -8,6 +8,8 @@ Shapes: T packed tokens, B cells, C channels.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,6 +39,12 @@ def hashed(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> U64:
     return h
 
 
+@functools.lru_cache(4096)
+def of_numbers(*numbers: int) -> U64:
+    """`hashed` of plain numbers, remembered."""
+    return hashed(*numbers)
+
+
 def uniform(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> npt.NDArray[np.float64]:
     """Uniform numbers in [0, 1) with 53 bits, one per key."""
     return (hashed(*parts, after=after) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -54,16 +62,17 @@ def chance(hashes: U64, stream: int, fraction: float) -> npt.NDArray[np.bool_]:
 
 def dropout_keys(*parts: npt.ArrayLike) -> Tensor:
     """Dropout keys, int32, one per token: pass (seed, epoch, visit_T, view_T, position_T)."""
-    return as_keys(hashed(*parts))
+    return torch.from_numpy((hashed(*parts) >> np.uint64(32)).astype(np.uint32).view(np.int32))
 
 
-def as_keys(hashes: U64) -> Tensor:
-    """Dropout keys of hashes, (T,)."""
-    return torch.from_numpy((hashes >> np.uint64(32)).astype(np.uint32).view(np.int32))
+def limit(fraction: float) -> np.uint64:
+    """A bound in whole numbers: `draw53` of a key is below it where `uniform` of that key is below `fraction`."""
+    return np.uint64(math.ceil(fraction * 2.0**53))
 
 
 @_jit
-def _round(h: np.uint64, part: np.uint64) -> np.uint64:
+def mixed(h: np.uint64, part: np.uint64) -> np.uint64:
+    """`hashed(*key, part)` from `hashed(*key)`, for compiled code."""
     x = (h ^ part) + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * _M1
     x = (x ^ (x >> np.uint64(27))) * _M2
@@ -72,13 +81,19 @@ def _round(h: np.uint64, part: np.uint64) -> np.uint64:
 
 @numba.vectorize(["uint64(uint64, uint64)"], cache=True)  # type: ignore[untyped-decorator]
 def _rounds(h: np.uint64, part: np.uint64) -> np.uint64:
-    return _round(h, part)
+    return mixed(h, part)
 
 
 @_jit
 def draw(h: np.uint64, stream: np.uint64) -> float:
     """`uniform(*key, stream)` from `hashed(*key)`, for compiled code."""
-    return np.float64(_round(h, stream) >> np.uint64(11)) * 2.0**-53
+    return np.float64(draw53(h, stream)) * 2.0**-53
+
+
+@_jit
+def draw53(h: np.uint64, stream: np.uint64) -> np.uint64:
+    """The 53 bits of `draw`."""
+    return mixed(h, stream) >> np.uint64(11)
 
 
 @_jit
@@ -87,7 +102,7 @@ def _of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
     for i in range(len(cells_B)):
         start = offsets_B1[i]
         for place in range(offsets_B1[i + 1] - start):
-            out[start + place] = _round(cells_B[i], np.uint64(place))
+            out[start + place] = mixed(cells_B[i], np.uint64(place))
     return out
 
 

@@ -118,6 +118,8 @@ def attend(q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cel
         cells: where the cells' tokens begin.
     """
     R, H, E = q_RHE.shape
+    if R == 0:  # nobody asks: masked genes only, and none was chosen
+        return q_RHE.reshape(0, H * E)
     if q_RHE.is_cuda and q_RHE.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (needs a CUDA build)
 
@@ -133,8 +135,6 @@ def attend(q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cel
         if queries:
             parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * queries, H * E))
         q0, k0 = q1, k1
-    if not parts:
-        return q_RHE.reshape(0, H * E)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mixgf import dataset, keyed, species
 from mixgf.config import Config, Objective
-from mixgf.dataset import Batch, Corpus
+from mixgf.dataset import Batch, Corpus, Packed
 from mixgf.model import MaskedModel, forward_flops, head_flops, pool
 from mixgf.plan import I64, Plan, Share, micro_batches, packing, parse_mix
-from mixgf.views import Packed, Translator, join, looked_at, mask, thin
+from mixgf.views import Pools, Translator, looked_at, mask, thin
 
 
 class Group(Protocol):
@@ -144,7 +144,7 @@ class Pretraining:
         if config.train.max_steps:
             self.num_steps = min(self.num_steps, config.train.max_steps)
         self.steps_per_epoch = self.plan.steps_per_epoch
-        self.pools = [corpus.vocabulary.species_tokens(name) for name in corpus.species]
+        self.pools = Pools.of([corpus.vocabulary.species_tokens(name) for name in corpus.species])
         o = config.objective
         self.views = ["input"]
         if o.contrast_weight > 0 or o.simcsepp_weight > 0:
@@ -177,7 +177,7 @@ class Pretraining:
         """One worker's share of a step, collated."""
         share = self.plan.share(step, rank, world_size)
         sentences = self.corpus.tokens(share.cells_B)
-        lengths = np.diff(sentences[1]).astype(np.int32)
+        lengths = self.corpus.lengths_N[share.cells_B]
         micros, flops, masked = [], 0.0, 0
         row = self.config.model
         for part in micro_batches(lengths * len(self.views), self.config.train.micro_tokens):
@@ -196,7 +196,7 @@ class Pretraining:
         visits, cells = share.visits_B[part], share.cells_B[part]
         codes = self.corpus.species_N[cells]
         key, fraction = (self.config.seed, share.epoch), self.objective.mlm_fraction
-        inputs, at = mask(few, visits, codes, self.pools, fraction=fraction, key=(*key, 0))
+        inputs, at, targets = mask(few, visits, codes, self.pools, fraction=fraction, key=(*key, 0))
         packs: list[Packed] = []
         paired = np.zeros(len(cells), dtype=np.bool_)
         for number, name in enumerate(self.views):
@@ -210,24 +210,21 @@ class Pretraining:
                 assert self.translate is not None
                 pack, paired = self.translate(few, visits, codes, (*key, number))
                 packs.append(pack)
-        all_tokens, all_offsets = join(packs)
-        num_views, lengths = len(self.views), np.diff(all_offsets)
-        keys_T = None
+        num_views, keys = len(self.views), None
         if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
-            sentence_keys = np.concatenate([keyed.hashed(*key, visits, view) for view in range(num_views)])
-            keys_T = keyed.as_keys(keyed.of_places(sentence_keys, all_offsets))
-        batch = dataset.pack(all_tokens, all_offsets, np.tile(cells, num_views), keys_T)
-        targets = torch.from_numpy(few[0][at].astype(np.int64))
+            keys = keyed.hashed(visits, after=keyed.of_numbers(*key))
+        batch = dataset.pack(packs, cells, keys)
+        all_offsets = batch.offsets_B1.numpy()
+        lengths = all_offsets[1:] - all_offsets[:-1]
         asked: tuple[Tensor, Tensor] | None = None
         firsts, counts, masked = None, None, at
         if self.last_layer_at_queries:
             begins = all_offsets[:-1] if num_views > 1 else all_offsets[:0]
-            places, masked, begun = looked_at(at, begins)
-            bounds = np.searchsorted(places, all_offsets)
-            firsts, counts = torch.from_numpy(begun), np.diff(bounds)
-            asked = (torch.from_numpy(places), torch.from_numpy(bounds.astype(np.int32)))
+            places, masked, begun, bounds = looked_at(at, begins, all_offsets)
+            firsts, counts = torch.from_numpy(begun), bounds[1:] - bounds[:-1]
+            asked = (torch.from_numpy(places), torch.from_numpy(bounds))
         micro = Micro(
-            batch, num_views, torch.from_numpy(masked), targets, torch.from_numpy(share.slots_B[part]),
+            batch, num_views, torch.from_numpy(masked), torch.from_numpy(targets), torch.from_numpy(share.slots_B[part]),
             torch.from_numpy(paired), asked, firsts,
         )  # fmt: skip
         return micro, lengths, counts

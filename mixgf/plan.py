@@ -11,6 +11,7 @@ Shapes: N cells of the corpus, S shards, P species, B cells of a global batch.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -70,9 +71,11 @@ class Plan:
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(shard_rows, dtype=np.int64))])
         assert self.starts[-1] == self.num_cells, (int(self.starts[-1]), self.num_cells)
         num_shards, num_species = len(self.starts) - 1, int(species.max(initial=0)) + 1
-        shard_of = np.repeat(np.arange(num_shards), np.diff(self.starts))
-        counts = np.bincount(shard_of * num_species + species.astype(np.int64), minlength=num_shards * num_species)
-        self._counts_SP = counts.reshape(num_shards, num_species)
+        self._counts_SP = np.zeros((num_shards, num_species), dtype=np.int64)
+        for shard, (start, stop) in enumerate(
+            itertools.pairwise(self.starts.tolist())
+        ):  # no array of all cells is made
+            self._counts_SP[shard] = np.bincount(species[start:stop], minlength=num_species)
         self._whole_P, self._extra_SP = self._quotas(species_mix or {})
         self._epoch = -1
         self._window: tuple[int, int, I64] | None = None
@@ -117,13 +120,10 @@ class Plan:
     def share(self, step: int, rank: int = 0, world_size: int = 1) -> Share:
         """One worker's part of a global batch, balanced by tokens: longest first, dealt out there and back."""
         visits = self.batch(step)
-        order = np.argsort(-self.lengths[visits % self.num_cells].astype(np.int64), kind="stable")
-        turn, place = np.divmod(np.arange(len(visits)), world_size)
-        slots = order[np.where(turn % 2 == 0, place, world_size - 1 - place) == rank]
+        order = np.argsort(-self.lengths[visits % self.num_cells], kind="stable")
+        slots = order[_dealt(len(visits), rank, world_size)]
         mine = visits[slots]
-        return Share(
-            step, step // self.steps_per_epoch, mine, mine % self.num_cells, slots.astype(np.int64), len(visits)
-        )
+        return Share(step, step // self.steps_per_epoch, mine, mine % self.num_cells, slots, len(visits))
 
     def _open(self, epoch: int) -> None:
         """Order the units (shard, repetition) of an epoch, species interleaved, and cut them into windows."""
@@ -190,6 +190,13 @@ class Plan:
             rng = np.random.default_rng([self.seed, epoch, 2, shard, int(p)])
             keep[rng.choice(of_kind, int(self._extra_SP[shard][p]), replace=False)] = True
         return (cells[keep] + repetition * self.num_cells).astype(np.int64)
+
+
+@functools.cache
+def _dealt(num_cells: int, rank: int, world_size: int) -> I64:
+    """Which of the cells in falling order of length are a worker's."""
+    turn, place = np.divmod(np.arange(num_cells), world_size)
+    return np.flatnonzero(np.where(turn % 2 == 0, place, world_size - 1 - place) == rank)
 
 
 def packing(lengths: npt.NDArray[np.int32], batch_cells: int, *, seed: int = 0) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The only home of MLflow: one run per stage, logged by whoever holds its id.
 
 The driver opens the run; training workers log to it by id through `Run.log`, at checkpoints only, so that replayed steps
-never appear twice. Without MLFLOW_TRACKING_URI the store is SQLite beside the artifacts.
+never appear twice; what a dead worker did not get to log is made up for from history.parquet. Without MLFLOW_TRACKING_URI the store is SQLite beside the artifacts.
 """
 
 from __future__ import annotations
@@ -80,6 +80,13 @@ class Run:
         client = _client(self.uri)
         for i in range(0, len(finite), 1000):
             client.log_batch(self.id, metrics=finite[i : i + 1000])
+
+    def log_missing(self, rows: list[tuple[int, str, float]]) -> None:
+        """Log those (step, name, value) rows whose name has nothing yet at their step."""
+        client = _client(self.uri)
+        names = dict.fromkeys(name for _, name, _ in rows)
+        have = {(m.step, name) for name in names for m in client.get_metric_history(self.id, name)}
+        self.log_many([row for row in rows if row[:2] not in have])
 
     def artifact(self, path: str) -> None:
         """Keep a local file with the run."""

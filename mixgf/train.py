@@ -44,9 +44,12 @@ class Context(Group, Protocol):
         """Figures of one step, on rank 0, now and then; after a restart steps may come again."""
 
     def commit(self, rows: list[Row]) -> None:
-        """Figures since the last checkpoint, on rank 0, in a background thread; no step comes twice.
+        """Figures since the last checkpoint, on rank 0, in a background thread; no step comes twice."""
 
-        Those of a checkpoint whose worker dies between it and this call are in history.parquet only.
+    def recover(self, rows: list[Row]) -> None:
+        """Figures up to the checkpoint that training goes on from, on rank 0, before it does.
+
+        A worker that died between that checkpoint and the end of `commit` has left some of them uncommitted.
         """
 
 
@@ -68,6 +71,9 @@ class LocalContext:
         """Nobody listens."""
 
     def commit(self, rows: list[Row]) -> None:
+        """Nobody listens."""
+
+    def recover(self, rows: list[Row]) -> None:
         """Nobody listens."""
 
 
@@ -302,6 +308,8 @@ def fit(
         msg = f"{uri}/steps changed while the workers read it: another run is writing there"
         raise RuntimeError(msg)
     history = History(uri, start)
+    if context.rank == 0 and history.rows:
+        context.recover(history.rows)
     if context.rank == 0 and settings.warmup_steps >= num_steps > start:
         warn(
             f"train.warmup_steps = {settings.warmup_steps}: the run has {num_steps} steps, so train.lr is never reached"

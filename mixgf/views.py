@@ -6,7 +6,7 @@ Shapes: T packed tokens, B cells, K masked positions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -14,80 +14,103 @@ import numpy.typing as npt
 
 from mixgf import keyed
 from mixgf.config import UserError
+from mixgf.dataset import Packed
 from mixgf.vocab import MASK, NUM_SPECIALS, Vocabulary
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-Packed = tuple[I32, I64]
-"""Tokens (T,) and offsets (B + 1,)."""
 F = TypeVar("F", bound=Callable[..., Any])
 _jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 _SELECT, _ACTION, _GENE, _THIN, _TARGET = range(5)  # streams of keyed draws
 
 
+class Pools(NamedTuple):
+    """Genes of every species, from which replacements are drawn."""
+
+    genes: I32
+    """Those of the first species, of the second, ..."""
+    starts: I64
+    """Where those of each species code begin, and how many there are."""
+
+    @classmethod
+    def of(cls, genes: list[I32]) -> Pools:
+        """From the genes by species code."""
+        return cls(np.concatenate(genes), np.cumsum([0, *map(len, genes)]))
+
+
 def mask(
     sentences: Packed,
     visits_B: I64,
-    species_B: npt.ArrayLike,
-    pools: list[I32],
+    species_B: npt.NDArray[np.int8],
+    pools: Pools,
     *,
     fraction: float,
     key: tuple[int, ...],
-) -> tuple[I32, I64]:
+) -> tuple[I32, I64, I64]:
     """Mask sentences: each gene is chosen with probability `fraction`; 80 % <mask>, 10 % a random gene, 10 % left.
 
     Args:
         sentences: tokens (T,) and offsets.
         visits_B: keys of the cells.
         species_B: species code of each cell.
-        pools: genes by species code, from which replacements are drawn.
+        pools: from which replacements are drawn.
         fraction: share of genes chosen; specials never are.
         key: further parts of the key (seed, epoch, view).
 
     Returns:
-        The input tokens (T,), and the chosen positions (K,).
+        The input tokens (T,), the chosen positions (K,), and the true genes there (K,), int64.
     """
     tokens_T, offsets = sentences
-    hash_T = keyed.of_places(keyed.hashed(*key, visits_B), offsets)
-    starts = np.cumsum([0, *map(len, pools)])
-    return _mask(tokens_T, offsets, hash_T, np.asarray(species_B), np.concatenate(pools), starts, fraction)
+    return _mask(
+        tokens_T, offsets, keyed.of_numbers(*key), visits_B, species_B, pools.genes, pools.starts, keyed.limit(fraction)
+    )
 
 
 @_jit
 def _mask(  # noqa: PLR0917 (compiled)
     tokens_T: I32,
     offsets: I64,
-    hash_T: npt.NDArray[np.uint64],
-    species_B: Any,
+    after: Any,
+    visits_B: I64,
+    species_B: npt.NDArray[np.int8],
     genes: I32,
     starts: I64,
-    fraction: float,
-) -> tuple[I32, I64]:
-    inputs, at, number = tokens_T.copy(), np.empty(len(tokens_T), dtype=np.int64), 0
+    limit: np.uint64,
+) -> tuple[I32, I64, I64]:
+    inputs, at, number = tokens_T.copy(), np.empty(len(tokens_T) + 1, dtype=np.int32), np.int64(0)
+    drawn = np.empty(len(tokens_T), dtype=np.bool_)
     for cell in range(len(species_B)):
+        start, stop, key = offsets[cell], offsets[cell + 1], keyed.mixed(after, np.uint64(visits_B[cell]))
+        cell_L, drawn_L, places, chosen = inputs[start:stop], drawn[start:stop], at[number:], np.uint64(0)
+        for t in range(len(drawn_L)):  # a loop of its own, so that it becomes vector instructions
+            drawn_L[t] = keyed.draw53(keyed.mixed(key, np.uint64(t)), np.uint64(_SELECT)) < limit
+        for t in range(len(drawn_L)):  # no branch: which genes are chosen cannot be foreseen
+            places[chosen] = start + t
+            chosen += np.uint64(drawn_L[t] & (cell_L[t] >= NUM_SPECIALS))
         first = starts[species_B[cell]]
         count = starts[species_B[cell] + 1] - first
-        for t in range(offsets[cell], offsets[cell + 1]):
-            if tokens_T[t] < NUM_SPECIALS or keyed.draw(hash_T[t], np.uint64(_SELECT)) >= fraction:
-                continue
-            at[number] = t
-            number += 1
-            action = keyed.draw(hash_T[t], np.uint64(_ACTION))
+        for t in places[:chosen]:
+            h = keyed.mixed(key, np.uint64(t - start))
+            action = keyed.draw(h, np.uint64(_ACTION))
             if action < 0.8:
                 inputs[t] = MASK
             elif action < 0.9:
-                inputs[t] = genes[first + np.int64(keyed.draw(hash_T[t], np.uint64(_GENE)) * count)]
-    return inputs, at[:number].copy()
+                inputs[t] = genes[first + np.int64(keyed.draw(h, np.uint64(_GENE)) * count)]
+        number += np.int64(chosen)
+    at_K, genes_K = np.empty(number, dtype=np.int64), np.empty(number, dtype=np.int64)
+    for k in range(number):
+        at_K[k], genes_K[k] = at[k], tokens_T[at[k]]
+    return inputs, at_K, genes_K
 
 
 @_jit
-def looked_at(at_K: I64, begins_B: I64) -> tuple[I64, I64, I64]:
-    """The union of two ascending lists of places, ascending, and the places in it of either."""
+def looked_at(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64, I32]:
+    """The union of two ascending lists of places, ascending; the places in it of either; and where each cell's begin in it."""
     places = np.empty(len(at_K) + len(begins_B), dtype=np.int64)
-    of_at, of_begins = np.empty_like(at_K), np.empty_like(begins_B)
+    of_at, of_begins = np.empty_like(at_K), np.empty(len(begins_B), dtype=np.int64)
     number, i, j = 0, 0, 0
     while i < len(at_K) or j < len(begins_B):
-        place = at_K[i] if j == len(begins_B) or (i < len(at_K) and at_K[i] <= begins_B[j]) else begins_B[j]
+        place = at_K[i] if j == len(begins_B) or (i < len(at_K) and at_K[i] <= begins_B[j]) else np.int64(begins_B[j])
         if i < len(at_K) and at_K[i] == place:
             of_at[i] = number
             i += 1
@@ -96,7 +119,13 @@ def looked_at(at_K: I64, begins_B: I64) -> tuple[I64, I64, I64]:
             j += 1
         places[number] = place
         number += 1
-    return places[:number].copy(), of_at, of_begins
+    bounds = np.empty(len(offsets_B1), dtype=np.int32)
+    before = 0
+    for cell in range(len(offsets_B1)):
+        while before < number and places[before] < offsets_B1[cell]:
+            before += 1
+        bounds[cell] = before
+    return places[:number], of_at, of_begins, bounds
 
 
 def select(sentences: Packed, keep_T: npt.NDArray[np.bool_]) -> Packed:
@@ -112,12 +141,6 @@ def thin(sentences: Packed, visits_B: I64, fraction: float, key: tuple[int, ...]
     keep = keyed.chance(keyed.of_places(keyed.hashed(*key, visits_B), offsets), _THIN, fraction)
     keep[offsets[:-1][np.diff(offsets) > 0]] = True
     return select(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
-
-
-def join(parts: list[Packed]) -> Packed:
-    """Several packs as one."""
-    lengths = np.concatenate([np.diff(offsets) for _, offsets in parts])
-    return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 class Translator:

@@ -7,6 +7,7 @@ in test_chaos.py, in every run of the tests.
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -123,23 +124,25 @@ def test_a_killed_driver_goes_on_with_the_bits_of_the_run_never_killed(settings,
     assert result(uri) == undisturbed
 
 
-def test_a_lost_node_makes_the_group_smaller_and_the_run_goes_on_with_the_same_batches(settings, tmp_path):
-    """Three nodes in one machine, of which a training node is lost: from two workers to one; against the loop alone."""
-    corpus = dataset.Corpus(settings.inputs.corpus)
-    model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
-    rows = train.fit(model, Pretraining(settings, corpus), settings.train, train.LocalContext())
-    expected = {(step, name): value for step, _, name, value in rows if name in LOSSES}
-    chosen = dataclasses.replace(
-        settings, output=str(tmp_path), compute=config.Compute(num_workers=2, min_workers=1, max_failures=5)
-    )
+def alone(chosen):
+    """Losses of the loop alone, by (step, name)."""
+    corpus = dataset.Corpus(chosen.inputs.corpus)
+    model = MaskedModel(chosen.model, corpus.vocabulary.size, seed=chosen.seed)
+    rows = train.fit(model, Pretraining(chosen, corpus), chosen.train, train.LocalContext())
+    return {(step, name): value for step, _, name, value in rows if name in LOSSES}
+
+
+def resized(chosen, how):
+    """Train in a process of its own on a cluster that changes; returns the numbers of workers, and the losses."""
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(config.to_dict(chosen))], capture_output=True, text=True, check=False,
-        env=os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"},
+        [sys.executable, __file__, how, json.dumps(config.to_dict(chosen))], capture_output=True, text=True, check=False,
+        env=os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10" if how == "lose" else "60"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    sizes = json.loads(done.stdout.splitlines()[-1])
-    assert sizes == {"before": 2, "after": 1}
-    losses = result(f"{tmp_path}/pretrain")[0]
+    return json.loads(done.stdout.splitlines()[-1]), result(f"{chosen.output}/pretrain")[0]
+
+
+def assert_near(losses, expected):
     assert losses.keys() == expected.keys()
     for key, value in expected.items():
         # the contrast is exp(cosine / temperature) to first order: its relative error is that of a cosine / temperature
@@ -147,33 +150,69 @@ def test_a_lost_node_makes_the_group_smaller_and_the_run_goes_on_with_the_same_b
         assert losses[key] == pytest.approx(value, rel=near), key
 
 
-def main(data):
-    """Train on a cluster of three nodes and kill one that trains; prints the numbers of training workers."""
+def test_a_lost_node_makes_the_group_smaller_and_the_run_goes_on_with_the_same_batches(settings, tmp_path):
+    """Three nodes in one machine, of which a training node is lost: from two workers to one; against the loop alone."""
+    chosen = dataclasses.replace(
+        settings, output=str(tmp_path), compute=config.Compute(num_workers=2, min_workers=1, max_failures=5)
+    )
+    sizes, losses = resized(chosen, "lose")
+    assert sizes == {"before": 2, "after": 1}
+    assert_near(losses, alone(chosen))
+
+
+def test_a_new_node_makes_the_group_larger_and_the_run_goes_on_with_the_same_batches(settings, tmp_path):
+    """A cluster with room for one of two workers gets a node while it trains: from one worker to two, in the same run."""
+    chosen = dataclasses.replace(
+        settings, output=str(tmp_path), model=config.Model(num_layers=4, dim=128, num_heads=4, ffn_dim=256, max_positions=200),
+        compute=config.Compute(num_workers=2, min_workers=1, max_failures=0, resize_seconds=2),
+    )  # fmt: skip
+    sizes, losses = resized(chosen, "grow")
+    assert sizes == {"before": 1, "after": 2}
+    assert_near(losses, alone(chosen))
+
+
+def main(how, data):
+    """Train on a cluster that loses a training node, or gets one; prints the numbers of training workers."""
     import ray
     from ray.cluster_utils import Cluster
 
-    chosen = config.from_dict(config.Config, data)
-    store = {"object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, "_system_config": {
-        "health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10,
-    }})  # fmt: skip
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
-    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    uri, sizes = f"{chosen.output}/pretrain", {}
-
-    def lose():
-        reached(uri, 20)
-        sizes["before"] = len(training_workers(os.getpid()))
-        cluster.remove_node(nodes[1], allow_graceful=False)
-        reached(uri, 100)
-        sizes["after"] = len(training_workers(os.getpid()))
-
-    thread = threading.Thread(target=lose)
-    thread.start()
     from mixgf.drivers import pretrain
 
-    pretrain.run(dataclasses.replace(chosen))
-    thread.join()
+    chosen = config.from_dict(config.Config, data)
+    head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False}
+    if how == "lose":  # a death is noticed soon; where none is meant, a busy machine must not look like one
+        head["_system_config"] = {
+            "health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10,
+        }  # fmt: skip
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2 if how == "lose" else 1)]
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    uri, sizes, ended = f"{chosen.output}/pretrain", {}, threading.Event()
+
+    def change():
+        reached(uri, 20)
+        sizes["before"] = len(training_workers(os.getpid()))
+        if how == "lose":
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            reached(uri, 100)
+        else:
+            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+            give_up = time.monotonic() + PATIENCE
+            while len(training_workers(os.getpid())) < 2 and time.monotonic() < give_up:
+                time.sleep(0.1)
+            reached(uri, checkpoint.complete_steps(uri)[-1] + 10)  # with both at work
+        sizes["after"] = len(training_workers(os.getpid()))
+        ended.wait()  # the kernel ends a node with the thread that started it
+
+    handle = signal.signal
+    signal.signal = lambda *args: handle(*args) if threading.current_thread() is threading.main_thread() else None
+    thread = threading.Thread(
+        target=change, daemon=True
+    )  # Ray Train wants the main thread, a new node would want it too
+    thread.start()
+    pretrain.run(chosen)
+    ended.set()
+    thread.join(60)
     sys.stdout.write(json.dumps(sizes) + "\n")
     sys.stdout.flush()
     ray.shutdown()
@@ -182,4 +221,4 @@ def main(data):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    main(json.loads(sys.argv[1]))
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -3,8 +3,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from mixgf import config, dataset, storage
+from mixgf import config, dataset, keyed, plan, storage
 
 LENGTHS = [5, 1, 7, 3, 3, 9, 2]
 SPECIES = [0, 1, 0, 1, 0, 0, 1]
@@ -29,6 +30,20 @@ def test_memory_is_bounded_by_the_number_of_cached_shards(uri):
     expected = dataset.Corpus(uri).tokens(range(7))[0]
     assert np.array_equal(corpus.tokens(range(7))[0], expected)
     assert len(corpus._cache) == 1
+
+
+def test_an_epoch_reads_every_shard_once_and_holds_a_window_of_them(make_corpus, monkeypatch):
+    """Batches straddle windows, and shards are empty, small and large; more workers read as much each."""
+    rng = np.random.default_rng(0)
+    rows = [3, 0, 17, 9, 1, 30, 12, 8, 0, 22, 5, 14, 19, 2, 11, 6]
+    corpus = dataset.Corpus(make_corpus(rng.integers(2, 9, sum(rows)), np.arange(sum(rows)) % 2, rows))
+    order = plan.Plan(corpus.lengths_N, corpus.species_N, rows, seed=0, batch_cells=40)
+    read, table = [], corpus.table
+    monkeypatch.setattr(corpus, "table", lambda shard, columns: read.append(shard) or table(shard, columns))
+    for step in range(order.steps_per_epoch):
+        corpus.tokens(order.share(step).cells_B)
+        assert len(corpus._cache) <= plan.WINDOW_SHARDS == dataset.CACHED_SHARDS
+    assert sorted(read) == [shard for shard, n in enumerate(rows) if n]
 
 
 def test_obs_comes_in_cell_order_and_names_unknown_columns(uri):
@@ -56,12 +71,29 @@ def test_a_shard_that_does_not_fit_the_index_is_refused(make_corpus):
 
 def test_pack_and_cut_by_hand():
     tokens, offsets = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 4])
-    batch = dataset.pack(tokens, offsets, [7, 9])
+    batch = dataset.pack([(tokens, offsets)], [7, 9])
     assert batch.positions_T.tolist() == [0, 1, 2, 0]
     assert (batch.max_len, batch.num_cells, batch.num_tokens) == (3, 2, 4)
+    assert batch.keys_T is None
     few, bounds = dataset.cut(tokens, offsets, 2)
     assert few.tolist() == [10, 11, 20]
     assert bounds.tolist() == [0, 2, 3]
+
+
+def test_packs_of_several_views_lie_one_after_the_other_with_the_plain_dropout_keys():
+    first = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 3, 4])
+    second = np.array([11, 20, 21], dtype=np.int32), np.array([0, 1, 1, 3])
+    visits = np.array([7, 8, 10**12])
+    batch = dataset.pack([first, second], [7, 8, 9], keyed.hashed(3, 1, visits))
+    assert batch.ids_T.tolist() == [10, 11, 12, 20, 11, 20, 21]
+    assert batch.offsets_B1.tolist() == [0, 3, 3, 4, 5, 5, 7]
+    assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 0, 1]
+    assert batch.cells_B.tolist() == [7, 8, 9, 7, 8, 9]
+    assert batch.max_len == 3
+    visit_T, view_T = np.array([7, 7, 7, 10**12, 7, 10**12, 10**12]), np.array([0, 0, 0, 0, 1, 1, 1])
+    assert torch.equal(batch.keys_T, keyed.dropout_keys(3, 1, visit_T, view_T, batch.positions_T.numpy()))
+    none = dataset.pack([(first[0][:0], np.array([0]))], [])
+    assert (none.num_cells, none.num_tokens, none.max_len) == (0, 0, 1)
 
 
 def test_prefetch_gives_all_steps_in_order_and_counts_the_time_waited():

@@ -1,10 +1,13 @@
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from mixgf import artifacts, checkpoint, config, dataset, storage, train
+from mixgf import artifacts, checkpoint, config, dataset, storage, tracking, train
 from mixgf.config import UserError
 from mixgf.drivers import pretrain
 from mixgf.model import MaskedModel
@@ -43,7 +46,12 @@ def trace(rows):
 def test_one_ray_worker_gives_what_the_local_loop_gives_and_a_second_run_does_nothing(ray_local, settings, local):
     uri = pretrain.run(settings)
     losses, model = local
-    assert trace(train.History(uri, 8).rows) == losses
+    rows = train.History(uri, 8).rows
+    assert trace(rows) == losses
+    logged = {"loss", "mlm", "contrast", "alignment", "uniformity", "grad_norm", "lr", "cells_per_s", "tokens_per_s", "mfu",
+              "wait_share", "memory_gb"}  # fmt: skip
+    assert all([s for s, _, n, _ in rows if n == name] == list(range(1, 9)) for name in logged)
+    assert {name for _, _, name, _ in rows} == logged
     encoder, record = checkpoint.load_encoder(uri)
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
     assert record.counts == {"steps": 8, "epochs": 2, "cells": 23}
@@ -75,6 +83,55 @@ def test_two_ray_workers_see_every_cell_once_and_give_the_losses_of_one(ray_loca
     assert ours.keys() == local[0].keys()
     for key, value in local[0].items():
         assert ours[key] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("dies", ["before", "amid"])
+def test_figures_of_a_checkpoint_whose_worker_died_before_logging_them_reach_the_tracker_once(settings, tmp_path, dies):
+    """SIGKILL between the second checkpoint and its figures in MLflow, or after some of them; the next session makes up for it."""
+    from mlflow.tracking import MlflowClient
+
+    chosen = dataclasses.replace(settings, output=str(tmp_path))
+    with tracking.stage(chosen, "pretrain", {}, "abc") as tracked:
+        child = multiprocessing.get_context("spawn").Process(target=_session, args=(chosen, tracked, dies))
+        child.start()
+        child.join(200)
+        assert child.exitcode == -signal.SIGKILL
+        client = MlflowClient(tracked.uri)
+        assert checkpoint.complete_steps(f"{tmp_path}/pretrain") == [3, 6]
+        logged = len(client.get_metric_history(tracked.id, "loss"))
+        assert logged == (3 if dies == "before" else 4)
+        _session(chosen, tracked, "")
+    rows = train.History(f"{tmp_path}/pretrain", 8).rows
+    for name in ("loss", "mlm", "lr", "memory_gb"):
+        points = [(m.step, m.value) for m in client.get_metric_history(tracked.id, name)]
+        assert sorted(points) == [(step, value) for step, _, n, value in rows if n == name]
+        assert [step for step, _ in sorted(points)] == list(range(1, 9))
+
+
+def _session(settings, tracked, dies):
+    """What a training worker does; it may kill itself when the figures of step 4 to 6 are to be logged."""
+
+    class Context(pretrain.RayContext):
+        def commit(self, rows):
+            if dies and rows[0][0] == 4:
+                if dies == "amid":
+                    super().commit([row for row in rows if row[0] == 4 and row[2] in ("loss", "lr")])
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().commit(rows)
+
+    class Board:
+        class report:
+            remote = staticmethod(lambda step, figures: None)
+
+    store = f"{settings.output}/store{dies}"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    try:
+        corpus = dataset.Corpus(settings.inputs.corpus)
+        model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
+        context = Context(torch.device("cpu"), Board, tracked)
+        train.fit(model, Pretraining(settings, corpus), settings.train, context, uri=f"{settings.output}/pretrain")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_run_that_cannot_go_on_ends_with_one_line_and_is_not_started_again(ray_local, settings, tmp_path):

@@ -42,4 +42,3 @@ def test_hashes_of_places_are_the_plain_ones_of_every_token():
     for fraction in (0.0, 0.5, 1.0):
         plain = keyed.uniform(4, 2, visits, places, 3) < fraction
         assert np.array_equal(keyed.chance(fast, 3, fraction), plain)
-    assert torch.equal(keyed.as_keys(fast), keyed.dropout_keys(4, 2, visits, places))

@@ -107,3 +107,10 @@ def test_packing_by_hand():
     assert made["grouped"] == pytest.approx(1.1)
     assert made["random"] >= made["grouped"]
     assert plan.packing(lengths, 5)["random"] == pytest.approx(1.5)
+
+
+def test_shards_are_counted_by_species_with_empty_ones_among_them():
+    species = np.array([0, 2, 2, 0, 1, 2], dtype=np.int8)
+    made = plan.Plan(np.ones(6, np.int32), species, [0, 3, 0, 0, 2, 1, 0], seed=0, batch_cells=2)
+    assert made._counts_SP.tolist() == [[0, 0, 0], [1, 0, 2], [0, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
+    assert plan.Plan(np.ones(0, np.int32), species[:0], [0], seed=0, batch_cells=2).steps_per_epoch == 0

@@ -43,6 +43,21 @@ def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
         assert other.id != seen[0]
 
 
+def test_only_what_is_missing_is_logged_however_often(config):
+    rows = [(1, "loss", 9.0), (1, "mlm", 8.0), (2, "loss", 7.0), (2, "mlm", 6.0), (2, "bad", float("inf"))]
+    with tracking.stage(config, "pretrain", {}, "abc") as run:
+        run.log_many([rows[0], rows[3]])
+        for _ in range(2):
+            run.log_missing(rows)
+    client = MlflowClient(run.uri)
+    found = {
+        name: [(m.step, m.value) for m in client.get_metric_history(run.id, name)] for name in ("loss", "mlm", "bad")
+    }
+    assert {name: sorted(points) for name, points in found.items()} == {
+        "loss": [(1, 9.0), (2, 7.0)], "mlm": [(1, 8.0), (2, 6.0)], "bad": [],
+    }  # fmt: skip
+
+
 def test_the_store_is_beside_the_artifacts_unless_the_environment_names_one(config, tmp_path, monkeypatch):
     assert tracking.uri(config) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")

@@ -194,7 +194,7 @@ def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
 
     def batches(step, rank, world_size):
         tokens, offsets = corpus.tokens(range(23))
-        return train.BatchWork([dataset.pack(tokens, offsets, range(23))], 23)
+        return train.BatchWork([dataset.pack([(tokens, offsets)], range(23))], 23)
 
     def loss(model, batch):
         z = pool(model.encoder(batch.ids_T, batch.offsets_B1), batch.offsets_B1, "mean")

@@ -125,6 +125,10 @@ class RayContext(GroupContext):
         """Log to the tracker."""
         self._tracked.log_many([(step, name, value) for step, _, name, value in rows])
 
+    def recover(self, rows: list[Row]) -> None:
+        """Log to the tracker what it lacks."""
+        self._tracked.log_missing([(step, name, value) for step, _, name, value in rows])
+
 
 def work(params: dict[str, Any]) -> None:
     """One worker of the group."""
@@ -156,7 +160,7 @@ def _train(config: Config, corpus: str, uri: str, identity: str, *, num_steps: i
     elastic = 0 < compute.min_workers < compute.num_workers
     scaling = ScalingConfig(
         num_workers=(compute.min_workers, compute.num_workers) if elastic else compute.num_workers,
-        use_gpu=gpu, resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=compute.resize_seconds, use_gpu=gpu, resources_per_worker=resources,
     )  # fmt: skip
     for name in ("ray.train", "ray.train.v2"):
         logging.getLogger(name).setLevel(logging.ERROR)
