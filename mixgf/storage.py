@@ -443,10 +443,40 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(file, columns=columns, use_threads=False)
 
 
+class _Summed(io.RawIOBase):
+    """Writes to a file, and knows length and SHA-256 of what was written."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self.file, self.num_bytes, self.digest = file, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        whole = len(left)
+        self.digest.update(left)
+        self.num_bytes += whole
+        while len(left):
+            left = left[self.file.write(left) :]
+        return whole
+
+
 def write_table(uri: str, table: pa.Table, **options: Any) -> tuple[int, str]:
     """Write a Parquet file atomically; the same table and options give the same bytes. Returns (bytes, sha256)."""
+    options = {"compression": "zstd"} | options
+    if is_local(uri):  # past memory: what is written is never held as a whole
+        with _replacing(local_path(uri)) as temporary, temporary.open("wb", buffering=0) as file:
+            summed = _Summed(file)
+            with pa.PythonFile(summed, mode="w") as sink:
+                pq.write_table(table, sink, **options)
+            os.fsync(file.fileno())
+        return summed.num_bytes, summed.digest.hexdigest()
     stream = pa.BufferOutputStream()
-    pq.write_table(table, stream, **({"compression": "zstd"} | options))
+    pq.write_table(table, stream, **options)
     data = stream.getvalue()
     write_bytes(uri, data)
     return data.size, hashlib.sha256(data).hexdigest()
