@@ -9,22 +9,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 
 from mixgf import species as species_rows
 from mixgf import storage
+from mixgf.compiled import jit
 from mixgf.config import Source, SpeciesRow, UserError
 from mixgf.formats import RawBlock, Reader
-
-F = TypeVar("F", bound=Callable[..., Any])
-_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 
 ID, SYMBOL, PREVIOUS, ALIAS, AMBIGUOUS, UNKNOWN, NOT_A_GENE = (
     "id", "symbol", "previous", "alias", "ambiguous", "unknown", "not a gene"
@@ -228,7 +225,7 @@ _FINITE, _NEGATIVE, _WHOLE, _LARGE = 1, 2, 3, 4
 _WRONG = {_FINITE: "not a finite number", _NEGATIVE: "negative", _WHOLE: "not a whole number", _LARGE: "above 2**31"}
 
 
-@_jit
+@jit
 def _to_counts(data: np.ndarray, out: np.ndarray) -> bool:
     """Copy as int32; False where a value is no count. Without branches, so that it compiles to vector instructions."""
     wrong = 0
@@ -250,7 +247,7 @@ def _first_wrong(data: np.ndarray) -> tuple[int, int]:
     return what, where[what]
 
 
-@_jit
+@jit
 def _canonical(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, canonical: np.ndarray, total: np.ndarray,
     out: np.ndarray, out_indices: np.ndarray, out_indptr: np.ndarray,
@@ -277,7 +274,7 @@ def _canonical(  # noqa: PLR0917 (a compiled kernel)
     return n
 
 
-@_jit
+@jit
 def _sum_moved(
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, canonical: np.ndarray, moved: np.ndarray
 ) -> bool:
@@ -303,7 +300,7 @@ def _sum_moved(
     return True
 
 
-@_jit
+@jit
 def _is_sorted(indices: np.ndarray, indptr: np.ndarray, num_columns: int) -> int:
     """2: strictly ascending columns within rows; 1: not; 0: a column outside the matrix."""
     begin, end = indptr[0], indptr[-1]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from mixgf import artifacts, config, keyed, storage
 from mixgf.artifacts import Record
+from mixgf.compiled import jit
 from mixgf.config import UserError
 from mixgf.vocab import Vocabulary
 
@@ -34,8 +34,6 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 Packed = tuple[I32, I64]
 """Tokens (T,) and offsets (B + 1,)."""
-F = TypeVar("F", bound=Callable[..., Any])
-_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 CACHED_SHARDS = 6
 """As many as the plan mixes with each other (`plan.WINDOW_SHARDS`): an epoch then reads every shard once."""
 
@@ -243,7 +241,7 @@ def pack(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64]
     )
 
 
-@_jit
+@jit
 def _gather(  # noqa: PLR0917 (compiled)
     values: I32, bounds: I64, rows_B: I64, mine_B: npt.NDArray[np.bool_], offsets_B1: I64, tokens_T: I32
 ) -> None:
@@ -254,7 +252,7 @@ def _gather(  # noqa: PLR0917 (compiled)
             tokens_T[offsets_B1[i] : offsets_B1[i + 1]] = values[begin:end]
 
 
-@_jit
+@jit
 def _lay(  # noqa: PLR0917 (compiled)
     tokens_T: I32,
     offsets: I64,

@@ -11,21 +11,17 @@ Letters: N cells, T ids of all of them, K the dictionary's highest id + 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 import pyarrow as pa
 
 from mixgf import storage
+from mixgf.compiled import jit
 from mixgf.config import UserError
 from mixgf.dictionaries import Dictionary
 from mixgf.vocab import SpeciesGenes
-
-F = TypeVar("F", bound=Callable[..., Any])
-_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 
 # Ids into our vocabulary
 
@@ -52,7 +48,7 @@ def lookup(dictionary: Dictionary, names: Mapping[str, str], genes: SpeciesGenes
     return out
 
 
-@_jit
+@jit
 def _reid(  # noqa: PLR0917 (a compiled kernel)
     ids: np.ndarray,
     offsets: np.ndarray,

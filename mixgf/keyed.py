@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -19,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mixgf.compiled import jit
+
 U64 = npt.NDArray[np.uint64]
-F = TypeVar("F", bound=Callable[..., Any])
-_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -70,7 +68,7 @@ def limit(fraction: float) -> np.uint64:
     return np.uint64(math.ceil(fraction * 2.0**53))
 
 
-@_jit
+@jit
 def mixed(h: np.uint64, part: np.uint64) -> np.uint64:
     """`hashed(*key, part)` from `hashed(*key)`, for compiled code."""
     x = (h ^ part) + _GOLDEN
@@ -84,19 +82,19 @@ def _rounds(h: np.uint64, part: np.uint64) -> np.uint64:
     return mixed(h, part)
 
 
-@_jit
+@jit
 def draw(h: np.uint64, stream: np.uint64) -> float:
     """`uniform(*key, stream)` from `hashed(*key)`, for compiled code."""
     return np.float64(draw53(h, stream)) * 2.0**-53
 
 
-@_jit
+@jit
 def draw53(h: np.uint64, stream: np.uint64) -> np.uint64:
     """The 53 bits of `draw`."""
     return mixed(h, stream) >> np.uint64(11)
 
 
-@_jit
+@jit
 def _of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
     out = np.empty(offsets_B1[-1], dtype=np.uint64)
     for i in range(len(cells_B)):
@@ -106,7 +104,7 @@ def _of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
     return out
 
 
-@_jit
+@jit
 def _chance(hashes: U64, stream: np.uint64, fraction: float) -> npt.NDArray[np.bool_]:
     out = np.empty(len(hashes), dtype=np.bool_)
     for i in range(len(hashes)):

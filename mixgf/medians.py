@@ -8,16 +8,13 @@ bucket values are taken as evenly spread. Relative error: at most 1/256 = 0.39 %
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 
-F = TypeVar("F", bound=Callable[..., Any])
-_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
+from mixgf.compiled import jit
 
 SKETCH_BITS = 8
 _LOWEST = 1023 - 20  # the exponent field of 2**-20: count 1 in a cell of 10**10 counts
@@ -37,7 +34,7 @@ class Sketch:
 EMPTY = Sketch(np.empty(0, np.uint32), np.empty(0, np.uint32))
 
 
-@_jit
+@jit
 def _collect(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, depth: np.ndarray, keep: np.ndarray, gene: np.ndarray,
     scaled: np.ndarray, keys: np.ndarray, n: int,
@@ -57,7 +54,7 @@ def _collect(  # noqa: PLR0917 (a compiled kernel)
     return n
 
 
-@_jit
+@jit
 def _count(keys: np.ndarray, num_genes: int, out_keys: np.ndarray, out_counts: np.ndarray) -> int:
     """Count equal keys; writes them in ascending order and returns how many differ.
 
@@ -96,7 +93,7 @@ def _count(keys: np.ndarray, num_genes: int, out_keys: np.ndarray, out_counts: n
     return n
 
 
-@_jit
+@jit
 def _merge(  # noqa: PLR0917 (a compiled kernel)
     keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, keys: np.ndarray,
     counts: np.ndarray,

@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 
+from mixgf.compiled import jit
 from mixgf.config import QC
-
-F = TypeVar("F", bound=Callable[..., Any])
-_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 
 REASONS = ("kept", "few_genes", "depth", "mito", "doublet", "duplicate", "cap")
 KEPT, FEW_GENES, DEPTH, MITO, DOUBLET, DUPLICATE, CAP = range(7)
@@ -54,7 +50,7 @@ class Metrics:
         return Metrics(*(np.concatenate([getattr(p, f) for p in parts]) for f in Metrics.__slots__))
 
 
-@_jit
+@jit
 def _mix(x: np.uint64) -> np.uint64:  # the finaliser of splitmix64
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -64,7 +60,7 @@ def _mix(x: np.uint64) -> np.uint64:  # the finaliser of splitmix64
 _COUNTED, _MITO, _CANDIDATE = 1, 2, 4
 
 
-@_jit
+@jit
 def _measure(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, flags: np.ndarray, key: np.ndarray, sums: np.ndarray,
     n_counts: np.ndarray, n_genes: np.ndarray, n_mito: np.ndarray, hash_a: np.ndarray, hash_b: np.ndarray,

@@ -15,19 +15,14 @@ the block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
 
+from mixgf.compiled import jit
 from mixgf.config import Tokens
 from mixgf.vocab import CLS, SpeciesGenes
-
-F = TypeVar("F", bound=Callable[..., Any])
-_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 
 TABLE_COUNTS = 32
 """Counts 1 to this are looked up: over 99 % of the counts of UMI data."""
@@ -65,12 +60,12 @@ class Ranks:
         )
 
 
-@_jit
+@jit
 def _before(value_a: float, token_a: int, value_b: float, token_b: int) -> bool:
     return value_a > value_b or (value_a == value_b and token_a < token_b)
 
 
-@_jit
+@jit
 def _sort(value: np.ndarray, token: np.ndarray, other_value: np.ndarray, other_token: np.ndarray, n: int) -> None:
     """Sort n pairs in place by falling value, then rising token; the others are room to work in."""
     for start in range(0, n, _RUN):
@@ -97,7 +92,7 @@ def _sort(value: np.ndarray, token: np.ndarray, other_value: np.ndarray, other_t
         width *= 2
 
 
-@_jit
+@jit
 def _encode(  # noqa: PLR0912, PLR0915, PLR0917 (one pass, compiled; the steps are told apart by comments)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, position_G: np.ndarray, tokens_V: np.ndarray,
     medians_V: np.ndarray, divide: int, rank_CG: np.ndarray, rank_token: np.ndarray, rank_value: np.ndarray,

@@ -5,22 +5,19 @@ Shapes: T packed tokens, B cells, K masked positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from mixgf import keyed
+from mixgf.compiled import jit
 from mixgf.config import UserError
 from mixgf.dataset import Packed
 from mixgf.vocab import MASK, NUM_SPECIALS, Vocabulary
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-F = TypeVar("F", bound=Callable[..., Any])
-_jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
 _SELECT, _ACTION, _GENE, _THIN, _TARGET = range(5)  # streams of keyed draws
 
 
@@ -66,7 +63,7 @@ def mask(
     )
 
 
-@_jit
+@jit
 def _mask(  # noqa: PLR0917 (compiled)
     tokens_T: I32,
     offsets: I64,
@@ -103,7 +100,7 @@ def _mask(  # noqa: PLR0917 (compiled)
     return inputs, at_K, genes_K
 
 
-@_jit
+@jit
 def looked_at(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64, I32]:
     """The union of two ascending lists of places, ascending; the places in it of either; and where each cell's begin in it."""
     places = np.empty(len(at_K) + len(begins_B), dtype=np.int64)
