@@ -1,11 +1,11 @@
 import dataclasses
 import multiprocessing
-import os
 import signal
 
 import numpy as np
 import pytest
 import torch
+from dying_worker import worker_session
 
 from mixgf import artifacts, checkpoint, config, dataset, storage, tracking, train
 from mixgf.config import UserError
@@ -92,7 +92,7 @@ def test_figures_of_a_checkpoint_whose_worker_died_before_logging_them_reach_the
 
     chosen = dataclasses.replace(settings, output=str(tmp_path))
     with tracking.stage(chosen, "pretrain", {}, "abc") as tracked:
-        child = multiprocessing.get_context("spawn").Process(target=_session, args=(chosen, tracked, dies))
+        child = multiprocessing.get_context("spawn").Process(target=worker_session, args=(chosen, tracked, dies))
         child.start()
         child.join(200)
         assert child.exitcode == -signal.SIGKILL
@@ -100,38 +100,12 @@ def test_figures_of_a_checkpoint_whose_worker_died_before_logging_them_reach_the
         assert checkpoint.complete_steps(f"{tmp_path}/pretrain") == [3, 6]
         logged = len(client.get_metric_history(tracked.id, "loss"))
         assert logged == (3 if dies == "before" else 4)
-        _session(chosen, tracked, "")
+        worker_session(chosen, tracked, "")
     rows = train.History(f"{tmp_path}/pretrain", 8).rows
     for name in ("loss", "mlm", "lr", "memory_gb"):
         points = [(m.step, m.value) for m in client.get_metric_history(tracked.id, name)]
         assert sorted(points) == [(step, value) for step, _, n, value in rows if n == name]
         assert [step for step, _ in sorted(points)] == list(range(1, 9))
-
-
-def _session(settings, tracked, dies):
-    """What a training worker does; it may kill itself when the figures of step 4 to 6 are to be logged."""
-
-    class Context(pretrain.RayContext):
-        def commit(self, rows):
-            if dies and rows[0][0] == 4:
-                if dies == "amid":
-                    super().commit([row for row in rows if row[0] == 4 and row[2] in ("loss", "lr")])
-                os.kill(os.getpid(), signal.SIGKILL)
-            super().commit(rows)
-
-    class Board:
-        class report:
-            remote = staticmethod(lambda step, figures: None)
-
-    store = f"{settings.output}/store{dies}"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    try:
-        corpus = dataset.Corpus(settings.inputs.corpus)
-        model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
-        context = Context(torch.device("cpu"), Board, tracked)
-        train.fit(model, Pretraining(settings, corpus), settings.train, context, uri=f"{settings.output}/pretrain")
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_a_run_that_cannot_go_on_ends_with_one_line_and_is_not_started_again(ray_local, settings, tmp_path):

@@ -1,0 +1,37 @@
+"""A training worker that kills itself, in a module that spawned processes can import (pytest's own modules they cannot)."""
+
+import os
+import signal
+
+import torch
+
+from mixgf import dataset, train
+from mixgf.drivers import pretrain
+from mixgf.model import MaskedModel
+from mixgf.objectives import Pretraining
+
+
+def worker_session(settings, tracked, dies):
+    """What a training worker does; it may kill itself when the figures of step 4 to 6 are to be logged."""
+
+    class Context(pretrain.RayContext):
+        def commit(self, rows):
+            if dies and rows[0][0] == 4:
+                if dies == "amid":
+                    super().commit([row for row in rows if row[0] == 4 and row[2] in ("loss", "lr")])
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().commit(rows)
+
+    class Board:
+        class report:
+            remote = staticmethod(lambda step, figures: None)
+
+    store = f"{settings.output}/store{dies}"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    try:
+        corpus = dataset.Corpus(settings.inputs.corpus)
+        model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
+        context = Context(torch.device("cpu"), Board, tracked)
+        train.fit(model, Pretraining(settings, corpus), settings.train, context, uri=f"{settings.output}/pretrain")
+    finally:
+        torch.distributed.destroy_process_group()
