@@ -139,7 +139,8 @@ def resized(chosen, how):
         env=os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10" if how == "lose" else "60"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), result(f"{chosen.output}/pretrain")[0]
+    said = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray has words of its own there
+    return json.loads(said), result(f"{chosen.output}/pretrain")[0]
 
 
 def assert_near(losses, expected):
