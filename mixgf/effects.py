@@ -16,11 +16,9 @@ Letters: P (cell, gene) pairs, G genes, C donors, S states, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from mixgf import species, stats
 from mixgf.config import Config, SpeciesRow
@@ -141,7 +139,7 @@ def _operation_table(
     expected_G = stats.expected_by_rank(means.mean, place_G)
     percentile_G = stats.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1))
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
-    towards = {plan.states[i].name: _mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
+    towards = {plan.states[i].name: stats.mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
     other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
     de_G, fold_G = _differential(plan, expressed)
     orthologs = _orthologs(plan, config)
@@ -161,7 +159,7 @@ def _operation_table(
         "shift": means.mean,
         "shift_low": means.low,
         "shift_high": means.high,
-        "response": _mean_by(pairs.response_P, pairs.target_P, num_genes),
+        "response": stats.mean_by(pairs.response_P, pairs.target_P, num_genes),
         "p_cell": tests.p_cell_G,
         "fdr_cell": stats.benjamini_hochberg(tests.p_cell_G),
         "p_donor": tests.p_donor_G,
@@ -260,7 +258,7 @@ def _tests(
 def _mean_ranks(pairs: Pairs, num_genes: int) -> Floats:
     """Mean rank, 1 = top, in the cells whose sentences hold the gene."""
     present_P = pairs.rank_P >= 0
-    return _mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
+    return stats.mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
 
 
 def _places(rank_G: Floats) -> Floats:
@@ -290,11 +288,6 @@ def _orthologs(plan: Design, config: Config) -> list[list[tuple[str, str]]]:
 def _symbols(row: SpeciesRow) -> dict[str, str]:
     table = species.gene_table(row)
     return dict(zip(table["gene"].to_pylist(), table["symbol"].to_pylist(), strict=True))
-
-
-def _mean_by(values_P: NDArray[np.floating[Any]], group_P: Ints, num_groups: int) -> Floats:
-    with np.errstate(invalid="ignore"):
-        return np.bincount(group_P, weights=values_P, minlength=num_groups) / np.bincount(group_P, minlength=num_groups)
 
 
 def _differential(plan: Design, expressed: dict[str, Expression]) -> tuple[Floats, Floats]:

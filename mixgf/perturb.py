@@ -155,10 +155,10 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
     if settings.genes:
         given = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
         named = list({(target.species, target.tokens): target for target in given}.values())  # each once
+        if not settings.null_genes:
+            return named
         return named + [null for name in present for null in _nulls(corpus, settings, cells, named, name, seed=seed)]
-    counts_V = np.zeros(corpus.vocabulary.size, dtype=np.int64)
-    for part in np.array_split(cells, max(1, len(cells) // 1024)):
-        counts_V += np.bincount(corpus.tokens(part)[0], minlength=len(counts_V))
+    counts_V, _ = _occurrences(corpus, cells)
     found = []
     for token in np.flatnonzero(counts_V).tolist():
         owners = [name for name in present if (name, token) in genes]
@@ -202,10 +202,13 @@ def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target
             coverage=len(holding) / len(mine),
         )  # fmt: skip
         found.append(alone)
+        counts_V, _ = _occurrences(corpus, holding)
         for target in targets:
             if target.species != name or token in target.tokens:
                 continue
-            coverage = _holding(corpus, holding, target.tokens) / len(mine) if len(holding) else 0.0
+            single = len(target.tokens) == 1  # the usual case, and there are many: counted all at once
+            both = int(counts_V[target.tokens[0]]) if single else _holding(corpus, holding, target.tokens)
+            coverage = both / len(mine)
             if settings.genes or coverage >= settings.min_coverage:
                 pair = Target(
                     gene=f"{alone.gene}+{target.gene}", symbol=f"{alone.symbol}+{target.symbol}", species=name,
@@ -261,17 +264,11 @@ def _nulls(
 ) -> list[Target]:
     """Genes of one species like its named ones in rank and coverage; as many as its share of the named targets."""
     mine = cells[corpus.species_N[cells] == corpus.species.index(species)]
-    size = corpus.vocabulary.size
-    counts_V, ranks_V = np.zeros(size), np.zeros(size)
-    for part in np.array_split(mine, max(1, len(mine) // 1024)):
-        ids_T, offsets_B1 = corpus.tokens(part)
-        place_T = np.arange(len(ids_T)) - np.repeat(offsets_B1[:-1], np.diff(offsets_B1))
-        counts_V += np.bincount(ids_T, minlength=size)
-        ranks_V += np.bincount(ids_T, weights=place_T, minlength=size)
+    counts_V, ranks_V = _occurrences(corpus, mine)
     tokens_G = corpus.vocabulary.species_tokens(species).astype(np.int64)
     with np.errstate(invalid="ignore"):
         rank_G = (ranks_V / counts_V)[tokens_G]
-    features_GF = np.stack([np.nan_to_num(rank_G, nan=float(size)), counts_V[tokens_G]], axis=1)
+    features_GF = np.stack([np.nan_to_num(rank_G, nan=float(len(counts_V))), counts_V[tokens_G]], axis=1)
     own = [target for target in named if target.species == species]
     wanted = np.flatnonzero(np.isin(tokens_G, [token for target in own for token in target.tokens])).tolist()
     num = round(settings.null_genes * len(own) / len(named))
@@ -287,6 +284,18 @@ def _nulls(
         )
         for token in tokens_G[matched(features_GF, wanted, num, seed)].tolist()
     ]
+
+
+def _occurrences(corpus: Corpus, cells: Ints) -> tuple[Ints, Floats]:
+    """By token: the number of cells whose sentences hold it, and the sum of its places there."""
+    size = corpus.vocabulary.size
+    counts_V, places_V = np.zeros(size, dtype=np.int64), np.zeros(size)
+    for part in np.array_split(cells, max(1, len(cells) // 1024)):
+        ids_T, offsets_B1 = corpus.tokens(part)
+        place_T = np.arange(len(ids_T)) - np.repeat(offsets_B1[:-1], np.diff(offsets_B1))
+        counts_V += np.bincount(ids_T, minlength=size)
+        places_V += np.bincount(ids_T, weights=place_T, minlength=size)
+    return counts_V, places_V
 
 
 def _holding(corpus: Corpus, cells: Ints, tokens: tuple[int, ...]) -> int:
@@ -320,6 +329,11 @@ def units(plan: Design, corpus: Corpus, settings: Perturb) -> list[Unit]:
 def gene_blocks(targets_K: Ints, size: int) -> list[Ints]:
     """Targets in the given order, cut into blocks."""
     return [targets_K[block] for block in _blocks(len(targets_K), size)]
+
+
+def gene_block(unit: Unit) -> int:
+    """Number of the block of targets of one of `gene_units`."""
+    return int(unit.key.rpartition("-g")[2])
 
 
 def state_units(plan: Design, corpus: Corpus) -> list[Unit]:

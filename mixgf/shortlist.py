@@ -44,12 +44,6 @@ class Agreement:
         return self.spearman >= least
 
 
-def mean_by(values_P: NDArray[np.float64], gene_P: NDArray[np.int64], num_genes: int) -> NDArray[np.float64]:
-    """Mean of each gene's values; NaN where it has none."""
-    with np.errstate(invalid="ignore"):
-        return np.bincount(gene_P, weights=values_P, minlength=num_genes) / np.bincount(gene_P, minlength=num_genes)
-
-
 def shortlist(estimate_OK: NDArray[np.float64], *, top: int, sample: int, rng: np.random.Generator) -> Shortlist:
     """Choose by estimate. A gene counts for its best place under any of the operations.
 

@@ -7,7 +7,7 @@ C clusters, F features, R permutations. Everything is vectorised over groups, so
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,12 @@ def cluster_means(
     total = np.bincount(cell_P, weights=values_P, minlength=size).reshape(num_groups, num_clusters)
     with np.errstate(invalid="ignore"):
         return np.where(num > 0, total / num, np.nan), num
+
+
+def mean_by(values_P: NDArray[np.floating[Any]], group_P: Ints, num_groups: int) -> Floats:
+    """Mean of each group's values, (G,); NaN where it has none."""
+    with np.errstate(invalid="ignore"):
+        return np.bincount(group_P, weights=values_P, minlength=num_groups) / np.bincount(group_P, minlength=num_groups)
 
 
 def group_means(

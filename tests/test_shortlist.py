@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from mixgf.shortlist import agreement, mean_by, shortlist
+from mixgf.shortlist import agreement, shortlist
+from mixgf.stats import mean_by
 
 NAN = math.nan
 

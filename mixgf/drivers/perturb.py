@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, checkpoint, cost, effects, forecast, known, perturb, shortlist, storage, tracking
+from mixgf import artifacts, checkpoint, cost, effects, forecast, known, perturb, shortlist, stats, storage, tracking
 from mixgf.config import Config, UserError, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.metrics import Meter, watch
@@ -211,24 +211,22 @@ class Campaign:
             if num < chosen:
                 held.append(block)
             num += len(block)
-        work("genes", self._gene_units(held), means)
+        units = self._gene_units(held)
+        work("genes", units, means)
         there = set(storage.list_dir(self.folder))
-        whole = [
-            all(f"{unit.key}.parquet" in there for unit in self._gene_units(held, only=g)) for g in range(len(held))
-        ]
-        scored = [block for block, done in zip(held, whole, strict=True) if done]
+        open_blocks = {perturb.gene_block(unit) for unit in units if f"{unit.key}.parquet" not in there}
+        scored = [block for g, block in enumerate(held) if g not in open_blocks]
         self._needed(bool(scored), "the first block of genes")
-        beyond = [block for block, done in zip(held, whole, strict=True) if not done]
+        beyond = [block for g, block in enumerate(held) if g in open_blocks]
         self._save()
-        names = [unit.key for g, done in enumerate(whole) if done for unit in self._gene_units(held, only=g)]
         left = np.sort(np.concatenate([*beyond, np.empty(0, np.int64)]))
         if len(left):
             warnings.append(f"the budget was spent before {len(left)} genes were scored (see not_scored.parquet)")
         return Outcome(
             scored=np.sort(np.concatenate(scored)),
-            skipped=np.sort(order[num_held(held) :]),
+            skipped=np.sort(order[sum(map(len, held)) :]),
             beyond=left,
-            parts=sorted(names),
+            parts=sorted(unit.key for unit in units if perturb.gene_block(unit) not in open_blocks),
             states=table,
             estimate_OK=estimate_OK,
             agreement={name: asdict(seen) for name, seen in agreed.items()},
@@ -236,7 +234,7 @@ class Campaign:
             warnings=warnings,
         )
 
-    def _gene_units(self, blocks: list[Ints], *, only: int | None = None) -> list[Unit]:
+    def _gene_units(self, blocks: list[Ints]) -> list[Unit]:
         """Units of exact scores; where there is an order of genes or a bound, the first genes come first."""
         settings = self.config.perturb
         ordered = bool(settings.screen or self.spend.limit)
@@ -245,9 +243,7 @@ class Campaign:
             for operation in settings.operations
             for unit in perturb.gene_units(self.plan, self.corpus, settings, operation, blocks, best_first=ordered)
         ]
-        if only is not None:
-            return [unit for unit in units if unit.key.endswith(f"-g{only:05d}")]
-        return sorted(units, key=lambda unit: unit.key[-6:]) if ordered else units
+        return sorted(units, key=perturb.gene_block) if ordered else units
 
     def _screen(self, work: Callable[[list[Unit], Floats], bool], means: Floats) -> Floats:
         """Mean estimates by operation and target."""
@@ -261,7 +257,7 @@ class Campaign:
         for units in by_operation.values():
             table = pa.concat_tables([_part(self.folder, unit.key) for unit in units])
             values, targets = table["estimate"].to_numpy().astype(np.float64), table["target"].to_numpy()
-            rows.append(shortlist.mean_by(values, targets.astype(np.int64), len(self.plan.targets)))
+            rows.append(stats.mean_by(values, targets.astype(np.int64), len(self.plan.targets)))
         return np.stack(rows)
 
     def _agreement(self, units: list[Unit], sample: Ints, estimate_OK: Floats) -> dict[str, shortlist.Agreement]:
@@ -271,7 +267,7 @@ class Campaign:
         for o, operation in enumerate(self.config.perturb.operations):
             table = pa.concat_tables([_part(self.folder, unit.key) for unit in units if unit.operation == operation])
             shifts, targets = table[f"shift_{goal}"].to_numpy().astype(np.float64), table["target"].to_numpy()
-            exact_K = shortlist.mean_by(shifts, targets.astype(np.int64), len(self.plan.targets))
+            exact_K = stats.mean_by(shifts, targets.astype(np.int64), len(self.plan.targets))
             found[operation] = shortlist.agreement(estimate_OK[o, sample], exact_K[sample])
         return found
 
@@ -323,11 +319,6 @@ class Campaign:
             )
             raise UserError(msg)
         return float(finished), finished == len(missing)
-
-
-def num_held(blocks: list[Ints]) -> int:
-    """Targets of all blocks."""
-    return sum(len(block) for block in blocks)
 
 
 def _loop(make: Callable[[], Callable[[Any], Any]]) -> Runner:
