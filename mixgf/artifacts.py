@@ -9,6 +9,7 @@ unequal is an error that lists the differing fields. Nothing is recomputed or ov
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -125,6 +126,12 @@ def _changes(old: Record, new: Record) -> list[str]:
     keys = ("kind", "schema", "parents", "config")
     a, b = ({k: getattr(r, k) for k in keys} for r in (old, new))
     return [line[:120] for line in difference(a, b)]
+
+
+def summed(uri: str, names: Iterable[str]) -> dict[str, Any]:
+    """Bytes and SHA-256 of files of an artifact, as `finish` takes them."""
+    uris = {name: storage.join(uri, name) for name in names}
+    return {name: {"bytes": storage.size(at), "sha256": storage.sha256(at)} for name, at in uris.items()}
 
 
 def finish(

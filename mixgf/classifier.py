@@ -9,6 +9,7 @@ Shapes: N cells, D width, C classes, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 from scipy import optimize, special
 
-from mixgf import artifacts, baselines, checkpoint, config, embed, keyed, scores, storage
+from mixgf import artifacts, baselines, checkpoint, config, keyed, scores, storage
 from mixgf.config import Config, UserError
 from mixgf.dataset import Corpus
 from mixgf.model import Encoder
@@ -159,8 +160,8 @@ def wanted(run: Config, split: Split) -> bool:
 
 
 def of_split(
-    encoder: Encoder, head: tuple[Floats, Floats] | None, *, model: str, corpus: Corpus, table: Labelled, split: Split, run: Config,
-    max_len: int, layer: int,
+    encoder: Encoder, head: tuple[Floats, Floats] | None, vectors: Callable[[Ints], Floats], *, model: str, corpus: Corpus,
+    table: Labelled, split: Split, run: Config, max_len: int, layer: int,
 ) -> Kept:  # fmt: skip
     """What is kept of a model trained on one split, with its own scores on the split's test cells.
 
@@ -168,6 +169,7 @@ def of_split(
         encoder: Trained.
         head: Weights (C, D) and bias (C,) of its linear layer; None = a logistic probe is fitted here, on the training
             cells without the validation cells.
+        vectors: Pooled vectors (N, D) of cells of the corpus, by this encoder.
         model: Its name.
         corpus: The sentences.
         table: The labelled cells.
@@ -178,11 +180,8 @@ def of_split(
     """
     trained = np.setdiff1d(split.train, split.validation)
     rows = np.concatenate([trained, split.validation, split.test])
-    vectors = embed.embed_cells(
-        encoder, corpus, table.cells[rows], run.embed.pooling, layer, run.train.micro_tokens, max_len=max_len
-    )
     cuts = np.cumsum([len(trained), len(split.validation)])
-    train_ND, validation_ND, test_ND = np.split(vectors, cuts)
+    train_ND, validation_ND, test_ND = np.split(vectors(table.cells[rows]), cuts)
     genes_N = corpus.obs(["n_genes"])["n_genes"].to_numpy() if "n_genes" in corpus.columns else corpus.lengths_N
     labels = [split.ids(table.labels[part]) for part in (trained, split.validation, split.test)]
     cells = table.cells[trained]
@@ -233,17 +232,16 @@ _ARRAYS = ("head_CD", "bias_C", "centres_CD", "spread_C", "share_V")
 _NUMBERS = ("pooling", "layer", "temperature", "least_probability", "greatest_distance", "least_genes")
 
 
-def save(uri: str, kept: Kept, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Write a classifier's files; returns bytes and SHA-256 of each. Its record is the caller's."""
+def save(uri: str, kept: Kept, vocabulary: Vocabulary) -> None:
+    """Write a classifier's files, as a part: `publish` makes it an artifact."""
     weights: dict[str, torch.Tensor] = {f"encoder.{name}": p for name, p in kept.encoder.named_parameters()}
     weights |= {name: torch.from_numpy(np.asarray(getattr(kept, name), dtype=np.float32)) for name in _ARRAYS}
-    files = {_WEIGHTS: checkpoint.write_tensors(storage.join(uri, _WEIGHTS), weights)}
-    size, digest = vocabulary.save(storage.join(uri, _VOCABULARY))
+    checkpoint.write_tensors(storage.join(uri, _WEIGHTS), weights)
+    vocabulary.save(storage.join(uri, _VOCABULARY))
     facts = {name: getattr(kept, name) for name in _NUMBERS} | {
         "classes": list(kept.classes), "encoder": config.to_dict(kept.encoder.row), "vocabulary": vocabulary.hash, "about": kept.about,
     }  # fmt: skip
     storage.write_json(storage.join(uri, _FACTS), facts)
-    return files | {_VOCABULARY: {"bytes": size, "sha256": digest}}
 
 
 def publish(uri: str, part: str, parents: dict[str, str]) -> None:
@@ -254,14 +252,10 @@ def publish(uri: str, part: str, parents: dict[str, str]) -> None:
     )
     if not artifacts.begin(uri, record):
         return
-    files = {}
-    for name in (_WEIGHTS, _VOCABULARY, _FACTS):
+    names = (_WEIGHTS, _VOCABULARY, _FACTS)
+    for name in names:
         storage.copy(storage.join(part, name), storage.join(uri, name))
-        files[name] = {
-            "bytes": storage.size(storage.join(uri, name)),
-            "sha256": storage.sha256(storage.join(uri, name)),
-        }
-    artifacts.finish(uri, record, counts={"classes": len(facts["classes"])}, files=files, details={"vocabulary": facts["vocabulary"], "classes": facts["classes"]} | facts["about"])  # fmt: skip
+    artifacts.finish(uri, record, counts={"classes": len(facts["classes"])}, files=artifacts.summed(uri, names), details={"vocabulary": facts["vocabulary"], "classes": facts["classes"]} | facts["about"])  # fmt: skip
 
 
 def facts(uri: str) -> dict[str, Any]:

@@ -175,10 +175,29 @@ def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
     head: tuple[Floats, Floats] | None,
 ) -> None:  # fmt: skip
     """Write a trained classifier as a part. A tuned head pools the last layer, a probe the layer of `embed.layer`."""
+    frozen = head is None
+    max_len = encoder.row.max_positions if frozen else classify.longest(encoder, run.classify)
+    layer = run.embed.layer if frozen else -1
+
+    def of_cells(cells: Ints) -> Floats:
+        if frozen:  # those that the probe is scored on are there already
+            return vectors(places, TRAINED, cells)
+        return embed.embed_cells(
+            encoder, corpus, cells, run.embed.pooling, layer, run.train.micro_tokens, max_len=max_len
+        )
+
     made = classifier.of_split(
-        encoder, head, model=model, corpus=corpus, table=table, split=split, run=run,
-        max_len=classify.longest(encoder, run.classify) if head else encoder.row.max_positions, layer=-1 if head else run.embed.layer,
-    )  # fmt: skip
+        encoder,
+        head,
+        of_cells,
+        model=model,
+        corpus=corpus,
+        table=table,
+        split=split,
+        run=run,
+        max_len=max_len,
+        layer=layer,
+    )
     classifier.save(classifier_part(places, split.group, model), made, corpus.vocabulary)
 
 

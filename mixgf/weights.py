@@ -241,9 +241,5 @@ def export(settings: Config) -> str:
     genes = zip(vocabulary.table["gene"].to_pylist(), vocabulary.table["token"].to_pylist(), strict=True)
     storage.write_json(storage.join(uri, DICTIONARIES[0]), {name: i for i, name in enumerate(SPECIALS)} | dict(genes))
     storage.write_json(storage.join(uri, "config.json"), sizes)
-    files = {}
-    for name in (_FILES[0], DICTIONARIES[0], "config.json"):
-        at = storage.join(uri, name)
-        files[name] = {"bytes": storage.size(at), "sha256": storage.sha256(at)}
-    artifacts.finish(uri, record, files=files)
+    artifacts.finish(uri, record, files=artifacts.summed(uri, (_FILES[0], DICTIONARIES[0], "config.json")))
     return uri

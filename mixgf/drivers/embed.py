@@ -49,10 +49,7 @@ def run(config: Config) -> str:
         watched.made(cells=corpus.num_cells)
         dim = _assemble(corpus, uri)
         names = [f"shards/{_name(i)}" for i in range(len(corpus.shards))] + ["cells.h5ad"]
-        files = {
-            n: {"bytes": storage.size(storage.join(uri, n)), "sha256": storage.sha256(storage.join(uri, n))}
-            for n in names
-        }
+        files = artifacts.summed(uri, names)
         details = {"vocabulary": corpus.vocabulary.hash, "dim": dim, "obsm": OBSM}
         artifacts.finish(uri, record, counts={"cells": corpus.num_cells}, files=files, details=details)
         tracked.log({"cells": float(corpus.num_cells), "dim": float(dim)})
