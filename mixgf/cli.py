@@ -206,19 +206,18 @@ def _path(uri: str) -> str:
 
 def _absolute(config: Config) -> Config:
     """The same config with absolute local paths: workers have working folders of their own."""
-    path = _path
     data = to_dict(config)
-    data["output"] = path(config.output)
-    data["prepare"]["extend"] = path(config.prepare.extend)
-    data["inputs"] = {name: path(uri) for name, uri in data["inputs"].items()}
-    data["species"] = [row | {"genes": path(row["genes"])} for row in data["species"]]
-    data["sources"] = [source | {"uri": path(source["uri"])} for source in data["sources"]]
-    tables = {"medians": path(config.vocab.medians), "reuse": path(config.vocab.reuse)}
-    data["vocab"] |= tables | {"orthologs": [path(uri) for uri in config.vocab.orthologs]}
-    data["perturb"]["known"] = [path(t) if t.lower().endswith(GENE_TABLES) else t for t in config.perturb.known]
+    data["output"] = _path(config.output)
+    data["prepare"]["extend"] = _path(config.prepare.extend)
+    data["inputs"] = {name: _path(uri) for name, uri in data["inputs"].items()}
+    data["species"] = [row | {"genes": _path(row["genes"])} for row in data["species"]]
+    data["sources"] = [source | {"uri": _path(source["uri"])} for source in data["sources"]]
+    tables = {"medians": _path(config.vocab.medians), "reuse": _path(config.vocab.reuse)}
+    data["vocab"] |= tables | {"orthologs": [_path(uri) for uri in config.vocab.orthologs]}
+    data["perturb"]["known"] = [_path(t) if t.lower().endswith(GENE_TABLES) else t for t in config.perturb.known]
     for name in ("dictionaries", "medians"):
         named = [split_named(text) for text in getattr(config.imports, name)]
-        data["imports"][name] = [f"{key}={path(uri)}" if key else path(uri) for key, uri in named]
+        data["imports"][name] = [f"{key}={_path(uri)}" if key else _path(uri) for key, uri in named]
     return from_dict(Config, data)
 
 

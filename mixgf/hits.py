@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 
 from mixgf import stats
+from mixgf.known import LEVEL
 
-LEVEL = 0.05
-"""False discovery rate of a hit."""
 ORDINARY = (2.5, 97.5)
 """Null percentiles between which a shift is what genes of like rank and coverage do."""
 

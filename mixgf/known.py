@@ -20,6 +20,7 @@ from mixgf.config import GENE_TABLES, Config, UserError
 
 _COLUMNS = ("ensembl_id", "gene", "gene_id", "symbol", "gene_symbol", "human_symbol", "mouse_symbol")
 LEVEL = 0.05
+"""False discovery rate of a call, and of a hit."""
 SCORES = {
     "shift": "model: shift",
     "shift_minus_rank_expected": "model: shift less what rank predicts",
