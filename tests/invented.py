@@ -7,8 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
+from mixgf import artifacts, checkpoint, dataset
 from mixgf.config import Config, Prepare, Source, SpeciesRow, Tokens, Tracking, Vocab
 from mixgf.drivers import dispatch
+from mixgf.model import MaskedModel
 
 NUM_GENES = 30
 
@@ -65,3 +67,12 @@ def dying(after, calls):
             yield i, dispatch.attempt(call)
 
     return spread
+
+
+def untrained_checkpoint(run, model):
+    """Publish a checkpoint with random weights where the run's own would be, for its corpus."""
+    corpus, uri = dataset.Corpus(f"{run.output}/corpus"), f"{run.output}/pretrain"
+    record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {"corpus": corpus.record.fingerprint})
+    artifacts.begin(uri, record)
+    made = MaskedModel(model, corpus.vocabulary.size)
+    checkpoint.publish(uri, record, made, vocabulary=corpus.vocabulary.hash, tokens=run.tokens)

@@ -7,15 +7,14 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from invented import untrained_checkpoint
 from scipy import sparse, special
 
-from mixgf import artifacts, baselines, checkpoint, classifier, storage
+from mixgf import artifacts, baselines, classifier, storage
 from mixgf.config import Classify, Config, Model, Source, Tokens, Tracking, Train, UserError
-from mixgf.dataset import Corpus
 from mixgf.drivers import annotate as driver
 from mixgf.drivers import classify as classify_driver
 from mixgf.drivers import dispatch, prepare
-from mixgf.model import MaskedModel
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SMALL = Model(num_layers=1, dim=32, num_heads=2, ffn_dim=32, max_positions=48)
@@ -42,13 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
         classify=Classify(group="source", splits=("random",), models=("probe", "finetune"), epochs=1),
     )  # fmt: skip
     prepare.run(run, spread=dispatch.loop)
-    corpus = Corpus(storage.join(run.output, "corpus"))
-    uri = storage.join(run.output, "pretrain")
-    record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {"corpus": corpus.record.fingerprint})
-    artifacts.begin(uri, record)
-    checkpoint.publish(
-        uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=run.tokens
-    )
+    untrained_checkpoint(run, SMALL)
     classify_driver.run(run, spread=classify_driver.loop)
     return run
 

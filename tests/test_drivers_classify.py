@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from invented import untrained_checkpoint
 from scipy import sparse
 
 from mixgf import artifacts, checkpoint, config, embed, evaluation, rivals, storage
@@ -52,13 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
                           models=("finetune", "knn", "probe", "untrained_knn", "majority", "hvg_logreg")),
     )  # fmt: skip
     prepare.run(run, spread=dispatch.loop)
-    corpus = Corpus(storage.join(run.output, "corpus"))
-    uri = storage.join(run.output, "pretrain")
-    record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {"corpus": corpus.record.fingerprint})
-    artifacts.begin(uri, record)
-    checkpoint.publish(
-        uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=run.tokens
-    )
+    untrained_checkpoint(run, SMALL)
     return run
 
 
