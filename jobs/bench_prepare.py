@@ -150,7 +150,7 @@ class _Case:
         self.table = storage.read_table(str(self.corpus / "shards" / "00000.parquet"))
         self.held = []
         for block in self.blocks():
-            self.held.append(block)
+            self.held.append(replace(block, data=block.data.copy(), indices=block.indices.copy()))
             if len(self.held) == 3:
                 break
         self.num_held = sum(len(b.indptr) - 1 for b in self.held)

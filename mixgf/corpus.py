@@ -226,16 +226,28 @@ _WRONG = {_FINITE: "not a finite number", _NEGATIVE: "negative", _WHOLE: "not a 
 
 
 @jit
-def _to_counts(data: np.ndarray, out: np.ndarray) -> bool:
-    """Copy as int32; False where a value is no count. Without branches, so that it compiles to vector instructions."""
-    wrong = 0
+def _to_counts(data: np.ndarray, out: np.ndarray, most: float) -> bool:
+    """Copy as int32; False where a value is no count. Without branches, so that it compiles to vector instructions.
+
+    `most` is the largest count that the type of `data` can hold.
+    """
+    good = True
     for i in range(data.shape[0]):
         x = data[i]
-        fits = x >= 0 and x < 2147483648.0
+        fits = (x >= 0) & (x <= most)
         count = np.int32(x if fits else 0)
         out[i] = count
-        wrong |= (not fits) | (count != x)
-    return wrong == 0
+        good &= fits & (data.dtype.type(count) == x)
+    return good
+
+
+def _largest(dtype: np.dtype) -> np.generic:
+    limit = np.iinfo(np.int32).max
+    if dtype.kind == "b":
+        return dtype.type(1)
+    if dtype.kind == "f":
+        return np.nextafter(dtype.type(limit + 1), dtype.type(0))
+    return dtype.type(min(limit, np.iinfo(dtype).max))
 
 
 def _first_wrong(data: np.ndarray) -> tuple[int, int]:
@@ -275,68 +287,100 @@ def _canonical(  # noqa: PLR0917 (a compiled kernel)
 
 
 @jit
-def _sum_moved(
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, canonical: np.ndarray, moved: np.ndarray
-) -> bool:
+def _place(indices: np.ndarray, lo: int, hi: int, column: int) -> int:
+    """The first place in [lo, hi) of ascending columns that is not before `column`."""
+    while lo < hi:
+        middle = (lo + hi) >> 1
+        if indices[middle] < column:
+            lo = middle + 1
+        else:
+            hi = middle
+    return lo
+
+
+@jit
+def _sum_moved(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, moved: np.ndarray, canonical: np.ndarray,
+    renamed: np.ndarray,
+) -> bool:  # fmt: skip
     """`_canonical` in place, for rows of ascending columns: counts of the few `moved` columns go to their gene's first column.
 
-    What was added elsewhere stays as a count of 0. False where a sum is too large.
+    What was added elsewhere stays as a count of 0. False where a sum is too large. `moved` ascends; `canonical` is of each
+    of them; `renamed` is room for as many places.
     """
     for row in range(indptr.shape[0] - 1):
-        for p in range(indptr[row], indptr[row + 1]):
-            c = indices[p]
-            if not moved[c]:
+        begin, end = indptr[row], indptr[row + 1]
+        at, n = begin, 0
+        for m in range(moved.shape[0]):
+            at = _place(indices, at, end, moved[m])
+            if at == end:
+                break
+            if indices[at] != moved[m]:
                 continue
-            i = indptr[row]
-            while i < p and indices[i] != canonical[c]:
-                i += 1
-            if i == p:
-                indices[p] = canonical[c]
-                continue
-            total = np.int64(data[i]) + data[p]
+            first = _place(indices, begin, at, canonical[m])
+            if indices[first] != canonical[m]:  # the gene's first column is not in this row: an earlier one may stand for it
+                first = at
+                for k in range(n):
+                    if canonical[renamed[k, 1]] == canonical[m]:
+                        first = renamed[k, 0]
+                if first == at:
+                    renamed[n] = at, m
+                    n += 1
+                    continue
+            total = np.int64(data[first]) + data[at]
             if total > 2147483647:
                 return False
-            data[i], data[p] = total, 0
+            data[first], data[at] = total, 0
+        for k in range(n):
+            indices[renamed[k, 0]] = canonical[renamed[k, 1]]
     return True
+
+
+@jit
+def _ascend(columns: np.ndarray) -> bool:
+    good = True
+    for p in range(1, columns.shape[0]):
+        good &= columns[p] > columns[p - 1]
+    return good
 
 
 @jit
 def _is_sorted(indices: np.ndarray, indptr: np.ndarray, num_columns: int) -> int:
     """2: strictly ascending columns within rows; 1: not; 0: a column outside the matrix."""
-    begin, end = indptr[0], indptr[-1]
-    descents = 0
-    for p in range(begin + 1, end):
-        descents += indices[p] <= indices[p - 1]
-    for row in range(1, indptr.shape[0] - 1):  # from one row to the next columns may fall
-        p = indptr[row]
-        if begin < p < indptr[row + 1]:
-            descents -= indices[p] <= indices[p - 1]
-    if descents:
-        for p in range(begin, end):
-            if indices[p] < 0 or indices[p] >= num_columns:
-                return 0
-        return 1
+    order = 2
     for row in range(indptr.shape[0] - 1):
-        lo, hi = indptr[row], indptr[row + 1]
-        if lo < hi and (indices[lo] < 0 or indices[hi - 1] >= num_columns):
+        columns = indices[indptr[row] : indptr[row + 1]]
+        if columns.shape[0] and not _ascend(columns):
+            order = 1
+            for c in columns:
+                if c < 0 or c >= num_columns:
+                    return 0
+        elif columns.shape[0] and (columns[0] < 0 or columns[-1] >= num_columns):
             return 0
-    return 2
+    return order
 
 
 def blocks(reader: Reader, columns: pa.Table, start: int, stop: int, *, rows: int) -> Iterator[Block]:
-    """Checked counts of rows [start, stop) in blocks of at most `rows` rows; wrong values are a `UserError`."""
+    """Checked counts of rows [start, stop) in blocks of at most `rows` rows; wrong values are a `UserError`.
+
+    A block's arrays are used again for the next one: copy what you keep.
+    """
     canonical = columns["canonical"].to_numpy()
-    moved = canonical != np.arange(len(canonical))
+    moved = np.flatnonzero(canonical != np.arange(len(canonical)))
+    first, renamed = canonical[moved], np.empty((len(moved), 2), np.int64)
+    held = np.empty(0, dtype=np.int32)
     for raw in reader.read(start, stop, rows):
-        data = np.empty(len(raw.data), dtype=np.int32)
-        if not _to_counts(raw.data, data):
+        if len(raw.data) > len(held):
+            held = np.empty(len(raw.data), dtype=np.int32)
+        data = held[: len(raw.data)]
+        if not _to_counts(raw.data, data, _largest(raw.data.dtype)):
             raise _bad_value(reader, columns, raw, *_first_wrong(raw.data))
         order = _is_sorted(raw.indices, raw.indptr, reader.num_columns)
         if order == 0:
             msg = f"{reader.uri}: a column index outside the matrix near row {raw.start}: the file is damaged; fetch it again"
             raise UserError(msg)
         if order == 2:
-            if moved.any() and not _sum_moved(data, raw.indices, raw.indptr, canonical, moved):
+            if len(moved) and not _sum_moved(data, raw.indices, raw.indptr, moved, first, renamed):
                 raise _bad_value(reader, columns, raw, _LARGE, int(np.argmax(data)))
             yield Block(raw.start, data, raw.indices, raw.indptr)
             continue

@@ -59,7 +59,7 @@ class Reader:
     gene_names: Callable[[str], np.ndarray]
     """Names (ids or symbols) of the columns, by `Source.genes`."""
     read: Callable[[int, int, int], Iterator[RawBlock]]
-    """Blocks of rows [start, stop), each of at most so many rows."""
+    """Blocks of rows [start, stop), each of at most so many rows. The arrays of one may be used again for the next."""
     cell_names: Callable[[int, int], np.ndarray]
     obs_columns: list[str] = field(default_factory=list)
     obs: Callable[[str, int, int], np.ndarray] = lambda *_: np.empty(0)
@@ -237,54 +237,74 @@ def _matrix_reader(
 
 
 class _Column1D:
-    """Ranges of a 1-D dataset, read in order. Plain gzip chunks are decompressed by libdeflate, about twice as fast as HDF5.
+    """Ranges of a 1-D dataset, read in order, straight into the caller's arrays.
 
-    A chunk that a range only begins is kept for the next range, so that none is decompressed twice.
+    Chunks that are not filtered, or by plain gzip, are read past HDF5 (libdeflate decompresses about twice as fast). One that
+    a range only begins is kept for the next range, so that none is decompressed twice.
     """
 
     def __init__(self, dataset: h5py.Dataset) -> None:
-        self._dataset = dataset
+        self._dataset, self._id, self.dtype = dataset, dataset.id, dataset.dtype
         plist = dataset.id.get_create_plist()
         filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
-        self._direct = filters == [h5py.h5z.FILTER_DEFLATE] and dataset.dtype.isnative and dataset.dtype.kind in "iuf"
-        self._number, self._values = -1, np.empty(0, dataset.dtype)
+        self._rows = dataset.chunks[0] if dataset.chunks else 0
+        self._plain = not filters
+        plain_type = self.dtype.isnative and self.dtype.kind in "iuf"
+        self._direct = bool(self._rows) and plain_type and filters in ([], [h5py.h5z.FILTER_DEFLATE])
+        self._number, self._values = -1, np.empty(0, self.dtype)
 
-    def __getitem__(self, wanted: slice) -> np.ndarray:
-        lo, hi = int(wanted.start), int(wanted.stop)
-        if not self._direct or hi <= lo:
-            return cast("np.ndarray", self._dataset[lo:hi])
-        rows = self._dataset.chunks[0]
-        out = np.empty(hi - lo, self._dataset.dtype)
+    def read(self, lo: int, hi: int, out: np.ndarray) -> None:
+        """Values [lo, hi) into `out`, of that length and of this dataset's type."""
+        if hi <= lo:
+            return
+        if not self._direct:
+            self._dataset.read_direct(out, np.s_[lo:hi])
+            return
+        rows = self._rows
         for number in range(lo // rows, (hi - 1) // rows + 1):
             begin = number * rows
             a, b = max(lo, begin), min(hi, begin + rows)
-            out[a - lo : b - lo] = self._chunk(number, rows)[a - begin : b - begin]
-        return out
+            to = out[a - lo : b - lo]
+            if not (self._plain and b - a == rows and self._stored(begin, to)):
+                to[:] = self._chunk(number)[a - begin : b - begin]
 
-    def _chunk(self, number: int, rows: int) -> np.ndarray:
+    def _stored(self, begin: int, out: np.ndarray | None = None) -> Any:
+        """The filter mask and bytes (in `out`, where given) of a chunk as stored; None for one that was never written."""
+        try:
+            return self._id.read_direct_chunk((begin,), out=None if out is None else out.view(np.uint8))
+        except RuntimeError:
+            return None
+
+    def _chunk(self, number: int) -> np.ndarray:
         if number != self._number:
-            begin = number * rows
-            try:
-                skipped, data = self._dataset.id.read_direct_chunk((begin,))
-            except RuntimeError:  # a chunk that was never written holds the fill value
-                return cast("np.ndarray", self._dataset[begin : begin + rows])
-            if not skipped:
+            begin = number * self._rows
+            stored = self._stored(begin)
+            if stored is None:  # it holds the fill value
+                return cast("np.ndarray", self._dataset[begin : begin + self._rows])
+            skipped, data = stored
+            if not (skipped or self._plain):
                 try:
-                    data = deflate.zlib_decompress(data, rows * self._dataset.dtype.itemsize)
+                    data = deflate.zlib_decompress(data, self._rows * self.dtype.itemsize)
                 except deflate.DeflateError as error:
                     msg = f"chunk {number} of {self._dataset.name} is truncated or damaged ({error})"
                     raise OSError(msg) from None
-            self._values, self._number = np.frombuffer(data, self._dataset.dtype), number
+            self._values, self._number = np.frombuffer(data, self.dtype), number
         return self._values
 
 
 def _csr_blocks(matrix: h5py.Group, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
     indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
-    data, indices = _Column1D(matrix["data"]), _Column1D(matrix["indices"])
+    columns = _Column1D(matrix["data"]), _Column1D(matrix["indices"])
+    firsts = np.arange(start, stop, rows) - start
+    room = int((indptr[np.minimum(firsts + rows, stop - start)] - indptr[firsts]).max(initial=0))
+    held = [np.empty(room, column.dtype) for column in columns]
     for a in range(start, stop, rows):
         p = indptr[a - start : min(a + rows, stop) - start + 1]
         lo, hi = int(p[0]), int(p[-1])
-        yield RawBlock(a, data[lo:hi], indices[lo:hi].astype(np.int32, copy=False), p - lo)
+        data, indices = (values[: hi - lo] for values in held)
+        for column, out in zip(columns, (data, indices), strict=True):
+            column.read(lo, hi, out)
+        yield RawBlock(a, data, indices.astype(np.int32, copy=False), p - lo)
 
 
 def _dense_blocks(matrix: h5py.Dataset, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
@@ -296,14 +316,17 @@ def _dense_blocks(matrix: h5py.Dataset, start: int, stop: int, rows: int) -> Ite
 
 def _csc_scan(matrix: h5py.Group) -> Iterator[Triples]:
     indptr = matrix["indptr"][:].astype(np.int64)
-    data, indices = _Column1D(matrix["data"]), _Column1D(matrix["indices"])
+    columns = _Column1D(matrix["data"]), _Column1D(matrix["indices"])
     for lo in range(0, int(indptr[-1]), SCAN_ENTRIES):
         hi = min(lo + SCAN_ENTRIES, int(indptr[-1]))
+        data, indices = (np.empty(hi - lo, column.dtype) for column in columns)
+        for column, out in zip(columns, (data, indices), strict=True):
+            column.read(lo, hi, out)
         first = int(np.searchsorted(indptr, lo, side="right")) - 1
         last = int(np.searchsorted(indptr, hi, side="left"))
         lengths = np.diff(np.clip(indptr[first : last + 1], lo, hi))
-        columns = np.repeat(np.arange(first, last, dtype=np.int32), lengths)
-        yield indices[lo:hi].astype(np.int32, copy=False), columns, data[lo:hi]
+        major = np.repeat(np.arange(first, last, dtype=np.int32), lengths)
+        yield indices.astype(np.int32, copy=False), major, data
 
 
 def _gather(scan: Iterator[Triples], start: int, stop: int, rows: int, num_columns: int) -> Iterator[RawBlock]:

@@ -3,11 +3,10 @@
 A cell's genes are sorted by count / median (float64), descending; equal values by ascending token id, exactly. Depth
 and the factor 10,000 are the same for all genes of a cell and are left out: they do not change the order.
 
-Nothing is sorted where it can be looked up. Nearly all counts of a cell are small, and there are only so many pairs of
-a small count and a gene: `Ranks` orders them all once per vocabulary. A cell is then a set of whole numbers, each
-setting its bit, and reading the bits in order is the sentence. The few counts beyond the table are sorted by a merge
-sort that compares value, then token, and are merged in while the bits are read. Every comparison is one of float64
-values or whole numbers, so no processor and no block size changes a sentence.
+Nearly all counts of a cell are small, and there are only so many pairs of a small count and a gene: `Ranks` orders them
+all once per vocabulary. A cell is then a set of whole numbers, which numpy sorts with the processor's vector
+instructions. The few counts beyond the table are sorted by a merge sort that compares value, then token, and are merged
+in. Every comparison is one of float64 values or whole numbers, so no processor and no block size changes a sentence.
 
 Letters: N cells, G columns of the source, C counts of the table, V genes of the species, K ranks of a cell, T tokens of
 the block.
@@ -18,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba.cpython.unsafe.numbers import trailing_zeros
 
 from mixgf.compiled import jit
 from mixgf.config import Tokens
@@ -93,69 +91,58 @@ def _sort(value: np.ndarray, token: np.ndarray, other_value: np.ndarray, other_t
 
 
 @jit
-def _encode(  # noqa: PLR0912, PLR0915, PLR0917 (one pass, compiled; the steps are told apart by comments)
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, position_G: np.ndarray, tokens_V: np.ndarray,
-    medians_V: np.ndarray, divide: int, rank_CG: np.ndarray, rank_token: np.ndarray, rank_value: np.ndarray,
-    cls: int, most: int, out: np.ndarray, out_offsets: np.ndarray,
+def _look_up(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, start_N: np.ndarray, stop_N: np.ndarray, rank_P: np.ndarray, none: int,
+    rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray,
 ) -> None:  # fmt: skip
-    one, six, low = np.uint64(1), np.uint64(6), np.uint64(63)
-    num_ranks, num_counts = rank_token.shape[0], rank_CG.shape[0]
-    bits = np.zeros((num_ranks >> 6) + 1, np.uint64)  # one per rank, and one for what is no gene
-    used = np.zeros((bits.shape[0] >> 6) + 1, np.uint64)  # one per word of `bits`
-    nothing = ~(one << (np.uint64(num_ranks) & low))
-    room = medians_V.shape[0]
+    """Ranks of all counts of some rows, `none` for what has none; places in `data` of the counts that are not in the table.
+
+    `rank_P` is the table by count and column as one array; `stop_K` and `stop_L` get the end of each row's entries.
+    """
+    num_columns, k, n = np.uint64(rank_P.shape[0] // (TABLE_COUNTS + 1)), 0, 0
+    for row in range(start_N.shape[0]):
+        for p in range(start_N[row], stop_N[row]):
+            count = np.uint64(data[p])
+            if count <= TABLE_COUNTS:
+                rank_K[k] = rank_P[count * num_columns + np.uint64(indices[p])]
+            else:
+                rank_K[k] = none
+                large_L[n] = p
+                n += 1
+            k += 1
+        stop_K[row], stop_L[row] = k, n
+
+
+@jit
+def _spell(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, position_G: np.ndarray, tokens_V: np.ndarray, medians_V: np.ndarray, divide: int,
+    rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray, rank_token: np.ndarray,
+    rank_value: np.ndarray, cls: int, most: int, out: np.ndarray, out_offsets: np.ndarray,
+) -> None:  # fmt: skip
+    """Tokens of rows whose ranks are sorted, with the large counts between them."""
+    room, none = medians_V.shape[0], rank_token.shape[0]
     value, token = np.empty(room, np.float64), np.empty(room, np.int32)
     other_value, other_token = np.empty(room, np.float64), np.empty(room, np.int32)
-    rank_K, word_W = np.empty(room + 64, np.int32), np.empty(room + 1, np.int32)
-    n = out_offsets[0]
-    for row in range(indptr.shape[0] - 1):
-        # every count sets the bit of its rank, or waits among the large ones
+    n, next_k, next_l = out_offsets[0], 0, 0
+    for row in range(stop_K.shape[0]):
+        done, k = next_k, stop_K[row]
+        next_k = k
+        while k > done and rank_K[k - 1] == none:
+            k -= 1
         num_large = 0
-        for p in range(indptr[row], indptr[row + 1]):
-            count = data[p]
-            if count < num_counts:
-                rank = np.uint64(rank_CG[count, indices[p]])
-                word = rank >> six
-                bits[word] |= one << (rank & low)
-                used[word >> six] |= one << (word & low)
-            else:
-                position = position_G[indices[p]]
-                if position >= 0:
-                    value[num_large] = count / medians_V[position] if divide else count * medians_V[position]
-                    token[num_large] = tokens_V[position]
-                    num_large += 1
-        bits[num_ranks >> 6] &= nothing
+        for at in range(next_l, stop_L[row]):
+            p = large_L[at]
+            position = position_G[indices[p]]
+            if position >= 0:
+                value[num_large] = data[p] / medians_V[position] if divide else data[p] * medians_V[position]
+                token[num_large] = tokens_V[position]
+                num_large += 1
+        next_l = stop_L[row]
         _sort(value, token, other_value, other_token, num_large)
-        # the bits in order are the ranks in order: first which words hold any (a full sentence is read no further, only wiped)
-        num_words, k = 0, 0
-        for u in range(used.shape[0]):
-            words = used[u]
-            used[u] = 0
-            while words:
-                word_W[num_words] = (u << 6) + np.int64(trailing_zeros(words))
-                words &= words - one
-                num_words += 1
-        # most words hold one bit or two: up to three are written without a branch, of which k counts the true ones
-        for w in range(num_words):
-            at = word_W[w]
-            word, first = bits[at], np.int64(at) << 6
-            bits[at] = 0
-            if k >= most:
-                continue
-            for _ in range(3):
-                rank_K[k] = first + np.int64(trailing_zeros(word))
-                k += word != 0
-                word &= word - one
-            while word:
-                rank_K[k] = first + np.int64(trailing_zeros(word))
-                word &= word - one
-                k += 1
-        # their tokens, with the large ones between them
         if cls >= 0:
             out[n] = cls
             n += 1
         end = n + most
-        done = 0
         for large in range(num_large):
             # the first rank that does not come before this one: leaps of 1, 2, 4, … and then halves
             upto, leap = done, 1
@@ -195,29 +182,45 @@ class Encoder:
     def __init__(self, ranks: Ranks, position_G: np.ndarray, tokens: Tokens) -> None:
         assert ranks.divide == (tokens.scaling == "divide"), tokens.scaling
         self._ranks, self._position_G, self._tokens = ranks, position_G, tokens
-        self._rank_CG = np.ascontiguousarray(ranks.rank_CV[:, position_G])  # column -1 is no gene
+        self._rank_P = ranks.rank_CV[:, position_G].ravel()  # column -1 is no gene
+        self._rank_K, self._large_L = np.empty(0, np.int32), np.empty(0, np.int64)
 
     def __call__(
-        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, *, keep_N: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Cell sentences of one CSR block.
 
         Args:
             data: int32 counts; those above 0 name each column at most once in a row (`mixgf.corpus.blocks` sees to that).
             indices: int32 columns.
-            indptr: int64[N+1].
+            indptr: int64.
+            keep_N: bool, which rows to encode; None = all.
             out: int32, where the tokens are written, with room for all of them; None = a new array.
 
         Returns:
-            (tokens_T int32, offsets int64[N+1]): row i holds tokens_T[offsets[i] : offsets[i + 1]].
+            (tokens_T int32, offsets int64[N+1]): row i of those kept holds tokens_T[offsets[i] : offsets[i + 1]].
         """
-        num_rows, ranks, cls = len(indptr) - 1, self._ranks, self._tokens.cls
+        start_N, stop_N = indptr[:-1], indptr[1:]
+        if keep_N is not None:
+            start_N, stop_N = start_N[keep_N], stop_N[keep_N]
+        length_N = stop_N - start_N
+        num_rows, num_ranks, ranks, cls = len(length_N), int(length_N.sum()), self._ranks, self._tokens.cls
         most = self._tokens.max_len - int(cls)
         if out is None:
-            out = np.empty(int(np.minimum(np.diff(indptr), most).sum()) + num_rows * int(cls), dtype=np.int32)
+            out = np.empty(int(np.minimum(length_N, most).sum()) + num_rows * int(cls), dtype=np.int32)
+        if num_ranks > len(self._rank_K):
+            self._rank_K, self._large_L = np.empty(num_ranks, np.int32), np.empty(num_ranks, np.int64)
+        rank_K, large_L = self._rank_K, self._large_L
+        stop_K, stop_L = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
+        _look_up(data, indices, start_N, stop_N, self._rank_P, len(ranks.token), rank_K, stop_K, large_L, stop_L)
+        start = 0
+        for stop in stop_K.tolist():
+            rank_K[start:stop].sort()
+            start = stop
         out_offsets = np.zeros(num_rows + 1, dtype=np.int64)
-        _encode(
-            data, indices, indptr, self._position_G, ranks.genes.tokens, ranks.genes.medians, int(ranks.divide),
-            self._rank_CG, ranks.token, ranks.value, CLS if cls else -1, most, out, out_offsets,
+        _spell(
+            data, indices, self._position_G, ranks.genes.tokens, ranks.genes.medians, int(ranks.divide), rank_K, stop_K,
+            large_L, stop_L, ranks.token, ranks.value, CLS if cls else -1, most, out, out_offsets,
         )  # fmt: skip
         return out[: out_offsets[-1]], out_offsets

@@ -309,9 +309,8 @@ def encode(
             keep = keep_N[rows]
             if not keep.any():
                 continue
-            data, indices, indptr = (b.data, b.indices, b.indptr) if keep.all() else _select(b, keep)
             rows_left = offsets_N1[done_N:] - offsets_N1[done_N]
-            _, offsets = encoder(data, indices, indptr, tokens_T[offsets_N1[done_N] :])
+            _, offsets = encoder(b.data, b.indices, b.indptr, keep_N=keep, out=tokens_T[offsets_N1[done_N] :])
             assert np.array_equal(rows_left[: len(offsets)], offsets), "lengths differ from those of pass 1"
             done_N += len(offsets) - 1
         names = reader.cell_names(unit.start, unit.stop)[keep_N]
@@ -378,12 +377,6 @@ def write_shard(uri: str, table: pa.Table) -> tuple[int, str]:
         uri, table, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text, write_statistics=sums,
         column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip
-
-
-def _select(block: corpus.Block, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    lengths = np.diff(block.indptr)
-    entries = np.repeat(keep, lengths)
-    return block.data[entries], block.indices[entries], np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64)
 
 
 def _obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:

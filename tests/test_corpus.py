@@ -100,13 +100,13 @@ def write(kind, path, x):
 
 def read(uri, layer, columns, start, stop, rows):  # noqa: PLR0917
     with open_reader(uri, layer) as reader:
-        parts = list(corpus.blocks(reader, columns, start, stop, rows=rows))
-        x = [
-            sparse.csr_array((b.data, b.indices, b.indptr), shape=(len(b.indptr) - 1, reader.num_columns)).toarray()
-            for b in parts
-        ]
-        assert all(b.data.dtype == np.int32 and len(b.indptr) - 1 <= rows for b in parts)
-        assert [b.start for b in parts] == [start + sum(len(y) for y in x[:i]) for i in range(len(x))]
+        x: list[np.ndarray] = []
+        for b in corpus.blocks(reader, columns, start, stop, rows=rows):
+            assert b.data.dtype == np.int32
+            assert len(b.indptr) - 1 <= rows
+            assert b.start == start + sum(len(y) for y in x)
+            found = sparse.csr_array((b.data, b.indices, b.indptr), shape=(len(b.indptr) - 1, reader.num_columns))
+            x.append(found.toarray())
         return np.vstack(x), reader.cell_names(start, stop).tolist(), reader.gene_names("").tolist()
 
 
