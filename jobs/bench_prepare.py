@@ -204,7 +204,7 @@ class _Case:
 
     def write(self) -> None:
         """Write a shard."""
-        units.write_shard(str(self.folder / "w.parquet"), self.table)
+        units.write_shard(str(self.folder / "w.parquet"), self.table.schema, [self.table])
 
     def figures(self, *, repeats: int) -> Iterator[Figure]:
         """All figures of this file."""

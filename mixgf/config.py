@@ -154,7 +154,7 @@ class Prepare:
 
     shard_cells: int = 10_000
     """Source rows per work unit and Parquet shard."""
-    block_cells: int = 512
+    block_cells: int = 128
     """Source rows held in memory at a time."""
     strict: bool = False
     """Stop at the first refused source, instead of listing it at the end."""

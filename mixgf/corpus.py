@@ -226,7 +226,7 @@ _WRONG = {_FINITE: "not a finite number", _NEGATIVE: "negative", _WHOLE: "not a 
 
 
 @jit
-def _to_counts(data: np.ndarray, out: np.ndarray, most: float) -> bool:
+def _to_counts(data: np.ndarray, out: np.ndarray, most: Any) -> bool:
     """Copy as int32; False where a value is no count. Without branches, so that it compiles to vector instructions.
 
     `most` is the largest count that the type of `data` can hold.
@@ -241,7 +241,7 @@ def _to_counts(data: np.ndarray, out: np.ndarray, most: float) -> bool:
     return good
 
 
-def _largest(dtype: np.dtype) -> np.generic:
+def _largest(dtype: np.dtype) -> Any:
     limit = np.iinfo(np.int32).max
     if dtype.kind == "b":
         return dtype.type(1)
@@ -318,7 +318,9 @@ def _sum_moved(  # noqa: PLR0917 (a compiled kernel)
             if indices[at] != moved[m]:
                 continue
             first = _place(indices, begin, at, canonical[m])
-            if indices[first] != canonical[m]:  # the gene's first column is not in this row: an earlier one may stand for it
+            if (
+                indices[first] != canonical[m]
+            ):  # the gene's first column is not in this row: an earlier one may stand for it
                 first = at
                 for k in range(n):
                     if canonical[renamed[k, 1]] == canonical[m]:

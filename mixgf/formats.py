@@ -29,7 +29,7 @@ from mixgf.config import StorageError, UserError
 SCAN_ENTRIES = 4_000_000
 """Counts held at a time while a column-major file is scanned."""
 DENSE_BYTES = 64 << 20
-"""Most bytes of one block of a dense matrix."""
+"""Most bytes of a dense matrix held at a time."""
 _CHUNK_CACHE = 32 << 20
 _EXPRESSION = "Gene Expression"
 
@@ -308,10 +308,10 @@ def _csr_blocks(matrix: h5py.Group, start: int, stop: int, rows: int) -> Iterato
 
 
 def _dense_blocks(matrix: h5py.Dataset, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
-    rows = max(1, min(rows, DENSE_BYTES // max(1, matrix.shape[1] * matrix.dtype.itemsize)))
-    for a in range(start, stop, rows):
-        block = sparse.csr_array(matrix[a : min(a + rows, stop)])
-        yield RawBlock(a, block.data, block.indices.astype(np.int32), block.indptr.astype(np.int64))
+    most = max(1, DENSE_BYTES // max(1, matrix.shape[1] * matrix.dtype.itemsize))  # chunks hold many rows
+    for a in range(start, stop, most):
+        held = sparse.csr_array(matrix[a : min(a + most, stop)])
+        yield from cut_rows(held.data, held.indices.astype(np.int32), held.indptr.astype(np.int64), a, rows)
 
 
 def _csc_scan(matrix: h5py.Group) -> Iterator[Triples]:

@@ -354,7 +354,7 @@ def write(work: str, unit: Unit, shard: int, *, to: str, rules: Rules, obs: dict
     )
     done = done.cast(done.schema.set(0, units.SENTENCES))
     name = units.shard_name(shard)
-    size, digest = units.write_shard(storage.join(to, name), done)
+    size, digest = units.write_shard(storage.join(to, name), done.schema, [done])
     entry = {"name": name, "rows": num, "bytes": size, "sha256": digest}
     lengths = pa.table({"length": pa.array(length, pa.int32())})
     storage.write_table(units.part(work, "done", shard), lengths.replace_schema_metadata({"shard": json.dumps(entry)}))

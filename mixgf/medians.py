@@ -21,6 +21,8 @@ _LOWEST = 1023 - 20  # the exponent field of 2**-20: count 1 in a cell of 10**10
 _OCTAVES = 36  # up to 2**16, above the largest value, 10,000
 NUM_BUCKETS = _OCTAVES << SKETCH_BITS
 RELATIVE_ERROR = 2.0**-SKETCH_BITS
+_SMALL = 33
+"""The buckets of counts below this are looked up once per cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,62 +37,53 @@ EMPTY = Sketch(np.empty(0, np.uint32), np.empty(0, np.uint32))
 
 
 @jit
-def _collect(  # noqa: PLR0917 (a compiled kernel)
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, depth: np.ndarray, keep: np.ndarray, gene: np.ndarray,
-    scaled: np.ndarray, keys: np.ndarray, n: int,
-) -> int:  # fmt: skip
-    """Append gene * NUM_BUCKETS + bucket of every count of the kept rows to `keys`; returns the new number of keys."""
-    bits = scaled.view(np.int64)
-    for row in range(indptr.shape[0] - 1):
-        if not keep[row]:
-            continue
-        for p in range(indptr[row], indptr[row + 1]):
-            g = gene[indices[p]]
-            if g >= 0 and data[p] > 0:
-                scaled[0] = data[p] / depth[row] * 10000.0
-                bucket = (bits[0] >> (52 - 8)) - (1003 << 8)
-                keys[n] = g * 9216 + min(max(bucket, 0), 9215)
-                n += 1
-    return n
+def _bucket(count: int, depth: float, room: np.ndarray) -> int:
+    """The bucket of count / depth * 10,000; `room` is one float64 to see the bits of."""
+    room[0] = count / depth * 10000.0
+    return min(max((room.view(np.int64)[0] >> (52 - 8)) - (1003 << 8), 0), 9215)
 
 
 @jit
-def _count(keys: np.ndarray, num_genes: int, out_keys: np.ndarray, out_counts: np.ndarray) -> int:
-    """Count equal keys; writes them in ascending order and returns how many differ.
+def _count(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, depth: np.ndarray, keep: np.ndarray, gene: np.ndarray,
+    lowest: int, counts: np.ndarray,
+) -> None:  # fmt: skip
+    """Count every gene's buckets from `lowest` on over the kept rows.
 
-    Keys are first spread over groups of 8 genes, so that the histogram of one group stays in the processor's cache.
+    `counts` is (buckets, genes): most counts of a cell are 1 or 2, and so go into neighbouring places in two rows.
     """
-    num_groups = (num_genes + 7) >> 3
-    ends = np.zeros(num_groups + 1, np.int64)
-    lowest, highest = np.int64(9215), np.int64(0)
-    for k in keys:
-        g = np.int64(k) // 73728
-        bucket = (np.int64(k) - g * 73728) % 9216
-        lowest = bucket if bucket < lowest else lowest
-        highest = bucket if bucket > highest else highest
-        ends[g + 1] += 1
-    for group in range(num_groups):
-        ends[group + 1] += ends[group]
-    spread = np.empty(keys.shape[0], np.int32)
-    free = ends[:-1].copy()
-    for k in keys:
-        g = np.int64(k) // 73728
-        spread[free[g]] = np.int64(k) - g * 73728
-        free[g] += 1
-    histogram = np.zeros(73728, np.int32)
-    n = 0
-    for group in range(num_groups):
-        if ends[group] == ends[group + 1]:
+    room, small = np.empty(1), np.zeros(_SMALL, np.int64)
+    for row in range(indptr.shape[0] - 1):
+        if not keep[row]:
             continue
-        for i in range(ends[group], ends[group + 1]):
-            histogram[spread[i]] += 1
-        for first in range(0, 73728, 9216):
-            for i in range(first + lowest, first + highest + 1):
-                if histogram[i]:
-                    out_keys[n], out_counts[n] = group * 73728 + i, histogram[i]
-                    histogram[i] = 0
-                    n += 1
-    return n
+        for count in range(1, _SMALL):
+            small[count] = _bucket(count, depth[row], room) - lowest
+        for p in range(indptr[row], indptr[row + 1]):
+            g, count = gene[indices[p]], data[p]
+            if g >= 0 and count > 0:
+                bucket = small[count] if count < _SMALL else _bucket(count, depth[row], room) - lowest
+                counts[bucket, g] += np.uint16(1)
+
+
+@jit
+def _gather(counts: np.ndarray, lowest: int, stop_G: np.ndarray, out_keys: np.ndarray, out_counts: np.ndarray) -> None:
+    """Move what was counted into keys in ascending order and their counts, and leave zeros; `stop_G`: each gene's first place."""
+    for bucket in range(counts.shape[0]):
+        row = counts[bucket]
+        for g in range(row.shape[0]):
+            if row[g]:
+                n = stop_G[g]
+                out_keys[n], out_counts[n] = g * 9216 + lowest + bucket, row[g]
+                stop_G[g], row[g] = n + 1, 0
+
+
+@jit
+def _number(counts: np.ndarray, number_G: np.ndarray) -> None:
+    """Add every gene's number of filled buckets to `number_G`."""
+    for bucket in range(counts.shape[0]):
+        row = counts[bucket]
+        for g in range(row.shape[0]):
+            number_G[g] += row[g] != 0
 
 
 @jit
@@ -115,15 +108,21 @@ def _merge(  # noqa: PLR0917 (a compiled kernel)
 
 
 class Accumulator:
-    """The sketch of some cells, filled block by block. Memory: `room` keys of 4 bytes three times over, and the sketch."""
+    """The sketch of some cells, filled block by block.
 
-    def __init__(self, num_genes: int, *, room: int = 1 << 22) -> None:
-        """`room`: counts that are gathered before they are counted; a block may bring more."""
+    Memory: 2 bytes for every gene and every bucket from the least value that can be (one count in the deepest cell) to 10,000;
+    and the sketch.
+    """
+
+    def __init__(self, num_genes: int, most_depth: int, *, most_cells: int = np.iinfo(np.uint16).max) -> None:
+        """`most_depth`: of the kept cells; `most_cells` are counted before the counts go into the sketch."""
         assert (SKETCH_BITS, _LOWEST, NUM_BUCKETS) == (8, 1003, 9216), "compiled into the kernels above"
         assert num_genes * NUM_BUCKETS < 1 << 32, num_genes
-        self._num_genes = num_genes
-        self._keys = np.empty(room, np.uint32)
-        self._used = 0
+        assert 0 < most_cells <= np.iinfo(np.uint16).max, most_cells
+        room = np.empty(1)
+        self._lowest = _bucket(1, float(max(most_depth, 1)), room)
+        self._counts = np.zeros((_bucket(1, 1.0, room) + 1 - self._lowest, num_genes), np.uint16)
+        self._cells, self._most_cells = 0, most_cells
         self._total = EMPTY
 
     def update(
@@ -136,18 +135,25 @@ class Accumulator:
         keep_N: np.ndarray,
         gene_G: np.ndarray,
     ) -> None:
-        """Add the kept rows of one CSR block; `gene_G` gives the gene of each column, -1 for none."""
-        if self._used + len(data) > len(self._keys):
-            self._flush()
-        if len(data) > len(self._keys):
-            self._keys = np.empty(len(data), np.uint32)
+        """Add the kept rows of one CSR block; `gene_G` gives the gene of each column, -1 for none, and none of them twice."""
         depth = depth_N.astype(np.float64)
-        self._used = _collect(data, indices, indptr, depth, keep_N, gene_G, np.empty(1), self._keys, self._used)
+        first = 0
+        while first < len(depth):
+            if self._cells == self._most_cells:
+                self._flush()
+            stop = min(first + self._most_cells - self._cells, len(depth))
+            rows, ends = slice(first, stop), slice(first, stop + 1)
+            _count(data, indices, indptr[ends], depth[rows], keep_N[rows], gene_G, self._lowest, self._counts)
+            self._cells, first = self._cells + stop - first, stop
 
     def _flush(self) -> None:
-        keys, counts = np.empty(self._used, np.uint32), np.empty(self._used, np.uint32)
-        n = _count(self._keys[: self._used], self._num_genes, keys, counts)
-        self._total, self._used = merge([self._total, _cut(keys, counts, n)]), 0
+        number_G = np.zeros(self._counts.shape[1], np.int32)
+        _number(self._counts, number_G)
+        stop_G = np.cumsum(number_G, dtype=np.int64)
+        n = int(stop_G[-1])
+        found = Sketch(np.empty(n, np.uint32), np.empty(n, np.uint32))
+        _gather(self._counts, self._lowest, stop_G - number_G, found.keys, found.counts)
+        self._total, self._cells = merge([self._total, found]), 0
 
     def finish(self) -> Sketch:
         """The sketch of all that `update` brought."""

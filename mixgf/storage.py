@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
@@ -467,16 +467,28 @@ class _Summed(io.RawIOBase):
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> tuple[int, str]:
     """Write a Parquet file atomically; the same table and options give the same bytes. Returns (bytes, sha256)."""
-    options = {"compression": "zstd"} | options
+    return write_tables(uri, table.schema, [table], **options)
+
+
+def write_tables(
+    uri: str, schema: pa.Schema, tables: Iterable[pa.Table], *, row_group_size: int | None = None, **options: Any
+) -> tuple[int, str]:
+    """`write_table` of several tables, one after the other, each in row groups of its own: nothing is held but the present one."""
+
+    def write(sink: pa.NativeFile) -> None:
+        with pq.ParquetWriter(sink, schema, **({"compression": "zstd"} | options)) as writer:
+            for table in tables:
+                writer.write_table(table, row_group_size=row_group_size)
+
     if is_local(uri):  # past memory: what is written is never held as a whole
         with _replacing(local_path(uri)) as temporary, temporary.open("wb", buffering=0) as file:
             summed = _Summed(file)
             with pa.PythonFile(summed, mode="w") as sink:
-                pq.write_table(table, sink, **options)
+                write(sink)
             os.fsync(file.fileno())
         return summed.num_bytes, summed.digest.hexdigest()
     stream = pa.BufferOutputStream()
-    pq.write_table(table, stream, **options)
+    write(stream)
     data = stream.getvalue()
     write_bytes(uri, data)
     return data.size, hashlib.sha256(data).hexdigest()

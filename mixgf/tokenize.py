@@ -114,7 +114,7 @@ def _look_up(  # noqa: PLR0917 (a compiled kernel)
 
 
 @jit
-def _spell(  # noqa: PLR0917 (a compiled kernel)
+def _spell(  # noqa: PLR0912, PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, position_G: np.ndarray, tokens_V: np.ndarray, medians_V: np.ndarray, divide: int,
     rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray, rank_token: np.ndarray,
     rank_value: np.ndarray, cls: int, most: int, out: np.ndarray, out_offsets: np.ndarray,
@@ -186,7 +186,7 @@ class Encoder:
         self._rank_K, self._large_L = np.empty(0, np.int32), np.empty(0, np.int64)
 
     def __call__(
-        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, *, keep_N: np.ndarray | None = None,
+        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, *, rows_N: np.ndarray | None = None,
         out: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Cell sentences of one CSR block.
@@ -195,15 +195,15 @@ class Encoder:
             data: int32 counts; those above 0 name each column at most once in a row (`mixgf.corpus.blocks` sees to that).
             indices: int32 columns.
             indptr: int64.
-            keep_N: bool, which rows to encode; None = all.
+            rows_N: rows to encode; None = all.
             out: int32, where the tokens are written, with room for all of them; None = a new array.
 
         Returns:
-            (tokens_T int32, offsets int64[N+1]): row i of those kept holds tokens_T[offsets[i] : offsets[i + 1]].
+            (tokens_T int32, offsets int64[N+1]): the sentence of `rows_N[i]` is tokens_T[offsets[i] : offsets[i + 1]].
         """
         start_N, stop_N = indptr[:-1], indptr[1:]
-        if keep_N is not None:
-            start_N, stop_N = start_N[keep_N], stop_N[keep_N]
+        if rows_N is not None:
+            start_N, stop_N = start_N[rows_N], stop_N[rows_N]
         length_N = stop_N - start_N
         num_rows, num_ranks, ranks, cls = len(length_N), int(length_N.sum()), self._ranks, self._tokens.cls
         most = self._tokens.max_len - int(cls)

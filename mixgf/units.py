@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -27,12 +27,15 @@ from mixgf import bands, corpus, medians, qc, storage, tokenize, vocab
 from mixgf.config import QC, Source, SpeciesRow, Tokens, UserError
 from mixgf.formats import Reader, open_reader
 
-RESERVED = (
-    "tokens", "cell", "species", "source", "source_row", "length", "n_counts", "n_genes", "mito_fraction",
-)  # fmt: skip
-"""Columns that mixgf computes; an obs column of the same name is left out."""
 ROW_GROUP_CELLS = 2_500
 SENTENCES = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
+_COMPUTED = {
+    "cell": pa.string(), "species": pa.string(), "source": pa.string(), "source_row": pa.int64(), "length": pa.int32(),
+    "n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64(),
+}  # fmt: skip
+RESERVED = (SENTENCES.name, *_COMPUTED)
+"""Columns that mixgf computes; an obs column of the same name is left out."""
+_KINDS = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,12 +239,13 @@ def number_genes(work: str, species: str, indices: list[int]) -> list[str]:
 def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_cells: int) -> None:
     """Median sketch number `number`: kept cells (unit, bool[rows]) of one species, over the genes of `number_genes`."""
     listed = storage.read_table(part(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
-    filled = medians.Accumulator(len(listed))
-    for unit, keep_N in parts:
+    depths = [read_metrics(work, [unit.number])[0].n_counts for unit, _ in parts]
+    most = max(int(depth_N[keep_N].max()) for depth_N, (_, keep_N) in zip(depths, parts, strict=True))
+    filled = medians.Accumulator(len(listed), most)
+    for depth, (unit, keep_N) in zip(depths, parts, strict=True):
         columns = _columns(work, unit.index)
         gene_G = pc.index_in(columns["gene"].combine_chunks(), value_set=listed)
         gene_G = np.where(columns["candidate"].to_numpy(), pc.fill_null(gene_G, -1).to_numpy(), -1).astype(np.int32)
-        depth = read_metrics(work, [unit.number])[0].n_counts
         with _opened(work, unit.index, unit.source) as reader:
             for b, rows in _blocks(reader, columns, unit, block_cells):
                 filled.update(b.data, b.indices, b.indptr, depth_N=depth[rows], keep_N=keep_N[rows], gene_G=gene_G)
@@ -254,12 +258,16 @@ def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterato
         yield block, slice(first, first + len(block.indptr) - 1)
 
 
+_SKETCH = pa.schema([pa.field(name, pa.uint32(), nullable=False) for name in ("key", "count")])
+
+
 def write_sketch(uri: str, found: medians.Sketch) -> None:
     """Write a sketch part."""
+    delta = {"key": "DELTA_BINARY_PACKED", "count": "DELTA_BINARY_PACKED"}
+    table = pa.Table.from_arrays([pa.array(found.keys), pa.array(found.counts)], schema=_SKETCH)
     storage.write_table(
-        uri, pa.table({"key": found.keys, "count": found.counts}), use_dictionary=["count"],
-        column_encoding={"key": "DELTA_BINARY_PACKED"}, write_statistics=False,
-    )  # fmt: skip
+        uri, table, use_dictionary=False, column_encoding=delta, compression="none", write_statistics=False
+    )
 
 
 def merge_sketches(uris: list[str], to: str) -> None:
@@ -302,43 +310,63 @@ def encode(
     facts = storage.read_json(facts_uri(work, unit.index))
     metrics, _ = read_metrics(work, [unit.number])
     length = np.minimum(metrics.n_genes[keep_N], tokens.max_len - int(tokens.cls)) + int(tokens.cls)
-    offsets_N1 = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
-    tokens_T, done_N = np.empty(offsets_N1[-1], np.int32), 0
-    with _opened(work, unit.index, unit.source) as reader:
-        for b, rows in _blocks(reader, columns, unit, block_cells):
-            keep = keep_N[rows]
-            if not keep.any():
-                continue
-            rows_left = offsets_N1[done_N:] - offsets_N1[done_N]
-            _, offsets = encoder(b.data, b.indices, b.indptr, keep_N=keep, out=tokens_T[offsets_N1[done_N] :])
-            assert np.array_equal(rows_left[: len(offsets)], offsets), "lengths differ from those of pass 1"
-            done_N += len(offsets) - 1
-        names = reader.cell_names(unit.start, unit.stop)[keep_N]
-        values = {
-            new: (reader.obs(facts["obs"][new], unit.start, unit.stop)[keep_N] if new in facts["obs"] else None)
-            for new in obs
-        }
     assert length.min() > int(tokens.cls), "a kept cell without vocabulary genes"
-    num = len(length)
-    table = pa.table(
-        {
-            "tokens": pa.ListArray.from_arrays(pa.array(offsets_N1, pa.int32()), pa.array(tokens_T), SENTENCES.type),
-            "cell": pa.array([f"{unit.source.name}:{name}" for name in names], pa.string()),
-            "species": pa.array([unit.source.species] * num, pa.string()),
-            "source": pa.array([unit.source.name] * num, pa.string()),
-            "source_row": pa.array(np.flatnonzero(keep_N) + unit.start, pa.int64()),
-            "length": pa.array(length, pa.int32()),
-            "n_counts": pa.array(metrics.n_counts[keep_N], pa.int64()),
-            "n_genes": pa.array(metrics.n_genes[keep_N], pa.int32()),
-            "mito_fraction": pa.array(metrics.mito_fraction[keep_N], pa.float64()),
-        }
-        | {name: _obs_array(values[name], kind, num) for name, kind in obs.items()}
-    )
-    table = table.cast(table.schema.set(0, SENTENCES))
+    schema = pa.schema([SENTENCES, *_COMPUTED.items(), *((name, _KINDS[kind]) for name, kind in obs.items())])
+    num, source = len(length), unit.source
+
+    def row_groups() -> Iterator[pa.Table]:
+        with _opened(work, unit.index, source) as reader:
+            names = reader.cell_names(unit.start, unit.stop)[keep_N]
+            columns_ = {
+                "cell": pa.array([f"{source.name}:{name}" for name in names], pa.string()),
+                "species": pa.array([source.species] * num, pa.string()),
+                "source": pa.array([source.name] * num, pa.string()),
+                "source_row": pa.array(np.flatnonzero(keep_N) + unit.start, pa.int64()),
+                "length": pa.array(length, pa.int32()),
+                "n_counts": pa.array(metrics.n_counts[keep_N], pa.int64()),
+                "n_genes": pa.array(metrics.n_genes[keep_N], pa.int32()),
+                "mito_fraction": pa.array(metrics.mito_fraction[keep_N], pa.float64()),
+            }
+            for name, kind in obs.items():
+                have = facts["obs"].get(name)
+                values = None if have is None else reader.obs(have, unit.start, unit.stop)[keep_N]
+                columns_[name] = _obs_array(values, kind, num)
+            blocks = _blocks(reader, columns, unit, block_cells)
+            for first, sentences in _sentences(encoder, blocks, keep_N, length):
+                rest = [column.slice(first, len(sentences)) for column in columns_.values()]
+                yield pa.Table.from_arrays([sentences, *rest], schema=schema)
+
     name = shard_name(shard)
-    size, digest = write_shard(storage.join(to, name), table)
+    size, digest = write_shard(storage.join(to, name), schema, row_groups())
     done = {"name": name, "rows": num, "bytes": size, "sha256": digest}
     write_done(work, shard, length, done)
+
+
+def _sentences(
+    encoder: tokenize.Encoder, blocks: Iterable[tuple[corpus.Block, slice]], keep_N: np.ndarray, length_K: np.ndarray
+) -> Iterator[tuple[int, pa.ListArray]]:
+    """Sentences of the kept cells, of known lengths, one row group at a time: (first cell, its tokens and those that follow).
+
+    The tokens' array is used again for the next row group.
+    """
+    offsets_K1 = np.concatenate([[0], np.cumsum(length_K, dtype=np.int64)])
+    edges = [*range(0, len(length_K), ROW_GROUP_CELLS), len(length_K)]
+    tokens_T = np.empty(int(np.diff(offsets_K1[edges]).max()), np.int32)
+    group = done = 0
+    for b, rows in blocks:
+        left_N = np.flatnonzero(keep_N[rows])
+        while len(left_N):
+            first, end = edges[group], edges[group + 1]
+            offsets_N1 = offsets_K1[first : end + 1] - offsets_K1[first]
+            now_N, left_N = left_N[: end - done], left_N[end - done :]
+            here = offsets_N1[done - first : done - first + len(now_N) + 1]
+            _, offsets = encoder(b.data, b.indices, b.indptr, rows_N=now_N, out=tokens_T[here[0] :])
+            assert np.array_equal(here - here[0], offsets), "lengths differ from those of pass 1"
+            done += len(now_N)
+            if done == end:
+                tokens = pa.array(tokens_T[: offsets_N1[-1]])
+                yield first, pa.ListArray.from_arrays(pa.array(offsets_N1, pa.int32()), tokens, SENTENCES.type)
+                group += 1
 
 
 @lru_cache(maxsize=8)
@@ -366,21 +394,21 @@ def read_done(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:
     return table["length"].to_numpy(), json.loads(table.schema.metadata[b"shard"])
 
 
-def write_shard(uri: str, table: pa.Table) -> tuple[int, str]:
-    """Write one shard: tokens byte-stream split, zstd, row groups of 2,500 cells.
+def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tuple[int, str]:
+    """Write one shard: tokens byte-stream split, zstd, row groups of 2,500 cells (a table ends with one).
 
     Tokens are declared never null: a third of the writing time would go into saying of each that it is there.
     """
-    text = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name != "cell"]
-    sums = [f.name for f in table.schema if f.name not in ("tokens", "cell")]
-    return storage.write_table(
-        uri, table, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text, write_statistics=sums,
-        column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
+    text = [f.name for f in schema if pa.types.is_string(f.type) and f.name != "cell"]
+    sums = [f.name for f in schema if f.name not in ("tokens", "cell")]
+    return storage.write_tables(
+        uri, schema, tables, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text,
+        write_statistics=sums, column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip
 
 
 def _obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:
-    wanted = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}[kind]
+    wanted = _KINDS[kind]
     if values is None:
         return pa.nulls(num, wanted)
     if kind == "str":
