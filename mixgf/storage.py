@@ -10,6 +10,7 @@ any AWS client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...); an endpoi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -47,6 +48,8 @@ READ_SECONDS = 30
 PART_BYTES = 50 << 20
 """Of a multipart upload, which objects of twice that size and more go by."""
 _TEMPORARY = ".writing-"
+_REMOVALS = 5
+"""Times that a local folder is removed while another process writes there."""
 _BUFFER = 64 << 10
 _FIRST, _BLOCKS = 128 << 10, 8
 
@@ -401,16 +404,28 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a folder with all it holds; nothing there is fine."""
+    """Delete a file or a folder with all it holds; nothing there is fine, and so is another process that writes or deletes there."""
     if is_local(uri):
         path = local_path(uri)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
+        if not path.is_dir():
             path.unlink(missing_ok=True)
+            return
+        for attempt in range(_REMOVALS):
+            try:
+                shutil.rmtree(path, onerror=_not_there_is_fine)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or attempt == _REMOVALS - 1:
+                    raise
+            else:
+                return
         return
     if exists(uri):
         _ask(uri, lambda fs, key: fs.rm(key, recursive=True))
+
+
+def _not_there_is_fine(_: object, __: object, error: tuple[Any, Any, Any]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
 
 
 def sha256(uri: str) -> str:

@@ -85,6 +85,39 @@ def test_a_driver_killed_again_and_again_ends_with_the_bytes_of_one_never_killed
     assert contents(prepare.run(chosen, spread=dispatch.loop)) == expected, kills
 
 
+def overtaken(chosen, after):
+    """A loop that another run of the same plan overtakes and finishes, after so many jobs over all passes."""
+    left = [after]
+
+    def spread(jobs):
+        for found in dispatch.loop(jobs):
+            yield found
+            left[0] -= 1
+            if left[0] == 0:
+                prepare.run(chosen, spread=dispatch.loop)
+
+    return spread
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 20, 26, 27, 40, 50, 72])
+def test_a_driver_that_another_one_overtakes_ends_well_with_the_same_bytes(settings, tmp_path, after):
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
+    chosen = moved(settings, tmp_path, "overtaken")
+    assert contents(prepare.run(chosen, spread=overtaken(chosen, after))) == expected
+
+
+def test_two_drivers_started_together_at_one_output_both_end_well_with_the_same_bytes(settings, tmp_path):
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
+    chosen = moved(settings, tmp_path, "together")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict(chosen)))
+    command = [sys.executable, "-c", LOOP, str(path)]
+    drivers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [driver.communicate(timeout=PATIENCE)[1] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], "\n".join(said)
+    assert contents(f"{chosen.output}/corpus") == expected
+
+
 def tasks(parent):
     """The live Ray workers under a process that are at work units."""
     found = []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixgf import storage, units
+from mixgf import artifacts, storage, units
 from mixgf.config import Config, UserError
 from mixgf.drivers.metrics import Meter
-from mixgf.progress import Progress, warn
+from mixgf.progress import Progress, say, warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,33 @@ def ray_tasks(config: Config) -> Spread:
                 yield running.pop(ref), ray.get(ref)
 
     return spread
+
+
+@contextlib.contextmanager
+def nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
+    """Where no source can be used there is nothing to continue: the next try may be another plan."""
+    try:
+        yield
+    except UserError:
+        if artifacts.find(uri) is None:  # else another run of the same plan has finished meanwhile
+            storage.remove(uri)
+        raise
+
+
+def whoever_makes(uri: str, record: artifacts.Record, make: Callable[[], artifacts.Record]) -> artifacts.Record:
+    """What `make` makes, or what another driver of the same plan, at work at the same time, has made before it.
+
+    Several drivers at one output help each other: parts are the same bytes whoever writes them. The first to end removes
+    them, and then the others miss them.
+    """
+    try:
+        return make()
+    except (OSError, UserError):
+        there = artifacts.find(uri)
+        if there is None or there.fingerprint != record.fingerprint:
+            raise
+        say(f"{uri}: another run of the same plan has finished it meanwhile")
+        return there
 
 
 @dataclass(kw_only=True)

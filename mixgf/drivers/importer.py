@@ -18,7 +18,15 @@ import pyarrow as pa
 
 from mixgf import artifacts, corpus, imports, interop, manifest, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
-from mixgf.drivers.dispatch import Job, Passes, Spread, job, ray_tasks
+from mixgf.drivers.dispatch import (
+    Job,
+    Passes,
+    Spread,
+    job,
+    nothing_left_of_a_refusal,
+    ray_tasks,
+    whoever_makes,
+)
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.progress import say, warn
 
@@ -36,20 +44,18 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
         storage.remove(storage.join(uri, "work"))
         return uri
     params = {name: to_dict(getattr(config, name)) for name in ("vocab", "imports", "tokens")}
-    try:
-        with tracking.stage(config, "import", params, record.fingerprint) as tracked:
-            if spread is not None:
-                done = _Import(given, uri, spread, Meter("import", tracked.id)).make(vocabulary, record)
-            else:
-                from mixgf.drivers.session import session
+    with nothing_left_of_a_refusal(uri), tracking.stage(config, "import", params, record.fingerprint) as tracked:
+        if spread is not None:
+            work = _Import(given, uri, spread, Meter("import", tracked.id))
+            done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+        else:
+            from mixgf.drivers.session import session
 
-                with session(config), watch(config, "import", tracked, uri) as watched:
-                    done = _Import(given, uri, ray_tasks(config), watched.meter).make(vocabulary, record)
-                    watched.made(cells=done.counts["read"])
-            tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
-    except UserError:
-        storage.remove(uri)  # nothing to continue: the next try may be another plan
-        raise
+            with session(config), watch(config, "import", tracked, uri) as watched:
+                work = _Import(given, uri, ray_tasks(config), watched.meter)
+                done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+                watched.made(cells=done.counts["read"])
+        tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     storage.remove(storage.join(uri, "work"))
     return uri
 

@@ -10,8 +10,7 @@ killed at any moment continues. Only file names, masks and configs travel throug
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +19,15 @@ import pyarrow as pa
 
 from mixgf import artifacts, corpus, extension, manifest, medians, qc, species, storage, tracking, units, vocab
 from mixgf.config import Config, Source, UserError, to_dict
-from mixgf.drivers.dispatch import Job, Passes, Spread, job, ray_tasks
+from mixgf.drivers.dispatch import (
+    Job,
+    Passes,
+    Spread,
+    job,
+    nothing_left_of_a_refusal,
+    ray_tasks,
+    whoever_makes,
+)
 from mixgf.drivers.metrics import Meter, watch
 from mixgf.progress import say
 
@@ -41,29 +48,20 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
         storage.remove(storage.join(uri, "work"))
         return uri
     params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
-    with _nothing_left_of_a_refusal(uri), tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
+    with nothing_left_of_a_refusal(uri), tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
         if spread is not None:
-            done = _Prepare(config, uri, sources, older, spread, Meter("prepare", tracked.id)).make(vocabulary, record)
+            work = _Prepare(config, uri, sources, older, spread, Meter("prepare", tracked.id))
+            done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
         else:
             from mixgf.drivers.session import session
 
             with session(config), watch(config, "prepare", tracked, uri) as watched:
-                done = _Prepare(config, uri, sources, older, ray_tasks(config), watched.meter).make(vocabulary, record)
+                work = _Prepare(config, uri, sources, older, ray_tasks(config), watched.meter)
+                done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
                 watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     storage.remove(storage.join(uri, "work"))
     return uri
-
-
-@contextlib.contextmanager
-def _nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
-    """Where no source can be used there is nothing to continue: the next try may be another plan."""
-    try:
-        yield
-    except UserError:
-        if artifacts.find(uri) is None:  # else another run of the same plan has finished meanwhile
-            storage.remove(uri)
-        raise
 
 
 def _begin(uri: str, record: artifacts.Record) -> bool:
