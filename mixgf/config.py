@@ -271,6 +271,8 @@ class Train:
     epochs: int = 10
     max_steps: int = 0
     """0 = all epochs; else stop after that many optimizer steps (the schedule ends there too)."""
+    cells_share: float = 1.0
+    """Share of the corpus' cells that are trained on, drawn with a key; a smaller share is part of every larger one."""
     batch_cells: int = 64
     """Cells in one global batch, over all workers (the paper: 8 GPUs x 8)."""
     micro_tokens: int = 16_384
@@ -309,6 +311,7 @@ class Train:
         ):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.lr > 0, "train.lr", self.lr, "above 0")
+        _require(0 < self.cells_share <= 1, "train.cells_share", self.cells_share, "above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
