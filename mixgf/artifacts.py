@@ -28,6 +28,7 @@ _MAKERS = {
     "classification": "mixgf classify",
     "classifier": "mixgf classify",
     "perturbation": "mixgf perturb",
+    "sweep": "mixgf tune",
 }
 
 

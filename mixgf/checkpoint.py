@@ -215,10 +215,15 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
 
 def promote(uri: str, record: Record, model: MaskedModel, **about: Any) -> Record:
     """Make the weights of the latest complete checkpoint under `uri`/steps the artifact's; arguments as `publish`."""
-    folder = storage.join(uri, "steps", f"{complete_steps(uri)[-1]:08d}")
+    load_step_weights(uri, complete_steps(uri)[-1], model)
+    return publish(uri, record, model, **about)
+
+
+def load_step_weights(uri: str, step: int, model: MaskedModel) -> None:
+    """Copy the weights of the complete checkpoint of one step under `uri`/steps into a model."""
+    folder = storage.join(uri, "steps", f"{step:08d}")
     files = storage.read_json(storage.join(folder, "state.json"))["files"]
     load_weights(model, read_tensors(storage.join(folder, WEIGHTS), files[WEIGHTS]), folder)
-    return publish(uri, record, model, **about)
 
 
 def prune(uri: str, keep: int) -> None:

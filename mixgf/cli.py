@@ -27,6 +27,7 @@ STAGES = {
 }
 IMPORT = "tokenised Arrow data sets (Genecorpus-30M, Mouse-Genecorpus-20M) -> the corpus that prepare makes"
 IMPORT_WEIGHTS = "a published BERT checkpoint (Geneformer, Mouse-Geneformer) -> the run's encoder, for its corpus"
+TUNE = "a sweep: arms x seeds of pretrainings, judged zero-shot as they go (ablations, data ladders)"
 EXPORT = "the run's encoder -> a folder that transformers loads as BertForMaskedLM"
 _NEXT = {
     "import-weights": "embed, classify or perturb",
@@ -35,6 +36,7 @@ _NEXT = {
     "pretrain": "embed, classify or perturb",
     "embed": "report",
     "classify": "report",
+    "tune": "report",
     "perturb": "report",
 }
 _EPILOG = """examples:
@@ -45,6 +47,7 @@ _EPILOG = """examples:
   mixgf pretrain --recipe laptop --output runs/mine
   mixgf import-weights Geneformer --output runs/mine --set imports.dictionaries=token_dictionary.pkl
   mixgf classify --output runs/mine --set classify.label=cell_type --set classify.seeds=5
+  mixgf tune human=pbmc.h5ad mouse=spleen.h5ad --recipe cl_ablation --output runs/sweep
   mixgf perturb  --output runs/mine --set "perturb.start=cell_type == 'alpha cell'" --set "perturb.goal=cell_type == 'beta cell'"
   mixgf pretrain --recipe paper --print-config > mine.json; mixgf pretrain --config mine.json
 
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo": "all stages on bundled real cells, in minutes",
         "run": "all stages on your own config",
         **STAGES,
+        "tune": TUNE,
         "import": IMPORT,
         "import-weights": IMPORT_WEIGHTS,
         "export": EXPORT,
@@ -75,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_fields(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name in ("prepare", "run", "import"):
+        if name in ("prepare", "run", "import", "tune"):
             counts = "raw counts: .h5ad, 10x .h5 or 10x folder; path, glob or s3://"
             arrow = "a folder that save_to_disk wrote, a folder of .arrow files, or one of them; path, glob or s3://"
             wanted = arrow if name == "import" else counts
@@ -154,6 +158,7 @@ def _fields(stage: str) -> str:
         "pretrain": ("model", "objective", "train", "compute"),
         "embed": ("embed",),
         "classify": ("classify",),
+        "tune": ("tune",),
         "perturb": ("perturb",),
     }.get(stage, ())
     data = to_dict(Config())

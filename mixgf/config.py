@@ -271,6 +271,8 @@ class Train:
     epochs: int = 10
     max_steps: int = 0
     """0 = all epochs; else stop after that many optimizer steps (the schedule ends there too)."""
+    cells_share: float = 1.0
+    """Share of the corpus' cells that are trained on, drawn with a key; a smaller share is part of every larger one."""
     batch_cells: int = 64
     """Cells in one global batch, over all workers (the paper: 8 GPUs x 8)."""
     micro_tokens: int = 16_384
@@ -309,6 +311,7 @@ class Train:
         ):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.lr > 0, "train.lr", self.lr, "above 0")
+        _require(0 < self.cells_share <= 1, "train.cells_share", self.cells_share, "above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -494,6 +497,57 @@ class Perturb:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tune:
+    """A sweep: arms (this config with some fields changed) times seeds, each a pretraining that is judged as it goes."""
+
+    space: tuple[str, ...] = ()
+    """What is varied, one entry per factor: a dotted field, `=`, a JSON list of values. ` x ` between factors crosses them. The
+    arms are this config as it is (the base) and, entry by entry, every combination of the entry's values."""
+    search: str = "grid"
+    """`grid`: all arms; `random`: the base and `num_arms` of them, drawn with a key."""
+    num_arms: int = 12
+    seeds: int = 3
+    """Trainings of an arm, with config.seed, config.seed + 1, ..."""
+    rungs: tuple[float, ...] = (0.3, 1.0)
+    """Shares of the training after which an arm is judged; the last is 1."""
+    stop: str = "halving"
+    """`halving`: after a rung only the better arms (by mean over seeds) go on, the base always; the same sweep always stops the
+    same arms. `asha`: Ray Tune's ASHA on single trainings, which waits for nobody; what it stops depends on who comes first.
+    `none`: all arms are trained to the end."""
+    keep: float = 0.5
+    """Share of the arms that go on after a rung."""
+    judge: str = "knn"
+    """Head whose macro F1 decides (zero-shot): `knn`, `probe` or `centroid`; all three are kept."""
+    splits: tuple[str, ...] = ("donor", "species")
+    """On which splits, each with the same weight: `random`, `donor`, `dataset`, `species`."""
+    cells: int = 3000
+    """Labelled cells that the arms are judged on, drawn with a key, as many of each group as can be; 0 = all."""
+    finetune: bool = True
+    """Fine-tune every finished training on random splits too, by `classify`: the second score."""
+    concurrent: int = 2
+    """Trainings at a time, of compute.num_workers workers each."""
+    register: str = ""
+    """Name in MLflow's model registry under which the best arm is registered; empty = not registered."""
+
+    def __post_init__(self) -> None:
+        _one_of("tune.search", self.search, ("grid", "random"))
+        _one_of("tune.stop", self.stop, ("halving", "asha", "none"))
+        _one_of("tune.judge", self.judge, ("knn", "probe", "centroid"))
+        for split in self.splits:
+            _one_of("tune.splits", split, ("random", "donor", "dataset", "species"))
+        _require(bool(self.splits), "tune.splits", self.splits, "at least one split")
+        for name in ("num_arms", "seeds", "concurrent"):
+            _require(getattr(self, name) >= 1, f"tune.{name}", getattr(self, name), "at least 1")
+        _require(self.cells >= 0, "tune.cells", self.cells, "at least 0 (all)")
+        _require(0 < self.keep <= 1, "tune.keep", self.keep, "above 0, at most 1")
+        rising = all(a < b for a, b in zip(self.rungs, self.rungs[1:], strict=False))
+        _require(
+            bool(self.rungs) and rising and self.rungs[0] > 0 and self.rungs[-1] == 1, "tune.rungs", self.rungs,
+            "rising shares of the training, the last 1",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Compute:
     """Workers of the distributed stages. Where they run is Ray's business (RAY_ADDRESS)."""
 
@@ -562,6 +616,7 @@ class Config:
     embed: Embed = field(default_factory=Embed)
     classify: Classify = field(default_factory=Classify)
     perturb: Perturb = field(default_factory=Perturb)
+    tune: Tune = field(default_factory=Tune)
     compute: Compute = field(default_factory=Compute)
     inputs: Inputs = field(default_factory=Inputs)
     tracking: Tracking = field(default_factory=Tracking)

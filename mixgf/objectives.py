@@ -9,7 +9,7 @@ Shapes: T packed tokens, B cells, C cells of the global batch, K masked position
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,9 @@ from mixgf.dataset import Batch, Corpus, Packed
 from mixgf.model import MaskedModel, forward_flops, head_flops, pool
 from mixgf.plan import I64, Plan, Share, micro_batches, packing, parse_mix
 from mixgf.views import Pools, Translator, looked_at, mask, thin
+
+_PART = 0x50415254
+"""Key of the draw of `train.cells_share`, apart from all other draws."""
 
 
 class Group(Protocol):
@@ -74,6 +77,12 @@ def uniformity(a_BD: Tensor) -> Tensor:
 
 
 # the pretraining task
+
+
+def part_of(num_cells: int, share: float) -> I64:
+    """Cell numbers of a keyed share of the corpus, ascending, at least one; every smaller share is part of every larger one."""
+    draws_N = keyed.uniform(np.arange(num_cells), after=_PART)
+    return np.sort(np.argsort(draws_N, kind="stable")[: max(1, round(share * num_cells))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +145,16 @@ class Pretraining:
         self.config, self.corpus = config, corpus
         self.objective: Objective = config.objective
         mix = parse_mix(config.train.species_mix, corpus.species)
+        self.cells_N: I64 | None = None
+        """The cells that are trained on; None = all."""
+        lengths_N, species_N, shard_rows = corpus.lengths_N, corpus.species_N, np.asarray(corpus.shard_rows)
+        if config.train.cells_share < 1:
+            self.cells_N = part_of(corpus.num_cells, config.train.cells_share)
+            lengths_N, species_N = lengths_N[self.cells_N], species_N[self.cells_N]
+            bounds = np.concatenate([[0], np.cumsum(shard_rows)])
+            shard_rows = np.diff(np.searchsorted(self.cells_N, bounds))
         self.plan = Plan(
-            corpus.lengths_N, corpus.species_N, corpus.shard_rows,
-            seed=config.seed, batch_cells=config.train.batch_cells, species_mix=mix,
+            lengths_N, species_N, shard_rows, seed=config.seed, batch_cells=config.train.batch_cells, species_mix=mix,
         )  # fmt: skip
         self.num_steps = self.plan.steps_per_epoch * config.train.epochs
         if config.train.max_steps:
@@ -176,6 +192,8 @@ class Pretraining:
     def work(self, step: int, rank: int, world_size: int) -> Work:
         """One worker's share of a step, collated."""
         share = self.plan.share(step, rank, world_size)
+        if self.cells_N is not None:
+            share = replace(share, cells_B=self.cells_N[share.cells_B])
         sentences = self.corpus.tokens(share.cells_B)
         lengths = self.corpus.lengths_N[share.cells_B]
         micros, flops, masked = [], 0.0, 0

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mixgf.config import Classify, Compute, Config, Model, Objective, Perturb, Source, Tokens, Train, UserError, Vocab
+from mixgf.config import (
+    Classify,
+    Compute,
+    Config,
+    Model,
+    Objective,
+    Perturb,
+    Source,
+    Tokens,
+    Train,
+    Tune,
+    UserError,
+    Vocab,
+)
 
 
 def default() -> Config:
@@ -171,12 +184,65 @@ def laptop() -> Config:
     )
 
 
+def cl_ablation() -> Config:
+    """What the contrast is worth: on or off, its view, pooling, temperature, weight, and the choices beside it.
+
+    Base: the paper's objective on a small model that two CPU cores sweep in under two hours. The paper's own model: the same
+    with --config and a larger model, batch and cluster. `objective.gather` matters with compute.num_workers above 1 only.
+    """
+    base = laptop()
+    return replace(
+        base,
+        recipe="cl_ablation",
+        output="runs/cl_ablation",
+        tokens=Tokens(max_len=128),
+        model=Model(num_layers=2, dim=96, num_heads=4, ffn_dim=192, max_positions=128),
+        train=replace(
+            base.train, max_steps=400, warmup_steps=40, lr=2e-3, checkpoint_steps=200, micro_tokens=8192, log_steps=20
+        ),
+        classify=Classify(epochs=3, min_steps=200, batch_cells=16, lr=1e-3, warmup_steps=30, keep=False),
+        tune=Tune(
+            space=(
+                'objective.view=["dropout", "mask", "subsample", "ortholog"] x objective.pooling=["mean", "first"]',
+                "objective.contrast_weight=[0.0, 0.1]",
+                "objective.temperature=[0.02, 0.2]",
+                "objective.simcsepp_weight=[0.1]",
+                "objective.ortholog_weight=[0.1]",
+                'vocab.sharing=["ortholog"]',
+                'tokens.scaling=["multiply"]',
+                "tokens.cls=[true]",
+                'train.species_mix=[["human=0.5", "mouse=0.5"]]',
+                "train.batch_cells=[128]",
+            ),
+        ),
+        compute=Compute(num_workers=1),
+    )
+
+
+def data_ladder() -> Config:
+    """What more cells and more steps buy: shares of the corpus at the same number of steps, and steps on all of it."""
+    base = cl_ablation()
+    return replace(
+        base,
+        recipe="data_ladder",
+        output="runs/data_ladder",
+        tune=replace(
+            base.tune,
+            space=("train.cells_share=[0.01, 0.03, 0.1, 0.3]", "train.max_steps=[25, 50, 100, 200]"),
+            rungs=(1.0,),
+            stop="none",
+        ),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     f.__name__: f
     for f in (
         default,
         demo,
         laptop,
+        cl_ablation,
+        data_ladder,
         gpu_smoke,
         paper,
         paper_mlm_only,

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mixgf import artifacts, findings, hits, perturbation, progress, scorecard, sections, storage
+from mixgf import artifacts, findings, hits, lab, perturbation, progress, scorecard, sections, storage
 from mixgf.config import Config, fingerprint, to_dict
 from mixgf.page import Run, Section
 
@@ -42,7 +42,7 @@ def uris(config: Config) -> dict[str, str]:
     """Where each stage's artifact is, or would be."""
     given = config.inputs
     places = {"corpus": given.corpus, "pretrain": given.checkpoint, "embed": given.embeddings, "classify": given.classification,
-              "perturb": given.perturbation}  # fmt: skip
+              "perturb": given.perturbation, "tune": ""}  # fmt: skip
     return {stage: uri or storage.join(config.output, stage) for stage, uri in places.items()}
 
 
@@ -55,6 +55,7 @@ def load(config: Config, *, light: bool = False) -> Run:
         "scores": ("classify", "scores.parquet"), "comparisons": ("classify", "comparisons.parquet"),
         "per_class": ("classify", "per_class.parquet"),
         "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"), "nulls": ("perturb", "calibration.parquet"),
+        "arms": ("tune", "arms.parquet"), "effects": ("tune", "effects.parquet"), "interactions": ("tune", "interactions.parquet"),
     }  # fmt: skip
     tables: dict[str, pd.DataFrame] = {}
     for name, (stage, file) in wanted.items():
@@ -159,6 +160,9 @@ def _key(config: Config) -> str:
         "hits.py",
         "known.py",
         "perturbation.py",
+        "ablation.py",
+        "lab.py",
+        "sweep_figures.py",
         "screen_figures.py",
         "figures.py",
         "resources/report.html.j2",
@@ -175,8 +179,9 @@ def _versions() -> dict[str, str]:
 
 def all_sections(run: Run) -> list[Section]:
     """The report's sections in reading order."""
-    return [scorecard.brief(run), sections.corpus(run), sections.training(run), sections.embedding(run), scorecard.classification(run),
-            perturbation.section(run), sections.provenance(run, _versions())]  # fmt: skip
+    made = [scorecard.brief(run), sections.corpus(run), sections.training(run), sections.embedding(run), scorecard.classification(run),
+            perturbation.section(run), lab.section(run), sections.provenance(run, _versions())]  # fmt: skip
+    return [section for section in made if section.blocks]
 
 
 def render(run: Run, key: str) -> str:

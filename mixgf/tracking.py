@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixgf import storage
@@ -91,6 +93,29 @@ class Run:
     def artifact(self, path: str) -> None:
         """Keep a local file with the run."""
         _client(self.uri).log_artifact(self.id, path)
+
+    def register(self, name: str, files: Mapping[str, bytes], text: str) -> str:
+        """Keep files with the run and register them as a version of a model; a second call finds the first one's version.
+
+        Args:
+            name: Of the model in MLflow's registry; made if it is not there.
+            files: File name to content: weights, config, card.
+            text: The version's description.
+        """
+        from mlflow.exceptions import MlflowException
+
+        client = _client(self.uri)
+        with contextlib.suppress(MlflowException):  # it is there; a registry that cannot be reached fails below
+            client.create_registered_model(name)
+        for version in client.search_model_versions(f"run_id='{self.id}'"):
+            if version.name == name:
+                return str(version.version)
+        with tempfile.TemporaryDirectory(prefix="mixgf-model-") as folder:
+            for file, content in files.items():
+                (Path(folder) / file).write_bytes(content)
+            client.log_artifacts(self.id, folder, "model")
+        source = f"{client.get_run(self.id).info.artifact_uri}/model"
+        return str(client.create_model_version(name, source, run_id=self.id, description=text).version)
 
 
 @contextlib.contextmanager

@@ -277,6 +277,7 @@ def fit(
     *,
     uri: str = "",
     identity: str = "",
+    until: int = 0,
 ) -> list[Row]:
     """Train a model in place.
 
@@ -287,6 +288,7 @@ def fit(
         context: this worker.
         uri: folder of checkpoints (`steps/`) and history; training goes on from the latest one there. Empty = none.
         identity: fingerprint of what is trained; a checkpoint of another one is refused.
+        until: stop after this step, which is then a checkpoint's; a later call goes on as if there had been no stop. 0 = the end.
 
     Returns:
         All figures logged, earlier sessions' included.
@@ -295,6 +297,7 @@ def fit(
         UserError: a loss or gradient is not finite (it names the step), or a checkpoint cannot be used.
     """
     device, num_steps = context.device, task.num_steps
+    last = min(until or num_steps, num_steps)
     model.to(device).train()
     optimizer, flat = make_optimizer(model, settings), _Flat(model, device)
     state = checkpoint.load_step(uri, model, optimizer) if uri else None
@@ -319,7 +322,7 @@ def fit(
     clock = _Clock(measure_peak(device, settings.precision) * context.world_size)
     with (
         checkpoint.Saver(uri, keep=settings.keep_checkpoints) as saver,
-        Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, num_steps) as ahead,
+        Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, max(start, last)) as ahead,
     ):
         for step, work in enumerate(ahead, start):
             lr = learning_rate(settings, step, num_steps)
@@ -343,7 +346,7 @@ def fit(
                 history.add(done, work.epoch, row)
                 if context.rank == 0:
                     context.report(done, row)
-            if uri and (done % settings.checkpoint_steps == 0 or done == num_steps):
+            if uri and (done % settings.checkpoint_steps == 0 or done == last):
                 if context.rank == 0:
                     rows, new = history.take()
                     saver.save(

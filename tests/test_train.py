@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mixgf import checkpoint, config, dataset, storage, train
 from mixgf.config import UserError
 from mixgf.model import Encoder, MaskedModel, pool
-from mixgf.objectives import Pretraining
+from mixgf.objectives import Pretraining, part_of
 
 ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
 SETTINGS = config.Train(
@@ -238,3 +238,33 @@ def test_memory_is_flat_over_a_run(make_corpus):
     train.fit(MaskedModel(row, corpus.vocabulary.size), task, settings, train.LocalContext())
     assert len(resident) == 90
     assert max(resident[80:]) - max(resident[:20]) < 30  # MB
+
+
+def test_a_training_that_stops_at_a_step_and_goes_on_equals_one_that_never_stopped(uri, tmp_path):
+    corpus = dataset.Corpus(uri)
+
+    def go(to, until=0):
+        task, model = Pretraining(CONFIG, corpus), MaskedModel(ROW, corpus.vocabulary.size, seed=1)
+        rows = train.fit(model, task, SETTINGS, train.LocalContext(), uri=to, identity="a", until=until)
+        return [row for row in rows if row[2] in LOSSES], model
+
+    whole, model = go(str(tmp_path / "whole"))
+    for until in (5, 9, 9):
+        rows, _ = go(str(tmp_path / "parts"), until)
+        assert rows == [row for row in whole if row[0] <= until]
+    rows, other = go(str(tmp_path / "parts"), 1000)
+    assert rows == whole
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_share_of_the_cells_is_part_of_every_larger_share_and_each_is_seen_once_per_epoch(uri):
+    assert set(part_of(1000, 0.1)) < set(part_of(1000, 0.3)) < set(part_of(1000, 1.0))
+    assert [len(part_of(1000, share)) for share in (0.0001, 0.1, 1.0)] == [1, 100, 1000]
+    some = dataclasses.replace(CONFIG, train=dataclasses.replace(SETTINGS, cells_share=0.5))
+    task = Pretraining(some, dataset.Corpus(uri))
+    assert (task.steps_per_epoch, task.num_steps) == (2, 6)
+    for epoch in range(3):
+        works = [task.work(2 * epoch + step, 0, 1) for step in (0, 1)]
+        seen = {c for work in works for micro in work.micros for c in micro.batch.cells_B.tolist()}
+        assert sorted(seen) == part_of(23, 0.5).tolist()
+        assert sum(work.num_cells for work in works) == len(seen) == 12

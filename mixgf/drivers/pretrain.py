@@ -63,12 +63,12 @@ def run(config: Config) -> str:
         watch(config, "pretrain", tracked, uri) as watched,
     ):
         tracked.log(facts)
-        _train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
+        train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
         epochs = task.num_steps / task.steps_per_epoch
-        watched.made(cells=corpus.num_cells * epochs, epochs=epochs)
+        watched.made(cells=task.plan.num_cells * epochs, epochs=epochs)
         done = checkpoint.promote(
             uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised, objective=config.objective,
-            counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": corpus.num_cells},
+            counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": task.plan.num_cells},
         )  # fmt: skip
     say(f"pretrain: {done.counts['steps']:,} steps, weights in {uri}")
     return uri
@@ -77,8 +77,10 @@ def run(config: Config) -> str:
 def planned(config: Config, corpus: Corpus) -> artifacts.Record:
     """The record of this training: all that decides the weights, nothing that only changes speed."""
     data = to_dict(config)
-    train = {k: v for k, v in data["train"].items() if k not in _SPEED}
-    chosen = {"model": data["model"], "objective": data["objective"], "train": train, "seed": config.seed}
+    settings = {k: v for k, v in data["train"].items() if k not in _SPEED}
+    if config.train.cells_share == 1:
+        del settings["cells_share"]
+    chosen = {"model": data["model"], "objective": data["objective"], "train": settings, "seed": config.seed}
     if config.objective.ortholog_weight > 0 or config.objective.view == "ortholog":
         chosen["orthologs"] = data["vocab"]["orthologs"]
     return artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, {"corpus": corpus.record.fingerprint})
@@ -87,7 +89,7 @@ def planned(config: Config, corpus: Corpus) -> artifacts.Record:
 def _announce(config: Config, task: Pretraining, model: MaskedModel) -> dict[str, float]:
     """Say what the training is and how long it may take; returns the figures."""
     facts = task.facts() | {"parameters": float(sum(p.numel() for p in model.parameters()))}
-    cells, workers = task.corpus.num_cells, config.compute.num_workers
+    cells, workers = task.plan.num_cells, config.compute.num_workers
     say(
         f"pretrain: {number(facts['parameters'])} parameters, {cells:,} cells of {facts['tokens_per_cell']:,.0f} tokens, "
         f"{facts['gflop_per_cell']:.3g} GFLOP per cell and epoch, {task.num_steps:,} steps of {config.train.batch_cells} "
@@ -141,12 +143,19 @@ def work(params: dict[str, Any]) -> None:
         corpus = Corpus(params["corpus"])
         task = Pretraining(config, corpus)
         model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
-        fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"])
+        fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"])
     except UserError as error:  # every worker meets it alike; the driver raises it, and nobody starts again
         ray.get(params["board"].fail.remote(str(error)))
 
 
-def _train(config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run) -> None:
+def train(
+    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run, until: int = 0
+) -> None:
+    """Train in a worker group to the end, or until a step, from the latest checkpoint in `uri` on.
+
+    Raises:
+        UserError: it cannot be trained, for example because a loss is not finite.
+    """
     compute = config.compute
     gpu = compute.gpus_per_worker > 0
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -155,6 +164,7 @@ def _train(config: Config, corpus: str, uri: str, identity: str, *, num_steps: i
     ).remote()  # lost with the driver, not with a worker's node
     params = {
         "config": to_dict(config), "corpus": corpus, "uri": uri, "identity": identity, "board": board, "tracked": tracked,
+        "until": until,
     }  # fmt: skip
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if gpu else {})
     elastic = 0 < compute.min_workers < compute.num_workers

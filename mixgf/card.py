@@ -1,0 +1,52 @@
+"""The card of a registered model: data, recipe, scores, limits, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def write(
+    *,
+    name: str,
+    corpus: dict[str, Any],
+    changes: dict[str, Any],
+    scores: list[str],
+    sentence: str,
+    config: dict[str, Any],
+) -> str:
+    """The model card, as Markdown.
+
+    Args:
+        name: Of the arm.
+        corpus: Counts and sources of the corpus.
+        changes: Fields that differ from the sweep's base.
+        scores: One line per figure.
+        sentence: What the sweep found.
+        config: The model's whole config.
+    """
+    sources = ", ".join(corpus["sources"]) or "not recorded"
+    changed = (
+        "\n".join(f"- `{field}` = `{json.dumps(value)}`" for field, value in changes.items()) or "- none: the base"
+    )
+    shown = "\n".join(f"- {line}" for line in scores)
+    o, m = config["objective"], config["model"]
+    return f"""# {name}
+
+Encoder of single cells, human and mouse: {m["num_layers"]} layers, width {m["dim"]}, sentences of up to {config["tokens"]["max_len"]} tokens.
+
+## Data
+{corpus["cells"]:,} cells ({corpus["species"]}) of {sources}. Corpus fingerprint `{corpus["fingerprint"][:16]}`.
+
+## Recipe
+Masked genes ({o["mlm_fraction"]:.0%}), contrast of weight {o["contrast_weight"]:g} (view {o["view"]}, temperature {o["temperature"]:g}). Against the sweep's base:
+{changed}
+
+## Scores
+{shown}
+The sweep: {sentence}.
+
+## Limits
+Scores are of cells whose sentences (never their labels) may have been pretrained on. Intervals are over seeds: other donors,
+tissues and protocols can differ by more. A model trained in a sweep has seen only as many steps as the sweep gave it.
+"""

@@ -1,0 +1,119 @@
+"""What an encoder is worth while it is being trained: zero-shot scores, and how its cells lie (spec section 8).
+
+Every arm of a sweep is judged on the same cells, the same splits and with the same draws, so that differences between arms
+are differences between encoders.
+
+Shapes: N judged cells, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from mixgf import classify, embed, objectives, scores, splits, views
+from mixgf.config import Config
+from mixgf.dataset import Corpus, Packed
+from mixgf.model import Encoder
+from mixgf.splits import Labelled, Split
+
+HEADS = ("knn", "probe", "centroid")
+COLUMNS = ["split", "group", "direction", "model", "metric", "value"]
+SUBSAMPLE = 0.8
+"""Share of its genes that the second view of a cell keeps, for the alignment."""
+_DRAW = 0x4A554447
+
+
+def sample(table: Labelled, number: int, seed: int) -> Labelled:
+    """At most `number` of the labelled cells, drawn with a key: as many of each group as can be; 0 = all."""
+    if not number or number >= len(table):
+        return table
+    left, rows = number, []
+    groups, counts = np.unique(table.groups, return_counts=True)
+    for place, i in enumerate(np.argsort(counts, kind="stable")):
+        share = left // (len(groups) - place)  # small groups leave room for large ones
+        mine = np.flatnonzero(table.groups == groups[i])
+        chosen = mine[splits.keyed_order(table.names[mine], _DRAW, seed, groups[i])[:share]]
+        rows.append(chosen)
+        left -= len(chosen)
+    kept = np.sort(np.concatenate(rows))
+    return replace(table, **{f.name: getattr(table, f.name)[kept] for f in fields(table)})
+
+
+def zero_shot(
+    encoder: Encoder, corpus: Corpus, table: Labelled, made: Sequence[Split], *, run: Config, seed: int
+) -> pd.DataFrame:
+    """Scores of the encoder's frozen vectors on every split, and where the vectors lie.
+
+    Args:
+        encoder: In any state of training; it is left as it was.
+        corpus: The sentences.
+        table: The judged cells.
+        made: Splits of them.
+        run: The arm's config: `embed` says which vectors, `classify` how heads are made.
+        seed: Of the second view; the same for all arms.
+
+    Returns:
+        One row per figure: split, group, direction, model (a head, or `space`), metric, value. Of the heads `macro_f1` and
+        `accuracy`; of the space `alignment` (mean squared distance on the unit sphere of a cell and the same cell with 80 %
+        of its genes; 0 is best) and `uniformity` (Wang and Isola 2020; lower is more uniform).
+    """
+
+    def embedded(sentences: embed.Sentences) -> npt.NDArray[np.float32]:
+        return embed.embed_cells(
+            encoder, sentences, table.cells, run.embed.pooling, run.embed.layer, run.train.micro_tokens,
+            max_len=encoder.row.max_positions,
+        )  # fmt: skip
+
+    vectors_ND = embedded(corpus)
+    a_ND, b_ND = torch.from_numpy(vectors_ND), torch.from_numpy(embedded(_Thinned(corpus, seed)))
+    figures = {"alignment": objectives.alignment(a_ND, b_ND), "uniformity": objectives.uniformity(a_ND)}
+    rows = [("all", "", "", "space", name, float(value)) for name, value in figures.items()]
+    for split in made:
+        true_M = split.ids(table.labels[split.test])
+        for head in HEADS:
+            p_MC = classify.frozen(
+                head, vectors_ND[split.train], vectors_ND[split.test], table=table, split=split, settings=run.classify
+            )
+            totals = scores.totals(scores.confusion(true_M, p_MC.argmax(1).astype(np.int64), len(split.classes)))
+            rows += [
+                (split.kind, split.group, split.direction, head, name, float(totals[name]))
+                for name in ("macro_f1", "accuracy")
+            ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+class _Thinned:
+    """Sentences of a corpus without some of their genes; the same ones at every call."""
+
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        self._corpus, self._seed = corpus, seed
+
+    @property
+    def lengths_N(self) -> npt.NDArray[np.int32]:
+        return self._corpus.lengths_N
+
+    @property
+    def cls(self) -> bool:
+        return self._corpus.cls
+
+    def tokens(self, cells: npt.ArrayLike) -> Packed:
+        few = np.asarray(cells, dtype=np.int64)
+        return views.thin(self._corpus.tokens(few), few, SUBSAMPLE, (self._seed, _DRAW))
+
+
+def objective(found: pd.DataFrame, kinds: Sequence[str], head: str) -> float:
+    """The one figure that decides: macro F1 of a head, mean over the tasks of a kind of split, then over kinds.
+
+    Args:
+        found: Rows of `zero_shot`.
+        kinds: Kinds of splits that count; one that could not be made counts nothing.
+        head: `knn`, `probe` or `centroid`.
+    """
+    mine = found[(found["model"] == head) & (found["metric"] == "macro_f1") & found["split"].isin(kinds)]
+    return float(mine.groupby("split")["value"].mean().mean())

@@ -1,0 +1,210 @@
+"""A sweep from end to end on small real cells: resumed equals undisturbed, Ray Tune equals the plain loop, bad arms stop nothing."""
+
+import json
+from dataclasses import replace
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.tracking import MlflowClient
+from scipy import sparse
+
+from mixgf import artifacts, config, report, storage, tracking
+from mixgf.config import Classify, Compute, Config, Model, Source, Tokens, Tracking, Train, Tune, UserError, Vocab
+from mixgf.drivers import dispatch, prepare, tune
+from mixgf.progress import Progress
+
+TYPES = ("beta cell", "alpha cell", "ductal cell")
+SPACE = ("objective.contrast_weight=[0.0]", 'objective.view=["mask"]', "train.lr=[1e30]")
+
+
+def cells(name, folder, each):
+    data = anndata.read_h5ad(storage.local_path(f"resource:pancreas_{name}_baron.h5ad"))
+    labels = data.obs["cell_type"].astype(str).to_numpy()
+    rows = np.concatenate([np.flatnonzero(labels == kind)[:each] for kind in TYPES])
+    obs = pd.DataFrame(
+        {"cell_type": labels[rows], "organ": "pancreas", "donor": [f"{name}{i % 3}" for i in range(len(rows))]}
+    )
+    obs.index = [f"{name}{i}" for i in range(len(rows))]
+    x = sparse.csr_matrix(data.X)[rows].astype(np.int32)
+    path = folder / f"{name}.h5ad"
+    anndata.AnnData(x, obs=obs, var=data.var[["ensembl_id"]]).write_h5ad(path)
+    return Source(uri=str(path), species=name, name=name)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tracking_uri):
+    """A corpus of 150 cells of both species, and a sweep of four arms over it that takes seconds."""
+    folder = tmp_path_factory.mktemp("tune")
+    run = Config(
+        output=str(folder / "run"), sources=(cells("human", folder, 30), cells("mouse", folder, 20)),
+        vocab=Vocab(sharing="ortholog"), tokens=Tokens(max_len=32),
+        model=Model(num_layers=1, dim=16, num_heads=2, ffn_dim=32, max_positions=32),
+        train=Train(max_steps=8, batch_cells=8, lr=1e-3, warmup_steps=2, checkpoint_steps=3, log_steps=4),
+        classify=Classify(epochs=1, batch_cells=16, lr=1e-3, warmup_steps=2, keep=False),
+        tune=Tune(space=SPACE, seeds=2, rungs=(0.5, 1.0), keep=0.4, cells=120),
+        compute=Compute(num_workers=1), tracking=Tracking(uri=tracking_uri),
+    )  # fmt: skip
+    prepare.run(run, spread=dispatch.loop)
+    return run
+
+
+def at(base, folder, **changes):
+    corpus = storage.join(base.output, "corpus")
+    mine = replace(base.tracking, experiment=str(folder))
+    return replace(base, output=str(folder / "sweep"), inputs=config.Inputs(corpus=corpus), tracking=mine, **changes)
+
+
+def tables(uri):
+    return {name: storage.sha256(f"{uri}/{name}.parquet") for name in ("trials", "arms", "effects", "interactions")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    """The sweep by the plain loop, registered."""
+    settings = at(base, tmp_path_factory.mktemp("plain"))
+    return replace(settings, tune=replace(settings.tune, register="pancreas")), tune.run(
+        replace(settings, tune=replace(settings.tune, register="pancreas")), engine=tune.PLAIN
+    )
+
+
+def test_the_board_has_what_was_trained_and_arms_stop_at_the_rung(undisturbed):
+    _, uri = undisturbed
+    record = artifacts.require(uri, "sweep")
+    board = storage.read_table(f"{uri}/arms.parquet").to_pandas()
+    reached = board.groupby("name")["rung"].agg(lambda rungs: sorted(set(rungs)))
+    assert set(reached.index) == {"base", "contrast_weight=0.0", "view=mask"}
+    assert reached["base"] == [0, 1]
+    assert sum(1 for rungs in reached if rungs == [0, 1]) in (2, 3), "the best 40 % of four arms, and the base"
+    assert {name.split(" (")[0] for name in record.details["failed"]} == {"lr=1e+30"}
+    assert all("lower train.lr" in why for why in record.details["failed"].values())
+    scores = board[["score", "knn/donor", "knn/species", "probe/donor"]].to_numpy()
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert np.allclose(board["score"], board[["knn/donor", "knn/species"]].mean(axis=1))
+    ended = board["rung"] == 1
+    assert board.loc[ended, "finetuned"].notna().all()
+    assert board.loc[~ended, "finetuned"].isna().all()
+    assert (board["alignment"] > 0).all()
+    assert (board["uniformity"] < 0).all()
+
+
+def test_mlflow_has_one_parent_and_a_child_per_training_with_the_arms_parameters(undisturbed):
+    settings, _ = undisturbed
+    client = MlflowClient(tracking.uri(settings))
+    ident = client.get_experiment_by_name(settings.tracking.experiment).experiment_id
+    runs = client.search_runs([ident])
+    parents = [run for run in runs if run.info.run_name == "tune"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId")]
+    assert len(parents) == 1
+    assert len(children) == 8
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    off = [run for run in children if run.data.params["arm"] == "contrast_weight=0.0"]
+    assert {run.data.params["objective.contrast_weight"] for run in off} == {"0.0"}
+    assert {run.data.params["seed"] for run in off} == {"0", "1"}
+    assert all(0 <= run.data.metrics["score"] <= 1 and "knn/donor/macro_f1" in run.data.metrics for run in off)
+    versions = client.search_model_versions("name='pancreas'")
+    assert len(versions) == 1
+    for part in ("## Data", "## Recipe", "## Scores", "## Limits", "human", "zero-shot macro F1"):
+        assert part in versions[0].description, part
+    kept = {file.path for file in client.list_artifacts(parents[0].info.run_id, "model")}
+    assert kept == {"model/README.md", "model/config.json", "model/model.safetensors"}
+
+
+def test_the_best_arm_is_a_config_that_pretrain_takes(undisturbed):
+    _, uri = undisturbed
+    best = config.from_dict(Config, json.loads(storage.read_bytes(f"{uri}/best.json")))
+    record = artifacts.require(uri, "sweep")
+    arm = next(a for a in record.details["arms"] if a["key"] == record.details["best"])
+    data = config.to_dict(best)
+    for field, value in arm["changes"].items():
+        part, leaf = field.split(".")
+        assert data[part][leaf] == value
+
+
+def test_the_report_says_the_sentence_and_draws_the_effects(undisturbed):
+    settings, uri = undisturbed
+    page = report.render(report.load(settings), "key")
+    sentence = artifacts.require(uri, "sweep").details["sentence"]
+    assert sentence.split(" [")[0][1:] in page
+    assert "with the contrast instead of without" in sentence
+    assert "sweep-effects" in page
+    assert "lr=1e+30" in page
+
+
+@pytest.mark.parametrize("after", [1, 9])
+def test_a_sweep_killed_anywhere_goes_on_and_ends_the_same_with_nothing_done_twice(base, undisturbed, tmp_path, after):
+    """`after` pieces of work are done, then the driver dies; in the next life only the others are."""
+    settings = at(base, tmp_path)
+    done = []
+
+    def counting(limit):
+        def train(run, corpus, uri, identity, *, num_steps, tracked, until=0):
+            if len(done) == limit:
+                raise KeyboardInterrupt
+            done.append((uri, until))
+            tune.train_here(run, corpus, uri, identity, num_steps=num_steps, tracked=tracked, until=until)
+
+        return replace(tune.PLAIN, train=train)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(settings, engine=counting(after))
+    assert artifacts.find(f"{settings.output}/tune") is None
+    uri = tune.run(settings, engine=counting(-1))
+    assert len(done) == len(set(done)), "no training went to the same rung twice"
+    assert tables(uri) == tables(undisturbed[1])
+    assert tune.run(settings, engine=counting(len(done))) == uri, "a finished sweep trains nothing"
+
+
+@pytest.mark.ray
+def test_ray_tune_gives_what_the_plain_loop_gives(ray_local, base, undisturbed, tmp_path):
+    settings = at(base, tmp_path)
+    few = replace(settings, tune=replace(settings.tune, space=SPACE[:1], seeds=1, rungs=(1.0,), finetune=False))
+    there = at(base, tmp_path / "plain", tune=few.tune)
+    assert tables(tune.run(few)) == tables(tune.run(there, engine=tune.PLAIN))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_asha_stops_trainings_by_their_scores_and_keeps_what_they_showed(ray_local, base, tmp_path):
+    settings = at(base, tmp_path)
+    asha = replace(settings.tune, space=SPACE[:2], stop="asha", seeds=1, finetune=False)
+    uri = tune.run(replace(settings, tune=asha, train=replace(settings.train, max_steps=4)))
+    board = storage.read_table(f"{uri}/arms.parquet").to_pandas()
+    assert set(board["name"]) == {"base", "contrast_weight=0.0", "view=mask"}
+    assert board["rung"].max() == 1
+    best_first = board[board["rung"] == 0].sort_values("score")["name"].iloc[-1]
+    assert best_first in set(board.loc[board["rung"] == 1, "name"])
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp_path):
+    settings = at(base, tmp_path)
+    for changes, said in (
+        ({"tune": replace(settings.tune, space=())}, "tune.space: empty"),
+        ({"tune": replace(settings.tune, splits=("dataset",)), "sources": base.sources}, "none can be made"),
+        ({"tune": replace(settings.tune, space=("tokens.max_len=[16]",)), "sources": ()}, "needs a corpus of its own"),
+        ({"tune": replace(settings.tune, space=("model.max_positions=[16]",))}, "tune.space"),
+    ):
+        with pytest.raises(UserError, match=said):
+            tune.run(replace(settings, **changes), engine=tune.PLAIN)
+    assert not storage.exists(f"{settings.output}/tune/record.json")
+
+
+def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path):
+    settings = at(base, tmp_path)
+    other = replace(settings.tune, space=('tokens.scaling=["multiply"]',), seeds=1, rungs=(1.0,), finetune=False)
+    uri = tune.run(replace(settings, tune=other), engine=tune.PLAIN)
+    board = storage.read_table(f"{uri}/arms.parquet").to_pandas()
+    assert board["name"].tolist() == ["base", "scaling=multiply"]
+    corpora = storage.list_dir(f"{uri}/corpora")
+    assert len(corpora) == 1
+    made = artifacts.require(f"{uri}/corpora/{corpora[0]}/corpus", "corpus")
+    assert made.config["tokens"]["scaling"] == "multiply"
+    assert board["score"].nunique() == 2
+
+
+def test_progress_counts_trainings():
+    shown = tune._Shown(2, tune.Meter("tune", "run"))
+    shown.ended()
+    assert isinstance(shown._progress, Progress)
+    shown.close()
