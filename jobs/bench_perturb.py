@@ -23,7 +23,7 @@ from measure import Figure, forked, interleaved, peak_memory, rate
 from scipy import stats
 from torch import Tensor
 
-from mixgf import artifacts, checkpoint, config, perturb, screen, storage
+from mixgf import artifacts, checkpoint, config, perturb, screen, storage, targets
 from mixgf.dataset import Corpus
 from mixgf.model import Encoder, MaskedModel, forward_flops
 from mixgf.shifts import Engine, Original
@@ -218,7 +218,7 @@ def _actors(row: config.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
         output=folder,
         perturb=config.Perturb(max_cells=0, operations=("delete",), max_genes=16, block_cells=1, block_genes=4),
     )
-    plan = perturb.design(corpus, settings)
+    plan = targets.design(corpus, settings)
     units = [unit for unit in perturb.units(plan, corpus, settings.perturb) if unit.operation != "embed"]
     states = np.ones((len(plan.states), row.dim))
     sentences = round(sum(unit.cost for unit in units) / length)

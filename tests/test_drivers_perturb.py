@@ -163,7 +163,7 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, mo
         return runner
 
     monkeypatch.setattr(Scorer, "__call__", broken)
-    monkeypatch.setattr(driver, "_loop", patient)
+    monkeypatch.setattr(driver, "loop", patient)
     with pytest.raises(UserError, match=r"1 of \d+ parts failed every time; delete-c00000-g00001: no\. The others are"):
         driver.run(configure(inputs, tmp_path), local=True)
     assert artifacts.find(f"{tmp_path}/perturb") is None
