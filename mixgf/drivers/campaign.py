@@ -119,7 +119,9 @@ class Campaign:
         self._save()
         left = np.sort(np.concatenate([*beyond, np.empty(0, np.int64)]))
         if len(left):
-            warnings.append(f"the budget was spent before {len(left)} genes were scored (see not_scored.parquet)")
+            warnings.append(f"not complete: the budget was spent before {len(left)} of {len(left) + sum(map(len, scored))} genes were scored (see "
+                            f"not_scored.parquet); ranks, nulls and false discovery rates are among the others. The same command with a "
+                            f"larger budget, or none, computes the rest")  # fmt: skip
         return Outcome(
             scored=np.sort(np.concatenate(scored)),
             skipped=np.sort(order[sum(map(len, held)) :]),

@@ -2,7 +2,8 @@
 
 The way: state embeddings; with a screen, estimates of all genes, then exact scores of a random sample that says whether the
 estimates can be trusted; then the genes that are left to score, best first where there is an order. A budget may end it
-early: what was scored by then is published, with a list of the rest, and a larger budget goes on from there.
+early: what was scored by then is published, with a list of the rest, and a larger budget goes on from there. Such a table is
+an artifact of another kind with a fingerprint of its own, so nobody who asks for a perturbation takes it for one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf import artifacts, checkpoint, cost, effects, forecast, known, perturb, storage, targets, tracking
-from mixgf.config import Config, UserError, to_dict
+from mixgf.config import Config, UserError, fingerprint, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.campaign import Campaign, Outcome, Runner, loop, part
 from mixgf.drivers.metrics import Meter, watch
@@ -27,7 +28,7 @@ from mixgf.perturb import Done, Scorer
 from mixgf.progress import say, warn
 from mixgf.targets import Design
 
-KIND, SCHEMA = "perturbation", 2
+KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 2
 _NO_RESULT = {"micro_tokens", "known", "published", "budget_hours", "budget_cost", "price", "worker_flops"}
 """Settings that change no result and so stay out of the fingerprint."""
 
@@ -50,7 +51,7 @@ def run(config: Config, *, local: bool = False) -> str:
         KIND, SCHEMA, {"perturb": settings, "seed": config.seed, "precision": config.train.precision}, parents
     )
     there = artifacts.find(uri)
-    if there is not None and there.fingerprint == record.fingerprint:
+    if there is not None and record.fingerprint in (there.fingerprint, there.details.get("completed_by")):
         left, limit = there.counts.get("not_scored", 0), _limit(config)
         if not left or (limit and limit <= there.details["budget"]["limit_hours"] * cost.HOUR):
             say(
@@ -84,14 +85,15 @@ def run(config: Config, *, local: bool = False) -> str:
                 watch(config, "perturb", tracked, uri) as watched,
                 Pool(make, size, retries=config.compute.max_failures) as pool,
             ):
-                spend.num_workers = lambda: pool.num_actors
+                spend.num_workers = lambda: pool.num_up  # an actor that waits for a node costs nothing
                 outcome = campaign.complete(_metered(pool, watched.meter), watched.meter)
                 watched.made(genes=len(outcome.scored), cells=len(plan.cells_N))
         _publish(uri, record, campaign, outcome)
         tracked.log({**outcome.figures, "genes": float(len(outcome.scored)), "cells": float(len(plan.cells_N))})
     for text in outcome.warnings:
         warn(f"perturb: {text}")
-    say(f"perturb: {len(outcome.scored):,} genes in {len(plan.cells_N):,} cells, {uri}/genes.parquet")
+    of = f" of {len(outcome.scored) + len(outcome.beyond):,}" if len(outcome.beyond) else ""
+    say(f"perturb: {len(outcome.scored):,}{of} genes in {len(plan.cells_N):,} cells, {uri}/genes.parquet")
     _say_known(uri, config)
     return uri
 
@@ -176,6 +178,10 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         "parts": folder.removeprefix(uri).strip("/"),
         "differential_expression": "rank scores, 1 - rank / length, Welch's t over all cells of goal against start",
     }
+    if len(outcome.beyond):
+        scored = fingerprint({"targets": outcome.scored.tolist()})
+        details["completed_by"] = record.fingerprint
+        record = artifacts.plan(PARTIAL, SCHEMA, record.config | {"scored": scored}, record.parents)
     artifacts.finish(uri, record, counts=counts, files=files, details=details)
 
 
