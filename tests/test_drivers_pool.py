@@ -13,13 +13,14 @@ pytestmark = pytest.mark.ray
 
 
 def make(folder, *, kill=(), poison=(), together=1):
-    """A worker that leaves a mark when it is built and when it works; some items kill it, once or always.
+    """A worker that leaves a mark when it is built and when it gets an item; some items kill it, once or always.
 
-    Items but the first wait until so many workers `together` are built, however slowly the machine starts them.
+    Items but the first wait until so many workers `together` have one, however slowly the machine starts them.
     """
     (Path(folder) / f"built-{os.getpid()}").touch()
 
     def work(item):
+        (Path(folder) / f"works-{os.getpid()}").touch()
         if item in poison:
             msg = f"bad item {item}"
             raise ValueError(msg)
@@ -28,7 +29,7 @@ def make(folder, *, kill=(), poison=(), together=1):
             mark.touch()
             os.kill(os.getpid(), 9)
         give_up = time.monotonic() + 120
-        while item and len(list(Path(folder).glob("built-*"))) < together and time.monotonic() < give_up:
+        while item and len(list(Path(folder).glob("works-*"))) < together and time.monotonic() < give_up:
             time.sleep(0.05)
         return item * 10
 
@@ -58,6 +59,21 @@ def test_every_item_comes_once_and_a_worker_is_built_once_per_actor(pools, tmp_p
         assert run(pool, range(5)) == (expected(range(5)), {})  # the same actors again
         assert pool.most_actors == 2
     assert len(list(tmp_path.glob("built-*"))) == 2
+
+
+def test_a_new_actor_gets_work_while_answers_keep_coming(pools, tmp_path, monkeypatch):
+    """Whatever Ray picks of what is ready: here, new actors last."""
+    wait = pools.ray.wait
+
+    def newest_last(refs, *, num_returns, timeout):
+        ready, _ = wait(refs, num_returns=len(refs), timeout=120)
+        ready.sort(key=lambda ref: pools.ray.get(ref) is True)  # what an actor says when it is up
+        return ready[:num_returns], ready[num_returns:]
+
+    monkeypatch.setattr(pools.ray, "wait", newest_last)
+    with pools.Pool(functools.partial(make, str(tmp_path)), pools.Size(max_actors=2)) as pool:
+        assert run(pool, range(30)) == (expected(range(30)), {})
+        assert pool.most_actors == 2
 
 
 def test_a_killed_actor_loses_nothing_and_a_poison_item_loses_only_itself(pools, tmp_path):

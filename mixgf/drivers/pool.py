@@ -138,7 +138,7 @@ class Pool:
 
         def lost(actor: _Actor, reason: str) -> None:
             """An actor died: blame its item, or put back two suspects, each to be worked on alone."""
-            self._actors.remove(actor)
+            self._give_back([actor])  # it may only be out of reach: it must not keep its place
             self.num_deaths += 1
             for ref in [ref for ref, (owner, _) in flying.items() if owner is actor]:
                 del flying[ref]
@@ -158,8 +158,7 @@ class Pool:
         while _go_on(waiting, len(flying), stop):
             self._scale(len(waiting) + len(flying), starting)
             self._feed(waiting, items, flying, alone)
-            refs = [*flying, *starting]
-            for ref in ray.wait(refs, num_returns=1, timeout=1.0)[0]:
+            for ref in _ready([*flying, *starting]):
                 if ref in starting:
                     self._started(ref, starting.pop(ref))
                     continue
@@ -235,6 +234,15 @@ class Pool:
             actor.up, actor.idle_since = True, time.monotonic()
             self._failed_starts = 0
             self.most_actors = max(self.most_actors, self.num_up)
+
+
+def _ready(refs: list[Any]) -> list[Any]:
+    """All that is ready, as soon as anything is, or after a second.
+
+    Of one at a time Ray picks any, in an order of its own: quick items could keep a new actor waiting until all are done.
+    """
+    ray.wait(refs, num_returns=1, timeout=1.0)
+    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
 
 
 def _go_on(waiting: deque[str], in_hand: int, stop: Callable[[int], bool]) -> bool:
