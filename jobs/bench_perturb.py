@@ -183,10 +183,10 @@ def _agreement(*, quick: bool) -> Iterator[Figure]:
                 found = torch.isin(top, torch.topk(estimated, 100).indices).double().mean()
                 rows[name].append([float(stats.spearmanr(estimated, exact).statistic), float(found)])
         for name, values in rows.items():
-            for i, what in enumerate(("Spearman in a cell", "true top 50 within the top 100")):
+            for i, what in enumerate(("Spearman by cell", "top 50 in its top 100")):
                 column = [value[i] for value in values]
                 yield Figure(
-                    figure=f"screen, {name}, {variant}, length {longest}: {what}, median; worst of {len(column)}",
+                    figure=f"screen, {name}, {variant}, length {longest}: {what} (baseline: worst of {len(column)})",
                     unit="", value=statistics.median(column), baseline=min(column), bar="0.95",
                 )  # fmt: skip
 
