@@ -12,12 +12,19 @@ from mixgf.config import UserError
 pytestmark = pytest.mark.ray
 
 
-def make(folder, *, kill=(), poison=(), together=1):
+def make(folder, *, kill=(), poison=(), together=1, late=False):
     """A worker that leaves a mark when it is built and when it gets an item; some items kill it, once or always.
 
-    Items but the first wait until so many workers `together` have one, however slowly the machine starts them.
+    Items but the first wait until so many workers `together` have one, however slowly the machine starts them. With `late`,
+    all workers but the first to come need until there is a file `go` to be built.
     """
     (Path(folder) / f"built-{os.getpid()}").touch()
+    if late:
+        try:
+            (Path(folder) / "first").touch(exist_ok=False)
+        except FileExistsError:
+            while not (Path(folder) / "go").exists():
+                time.sleep(0.05)
 
     def work(item):
         (Path(folder) / f"works-{os.getpid()}").touch()
@@ -74,6 +81,17 @@ def test_a_new_actor_gets_work_while_answers_keep_coming(pools, tmp_path, monkey
     with pools.Pool(functools.partial(make, str(tmp_path)), pools.Size(max_actors=2)) as pool:
         assert run(pool, range(30)) == (expected(range(30)), {})
         assert pool.most_actors == 2
+
+
+def test_an_actor_that_still_loads_when_the_work_is_done_is_there_for_the_next(pools, tmp_path):
+    with pools.Pool(functools.partial(make, str(tmp_path), late=True), pools.Size(max_actors=2)) as pool:
+        while len(list(tmp_path.glob("built-*"))) < 2:
+            assert run(pool, range(4)) == (expected(range(4)), {})
+        assert (pool.num_up, pool.num_actors) == (1, 2)
+        (tmp_path / "go").touch()
+        while pool.num_up < 2:
+            run(pool, range(4))
+    assert len(list(tmp_path.glob("built-*"))) == 2
 
 
 def test_a_killed_actor_loses_nothing_and_a_poison_item_loses_only_itself(pools, tmp_path):
