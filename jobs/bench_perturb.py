@@ -263,10 +263,8 @@ def _actors(row: config.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
                 perturb.Scorer, settings, corpus=corpus.uri, weights=weights, folder=storage.join(folder, str(size))
             )
             with Pool(make, Size(min_actors=size, max_actors=size)) as pool:
-                for _ in range(5):  # until all are loaded
+                while pool.num_up < size:  # until all are loaded
                     pool.run({unit.key: (unit, states) for unit in units}, lambda *_: None)
-                    if pool.num_up == size:
-                        break
                 began = time.perf_counter()
                 pool.run({unit.key: (unit, states) for unit in units}, lambda *_: None)
                 wall[size] = time.perf_counter() - began
