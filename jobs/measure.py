@@ -27,6 +27,8 @@ class Figure:
     unit: str
     baseline: float | None = None
     ratio: float | None = None
+    bar: str = ""
+    """What we have set ourselves, in words: of the ratio (`2.7x`) or of the value."""
 
     def row(self) -> dict[str, Any]:
         """The JSON form, rounded to five significant digits."""
@@ -55,18 +57,28 @@ def interleaved(
     return times
 
 
-def rate(name: str, unit: str, amount: float, *, times: dict[str, list[float]], key: str, against: str = "") -> Figure:
+def rate(
+    name: str, unit: str, amount: float, *, times: dict[str, list[float]], key: str, against: str = "", bar: str = ""
+) -> Figure:
     """The figure `amount / seconds` of one piece of work, with the ratio to another one where there is one."""
     value = amount / statistics.median(times[key])
     if not against:
-        return Figure(figure=name, value=value, unit=unit)
+        return Figure(figure=name, value=value, unit=unit, bar=bar)
     ratio = statistics.median(b / a for a, b in zip(times[key], times[against], strict=True))
-    return Figure(figure=name, value=value, unit=unit, baseline=amount / statistics.median(times[against]), ratio=ratio)
+    baseline = amount / statistics.median(times[against])
+    return Figure(figure=name, value=value, unit=unit, baseline=baseline, ratio=ratio, bar=bar)
 
 
 def peak_memory() -> float:
     """Largest resident memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def fast_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices itself; where it does not, bf16 only costs."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def forked(works: list[Callable[[], Any]]) -> list[Any]:

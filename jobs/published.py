@@ -86,6 +86,17 @@ def step(settings: config.Config, corpus: Corpus, number: int, *, attention_drop
 
 
 @torch.inference_mode()
+def embed(model: Any, corpus: Corpus, cells: Any, *, batch: int = 2) -> list[Tensor]:
+    """Vectors of cells, batch after padded batch: mean over the tokens of the second last layer, scores of the vocabulary included."""
+    out = []
+    for start in range(0, len(cells), batch):
+        ids, real = padded(corpus, cells[start : start + batch])
+        states = model(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states[-2]
+        out.append((states * real[..., None]).sum(1) / real.sum(1, keepdim=True))
+    return out
+
+
+@torch.inference_mode()
 def delete_all(model: Any, sentence: list[int], genes: list[int], goal_D: Tensor, *, batch: int) -> Tensor:
     """Shifts towards a goal of one cell's deletions: copies of the cell without a gene, padded, batch after batch.
 

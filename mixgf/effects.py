@@ -23,7 +23,7 @@ import pyarrow as pa
 from mixgf import species, stats
 from mixgf.config import Config, SpeciesRow
 from mixgf.dataset import Corpus
-from mixgf.perturb import Design, Floats, Ints
+from mixgf.targets import Design, Floats, Ints
 
 LOW_COVERAGE = 0.1
 """Share of cells below which a gene's coverage is worth a warning."""

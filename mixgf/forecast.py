@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixgf import config, cost, perturb
+from mixgf import config, cost, targets
 from mixgf.dataset import Corpus
 from mixgf.model import forward_flops
-from mixgf.perturb import Design, Floats, Ints
 from mixgf.progress import duration
+from mixgf.targets import Design, Floats, Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ def forecast(plan: Design, corpus: Corpus, settings: config.Perturb, row: config
 def _held(plan: Design, corpus: Corpus, width_K: Ints) -> tuple[Floats, Floats]:
     """By cell and size of the gene set: how many targets its sentence holds, and how many its species has."""
     widths = np.unique(width_K).tolist()
-    owned_KS = perturb.owned(plan, corpus)
+    owned_KS = targets.owned(plan, corpus)
     held_NW = np.zeros((len(plan.cells_N), len(widths)))
     allowed_NW = np.zeros_like(held_NW)
     for w, width in enumerate(widths):

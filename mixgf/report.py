@@ -272,4 +272,6 @@ def summary(config: Config) -> str:
             lines.append(
                 f"{operation:<10} {top}  ({len(hits.hits(part))} of {len(part):,} genes are hits: a donor-level FDR of 5 %, and unusual for their rank)"
             )
+        if left := run.records["perturb"].counts.get("not_scored", 0):
+            lines.append(f"{'':<10} not complete: the budget was spent before {left:,} genes were scored")
     return "\n".join(lines) if lines else "nothing was made yet"

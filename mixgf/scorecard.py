@@ -27,6 +27,14 @@ def brief(run: Run) -> Section:
             lines = hits.sentences(part, goal=bool(run.config.perturb.goal))
             tone = "warn" if any(t == "warn" for t, _ in lines) else "plain"
             blocks.append(Text(f"Perturbation, {operation}: " + " ".join(text for _, text in lines[:2]), tone))
+        record = run.records.get("perturb")
+        if left := record.counts.get("not_scored", 0) if record is not None else 0:
+            blocks.append(
+                Text(
+                    f"Perturbation is not complete: its budget was spent before {plural(left, 'gene')} were scored.",
+                    "bad",
+                )
+            )
     done = {"corpus": "prepare", "pretrain": "pretrain", "embed": "embed", "classify": "classify", "perturb": "perturb"}
     if absent := [stage for key, stage in done.items() if key not in run.records]:
         blocks.append(Text(f"Not run: {', '.join(absent)}. The sections say which command makes each.", "missing"))

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixgf import artifacts, checkpoint, config, cost, storage
+from mixgf import artifacts, checkpoint, config, cost, perturbation, report, scorecard, storage
 from mixgf.config import UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers import perturb as driver
@@ -163,7 +163,7 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, mo
         return runner
 
     monkeypatch.setattr(Scorer, "__call__", broken)
-    monkeypatch.setattr(driver, "_loop", patient)
+    monkeypatch.setattr(driver, "loop", patient)
     with pytest.raises(UserError, match=r"1 of \d+ parts failed every time; delete-c00000-g00001: no\. The others are"):
         driver.run(configure(inputs, tmp_path), local=True)
     assert artifacts.find(f"{tmp_path}/perturb") is None
@@ -258,6 +258,13 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         config.Perturb(**({"screen": 4, "goal": "cell_type == 'beta'"} | settings))
 
 
+def report_of(inputs, output):
+    """What the report says of a run's perturbation, in its section and in brief."""
+    run = report.load(configure(inputs, output), light=True)
+    sections = (scorecard.brief(run), perturbation.section(run))
+    return "\n".join(str(block) for section in sections for block in section.blocks).lower()
+
+
 def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inputs, whole, tmp_path, monkeypatch):
     keys, call = [], Scorer.__call__
     monkeypatch.setattr(Scorer, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
@@ -270,6 +277,12 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
     driver.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
     record, first, done = artifacts.find(f"{tmp_path}/perturb"), shifts(tmp_path), len(keys)
     assert 0 < record.counts["not_scored"] < record.counts["genes"] + record.counts["not_scored"]
+    with pytest.raises(UserError, match=r"holds a partial perturbation, not a perturbation"):
+        artifacts.require(f"{tmp_path}/perturb", "perturbation")
+    assert record.fingerprint != artifacts.find(f"{whole}/perturb").fingerprint == record.details["completed_by"]
+    said = report_of(inputs, tmp_path)
+    assert f"not complete: the budget was spent before {record.counts['not_scored']} of " in said
+    assert f"not complete: its budget was spent before {record.counts['not_scored']} gene" in said
     assert record.details["budget"]["worker_hours"] <= 60 / 3600
     assert np.allclose(first, shifts(whole)[first.index], atol=1e-6)
     fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
@@ -278,8 +291,12 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
     assert len(keys) == done  # the same budget: nothing to do
     driver.run(configure(inputs, tmp_path), local=True)
     assert len(keys) == len(set(keys))
-    assert artifacts.find(f"{tmp_path}/perturb").counts["not_scored"] == 0
+    ours, theirs = (artifacts.require(f"{output}/perturb", "perturbation") for output in (tmp_path, whole))
+    assert ours.counts == theirs.counts
+    assert ours.counts["not_scored"] == 0
+    assert ours.fingerprint == theirs.fingerprint
     assert genes(tmp_path) == genes(whole)
+    assert "not complete" not in report_of(inputs, tmp_path)
 
 
 @pytest.mark.ray

@@ -12,14 +12,22 @@ from mixgf.config import UserError
 pytestmark = pytest.mark.ray
 
 
-def make(folder, *, kill=(), poison=(), together=1):
-    """A worker that leaves a mark when it is built and when it works; some items kill it, once or always.
+def make(folder, *, kill=(), poison=(), together=1, late=False):
+    """A worker that leaves a mark when it is built and when it gets an item; some items kill it, once or always.
 
-    Items but the first wait until so many workers `together` are built, however slowly the machine starts them.
+    Items but the first wait until so many workers `together` have one, however slowly the machine starts them. With `late`,
+    all workers but the first to come need until there is a file `go` to be built.
     """
     (Path(folder) / f"built-{os.getpid()}").touch()
+    if late:
+        try:
+            (Path(folder) / "first").touch(exist_ok=False)
+        except FileExistsError:
+            while not (Path(folder) / "go").exists():
+                time.sleep(0.05)
 
     def work(item):
+        (Path(folder) / f"works-{os.getpid()}").touch()
         if item in poison:
             msg = f"bad item {item}"
             raise ValueError(msg)
@@ -28,7 +36,7 @@ def make(folder, *, kill=(), poison=(), together=1):
             mark.touch()
             os.kill(os.getpid(), 9)
         give_up = time.monotonic() + 120
-        while item and len(list(Path(folder).glob("built-*"))) < together and time.monotonic() < give_up:
+        while item and len(list(Path(folder).glob("works-*"))) < together and time.monotonic() < give_up:
             time.sleep(0.05)
         return item * 10
 
@@ -57,6 +65,32 @@ def test_every_item_comes_once_and_a_worker_is_built_once_per_actor(pools, tmp_p
         assert run(pool, range(30)) == (expected(range(30)), {})
         assert run(pool, range(5)) == (expected(range(5)), {})  # the same actors again
         assert pool.most_actors == 2
+    assert len(list(tmp_path.glob("built-*"))) == 2
+
+
+def test_a_new_actor_gets_work_while_answers_keep_coming(pools, tmp_path, monkeypatch):
+    """Whatever Ray picks of what is ready: here, new actors last."""
+    wait = pools.ray.wait
+
+    def newest_last(refs, *, num_returns, timeout):
+        ready, _ = wait(refs, num_returns=len(refs), timeout=120)
+        ready.sort(key=lambda ref: pools.ray.get(ref) is True)  # what an actor says when it is up
+        return ready[:num_returns], ready[num_returns:]
+
+    monkeypatch.setattr(pools.ray, "wait", newest_last)
+    with pools.Pool(functools.partial(make, str(tmp_path)), pools.Size(max_actors=2)) as pool:
+        assert run(pool, range(30)) == (expected(range(30)), {})
+        assert pool.most_actors == 2
+
+
+def test_an_actor_that_still_loads_when_the_work_is_done_is_there_for_the_next(pools, tmp_path):
+    with pools.Pool(functools.partial(make, str(tmp_path), late=True), pools.Size(max_actors=2)) as pool:
+        while len(list(tmp_path.glob("built-*"))) < 2:
+            assert run(pool, range(4)) == (expected(range(4)), {})
+        assert (pool.num_up, pool.num_actors) == (1, 2)
+        (tmp_path / "go").touch()
+        while pool.num_up < 2:
+            run(pool, range(4))
     assert len(list(tmp_path.glob("built-*"))) == 2
 
 

@@ -7,19 +7,19 @@ import pyarrow as pa
 import pytest
 import scipy.stats
 
-from mixgf import config, effects, perturb, stats
+from mixgf import config, effects, stats, targets
 from mixgf.dataset import Corpus
 
 
 def design(num_genes, donor_of, states=("start", "goal"), donors=None):
-    targets = tuple(
-        perturb.Target(gene=f"G{i:02d}", symbol=f"g{i}", species="human", tokens=(i,), coverage=0.05 if i == 1 else 1.0)
+    genes = tuple(
+        targets.Target(gene=f"G{i:02d}", symbol=f"g{i}", species="human", tokens=(i,), coverage=0.05 if i == 1 else 1.0)
         for i in range(num_genes)
     )
-    return perturb.Design(
+    return targets.Design(
         cells_N=np.arange(len(donor_of)),
-        states=tuple(perturb.State(name=n, expression="", cells=np.arange(len(donor_of))) for n in states),
-        targets=targets,
+        states=tuple(targets.State(name=n, expression="", cells=np.arange(len(donor_of))) for n in states),
+        targets=genes,
         donors=donors or tuple(f"d{i}" for i in range(max(donor_of) + 1)),
         donor_of=np.asarray(donor_of),
         warnings=(),
@@ -186,8 +186,8 @@ def test_a_gene_that_no_cell_holds_is_compared_with_others_like_it():
 
 def test_orthologs_stand_beside_their_genes():
     plan = design(12, [0, 1, 2])
-    named = perturb.Target(gene="ENSG00000118515", symbol="SGK1", species="human", tokens=(3,), coverage=1.0)
-    pair = perturb.Target(
+    named = targets.Target(gene="ENSG00000118515", symbol="SGK1", species="human", tokens=(3,), coverage=1.0)
+    pair = targets.Target(
         gene="ENSG00000118515+ENSG00000118785", symbol="SGK1+SPP1", species="human", tokens=(3, 4), coverage=1.0
     )
     plan = dataclasses.replace(plan, targets=(named, pair, *plan.targets[2:]))
@@ -245,10 +245,10 @@ def test_rank_scores_by_hand_and_their_welch_t(make_corpus):
     start, goal = effects.expression(corpus, np.array([0, 1])), effects.expression(corpus, np.array([2, 3, 4]), block=2)
     assert goal.mean_V == pytest.approx(scores[2:].mean(axis=0))
     assert goal.variance_V == pytest.approx(scores[2:].var(axis=0, ddof=1))
-    plan = perturb.Design(
+    plan = targets.Design(
         cells_N=np.arange(2), states=design(1, [0, 0]).states, donors=("d",), donor_of=np.zeros(5, int), warnings=(),
         targets=tuple(
-            perturb.Target(gene=f"G{t}", symbol=f"g{t}", species="human", tokens=tokens, coverage=1.0)
+            targets.Target(gene=f"G{t}", symbol=f"g{t}", species="human", tokens=tokens, coverage=1.0)
             for t, tokens in enumerate([(3,), (4,), (5,), (6,), (7,), (3, 4)])
         ),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixgf import config, forecast, perturb
+from mixgf import config, forecast, targets
 from mixgf.dataset import Corpus
 from mixgf.model import forward_flops
 
@@ -17,7 +17,7 @@ def corpus(make_corpus):
 
 def plan(corpus, **settings):
     chosen = config.Config(perturb=config.Perturb(**({"max_cells": 0, "min_coverage": 0.01} | settings)))
-    return perturb.design(corpus, chosen), chosen.perturb
+    return targets.design(corpus, chosen), chosen.perturb
 
 
 @pytest.mark.parametrize("insert_absent", [True, False])

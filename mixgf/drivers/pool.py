@@ -9,7 +9,8 @@ one is a loop over `ray.wait`:
 - an item that fails, or whose actor dies with it, is tried again elsewhere, a few times; then it goes to the dead letter,
   and the rest goes on. An actor that dies with two items in hand does not say which of them killed it (the answer to the
   first may have died with it): neither is blamed, and each is then worked on alone, where guilt is plain;
-- idle actors beyond the minimum are given back, and all of them at the end.
+- actors beyond the minimum that have nothing to do, or are not up yet, are given back after a while, and all at the end. One
+  that still loads when a list is done is there for the next.
 
 Results are handed to the caller one by one, in the order in which they come; keys say which is which.
 """
@@ -71,7 +72,7 @@ class Pool:
         make: builds a worker, a function of one item; called once in every actor. It and the items must be serialisable.
         size: bounds and needs.
         retries: times that a failed item is tried again.
-        idle_seconds: how long an actor beyond the minimum may be without work.
+        idle_seconds: how long an actor beyond the minimum may be without work, or on its way without being needed.
         max_failed_starts: actors that may die before they are up, in a row, until the pool gives up.
     """
 
@@ -92,6 +93,7 @@ class Pool:
         """Actors lost with their work, or before they were up."""
         self._make = ray.put(make)
         self._actors: list[_Actor] = []
+        self._starting: dict[Any, _Actor] = {}
         self._failed_starts = 0
 
     def __enter__(self) -> Self:
@@ -101,6 +103,7 @@ class Pool:
         for actor in self._actors:
             ray.kill(actor.handle)
         self._actors.clear()
+        self._starting.clear()
 
     @property
     def num_actors(self) -> int:
@@ -133,12 +136,11 @@ class Pool:
         failures: dict[str, int] = {}
         dead: dict[str, str] = {}
         flying: dict[Any, tuple[_Actor, str]] = {}
-        starting: dict[Any, _Actor] = {}
         self._all_busy()
 
         def lost(actor: _Actor, reason: str) -> None:
             """An actor died: blame its item, or put back two suspects, each to be worked on alone."""
-            self._actors.remove(actor)
+            self._give_back([actor])  # it may only be out of reach: it must not keep its place
             self.num_deaths += 1
             for ref in [ref for ref, (owner, _) in flying.items() if owner is actor]:
                 del flying[ref]
@@ -156,12 +158,11 @@ class Pool:
                 waiting.append(key)
 
         while _go_on(waiting, len(flying), stop):
-            self._scale(len(waiting) + len(flying), starting)
+            self._scale(len(waiting) + len(flying))
             self._feed(waiting, items, flying, alone)
-            refs = [*flying, *starting]
-            for ref in ray.wait(refs, num_returns=1, timeout=1.0)[0]:
-                if ref in starting:
-                    self._started(ref, starting.pop(ref))
+            for ref in _ready([*flying, *self._starting]):
+                if ref in self._starting:
+                    self._started(ref, self._starting.pop(ref))
                     continue
                 if ref not in flying:
                     continue  # of an actor that died a moment ago
@@ -180,7 +181,6 @@ class Pool:
                 del flying[ref]
                 actor.queue.remove(key)
                 actor.idle_since = time.monotonic()
-        self._give_back(starting.values())  # asked for, never needed
         return dead
 
     def _all_busy(self) -> None:
@@ -191,19 +191,20 @@ class Pool:
         for actor in list(actors):
             ray.kill(actor.handle)
             self._actors.remove(actor)
+            self._starting = {ref: one for ref, one in self._starting.items() if one is not actor}
 
-    def _scale(self, num_items: int, starting: dict[Any, _Actor]) -> None:
-        """Ask for actors up to the work there is; give back idle ones beyond the minimum."""
+    def _scale(self, num_items: int) -> None:
+        """Ask for actors up to the work there is; give back those beyond it that have none, first those that are not up."""
         wanted = max(self.size.min_actors, min(self.size.max_actors, num_items))
         while len(self._actors) < wanted:
             options = {"num_cpus": self.size.cpus, "num_gpus": self.size.gpus, "resources": self.size.resources}
             handle = _RemoteHost.options(**options).remote(self._make)
-            actor = _Actor(handle)
+            actor = _Actor(handle, idle_since=time.monotonic())
             self._actors.append(actor)
-            starting[handle.__ray_ready__.remote()] = actor
+            self._starting[handle.__ray_ready__.remote()] = actor
         now = time.monotonic()
-        idle = [a for a in self._actors if a.up and not a.queue and now - a.idle_since >= self.idle_seconds]
-        self._give_back(idle[: max(0, len(self._actors) - wanted)])
+        idle = [actor for actor in self._actors if not actor.queue and now - actor.idle_since >= self.idle_seconds]
+        self._give_back(sorted(idle, key=lambda actor: actor.up)[: max(0, len(self._actors) - wanted)])
 
     def _feed(
         self, waiting: deque[str], items: Mapping[str, Any], flying: dict[Any, tuple[_Actor, str]], alone: set[str]
@@ -235,6 +236,15 @@ class Pool:
             actor.up, actor.idle_since = True, time.monotonic()
             self._failed_starts = 0
             self.most_actors = max(self.most_actors, self.num_up)
+
+
+def _ready(refs: list[Any]) -> list[Any]:
+    """All that is ready, as soon as anything is, or after a second.
+
+    Of one at a time Ray picks any, in an order of its own: quick items could keep a new actor waiting until all are done.
+    """
+    ray.wait(refs, num_returns=1, timeout=1.0)
+    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
 
 
 def _go_on(waiting: deque[str], in_hand: int, stop: Callable[[int], bool]) -> bool:

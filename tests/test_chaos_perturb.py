@@ -1,0 +1,319 @@
+"""A perturbation on clusters that change: nodes that come and go with the work, and SIGKILL to whatever can be killed.
+
+The file is its own driver, `python tests/test_chaos_perturb.py CONFIG FOLDER`, as it would be submitted: its workers leave a mark
+in FOLDER when they load the model (`built-`) and for every part they make (`made-`), and may be told to wait (`Work`), so that
+what is killed is killed in the middle, on a machine of any speed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from processes import die_with_us, free_port
+
+from mixgf import artifacts, config, storage
+from mixgf.drivers import perturb as driver
+from mixgf.perturb import Scorer
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
+NUM_CELLS = 40
+PATIENCE = 500
+"""Seconds that a busy machine may take for what is waited for."""
+
+
+@pytest.fixture(scope="module")
+def settings(make_corpus, tmp_path_factory, tracking_uri):
+    """A corpus with four donors, an untrained checkpoint on it, and 2 operations x 4 blocks of cells x 4 of genes to do."""
+    import invented
+
+    folder = tmp_path_factory.mktemp("inputs")
+    corpus = Path(
+        make_corpus(np.random.default_rng(1).integers(6, 18, NUM_CELLS), [0] * NUM_CELLS, [NUM_CELLS], genes=24)
+    )
+    corpus = corpus.rename(folder / "corpus")
+    shard = f"{corpus}/shards/00000.parquet"
+    donors = pa.array([f"d{c // 2 % 4}" for c in range(NUM_CELLS)])
+    storage.write_table(shard, storage.read_table(shard).append_column("donor", donors))
+    chosen = config.Config(
+        output=str(folder),
+        tokens=config.Tokens(max_len=20),
+        tracking=config.Tracking(uri=tracking_uri),
+        inputs=config.Inputs(corpus=str(corpus), checkpoint=str(folder / "pretrain")),
+        perturb=config.Perturb(
+            start="cell_type == 'alpha'", goal="cell_type == 'beta'", max_cells=14, block_cells=4, block_genes=6,
+            num_permutations=100,
+        ),
+        compute=config.Compute(num_workers=2),
+    )  # fmt: skip
+    invented.untrained_checkpoint(chosen, ROW)
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """The parts and the table of genes of a run in one process, never interrupted."""
+    return result(driver.run(moved(settings, tmp_path_factory.mktemp("whole")), local=True))
+
+
+def moved(settings, folder):
+    return dataclasses.replace(settings, output=str(folder))
+
+
+def result(uri):
+    """Names of the parts, and the bytes of what is published."""
+    record = artifacts.require(uri, "perturbation")
+    parts = {name for name in storage.list_dir(f"{uri}/{record.details['parts']}") if name != "cost"}
+    tables = {name: storage.read_bytes(f"{uri}/{name}") for name in ("genes.parquet", "states.parquet")}
+    return parts, tables
+
+
+def until(condition, what):
+    """Wait for something to hold; returns what it was."""
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    pytest.fail(f"{what} did not come")
+
+
+class Work:
+    """One run's submissions, as seen from outside: its marks, and its leave to go on."""
+
+    def __init__(self, settings, folder):
+        self.folder, self.drivers = folder, []
+        self.folder.mkdir()
+        self.path, self.log = self.folder / "config.json", self.folder / "log"
+        self.path.write_text(json.dumps(config.to_dict(settings)))
+        self.leave(parts=10_000)
+
+    def leave(self, *, parts, workers=1):
+        """Let it make so many parts, state embeddings not counted, as soon as there are so many workers."""
+        self.parts, new = parts, self.folder / "leave.new"
+        new.write_text(json.dumps({"parts": parts, "workers": workers}))
+        new.rename(self.folder / "leave")
+
+    def submit(self, address):
+        """Start a driver on a cluster."""
+        environment = os.environ | {"RAY_ADDRESS": address}
+        command = die_with_us([sys.executable, __file__, self.path, self.folder])
+        with self.log.open("a") as log:
+            self.drivers.append(subprocess.Popen(command, stderr=log, env=environment))
+        return self.drivers[-1]
+
+    def end(self, process):
+        """Wait for a driver's end; it must be a good one."""
+        assert process.wait(PATIENCE) == 0, self.log.read_text()[-3000:]
+
+    def made(self):
+        """Part to the number of times that it was made."""
+        return Counter(path.name.split("~")[1] for path in self.folder.glob("made~*"))
+
+    def num_made(self):
+        """Parts made, state embeddings not counted."""
+        return sum(number for key, number in self.made().items() if not key.startswith("states-"))
+
+    def built(self):
+        """Process ids of the workers so far."""
+        return {int(path.name.split("~")[1]) for path in self.folder.glob("built~*")}
+
+    def alive(self):
+        """Those that are there, in order."""
+        return [pid for pid in sorted(self.built()) if psutil.pid_exists(pid)]
+
+    def held(self, number):
+        """Process ids of the workers, once there are so many, who have made what they may and wait for leave."""
+
+        def seen():
+            pids = self.alive()
+            waits = all((self.folder / f"waits~{pid}").exists() for pid in pids)
+            return pids if len(pids) == number and waits and self.num_made() >= self.parts else None
+
+        return until(seen, f"{number} workers that have made {self.parts} parts and wait")
+
+    def gone(self):
+        """Wait until no worker is left."""
+        until(lambda: not self.alive(), "the end of all workers")
+
+
+@pytest.fixture
+def work(settings, tmp_path):
+    """A run at `run` of the test's folder, not submitted yet; no driver outlives the test."""
+    made = Work(moved(settings, tmp_path / "run"), tmp_path / "marks")
+    yield made
+    for process in made.drivers:
+        process.kill()
+        process.wait()
+
+
+def marking(folder):
+    """The worker, with marks; a class of this call, so that it travels to the actors whole."""
+
+    class Marking(Scorer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            (folder / f"built~{os.getpid()}~{time.time_ns()}").touch()
+
+        def __call__(self, item):
+            key, waits = item[0].key, folder / f"waits~{os.getpid()}"
+            while not (key.startswith("states-") or self.allowed()):
+                waits.touch()
+                time.sleep(0.02)
+            waits.unlink(missing_ok=True)
+            done = super().__call__(item)
+            (folder / f"made~{key}~{os.getpid()}~{time.time_ns()}").touch()
+            return done
+
+        def allowed(self):
+            leave = json.loads((folder / "leave").read_text())
+            made = [path for path in folder.glob("made~*") if "states-" not in path.name]
+            return len(made) < leave["parts"] and len(list(folder.glob("built~*"))) >= leave["workers"]
+
+    return Marking
+
+
+def main(path, folder):
+    """Run the stage of a config on the cluster of RAY_ADDRESS."""
+    driver.Scorer = marking(Path(folder))
+    driver.run(config.from_dict(config.Config, json.loads(Path(path).read_text())))
+
+
+STORE = {"object_store_memory": 100 << 20}
+HEALTH = {
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10,
+    "gcs_rpc_server_reconnect_timeout_s": 10,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def cluster(**head):
+    """A cluster whose head offers no CPUs; nothing that it started outlives it."""
+    from ray.cluster_utils import Cluster
+
+    before = set(psutil.Process().children(recursive=True))
+    node = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **STORE, **head}
+    made = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        yield made
+    finally:
+        started = set(psutil.Process().children(recursive=True)) - before
+        made.shutdown()
+        for process in started:  # nodes that an autoscaler started, should any be left: they survive their head
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def workers(made):
+    """Nodes for work that are up, as Ray says."""
+    return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in made.global_state.node_table())
+
+
+def test_the_pool_starts_from_no_nodes_grows_with_the_cluster_and_leaves_it_empty(work, whole, tmp_path, monkeypatch):
+    """Ray's fake multi-node provider under its own autoscaler: what an actor cannot be placed on is demand for a node."""
+    import ray
+
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")  # the provider asks for it
+    monkeypatch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
+    port = free_port()
+    scaling = {  # `ray.cluster_utils.AutoscalingCluster` opens an example file that Ray's wheel lacks, and stops all Ray of the machine
+        "cluster_name": "fake", "max_workers": 2, "idle_timeout_minutes": 0.1, "upscaling_speed": 1.0,
+        "provider": {
+            "type": "fake_multinode", "gcs_address": f"{ray.util.get_node_ip_address()}:{port}", "use_node_id_as_ip": True,
+            "disable_node_updaters": True, "disable_launch_config_check": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},  # the provider's own name for it
+            "worker": {"resources": {"CPU": 1, **STORE}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+        "head_node_type": "ray.head.default",
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in (
+            "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+            "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
+        )},
+        "file_mounts_sync_continuously": False,
+    }  # fmt: skip
+    path = tmp_path / "scaling.json"
+    path.write_text(json.dumps(scaling))
+    with cluster(gcs_server_port=port, autoscaling_config=str(path)) as made:
+        sizes, over = [workers(made)], threading.Event()
+
+        def watch():
+            while not over.is_set():
+                if (now := workers(made)) != sizes[-1]:
+                    sizes.append(now)
+                over.wait(0.1)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            work.leave(parts=10_000, workers=2)  # the first to come waits for the second
+            work.end(work.submit(made.address))
+            until(lambda: sizes[-1] == 0, "a cluster without nodes for work")
+        finally:
+            over.set()
+            thread.join()
+    top = sizes.index(max(sizes))
+    assert (sizes[0], sizes[top], sizes[-1]) == (0, 2, 0)
+    assert sizes == sorted(sizes[:top]) + sorted(sizes[top:], reverse=True)  # up, then down
+    assert len(list(work.folder.glob("built~*"))) == 2  # one load of the model per actor
+    assert result(f"{tmp_path}/run/perturb") == whole
+    assert work.made() == Counter(name.removesuffix(".parquet") for name in whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_whatever_is_killed_only_what_is_missing_is_made_and_the_table_is_the_same(work, whole, tmp_path):
+    """One run that loses a worker, a node, its driver and the head of the cluster, one after the other."""
+    uri = f"{tmp_path}/run/perturb"
+    with cluster() as made:
+        nodes = [made.add_node(num_cpus=1, wait=False, **STORE) for _ in range(2)]
+        work.leave(parts=4, workers=2)
+        process = work.submit(made.address)
+        psutil.Process(work.held(2)[0]).kill()
+        work.leave(parts=10, workers=3)  # its successor has come
+        work.held(2)
+        made.remove_node(nodes[1], allow_graceful=False)
+        work.leave(parts=14)  # by one worker
+        work.held(1)
+        until(lambda: workers(made) == 1, "Ray's word that a node is lost")
+        made.add_node(num_cpus=1, wait=False, **STORE)
+        work.leave(parts=18, workers=4)  # by two again
+        work.held(2)
+        assert process.poll() is None
+        assert 18 <= work.num_made() <= 19
+
+        process.kill()
+        assert process.wait() == -9
+        work.gone()
+        assert artifacts.find(uri) is None
+        work.leave(parts=24)
+        process = work.submit(made.address)
+        work.held(2)
+        made.remove_node(made.head_node, allow_graceful=False)
+        assert process.wait(PATIENCE) != 0
+        assert artifacts.find(uri) is None
+    work.gone()  # with their nodes: those outlive the head, and work that is left on them would do no harm
+    assert 24 <= work.num_made() <= 25
+    with cluster() as made:
+        made.add_node(num_cpus=2, wait=False, **STORE)
+        work.leave(parts=10_000)
+        work.end(work.submit(made.address))
+    assert result(uri) == whole
+    assert work.made() == Counter(name.removesuffix(".parquet") for name in whole[0])  # each once, over all submissions
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
