@@ -1,5 +1,8 @@
 """The perturb stage: nothing is computed twice, whatever was killed; a pool gives what one loop gives."""
 
+import dataclasses
+import time
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -129,6 +132,17 @@ def test_two_ray_workers_give_what_the_local_loop_gives(ray_local, inputs, whole
     assert genes(tmp_path) == genes(whole)
     states = [storage.read_bytes(f"{output}/perturb/states.parquet") for output in (tmp_path, whole)]
     assert states[0] == states[1]
+
+
+@pytest.mark.ray
+def test_workers_that_the_cluster_has_no_room_for_are_not_charged(ray_local, inputs, whole, tmp_path):
+    chosen = dataclasses.replace(configure(inputs, tmp_path), compute=config.Compute(num_workers=40))
+    began = time.monotonic()
+    driver.run(chosen, local=False)
+    most = ray_local.cluster_resources()["CPU"] * (time.monotonic() - began)
+    budget = artifacts.find(f"{tmp_path}/perturb").details["budget"]
+    assert 0 < budget["worker_hours"] * cost.HOUR <= most
+    assert genes(tmp_path) == genes(whole)
 
 
 def test_other_settings_in_the_same_place_are_refused_and_a_wrong_expression_leaves_nothing(inputs, whole, tmp_path):
