@@ -2,9 +2,10 @@
 
 Beside every effect stand what its gene's rank alone predicts, how it ranks among genes like it, whether it repeats in other
 donors, what happens towards unrelated states, and how much the gene itself differs between the states (spec section 9).
-The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* repeats over donors
-(`stats.less_expected`, `stats.sign_flip`); cells without a donor's name (`classify.unlabelled`) take no part in it, and are
-one more cluster of the interval. `calibration` shows on the run's own shifts whether the tests keep their word.
+The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* (`stats.less_expected`) has
+a place among genes of like rank (`stats.normal_scores`) that repeats over donors (`stats.sign_flip`); cells without a donor's
+name (`classify.unlabelled`) take no part in it, and are one more cluster of the interval. `calibration` shows on the run's own
+shifts whether the tests keep their word.
 
 Differential expression is taken from the corpus, which holds ranks and no counts: a gene's rank score in a cell is
 1 - rank / (number of genes in the sentence), 0 where the sentence lacks it. `de_statistic` is Welch's t of the rank scores,
@@ -15,7 +16,7 @@ Letters: P (cell, gene) pairs, G genes, C donors, S states, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -183,9 +184,11 @@ def _operation_table(
 def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Table:
     """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor.
 
-    A row per gene and exchange. Within every donor genes of like rank exchange their cells' shifts at random (`stats.shuffled_neighbours`). Sizes, ranks
-    and the likeness of a donor's cells stay; no gene has anything of its own that repeats over donors. p-values of a test
-    that keeps its word are then uniform. Without three named donors there is nothing to exchange between: no rows.
+    A row per gene and exchange. Within every donor genes of like rank exchange what their cells have beyond the rank's
+    expectation (`stats.shuffled_neighbours`). Sizes, ranks, what rank does and the likeness of a donor's cells stay; no gene
+    has anything of its own that repeats over donors. p-values of a test that keeps its word are then uniform, but for the few
+    values that a sign flip over few donors has (`stats.attainable`). Without three named donors there is nothing to exchange
+    between: no rows.
     """
     tables = []
     for operation in config.perturb.operations:
@@ -194,10 +197,17 @@ def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Tab
         if int(donors.named_C.sum()) < stats.MIN_CLUSTERS or num_genes <= 2 * stats.MIN_BACKGROUND:
             continue
         rank_G, rng = _places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
+        values_P, cluster_P = _values(plan, part), (part.target_P, donors.of_P)
+        mean_GC, _ = stats.cluster_means(values_P, *cluster_P, num_genes, donors.num)
+        expected_GC = mean_GC - stats.less_expected(mean_GC, rank_G)
+        known_GC = np.isfinite(expected_GC)
+        kept_P = known_GC[cluster_P]
+        target_P, of_P = (column[kept_P] for column in cluster_P)
+        own_P = values_P[kept_P] - expected_GC[target_P, of_P]
+        kept = replace(donors, of_P=of_P)
         for _ in range(max(1, min(8, 2000 // num_genes))):  # of few genes one exchange says little
-            to_CG = stats.shuffled_neighbours(rank_G, donors.num, rng)
-            shuffled_P = to_CG[donors.of_P, part.target_P]
-            tests = _tests(_values(plan, part), shuffled_P, rank_G, donors, config, rng=rng)
+            shuffled_P = stats.shuffled_neighbours(rank_G, known_GC, rng)[of_P, target_P]
+            tests = _tests(own_P + expected_GC[shuffled_P, of_P], shuffled_P, rank_G, kept, config, rng=rng)
             columns = {"p_cell": tests.p_cell_G, "p_donor": tests.p_donor_G}
             tables.append(pa.table({"operation": [operation] * num_genes} | columns))
     schema = pa.schema([("operation", pa.string()), ("p_cell", pa.float64()), ("p_donor", pa.float64())])
@@ -248,10 +258,11 @@ def _tests(
     mean_GC, _ = stats.cluster_means(values_P, target_P, donors.of_P, len(rank_G), max(1, donors.num))
     mean_GC = mean_GC[:, donors.named_C]
     own_GC = stats.less_expected(mean_GC, rank_G) if mean_GC.shape[1] else mean_GC
+    place_GC = stats.normal_scores(own_GC, rank_G)
     return _Tests(
         mean_GC=mean_GC,
         p_cell_G=p_cell_G,
-        p_donor_G=stats.sign_flip(own_GC, config.perturb.num_permutations, rng),
+        p_donor_G=stats.sign_flip(place_GC, config.perturb.num_permutations, rng),
     )
 
 

@@ -103,11 +103,13 @@ def _power(donors: int, num_genes: int) -> str:
     return f"{text}."
 
 
-def calibration_sentence(nulls: pd.DataFrame) -> tuple[str, str]:
-    """(tone, sentence): what the two tests say where nothing can be found."""
+def calibration_sentence(nulls: pd.DataFrame, donors: int) -> tuple[str, str]:
+    """(tone, sentence): what the two tests say where nothing can be found, over so many donors."""
     shares = {name: float((nulls[name].dropna() <= LEVEL).mean()) for name in ("p_cell", "p_donor")}
+    right = stats.attainable(donors, LEVEL)
     text = (
-        "When genes of like rank exchange their shifts within every donor, so that nothing is left to find, "
-        f"{shares['p_donor']:.1%} of genes have a donor-level p of 0.05 or less, and {shares['p_cell']:.1%} a cell-level one (5 % would be right)."
+        "When genes of like rank exchange what is their own within every donor, so that nothing is left to find, "
+        f"{shares['p_donor']:.1%} of genes have a donor-level p of 0.05 or less ({right:.1%} would be right: p has few values over "
+        f"{donors} donors), and {shares['p_cell']:.1%} a cell-level one (5 % would be right)."
     )
     return ("warn" if shares["p_cell"] > 0.1 or shares["p_donor"] > 0.1 else "plain", text)

@@ -63,12 +63,12 @@ def _calibrated(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) 
                 "The tests could not be checked against exchanged genes: that needs three named donors and some twenty genes."
             )
         ]
-    tone, text = hits.calibration_sentence(mine)
+    tone, text = hits.calibration_sentence(mine, int(part["num_donors"].max()))
     return [
         Text(text, tone),
         Picture(
             screen_figures.calibration(part, mine, f"calibration-{operation}"),
-            "Every point is a gene, the smallest p to the right. Triangles: genes of like rank exchanged their shifts within each donor, so "
+            "Every point is a gene, the smallest p to the right. Triangles: genes of like rank exchanged what is their own within each donor, so "
             "there is nothing to find and they should follow the dashed line; where they rise above it, the test calls noise significant. "
             "Only circles that leave the triangles behind are evidence. Steps in the right panel are the few values that p can "
             "take with so few donors.",

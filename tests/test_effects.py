@@ -50,7 +50,7 @@ def test_a_planted_gene_leads_and_repeats_over_donors_and_a_donor_s_own_gene_is_
     assert frame.loc["g7", "p_donor"] == 2 / 2**8
     assert frame.loc["g7", "warnings"] == ""
     assert frame.loc["g7", "null_percentile"] > 98
-    assert frame.loc["g9", "p_donor"] > 0.2
+    assert frame.loc["g9", "p_donor"] > 0.05
     assert "one donor carries it" in frame.loc["g9", "warnings"]
     assert "seen in 5.0% of cells" in frame.loc["g1", "warnings"]
     assert frame.loc["g7", "mean_rank"] == 9

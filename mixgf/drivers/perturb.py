@@ -27,7 +27,7 @@ from mixgf.perturb import Done, Scorer
 from mixgf.progress import say, warn
 from mixgf.targets import Design
 
-KIND, SCHEMA = "perturbation", 2
+KIND, SCHEMA = "perturbation", 3
 _NO_RESULT = {"micro_tokens", "known", "published", "budget_hours", "budget_cost", "price", "worker_flops"}
 """Settings that change no result and so stay out of the fingerprint."""
 
