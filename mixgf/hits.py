@@ -29,6 +29,11 @@ def asked(genes: pd.DataFrame) -> pd.DataFrame:
     return genes[genes["role"] != "null"] if "role" in genes else genes
 
 
+def drawn(genes: pd.DataFrame) -> pd.DataFrame:
+    """The genes that others are compared with where these were chosen; none where all are compared with all."""
+    return genes[genes["reference"]] if "reference" in genes and not genes["reference"].all() else genes.iloc[:0]
+
+
 def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     """Genes that repeat over donors at an FDR of `level` and are unusual for their rank; the largest shift first."""
     genes = asked(genes)
@@ -39,7 +44,7 @@ def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
 def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
     """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain."""
     out: list[tuple[str, str]] = []
-    nulls = genes[genes["role"] == "null"] if "role" in genes else genes.iloc[:0]
+    nulls = drawn(genes)
     genes = asked(genes)
     top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
     names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
@@ -70,8 +75,8 @@ def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
     if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
         repeating, cells = (float((nulls[name] <= LEVEL).mean()) for name in ("fdr_donor", "fdr_cell"))
         text = (
-            f"Of {len(nulls):,} genes that were scored for comparison only, {repeating:.0%} repeat over donors as well, and {cells:.0%} are "
-            "significant over cells: neither is enough, a hit must also be unusual among them."
+            f"Of {len(nulls):,} genes that were drawn for comparison, whatever they do, {repeating:.0%} repeat over donors as well, and {cells:.0%} "
+            "are significant over cells: neither is enough, a hit must also be unusual among them."
         )
         out.append(("warn" if repeating > 0.1 else "plain", text))
     text = (

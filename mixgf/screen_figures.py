@@ -21,10 +21,11 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
         left, right = figure.subplots(1, 2)
         floor = np.clip(frame[p].to_numpy(float), 1e-300, 1)
         for axes, x, y in ((left, frame["shift"], -np.log10(floor)), (right, frame["mean_rank"], frame["shift"])):
-            null = (frame["role"] == "null").to_numpy() if "role" in frame else np.zeros(len(frame), dtype=bool)
+            null = frame["reference"].to_numpy(bool) if "reference" in frame else np.zeros(len(frame), dtype=bool)
+            null &= not null.all()  # crosses: drawn for comparison; none where all are compared with all
             points = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
             axes.scatter(points[0][null], points[1][null], s=14, marker="x", c=FAINT, linewidths=0.9, rasterized=True,
-                         label="scored for comparison" if null.any() else None)  # fmt: skip
+                         label="drawn for comparison" if null.any() else None)  # fmt: skip
             axes.scatter(
                 points[0][~null],
                 points[1][~null],

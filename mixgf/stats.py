@@ -325,12 +325,12 @@ def expected_by_rank(
     """
     result_G = np.full(len(effect_G), np.nan)
     usable = np.isfinite(effect_G) & np.isfinite(rank_G)
-    fitted = np.flatnonzero(usable if among_G is None else usable & among_G)
+    own_G = usable if among_G is None else usable & among_G
+    fitted, guests = np.flatnonzero(own_G), np.flatnonzero(usable & ~own_G)
     num = len(fitted)
     if num <= MIN_BACKGROUND:
         return result_G
     fitted = fitted[np.argsort(rank_G[fitted], kind="stable")]
-    guests = np.setdiff1d(np.flatnonzero(usable), fitted)
     x_N, y_N = rank_G[fitted], effect_G[fitted]
     width = min(num, MAX_WINDOW, max(2 * MIN_BACKGROUND + 1, round(span * num)))
     asked = np.concatenate([x_N, rank_G[guests]])

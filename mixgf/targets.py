@@ -22,6 +22,9 @@ from mixgf.selection import matched, sample, select
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
+MIN_STATE_CELLS = 20
+"""Fewest cells of a state that stands in for the unrelated ones."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
@@ -36,6 +39,8 @@ class Target:
     """Share of the perturbed cells of its species whose sentences hold all its genes."""
     null: bool = False
     """Nobody's hypothesis: scored so that others can be compared with it."""
+    drawn: bool = False
+    """Drawn without regard to what it does: the others are compared with such genes, where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +90,8 @@ def design(corpus: Corpus, config: Config) -> Design:
         donor_of, donors = np.zeros(len(obs), dtype=np.int64), ("all",)
         warnings.append(f"no column {settings.donor!r}: all cells count as one donor, and there is no donor-level test")
     wanted = [("start", settings.start), ("goal", settings.goal)]
-    wanted += [(f"alternative_{i}", text) for i, text in enumerate(settings.alternatives)]
+    others = settings.alternatives or _unrelated(corpus, config, obs)
+    wanted += [(f"alternative_{i}", text) for i, text in enumerate(others)]
     states = tuple(
         State(name=name, expression=text, cells=select(obs, text, f"perturb.{name}"))
         for name, text in wanted
@@ -111,6 +117,41 @@ def design(corpus: Corpus, config: Config) -> Design:
     )
 
 
+def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, ...]:
+    """Expressions of states without a cell of start or goal: the most frequent values of the label (`perturb.unrelated`)."""
+    settings, label = config.perturb, config.classify.label
+    if not (settings.unrelated and settings.goal.strip() and label in obs.columns):
+        return ()
+    asked = np.zeros(len(obs), dtype=bool)
+    start = select(obs, settings.start, "perturb.start")
+    asked[start], asked[select(obs, settings.goal, "perturb.goal")] = True, True
+    value_N = obs[label].astype(str)
+    free_N = ~value_N.isin([*value_N[asked].unique(), *config.classify.unlabelled]).to_numpy()
+    free_N &= np.isin(corpus.species_N, np.unique(corpus.species_N[start]))
+    sources = sorted(obs["source"].astype(str)[start].unique()) if "source" in obs.columns else []
+    own_N = obs["source"].astype(str).isin(sources).to_numpy() if sources else free_N
+    for chosen_N, where in ((free_N & own_N, f" and source in {sources!r}" if sources else ""), (free_N, "")):
+        counts = value_N[chosen_N].value_counts()
+        names = sorted(counts.index[counts >= MIN_STATE_CELLS], key=lambda name: (-int(counts[name]), name))
+        if len(names) >= 2 or not where:
+            break
+    kinds = sorted({corpus.species[code] for code in corpus.species_N[start]})
+    if len(corpus.species) > len(kinds):
+        where += f" and species in {kinds!r}"
+    return tuple(f"{label} == {name!r}{where}" for name in names[: settings.unrelated])
+
+
+def features(corpus: Corpus, plan: Design) -> Floats:
+    """Mean place in the perturbed cells and coverage of every target, (K, 2): what genes are matched by; NaN for sets."""
+    counts_V, places_V = _occurrences(corpus, plan.cells_N)
+    first_K = plan.genes_KM[:, 0]
+    with np.errstate(invalid="ignore"):
+        place_K = np.nan_to_num(places_V[first_K] / counts_V[first_K], nan=float(corpus.lengths_N.max(initial=0)))
+    coverage_K = np.array([target.coverage for target in plan.targets])
+    single_K = np.array([len(target.tokens) == 1 for target in plan.targets])
+    return np.where(single_K[:, None], np.stack([place_K, coverage_K], axis=1), np.nan)
+
+
 def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> list[Target]:
     """The genes to perturb: those named, or all detected in enough of the cells."""
     species_N = corpus.species_N[cells]
@@ -120,7 +161,7 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
     if settings.genes:
         given = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
         named = list({(target.species, target.tokens): target for target in given}.values())  # each once
-        if not settings.null_genes:
+        if settings.null_genes <= 0 or settings.screen:  # a screen draws its own, afterwards
             return named
         return named + [null for name in present for null in _nulls(corpus, settings, cells, named, name, seed=seed)]
     counts_V, _ = _occurrences(corpus, cells)
@@ -177,7 +218,7 @@ def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target
             if settings.genes or coverage >= settings.min_coverage:
                 pair = Target(
                     gene=f"{alone.gene}+{target.gene}", symbol=f"{alone.symbol}+{target.symbol}", species=name,
-                    tokens=(token, *target.tokens), coverage=coverage, null=target.null,
+                    tokens=(token, *target.tokens), coverage=coverage, null=target.null, drawn=target.drawn,
                 )  # fmt: skip
                 found.append(pair)
     if not found:
@@ -246,6 +287,7 @@ def _nulls(
             tokens=(token,),
             coverage=float(counts_V[token]) / len(mine),
             null=True,
+            drawn=True,
         )
         for token in tokens_G[matched(features_GF, wanted, num, seed)].tolist()
     ]

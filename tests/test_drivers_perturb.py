@@ -15,7 +15,7 @@ from mixgf.perturb import Scorer
 ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
 NUM_CELLS = 40
 COLUMNS = [
-    "gene", "symbol", "ortholog", "ortholog_symbol", "species", "operation", "variant", "role", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
+    "gene", "symbol", "ortholog", "ortholog_symbol", "species", "operation", "variant", "role", "reference", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
     "shift_high", "response", "p_cell", "fdr_cell", "p_donor", "fdr_donor", "null_percentile", "rank_expected",
     "shift_minus_rank_expected", "shift_alternatives", "shift_minus_alternatives", "de_statistic", "de_log_fold", "de_rank", "warnings",
     "shift_alternative_0",
@@ -215,14 +215,18 @@ def shifts(output):
 
 
 def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agrees(inputs, whole, tmp_path):
-    driver.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=0.0, screen_grid=6), local=True)
+    chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "screen_grid": 6, "null_genes": 3}
+    driver.run(configure(inputs, tmp_path, **chosen), local=True)
     every, found = shifts(whole), shifts(tmp_path)
     assert 10 < len(found) / 2 < len(every) / 2
+    reference = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas().groupby("gene")["reference"].first()
+    assert reference.all()  # 13 drawn ones are no company
     assert np.allclose(found, every[found.index], atol=1e-6)
     fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
     assert len(fate) == len(every)
     assert set(fate.loc[fate["fate"] == "scored", "gene"]) == set(found.index.get_level_values("gene"))
-    assert (fate.groupby("operation")["fate"].apply(lambda f: (f.iloc[:4] == "scored").all())).all()
+    for end in (slice(None, 2), slice(-2, None)):  # two that move cells there, two that move them away
+        assert (fate.groupby("operation")["fate"].apply(lambda f, end=end: (f.iloc[end] == "scored").all())).all()
     record = artifacts.find(f"{tmp_path}/perturb")
     assert record.counts["screened_out"] == (fate["fate"] == "screened out").sum() / 2
     estimates = fate.set_index(["operation", "gene"])["estimate"]

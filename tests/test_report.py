@@ -251,11 +251,14 @@ def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
     assert ("good", "2 of 30 genes are hits") in [(tone, text[:22]) for tone, text in hits.sentences(genes, goal=True)]
     assert hits.hits(genes.assign(role="null")).empty  # what was scored for comparison is nobody's hit
     mixed = genes.assign(
-        role=["target"] * 5 + ["null"] * 25
+        role=["target"] * 5 + ["null"] * 25, reference=[False] * 5 + [True] * 25
     )  # of the nulls 5 have an FDR of 1 %, and all a cell-level one
     text = " ".join(text for _, text in hits.sentences(mixed, goal=True))
     assert "2 of 5 genes are hits" in text
-    assert "Of 25 genes that were scored for comparison only, 20% repeat over donors as well, and 100% are" in text
+    assert (
+        "Of 25 genes that were drawn for comparison, whatever they do, 20% repeat over donors as well, and 100% are"
+        in text
+    )
     ordinary = hits.sentences(genes.assign(null_percentile=50.0), goal=True)
     assert any(tone == "warn" and "none of them is unusual for its rank" in text for tone, text in ordinary)
 

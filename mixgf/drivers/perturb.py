@@ -137,15 +137,14 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         parts = pa.concat_tables([part(folder, key) for key in outcome.parts if key.startswith(f"{operation}-")])
         pairs[operation] = effects.Pairs.from_table(parts, len(plan.states))
     if not all_scored:
-        plan = replace(plan, targets=tuple(whole.targets[k] for k in outcome.scored.tolist()))
-        pairs = {
-            operation: replace(found, target_P=np.searchsorted(outcome.scored, found.target_P))
-            for operation, found in pairs.items()
-        }
+        drawn = set(outcome.drawn.tolist())
+        marked = tuple(replace(t, drawn=t.drawn or k in drawn) for k, t in enumerate(whole.targets))
+        plan, pairs = effects.subset(replace(whole, targets=marked), pairs, outcome.scored)
     expressed = {
         state.name: effects.expression(corpus, state.cells) for state in plan.states if state.name in ("start", "goal")
     }
-    genes = effects.gene_table(plan, pairs, expressed, config)
+    chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
+    genes = effects.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
     nulls = effects.calibration(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
     donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
