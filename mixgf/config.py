@@ -430,6 +430,9 @@ class Perturb:
     donor: str = "donor"
     insert_absent: bool = True
     """Overexpress a gene in cells whose sentence lacks it, too; false = only where it is detected (published, cheaper)."""
+    response: int = 0
+    """Columns of a matrix of what each perturbation does to every other gene's contextual embedding (1 - cos): the genes in
+    most of the perturbed cells, say 200 (`responses.parquet`, some ten bytes a pair of genes); 0 = no matrix."""
     block_genes: int = 64
     """Genes per work unit."""
     block_cells: int = 16
@@ -474,6 +477,7 @@ class Perturb:
         _require(
             self.null_genes >= -1, "perturb.null_genes", self.null_genes, "at least 0, or -1 = as many as are needed"
         )
+        _require(self.response >= 0, "perturb.response", self.response, "at least 0")
         _require(self.unrelated >= 0, "perturb.unrelated", self.unrelated, "at least 0")
         _require(self.layer < 0, "perturb.layer", self.layer, "negative, counted from the last layer")
         for name in ("screen", "budget_hours", "budget_cost", "price", "worker_flops"):

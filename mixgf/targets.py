@@ -65,6 +65,13 @@ class Design:
     donor_of: Ints
     """Donor code of every cell of the corpus."""
     warnings: tuple[str, ...]
+    watched: tuple[Target, ...] = ()
+    """Genes whose responses to every perturbation are asked for: the columns of the response matrix."""
+
+    @cached_property
+    def watched_R(self) -> Ints:
+        """Their tokens."""
+        return np.array([target.tokens[0] for target in self.watched], dtype=np.int64)
 
     @cached_property
     def goal(self) -> int | None:
@@ -114,6 +121,7 @@ def design(corpus: Corpus, config: Config) -> Design:
         donors=donors,
         donor_of=donor_of,
         warnings=tuple(warnings),
+        watched=tuple(_watched(corpus, settings, cells)),
     )
 
 
@@ -139,6 +147,27 @@ def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, 
     if len(corpus.species) > len(kinds):
         where += f" and species in {kinds!r}"
     return tuple(f"{label} == {name!r}{where}" for name in names[: settings.unrelated])
+
+
+def _watched(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
+    """The `perturb.response` genes in most of the perturbed cells, by token."""
+    if not settings.response:
+        return []
+    counts_V, _ = _occurrences(corpus, cells)
+    genes, symbols = _names(corpus, list(corpus.species))
+    owner = {token: name for name, token in sorted(genes, reverse=True)}  # a shared token goes by its first species
+    there = [token for token in np.flatnonzero(counts_V).tolist() if token in owner]
+    best = sorted(sorted(there, key=lambda token: (-int(counts_V[token]), token))[: settings.response])
+    return [
+        Target(
+            gene=genes[owner[token], token],
+            symbol=symbols[owner[token], token],
+            species=owner[token],
+            tokens=(token,),
+            coverage=float(counts_V[token]) / len(cells),
+        )
+        for token in best
+    ]
 
 
 def features(corpus: Corpus, plan: Design) -> Floats:

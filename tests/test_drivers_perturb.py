@@ -123,6 +123,43 @@ def test_a_lost_part_is_the_only_one_made_again(inputs, whole, tmp_path, monkeyp
     assert genes(tmp_path) == genes(whole)
 
 
+def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts_as_they_are(
+    inputs, whole, tmp_path, monkeypatch
+):
+    once, again = tmp_path / "once", tmp_path / "again"
+    driver.run(configure(inputs, once, response=6), local=True)
+    matrix = storage.read_bytes(f"{once}/perturb/responses.parquet")
+    frame = storage.read_table(f"{once}/perturb/responses.parquet").to_pandas()
+    assert genes(once) == genes(whole)
+    assert frame["responding"].nunique() == 6
+    record = artifacts.find(f"{once}/perturb")
+    assert record.counts["responses"] == len(frame)
+    assert record.counts["parts"] == artifacts.find(f"{whole}/perturb").counts["parts"]
+    write, left = storage.write_table, [9]
+
+    def dying(uri, *rest, **named):  # between a unit's responses and its own part
+        left[0] -= "/parts/" in uri and "/responses/" not in uri
+        if not left[0]:
+            raise KeyboardInterrupt
+        return write(uri, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_table", dying)
+        with pytest.raises(KeyboardInterrupt):
+            driver.run(configure(inputs, again, response=6), local=True)
+    driver.run(configure(inputs, again, response=6), local=True)
+    assert storage.read_bytes(f"{again}/perturb/responses.parquet") == matrix
+    few = tmp_path / "few"
+    chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "null_genes": 3}
+    driver.run(configure(inputs, few, response=6, **chosen), local=True)
+    part = storage.read_table(f"{few}/perturb/responses.parquet").to_pandas()
+    keys = ["operation", "gene", "responding"]
+    both = part.astype({k: str for k in keys}).merge(frame.astype({k: str for k in keys}), on=keys)
+    assert len(both) == len(part) < len(frame)
+    assert both["change_x"].to_numpy() == pytest.approx(both["change_y"].to_numpy(), abs=1e-6)
+    assert (both["num_cells_x"] == both["num_cells_y"]).all()
+
+
 @pytest.mark.ray
 def test_two_ray_workers_give_what_the_local_loop_gives(ray_local, inputs, whole, tmp_path):
     driver.run(configure(inputs, tmp_path), local=False)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, checkpoint, cost, effects, forecast, known, perturb, storage, targets, tracking
+from mixgf import artifacts, checkpoint, cost, effects, forecast, known, perturb, responses, storage, targets, tracking
 from mixgf.config import Config, UserError, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.campaign import Campaign, Outcome, Runner, loop, part
@@ -144,13 +144,14 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         state.name: effects.expression(corpus, state.cells) for state in plan.states if state.name in ("start", "goal")
     }
     chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
+    matrix = [("responses.parquet", _responses(campaign, outcome))] if whole.watched else []
     genes = effects.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
     nulls = effects.calibration(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
     donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
     vectors = states.set_column(0, "state", pa.array(names)).set_column(1, "donor", pa.array(donors))
     files = {}
-    tables = [("genes.parquet", genes), ("states.parquet", vectors), ("calibration.parquet", nulls)]
+    tables = [("genes.parquet", genes), ("states.parquet", vectors), ("calibration.parquet", nulls), *matrix]
     if not all_scored or outcome.estimate_OK is not None:
         tables.append(("not_scored.parquet", _not_scored(whole, outcome, settings.operations)))
     for name, table in tables:
@@ -163,7 +164,8 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         "screened_out": len(outcome.skipped),
         "sentences": sum(len(p.target_P) for p in pairs.values()),
         "states": {state.name: len(state.cells) for state in plan.states},
-        "parts": len(set(storage.list_dir(folder)) - {"cost"}),
+        "parts": len(set(storage.list_dir(folder)) - {"cost", perturb.RESPONSES}),
+        "responses": sum(table.num_rows for _, table in matrix),
     }
     details = {
         "vocabulary": corpus.vocabulary.hash,
@@ -176,6 +178,16 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         "differential_expression": "rank scores, 1 - rank / length, Welch's t over all cells of goal against start",
     }
     artifacts.finish(uri, record, counts=counts, files=files, details=details)
+
+
+def _responses(campaign: Campaign, outcome: Outcome) -> pa.Table:
+    """The matrix of perturbed by responding genes, of the operations' parts."""
+    folder = storage.join(campaign.folder, perturb.RESPONSES)
+    keys = {
+        operation: [key for key in outcome.parts if key.startswith(f"{operation}-")]
+        for operation in campaign.config.perturb.operations
+    }
+    return responses.table({name: [part(folder, key) for key in keys[name]] for name in keys}, campaign.plan)
 
 
 def _not_scored(plan: Design, outcome: Outcome, operations: tuple[str, ...]) -> pa.Table:
