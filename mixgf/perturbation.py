@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf import hits, known, screen_figures, stats
+from mixgf import hits, known, responses, screen_figures, stats
 from mixgf.config import UserError
 from mixgf.page import Cell, Grid, Picture, Run, Section, Text, count, missing, number
 
 MAX_GENES = 40
 """Genes of one operation in the report's table; the artifact holds all."""
+MAX_ROWS, MAX_COLUMNS = 30, 40
+"""Perturbed and responding genes in the report's matrix."""
 
 
 def section(run: Run) -> Section:
@@ -50,6 +52,7 @@ def section(run: Run) -> Section:
         )
         blocks += _calibrated(part, run.tables.get("nulls"), str(operation))
         blocks.append(_genes(hits.asked(part), str(operation), goal=goal))
+        blocks += _responses(run, str(operation), part)
     blocks += _paper(genes, run) + _known(genes, run)
     return Section("perturbation", "In silico perturbation", blocks)
 
@@ -74,6 +77,57 @@ def _calibrated(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) 
             "take with so few donors.",
         ),
     ]
+
+
+def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
+    """What perturbing one gene does to the others, general strength and lability taken out."""
+    pairs = run.tables.get("responses")
+    record = run.records.get("perturb")
+    if pairs is None:
+        num = record.counts.get("responses", 0) if record else 0
+        return [Text(f"The response matrix ({num:,} pairs) is too large for a page: responses.parquet.")] if num else []
+    found = responses.specific(pairs[pairs["operation"].astype(str) == operation])
+    found = found[found["gene"].astype(str) != found["responding"].astype(str)]
+    if found.empty:
+        return []
+    order = hits.asked(genes).assign(size=genes["shift"].abs()).sort_values(["size", "gene"], ascending=[False, True])
+    rows = [gene for gene in order["gene"] if gene in set(found["gene"].astype(str))][:MAX_ROWS]
+    shown = found[found["gene"].astype(str).isin(rows)]
+    strong = (
+        shown["excess"].abs().groupby(shown["responding"].astype(str)).max().sort_values(ascending=False, kind="stable")
+    )
+    wide = shown[shown["responding"].astype(str).isin(strong.index[:MAX_COLUMNS])]
+    table = wide.astype({"gene": str, "symbol": str, "responding": str, "responding_symbol": str}).pivot_table(
+        index=["gene", "symbol"], columns=["responding", "responding_symbol"], values="excess", sort=False
+    )
+    table = table.reindex([key for gene in rows for key in table.index if key[0] == gene])
+    table.index, table.columns = (pd.Index([key[1] or key[0] for key in axis]) for axis in (table.index, table.columns))
+    lead = (
+        found.assign(size=found["excess"].abs())
+        .sort_values(["size", "gene", "responding"], ascending=[False, True, True])
+        .head(15)
+    )
+    listed = [
+        [Cell(str(r["symbol"] or r["gene"]), strong=True), Cell(str(r["responding_symbol"] or r["responding"]), strong=True),
+         number(r["change"], ".4f"), number(r["excess"], "+.2f"), count(r["num_cells"])]
+        for r in lead.to_dict("records")
+    ]  # fmt: skip
+    caption = (
+        f"{operation.capitalize()}: how far the contextual embedding of each gene (column) moves when another (row) is perturbed, as log₂ of "
+        "what the two do in general: 1 = twice as far as one would expect of a perturbation so strong and a gene so easily moved. "
+        f"The {len(table)} genes of the largest shifts, and the {table.shape[1]} responding genes that stand out most; grey: fewer than {responses.MIN_CELLS} cells."
+    )
+    doubt = (
+        "A response is what the model's attention makes of two genes in one sentence. Neighbours in rank move each other, and genes that are "
+        "expressed together do: it is no evidence of regulation, and has no test over donors."
+    )
+    return [
+        Text(f"{operation.capitalize()}: responses of other genes", "heading"),
+        Picture(screen_figures.responses(table, f"responses-{operation}"), caption),
+        Text(doubt, "warn"),
+        Grid("The pairs farthest from what both genes do in general.", ["Perturbed", "Responding", "Change (1 − cosine)", "log₂ of expected", "Cells"],
+             listed, sortable=True),
+    ]  # fmt: skip
 
 
 def _paper(genes: pd.DataFrame, run: Run) -> list[Any]:

@@ -18,6 +18,8 @@ from mixgf import artifacts, findings, hits, perturbation, progress, scorecard, 
 from mixgf.config import Config, fingerprint, to_dict
 from mixgf.page import Run, Section
 
+MAX_PAIRS = 2_000_000
+"""Pairs of genes in a response matrix that is still read."""
 MAX_CELLS = 4000
 """Most cells in the map and its neighbour counts."""
 MAX_SHARDS = 64
@@ -55,10 +57,13 @@ def load(config: Config, *, light: bool = False) -> Run:
         "scores": ("classify", "scores.parquet"), "comparisons": ("classify", "comparisons.parquet"),
         "per_class": ("classify", "per_class.parquet"),
         "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"), "nulls": ("perturb", "calibration.parquet"),
+        "responses": ("perturb", "responses.parquet"),
     }  # fmt: skip
     tables: dict[str, pd.DataFrame] = {}
     for name, (stage, file) in wanted.items():
         uri = storage.join(places[stage], file)
+        if name == "responses" and stage in records and records[stage].counts.get(name, 0) > MAX_PAIRS:
+            continue  # the section says so
         if stage in records and storage.exists(uri):
             tables[name] = storage.read_table(uri).to_pandas()
     lengths: dict[str, np.ndarray] = {}
@@ -159,6 +164,7 @@ def _key(config: Config) -> str:
         "hits.py",
         "known.py",
         "perturbation.py",
+        "responses.py",
         "screen_figures.py",
         "figures.py",
         "resources/report.html.j2",

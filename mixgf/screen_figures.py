@@ -82,6 +82,32 @@ def _name(axes: Any, symbol: str, at: tuple[float, float], *, taken: list[tuple[
     taken.append((px, py))
 
 
+def responses(table: pd.DataFrame, name: str) -> str:
+    """Perturbed (rows) by responding genes (columns), log2 of what both do in general: blue less, orange more."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ends = (SPECIES_COLORS[0], "#f7f7f5", SPECIES_COLORS[1])
+    shades = LinearSegmentedColormap.from_list("excess", ends).with_extremes(bad=FAINT)
+    values = np.ma.masked_invalid(table.to_numpy(float))
+    limit = max(1.0, float(np.ceil(np.nanpercentile(np.abs(table.to_numpy(float)), 99))))
+    with canvas(name, 2.6 + 0.19 * table.shape[1], 1.7 + 0.19 * len(table)) as (figure, out):
+        axes = figure.subplots()
+        drawn = axes.pcolormesh(values, cmap=shades, vmin=-limit, vmax=limit, rasterized=True)
+        axes.set(
+            xticks=np.arange(table.shape[1]) + 0.5,
+            yticks=np.arange(len(table)) + 0.5,
+            yticklabels=list(table.index),
+            xlabel="responding gene",
+            ylabel="perturbed gene",
+        )
+        axes.set_xticklabels(list(table.columns), rotation=90)
+        axes.tick_params(length=0, labelsize=7)
+        axes.invert_yaxis()
+        axes.spines[:].set_visible(False)
+        figure.colorbar(drawn, ax=axes, label="log₂ of expected", shrink=0.8, pad=0.02)
+    return out[0]
+
+
 def calibration(observed: pd.DataFrame, nulls: pd.DataFrame, name: str) -> str:
     """p-values against those of nothing at all, over cells and over donors: observed, and with genes exchanged."""
     with canvas(name, 7.6, 3.5, wspace=0.06) as (figure, out):

@@ -154,7 +154,7 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     driver.run(configure(inputs, few, response=6, **chosen), local=True)
     part = storage.read_table(f"{few}/perturb/responses.parquet").to_pandas()
     keys = ["operation", "gene", "responding"]
-    both = part.astype({k: str for k in keys}).merge(frame.astype({k: str for k in keys}), on=keys)
+    both = part.astype(dict.fromkeys(keys, str)).merge(frame.astype(dict.fromkeys(keys, str)), on=keys)
     assert len(both) == len(part) < len(frame)
     assert both["change_x"].to_numpy() == pytest.approx(both["change_y"].to_numpy(), abs=1e-6)
     assert (both["num_cells_x"] == both["num_cells_y"]).all()

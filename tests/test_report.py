@@ -289,6 +289,30 @@ def test_a_test_that_cries_wolf_on_nothing_is_named(config):
     assert "could not be checked" in _text(with_nulls)  # `overexpress`
 
 
+def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(config):
+    run = report.load(config, light=True)
+    rng = np.random.default_rng(5)
+    rows = [
+        {"operation": "delete", "gene": f"ENSG{k:05d}", "symbol": f"GENE{k}", "responding": f"ENSG{r:05d}", "responding_symbol": f"GENE{r}",
+         "num_cells": 20, "change": 0.01 * (k + 1) * (r + 1) * (16 if (k, r) == (3, 7) else 1) * np.exp(rng.normal(0, 0.05)), "sd": 0.0}
+        for k in range(30) for r in range(12) if k != r
+    ]  # fmt: skip
+    with_pairs = dataclasses.replace(run, tables=run.tables | {"responses": pd.DataFrame(rows)})
+    section = perturbation.section(with_pairs)
+    grid = next(b for b in section.blocks if isinstance(b, page.Grid) and b.head[0] == "Perturbed")
+    assert [cell.text for cell in grid.rows[0][:2]] == ["GENE3", "GENE7"]
+    assert grid.rows[0][3].order == pytest.approx(4, abs=0.3)
+    assert "no evidence of regulation" in _text(section)
+    assert (
+        sum("contextual embedding of each gene" in b.caption for b in section.blocks if isinstance(b, page.Picture))
+        == 1
+    )
+    assert "responses of other genes" not in _text(perturbation.section(run))
+    many = dataclasses.replace(run.records["perturb"], counts=run.records["perturb"].counts | {"responses": 9_000_000})
+    large = dataclasses.replace(run, records=run.records | {"perturb": many})
+    assert "9,000,000 pairs) is too large for a page" in _text(perturbation.section(large))
+
+
 def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
     run = report.load(config, light=True)
     genes = run.tables["genes"].assign(de_statistic=np.tile(np.arange(30.0), 2))
