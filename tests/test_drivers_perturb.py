@@ -3,8 +3,9 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
-from mixgf import artifacts, checkpoint, config, cost, storage
+from mixgf import artifacts, checkpoint, config, cost, storage, targets
 from mixgf.config import UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers import perturb as driver
@@ -158,6 +159,59 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     assert len(both) == len(part) < len(frame)
     assert both["change_x"].to_numpy() == pytest.approx(both["change_y"].to_numpy(), abs=1e-6)
     assert (both["num_cells_x"] == both["num_cells_y"]).all()
+
+
+def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp_path):
+    """States are means over all their cells, by donor as well; every alternative has its shift, and their mean stands beside."""
+    others = ("donor == 'd1'", "donor in ['d2', 'd3'] and cell_type == 'beta'")
+    driver.run(configure(inputs, tmp_path, alternatives=others, max_cells=3), local=True)
+    corpus, encoder = Corpus(inputs.corpus), checkpoint.load_encoder(inputs.checkpoint)[0].eval()
+    obs = corpus.obs()
+
+    def hidden(sentence):
+        with torch.no_grad():
+            return encoder(torch.tensor(sentence), torch.tensor([0, len(sentence)])).double().numpy()
+
+    vectors = np.stack([hidden(corpus.tokens([c])[0].tolist()).mean(axis=0) for c in range(NUM_CELLS)])
+    expressions = {
+        "start": "cell_type == 'alpha'",
+        "goal": "cell_type == 'beta'",
+        "alternative_0": others[0],
+        "alternative_1": others[1],
+    }
+    states = storage.read_table(f"{tmp_path}/perturb/states.parquet").to_pandas()
+    means = {}
+    for name, text in expressions.items():
+        cells = np.flatnonzero(obs.eval(text))
+        means[name] = vectors[cells].mean(axis=0)
+        mine = states[states["state"] == name].set_index("donor")
+        assert set(mine.index) == {"", *obs["donor"].iloc[cells]}
+        for donor, row in mine.iterrows():
+            chosen = cells if not donor else cells[(obs["donor"].iloc[cells] == donor).to_numpy()]
+            assert row["num_cells"] == len(chosen)
+            assert np.array(row["vector"]) == pytest.approx(vectors[chosen].mean(axis=0), abs=1e-6)
+    frame = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
+    perturbed = targets.design(corpus, configure(inputs, tmp_path, alternatives=others, max_cells=3)).cells_N.tolist()
+    deleted = frame[frame["operation"] == "delete"].set_index("symbol")
+    checked = 0
+    for symbol, row in deleted.iterrows():
+        token, found = corpus.vocabulary.find(symbol, "human"), {name: [] for name in expressions}
+        for sentence in (corpus.tokens([c])[0].tolist() for c in perturbed):
+            if token in sentence:
+                at = sentence.index(token)
+                before = np.delete(hidden(sentence), at, axis=0).mean(axis=0)
+                after = hidden(sentence[:at] + sentence[at + 1 :]).mean(axis=0)
+                for name, goal in means.items():
+                    cosine = [v @ goal / np.linalg.norm(v) / np.linalg.norm(goal) for v in (before, after)]
+                    found[name].append(cosine[1] - cosine[0])
+        for column, name in (("shift", "goal"), *((f"shift_{n}", n) for n in ("alternative_0", "alternative_1"))):
+            assert row[column] == pytest.approx(np.mean(found[name]), abs=1e-6)
+        both = np.mean([np.mean(found["alternative_0"]), np.mean(found["alternative_1"])])
+        assert row["shift_alternatives"] == pytest.approx(both, abs=1e-6)
+        assert row["shift_minus_alternatives"] == pytest.approx(np.mean(found["goal"]) - both, abs=1e-6)
+        checked += 1
+    assert checked > 5
+    assert deleted["shift"].abs().max() > 1e-3
 
 
 @pytest.mark.ray
