@@ -398,7 +398,7 @@ def _warnings(columns: dict[str, object], mean_GC: Floats, *, has_goal: bool, in
         if fdr_cell[g] < 0.05 and p_donor[g] >= 0.05:
             found.append("significant over cells only, not over donors")
         if abs(other[g]) >= abs(shift[g]) / 2 and other[g] * shift[g] > 0:
-            found.append("moves towards the alternatives as well")
+            found.append("moves cells towards the other states as well")
         if has_goal and abs(de[g]) > MARKER_T:
             found.append(f"differs itself between start and goal (t = {de[g]:.1f})")
         texts.append("; ".join(found))

@@ -41,13 +41,20 @@ def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
 
 
-def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
-    """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain."""
+def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tuple[str, str]]:
+    """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain.
+
+    `num_tests`: genes that a screen chose these from; 0 = nothing was chosen.
+    """
     out: list[tuple[str, str]] = []
     nulls = drawn(genes)
     genes = asked(genes)
     top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
     names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
+    if goal:
+        last = genes[genes["shift"] < 0].sort_values(["shift", "gene"]).head(5)
+        away = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(last["symbol"], last["shift"], strict=True))
+        names += f"; away from it: {away}" if away else ""
     out.append(("plain", f"Largest shifts{' towards the goal state' if goal else ''}: {names}."))
     donors = int(genes["num_donors"].max())
     found, repeated, cell_level = (
@@ -71,7 +78,7 @@ def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
     else:
         out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
     if len(found) == 0 and stats.smallest_p(donors) <= LEVEL:
-        out.append(("plain", _power(donors, len(genes))))
+        out.append(("plain", _power(donors, max(num_tests, len(genes)))))
     if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
         repeating, cells = (float((nulls[name] <= LEVEL).mean()) for name in ("fdr_donor", "fdr_cell"))
         text = (

@@ -14,6 +14,7 @@ from mixgf.page import Cell, Grid, Picture, Run, Section, Text, count, missing, 
 
 MAX_GENES = 40
 """Genes of one operation in the report's table; the artifact holds all."""
+NO_DOUBT = "none of the checks objects"
 MAX_ROWS, MAX_COLUMNS = 30, 40
 """Perturbed and responding genes in the report's matrix."""
 
@@ -34,13 +35,17 @@ def section(run: Run) -> Section:
              "exceeds what genes of the same rank do, and agrees with an experiment.", "warn"),
     ]  # fmt: skip
     record = run.records.get("perturb")
+    screened = record.counts.get("screened_out", 0) if record else 0
+    num_tests = genes["gene"].nunique() + screened if screened else 0
+    blocks += _others(record.details.get("states", {})) if record else []
     blocks += [
         Text(f"{str(text)[:1].upper()}{str(text)[1:]}.", "warn")
         for text in (record.details.get("warnings", []) if record else [])
     ]
     for operation, part in genes.groupby("operation", sort=False):
         blocks.append(Text(f"{str(operation).capitalize()}", "heading"))
-        blocks += [Text(text, tone) for tone, text in hits.sentences(part, goal=goal)]
+        said = hits.sentences(part, goal=goal, num_tests=num_tests)
+        blocks += [Text(text, tone) for tone, text in said]
         tested = bool(np.isfinite(part["p_donor"]).any()) and stats.smallest_p(int(part["num_donors"].max())) <= 0.05
         p, title = ("p_donor", "over donors") if tested else ("p_cell", "over cells, not replicated")
         blocks.append(
@@ -77,6 +82,15 @@ def _calibrated(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) 
             "take with so few donors.",
         ),
     ]
+
+
+def _others(states: dict[str, str]) -> list[Any]:
+    """Which states an effect should leave alone."""
+    names = [text for name, text in states.items() if name.startswith("alternative")]
+    if not names:
+        return []
+    return [Text(f"Other states, for comparison: {'; '.join(f'`{name}`' for name in names)}. A perturbation that moves cells towards these as well "
+                 "is no answer to the question: the cells merely change.")]  # fmt: skip
 
 
 def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
@@ -138,7 +152,7 @@ def _paper(genes: pd.DataFrame, run: Run) -> list[Any]:
         [Cell(r["symbol"], strong=True), Cell(r["operation"]), count(r["paper_rank"]), number(r["paper_shift"], ".4f"), number(r["paper_p"], ".2e"),
          Cell(f"{r['rank']:,} of {r['of']:,}" if r["rank"] > 0 else "not scored", float(r["rank"])), number(r["shift"], "+.4f"),
          number(r["p_cell"], ".2e"), number(r["p_donor"], ".2g"), number(r["null_percentile"], ".0f"), number(r["coverage"], ".1%"),
-         Cell("; ".join(doubts(r["warnings"])) or "no warning")]
+         Cell("; ".join(doubts(r["warnings"])) or NO_DOUBT)]
         for r in table.to_dict("records")
     ]  # fmt: skip
     head = ["Gene", "Operation", "Paper: rank", "Paper: shift", "Paper: p", "Rank here", "Shift here", "p, cells (as published)", "p, donors",
@@ -221,7 +235,7 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Grid:
             count(gene["num_cells"]), count(gene["num_donors"]), number(gene["coverage"], ".0%"), number(gene["mean_rank"], ",.0f"),
             number(gene["rank_expected"], "+.4f"), number(gene["shift_minus_rank_expected"], "+.4f"),
             number(gene["null_percentile"], ".0f"), number(gene["de_log_fold"], "+.2f"), number(gene["p_donor"], ".2g"), number(gene["fdr_donor"], ".2g"),
-            number(gene["fdr_cell"], ".2g"), Cell("; ".join(why) or "no warning", len(why)),
+            number(gene["fdr_cell"], ".2g"), Cell("; ".join(why) or NO_DOUBT, len(why)),
         ])  # fmt: skip
     which = f"the {len(few)} largest shifts" + (
         f" and the {len(shown) - len(few)} most negative" if len(shown) > len(few) else ""

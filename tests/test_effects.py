@@ -221,7 +221,7 @@ def test_the_universal_response_is_subtracted_and_named():
     plan = design(15, [0, 1, 2, 0, 1, 2], states=("start", "goal", "alternative_0"))
     frame = table(plan, shift, alternative=shift - 0.01)
     assert frame["shift_minus_alternatives"].to_numpy() == pytest.approx(0.01)
-    assert frame["warnings"].str.contains("moves towards the alternatives as well").all()
+    assert frame["warnings"].str.contains("moves cells towards the other states as well").all()
 
 
 def test_a_gene_without_cells_has_no_figures():
