@@ -123,23 +123,24 @@ def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
     )
     listed = [
         [Cell(str(r["symbol"] or r["gene"]), strong=True), Cell(str(r["responding_symbol"] or r["responding"]), strong=True),
-         number(r["change"], ".4f"), number(r["excess"], "+.2f"), count(r["num_cells"])]
+         number(r["change_still"], ".2g"), number(r["excess"], "+.2f"), count(r["num_still"]), number(r["change"], ".2g"), count(r["num_cells"])]
         for r in lead.to_dict("records")
     ]  # fmt: skip
     caption = (
-        f"{operation.capitalize()}: how far the contextual embedding of each gene (column) moves when another (row) is perturbed, as log₂ of "
+        f"{operation.capitalize()}: how far the contextual embedding of each gene (column) moves when another (row) is perturbed, in cells where its place stays, as log₂ of "
         "what the two do in general: 1 = twice as far as one would expect of a perturbation so strong and a gene so easily moved. "
         f"The {len(table)} genes of the largest shifts, and the {table.shape[1]} responding genes that stand out most; grey: fewer than {responses.MIN_CELLS} cells."
     )
     doubt = (
         "A response is what the model's attention makes of two genes in one sentence. Neighbours in rank move each other, and genes that are "
-        "expressed together do: it is no evidence of regulation, and has no test over donors."
+        "expressed together do: it is no evidence of regulation, and has no test over donors. Cells in which the perturbation moves the "
+        "responding gene to another rank are left out: there, the new place is nearly all of the change."
     )
     return [
         Text(f"{operation.capitalize()}: responses of other genes", "heading"),
         Picture(screen_figures.responses(table, f"responses-{operation}"), caption),
         Text(doubt, "warn"),
-        Grid("The pairs farthest from what both genes do in general.", ["Perturbed", "Responding", "Change (1 − cosine)", "log₂ of expected", "Cells"],
+        Grid("The pairs farthest from what both genes do in general.", ["Perturbed", "Responding", "Change (1 − cosine), place kept", "log₂ of expected", "Cells", "Change, all cells", "All cells"],
              listed, sortable=True),
     ]  # fmt: skip
 

@@ -136,16 +136,17 @@ def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, 
     value_N = obs[label].astype(str)
     free_N = ~value_N.isin([*value_N[asked].unique(), *config.classify.unlabelled]).to_numpy()
     free_N &= np.isin(corpus.species_N, np.unique(corpus.species_N[start]))
-    sources = sorted(obs["source"].astype(str)[start].unique()) if "source" in obs.columns else []
-    own_N = obs["source"].astype(str).isin(sources).to_numpy() if sources else free_N
-    for chosen_N, where in ((free_N & own_N, f" and source in {sources!r}" if sources else ""), (free_N, "")):
+    source_N = obs["source"].astype(str)
+    sources = sorted(source_N[start].unique())
+    own_N = source_N.isin(sources).to_numpy()
+    for chosen_N, where in ((free_N & own_N, f" and source in {sources!r}"), (free_N, "")):
         counts = value_N[chosen_N].value_counts()
         names = sorted(counts.index[counts >= MIN_STATE_CELLS], key=lambda name: (-int(counts[name]), name))
         if len(names) >= 2 or not where:
             break
-    kinds = sorted({corpus.species[code] for code in corpus.species_N[start]})
-    if len(corpus.species) > len(kinds):
-        where += f" and species in {kinds!r}"
+    kinds = np.unique(corpus.species_N[start])
+    if len(np.unique(corpus.species_N[own_N if where else slice(None)])) > len(kinds):
+        where += f" and species in {[corpus.species[code] for code in kinds]!r}"
     return tuple(f"{label} == {name!r}{where}" for name in names[: settings.unrelated])
 
 

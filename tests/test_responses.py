@@ -28,15 +28,16 @@ def states(encoder, sentence, layers):
 
 
 def plain(encoder, sentences, pairs, operation, watched, *, lead=0, max_len=100, layers=None):
-    """(target, responding token) to the list of 1 - cos, by definition."""
+    """(target, responding token) to the list of (1 - cos, whether its place is the same), by definition."""
     found = defaultdict(list)
     for target, cell, genes in pairs:
-        before = states(encoder, sentences[cell], layers)
-        after = states(encoder, perturbed(sentences[cell], genes, operation, lead, max_len), layers)
+        old, new = sentences[cell], perturbed(sentences[cell], genes, operation, lead, max_len)
+        before, after = states(encoder, old, layers), states(encoder, new, layers)
         for token in watched:
             if token in before and token in after and token not in genes:
                 a, b = before[token], after[token]
-                found[target, token].append(1 - a @ b / np.sqrt((a @ a) * (b @ b)))
+                change = 1 - a @ b / np.sqrt((a @ a) * (b @ b))
+                found[target, token].append((change, old.index(token) == new.index(token)))
     return found
 
 
@@ -60,11 +61,16 @@ def test_equals_the_plain_implementation(operation, lead, layers):
     assert sums.num_KR.sum() > 20
     for k in range(4):
         for r, token in enumerate(watched.tolist()):
-            values = np.array(expected.get((k, token), []))
+            values, still = np.array(expected.get((k, token), [(0.0, 0.0)])).T
+            if (k, token) not in expected:
+                values = still = np.empty(0)
+            assert sums.num_still_KR[k, r] == still.sum()
+            assert sums.still_KR[k, r] == pytest.approx(values @ still, abs=1e-6)
             assert sums.num_KR[k, r] == len(values)
             assert sums.sum_KR[k, r] == pytest.approx(values.sum(), abs=1e-6)
             assert sums.squares_KR[k, r] == pytest.approx((values**2).sum(), abs=1e-6)
     assert sums.sum_KR.max() > 1e-3  # the comparison can fail
+    assert 0 < sums.num_still_KR.sum() < sums.num_KR.sum()
 
 
 def design(num_targets=3, num_watched=4):
@@ -78,11 +84,13 @@ def design(num_targets=3, num_watched=4):
 
 
 def test_parts_add_up_to_means_by_hand():
-    def sums(num, total, squares):
-        return responses.Sums(num_KR=np.array(num), sum_KR=np.array(total), squares_KR=np.array(squares))
+    def sums(*fields):
+        return responses.Sums(**{n: np.array(v) for n, v in zip(responses.FIELDS, fields, strict=True)})
 
-    first = sums([[1, 0], [2, 0]], [[0.5, 0], [0.4, 0]], [[0.25, 0], [0.1, 0]]).part(np.array([0, 2]))
-    second = sums([[1, 3]], [[0.1, 0.6]], [[0.01, 0.12]]).part(np.array([0]))
+    first = sums(
+        [[1, 0], [2, 0]], [[0.5, 0], [0.4, 0]], [[0.25, 0], [0.1, 0]], [[1, 0], [0, 0]], [[0.5, 0], [0.0, 0]]
+    ).part(np.array([0, 2]))
+    second = sums([[1, 3]], [[0.1, 0.6]], [[0.01, 0.12]], [[0, 2]], [[0.0, 0.3]]).part(np.array([0]))
     frame = responses.table({"delete": [first, second]}, design(3, 2)).to_pandas()
     assert frame[["symbol", "responding_symbol", "num_cells"]].to_numpy().tolist() == [
         ["p0", "r0", 2],
@@ -90,6 +98,9 @@ def test_parts_add_up_to_means_by_hand():
         ["p2", "r0", 2],
     ]
     assert frame["change"].tolist() == pytest.approx([0.3, 0.2, 0.2])
+    assert frame["num_still"].tolist() == [1, 2, 0]
+    assert frame["change_still"].tolist()[:2] == pytest.approx([0.5, 0.15])
+    assert np.isnan(frame["change_still"][2])
     assert frame["sd"].tolist() == pytest.approx([np.std([0.5, 0.1], ddof=1), 0.0, np.sqrt(0.02)], abs=1e-7)
 
 
@@ -98,11 +109,11 @@ def test_what_is_between_two_genes_is_what_neither_does_in_general():
     general = np.exp2(rng.normal(0, 2, (12, 1)) + rng.normal(0, 2, (1, 9)))
     general[4, 5] *= 8
     rows = [
-        {"gene": f"p{k}", "responding": f"r{r}", "num_cells": 9, "change": general[k, r]}
+        {"gene": f"p{k}", "responding": f"r{r}", "num_still": 9, "change_still": general[k, r]}
         for k in range(12)
         for r in range(9)
     ]
-    rows.append({"gene": "p0", "responding": "r99", "num_cells": responses.MIN_CELLS - 1, "change": 1.0})
+    rows.append({"gene": "p0", "responding": "r99", "num_still": responses.MIN_CELLS - 1, "change_still": 1.0})
     found = responses.specific(pd.DataFrame(rows)).set_index(["gene", "responding"])["excess"]
     assert len(found) == 108
     assert found["p4", "r5"] == pytest.approx(3)
@@ -135,7 +146,8 @@ def test_a_matrix_needs_no_cells_of_its_own_and_names_the_most_frequent_genes(co
         for (k, token), changes in expected.items():
             row = value.loc[(plan.targets[k].symbol, symbols[token])]
             assert row["num_cells"] == len(changes)
-            assert row["change"] == pytest.approx(np.mean(changes), abs=1e-6)
+            assert row["change"] == pytest.approx(np.mean([change for change, _ in changes]), abs=1e-6)
+            assert row["num_still"] == sum(still for _, still in changes)
 
 
 @pytest.fixture(scope="module")
