@@ -36,6 +36,8 @@ MARKER_T = 5.0
 """Differential-expression statistic above which the gene itself is a mark of the states."""
 MIN_REFERENCE = 20
 """Fewest genes drawn for comparison that others are compared with; with fewer, all scored genes are."""
+ORDINARY = (2.5, 97.5)
+"""Null percentiles between which a shift is what genes of like rank and coverage do."""
 PSEUDO_SCORE = 0.01
 """Added to mean rank scores before their ratio is taken."""
 
@@ -391,7 +393,7 @@ def _warnings(columns: dict[str, object], mean_GC: Floats, *, has_goal: bool, in
             found.append(f"{donors[g]:.0f} donor(s): no donor-level test, the interval is over cells")
         elif carried[g]:
             found.append("one donor carries it")
-        if 5 <= percentile[g] <= 95:
+        if ORDINARY[0] <= percentile[g] <= ORDINARY[1]:
             found.append("ordinary for its rank and coverage")
         elif np.isnan(percentile[g]):
             found.append("too few genes for a matched null")

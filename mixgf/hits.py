@@ -9,11 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mixgf import stats
+from mixgf import effects, stats
 from mixgf.known import LEVEL
-
-ORDINARY = (2.5, 97.5)
-"""Null percentiles between which a shift is what genes of like rank and coverage do."""
 
 
 def spearman(a: pd.Series, b: pd.Series) -> float:
@@ -37,7 +34,7 @@ def drawn(genes: pd.DataFrame) -> pd.DataFrame:
 def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     """Genes that repeat over donors at an FDR of `level` and are unusual for their rank; the largest shift first."""
     genes = asked(genes)
-    unusual = (genes["null_percentile"] < ORDINARY[0]) | (genes["null_percentile"] > ORDINARY[1])
+    unusual = (genes["null_percentile"] < effects.ORDINARY[0]) | (genes["null_percentile"] > effects.ORDINARY[1])
     return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
 
 
