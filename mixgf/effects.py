@@ -38,6 +38,8 @@ MIN_REFERENCE = 20
 """Fewest genes drawn for comparison that others are compared with; with fewer, all scored genes are."""
 ORDINARY = (2.5, 97.5)
 """Null percentiles between which a shift is what genes of like rank and coverage do."""
+MARK = "differs itself between start and goal"
+"""The warning on a gene that is a mark of the states."""
 PSEUDO_SCORE = 0.01
 """Added to mean rank scores before their ratio is taken."""
 
@@ -402,7 +404,7 @@ def _warnings(columns: dict[str, object], mean_GC: Floats, *, has_goal: bool, in
         if abs(other[g]) >= abs(shift[g]) / 2 and other[g] * shift[g] > 0:
             found.append("moves cells towards the other states as well")
         if has_goal and abs(de[g]) > MARKER_T:
-            found.append(f"differs itself between start and goal (t = {de[g]:.1f})")
+            found.append(f"{MARK} (t = {de[g]:.1f})")
         texts.append("; ".join(found))
     return texts
 

@@ -66,6 +66,7 @@ def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tu
             f"predicts, and are unusual among genes of like rank and coverage."
         )
         out.append(("good", text))
+        out += _objections(found)
     elif stats.smallest_p(donors) > LEVEL:
         few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {stats.smallest_p(donors):.2g}"
         out.append(("warn", f"No gene can be called a replicated hit: {few}."))
@@ -97,6 +98,22 @@ def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tu
     if np.isfinite(rho):
         text = f"Agreement with differential expression between start and goal: Spearman {rho:.2f}."
         out.append(("plain", text))
+    return out
+
+
+def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
+    """What speaks against the hits as a whole: most are often marks of the state that they are said to bring about."""
+    marks = found["warnings"].astype(str).str.contains(effects.MARK)
+    free = found.loc[found["warnings"].astype(str) == "", "symbol"].tolist()
+    out = []
+    if marks.any():
+        text = (
+            f"{int(marks.sum()):,} of {len(found):,} hits differ themselves between start and goal. A cell that is given a mark of the goal looks more "
+            "like the goal, whatever the gene does: these hits say little beyond differential expression."
+        )
+        out.append(("warn", text))
+    names = f"{', '.join(free[:12])}{', ...' if len(free) > 12 else ''}" if free else "none"
+    out.append(("plain", f"Hits that none of the checks in the table's last column objects to: {names}."))
     return out
 
 

@@ -244,7 +244,7 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Grid:
     return Grid(
         f"{operation.capitalize()}: {which} of {len(genes):,} genes; a click on a heading sorts. Excess: shift less what rank alone "
         "predicts. Null percentile: place among genes of like rank and detection (50 = ordinary). DE: differential "
-        "expression of the goal against the start state."
+        "expression of the goal against the start state, of rank scores. Seen in: share of cells whose sentence holds the gene."
         if goal
         else f"{operation.capitalize()}: {which} of {len(genes):,} genes.",
         head,

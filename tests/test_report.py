@@ -249,6 +249,13 @@ def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
     genes = _genes(num_donors=8, fdr_donor=[0.01] * 10 + [0.5] * 20, null_percentile=[99.0, 1.0] + [50.0] * 27 + [99.0])
     assert set(hits.hits(genes)["symbol"]) == {"GENE0", "GENE1"}
     assert ("good", "2 of 30 genes are hits") in [(tone, text[:22]) for tone, text in hits.sentences(genes, goal=True)]
+    said = " ".join(text for _, text in hits.sentences(genes, goal=True))
+    assert "last column objects to: none." in said
+    assert "differ themselves" not in said
+    marked = genes.assign(warnings=["", "differs itself between start and goal (t = 9.0)"] * 15)
+    said = " ".join(text for _, text in hits.sentences(marked, goal=True))
+    assert "1 of 2 hits differ themselves between start and goal" in said
+    assert "objects to: GENE0." in said
     assert hits.hits(genes.assign(role="null")).empty  # what was scored for comparison is nobody's hit
     mixed = genes.assign(
         role=["target"] * 5 + ["null"] * 25, reference=[False] * 5 + [True] * 25
