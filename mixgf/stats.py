@@ -29,15 +29,6 @@ SCORED_AMONG = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """A figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupMeans:
     """Means of groups with intervals, all of shape (G,); NaN where a group has no values (or no spread to judge)."""
 
@@ -383,44 +374,3 @@ def welch(num_2G: Floats, mean_2G: Floats, variance_2G: Floats) -> Floats:
         difference_G = mean_2G[1] - mean_2G[0]
         t_G = np.where(difference_G == 0, 0.0, difference_G / error_G)
     return np.where(num_2G.min(axis=0) >= 2, t_G, np.nan)
-
-
-def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> Estimate:
-    """A proportion with its Wilson score interval; NaN without trials."""
-    if trials == 0:
-        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
-    interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return Estimate(value=successes / trials, low=float(interval.low), high=float(interval.high))
-
-
-def auroc(score_G: Floats, known_G: Bools, *, confidence: float = 0.95) -> Estimate:
-    """Area under the ROC curve of the scores for known against other genes, with DeLong's interval, cut to 0..1."""
-    positive, negative = score_G[known_G], score_G[~known_G]
-    m, n = len(positive), len(negative)
-    if m == 0 or n == 0:
-        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
-    ranks = stats.rankdata(np.concatenate([positive, negative]))
-    above = (ranks[:m] - stats.rankdata(positive)) / n  # share of negatives below each positive
-    below = 1 - (ranks[m:] - stats.rankdata(negative)) / m
-    value = float(above.mean())
-    if m < 2 or n < 2:
-        return Estimate(value=value, low=float("nan"), high=float("nan"))
-    half = float(special.ndtri(0.5 + confidence / 2)) * float(np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n))
-    return Estimate(value=value, low=max(0.0, value - half), high=min(1.0, value + half))
-
-
-def score_against(score_G: Floats, hit_G: Bools, known_G: Bools) -> dict[str, Estimate]:
-    """How well hits and scores find a list of known genes: PPV, NPV, sensitivity, specificity, AUROC, with intervals.
-
-    Genes without a score (NaN) are left out. Higher scores mean more likely.
-    """
-    scored = np.isfinite(score_G)
-    score, hit, known = score_G[scored], hit_G[scored], known_G[scored]
-    both, neither = int((hit & known).sum()), int((~hit & ~known).sum())
-    return {
-        "ppv": wilson(both, int(hit.sum())),
-        "npv": wilson(neither, int((~hit).sum())),
-        "sensitivity": wilson(both, int(known.sum())),
-        "specificity": wilson(neither, int((~known).sum())),
-        "auroc": auroc(score, known),
-    }
