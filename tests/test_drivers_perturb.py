@@ -330,6 +330,38 @@ def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agre
     assert any("drawn at random" in text for text in record.details["warnings"])
 
 
+def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make_corpus, inputs, tmp_path):
+    corpus = make_corpus([18] * 40, [0] * 40, [40], genes=70, names=("human",))
+    weights, vocabulary = f"{tmp_path}/pretrain", Corpus(corpus).vocabulary
+    record = artifacts.plan("checkpoint", 1, {}, {})
+    artifacts.begin(weights, record)
+    model = MaskedModel(ROW, vocabulary.size, seed=5)
+    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=config.Tokens(max_len=20))
+    mine = config.Inputs(corpus=corpus, checkpoint=weights)
+    chosen = {
+        "screen": 6,
+        "screen_sample": 12,
+        "null_genes": 14,
+        "screen_agreement": -1.0,
+        "alternatives": (),
+        "operations": ("delete",),
+    }
+    driver.run(configure(mine, tmp_path, **chosen), local=True)
+    frame = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
+    record = artifacts.find(f"{tmp_path}/perturb")
+    whole = record.counts["screened_out"] + len(frame)
+    assert frame["reference"].sum() == 26
+    assert 26 < len(frame) <= 32 < whole
+    fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
+    best = set(fate["gene"].iloc[:3]) | set(fate.dropna(subset="estimate")["gene"].iloc[-3:])
+    assert best <= set(frame["gene"])
+    assert set(frame.loc[~frame["reference"], "gene"]) <= best  # who was not drawn was chosen
+    assert frame["null_percentile"].notna().all()
+    order = frame.sort_values("p_cell", ignore_index=True)
+    assert order["fdr_cell"].iloc[-1] == pytest.approx(min(1, order["p_cell"].iloc[-1] * whole / len(frame)))
+    assert any(f"count all {whole} genes" in text for text in record.details["warnings"])
+
+
 def test_a_screen_that_agrees_too_little_is_not_followed(inputs, whole, tmp_path):
     driver.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=1.0), local=True)
     every, found = shifts(whole), shifts(tmp_path)
