@@ -18,7 +18,7 @@ from scipy import stats as distributions
 
 from mixgf import judge, stats, sweep
 from mixgf.config import Config, Tune
-from mixgf.stats import Estimate
+from mixgf.known import Estimate
 from mixgf.sweep import Arm
 
 Floats = npt.NDArray[np.float64]

@@ -404,16 +404,21 @@ class Perturb:
     goal: str = ""
     """Cells that define the goal state; empty = no goal, the shift is 1 - cos(original, perturbed)."""
     alternatives: tuple[str, ...] = ()
-    """Expressions of further states whose shifts are reported too."""
+    """Expressions of further states whose shifts are reported too, each and on average."""
+    unrelated: int = 6
+    """With a goal and no `alternatives`: so many states that have nothing to do with the question stand in for them, so that
+    an effect that goes everywhere is seen. They are the values of classify.label with the most cells (at least 20) and no
+    cell of start or goal, in the start cells' own files where these have two such values. 0 = none."""
     operations: tuple[str, ...] = ("delete", "overexpress")
     """`delete`, `overexpress`, `inhibit`, `activate`."""
     rank_share: float = 0.25
     """How far inhibit and activate move a gene, as a share of the sentence."""
     genes: tuple[str, ...] = ()
     """Ensembl ids or symbols; `+` joins genes that are perturbed together; empty = all detected genes."""
-    null_genes: int = 0
-    """Genes that are scored beside named `genes` for comparison only: matched to them in rank and coverage, drawn with a key.
-    Without some 100 of them a named gene has nothing to be unusual among."""
+    null_genes: int = -1
+    """Genes that others are compared with. Beside named `genes`: scored for that only, matched to them in rank and coverage;
+    without some 100 of them a named gene has nothing to be unusual among. After a `screen`: like the chosen genes in rank and
+    coverage, drawn among all genes whatever their estimates, as the chosen ones are all extreme. -1 = 100 after a screen, else 0."""
     anchor: str = ""
     """A gene that is perturbed together with each of the others (pairs), and once alone; empty = none."""
     min_coverage: float = 0.05
@@ -428,6 +433,9 @@ class Perturb:
     donor: str = "donor"
     insert_absent: bool = True
     """Overexpress a gene in cells whose sentence lacks it, too; false = only where it is detected (published, cheaper)."""
+    response: int = 0
+    """Columns of a matrix of what each perturbation does to every other gene's contextual embedding (1 - cos): the genes in
+    most of the perturbed cells, say 200 (`responses.parquet`, some ten bytes a pair of genes); 0 = no matrix."""
     block_genes: int = 64
     """Genes per work unit."""
     block_cells: int = 16
@@ -444,6 +452,8 @@ class Perturb:
     """Print the paper's Table 4 beside the run: `dkd`, `adpkd` or `alzheimer`; empty = none. Only read, too."""
     screen: int = 0
     """Genes per operation that are scored exactly, after a cheap estimate of all of them; 0 = all genes are. Needs a goal."""
+    direction: str = "both"
+    """What a screen looks for: genes that move cells `towards` the goal, `away` from it, or `both` (half of `screen` each)."""
     screen_grid: int = 8
     """Ranks per cell at which the estimate is exact. More is better and slower."""
     screen_sample: int = 64
@@ -466,7 +476,12 @@ class Perturb:
         _one_of("perturb.variant", self.variant, ("remaining", "all", "cls"))
         _one_of("perturb.mode", self.mode, ("honest", "paper"))
         _one_of("perturb.published", self.published, ("", "dkd", "adpkd", "alzheimer"))
-        _require(self.null_genes >= 0, "perturb.null_genes", self.null_genes, "at least 0")
+        _one_of("perturb.direction", self.direction, ("both", "towards", "away"))
+        _require(
+            self.null_genes >= -1, "perturb.null_genes", self.null_genes, "at least 0, or -1 = as many as are needed"
+        )
+        _require(self.response >= 0, "perturb.response", self.response, "at least 0")
+        _require(self.unrelated >= 0, "perturb.unrelated", self.unrelated, "at least 0")
         _require(self.layer < 0, "perturb.layer", self.layer, "negative, counted from the last layer")
         for name in ("screen", "budget_hours", "budget_cost", "price", "worker_flops"):
             _require(getattr(self, name) >= 0, f"perturb.{name}", getattr(self, name), "at least 0")
@@ -477,12 +492,6 @@ class Perturb:
                      "0 without perturb.goal: a response without direction has no cheap estimate")  # fmt: skip
             _require(
                 not self.anchor, "perturb.screen", self.screen, "0 with perturb.anchor: pairs have no cheap estimate"
-            )
-            _require(
-                not self.null_genes,
-                "perturb.screen",
-                self.screen,
-                "0 with perturb.null_genes: its own sample is the company",
             )
             for operation in self.operations:
                 _require(operation in {"delete", "overexpress"}, "perturb.screen", self.screen,

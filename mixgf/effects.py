@@ -2,9 +2,14 @@
 
 Beside every effect stand what its gene's rank alone predicts, how it ranks among genes like it, whether it repeats in other
 donors, what happens towards unrelated states, and how much the gene itself differs between the states (spec section 9).
-The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* repeats over donors
-(`stats.less_expected`, `stats.sign_flip`); cells without a donor's name (`classify.unlabelled`) take no part in it, and are
-one more cluster of the interval. `calibration` shows on the run's own shifts whether the tests keep their word.
+The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* (`stats.less_expected`) has
+a place among genes of like rank (`stats.normal_scores`) that repeats over donors (`stats.sign_flip`); cells without a donor's
+name (`classify.unlabelled`) take no part in it, and are one more cluster of the interval. `calibration` shows on the run's own
+shifts whether the tests keep their word.
+
+Every comparison with other genes (expectation, places, percentiles, rank sums) is one with the genes that were drawn without
+regard to what they do (`Target.drawn`), where a screen or the user chose the others; else with all. False discovery rates
+count every gene that a screen looked at.
 
 Differential expression is taken from the corpus, which holds ranks and no counts: a gene's rank score in a cell is
 1 - rank / (number of genes in the sentence), 0 where the sentence lacks it. `de_statistic` is Welch's t of the rank scores,
@@ -15,7 +20,7 @@ Letters: P (cell, gene) pairs, G genes, C donors, S states, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +34,12 @@ LOW_COVERAGE = 0.1
 """Share of cells below which a gene's coverage is worth a warning."""
 MARKER_T = 5.0
 """Differential-expression statistic above which the gene itself is a mark of the states."""
+MIN_REFERENCE = 20
+"""Fewest genes drawn for comparison that others are compared with; with fewer, all scored genes are."""
+ORDINARY = (2.5, 97.5)
+"""Null percentiles between which a shift is what genes of like rank and coverage do."""
+MARK = "differs itself between start and goal"
+"""The warning on a gene that is a mark of the states."""
 PSEUDO_SCORE = 0.01
 """Added to mean rank scores before their ratio is taken."""
 
@@ -109,7 +120,24 @@ def expression(corpus: Corpus, cells: Ints, *, block: int = 2048) -> Expression:
     return Expression(num_cells=num, mean_V=mean_V, variance_V=variance_V)
 
 
-def gene_table(plan: Design, pairs: dict[str, Pairs], expressed: dict[str, Expression], config: Config) -> pa.Table:
+def subset(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Design, dict[str, Pairs]]:
+    """The given targets alone (ascending numbers), renumbered, with their pairs."""
+    found = {}
+    for operation, part in pairs.items():
+        mine_P = np.isin(part.target_P, kept)
+        found[operation] = Pairs(
+            target_P=np.searchsorted(kept, part.target_P[mine_P]),
+            cell_P=part.cell_P[mine_P],
+            rank_P=part.rank_P[mine_P],
+            response_P=part.response_P[mine_P],
+            shift_SP=part.shift_SP[:, mine_P],
+        )
+    return replace(plan, targets=tuple(plan.targets[k] for k in kept.tolist())), found
+
+
+def gene_table(
+    plan: Design, pairs: dict[str, Pairs], expressed: dict[str, Expression], config: Config, *, num_tests: int = 0
+) -> pa.Table:
     """The result: one row per operation and gene, by operation, then falling shift.
 
     Args:
@@ -117,27 +145,29 @@ def gene_table(plan: Design, pairs: dict[str, Pairs], expressed: dict[str, Expre
         pairs: scored pairs by operation.
         expressed: rank scores of the `start` cells and, with a goal, of the `goal` cells.
         config: the run's config.
+        num_tests: genes that a screen chose these from; 0 = nothing was chosen.
     """
     return pa.concat_tables(
         [
-            _operation_table(plan, operation, pairs[operation], expressed, config)
+            _operation_table(plan, operation, pairs[operation], expressed, config, num_tests)
             for operation in config.perturb.operations
         ]
     )
 
 
-def _operation_table(
-    plan: Design, operation: str, pairs: Pairs, expressed: dict[str, Expression], config: Config
+def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
+    plan: Design, operation: str, pairs: Pairs, expressed: dict[str, Expression], config: Config, num_tests: int
 ) -> pa.Table:
+    among_G, null_G = _reference(plan), np.array([target.null for target in plan.targets])
     settings, num_genes = config.perturb, len(plan.targets)
     values_P, donors = _values(plan, pairs), _donors(plan, pairs, config)
     means = stats.group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
     coverage_G = np.array([target.coverage for target in plan.targets])
     rank_G = _mean_ranks(pairs, num_genes)
     place_G = _places(rank_G)
-    tests = _tests(values_P, pairs.target_P, place_G, donors, config, rng=_rng(config, operation, 92))
-    expected_G = stats.expected_by_rank(means.mean, place_G)
-    percentile_G = stats.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1))
+    tests = _tests(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=_rng(config, operation, 92))
+    expected_G = stats.expected_by_rank(means.mean, place_G, among_G)
+    percentile_G = stats.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1), among_G)
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
     towards = {plan.states[i].name: stats.mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
     other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
@@ -152,6 +182,7 @@ def _operation_table(
         "operation": [operation] * num_genes,
         "variant": [settings.variant] * num_genes,
         "role": ["null" if target.null else "target" for target in plan.targets],
+        "reference": among_G,
         "num_cells": means.num_values,
         "num_donors": np.isfinite(tests.mean_GC).sum(axis=1),
         "coverage": coverage_G,
@@ -161,9 +192,9 @@ def _operation_table(
         "shift_high": means.high,
         "response": stats.mean_by(pairs.response_P, pairs.target_P, num_genes),
         "p_cell": tests.p_cell_G,
-        "fdr_cell": stats.benjamini_hochberg(tests.p_cell_G),
+        "fdr_cell": _discoveries(tests.p_cell_G, null_G, num_tests),
         "p_donor": tests.p_donor_G,
-        "fdr_donor": stats.benjamini_hochberg(tests.p_donor_G),
+        "fdr_donor": _discoveries(tests.p_donor_G, null_G, num_tests),
         "null_percentile": percentile_G,
         "rank_expected": expected_G,
         "shift_minus_rank_expected": means.mean - expected_G,
@@ -183,21 +214,34 @@ def _operation_table(
 def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Table:
     """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor.
 
-    A row per gene and exchange. Within every donor genes of like rank exchange their cells' shifts at random (`stats.shuffled_neighbours`). Sizes, ranks
-    and the likeness of a donor's cells stay; no gene has anything of its own that repeats over donors. p-values of a test
-    that keeps its word are then uniform. Without three named donors there is nothing to exchange between: no rows.
+    A row per gene and exchange. Within every donor genes of like rank exchange what their cells have beyond the rank's
+    expectation (`stats.shuffled_neighbours`). Sizes, ranks, what rank does and the likeness of a donor's cells stay; no gene
+    has anything of its own that repeats over donors. p-values of a test that keeps its word are then uniform, but for the few
+    values that a sign flip over few donors has (`stats.attainable`). Without three named donors there is nothing to exchange
+    between: no rows. Of chosen genes and those drawn for comparison only the latter exchange.
     """
     tables = []
+    if not (reference_G := _reference(plan)).all():
+        plan, pairs = subset(plan, pairs, np.flatnonzero(reference_G))
+    among_G = np.ones(len(plan.targets), dtype=bool)
     for operation in config.perturb.operations:
         part, num_genes = pairs[operation], len(plan.targets)
         donors = _donors(plan, part, config)
         if int(donors.named_C.sum()) < stats.MIN_CLUSTERS or num_genes <= 2 * stats.MIN_BACKGROUND:
             continue
         rank_G, rng = _places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
+        values_P, cluster_P = _values(plan, part), (part.target_P, donors.of_P)
+        mean_GC, _ = stats.cluster_means(values_P, *cluster_P, num_genes, donors.num)
+        expected_GC = mean_GC - stats.less_expected(mean_GC, rank_G)
+        known_GC = np.isfinite(expected_GC)
+        kept_P = known_GC[cluster_P]
+        target_P, of_P = (column[kept_P] for column in cluster_P)
+        own_P = values_P[kept_P] - expected_GC[target_P, of_P]
+        kept = replace(donors, of_P=of_P)
         for _ in range(max(1, min(8, 2000 // num_genes))):  # of few genes one exchange says little
-            to_CG = stats.shuffled_neighbours(rank_G, donors.num, rng)
-            shuffled_P = to_CG[donors.of_P, part.target_P]
-            tests = _tests(_values(plan, part), shuffled_P, rank_G, donors, config, rng=rng)
+            shuffled_P = stats.shuffled_neighbours(rank_G, known_GC, rng)[of_P, target_P]
+            values_Q = own_P + expected_GC[shuffled_P, of_P]
+            tests = _tests(values_Q, shuffled_P, rank_G, kept, config, among_G=among_G, rng=rng)
             columns = {"p_cell": tests.p_cell_G, "p_donor": tests.p_donor_G}
             tables.append(pa.table({"operation": [operation] * num_genes} | columns))
     schema = pa.schema([("operation", pa.string()), ("p_cell", pa.float64()), ("p_donor", pa.float64())])
@@ -238,20 +282,43 @@ def _rng(config: Config, operation: str, key: int) -> np.random.Generator:
     return np.random.default_rng([config.seed, config.perturb.operations.index(operation), key])
 
 
+def _reference(plan: Design) -> stats.Bools:
+    """Whom the others are compared with, (G,)."""
+    drawn_G = np.array([target.drawn for target in plan.targets])
+    return drawn_G if drawn_G.sum() >= MIN_REFERENCE else np.ones_like(drawn_G)
+
+
+def _discoveries(p_G: Floats, null_G: stats.Bools, num_tests: int) -> Floats:
+    """False discovery rates among the genes that were asked about, and apart from them those of the nulls."""
+    asked_G = stats.benjamini_hochberg(np.where(null_G, np.nan, p_G), num_tests)
+    return np.where(null_G, stats.benjamini_hochberg(np.where(null_G, p_G, np.nan)), asked_G)
+
+
 def _tests(
-    values_P: Floats, target_P: Ints, rank_G: Floats, donors: _Donors, config: Config, *, rng: np.random.Generator
+    values_P: Floats,
+    target_P: Ints,
+    rank_G: Floats,
+    donors: _Donors,
+    config: Config,
+    *,
+    among_G: stats.Bools,
+    rng: np.random.Generator,
 ) -> _Tests:
     """The two tests of every gene: over cells (as published in paper mode), and over donors with a name."""
     # the published test takes the whole pool and no correction for ties
     paper = config.perturb.mode == "paper"
-    p_cell_G = stats.rank_sums(values_P, target_P, len(rank_G), include_self=paper, correct_ties=not paper)[1]
+    pool_G = np.ones_like(among_G) if paper else among_G
+    p_cell_G = stats.rank_sums(
+        values_P, target_P, len(rank_G), among_G=pool_G, include_self=paper, correct_ties=not paper
+    )[1]
     mean_GC, _ = stats.cluster_means(values_P, target_P, donors.of_P, len(rank_G), max(1, donors.num))
     mean_GC = mean_GC[:, donors.named_C]
-    own_GC = stats.less_expected(mean_GC, rank_G) if mean_GC.shape[1] else mean_GC
+    own_GC = stats.less_expected(mean_GC, rank_G, among_G) if mean_GC.shape[1] else mean_GC
+    place_GC = stats.normal_scores(own_GC, rank_G, among_G)
     return _Tests(
         mean_GC=mean_GC,
         p_cell_G=p_cell_G,
-        p_donor_G=stats.sign_flip(own_GC, config.perturb.num_permutations, rng),
+        p_donor_G=stats.sign_flip(place_GC, config.perturb.num_permutations, rng),
     )
 
 
@@ -328,16 +395,16 @@ def _warnings(columns: dict[str, object], mean_GC: Floats, *, has_goal: bool, in
             found.append(f"{donors[g]:.0f} donor(s): no donor-level test, the interval is over cells")
         elif carried[g]:
             found.append("one donor carries it")
-        if 5 <= percentile[g] <= 95:
+        if ORDINARY[0] <= percentile[g] <= ORDINARY[1]:
             found.append("ordinary for its rank and coverage")
         elif np.isnan(percentile[g]):
             found.append("too few genes for a matched null")
         if fdr_cell[g] < 0.05 and p_donor[g] >= 0.05:
             found.append("significant over cells only, not over donors")
         if abs(other[g]) >= abs(shift[g]) / 2 and other[g] * shift[g] > 0:
-            found.append("moves towards the alternatives as well")
+            found.append("moves cells towards the other states as well")
         if has_goal and abs(de[g]) > MARKER_T:
-            found.append(f"differs itself between start and goal (t = {de[g]:.1f})")
+            found.append(f"{MARK} (t = {de[g]:.1f})")
         texts.append("; ".join(found))
     return texts
 

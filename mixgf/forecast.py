@@ -43,7 +43,8 @@ def forecast(plan: Design, corpus: Corpus, settings: config.Perturb, row: config
     if settings.screen:
         genes_N = allowed_NW.sum(axis=1)
         parts += [_screened(name, settings, row, layers, length_N, one_N, genes_N) for name in settings.operations]
-    share = min(1.0, (settings.screen + settings.screen_sample) / len(plan.targets)) if settings.screen else 1.0
+    nulls = 100 if settings.null_genes < 0 else settings.null_genes
+    share = min(1.0, (settings.screen + settings.screen_sample + nulls) / len(plan.targets)) if settings.screen else 1.0
     for operation in settings.operations:
         sentences = tokens = flops = 0.0
         for w, width in enumerate(np.unique(width_K).tolist()):

@@ -9,11 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mixgf import stats
+from mixgf import effects, stats
 from mixgf.known import LEVEL
-
-ORDINARY = (2.5, 97.5)
-"""Null percentiles between which a shift is what genes of like rank and coverage do."""
 
 
 def spearman(a: pd.Series, b: pd.Series) -> float:
@@ -29,20 +26,32 @@ def asked(genes: pd.DataFrame) -> pd.DataFrame:
     return genes[genes["role"] != "null"] if "role" in genes else genes
 
 
+def drawn(genes: pd.DataFrame) -> pd.DataFrame:
+    """The genes that others are compared with where these were chosen; none where all are compared with all."""
+    return genes[genes["reference"]] if "reference" in genes and not genes["reference"].all() else genes.iloc[:0]
+
+
 def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     """Genes that repeat over donors at an FDR of `level` and are unusual for their rank; the largest shift first."""
     genes = asked(genes)
-    unusual = (genes["null_percentile"] < ORDINARY[0]) | (genes["null_percentile"] > ORDINARY[1])
+    unusual = (genes["null_percentile"] < effects.ORDINARY[0]) | (genes["null_percentile"] > effects.ORDINARY[1])
     return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
 
 
-def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
-    """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain."""
+def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tuple[str, str]]:
+    """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain.
+
+    `num_tests`: genes that a screen chose these from; 0 = nothing was chosen.
+    """
     out: list[tuple[str, str]] = []
-    nulls = genes[genes["role"] == "null"] if "role" in genes else genes.iloc[:0]
+    nulls = drawn(genes)
     genes = asked(genes)
     top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
     names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
+    if goal:
+        last = genes[genes["shift"] < 0].sort_values(["shift", "gene"]).head(5)
+        away = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(last["symbol"], last["shift"], strict=True))
+        names += f"; away from it: {away}" if away else ""
     out.append(("plain", f"Largest shifts{' towards the goal state' if goal else ''}: {names}."))
     donors = int(genes["num_donors"].max())
     found, repeated, cell_level = (
@@ -57,6 +66,7 @@ def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
             f"predicts, and are unusual among genes of like rank and coverage."
         )
         out.append(("good", text))
+        out += _objections(found)
     elif stats.smallest_p(donors) > LEVEL:
         few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {stats.smallest_p(donors):.2g}"
         out.append(("warn", f"No gene can be called a replicated hit: {few}."))
@@ -66,12 +76,12 @@ def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
     else:
         out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
     if len(found) == 0 and stats.smallest_p(donors) <= LEVEL:
-        out.append(("plain", _power(donors, len(genes))))
+        out.append(("plain", _power(donors, max(num_tests, len(genes)))))
     if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
         repeating, cells = (float((nulls[name] <= LEVEL).mean()) for name in ("fdr_donor", "fdr_cell"))
         text = (
-            f"Of {len(nulls):,} genes that were scored for comparison only, {repeating:.0%} repeat over donors as well, and {cells:.0%} are "
-            "significant over cells: neither is enough, a hit must also be unusual among them."
+            f"Of {len(nulls):,} genes that were drawn for comparison, whatever they do, {repeating:.0%} repeat over donors as well, and {cells:.0%} "
+            "are significant over cells: neither is enough, a hit must also be unusual among them."
         )
         out.append(("warn" if repeating > 0.1 else "plain", text))
     text = (
@@ -91,6 +101,22 @@ def sentences(genes: pd.DataFrame, *, goal: bool) -> list[tuple[str, str]]:
     return out
 
 
+def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
+    """What speaks against the hits as a whole: most are often marks of the state that they are said to bring about."""
+    marks = found["warnings"].astype(str).str.contains(effects.MARK)
+    free = found.loc[found["warnings"].astype(str) == "", "symbol"].tolist()
+    out = []
+    if marks.any():
+        text = (
+            f"{int(marks.sum()):,} of {len(found):,} hits differ themselves between start and goal. A cell that is given a mark of the goal looks more "
+            "like the goal, whatever the gene does: these hits say little beyond differential expression."
+        )
+        out.append(("warn", text))
+    names = f"{', '.join(free[:12])}{', ...' if len(free) > 12 else ''}" if free else "none"
+    out.append(("plain", f"Hits that none of the checks in the table's last column objects to: {names}."))
+    return out
+
+
 def _power(donors: int, num_genes: int) -> str:
     """What so many donors can find at all."""
     fewest = stats.fewest_hits(donors, num_genes)
@@ -103,11 +129,13 @@ def _power(donors: int, num_genes: int) -> str:
     return f"{text}."
 
 
-def calibration_sentence(nulls: pd.DataFrame) -> tuple[str, str]:
-    """(tone, sentence): what the two tests say where nothing can be found."""
+def calibration_sentence(nulls: pd.DataFrame, donors: int) -> tuple[str, str]:
+    """(tone, sentence): what the two tests say where nothing can be found, over so many donors."""
     shares = {name: float((nulls[name].dropna() <= LEVEL).mean()) for name in ("p_cell", "p_donor")}
+    right = stats.attainable(donors, LEVEL)
     text = (
-        "When genes of like rank exchange their shifts within every donor, so that nothing is left to find, "
-        f"{shares['p_donor']:.1%} of genes have a donor-level p of 0.05 or less, and {shares['p_cell']:.1%} a cell-level one (5 % would be right)."
+        "When genes of like rank exchange what is their own within every donor, so that nothing is left to find, "
+        f"{shares['p_donor']:.1%} of genes have a donor-level p of 0.05 or less ({right:.1%} would be right: p has few values over "
+        f"{donors} donors), and {shares['p_cell']:.1%} a cell-level one (5 % would be right)."
     )
     return ("warn" if shares["p_cell"] > 0.1 or shares["p_donor"] > 0.1 else "plain", text)

@@ -10,12 +10,16 @@ genes no better than these has found nothing.
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy import special
+from scipy import stats as scipy_stats
 
-from mixgf import species, stats, storage
+from mixgf import species, storage
 from mixgf.config import GENE_TABLES, Config, UserError
 
 _COLUMNS = ("ensembl_id", "gene", "gene_id", "symbol", "gene_symbol", "human_symbol", "mouse_symbol")
@@ -128,7 +132,7 @@ def score(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
             msg = f"perturb.known names {len(names):,} genes: {what} among the {len(frame):,} scored genes; score more genes (perturb.genes, perturb.min_coverage)"
             raise UserError(msg)
         for method, values, call, called in _calls(frame, int(known.sum())):
-            found = stats.score_against(values, called, known)
+            found = score_against(values, called, known)
             head = {"operation": operation, "method": method, "call": call, "num_genes": len(frame),
                     "num_known": int(known.sum()), "num_called": int(called.sum())}  # fmt: skip
             rows += [head | {"metric": m, "value": e.value, "low": e.low, "high": e.high} for m, e in found.items()]
@@ -154,6 +158,61 @@ def _calls(frame: pd.DataFrame, num: int) -> list[tuple[str, np.ndarray, str, np
         called[order[:num]] = True
         out.append((name, values, f"top {num}", called))
     return out
+
+
+# how well a list is found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> Estimate:
+    """A proportion with its Wilson score interval; NaN without trials."""
+    if trials == 0:
+        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
+    interval = scipy_stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return Estimate(value=successes / trials, low=float(interval.low), high=float(interval.high))
+
+
+def auroc(score_G: NDArray[np.float64], known_G: NDArray[np.bool_], *, confidence: float = 0.95) -> Estimate:
+    """Area under the ROC curve of the scores for known against other genes, with DeLong's interval, cut to 0..1."""
+    positive, negative = score_G[known_G], score_G[~known_G]
+    m, n = len(positive), len(negative)
+    if m == 0 or n == 0:
+        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
+    ranks = scipy_stats.rankdata(np.concatenate([positive, negative]))
+    above = (ranks[:m] - scipy_stats.rankdata(positive)) / n  # share of negatives below each positive
+    below = 1 - (ranks[m:] - scipy_stats.rankdata(negative)) / m
+    value = float(above.mean())
+    if m < 2 or n < 2:
+        return Estimate(value=value, low=float("nan"), high=float("nan"))
+    half = float(special.ndtri(0.5 + confidence / 2)) * float(np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n))
+    return Estimate(value=value, low=max(0.0, value - half), high=min(1.0, value + half))
+
+
+def score_against(
+    score_G: NDArray[np.float64], hit_G: NDArray[np.bool_], known_G: NDArray[np.bool_]
+) -> dict[str, Estimate]:
+    """How well hits and scores find a list of known genes: PPV, NPV, sensitivity, specificity, AUROC, with intervals.
+
+    Genes without a score (NaN) are left out. Higher scores mean more likely.
+    """
+    scored = np.isfinite(score_G)
+    score, hit, known = score_G[scored], hit_G[scored], known_G[scored]
+    both, neither = int((hit & known).sum()), int((~hit & ~known).sum())
+    return {
+        "ppv": wilson(both, int(hit.sum())),
+        "npv": wilson(neither, int((~hit).sum())),
+        "sensitivity": wilson(both, int(known.sum())),
+        "specificity": wilson(neither, int((~known).sum())),
+        "auroc": auroc(score, known),
+    }
 
 
 # Table 4

@@ -9,7 +9,7 @@ Letters: N perturbed cells, B cells of a unit, K targets, M genes of a target, S
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from mixgf import checkpoint, edits, screen, storage
+from mixgf import checkpoint, edits, responses, screen, storage
 from mixgf.config import Config, Perturb
 from mixgf.dataset import Corpus
 from mixgf.model import forward_flops
@@ -27,6 +27,8 @@ from mixgf.targets import Design, Floats, Ints, owned
 PROBE_SECONDS, PROBE_GENES = 2.0, 16
 STATE_CELLS = 256
 """Cells per unit of state embeddings."""
+RESPONSES = "responses"
+"""Folder, beside the parts, of what other genes do (`perturb.response`); file names are the units' keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,8 @@ class Unit:
     states_SB: NDArray[np.bool_]
     """For `embed`: which cells belong to which state."""
     donor_B: Ints
+    watched_R: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Tokens whose responses are asked for; they go to `RESPONSES` of the folder, before the unit's own part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +139,7 @@ def gene_units(
                 allowed_KB=allowed,
                 states_SB=np.empty((0, len(part)), dtype=bool),
                 donor_B=plan.donor_of[part],
+                watched_R=plan.watched_R[: None if not screened else 0],
             )
             work.append(((g, c) if best_first else (c, g), unit))
     return [unit for _, unit in sorted(work, key=lambda pair: pair[0])]
@@ -283,7 +288,15 @@ class Scorer:
         everywhere = unit.operation == "overexpress" and self.settings.insert_absent
         cell_P, target_P = np.nonzero(unit.allowed_KB.T & (held_BK | everywhere))
         cells, targets = torch.from_numpy(cell_P).to(device), torch.from_numpy(target_P).to(device)
-        shifts = self.engine.score(original, cells, genes_KM[targets], unit.operation, torch.from_numpy(states))
+        tally = None
+        if len(unit.watched_R):
+            tally = responses.Tally(original, cells, targets, num_targets=len(genes_KM), tokens_R=unit.watched_R)
+        shifts = self.engine.score(
+            original, cells, genes_KM[targets], unit.operation, torch.from_numpy(states), watch=tally
+        )
+        if tally is not None:
+            uri = storage.join(self.folder, RESPONSES, f"{unit.key}.parquet")
+            storage.write_table(uri, tally.sums().part(unit.targets_K))
         columns = {
             "target": pa.array(unit.targets_K[target_P], pa.int32()),
             "cell": pa.array(unit.cells_B[cell_P], pa.int64()),

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf import hits, known, screen_figures, stats
+from mixgf import hits, known, responses, screen_figures, stats
 from mixgf.config import UserError
 from mixgf.page import Cell, Grid, Picture, Run, Section, Text, count, missing, number
 
 MAX_GENES = 40
 """Genes of one operation in the report's table; the artifact holds all."""
+NO_DOUBT = "none of the checks objects"
+MAX_ROWS, MAX_COLUMNS = 30, 40
+"""Perturbed and responding genes in the report's matrix."""
 
 
 def section(run: Run) -> Section:
@@ -32,13 +35,17 @@ def section(run: Run) -> Section:
              "exceeds what genes of the same rank do, and agrees with an experiment.", "warn"),
     ]  # fmt: skip
     record = run.records.get("perturb")
+    screened = record.counts.get("screened_out", 0) if record else 0
+    num_tests = genes["gene"].nunique() + screened if screened else 0
+    blocks += _others(record.details.get("states", {})) if record else []
     blocks += [
         Text(f"{str(text)[:1].upper()}{str(text)[1:]}.", "warn")
         for text in (record.details.get("warnings", []) if record else [])
     ]
     for operation, part in genes.groupby("operation", sort=False):
         blocks.append(Text(f"{str(operation).capitalize()}", "heading"))
-        blocks += [Text(text, tone) for tone, text in hits.sentences(part, goal=goal)]
+        said = hits.sentences(part, goal=goal, num_tests=num_tests)
+        blocks += [Text(text, tone) for tone, text in said]
         tested = bool(np.isfinite(part["p_donor"]).any()) and stats.smallest_p(int(part["num_donors"].max())) <= 0.05
         p, title = ("p_donor", "over donors") if tested else ("p_cell", "over cells, not replicated")
         blocks.append(
@@ -50,6 +57,7 @@ def section(run: Run) -> Section:
         )
         blocks += _calibrated(part, run.tables.get("nulls"), str(operation))
         blocks.append(_genes(hits.asked(part), str(operation), goal=goal))
+        blocks += _responses(run, str(operation), part)
     blocks += _paper(genes, run) + _known(genes, run)
     return Section("perturbation", "In silico perturbation", blocks)
 
@@ -63,17 +71,78 @@ def _calibrated(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) 
                 "The tests could not be checked against exchanged genes: that needs three named donors and some twenty genes."
             )
         ]
-    tone, text = hits.calibration_sentence(mine)
+    tone, text = hits.calibration_sentence(mine, int(part["num_donors"].max()))
     return [
         Text(text, tone),
         Picture(
             screen_figures.calibration(part, mine, f"calibration-{operation}"),
-            "Every point is a gene, the smallest p to the right. Triangles: genes of like rank exchanged their shifts within each donor, so "
+            "Every point is a gene, the smallest p to the right. Triangles: genes of like rank exchanged what is their own within each donor, so "
             "there is nothing to find and they should follow the dashed line; where they rise above it, the test calls noise significant. "
             "Only circles that leave the triangles behind are evidence. Steps in the right panel are the few values that p can "
             "take with so few donors.",
         ),
     ]
+
+
+def _others(states: dict[str, str]) -> list[Any]:
+    """Which states an effect should leave alone."""
+    names = [text for name, text in states.items() if name.startswith("alternative")]
+    if not names:
+        return []
+    return [Text(f"Other states, for comparison: {'; '.join(f'`{name}`' for name in names)}. A perturbation that moves cells towards these as well "
+                 "is no answer to the question: the cells merely change.")]  # fmt: skip
+
+
+def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
+    """What perturbing one gene does to the others, general strength and lability taken out."""
+    pairs = run.tables.get("responses")
+    record = run.records.get("perturb")
+    if pairs is None:
+        num = record.counts.get("responses", 0) if record else 0
+        return [Text(f"The response matrix ({num:,} pairs) is too large for a page: responses.parquet.")] if num else []
+    found = responses.specific(pairs[pairs["operation"].astype(str) == operation])
+    found = found[found["gene"].astype(str) != found["responding"].astype(str)]
+    if found.empty:
+        return []
+    order = hits.asked(genes).assign(size=genes["shift"].abs()).sort_values(["size", "gene"], ascending=[False, True])
+    rows = [gene for gene in order["gene"] if gene in set(found["gene"].astype(str))][:MAX_ROWS]
+    shown = found[found["gene"].astype(str).isin(rows)]
+    strong = (
+        shown["excess"].abs().groupby(shown["responding"].astype(str)).max().sort_values(ascending=False, kind="stable")
+    )
+    wide = shown[shown["responding"].astype(str).isin(strong.index[:MAX_COLUMNS])]
+    table = wide.astype({"gene": str, "symbol": str, "responding": str, "responding_symbol": str}).pivot_table(
+        index=["gene", "symbol"], columns=["responding", "responding_symbol"], values="excess", sort=False
+    )
+    table = table.reindex([key for gene in rows for key in table.index if key[0] == gene])
+    table.index, table.columns = (pd.Index([key[1] or key[0] for key in axis]) for axis in (table.index, table.columns))
+    lead = (
+        found.assign(size=found["excess"].abs())
+        .sort_values(["size", "gene", "responding"], ascending=[False, True, True])
+        .head(15)
+    )
+    listed = [
+        [Cell(str(r["symbol"] or r["gene"]), strong=True), Cell(str(r["responding_symbol"] or r["responding"]), strong=True),
+         number(r["change_still"], ".2g"), number(r["excess"], "+.2f"), count(r["num_still"]), number(r["change"], ".2g"), count(r["num_cells"])]
+        for r in lead.to_dict("records")
+    ]  # fmt: skip
+    caption = (
+        f"{operation.capitalize()}: how far the contextual embedding of each gene (column) moves when another (row) is perturbed, in cells where its place stays, as log₂ of "
+        "what the two do in general: 1 = twice as far as one would expect of a perturbation so strong and a gene so easily moved. "
+        f"The {len(table)} genes of the largest shifts, and the {table.shape[1]} responding genes that stand out most; grey: fewer than {responses.MIN_CELLS} cells."
+    )
+    doubt = (
+        "A response is what the model's attention makes of two genes in one sentence. Neighbours in rank move each other, and genes that are "
+        "expressed together do: it is no evidence of regulation, and has no test over donors. Cells in which the perturbation moves the "
+        "responding gene to another rank are left out: there, the new place is nearly all of the change."
+    )
+    return [
+        Text(f"{operation.capitalize()}: responses of other genes", "heading"),
+        Picture(screen_figures.responses(table, f"responses-{operation}"), caption),
+        Text(doubt, "warn"),
+        Grid("The pairs farthest from what both genes do in general.", ["Perturbed", "Responding", "Change (1 − cosine), place kept", "log₂ of expected", "Cells", "Change, all cells", "All cells"],
+             listed, sortable=True),
+    ]  # fmt: skip
 
 
 def _paper(genes: pd.DataFrame, run: Run) -> list[Any]:
@@ -84,7 +153,7 @@ def _paper(genes: pd.DataFrame, run: Run) -> list[Any]:
         [Cell(r["symbol"], strong=True), Cell(r["operation"]), count(r["paper_rank"]), number(r["paper_shift"], ".4f"), number(r["paper_p"], ".2e"),
          Cell(f"{r['rank']:,} of {r['of']:,}" if r["rank"] > 0 else "not scored", float(r["rank"])), number(r["shift"], "+.4f"),
          number(r["p_cell"], ".2e"), number(r["p_donor"], ".2g"), number(r["null_percentile"], ".0f"), number(r["coverage"], ".1%"),
-         Cell("; ".join(doubts(r["warnings"])) or "no warning")]
+         Cell("; ".join(doubts(r["warnings"])) or NO_DOUBT)]
         for r in table.to_dict("records")
     ]  # fmt: skip
     head = ["Gene", "Operation", "Paper: rank", "Paper: shift", "Paper: p", "Rank here", "Shift here", "p, cells (as published)", "p, donors",
@@ -167,7 +236,7 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Grid:
             count(gene["num_cells"]), count(gene["num_donors"]), number(gene["coverage"], ".0%"), number(gene["mean_rank"], ",.0f"),
             number(gene["rank_expected"], "+.4f"), number(gene["shift_minus_rank_expected"], "+.4f"),
             number(gene["null_percentile"], ".0f"), number(gene["de_log_fold"], "+.2f"), number(gene["p_donor"], ".2g"), number(gene["fdr_donor"], ".2g"),
-            number(gene["fdr_cell"], ".2g"), Cell("; ".join(why) or "no warning", len(why)),
+            number(gene["fdr_cell"], ".2g"), Cell("; ".join(why) or NO_DOUBT, len(why)),
         ])  # fmt: skip
     which = f"the {len(few)} largest shifts" + (
         f" and the {len(shown) - len(few)} most negative" if len(shown) > len(few) else ""
@@ -175,7 +244,7 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Grid:
     return Grid(
         f"{operation.capitalize()}: {which} of {len(genes):,} genes; a click on a heading sorts. Excess: shift less what rank alone "
         "predicts. Null percentile: place among genes of like rank and detection (50 = ordinary). DE: differential "
-        "expression of the goal against the start state."
+        "expression of the goal against the start state, of rank scores. Seen in: share of cells whose sentence holds the gene."
         if goal
         else f"{operation.capitalize()}: {which} of {len(genes):,} genes.",
         head,

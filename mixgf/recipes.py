@@ -181,6 +181,7 @@ def laptop() -> Config:
         model=Model(num_layers=4, dim=128, num_heads=4, ffn_dim=256, max_positions=256),
         vocab=Vocab(),
         train=replace(base.train, epochs=2, batch_cells=32, lr=1e-3, warmup_steps=100),
+        perturb=Perturb(max_cells=100),  # the demo's question is about its own cells
     )
 
 

@@ -18,6 +18,8 @@ from mixgf import artifacts, findings, hits, lab, perturbation, progress, scorec
 from mixgf.config import Config, fingerprint, to_dict
 from mixgf.page import Run, Section
 
+MAX_PAIRS = 2_000_000
+"""Pairs of genes in a response matrix that is still read."""
 MAX_CELLS = 4000
 """Most cells in the map and its neighbour counts."""
 MAX_SHARDS = 64
@@ -56,10 +58,13 @@ def load(config: Config, *, light: bool = False) -> Run:
         "per_class": ("classify", "per_class.parquet"),
         "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"), "nulls": ("perturb", "calibration.parquet"),
         "arms": ("tune", "arms.parquet"), "effects": ("tune", "effects.parquet"), "interactions": ("tune", "interactions.parquet"),
+        "responses": ("perturb", "responses.parquet"),
     }  # fmt: skip
     tables: dict[str, pd.DataFrame] = {}
     for name, (stage, file) in wanted.items():
         uri = storage.join(places[stage], file)
+        if name == "responses" and stage in records and records[stage].counts.get(name, 0) > MAX_PAIRS:
+            continue  # the section says so
         if stage in records and storage.exists(uri):
             tables[name] = storage.read_table(uri).to_pandas()
     lengths: dict[str, np.ndarray] = {}
@@ -163,6 +168,7 @@ def _key(config: Config) -> str:
         "ablation.py",
         "lab.py",
         "sweep_figures.py",
+        "responses.py",
         "screen_figures.py",
         "figures.py",
         "resources/report.html.j2",

@@ -21,10 +21,11 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
         left, right = figure.subplots(1, 2)
         floor = np.clip(frame[p].to_numpy(float), 1e-300, 1)
         for axes, x, y in ((left, frame["shift"], -np.log10(floor)), (right, frame["mean_rank"], frame["shift"])):
-            null = (frame["role"] == "null").to_numpy() if "role" in frame else np.zeros(len(frame), dtype=bool)
+            null = frame["reference"].to_numpy(bool) if "reference" in frame else np.zeros(len(frame), dtype=bool)
+            null &= not null.all()  # crosses: drawn for comparison; none where all are compared with all
             points = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
             axes.scatter(points[0][null], points[1][null], s=14, marker="x", c=FAINT, linewidths=0.9, rasterized=True,
-                         label="scored for comparison" if null.any() else None)  # fmt: skip
+                         label="drawn for comparison" if null.any() else None)  # fmt: skip
             axes.scatter(
                 points[0][~null],
                 points[1][~null],
@@ -79,6 +80,32 @@ def _name(axes: Any, symbol: str, at: tuple[float, float], *, taken: list[tuple[
     if all(abs(px - a) > 45 or abs(py - b) > 11 for a, b in taken):
         axes.annotate(symbol, at, xytext=(5, 4), textcoords="offset points", fontsize=8, path_effects=[halo])
     taken.append((px, py))
+
+
+def responses(table: pd.DataFrame, name: str) -> str:
+    """Perturbed (rows) by responding genes (columns), log2 of what both do in general: blue less, orange more."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ends = (SPECIES_COLORS[0], "#f7f7f5", SPECIES_COLORS[1])
+    shades = LinearSegmentedColormap.from_list("excess", ends).with_extremes(bad=FAINT)
+    values = np.ma.masked_invalid(table.to_numpy(float))
+    limit = max(1.0, float(np.ceil(np.nanpercentile(np.abs(table.to_numpy(float)), 99))))
+    with canvas(name, 2.6 + 0.19 * table.shape[1], 1.7 + 0.19 * len(table)) as (figure, out):
+        axes = figure.subplots()
+        drawn = axes.pcolormesh(values, cmap=shades, vmin=-limit, vmax=limit, rasterized=True)
+        axes.set(
+            xticks=np.arange(table.shape[1]) + 0.5,
+            yticks=np.arange(len(table)) + 0.5,
+            yticklabels=list(table.index),
+            xlabel="responding gene",
+            ylabel="perturbed gene",
+        )
+        axes.set_xticklabels(list(table.columns), rotation=90)
+        axes.tick_params(length=0, labelsize=7)
+        axes.invert_yaxis()
+        axes.spines[:].set_visible(False)
+        figure.colorbar(drawn, ax=axes, label="log₂ of expected", shrink=0.8, pad=0.02)
+    return out[0]
 
 
 def calibration(observed: pd.DataFrame, nulls: pd.DataFrame, name: str) -> str:

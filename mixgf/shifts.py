@@ -17,8 +17,9 @@ cells at a time. Vectors are summed and compared in float64: shifts are small di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from mixgf import edits
 from mixgf.model import Encoder
 
 VARIANTS = ("remaining", "all", "cls")
+Watch: TypeAlias = Callable[[edits.Edited, Tensor, int], None]
+"""Is shown perturbed sentences, their hidden states (T, D), and the number of the first of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,12 +105,24 @@ class Engine:
         original = self.original(ids_T, offsets_B1)
         return original.sum_BD / original.count_B[:, None]
 
-    def score(self, original: Original, cells_S: Tensor, genes_SM: Tensor, operation: str, states_KD: Tensor) -> Shifts:
-        """Perturb copies of the cells and compare; arguments as of `edits.edit`, states float64 (K, D)."""
+    def score(
+        self,
+        original: Original,
+        cells_S: Tensor,
+        genes_SM: Tensor,
+        operation: str,
+        states_KD: Tensor,
+        *,
+        watch: Watch | None = None,
+    ) -> Shifts:
+        """Perturb copies of the cells and compare; arguments as of `edits.edit`, states float64 (K, D).
+
+        `watch` is shown every batch of sentences on the way.
+        """
         lengths = (torch.diff(original.offsets_B1)[cells_S] + genes_SM.shape[1]).tolist()
         states_KD = states_KD.to(self.device, torch.float64)
         parts = [
-            self._score(original, cells_S[a:b], genes_SM[a:b], operation, states_KD)
+            self._score(original, cells_S[a:b], genes_SM[a:b], operation, states_KD, watch, a)
             for a, b in _cuts(lengths, self.micro_tokens)
         ]
         if not parts:
@@ -118,8 +133,15 @@ class Engine:
             shift_SK=torch.cat([part.shift_SK for part in parts]),
         )
 
-    def _score(
-        self, original: Original, cells_S: Tensor, genes_SM: Tensor, operation: str, states_KD: Tensor
+    def _score(  # noqa: PLR0917 (the arguments of one caller)
+        self,
+        original: Original,
+        cells_S: Tensor,
+        genes_SM: Tensor,
+        operation: str,
+        states_KD: Tensor,
+        watch: Watch | None,
+        start: int,
     ) -> Shifts:
         edited = edits.edit(
             original.ids_T,
@@ -132,6 +154,8 @@ class Engine:
             rank_share=self.rank_share,
         )
         hidden_TD = self.hidden(edited.ids_T, edited.offsets_S1)
+        if watch is not None:
+            watch(edited, hidden_TD, start)
         after_SD, after_S = self.sums(hidden_TD, edited.offsets_S1)
         before_SD, before_S = original.sum_BD[cells_S], original.count_B[cells_S]
         if self.variant == "remaining":

@@ -24,15 +24,8 @@ MIN_BACKGROUND = 10
 """Fewest other genes that make a background."""
 MAX_WINDOW = 401
 """Most neighbours in one local fit of `expected_by_rank`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """A figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+SCORED_AMONG = 50
+"""Genes of like rank among which a donor's value is placed before its sign is flipped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,45 +40,68 @@ class GroupMeans:
 
 
 def rank_sums(
-    values_P: Floats, group_P: Ints, num_groups: int, *, include_self: bool = False, correct_ties: bool = True
+    values_P: Floats,
+    group_P: Ints,
+    num_groups: int,
+    *,
+    among_G: Bools | None = None,
+    include_self: bool = False,
+    correct_ties: bool = True,
 ) -> tuple[Floats, Floats]:
     """Two-sided Wilcoxon rank-sum test of every group against the pooled values, z and p of shape (G,).
 
     Default: against the values of all *other* groups, equal to scipy's `mannwhitneyu(asymptotic, use_continuity=False)`
     (to `ranksums` with `correct_ties=False`). `include_self` tests against the whole pool, the group itself included, as
-    the published statistics do; that equals `scipy.stats.ranksums(group, pool)`, which never corrects for ties.
+    the published statistics do; that equals `scipy.stats.ranksums(group, pool)`, which never corrects for ties. `among_G`
+    says whose values make the pool; None = everybody's.
     The values are treated as independent: with cells of few donors p mostly tells how many cells there are.
     """
     assert np.isfinite(values_P).all(), "rank_sums: values must be finite"
-    total = len(values_P)
-    ranks_P = stats.rankdata(values_P)
+    pooled_G = np.ones(num_groups, dtype=bool) if among_G is None else among_G
+    pool = np.sort(values_P[pooled_G[group_P]])
     size_G: Floats = np.bincount(group_P, minlength=num_groups).astype(np.float64)
-    other_G: Floats
-    all_G: Floats
-    # U of a group against the whole pool: sum of (values below + half of the equal ones), itself included
-    u_G: Floats = np.bincount(group_P, weights=ranks_P - 0.5, minlength=num_groups).astype(np.float64)
-    if include_self:
-        other_G, all_G, ties = np.full(num_groups, float(total)), total + size_G, 0.0
-    else:
-        u_G = u_G - size_G**2 / 2  # comparisons of a group with itself
-        other_G, all_G = total - size_G, np.full(num_groups, float(total))
-        counts = np.unique(values_P, return_counts=True)[1].astype(np.float64) if correct_ties else np.ones(1)
-        ties = float((counts**3 - counts).sum())
+    # U of a group against the whole pool: sum of (values below + half of the equal ones), itself included where it is there
+    below_P = (np.searchsorted(pool, values_P, "left") + np.searchsorted(pool, values_P, "right")) / 2
+    u_G: Floats = np.bincount(group_P, weights=below_P, minlength=num_groups).astype(np.float64)
+    other_G: Floats = np.full(num_groups, float(len(pool)))
+    ties_G = np.zeros(num_groups)
+    if not include_self:
+        u_G = u_G - np.where(pooled_G, size_G**2 / 2, 0)  # comparisons of a group with itself
+        other_G = other_G - np.where(pooled_G, size_G, 0)
+        if correct_ties:
+            ties_G = _ties(values_P, group_P, pooled_G)
+    all_G = other_G + size_G
     with np.errstate(invalid="ignore", divide="ignore"):
-        variance_G = size_G * other_G / 12 * (all_G + 1 - ties / (all_G * (all_G - 1)))
+        variance_G = size_G * other_G / 12 * (all_G + 1 - ties_G / (all_G * (all_G - 1)))
         z_G = np.where(variance_G > 0, (u_G - size_G * other_G / 2) / np.sqrt(variance_G), 0.0)
     empty_G = (size_G == 0) | (other_G == 0)
     z_G = np.where(empty_G, np.nan, z_G)
     return z_G, 2 * special.ndtr(-np.abs(z_G))
 
 
-def benjamini_hochberg(p_G: Floats) -> Floats:
-    """False discovery rates; tests without a p-value (NaN) are not counted and stay NaN."""
+def _ties(values_P: Floats, group_P: Ints, pooled_G: Bools) -> Floats:
+    """Sum of t^3 - t over the values that the pool and a group hold t times together, (G,)."""
+    code_P = np.unique(values_P, return_inverse=True)[1].astype(np.int64)
+    size = int(code_P.max(initial=0)) + 1
+    num_V = np.bincount(code_P[pooled_G[group_P]], minlength=size).astype(np.float64)
+    ties_G = np.full(len(pooled_G), float((num_V**3 - num_V).sum()))
+    outside_P = ~pooled_G[group_P]  # their values come on top of the pool's
+    key, own = np.unique(group_P[outside_P] * size + code_P[outside_P], return_counts=True)
+    there, both = num_V[key % size], num_V[key % size] + own
+    np.add.at(ties_G, key // size, (both**3 - both) - (there**3 - there))
+    return ties_G
+
+
+def benjamini_hochberg(p_G: Floats, num_tests: int = 0) -> Floats:
+    """False discovery rates; tests without a p-value (NaN) are not counted and stay NaN.
+
+    `num_tests` says how many tests there were where only the most promising are given: the others count as failed.
+    """
     fdr_G = np.full(len(p_G), np.nan)
     tested = np.flatnonzero(np.isfinite(p_G))
     if len(tested):
         order = tested[np.argsort(p_G[tested], kind="stable")]
-        scaled = p_G[order] * len(order) / np.arange(1, len(order) + 1)
+        scaled = p_G[order] * max(len(order), num_tests) / np.arange(1, len(order) + 1)
         fdr_G[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
     return fdr_G
 
@@ -134,40 +150,61 @@ def group_means(
     return GroupMeans(mean=mean_G, low=mean_G - half_G, high=mean_G + half_G, num_values=num_G, num_clusters=clusters_G)
 
 
-def less_background(mean_GC: Floats) -> Floats:
+def less_background(mean_GC: Floats, among_G: Bools | None = None) -> Floats:
     """Cluster means less what the *other* groups have on average in the same cluster, (G, C).
 
     Few things happen to one gene alone: a perturbation of any gene moves the cells of a donor somewhat. What is left is
-    the gene's own part. NaN where fewer than `MIN_BACKGROUND` other groups were measured in the cluster.
+    the gene's own part. NaN where fewer than `MIN_BACKGROUND` other groups (of `among_G`; None = all) were measured there.
     """
-    known_GC = np.isfinite(mean_GC)
+    known_GC = np.isfinite(mean_GC) & (np.ones(len(mean_GC), dtype=bool) if among_G is None else among_G)[:, None]
     others_GC = known_GC.sum(axis=0, keepdims=True) - known_GC
+    value_GC = np.where(known_GC, mean_GC, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        background_GC = (np.nansum(mean_GC, axis=0, keepdims=True) - np.nan_to_num(mean_GC)) / others_GC
+        background_GC = (value_GC.sum(axis=0, keepdims=True) - value_GC) / others_GC
     return np.where(others_GC >= MIN_BACKGROUND, mean_GC - background_GC, np.nan)
 
 
-def less_expected(mean_GC: Floats, rank_G: Floats) -> Floats:
+def less_expected(mean_GC: Floats, rank_G: Floats, among_G: Bools | None = None) -> Floats:
     """Cluster means less what a gene's rank predicts in the same cluster, (G, C); `less_background` where ranks are too few.
 
     Where a perturbation's effect follows from the gene's rank, and differs by donor, all genes of high rank repeat over
     donors, and none of them means anything: only what is left is the gene's own part.
     """
-    expected_GC = np.stack([expected_by_rank(column, rank_G) for column in mean_GC.T], axis=1)
-    return np.where(np.isfinite(expected_GC), mean_GC - expected_GC, less_background(mean_GC))
+    expected_GC = np.stack([expected_by_rank(column, rank_G, among_G) for column in mean_GC.T], axis=1)
+    return np.where(np.isfinite(expected_GC), mean_GC - expected_GC, less_background(mean_GC, among_G))
 
 
-def shuffled_neighbours(rank_G: Floats, num_clusters: int, rng: np.random.Generator, *, window: int = 25) -> Ints:
+def normal_scores(
+    own_GC: Floats, rank_G: Floats, among_G: Bools | None = None, *, num_matched: int = SCORED_AMONG
+) -> Floats:
+    """Each cluster's values as normal scores of their places among the groups of like rank, (G, C).
+
+    A sign flip asks whether values are symmetric about 0. What genes do on their own is skewed, as a few do much: the mean
+    of nothing is then found significant too often (12 % at p <= 0.05 for log-normal effects and eight donors). A place among
+    others is symmetric whatever the others' distribution, and any one place is as likely as another where a donor gives
+    a gene its neighbours' luck. Normal, so that normal values keep their size and the stated power. NaN as in `matched_percentile`.
+    """
+    scores = np.full(own_GC.shape, np.nan)
+    company_G = np.isfinite(rank_G) if among_G is None else np.isfinite(rank_G) & among_G
+    for c, column in enumerate(own_GC.T):
+        num = max(1, min(num_matched, int((company_G & np.isfinite(column)).sum()) - 1))
+        share_G = matched_percentile(column, rank_G[:, None], among_G, num_matched=num_matched) / 100
+        scores[:, c] = special.ndtri((share_G * num + 0.5) / (num + 1))
+    return scores
+
+
+def shuffled_neighbours(rank_G: Floats, known_GC: Bools, rng: np.random.Generator, *, window: int = 25) -> Ints:
     """For each cluster a random exchange of groups of like rank, (C, G): group g's values go to group [c, g].
 
     What is left is what groups of like rank have in common in a cluster: no group has anything of its own that repeats
-    over clusters. Tests of repetition must then give uniform p-values. Groups without a rank are exchanged among themselves.
+    over clusters. Tests of repetition must then give uniform p-values. Groups without a rank are exchanged among
+    themselves, groups that a cluster does not know keep their place there.
     """
     order = np.argsort(np.where(np.isfinite(rank_G), rank_G, np.inf), kind="stable")
-    blocks = np.array_split(order, max(1, len(order) // window))
-    to_CG = np.empty((num_clusters, len(rank_G)), dtype=np.int64)
-    for row in to_CG:
-        for block in blocks:
+    to_CG = np.tile(np.arange(len(rank_G)), (known_GC.shape[1], 1))
+    for row, known_G in zip(to_CG, known_GC.T, strict=True):
+        present = order[known_G[order]]
+        for block in np.array_split(present, max(1, len(present) // window)):
             row[block] = rng.permutation(block)
     return to_CG
 
@@ -232,63 +269,99 @@ def smallest_p(num_clusters: int) -> float:
     return min(1.0, 2.0 ** (1 - num_clusters)) if num_clusters > 0 else 1.0
 
 
+def attainable(num_clusters: int, level: float = 0.05) -> float:
+    """Share of p-values at or below `level` that an exact sign-flip test gives where there is nothing: p has few values."""
+    return np.floor(level / smallest_p(num_clusters) + 1e-9) * smallest_p(num_clusters)
+
+
 def fewest_hits(num_clusters: int, num_tests: int, *, level: float = 0.05) -> int:
     """How many tests must reach the smallest possible p before any can pass Benjamini-Hochberg at `level`."""
     return max(1, int(np.ceil(smallest_p(num_clusters) * num_tests / level - 1e-9)))
 
 
-def matched_percentile(effect_G: Floats, features_GF: Floats, *, num_matched: int = 100) -> Floats:
+def matched_percentile(
+    effect_G: Floats, features_GF: Floats, among_G: Bools | None = None, *, num_matched: int = 100
+) -> Floats:
     """Percentile (0 to 100) of each effect among those of the most similar other groups.
 
-    Similar means near in the ranks of the features (for genes: mean rank and coverage). Equal effects count half.
-    NaN with fewer than `MIN_BACKGROUND` others, or without an effect.
+    Similar means near in the ranks of the features (for genes: mean rank and coverage). Equal effects count half. `among_G`
+    says who may be compared with; None = everybody. NaN with fewer than `MIN_BACKGROUND` others, or without an effect.
     """
     result_G = np.full(len(effect_G), np.nan)
     usable = np.flatnonzero(np.isfinite(effect_G) & np.isfinite(features_GF).all(axis=1))
-    if len(usable) <= MIN_BACKGROUND:
+    company = np.arange(len(usable)) if among_G is None else np.flatnonzero(among_G[usable])
+    if len(company) <= MIN_BACKGROUND:
         return result_G
     points = np.stack([stats.rankdata(column) for column in features_GF[usable].T], axis=1) / len(usable)
-    num = min(num_matched, len(usable) - 1)
-    near = KDTree(points).query(points, k=num + 1)[1]
+    num = min(num_matched, len(company) - 1)
+    near = company[KDTree(points[company]).query(points, k=num + 1)[1]]
     itself = near == np.arange(len(usable))[:, None]
-    itself[~itself.any(axis=1), -1] = True  # among many equal points the group itself may be missing: drop the farthest
+    itself[~itself.any(axis=1), -1] = True  # not in the company, or lost among many equal points: drop the farthest
     others = near[~itself].reshape(len(usable), num)
     effect, null = effect_G[usable][:, None], effect_G[usable][others]
     result_G[usable] = 100 * ((null < effect).mean(axis=1) + (null == effect).mean(axis=1) / 2)
     return result_G
 
 
-def expected_by_rank(effect_G: Floats, rank_G: Floats, *, span: float = 0.3) -> Floats:
-    """The effect that a gene's mean rank alone predicts: a local linear fit over the genes of similar rank, (G,).
+def expected_by_rank(
+    effect_G: Floats, rank_G: Floats, among_G: Bools | None = None, *, span: float = 0.15, rounds: int = 2
+) -> Floats:
+    """The effect that a gene's mean rank alone predicts: a robust local linear fit over the genes of similar rank, (G,).
 
-    Tricube weights over the nearest `span` of all genes (at least 10, at most `MAX_WINDOW`); the gene itself has weight
-    0, so that a strong effect does not explain itself. NaN with fewer than `MIN_BACKGROUND` other genes.
+    Tricube weights over the nearest `span` of the genes (at least 20, at most `MAX_WINDOW`; a wide window bends away from
+    what the first few ranks do, in every donor alike, and calls the top genes special); the gene itself has weight
+    0, so that a strong effect does not explain itself. `rounds` of bisquare weights by the residuals (Cleveland 1979) keep
+    it from passing for ordinary among its neighbours, too. `among_G` says whose effects are fitted; None = everybody's.
+    NaN with fewer than `MIN_BACKGROUND` other genes.
     """
     result_G = np.full(len(effect_G), np.nan)
-    usable = np.flatnonzero(np.isfinite(effect_G) & np.isfinite(rank_G))
-    num = len(usable)
+    usable = np.isfinite(effect_G) & np.isfinite(rank_G)
+    own_G = usable if among_G is None else usable & among_G
+    fitted, guests = np.flatnonzero(own_G), np.flatnonzero(usable & ~own_G)
+    num = len(fitted)
     if num <= MIN_BACKGROUND:
         return result_G
-    order = usable[np.argsort(rank_G[usable], kind="stable")]
-    x, y = rank_G[order], effect_G[order]
-    width = min(num, MAX_WINDOW, max(MIN_BACKGROUND + 1, round(span * num)))
-    left = np.clip(np.arange(num) - width // 2, 0, num - width)
-    predicted = np.empty(num)
-    for start in range(0, num, 4096):
-        rows = np.arange(start, min(start + 4096, num))
-        window = left[rows, None] + np.arange(width)
-        dx, yw = x[window] - x[rows, None], y[window]
-        far = np.abs(dx).max(axis=1, keepdims=True)
-        near = np.abs(dx) / np.where(far > 0, far * (1 + 1e-9), 1.0)
-        weight = (1 - near**3) ** 3 * (window != rows[:, None])
-        s0, s1, s2 = weight.sum(1), (weight * dx).sum(1), (weight * dx**2).sum(1)
-        t0, t1 = (weight * yw).sum(1), (weight * dx * yw).sum(1)
-        determinant = s0 * s2 - s1**2
-        flat = determinant <= 1e-9 * s0 * s2  # all neighbours at one rank: their mean
-        with np.errstate(invalid="ignore", divide="ignore"):
-            predicted[rows] = np.where(flat, t0 / s0, (s2 * t0 - s1 * t1) / determinant)
-    result_G[order] = predicted
+    fitted = fitted[np.argsort(rank_G[fitted], kind="stable")]
+    x_N, y_N = rank_G[fitted], effect_G[fitted]
+    width = min(num, MAX_WINDOW, max(2 * MIN_BACKGROUND + 1, round(span * num)))
+    asked = np.concatenate([x_N, rank_G[guests]])
+    place = np.concatenate([np.arange(num), np.searchsorted(x_N, rank_G[guests])])
+    own = np.concatenate([np.arange(num), np.full(len(guests), -1)])
+    left = np.clip(place - width // 2, 0, num - width)
+    predicted = np.empty(len(asked))
+    residual_N: Floats | None = None
+    for _ in range(rounds + 1):
+        for start in range(0, len(asked), 4096):
+            rows = slice(start, start + 4096)
+            window = left[rows, None] + np.arange(width)
+            dx = x_N[window] - asked[rows, None]
+            far = np.abs(dx).max(axis=1, keepdims=True)
+            near = np.abs(dx) / np.where(far > 0, far * (1 + 1e-9), 1.0)
+            weight = (1 - near**3) ** 3 * (window != own[rows, None])
+            if residual_N is not None:
+                weight = weight * _bisquare(np.abs(residual_N[window]))
+            predicted[rows] = _local_line(weight, dx, y_N[window])
+        residual_N = y_N - predicted[:num]
+    result_G[np.concatenate([fitted, guests])] = predicted
     return result_G
+
+
+def _bisquare(residual_RW: Floats) -> Floats:
+    """Weights that fall to 0 at six times the window's median absolute residual."""
+    limit_R1 = 6 * np.median(residual_RW, axis=1, keepdims=True)
+    return np.where(
+        limit_R1 > 0, (1 - np.minimum(residual_RW / np.where(limit_R1 > 0, limit_R1, 1.0), 1) ** 2) ** 2, 1.0
+    )
+
+
+def _local_line(weight_RW: Floats, dx_RW: Floats, y_RW: Floats) -> Floats:
+    """Value at 0 of the weighted line through each row's points; their weighted mean where they do not differ in x."""
+    s0, s1, s2 = weight_RW.sum(1), (weight_RW * dx_RW).sum(1), (weight_RW * dx_RW**2).sum(1)
+    t0, t1 = (weight_RW * y_RW).sum(1), (weight_RW * dx_RW * y_RW).sum(1)
+    determinant = s0 * s2 - s1**2
+    flat = determinant <= 1e-9 * s0 * s2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(flat, t0 / s0, (s2 * t0 - s1 * t1) / determinant)
 
 
 def welch(num_2G: Floats, mean_2G: Floats, variance_2G: Floats) -> Floats:
@@ -301,44 +374,3 @@ def welch(num_2G: Floats, mean_2G: Floats, variance_2G: Floats) -> Floats:
         difference_G = mean_2G[1] - mean_2G[0]
         t_G = np.where(difference_G == 0, 0.0, difference_G / error_G)
     return np.where(num_2G.min(axis=0) >= 2, t_G, np.nan)
-
-
-def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> Estimate:
-    """A proportion with its Wilson score interval; NaN without trials."""
-    if trials == 0:
-        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
-    interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return Estimate(value=successes / trials, low=float(interval.low), high=float(interval.high))
-
-
-def auroc(score_G: Floats, known_G: Bools, *, confidence: float = 0.95) -> Estimate:
-    """Area under the ROC curve of the scores for known against other genes, with DeLong's interval, cut to 0..1."""
-    positive, negative = score_G[known_G], score_G[~known_G]
-    m, n = len(positive), len(negative)
-    if m == 0 or n == 0:
-        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
-    ranks = stats.rankdata(np.concatenate([positive, negative]))
-    above = (ranks[:m] - stats.rankdata(positive)) / n  # share of negatives below each positive
-    below = 1 - (ranks[m:] - stats.rankdata(negative)) / m
-    value = float(above.mean())
-    if m < 2 or n < 2:
-        return Estimate(value=value, low=float("nan"), high=float("nan"))
-    half = float(special.ndtri(0.5 + confidence / 2)) * float(np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n))
-    return Estimate(value=value, low=max(0.0, value - half), high=min(1.0, value + half))
-
-
-def score_against(score_G: Floats, hit_G: Bools, known_G: Bools) -> dict[str, Estimate]:
-    """How well hits and scores find a list of known genes: PPV, NPV, sensitivity, specificity, AUROC, with intervals.
-
-    Genes without a score (NaN) are left out. Higher scores mean more likely.
-    """
-    scored = np.isfinite(score_G)
-    score, hit, known = score_G[scored], hit_G[scored], known_G[scored]
-    both, neither = int((hit & known).sum()), int((~hit & ~known).sum())
-    return {
-        "ppv": wilson(both, int(hit.sum())),
-        "npv": wilson(neither, int((~hit).sum())),
-        "sensitivity": wilson(both, int(known.sum())),
-        "specificity": wilson(neither, int((~known).sum())),
-        "auroc": auroc(score, known),
-    }

@@ -22,6 +22,9 @@ from mixgf.selection import matched, sample, select
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
+MIN_STATE_CELLS = 20
+"""Fewest cells of a state that stands in for the unrelated ones."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
@@ -36,6 +39,8 @@ class Target:
     """Share of the perturbed cells of its species whose sentences hold all its genes."""
     null: bool = False
     """Nobody's hypothesis: scored so that others can be compared with it."""
+    drawn: bool = False
+    """Drawn without regard to what it does: the others are compared with such genes, where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +65,13 @@ class Design:
     donor_of: Ints
     """Donor code of every cell of the corpus."""
     warnings: tuple[str, ...]
+    watched: tuple[Target, ...] = ()
+    """Genes whose responses to every perturbation are asked for: the columns of the response matrix."""
+
+    @cached_property
+    def watched_R(self) -> Ints:
+        """Their tokens."""
+        return np.array([target.tokens[0] for target in self.watched], dtype=np.int64)
 
     @cached_property
     def goal(self) -> int | None:
@@ -85,7 +97,8 @@ def design(corpus: Corpus, config: Config) -> Design:
         donor_of, donors = np.zeros(len(obs), dtype=np.int64), ("all",)
         warnings.append(f"no column {settings.donor!r}: all cells count as one donor, and there is no donor-level test")
     wanted = [("start", settings.start), ("goal", settings.goal)]
-    wanted += [(f"alternative_{i}", text) for i, text in enumerate(settings.alternatives)]
+    others = settings.alternatives or _unrelated(corpus, config, obs)
+    wanted += [(f"alternative_{i}", text) for i, text in enumerate(others)]
     states = tuple(
         State(name=name, expression=text, cells=select(obs, text, f"perturb.{name}"))
         for name, text in wanted
@@ -108,7 +121,65 @@ def design(corpus: Corpus, config: Config) -> Design:
         donors=donors,
         donor_of=donor_of,
         warnings=tuple(warnings),
+        watched=tuple(_watched(corpus, settings, cells)),
     )
+
+
+def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, ...]:
+    """Expressions of states without a cell of start or goal: the most frequent values of the label (`perturb.unrelated`)."""
+    settings, label = config.perturb, config.classify.label
+    if not (settings.unrelated and settings.goal.strip() and label in obs.columns):
+        return ()
+    asked = np.zeros(len(obs), dtype=bool)
+    start = select(obs, settings.start, "perturb.start")
+    asked[start], asked[select(obs, settings.goal, "perturb.goal")] = True, True
+    value_N = obs[label].astype(str)
+    free_N = ~value_N.isin([*value_N[asked].unique(), *config.classify.unlabelled]).to_numpy()
+    free_N &= np.isin(corpus.species_N, np.unique(corpus.species_N[start]))
+    source_N = obs["source"].astype(str)
+    sources = sorted(source_N[start].unique())
+    own_N = source_N.isin(sources).to_numpy()
+    for chosen_N, where in ((free_N & own_N, f" and source in {sources!r}"), (free_N, "")):
+        counts = value_N[chosen_N].value_counts()
+        names = sorted(counts.index[counts >= MIN_STATE_CELLS], key=lambda name: (-int(counts[name]), name))
+        if len(names) >= 2 or not where:
+            break
+    kinds = np.unique(corpus.species_N[start])
+    if len(np.unique(corpus.species_N[own_N if where else slice(None)])) > len(kinds):
+        where += f" and species in {[corpus.species[code] for code in kinds]!r}"
+    return tuple(f"{label} == {name!r}{where}" for name in names[: settings.unrelated])
+
+
+def _watched(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
+    """The `perturb.response` genes in most of the perturbed cells, by token."""
+    if not settings.response:
+        return []
+    counts_V, _ = _occurrences(corpus, cells)
+    genes, symbols = _names(corpus, list(corpus.species))
+    owner = {token: name for name, token in sorted(genes, reverse=True)}  # a shared token goes by its first species
+    there = [token for token in np.flatnonzero(counts_V).tolist() if token in owner]
+    best = sorted(sorted(there, key=lambda token: (-int(counts_V[token]), token))[: settings.response])
+    return [
+        Target(
+            gene=genes[owner[token], token],
+            symbol=symbols[owner[token], token],
+            species=owner[token],
+            tokens=(token,),
+            coverage=float(counts_V[token]) / len(cells),
+        )
+        for token in best
+    ]
+
+
+def features(corpus: Corpus, plan: Design) -> Floats:
+    """Mean place in the perturbed cells and coverage of every target, (K, 2): what genes are matched by; NaN for sets."""
+    counts_V, places_V = _occurrences(corpus, plan.cells_N)
+    first_K = plan.genes_KM[:, 0]
+    with np.errstate(invalid="ignore"):
+        place_K = np.nan_to_num(places_V[first_K] / counts_V[first_K], nan=float(corpus.lengths_N.max(initial=0)))
+    coverage_K = np.array([target.coverage for target in plan.targets])
+    single_K = np.array([len(target.tokens) == 1 for target in plan.targets])
+    return np.where(single_K[:, None], np.stack([place_K, coverage_K], axis=1), np.nan)
 
 
 def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> list[Target]:
@@ -120,7 +191,7 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
     if settings.genes:
         given = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
         named = list({(target.species, target.tokens): target for target in given}.values())  # each once
-        if not settings.null_genes:
+        if settings.null_genes <= 0 or settings.screen:  # a screen draws its own, afterwards
             return named
         return named + [null for name in present for null in _nulls(corpus, settings, cells, named, name, seed=seed)]
     counts_V, _ = _occurrences(corpus, cells)
@@ -177,7 +248,7 @@ def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target
             if settings.genes or coverage >= settings.min_coverage:
                 pair = Target(
                     gene=f"{alone.gene}+{target.gene}", symbol=f"{alone.symbol}+{target.symbol}", species=name,
-                    tokens=(token, *target.tokens), coverage=coverage, null=target.null,
+                    tokens=(token, *target.tokens), coverage=coverage, null=target.null, drawn=target.drawn,
                 )  # fmt: skip
                 found.append(pair)
     if not found:
@@ -246,6 +317,7 @@ def _nulls(
             tokens=(token,),
             coverage=float(counts_V[token]) / len(mine),
             null=True,
+            drawn=True,
         )
         for token in tokens_G[matched(features_GF, wanted, num, seed)].tolist()
     ]

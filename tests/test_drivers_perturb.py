@@ -6,8 +6,9 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
-from mixgf import artifacts, checkpoint, config, cost, perturbation, report, scorecard, storage
+from mixgf import artifacts, checkpoint, config, cost, perturbation, report, scorecard, storage, targets
 from mixgf.config import UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers import perturb as driver
@@ -18,7 +19,7 @@ from mixgf.perturb import Scorer
 ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
 NUM_CELLS = 40
 COLUMNS = [
-    "gene", "symbol", "ortholog", "ortholog_symbol", "species", "operation", "variant", "role", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
+    "gene", "symbol", "ortholog", "ortholog_symbol", "species", "operation", "variant", "role", "reference", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
     "shift_high", "response", "p_cell", "fdr_cell", "p_donor", "fdr_donor", "null_percentile", "rank_expected",
     "shift_minus_rank_expected", "shift_alternatives", "shift_minus_alternatives", "de_statistic", "de_log_fold", "de_rank", "warnings",
     "shift_alternative_0",
@@ -126,6 +127,96 @@ def test_a_lost_part_is_the_only_one_made_again(inputs, whole, tmp_path, monkeyp
     assert genes(tmp_path) == genes(whole)
 
 
+def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts_as_they_are(
+    inputs, whole, tmp_path, monkeypatch
+):
+    once, again = tmp_path / "once", tmp_path / "again"
+    driver.run(configure(inputs, once, response=6), local=True)
+    matrix = storage.read_bytes(f"{once}/perturb/responses.parquet")
+    frame = storage.read_table(f"{once}/perturb/responses.parquet").to_pandas()
+    assert genes(once) == genes(whole)
+    assert frame["responding"].nunique() == 6
+    record = artifacts.find(f"{once}/perturb")
+    assert record.counts["responses"] == len(frame)
+    assert record.counts["parts"] == artifacts.find(f"{whole}/perturb").counts["parts"]
+    write, left = storage.write_table, [9]
+
+    def dying(uri, *rest, **named):  # between a unit's responses and its own part
+        left[0] -= "/parts/" in uri and "/responses/" not in uri
+        if not left[0]:
+            raise KeyboardInterrupt
+        return write(uri, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_table", dying)
+        with pytest.raises(KeyboardInterrupt):
+            driver.run(configure(inputs, again, response=6), local=True)
+    driver.run(configure(inputs, again, response=6), local=True)
+    assert storage.read_bytes(f"{again}/perturb/responses.parquet") == matrix
+    few = tmp_path / "few"
+    chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "null_genes": 3}
+    driver.run(configure(inputs, few, response=6, **chosen), local=True)
+    part = storage.read_table(f"{few}/perturb/responses.parquet").to_pandas()
+    keys = ["operation", "gene", "responding"]
+    both = part.astype(dict.fromkeys(keys, str)).merge(frame.astype(dict.fromkeys(keys, str)), on=keys)
+    assert len(both) == len(part) < len(frame)
+    assert both["change_x"].to_numpy() == pytest.approx(both["change_y"].to_numpy(), abs=1e-6)
+    assert (both["num_cells_x"] == both["num_cells_y"]).all()
+
+
+def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp_path):
+    """States are means over all their cells, by donor as well; every alternative has its shift, and their mean stands beside."""
+    others = ("donor == 'd1'", "donor in ['d2', 'd3'] and cell_type == 'beta'")
+    driver.run(configure(inputs, tmp_path, alternatives=others, max_cells=3), local=True)
+    corpus, encoder = Corpus(inputs.corpus), checkpoint.load_encoder(inputs.checkpoint)[0].eval()
+    obs = corpus.obs()
+
+    def hidden(sentence):
+        with torch.no_grad():
+            return encoder(torch.tensor(sentence), torch.tensor([0, len(sentence)])).double().numpy()
+
+    vectors = np.stack([hidden(corpus.tokens([c])[0].tolist()).mean(axis=0) for c in range(NUM_CELLS)])
+    expressions = {
+        "start": "cell_type == 'alpha'",
+        "goal": "cell_type == 'beta'",
+        "alternative_0": others[0],
+        "alternative_1": others[1],
+    }
+    states = storage.read_table(f"{tmp_path}/perturb/states.parquet").to_pandas()
+    means = {}
+    for name, text in expressions.items():
+        cells = np.flatnonzero(obs.eval(text))
+        means[name] = vectors[cells].mean(axis=0)
+        mine = states[states["state"] == name].set_index("donor")
+        assert set(mine.index) == {"", *obs["donor"].iloc[cells]}
+        for donor, row in mine.iterrows():
+            chosen = cells if not donor else cells[(obs["donor"].iloc[cells] == donor).to_numpy()]
+            assert row["num_cells"] == len(chosen)
+            assert np.array(row["vector"]) == pytest.approx(vectors[chosen].mean(axis=0), abs=1e-6)
+    frame = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
+    perturbed = targets.design(corpus, configure(inputs, tmp_path, alternatives=others, max_cells=3)).cells_N.tolist()
+    deleted = frame[frame["operation"] == "delete"].set_index("symbol")
+    checked = 0
+    for symbol, row in deleted.iterrows():
+        token, found = corpus.vocabulary.find(symbol, "human"), {name: [] for name in expressions}
+        for sentence in (corpus.tokens([c])[0].tolist() for c in perturbed):
+            if token in sentence:
+                at = sentence.index(token)
+                before = np.delete(hidden(sentence), at, axis=0).mean(axis=0)
+                after = hidden(sentence[:at] + sentence[at + 1 :]).mean(axis=0)
+                for name, goal in means.items():
+                    cosine = [v @ goal / np.linalg.norm(v) / np.linalg.norm(goal) for v in (before, after)]
+                    found[name].append(cosine[1] - cosine[0])
+        for column, name in (("shift", "goal"), *((f"shift_{n}", n) for n in ("alternative_0", "alternative_1"))):
+            assert row[column] == pytest.approx(np.mean(found[name]), abs=1e-6)
+        both = np.mean([np.mean(found["alternative_0"]), np.mean(found["alternative_1"])])
+        assert row["shift_alternatives"] == pytest.approx(both, abs=1e-6)
+        assert row["shift_minus_alternatives"] == pytest.approx(np.mean(found["goal"]) - both, abs=1e-6)
+        checked += 1
+    assert checked > 5
+    assert deleted["shift"].abs().max() > 1e-3
+
+
 @pytest.mark.ray
 def test_two_ray_workers_give_what_the_local_loop_gives(ray_local, inputs, whole, tmp_path):
     driver.run(configure(inputs, tmp_path), local=False)
@@ -229,14 +320,18 @@ def shifts(output):
 
 
 def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agrees(inputs, whole, tmp_path):
-    driver.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=0.0, screen_grid=6), local=True)
+    chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "screen_grid": 6, "null_genes": 3}
+    driver.run(configure(inputs, tmp_path, **chosen), local=True)
     every, found = shifts(whole), shifts(tmp_path)
     assert 10 < len(found) / 2 < len(every) / 2
+    reference = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas().groupby("gene")["reference"].first()
+    assert reference.all()  # 13 drawn ones are no company
     assert np.allclose(found, every[found.index], atol=1e-6)
     fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
     assert len(fate) == len(every)
     assert set(fate.loc[fate["fate"] == "scored", "gene"]) == set(found.index.get_level_values("gene"))
-    assert (fate.groupby("operation")["fate"].apply(lambda f: (f.iloc[:4] == "scored").all())).all()
+    for end in (slice(None, 2), slice(-2, None)):  # two that move cells there, two that move them away
+        assert (fate.groupby("operation")["fate"].apply(lambda f, end=end: (f.iloc[end] == "scored").all())).all()
     record = artifacts.find(f"{tmp_path}/perturb")
     assert record.counts["screened_out"] == (fate["fate"] == "screened out").sum() / 2
     estimates = fate.set_index(["operation", "gene"])["estimate"]
@@ -247,6 +342,38 @@ def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agre
         both = np.corrcoef(estimates[operation].rank(), every[operation][estimates[operation].index].rank())[0, 1]
         assert both > 0.7
     assert any("drawn at random" in text for text in record.details["warnings"])
+
+
+def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make_corpus, inputs, tmp_path):
+    corpus = make_corpus([18] * 40, [0] * 40, [40], genes=70, names=("human",))
+    weights, vocabulary = f"{tmp_path}/pretrain", Corpus(corpus).vocabulary
+    record = artifacts.plan("checkpoint", 1, {}, {})
+    artifacts.begin(weights, record)
+    model = MaskedModel(ROW, vocabulary.size, seed=5)
+    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=config.Tokens(max_len=20))
+    mine = config.Inputs(corpus=corpus, checkpoint=weights)
+    chosen = {
+        "screen": 6,
+        "screen_sample": 12,
+        "null_genes": 14,
+        "screen_agreement": -1.0,
+        "alternatives": (),
+        "operations": ("delete",),
+    }
+    driver.run(configure(mine, tmp_path, **chosen), local=True)
+    frame = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
+    record = artifacts.find(f"{tmp_path}/perturb")
+    whole = record.counts["screened_out"] + len(frame)
+    assert frame["reference"].sum() == 26
+    assert 26 < len(frame) <= 32 < whole
+    fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
+    best = set(fate["gene"].iloc[:3]) | set(fate.dropna(subset="estimate")["gene"].iloc[-3:])
+    assert best <= set(frame["gene"])
+    assert set(frame.loc[~frame["reference"], "gene"]) <= best  # who was not drawn was chosen
+    assert frame["null_percentile"].notna().all()
+    order = frame.sort_values("p_cell", ignore_index=True)
+    assert order["fdr_cell"].iloc[-1] == pytest.approx(min(1, order["p_cell"].iloc[-1] * whole / len(frame)))
+    assert any(f"count all {whole} genes" in text for text in record.details["warnings"])
 
 
 def test_a_screen_that_agrees_too_little_is_not_followed(inputs, whole, tmp_path):

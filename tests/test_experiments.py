@@ -115,3 +115,8 @@ def test_another_list_of_known_genes_needs_no_new_perturbation(made, tmp_path, c
     with pytest.raises(UserError, match=r"perturb\.known = 'none\.tsv': no such file"):
         driver.run(override(chosen, ["perturb.known=none.tsv", f"output={tmp_path}/other"]), local=True)
     assert not storage.exists(f"{tmp_path}/other/perturb")
+
+
+def test_only_recipes_for_given_cells_bring_a_question_of_their_own():
+    asking = {name for name, make in recipes.RECIPES.items() if make().perturb.start or make().perturb.alternatives}
+    assert asking == {"demo", "gpu_smoke", "paper_dkd", "paper_adpkd", "paper_alzheimer"}

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
+from sklearn.metrics import roc_auc_score
 
 from mixgf import known
 from mixgf.config import Config, Perturb, UserError
+from mixgf.known import auroc, score_against
 
 SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -119,3 +122,26 @@ def test_table_4_is_as_printed():
     }
     assert ours == printed
     assert len(ours) == 7
+
+
+def test_scores_against_known_genes_by_hand():
+    score = np.array([5.0, 4.0, 3.0, 2.0, 1.0, np.nan])
+    known = np.array([True, False, True, False, False, True])
+    result = score_against(score, score > 3.5, known)
+    assert (result["ppv"].value, result["sensitivity"].value) == (0.5, 0.5)
+    assert (result["npv"].value, result["specificity"].value) == pytest.approx((2 / 3, 2 / 3))
+    assert result["auroc"].value == pytest.approx(5 / 6)  # of the 6 pairs one is the wrong way round
+    for estimate in result.values():
+        assert 0 <= estimate.low < estimate.value < estimate.high <= 1
+
+
+def test_auroc_equals_sklearn_and_its_interval_covers():
+    rng = np.random.default_rng(9)
+    covered = 0
+    for _ in range(200):
+        known = np.arange(120) < 40
+        score = np.round(rng.normal(known * 0.8, 1), 1)
+        estimate = auroc(score, known)
+        assert estimate.value == pytest.approx(roc_auc_score(known, score), rel=1e-12)
+        covered += estimate.low < scipy.stats.norm.cdf(0.8 / np.sqrt(2)) < estimate.high
+    assert 0.9 < covered / 200 < 0.99

@@ -249,13 +249,23 @@ def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
     genes = _genes(num_donors=8, fdr_donor=[0.01] * 10 + [0.5] * 20, null_percentile=[99.0, 1.0] + [50.0] * 27 + [99.0])
     assert set(hits.hits(genes)["symbol"]) == {"GENE0", "GENE1"}
     assert ("good", "2 of 30 genes are hits") in [(tone, text[:22]) for tone, text in hits.sentences(genes, goal=True)]
+    said = " ".join(text for _, text in hits.sentences(genes, goal=True))
+    assert "last column objects to: none." in said
+    assert "differ themselves" not in said
+    marked = genes.assign(warnings=["", "differs itself between start and goal (t = 9.0)"] * 15)
+    said = " ".join(text for _, text in hits.sentences(marked, goal=True))
+    assert "1 of 2 hits differ themselves between start and goal" in said
+    assert "objects to: GENE0." in said
     assert hits.hits(genes.assign(role="null")).empty  # what was scored for comparison is nobody's hit
     mixed = genes.assign(
-        role=["target"] * 5 + ["null"] * 25
+        role=["target"] * 5 + ["null"] * 25, reference=[False] * 5 + [True] * 25
     )  # of the nulls 5 have an FDR of 1 %, and all a cell-level one
     text = " ".join(text for _, text in hits.sentences(mixed, goal=True))
     assert "2 of 5 genes are hits" in text
-    assert "Of 25 genes that were scored for comparison only, 20% repeat over donors as well, and 100% are" in text
+    assert (
+        "Of 25 genes that were drawn for comparison, whatever they do, 20% repeat over donors as well, and 100% are"
+        in text
+    )
     ordinary = hits.sentences(genes.assign(null_percentile=50.0), goal=True)
     assert any(tone == "warn" and "none of them is unusual for its rank" in text for tone, text in ordinary)
 
@@ -271,14 +281,43 @@ def test_a_test_that_cries_wolf_on_nothing_is_named(config):
     nulls = pd.DataFrame(
         {"operation": "delete", "p_cell": rng.uniform(0, 0.09, 200), "p_donor": rng.uniform(0, 1, 200)}
     )
-    tone, text = hits.calibration_sentence(nulls)
+    tone, text = hits.calibration_sentence(nulls, 8)
     assert tone == "warn"
-    assert re.search(r"[3-7]\.\d% of genes have a donor-level p of 0\.05 or less, and 5\d\.\d% a cell-level one", text)
+    assert re.search(
+        r"[3-7]\.\d% of genes have a donor-level p of 0\.05 or less \(4\.7% would be right: p has few values over 8 donors\), and 5\d\.\d% a cell-level one",
+        text,
+    )
     run = report.load(config, light=True)
     with_nulls = perturbation.section(dataclasses.replace(run, tables=run.tables | {"nulls": nulls}))
     pictures = [b.caption for b in with_nulls.blocks if isinstance(b, page.Picture)]
-    assert sum("genes of like rank exchanged their shifts" in caption for caption in pictures) == 1  # `delete` only
+    assert (
+        sum("genes of like rank exchanged what is their own" in caption for caption in pictures) == 1
+    )  # `delete` only
     assert "could not be checked" in _text(with_nulls)  # `overexpress`
+
+
+def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(config):
+    run = report.load(config, light=True)
+    rng = np.random.default_rng(5)
+    rows = [
+        {"operation": "delete", "gene": f"ENSG{k:05d}", "symbol": f"GENE{k}", "responding": f"ENSG{r:05d}", "responding_symbol": f"GENE{r}",
+         "num_cells": 40, "change": 0.5, "num_still": 20, "change_still": 0.01 * (k + 1) * (r + 1) * (16 if (k, r) == (3, 7) else 1) * np.exp(rng.normal(0, 0.05)), "sd": 0.0}
+        for k in range(30) for r in range(12) if k != r
+    ]  # fmt: skip
+    with_pairs = dataclasses.replace(run, tables=run.tables | {"responses": pd.DataFrame(rows)})
+    section = perturbation.section(with_pairs)
+    grid = next(b for b in section.blocks if isinstance(b, page.Grid) and b.head[0] == "Perturbed")
+    assert [cell.text for cell in grid.rows[0][:2]] == ["GENE3", "GENE7"]
+    assert grid.rows[0][3].order == pytest.approx(4, abs=0.3)
+    assert "no evidence of regulation" in _text(section)
+    assert (
+        sum("contextual embedding of each gene" in b.caption for b in section.blocks if isinstance(b, page.Picture))
+        == 1
+    )
+    assert "responses of other genes" not in _text(perturbation.section(run))
+    many = dataclasses.replace(run.records["perturb"], counts=run.records["perturb"].counts | {"responses": 9_000_000})
+    large = dataclasses.replace(run, records=run.records | {"perturb": many})
+    assert "9,000,000 pairs) is too large for a page" in _text(perturbation.section(large))
 
 
 def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):

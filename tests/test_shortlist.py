@@ -5,29 +5,38 @@ import math
 import numpy as np
 import pytest
 
-from mixgf.shortlist import agreement, shortlist
+from mixgf.shortlist import STRATA, agreement, like
+from mixgf.shortlist import shortlist as whole_shortlist
 from mixgf.stats import mean_by
 
 NAN = math.nan
 
 
+def shortlist(estimates, *, top, sample, rng, nulls=0, direction="towards"):
+    ranks = np.where(np.isfinite(estimates).any(axis=0), np.arange(estimates.shape[1], dtype=float), NAN)
+    features = np.stack([ranks, ranks], axis=1)
+    return whole_shortlist(
+        estimates, features, top=top, sample=sample, nulls=nulls, direction=direction, rng=np.random.default_rng(rng)
+    )
+
+
 def test_the_best_of_every_operation_come_first_and_nothing_is_lost():
     first, second = np.arange(50.0), -np.arange(50.0)
-    found = shortlist(np.stack([first, second]), top=3, sample=10, rng=np.random.default_rng(1))
+    found = shortlist(np.stack([first, second]), top=3, sample=10, rng=1)
     best = [0, 49, 1, 48, 2, 47]  # best of the second, best of the first, and so on; ties by number
     assert found.top.tolist() == [k for k in best if k not in found.sample]
     assert len(set(found.sample.tolist())) == 10
     assert sorted([*found.sample, *found.top, *found.rest]) == list(range(50))
-    again = shortlist(np.stack([first, second]), top=3, sample=10, rng=np.random.default_rng(1))
+    again = shortlist(np.stack([first, second]), top=3, sample=10, rng=1)
     assert again.sample.tolist() == found.sample.tolist()
 
 
 def test_sets_have_no_estimate_and_are_always_scored_and_never_drawn():
     estimates = np.array([[NAN, 1.0, 3.0, NAN, 2.0]])
-    found = shortlist(estimates, top=1, sample=0, rng=np.random.default_rng(0))
+    found = shortlist(estimates, top=1, sample=0, rng=0)
     assert found.top.tolist() == [0, 3, 2]
     assert found.rest.tolist() == [4, 1]
-    assert sorted(shortlist(estimates, top=1, sample=9, rng=np.random.default_rng(0)).sample) == [1, 2, 4]
+    assert sorted(shortlist(estimates, top=1, sample=9, rng=0).sample) == [1, 2, 4]
 
 
 def test_agreement_by_hand():
@@ -51,3 +60,43 @@ def test_means_by_gene():
     found = mean_by(np.array([1.0, 3, 5]), np.array([2, 2, 0]), 3)
     assert found[[0, 2]].tolist() == [5.0, 2.0]
     assert math.isnan(found[1])
+
+
+def test_genes_that_move_cells_away_are_looked_for_as_well_unless_one_direction_is_asked():
+    estimates = np.random.default_rng(2).permutation(np.arange(-25.0, 25.0))[None]
+    order = np.argsort(-estimates[0]).tolist()
+    assert shortlist(estimates, top=4, sample=0, rng=0).top.tolist() == order[:4]
+    assert shortlist(estimates, top=4, sample=0, rng=0, direction="away").top.tolist() == order[::-1][:4]
+    both = shortlist(estimates, top=5, sample=0, rng=0, direction="both").top.tolist()
+    assert sorted(both) == sorted(order[:3] + order[-3:])
+    assert {*both[:2]} == {order[0], order[-1]}  # the best of either end come first
+
+
+def test_the_company_is_drawn_from_the_strata_of_the_best_whatever_its_own_estimates():
+    """Over many draws a gene's chance depends on its stratum alone: as high for the chosen as for the others there."""
+    rng = np.random.default_rng(3)
+    features = np.stack([rng.permutation(200.0 + np.arange(200)), np.zeros(200)], axis=1)
+    early = np.flatnonzero(features[:, 0] < 200 + 200 // STRATA)
+    wanted, taken = early[:12], early[12:14]
+    times = np.zeros(200)
+    for _ in range(400):
+        drawn = like(features, wanted, 10, taken=taken, rng=rng)
+        assert len(drawn) == len(set(drawn.tolist())) == 10
+        times[drawn] += 1
+    assert times.sum() == times[early].sum()
+    assert (times[taken] == 0).all()
+    expected = 400 * 10 / (len(early) - 2)
+    assert times[wanted].mean() == pytest.approx(expected, rel=0.15)
+    assert times[early[14:]].mean() == pytest.approx(expected, rel=0.15)
+
+
+def test_everything_drawn_is_scored_and_the_draws_share_follows_the_best():
+    estimates = np.concatenate([np.full(50, 5.0) + np.arange(50), np.arange(150) / 1000])[None]
+    found = shortlist(estimates, top=30, sample=10, rng=4, nulls=20)
+    assert np.isin(found.drawn, [*found.sample, *found.top, *found.company]).all()
+    assert len(found.drawn) == 30
+    assert np.isin(found.drawn, found.top).any()
+    assert not np.isin(found.company, found.top).any()
+    assert sorted([*found.sample, *found.top, *found.company, *found.rest]) == list(range(200))
+    assert (np.setdiff1d(found.drawn, found.sample) < 200 * 2 // STRATA).all()  # the best are the first fifty
+    assert not len(like(np.full((5, 2), NAN), np.array([1]), 3, taken=np.array([], int), rng=np.random.default_rng(0)))

@@ -1,9 +1,10 @@
 """What is perturbed: cells, states and genes, as the config asks for them."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from mixgf import config, targets
+from mixgf import config, storage, targets
 from mixgf.config import UserError
 from mixgf.dataset import Corpus
 
@@ -95,3 +96,48 @@ def test_states_hold_all_cells_even_when_few_are_perturbed(corpus):
     assert design.goal == 1
     assert "no column 'donor': all cells count as one donor" in design.warnings[0]
     assert plan(corpus)[0].goal is None
+
+
+@pytest.fixture(scope="module")
+def many(make_corpus):
+    """Two files; types A (start, goal), B, C and a rare D in the first, E in the second, X of mice; 25 cells each but for D."""
+    kinds = ["A"] * 50 + ["B"] * 30 + ["C"] * 25 + ["D"] * 5 + ["unknown"] * 25 + ["E"] * 60 + ["X"] * 25
+    species = [0] * 195 + [1] * 25
+    uri = make_corpus([6] * 220, species, [220], genes=12)
+    shard = f"{uri}/shards/00000.parquet"
+    table = storage.read_table(shard)
+    for name, values in (
+        ("cell_type", kinds),
+        ("source", ["one"] * 135 + ["two"] * 85),
+        ("half", [c % 2 for c in range(220)]),
+    ):
+        table = table.set_column(table.column_names.index(name), name, pa.array(values)) if name in table.column_names else (
+            table.append_column(name, pa.array(values)))  # fmt: skip
+    storage.write_table(shard, table)
+    return Corpus(uri)
+
+
+def test_states_that_have_nothing_to_do_with_the_question_stand_in_for_alternatives(many):
+    asked = {"start": "cell_type == 'A' and half == 0", "goal": "cell_type == 'A' and half == 1"}
+    found = {s.name: s.cells.tolist() for s in plan(many, **asked)[0].states[2:]}
+    assert found == {"alternative_0": list(range(50, 80)), "alternative_1": list(range(80, 105))}  # not E: another file
+    assert [s.name for s in plan(many, **asked, unrelated=1)[0].states] == ["start", "goal", "alternative_0"]
+    for none in ({"unrelated": 0}, {"goal": ""}):
+        assert not [s for s in plan(many, **asked | none)[0].states if s.name.startswith("alternative")]
+    given = plan(many, **asked, alternatives=("cell_type == 'E'",))[0].states
+    assert [s.expression for s in given[2:]] == ["cell_type == 'E'"]  # what the user names is not added to
+    # a file with one other type only: those of all files, still of no other species
+    other = plan(many, start="cell_type == 'E'", goal="cell_type == 'A'")[0].states[2:]
+    assert [s.cells.tolist() for s in other] == [list(range(50, 80)), list(range(80, 105))]
+
+
+def test_what_genes_are_matched_by(corpus):
+    design, _ = plan(corpus, genes=("human3", "human4+human5"))
+    places = [
+        s.index(design.targets[0].tokens[0])
+        for s in (corpus.tokens([c])[0].tolist() for c in range(9))
+        if design.targets[0].tokens[0] in s
+    ]
+    found = targets.features(corpus, design)
+    assert found[0].tolist() == pytest.approx([np.mean(places), design.targets[0].coverage])
+    assert np.isnan(found[1]).all()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import cost, effects, perturb, shortlist, stats, storage
+from mixgf import cost, effects, perturb, shortlist, stats, storage, targets
 from mixgf.config import Config, UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers.metrics import Meter
@@ -41,6 +41,8 @@ class Outcome:
     """Left out because the screen ranks them low."""
     beyond: Ints
     """Left out because the budget was spent."""
+    drawn: Ints
+    """Drawn without regard to their estimates, for the others to be compared with; empty without a screen."""
     parts: list[str]
     """Keys of the parts that hold the shifts, by operation, in order."""
     states: pa.Table
@@ -79,16 +81,20 @@ class Campaign:
         means, table = effects.state_means([part(self.folder, unit.key) for unit in first], len(plan.states))
         order, chosen = np.arange(len(plan.targets)), len(plan.targets)
         blocks = perturb.gene_blocks(order, settings.block_genes)
-        estimate_OK, agreed, warnings = None, {}, []
+        estimate_OK, agreed, warnings, drawn = None, {}, [], np.empty(0, np.int64)
         if settings.screen:
             estimate_OK = self._screen(functools.partial(work, "screen"), means)
             rng = np.random.default_rng([self.config.seed, 93])
-            found = shortlist.shortlist(estimate_OK, top=settings.screen, sample=settings.screen_sample, rng=rng)
+            found = shortlist.shortlist(
+                estimate_OK, targets.features(corpus, plan), top=settings.screen, sample=settings.screen_sample,
+                nulls=100 if settings.null_genes < 0 else settings.null_genes, direction=settings.direction, rng=rng,
+            )  # fmt: skip
             blocks = [
                 block
-                for part in (found.sample, found.top, found.rest)
+                for part in (found.sample, found.top, found.company, found.rest)
                 for block in perturb.gene_blocks(part, settings.block_genes)
             ]
+            drawn = found.drawn
             sampled = self._gene_units(blocks[: -(-len(found.sample) // settings.block_genes)])
             self._needed(work("genes", sampled, means), "the screen's sample")
             agreed = self._agreement(sampled, found.sample, estimate_OK)
@@ -100,10 +106,10 @@ class Campaign:
                 warnings.append(f"the screen of {' and '.join(poor)} agrees too little with exact shifts "
                                 f"(perturb.screen_agreement = {settings.screen_agreement}): all genes are scored exactly")  # fmt: skip
             else:
-                chosen = len(found.sample) + len(found.top)
-                warnings.append(f"{chosen} of {len(plan.targets)} genes are scored exactly: the best by a screen, and "
-                                f"{len(found.sample)} drawn at random; ranks, nulls and false discovery rates are among these")  # fmt: skip
-            order = np.concatenate([found.sample, found.top, found.rest])
+                chosen = len(found.sample) + len(found.top) + len(found.company)
+                warnings.append(f"{chosen} of {len(plan.targets)} genes are scored exactly: the best by a screen, and {len(drawn)} drawn at "
+                                f"random, with which all are compared; false discovery rates count all {len(plan.targets)} genes")  # fmt: skip
+            order = np.concatenate([found.sample, found.top, found.company, found.rest])
         held, num = [], 0
         for block in blocks:
             if num < chosen:
@@ -126,6 +132,7 @@ class Campaign:
             scored=np.sort(np.concatenate(scored)),
             skipped=np.sort(order[sum(map(len, held)) :]),
             beyond=left,
+            drawn=drawn,
             parts=sorted(unit.key for unit in units if perturb.gene_block(unit) not in open_blocks),
             states=table,
             estimate_OK=estimate_OK,

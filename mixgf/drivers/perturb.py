@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, checkpoint, cost, effects, forecast, known, perturb, storage, targets, tracking
+from mixgf import artifacts, checkpoint, cost, effects, forecast, known, perturb, responses, storage, targets, tracking
 from mixgf.config import Config, UserError, fingerprint, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.campaign import Campaign, Outcome, Runner, loop, part
@@ -28,7 +28,7 @@ from mixgf.perturb import Done, Scorer
 from mixgf.progress import say, warn
 from mixgf.targets import Design
 
-KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 2
+KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 3
 _NO_RESULT = {"micro_tokens", "known", "published", "budget_hours", "budget_cost", "price", "worker_flops"}
 """Settings that change no result and so stay out of the fingerprint."""
 
@@ -139,21 +139,21 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         parts = pa.concat_tables([part(folder, key) for key in outcome.parts if key.startswith(f"{operation}-")])
         pairs[operation] = effects.Pairs.from_table(parts, len(plan.states))
     if not all_scored:
-        plan = replace(plan, targets=tuple(whole.targets[k] for k in outcome.scored.tolist()))
-        pairs = {
-            operation: replace(found, target_P=np.searchsorted(outcome.scored, found.target_P))
-            for operation, found in pairs.items()
-        }
+        drawn = set(outcome.drawn.tolist())
+        marked = tuple(replace(t, drawn=t.drawn or k in drawn) for k, t in enumerate(whole.targets))
+        plan, pairs = effects.subset(replace(whole, targets=marked), pairs, outcome.scored)
     expressed = {
         state.name: effects.expression(corpus, state.cells) for state in plan.states if state.name in ("start", "goal")
     }
-    genes = effects.gene_table(plan, pairs, expressed, config)
+    chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
+    matrix = [("responses.parquet", _responses(campaign, outcome))] if whole.watched else []
+    genes = effects.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
     nulls = effects.calibration(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
     donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
     vectors = states.set_column(0, "state", pa.array(names)).set_column(1, "donor", pa.array(donors))
     files = {}
-    tables = [("genes.parquet", genes), ("states.parquet", vectors), ("calibration.parquet", nulls)]
+    tables = [("genes.parquet", genes), ("states.parquet", vectors), ("calibration.parquet", nulls), *matrix]
     if not all_scored or outcome.estimate_OK is not None:
         tables.append(("not_scored.parquet", _not_scored(whole, outcome, settings.operations)))
     for name, table in tables:
@@ -166,7 +166,8 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         "screened_out": len(outcome.skipped),
         "sentences": sum(len(p.target_P) for p in pairs.values()),
         "states": {state.name: len(state.cells) for state in plan.states},
-        "parts": len(set(storage.list_dir(folder)) - {"cost"}),
+        "parts": len(set(storage.list_dir(folder)) - {"cost", perturb.RESPONSES}),
+        "responses": sum(table.num_rows for _, table in matrix),
     }
     details = {
         "vocabulary": corpus.vocabulary.hash,
@@ -183,6 +184,16 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         details["completed_by"] = record.fingerprint
         record = artifacts.plan(PARTIAL, SCHEMA, record.config | {"scored": scored}, record.parents)
     artifacts.finish(uri, record, counts=counts, files=files, details=details)
+
+
+def _responses(campaign: Campaign, outcome: Outcome) -> pa.Table:
+    """The matrix of perturbed by responding genes, of the operations' parts."""
+    folder = storage.join(campaign.folder, perturb.RESPONSES)
+    keys = {
+        operation: [key for key in outcome.parts if key.startswith(f"{operation}-")]
+        for operation in campaign.config.perturb.operations
+    }
+    return responses.table({name: [part(folder, key) for key in keys[name]] for name in keys}, campaign.plan)
 
 
 def _not_scored(plan: Design, outcome: Outcome, operations: tuple[str, ...]) -> pa.Table:
