@@ -15,17 +15,18 @@ import pandas as pd
 
 OWN = ("finetune", "probe", "knn", "centroid")
 """Models built on the encoder under test, the paper's first; every other model is a control or a baseline."""
-CONTROL = "untrained_"
-"""Begins the name of a control: the same model on an encoder with random weights. What it reaches is not pretraining's."""
-LABELS = {
-    "finetune": "mixgf, fine-tuned",
-    "finetune_lora": "mixgf, fine-tuned (LoRA)",
-    "probe": "mixgf, frozen + logistic probe",
-    "knn": "mixgf, frozen 5-NN (“zero-shot”)",
-    "centroid": "mixgf, frozen, nearest centroid",
-    "untrained_knn": "untrained encoder, 5-NN",
-    "untrained_probe": "untrained encoder + logistic probe",
-    "untrained_finetune": "untrained encoder, fine-tuned",
+OTHER = "@"
+"""In the name of a model on another encoder (`probe@mlm`)."""
+UNTRAINED = "@untrained"
+"""Ends the name of a control: the same model on an encoder with random weights. What it reaches is not pretraining's."""
+HEADS = {
+    "finetune": "fine-tuned",
+    "finetune_lora": "fine-tuned (LoRA)",
+    "probe": "frozen + logistic probe",
+    "knn": "frozen 5-NN (“zero-shot”)",
+    "centroid": "frozen, nearest centroid",
+}
+BASELINES = {
     "majority": "majority class",
     "hvg_logreg": "variable genes + logistic regression",
     "pca_knn": "PCA + 5-NN",
@@ -54,7 +55,10 @@ MIN_TYPE_CELLS = 5
 
 def label(model: str) -> str:
     """A model's name for readers."""
-    return LABELS.get(model, model.replace("_", " "))
+    head, other, encoder = model.partition(OTHER)
+    if head in HEADS:
+        return f"{f'{encoder} encoder' if other else 'mixgf'}, {HEADS[head]}"
+    return BASELINES.get(model, model.replace("_", " "))
 
 
 def metric_label(metric: str) -> str:
@@ -95,7 +99,7 @@ def board(scores: pd.DataFrame) -> pd.DataFrame:
 
 def is_baseline(model: str) -> bool:
     """Whether a model makes no use of an encoder."""
-    return model not in OWN and not model.startswith(CONTROL)
+    return model not in OWN and OTHER not in model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,8 +174,8 @@ def gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tuple[str, str, 
     wide = rows.pivot_table(index=TASK, columns="model", values="value", observed=True)
     out = []
     for split in [s for s in SPLITS if s in set(rows["split"])]:
-        for model in [m for m in OWN if m in wide and CONTROL + m in wide]:
-            change = (wide[model] - wide[CONTROL + model]).xs(split, level="split").dropna()
+        for model in [m for m in OWN if m in wide and m + UNTRAINED in wide]:
+            change = (wide[model] - wide[model + UNTRAINED]).xs(split, level="split").dropna()
             if len(change):
                 out.append((split, model, float(change.mean()), len(change)))
     return out

@@ -1,6 +1,5 @@
 """The classification stage from end to end on small real cells: Ray equals the loop, nothing is done twice."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,7 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse
 
-from mixgf import artifacts, checkpoint, config, embed, evaluation, rivals, storage
-from mixgf.baselines import BASELINES
-from mixgf.classify import MODELS, load_encoder
+from mixgf import artifacts, checkpoint, config, contenders, embed, parts, rivals, storage
 from mixgf.config import Classify, Compute, Config, Embed, Model, Source, Tokens, Tracking, Train, UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers import classify as driver
@@ -50,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
         tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
         sources=tuple(Source(uri=subset(name, folder, each), species=name, name=name) for name, each in (("human", 40), ("mouse", 30))),
         classify=Classify(seeds=1, epochs=1, num_hvgs=200, splits=("random", "donor", "species"),
-                          models=("finetune", "knn", "probe", "untrained_knn", "majority", "hvg_logreg")),
+                          models=("finetune", "knn", "probe", "knn@untrained", "majority", "hvg_logreg")),
     )  # fmt: skip
     prepare.run(run, spread=dispatch.loop)
     untrained_checkpoint(run, SMALL)
@@ -115,14 +112,14 @@ def test_a_baseline_learns_where_the_majority_cannot(local: Config) -> None:
     assert means["majority"] < 0.2
     found = table(local, "comparisons")
     assert set(found[found["split"] == "random"]["baseline"]) == {"hvg_logreg"}
-    assert set(found["model"]) == {"finetune", "knn", "probe", "untrained_knn"}
+    assert set(found["model"]) == {"finetune", "knn", "probe", "knn@untrained"}
 
 
 def test_predictions_of_the_best_model_lie_in_anndata(local: Config) -> None:
     data = anndata.read_h5ad(f"{local.output}/classify/cells.h5ad")
     tested = data.obs[data.obs["predicted"].notna()]
     assert 0 < len(tested) < data.n_obs
-    assert data.uns["mixgf"]["model"] in MODELS
+    assert data.uns["mixgf"]["model"] in contenders.OWN
 
 
 def test_running_again_does_nothing_and_leaves_no_parts(local: Config) -> None:
@@ -148,7 +145,7 @@ def without_times(run: Config, name: str) -> pd.DataFrame:
 TABLES = ("scores", "per_class", "confusion", "predictions", "comparisons", "epochs", "splits")
 
 
-FEW = {"splits": ("species",), "models": ("finetune", "untrained_knn", "majority", "hvg_logreg")}
+FEW = {"splits": ("species",), "models": ("finetune", "knn@untrained", "majority", "hvg_logreg")}
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +178,8 @@ def test_a_killed_run_makes_only_what_is_missing_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         driver.run(run, spread=dies)
     assert artifacts.find(f"{run.output}/classify") is None
-    parts = f"{run.output}/classify/parts"
-    have = {name for kind in storage.list_dir(parts) for name in storage.list_dir(f"{parts}/{kind}")}
+    folder = f"{run.output}/classify/parts"
+    have = {name for kind in storage.list_dir(folder) for name in storage.list_dir(f"{folder}/{kind}")}
     made: list[str] = []
 
     def counts(pieces: Sequence[driver.Piece]):
@@ -201,25 +198,25 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
     corpus, encoder = Corpus(base.output + "/corpus"), artifacts.require(base.output + "/pretrain", "checkpoint")
     run = replace(at(base, tmp_path), inputs=config.Inputs(embeddings=str(tmp_path / "embed")))
     with pytest.raises(UserError, match=r"inputs.embeddings = .*embed: not of this corpus, checkpoint and embed"):
-        evaluation.embeddings(run, corpus.record, encoder)
+        parts.embeddings(run, corpus.record, encoder)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": encoder.fingerprint}
     record = artifacts.plan("embeddings", 1, config.to_dict(run.embed), parents)
-    model = load_encoder(base.output + "/pretrain", "knn", base, corpus.vocabulary.hash)
+    model = contenders.load(base.output + "/pretrain", "", base, corpus.vocabulary.hash)
     for shard, start in enumerate(corpus.starts[:-1].tolist()):
         vectors = embed.embed_cells(model, corpus, np.arange(start, corpus.starts[shard + 1]), "mean", -1)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         storage.write_table(str(tmp_path / "embed" / "shards" / f"{shard:05d}.parquet"), pa.table({"vector": column}))
     artifacts.finish(str(tmp_path / "embed"), record)
-    assert evaluation.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
-    assert evaluation.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
-    places = evaluation.Places(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
+    assert parts.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
+    assert parts.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
+    places = parts.Places(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
                                embeddings=str(tmp_path / "embed"))  # fmt: skip
     cells = np.array([200, 3, 77, 4])
-    from_artifact = evaluation.vectors(places, "trained", cells)
+    from_artifact = parts.vectors(places, "", cells)
     made_here = replace(places, embeddings="")
     for number, block in enumerate(np.array_split(np.arange(corpus.num_cells), 2)):
-        evaluation.embed_block(base, made_here, "trained", number, block)
-    np.testing.assert_array_equal(from_artifact, evaluation.vectors(made_here, "trained", cells))
+        parts.embed_block(base, made_here, "", number, block)
+    np.testing.assert_array_equal(from_artifact, parts.vectors(made_here, "", cells))
 
 
 @pytest.mark.parametrize(
@@ -298,8 +295,3 @@ def test_a_model_whose_package_is_not_there_is_left_out_with_its_reason(
         driver.run(run, spread=driver.loop)
     assert set(table(run, "scores")["model"]) == {"majority"}
     assert "left out: scvi is not installed (pip install 'mixgf[baselines]')" in caplog.text
-
-
-def test_registered_models_do_not_share_names() -> None:
-    assert not set(MODELS) & set(BASELINES)
-    assert json.dumps([*MODELS, *BASELINES])

@@ -101,7 +101,7 @@ def config(tmp_path_factory):
               parents=parents, details={"model": to_dict(config.model), "objective": to_dict(config.objective)})  # fmt: skip
     truth = rng.integers(0, 3, 60)
     rows = {"per_class": [], "confusion": []}
-    for model, wrong in (("finetune", 0.3), ("hvg_logreg", 0.0), ("untrained_knn", 0.5)):
+    for model, wrong in (("finetune", 0.3), ("hvg_logreg", 0.0), ("knn@untrained", 0.5)):
         predicted = np.where(rng.random(60) < wrong, (truth + 1) % 3, truth)
         matrix = scores.confusion(truth, predicted, 3)
         key = {"group": "baron_human", "split": "random", "direction": "", "seed": 0, "model": model}
@@ -115,7 +115,7 @@ def config(tmp_path_factory):
             )
         )
     board = _board(
-        {"finetune": (0.7, 0.68), "hvg_logreg": (1.0, 1.0), "untrained_knn": (0.5, 0.4)}, group="baron_human"
+        {"finetune": (0.7, 0.68), "hvg_logreg": (1.0, 1.0), "knn@untrained": (0.5, 0.4)}, group="baron_human"
     )
     _artifact(
         f"{root}/classify",
@@ -164,7 +164,7 @@ def test_the_best_baseline_is_neither_ours_nor_an_untrained_encoder():
             {
                 "finetune": (0.9, 0.9),
                 "knn": (0.95, 0.95),
-                "untrained_knn": (0.94, 0.94),
+                "knn@untrained": (0.94, 0.94),
                 "pca_knn": (0.5, 0.4),
                 "majority": (0.3, 0.1),
             }
