@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from mixgf import contenders, scores, storage
 from mixgf.baselines import BASELINES
@@ -72,6 +73,22 @@ def tables(
     out["predictions"] = out["predictions"][order]
     out["comparisons"] = comparisons(run, table, splits, out)
     return out
+
+
+def facts(uri: str) -> dict[str, Any]:
+    """What stands beside the predictions of one part: scores, what was resampled, seconds, epochs of a fine-tuning."""
+    with storage.open_read(uri) as file:
+        return dict(json.loads(pq.read_schema(file).metadata[b"mixgf"]))
+
+
+def figures(found: dict[str, Any]) -> dict[str, float]:
+    """The facts of one part as metrics: each score with the ends of its interval, and seconds."""
+    ends = {
+        f"{name}_{end}": value
+        for name, (_, *both) in found["scores"].items()
+        for end, value in zip(("low", "high"), both, strict=True)
+    }
+    return {name: one[0] for name, one in found["scores"].items()} | ends | {"seconds": found["seconds"]}
 
 
 def _members(table: Labelled, split: Split, name_of: dict[int, str]) -> list[pd.DataFrame]:

@@ -295,3 +295,133 @@ def test_a_model_whose_package_is_not_there_is_left_out_with_its_reason(
         driver.run(run, spread=driver.loop)
     assert set(table(run, "scores")["model"]) == {"majority"}
     assert "left out: scvi is not installed (pip install 'mixgf[baselines]')" in caplog.text
+
+
+def noted(made: list[str]):
+    """The plain loop, noting the file of every prediction."""
+
+    def spread(pieces: Sequence[driver.Piece]):
+        made.extend(piece.uri.rsplit("/", 1)[-1] for piece in pieces if "/predictions/" in piece.uri)
+        yield from driver.loop(pieces)
+
+    return spread
+
+
+def test_models_added_to_a_finished_classification_use_what_is_there(base: Config, tmp_path: Path) -> None:
+    """More models, seeds, splits and an encoder: the same tables as if asked for at once, and nothing twice."""
+    first, more = {"splits": ("random",), "models": ("knn", "majority", "probe")}, {
+        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "tuned_seeds": 1,
+        "encoders": (f"again={base.output}/pretrain",), "label_shares": (0.2, 1.0), "unseen_types": 1, "curve_models": ("probe", "hvg_logreg"),
+    }  # fmt: skip
+    made: list[list[str]] = [[], [], []]
+    run = at(base, tmp_path / "grown", **first)
+    driver.run(run, spread=noted(made[0]))
+    driver.run(at(base, tmp_path / "grown", **more), spread=noted(made[1]))
+    at_once = at(base, tmp_path / "at_once", **more)
+    driver.run(at_once, spread=noted(made[2]))
+    assert made[0]
+    assert not set(made[0]) & set(made[1])
+    assert sorted(made[0] + made[1]) == sorted(made[2])
+    grown = replace(run, classify=at_once.classify)
+    for name in (*TABLES, "efficiency", "rejection"):
+        pd.testing.assert_frame_equal(without_times(grown, name), without_times(at_once, name))
+    scores = table(grown, "scores")
+    assert set(scores[scores["model"] == "finetune"]["seed"]) == {0}
+    assert set(scores[scores["model"] == "knn"]["seed"]) == {0, 1}
+    found = table(grown, "comparisons").set_index("model")["seeds"]
+    assert set(found["finetune"]) == {1}
+    assert set(found["knn"]) == {2}
+    for kept in artifacts.require(f"{run.output}/classify", "classification").details["classifiers"]:
+        assert artifacts.require(kept["uri"], "classifier").details["validation"] == kept["validation"]
+    with pytest.raises(
+        UserError, match=r"holds another classification: config.asked.curve|holds another classification: "
+    ):
+        driver.run(run, spread=driver.loop)  # fewer models
+    with pytest.raises(UserError, match=r"config.models.knn.knn: 5 -> 3"):
+        driver.run(at(base, tmp_path / "grown", **more, knn=3), spread=driver.loop)
+
+
+def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_path: Path) -> None:
+    """The run's checkpoint under another name scores the same; another one does not; one of another vocabulary is refused."""
+    other = replace(base, output=str(tmp_path / "other"), inputs=config.Inputs(corpus=f"{base.output}/corpus"))
+    for name, vocabulary in (("small", Corpus(f"{base.output}/corpus").vocabulary.hash), ("strange", "another")):
+        record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {name: 1}, {})
+        artifacts.begin(f"{other.output}/{name}", record)
+        made = MaskedModel(replace(SMALL, num_layers=1), Corpus(f"{base.output}/corpus").vocabulary.size, seed=5)
+        checkpoint.publish(f"{other.output}/{name}", record, made, vocabulary=vocabulary, tokens=base.tokens)
+    encoders = (f"same={base.output}/pretrain", f"small={other.output}/small")
+    models = ("knn", "knn@same", "knn@small", "knn@untrained")
+    run = at(base, tmp_path / "run", splits=("random",), models=models, encoders=encoders)
+    driver.run(run, spread=driver.loop)
+    found = table(run, "predictions").set_index(["model", "cell"])[["predicted", "probability"]]
+    pd.testing.assert_frame_equal(found.loc["knn"], found.loc["knn@same"])
+    assert (found.loc["knn"] != found.loc["knn@small"]).any().any()
+    assert (found.loc["knn@untrained"] != found.loc["knn@small"]).any().any()
+    strange = at(
+        base, tmp_path / "strange", splits=("random",), models=("knn", "knn@x"), encoders=(f"x={other.output}/strange",)
+    )
+    with pytest.raises(
+        UserError, match=r"^classify.encoders: x=.*/strange: made with vocabulary another, but the corpus has "
+    ):
+        driver.run(strange, spread=driver.loop)
+    assert not storage.list_dir(f"{strange.output}/classify")
+
+
+def test_every_prediction_is_a_run_under_one_parent_once(base: Config, tmp_path: Path) -> None:
+    """Killed after some pieces and given again, then extended: as many children as predictions, with scores."""
+    from mlflow.tracking import MlflowClient
+
+    tracked = Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="one")
+
+    def dies(pieces: Sequence[driver.Piece]):
+        for i, piece in enumerate(pieces):
+            piece.call(*piece.args)  # the last one is made and not told of
+            if "majority" in piece.uri:
+                raise KeyboardInterrupt
+            yield i
+
+    run = replace(
+        at(base, tmp_path / "run", splits=("random",), models=("knn", "majority", "hvg_logreg")), tracking=tracked
+    )
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(run, spread=dies)
+    driver.run(run, spread=driver.loop)
+    run = replace(run, classify=replace(run.classify, models=(*run.classify.models, "centroid")))
+    driver.run(run, spread=driver.loop)
+    client = MlflowClient(tracked.uri)
+    found = client.search_runs([client.get_experiment_by_name("one").experiment_id])
+    parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
+    assert len(parents) == 1
+    children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    scores = table(run, "scores")
+    scores = scores[scores["metric"] == "macro_f1"].set_index(["group", "model", "seed"])["value"]
+    assert len(children) == len(found) - 1 == len(scores)
+    for child in children:
+        p = child.data.params
+        assert child.data.metrics["macro_f1"] == scores[p["group"], p["model"], int(p["seed"])]
+        assert {"accuracy_low", "seconds"} <= set(child.data.metrics)
+        assert child.info.status == "FINISHED"
+
+
+def test_a_dry_run_counts_and_makes_nothing(base: Config, tmp_path: Path) -> None:
+    text = driver.dry_run(
+        at(base, tmp_path, splits=("random",), seeds=3, models=("knn", "majority"), label_shares=(0.1,))
+    )
+    assert "random      2 tasks,     6 splits, 6 with fewer labels" in text
+    assert "12 predictions" in text
+    assert "24 predictions to make: about" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": ("knn@mlm",)}, r"classify.models: 'knn@mlm': no encoder 'mlm'; there are untrained; name it with classify.encoders=mlm=URI"),
+        ({"encoders": ("untrained=x",)}, r"classify.encoders: 'untrained=x' must be NAME=URI of a checkpoint"),
+        ({"encoders": ("runs/mlm",)}, r"classify.encoders: 'runs/mlm' must be NAME=URI of a checkpoint"),
+    ],
+    ids=["encoder not named", "reserved name", "no name"],
+)  # fmt: skip
+def test_what_is_no_encoder_is_one_line(base: Config, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        driver.run(at(base, tmp_path, **changes), spread=driver.loop)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from mixgf import artifacts, audit, classify, contenders, embed, evaluation, parts, results, splits, storage, tracking
 from mixgf.artifacts import Record
 from mixgf.baselines import BASELINES
-from mixgf.config import Config, UserError, to_dict
+from mixgf.config import Config, UserError, fingerprint, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers import pieces
 from mixgf.drivers.metrics import Meter, watch
@@ -35,17 +35,18 @@ __all__ = ["Piece", "Spread", "dry_run", "loop", "run"]
 SCHEMA = 2
 EPOCH_COST = 3.0
 """Cost of a training epoch in forward passes over the same tokens."""
-BASELINE_SECONDS = {
-    "majority": 0.01,
-    "hvg_logreg": 5.0,
-    "pca_knn": 3.0,
-    "pseudobulk": 2.0,
-    "rank_pca": 3.0,
+SECONDS = {
+    "majority": 0.1,
+    "hvg_logreg": 0.5,
+    "pca_knn": 0.4,
+    "pseudobulk": 0.3,
+    "rank_pca": 1.2,
+    "probe": 0.3,
     "scvi": 60.0,
 }
-"""Seconds of a baseline per 1,000 training cells on an EPYC core, roughly. Only the projection and progress use them."""
-HEAD_SECONDS = 1.0
-"""The same of a classifier on frozen vectors."""
+"""Seconds of a model per 1,000 training cells on an EPYC core, roughly. Only the projection and progress use them."""
+FEWEST_SECONDS = 0.1
+"""Of any prediction, and of models that are not listed."""
 _CELLS = (
     "label", "cells", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
     "validation_fraction",
@@ -75,14 +76,16 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
                 + (f"; not used: {dropped}" if dropped else ""))  # fmt: skip
     work = _Work(config, places, table, made)
     say(work.projection())
-    with tracking.stage(config, "classify", to_dict(config.classify), record.fingerprint) as tracked:
+    with tracking.stage(
+        config, "classify", _fixed(record), fingerprint(_fixed(record) | {"output": config.output})
+    ) as tracked:
         if spread is not None:
-            work.do(spread, Meter("classify", tracked.id))
+            work.do(spread, Meter("classify", tracked.id), tracked)
         else:
             from mixgf.drivers.session import session
 
             with session(config), watch(config, "classify", tracked, uri) as watched:
-                work.do(ray_tasks(config), watched.meter)
+                work.do(ray_tasks(config), watched.meter, tracked)
                 watched.made(cells=len(table))
         done = _publish(config, places, record, table, made)
         tracked.log(done)
@@ -168,6 +171,13 @@ def _content(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _fixed(record: Record) -> dict[str, Any]:
+    """What stays as it is when a classification is extended: its runs in MLflow have one parent."""
+    return {name: record.config[name] for name in ("cells", "seed")} | {
+        role: record.parents[role] for role in ("corpus", "checkpoint")
+    }
+
+
 def _extends(there: Record, record: Record) -> bool:
     """Whether a classification has all of another one, by the same settings, and more models, seeds, splits or shares."""
     old, new = there.config, record.config
@@ -186,17 +196,32 @@ class _Work:
 
     def __init__(self, config: Config, places: Places, table: Labelled, made: Sequence[Split]) -> None:
         self.config, self.places, self.table, self.made = config, places, table, made
-        self.corpus = Corpus(places.corpus)
+        self.corpus, self.plain = Corpus(places.corpus), to_dict(config)
         heads = any(m not in BASELINES for m in config.classify.models)
         self.tokens_per_s = _speed(config, places, self.corpus, table) if heads else 1.0
         self.scored = self._scored()
         self.todo = pieces.missing(list(self.scored))
         self.shared = self._shared() if self.todo else []
 
-    def do(self, spread: Spread, meter: Meter) -> None:
-        """Make all that is not there."""
+    def do(self, spread: Spread, meter: Meter, tracked: tracking.Run) -> None:
+        """Make all that is not there; every prediction becomes a run under `tracked`, once."""
+        logged = tracked.children()
+
+        def log(piece: Piece) -> None:
+            split, model = self.scored[piece]
+            key = piece.uri.rpartition("/")[2]
+            if key in logged:
+                return
+            found = results.facts(piece.uri)
+            params = split.task | {"model": model, "share": split.share, "unseen": split.unseen, "num_train": len(split.train),
+                                   "num_test": len(split.test), "num_classes": len(split.classes)}  # fmt: skip
+            params |= contenders.reads(model, self.plain)
+            tracked.child(f"{model}: {split.name}", key, params, results.figures(found))
+
+        for piece in [p for p in self.scored if p not in set(self.todo)]:
+            log(piece)  # made before, by a run that was killed before it could say so
         pieces.make("classify: counts and vectors", self.shared, spread, meter)
-        pieces.make("classify: models", list(self.scored), spread, meter)
+        pieces.make("classify: models", list(self.scored), spread, meter, log)
 
     def projection(self) -> str:
         """The time that is left, as a line."""
@@ -208,9 +233,9 @@ class _Work:
 
     def seconds(self, model: str, split: Split) -> float:
         """Of one core, roughly, for a prediction."""
-        thousands = len(split.train) / 1000
         if not contenders.is_tuned(model):
-            return thousands * BASELINE_SECONDS.get(model, HEAD_SECONDS)
+            per_thousand = SECONDS.get(contenders.parse(model)[0], FEWEST_SECONDS)
+            return FEWEST_SECONDS + per_thousand * len(split.train) / 1000
         settings = self.config.classify
         lengths = self.corpus.lengths_N[self.table.cells[split.train]].astype(np.int64)
         tokens = float(np.minimum(lengths, settings.max_len or lengths).sum())
@@ -261,11 +286,11 @@ def _speed(config: Config, places: Places, corpus: Corpus, table: Labelled) -> f
     torch.set_num_threads(1)
     best = 0.0
     for _ in range(2):
-        began = time.perf_counter()
+        began = time.process_time()
         embed.embed_cells(
             encoder, corpus, cells, config.embed.pooling, config.embed.layer, max_len=encoder.row.max_positions
         )
-        best = max(best, float(corpus.lengths_N[cells].sum()) / (time.perf_counter() - began))
+        best = max(best, float(corpus.lengths_N[cells].sum()) / (time.process_time() - began))
     torch.set_num_threads(threads)
     return best
 
