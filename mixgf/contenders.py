@@ -27,6 +27,8 @@ CHECKPOINT, UNTRAINED = "", "untrained"
 """Names of the run's own encoder and of the one with random weights."""
 _OWN_NAME = "trained"
 """How the run's own encoder is called where it needs a name."""
+_RESERVED = (UNTRAINED, _OWN_NAME, "expression")
+"""Not for other encoders; `expression` is the space that encoders are measured against."""
 
 
 def parse(model: str) -> tuple[str, str]:
@@ -44,9 +46,9 @@ def named(settings: Classify) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in settings.encoders:
         name, eq, uri = entry.partition("=")
-        if not (eq and uri and name.replace("_", "").isalnum()) or name in (UNTRAINED, _OWN_NAME, *found):
+        if not (eq and uri and name.replace("_", "").isalnum()) or name in (*_RESERVED, *found):
             msg = (f"classify.encoders: {entry!r} must be NAME=URI of a checkpoint, with a name of letters, digits and _ that "
-                   f"is used once and is neither {UNTRAINED!r} nor {_OWN_NAME!r}")  # fmt: skip
+                   f"is used once and is none of {', '.join(_RESERVED)}")  # fmt: skip
             raise UserError(msg)
         found[name] = uri
     return found

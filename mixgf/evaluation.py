@@ -15,7 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mixgf import artifacts, classifier, classify, contenders, embed, parts, scores, storage, train
+from mixgf import (
+    artifacts,
+    classifier,
+    classify,
+    contenders,
+    embed,
+    integration,
+    layouts,
+    parts,
+    scores,
+    storage,
+    train,
+)
 from mixgf.baselines import BASELINES
 from mixgf.config import Config
 from mixgf.dataset import Corpus
@@ -78,6 +90,19 @@ def _probabilities(
 
 def _load(run: Config, places: Places, corpus: Corpus, encoder: str) -> Encoder:
     return contenders.load(places.checkpoint, encoder, run, corpus.vocabulary.hash, parts.device(run))
+
+
+def integrate(run: Config, places: Places, table: Labelled, space: str) -> None:
+    """Keep what is known of one embedding as a whole: map coordinates and vectors of a sample of cells, and its measures."""
+    rows = parts.sample(run, table)
+    vectors_ND = np.asarray(parts.space_vectors(run, places, table, space, rows), dtype=np.float32)
+    found = integration.measure(vectors_ND, table.only(rows), seed=run.seed)
+    xy_N2, method = layouts.layout(vectors_ND, run.seed)
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
+    made = pa.table({"cell": table.cells[rows], "x": xy_N2[:, 0], "y": xy_N2[:, 1], "vector": flat})
+    meta = {"map": method, "measures": {name: [one.value, one.low, one.high, by] for name, (one, by) in found.items()}}
+    uri = parts.integration_part(run, places, space)
+    storage.write_table(uri, made.replace_schema_metadata({"mixgf": json.dumps(meta)}))
 
 
 def _keep(  # noqa: PLR0917 (as `predict`, which calls it)

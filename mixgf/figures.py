@@ -2,7 +2,7 @@
 
 Text stays text; dense point clouds are pictures. Nothing is told by colour alone: species also differ by
 marker or hatching, cell types carry numbers, heat maps carry values. Colours are those of Okabe and Ito. The same input
-gives the same bytes. matplotlib and umap are imported where they are used.
+gives the same bytes. matplotlib is imported where it is used.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ TYPE_COLORS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#5B4A9E", "#7A9A01", "#B2182B",
     "#2F6F73", "#F28E8E", "#3B3B3B", "#A6761D", "#8DA0CB", "#1B7837", "#C51B7D", "#BDB76B", "#4D9DE0", "#7F7F7F",
 )  # fmt: skip
-MIN_UMAP_CELLS = 200
-"""Fewer cells have too few neighbours for a map of neighbourhoods."""
 MAX_TYPES = 30
 """Most types with a number of their own in a map; the rarer ones are drawn grey."""
 INK, SOFT, FAINT = "#1f2933", "#52606d", "#cbd2d9"
@@ -186,35 +184,6 @@ def curves(series: dict[str, pd.DataFrame], name: str, *, zero: bool = False) ->
         for axes in panels[-1]:
             axes.set_xlabel("optimizer step")
     return out[0]
-
-
-def layout(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
-    """Two coordinates per cell, (N, 2), and how they were made: UMAP, or with few cells the principal components."""
-    if len(vectors_ND) >= MIN_UMAP_CELLS:
-        return umap_layout(vectors_ND, seed), "UMAP (15 cosine neighbours)"
-    centred = vectors_ND.astype(np.float64) - vectors_ND.mean(axis=0, dtype=np.float64)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    u = u[:, :2] * np.where(u[np.abs(u[:, :2]).argmax(axis=0), [0, 1]] < 0, -1, 1)
-    return np.asarray(u * s[:2]), "First two principal components"
-
-
-def umap_layout(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
-    """UMAP of the cells, (N, 2): 15 nearest neighbours by cosine, the same for the same vectors and seed."""
-    import warnings
-
-    from sklearn.neighbors import NearestNeighbors
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # umap speaks of threads and of its search index, neither of which is used
-        import umap
-
-        k = min(15, len(vectors_ND) - 1)
-        found = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(vectors_ND)
-        distance_NK, index_NK = found.kneighbors(vectors_ND)
-        state = int(np.random.default_rng([seed, 0x554D4150]).integers(2**31))
-        fit = umap.UMAP(n_neighbors=k, random_state=state, n_jobs=1, metric="cosine", n_epochs=200,
-                        precomputed_knn=(index_NK, distance_NK, None))  # fmt: skip
-        return np.asarray(fit.fit_transform(vectors_ND), dtype=np.float64)
 
 
 def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:

@@ -19,13 +19,15 @@ from mixgf import artifacts, baselines, config, contenders, counts, embed, keyed
 from mixgf.config import Config, Source, SpeciesRow, UserError
 from mixgf.counts import Counts
 from mixgf.dataset import Corpus
-from mixgf.splits import Labelled, Split
+from mixgf.splits import Labelled, Split, keyed_order
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
 
 BLOCK_CELLS = 2_000
 """Cells whose vectors are one part."""
+EXPRESSION = "expression"
+"""The space of 50 principal components of the variable genes, which no encoder made."""
 SCRATCH = ("counts", "vectors", "classifiers")
 """Kinds of parts that are removed at the end."""
 
@@ -130,7 +132,7 @@ def vectors(places: Places, encoder: str, cells: Ints) -> npt.NDArray[np.float32
         table = storage.read_table(storage.join(folder, name))
         mine = np.isin(table["cell"].to_numpy(), cells)
         if mine.any():
-            found.append((table["cell"].to_numpy()[mine], _matrix(table)[mine]))
+            found.append((table["cell"].to_numpy()[mine], vector_column(table)[mine]))
     have = np.concatenate([c for c, _ in found])
     order = np.argsort(have)
     return np.concatenate([v for _, v in found])[order][np.searchsorted(have[order], cells)]
@@ -143,7 +145,7 @@ def _from_artifact(places: Places, cells: Ints) -> npt.NDArray[np.float32]:
     parts: dict[int, npt.NDArray[np.float32]] = {}
     shard_of = np.searchsorted(corpus.starts, cells, side="right") - 1
     for shard in np.unique(shard_of).tolist():
-        matrix = _matrix(storage.read_table(storage.join(places.embeddings, "shards", names[shard]), ["vector"]))
+        matrix = vector_column(storage.read_table(storage.join(places.embeddings, "shards", names[shard]), ["vector"]))
         parts[shard] = matrix[cells[shard_of == shard] - corpus.starts[shard]]
     out = np.empty((len(cells), next(iter(parts.values())).shape[1]), dtype=np.float32)
     for shard, matrix in parts.items():
@@ -151,7 +153,8 @@ def _from_artifact(places: Places, cells: Ints) -> npt.NDArray[np.float32]:
     return out
 
 
-def _matrix(table: pa.Table) -> npt.NDArray[np.float32]:
+def vector_column(table: pa.Table) -> npt.NDArray[np.float32]:
+    """The column `vector` of a table, (N, D)."""
     column = table["vector"].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1)
 
@@ -175,29 +178,66 @@ def problem(run: Config, places: Places, table: Labelled, split: Split) -> basel
 
 
 def _problem(run: Config, places: Places, table: Labelled, split: Split) -> baselines.Problem:
-    rows = np.concatenate([split.train, split.test])
+    whole = counts_of(run, places, table, np.concatenate([split.train, split.test]))
+    num_train = len(split.train)
+    return baselines.Problem(
+        train=sparse.csr_matrix(whole[:num_train]), test=sparse.csr_matrix(whole[num_train:]),
+        labels=split.ids(table.labels[split.train]), num_classes=len(split.classes), train_species=table.species[split.train],
+        test_species=table.species[split.test], num_hvgs=run.classify.num_hvgs, num_neighbours=run.classify.knn,
+        seed=int(keyed.hashed(run.seed, split.seed)) & 0x7FFFFFFF,
+    )  # fmt: skip
+
+
+def counts_of(run: Config, places: Places, table: Labelled, rows: Ints) -> sparse.csr_matrix:
+    """Raw counts of rows of the table, in their order, in one gene space (`counts.shared_space`)."""
     vocabulary = Corpus(places.corpus).vocabulary
     blocks, numbers = [], []
     for source in np.unique(table.sources[rows]).tolist():
         mine = rows[table.sources[rows] == source]
         name = str(table.species[mine[0]])
         genes = vocabulary.of(name).genes.astype(np.str_)
-        cells, matrix = counts.load(counts_part(places, source), len(genes))
+        cells, found = counts.load(counts_part(places, source), len(genes))
         keep = np.isin(cells, table.cells[mine])
         numbers.append(cells[keep])
-        blocks.append(Counts(matrix=matrix[keep], genes=genes, species=name))
+        blocks.append(Counts(matrix=found[keep], genes=genes, species=name))
     orthologs = species.orthologs(run.vocab.orthologs) if len({b.species for b in blocks}) > 1 else {}
     matrices, _ = counts.shared_space(blocks, orthologs)
     whole, have = sparse.vstack(matrices, format="csr"), np.concatenate(numbers)
     order = np.argsort(have)
-    place = order[np.searchsorted(have[order], table.cells[rows])]
-    num_train = len(split.train)
-    return baselines.Problem(
-        train=sparse.csr_matrix(whole[place[:num_train]]), test=sparse.csr_matrix(whole[place[num_train:]]),
-        labels=split.ids(table.labels[split.train]), num_classes=len(split.classes), train_species=table.species[split.train],
-        test_species=table.species[split.test], num_hvgs=run.classify.num_hvgs, num_neighbours=run.classify.knn,
-        seed=int(keyed.hashed(run.seed, split.seed)) & 0x7FFFFFFF,
-    )  # fmt: skip
+    return sparse.csr_matrix(whole[order[np.searchsorted(have[order], table.cells[rows])]])
+
+
+# Whole embeddings
+
+
+def spaces(run: Config, table: Labelled) -> list[str]:
+    """The embeddings that are measured: every encoder that a head reads and, where baselines run, expression itself."""
+    if not run.classify.integration_cells:
+        return []
+    kinds = sorted(set(table.species.tolist()))
+    pairs = species.orthologs(run.vocab.orthologs) if len(kinds) > 1 else {}
+    comparable = all((kinds[0], other) in pairs for other in kinds[1:])
+    counted = comparable and any(m in baselines.BASELINES for m in run.classify.models)
+    return contenders.of_encoders(run.classify.models, contenders.HEADS) + [EXPRESSION] * counted
+
+
+def sample(run: Config, table: Labelled) -> Ints:
+    """The rows of the table on which embeddings are measured, ascending."""
+    order = keyed_order(table.names, "integration", run.seed)
+    return np.sort(order[: run.classify.integration_cells])
+
+
+def integration_part(run: Config, places: Places, space: str) -> str:
+    """URI of what is known of one embedding as a whole."""
+    name = f"{contenders.called(space)}-{run.classify.integration_cells}.parquet"
+    return storage.join(places.parts, "integration", name)
+
+
+def space_vectors(run: Config, places: Places, table: Labelled, space: str, rows: Ints) -> Floats:
+    """Vectors of rows of the table in one space of `spaces`."""
+    if space != EXPRESSION:
+        return vectors(places, space, table.cells[rows])
+    return baselines.expression_space(counts_of(run, places, table, rows), run.classify.num_hvgs, run.seed)
 
 
 def embeddings(

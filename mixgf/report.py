@@ -161,6 +161,7 @@ def _key(config: Config) -> str:
         "perturbation.py",
         "screen_figures.py",
         "figures.py",
+        "layouts.py",
         "resources/report.html.j2",
     ):
         code.update((resources.files("mixgf") / name).read_bytes())

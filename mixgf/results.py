@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mixgf import contenders, scores, storage
+from mixgf import contenders, integration, parts, scores, storage
 from mixgf.baselines import BASELINES
 from mixgf.config import Config
 from mixgf.parts import Places, prediction_part
@@ -37,7 +37,9 @@ def tables(
     Returns:
         `scores`, `per_class`, `confusion`, `predictions`, `comparisons` (against the best baseline of each task), `epochs`
         (of fine-tunings), `splits` (which cell was what), `efficiency` (scores by share of the training labels) and
-        `rejection` (of types that were left out of training), in long form.
+        `rejection` (of types that were left out of training), in long form; and where embeddings are measured as a whole
+        `integration` (their measures), `maps` (two coordinates per cell) and `centroids` (of each species and type in every
+        space, against the run's own encoder).
     """
     name_of = dict(zip(table.cells.tolist(), names, strict=True))
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("scores", "epochs", "efficiency", "rejection")}
@@ -67,12 +69,82 @@ def tables(
             for name, found in _by_class(table, split, mine, frame).items():
                 frames[name].append(found)
             frames["predictions"].append(frame.assign(number=frame["cell"], cell=frame["cell"].map(name_of), **mine))
-    out = {name: pd.concat(parts, ignore_index=True) for name, parts in frames.items()}
+    out = {name: pd.concat(several, ignore_index=True) for name, several in frames.items()}
     out |= {name: pd.DataFrame(found) for name, found in rows.items()}
     order = ["group", "split", "direction", "seed", "model", "cell", "number", "true", "predicted", "probability"]
     out["predictions"] = out["predictions"][order]
     out["comparisons"] = comparisons(run, table, splits, out)
-    return out
+    return out | _spaces(run, places, table, name_of)
+
+
+def _spaces(run: Config, places: Places, table: Labelled, name_of: dict[int, str]) -> dict[str, pd.DataFrame]:
+    """The tables of whole embeddings."""
+    names = parts.spaces(run, table)
+    if not names:
+        return {}
+    rows = parts.sample(run, table)
+    base = pd.DataFrame({
+        "cell": [name_of[c] for c in table.cells[rows].tolist()], "species": table.species[rows], "group": table.groups[rows],
+        "type": table.labels[rows],
+    })  # fmt: skip
+    measures: list[dict[str, Any]] = []
+    maps, spaces = [], {}
+    for name in names:
+        uri = parts.integration_part(run, places, name)
+        part = storage.read_table(uri)
+        known, called = facts(uri), contenders.called(name)
+        measures += [
+            {"space": called, "metric": metric, "value": value, "low": low, "high": high, "interval_by": by, "num_cells": len(rows)}
+            for metric, (value, low, high, by) in known["measures"].items()
+        ]  # fmt: skip
+        xy = part.select(["x", "y"]).to_pandas()
+        maps.append(base.assign(space=called, x=xy["x"], y=xy["y"], map=known["map"]))
+        spaces[called] = (xy.to_numpy(), parts.vector_column(part))
+    kinds_N = np.char.add(np.char.add(table.species[rows], "\x1f"), table.labels[rows])
+    return {
+        "integration": pd.DataFrame(measures),
+        "maps": pd.concat(maps, ignore_index=True),
+        "centroids": _centroids(spaces, kinds_N),
+    }
+
+
+def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame:
+    """Each type's centroid against its place in the space of the run's own encoder, in maps and in the spaces themselves.
+
+    `umap` takes both maps as they are drawn, `umap_aligned` turns the other one onto ours first.
+    """
+    own = contenders.called(contenders.CHECKPOINT)
+    kinds, counts = np.unique(kinds_N, return_counts=True)
+    enough = counts >= integration.MIN_CELLS
+    kinds, counts = kinds[enough], counts[enough]
+    columns = [
+        "space",
+        "species",
+        "type",
+        "num_cells",
+        "umap",
+        "umap_aligned",
+        "distance_correlation",
+        "distance_difference",
+    ]
+    if own not in spaces or not len(kinds):
+        return pd.DataFrame(columns=columns)
+    ours_N2, vectors_ND = spaces[own]
+    ours, profile = integration.centroids(ours_N2, kinds_N, kinds), integration.profiles(vectors_ND, kinds_N, kinds)
+    rows = []
+    for name, (xy_N2, other_ND) in spaces.items():
+        if name == own:
+            continue
+        other = integration.profiles(other_ND, kinds_N, kinds)
+        same = integration.agreement(profile, other)
+        away, turned = (
+            np.hypot(*(integration.centroids(at, kinds_N, kinds) - ours).T) for at in (xy_N2, integration.aligned(xy_N2, ours_N2))
+        )  # fmt: skip
+        change = np.abs(profile - other).sum(1) / max(len(kinds) - 1, 1)
+        for i, kind in enumerate(kinds.tolist()):
+            species, label = kind.split("\x1f")
+            rows.append([name, species, label, int(counts[i]), away[i], turned[i], same[i], change[i]])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def facts(uri: str) -> dict[str, Any]:
@@ -93,10 +165,10 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
 
 def _members(table: Labelled, split: Split, name_of: dict[int, str]) -> list[pd.DataFrame]:
     """Which cell trains, selects and is tested."""
-    parts = {"train": np.setdiff1d(split.train, split.validation), "validation": split.validation, "test": split.test}
+    members = {"train": np.setdiff1d(split.train, split.validation), "validation": split.validation, "test": split.test}
     return [
         pd.DataFrame({**split.task, "part": part, "cell": [name_of[c] for c in table.cells[rows].tolist()]})
-        for part, rows in parts.items()
+        for part, rows in members.items()
     ]
 
 

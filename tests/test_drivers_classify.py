@@ -312,6 +312,7 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     first, more = {"splits": ("random",), "models": ("knn", "majority", "probe")}, {
         "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "tuned_seeds": 1,
         "encoders": (f"again={base.output}/pretrain",), "label_shares": (0.2, 1.0), "unseen_types": 1, "curve_models": ("probe", "hvg_logreg"),
+        "integration_cells": 150,
     }  # fmt: skip
     made: list[list[str]] = [[], [], []]
     run = at(base, tmp_path / "grown", **first)
@@ -323,9 +324,19 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     assert not set(made[0]) & set(made[1])
     assert sorted(made[0] + made[1]) == sorted(made[2])
     grown = replace(run, classify=at_once.classify)
-    for name in (*TABLES, "efficiency", "rejection"):
+    for name in (*TABLES, "efficiency", "rejection", "integration", "maps", "centroids"):
         pd.testing.assert_frame_equal(without_times(grown, name), without_times(at_once, name))
-    scores = table(grown, "scores")
+    scores, curve, open_ = (table(grown, name) for name in ("scores", "efficiency", "rejection"))
+    assert set(curve["share"]) == {0.2, 1.0}
+    assert set(curve["model"]) == set(open_["model"]) == {"probe", "hvg_logreg"}
+    assert set(open_["metric"]) == {"auroc", "rejected"}
+    assert set(open_["unseen"]) <= set(TYPES)
+    assert set(table(grown, "integration")["space"]) == {"trained", "again", "expression"}
+    centroids = table(grown, "centroids").set_index("space")
+    assert (
+        centroids.loc["again", ["umap", "umap_aligned", "distance_difference"]].to_numpy().max() < 1e-6
+    )  # the same encoder
+    assert centroids.loc["expression", "umap"].min() > 0
     assert set(scores[scores["model"] == "finetune"]["seed"]) == {0}
     assert set(scores[scores["model"] == "knn"]["seed"]) == {0, 1}
     found = table(grown, "comparisons").set_index("model")["seeds"]

@@ -8,7 +8,20 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mixgf import artifacts, figures, findings, hits, page, perturbation, report, scorecard, scores, sections, storage
+from mixgf import (
+    artifacts,
+    figures,
+    findings,
+    hits,
+    layouts,
+    page,
+    perturbation,
+    report,
+    scorecard,
+    scores,
+    sections,
+    storage,
+)
 from mixgf.config import Classify, Config, Inputs, Perturb, to_dict
 
 TYPES = ("alpha cell", "beta cell", "ductal cell")
@@ -371,10 +384,10 @@ def test_figures_on_one_page_share_no_ids_and_text_stays_text():
 def test_the_map_depends_on_the_seed_alone_and_keeps_groups_together():
     kind = np.repeat([0, 1], 150)
     vectors = (np.eye(6)[kind] * 5 + np.random.default_rng(0).normal(0, 0.5, (300, 6))).astype(np.float32)
-    one, method = figures.layout(vectors, 7)
+    one, method = layouts.layout(vectors, 7)
     assert method.startswith("UMAP")
-    np.testing.assert_array_equal(one, figures.layout(vectors, 7)[0])
-    assert not np.array_equal(one, figures.layout(vectors, 8)[0])
+    np.testing.assert_array_equal(one, layouts.layout(vectors, 7)[0])
+    assert not np.array_equal(one, layouts.layout(vectors, 8)[0])
     centre = np.stack([one[kind == k].mean(axis=0) for k in (0, 1)])
     nearest = np.hypot(*(one[:, None] - centre[None]).transpose(2, 0, 1)).argmin(axis=1)
     assert (nearest == kind).mean() > 0.99
@@ -382,7 +395,7 @@ def test_the_map_depends_on_the_seed_alone_and_keeps_groups_together():
 
 def test_few_cells_are_shown_by_their_principal_components():
     vectors = np.array([[3.0, 0, 1], [-3, 0, 1], [0, 1, 1], [0, -1, 1]])
-    xy, method = figures.layout(vectors, 0)
+    xy, method = layouts.layout(vectors, 0)
     assert method == "First two principal components"
     np.testing.assert_allclose(np.abs(xy), [[3, 0], [3, 0], [0, 1], [0, 1]], atol=1e-12)
 

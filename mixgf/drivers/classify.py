@@ -47,6 +47,8 @@ SECONDS = {
 """Seconds of a model per 1,000 training cells on an EPYC core, roughly. Only the projection and progress use them."""
 FEWEST_SECONDS = 0.1
 """Of any prediction, and of models that are not listed."""
+WHOLE_SECONDS = 10.0
+"""Of the measures and the map of an embedding, per 1,000 cells."""
 _CELLS = (
     "label", "cells", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
     "validation_fraction",
@@ -165,10 +167,15 @@ def _content(config: Config) -> dict[str, Any]:
     tuned = any(contenders.is_tuned(m) for m in settings.models)
     asked |= {"tuned_seeds": (settings.tuned_seeds or settings.seeds) if tuned else 0}
     asked |= {"curve": list(contenders.curve(settings)) if settings.label_shares or settings.unseen_types else []}
+    models = {model: contenders.reads(model, data) for model in settings.models}
+    if settings.integration_cells:
+        models["integration"] = {"cells": settings.integration_cells, "embed": data["embed"]}
     return {
-        "cells": {name: data["classify"][name] for name in _CELLS}, "asked": asked, "seed": config.seed,
-        "models": {model: contenders.reads(model, data) for model in settings.models},
-    }  # fmt: skip
+        "cells": {name: data["classify"][name] for name in _CELLS},
+        "asked": asked,
+        "seed": config.seed,
+        "models": models,
+    }
 
 
 def _fixed(record: Record) -> dict[str, Any]:
@@ -200,8 +207,9 @@ class _Work:
         heads = any(m not in BASELINES for m in config.classify.models)
         self.tokens_per_s = _speed(config, places, self.corpus, table) if heads else 1.0
         self.scored = self._scored()
+        self.whole = self._whole()
         self.todo = pieces.missing(list(self.scored))
-        self.shared = self._shared() if self.todo else []
+        self.shared = self._shared() if self.todo or pieces.missing(self.whole) else []
 
     def do(self, spread: Spread, meter: Meter, tracked: tracking.Run) -> None:
         """Make all that is not there; every prediction becomes a run under `tracked`, once."""
@@ -222,11 +230,12 @@ class _Work:
             log(piece)  # made before, by a run that was killed before it could say so
         pieces.make("classify: counts and vectors", self.shared, spread, meter)
         pieces.make("classify: models", list(self.scored), spread, meter, log)
+        pieces.make("classify: embeddings as a whole", self.whole, spread, meter)
 
     def projection(self) -> str:
         """The time that is left, as a line."""
         cores = os.cpu_count() or 1
-        seconds = sum(p.cost for p in self.todo) + sum(p.cost for p in pieces.missing(self.shared))
+        seconds = sum(p.cost for p in (*self.todo, *pieces.missing(self.shared), *pieces.missing(self.whole)))
         there = f" ({len(self.scored) - len(self.todo):,} are there)" if len(self.todo) < len(self.scored) else ""
         return (f"classify: {len(self.todo):,} predictions to make{there}: about {duration(seconds)} of one core, "
                 f"{duration(seconds / cores)} on {cores} free ones like this")  # fmt: skip
@@ -255,17 +264,26 @@ class _Work:
                 found[piece] = split, model
         return found
 
+    def _whole(self) -> list[Piece]:
+        """One piece per embedding."""
+        return [
+            Piece(uri=parts.integration_part(self.config, self.places, space), call=evaluation.integrate,
+                  args=(self.config, self.places, self.table, space), cost=WHOLE_SECONDS * min(len(self.table), self.config.classify.integration_cells) / 1000)
+            for space in parts.spaces(self.config, self.table)
+        ]  # fmt: skip
+
     def _shared(self) -> list[Piece]:
         """Counts of each source and vectors of each block that the models to come need."""
         config, places, table = self.config, self.places, self.table
         cells, models = np.sort(table.cells), {self.scored[piece][1] for piece in self.todo}
+        asked = {str(piece.args[-1]) for piece in pieces.missing(self.whole)}
         found = []
-        if models & set(BASELINES):
+        if models & set(BASELINES) or parts.EXPRESSION in asked:
             for source in np.unique(table.sources).tolist():
                 mine = np.sort(table.cells[table.sources == source])
                 found.append(Piece(uri=parts.counts_part(places, source), call=parts.read_counts,
                                    args=(config, places, source, mine), cost=len(mine) / 1000))  # fmt: skip
-        for encoder in contenders.of_encoders(models, contenders.HEADS):
+        for encoder in sorted(set(contenders.of_encoders(models, contenders.HEADS)) | asked - {parts.EXPRESSION}):
             if encoder == contenders.CHECKPOINT and places.embeddings:
                 continue
             for number, start in enumerate(range(0, len(cells), parts.BLOCK_CELLS)):
