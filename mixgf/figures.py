@@ -186,6 +186,80 @@ def curves(series: dict[str, pd.DataFrame], name: str, *, zero: bool = False) ->
     return out[0]
 
 
+def efficiency(curves: dict[str, pd.Series]) -> str:
+    """Score by share of the training labels (index, drawn on a log scale), one line per model."""
+    styles = ("-", "--", ":", "-.")
+    with canvas("efficiency", 7.2, 3.6) as (figure, out):
+        axes = figure.subplots()
+        for i, (name, line) in enumerate(curves.items()):
+            axes.plot(line.index, line.to_numpy(), label=name, color=TYPE_COLORS[i % 20], linestyle=styles[i % 4],
+                      marker=SPECIES_MARKERS[i % 6], markersize=5, linewidth=1.6)  # fmt: skip
+        ticks = sorted({float(x) for line in curves.values() for x in line.index})
+        axes.set(
+            xscale="log",
+            xlabel="share of the training labels",
+            ylabel="macro F1, mean over sets of cells",
+            ylim=(0, 1.02),
+        )
+        axes.set_xticks(ticks, [f"{100 * x:g} %" for x in ticks])
+        axes.minorticks_off()
+        axes.grid(axis="y", color=FAINT, linewidth=0.5)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return out[0]
+
+
+def side_by_side(maps_: dict[str, pd.DataFrame]) -> str:
+    """One map per embedding of the same cells (columns x, y, species, type), with the same colours and numbers."""
+    from matplotlib.patheffects import withStroke
+
+    first = next(iter(maps_.values()))
+    order = [str(k) for k in first["type"].value_counts().index if k][:MAX_TYPES]
+    names, columns = sorted(set(first["species"])), min(3, len(maps_))
+    rows = -(-len(maps_) // columns)
+    with canvas("spaces", 3.5 * columns, 3.5 * rows + 0.15 * -(-len(order) // 3) + 0.3) as (figure, out):
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for axes, (title, frame) in zip(panels.flat, maps_.items(), strict=False):
+            xy_N2, types_N, species_N = (
+                frame[["x", "y"]].to_numpy(),
+                frame["type"].to_numpy(str),
+                frame["species"].to_numpy(str),
+            )
+            for i, name in enumerate(names):
+                mine = species_N == name
+                color = [TYPE_COLORS[order.index(t) % 20] if t in order else FAINT for t in types_N[mine]]
+                axes.scatter(
+                    *xy_N2[mine].T,
+                    s=4,
+                    c=color,
+                    marker=SPECIES_MARKERS[i % 6],
+                    alpha=0.6,
+                    linewidths=0,
+                    rasterized=True,
+                )
+            at = {k: _middle(xy_N2[types_N == k]) for k in order[:20]}
+            places = _apart(np.array(list(at.values())), 0.04 * float(np.ptp(xy_N2, axis=0).max()))
+            for kind, (x, y) in zip(at, places, strict=True):
+                axes.text(x, y, str(order.index(kind) + 1), ha="center", va="center", fontsize=7.5, fontweight="bold",
+                          path_effects=[withStroke(linewidth=2.2, foreground="white")])  # fmt: skip
+            axes.set(title=title, xticks=[], yticks=[])
+            axes.spines[:].set_visible(True)
+            axes.spines[:].set_color(FAINT)
+        for axes in panels.flat[len(maps_) :]:
+            axes.set_visible(False)
+        marks = [
+            panels[0, 0].scatter([], [], s=26, c=SOFT, marker=SPECIES_MARKERS[i % 6], label=n)
+            for i, n in enumerate(names)
+        ]
+        marks += [
+            panels[0, 0].scatter([], [], s=26, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {k}")
+            for i, k in enumerate(order)
+        ]
+        figure.legend(
+            handles=marks, loc="outside lower center", ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.8
+        )
+    return out[0]
+
+
 def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
     """The map twice: by species, and by cell type with a number on the cells of each type and species."""
     from matplotlib.patheffects import withStroke

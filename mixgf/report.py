@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mixgf import artifacts, findings, hits, perturbation, progress, scorecard, sections, storage
+from mixgf import artifacts, findings, hits, leaderboard, perturbation, progress, scorecard, sections, spaces, storage
 from mixgf.config import Config, fingerprint, to_dict
 from mixgf.page import Run, Section
 
@@ -52,10 +52,13 @@ def load(config: Config, *, light: bool = False) -> Run:
     records = {stage: record for stage, uri in places.items() if (record := artifacts.find(uri)) is not None}
     wanted = {
         "mapping": ("corpus", "mapping.parquet"), "dropped": ("corpus", "dropped.parquet"), "history": ("pretrain", "history.parquet"),
-        "scores": ("classify", "scores.parquet"), "comparisons": ("classify", "comparisons.parquet"),
+        "scores": ("classify", "scores.parquet"), "efficiency": ("classify", "efficiency.parquet"), "rejection": ("classify", "rejection.parquet"),
+        "integration": ("classify", "integration.parquet"), "centroids": ("classify", "centroids.parquet"), "comparisons": ("classify", "comparisons.parquet"),
         "per_class": ("classify", "per_class.parquet"),
         "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"), "nulls": ("perturb", "calibration.parquet"),
     }  # fmt: skip
+    if not light:
+        wanted |= {"predictions": ("classify", "predictions.parquet"), "maps": ("classify", "maps.parquet")}
     tables: dict[str, pd.DataFrame] = {}
     for name, (stage, file) in wanted.items():
         uri = storage.join(places[stage], file)
@@ -155,6 +158,9 @@ def _key(config: Config) -> str:
         "page.py",
         "sections.py",
         "scorecard.py",
+        "leaderboard.py",
+        "spaces.py",
+        "paper.py",
         "findings.py",
         "hits.py",
         "known.py",
@@ -176,7 +182,8 @@ def _versions() -> dict[str, str]:
 
 def all_sections(run: Run) -> list[Section]:
     """The report's sections in reading order."""
-    return [scorecard.brief(run), sections.corpus(run), sections.training(run), sections.embedding(run), scorecard.classification(run),
+    return [scorecard.brief(run), sections.corpus(run), sections.training(run), sections.embedding(run), leaderboard.section(run), spaces.section(run),
+            scorecard.classification(run),
             perturbation.section(run), sections.provenance(run, _versions())]  # fmt: skip
 
 

@@ -331,7 +331,7 @@ def _publish(
     say(f"classify: {seen['line']}")
     kept = evaluation.keep_best(config, places, made, record.parents)
     details = {
-        "models": list(config.classify.models), "encoders": contenders.named(config.classify), "cells_h5ad": shown,
+        "models": list(config.classify.models), "encoders": _encoders(config, places), "groups": _groups(table), "cells_h5ad": shown,
         "classifiers": kept, "audit": seen,
         "splits": [s.task | {"classes": list(s.classes), "num_train": len(s.train), "num_validation": len(s.validation),
                              "num_test": len(s.test), "dropped": s.dropped, "donors": list(s.donors)} for s in made if s.whole],
@@ -343,6 +343,23 @@ def _publish(
             f"classify: kept the {one['model']} of {one['group']} (test accuracy {one['test']['accuracy']:.3f}): mixgf annotate --model {one['uri']} FILE"
         )
     return _figures(found["scores"])
+
+
+def _encoders(config: Config, places: Places) -> dict[str, dict[str, Any]]:
+    """What each encoder was trained to do, by its name in the tables."""
+    found = contenders.records(places.checkpoint, config, Corpus(places.corpus).vocabulary.hash)
+    return {contenders.called(name): {"objective": one.details.get("objective")} for name, one in found.items()}
+
+
+def _groups(table: Labelled) -> dict[str, dict[str, list[str]]]:
+    """Species and tissues of each group of cells."""
+    return {
+        group: {
+            "species": sorted(set(table.species[table.groups == group].tolist())),
+            "tissues": sorted(set(table.transfer[table.groups == group].tolist())),
+        }
+        for group in np.unique(table.groups).tolist()
+    }
 
 
 def _audit(places: Places, table: Labelled) -> dict[str, Any]:
