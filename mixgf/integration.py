@@ -16,6 +16,7 @@ import numpy.typing as npt
 from scipy.linalg import orthogonal_procrustes
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples, silhouette_score
+from sklearn.neighbors import NearestNeighbors
 
 from mixgf import baselines, scores
 from mixgf.scores import Interval
@@ -121,9 +122,13 @@ def _read(
 def _lisi(vectors_ND: Floats, batches: dict[str, Names]) -> dict[str, float]:
     """Integration LISI, scaled to 0 (apart) to 1 (mixed), by scib-metrics on 90 nearest neighbours."""
     import scib_metrics  # noqa: PLC0415 (optional)
-    from scib_metrics.nearest_neighbors import pynndescent  # noqa: PLC0415 (optional)
+    from scib_metrics.nearest_neighbors import NeighborsResults  # noqa: PLC0415 (optional)
 
-    near = pynndescent(vectors_ND, n_neighbors=min(90, len(vectors_ND) - 1), random_state=0)
+    number = min(90, len(vectors_ND))
+    distance_NK, index_NK = (
+        NearestNeighbors(n_neighbors=number, algorithm="brute").fit(vectors_ND).kneighbors(vectors_ND)
+    )
+    near = NeighborsResults(indices=index_NK, distances=distance_NK)
     return {name: float(scib_metrics.ilisi_knn(near, of)) for name, of in batches.items() if len(np.unique(of)) > 1}
 
 

@@ -85,7 +85,9 @@ def test_mixing_is_scib_metrics_own_where_that_is_installed() -> None:
     assert found["type_silhouette"][0].value == pytest.approx(
         float(scib.silhouette_label(vectors, data.labels)), abs=2e-3
     )
-    assert {"species_lisi", "source_lisi"} <= set(found)
+    apart = integration.measure(space(data, by_type=0, by_species=8), data, seed=0)
+    assert found["species_lisi"][0].value > apart["species_lisi"][0].value + 0.2
+    assert apart["species_lisi"][0].value < 0.05
 
 
 def test_a_turned_and_mirrored_map_lies_on_the_other_and_is_never_stretched() -> None:
