@@ -104,16 +104,16 @@ def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lamb
         UserError: the folder holds another artifact, finished or not.
     """
     plan_uri = storage.join(uri, "plan.json")
-    for name in ("plan.json", "record.json"):
-        there = _read(uri, name)
-        if there is None:
-            continue
-        if there.fingerprint != record.fingerprint and replaces(there):
-            storage.write_json(plan_uri, asdict(record))
-            return True
-        _same(uri, there, record)
-        return name == "plan.json"
-    if not storage.create_bytes(plan_uri, storage.json_bytes(asdict(record))):
+    finished, planned = (_read(uri, name) for name in ("record.json", "plan.json"))
+    if finished is not None and (finished.fingerprint == record.fingerprint or not replaces(finished)):
+        _same(uri, finished, record)
+        return False
+    if planned is not None and (planned.fingerprint == record.fingerprint or not replaces(planned)):
+        _same(uri, planned, record)
+        return True
+    if finished is not None or planned is not None:
+        storage.write_json(plan_uri, asdict(record))
+    elif not storage.create_bytes(plan_uri, storage.json_bytes(asdict(record))):
         there = _read(uri, "plan.json")  # another run was faster, by a moment
         if there is not None:
             _same(uri, there, record)

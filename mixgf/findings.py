@@ -321,8 +321,9 @@ def disagreements(predictions: pd.DataFrame, first: str, second: str, split: str
 
 
 def order_models(models: list[str]) -> list[str]:
-    """Ours first, in the order of `OWN`; then the others by name."""
-    return [m for m in OWN if m in models] + sorted(set(models) - set(OWN))
+    """Ours first, in the order of `OWN`; then models on other encoders, encoder by encoder; then baselines by name."""
+    others = sorted({m for m in models if OTHER in m}, key=lambda m: (m.partition(OTHER)[2], m))
+    return [m for m in OWN if m in models] + others + sorted(m for m in set(models) if is_baseline(m))
 
 
 # embedding

@@ -19,7 +19,7 @@ class Row:
     zero_shot: tuple[float, float, float]
 
 
-COLUMNS = ("{} Geneformer", "Mix-Geneformer", "Mix-Geneformer without contrast")
+COLUMNS = ("{}-Geneformer", "Mix-Geneformer", "Mix-Geneformer without contrast")
 """Of `tuned` and of `zero_shot`; the first names the species."""
 
 TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {

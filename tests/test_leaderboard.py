@@ -162,6 +162,19 @@ def test_labels_in_doubt_are_those_that_two_unlike_models_reject_alike() -> None
     assert "Nowhere do mixgf, frozen + logistic probe and variable genes + logistic regression agree" in text(none)
 
 
+def test_models_stand_ours_first_then_other_encoders_then_baselines() -> None:
+    models = ["pca_knn", "knn@untrained", "finetune", "probe@mlm", "knn@mlm", "majority", "knn"]
+    assert findings.order_models(models) == [
+        "finetune",
+        "knn",
+        "knn@mlm",
+        "probe@mlm",
+        "knn@untrained",
+        "majority",
+        "pca_knn",
+    ]
+
+
 def test_few_labels_and_unknown_types_are_said_in_words_and_numbers() -> None:
     base = scores({("random", "a", "", "probe"): 0.9, ("random", "a", "", "hvg_logreg"): 0.95})
     few = scores({("random", "a", "", "probe"): 0.6, ("random", "a", "", "hvg_logreg"): 0.4})

@@ -47,8 +47,8 @@ SECONDS = {
 """Seconds of a model per 1,000 training cells on an EPYC core, roughly. Only the projection and progress use them."""
 FEWEST_SECONDS = 0.1
 """Of any prediction, and of models that are not listed."""
-WHOLE_SECONDS = 10.0
-"""Of the measures and the map of an embedding, per 1,000 cells."""
+WHOLE_SECONDS, START_SECONDS = 10.0, 40.0
+"""Of the measures and the map of an embedding, per 1,000 cells; and of a process that draws its first map (compilation)."""
 _CELLS = (
     "label", "cells", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
     "validation_fraction",
@@ -266,9 +266,10 @@ class _Work:
 
     def _whole(self) -> list[Piece]:
         """One piece per embedding."""
+        cells = min(len(self.table), self.config.classify.integration_cells)
         return [
             Piece(uri=parts.integration_part(self.config, self.places, space), call=evaluation.integrate,
-                  args=(self.config, self.places, self.table, space), cost=WHOLE_SECONDS * min(len(self.table), self.config.classify.integration_cells) / 1000)
+                  args=(self.config, self.places, self.table, space), cost=START_SECONDS + WHOLE_SECONDS * cells / 1000)
             for space in parts.spaces(self.config, self.table)
         ]  # fmt: skip
 
