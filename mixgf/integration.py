@@ -86,11 +86,13 @@ def _probes(vectors_ND: Floats, cells: Labelled, seed: int) -> dict[str, tuple[I
     if len(rows):
         fold_N = np.empty(len(rows), dtype=np.int64)
         fold_N[keyed_order(cells.names[rows], "species probe", seed)] = np.arange(len(rows)) % FOLDS
-        found["species_probe"] = _read(vectors_ND[rows], species_N[rows], fold_N, cells.donors[rows], rng)
+        found["species_probe"] = _read(
+            vectors_ND[rows], species_N[rows], fold_N, cells.donors[rows], rng=rng, unit="donor"
+        )
     sources, fold_N = np.unique(sources_N, return_inverse=True)
     species_of = np.array([species_N[sources_N == s][0] for s in sources])
     if min((species_of == s).sum() for s in np.unique(species_N)) > 1:  # each species is left in another data set
-        found["species_probe_new_sets"] = _read(vectors_ND, species_N, fold_N, sources_N, rng)
+        found["species_probe_new_sets"] = _read(vectors_ND, species_N, fold_N, sources_N, rng=rng, unit="source")
     return found
 
 
@@ -102,7 +104,7 @@ def shared_types(types_N: Names, species_N: Names) -> Names:
 
 
 def _read(
-    vectors_ND: Floats, species_N: Names, fold_N: Ints, clusters_N: Names, rng: np.random.Generator
+    vectors_ND: Floats, species_N: Names, fold_N: Ints, clusters_N: Names, *, rng: np.random.Generator, unit: str
 ) -> tuple[Interval, str]:
     """Balanced accuracy of a logistic probe for the species, each fold read by a probe of the others."""
     species, label_N = np.unique(species_N, return_inverse=True)
@@ -116,7 +118,7 @@ def _read(
     found, by = scores.score(
         label_N.astype(np.int64), guess_N, np.ones(len(label_N)), clusters_N, len(species), rng=rng
     )
-    return found["balanced_accuracy"], by
+    return found["balanced_accuracy"], unit if by == "donor" else by
 
 
 def _lisi(vectors_ND: Floats, batches: dict[str, Names]) -> dict[str, float]:

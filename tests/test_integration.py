@@ -64,7 +64,7 @@ def test_reading_the_data_set_is_not_reading_the_species() -> None:
     found = integration.measure(space(data, by_type=0, by_species=0, by_source=8), data, seed=0)
     assert found["species_probe"][0].value > 0.95
     probe, by = found["species_probe_new_sets"]
-    assert by == "donor"  # what is resampled are the data sets, which take the place of donors
+    assert by == "source"
     assert probe.value < 0.8
     truly = integration.measure(space(data, by_type=0, by_species=8, by_source=8), data, seed=0)
     assert truly["species_probe_new_sets"][0].value > 0.95
