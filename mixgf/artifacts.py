@@ -9,7 +9,7 @@ unequal is an error that lists the differing fields. Nothing is recomputed or ov
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -89,8 +89,14 @@ def find(uri: str) -> Record | None:
     return _read(uri, "record.json")
 
 
-def begin(uri: str, record: Record) -> bool:
+def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lambda _: False) -> bool:
     """Claim a folder for a planned artifact.
+
+    Args:
+        uri: The folder.
+        record: The plan.
+        replaces: Whether the plan may take the place of what is there because it holds all of that and more. The old record
+            stays until the new files are written: see `reopen`.
 
     Returns:
         True when there is work to do (fresh, or the same plan left unfinished); False when the artifact is finished.
@@ -99,16 +105,26 @@ def begin(uri: str, record: Record) -> bool:
         UserError: the folder holds another artifact, finished or not.
     """
     plan_uri = storage.join(uri, "plan.json")
-    for name in ("record.json", "plan.json"):
-        there = _read(uri, name)
-        if there is not None:
-            _same(uri, there, record)
-            return name == "plan.json"
-    if not storage.create_bytes(plan_uri, storage.json_bytes(asdict(record))):
+    finished, planned = (_read(uri, name) for name in ("record.json", "plan.json"))
+    if finished is not None and (finished.fingerprint == record.fingerprint or not replaces(finished)):
+        _same(uri, finished, record)
+        return False
+    if planned is not None and (planned.fingerprint == record.fingerprint or not replaces(planned)):
+        _same(uri, planned, record)
+        return True
+    if finished is not None or planned is not None:
+        storage.write_json(plan_uri, asdict(record))
+    elif not storage.create_bytes(plan_uri, storage.json_bytes(asdict(record))):
         there = _read(uri, "plan.json")  # another run was faster, by a moment
         if there is not None:
             _same(uri, there, record)
     return True
+
+
+def reopen(uri: str) -> None:
+    """Take back the record of a finished artifact that is about to be replaced; its plan must be there (`begin`)."""
+    assert storage.exists(storage.join(uri, "plan.json")), "planned"
+    storage.remove(storage.join(uri, "record.json"))
 
 
 def _same(uri: str, there: Record, record: Record) -> None:

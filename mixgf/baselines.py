@@ -142,6 +142,15 @@ def _components(train: Floats, test: Floats, seed: int) -> tuple[Floats, Floats]
     return pca.transform(train), pca.transform(test)
 
 
+def expression_space(counts: sparse.csr_matrix, num_hvgs: int, seed: int) -> Floats:
+    """50 principal components of the standardised variable genes of some cells (N, 50), without any label."""
+    logged = log_normalise(counts)
+    genes = variable_genes(logged, num_hvgs)
+    dense = logged[:, genes].toarray()
+    scaled, _ = standardise(dense, dense[:0], *one_group(dense, dense[:0]))
+    return _components(scaled, scaled[:1], seed)[0]
+
+
 def one_group(train: Floats | sparse.csr_matrix, test: Floats | sparse.csr_matrix) -> tuple[Names, Names]:
     """Group names that put all cells in one group."""
     return np.full(train.shape[0], "all"), np.full(test.shape[0], "all")

@@ -301,11 +301,11 @@ def load_encoder(uri: str, device: torch.device | str = "cpu") -> tuple[Encoder,
     return model.encoder, record
 
 
-def require_vocabulary(record: Record, vocabulary: str, what: str) -> None:
-    """Refuse to use a checkpoint on tokens of another vocabulary."""
+def require_vocabulary(record: Record, vocabulary: str, what: str, field: str = "inputs.checkpoint") -> None:
+    """Refuse to use a checkpoint, named by a field of the config, on tokens of another vocabulary."""
     if record.details["vocabulary"] != vocabulary:
         msg = (
-            f"inputs.checkpoint: made with vocabulary {record.details['vocabulary'][:12]}, but {what} has {vocabulary[:12]}; "
+            f"{field}: made with vocabulary {record.details['vocabulary'][:12]}, but {what} has {vocabulary[:12]}; "
             f"name a checkpoint trained on that vocabulary, or prepare with --set vocab.reuse=URI"
         )
         raise UserError(msg)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixgf import baselines, checkpoint, config, dataset, keyed, rivals, selection, train
+from mixgf import baselines, dataset, keyed, selection, train
 from mixgf.config import Classify, Config, UserError
 from mixgf.dataset import Batch, Corpus
 from mixgf.model import Encoder, Linear, forward_flops, pool
@@ -31,27 +31,8 @@ Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 Names = npt.NDArray[np.str_]
 
-UNTRAINED = "untrained_"
-"""Before a model's name: the same with an encoder of the same shape and random weights."""
-HEADS = ("knn", "probe", "centroid")
-MODELS = tuple(prefix + name for prefix in ("", UNTRAINED) for name in ("finetune", *HEADS))
-"""Models of the encoder; `mixgf.baselines.BASELINES` has the others."""
 _HEAD_SITE = 1 << 20
 """Place of the class head in the stream of dropout keys, beyond every layer."""
-
-
-def require_models(settings: Classify) -> None:
-    """Refuse unknown names in `classify.models`."""
-    known = (*MODELS, *baselines.BASELINES)
-    for name in settings.models:
-        if name not in known:
-            msg = f"classify.models: {name!r} is not known; there are {', '.join(known)}"
-            raise UserError(msg)
-
-
-def skipped(settings: Classify) -> dict[str, str]:
-    """Models that are asked for and cannot run here, with the reason: another project's package is not installed."""
-    return {name: why for name in settings.models if (why := rivals.missing(name))}
 
 
 def labelled(corpus: Corpus, settings: Classify) -> Labelled:
@@ -105,7 +86,7 @@ def frozen(
     Between species, vectors are first z-scored within each species, as those of the baselines are.
 
     Args:
-        head: One of `HEADS`.
+        head: One of `contenders.HEADS`.
         train_ND: Vectors of `split.train`.
         test_MD: Vectors of `split.test`.
         table: The labelled cells.
@@ -341,20 +322,6 @@ def probabilities(model: Classifier, sentences: _Sentences, cells: Ints, micro_t
 
 def _runs(lengths: npt.NDArray[np.int32], micro_tokens: int) -> Iterator[slice]:
     yield from micro_batches(lengths, micro_tokens) if micro_tokens else (slice(i, i + 1) for i in range(len(lengths)))
-
-
-def load_encoder(uri: str, name: str, run: Config, vocabulary: str, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder that a model starts from: the checkpoint's, or for `untrained_…` one of its shape with random weights.
-
-    Raises:
-        UserError: The checkpoint is of another vocabulary than the corpus.
-    """
-    encoder, record = checkpoint.load_encoder(uri, device)
-    checkpoint.require_vocabulary(record, vocabulary, "the corpus")
-    if not name.startswith(UNTRAINED):
-        return encoder
-    shape = config.from_dict(config.Model, record.details["model"])
-    return Encoder(shape, encoder.vocab_size, seed=run.seed + 1_000_003).to(device)
 
 
 def longest(encoder: Encoder, settings: Classify) -> int:

@@ -98,10 +98,9 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated"
         )
         command.add_argument("--print-config", action="store_true", help="print the whole config as JSON and stop")
-        if name == "perturb":
-            command.add_argument(
-                "--dry-run", action="store_true", help="print sentences, FLOP, time and cost, and stop"
-            )
+        if name in ("classify", "perturb"):
+            told = "sentences, FLOP, time and cost" if name == "perturb" else "splits, predictions and time"
+            command.add_argument("--dry-run", action="store_true", help=f"print {told}, and stop")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     inspect = commands.add_parser(
         "inspect",
@@ -215,6 +214,8 @@ def _absolute(config: Config) -> Config:
     data["output"] = _path(config.output)
     data["prepare"]["extend"] = _path(config.prepare.extend)
     data["inputs"] = {name: _path(uri) for name, uri in data["inputs"].items()}
+    encoders = [split_named(text) for text in config.classify.encoders]
+    data["classify"]["encoders"] = [f"{name}={_path(uri)}" for name, uri in encoders]
     data["species"] = [row | {"genes": _path(row["genes"])} for row in data["species"]]
     data["sources"] = [source | {"uri": _path(source["uri"])} for source in data["sources"]]
     tables = {"medians": _path(config.vocab.medians), "reuse": _path(config.vocab.reuse)}
@@ -351,9 +352,9 @@ def _dispatch(args: argparse.Namespace) -> int:
     elif args.command in ("demo", "run"):
         return _run_all(_absolute(config))
     elif getattr(args, "dry_run", False):
-        from mixgf.drivers import perturb
+        import importlib
 
-        print(perturb.dry_run(_absolute(config)))
+        print(importlib.import_module(f"mixgf.drivers.{args.command}").dry_run(_absolute(config)))
     else:
         if args.command == "import-weights":
             from mixgf import weights

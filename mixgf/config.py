@@ -336,6 +336,8 @@ class Classify:
     """Column of `obs` with the labels."""
     cells: str = ""
     """Cells that take part, as an expression over `obs`, for example organ == 'pancreas'; empty = all."""
+    max_cells: int = 0
+    """Most labelled cells of a group, drawn with a key in proportion to the types; 0 = all."""
     unlabelled: tuple[str, ...] = ("", "unknown", "nan", "None")
     """Values of the label that mean: no label."""
     group: str = "source"
@@ -354,19 +356,32 @@ class Classify:
     splits: tuple[str, ...] = ("random", "species")
     """`random` cells (the paper), held-out `donor`, held-out `dataset`, other `species`."""
     seeds: int = 1
+    tuned_seeds: int = 0
+    """Seeds of the models that are fine-tuned, the dear ones; 0 = as `seeds`."""
+    encoders: tuple[str, ...] = ()
+    """Further encoders on the corpus' vocabulary, as NAME=URI of a checkpoint: trained by masked genes only, on one species, ..."""
     models: tuple[str, ...] = (
         "finetune",
         "knn",
         "probe",
-        "untrained_knn",
-        "untrained_probe",
+        "knn@untrained",
+        "probe@untrained",
         "majority",
         "hvg_logreg",
         "pca_knn",
         "pseudobulk",
         "rank_pca",
     )
-    """What is scored, each on identical splits; see `mixgf.classify.MODELS` and `mixgf.baselines.BASELINES`."""
+    """What is scored, each on identical splits: `finetune`, `knn`, `probe`, `centroid` on the run's checkpoint, the same on
+    another encoder (`probe@untrained`: random weights; `probe@NAME`: one of `encoders`), or a baseline (`mixgf.baselines`)."""
+    label_shares: tuple[float, ...] = ()
+    """Shares of the training labels of the random split for the label-efficiency curve, for example 0.01,0.05,0.1."""
+    unseen_types: int = 0
+    """Types of each group that are left out of training in turn, to see whether a model gives them a low probability."""
+    curve_models: tuple[str, ...] = ()
+    """Models of the curve and of the left out types, from `models`; empty = all that are not fine-tuned."""
+    integration_cells: int = 0
+    """Cells on which each frozen embedding is scored for species and batches left in it, drawn with a key; 0 = not scored."""
     knn: int = 5
     num_hvgs: int = 2000
     epochs: int = 10
@@ -388,6 +403,12 @@ class Classify:
         for split in self.splits:
             _one_of("classify.splits", split, ("random", "donor", "dataset", "species"))
         _require(self.seeds >= 1, "classify.seeds", self.seeds, "at least 1")
+        for name in ("max_cells", "tuned_seeds", "unseen_types", "integration_cells"):
+            _require(getattr(self, name) >= 0, f"classify.{name}", getattr(self, name), "at least 0")
+        for share in self.label_shares:
+            _require(0 < share <= 1, "classify.label_shares", share, "above 0, and at most 1")
+        for model in self.curve_models:
+            _one_of("classify.curve_models", model, self.models)
         _require(0 < self.test_fraction < 1, "classify.test_fraction", self.test_fraction, "between 0 and 1")
 
 

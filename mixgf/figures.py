@@ -2,7 +2,7 @@
 
 Text stays text; dense point clouds are pictures. Nothing is told by colour alone: species also differ by
 marker or hatching, cell types carry numbers, heat maps carry values. Colours are those of Okabe and Ito. The same input
-gives the same bytes. matplotlib and umap are imported where they are used.
+gives the same bytes. matplotlib is imported where it is used.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ TYPE_COLORS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#5B4A9E", "#7A9A01", "#B2182B",
     "#2F6F73", "#F28E8E", "#3B3B3B", "#A6761D", "#8DA0CB", "#1B7837", "#C51B7D", "#BDB76B", "#4D9DE0", "#7F7F7F",
 )  # fmt: skip
-MIN_UMAP_CELLS = 200
-"""Fewer cells have too few neighbours for a map of neighbourhoods."""
 MAX_TYPES = 30
 """Most types with a number of their own in a map; the rarer ones are drawn grey."""
 INK, SOFT, FAINT = "#1f2933", "#52606d", "#cbd2d9"
@@ -188,33 +186,78 @@ def curves(series: dict[str, pd.DataFrame], name: str, *, zero: bool = False) ->
     return out[0]
 
 
-def layout(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
-    """Two coordinates per cell, (N, 2), and how they were made: UMAP, or with few cells the principal components."""
-    if len(vectors_ND) >= MIN_UMAP_CELLS:
-        return umap_layout(vectors_ND, seed), "UMAP (15 cosine neighbours)"
-    centred = vectors_ND.astype(np.float64) - vectors_ND.mean(axis=0, dtype=np.float64)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    u = u[:, :2] * np.where(u[np.abs(u[:, :2]).argmax(axis=0), [0, 1]] < 0, -1, 1)
-    return np.asarray(u * s[:2]), "First two principal components"
+def efficiency(curves: dict[str, pd.Series]) -> str:
+    """Score by share of the training labels (index, drawn on a log scale), one line per model."""
+    styles = ("-", "--", ":", "-.")
+    with canvas("efficiency", 7.2, 3.6) as (figure, out):
+        axes = figure.subplots()
+        for i, (name, line) in enumerate(curves.items()):
+            axes.plot(line.index, line.to_numpy(), label=name, color=TYPE_COLORS[i % 20], linestyle=styles[i % 4],
+                      marker=SPECIES_MARKERS[i % 6], markersize=5, linewidth=1.6)  # fmt: skip
+        ticks = sorted({float(x) for line in curves.values() for x in line.index})
+        axes.set(
+            xscale="log",
+            xlabel="share of the training labels",
+            ylabel="macro F1, mean over sets of cells",
+            ylim=(0, 1.02),
+        )
+        axes.set_xticks(ticks, [f"{100 * x:g} %" for x in ticks])
+        axes.minorticks_off()
+        axes.grid(axis="y", color=FAINT, linewidth=0.5)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return out[0]
 
 
-def umap_layout(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
-    """UMAP of the cells, (N, 2): 15 nearest neighbours by cosine, the same for the same vectors and seed."""
-    import warnings
+def side_by_side(maps_: dict[str, pd.DataFrame]) -> str:
+    """One map per embedding of the same cells (columns x, y, species, type), with the same colours and numbers."""
+    from matplotlib.patheffects import withStroke
 
-    from sklearn.neighbors import NearestNeighbors
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # umap speaks of threads and of its search index, neither of which is used
-        import umap
-
-        k = min(15, len(vectors_ND) - 1)
-        found = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(vectors_ND)
-        distance_NK, index_NK = found.kneighbors(vectors_ND)
-        state = int(np.random.default_rng([seed, 0x554D4150]).integers(2**31))
-        fit = umap.UMAP(n_neighbors=k, random_state=state, n_jobs=1, metric="cosine", n_epochs=200,
-                        precomputed_knn=(index_NK, distance_NK, None))  # fmt: skip
-        return np.asarray(fit.fit_transform(vectors_ND), dtype=np.float64)
+    first = next(iter(maps_.values()))
+    order = [str(k) for k in first["type"].value_counts().index if k][:MAX_TYPES]
+    names, columns = sorted(set(first["species"])), min(3, len(maps_))
+    rows = -(-len(maps_) // columns)
+    with canvas("spaces", 3.5 * columns, 3.5 * rows + 0.15 * -(-len(order) // 3) + 0.3) as (figure, out):
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for axes, (title, frame) in zip(panels.flat, maps_.items(), strict=False):
+            xy_N2, types_N, species_N = (
+                frame[["x", "y"]].to_numpy(),
+                frame["type"].to_numpy(str),
+                frame["species"].to_numpy(str),
+            )
+            for i, name in enumerate(names):
+                mine = species_N == name
+                color = [TYPE_COLORS[order.index(t) % 20] if t in order else FAINT for t in types_N[mine]]
+                axes.scatter(
+                    *xy_N2[mine].T,
+                    s=4,
+                    c=color,
+                    marker=SPECIES_MARKERS[i % 6],
+                    alpha=0.6,
+                    linewidths=0,
+                    rasterized=True,
+                )
+            at = {k: _middle(xy_N2[types_N == k]) for k in order[:20]}
+            places = _apart(np.array(list(at.values())), 0.04 * float(np.ptp(xy_N2, axis=0).max()))
+            for kind, (x, y) in zip(at, places, strict=True):
+                axes.text(x, y, str(order.index(kind) + 1), ha="center", va="center", fontsize=7.5, fontweight="bold",
+                          path_effects=[withStroke(linewidth=2.2, foreground="white")])  # fmt: skip
+            axes.set(title=title, xticks=[], yticks=[])
+            axes.spines[:].set_visible(True)
+            axes.spines[:].set_color(FAINT)
+        for axes in panels.flat[len(maps_) :]:
+            axes.set_visible(False)
+        marks = [
+            panels[0, 0].scatter([], [], s=26, c=SOFT, marker=SPECIES_MARKERS[i % 6], label=n)
+            for i, n in enumerate(names)
+        ]
+        marks += [
+            panels[0, 0].scatter([], [], s=26, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {k}")
+            for i, k in enumerate(order)
+        ]
+        figure.legend(
+            handles=marks, loc="outside lower center", ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.8
+        )
+    return out[0]
 
 
 def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:

@@ -7,6 +7,7 @@ a paired comparison, where the two intervals do not meet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +16,18 @@ import pandas as pd
 
 OWN = ("finetune", "probe", "knn", "centroid")
 """Models built on the encoder under test, the paper's first; every other model is a control or a baseline."""
-CONTROL = "untrained_"
-"""Begins the name of a control: the same model on an encoder with random weights. What it reaches is not pretraining's."""
-LABELS = {
-    "finetune": "mixgf, fine-tuned",
-    "finetune_lora": "mixgf, fine-tuned (LoRA)",
-    "probe": "mixgf, frozen + logistic probe",
-    "knn": "mixgf, frozen 5-NN (“zero-shot”)",
-    "centroid": "mixgf, frozen, nearest centroid",
-    "untrained_knn": "untrained encoder, 5-NN",
-    "untrained_probe": "untrained encoder + logistic probe",
-    "untrained_finetune": "untrained encoder, fine-tuned",
+OTHER = "@"
+"""In the name of a model on another encoder (`probe@mlm`)."""
+UNTRAINED = "@untrained"
+"""Ends the name of a control: the same model on an encoder with random weights. What it reaches is not pretraining's."""
+HEADS = {
+    "finetune": "fine-tuned",
+    "finetune_lora": "fine-tuned (LoRA)",
+    "probe": "frozen + logistic probe",
+    "knn": "frozen 5-NN (“zero-shot”)",
+    "centroid": "frozen, nearest centroid",
+}
+BASELINES = {
     "majority": "majority class",
     "hvg_logreg": "variable genes + logistic regression",
     "pca_knn": "PCA + 5-NN",
@@ -54,7 +56,10 @@ MIN_TYPE_CELLS = 5
 
 def label(model: str) -> str:
     """A model's name for readers."""
-    return LABELS.get(model, model.replace("_", " "))
+    head, other, encoder = model.partition(OTHER)
+    if head in HEADS:
+        return f"{f'{encoder} encoder' if other else 'mixgf'}, {HEADS[head]}"
+    return BASELINES.get(model, model.replace("_", " "))
 
 
 def metric_label(metric: str) -> str:
@@ -95,7 +100,7 @@ def board(scores: pd.DataFrame) -> pd.DataFrame:
 
 def is_baseline(model: str) -> bool:
     """Whether a model makes no use of an encoder."""
-    return model not in OWN and not model.startswith(CONTROL)
+    return model not in OWN and OTHER not in model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +141,10 @@ def _triple(row: Any) -> tuple[float, float, float]:
 
 
 def duels(
-    table: pd.DataFrame, comparisons: pd.DataFrame | None = None, metrics: tuple[str, ...] = ("accuracy", "macro_f1")
+    table: pd.DataFrame,
+    comparisons: pd.DataFrame | None = None,
+    metrics: tuple[str, ...] = ("accuracy", "macro_f1"),
+    models: Sequence[str] = OWN,
 ) -> list[Duel]:
     """Every model of ours against the best baseline, by task.
 
@@ -144,6 +152,7 @@ def duels(
         table: Rows of `board`.
         comparisons: Paired comparisons, which also name the baseline; without them it is the one with the highest value.
         metrics: Which.
+        models: Which.
     """
     paired: dict[tuple[str, ...], tuple[str, tuple[float, float, float]]] = {}
     if comparisons is not None:
@@ -155,7 +164,7 @@ def duels(
         row_of = {str(row["model"]): row for row in task.to_dict("records")}
         rivals = sorted((m for m in row_of if is_baseline(m)), key=lambda m: (-row_of[m]["value"], m))
         split, group, direction, metric = keys
-        for model in [m for m in OWN if m in row_of and rivals]:
+        for model in [m for m in models if m in row_of and rivals]:
             baseline, difference = paired.get((*keys, model), (rivals[0], None))
             found.append(Duel(
                 split=split, group=group, direction=direction, metric=metric, model=model, score=_triple(row_of[model]),
@@ -170,8 +179,8 @@ def gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tuple[str, str, 
     wide = rows.pivot_table(index=TASK, columns="model", values="value", observed=True)
     out = []
     for split in [s for s in SPLITS if s in set(rows["split"])]:
-        for model in [m for m in OWN if m in wide and CONTROL + m in wide]:
-            change = (wide[model] - wide[CONTROL + model]).xs(split, level="split").dropna()
+        for model in [m for m in OWN if m in wide and m + UNTRAINED in wide]:
+            change = (wide[model] - wide[model + UNTRAINED]).xs(split, level="split").dropna()
             if len(change):
                 out.append((split, model, float(change.mean()), len(change)))
     return out
@@ -222,17 +231,99 @@ def best_own(table: pd.DataFrame) -> str:
     return next((m for m in OWN if m in models), "")
 
 
-def leakage(table: pd.DataFrame, metric: str = "macro_f1") -> pd.DataFrame:
-    """Mean score by model (rows) and split (columns): how much an easy split flatters. Empty with a single split."""
-    rows = table[table["metric"] == metric]
-    wide = rows.pivot_table(index="model", columns="split", values="value", aggfunc="mean", observed=True)
-    wide = wide[[s for s in SPLITS if s in wide.columns]]
-    return wide.loc[order_models(list(wide.index))] if wide.shape[1] > 1 else wide.iloc[:0]
+def leakage(table: pd.DataFrame, groups: dict[str, Any], metric: str = "macro_f1") -> pd.DataFrame:
+    """How much an easy split flatters: the same cells scored by a random split and by a harder one.
+
+    Args:
+        table: Rows of `board`.
+        groups: Group to its `species` and `tissues`, which say whose random splits a transfer between species is held against.
+        metric: Which.
+
+    Returns:
+        Columns model, split, tasks, random, harder, gap: means over the tasks that have both, the models in the order of
+        `order_models`.
+    """
+    wide = table[table["metric"] == metric].pivot_table(index=TASK, columns="model", values="value", observed=True)
+    known = set(wide.index.get_level_values("split"))
+    rows = []
+    for model in order_models([str(m) for m in wide.columns]):
+        scored = wide[model].dropna()
+        easy = scored.xs("random", level="split").groupby("group").mean() if "random" in known else scored.iloc[:0]
+        for split in [s for s in SPLITS if s != "random" and s in known]:
+            pairs = []
+            for (kind, group, direction), value in scored.items():
+                same = [g for g in _same_cells(split, group, direction, groups) if g in easy.index]
+                if kind == split and same:
+                    pairs.append((float(easy[same].mean()), float(value)))
+            if pairs:
+                one, other = np.mean(pairs, axis=0)
+                rows.append([model, split, len(pairs), one, other, one - other])
+    return pd.DataFrame(rows, columns=["model", "split", "tasks", "random", "harder", "gap"])
+
+
+def _same_cells(split: str, group: str, direction: str, groups: dict[str, Any]) -> list[str]:
+    """The groups of the random split whose cells a task of a harder split tests."""
+    if split == "donor":
+        return [group]
+    if split == "dataset":
+        return [direction]
+    target = direction.replace("->", ">").partition(">")[2]
+    return [name for name, about in groups.items() if about["species"] == [target] and about["tissues"] == [group]]
+
+
+def summary(table: pd.DataFrame, comparisons: pd.DataFrame | None) -> pd.DataFrame:
+    """One row per split and model: mean of every metric over tasks, and wins, ties and losses in macro F1.
+
+    A win or loss is against the best baseline of the task, by the paired interval where there is one.
+    """
+    means = table.pivot_table(index=["split", "model"], columns="metric", values="value", aggfunc="mean", observed=True)
+    tasks = (
+        table[table["metric"] == "macro_f1"]
+        .groupby(["split", "model"], observed=True)
+        .agg(tasks=("value", "size"), seeds=("seeds", "max"))
+    )
+    out = means.join(tasks).reset_index()
+    found = duels(
+        table, comparisons, ("macro_f1",), models=[str(m) for m in table["model"].unique() if not is_baseline(str(m))]
+    )
+    for verdict in ("ahead", "level", "behind"):
+        out[verdict] = [
+            sum(d.split == row.split and d.model == row.model and d.verdict == verdict for d in found) for row in out.itertuples()
+        ]  # fmt: skip
+    return out
+
+
+def disagreements(predictions: pd.DataFrame, first: str, second: str, split: str = "random") -> pd.DataFrame:
+    """Cells whose given label two unlike models both reject for the same other type, by group, label and what they say.
+
+    Args:
+        predictions: Of all models, long.
+        first: One model.
+        second: Another one; best one that shares nothing with the first.
+        split: Which split; a cell that is tested in several seeds counts once.
+
+    Returns:
+        Columns group, label, both_say, cells, of (tested cells of the label), probability (mean of the first model's).
+    """
+    keys = ["group", "direction", "seed", "cell"]
+    mine = predictions[predictions["split"] == split]
+    one, two = (mine[mine["model"] == model].set_index(keys) for model in (first, second))
+    both = one.join(two[["predicted"]].rename(columns={"predicted": "other"}), how="inner").reset_index()
+    both = both.drop_duplicates(["group", "cell"])
+    total = both.groupby(["group", "true"])["cell"].size().rename("of")
+    agreed = both[(both["predicted"] == both["other"]) & (both["predicted"] != both["true"])]
+    found = agreed.groupby(["group", "true", "predicted"]).agg(
+        cells=("cell", "size"), probability=("probability", "mean")
+    )
+    found = found.reset_index().merge(total.reset_index(), on=["group", "true"])
+    found = found.rename(columns={"true": "label", "predicted": "both_say"})
+    return found.sort_values(["cells", "group", "label"], ascending=[False, True, True]).reset_index(drop=True)
 
 
 def order_models(models: list[str]) -> list[str]:
-    """Ours first, in the order of `OWN`; then the others by name."""
-    return [m for m in OWN if m in models] + sorted(set(models) - set(OWN))
+    """Ours first, in the order of `OWN`; then models on other encoders, encoder by encoder; then baselines by name."""
+    others = sorted({m for m in models if OTHER in m}, key=lambda m: (m.partition(OTHER)[2], m))
+    return [m for m in OWN if m in models] + others + sorted(m for m in set(models) if is_baseline(m))
 
 
 # embedding

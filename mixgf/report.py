@@ -14,7 +14,19 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mixgf import artifacts, findings, hits, lab, perturbation, progress, scorecard, sections, storage
+from mixgf import (
+    artifacts,
+    findings,
+    hits,
+    lab,
+    leaderboard,
+    perturbation,
+    progress,
+    scorecard,
+    sections,
+    spaces,
+    storage,
+)
 from mixgf.config import Config, fingerprint, to_dict
 from mixgf.page import Run, Section
 
@@ -54,12 +66,15 @@ def load(config: Config, *, light: bool = False) -> Run:
     records = {stage: record for stage, uri in places.items() if (record := artifacts.find(uri)) is not None}
     wanted = {
         "mapping": ("corpus", "mapping.parquet"), "dropped": ("corpus", "dropped.parquet"), "history": ("pretrain", "history.parquet"),
-        "scores": ("classify", "scores.parquet"), "comparisons": ("classify", "comparisons.parquet"),
+        "scores": ("classify", "scores.parquet"), "efficiency": ("classify", "efficiency.parquet"), "rejection": ("classify", "rejection.parquet"),
+        "integration": ("classify", "integration.parquet"), "centroids": ("classify", "centroids.parquet"), "comparisons": ("classify", "comparisons.parquet"),
         "per_class": ("classify", "per_class.parquet"),
         "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"), "nulls": ("perturb", "calibration.parquet"),
         "arms": ("tune", "arms.parquet"), "effects": ("tune", "effects.parquet"), "interactions": ("tune", "interactions.parquet"),
         "responses": ("perturb", "responses.parquet"),
     }  # fmt: skip
+    if not light:
+        wanted |= {"predictions": ("classify", "predictions.parquet"), "maps": ("classify", "maps.parquet")}
     tables: dict[str, pd.DataFrame] = {}
     for name, (stage, file) in wanted.items():
         uri = storage.join(places[stage], file)
@@ -161,6 +176,9 @@ def _key(config: Config) -> str:
         "page.py",
         "sections.py",
         "scorecard.py",
+        "leaderboard.py",
+        "spaces.py",
+        "paper.py",
         "findings.py",
         "hits.py",
         "known.py",
@@ -171,6 +189,7 @@ def _key(config: Config) -> str:
         "responses.py",
         "screen_figures.py",
         "figures.py",
+        "layouts.py",
         "resources/report.html.j2",
     ):
         code.update((resources.files("mixgf") / name).read_bytes())
@@ -185,8 +204,8 @@ def _versions() -> dict[str, str]:
 
 def all_sections(run: Run) -> list[Section]:
     """The report's sections in reading order."""
-    made = [scorecard.brief(run), sections.corpus(run), sections.training(run), sections.embedding(run), scorecard.classification(run),
-            perturbation.section(run), lab.section(run), sections.provenance(run, _versions())]  # fmt: skip
+    made = [scorecard.brief(run), sections.corpus(run), sections.training(run), sections.embedding(run), leaderboard.section(run), spaces.section(run),
+            scorecard.classification(run), perturbation.section(run), lab.section(run), sections.provenance(run, _versions())]  # fmt: skip
     return [section for section in made if section.blocks]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf import figures, findings
+from mixgf import figures, findings, layouts
 from mixgf.artifacts import Record
 from mixgf.config import to_dict
 from mixgf.page import Cell, Fold, Grid, Picture, Run, Section, Text, count, missing, plural, title_case
@@ -213,7 +213,7 @@ def embedding(run: Run) -> Section:
         if len(species) < run.num_embedded
         else f"all {len(species):,}"
     )
-    xy, method = figures.layout(run.vectors_ND, run.config.seed)
+    xy, method = layouts.layout(run.vectors_ND, run.config.seed)
     blocks: list[Any] = [
         Picture(
             figures.maps(xy, species, types),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,10 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.cells)
 
+    def only(self, rows: Cells) -> Labelled:
+        """Some rows, in the given order."""
+        return Labelled(**{one.name: getattr(self, one.name)[rows] for one in fields(self)})
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
@@ -72,12 +76,28 @@ class Split:
     """Cells that are not used, by reason."""
     donors: tuple[str, ...] = ()
     """The tested donors, where donors are held out."""
+    share: float = 1.0
+    """Share of the training labels that is there to learn from (label efficiency)."""
+    unseen: str = ""
+    """A type of which the test has cells and the training none (rejection of unknown types); it is not among `classes`."""
 
     @property
     def name(self) -> str:
         """One line that names the split, unique within a run."""
         held_out = f", {self.direction}" if self.direction else ""
-        return f"{self.group}: {self.kind}{held_out}, seed {self.seed}"
+        few = f", {self.share:.0%} of the labels" if self.share < 1 else ""
+        without = f", without {self.unseen}" if self.unseen else ""
+        return f"{self.group}: {self.kind}{held_out}, seed {self.seed}{few}{without}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all training labels and all types, as the splits of the main table."""
+        return self.share == 1 and not self.unseen
+
+    @property
+    def task(self) -> dict[str, str | int]:
+        """What names it in the tables."""
+        return {"group": self.group, "split": self.kind, "direction": self.direction, "seed": self.seed}
 
     def ids(self, labels: Names) -> npt.NDArray[np.int64]:
         """Class ids of labels that are all among `classes`."""
@@ -120,8 +140,20 @@ def stratified(rows: Cells, labels: Names, names: Names, fraction: float, *key: 
     return np.sort(np.concatenate(drawn)) if drawn else np.empty(0, dtype=np.int64)
 
 
+def capped(table: Labelled, settings: Classify, *, seed: int) -> Labelled:
+    """At most `classify.max_cells` labelled cells of each group, drawn with a key, in proportion to the types."""
+    if not settings.max_cells:
+        return table
+    kept = [
+        rows if len(rows) <= settings.max_cells
+        else stratified(rows, table.labels, table.names, settings.max_cells / len(rows), "cap", seed, group, least=2)
+        for group, rows in _groups(table.groups)
+    ]  # fmt: skip
+    return table.only(np.sort(np.concatenate(kept)))
+
+
 def make(table: Labelled, settings: Classify, *, seed: int) -> list[Split]:
-    """All splits of a run, in a fixed order: by kind, group, direction, seed.
+    """All splits of a run, in a fixed order: by kind, group, direction, seed; then those with fewer labels or types.
 
     A kind that nothing can be split by (one donor, one species, fewer than two types) gives no split for that group.
 
@@ -140,7 +172,37 @@ def make(table: Labelled, settings: Classify, *, seed: int) -> list[Split]:
                f"{len(np.unique(table.labels))} types; two types with two cells each in one value of "
                f"{settings.group!r} are needed; see classify.label, classify.group, classify.min_class_fraction")  # fmt: skip
         raise UserError(msg)
-    return splits
+    random = [split for split in splits if split.kind == "random"]
+    fewer = [
+        _fewer(table, settings, split, share, seed) for split in random for share in settings.label_shares if share < 1
+    ]
+    return (
+        splits + fewer + [one for split in random if split.seed == 0 for one in _without(table, settings, split, seed)]
+    )
+
+
+def _fewer(table: Labelled, settings: Classify, split: Split, share: float, seed: int) -> Split:
+    """The same test, with part of the training cells: at least one of each type, a smaller share within a larger one."""
+    train = []
+    for label in split.classes:
+        mine = split.train[table.labels[split.train] == label]
+        order = keyed_order(table.names[mine], "labels", seed, split.seed, label)
+        train.append(mine[order[: max(1, int(np.floor(share * len(mine) + 0.5)))]])
+    rows = np.sort(np.concatenate(train))
+    return replace(split, train=rows, validation=_validation(table, settings, rows, (seed, split.seed)), share=share)
+
+
+def _without(table: Labelled, settings: Classify, split: Split, seed: int) -> Iterator[Split]:
+    """The same test, with one type after the other left out of training; two types at least stay."""
+    kinds = np.asarray(split.classes)
+    for kind in (
+        kinds[keyed_order(kinds, "unseen", seed, split.group)][: settings.unseen_types] if len(kinds) > 2 else ()
+    ):
+        train, validation = (rows[table.labels[rows] != kind] for rows in (split.train, split.validation))
+        classes = tuple(name for name in split.classes if name != kind)
+        if len(validation) == 0:
+            validation = _validation(table, settings, train, (seed, split.seed))
+        yield replace(split, train=train, validation=validation, classes=classes, unseen=str(kind))
 
 
 def _random(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
@@ -211,11 +273,7 @@ def _split(
         return
     in_train, in_test = np.isin(table.labels[train], shared), np.isin(table.labels[test], shared)
     train, test = np.sort(train[in_train]), np.sort(test[in_test])
-    validation = stratified(train, table.labels, table.names, settings.validation_fraction, "validation", *key, least=0)
-    if len(validation) == 0:  # few cells of every type: one cell, of a type that keeps others
-        validation = stratified(
-            train, table.labels, table.names, settings.validation_fraction, "validation", *key, least=1
-        )[:1]
+    validation = _validation(table, settings, train, key)
     dropped = {
         **dropped,
         **_count("type not tested", int((~in_train).sum())),
@@ -223,6 +281,14 @@ def _split(
     }
     yield Split(group=group or "all", kind=kind, direction=direction, seed=key[1], classes=tuple(shared.tolist()), train=train,
                 validation=validation, test=test, dropped=dropped)  # fmt: skip
+
+
+def _validation(table: Labelled, settings: Classify, train: Cells, key: tuple[int, int]) -> Cells:
+    """The training cells on which epochs are selected; none only where no type has two training cells."""
+    fraction, labels, names = settings.validation_fraction, table.labels, table.names
+    drawn = stratified(train, labels, names, fraction, "validation", *key, least=0)
+    # few cells of every type: one cell, of a type that keeps others
+    return drawn if len(drawn) else stratified(train, labels, names, fraction, "validation", *key, least=1)[:1]
 
 
 def _groups(column: Names, rows: Cells | None = None) -> Iterator[tuple[str, Cells]]:

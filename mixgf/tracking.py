@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 _FINGERPRINT = "mixgf.fingerprint"
+_KEY, _PARENT = "mixgf.key", "mlflow.parentRunId"
 
 
 def _client(where: str) -> MlflowClient:
@@ -90,6 +91,41 @@ class Run:
         have = {(m.step, name) for name in names for m in client.get_metric_history(self.id, name)}
         self.log_many([row for row in rows if row[:2] not in have])
 
+    def children(self) -> set[str]:
+        """Keys of the runs under this one (`child`)."""
+        client, found, token = _client(self.uri), set(), None
+        ident = client.get_run(self.id).info.experiment_id
+        while True:
+            page_ = client.search_runs([ident], f"tags.`{_PARENT}` = '{self.id}'", max_results=1000, page_token=token)
+            found |= {run.data.tags[_KEY] for run in page_ if run.info.status == "FINISHED"}
+            token = page_.token
+            if not token:
+                return found
+
+    def child(self, name: str, key: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Log something finished as a run of its own under this one.
+
+        Args:
+            name: Shown as the run's name.
+            key: What the caller knows it by; a run that died while it was logged is logged again under the same key, over it.
+            params: Flat or nested.
+            metrics: Values that are not finite are left out.
+        """
+        from mlflow.entities import Metric, Param
+
+        client, now = _client(self.uri), int(time.time() * 1000)
+        ident = client.get_run(self.id).info.experiment_id
+        halves = client.search_runs(
+            [ident], f"tags.`{_PARENT}` = '{self.id}' and tags.`{_KEY}` = '{key}'", max_results=1
+        )
+        tags = {_PARENT: self.id, _KEY: key, "mlflow.source.name": "mixgf"}
+        run_id = (halves[0] if halves else client.create_run(ident, run_name=name, tags=tags)).info.run_id
+        client.log_batch(
+            run_id, params=[Param(k, str(v)[:6000]) for k, v in _flat(params).items()],
+            metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if abs(v) < float("inf")],
+        )  # fmt: skip
+        client.set_terminated(run_id)
+
     def artifact(self, path: str) -> None:
         """Keep a local file with the run."""
         _client(self.uri).log_artifact(self.id, path)
@@ -141,7 +177,7 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
     found = client.search_runs([ident], f"tags.`{_FINGERPRINT}` = '{fingerprint}'", max_results=1)
     tags = {_FINGERPRINT: fingerprint, "mixgf.output": config.output, "mlflow.source.name": "mixgf"}
     if parent:
-        tags["mlflow.parentRunId"] = parent
+        tags[_PARENT] = parent
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")

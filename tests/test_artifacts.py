@@ -57,3 +57,37 @@ def test_another_kind_schema_or_a_torn_record_is_refused(tmp_path):
     storage.write_bytes(storage.join(uri, "record.json"), b'{"kind": "cor')
     with pytest.raises(UserError, match="not a readable record"):
         artifacts.find(uri)
+
+
+def test_a_plan_takes_the_place_of_what_it_includes_and_the_old_record_stays_until_then(tmp_path):
+    uri, small, large = str(tmp_path / "a"), make({"models": ["x"]}), make({"models": ["x", "y"]})
+
+    def includes(there):
+        return set(there.config["models"]) < {"x", "y"}
+
+    artifacts.begin(uri, small)
+    artifacts.finish(uri, small)
+    assert artifacts.begin(uri, large, replaces=includes)
+    assert artifacts.find(uri).fingerprint == small.fingerprint, "still there to be read"
+    assert artifacts.begin(uri, large, replaces=includes), "killed and given again"
+    assert not artifacts.begin(uri, small), "the old one is finished, and nothing was lost"
+    artifacts.reopen(uri)
+    assert artifacts.find(uri) is None
+    artifacts.finish(uri, large)
+    assert artifacts.find(uri).fingerprint == large.fingerprint
+    with pytest.raises(UserError, match=r"holds another corpus: config\.models"):
+        artifacts.begin(uri, small)
+    unfinished = str(tmp_path / "b")
+    artifacts.begin(unfinished, small)
+    assert artifacts.begin(unfinished, large, replaces=includes), "a plan that was not finished may grow, too"
+    with pytest.raises(UserError, match="holds another corpus"):
+        artifacts.begin(unfinished, small)
+
+
+def test_a_run_that_died_between_its_record_and_the_end_of_its_plan_is_finished(tmp_path):
+    uri, record = str(tmp_path / "a"), make()
+    artifacts.begin(uri, record)
+    plan = storage.read_bytes(storage.join(uri, "plan.json"))
+    artifacts.finish(uri, record)
+    storage.write_bytes(storage.join(uri, "plan.json"), plan)
+    assert not artifacts.begin(uri, record)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import classify, keyed, train
+from mixgf import classify, contenders, keyed, train
 from mixgf.classify import Classifier
 from mixgf.config import Classify, Config, Model, Tokens, Train, UserError
 from mixgf.dataset import Corpus
@@ -199,7 +199,7 @@ def two_groups(*, across: bool) -> tuple[Labelled, Split]:
 TRAIN = np.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
 
 
-@pytest.mark.parametrize("head", classify.HEADS)
+@pytest.mark.parametrize("head", contenders.HEADS)
 def test_heads_tell_two_directions_apart(head: str) -> None:
     data, split = two_groups(across=False)
     found = classify.frozen(
@@ -208,7 +208,7 @@ def test_heads_tell_two_directions_apart(head: str) -> None:
     assert found.argmax(1).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("head", classify.HEADS)
+@pytest.mark.parametrize("head", contenders.HEADS)
 def test_between_species_an_offset_of_all_cells_of_a_species_does_not_matter(head: str) -> None:
     data, split = two_groups(across=True)
     shifted = np.array([[105.0, 3.0], [95.0, 3.0]])  # the mouse cells lie elsewhere, types apart in the same direction
@@ -233,14 +233,12 @@ def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(
     checkpoint.publish(
         uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=Tokens()
     )
-    trained, untrained = (
-        classify.load_encoder(uri, name, RUN, corpus.vocabulary.hash) for name in ("knn", "untrained_knn")
-    )
+    trained, untrained = (contenders.load(uri, name, RUN, corpus.vocabulary.hash) for name in ("", "untrained"))
     assert trained.row == untrained.row
     assert not torch.equal(trained.tokens, untrained.tokens)
     assert torch.equal(trained.tokens, Encoder(SMALL, corpus.vocabulary.size).tokens)
     with pytest.raises(UserError, match="made with vocabulary"):
-        classify.load_encoder(uri, "knn", RUN, "another")
+        contenders.load(uri, "", RUN, "another")
 
 
 def test_keys_of_the_head_are_not_those_of_a_layer() -> None:

@@ -1,6 +1,5 @@
 """The classification stage from end to end on small real cells: Ray equals the loop, nothing is done twice."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,7 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse
 
-from mixgf import artifacts, checkpoint, config, embed, evaluation, rivals, storage
-from mixgf.baselines import BASELINES
-from mixgf.classify import MODELS, load_encoder
+from mixgf import artifacts, checkpoint, config, contenders, embed, parts, rivals, storage
 from mixgf.config import Classify, Compute, Config, Embed, Model, Source, Tokens, Tracking, Train, UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers import classify as driver
@@ -50,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
         tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
         sources=tuple(Source(uri=subset(name, folder, each), species=name, name=name) for name, each in (("human", 40), ("mouse", 30))),
         classify=Classify(seeds=1, epochs=1, num_hvgs=200, splits=("random", "donor", "species"),
-                          models=("finetune", "knn", "probe", "untrained_knn", "majority", "hvg_logreg")),
+                          models=("finetune", "knn", "probe", "knn@untrained", "majority", "hvg_logreg")),
     )  # fmt: skip
     prepare.run(run, spread=dispatch.loop)
     untrained_checkpoint(run, SMALL)
@@ -115,14 +112,14 @@ def test_a_baseline_learns_where_the_majority_cannot(local: Config) -> None:
     assert means["majority"] < 0.2
     found = table(local, "comparisons")
     assert set(found[found["split"] == "random"]["baseline"]) == {"hvg_logreg"}
-    assert set(found["model"]) == {"finetune", "knn", "probe", "untrained_knn"}
+    assert set(found["model"]) == {"finetune", "knn", "probe", "knn@untrained"}
 
 
 def test_predictions_of_the_best_model_lie_in_anndata(local: Config) -> None:
     data = anndata.read_h5ad(f"{local.output}/classify/cells.h5ad")
     tested = data.obs[data.obs["predicted"].notna()]
     assert 0 < len(tested) < data.n_obs
-    assert data.uns["mixgf"]["model"] in MODELS
+    assert data.uns["mixgf"]["model"] in contenders.OWN
 
 
 def test_running_again_does_nothing_and_leaves_no_parts(local: Config) -> None:
@@ -148,7 +145,7 @@ def without_times(run: Config, name: str) -> pd.DataFrame:
 TABLES = ("scores", "per_class", "confusion", "predictions", "comparisons", "epochs", "splits")
 
 
-FEW = {"splits": ("species",), "models": ("finetune", "untrained_knn", "majority", "hvg_logreg")}
+FEW = {"splits": ("species",), "models": ("finetune", "knn@untrained", "majority", "hvg_logreg")}
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +178,8 @@ def test_a_killed_run_makes_only_what_is_missing_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         driver.run(run, spread=dies)
     assert artifacts.find(f"{run.output}/classify") is None
-    parts = f"{run.output}/classify/parts"
-    have = {name for kind in storage.list_dir(parts) for name in storage.list_dir(f"{parts}/{kind}")}
+    folder = f"{run.output}/classify/parts"
+    have = {name for kind in storage.list_dir(folder) for name in storage.list_dir(f"{folder}/{kind}")}
     made: list[str] = []
 
     def counts(pieces: Sequence[driver.Piece]):
@@ -201,31 +198,31 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
     corpus, encoder = Corpus(base.output + "/corpus"), artifacts.require(base.output + "/pretrain", "checkpoint")
     run = replace(at(base, tmp_path), inputs=config.Inputs(embeddings=str(tmp_path / "embed")))
     with pytest.raises(UserError, match=r"inputs.embeddings = .*embed: not of this corpus, checkpoint and embed"):
-        evaluation.embeddings(run, corpus.record, encoder)
+        parts.embeddings(run, corpus.record, encoder)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": encoder.fingerprint}
     record = artifacts.plan("embeddings", 1, config.to_dict(run.embed), parents)
-    model = load_encoder(base.output + "/pretrain", "knn", base, corpus.vocabulary.hash)
+    model = contenders.load(base.output + "/pretrain", "", base, corpus.vocabulary.hash)
     for shard, start in enumerate(corpus.starts[:-1].tolist()):
         vectors = embed.embed_cells(model, corpus, np.arange(start, corpus.starts[shard + 1]), "mean", -1)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         storage.write_table(str(tmp_path / "embed" / "shards" / f"{shard:05d}.parquet"), pa.table({"vector": column}))
     artifacts.finish(str(tmp_path / "embed"), record)
-    assert evaluation.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
-    assert evaluation.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
-    places = evaluation.Places(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
+    assert parts.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
+    assert parts.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
+    places = parts.Places(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
                                embeddings=str(tmp_path / "embed"))  # fmt: skip
     cells = np.array([200, 3, 77, 4])
-    from_artifact = evaluation.vectors(places, "trained", cells)
+    from_artifact = parts.vectors(places, "", cells)
     made_here = replace(places, embeddings="")
     for number, block in enumerate(np.array_split(np.arange(corpus.num_cells), 2)):
-        evaluation.embed_block(base, made_here, "trained", number, block)
-    np.testing.assert_array_equal(from_artifact, evaluation.vectors(made_here, "trained", cells))
+        parts.embed_block(base, made_here, "", number, block)
+    np.testing.assert_array_equal(from_artifact, parts.vectors(made_here, "", cells))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": ("scgpt",)}, r"classify.models: 'scgpt' is not known; there are finetune, knn"),
+        ({"models": ("scgpt",)}, r"classify.models: 'scgpt' is not known; there are finetune, .*knn"),
         ({"label": "celltype"}, r"classify.label = 'celltype': the corpus has no such column; it has .*cell_type"),
         ({"label": "organ"}, r"classify.splits = random, donor, species: none can be made"),
         ({"unlabelled": (*TYPES, "unknown")}, r"classify.label = 'cell_type': none of \d+ cells has a label"),
@@ -300,6 +297,142 @@ def test_a_model_whose_package_is_not_there_is_left_out_with_its_reason(
     assert "left out: scvi is not installed (pip install 'mixgf[baselines]')" in caplog.text
 
 
-def test_registered_models_do_not_share_names() -> None:
-    assert not set(MODELS) & set(BASELINES)
-    assert json.dumps([*MODELS, *BASELINES])
+def noted(made: list[str]):
+    """The plain loop, noting the file of every prediction."""
+
+    def spread(pieces: Sequence[driver.Piece]):
+        made.extend(piece.uri.rsplit("/", 1)[-1] for piece in pieces if "/predictions/" in piece.uri)
+        yield from driver.loop(pieces)
+
+    return spread
+
+
+def test_models_added_to_a_finished_classification_use_what_is_there(base: Config, tmp_path: Path) -> None:
+    """More models, seeds, splits and an encoder: the same tables as if asked for at once, and nothing twice."""
+    first, more = {"splits": ("random",), "models": ("knn", "majority", "probe")}, {
+        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "tuned_seeds": 1,
+        "encoders": (f"again={base.output}/pretrain",), "label_shares": (0.2, 1.0), "unseen_types": 1, "curve_models": ("probe", "hvg_logreg"),
+        "integration_cells": 150,
+    }  # fmt: skip
+    made: list[list[str]] = [[], [], []]
+    run = at(base, tmp_path / "grown", **first)
+    driver.run(run, spread=noted(made[0]))
+    driver.run(at(base, tmp_path / "grown", **more), spread=noted(made[1]))
+    at_once = at(base, tmp_path / "at_once", **more)
+    driver.run(at_once, spread=noted(made[2]))
+    assert made[0]
+    assert not set(made[0]) & set(made[1])
+    assert sorted(made[0] + made[1]) == sorted(made[2])
+    grown = replace(run, classify=at_once.classify)
+    for name in (*TABLES, "efficiency", "rejection", "integration", "maps", "centroids"):
+        pd.testing.assert_frame_equal(without_times(grown, name), without_times(at_once, name))
+    scores, curve, open_ = (table(grown, name) for name in ("scores", "efficiency", "rejection"))
+    assert set(curve["share"]) == {0.2, 1.0}
+    assert set(curve["model"]) == set(open_["model"]) == {"probe", "hvg_logreg"}
+    assert set(open_["metric"]) == {"auroc", "rejected"}
+    assert set(open_["unseen"]) <= set(TYPES)
+    assert set(table(grown, "integration")["space"]) == {"trained", "again", "expression"}
+    centroids = table(grown, "centroids").set_index("space")
+    assert (
+        centroids.loc["again", ["umap", "umap_aligned", "distance_difference"]].to_numpy().max() < 1e-6
+    )  # the same encoder
+    assert centroids.loc["expression", "umap"].min() > 0
+    assert set(scores[scores["model"] == "finetune"]["seed"]) == {0}
+    assert set(scores[scores["model"] == "knn"]["seed"]) == {0, 1}
+    found = table(grown, "comparisons").set_index("model")["seeds"]
+    assert set(found["finetune"]) == {1}
+    assert set(found["knn"]) == {2}
+    for kept in artifacts.require(f"{run.output}/classify", "classification").details["classifiers"]:
+        assert artifacts.require(kept["uri"], "classifier").details["validation"] == kept["validation"]
+    with pytest.raises(
+        UserError, match=r"holds another classification: config.asked.curve|holds another classification: "
+    ):
+        driver.run(run, spread=driver.loop)  # fewer models
+    with pytest.raises(UserError, match=r"config.models.knn.knn: 5 -> 3"):
+        driver.run(at(base, tmp_path / "grown", **more, knn=3), spread=driver.loop)
+
+
+def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_path: Path) -> None:
+    """The run's checkpoint under another name scores the same; another one does not; one of another vocabulary is refused."""
+    other = replace(base, output=str(tmp_path / "other"), inputs=config.Inputs(corpus=f"{base.output}/corpus"))
+    for name, vocabulary in (("small", Corpus(f"{base.output}/corpus").vocabulary.hash), ("strange", "another")):
+        record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {name: 1}, {})
+        artifacts.begin(f"{other.output}/{name}", record)
+        made = MaskedModel(replace(SMALL, num_layers=1), Corpus(f"{base.output}/corpus").vocabulary.size, seed=5)
+        checkpoint.publish(f"{other.output}/{name}", record, made, vocabulary=vocabulary, tokens=base.tokens)
+    encoders = (f"same={base.output}/pretrain", f"small={other.output}/small")
+    models = ("knn", "knn@same", "knn@small", "knn@untrained")
+    run = at(base, tmp_path / "run", splits=("random",), models=models, encoders=encoders)
+    driver.run(run, spread=driver.loop)
+    found = table(run, "predictions").set_index(["model", "cell"])[["predicted", "probability"]]
+    pd.testing.assert_frame_equal(found.loc["knn"], found.loc["knn@same"])
+    assert (found.loc["knn"] != found.loc["knn@small"]).any().any()
+    assert (found.loc["knn@untrained"] != found.loc["knn@small"]).any().any()
+    strange = at(
+        base, tmp_path / "strange", splits=("random",), models=("knn", "knn@x"), encoders=(f"x={other.output}/strange",)
+    )
+    with pytest.raises(
+        UserError, match=r"^classify.encoders: x=.*/strange: made with vocabulary another, but the corpus has "
+    ):
+        driver.run(strange, spread=driver.loop)
+    assert not storage.list_dir(f"{strange.output}/classify")
+
+
+def test_every_prediction_is_a_run_under_one_parent_once(base: Config, tmp_path: Path) -> None:
+    """Killed after some pieces and given again, then extended: as many children as predictions, with scores."""
+    from mlflow.tracking import MlflowClient
+
+    tracked = Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="one")
+
+    def dies(pieces: Sequence[driver.Piece]):
+        for i, piece in enumerate(pieces):
+            piece.call(*piece.args)  # the last one is made and not told of
+            if "majority" in piece.uri:
+                raise KeyboardInterrupt
+            yield i
+
+    run = replace(
+        at(base, tmp_path / "run", splits=("random",), models=("knn", "majority", "hvg_logreg")), tracking=tracked
+    )
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(run, spread=dies)
+    driver.run(run, spread=driver.loop)
+    run = replace(run, classify=replace(run.classify, models=(*run.classify.models, "centroid")))
+    driver.run(run, spread=driver.loop)
+    client = MlflowClient(tracked.uri)
+    found = client.search_runs([client.get_experiment_by_name("one").experiment_id])
+    parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
+    assert len(parents) == 1
+    children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    scores = table(run, "scores")
+    scores = scores[scores["metric"] == "macro_f1"].set_index(["group", "model", "seed"])["value"]
+    assert len(children) == len(found) - 1 == len(scores)
+    for child in children:
+        p = child.data.params
+        assert child.data.metrics["macro_f1"] == scores[p["group"], p["model"], int(p["seed"])]
+        assert {"accuracy_low", "seconds"} <= set(child.data.metrics)
+        assert child.info.status == "FINISHED"
+
+
+def test_a_dry_run_counts_and_makes_nothing(base: Config, tmp_path: Path) -> None:
+    text = driver.dry_run(
+        at(base, tmp_path, splits=("random",), seeds=3, models=("knn", "majority"), label_shares=(0.1,))
+    )
+    assert "random      2 tasks,     6 splits, 6 with fewer labels" in text
+    assert "12 predictions" in text
+    assert "24 predictions to make: about" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": ("knn@mlm",)}, r"classify.models: 'knn@mlm': no encoder 'mlm'; there are untrained; name it with classify.encoders=mlm=URI"),
+        ({"encoders": ("untrained=x",)}, r"classify.encoders: 'untrained=x' must be NAME=URI of a checkpoint"),
+        ({"encoders": ("runs/mlm",)}, r"classify.encoders: 'runs/mlm' must be NAME=URI of a checkpoint"),
+    ],
+    ids=["encoder not named", "reserved name", "no name"],
+)  # fmt: skip
+def test_what_is_no_encoder_is_one_line(base: Config, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        driver.run(at(base, tmp_path, **changes), spread=driver.loop)

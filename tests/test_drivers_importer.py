@@ -458,7 +458,7 @@ def test_every_stage_runs_on_an_imported_corpus(world, tmp_path, ray_local, monk
     assert cli.main([*command(settings, "embed"), "--debug"]) == 0
     few = [
         "--set",
-        "classify.models=knn,untrained_knn",
+        "classify.models=knn,knn@untrained",
         "--set",
         "classify.min_class_fraction=0",
         "--set",

@@ -8,7 +8,20 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mixgf import artifacts, figures, findings, hits, page, perturbation, report, scorecard, scores, sections, storage
+from mixgf import (
+    artifacts,
+    figures,
+    findings,
+    hits,
+    layouts,
+    page,
+    perturbation,
+    report,
+    scorecard,
+    scores,
+    sections,
+    storage,
+)
 from mixgf.config import Classify, Config, Inputs, Perturb, to_dict
 
 TYPES = ("alpha cell", "beta cell", "ductal cell")
@@ -101,7 +114,7 @@ def config(tmp_path_factory):
               parents=parents, details={"model": to_dict(config.model), "objective": to_dict(config.objective)})  # fmt: skip
     truth = rng.integers(0, 3, 60)
     rows = {"per_class": [], "confusion": []}
-    for model, wrong in (("finetune", 0.3), ("hvg_logreg", 0.0), ("untrained_knn", 0.5)):
+    for model, wrong in (("finetune", 0.3), ("hvg_logreg", 0.0), ("knn@untrained", 0.5)):
         predicted = np.where(rng.random(60) < wrong, (truth + 1) % 3, truth)
         matrix = scores.confusion(truth, predicted, 3)
         key = {"group": "baron_human", "split": "random", "direction": "", "seed": 0, "model": model}
@@ -115,7 +128,7 @@ def config(tmp_path_factory):
             )
         )
     board = _board(
-        {"finetune": (0.7, 0.68), "hvg_logreg": (1.0, 1.0), "untrained_knn": (0.5, 0.4)}, group="baron_human"
+        {"finetune": (0.7, 0.68), "hvg_logreg": (1.0, 1.0), "knn@untrained": (0.5, 0.4)}, group="baron_human"
     )
     _artifact(
         f"{root}/classify",
@@ -164,7 +177,7 @@ def test_the_best_baseline_is_neither_ours_nor_an_untrained_encoder():
             {
                 "finetune": (0.9, 0.9),
                 "knn": (0.95, 0.95),
-                "untrained_knn": (0.94, 0.94),
+                "knn@untrained": (0.94, 0.94),
                 "pca_knn": (0.5, 0.4),
                 "majority": (0.3, 0.1),
             }
@@ -410,10 +423,10 @@ def test_figures_on_one_page_share_no_ids_and_text_stays_text():
 def test_the_map_depends_on_the_seed_alone_and_keeps_groups_together():
     kind = np.repeat([0, 1], 150)
     vectors = (np.eye(6)[kind] * 5 + np.random.default_rng(0).normal(0, 0.5, (300, 6))).astype(np.float32)
-    one, method = figures.layout(vectors, 7)
+    one, method = layouts.layout(vectors, 7)
     assert method.startswith("UMAP")
-    np.testing.assert_array_equal(one, figures.layout(vectors, 7)[0])
-    assert not np.array_equal(one, figures.layout(vectors, 8)[0])
+    np.testing.assert_array_equal(one, layouts.layout(vectors, 7)[0])
+    assert not np.array_equal(one, layouts.layout(vectors, 8)[0])
     centre = np.stack([one[kind == k].mean(axis=0) for k in (0, 1)])
     nearest = np.hypot(*(one[:, None] - centre[None]).transpose(2, 0, 1)).argmin(axis=1)
     assert (nearest == kind).mean() > 0.99
@@ -421,7 +434,7 @@ def test_the_map_depends_on_the_seed_alone_and_keeps_groups_together():
 
 def test_few_cells_are_shown_by_their_principal_components():
     vectors = np.array([[3.0, 0, 1], [-3, 0, 1], [0, 1, 1], [0, -1, 1]])
-    xy, method = figures.layout(vectors, 0)
+    xy, method = layouts.layout(vectors, 0)
     assert method == "First two principal components"
     np.testing.assert_allclose(np.abs(xy), [[3, 0], [3, 0], [0, 1], [0, 1]], atol=1e-12)
 

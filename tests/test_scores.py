@@ -147,3 +147,34 @@ def test_a_cell_tested_in_several_seeds_counts_once() -> None:
     assert twice.accuracy.value == pytest.approx(one.accuracy.value)
     width, width_twice = (c.accuracy.high - c.accuracy.low for c in (one, twice))
     assert width_twice == pytest.approx(width, rel=0.1)
+
+
+def test_more_seeds_of_the_same_cells_are_no_more_evidence() -> None:
+    true, model, baseline = np.zeros(20, int), np.zeros(20, int), np.repeat([0, 1], [12, 8])
+    keywords = {"num_classes": 2, "rng": np.random.default_rng(0)}
+
+    def p(times: int) -> float:
+        rows = {name: np.tile(v, times) for name, v in (("true_M", true), ("model_M", model), ("baseline_M", baseline))}
+        cells, seeds = np.tile(np.arange(20), times), np.repeat(np.arange(times), 20)
+        return scores.compare(**rows, cells_M=cells, seeds_M=seeds, donors_M=np.full(20 * times, ""), **keywords).p
+
+    assert p(1) == pytest.approx(2 * 0.5**8)
+    assert p(5) == p(1)
+
+
+def test_rejection_by_hand_and_against_scikit_learn() -> None:
+    # unseen .2 and .5; known .5 (a tie), .6 ... : of 2 x 4 pairs 7.5 are in order
+    confidence, unseen = np.array([0.2, 0.5, 0.5, 0.6, 0.8, 0.9]), np.array([True, True, False, False, False, False])
+    found, by = scores.rejection(confidence, unseen, np.full(6, ""), rng=np.random.default_rng(0))
+    assert found["auroc"].value == pytest.approx(7.5 / 8)
+    assert found["rejected"].value == 0.5  # a limit that lets 95 % of four known cells pass lies at the lowest of them
+    assert by == "cell"
+    rng = np.random.default_rng(4)
+    unseen = rng.random(500) < 0.2
+    confidence = np.round(rng.normal(np.where(unseen, 0.6, 0.75), 0.1), 2)
+    found, by = scores.rejection(confidence, unseen, rng.choice(list("abcd"), 500), rng=rng)
+    assert found["auroc"].value == pytest.approx(metrics.roc_auc_score(unseen, -confidence))
+    limit = np.quantile(confidence[~unseen], 0.05, method="inverted_cdf")
+    assert found["rejected"].value == pytest.approx((confidence[unseen] < limit).mean(), abs=0.05)
+    assert found["auroc"].low < found["auroc"].value < found["auroc"].high
+    assert by == "donor"

@@ -191,3 +191,54 @@ def test_missing_and_unknown_values_are_one_value() -> None:
         "",
         "3",
     ]
+
+
+def test_a_cap_keeps_every_type_in_its_proportion_whatever_the_order() -> None:
+    data = table(cells=2000)
+    few = splits.capped(data, Classify(max_cells=101), seed=0)
+    for group in np.unique(data.groups):
+        before, after = (one.labels[one.groups == group] for one in (data, few))
+        assert abs(len(after) - 101) <= len(np.unique(before))
+        kinds, counts = np.unique(before, return_counts=True)
+        for kind, count in zip(kinds[counts > 1], counts[counts > 1], strict=True):
+            assert abs((after == kind).sum() - max(2, 101 / len(before) * count)) <= 1
+    again = splits.capped(
+        shuffled(data, np.random.default_rng(3).permutation(len(data))), Classify(max_cells=101), seed=0
+    )
+    assert sorted(again.names) == sorted(few.names)
+    assert splits.capped(data, Classify(), seed=0) is data
+
+
+def test_fewer_labels_are_nested_stratified_and_tested_on_the_same_cells() -> None:
+    data = table(cells=1500)
+    found = make(data, replace(ALL, splits=("random", "donor"), label_shares=(0.01, 0.1, 0.5, 1.0)), seed=0)
+    whole = {(s.group, s.seed): s for s in found if s.whole and s.kind == "random"}
+    fewer = [s for s in found if s.share < 1]
+    assert len(fewer) == 3 * len(whole)
+    for split in fewer:
+        full = whole[split.group, split.seed]
+        assert split.test.tolist() == full.test.tolist()
+        assert split.classes == full.classes
+        assert set(split.validation) < set(split.train) < set(full.train)
+        for kind in split.classes:
+            have, had = ((data.labels[s.train] == kind).sum() for s in (split, full))
+            assert have == max(1, np.floor(split.share * had + 0.5))
+    for group, seed in whole:
+        mine = sorted((s for s in fewer if (s.group, s.seed) == (group, seed)), key=lambda s: s.share)
+        assert set(mine[0].train) < set(mine[1].train) < set(mine[2].train)
+
+
+def test_a_type_left_out_has_test_cells_and_no_training_cell() -> None:
+    data = table()
+    found = make(data, replace(ALL, splits=("random",), unseen_types=2), seed=0)
+    open_ = [s for s in found if s.unseen]
+    assert {s.group for s in open_} == set(data.groups)
+    assert all(len({s.unseen for s in open_ if s.group == group}) == 2 for group in data.groups)
+    for split in open_:
+        full = next(s for s in found if s.whole and s.group == split.group and s.seed == 0)
+        assert split.test.tolist() == full.test.tolist()
+        assert split.unseen in set(data.labels[split.test])
+        assert {split.unseen, *split.classes} == set(full.classes)
+        assert set(data.labels[split.train]) == set(split.classes)
+        assert set(split.validation) < set(split.train)
+    assert len({s.name for s in found}) == len(found)

@@ -62,3 +62,24 @@ def test_the_store_is_beside_the_artifacts_unless_the_environment_names_one(conf
     assert tracking.uri(config) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert tracking.uri(config) == "http://127.0.0.1:5000"
+
+
+def test_runs_under_a_run_are_known_by_their_keys_and_one_that_died_half_logged_is_logged_over(config):
+    with tracking.stage(config, "classify", {}, "parent") as run:
+        run.child("first", "k1", {"model": {"knn": 5}}, {"f1": 0.5, "bad": float("nan")})
+        client = MlflowClient(run.uri)
+        ident = client.get_run(run.id).info.experiment_id
+        half = client.create_run(ident, tags={"mlflow.parentRunId": run.id, "mixgf.key": "k2"}).info.run_id
+        assert run.children() == {"k1"}
+        run.child("second", "k2", {}, {"f1": 0.75})
+        assert run.children() == {"k1", "k2"}
+    found = {
+        r.data.tags["mixgf.key"]: r for r in client.search_runs([ident], f"tags.`mlflow.parentRunId` = '{run.id}'")
+    }
+    assert len(found) == 2
+    assert found["k2"].info.run_id == half
+    assert found["k2"].data.metrics == {"f1": 0.75}
+    assert found["k1"].data.metrics == {"f1": 0.5}
+    assert found["k1"].data.params == {"model.knn": "5"}
+    with tracking.stage(config, "classify", {}, "another") as other:
+        assert other.children() == set()

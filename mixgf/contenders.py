@@ -1,0 +1,169 @@
+"""What is scored: the names in `classify.models`, and the encoders that they may ask for.
+
+A model is a baseline (`hvg_logreg`), or a head on the run's checkpoint (`probe`), or a head on another encoder
+(`probe@mlm`). Other encoders are named in `classify.encoders` (`mlm=URI of a checkpoint`); `untrained` is always there: the
+shape of the run's checkpoint with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from mixgf import artifacts, baselines, checkpoint, config, rivals
+from mixgf.artifacts import Record
+from mixgf.config import Classify, Config, UserError
+from mixgf.model import Encoder
+from mixgf.splits import Split
+
+HEADS = ("knn", "probe", "centroid")
+"""Classifiers on frozen vectors."""
+TUNED = ("finetune",)
+"""Models that train the encoder."""
+OWN = (*TUNED, *HEADS)
+CHECKPOINT, UNTRAINED = "", "untrained"
+"""Names of the run's own encoder and of the one with random weights."""
+_OWN_NAME = "trained"
+"""How the run's own encoder is called where it needs a name."""
+_RESERVED = (UNTRAINED, _OWN_NAME, "expression")
+"""Not for other encoders; `expression` is the space that encoders are measured against."""
+
+
+def parse(model: str) -> tuple[str, str]:
+    """Head and encoder of a model: `probe@mlm` is (probe, mlm), `probe` is (probe, "")."""
+    head, _, encoder = model.partition("@")
+    return head, encoder
+
+
+def named(settings: Classify) -> dict[str, str]:
+    """`classify.encoders` as name to URI.
+
+    Raises:
+        UserError: An entry is not NAME=URI, or a name is used twice or cannot be one.
+    """
+    found: dict[str, str] = {}
+    for entry in settings.encoders:
+        name, eq, uri = entry.partition("=")
+        if not (eq and uri and name.replace("_", "").isalnum()) or name in (*_RESERVED, *found):
+            msg = (f"classify.encoders: {entry!r} must be NAME=URI of a checkpoint, with a name of letters, digits and _ that "
+                   f"is used once and is none of {', '.join(_RESERVED)}")  # fmt: skip
+            raise UserError(msg)
+        found[name] = uri
+    return found
+
+
+def require(settings: Classify) -> None:
+    """Refuse what is not known in `classify.models`."""
+    encoders = (CHECKPOINT, UNTRAINED, *named(settings))
+    for name in settings.models:
+        head, encoder = parse(name)
+        if name in baselines.BASELINES or (head in OWN and encoder in encoders):
+            continue
+        if head in OWN:
+            msg = f"classify.models: {name!r}: no encoder {encoder!r}; there are {', '.join(encoders[1:])}; name it with classify.encoders={encoder}=URI"
+            raise UserError(msg)
+        msg = f"classify.models: {name!r} is not known; there are {', '.join((*OWN, *baselines.BASELINES))}, and HEAD@ENCODER"
+        raise UserError(msg)
+
+
+def skipped(names: Iterable[str]) -> dict[str, str]:
+    """Models that are asked for and cannot run here, with the reason: another project's package is not installed."""
+    return {name: why for name in names if (why := rivals.missing(name))}
+
+
+def called(encoder: str) -> str:
+    """An encoder's name where it must have one, such as a folder's."""
+    return encoder or _OWN_NAME
+
+
+def curve(settings: Classify) -> tuple[str, ...]:
+    """Models of the label-efficiency curve and of the left out types."""
+    return settings.curve_models or tuple(m for m in settings.models if not is_tuned(m))
+
+
+def scored(settings: Classify, split: Split) -> tuple[str, ...]:
+    """The models that are scored on a split."""
+    models = settings.models if split.whole else curve(settings)
+    seeds = settings.tuned_seeds or settings.seeds
+    return tuple(m for m in models if not is_tuned(m) or (split.seed < seeds and len(split.validation)))
+
+
+def of_encoders(models: Iterable[str], heads: Iterable[str] = OWN) -> list[str]:
+    """The encoders that models with one of these heads need, each once, in the order of their names."""
+    pairs = [parse(m) for m in models]
+    return sorted({encoder for head, encoder in pairs if head in tuple(heads)})
+
+
+def is_tuned(model: str) -> bool:
+    """Whether a model trains the encoder."""
+    return parse(model)[0] in TUNED
+
+
+def records(checkpoint_uri: str, run: Config, vocabulary: str) -> dict[str, Record]:
+    """Records of the run's checkpoint ("") and of every named encoder that a model asks for.
+
+    Raises:
+        UserError: A checkpoint is not there, or of another vocabulary than the corpus.
+    """
+    uris = {CHECKPOINT: checkpoint_uri} | named(run.classify)
+    wanted = {CHECKPOINT, *of_encoders(run.classify.models)} & set(uris)
+    found: dict[str, Record] = {}
+    for name in sorted(wanted):
+        found[name] = artifacts.require(uris[name], checkpoint.KIND, checkpoint.SCHEMA)
+        checkpoint.require_vocabulary(found[name], vocabulary, "the corpus", _field(name, uris[name]))
+    return found
+
+
+def _field(name: str, uri: str) -> str:
+    return f"classify.encoders: {name}={uri}" if name else "inputs.checkpoint"
+
+
+def load(
+    checkpoint_uri: str, encoder: str, run: Config, vocabulary: str, device: torch.device | str = "cpu"
+) -> Encoder:
+    """An encoder by name.
+
+    Args:
+        checkpoint_uri: The run's checkpoint.
+        encoder: "", `untrained` or a name in `classify.encoders`.
+        run: The whole config.
+        vocabulary: Hash of the corpus' vocabulary.
+        device: Where its weights are.
+
+    Raises:
+        UserError: The checkpoint is of another vocabulary than the corpus.
+    """
+    others = named(run.classify)
+    uri = others.get(encoder, checkpoint_uri)
+    made, record = checkpoint.load_encoder(uri, device)
+    checkpoint.require_vocabulary(record, vocabulary, "the corpus", _field(encoder if encoder in others else "", uri))
+    if encoder != UNTRAINED:
+        return made
+    shape = config.from_dict(config.Model, record.details["model"])
+    return Encoder(shape, made.vocab_size, seed=run.seed + 1_000_003).to(device)
+
+
+def reads(model: str, run: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config, as plain data, that decides what a model predicts on a given split.
+
+    Beside it stand the split and, as parents, the corpus and the encoder.
+    """
+    head, _ = parse(model)
+    settings = run["classify"]
+    if model in baselines.BASELINES:
+        return {name: settings[name] for name in ("num_hvgs", "knn")} | {"orthologs": run["vocab"]["orthologs"]}
+    if head in HEADS:
+        return {"knn": settings["knn"], "embed": run["embed"]}
+    train = {name: run["train"][name] for name in ("schedule", "weight_decay", "clip", "precision")}
+    rest = {name: value for name, value in settings.items() if name not in _OF_OTHERS}
+    return rest | {"embed": run["embed"], "train": train}
+
+
+_OF_OTHERS = (
+    "label", "cells", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
+    "validation_fraction", "splits", "seeds", "tuned_seeds", "models", "encoders", "knn", "num_hvgs", "keep", "label_shares",
+    "unseen_types", "curve_models", "integration_cells",
+)  # fmt: skip
+"""Fields of `classify` that fine-tuning does not read, or reads through the split only."""
