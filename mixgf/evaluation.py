@@ -172,12 +172,12 @@ def classifier_part(places: Places, group: str, model: str) -> str:
 
 def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
     run: Config, places: Places, corpus: Corpus, table: Labelled, split: Split, model: str, encoder: Encoder,
-    head: tuple[Floats, Floats] | None,
+    head: tuple[Floats, Floats, Floats] | None,
 ) -> None:  # fmt: skip
-    """Write a trained classifier as a part. A tuned head pools the last layer, a probe the layer of `embed.layer`."""
+    """Write a trained classifier as a part. A tuned head pools `classify.layer`, a probe `embed.layer`."""
     frozen = head is None
     max_len = encoder.row.max_positions if frozen else classify.longest(encoder, run.classify)
-    layer = run.embed.layer if frozen else -1
+    layer = run.embed.layer if frozen else run.classify.layer
 
     def of_cells(cells: Ints) -> Floats:
         if frozen:  # those that the probe is scored on are there already
@@ -212,9 +212,7 @@ def keep_best(run: Config, places: Places, splits: Sequence[Split], parents: dic
     kept = []
     for split in [s for s in splits if classifier.wanted(run, s)]:
         parts = [
-            classifier_part(places, split.group, model)
-            for model in run.classify.models
-            if model in ("finetune", "probe")
+            classifier_part(places, split.group, model) for model in run.classify.models if model in classifier.TRAINED
         ]
         if not parts:
             continue
@@ -255,12 +253,11 @@ def predict(run: Config, places: Places, table: Labelled, split: Split, model: s
     else:
         corpus = Corpus(places.corpus)
         start = classify.load_encoder(places.checkpoint, model, run, corpus.vocabulary.hash, device(run))
+        run = classify.recipe(run, model)
         tuned = classify.finetune(start, corpus, table, split, run=run, context=train.LocalContext(device(run)))
         probabilities_MC, details = tuned.probabilities, classify.notes(tuned)
-        if model == "finetune" and classifier.wanted(run, split):
-            head = tuned.model.head
-            layer = (head.weight.detach().cpu().numpy(), head.bias.detach().cpu().numpy())
-            _keep(run, places, corpus, table, split, model, tuned.model.encoder, layer)
+        if model in classifier.TRAINED and classifier.wanted(run, split):
+            _keep(run, places, corpus, table, split, model, tuned.model.encoder, tuned.model.linear())
     true_M, predicted_M = split.ids(table.labels[split.test]), probabilities_MC.argmax(1).astype(np.int64)
     confidence_M = probabilities_MC.max(1).astype(np.float64)
     rng = np.random.default_rng([run.seed, split.seed, 7])

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mixgf import artifacts, audit, classify, evaluation, splits, storage, tracking
 from mixgf.baselines import BASELINES
-from mixgf.classify import HEADS, UNTRAINED
+from mixgf.classify import HEADS, TUNINGS, UNTRAINED
 from mixgf.config import Config, UserError, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.metrics import Meter, watch
@@ -197,7 +197,7 @@ def _scored(config: Config, places: Places, corpus: Corpus, table: Labelled, mad
         lengths = corpus.lengths_N[table.cells[split.train]].astype(np.int64)
         tokens = float(np.minimum(lengths, config.classify.max_len or lengths).sum())
         for model in config.classify.models:
-            tuned = model.removeprefix(UNTRAINED) == "finetune"
+            tuned = model.removeprefix(UNTRAINED) in TUNINGS
             cost = tokens * (EPOCH_COST * config.classify.epochs if tuned else BASELINE_COST)
             pieces.append(Piece(uri=evaluation.prediction_part(places, split, model), call=evaluation.predict,
                                 args=(config, places, table, split, model), cost=cost,
