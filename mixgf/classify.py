@@ -182,6 +182,9 @@ class Classifier(nn.Module):
         gene_weights: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
+        if layer < -1 - encoder.row.num_layers:
+            msg = f"classify.layer = {layer}: the encoder has {encoder.row.num_layers} layers and an embedding"
+            raise UserError(msg)
         self.encoder, self.pooling, self.cls, self.layer = encoder, pooling, cls, layer
         self.head = Linear(width(encoder.row, layer), num_classes)
         self.genes = nn.Parameter(torch.zeros(encoder.vocab_size, num_classes)) if gene_weights else None

@@ -322,6 +322,12 @@ def test_adapters_train_themselves_and_the_head_only(corpus: Corpus) -> None:
     assert (found.probabilities.argmax(1) == true).mean() >= 0.9
 
 
+def test_a_layer_that_the_encoder_does_not_have_is_refused(corpus: Corpus) -> None:
+    run = replace(RUN, classify=replace(RUN.classify, layer=-4))
+    with pytest.raises(UserError, match=r"classify.layer = -4: the encoder has 2 layers and an embedding"):
+        tuned(corpus, table(), only_split(table()), run)
+
+
 def test_the_paper_s_way_is_what_finetune_means() -> None:
     settings = Classify()
     assert classify.recipe(Config(), "finetune").classify == settings
