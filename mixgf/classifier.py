@@ -54,7 +54,7 @@ class Kept:
     layer: int
     """Hidden layer that is pooled, counted from the last, -1; 0 = all side by side."""
     genes_CV: Floats
-    """Weights of tokens, for `convex.presence`; no columns where there are none."""
+    """Weights of tokens, for `convex.gene_rows`; no columns where there are none."""
     temperature: float = 1.0
     """Logits are divided by it (Guo et al. 2017)."""
     centres_CD: Floats
@@ -108,7 +108,7 @@ def with_votes(vectors_ND: Floats, genes_CV: Floats, sentences: embed.Sentences,
     if not genes_CV.shape[1]:
         return vectors_ND
     few = dataset.cut(*sentences.tokens(cells), max_len)
-    return np.hstack([vectors_ND, convex.presence(*few, genes_CV.shape[1]) @ genes_CV.T])
+    return np.hstack([vectors_ND, convex.gene_rows(*few, genes_CV.shape[1]) @ genes_CV.T])
 
 
 def keep(

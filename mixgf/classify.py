@@ -174,7 +174,7 @@ class Classifier(nn.Module):
         cls: Sentences begin with <cls>.
         seed: Key of the head's initial weights.
         layer: Hidden layer that is pooled, as `embed.layer`.
-        gene_weights: The sentence's tokens have weights, as `convex.presence`; they begin at 0.
+        gene_weights: The sentence's tokens have weights, as `convex.gene_rows`; they begin at 0.
     """
 
     def __init__(
@@ -209,9 +209,13 @@ class Classifier(nn.Module):
         y_BC: Tensor = self.head(z_BD)
         if self.genes is None:
             return y_BC
-        lengths_B = torch.diff(batch.offsets_B1)
-        sums_BC = F.embedding_bag(batch.ids_T, self.genes, batch.offsets_B1[:-1].long(), mode="sum")
-        return y_BC + sums_BC / lengths_B.clamp(min=1).sqrt()[:, None]
+        weights_T = convex.rank_weight(batch.positions_T).to(self.genes.dtype)
+        starts_B = batch.offsets_B1[:-1].long()
+        sums_BC = F.embedding_bag(batch.ids_T, self.genes, starts_B, mode="sum", per_sample_weights=weights_T)
+        squares_B = torch.segment_reduce(
+            weights_T.square(), "sum", lengths=torch.diff(batch.offsets_B1).long(), unsafe=True
+        )
+        return y_BC + sums_BC / squares_B.clamp(min=1e-18).sqrt()[:, None]
 
     def linear(self) -> tuple[Floats, Floats, Floats]:
         """Weights (C, D) and bias (C,) of the linear layer, and weights of tokens (C, V), without columns where there are none."""
@@ -494,7 +498,7 @@ def warm_start(model: Classifier, sentences: _Sentences, cells: Ints, labels: In
     vectors_ND = embed.embed_cells(
         model.encoder, sentences, cells, model.pooling, model.layer, max_len=sentences.max_len
     )
-    genes_NV = None if model.genes is None else convex.presence(*sentences.tokens(cells), model.encoder.vocab_size)
+    genes_NV = None if model.genes is None else convex.gene_rows(*sentences.tokens(cells), model.encoder.vocab_size)
     start = convex.fit_best(vectors_ND, genes_NV, labels, model.head.out_features, seed=seed)
     model.begin(start)
     return start

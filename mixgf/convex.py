@@ -1,6 +1,6 @@
 """The class head that a fine-tuning begins with: a logistic regression on what the untouched encoder makes of the cells.
 
-Two blocks of features stand side by side: the encoder's vector, z-scored, and which genes the sentence has. Each block has a
+Two blocks of features stand side by side: the encoder's vector, z-scored, and which genes the sentence has and how high. Each block has a
 total variance of 1 over the training cells before the vector's is multiplied by a share, which cross-validation chooses. For a
 share the problem is convex: no step size, no order of cells, no seed. (Linear probing before fine-tuning: Kumar et al. 2022; a
 linear model beside a deep one: Cheng et al. 2016.)
@@ -11,12 +11,15 @@ Shapes: N training cells, D width of a vector, V vocabulary, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import log
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, sparse, special
+from torch import Tensor
 
-from mixgf import baselines
+from mixgf import baselines, dataset
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.signedinteger]
@@ -35,7 +38,7 @@ class Start:
     head_CD: Floats
     bias_C: Floats
     genes_CV: Floats
-    """Of `presence`; no column where genes take no part."""
+    """Of `gene_rows`; no column where genes take no part."""
     share: float
     """Of the vector's block."""
     loss: float
@@ -47,11 +50,21 @@ class Start:
         return out if genes_NV is None else out + genes_NV @ self.genes_CV.T
 
 
-def presence(tokens_T: npt.NDArray[np.int32], offsets_N1: npt.NDArray[np.int64], vocab_size: int) -> sparse.csr_matrix:
-    """Which tokens each sentence has, as rows (N, V) of length 1: 1 / sqrt(tokens) each."""
-    lengths_N = np.diff(offsets_N1)
-    values_T = np.repeat(1 / np.sqrt(np.maximum(lengths_N, 1)), lengths_N)
-    return sparse.csr_matrix((values_T, tokens_T, offsets_N1), shape=(len(lengths_N), vocab_size))
+def gene_rows(tokens_T: npt.NDArray[np.int32], offsets_N1: npt.NDArray[np.int64], vocab_size: int) -> sparse.csr_matrix:
+    """Which tokens each sentence has, and how high: rows (N, V) of length 1, `rank_weight` before they are scaled."""
+    weights_T = rank_weight(dataset.positions(offsets_N1))
+    rows_NV = sparse.csr_matrix((weights_T, tokens_T, offsets_N1), shape=(len(offsets_N1) - 1, vocab_size))
+    lengths_N = np.sqrt(np.asarray(rows_NV.multiply(rows_NV).sum(1)).ravel())
+    return sparse.csr_matrix(sparse.diags(1 / np.maximum(lengths_N, 1e-9)) @ rows_NV)
+
+
+def rank_weight(places_T: Any) -> Any:
+    """What a gene at a place of the sentence counts, from 0: 2 for the first, 1 for the 257th, falling with the logarithm.
+
+    For arrays and for tensors. That a gene is there counts most; how high it is tells a cell's own transcripts of the most
+    abundant genes from those that float about.
+    """
+    return 2 - (places_T + 1.0).log() / log(257) if isinstance(places_T, Tensor) else 2 - np.log1p(places_T) / log(257)
 
 
 def fit(
@@ -61,7 +74,7 @@ def fit(
 
     Args:
         vectors_ND: Of the encoder.
-        genes_NV: `presence`; None = genes take no part.
+        genes_NV: `gene_rows`; None = genes take no part.
         labels_N: Class ids, each class at least once.
         num_classes: C.
         share: Of the vector's block.

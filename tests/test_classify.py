@@ -277,7 +277,7 @@ def test_a_warm_start_is_epoch_0_and_predicts_when_training_adds_nothing(corpus:
     trained = np.setdiff1d(split.train, split.validation)
     encoder, size = Encoder(SMALL, corpus.vocabulary.size), corpus.vocabulary.size
     vectors, tests = (embed.embed_cells(encoder, corpus, rows, layer=0) for rows in (trained, split.test))
-    genes, test_genes = (convex.presence(*corpus.tokens(rows), size) for rows in (trained, split.test))
+    genes, test_genes = (convex.gene_rows(*corpus.tokens(rows), size) for rows in (trained, split.test))
     seed = int(keyed.hashed(RUN.seed, split.seed, 1)) & 0x7FFFFFFF
     start = convex.fit_best(vectors, genes, split.ids(data.labels[trained]), 2, seed=seed)
     np.testing.assert_allclose(found.probabilities, special.softmax(start.logits(tests, test_genes), axis=1), atol=1e-5)
@@ -294,7 +294,7 @@ def test_a_linear_model_of_genes_tells_types_of_other_genes_apart(corpus: Corpus
     assert not (tuned(corpus, table(), split, cold).probabilities.argmax(1) == true).all()
 
 
-def test_genes_of_a_sentence_are_summed_and_divided_by_the_root_of_its_length(corpus: Corpus) -> None:
+def test_weights_of_genes_are_summed_as_the_convex_start_has_them(corpus: Corpus) -> None:
     model = Classifier(
         Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0, layer=0, gene_weights=True
     )
@@ -303,7 +303,7 @@ def test_genes_of_a_sentence_are_summed_and_divided_by_the_root_of_its_length(co
     with torch.no_grad():
         model.genes.copy_(torch.randn(model.genes.shape, generator=torch.Generator().manual_seed(0)))
     added = (model(sentences.batch(cells)) - without).detach().numpy()
-    rows = convex.presence(*dataset.cut(*corpus.tokens(cells), 7), corpus.vocabulary.size)
+    rows = convex.gene_rows(*dataset.cut(*corpus.tokens(cells), 7), corpus.vocabulary.size)
     np.testing.assert_allclose(added, rows @ model.linear()[2].T, atol=1e-5)
 
 

@@ -19,13 +19,18 @@ def problem(seed: int = 0) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
         own = 30 + 3 * label + rng.choice(3, 1)
         tokens.append(np.concatenate([rng.choice(30, 9, replace=False), own]))
         offsets.append(offsets[-1] + 10)
-    genes = convex.presence(np.concatenate(tokens).astype(np.int32), np.array(offsets), V)
+    genes = convex.gene_rows(np.concatenate(tokens).astype(np.int32), np.array(offsets), V)
     return rng.normal(size=(N, 20)), genes, labels
 
 
-def test_presence_has_rows_of_length_one_whatever_the_sentence() -> None:
-    rows = convex.presence(np.array([3, 1, 2, 0], dtype=np.int32), np.array([0, 3, 4, 4]), 5)
-    np.testing.assert_allclose(rows.toarray(), [[0, 3**-0.5, 3**-0.5, 3**-0.5, 0], [1, 0, 0, 0, 0], [0] * 5])
+def test_rows_have_length_one_and_fall_with_the_logarithm_of_the_rank() -> None:
+    """By hand: the first gene counts 2, the second 2 - ln 2 / ln 257; of two genes that is the ratio of a row of length 1."""
+    rows = convex.gene_rows(np.array([3, 1, 2], dtype=np.int32), np.array([0, 2, 3, 3]), 5).toarray()
+    second = 2 - np.log(2) / np.log(257)
+    np.testing.assert_allclose(rows, [[0, second, 0, 2, 0] / np.hypot(2, second), [0, 0, 1, 0, 0], [0] * 5])
+    long = convex.gene_rows(np.arange(300, dtype=np.int32), np.array([0, 300]), 300).toarray()[0]
+    assert long[256] / long[0] == pytest.approx(0.5)
+    np.testing.assert_allclose(convex.rank_weight(torch.arange(300)), convex.rank_weight(np.arange(300)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("genes", [False, True])
@@ -81,7 +86,7 @@ def test_a_useless_vector_is_put_aside_and_a_useful_one_is_not() -> None:
     assert convex.fit_best(vectors, rows, labels, 3, seed=0).share < 1
     useful = vectors * 0.1
     useful[np.arange(N), labels] += 1
-    blind = convex.presence(np.tile(np.arange(10, dtype=np.int32), N), np.arange(N + 1) * 10, V)
+    blind = convex.gene_rows(np.tile(np.arange(10, dtype=np.int32), N), np.arange(N + 1) * 10, V)
     blind.indices[:] = np.random.default_rng(1).permuted(np.tile(np.arange(V), (N, 1)), axis=1)[:, :10].ravel()
     assert convex.fit_best(useful, blind, labels, 3, seed=0).share == 1
 
