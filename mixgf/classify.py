@@ -385,6 +385,9 @@ def finetune(
     validation cells, which are part of the training cells and not trained on, predicts. The published code selects on the
     test cells instead.
 
+    With `classify.align` and `classify.warm_start` another species is predicted by the beginning: no validation cell says whether
+    what steps on one species add is true of the other.
+
     Args:
         encoder: Where to start; it is changed.
         corpus: The sentences.
@@ -447,8 +450,9 @@ def finetune(
         begin = warm_start(model, sentences, cells, labels, seed=seed)
         share = begin.share
         task.score(model.to(context.device), 0, begin.loss)
-    train.fit(model, task, optimisation, context)
-    task.epoch_ended(model)
+    if not share or sentences.shared_V is None:
+        train.fit(model, task, optimisation, context)
+        task.epoch_ended(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in task.best:
@@ -499,7 +503,9 @@ def warm_start(model: Classifier, sentences: _Sentences, cells: Ints, labels: In
         model.encoder, sentences, cells, model.pooling, model.layer, max_len=sentences.max_len
     )
     genes_NV = None if model.genes is None else convex.gene_rows(*sentences.tokens(cells), model.encoder.vocab_size)
-    start = convex.fit_best(vectors_ND, genes_NV, labels, model.head.out_features, seed=seed)
+    # cells of the training species cannot say how much of the encoder carries over to another one: the least
+    shares = convex.SHARES if sentences.shared_V is None else convex.SHARES[-1:]
+    start = convex.fit_best(vectors_ND, genes_NV, labels, model.head.out_features, seed=seed, shares=shares)
     model.begin(start)
     return start
 

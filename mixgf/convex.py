@@ -98,9 +98,10 @@ def fit(
 
 
 def fit_best(
-    vectors_ND: Floats, genes_NV: sparse.csr_matrix | None, labels_N: Ints, num_classes: int, *, seed: int
-) -> Start:
-    """`fit` with the share of `SHARES` that is right about most cells when they are left out, in `FOLDS` folds of equal types.
+    vectors_ND: Floats, genes_NV: sparse.csr_matrix | None, labels_N: Ints, num_classes: int, *, seed: int,
+    shares: tuple[float, ...] = SHARES,
+) -> Start:  # fmt: skip
+    """`fit` with the one of `shares` that is right about most cells when they are left out, in `FOLDS` folds of equal types.
 
     An encoder that knows little then does not drown what the genes say. Not the loss: many weak weights are right and unsure,
     few strong ones wrong and sure. Of equal shares the largest is taken. Scores are then multiplied by the number at which those
@@ -108,7 +109,7 @@ def fit_best(
     """
     fold_N = folds(labels_N, seed)
     best: tuple[int, float, Floats] | None = None
-    for share in SHARES if genes_NV is not None else (1.0,):
+    for share in shares if genes_NV is not None else (1.0,):
         logits_NC = np.zeros((len(labels_N), num_classes))
         for fold in np.unique(fold_N[fold_N >= 0]):
             out, rest = fold_N == fold, fold_N != fold

@@ -10,7 +10,7 @@ from scipy import special
 
 from mixgf import classify, convex, dataset, embed, keyed, lora, train
 from mixgf.classify import Classifier
-from mixgf.config import Classify, Config, Model, Tokens, Train, UserError
+from mixgf.config import Classify, Config, Model, Tokens, Train, UserError, Vocab
 from mixgf.dataset import Corpus
 from mixgf.model import Encoder
 from mixgf.splits import Labelled, Split, make
@@ -399,3 +399,20 @@ def test_only_an_aligned_model_reads_orthologs(corpus: Corpus) -> None:
         assert (classify._sentences(encoder, corpus, data, split, run).shared_V is not None) == align
     within = replace(split, test=split.validation)
     assert classify._sentences(encoder, corpus, data, within, run).shared_V is None
+
+
+def test_another_species_is_predicted_by_the_convex_start(corpus: Corpus) -> None:
+    """Types that differ in genes with orthologs are carried over, though no token of the tested cells was ever trained on."""
+    data, split = two_species()
+    human, mouse = (corpus.vocabulary.of(name).tokens[0] for name in ("human", "mouse"))
+    has = np.array([bool({human, mouse} & set(corpus.tokens([i])[0].tolist())) for i in range(CELLS)])
+    data = replace(data, labels=np.where(has, "a", "b"))
+    run = replace(WARM, vocab=Vocab(orthologs=(f"{corpus.uri}/orthologs.parquet",)))
+    run = replace(run, classify=replace(run.classify, align=True))
+    found = tuned(corpus, data, split, run)
+    assert [row["epoch"] for row in found.history] == [0]
+    assert found.share == convex.SHARES[-1]
+    true = split.ids(data.labels[split.test])
+    assert (found.probabilities.argmax(1) == true).mean() > max(true.mean(), 1 - true.mean()) + 0.15
+    unaligned = tuned(corpus, data, split, replace(run, classify=replace(run.classify, align=False)))
+    assert (unaligned.probabilities.argmax(1) == true).mean() < (found.probabilities.argmax(1) == true).mean()
