@@ -417,7 +417,9 @@ def finetune(
         run.train, epochs=epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
         warmup_steps=min(settings.warmup_steps, num_steps // 4), species_mix=(), log_steps=max(1, plan.steps_per_epoch),
     )  # fmt: skip
-    if optimisation.warmup_steps < settings.warmup_steps:
+    if optimisation.warmup_steps < settings.warmup_steps and not (
+        settings.warm_start and sentences.shared_V is not None
+    ):
         warn(
             f"{split.name}: {num_steps} steps, so the warm-up is {optimisation.warmup_steps} steps, not {settings.warmup_steps}"
         )
@@ -450,7 +452,7 @@ def finetune(
         begin = warm_start(model, sentences, cells, labels, seed=seed)
         share = begin.share
         task.score(model.to(context.device), 0, begin.loss)
-    if not share or sentences.shared_V is None:
+    if not (settings.warm_start and sentences.shared_V is not None):
         train.fit(model, task, optimisation, context)
         task.epoch_ended(model)
     with torch.no_grad():

@@ -225,7 +225,7 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": ("scgpt",)}, r"classify.models: 'scgpt' is not known; there are finetune, knn"),
+        ({"models": ("scgpt",)}, r"classify.models: 'scgpt' is not known; there are finetune, tuned, lora, knn"),
         ({"label": "celltype"}, r"classify.label = 'celltype': the corpus has no such column; it has .*cell_type"),
         ({"label": "organ"}, r"classify.splits = random, donor, species: none can be made"),
         ({"unlabelled": (*TYPES, "unknown")}, r"classify.label = 'cell_type': none of \d+ cells has a label"),
