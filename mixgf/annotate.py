@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from mixgf import classifier, config, corpus, embed, storage, tokenize
+from mixgf import classifier, config, corpus, storage, tokenize
 from mixgf.classifier import DOUBTED, EMPTY, Kept
 from mixgf.config import Source, SpeciesRow, UserError
 from mixgf.formats import format_of, open_reader
@@ -151,9 +151,7 @@ def _label_block(
     distance_N = np.full(num_cells, np.nan)
     doubt = np.full(num_cells, EMPTY, dtype=object)
     if len(full):
-        vectors = embed.embed_cells(
-            kept.encoder, sentences, full, kept.pooling, kept.layer, max_len=int(kept.about["max_len"])
-        )
+        vectors = kept.vectors(sentences, full)
         p_NC[full] = kept.probabilities(vectors)
         distance_N[full] = kept.distances(vectors, p_NC[full].argmax(1))
         doubt[full] = kept.doubts(p_NC[full], distance_N[full], genes_N[full])

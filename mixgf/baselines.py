@@ -165,7 +165,7 @@ def logistic(train: Floats, labels: Ints, test: Floats, num_classes: int) -> Flo
     return _aligned(fitted.predict_proba(test), fitted.classes_, num_classes)
 
 
-def logistic_layer(train: Floats, labels: Ints, num_classes: int) -> tuple[Floats, Floats]:
+def logistic_layer(train: Floats | sparse.csr_matrix, labels: Ints, num_classes: int) -> tuple[Floats, Floats]:
     """The same fit as a layer, weights (C, H) and bias (C,), whose softmax is `logistic`'s probability.
 
     Args:
@@ -181,7 +181,7 @@ def logistic_layer(train: Floats, labels: Ints, num_classes: int) -> tuple[Float
     return np.concatenate([zeros, fitted.coef_]), np.concatenate([np.zeros(1), fitted.intercept_])
 
 
-def _fit(train: Floats, labels: Ints) -> LogisticRegression:
+def _fit(train: Floats | sparse.csr_matrix, labels: Ints) -> LogisticRegression:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the limit on iterations is part of the method
         return LogisticRegression(max_iter=MAX_ITERATIONS).fit(train, labels)

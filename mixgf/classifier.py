@@ -1,10 +1,12 @@
 """A trained classifier that is kept: encoder, one linear layer, and what is needed to say when not to trust it.
 
-Fine-tuned encoders and logistic probes are the same thing here, an encoder and a linear layer. Temperature and limits are
+Fine-tuned encoders and logistic probes are the same thing here, an encoder and a linear layer; some have weights of genes beside
+it. Temperature and limits are
 fitted on validation cells (of the training part, with which no weight was trained), so a limit says of its own how many
 ordinary cells it doubts: `DOUBTED` of them by the probability and as many by the distance.
 
-Shapes: N cells, D width, C classes, V vocabulary.
+Shapes: N cells, D width of the encoder's vector, C classes, V vocabulary. A cell's vector has D numbers, or, where genes have
+weights, D + C: the weights of its genes, summed by class, stand behind.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy.typing as npt
 import torch
 from scipy import optimize, special
 
-from mixgf import artifacts, baselines, checkpoint, config, keyed, scores, storage
+from mixgf import artifacts, baselines, checkpoint, config, convex, dataset, embed, keyed, scores, storage
 from mixgf.config import Config, UserError
 from mixgf.dataset import Corpus
 from mixgf.model import Encoder
@@ -28,7 +30,7 @@ from mixgf.vocab import NUM_SPECIALS, Vocabulary
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.signedinteger]
 
-KIND, SCHEMA = "classifier", 1
+KIND, SCHEMA = "classifier", 2
 FOLDER = "classifiers"
 """Beside the tables of a classification, one classifier per group of cells."""
 DOUBTED = 0.025
@@ -50,7 +52,9 @@ class Kept:
     classes: tuple[str, ...]
     pooling: str
     layer: int
-    """Hidden layer that is pooled, counted from the last, -1."""
+    """Hidden layer that is pooled, counted from the last, -1; 0 = all side by side."""
+    genes_CV: Floats
+    """Weights of tokens, for `convex.gene_rows`; no columns where there are none."""
     temperature: float = 1.0
     """Logits are divided by it (Guo et al. 2017)."""
     centres_CD: Floats
@@ -66,9 +70,18 @@ class Kept:
     about: dict[str, Any] = field(default_factory=dict)
     """Plain facts: model, group, split, species and tokens of training, species rows, scores on the test cells."""
 
+    def vectors(self, sentences: embed.Sentences, cells: Ints) -> Floats:
+        """Vectors of some cells, as the other methods want them."""
+        made = embed.embed_cells(
+            self.encoder, sentences, cells, self.pooling, self.layer, max_len=int(self.about["max_len"])
+        )
+        return with_votes(made, self.genes_CV, sentences, cells, int(self.about["max_len"]))
+
     def logits(self, vectors_ND: Floats) -> Floats:
-        """Class scores (N, C) of pooled vectors, before the temperature."""
-        return vectors_ND.astype(np.float64) @ self.head_CD.T.astype(np.float64) + self.bias_C
+        """Class scores (N, C) of vectors, before the temperature."""
+        D = self.head_CD.shape[1]
+        out_NC = vectors_ND[:, :D].astype(np.float64) @ self.head_CD.T.astype(np.float64) + self.bias_C
+        return out_NC + vectors_ND[:, D:] if self.genes_CV.shape[1] else out_NC
 
     def probabilities(self, vectors_ND: Floats) -> Floats:
         """Calibrated class probabilities (N, C)."""
@@ -76,7 +89,7 @@ class Kept:
 
     def distances(self, vectors_ND: Floats, predicted_N: Ints) -> Floats:
         """Cosine distance to the predicted class's centre, over the usual distance of that class's training cells."""
-        unit_ND = baselines.unit(vectors_ND.astype(np.float64))
+        unit_ND = baselines.unit(vectors_ND[:, : self.head_CD.shape[1]].astype(np.float64))
         away_N = 1 - (unit_ND * self.centres_CD[predicted_N]).sum(1)
         return away_N / np.maximum(self.spread_C[predicted_N], 1e-9)
 
@@ -90,8 +103,16 @@ class Kept:
         return ["; ".join(name for name, hit_N in tests if hit_N[i]) for i in range(len(genes_N))]
 
 
+def with_votes(vectors_ND: Floats, genes_CV: Floats, sentences: embed.Sentences, cells: Ints, max_len: int) -> Floats:
+    """The encoder's vectors (N, D), and behind them the summed weights of the cells' genes (N, C), where genes have any."""
+    if not genes_CV.shape[1]:
+        return vectors_ND
+    few = dataset.cut(*sentences.tokens(cells), max_len)
+    return np.hstack([vectors_ND, convex.gene_rows(*few, genes_CV.shape[1]) @ genes_CV.T])
+
+
 def keep(
-    encoder: Encoder, head_CD: Floats, bias_C: Floats, *, classes: tuple[str, ...], pooling: str, layer: int, train_ND: Floats,
+    encoder: Encoder, head_CD: Floats, bias_C: Floats, genes_CV: Floats, *, classes: tuple[str, ...], pooling: str, layer: int, train_ND: Floats,
     labels_N: Ints, genes_N: Ints, tokens_T: Ints, vocab_size: int, validation_ND: Floats, validation_labels: Ints,
     about: dict[str, Any],
 ) -> Kept:  # fmt: skip
@@ -101,6 +122,7 @@ def keep(
         encoder: Of the vectors.
         head_CD: Weights of the linear layer.
         bias_C: Its bias.
+        genes_CV: Weights of tokens, or no columns.
         classes: Names, in the order of the rows of `head_CD`.
         pooling: How vectors are pooled.
         layer: Of which hidden layer.
@@ -113,8 +135,8 @@ def keep(
         validation_labels: Their class ids.
         about: What else is kept.
     """
-    head_CD, bias_C = head_CD.astype(np.float32), bias_C.astype(np.float32)  # as they are stored
-    unit_ND = baselines.unit(train_ND.astype(np.float64))
+    head_CD, bias_C, genes_CV = (x.astype(np.float32) for x in (head_CD, bias_C, genes_CV))  # as they are stored
+    unit_ND = baselines.unit(train_ND[:, : head_CD.shape[1]].astype(np.float64))
     centres_CD = baselines.unit(np.stack([unit_ND[labels_N == c].mean(0) for c in range(len(classes))]))
     away_N = 1 - (unit_ND * centres_CD[labels_N]).sum(1)
     usual = max(float(away_N.mean()), 1e-9)
@@ -125,8 +147,8 @@ def keep(
     genes = tokens_T[tokens_T >= NUM_SPECIALS]
     share_V = np.bincount(genes, minlength=vocab_size) / max(len(genes), 1)
     made = Kept(
-        encoder=encoder, head_CD=head_CD, bias_C=bias_C, classes=classes, pooling=pooling, layer=layer, centres_CD=centres_CD,
-        spread_C=spread_C, share_V=share_V, least_genes=int(np.quantile(genes_N, FEW_GENES)), about=about,
+        encoder=encoder, head_CD=head_CD, bias_C=bias_C, genes_CV=genes_CV, classes=classes, pooling=pooling, layer=layer,
+        centres_CD=centres_CD, spread_C=spread_C, share_V=share_V, least_genes=int(np.quantile(genes_N, FEW_GENES)), about=about,
     )  # fmt: skip
     made = replace(made, temperature=fit_temperature(made.logits(validation_ND), validation_labels))
     p_NC = made.probabilities(validation_ND)
@@ -160,16 +182,16 @@ def wanted(run: Config, split: Split) -> bool:
 
 
 def of_split(
-    encoder: Encoder, head: tuple[Floats, Floats] | None, vectors: Callable[[Ints], Floats], *, model: str, corpus: Corpus,
+    encoder: Encoder, head: tuple[Floats, Floats, Floats] | None, vectors: Callable[[Ints], Floats], *, model: str, corpus: Corpus,
     table: Labelled, split: Split, run: Config, max_len: int, layer: int,
 ) -> Kept:  # fmt: skip
     """What is kept of a model trained on one split, with its own scores on the split's test cells.
 
     Args:
         encoder: Trained.
-        head: Weights (C, D) and bias (C,) of its linear layer; None = a logistic probe is fitted here, on the training
-            cells without the validation cells.
-        vectors: Pooled vectors (N, D) of cells of the corpus, by this encoder.
+        head: Weights (C, D) and bias (C,) of its linear layer, and weights of tokens (C, V), or no columns; None = a logistic
+            probe is fitted here, on the training cells without the validation cells.
+        vectors: Pooled vectors (N, D) of cells of the corpus, by this encoder, without votes of genes.
         model: Its name.
         corpus: The sentences.
         table: The labelled cells.
@@ -181,12 +203,15 @@ def of_split(
     trained = np.setdiff1d(split.train, split.validation)
     rows = np.concatenate([trained, split.validation, split.test])
     cuts = np.cumsum([len(trained), len(split.validation)])
-    train_ND, validation_ND, test_ND = np.split(vectors(table.cells[rows]), cuts)
+    vectors_ND = vectors(table.cells[rows])
+    if head is not None:
+        vectors_ND = with_votes(vectors_ND, head[2].astype(np.float32), corpus, table.cells[rows], max_len)
+    train_ND, validation_ND, test_ND = np.split(vectors_ND, cuts)
     genes_N = corpus.obs(["n_genes"])["n_genes"].to_numpy() if "n_genes" in corpus.columns else corpus.lengths_N
     labels = [split.ids(table.labels[part]) for part in (trained, split.validation, split.test)]
     cells = table.cells[trained]
     if head is None:
-        head = probe(train_ND, labels[0], len(split.classes))
+        head = (*probe(train_ND, labels[0], len(split.classes)), np.zeros((len(split.classes), 0)))
     about = {
         "model": model, "group": split.group, "split": split.kind, "seed": split.seed, "max_len": max_len,
         "tokens": config.to_dict(corpus.tokenised), "species": sorted(set(table.species[trained].tolist())),
@@ -228,7 +253,7 @@ def probe(train_ND: Floats, labels_N: Ints, num_classes: int) -> tuple[Floats, F
 
 # Storage
 
-_ARRAYS = ("head_CD", "bias_C", "centres_CD", "spread_C", "share_V")
+_ARRAYS = ("head_CD", "bias_C", "genes_CV", "centres_CD", "spread_C", "share_V")
 _NUMBERS = ("pooling", "layer", "temperature", "least_probability", "greatest_distance", "least_genes")
 
 
@@ -263,6 +288,10 @@ def facts(uri: str) -> dict[str, Any]:
     return dict(storage.read_json(storage.join(uri, _FACTS)))
 
 
+TRAINED = ("finetune", "tuned", "lora", "probe")
+"""Models of which a classifier can be kept."""
+
+
 def find(uri: str) -> str:
     """The classifier that a user means: its own folder, or that of a classification (or run) with a single one.
 
@@ -284,7 +313,7 @@ def find(uri: str) -> str:
             msg = f"--model {uri}: {len(names)} classifiers there, one per group of cells; name one of {listed}"
             raise UserError(msg)
         if record.kind == "classification":
-            msg = f"--model {uri}: this classification kept no classifier; it needs finetune or probe among classify.models and classify.keep = true; make it again in another output"
+            msg = f"--model {uri}: this classification kept no classifier; it needs {' or '.join(TRAINED)} among classify.models and classify.keep = true; make it again in another output"
             raise UserError(msg)
     msg = f"--model {uri}: no classifier there; `mixgf classify` makes them under OUTPUT/classify/{FOLDER}/"
     raise UserError(msg)

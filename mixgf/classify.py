@@ -16,16 +16,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from scipy import special
 from torch import Tensor, nn
 
-from mixgf import baselines, dataset, keyed, selection, train
+from mixgf import baselines, convex, dataset, embed, keyed, lora, selection, train, views
 from mixgf.config import Classify, Config, UserError
 from mixgf.dataset import Batch, Corpus
-from mixgf.model import Encoder, Linear, forward_flops, pool
+from mixgf.model import Encoder, Linear, forward_flops, pooled, width
 from mixgf.objectives import Group
 from mixgf.plan import Plan, micro_batches
 from mixgf.progress import warn
+from mixgf.species import orthologs
 from mixgf.splits import UNKNOWN, Labelled, Split, names_of
+from mixgf.vocab import NUM_SPECIALS, Vocabulary
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -110,7 +113,7 @@ def frozen(
 
 
 class Classifier(nn.Module):
-    """Encoder, pooled vector, dropout, one linear layer.
+    """Encoder, pooled vector, dropout, one linear layer; perhaps a weight per token and class beside it.
 
     Args:
         encoder: Trained or not; it is changed by training.
@@ -118,12 +121,21 @@ class Classifier(nn.Module):
         pooling: `mean`, `first` or `cls`.
         cls: Sentences begin with <cls>.
         seed: Key of the head's initial weights.
+        layer: Hidden layer that is pooled, as `embed.layer`.
+        gene_weights: The sentence's tokens have weights, as `convex.gene_rows`; they begin at 0.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, *, pooling: str, cls: bool, seed: int) -> None:
+    def __init__(
+        self, encoder: Encoder, num_classes: int, *, pooling: str, cls: bool, seed: int, layer: int = -1,
+        gene_weights: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.encoder, self.pooling, self.cls = encoder, pooling, cls
-        self.head = Linear(encoder.row.dim, num_classes)
+        if layer < -1 - encoder.row.num_layers:
+            msg = f"classify.layer = {layer}: the encoder has {encoder.row.num_layers} layers and an embedding"
+            raise UserError(msg)
+        self.encoder, self.pooling, self.cls, self.layer = encoder, pooling, cls, layer
+        self.head = Linear(width(encoder.row, layer), num_classes)
+        self.genes = nn.Parameter(torch.zeros(encoder.vocab_size, num_classes)) if gene_weights else None
         with torch.no_grad():
             generator = torch.Generator().manual_seed(seed)
             self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=generator) * encoder.row.init_sd)
@@ -131,10 +143,10 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C); dropout only where the batch carries keys."""
-        h_TD = self.encoder(
-            batch.ids_T, batch.offsets_B1, positions_T=batch.positions_T, keys=batch.keys_T, max_len=batch.max_len
-        )
-        z_BD = pool(h_TD, batch.offsets_B1, self.pooling, cls=self.cls)
+        z_BD = pooled(
+            self.encoder, batch.ids_T, batch.offsets_B1, self.pooling, layer=self.layer, cls=self.cls,
+            positions_T=batch.positions_T, keys=batch.keys_T, max_len=batch.max_len,
+        )  # fmt: skip
         p = self.encoder.row.dropout
         if batch.keys_T is not None and p > 0:
             chance16 = round(p * 65536)
@@ -142,7 +154,32 @@ class Classifier(nn.Module):
             z_BD = z_BD.masked_fill(keyed.dropped(keys_B, _HEAD_SITE, z_BD.shape[1], chance16), 0.0) / (
                 1 - chance16 / 65536
             )
-        return self.head(z_BD)
+        y_BC: Tensor = self.head(z_BD)
+        if self.genes is None:
+            return y_BC
+        weights_T = convex.rank_weight(batch.positions_T).to(self.genes.dtype)
+        starts_B = batch.offsets_B1[:-1].long()
+        sums_BC = F.embedding_bag(batch.ids_T, self.genes, starts_B, mode="sum", per_sample_weights=weights_T)
+        squares_B = torch.segment_reduce(
+            weights_T.square(), "sum", lengths=torch.diff(batch.offsets_B1).long(), unsafe=True
+        )
+        return y_BC + sums_BC / squares_B.clamp(min=1e-18).sqrt()[:, None]
+
+    def linear(self) -> tuple[Floats, Floats, Floats]:
+        """Weights (C, D) and bias (C,) of the linear layer, and weights of tokens (C, V), without columns where there are none."""
+        genes_VC = self.head.weight.new_zeros(0, self.head.out_features) if self.genes is None else self.genes
+        weight, bias, genes = (
+            x.detach().cpu().numpy() for x in (self.head.weight, self.head.bias, genes_VC.T.contiguous())
+        )
+        return weight, bias, genes
+
+    @torch.no_grad()
+    def begin(self, start: convex.Start) -> None:
+        """Take over a head."""
+        self.head.weight.copy_(torch.from_numpy(start.head_CD))
+        self.head.bias.copy_(torch.from_numpy(start.bias_C))
+        if self.genes is not None:
+            self.genes.copy_(torch.from_numpy(start.genes_CV.T))
 
     def freeze(self, layers: int) -> None:
         """Do not train the embedding and the first `layers` layers; 0 = train all, -1 = train the head only."""
@@ -166,9 +203,11 @@ class Tuned:
     probabilities: Floats
     """Of the test cells (M, C), by the weights of the chosen epoch."""
     epoch: int
-    """The chosen epoch, counted from 1."""
+    """The chosen epoch, counted from 1; 0 = the warm start."""
     history: list[dict[str, float]]
     """Per epoch: epoch, loss and accuracy on the validation cells, mean training loss."""
+    share: float
+    """Of the encoder's vector in the warm start, see `convex`; 0 = there was none."""
     warmup_steps: int
     num_steps: int
     model: Classifier
@@ -177,19 +216,68 @@ class Tuned:
 
 @dataclass
 class _Sentences:
-    """Packed batches of some cells of a corpus."""
+    """Sentences of a corpus as the model reads them, by themselves and as packed batches."""
 
     corpus: Corpus
     max_len: int
+    shared_V: npt.NDArray[np.int32] | None = None
+    """The token that each token is read as, -1 = it is left out; None = as they are."""
+
+    @property
+    def lengths_N(self) -> npt.NDArray[np.int32]:
+        """Tokens of each cell of the corpus, at most."""
+        return self.corpus.lengths_N
+
+    @property
+    def cls(self) -> bool:
+        """Whether sentences begin with <cls>."""
+        return self.corpus.cls
+
+    def tokens(self, cells: npt.ArrayLike) -> dataset.Packed:
+        """Sentences of some cells; one without any shared gene stays as it is."""
+        packed = self.corpus.tokens(cells)
+        if self.shared_V is not None:
+            tokens_T, offsets = packed
+            read_T = self.shared_V[tokens_T]
+            some_B = np.add.reduceat(np.append(read_T >= NUM_SPECIALS, False), offsets[:-1]) > 0
+            some_T = np.repeat(some_B & (np.diff(offsets) > 0), np.diff(offsets))
+            packed = views.select((np.where(some_T, read_T, tokens_T), offsets), (read_T >= 0) | ~some_T)
+        return dataset.cut(*packed, self.max_len)
 
     def batch(self, cells: Ints, keys: tuple[int, int, Ints] | None = None) -> Batch:
         """Cells in the given order; `keys` = (seed, epoch, visits) adds dropout."""
-        few = dataset.cut(*self.corpus.tokens(cells), self.max_len)
-        return dataset.pack([few], cells, None if keys is None else keyed.hashed(*keys))
+        return dataset.pack([self.tokens(cells)], cells, None if keys is None else keyed.hashed(*keys))
 
     def lengths(self, cells: Ints) -> npt.NDArray[np.int32]:
-        lengths = self.corpus.lengths_N[cells]
+        lengths = self.lengths_N[cells]
         return np.minimum(lengths, self.max_len).astype(np.int32) if self.max_len else lengths
+
+
+def shared_tokens(
+    vocabulary: Vocabulary, pairs: dict[tuple[str, str], dict[str, str]], source: str, target: str
+) -> npt.NDArray[np.int32]:
+    """What each token is read as where cells of one species train and cells of another are tested, (V,).
+
+    Args:
+        vocabulary: Of the corpus.
+        pairs: `species.orthologs`.
+        source: The species that trains: its genes with a one-to-one ortholog are read as they are.
+        target: The species that is tested: its genes are read as their orthologs. Specials stay; all others are -1.
+    """
+    there, back = (vocabulary.ortholog_map(a, b, pairs) for a, b in ((source, target), (target, source)))
+    tokens_V = np.arange(vocabulary.size, dtype=np.int32)
+    out_V = np.where(back >= 0, back, np.where(there >= 0, tokens_V, -1)).astype(np.int32)
+    out_V[:NUM_SPECIALS] = tokens_V[:NUM_SPECIALS]
+    return out_V
+
+
+def _sentences(encoder: Encoder, corpus: Corpus, table: Labelled, split: Split, run: Config) -> _Sentences:
+    """What a fine-tuning reads: with `classify.align` another species is read as the one that trains."""
+    trains, tested = (np.unique(table.species[rows]).tolist() for rows in (split.train, split.test))
+    shared_V = None
+    if run.classify.align and len(trains) == len(tested) == 1 and trains != tested:
+        shared_V = shared_tokens(corpus.vocabulary, orthologs(run.vocab.orthologs), trains[0], tested[0])
+    return _Sentences(corpus, longest(encoder, run.classify), shared_V)
 
 
 @dataclass
@@ -223,37 +311,49 @@ class _Selecting:
         return figures
 
     def epoch_ended(self, model: Classifier) -> None:
-        """Score the validation cells; keep the weights with the lowest loss, of equal ones the earliest."""
-        figures = self.evaluate(model) | {"train_loss": float(torch.stack(self._losses).mean())}
+        """Score the validation cells after an epoch."""
+        self.score(model, self._epoch + 1, float(torch.stack(self._losses).mean()))
         self._losses.clear()
+
+    def score(self, model: Classifier, epoch: int, train_loss: float) -> None:
+        """Score the validation cells; keep the weights with the lowest loss, of equal ones the earliest."""
+        figures = self.evaluate(model) | {"train_loss": train_loss}
         if not self.history or figures["loss"] < min(row["loss"] for row in self.history):
             self.best = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
-            self.chosen = self._epoch + 1
-        self.history.append({"epoch": float(self._epoch + 1)} | figures)
+            self.chosen = epoch
+        self.history.append({"epoch": float(epoch)} | figures)
 
 
 def finetune(
     encoder: Encoder, corpus: Corpus, table: Labelled, split: Split, *, run: Config, context: train.Context
 ) -> Tuned:
-    """Fine-tune all weights (or the upper layers) on the training cells and predict the test cells (paper section 4.3).
+    """Fine-tune all weights (or the upper layers, or adapters) on the training cells and predict the test cells (paper section 4.3).
 
     AdamW, linear warm-up to the peak rate, cosine to zero; batches grouped by length. The epoch with the lowest loss on the
     validation cells, which are part of the training cells and not trained on, predicts. The published code selects on the
     test cells instead.
+
+    With `classify.align` and `classify.warm_start` another species is predicted by the beginning: no validation cell says whether
+    what steps on one species add is true of the other.
 
     Args:
         encoder: Where to start; it is changed.
         corpus: The sentences.
         table: The labelled cells.
         split: Which of them train, select and are tested. Labels of test cells are not looked at.
-        run: The whole config; `classify` has the recipe, `train` precision, weight decay, clip and schedule.
+        run: The whole config; `classify` has the recipe, `train` precision, weight decay, clip and schedule, `vocab` orthologs.
         context: Where the loop runs.
     """
     settings, num_classes = run.classify, len(split.classes)
     seed = int(keyed.hashed(run.seed, split.seed, 1)) & 0x7FFFFFFF
-    model = Classifier(encoder, num_classes, pooling=run.embed.pooling, cls=corpus.cls, seed=seed)
+    model = Classifier(
+        encoder, num_classes, pooling=run.embed.pooling, cls=corpus.cls, seed=seed, layer=settings.layer,
+        gene_weights=settings.gene_weights,
+    )  # fmt: skip
     model.freeze(settings.freeze_layers)
-    sentences = _Sentences(corpus, longest(encoder, settings))
+    if settings.lora_rank:
+        lora.adapt(encoder, settings.lora_rank, settings.lora_alpha, seed=seed)
+    sentences = _sentences(encoder, corpus, table, split, run)
     trained = np.setdiff1d(split.train, split.validation)
     cells, labels = table.cells[trained], split.ids(table.labels[trained])
     of_cell = dict(zip(cells.tolist(), labels.tolist(), strict=True))
@@ -265,7 +365,9 @@ def finetune(
         run.train, epochs=epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
         warmup_steps=min(settings.warmup_steps, num_steps // 4), species_mix=(), log_steps=max(1, plan.steps_per_epoch),
     )  # fmt: skip
-    if optimisation.warmup_steps < settings.warmup_steps:
+    if optimisation.warmup_steps < settings.warmup_steps and not (
+        settings.warm_start and sentences.shared_V is not None
+    ):
         warn(
             f"{split.name}: {num_steps} steps, so the warm-up is {optimisation.warmup_steps} steps, not {settings.warmup_steps}"
         )
@@ -293,16 +395,69 @@ def finetune(
         return {"loss": float(-np.log(of_true).mean()), "accuracy": float((p.argmax(1) == true).mean())}
 
     task = _Selecting(train.LossTask(num_steps, batches, loss, run.train.precision), evaluate)
-    train.fit(model, task, optimisation, context)
-    task.epoch_ended(model)
+    share = 0.0
+    if settings.warm_start:
+        begin = warm_start(model, sentences, cells, labels, seed=seed)
+        share = begin.share
+        task.score(model.to(context.device), 0, begin.loss)
+    if not (settings.warm_start and sentences.shared_V is not None):
+        train.fit(model, task, optimisation, context)
+        task.epoch_ended(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in task.best:
                 parameter.copy_(task.best[name])
+    lora.merge(encoder)
+    predicted = probabilities(model, sentences, table.cells[split.test], run.train.micro_tokens)
+    if sentences.shared_V is not None:
+        predicted = moved(predicted, probabilities(model, sentences, cells, run.train.micro_tokens), labels)
     return Tuned(
-        probabilities=probabilities(model, sentences, table.cells[split.test], run.train.micro_tokens), epoch=task.chosen,
-        history=task.history, warmup_steps=optimisation.warmup_steps, num_steps=num_steps, model=model,
+        probabilities=predicted, epoch=task.chosen,
+        history=task.history, share=share, warmup_steps=optimisation.warmup_steps, num_steps=num_steps, model=model,
     )  # fmt: skip
+
+
+def moved(test_MC: Floats, train_NC: Floats, labels_N: Ints, *, rounds: int = 10) -> Floats:
+    """Probabilities whose log scores are shifted, class by class, to where the training cells' lie.
+
+    For a linear model it is the same as to centre every feature within its species. The centre is the mean of the classes' means,
+    so that it does not follow how many cells of each class there are; the tested cells' classes are the predicted ones, first
+    without a shift, then again with it until none changes. A class that is predicted fewer than three times is left out of both.
+
+    Args:
+        test_MC: Of the tested cells.
+        train_NC: Of the training cells.
+        labels_N: Class ids of the training cells, each class at least once.
+        rounds: At most.
+    """
+    tests_MC, trains_NC = (np.log(p.clip(1e-300)) for p in (test_MC, train_NC))
+    shifted_MC = tests_MC
+    for _ in range(rounds):
+        said_M = shifted_MC.argmax(1)
+        there = [c for c in range(test_MC.shape[1]) if (said_M == c).sum() >= 3]
+        if not there:
+            break
+        of_tests, of_trains = (
+            np.stack([scores[ids == c].mean(0) for c in there]).mean(0)
+            for scores, ids in ((tests_MC, said_M), (trains_NC, labels_N))
+        )
+        shifted_MC = tests_MC - of_tests + of_trains
+        if (shifted_MC.argmax(1) == said_M).all():
+            break
+    return special.softmax(shifted_MC, axis=1)
+
+
+def warm_start(model: Classifier, sentences: _Sentences, cells: Ints, labels: Ints, *, seed: int) -> convex.Start:
+    """Give a model the best convex head for its encoder, in place."""
+    vectors_ND = embed.embed_cells(
+        model.encoder, sentences, cells, model.pooling, model.layer, max_len=sentences.max_len
+    )
+    genes_NV = None if model.genes is None else convex.gene_rows(*sentences.tokens(cells), model.encoder.vocab_size)
+    # cells of the training species cannot say how much of the encoder carries over to another one: the least
+    shares = convex.SHARES if sentences.shared_V is None else convex.SHARES[-1:]
+    start = convex.fit_best(vectors_ND, genes_NV, labels, model.head.out_features, seed=seed, shares=shares)
+    model.begin(start)
+    return start
 
 
 @torch.inference_mode()
@@ -333,6 +488,7 @@ def notes(tuned: Tuned) -> dict[str, Any]:
     """What is kept of a fine-tuning beside its predictions, as plain data."""
     return {
         "epoch": tuned.epoch,
+        "share": tuned.share,
         "history": tuned.history,
         "warmup_steps": tuned.warmup_steps,
         "num_steps": tuned.num_steps,

@@ -321,11 +321,13 @@ class Embed:
     pooling: str = "mean"
     """`mean` over genes, `first` position, or `cls`."""
     layer: int = -1
-    """Which hidden layer: -1 = the last, -2 = the one before it (the family's habit)."""
+    """Which hidden layer: -1 = the last, -2 = the one before it (the family's habit); 0 = all side by side, the embedding first."""
 
     def __post_init__(self) -> None:
         _one_of("embed.pooling", self.pooling, ("mean", "first", "cls"))
-        _require(self.layer < 0, "embed.layer", self.layer, "negative, counted from the last layer")
+        _require(
+            self.layer <= 0, "embed.layer", self.layer, "negative, counted from the last layer, or 0 for all of them"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -394,6 +396,20 @@ class Classify:
     """Encoder layers (and the embedding) that are not trained; -1 = all."""
     class_weights: bool = False
     """Weigh the loss by inverse class frequency."""
+    layer: int = -1
+    """Hidden layer that a fine-tuned head sees: -1 = the last, ...; 0 = all side by side, the embedding first."""
+    gene_weights: bool = False
+    """A fine-tuned head also has a weight per class and gene of the sentence: a linear model beside the encoder."""
+    warm_start: bool = False
+    """Fine-tuning begins with the head that a logistic regression finds for the untouched encoder. That beginning is epoch 0: if no
+    epoch has a lower loss on the validation cells, it predicts."""
+    align: bool = False
+    """Between species a fine-tuned model reads only genes with a one-to-one ortholog, all by the training species' ids, and the
+    tested species' class scores are shifted to where the training cells' lie (labels unseen)."""
+    lora_rank: int = 0
+    """Fine-tune by low-rank adapters of every layer's matrices (LoRA) instead of all weights; 0 = all weights."""
+    lora_alpha: float = 16.0
+    """Adapters count alpha / rank times."""
     max_len: int = 0
     """Cut sentences to this many tokens; 0 = as in the corpus."""
     keep: bool = True
@@ -410,6 +426,13 @@ class Classify:
         for model in self.curve_models:
             _one_of("classify.curve_models", model, self.models)
         _require(0 < self.test_fraction < 1, "classify.test_fraction", self.test_fraction, "between 0 and 1")
+        _require(
+            self.layer <= 0, "classify.layer", self.layer, "negative, counted from the last layer, or 0 for all of them"
+        )
+        _require(self.lora_rank >= 0, "classify.lora_rank", self.lora_rank, "at least 0")
+        _require(self.lora_alpha > 0, "classify.lora_alpha", self.lora_alpha, "above 0")
+        _require(not (self.lora_rank and self.freeze_layers), "classify.lora_rank", self.lora_rank,
+                 "0 with classify.freeze_layers: adapters leave every layer's own weights alone anyway")  # fmt: skip
 
 
 GENE_TABLES = (".tsv", ".csv", ".txt", ".parquet", ".tsv.gz", ".csv.gz", ".txt.gz")

@@ -8,6 +8,7 @@ shape of the run's checkpoint with random weights.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +21,20 @@ from mixgf.splits import Split
 
 HEADS = ("knn", "probe", "centroid")
 """Classifiers on frozen vectors."""
-TUNED = ("finetune",)
-"""Models that train the encoder."""
-OWN = (*TUNED, *HEADS)
+_WARM = {
+    "layer": 0, "gene_weights": True, "warm_start": True, "align": True, "epochs": 2, "min_steps": 0, "warmup_steps": 20,
+    "batch_cells": 16,
+}  # fmt: skip
+TUNINGS: dict[str, dict[str, Any]] = {"finetune": {}, "tuned": _WARM | {"lr": 3e-4}, "lora": _WARM | {"lr": 1e-3}}
+"""Models that train the encoder, and the fields of `config.Classify` that each sets: `finetune` none, so it is the paper's by
+default.
+
+The others begin at the convex optimum (`convex`), so two epochs suffice: where more genes than cells leave no training error,
+the steps that follow change little, and where they raise the validation loss, the beginning predicts.
+"""
+LORA_RANK = 8
+"""Of `lora`, where `classify.lora_rank` gives none."""
+OWN = (*TUNINGS, *HEADS)
 CHECKPOINT, UNTRAINED = "", "untrained"
 """Names of the run's own encoder and of the one with random weights."""
 _OWN_NAME = "trained"
@@ -98,7 +110,16 @@ def of_encoders(models: Iterable[str], heads: Iterable[str] = OWN) -> list[str]:
 
 def is_tuned(model: str) -> bool:
     """Whether a model trains the encoder."""
-    return parse(model)[0] in TUNED
+    return parse(model)[0] in TUNINGS
+
+
+def recipe(run: Config, model: str) -> Config:
+    """The config that a model that trains the encoder works by."""
+    head = parse(model)[0]
+    fields = dict(TUNINGS[head])
+    if head == "lora":
+        fields |= {"lora_rank": run.classify.lora_rank or LORA_RANK, "freeze_layers": 0}
+    return replace(run, classify=replace(run.classify, **fields))
 
 
 def records(checkpoint_uri: str, run: Config, vocabulary: str) -> dict[str, Record]:
@@ -157,8 +178,13 @@ def reads(model: str, run: dict[str, Any]) -> dict[str, Any]:
     if head in HEADS:
         return {"knn": settings["knn"], "embed": run["embed"]}
     train = {name: run["train"][name] for name in ("schedule", "weight_decay", "clip", "precision")}
-    rest = {name: value for name, value in settings.items() if name not in _OF_OTHERS}
-    return rest | {"embed": run["embed"], "train": train}
+    tuning = config.to_dict(recipe(config.from_dict(Config, run), model))["classify"]
+    rest = {name: value for name, value in tuning.items() if name not in _OF_OTHERS}
+    return rest | {
+        "embed": run["embed"],
+        "train": train,
+        "orthologs": run["vocab"]["orthologs"] if tuning["align"] else [],
+    }
 
 
 _OF_OTHERS = (

@@ -3,7 +3,7 @@
 On a CPU every cell is computed alone, so its vector is bitwise the same whatever else is asked for. On a GPU cells are
 packed by length up to a token budget.
 
-Shapes: N cells asked for, D width, T packed tokens.
+Shapes: N cells asked for, D width of a vector, T packed tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from mixgf import dataset, plan
-from mixgf.model import Encoder, pool
+from mixgf.model import Encoder, pooled, width
 
 _FETCH_CELLS = 4096
 
@@ -38,13 +38,6 @@ class Sentences(Protocol):
         ...
 
 
-def num_layers(encoder: Encoder, layer: int) -> int:
-    """How many layers to run for hidden layer -1 (the last), -2, ... ; -(num_layers + 1) is the embedding."""
-    count = encoder.row.num_layers + 1 + layer
-    assert layer < 0 <= count, f"layer {layer} of {encoder.row.num_layers}"
-    return count
-
-
 @torch.inference_mode()
 def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
     encoder: Encoder,
@@ -64,15 +57,14 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
         corpus: where the sentences are.
         cells: global cell numbers.
         pooling: `mean` over genes, `first` or `cls`.
-        layer: -1 = the last hidden layer, -2 = the one before it, ...
+        layer: -1 = the last hidden layer, -2 = the one before it, ...; 0 = all side by side, the embedding first.
         micro_tokens: most tokens of one forward pass on a GPU.
         max_len: cut sentences to so many tokens; 0 = as they are.
         precision: `fp32`, or `bf16` (autocast).
     """
     cells_N = np.asarray(cells, dtype=np.int64)
     device = encoder.tokens.device
-    layers = num_layers(encoder, layer)
-    out_ND = np.empty((len(cells_N), encoder.row.dim), dtype=np.float32)
+    out_ND = np.empty((len(cells_N), width(encoder.row, layer)), dtype=np.float32)
     by_shard = np.argsort(cells_N, kind="stable")  # shards are read once, in order
     was_training = encoder.training
     encoder.eval()
@@ -91,9 +83,10 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
             few = dataset.cut(tokens_T[part], offsets[run.start : run.stop + 1] - offsets[run.start], max_len)
             batch = dataset.pack([few], cells_N[chunk[run]]).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                h_TD = encoder(
-                    batch.ids_T, batch.offsets_B1, positions_T=batch.positions_T, layers=layers, max_len=batch.max_len
-                )
-            out_ND[chunk[run]] = pool(h_TD, batch.offsets_B1, pooling, cls=corpus.cls).float().cpu().numpy()
+                v_BD = pooled(
+                    encoder, batch.ids_T, batch.offsets_B1, pooling, layer=layer, cls=corpus.cls,
+                    positions_T=batch.positions_T, max_len=batch.max_len,
+                )  # fmt: skip
+            out_ND[chunk[run]] = v_BD.float().cpu().numpy()
     encoder.train(was_training)
     return out_ND

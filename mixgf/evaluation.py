@@ -81,10 +81,10 @@ def _probabilities(
         return classify.frozen(head, train_ND, test_MD, table=table, split=split, settings=run.classify), {}
     corpus = Corpus(places.corpus)
     start, context = _load(run, places, corpus, encoder), train.LocalContext(parts.device(run))
+    run = contenders.recipe(run, model)
     tuned = classify.finetune(start, corpus, table, split, run=run, context=context)
     if kept:
-        layer = tuple(p.detach().cpu().numpy() for p in (tuned.model.head.weight, tuned.model.head.bias))
-        _keep(run, places, corpus, table, split, model, tuned.model.encoder, (layer[0], layer[1]))
+        _keep(run, places, corpus, table, split, model, tuned.model.encoder, tuned.model.linear())
     return tuned.probabilities, classify.notes(tuned)
 
 
@@ -107,12 +107,12 @@ def integrate(run: Config, places: Places, table: Labelled, space: str) -> None:
 
 def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
     run: Config, places: Places, corpus: Corpus, table: Labelled, split: Split, model: str, encoder: Encoder,
-    head: tuple[Floats, Floats] | None,
+    head: tuple[Floats, Floats, Floats] | None,
 ) -> None:  # fmt: skip
-    """Write a trained classifier as a part. A tuned head pools the last layer, a probe the layer of `embed.layer`."""
+    """Write a trained classifier as a part. A tuned head pools `classify.layer`, a probe `embed.layer`."""
     frozen = head is None
     max_len = encoder.row.max_positions if frozen else classify.longest(encoder, run.classify)
-    layer = run.embed.layer if frozen else -1
+    layer = run.embed.layer if frozen else run.classify.layer
 
     def of_cells(cells: Ints) -> Floats:
         if frozen:  # those that the probe is scored on are there already

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-OWN = ("finetune", "probe", "knn", "centroid")
+OWN = ("finetune", "tuned", "lora", "probe", "knn", "centroid")
 """Models built on the encoder under test, the paper's first; every other model is a control or a baseline."""
 OTHER = "@"
 """In the name of a model on another encoder (`probe@mlm`)."""
@@ -22,7 +22,8 @@ UNTRAINED = "@untrained"
 """Ends the name of a control: the same model on an encoder with random weights. What it reaches is not pretraining's."""
 HEADS = {
     "finetune": "fine-tuned",
-    "finetune_lora": "fine-tuned (LoRA)",
+    "tuned": "fine-tuned from a convex start",
+    "lora": "LoRA from a convex start",
     "probe": "frozen + logistic probe",
     "knn": "frozen 5-NN (“zero-shot”)",
     "centroid": "frozen, nearest centroid",

@@ -253,6 +253,51 @@ class Encoder(nn.Module):
         return h_TD if queries is None or num_layers else h_TD.index_select(0, queries.at_R)
 
 
+def pooled(
+    encoder: Encoder,
+    ids_T: Tensor,
+    offsets_B1: Tensor,
+    how: str,
+    *,
+    layer: int = -1,
+    cls: bool = False,
+    positions_T: Tensor | None = None,
+    keys: Tensor | None = None,
+    max_len: int | None = None,
+) -> Tensor:
+    """One vector per cell: of one hidden layer, (B, D), or of all of them side by side, (B, (num_layers + 1) * D).
+
+    Args:
+        encoder: makes the hidden states.
+        ids_T: token ids of all cells, one cell after the other.
+        offsets_B1: where each cell begins, and T.
+        how: `mean`, `first` or `cls`, as in `pool`.
+        layer: -1 = the last, -2 = the one before it, ...; 0 = all, the embedding first.
+        cls: sentences begin with <cls>.
+        positions_T: position of each token in its cell; None = 0, 1, 2, ...
+        keys: dropout keys; None = no dropout.
+        max_len: a bound of the longest cell; None = a GPU is asked.
+    """
+    count = encoder.row.num_layers
+    if layer < 0:
+        h_TD = encoder(ids_T, offsets_B1, positions_T=positions_T, layers=count + 1 + layer, keys=keys, max_len=max_len)
+        return pool(h_TD, offsets_B1, how, cls=cls)
+    assert layer == 0, layer
+    if positions_T is None:
+        positions_T = positions(offsets_B1, ids_T.shape[0])
+    h_TD, cells = encoder.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len)
+    parts = [pool(h_TD, offsets_B1, how, cls=cls)]
+    for i in range(count):
+        h_TD = encoder.layers[i](h_TD, cells, keys, 3 * i + 1, None)
+        parts.append(pool(h_TD, offsets_B1, how, cls=cls))
+    return torch.cat([part.float() for part in parts], 1)
+
+
+def width(row: config.Model, layer: int) -> int:
+    """Size of a vector of `pooled`."""
+    return row.dim if layer < 0 else (row.num_layers + 1) * row.dim
+
+
 def positions(offsets_B1: Tensor, num_tokens: int) -> Tensor:
     """Position of every packed token in its cell, int64 (T,)."""
     starts_B = offsets_B1[:-1].long()

@@ -152,6 +152,29 @@ def test_temperature_scaling_finds_the_divisor() -> None:
     assert classifier.fit_temperature(3 * z, labels) == pytest.approx(3, rel=0.05)
 
 
+def test_a_head_with_weights_of_genes_is_kept_whole(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    """Its labels of the test cells are the predictions that were scored, so nothing of it is lost on the way."""
+    folder = tmp_path_factory.mktemp("tuned")
+    cells("human", 25).write_h5ad(folder / "human.h5ad")
+    run = Config(
+        output=str(folder / "run"), model=SMALL, tokens=Tokens(max_len=48), train=Train(micro_tokens=2048),
+        tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
+        sources=(Source(uri=str(folder / "human.h5ad"), species="human", name="human"),),
+        classify=Classify(group="source", splits=("random",), models=("lora",), epochs=1, max_len=40),
+    )  # fmt: skip
+    prepare.run(run, spread=dispatch.loop)
+    untrained_checkpoint(run, SMALL)
+    classify_driver.run(run, spread=classify_driver.loop)
+    kept, _, _ = classifier.load(f"{run.output}/classify/classifiers/human")
+    assert kept.layer == 0
+    assert kept.genes_CV.shape[1] == kept.encoder.vocab_size
+    _, out = label(run, cells("human", 25), tmp_path)
+    said = storage.read_table(f"{run.output}/classify/predictions.parquet").to_pandas()
+    mine = out.obs.loc[said["cell"].str.removeprefix("human:")]
+    assert mine["mixgf_label"].astype(str).tolist() == said["predicted"].tolist()
+    assert len(set(said["predicted"])) > 1  # so that equal is no accident
+
+
 @pytest.mark.parametrize("num_classes", [2, 4])
 def test_a_probe_is_a_linear_layer(num_classes: int) -> None:
     """The folded layer on raw vectors gives the probabilities of logistic regression on z-scored ones."""
@@ -171,7 +194,7 @@ def test_limits_doubt_the_stated_share_of_validation_cells_and_far_cells() -> No
     vectors = (np.eye(8)[labels] * 5 + rng.normal(size=(400, 8)) * 2).astype(np.float32)
     head = np.eye(8)[:2] - np.eye(8)[:2].mean(0)
     kept = classifier.keep(
-        None, head, np.zeros(2), classes=("a", "b"), pooling="mean", layer=-1, train_ND=vectors[:200], labels_N=labels[:200],
+        None, head, np.zeros(2), np.zeros((2, 0)), classes=("a", "b"), pooling="mean", layer=-1, train_ND=vectors[:200], labels_N=labels[:200],
         genes_N=np.arange(200), tokens_T=np.array([3, 3, 4]), vocab_size=6, validation_ND=vectors[200:], validation_labels=labels[200:], about={},
     )  # fmt: skip
     p = kept.probabilities(vectors[200:])

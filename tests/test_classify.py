@@ -1,14 +1,16 @@
 """Fine-tuning and frozen classifiers: test cells decide nothing, dropout is keyed, freezing freezes, hand-worked heads."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import special
 
-from mixgf import classify, contenders, keyed, train
+from mixgf import classify, contenders, convex, dataset, embed, keyed, lora, train
 from mixgf.classify import Classifier
-from mixgf.config import Classify, Config, Model, Tokens, Train, UserError
+from mixgf.config import Classify, Config, Model, Tokens, Train, UserError, Vocab
 from mixgf.dataset import Corpus
 from mixgf.model import Encoder
 from mixgf.splits import Labelled, Split, make
@@ -256,3 +258,159 @@ def test_epochs_are_added_until_a_small_set_has_its_steps(corpus: Corpus) -> Non
     found = tuned(corpus, data, split, replace(RUN, classify=replace(RUN.classify, epochs=1, min_steps=4 * steps + 1)))
     assert len(found.history) == 5
     assert found.num_steps == 5 * steps
+
+
+# Warm start, all layers, weights of genes, adapters
+
+WARM = replace(
+    RUN, classify=replace(RUN.classify, layer=0, gene_weights=True, warm_start=True, epochs=1, lr=1e-12, warmup_steps=1)
+)
+
+
+def test_a_warm_start_is_epoch_0_and_predicts_when_training_adds_nothing(corpus: Corpus) -> None:
+    """At no learning rate worth the name every probability is that of the convex head, through the module and its storage."""
+    data, split = table(), only_split(table())
+    found = tuned(corpus, data, split, WARM)
+    assert [row["epoch"] for row in found.history] == [0, 1]
+    trained = np.setdiff1d(split.train, split.validation)
+    encoder, size = Encoder(SMALL, corpus.vocabulary.size), corpus.vocabulary.size
+    vectors, tests = (embed.embed_cells(encoder, corpus, rows, layer=0) for rows in (trained, split.test))
+    genes, test_genes = (convex.gene_rows(*corpus.tokens(rows), size) for rows in (trained, split.test))
+    seed = int(keyed.hashed(RUN.seed, split.seed, 1)) & 0x7FFFFFFF
+    start = convex.fit_best(vectors, genes, split.ids(data.labels[trained]), 2, seed=seed)
+    np.testing.assert_allclose(found.probabilities, special.softmax(start.logits(tests, test_genes), axis=1), atol=1e-5)
+    assert found.share == start.share
+    assert found.history[0]["train_loss"] == start.loss
+
+
+def test_a_linear_model_of_genes_tells_types_of_other_genes_apart(corpus: Corpus) -> None:
+    """The untrained encoder's head does not after one epoch of no learning; the warm one does before any."""
+    split = only_split(table())
+    true = split.ids(table().labels[split.test])
+    cold = replace(WARM, classify=replace(WARM.classify, warm_start=False))
+    assert (tuned(corpus, table(), split, WARM).probabilities.argmax(1) == true).all()
+    assert not (tuned(corpus, table(), split, cold).probabilities.argmax(1) == true).all()
+
+
+def test_weights_of_genes_are_summed_as_the_convex_start_has_them(corpus: Corpus) -> None:
+    model = Classifier(
+        Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0, layer=0, gene_weights=True
+    )
+    sentences, cells = classify._Sentences(corpus, 7), np.array([4, 9, 2])
+    without = model(sentences.batch(cells))
+    with torch.no_grad():
+        model.genes.copy_(torch.randn(model.genes.shape, generator=torch.Generator().manual_seed(0)))
+    added = (model(sentences.batch(cells)) - without).detach().numpy()
+    rows = convex.gene_rows(*dataset.cut(*corpus.tokens(cells), 7), corpus.vocabulary.size)
+    np.testing.assert_allclose(added, rows @ model.linear()[2].T, atol=1e-5)
+
+
+def test_adapters_train_themselves_and_the_head_only(corpus: Corpus) -> None:
+    """Of the encoder the embedding and the norms stay; every matrix moves by a product of the rank, merged when it is over."""
+    encoder, before = (Encoder(SMALL, corpus.vocabulary.size) for _ in range(2))
+    run = replace(RUN, classify=replace(RUN.classify, lora_rank=2, epochs=8, lr=0.01))
+    found = classify.finetune(encoder, corpus, table(), only_split(table()), run=run, context=train.LocalContext())
+    moved = {
+        n for (n, p), q in zip(encoder.named_parameters(), before.parameters(), strict=True) if not torch.equal(p, q)
+    }
+    assert moved == {f"layers.{i}.{name}.weight" for i in range(2) for name in lora.MATRICES}
+    change = (encoder.layers[0].up.weight - before.layers[0].up.weight).detach()
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
+    true = only_split(table()).ids(table().labels[only_split(table()).test])
+    assert (found.probabilities.argmax(1) == true).mean() >= 0.9
+
+
+def test_a_layer_that_the_encoder_does_not_have_is_refused(corpus: Corpus) -> None:
+    run = replace(RUN, classify=replace(RUN.classify, layer=-4))
+    with pytest.raises(UserError, match=r"classify.layer = -4: the encoder has 2 layers and an embedding"):
+        tuned(corpus, table(), only_split(table()), run)
+
+
+def test_the_paper_s_way_is_what_finetune_means() -> None:
+    settings = Classify()
+    assert contenders.recipe(Config(), "finetune").classify == settings
+    assert (settings.lr, settings.warmup_steps, settings.batch_cells, settings.epochs) == (5e-5, 500, 8, 10)
+    assert contenders.recipe(Config(), "tuned@untrained").classify.warm_start
+    assert contenders.recipe(Config(), "lora").classify.lora_rank == contenders.LORA_RANK
+    mine = replace(Config(), classify=replace(settings, lora_rank=3))
+    assert contenders.recipe(mine, "lora").classify.lora_rank == 3
+
+
+# Between species
+
+
+def two_species() -> tuple[Labelled, Split]:
+    """Cells of the first species train, of the second are tested."""
+    data = replace(table(), species=np.array(["human", "mouse"])[np.arange(CELLS) % 2])
+    human, mouse = np.arange(0, CELLS, 2), np.arange(1, CELLS, 2)
+    split = Split(group="x", kind="species", direction="human>mouse", seed=0, classes=("a", "b"), train=human,
+                  validation=human[::9], test=mouse)  # fmt: skip
+    return replace(data, labels=np.array(["a", "b"])[np.arange(CELLS) // 2 % 2]), split
+
+
+def test_another_species_is_read_by_the_ids_of_the_one_that_trains(corpus: Corpus) -> None:
+    vocabulary = corpus.vocabulary
+    human, mouse = (vocabulary.of(name) for name in ("human", "mouse"))
+    pairs = {("human", "mouse"): {human.genes[0]: mouse.genes[2], human.genes[3]: mouse.genes[1]}}
+    pairs[("mouse", "human")] = {b: a for a, b in pairs[("human", "mouse")].items()}
+    shared = classify.shared_tokens(vocabulary, pairs, "human", "mouse")
+    assert shared[mouse.tokens[2]] == shared[human.tokens[0]] == human.tokens[0]
+    assert shared[mouse.tokens[1]] == shared[human.tokens[3]] == human.tokens[3]
+    assert shared[: classify.NUM_SPECIALS].tolist() == list(range(classify.NUM_SPECIALS))
+    assert (shared >= 0).sum() == classify.NUM_SPECIALS + 4
+
+
+def test_sentences_keep_shared_genes_in_order_and_one_without_any_stays(corpus: Corpus) -> None:
+    cells = np.array([3, 8, 5])
+    tokens, offsets = corpus.tokens(cells)
+    first = tokens[offsets[0] : offsets[1]]
+    shared = np.full(corpus.vocabulary.size, -1, dtype=np.int32)
+    shared[first[[1, 3]]] = [7, 8]
+    expected = [[shared[t] for t in tokens[a:b] if shared[t] >= 0] for a, b in itertools.pairwise(offsets)]
+    expected = [e or tokens[a:b].tolist() for e, (a, b) in zip(expected, itertools.pairwise(offsets), strict=True)]
+    read, bounds = classify._Sentences(corpus, 0, shared).tokens(cells)
+    assert [read[a:b].tolist() for a, b in itertools.pairwise(bounds)] == expected
+    assert expected[0] == [7, 8]
+
+
+def test_a_shift_of_all_scores_of_a_species_is_undone_whatever_the_sizes_of_the_classes() -> None:
+    """Tested cells lie elsewhere and have other shares of the classes: the means of the classes' means meet, exactly."""
+    rng = np.random.default_rng(0)
+    labels, true = np.repeat([0, 1, 2], [40, 10, 5]), np.repeat([0, 1, 2], [4, 20, 30])
+    train, test = (np.eye(3)[ids] * 8 + rng.normal(size=(len(ids), 3)) for ids in (labels, true))
+    away = test + np.array([5.0, 0.0, -3.0])
+    assert (away.argmax(1) != true).mean() > 0.2
+    found = classify.moved(special.softmax(away, axis=1), special.softmax(train, axis=1), labels)
+    assert (found.argmax(1) == true).all()
+    scores, expected = np.log(found), np.log(special.softmax(train, axis=1))
+    means = [
+        np.stack([x[ids == c].mean(0) for c in range(3)]).mean(0) for x, ids in ((scores, true), (expected, labels))
+    ]
+    np.testing.assert_allclose(means[0] - means[0].mean(), means[1] - means[1].mean(), atol=1e-9)
+
+
+def test_only_an_aligned_model_reads_orthologs(corpus: Corpus) -> None:
+    data, split = two_species()
+    encoder = Encoder(SMALL, corpus.vocabulary.size)
+    for align in (False, True):
+        run = replace(RUN, classify=replace(RUN.classify, align=align))
+        assert (classify._sentences(encoder, corpus, data, split, run).shared_V is not None) == align
+    within = replace(split, test=split.validation)
+    assert classify._sentences(encoder, corpus, data, within, run).shared_V is None
+
+
+def test_another_species_is_predicted_by_the_convex_start(corpus: Corpus) -> None:
+    """Types that differ in genes with orthologs are carried over, though no token of the tested cells was ever trained on."""
+    data, split = two_species()
+    human, mouse = (corpus.vocabulary.of(name).tokens[0] for name in ("human", "mouse"))
+    has = np.array([bool({human, mouse} & set(corpus.tokens([i])[0].tolist())) for i in range(CELLS)])
+    data = replace(data, labels=np.where(has, "a", "b"))
+    run = replace(WARM, vocab=Vocab(orthologs=(f"{corpus.uri}/orthologs.parquet",)))
+    run = replace(run, classify=replace(run.classify, align=True))
+    found = tuned(corpus, data, split, run)
+    assert [row["epoch"] for row in found.history] == [0]
+    assert found.share == convex.SHARES[-1]
+    true = split.ids(data.labels[split.test])
+    assert (found.probabilities.argmax(1) == true).mean() > max(true.mean(), 1 - true.mean()) + 0.15
+    unaligned = tuned(corpus, data, split, replace(run, classify=replace(run.classify, align=False)))
+    assert (unaligned.probabilities.argmax(1) == true).mean() < (found.probabilities.argmax(1) == true).mean()

@@ -32,6 +32,14 @@ def test_vectors_are_the_pooled_states_of_the_layer_asked_for(corpus):
             assert np.array_equal(embed.embed_cells(encoder, corpus, [5], pooling, layer), expected)
 
 
+def test_layer_0_is_all_layers_side_by_side(corpus):
+    encoder = Encoder(ROW, corpus.vocabulary.size)
+    cells = [5, 0, 7]
+    for pooling in ("mean", "first"):
+        parts = [embed.embed_cells(encoder, corpus, cells, pooling, layer) for layer in (-3, -2, -1)]
+        assert np.array_equal(embed.embed_cells(encoder, corpus, cells, pooling, 0), np.hstack(parts))
+
+
 def test_embedding_leaves_the_encoder_as_it_was(corpus):
     encoder = Encoder(ROW, corpus.vocabulary.size).train()
     before = {k: v.clone() for k, v in encoder.state_dict().items()}

@@ -248,7 +248,8 @@ class _Work:
         settings = self.config.classify
         lengths = self.corpus.lengths_N[self.table.cells[split.train]].astype(np.int64)
         tokens = float(np.minimum(lengths, settings.max_len or lengths).sum())
-        return tokens * EPOCH_COST * settings.epochs / self.tokens_per_s
+        epochs = contenders.recipe(self.config, model).classify.epochs
+        return tokens * EPOCH_COST * epochs / self.tokens_per_s
 
     def _scored(self) -> dict[Piece, tuple[Split, str]]:
         """One piece per split and model."""

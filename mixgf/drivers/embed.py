@@ -100,7 +100,7 @@ def _worker(config: Config, corpus_uri: str, weights: str, uri: str) -> Callable
                 precision=precision,
             )
             flat = pa.array(vectors.reshape(-1), pa.float32())
-            column = pa.FixedSizeListArray.from_arrays(flat, encoder.row.dim)
+            column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
             storage.write_table(storage.join(uri, "shards", _name(shard)), pa.table({"vector": column}))
             return len(cells)
 
