@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -250,28 +249,34 @@ def _actors(row: config.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
     checkpoint.publish(weights, record, model, vocabulary=corpus.vocabulary.hash, tokens=config.Tokens(max_len=length))
     settings = config.Config(
         output=folder,
+        compute=config.Compute(num_workers=3),  # room for both pools
         perturb=config.Perturb(max_cells=0, operations=("delete",), max_genes=16, block_cells=1, block_genes=4),
     )
     plan = targets.design(corpus, settings)
     units = [unit for unit in perturb.units(plan, corpus, settings.perturb) if unit.operation != "embed"]
     states = np.ones((len(plan.states), row.dim))
     sentences = round(sum(unit.cost for unit in units) / length)
-    wall = {}
-    with session(settings):
-        for size in (1, 2):
-            make = partial(
+    items = {unit.key: (unit, states) for unit in units}
+
+    def pool(size: int) -> Pool:
+        return Pool(
+            partial(
                 perturb.Scorer, settings, corpus=corpus.uri, weights=weights, folder=storage.join(folder, str(size))
-            )
-            with Pool(make, Size(min_actors=size, max_actors=size)) as pool:
-                while pool.num_up < size:  # until all are loaded
-                    pool.run({unit.key: (unit, states) for unit in units}, lambda *_: None)
-                began = time.perf_counter()
-                pool.run({unit.key: (unit, states) for unit in units}, lambda *_: None)
-                wall[size] = time.perf_counter() - began
-    yield Figure(
-        figure="stage, 2 actors / 1 (wall, parts written)", unit="sentences/s", value=sentences / wall[2],
-        baseline=sentences / wall[1], ratio=wall[1] / wall[2],
-    )  # fmt: skip
+            ),
+            Size(min_actors=size, max_actors=size),
+        )
+
+    with session(settings), pool(1) as one, pool(2) as two:
+        for made, size in ((one, 1), (two, 2)):
+            while made.num_up < size:  # until all are loaded
+                made.run(items, lambda *_: None)
+        works: dict[str, Callable[[], object]] = {
+            "one": lambda: one.run(items, lambda *_: None), "two": lambda: two.run(items, lambda *_: None),
+        }  # fmt: skip
+        times = interleaved(works, repeats=1 if quick else 3)
+    yield rate(
+        "stage, 2 actors / 1 (wall, parts written)", "sentences/s", sentences, times=times, key="two", against="one"
+    )
 
 
 def _on_gpu(*, quick: bool) -> Iterator[Figure]:
