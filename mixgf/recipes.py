@@ -252,7 +252,7 @@ def table() -> Config:
             seeds=5,
             tuned_seeds=1,
             models=(
-                *("finetune", "knn", "probe", "centroid", "knn@untrained", "probe@untrained"),
+                *("finetune", "tuned", "knn", "probe", "centroid", "knn@untrained", "probe@untrained"),
                 *("majority", "hvg_logreg", "pca_knn", "pseudobulk", "rank_pca", "scvi"),
             ),
             label_shares=(0.01, 0.05, 0.1),
