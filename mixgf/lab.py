@@ -47,7 +47,7 @@ def section(run: Run) -> Section:
         blocks.append(
             Picture(
                 sweep_figures.pareto(means, "sweep-pareto"),
-                "Zero-shot against fine-tuned, arms trained to the end. Diamonds: no arm is better in both.",
+                "Zero-shot against fine-tuned, arms trained to the end. Diamonds: no arm is better in both; the table above has all.",
             )
         )
     interactions = run.tables.get("interactions")

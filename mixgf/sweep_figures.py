@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from mixgf.figures import FAINT, INK, SOFT, SPECIES_COLORS, canvas
+from mixgf.sweep import BASE
 
 
 def forest(effects: pd.DataFrame, titles: dict[str, str], name: str) -> str:
@@ -37,7 +38,7 @@ def forest(effects: pd.DataFrame, titles: dict[str, str], name: str) -> str:
 
 
 def pareto(means: pd.DataFrame, name: str) -> str:
-    """Zero-shot against fine-tuned, one point per arm with its range over seeds; those that no other beats in both are named.
+    """Zero-shot against fine-tuned, one point per arm with its range over seeds; those that no other beats in both, and the base, are named.
 
     Args:
         means: name, score, finetuned, and score_low, score_high, finetuned_low, finetuned_high (range over seeds).
@@ -51,15 +52,11 @@ def pareto(means: pd.DataFrame, name: str) -> str:
         axes.vlines(x, means["finetuned_low"], means["finetuned_high"], color=FAINT, linewidth=1)
         axes.plot(x[~front], y[~front], "o", color=SOFT, markersize=5)
         axes.plot(x[front], y[front], "D", color=SPECIES_COLORS[1], markersize=6)
-        for i, text in enumerate(means["name"]):
+        for i in [i for i, text in enumerate(means["name"]) if front[i] or text == BASE]:
             axes.annotate(
-                text,
-                (x[i], y[i]),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=7,
+                means["name"].iloc[i], (x[i], y[i]), xytext=(6, 5), textcoords="offset points", fontsize=8,
                 color=INK if front[i] else SOFT,
-            )
+            )  # fmt: skip
         axes.set(xlabel="zero-shot macro F1 (mean over seeds; line: range)", ylabel="fine-tuned accuracy")
         axes.margins(x=0.2, y=0.12)
     return out[0]
