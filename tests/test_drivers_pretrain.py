@@ -82,7 +82,8 @@ def test_two_ray_workers_see_every_cell_once_and_give_the_losses_of_one(ray_loca
     ours = trace(train.History(pretrain.run(two), 8).rows)
     assert ours.keys() == local[0].keys()
     for key, value in local[0].items():
-        assert ours[key] == pytest.approx(value, rel=1e-5), key
+        # the contrast is what is left of scores of up to 1 / temperature = 20, which float32 rounds by 1e-6
+        assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-7 if key[1] == "contrast" else 0), key
 
 
 @pytest.mark.parametrize("dies", ["before", "amid"])
