@@ -12,7 +12,7 @@ from scipy import sparse
 
 from mixgf import artifacts, config, report, storage, tracking
 from mixgf.config import Classify, Compute, Config, Model, Source, Tokens, Tracking, Train, Tune, UserError, Vocab
-from mixgf.drivers import dispatch, prepare, tune
+from mixgf.drivers import dispatch, prepare, trials, tune
 from mixgf.progress import Progress
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
@@ -27,7 +27,9 @@ def cells(name, folder, each):
         {"cell_type": labels[rows], "organ": "pancreas", "donor": [f"{name}{i % 3}" for i in range(len(rows))]}
     )
     obs.index = [f"{name}{i}" for i in range(len(rows))]
-    x = sparse.csr_matrix(data.X)[rows].astype(np.int32)
+    x = sparse.csr_matrix(
+        (data.X.data.astype(np.int32), data.X.indices.astype(np.int32), data.X.indptr), shape=data.shape
+    )[rows]
     path = folder / f"{name}.h5ad"
     anndata.AnnData(x, obs=obs, var=data.var[["ensembl_id"]]).write_h5ad(path)
     return Source(uri=str(path), species=name, name=name)
@@ -65,7 +67,7 @@ def undisturbed(base, tmp_path_factory):
     """The sweep by the plain loop, registered."""
     settings = at(base, tmp_path_factory.mktemp("plain"))
     return replace(settings, tune=replace(settings.tune, register="pancreas")), tune.run(
-        replace(settings, tune=replace(settings.tune, register="pancreas")), engine=tune.PLAIN
+        replace(settings, tune=replace(settings.tune, register="pancreas")), engine=trials.PLAIN
     )
 
 
@@ -143,9 +145,9 @@ def test_a_sweep_killed_anywhere_goes_on_and_ends_the_same_with_nothing_done_twi
             if len(done) == limit:
                 raise KeyboardInterrupt
             done.append((uri, until))
-            tune.train_here(run, corpus, uri, identity, num_steps=num_steps, tracked=tracked, until=until)
+            trials.train_here(run, corpus, uri, identity, num_steps=num_steps, tracked=tracked, until=until)
 
-        return replace(tune.PLAIN, train=train)
+        return replace(trials.PLAIN, train=train)
 
     with pytest.raises(KeyboardInterrupt):
         tune.run(settings, engine=counting(after))
@@ -161,7 +163,7 @@ def test_ray_tune_gives_what_the_plain_loop_gives(ray_local, base, undisturbed, 
     settings = at(base, tmp_path)
     few = replace(settings, tune=replace(settings.tune, space=SPACE[:1], seeds=1, rungs=(1.0,), finetune=False))
     there = at(base, tmp_path / "plain", tune=few.tune)
-    assert tables(tune.run(few)) == tables(tune.run(there, engine=tune.PLAIN))
+    assert tables(tune.run(few)) == tables(tune.run(there, engine=trials.PLAIN))
 
 
 @pytest.mark.ray
@@ -186,14 +188,15 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp
         ({"tune": replace(settings.tune, space=("model.max_positions=[16]",))}, "tune.space"),
     ):
         with pytest.raises(UserError, match=said):
-            tune.run(replace(settings, **changes), engine=tune.PLAIN)
+            tune.run(replace(settings, **changes), engine=trials.PLAIN)
     assert not storage.exists(f"{settings.output}/tune/record.json")
 
 
 def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path):
-    settings = at(base, tmp_path)
+    """And the base's corpus is prepared, too, where there is none."""
+    settings = replace(at(base, tmp_path), inputs=config.Inputs())
     other = replace(settings.tune, space=('tokens.scaling=["multiply"]',), seeds=1, rungs=(1.0,), finetune=False)
-    uri = tune.run(replace(settings, tune=other), engine=tune.PLAIN)
+    uri = tune.run(replace(settings, tune=other), engine=trials.PLAIN)
     board = storage.read_table(f"{uri}/arms.parquet").to_pandas()
     assert board["name"].tolist() == ["base", "scaling=multiply"]
     corpora = storage.list_dir(f"{uri}/corpora")
@@ -204,7 +207,7 @@ def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path
 
 
 def test_progress_counts_trainings():
-    shown = tune._Shown(2, tune.Meter("tune", "run"))
+    shown = trials._Shown(2, trials.Meter("tune", "run"))
     shown.ended()
     assert isinstance(shown._progress, Progress)
     shown.close()

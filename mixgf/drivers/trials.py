@@ -1,0 +1,261 @@
+"""One training of a sweep, and who does it: Ray Tune with a Ray Train group per trial, or a plain loop.
+
+What a trial found at a rung is a part in storage, beside its training's checkpoints, so whoever comes next makes only what is
+missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from mixgf import artifacts, checkpoint, classify, judge, scores, splits, storage, tracking
+from mixgf.config import Config, UserError, from_dict, to_dict
+from mixgf.dataset import Corpus
+from mixgf.drivers import dispatch, prepare, pretrain
+from mixgf.drivers.metrics import Meter
+from mixgf.drivers.session import session
+from mixgf.model import MaskedModel
+from mixgf.objectives import Pretraining
+from mixgf.progress import Progress
+from mixgf.splits import Labelled, Split
+from mixgf.train import LocalContext, fit
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One training of one arm, as plain data that travels to its process."""
+
+    arm: str
+    """Key of the arm."""
+    name: str
+    """Of the arm, for people."""
+    seed: int
+    """Number of the repetition, from 0."""
+    config: dict[str, Any]
+    """The arm's config with the trial's seed and corpus."""
+    uri: str
+    """Its folder."""
+    steps: tuple[int, ...]
+    """Its rungs."""
+    base_seed: int
+    """Of the sweep: splits and draws of the judge are the same for all trials."""
+
+    def part(self, rung: int) -> str:
+        """URI of what the judge found at a rung (its number)."""
+        return storage.join(self.uri, f"rung-{rung}.parquet")
+
+    @property
+    def failed(self) -> str:
+        """URI of why the training cannot be done, if so."""
+        return storage.join(self.uri, "failed.json")
+
+
+Spread = Callable[["Search", Sequence[Trial], range], None]
+"""Brings trials through rungs, in any order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """Who does the work of a sweep; the result does not depend on it."""
+
+    spread: Spread
+    train: Callable[..., None]
+    """As `drivers.pretrain.train`."""
+    prepare: Callable[[Config], str]
+    session: Callable[[Config], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """A sweep while it runs."""
+
+    config: Config
+    engine: Engine
+    tracked: tracking.Run
+    meter: Meter
+
+
+def judged(config: Config, corpus: Corpus, seed: int) -> tuple[Labelled, list[Split]]:
+    """The cells and splits that an arm is judged on."""
+    settings = replace(config.classify, splits=config.tune.splits, seeds=1)
+    table = judge.sample(classify.labelled(corpus, settings), config.tune.cells, seed)
+    return table, splits.make(table, settings, seed=seed)
+
+
+def work(trial: Trial, rung: int, engine: Engine, parent: tracking.Run) -> float:
+    """Train a trial to a rung and judge it there; what is there is not made again. Returns the score; NaN = it failed."""
+    config = from_dict(Config, trial.config)
+    if storage.exists(trial.failed):
+        return float("nan")
+    if not storage.exists(trial.part(rung)):
+        corpus = Corpus(config.inputs.corpus)
+        record = pretrain.planned(config, corpus)
+        own = artifacts.plan("trial", SCHEMA, {"trial": record.fingerprint, "sweep": parent.id}, {}).fingerprint
+        params = to_dict(config) | {"arm": trial.name}
+        name = f"{trial.name} (seed {trial.seed})"
+        with tracking.stage(config, name, params, own, parent=parent.id) as tracked:
+            _rung(trial, rung, engine.train, config=config, corpus=corpus, identity=record.fingerprint, tracked=tracked)
+    if storage.exists(trial.failed):
+        return float("nan")
+    frame = storage.read_table(trial.part(rung)).to_pandas()
+    return judge.objective(frame, config.tune.splits, config.tune.judge)
+
+
+def _rung(
+    trial: Trial,
+    rung: int,
+    train: Callable[..., None],
+    *,
+    config: Config,
+    corpus: Corpus,
+    identity: str,
+    tracked: tracking.Run,
+) -> None:
+    step, uri = trial.steps[rung], storage.join(trial.uri, "pretrain")
+    task = Pretraining(config, corpus)
+    try:
+        train(config, corpus.uri, uri, identity, num_steps=task.num_steps, tracked=tracked, until=step)
+    except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
+        storage.write_json(trial.failed, {"why": str(error)})
+        return
+    model = MaskedModel(config.model, corpus.vocabulary.size)
+    checkpoint.load_step_weights(uri, step, model)
+    table, made = judged(config, corpus, trial.base_seed)
+    found = judge.zero_shot(model.encoder, corpus, table, made, run=config, seed=trial.base_seed)
+    if rung == len(trial.steps) - 1 and config.tune.finetune:
+        found = pd.concat([found, _finetuned(model, corpus, table, config, trial.base_seed)], ignore_index=True)
+    tracked.log(_figures(found, config), step)
+    storage.write_table(trial.part(rung), pa.Table.from_pandas(found.assign(step=step), preserve_index=False))
+
+
+def _finetuned(model: MaskedModel, corpus: Corpus, table: Labelled, config: Config, seed: int) -> pd.DataFrame:
+    """Scores of the fine-tuned encoder on random splits, in the layout of the judge."""
+    rows = []
+    start = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    for split in splits.make(table, replace(config.classify, splits=("random",), seeds=1), seed=seed):
+        model.encoder.load_state_dict(start)
+        tuned = classify.finetune(model.encoder, corpus, table, split, run=config, context=LocalContext())
+        true_M, said_M = split.ids(table.labels[split.test]), tuned.probabilities.argmax(1).astype(np.int64)
+        totals = scores.totals(scores.confusion(true_M, said_M, len(split.classes)))
+        rows += [
+            (split.kind, split.group, split.direction, "finetune", name, float(totals[name]))
+            for name in ("macro_f1", "accuracy")
+        ]
+    return pd.DataFrame(rows, columns=judge.COLUMNS)
+
+
+def _figures(found: pd.DataFrame, config: Config) -> dict[str, float]:
+    """What MLflow compares trials by."""
+    figures = {"score": judge.objective(found, config.tune.splits, config.tune.judge)}
+    for (model, split, metric), part in found.groupby(["model", "split", "metric"], sort=True):
+        figures[f"{model}/{split}/{metric}" if model != "space" else str(metric)] = float(part["value"].mean())
+    return figures
+
+
+# Ray Tune, or a plain loop
+
+
+def ray_tune(search: Search, trials: Sequence[Trial], rungs: range) -> None:
+    """Run trials under Ray Tune, `tune.concurrent` at a time, each to the last of `rungs`."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    config, engine, tracked = search.config, search.engine, search.tracked
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has it all
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # which prints a table however quiet it is told to be
+    scheduler = None
+    if len(rungs) > 1:
+        scheduler = ASHAScheduler(
+            time_attr="rung", max_t=len(rungs), grace_period=1, reduction_factor=max(2, round(1 / config.tune.keep))
+        )
+    scratch = tempfile.mkdtemp(prefix="mixgf-tune-")  # Ray's own bookkeeping; ours is in the output
+    given = {str(i): trial for i, trial in enumerate(trials)}
+
+    def trainable(chosen: dict[str, Any]) -> None:
+        trial = given[chosen["trial"]]
+        for rung in rungs:
+            score = work(trial, min(rung, len(trial.steps) - 1), engine, tracked)
+            tune.report({"score": score, "rung": rung + 1})
+
+    shown = _Shown(len(trials), search.meter)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"CPU": 0.01}),
+        param_space={"trial": tune.grid_search(list(given))},
+        tune_config=tune.TuneConfig(
+            metric="score", mode="max", max_concurrent_trials=config.tune.concurrent, scheduler=scheduler
+        ),
+        run_config=tune.RunConfig(
+            name="sweep", storage_path=scratch, verbose=0, callbacks=[shown.callback()],
+            failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
+        ),
+    )  # fmt: skip
+    try:
+        found = tuner.fit()
+    finally:
+        shown.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+    if found.num_errors:
+        raise found.errors[0]
+
+
+def loop(search: Search, trials: Sequence[Trial], rungs: range) -> None:
+    """The plain loop: what Ray must equal."""
+    for trial in trials:
+        for rung in rungs:
+            work(trial, min(rung, len(trial.steps) - 1), search.engine, search.tracked)
+
+
+def train_here(
+    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run, until: int = 0
+) -> None:
+    """`drivers.pretrain.train` in this process."""
+    found = Corpus(corpus)
+    model = MaskedModel(config.model, found.vocabulary.size, seed=config.seed)
+    fit(model, Pretraining(config, found), config.train, LocalContext(), uri=uri, identity=identity, until=until)
+
+
+RAY = Engine(spread=ray_tune, train=pretrain.train, prepare=prepare.run, session=session)
+PLAIN = Engine(
+    spread=loop, train=train_here, prepare=partial(prepare.run, spread=dispatch.loop), session=lambda _: nullcontext()
+)
+
+
+class _Shown:
+    """Progress of a sweep's trials."""
+
+    def __init__(self, total: int, meter: Meter) -> None:
+        self._progress, self._total, self._done, self._meter = Progress("tune", total, "trainings"), total, 0, meter
+
+    def close(self) -> None:
+        self._progress.close()
+
+    def callback(self) -> Any:
+        from ray.tune import Callback
+
+        shown = self
+
+        class Ended(Callback):  # type: ignore[misc]
+            def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+                shown.ended()
+
+        return Ended()
+
+    def ended(self) -> None:
+        self._done += 1
+        self._progress.update(self._done)
+        self._meter.units(waiting=self._total - self._done, done=self._done)
