@@ -239,11 +239,8 @@ def _run_stage(name: str, config: Config) -> str:
         return weights.export(config)
     import importlib
 
-    from mixgf.drivers.session import session
-
     driver = importlib.import_module(f"mixgf.drivers.{'importer' if name == 'import' else name}")
-    with session(config):
-        return str(driver.run(config))
+    return str(driver.run(config))
 
 
 def _refused(uri: str) -> int:

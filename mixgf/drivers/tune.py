@@ -51,8 +51,8 @@ def run(config: Config, *, engine: Engine | None = None) -> str:
 
 
 def _wide(config: Config) -> Config:
-    """The config by whose size a local Ray is started: room for all trials that run at a time."""
-    workers = config.tune.concurrent * config.compute.num_workers
+    """The config by whose size a local Ray is started: room for all trials that run at a time, and for Ray Train's controllers."""
+    workers = config.tune.concurrent * (config.compute.num_workers + 1)
     return replace(config, compute=replace(config.compute, num_workers=workers, min_workers=0))
 
 
