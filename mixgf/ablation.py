@@ -18,6 +18,7 @@ from scipy import stats as distributions
 
 from mixgf import judge, stats, sweep
 from mixgf.config import Config, Tune
+from mixgf.contenders import HEADS
 from mixgf.known import Estimate
 from mixgf.sweep import Arm
 
@@ -31,7 +32,6 @@ METRICS = {
     "uniformity": "uniformity",
 }
 """Columns of the board that arms are compared by, and their names for readers."""
-CONTRAST = "objective.contrast_weight"
 NUM_DRAWS = 2000
 
 
@@ -51,7 +51,7 @@ def board(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
             row[name] = _mean(part, "finetune", metric)
         for metric in ("alignment", "uniformity"):
             row[metric] = _mean(part, "space", metric)
-        for head, kind in itertools.product(judge.HEADS, settings.splits):
+        for head, kind in itertools.product(HEADS, settings.splits):
             row[f"{head}/{kind}"] = _mean(part[part["split"] == kind], head, "macro_f1")
         rows.append(row)
     return pd.DataFrame(rows)

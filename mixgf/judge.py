@@ -9,7 +9,7 @@ Shapes: N judged cells, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,12 @@ import torch
 
 from mixgf import classify, embed, objectives, scores, splits, views
 from mixgf.config import Config
+from mixgf.contenders import HEADS
 from mixgf.dataset import Corpus, Packed
 from mixgf.model import Encoder
 from mixgf.splits import Labelled, Split
+from mixgf.train import LocalContext
 
-HEADS = ("knn", "probe", "centroid")
 COLUMNS = ["split", "group", "direction", "model", "metric", "value"]
 SUBSAMPLE = 0.8
 """Share of its genes that the second view of a cell keeps, for the alignment."""
@@ -41,8 +42,7 @@ def sample(table: Labelled, number: int, seed: int) -> Labelled:
         chosen = mine[splits.keyed_order(table.names[mine], _DRAW, seed, groups[i])[:share]]
         rows.append(chosen)
         left -= len(chosen)
-    kept = np.sort(np.concatenate(rows))
-    return replace(table, **{f.name: getattr(table, f.name)[kept] for f in fields(table)})
+    return table.only(np.sort(np.concatenate(rows)))
 
 
 def zero_shot(
@@ -73,19 +73,40 @@ def zero_shot(
     vectors_ND = embedded(corpus)
     a_ND, b_ND = torch.from_numpy(vectors_ND), torch.from_numpy(embedded(_Thinned(corpus, seed)))
     figures = {"alignment": objectives.alignment(a_ND, b_ND), "uniformity": objectives.uniformity(a_ND)}
-    rows = [("all", "", "", "space", name, float(value)) for name, value in figures.items()]
+    rows: list[tuple[object, ...]] = [("all", "", "", "space", name, float(value)) for name, value in figures.items()]
     for split in made:
-        true_M = split.ids(table.labels[split.test])
+        train_ND, test_MD = vectors_ND[split.train], vectors_ND[split.test]
         for head in HEADS:
-            p_MC = classify.frozen(
-                head, vectors_ND[split.train], vectors_ND[split.test], table=table, split=split, settings=run.classify
-            )
-            totals = scores.totals(scores.confusion(true_M, p_MC.argmax(1).astype(np.int64), len(split.classes)))
-            rows += [
-                (split.kind, split.group, split.direction, head, name, float(totals[name]))
-                for name in ("macro_f1", "accuracy")
-            ]
+            p_MC = classify.frozen(head, train_ND, test_MD, table=table, split=split, settings=run.classify)
+            rows += _scored(split, head, table, p_MC)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, *, run: Config, seed: int) -> pd.DataFrame:
+    """Scores of the encoder fine-tuned by `classify` on random splits, in the layout of `zero_shot`; the encoder is changed.
+
+    Args:
+        encoder: Where each fine-tuning starts.
+        corpus: The sentences.
+        table: The judged cells.
+        run: The arm's config.
+        seed: Of the splits; the same for all arms.
+    """
+    rows = []
+    start = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    for split in splits.make(table, replace(run.classify, splits=("random",), seeds=1), seed=seed):
+        encoder.load_state_dict(start)
+        tuned = classify.finetune(encoder, corpus, table, split, run=run, context=LocalContext())
+        rows += _scored(split, "finetune", table, tuned.probabilities)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _scored(split: Split, model: str, table: Labelled, p_MC: npt.NDArray[np.floating]) -> list[tuple[object, ...]]:
+    """Rows of `COLUMNS` for class probabilities of the test cells."""
+    matrix = scores.confusion(split.ids(table.labels[split.test]), p_MC.argmax(1).astype(np.int64), len(split.classes))
+    totals = scores.totals(matrix)
+    key = split.kind, split.group, split.direction, model
+    return [(*key, name, float(totals[name])) for name in ("macro_f1", "accuracy")]
 
 
 class _Thinned:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mixgf import keyed
-from mixgf.config import Config, UserError, fingerprint, from_dict, override, to_dict
+from mixgf.config import Config, UserError, fingerprint, override, to_dict
 
 _RANDOM = 0x54554E45
 """Key of the draw of `tune.search = random`."""
-_OF_CONTRAST = ("view", "temperature", "gather", "subsample_fraction")
+_OF_CONTRAST = ("view", "temperature", "gather", "subsample_fraction", "pooling")
 """Fields of the objective that nothing looks at without a contrast."""
 BASE = "base"
 """Name of the arm that the others are compared with: the config as it is."""
@@ -118,14 +118,10 @@ def make(config: Config, changes: Mapping[str, Any]) -> Arm:
 def _canonical(changed: Config, base: Config) -> Config:
     """Without a contrast, what only the contrast looks at is as in the base."""
     o = changed.objective
-    if o.contrast_weight > 0 or o.simcsepp_weight > 0:
+    if o.contrast_weight > 0 or o.simcsepp_weight > 0 or o.ortholog_weight > 0:
         return changed
-    data = to_dict(changed)
-    for name in _OF_CONTRAST if o.ortholog_weight == 0 else ():
-        data["objective"][name] = getattr(base.objective, name)
-    if o.ortholog_weight == 0:
-        data["objective"]["pooling"] = base.objective.pooling
-    return from_dict(Config, data)
+    kept = {name: getattr(base.objective, name) for name in _OF_CONTRAST}
+    return replace(changed, objective=replace(o, **kept))
 
 
 def _text(value: Any) -> str:

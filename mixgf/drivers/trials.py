@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf import artifacts, checkpoint, classify, judge, scores, splits, storage, tracking
-from mixgf.config import Config, UserError, from_dict, to_dict
+from mixgf import artifacts, checkpoint, classify, judge, splits, storage, tracking
+from mixgf.config import Config, Tune, UserError, from_dict, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers import dispatch, prepare, pretrain
 from mixgf.drivers.metrics import Meter
@@ -50,9 +49,13 @@ class Trial:
     uri: str
     """Its folder."""
     steps: tuple[int, ...]
-    """Its rungs."""
+    """Its rungs; the last is the end."""
     base_seed: int
     """Of the sweep: splits and draws of the judge are the same for all trials."""
+
+    def at(self, rung: int) -> int:
+        """Number of its rung at a rung of the sweep: so short a training has fewer."""
+        return min(rung, len(self.steps) - 1)
 
     def part(self, rung: int) -> str:
         """URI of what the judge found at a rung (its number)."""
@@ -98,6 +101,7 @@ def judged(config: Config, corpus: Corpus, seed: int) -> tuple[Labelled, list[Sp
 
 def work(trial: Trial, rung: int, engine: Engine, parent: tracking.Run) -> float:
     """Train a trial to a rung and judge it there; what is there is not made again. Returns the score; NaN = it failed."""
+    rung = trial.at(rung)
     config = from_dict(Config, trial.config)
     if storage.exists(trial.failed):
         return float("nan")
@@ -111,8 +115,12 @@ def work(trial: Trial, rung: int, engine: Engine, parent: tracking.Run) -> float
             _rung(trial, rung, engine.train, config=config, corpus=corpus, identity=record.fingerprint, tracked=tracked)
     if storage.exists(trial.failed):
         return float("nan")
-    frame = storage.read_table(trial.part(rung)).to_pandas()
-    return judge.objective(frame, config.tune.splits, config.tune.judge)
+    return score(trial, rung, config.tune)
+
+
+def score(trial: Trial, rung: int, settings: Tune) -> float:
+    """What decides about a trial that was judged at a rung."""
+    return judge.objective(storage.read_table(trial.part(rung)).to_pandas(), settings.splits, settings.judge)
 
 
 def _rung(
@@ -126,9 +134,8 @@ def _rung(
     tracked: tracking.Run,
 ) -> None:
     step, uri = trial.steps[rung], storage.join(trial.uri, "pretrain")
-    task = Pretraining(config, corpus)
     try:
-        train(config, corpus.uri, uri, identity, num_steps=task.num_steps, tracked=tracked, until=step)
+        train(config, corpus.uri, uri, identity, num_steps=trial.steps[-1], tracked=tracked, until=step)
     except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
         storage.write_json(trial.failed, {"why": str(error)})
         return
@@ -137,25 +144,10 @@ def _rung(
     table, made = judged(config, corpus, trial.base_seed)
     found = judge.zero_shot(model.encoder, corpus, table, made, run=config, seed=trial.base_seed)
     if rung == len(trial.steps) - 1 and config.tune.finetune:
-        found = pd.concat([found, _finetuned(model, corpus, table, config, trial.base_seed)], ignore_index=True)
+        tuned = judge.finetuned(model.encoder, corpus, table, run=config, seed=trial.base_seed)
+        found = pd.concat([found, tuned], ignore_index=True)
     tracked.log(_figures(found, config), step)
     storage.write_table(trial.part(rung), pa.Table.from_pandas(found.assign(step=step), preserve_index=False))
-
-
-def _finetuned(model: MaskedModel, corpus: Corpus, table: Labelled, config: Config, seed: int) -> pd.DataFrame:
-    """Scores of the fine-tuned encoder on random splits, in the layout of the judge."""
-    rows = []
-    start = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
-    for split in splits.make(table, replace(config.classify, splits=("random",), seeds=1), seed=seed):
-        model.encoder.load_state_dict(start)
-        tuned = classify.finetune(model.encoder, corpus, table, split, run=config, context=LocalContext())
-        true_M, said_M = split.ids(table.labels[split.test]), tuned.probabilities.argmax(1).astype(np.int64)
-        totals = scores.totals(scores.confusion(true_M, said_M, len(split.classes)))
-        rows += [
-            (split.kind, split.group, split.direction, "finetune", name, float(totals[name]))
-            for name in ("macro_f1", "accuracy")
-        ]
-    return pd.DataFrame(rows, columns=judge.COLUMNS)
 
 
 def _figures(found: pd.DataFrame, config: Config) -> dict[str, float]:
@@ -189,8 +181,7 @@ def ray_tune(search: Search, trials: Sequence[Trial], rungs: range) -> None:
     def trainable(chosen: dict[str, Any]) -> None:
         trial = given[chosen["trial"]]
         for rung in rungs:
-            score = work(trial, min(rung, len(trial.steps) - 1), engine, tracked)
-            tune.report({"score": score, "rung": rung + 1})
+            tune.report({"score": work(trial, rung, engine, tracked), "rung": rung + 1})
 
     shown = _Shown(len(trials), search.meter)
     tuner = tune.Tuner(
@@ -217,7 +208,7 @@ def loop(search: Search, trials: Sequence[Trial], rungs: range) -> None:
     """The plain loop: what Ray must equal."""
     for trial in trials:
         for rung in rungs:
-            work(trial, min(rung, len(trial.steps) - 1), search.engine, search.tracked)
+            work(trial, rung, search.engine, search.tracked)
 
 
 def train_here(

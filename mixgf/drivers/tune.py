@@ -15,11 +15,11 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from mixgf import ablation, artifacts, card, checkpoint, judge, storage, sweep, tracking
+from mixgf import ablation, artifacts, card, checkpoint, storage, sweep, tracking
 from mixgf.config import Config, UserError, fingerprint, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.metrics import watch
-from mixgf.drivers.trials import RAY, SCHEMA, Engine, Search, Trial, judged
+from mixgf.drivers.trials import RAY, SCHEMA, Engine, Search, Trial, judged, score
 from mixgf.objectives import Pretraining
 from mixgf.progress import say, warn
 from mixgf.sweep import Arm
@@ -34,17 +34,17 @@ def run(config: Config, *, engine: Engine | None = None) -> str:
     uri = storage.join(config.output, "tune")
     arms = sweep.arms(config)
     with engine.session(_wide(config)):
-        corpora = {arm.key: _corpus(config, arm, uri, engine) for arm in arms}
+        corpora = _corpora(config, arms, uri, engine)
         record = _plan(config, arms, corpora)
         if not artifacts.begin(uri, record):
             say(f"tune: {uri} is already there")
             return uri
-        _check(config, arms, corpora)
+        steps = _check(config, arms, corpora)
         with (
             tracking.stage(config, "tune", to_dict(config), record.fingerprint) as tracked,
             watch(config, "tune", tracked, uri) as watched,
         ):
-            trials = _trials(config, arms, corpora, uri)
+            trials = _trials(config, arms, corpora, steps=steps, uri=uri)
             _search(Search(config=config, engine=engine, tracked=tracked, meter=watched.meter), arms, trials)
             _publish(config, uri, record, arms, trials, tracked=tracked)
     return uri
@@ -56,19 +56,29 @@ def _wide(config: Config) -> Config:
     return replace(config, compute=replace(config.compute, num_workers=workers, min_workers=0))
 
 
-def _corpus(config: Config, arm: Arm, uri: str, engine: Engine) -> str:
-    """The corpus of an arm: the sweep's own, or one that is prepared under the sweep's folder."""
-    data, base = to_dict(arm.config), to_dict(config)
-    changed = {name: data[name] for name in _TOKENS if data[name] != base[name]}
-    if not changed and (config.inputs.corpus or not config.sources):
+def _corpora(config: Config, arms: Sequence[Arm], uri: str, engine: Engine) -> dict[str, str]:
+    """The corpus of each arm, by its key; arms with the same sentences have the same one, made once."""
+    base, made, found = to_dict(config), dict[str, str](), {}
+    for arm in arms:
+        data = to_dict(arm.config)
+        changed = {name: data[name] for name in _TOKENS if data[name] != base[name]}
+        name = fingerprint(changed)[:10] if changed else ""
+        if name not in made:
+            made[name] = _corpus(config, arm, storage.join(uri, "corpora", name) if changed else "", engine)
+        found[arm.key] = made[name]
+    return found
+
+
+def _corpus(config: Config, arm: Arm, own: str, engine: Engine) -> str:
+    """The sweep's corpus, or with `own` one that is prepared there for an arm; either is made where it is not there."""
+    if not own and (config.inputs.corpus or not config.sources):
         return config.inputs.corpus or storage.join(config.output, "corpus")
-    if not changed:
+    if not own:
         return engine.prepare(config)
     if not config.sources:
         msg = (f"tune.space: {arm.name} needs a corpus of its own, and there are no sources to make it from; "
                "give them as for `mixgf prepare`: mixgf tune human=... mouse=...")  # fmt: skip
         raise UserError(msg)
-    own = storage.join(uri, "corpora", fingerprint(changed)[:10])
     tracked = replace(config.tracking, uri=tracking.uri(config))
     return engine.prepare(replace(arm.config, output=own, tracking=tracked))
 
@@ -86,15 +96,17 @@ def _plan(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> artif
     return artifacts.plan(ablation.KIND, SCHEMA, content, parents)
 
 
-def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> None:
-    """Refuse what would fail later: splits that cannot be made, arms that cannot be trained."""
+def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    """Refuse what would fail later: splits that cannot be made, arms that cannot be trained; returns each arm's rungs."""
+    opened = {uri: Corpus(uri) for uri in dict.fromkeys(corpora.values())}
+    steps = {}
     for arm in arms:
-        corpus = Corpus(corpora[arm.key])
-        Pretraining(arm.config, corpus)
+        corpus = opened[corpora[arm.key]]
+        steps[arm.key] = tuple(sweep.rungs(config, Pretraining(arm.config, corpus).num_steps))
         if int(corpus.lengths_N.max(initial=0)) > arm.config.model.max_positions:
             msg = f"tune.space: {arm.name}: the corpus has cells of {corpus.lengths_N.max()} tokens, model.max_positions is {arm.config.model.max_positions}"
             raise UserError(msg)
-    table, made = judged(arms[0].config, Corpus(corpora[arms[0].key]), config.seed)
+    table, made = judged(arms[0].config, opened[corpora[arms[0].key]], config.seed)
     absent = [kind for kind in config.tune.splits if kind not in {split.kind for split in made}]
     if absent:
         warn(f"tune.splits: {', '.join(absent)} cannot be made of these cells, and counts nothing")
@@ -102,20 +114,21 @@ def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> None
     say(
         f"tune: {len(arms)} arms x {config.tune.seeds} seeds, judged on {len(table):,} cells in {tasks} tasks ({', '.join(config.tune.splits)})"
     )
+    return steps
 
 
-def _trials(config: Config, arms: Sequence[Arm], corpora: dict[str, str], uri: str) -> list[Trial]:
+def _trials(
+    config: Config, arms: Sequence[Arm], corpora: dict[str, str], *, steps: dict[str, tuple[int, ...]], uri: str
+) -> list[Trial]:
     made = []
     for seed in range(config.tune.seeds):
         for number, arm in enumerate(arms):
-            corpus = Corpus(corpora[arm.key])
             own = replace(arm.config, seed=config.seed + seed, inputs=replace(config.inputs, corpus=corpora[arm.key]))
-            task = Pretraining(own, corpus)
             made.append(
                 Trial(
                     arm=arm.key, name=arm.name, seed=seed, config=to_dict(own),
                     uri=storage.join(uri, "trials", f"{number:03d}-{arm.key[:8]}-{seed}"),
-                    steps=tuple(sweep.rungs(config, task.num_steps)), base_seed=config.seed,
+                    steps=steps[arm.key], base_seed=config.seed,
                 )
             )  # fmt: skip
     return made
@@ -149,17 +162,15 @@ def _search(search: Search, arms: Sequence[Arm], trials: Sequence[Trial]) -> Non
 
 
 def _done(trial: Trial, rung: int) -> bool:
-    return storage.exists(trial.failed) or storage.exists(trial.part(min(rung, len(trial.steps) - 1)))
+    return storage.exists(trial.failed) or storage.exists(trial.part(trial.at(rung)))
 
 
 def _scores(config: Config, arms: Sequence[Arm], trials: Sequence[Trial], rung: int) -> dict[str, list[float]]:
     """Scores at a rung by arm, the failed trainings left out."""
     found: dict[str, list[float]] = {arm.key: [] for arm in arms}
     for trial in trials:
-        part = trial.part(min(rung, len(trial.steps) - 1))
         if not storage.exists(trial.failed):
-            frame = storage.read_table(part).to_pandas()
-            found[trial.arm].append(judge.objective(frame, config.tune.splits, config.tune.judge))
+            found[trial.arm].append(score(trial, trial.at(rung), config.tune))
     return found
 
 
