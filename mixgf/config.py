@@ -12,6 +12,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -744,6 +745,15 @@ def override(config: Config, assignments: list[str]) -> Config:
 def sections() -> list[str]:
     """Names of the nested sections of `Config`."""
     return [k for k, t in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(t)]
+
+
+def flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested plain data by dotted name."""
+    rows: dict[str, Any] = {}
+    for key, value in data.items():
+        name = _join(path, key)
+        rows |= flat(value, name) if isinstance(value, dict) else {name: value}
+    return rows
 
 
 def fingerprint(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mixgf import keyed
-from mixgf.config import Config, UserError, fingerprint, override, to_dict
+from mixgf.config import Config, UserError, fingerprint, flat, override, to_dict
 
 _RANDOM = 0x54554E45
 """Key of the draw of `tune.search = random`."""
@@ -108,7 +108,7 @@ def make(config: Config, changes: Mapping[str, Any]) -> Arm:
         msg = f"tune.space: {error}"
         raise UserError(msg) from None
     changed = _canonical(changed, config)
-    old, new = _flat(to_dict(config)), _flat(to_dict(changed))
+    old, new = flat(to_dict(config)), flat(to_dict(changed))
     differing = tuple((field, new[field]) for field in sorted(new) if new[field] != old[field])
     name = ", ".join(f"{field.rsplit('.', 1)[1]}={_text(value)}" for field, value in differing) or BASE
     part = {name: value for name, value in to_dict(changed).items() if name not in OWN}
@@ -126,17 +126,6 @@ def _canonical(changed: Config, base: Config) -> Config:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{path}.{key}" if path else key
-        if isinstance(value, dict):
-            rows |= _flat(value, name)
-        else:
-            rows[name] = value
-    return rows
 
 
 def rungs(config: Config, num_steps: int) -> list[int]:

@@ -11,15 +11,16 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixgf import storage
-from mixgf.config import Config
+from mixgf.config import Config, flat
 
 if TYPE_CHECKING:
+    from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -76,10 +77,7 @@ class Run:
 
     def log_many(self, rows: list[tuple[int, str, float]]) -> None:
         """Log (step, name, value) rows in batches; values that are not finite are left out."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        finite = [Metric(name, float(value), now, step) for step, name, value in rows if abs(value) < float("inf")]
+        finite = _metrics(rows)
         client = _client(self.uri)
         for i in range(0, len(finite), 1000):
             client.log_batch(self.id, metrics=finite[i : i + 1000])
@@ -111,9 +109,7 @@ class Run:
             params: Flat or nested.
             metrics: Values that are not finite are left out.
         """
-        from mlflow.entities import Metric, Param
-
-        client, now = _client(self.uri), int(time.time() * 1000)
+        client = _client(self.uri)
         ident = client.get_run(self.id).info.experiment_id
         halves = client.search_runs(
             [ident], f"tags.`{_PARENT}` = '{self.id}' and tags.`{_KEY}` = '{key}'", max_results=1
@@ -121,8 +117,8 @@ class Run:
         tags = {_PARENT: self.id, _KEY: key, "mlflow.source.name": "mixgf"}
         run_id = (halves[0] if halves else client.create_run(ident, run_name=name, tags=tags)).info.run_id
         client.log_batch(
-            run_id, params=[Param(k, str(v)[:6000]) for k, v in _flat(params).items()],
-            metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if abs(v) < float("inf")],
+            run_id, params=_params(params),
+            metrics=_metrics([(0, name, value) for name, value in metrics.items()]),
         )  # fmt: skip
         client.set_terminated(run_id)
 
@@ -166,8 +162,6 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
         parent: id of the run that this one belongs under.
     """
     where = uri(config)
-    from mlflow.entities import Param
-
     client = _client(where)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is not None:
@@ -183,7 +177,7 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
         client.update_run(run_id, status="RUNNING")
     else:
         run_id = client.create_run(ident, run_name=name, tags=tags).info.run_id
-        client.log_batch(run_id, params=[Param(k, str(v)[:6000]) for k, v in _flat(params).items()])
+        client.log_batch(run_id, params=_params(params))
     try:
         yield Run(where, run_id)
     except BaseException:
@@ -192,16 +186,23 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
     client.set_terminated(run_id)
 
 
+def _params(params: dict[str, Any]) -> list[Param]:
+    """MLflow's parameters; nested ones get dotted names."""
+    from mlflow.entities import Param
+
+    return [Param(name, str(value)[:6000]) for name, value in flat(params).items()]
+
+
+def _metrics(rows: Iterable[tuple[int, str, float]]) -> list[Metric]:
+    """MLflow's metrics, of now, from (step, name, value) rows; values that are not finite are left out."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(name, float(value), now, step) for step, name, value in rows if abs(value) < float("inf")]
+
+
 def _artifacts(where: str) -> str | None:
     """Beside a SQLite store, a folder of its own; a server has its own."""
     return (
         f"{where.removeprefix('sqlite:///').removesuffix('.db')}-artifacts" if where.startswith("sqlite:///") else None
     )
-
-
-def _flat(params: dict[str, Any], path: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in params.items():
-        name = f"{path}.{key}" if path else key
-        rows |= _flat(value, name) if isinstance(value, dict) else {name: value}
-    return rows
