@@ -9,12 +9,14 @@ unequal is an error that lists the differing fields. Nothing is recomputed or ov
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 import mixgf
 from mixgf import storage
@@ -149,6 +151,15 @@ def summed(uri: str, names: Iterable[str]) -> dict[str, Any]:
     """Bytes and SHA-256 of files of an artifact, as `finish` takes them."""
     uris = {name: storage.join(uri, name) for name in names}
     return {name: {"bytes": storage.size(at), "sha256": storage.sha256(at)} for name, at in uris.items()}
+
+
+def write_tables(uri: str, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
+    """Write tables of an artifact as NAME.parquet; returns their bytes and SHA-256, as `finish` takes them."""
+    files = {}
+    for name, table in tables.items():
+        size, digest = storage.write_table(storage.join(uri, f"{name}.parquet"), table)
+        files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
+    return files
 
 
 def finish(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf import artifacts, storage
+from mixgf import artifacts
 
 
 def index(done: Sequence[tuple[np.ndarray, dict[str, Any]]], species: Sequence[str], known: Sequence[str]) -> pa.Table:
@@ -31,8 +31,5 @@ def publish(
     uri: str, record: artifacts.Record, *, tables: dict[str, pa.Table], counts: dict[str, Any], details: dict[str, Any]
 ) -> artifacts.Record:
     """Write the tables (as NAME.parquet) beside the shards, then the record."""
-    files = {}
-    for name, table in tables.items():
-        size, digest = storage.write_table(storage.join(uri, f"{name}.parquet"), table)
-        files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
+    files = artifacts.write_tables(uri, tables)
     return artifacts.finish(uri, record, counts=counts, files=files, details=details)

@@ -226,7 +226,8 @@ class _Work:
             params |= contenders.reads(model, self.plain)
             tracked.child(f"{model}: {split.name}", key, params, results.figures(found))
 
-        for piece in [p for p in self.scored if p not in set(self.todo)]:
+        todo = set(self.todo)
+        for piece in [p for p in self.scored if p not in todo]:
             log(piece)  # made before, by a run that was killed before it could say so
         pieces.make("classify: counts and vectors", self.shared, spread, meter)
         pieces.make("classify: models", list(self.scored), spread, meter, log)
@@ -322,12 +323,8 @@ def _publish(
     uri = places.output
     found = results.tables(config, places, table, made, table.names.tolist())
     artifacts.reopen(uri)  # an extended classification has its old record until now
-    files = {}
-    for name, frame in found.items():
-        size, digest = storage.write_table(
-            storage.join(uri, f"{name}.parquet"), pa.Table.from_pandas(frame, preserve_index=False)
-        )
-        files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
+    made_of = {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in found.items()}
+    files = artifacts.write_tables(uri, made_of)
     shown = results.write_cells(storage.join(uri, "cells.h5ad"), config, table, found, table.names.tolist())
     seen = _audit(places, table)
     say(f"classify: {seen['line']}")

@@ -146,19 +146,16 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         state.name: effects.expression(corpus, state.cells) for state in plan.states if state.name in ("start", "goal")
     }
     chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
-    matrix = [("responses.parquet", _responses(campaign, outcome))] if whole.watched else []
+    matrix = {"responses": _responses(campaign, outcome)} if whole.watched else {}
     genes = effects.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
     nulls = effects.calibration(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
     donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
     vectors = states.set_column(0, "state", pa.array(names)).set_column(1, "donor", pa.array(donors))
-    files = {}
-    tables = [("genes.parquet", genes), ("states.parquet", vectors), ("calibration.parquet", nulls), *matrix]
+    tables = {"genes": genes, "states": vectors, "calibration": nulls} | matrix
     if not all_scored or outcome.estimate_OK is not None:
-        tables.append(("not_scored.parquet", _not_scored(whole, outcome, settings.operations)))
-    for name, table in tables:
-        size, digest = storage.write_table(storage.join(uri, name), table)
-        files[name] = {"bytes": size, "sha256": digest}
+        tables["not_scored"] = _not_scored(whole, outcome, settings.operations)
+    files = artifacts.write_tables(uri, tables)
     counts = {
         "cells": len(plan.cells_N),
         "genes": len(plan.targets),
@@ -167,7 +164,7 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         "sentences": sum(len(p.target_P) for p in pairs.values()),
         "states": {state.name: len(state.cells) for state in plan.states},
         "parts": len(set(storage.list_dir(folder)) - {"cost", perturb.RESPONSES}),
-        "responses": sum(table.num_rows for _, table in matrix),
+        "responses": sum(table.num_rows for table in matrix.values()),
     }
     details = {
         "vocabulary": corpus.vocabulary.hash,

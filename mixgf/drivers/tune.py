@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -208,16 +207,14 @@ def _publish(
         "effects": ablation.effects(board),
         "interactions": ablation.interactions(board, arms, config),
     }
-    files = {}
-    for name, frame in tables.items():
-        size, digest = storage.write_table(
-            storage.join(uri, f"{name}.parquet"), pa.Table.from_pandas(frame, preserve_index=False)
-        )
-        files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
+    files = artifacts.write_tables(
+        uri, {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in tables.items()}
+    )
     best = ablation.best(board)
     winner = next(arm for arm in arms if arm.key == best)
     chosen = to_dict(replace(winner.config, output=config.output, tune=type(config.tune)()))
-    files["best.json"] = _write(storage.join(uri, "best.json"), (json.dumps(chosen, indent=1) + "\n").encode())
+    storage.write_bytes(storage.join(uri, "best.json"), (json.dumps(chosen, indent=1) + "\n").encode())
+    files |= artifacts.summed(uri, ["best.json"])
     details = {
         "arms": [{"key": a.key, "name": a.name, "changes": dict(a.changes)} for a in arms], "best": best, "failed": failed,
         "sentence": ablation.sentence(tables["effects"], board),
@@ -267,8 +264,3 @@ def _register(
         "README.md": text.encode(),
     }  # fmt: skip
     return tracked.register(config.tune.register, files, text)
-
-
-def _write(uri: str, data: bytes) -> dict[str, Any]:
-    storage.write_bytes(uri, data)
-    return artifacts.summed(uri.rsplit("/", 1)[0], [uri.rsplit("/", 1)[1]])[uri.rsplit("/", 1)[1]]
