@@ -58,7 +58,9 @@ def ray_tasks(config: Config) -> Spread:
         def reference(value: Any) -> Any:
             if not isinstance(value, (Labelled, Split)):
                 return value
-            return shared.setdefault(id(value), ray.put(value))
+            if id(value) not in shared:
+                shared[id(value)] = ray.put(value)
+            return shared[id(value)]
 
         running: dict[Any, int] = {}
         for i, piece in enumerate(pieces):
