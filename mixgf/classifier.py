@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from scipy import optimize, special
 
-from mixgf import artifacts, baselines, checkpoint, config, convex, dataset, embed, keyed, scores, storage
+from mixgf import artifacts, baselines, checkpoint, config, contenders, convex, dataset, embed, keyed, scores, storage
 from mixgf.config import Config, UserError
 from mixgf.dataset import Corpus
 from mixgf.model import Encoder
@@ -288,7 +288,7 @@ def facts(uri: str) -> dict[str, Any]:
     return dict(storage.read_json(storage.join(uri, _FACTS)))
 
 
-TRAINED = ("finetune", "tuned", "lora", "probe")
+TRAINED = (*contenders.TUNINGS, "probe")
 """Models of which a classifier can be kept."""
 
 

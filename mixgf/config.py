@@ -331,6 +331,12 @@ class Embed:
         )
 
 
+SPLITS = ("random", "donor", "dataset", "species")
+"""How labelled cells are divided (spec section 8)."""
+HEADS = ("knn", "probe", "centroid")
+"""Classifiers on frozen vectors."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Classify:
     """Cell-type classification and zero-shot scores (paper section 4.3, spec section 8)."""
@@ -418,7 +424,7 @@ class Classify:
 
     def __post_init__(self) -> None:
         for split in self.splits:
-            _one_of("classify.splits", split, ("random", "donor", "dataset", "species"))
+            _one_of("classify.splits", split, SPLITS)
         _require(self.seeds >= 1, "classify.seeds", self.seeds, "at least 1")
         for name in ("max_cells", "tuned_seeds", "unseen_types", "integration_cells"):
             _require(getattr(self, name) >= 0, f"classify.{name}", getattr(self, name), "at least 0")
@@ -586,9 +592,9 @@ class Tune:
     def __post_init__(self) -> None:
         _one_of("tune.search", self.search, ("grid", "random"))
         _one_of("tune.stop", self.stop, ("halving", "asha", "none"))
-        _one_of("tune.judge", self.judge, ("knn", "probe", "centroid"))
+        _one_of("tune.judge", self.judge, HEADS)
         for split in self.splits:
-            _one_of("tune.splits", split, ("random", "donor", "dataset", "species"))
+            _one_of("tune.splits", split, SPLITS)
         _require(bool(self.splits), "tune.splits", self.splits, "at least one split")
         for name in ("num_arms", "seeds", "concurrent"):
             _require(getattr(self, name) >= 1, f"tune.{name}", getattr(self, name), "at least 1")

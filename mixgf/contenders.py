@@ -19,8 +19,7 @@ from mixgf.config import Classify, Config, UserError
 from mixgf.model import Encoder
 from mixgf.splits import Split
 
-HEADS = ("knn", "probe", "centroid")
-"""Classifiers on frozen vectors."""
+HEADS = config.HEADS
 _WARM = {
     "layer": 0, "gene_weights": True, "warm_start": True, "align": True, "epochs": 2, "min_steps": 0, "warmup_steps": 20,
     "batch_cells": 16,
@@ -115,11 +114,12 @@ def is_tuned(model: str) -> bool:
 
 def recipe(run: Config, model: str) -> Config:
     """The config that a model that trains the encoder works by."""
-    head = parse(model)[0]
-    fields = dict(TUNINGS[head])
-    if head == "lora":
-        fields |= {"lora_rank": run.classify.lora_rank or LORA_RANK, "freeze_layers": 0}
-    return replace(run, classify=replace(run.classify, **fields))
+    return replace(run, classify=replace(run.classify, **_tuning(parse(model)[0], run.classify.lora_rank)))
+
+
+def _tuning(head: str, lora_rank: int) -> dict[str, Any]:
+    """Fields of `config.Classify` that a model that trains the encoder sets."""
+    return TUNINGS[head] | ({"lora_rank": lora_rank or LORA_RANK, "freeze_layers": 0} if head == "lora" else {})
 
 
 def records(checkpoint_uri: str, run: Config, vocabulary: str) -> dict[str, Record]:
@@ -178,7 +178,7 @@ def reads(model: str, run: dict[str, Any]) -> dict[str, Any]:
     if head in HEADS:
         return {"knn": settings["knn"], "embed": run["embed"]}
     train = {name: run["train"][name] for name in ("schedule", "weight_decay", "clip", "precision")}
-    tuning = config.to_dict(recipe(config.from_dict(Config, run), model))["classify"]
+    tuning = settings | _tuning(head, settings["lora_rank"])
     rest = {name: value for name, value in tuning.items() if name not in _OF_OTHERS}
     return rest | {
         "embed": run["embed"],

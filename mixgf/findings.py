@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-OWN = ("finetune", "tuned", "lora", "probe", "knn", "centroid")
-"""Models built on the encoder under test, the paper's first; every other model is a control or a baseline."""
 OTHER = "@"
 """In the name of a model on another encoder (`probe@mlm`)."""
 UNTRAINED = "@untrained"
@@ -28,6 +26,8 @@ HEADS = {
     "knn": "frozen 5-NN (“zero-shot”)",
     "centroid": "frozen, nearest centroid",
 }
+OWN = tuple(HEADS)
+"""Models built on the encoder under test, the paper's first; every other model is a control or a baseline."""
 BASELINES = {
     "majority": "majority class",
     "hvg_logreg": "variable genes + logistic regression",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mixgf.config import (
+    SPLITS,
     Classify,
     Compute,
     Config,
@@ -248,7 +249,7 @@ def table() -> Config:
         output="runs/table",
         classify=Classify(
             max_cells=2000,
-            splits=("random", "donor", "dataset", "species"),
+            splits=SPLITS,
             seeds=5,
             tuned_seeds=1,
             models=(
