@@ -91,9 +91,14 @@ def _copies(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> dict[s
     }
 
 
+def step_folder(uri: str, step: int) -> str:
+    """Where the checkpoint of one step lies."""
+    return storage.join(uri, "steps", f"{step:08d}")
+
+
 def write_step(uri: str, step: int, taken: Snapshot, details: dict[str, Any]) -> str:
     """Publish a resumable checkpoint under `uri`/steps; returns its folder."""
-    folder = storage.join(uri, "steps", f"{step:08d}")
+    folder = step_folder(uri, step)
     files = {
         WEIGHTS: write_tensors(storage.join(folder, WEIGHTS), taken.weights),
         MOMENTS: write_tensors(storage.join(folder, MOMENTS), taken.moments),
@@ -183,7 +188,7 @@ def _steps(uri: str) -> list[int]:
 
 def complete_steps(uri: str) -> list[int]:
     """Steps of all complete checkpoints under `uri`/steps, ascending."""
-    return [n for n in _steps(uri) if storage.exists(storage.join(uri, "steps", f"{n:08d}", "state.json"))]
+    return [n for n in _steps(uri) if storage.exists(storage.join(step_folder(uri, n), "state.json"))]
 
 
 def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
@@ -195,7 +200,7 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
     steps = complete_steps(uri)
     if not steps:
         return None
-    folder = storage.join(uri, "steps", f"{steps[-1]:08d}")
+    folder = step_folder(uri, steps[-1])
     where = storage.join(folder, "state.json")
     try:
         state = storage.read_json(where)
@@ -221,7 +226,7 @@ def promote(uri: str, record: Record, model: MaskedModel, **about: Any) -> Recor
 
 def load_step_weights(uri: str, step: int, model: MaskedModel) -> None:
     """Copy the weights of the complete checkpoint of one step under `uri`/steps into a model."""
-    folder = storage.join(uri, "steps", f"{step:08d}")
+    folder = step_folder(uri, step)
     files = storage.read_json(storage.join(folder, "state.json"))["files"]
     load_weights(model, read_tensors(storage.join(folder, WEIGHTS), files[WEIGHTS]), folder)
 
@@ -231,7 +236,7 @@ def prune(uri: str, keep: int) -> None:
     kept = complete_steps(uri)[-keep:]
     for step in _steps(uri):
         if kept and step < kept[0]:
-            folder = storage.join(uri, "steps", f"{step:08d}")
+            folder = step_folder(uri, step)
             storage.remove(storage.join(folder, "state.json"))  # first, so that no half-removed checkpoint counts
             storage.remove(folder)
 

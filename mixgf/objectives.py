@@ -147,12 +147,11 @@ class Pretraining:
         mix = parse_mix(config.train.species_mix, corpus.species)
         self.cells_N: I64 | None = None
         """The cells that are trained on; None = all."""
-        lengths_N, species_N, shard_rows = corpus.lengths_N, corpus.species_N, np.asarray(corpus.shard_rows)
+        lengths_N, species_N, shard_rows = corpus.lengths_N, corpus.species_N, corpus.shard_rows
         if config.train.cells_share < 1:
             self.cells_N = part_of(corpus.num_cells, config.train.cells_share)
             lengths_N, species_N = lengths_N[self.cells_N], species_N[self.cells_N]
-            bounds = np.concatenate([[0], np.cumsum(shard_rows)])
-            shard_rows = np.diff(np.searchsorted(self.cells_N, bounds))
+            shard_rows = np.diff(np.searchsorted(self.cells_N, corpus.starts))
         self.plan = Plan(
             lengths_N, species_N, shard_rows, seed=config.seed, batch_cells=config.train.batch_cells, species_mix=mix,
         )  # fmt: skip

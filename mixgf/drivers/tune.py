@@ -258,7 +258,9 @@ def _register(
         name=f"{config.tune.register}: {winner.name}", corpus=about, changes=dict(winner.changes), scores=lines,
         sentence=sentence, config=trial.config,
     )  # fmt: skip
-    weights = storage.join(trial.uri, "pretrain", "steps", f"{trial.steps[-1]:08d}", checkpoint.WEIGHTS)
+    weights = storage.join(
+        checkpoint.step_folder(storage.join(trial.uri, "pretrain"), trial.steps[-1]), checkpoint.WEIGHTS
+    )
     files = {
         checkpoint.WEIGHTS: storage.read_bytes(weights), "config.json": storage.json_bytes(trial.config),
         "README.md": text.encode(),
