@@ -418,7 +418,8 @@ class Classify:
     lora_alpha: float = 16.0
     """Adapters count alpha / rank times."""
     max_len: int = 0
-    """Cut sentences to this many tokens; 0 = as in the corpus."""
+    """Cut sentences to this many tokens; 0 = as in the corpus. The encoder reads `model.max_positions` of them at most, weights of
+    genes (`gene_weights`) all."""
     keep: bool = True
     """Keep the best classifier of each group (by validation loss, seed 0 of the first split within groups) for `mixgf annotate`."""
 
@@ -687,12 +688,6 @@ class Config:
         for i, source in enumerate(self.sources):
             _one_of(f"sources[{i}].species", source.species, names)
         _require(self.output.strip() != "", "output", self.output, "a folder or an s3:// URI")
-        _require(
-            self.tokens.max_len <= self.model.max_positions,
-            "tokens.max_len",
-            self.tokens.max_len,
-            f"at most model.max_positions ({self.model.max_positions})",
-        )
         for path, pooling in (
             ("objective.pooling", self.objective.pooling),
             ("embed.pooling", self.embed.pooling),

@@ -43,14 +43,16 @@ class Corpus:
 
     Args:
         uri: the artifact's folder.
+        max_len: longest sentence that is seen, longer ones are cut to their first tokens (the highest ranks); 0 = as they are.
         cached_shards: shards held in memory; the least recently used one goes first.
     """
 
-    def __init__(self, uri: str, *, cached_shards: int = CACHED_SHARDS) -> None:
+    def __init__(self, uri: str, *, max_len: int = 0, cached_shards: int = CACHED_SHARDS) -> None:
         self.uri = uri
         self.record: Record = artifacts.require(uri, "corpus")
         index = storage.read_table(storage.join(uri, "index.parquet"), ["length", "species"])
-        self.lengths_N: I32 = index.column("length").to_numpy().astype(np.int32, copy=False)
+        self._stored_N: I32 = index.column("length").to_numpy().astype(np.int32, copy=False)
+        self.lengths_N: I32 = np.minimum(self._stored_N, max_len).astype(np.int32) if max_len else self._stored_N
         self.species_N: npt.NDArray[np.int8] = index.column("species").to_numpy().astype(np.int8, copy=False)
         self.species: tuple[str, ...] = tuple(self.record.details["species"])
         self.shards: list[dict[str, Any]] = list(self.record.details["shards"])
@@ -113,7 +115,7 @@ class Corpus:
         chunk = column if isinstance(column, pa.ListArray | pa.LargeListArray) else column.chunk(0)
         bounds = chunk.offsets.to_numpy().astype(np.int64)
         read = (chunk.values.to_numpy().astype(np.int32, copy=False), bounds)
-        expected = self.lengths_N[self.starts[shard] : self.starts[shard + 1]]
+        expected = self._stored_N[self.starts[shard] : self.starts[shard + 1]]
         if not np.array_equal(np.diff(bounds), expected):
             msg = f"{self.uri}: shard {self.shards[shard]['name']} does not fit index.parquet; restore it"
             raise UserError(msg)
@@ -245,11 +247,11 @@ def pack(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64]
 def _gather(  # noqa: PLR0917 (compiled)
     values: I32, bounds: I64, rows_B: I64, mine_B: npt.NDArray[np.bool_], offsets_B1: I64, tokens_T: I32
 ) -> None:
-    """Copy the sentences of one shard to their places."""
+    """Copy the sentences of one shard, or as much of each as there is room for, to their places."""
     for i in range(len(rows_B)):
         if mine_B[i]:
-            begin, end = bounds[rows_B[i]], bounds[rows_B[i] + 1]
-            tokens_T[offsets_B1[i] : offsets_B1[i + 1]] = values[begin:end]
+            begin, start, stop = bounds[rows_B[i]], offsets_B1[i], offsets_B1[i + 1]
+            tokens_T[start:stop] = values[begin : begin + stop - start]
 
 
 @jit

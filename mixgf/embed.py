@@ -59,11 +59,12 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
         pooling: `mean` over genes, `first` or `cls`.
         layer: -1 = the last hidden layer, -2 = the one before it, ...; 0 = all side by side, the embedding first.
         micro_tokens: most tokens of one forward pass on a GPU.
-        max_len: cut sentences to so many tokens; 0 = as they are.
+        max_len: cut sentences to so many tokens; 0 = to as many as the encoder has positions, which is also the most.
         precision: `fp32`, or `bf16` (autocast).
     """
     cells_N = np.asarray(cells, dtype=np.int64)
     device = encoder.tokens.device
+    max_len = min(max_len or encoder.row.max_positions, encoder.row.max_positions)
     out_ND = np.empty((len(cells_N), width(encoder.row, layer)), dtype=np.float32)
     by_shard = np.argsort(cells_N, kind="stable")  # shards are read once, in order
     was_training = encoder.training

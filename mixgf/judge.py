@@ -66,8 +66,7 @@ def zero_shot(
 
     def embedded(sentences: embed.Sentences) -> npt.NDArray[np.float32]:
         return embed.embed_cells(
-            encoder, sentences, table.cells, run.embed.pooling, run.embed.layer, run.train.micro_tokens,
-            max_len=encoder.row.max_positions,
+            encoder, sentences, table.cells, run.embed.pooling, run.embed.layer, run.train.micro_tokens
         )  # fmt: skip
 
     vectors_ND = embedded(corpus)

@@ -179,8 +179,8 @@ class Scorer:
         torch.set_num_threads(config.train.threads)
         device = "cuda" if config.compute.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
         self.settings, self.folder = config.perturb, folder
-        self.corpus = Corpus(corpus)
         encoder, record = checkpoint.load_encoder(weights, device)
+        self.corpus = Corpus(corpus, max_len=encoder.row.max_positions)
         checkpoint.require_vocabulary(record, self.corpus.vocabulary.hash, "the corpus")
         self.engine = Engine(
             encoder=encoder.eval(),

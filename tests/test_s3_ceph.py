@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -128,12 +129,19 @@ def ceph(folder: Path):
 
 @pytest.fixture(scope="module")
 def gateway():
-    folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))  # paths of sockets are short
-    try:
-        with ceph(folder) as url:
-            yield url
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A gateway that answers. A start can lose its port to another test's server, so it is tried on three sets of ports."""
+    with contextlib.ExitStack() as stack:
+        for attempt in range(3):
+            folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))  # paths of sockets are short
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            try:
+                url = stack.enter_context(ceph(folder))
+                break
+            except AssertionError as error:
+                if attempt == 2:
+                    raise
+                warnings.warn(f"Ceph did not start, attempt {attempt + 1}: {error}", stacklevel=1)
+        yield url
 
 
 @pytest.fixture(scope="module")

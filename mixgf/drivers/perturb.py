@@ -43,7 +43,8 @@ def run(config: Config, *, local: bool = False) -> str:
     uri = storage.join(config.output, "perturb")
     source = config.inputs.corpus or storage.join(config.output, "corpus")
     weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
-    corpus, trained = Corpus(source), artifacts.require(weights, checkpoint.KIND)
+    trained = artifacts.require(weights, checkpoint.KIND)
+    corpus = Corpus(source, max_len=int(trained.details["model"]["max_positions"]))
     checkpoint.require_vocabulary(trained, corpus.vocabulary.hash, "the corpus")
     settings = {k: v for k, v in to_dict(config.perturb).items() if k not in _NO_RESULT}
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": trained.fingerprint}
@@ -223,7 +224,8 @@ def dry_run(config: Config, *, local: bool = False) -> str:
     """
     source = config.inputs.corpus or storage.join(config.output, "corpus")
     weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
-    corpus, (encoder, trained) = Corpus(source), checkpoint.load_encoder(weights)
+    encoder, trained = checkpoint.load_encoder(weights)
+    corpus = Corpus(source, max_len=encoder.row.max_positions)
     checkpoint.require_vocabulary(trained, corpus.vocabulary.hash, "the corpus")
     plan = targets.design(corpus, config)
     max_len = min(int(corpus.record.details["max_len"]), encoder.row.max_positions)

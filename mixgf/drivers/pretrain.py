@@ -43,11 +43,9 @@ _SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
 def run(config: Config) -> str:
     """Train the model of `config` on its corpus; returns the URI of the checkpoint artifact."""
     uri = storage.join(config.output, "pretrain")
-    corpus = Corpus(config.inputs.corpus or storage.join(config.output, "corpus"))
-    longest = int(corpus.lengths_N.max(initial=0))
-    if longest > config.model.max_positions:
-        msg = f"model.max_positions = {config.model.max_positions}: the corpus has cells of {longest} tokens; set at least that"
-        raise UserError(msg)
+    corpus = Corpus(
+        config.inputs.corpus or storage.join(config.output, "corpus"), max_len=config.model.max_positions
+    )
     record = planned(config, corpus)
     task = Pretraining(
         config, corpus
@@ -95,6 +93,10 @@ def _announce(config: Config, task: Pretraining, model: MaskedModel) -> dict[str
         f"{facts['gflop_per_cell']:.3g} GFLOP per cell and epoch, {task.num_steps:,} steps of {config.train.batch_cells} "
         f"cells, {workers} workers"
     )
+    if (longest := int(task.corpus.record.details["max_len"])) > config.model.max_positions:
+        say(
+            f"pretrain: sentences of up to {longest:,} tokens are read to token {config.model.max_positions:,} (model.max_positions)"
+        )
     say(
         f"pretrain: nothing is padded; padded batches would compute {facts['padding_random']:.2f} tokens per token in random "
         f"order, {facts['padding_grouped']:.2f} grouped by length"
@@ -140,7 +142,7 @@ def work(params: dict[str, Any]) -> None:
         torch.set_num_threads(config.train.threads)
     context = RayContext(device, params["board"], params["tracked"])
     try:
-        corpus = Corpus(params["corpus"])
+        corpus = Corpus(params["corpus"], max_len=config.model.max_positions)
         task = Pretraining(config, corpus)
         model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
         fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"])

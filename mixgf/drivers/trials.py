@@ -106,7 +106,7 @@ def work(trial: Trial, rung: int, engine: Engine, parent: tracking.Run) -> float
     if storage.exists(trial.failed):
         return float("nan")
     if not storage.exists(trial.part(rung)):
-        corpus = Corpus(config.inputs.corpus)
+        corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
         record = pretrain.planned(config, corpus)
         own = artifacts.plan("trial", SCHEMA, {"trial": record.fingerprint, "sweep": parent.id}, {}).fingerprint
         params = to_dict(config) | {"arm": trial.name}
@@ -215,7 +215,7 @@ def train_here(
     config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run, until: int = 0
 ) -> None:
     """`drivers.pretrain.train` in this process."""
-    found = Corpus(corpus)
+    found = Corpus(corpus, max_len=config.model.max_positions)
     model = MaskedModel(config.model, found.vocabulary.size, seed=config.seed)
     fit(model, Pretraining(config, found), config.train, LocalContext(), uri=uri, identity=identity, until=until)
 

@@ -102,9 +102,6 @@ def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict
     for arm in arms:
         corpus = opened[corpora[arm.key]]
         steps[arm.key] = tuple(sweep.rungs(config, Pretraining(arm.config, corpus).num_steps))
-        if int(corpus.lengths_N.max(initial=0)) > arm.config.model.max_positions:
-            msg = f"tune.space: {arm.name}: the corpus has cells of {corpus.lengths_N.max()} tokens, model.max_positions is {arm.config.model.max_positions}"
-            raise UserError(msg)
     table, made = judged(arms[0].config, opened[corpora[arms[0].key]], config.seed)
     absent = [kind for kind in config.tune.splits if kind not in {split.kind for split in made}]
     if absent:
