@@ -188,6 +188,18 @@ class Batch:
         """T."""
         return len(self.ids_T)
 
+    def cut(self, max_len: int) -> Batch:
+        """The first `max_len` tokens of every cell."""
+        if self.max_len <= max_len:
+            return self
+        kept_T = self.positions_T < max_len
+        offsets_B1 = torch.zeros_like(self.offsets_B1)
+        torch.cumsum(self.offsets_B1.diff().clamp(max=max_len), 0, out=offsets_B1[1:])
+        return replace(
+            self, ids_T=self.ids_T[kept_T], offsets_B1=offsets_B1, positions_T=self.positions_T[kept_T], max_len=max_len,
+            keys_T=None if self.keys_T is None else self.keys_T[kept_T],
+        )  # fmt: skip
+
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device; from pinned memory the copy does not block."""
         if torch.device(device).type == "cpu":

@@ -181,13 +181,6 @@ def bring(settings: Config, folder: str) -> str:
         warn(
             "import-weights: this model has <cls> before every sentence, the corpus has not (prepare --set tokens.cls=true)"
         )
-    longest = int(corpus.lengths_N.max(initial=0))
-    if longest > published.row.max_positions:
-        msg = (
-            f"{folder}: a model of {published.row.max_positions} positions, but the corpus has cells of {longest} tokens; "
-            f"prepare it with --set tokens.max_len={published.row.max_positions}"
-        )
-        raise UserError(msg)
     chosen = {
         "weights": published.sha256, "dictionary": storage.sha256(dictionary.uri), "seed": settings.seed,
         "model": to_dict(published.row),

@@ -85,7 +85,6 @@ def test_set_replaces_one_field_of_the_right_type():
             r"sources\[0\]\.species = 'rat': must be one of 'human', 'mouse'",
         ),
         ('sources=[{"uri": "a.h5ad"}]', r"sources\[0\]: missing 1 required .*'species'"),
-        ("model.max_positions=128", r"tokens\.max_len = 2048: must be at most model\.max_positions \(128\)"),
     ],
 )
 def test_a_bad_value_is_one_line_with_field_value_and_way_out(assignment, message):

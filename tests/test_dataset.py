@@ -32,6 +32,26 @@ def test_memory_is_bounded_by_the_number_of_cached_shards(uri):
     assert len(corpus._cache) == 1
 
 
+def test_a_corpus_opened_with_a_bound_has_the_first_tokens_of_every_sentence(make_corpus):
+    uri = make_corpus(LENGTHS, SPECIES, [3, 4])
+    whole, few = dataset.Corpus(uri), dataset.Corpus(uri, max_len=3)
+    tokens_T, offsets = few.tokens([6, 0, 3])
+    assert np.array_equal(few.lengths_N, np.minimum(LENGTHS, 3))
+    assert np.array_equal(tokens_T, np.concatenate([whole.tokens([cell])[0][:3] for cell in (6, 0, 3)]))
+    assert offsets.tolist() == [0, *np.cumsum(few.lengths_N[[6, 0, 3]])]
+
+
+def test_a_cut_batch_is_the_batch_of_the_cut_sentences():
+    tokens_T, offsets = np.arange(9, dtype=np.int32), np.array([0, 2, 7, 9])
+    keys = np.array([5, 6, 7], dtype=np.uint64)
+    cut = dataset.pack([(tokens_T, offsets)], range(3), keys).cut(3)
+    same = dataset.pack([dataset.cut(tokens_T, offsets, 3)], range(3), keys)
+    for name in ("ids_T", "offsets_B1", "positions_T", "cells_B", "keys_T"):
+        assert torch.equal(getattr(cut, name), getattr(same, name)), name
+    assert cut.max_len == same.max_len == 3
+    assert cut.offsets_B1.dtype == torch.int32
+
+
 def test_an_epoch_reads_every_shard_once_and_holds_a_window_of_them(make_corpus, monkeypatch):
     """Batches straddle windows, and shards are empty, small and large; more workers read as much each."""
     rng = np.random.default_rng(0)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import multiprocessing
 import signal
 
@@ -126,7 +127,19 @@ def test_a_run_that_cannot_go_on_ends_with_one_line_and_is_not_started_again(ray
     assert artifacts.find(uri) is None
 
 
-def test_a_corpus_of_longer_cells_than_the_model_has_positions_is_refused(settings):
-    short = dataclasses.replace(settings.model, max_positions=20)
-    with pytest.raises(UserError, match=r"model.max_positions = 20: the corpus has cells of 2\d tokens"):
-        pretrain.run(dataclasses.replace(settings, model=short, tokens=config.Tokens(max_len=20)))
+def test_of_longer_cells_than_the_model_has_positions_the_first_tokens_are_trained_on(settings, capsys):
+    short = dataclasses.replace(settings, model=dataclasses.replace(settings.model, max_positions=20))
+    corpus = dataset.Corpus(settings.inputs.corpus)
+    assert corpus.lengths_N.max() > 20
+    pretrain.run(short)
+    assert "are read to token 20 (model.max_positions)" in capsys.readouterr().err
+    task = Pretraining(short, dataset.Corpus(settings.inputs.corpus, max_len=20))
+    work = task.work(0, 0, 1)
+    ids_T, offsets = corpus.tokens(work.micros[0].batch.cells_B[: work.num_cells])
+    first = np.concatenate([ids_T[a:b][:20] for a, b in itertools.pairwise(offsets)])
+    batch = work.micros[0].batch
+    assert batch.max_len == 20
+    unmasked = np.ones(batch.num_tokens, dtype=bool)
+    unmasked[work.micros[0].masked_K.numpy()] = False
+    mine = slice(0, len(first))
+    assert np.array_equal(batch.ids_T.numpy()[mine][unmasked[mine]], first[unmasked[mine]])

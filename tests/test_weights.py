@@ -205,12 +205,11 @@ def hostile(folder):
         (edit(hidden_size=None), r"config\.json: no hidden_size"),
         (edit(num_hidden_layers=3), r"weights without 'encoder\.layer\.2\..*need a BERT with at least 3 layers"),
         (edit(hidden_size=64), r"vectors of width 32, config\.json says 64"),
-        (edit(max_position_embeddings=40), r"a model of 40 positions, but the corpus has cells of 60 tokens; prepare it"),
         (lambda f: (f / "token_dictionary.json").unlink(), r"imports\.dictionaries: none given and no token_dictionary"),
         (lambda f: (f / "token_dictionary.json").write_text('{"A": 0, "B": 40000}'), r"ids up to 40,000, but the model has 30,000"),
         (lambda f: (f / "token_dictionary.json").write_text('{"A": 0, "B": 1}'), r"none of its genes is in the corpus"),
     ],
-    ids=["no-config", "no-weights", "cut", "code", "gpt2", "relative", "act", "lacking", "layers", "width", "positions", "no-ids",
+    ids=["no-config", "no-weights", "cut", "code", "gpt2", "relative", "act", "lacking", "layers", "width", "no-ids",
          "other-ids", "other-genes"],
 )  # fmt: skip
 def test_what_cannot_be_imported_is_refused_in_one_line_and_leaves_no_checkpoint(

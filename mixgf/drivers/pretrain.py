@@ -43,9 +43,7 @@ _SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
 def run(config: Config) -> str:
     """Train the model of `config` on its corpus; returns the URI of the checkpoint artifact."""
     uri = storage.join(config.output, "pretrain")
-    corpus = Corpus(
-        config.inputs.corpus or storage.join(config.output, "corpus"), max_len=config.model.max_positions
-    )
+    corpus = Corpus(config.inputs.corpus or storage.join(config.output, "corpus"), max_len=config.model.max_positions)
     record = planned(config, corpus)
     task = Pretraining(
         config, corpus
