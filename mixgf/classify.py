@@ -143,9 +143,10 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C); dropout only where the batch carries keys."""
+        read = batch.cut(self.encoder.row.max_positions)
         z_BD = pooled(
-            self.encoder, batch.ids_T, batch.offsets_B1, self.pooling, layer=self.layer, cls=self.cls,
-            positions_T=batch.positions_T, keys=batch.keys_T, max_len=batch.max_len,
+            self.encoder, read.ids_T, read.offsets_B1, self.pooling, layer=self.layer, cls=self.cls,
+            positions_T=read.positions_T, keys=read.keys_T, max_len=read.max_len,
         )  # fmt: skip
         p = self.encoder.row.dropout
         if batch.keys_T is not None and p > 0:
@@ -220,6 +221,9 @@ class _Sentences:
 
     corpus: Corpus
     max_len: int
+    """Cut to so many tokens; 0 = as they are."""
+    read: int
+    """Tokens of a sentence that the encoder reads at most."""
     shared_V: npt.NDArray[np.int32] | None = None
     """The token that each token is read as, -1 = it is left out; None = as they are."""
 
@@ -249,8 +253,8 @@ class _Sentences:
         return dataset.pack([self.tokens(cells)], cells, None if keys is None else keyed.hashed(*keys))
 
     def lengths(self, cells: Ints) -> npt.NDArray[np.int32]:
-        lengths = self.lengths_N[cells]
-        return np.minimum(lengths, self.max_len).astype(np.int32) if self.max_len else lengths
+        """Tokens that the encoder reads, at most."""
+        return np.minimum(self.lengths_N[cells], min(self.max_len or self.read, self.read)).astype(np.int32)
 
 
 def shared_tokens(
@@ -277,7 +281,7 @@ def _sentences(encoder: Encoder, corpus: Corpus, table: Labelled, split: Split, 
     shared_V = None
     if run.classify.align and len(trains) == len(tested) == 1 and trains != tested:
         shared_V = shared_tokens(corpus.vocabulary, orthologs(run.vocab.orthologs), trains[0], tested[0])
-    return _Sentences(corpus, longest(encoder, run.classify), shared_V)
+    return _Sentences(corpus, longest(encoder, run.classify), encoder.row.max_positions, shared_V)
 
 
 @dataclass
@@ -480,8 +484,9 @@ def _runs(lengths: npt.NDArray[np.int32], micro_tokens: int) -> Iterator[slice]:
 
 
 def longest(encoder: Encoder, settings: Classify) -> int:
-    """Longest sentence that is read: `classify.max_len`, but never more than the encoder has positions."""
-    return min(settings.max_len or encoder.row.max_positions, encoder.row.max_positions)
+    """Longest sentence that is read, 0 = all: `classify.max_len`, without weights of genes no more than the encoder's positions."""
+    most = encoder.row.max_positions
+    return settings.max_len if settings.gene_weights else min(settings.max_len or most, most)
 
 
 def notes(tuned: Tuned) -> dict[str, Any]:

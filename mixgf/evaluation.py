@@ -111,7 +111,7 @@ def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
 ) -> None:  # fmt: skip
     """Write a trained classifier as a part. A tuned head pools `classify.layer`, a probe `embed.layer`."""
     frozen = head is None
-    max_len = encoder.row.max_positions if frozen else classify.longest(encoder, run.classify)
+    max_len = 0 if frozen else classify.longest(encoder, run.classify)
     layer = run.embed.layer if frozen else run.classify.layer
 
     def of_cells(cells: Ints) -> Floats:

@@ -167,7 +167,7 @@ def test_dropout_depends_on_seed_epoch_and_cell_only(corpus: Corpus) -> None:
 
 
 def test_sentences_are_cut_to_max_len(corpus: Corpus) -> None:
-    sentences = classify._Sentences(corpus, 6)
+    sentences = classify._Sentences(corpus, 6, 32)
     cells = np.arange(10)
     batch = sentences.batch(cells)
     assert (
@@ -183,6 +183,25 @@ def test_sentences_longer_than_the_encoder_has_positions_are_cut(corpus: Corpus)
     found = classify.finetune(encoder, corpus, table(), only_split(table()), run=RUN, context=train.LocalContext())
     assert np.isfinite(found.probabilities).all()
     assert [classify.longest(encoder, Classify(max_len=n)) for n in (0, 5, 9)] == [8, 5, 8]
+
+
+def test_weights_of_genes_read_the_whole_sentence_and_the_encoder_its_positions(corpus: Corpus) -> None:
+    encoder = Encoder(replace(SMALL, max_positions=8), corpus.vocabulary.size)
+    settings = Classify(gene_weights=True)
+    assert [classify.longest(encoder, replace(settings, max_len=n)) for n in (0, 5, 9)] == [0, 5, 9]
+    model = classify.Classifier(encoder, 3, pooling="mean", cls=False, seed=1, gene_weights=True).eval()
+    whole = classify._Sentences(corpus, 0, 8)
+    cells = np.flatnonzero(corpus.lengths_N > 8)[:6]
+    rng = np.random.default_rng(0)
+    genes_CV = rng.normal(size=(3, corpus.vocabulary.size))
+    with torch.no_grad():
+        model.genes.copy_(torch.from_numpy(genes_CV.T))
+        found_BC = model(whole.batch(cells)).numpy()
+        vectors_ND = embed.embed_cells(encoder, corpus, cells)
+        expected_BC = model.head(torch.from_numpy(vectors_ND)).numpy()
+    expected_BC = expected_BC + convex.gene_rows(*corpus.tokens(cells), corpus.vocabulary.size) @ genes_CV.T
+    assert np.allclose(found_BC, expected_BC, atol=1e-4)
+    assert whole.lengths(cells).max() == 8
 
 
 # Frozen heads

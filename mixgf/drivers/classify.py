@@ -18,7 +18,20 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf import artifacts, audit, classify, contenders, embed, evaluation, parts, results, splits, storage, tracking
+from mixgf import (
+    artifacts,
+    audit,
+    checkpoint,
+    classify,
+    contenders,
+    embed,
+    evaluation,
+    parts,
+    results,
+    splits,
+    storage,
+    tracking,
+)
 from mixgf.artifacts import Record
 from mixgf.baselines import BASELINES
 from mixgf.config import Config, UserError, fingerprint, to_dict
@@ -203,8 +216,10 @@ class _Work:
 
     def __init__(self, config: Config, places: Places, table: Labelled, made: Sequence[Split]) -> None:
         self.config, self.places, self.table, self.made = config, places, table, made
-        self.corpus, self.plain = Corpus(places.corpus), to_dict(config)
-        heads = any(m not in BASELINES for m in config.classify.models)
+        heads, longest = any(m not in BASELINES for m in config.classify.models), 0
+        if heads:
+            longest = int(artifacts.require(places.checkpoint, checkpoint.KIND).details["model"]["max_positions"])
+        self.corpus, self.plain = Corpus(places.corpus, max_len=longest), to_dict(config)
         self.tokens_per_s = _speed(config, places, self.corpus, table) if heads else 1.0
         self.scored = self._scored()
         self.whole = self._whole()
@@ -308,9 +323,7 @@ def _speed(config: Config, places: Places, corpus: Corpus, table: Labelled) -> f
     best = 0.0
     for _ in range(2):
         began = time.process_time()
-        embed.embed_cells(
-            encoder, corpus, cells, config.embed.pooling, config.embed.layer, max_len=encoder.row.max_positions
-        )
+        embed.embed_cells(encoder, corpus, cells, config.embed.pooling, config.embed.layer)
         best = max(best, float(corpus.lengths_N[cells].sum()) / (time.process_time() - began))
     torch.set_num_threads(threads)
     return best
