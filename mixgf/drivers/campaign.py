@@ -181,10 +181,10 @@ class Campaign:
     def _needed(self, there: bool, what: str) -> None:  # noqa: FBT001 (a predicate)
         if not there:
             self._save()
-            msg = (
-                f"perturb.budget_hours: {self.spend.total / cost.HOUR:.3g} worker-hours were spent before {what} "
-                f"came to an end; what was done is kept: run again with a larger budget"
-            )
+            spent = f"{self.spend.total / cost.HOUR:.3g} worker-hours were spent before {what} came to an end"
+            msg = f"{self.folder}: parts of {what} are gone that this run has made; give the same command again"
+            if self.spend.limit:
+                msg = f"perturb.budget_hours: {spent}; what was done is kept: run again with a larger budget"
             raise UserError(msg)
 
     def _save(self) -> None:
