@@ -198,13 +198,13 @@ def cl_ablation() -> Config:
         base,
         recipe="cl_ablation",
         output="runs/cl_ablation",
-        tokens=Tokens(max_len=128),
         model=Model(num_layers=2, dim=96, num_heads=4, ffn_dim=192, max_positions=128),
         train=replace(
-            base.train, max_steps=400, warmup_steps=40, lr=2e-3, checkpoint_steps=200, micro_tokens=8192, log_steps=20
+            base.train, max_steps=200, warmup_steps=20, lr=2e-3, checkpoint_steps=200, micro_tokens=8192, log_steps=20
         ),
-        classify=Classify(epochs=3, min_steps=200, batch_cells=16, lr=1e-3, warmup_steps=30, keep=False),
+        classify=Classify(epochs=1, min_steps=60, batch_cells=16, lr=1e-3, warmup_steps=10, keep=False),
         tune=Tune(
+            keep=0.34,
             space=(
                 'objective.view=["dropout", "mask", "subsample", "ortholog"] x objective.pooling=["mean", "first"]',
                 "objective.contrast_weight=[0.0, 0.1]",

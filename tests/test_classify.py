@@ -149,14 +149,14 @@ def test_freezing_more_layers_than_there_are_is_refused(corpus: Corpus) -> None:
 
 def test_a_cell_is_classified_alike_whatever_its_batch_mates(corpus: Corpus) -> None:
     model = Classifier(Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0)
-    sentences = classify._Sentences(corpus, 0)
+    sentences = classify._Sentences(corpus, 0, 32)
     whole = classify.probabilities(model, sentences, np.arange(20), 64)
     np.testing.assert_array_equal(whole[[7, 3]], classify.probabilities(model, sentences, np.array([7, 3]), 64))
 
 
 def test_dropout_depends_on_seed_epoch_and_cell_only(corpus: Corpus) -> None:
     model = Classifier(Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0)
-    sentences = classify._Sentences(corpus, 0)
+    sentences = classify._Sentences(corpus, 0, 32)
 
     def logits(cells: list[int], epoch: int) -> torch.Tensor:
         return model(sentences.batch(np.array(cells), (0, epoch, np.array(cells))))
@@ -315,7 +315,7 @@ def test_weights_of_genes_are_summed_as_the_convex_start_has_them(corpus: Corpus
     model = Classifier(
         Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0, layer=0, gene_weights=True
     )
-    sentences, cells = classify._Sentences(corpus, 7), np.array([4, 9, 2])
+    sentences, cells = classify._Sentences(corpus, 7, 32), np.array([4, 9, 2])
     without = model(sentences.batch(cells))
     with torch.no_grad():
         model.genes.copy_(torch.randn(model.genes.shape, generator=torch.Generator().manual_seed(0)))
@@ -387,7 +387,7 @@ def test_sentences_keep_shared_genes_in_order_and_one_without_any_stays(corpus: 
     shared[first[[1, 3]]] = [7, 8]
     expected = [[shared[t] for t in tokens[a:b] if shared[t] >= 0] for a, b in itertools.pairwise(offsets)]
     expected = [e or tokens[a:b].tolist() for e, (a, b) in zip(expected, itertools.pairwise(offsets), strict=True)]
-    read, bounds = classify._Sentences(corpus, 0, shared).tokens(cells)
+    read, bounds = classify._Sentences(corpus, 0, 32, shared).tokens(cells)
     assert [read[a:b].tolist() for a, b in itertools.pairwise(bounds)] == expected
     assert expected[0] == [7, 8]
 

@@ -185,7 +185,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp
         ({"tune": replace(settings.tune, space=())}, "tune.space: empty"),
         ({"tune": replace(settings.tune, splits=("dataset",)), "sources": base.sources}, "none can be made"),
         ({"tune": replace(settings.tune, space=("tokens.max_len=[16]",)), "sources": ()}, "needs a corpus of its own"),
-        ({"tune": replace(settings.tune, space=("model.max_positions=[16]",))}, "tune.space"),
+        ({"tune": replace(settings.tune, space=("model.num_heads=[3]",))}, "tune.space: model.dim"),
     ):
         with pytest.raises(UserError, match=said):
             tune.run(replace(settings, **changes), engine=trials.PLAIN)

@@ -188,10 +188,10 @@ def _publish(
         key = {"arm": trial.arm, "name": trial.name, "seed": trial.seed}
         if storage.exists(trial.failed):
             failed[f"{trial.name} (seed {trial.seed})"] = storage.read_json(trial.failed)["why"]
-        for rung, _ in enumerate(trial.steps):
+        for rung, step in enumerate(trial.steps):
             if storage.exists(trial.part(rung)):
                 frame = storage.read_table(trial.part(rung)).to_pandas()
-                frames.append(frame.assign(rung=rung, share=config.tune.rungs[rung], **key))
+                frames.append(frame.assign(rung=rung, share=step / trial.steps[-1], **key))
     if not frames:
         first = next(iter(failed.items()))
         msg = f"tune: not one training could be done; the first: {first[0]}: {first[1]}"
