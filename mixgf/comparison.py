@@ -277,6 +277,8 @@ class Wanted:
     tag: str
     before: str
     after: str
+    whole: bool = False
+    """Compared as they are, not within strata."""
 
 
 def wanted(entries: Sequence[str]) -> list[Wanted]:
@@ -288,12 +290,13 @@ def wanted(entries: Sequence[str]) -> list[Wanted]:
     found: dict[str, Wanted] = {}
     for entry in entries:
         head, eq, rest = entry.partition("=")
-        before, arrow, after = rest.partition("->")
+        whole = "=>" in rest
+        before, arrow, after = rest.partition("=>" if whole else "->")
         name, _, tag = (part.strip() for part in head.partition("#"))
         if not (eq and arrow and name and before.strip() and after.strip()) or name in found:
-            msg = f"compare.shifts: {entry!r} must be NAME=BEFORE -> AFTER or NAME#TAG=BEFORE -> AFTER, each name once; give several as a JSON list"
+            msg = f"compare.shifts: {entry!r} must be NAME=BEFORE -> AFTER, NAME#TAG=BEFORE -> AFTER or one of these with =>, each name once; give several as a JSON list"
             raise UserError(msg)
-        found[name] = Wanted(name=name, tag=tag, before=before.strip(), after=after.strip())
+        found[name] = Wanted(name=name, tag=tag, before=before.strip(), after=after.strip(), whole=whole)
     return list(found.values())
 
 
@@ -312,7 +315,7 @@ def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
     names = obs["cell"].to_numpy().astype(np.str_)
     for one in wanted(settings.shifts):
         species, both, after_N = _conditions(config, one, obs, names)
-        strata = _text(config, obs, both, settings.within)
+        strata = _text(config, obs, both, () if one.whole else settings.within)
         made = _shift(config, one, species, names[both], after_N, strata)
         if made is None:
             sizes = f"{int((~after_N).sum())} cells before and {int(after_N.sum())} after"
@@ -320,7 +323,11 @@ def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
                    f"both have (compare.within = {','.join(settings.within)}); lower it, or --set compare.within=[]")  # fmt: skip
             raise UserError(msg)
         found.append(replace(made, rows_N=both[made.rows_N]))
-        types = _text(config, obs, both, (label,)) if settings.by_type and label in obs.columns else strata[:0]
+        types = (
+            _text(config, obs, both, (label,))
+            if settings.by_type and not one.whole and label in obs.columns
+            else strata[:0]
+        )
         for kind in np.unique(types[types != UNKNOWN]).tolist() if len(np.unique(types)) > 1 else ():
             mine = np.flatnonzero(types == kind)
             part = replace(one, name=f"{one.name}: {kind}")

@@ -345,6 +345,9 @@ class Classify:
     """Column of `obs` with the labels."""
     cells: str = ""
     """Cells that take part, as an expression over `obs`, for example organ == 'pancreas'; empty = all."""
+    merge: tuple[str, ...] = ()
+    """Labels that count as one, as NAME=LABEL|LABEL, for example T cell=CD4 T cell|CD8 T cell, where data sets were labelled at
+    different depths."""
     max_cells: int = 0
     """Most labelled cells of a group, drawn with a key in proportion to the types; 0 = all."""
     unlabelled: tuple[str, ...] = ("", "unknown", "nan", "None")
@@ -572,8 +575,8 @@ class Compare:
     """Labelled cells on which spaces are drawn and measured."""
     shifts: tuple[str, ...] = ()
     """Model matching: NAME=BEFORE -> AFTER with two expressions over `obs` that choose cells of one species; NAME#TAG says that
-    shifts of that tag are expected to be alike. `-> half` sets two random halves of the first against each other, a control.
-    Several can only be given as a JSON list."""
+    shifts of that tag are expected to be alike. `=>` compares the sets as they are, not within types (one type against another);
+    `-> half` sets two random halves of the first against each other, a control. Give several as a JSON list."""
     within: tuple[str, ...] = ("cell_type",)
     """Columns within whose values shifts are taken and labels permuted: a change of composition is no shift. Empty = none."""
     by_type: bool = False

@@ -24,7 +24,7 @@ SHIFTS = (
         for s in ("ant", "bee")
     ),
     *(
-        f"a to b of {s}#type=species == '{s}' and cell_type == 'a' -> species == '{s}' and cell_type == 'b'"
+        f"a to b of {s}#type=species == '{s}' and cell_type == 'a' => species == '{s}' and cell_type == 'b'"
         for s in ("ant", "bee")
     ),
     "halves of ant=species == 'ant' and condition == 'rest' -> half",
@@ -59,7 +59,7 @@ def prepared(folder: Path, sharing: str, sources: Path) -> Config:
         vocab=Vocab(orthologs=(str(sources / "orthologs.parquet"),), sharing=sharing),
         tracking=Tracking(uri=f"sqlite:///{sources}/mlflow.db"),
         classify=Classify(num_hvgs=25),
-        compare=Compare(cells=150, shifts=SHIFTS, num_permutations=99, controls=("majority", "hvg_logreg"), within=()),
+        compare=Compare(cells=150, shifts=SHIFTS, num_permutations=99, controls=("majority", "hvg_logreg")),
     )  # fmt: skip
     prepare.run(run, spread=dispatch.loop)
     untrained_checkpoint(run, SMALL)
