@@ -57,7 +57,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
 def _run(setting: Setting, spread: Spread | None) -> str:
     config, uri = setting.config, setting.uri
     for world in setting.worlds:
-        if artifacts.find(world.classification) is None:
+        if world.classification == storage.join(world.config.output, "classify"):
             classify.run(world.config, spread=spread)
     record = _plan(setting)
     if not artifacts.begin(uri, record):
@@ -86,6 +86,16 @@ def _run(setting: Setting, spread: Spread | None) -> str:
 
 def _require(setting: Setting) -> None:
     """Refuse what cannot be compared, before anything is made."""
+    given = setting.config.inputs.classification
+    if given:
+        there = artifacts.require(given, "classification")
+        mine = artifacts.require(setting.worlds[0].places.corpus, "corpus").fingerprint
+        wrong = "of another corpus" if there.parents["corpus"] != mine else ""
+        wrong = wrong or ("without splits between species" if "species" not in there.config["asked"]["splits"] else "")
+        wrong = wrong or ("without measured spaces" if "integration" not in there.config["models"] else "")
+        if wrong:
+            msg = f"inputs.classification = {given}: {wrong}; make one with classify.splits=species, classify.integration_cells=3000, or leave it empty"
+            raise UserError(msg)
     for world in setting.worlds:
         corpus = Corpus(world.places.corpus)
         trained = artifacts.require(world.places.checkpoint, checkpoint.KIND, checkpoint.SCHEMA)
