@@ -177,7 +177,8 @@ def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
         confusion: The same.
 
     Returns:
-        group, direction, model, type, num_train, num_test, recall with Wilson's 95 % interval (cells count as independent), `into`
+        group, direction, model, type, num_train, num_test, recall over all seeds with Wilson's 95 % interval (cells count as
+        independent, and once however many seeds test them), `into`
         and `into_share` (of all cells of the type; empty and 0 where none is missed), `best_control` and
         `control_recall` (the baseline with the highest recall of this type), and `why`: in words, empty unless it fails.
     """
@@ -188,6 +189,7 @@ def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
     wrong = confusion[~right].groupby([*keys, "true", "predicted"])["count"].sum().reset_index()
     first = wrong.sort_values(["count", "predicted"], ascending=[False, True]).drop_duplicates([*keys, "true"])
     into = first.set_index([*keys, "true"])[["predicted", "count"]]
+    seeds = confusion.groupby(keys)["seed"].nunique()
     sizes = per_class.groupby([*keys, "class"])[["num_train", "num_test"]].max()
     control = {
         (group, direction, kind): max(
@@ -199,7 +201,8 @@ def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
     for key, cells in count.items():
         group, direction, model, kind = key
         num = int(hit.get(key, 0))
-        range_ = binomtest(num, int(cells)).proportion_ci(method="wilson")
+        once = max(1, round(int(cells) / seeds[group, direction, model]))
+        range_ = binomtest(round(num / int(cells) * once), once).proportion_ci(method="wilson")
         recall, best = num / int(cells), control[group, direction, kind]
         other, missed = (str(into.loc[key, "predicted"]), int(into.loc[key, "count"])) if key in into.index else ("", 0)
         size = sizes.loc[key]

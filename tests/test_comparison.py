@@ -33,6 +33,10 @@ def test_what_a_failed_type_is_called_and_why():
     assert a["why"] == "the genes tell it (hvg_logreg 0.90), this model does not"
     assert found.loc[("knn", "b"), "why"] == found.loc[("knn", "b"), "into"] == ""
     assert found.loc[("knn", "c"), "why"] == "only 5 training cells"
+    twice = comparison.failures(per_class, pd.concat([confusion, confusion.assign(seed=1)])).set_index(
+        ["model", "type"]
+    )
+    pd.testing.assert_frame_equal(twice, found)  # the same cells again are no more cells
     few = comparison.failures(per_class.assign(num_train=90), confusion).set_index(["model", "type"])
     assert few.loc[("knn", "c"), "why"].startswith("every control fails too (best hvg_logreg 0.00)")
 
