@@ -30,6 +30,7 @@ _MAKERS = {
     "classification": "mixgf classify",
     "classifier": "mixgf classify",
     "perturbation": "mixgf perturb",
+    "comparison": "mixgf compare",
     "sweep": "mixgf tune",
 }
 

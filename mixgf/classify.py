@@ -8,7 +8,7 @@ Shapes: N training cells, M test cells, B cells of a batch, T packed tokens, D w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,7 +60,7 @@ def labelled(corpus: Corpus, settings: Classify) -> Labelled:
     def column(name: str) -> Names:
         return names_of(obs[name].tolist(), unknown=settings.unlabelled) if name in obs else np.full(len(obs), UNKNOWN)
 
-    labels = column(settings.label)
+    labels = merged(column(settings.label), settings.merge)
     chosen = np.ones(len(labels), dtype=bool)
     if settings.cells:
         chosen[:] = False
@@ -75,6 +75,25 @@ def labelled(corpus: Corpus, settings: Classify) -> Labelled:
         donors=column(settings.donor)[rows], datasets=column(settings.dataset)[rows], transfer=column(settings.transfer)[rows],
         sources=obs["source"].to_numpy().astype(np.str_)[rows],
     )  # fmt: skip
+
+
+def merged(labels_N: Names, entries: Sequence[str]) -> Names:
+    """Labels with those of each entry (`NAME=LABEL|LABEL`) under its name.
+
+    Raises:
+        UserError: An entry is of another form, names a label that no cell has, or one that another entry has.
+    """
+    to: dict[str, str] = {}
+    for entry in entries:
+        name, _, several = entry.partition("=")
+        parts = [part.strip() for part in several.split("|")]
+        known = set(np.unique(labels_N).tolist()) - {UNKNOWN}
+        bad = [part for part in parts if part not in known or part in to]
+        if bad or not name.strip():
+            msg = f"classify.merge: {entry!r} must be NAME=LABEL|LABEL with labels of cells, each once, not {bad[:1]}; there are {', '.join(sorted(known))}"
+            raise UserError(msg)
+        to |= dict.fromkeys(parts, name.strip())
+    return np.array([to.get(label, label) for label in labels_N.tolist()], dtype=np.str_) if to else labels_N
 
 
 # Frozen vectors

@@ -28,6 +28,7 @@ STAGES = {
 IMPORT = "tokenised Arrow data sets (Genecorpus-30M, Mouse-Genecorpus-20M) -> the corpus that prepare makes"
 IMPORT_WEIGHTS = "a published BERT checkpoint (Geneformer, Mouse-Geneformer) -> the run's encoder, for its corpus"
 TUNE = "a sweep: arms x seeds of pretrainings, judged zero-shot as they go (ablations, data ladders)"
+COMPARE = "across species: one space, transfer both ways, which shift of one species is like which of the other"
 EXPORT = "the run's encoder -> a folder that transformers loads as BertForMaskedLM"
 _NEXT = {
     "import-weights": "embed, classify or perturb",
@@ -36,6 +37,7 @@ _NEXT = {
     "pretrain": "embed, classify or perturb",
     "embed": "report",
     "classify": "report",
+    "compare": "report",
     "tune": "report",
     "perturb": "report",
 }
@@ -48,6 +50,7 @@ _EPILOG = """examples:
   mixgf import-weights Geneformer --output runs/mine --set imports.dictionaries=token_dictionary.pkl
   mixgf classify --output runs/mine --set classify.label=cell_type --set classify.seeds=5
   mixgf tune human=pbmc.h5ad mouse=spleen.h5ad --recipe cl_ablation --output runs/sweep
+  mixgf compare  --output runs/mine
   mixgf perturb  --output runs/mine --set "perturb.start=cell_type == 'alpha cell'" --set "perturb.goal=cell_type == 'beta cell'"
   mixgf pretrain --recipe paper --print-config > mine.json; mixgf pretrain --config mine.json
 
@@ -67,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo": "all stages on bundled real cells, in minutes",
         "run": "all stages on your own config",
         **STAGES,
+        "compare": COMPARE,
         "tune": TUNE,
         "import": IMPORT,
         "import-weights": IMPORT_WEIGHTS,
@@ -157,6 +161,7 @@ def _fields(stage: str) -> str:
         "pretrain": ("model", "objective", "train", "compute"),
         "embed": ("embed",),
         "classify": ("classify",),
+        "compare": ("compare",),
         "tune": ("tune",),
         "perturb": ("perturb",),
     }.get(stage, ())
@@ -216,6 +221,8 @@ def _absolute(config: Config) -> Config:
     data["inputs"] = {name: _path(uri) for name, uri in data["inputs"].items()}
     encoders = [split_named(text) for text in config.classify.encoders]
     data["classify"]["encoders"] = [f"{name}={_path(uri)}" for name, uri in encoders]
+    others = [split_named(text) for text in config.compare.encoders]
+    data["compare"]["encoders"] = [f"{name}={'@'.join(_path(u) for u in uri.split('@'))}" for name, uri in others]
     data["species"] = [row | {"genes": _path(row["genes"])} for row in data["species"]]
     data["sources"] = [source | {"uri": _path(source["uri"])} for source in data["sources"]]
     tables = {"medians": _path(config.vocab.medians), "reuse": _path(config.vocab.reuse)}

@@ -345,6 +345,9 @@ class Classify:
     """Column of `obs` with the labels."""
     cells: str = ""
     """Cells that take part, as an expression over `obs`, for example organ == 'pancreas'; empty = all."""
+    merge: tuple[str, ...] = ()
+    """Labels that count as one, as NAME=LABEL|LABEL, for example T cell=CD4 T cell|CD8 T cell, where data sets were labelled at
+    different depths."""
     max_cells: int = 0
     """Most labelled cells of a group, drawn with a key in proportion to the types; 0 = all."""
     unlabelled: tuple[str, ...] = ("", "unknown", "nan", "None")
@@ -558,6 +561,41 @@ class Perturb:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Compare:
+    """Across species: one space, transfer, model matching (paper section 3.4, spec section 10)."""
+
+    encoders: tuple[str, ...] = ()
+    """Further encoders: NAME=CHECKPOINT on the run's corpus, or NAME=CHECKPOINT@CORPUS where the vocabulary is another one
+    (vocab.sharing = ortholog): a corpus of the same cells with that vocabulary."""
+    models: tuple[str, ...] = ("knn", "probe")
+    """Heads that carry labels to the other species: on the run's encoder, on an untrained one and on each of `encoders`."""
+    controls: tuple[str, ...] = ("majority", "hvg_logreg", "pca_knn", "pseudobulk", "rank_pca")
+    """Baselines on one-to-one orthologs that do the same."""
+    cells: int = 3000
+    """Labelled cells on which spaces are drawn and measured."""
+    shifts: tuple[str, ...] = ()
+    """Model matching: NAME=BEFORE -> AFTER with two expressions over `obs` that choose cells of one species; NAME#TAG says that
+    shifts of that tag are expected to be alike. `=>` compares the sets as they are, not within types (one type against another);
+    `-> half` sets two random halves of the first against each other, a control. Give several as a JSON list."""
+    within: tuple[str, ...] = ("cell_type",)
+    """Columns within whose values shifts are taken and labels permuted: a change of composition is no shift. Empty = none."""
+    by_type: bool = False
+    """Also match each shift type by type (types by classify.label)."""
+    shift_cells: int = 400
+    """Most cells of either condition of a shift, drawn with a key; 0 = all."""
+    min_cells: int = 10
+    """Fewest cells of either condition of a shift."""
+    num_permutations: int = 1000
+
+    def __post_init__(self) -> None:
+        for model in self.models:
+            _one_of("compare.models", model, HEADS)
+        _require(bool(self.models), "compare.models", self.models, "at least one head")
+        for name, least in (("cells", 100), ("shift_cells", 0), ("min_cells", 2), ("num_permutations", 19)):
+            _require(getattr(self, name) >= least, f"compare.{name}", getattr(self, name), f"at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tune:
     """A sweep: arms (this config with some fields changed) times seeds, each a pretraining that is judged as it goes."""
 
@@ -677,6 +715,7 @@ class Config:
     embed: Embed = field(default_factory=Embed)
     classify: Classify = field(default_factory=Classify)
     perturb: Perturb = field(default_factory=Perturb)
+    compare: Compare = field(default_factory=Compare)
     tune: Tune = field(default_factory=Tune)
     compute: Compute = field(default_factory=Compute)
     inputs: Inputs = field(default_factory=Inputs)

@@ -188,7 +188,7 @@ def reads(model: str, run: dict[str, Any]) -> dict[str, Any]:
 
 
 _OF_OTHERS = (
-    "label", "cells", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
+    "label", "cells", "merge", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
     "validation_fraction", "splits", "seeds", "tuned_seeds", "models", "encoders", "knn", "num_hvgs", "keep", "label_shares",
     "unseen_types", "curve_models", "integration_cells",
 )  # fmt: skip

@@ -208,15 +208,15 @@ def efficiency(curves: dict[str, pd.Series]) -> str:
     return out[0]
 
 
-def side_by_side(maps_: dict[str, pd.DataFrame]) -> str:
-    """One map per embedding of the same cells (columns x, y, species, type), with the same colours and numbers."""
+def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
+    """One map per embedding of the same cells (columns x, y, species, type), with the same colours and numbers; `key` names the figure."""
     from matplotlib.patheffects import withStroke
 
     first = next(iter(maps_.values()))
     order = [str(k) for k in first["type"].value_counts().index if k][:MAX_TYPES]
     names, columns = sorted(set(first["species"])), min(3, len(maps_))
     rows = -(-len(maps_) // columns)
-    with canvas("spaces", 3.5 * columns, 3.5 * rows + 0.15 * -(-len(order) // 3) + 0.3) as (figure, out):
+    with canvas(key, 3.5 * columns, 3.5 * rows + 0.15 * -(-len(order) // 3) + 0.3) as (figure, out):
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes, (title, frame) in zip(panels.flat, maps_.items(), strict=False):
             xy_N2, types_N, species_N = (

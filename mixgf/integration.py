@@ -13,7 +13,9 @@ from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from scipy.linalg import orthogonal_procrustes
+from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples, silhouette_score
 from sklearn.neighbors import NearestNeighbors
@@ -165,3 +167,47 @@ def agreement(first_TT: Floats, second_TT: Floats) -> Floats:
         others = np.arange(number) != i
         out[i] = np.corrcoef(first_TT[i, others], second_TT[i, others])[0, 1]
     return out
+
+
+def corresponding(vectors_ND: Floats, xy_N2: Floats, types_N: Names, species_N: Names) -> pd.DataFrame:
+    """How near the centroids of one type lie in two species, in a space (cosine distance) and in its map (its units).
+
+    Returns:
+        A row per type that both species have and ordered pair of species: species, other_species, type, num_cells, num_other,
+        `distance` and `map_distance` of the two centroids, `nearest` (the other species' type whose centroid is nearest in the
+        space), `place` of the type's own counterpart (1 = it is the nearest) among `num_types` of the other species.
+    """
+    kinds_N = np.char.add(np.char.add(species_N, "\x1f"), types_N)
+    kinds, counts = np.unique(kinds_N, return_counts=True)
+    kinds, counts = kinds[counts >= MIN_CELLS], counts[counts >= MIN_CELLS]
+    names = [tuple(kind.split("\x1f")) for kind in kinds.tolist()]
+    away = (
+        cdist(*[centroids(vectors_ND.astype(np.float64), kinds_N, kinds)] * 2, metric="cosine")
+        if len(kinds)
+        else np.empty((0, 0))
+    )
+    drawn = cdist(*[centroids(xy_N2, kinds_N, kinds)] * 2) if len(kinds) else away
+    rows = []
+    for i, (one, kind) in enumerate(names):
+        for j, (other, same) in enumerate(names):
+            if one == other or kind != same:
+                continue
+            rivals = np.array([k for k, (s, _) in enumerate(names) if s == other])
+            rows.append({
+                "species": one, "other_species": other, "type": kind, "num_cells": int(counts[i]), "num_other": int(counts[j]),
+                "distance": float(away[i, j]), "map_distance": float(drawn[i, j]), "nearest": names[rivals[away[i, rivals].argmin()]][1],
+                "place": 1 + int((away[i, rivals] < away[i, j]).sum()), "num_types": len(rivals),
+            })  # fmt: skip
+    columns = [
+        "species",
+        "other_species",
+        "type",
+        "num_cells",
+        "num_other",
+        "distance",
+        "map_distance",
+        "nearest",
+        "place",
+        "num_types",
+    ]
+    return pd.DataFrame(rows, columns=columns)

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from mixgf import (
+    across,
     artifacts,
     findings,
     hits,
@@ -56,7 +57,7 @@ def uris(config: Config) -> dict[str, str]:
     """Where each stage's artifact is, or would be."""
     given = config.inputs
     places = {"corpus": given.corpus, "pretrain": given.checkpoint, "embed": given.embeddings, "classify": given.classification,
-              "perturb": given.perturbation, "tune": ""}  # fmt: skip
+              "perturb": given.perturbation, "tune": "", "compare": ""}  # fmt: skip
     return {stage: uri or storage.join(config.output, stage) for stage, uri in places.items()}
 
 
@@ -82,6 +83,10 @@ def load(config: Config, *, light: bool = False) -> Run:
             continue  # the section says so
         if stage in records and storage.exists(uri):
             tables[name] = storage.read_table(uri).to_pandas()
+    for file in records["compare"].files if "compare" in records else ():
+        stem = file.removesuffix(".parquet")
+        if not light and stem != file:
+            tables[across.PREFIX + stem] = storage.read_table(storage.join(places["compare"], file)).to_pandas()
     lengths: dict[str, np.ndarray] = {}
     vectors, obs, total = None, None, 0
     if not light and "corpus" in records:
@@ -178,6 +183,7 @@ def _key(config: Config) -> str:
         "scorecard.py",
         "leaderboard.py",
         "spaces.py",
+        "across.py",
         "paper.py",
         "findings.py",
         "hits.py",
@@ -205,7 +211,7 @@ def _versions() -> dict[str, str]:
 def all_sections(run: Run) -> list[Section]:
     """The report's sections in reading order."""
     made = [scorecard.brief(run), sections.corpus(run), sections.training(run), sections.embedding(run), leaderboard.section(run), spaces.section(run),
-            scorecard.classification(run), perturbation.section(run), lab.section(run), sections.provenance(run, _versions())]  # fmt: skip
+            scorecard.classification(run), across.section(run), perturbation.section(run), lab.section(run), sections.provenance(run, _versions())]  # fmt: skip
     return [section for section in made if section.blocks]
 
 

@@ -184,7 +184,8 @@ def _content(config: Config) -> dict[str, Any]:
     if settings.integration_cells:
         models["integration"] = {"cells": settings.integration_cells, "embed": data["embed"]}
     return {
-        "cells": {name: data["classify"][name] for name in _CELLS},
+        "cells": {name: data["classify"][name] for name in _CELLS}
+        | ({"merge": list(settings.merge)} if settings.merge else {}),
         "asked": asked,
         "seed": config.seed,
         "models": models,
