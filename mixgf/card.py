@@ -14,6 +14,7 @@ def write(
     scores: list[str],
     sentence: str,
     config: dict[str, Any],
+    untrained: int = 0,
 ) -> str:
     """The model card, as Markdown.
 
@@ -24,16 +25,20 @@ def write(
         scores: One line per figure.
         sentence: What the sweep found.
         config: The model's whole config.
+        untrained: Token ids that no sentence of its training holds.
     """
     sources = ", ".join(corpus["sources"]) or "not recorded"
     changed = (
         "\n".join(f"- `{field}` = `{json.dumps(value)}`" for field, value in changes.items()) or "- none: the base"
     )
     shown = "\n".join(f"- {line}" for line in scores)
+    left = (
+        f" {untrained:,} token ids are untrained: no sentence that it was trained on holds them." if untrained else ""
+    )
     o, m = config["objective"], config["model"]
     return f"""# {name}
 
-Encoder of single cells, human and mouse: {m["num_layers"]} layers, width {m["dim"]}, sentences of up to {config["tokens"]["max_len"]} tokens.
+Encoder of single cells ({corpus["species"]}): {m["num_layers"]} layers, width {m["dim"]}, sentences of up to {config["tokens"]["max_len"]} tokens.
 
 ## Data
 {corpus["cells"]:,} cells ({corpus["species"]}) of {sources}. Corpus fingerprint `{corpus["fingerprint"][:16]}`.
@@ -48,5 +53,5 @@ The sweep: {sentence}.
 
 ## Limits
 Scores are of cells whose sentences (never their labels) may have been pretrained on. Intervals are over seeds: other donors,
-tissues and protocols can differ by more. A model trained in a sweep has seen only as many steps as the sweep gave it.
+tissues and protocols can differ by more. A model trained in a sweep has seen only as many steps as the sweep gave it.{left}
 """

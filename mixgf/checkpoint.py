@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load as load_tensors
@@ -267,6 +268,7 @@ def publish(
     objective: config.Objective | None = None,
     counts: dict[str, Any] | None = None,
     files: dict[str, Any] | None = None,
+    untrained: np.ndarray | None = None,
 ) -> Record:
     """Write a model's weights and finish its artifact.
 
@@ -279,6 +281,7 @@ def publish(
         objective: what it was trained with, if it was.
         counts: counts of the record.
         files: further files that were written.
+        untrained: ids, ascending, that nothing was ever trained on (see `untrained`).
     """
     files = (files or {}) | {WEIGHTS: write_tensors(storage.join(uri, WEIGHTS), dict(model.named_parameters()))}
     details = {
@@ -288,7 +291,16 @@ def publish(
         "tokens": config.to_dict(tokens),
         "objective": config.to_dict(objective) if objective is not None else None,
     }
+    if untrained is not None and len(untrained):
+        runs = np.split(untrained, np.flatnonzero(np.diff(untrained) > 1) + 1)
+        details["untrained"] = [[int(run[0]), int(run[-1]) + 1] for run in runs]
     return artifacts.finish(uri, record, counts=counts, files=files, details=details)
+
+
+def untrained(record: Record) -> np.ndarray:
+    """Ids of a checkpoint's vocabulary, ascending, whose vectors come from elsewhere and were never trained."""
+    runs = [np.arange(start, stop) for start, stop in record.details.get("untrained", ())]
+    return np.concatenate([np.empty(0, dtype=np.int64), *runs])
 
 
 def load_model(uri: str, device: torch.device | str = "cpu") -> tuple[MaskedModel, Record]:

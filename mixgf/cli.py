@@ -26,7 +26,9 @@ STAGES = {
     "report": "one HTML file from whatever stages are done",
 }
 IMPORT = "tokenised Arrow data sets (Genecorpus-30M, Mouse-Genecorpus-20M) -> the corpus that prepare makes"
-IMPORT_WEIGHTS = "a published BERT checkpoint (Geneformer, Mouse-Geneformer) -> the run's encoder, for its corpus"
+IMPORT_WEIGHTS = (
+    "a published BERT checkpoint (Geneformer, Mouse-Geneformer), or one of mixgf -> the run's encoder, for its corpus"
+)
 TUNE = "a sweep: arms x seeds of pretrainings, judged zero-shot as they go (ablations, data ladders)"
 COMPARE = "across species: one space, transfer both ways, which shift of one species is like which of the other"
 EXPORT = "the run's encoder -> a folder that transformers loads as BertForMaskedLM"
@@ -90,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("sources", nargs="*", metavar="SPECIES=URI", help=wanted)
         if name == "import-weights":
             command.add_argument(
-                "folder", metavar="FOLDER", help="config.json and model.safetensors or pytorch_model.bin"
+                "folder",
+                metavar="FOLDER",
+                help="config.json and model.safetensors or pytorch_model.bin; or a checkpoint whose vocabulary the corpus' was grown from",
             )
         if name != "demo":
             command.add_argument("--recipe", default="", help=f"a named config: {', '.join(recipes.RECIPES)}")

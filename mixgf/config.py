@@ -125,7 +125,8 @@ class Vocab:
     medians: str = ""
     """URI of a table (Parquet or TSV: gene, median) to import; empty = computed from the kept cells."""
     reuse: str = ""
-    """URI of an existing vocabulary to use unchanged; empty = build one."""
+    """URI of an existing vocabulary whose genes, ids and medians stay as they are; sources of a species that it lacks add that
+    species' genes behind them. Empty = build one."""
     orthologs: tuple[str, ...] = ("resource:orthologs.parquet",)
     """One-to-one tables (Parquet); each column is a species' name and holds its gene ids."""
 
@@ -681,6 +682,9 @@ class Inputs:
     embeddings: str = ""
     classification: str = ""
     perturbation: str = ""
+    start: str = ""
+    """A checkpoint on the corpus' vocabulary whose weights `pretrain` starts from (schedule and moments begin anew); empty =
+    random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

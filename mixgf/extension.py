@@ -66,6 +66,8 @@ def find(config: Config, sources: Sequence[Source]) -> Older | None:
         msg = f"{what}: made with another vocabulary than vocab.reuse = {config.vocab.reuse!r}; give the one beside that corpus"
         raise UserError(msg)
     data = to_dict(config)
+    known = {row["name"] for row in record.config["species"]}
+    data["species"] = [row for row in data["species"] if row["name"] in known]  # others may come in addition
     for name in ("species", "qc", "tokens", "seed"):
         changes = difference(record.config.get(name), data[name], name)
         if changes:

@@ -188,6 +188,25 @@ class Pretraining:
         padded = packing(lengths, self.config.train.batch_cells)
         return {"gflop_per_cell": flops / 1e9, "tokens_per_cell": mean} | {f"padding_{k}": v for k, v in padded.items()}
 
+    def never_seen(self, ids: I64) -> I64:
+        """Of the given ids those that no sentence of the training holds; reads the cells of their species until all are found."""
+        if not len(ids):
+            return ids
+        corpus = self.corpus
+        codes = [
+            i for i, name in enumerate(corpus.species) if np.isin(ids, corpus.vocabulary.species_tokens(name)).any()
+        ]
+        whole = self.num_steps >= self.steps_per_epoch and not self.config.train.species_mix
+        visits = [] if whole else [self.plan.batch(step) % self.plan.num_cells for step in range(self.num_steps)]
+        cells_N = np.arange(self.plan.num_cells) if whole else np.unique(np.concatenate(visits))
+        cells_N = cells_N if self.cells_N is None else self.cells_N[cells_N]
+        cells_N = cells_N[np.isin(corpus.species_N[cells_N], codes)]
+        for start in range(0, len(cells_N), 1024):
+            if not len(ids):
+                break
+            ids = np.setdiff1d(ids, corpus.tokens(cells_N[start : start + 1024])[0])
+        return ids
+
     def work(self, step: int, rank: int, world_size: int) -> Work:
         """One worker's share of a step, collated."""
         share = self.plan.share(step, rank, world_size)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf import figures, findings, layouts
+from mixgf import checkpoint, figures, findings, layouts
 from mixgf.artifacts import Record
 from mixgf.config import to_dict
 from mixgf.page import Cell, Fold, Grid, Picture, Run, Section, Text, count, missing, plural, title_case
@@ -139,14 +139,17 @@ def curve(history: pd.DataFrame, name: str) -> pd.DataFrame:
 def training(run: Run) -> Section:
     """Loss curves per term, throughput, and what was trained."""
     history, record = run.tables.get("history"), run.records.get("pretrain")
-    if history is None or record is None or history.empty:
+    if record is None:
         return missing("training", "Pretraining", "pretrain", run)
+    if history is None or history.empty:
+        text = "The weights were brought in (mixgf import-weights); nothing was trained here."
+        return Section("training", "Pretraining", [Text(text), *_untrained(record)])
     present = [str(name) for name in history["name"].unique()]
     losses = [n for n in LOSSES if n in present] + [n for n in present if n not in LOSSES and "loss" in n]
     others = [n for n in CURVES if n in present and n not in losses] + [
         n for n in present if n not in CURVES and n not in losses
     ]
-    blocks: list[Any] = [Text(_trained(record, history))]
+    blocks: list[Any] = [Text(_trained(record, history)), *_untrained(record)]
     ends = []
     for name in losses:
         first, last = loss_ends(history, name)
@@ -173,6 +176,17 @@ def training(run: Run) -> Section:
     return Section("training", "Pretraining", blocks)
 
 
+def _untrained(record: Record) -> list[Text]:
+    num, size = len(checkpoint.untrained(record)), int(record.details.get("vocab_size", 0))
+    if not num:
+        return []
+    text = (
+        f"{num:,} of {size:,} token ids are untrained: no sentence that the model was trained on holds them. Their vectors are those of "
+        "one-to-one orthologs, or random; `mixgf pretrain` with inputs.start trains them."
+    )
+    return [Text(text, "warn")]
+
+
 def loss_ends(history: pd.DataFrame, name: str) -> tuple[float, float]:
     """Mean of a curve over the first and over the last tenth of its points."""
     values = curve(history, name)["value"]
@@ -186,7 +200,8 @@ def _trained(record: Record, history: pd.DataFrame) -> str:
     model, objective = record.details.get("model", {}), record.details.get("objective", {})
     steps, epochs = int(history["step"].max()), int(history["epoch"].max())
     text = (f"An encoder of {model.get('num_layers', '?')} layers, width {model.get('dim', '?')} and "
-            f"{model.get('num_heads', '?')} heads was trained from random weights for {plural(steps, 'step')}")  # fmt: skip
+            f"{model.get('num_heads', '?')} heads was trained from {'another checkpoint' if 'start' in record.parents else 'random weights'} "
+            f"for {plural(steps, 'step')}")  # fmt: skip
     text += f" (epoch {epochs + 1})" if epochs >= 0 else ""
     terms = [f"{objective.get('mlm_weight', 1):g} × masked genes"]
     if objective.get("contrast_weight", 0):

@@ -84,14 +84,15 @@ def describe(
 ) -> None:
     """Open one source, identify its genes and obs columns, hash its bytes; write its facts.
 
-    `allowed` names, by species, the genes that alone may enter the vocabulary (imported medians, a given vocabulary).
+    `allowed` names the genes of a species that alone may enter the vocabulary, where there are such (imported medians, a
+    given vocabulary).
     """
     with open_reader(source.uri, source.layer) as reader:
         if reader.num_rows == 0 or reader.num_columns == 0:
             msg = f"{source.uri}: empty ({reader.num_rows} cells x {reader.num_columns} genes); give a file with counts"
             raise UserError(msg)
         names = reader.gene_names(source.genes)
-        vocabulary = None if allowed is None else frozenset(allowed.get(source.species, ()))
+        vocabulary = frozenset(allowed[source.species]) if allowed and source.species in allowed else None
         known = corpus.known_genes(row)
         columns = corpus.identify(names, known, biotypes=biotypes, vocabulary=vocabulary, is_gene=reader.is_gene)
         num_known = sum(columns["candidate"].to_pylist())

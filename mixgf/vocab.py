@@ -116,6 +116,30 @@ class Vocabulary:
             out[token] = tokens.get(pairs.get(gene, ""), -1)
         return out
 
+    def older(self, hash_: str) -> Vocabulary | None:
+        """The vocabulary of this hash that this one was grown from, or is: its first species; None where there is none."""
+        for num in range(len(self.species), 0, -1):
+            names = self.species[:num]
+            table = self.table.filter(pc.is_in(self.table["species"], pa.array(names)))
+            found = Vocabulary(table.combine_chunks(), species=names, sharing=self.sharing)
+            if found.hash == hash_:
+                return found
+        return None
+
+    def models(self, old: Vocabulary, orthologs: Mapping[tuple[str, str], Mapping[str, str]]) -> np.ndarray:
+        """int64[V]: of every id the id of `old` (see `older`) whose vector it starts with, -1 where that is a random one.
+
+        Old ids have their own. A new gene has that of its one-to-one ortholog, in the species with the most of these first.
+        """
+        out = np.full(self.size, -1, dtype=np.int64)
+        out[: old.size] = np.arange(old.size)
+        for i, name in enumerate(self.species[len(old.species) :], len(old.species)):
+            maps = [self.ortholog_map(name, earlier, orthologs) for earlier in self.species[:i]]
+            for partner_V in sorted(maps, key=lambda partner_V: -int((partner_V >= 0).sum())):  # stable
+                at = np.flatnonzero((out < 0) & (partner_V >= 0))
+                out[at] = out[partner_V[at]]
+        return out
+
     def _per_token(self, column: str) -> list[str]:
         out = [*SPECIALS, *([""] * (self.size - NUM_SPECIALS))]
         for token, value in zip(self.table["token"].to_pylist(), self.table[column].to_pylist(), strict=True):
@@ -173,6 +197,7 @@ def build(
     *,
     sharing: str,
     orthologs: Mapping[tuple[str, str], Mapping[str, str]],
+    older: Vocabulary | None = None,
 ) -> Vocabulary:
     """Make the vocabulary.
 
@@ -181,12 +206,20 @@ def build(
         tables: by species, its gene table (for symbols and biotypes; genes that it lacks have empty ones).
         sharing: `separate`, or `ortholog`: a gene whose one-to-one ortholog in an earlier species has an id takes that id.
         orthologs: (species_a, species_b) to pairs of genes.
+        older: a vocabulary of other species and the same sharing, which stays as it is; these come behind it.
     """
     rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     given: dict[tuple[str, str], int] = {}
-    free = NUM_SPECIALS
-    names = list(medians)
+    free, names = NUM_SPECIALS, list(medians)
+    if older is not None:
+        assert older.sharing == sharing, (older.sharing, sharing)
+        assert not set(older.species) & set(names), (older.species, names)
+        rows = older.table.to_pydict()
+        given = dict(zip(zip(rows["species"], rows["gene"], strict=True), rows["token"], strict=True))
+        free, names = older.size, [*older.species, *names]
     for i, species in enumerate(names):
+        if species not in medians:
+            continue
         table = tables[species]
         facts = dict(
             zip(

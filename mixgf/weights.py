@@ -1,5 +1,7 @@
 """Published BERT checkpoints in (`mixgf import-weights`), ours out (`mixgf export`): Hugging Face folders on either side.
 
+And our own checkpoints, grown to a vocabulary with more species (`grow`).
+
 A folder is config.json and model.safetensors, or a pytorch_model.bin, which is read by torch's restricted reader (tensors
 only). Published models of the family (Geneformer V1 and V2, Mouse-Geneformer) have ids of their own, given by a token
 dictionary; the vectors of their genes move to the ids of a corpus' vocabulary. A corpus that was prepared with their medians
@@ -27,7 +29,7 @@ from mixgf.dictionaries import PICKLE_ERRORS, Dictionary, genes_of, read_diction
 from mixgf.interop import lookup
 from mixgf.model import MaskedModel
 from mixgf.progress import say, warn
-from mixgf.vocab import CLS, MASK, PAD, SPECIALS, Vocabulary
+from mixgf.vocab import CLS, MASK, NUM_SPECIALS, PAD, SPECIALS, Vocabulary
 
 SCHEMA = 1
 TOKENS = "encoder.tokens"
@@ -126,20 +128,19 @@ def find_dictionary(settings: Config, folder: str) -> Dictionary:
 
 def moved(
     published: Published, dictionary: Dictionary, vocabulary: Vocabulary, rows: tuple[config.SpeciesRow, ...], seed: int
-) -> tuple[MaskedModel, dict[str, int]]:
-    """The model with the vectors of its genes at the vocabulary's ids, and how many genes of each species it knew.
+) -> tuple[MaskedModel, dict[str, int], np.ndarray]:
+    """The model with the vectors of its genes at the vocabulary's ids, how many genes of each species it knew, and the other ids.
 
     A gene that it did not know has a random vector of the key `seed`, as a new model has.
 
     Raises:
         UserError: the dictionary is of another model, or shares no gene with the vocabulary.
     """
-    theirs, bias = published.tensors[TOKENS], published.tensors.get("bias")
+    theirs = published.tensors[TOKENS]
     largest = max([*dictionary.genes.values(), *dictionary.specials.values()])
     if largest >= len(theirs):
         msg = f"imports.dictionaries = {dictionary.uri!r}: ids up to {largest:,}, but the model has {len(theirs):,}; name its own dictionary"
         raise UserError(msg)
-    model = MaskedModel(published.row, vocabulary.size, seed=seed)
     source = np.full(vocabulary.size, -1, dtype=np.int64)
     for name, ours in zip(SPECIALS, (PAD, MASK, CLS), strict=True):
         source[ours] = dictionary.specials.get(name, -1)
@@ -155,22 +156,75 @@ def moved(
     if not any(counts.values()):
         msg = f"imports.dictionaries = {dictionary.uri!r}: none of its genes is in the corpus' vocabulary; another species?"
         raise UserError(msg)
-    at = np.flatnonzero(source >= 0)
+    return _placed(published, source, seed), counts, np.flatnonzero(source < 0)
+
+
+def _placed(published: Published, source_V: np.ndarray, seed: int) -> MaskedModel:
+    """The model with vectors and biases of its ids `source_V`; where that is -1, random ones of the key `seed`."""
+    model = MaskedModel(published.row, len(source_V), seed=seed)
+    theirs, bias = published.tensors[TOKENS], published.tensors.get("bias")
+    at = np.flatnonzero(source_V >= 0)
     own = dict(model.named_parameters())
     tensors = {name: own[name].detach().clone() for name in (TOKENS, "bias")}
-    tensors[TOKENS][at] = theirs[source[at]]
+    tensors[TOKENS][at] = theirs[source_V[at]]
     if bias is not None:
-        tensors["bias"][at] = bias[source[at]]
+        tensors["bias"][at] = bias[source_V[at]]
     heads = {name for name in own if not name.startswith("encoder.")} - published.tensors.keys()
     if heads:
         warn("import-weights: these weights have no masked-gene head; it starts untrained")
     untrained = {name: own[name] for name in heads}
     checkpoint.load_weights(model, untrained | published.tensors | tensors, "import-weights")
-    return model, counts
+    return model
+
+
+def grow(settings: Config, folder: str) -> str:
+    """`mixgf import-weights` of a checkpoint of ours: the same for a corpus whose vocabulary was grown from that checkpoint's.
+
+    Old ids keep their vectors, so old species' cells their embeddings. A new gene starts with the vector of its one-to-one
+    ortholog, else with a random one; all new ids are untrained until `pretrain` (`inputs.start`) sees them.
+    """
+    uri = storage.join(settings.output, "pretrain")
+    corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
+    model, made = checkpoint.load_model(folder)
+    vocabulary = corpus.vocabulary
+    older = vocabulary.older(made.details["vocabulary"])
+    if older is None:
+        msg = f"{folder}: its vocabulary is no beginning of that of {corpus.uri}; prepare that with vocab.reuse = the vocabulary of this checkpoint"
+        raise UserError(msg)
+    pairs = species.orthologs(settings.vocab.orthologs)
+    chosen = {"seed": settings.seed, "orthologs": [storage.sha256(table) for table in settings.vocab.orthologs]}
+    parents = {"corpus": corpus.record.fingerprint, "grown from": made.fingerprint}
+    record = artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, parents)
+    if not artifacts.begin(uri, record):
+        say(f"import-weights: {uri} is already there")
+        return uri
+    with tracking.stage(settings, "import-weights", chosen, record.fingerprint):
+        source = vocabulary.models(older, pairs)
+        tensors = {name: p.detach() for name, p in model.named_parameters()}
+        grown = _placed(Published(model.encoder.row, tensors, ""), source, settings.seed)
+        counts: dict[str, Any] = {"steps": 0}
+        for name in vocabulary.species[len(older.species) :]:
+            tokens = vocabulary.species_tokens(name)
+            own = tokens[tokens >= older.size]
+            counts[f"genes_{name}"], counts[f"from_orthologs_{name}"] = len(tokens), int((source[own] >= 0).sum())
+            say(
+                f"import-weights: {name}: {len(tokens):,} genes; {len(tokens) - len(own):,} share an id, {counts[f'from_orthologs_{name}']:,} "
+                f"start with their ortholog's vector, {int((source[own] < 0).sum()):,} with a random one"
+            )
+        untrained = np.concatenate([checkpoint.untrained(made), np.arange(older.size, vocabulary.size)])
+        checkpoint.publish(
+            uri, record, grown, vocabulary=vocabulary.hash, tokens=corpus.tokenised, counts=counts, untrained=untrained
+        )
+    return uri
 
 
 def bring(settings: Config, folder: str) -> str:
-    """`mixgf import-weights`: a published model as the checkpoint of a run, for the corpus of that run; returns its URI."""
+    """`mixgf import-weights`: a published model as the checkpoint of a run, for the corpus of that run; returns its URI.
+
+    One of ours: see `grow`.
+    """
+    if artifacts.find(folder) is not None:
+        return grow(settings, folder)
     uri = storage.join(settings.output, "pretrain")
     corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
     published, dictionary = read(folder), find_dictionary(settings, folder)
@@ -186,7 +240,7 @@ def bring(settings: Config, folder: str) -> str:
         "model": to_dict(published.row),
     }  # fmt: skip
     record = artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, {"corpus": corpus.record.fingerprint})
-    model, counts = moved(published, dictionary, corpus.vocabulary, settings.species, settings.seed)
+    model, counts, untrained = moved(published, dictionary, corpus.vocabulary, settings.species, settings.seed)
     if not artifacts.begin(uri, record):
         say(f"import-weights: {uri} is already there")
         return uri
@@ -201,6 +255,7 @@ def bring(settings: Config, folder: str) -> str:
         checkpoint.publish(
             uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised,
             counts={"steps": 0, **{f"genes_{name}": found for name, found in counts.items()}},
+            untrained=untrained[untrained >= NUM_SPECIALS],
         )  # fmt: skip
     return uri
 

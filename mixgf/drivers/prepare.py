@@ -81,16 +81,16 @@ def _begin(uri: str, record: artifacts.Record) -> bool:
 def _plans(
     config: Config, sources: Sequence[Source], older: extension.Older | None
 ) -> tuple[artifacts.Record | None, artifacts.Record]:
-    """Plans of the vocabulary (None where one is reused) and of the corpus."""
+    """Plans of the vocabulary (None where one is reused as it is) and of the corpus."""
     data = to_dict(config)
     sized = [asdict(s) | {"size": _size(s.uri)} for s in sources]
     content = {name: data[name] for name in ("species", "qc", "vocab", "seed")} | {"sources": sized}
-    vocabulary = None
+    vocabulary, reused = None, {}
     if config.vocab.reuse:
-        parent = artifacts.require(config.vocab.reuse, "vocabulary").fingerprint
-    else:
-        vocabulary = artifacts.plan("vocabulary", SCHEMA, content, {})
-        parent = vocabulary.fingerprint
+        reused = {"extends": artifacts.require(config.vocab.reuse, "vocabulary").fingerprint}
+    if not reused or not {s.species for s in sources} <= set(vocab.Vocabulary.load(config.vocab.reuse).species):
+        vocabulary = artifacts.plan("vocabulary", SCHEMA, content, reused)
+    parent = vocabulary.fingerprint if vocabulary is not None else reused["extends"]
     whole = content | {"tokens": data["tokens"], "prepare": {"shard_cells": config.prepare.shard_cells}}
     parents = {"vocabulary": parent} | ({"extends": older.record.fingerprint} if older else {})
     return vocabulary, artifacts.plan("corpus", SCHEMA, whole, parents)
@@ -155,7 +155,7 @@ class _Prepare:
     # passes
 
     def _given(self) -> tuple[dict[str, list[str]] | None, dict[str, dict[str, float]] | None]:
-        """Genes that alone may enter the vocabulary, and imported medians, where the config gives them."""
+        """Genes of a species that alone may enter the vocabulary, and imported medians, where the config gives them."""
         if self.config.vocab.reuse:
             given = vocab.Vocabulary.load(self.config.vocab.reuse)
             return {name: list(given.of(name).genes) for name in given.species}, None
@@ -259,12 +259,14 @@ class _Prepare:
         uri = storage.join(self.config.output, "vocabulary")
         if not artifacts.begin(uri, record):
             return vocab.Vocabulary.load(uri)
+        older = vocab.Vocabulary.load(self.config.vocab.reuse) if self.config.vocab.reuse else None
         if given is None:
-            given = self._medians(kept, keeps)
+            given = self._medians(kept, keeps, () if older is None else older.species)
         tables = {name: species.gene_table(self.rows[name]) for name in given}
         with_genes = {name: genes for name, genes in given.items() if genes}
         pairs = species.orthologs(self.config.vocab.orthologs)
-        made = vocab.build(with_genes, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
+        sharing = self.config.vocab.sharing if older is None else older.sharing
+        made = vocab.build(with_genes, tables, sharing=sharing, orthologs=pairs, older=older)
         size, digest = made.save(storage.join(uri, "vocabulary.parquet"))
         genes = {name: len(made.of(name).tokens) for name in made.species}
         artifacts.finish(
@@ -274,9 +276,11 @@ class _Prepare:
         say(f"vocabulary: {made.size:,} tokens ({', '.join(f'{n:,} {name} genes' for name, n in genes.items())})")
         return made
 
-    def _medians(self, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> dict[str, dict[str, float]]:
-        """Medians by species, in the config's order, from a tree of sketch merges."""
-        present = [name for name in self.rows if any(u.source.species == name for u in kept)]
+    def _medians(
+        self, kept: list[units.Unit], keeps: dict[int, np.ndarray], known: tuple[str, ...]
+    ) -> dict[str, dict[str, float]]:
+        """Medians by species, in the config's order, from a tree of sketch merges; not of the `known` species."""
+        present = [name for name in self.rows if name not in known and any(u.source.species == name for u in kept)]
         genes = {
             name: units.number_genes(self.work, name, [i for i in self.facts if self.sources[i].species == name])
             for name in present

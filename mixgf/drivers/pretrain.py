@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -24,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mixgf import artifacts, checkpoint, storage, tracking
-from mixgf.config import Config, UserError, from_dict, to_dict
+from mixgf.config import Config, UserError, difference, from_dict, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers.board import Board
 from mixgf.drivers.metrics import Meter, watch
@@ -65,13 +66,44 @@ def run(config: Config) -> str:
         done = checkpoint.promote(
             uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised, objective=config.objective,
             counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": task.plan.num_cells},
+            untrained=untrained(config, task),
         )  # fmt: skip
     say(f"pretrain: {done.counts['steps']:,} steps, weights in {uri}")
     return uri
 
 
+def _start(config: Config, corpus: Corpus) -> artifacts.Record | None:
+    """The record of `inputs.start`, None without one; a `UserError` where it cannot be started from."""
+    if not config.inputs.start:
+        return None
+    record = artifacts.require(config.inputs.start, checkpoint.KIND, checkpoint.SCHEMA)
+    checkpoint.require_vocabulary(record, corpus.vocabulary.hash, "the corpus", "inputs.start")
+    ours, free = to_dict(config.model), ("dropout", "attention_dropout", "init_sd")
+    changes = difference(record.details["model"], ours | {k: record.details["model"][k] for k in free}, "model")
+    if changes:
+        msg = f"inputs.start = {config.inputs.start!r}: a model of other sizes: {'; '.join(changes[:3])}; set the model's as there"
+        raise UserError(msg)
+    return record
+
+
+def untrained(config: Config, task: Pretraining) -> np.ndarray:
+    """Ids that neither the start's training nor this one saw, ascending; none where it starts from random weights."""
+    start = _start(config, task.corpus)
+    return np.empty(0, dtype=np.int64) if start is None else task.never_seen(checkpoint.untrained(start))
+
+
+def first_model(config: Config, corpus: Corpus) -> MaskedModel:
+    """The model before its first step: random weights, or those of `inputs.start`."""
+    model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
+    if config.inputs.start:
+        found, _ = checkpoint.load_model(config.inputs.start)
+        model.load_state_dict(found.state_dict())
+    return model
+
+
 def planned(config: Config, corpus: Corpus) -> artifacts.Record:
     """The record of this training: all that decides the weights, nothing that only changes speed."""
+    start = _start(config, corpus)
     data = to_dict(config)
     settings = {k: v for k, v in data["train"].items() if k not in _SPEED}
     if config.train.cells_share == 1:
@@ -79,7 +111,8 @@ def planned(config: Config, corpus: Corpus) -> artifacts.Record:
     chosen = {"model": data["model"], "objective": data["objective"], "train": settings, "seed": config.seed}
     if config.objective.ortholog_weight > 0 or config.objective.view == "ortholog":
         chosen["orthologs"] = data["vocab"]["orthologs"]
-    return artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, {"corpus": corpus.record.fingerprint})
+    parents = {"corpus": corpus.record.fingerprint} | ({"start": start.fingerprint} if start is not None else {})
+    return artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, parents)
 
 
 def _announce(config: Config, task: Pretraining, model: MaskedModel) -> dict[str, float]:
@@ -142,7 +175,7 @@ def work(params: dict[str, Any]) -> None:
     try:
         corpus = Corpus(params["corpus"], max_len=config.model.max_positions)
         task = Pretraining(config, corpus)
-        model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
+        model = first_model(config, corpus)
         fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"])
     except UserError as error:  # every worker meets it alike; the driver raises it, and nobody starts again
         ray.get(params["board"].fail.remote(str(error)))

@@ -216,7 +216,7 @@ def train_here(
 ) -> None:
     """`drivers.pretrain.train` in this process."""
     found = Corpus(corpus, max_len=config.model.max_positions)
-    model = MaskedModel(config.model, found.vocabulary.size, seed=config.seed)
+    model = pretrain.first_model(config, found)
     fit(model, Pretraining(config, found), config.train, LocalContext(), uri=uri, identity=identity, until=until)
 
 

@@ -15,8 +15,9 @@ import pandas as pd
 import pyarrow as pa
 
 from mixgf import ablation, artifacts, card, checkpoint, storage, sweep, tracking
-from mixgf.config import Config, UserError, fingerprint, to_dict
+from mixgf.config import Config, UserError, fingerprint, from_dict, to_dict
 from mixgf.dataset import Corpus
+from mixgf.drivers import pretrain
 from mixgf.drivers.metrics import watch
 from mixgf.drivers.trials import RAY, SCHEMA, Engine, Search, Trial, judged, score
 from mixgf.objectives import Pretraining
@@ -233,6 +234,10 @@ def _publish(
         say(f"tune: registered in MLflow as {config.tune.register}, version {version}")
 
 
+def _untrained(config: Config) -> int:
+    return len(pretrain.untrained(config, Pretraining(config, Corpus(config.inputs.corpus))))
+
+
 def _register(
     config: Config, winner: Arm, trials: Sequence[Trial], *, board: pd.DataFrame, tracked: tracking.Run, sentence: str
 ) -> str:
@@ -253,7 +258,7 @@ def _register(
     }  # fmt: skip
     text = card.write(
         name=f"{config.tune.register}: {winner.name}", corpus=about, changes=dict(winner.changes), scores=lines,
-        sentence=sentence, config=trial.config,
+        sentence=sentence, config=trial.config, untrained=_untrained(from_dict(Config, trial.config)),
     )  # fmt: skip
     weights = storage.join(
         checkpoint.step_folder(storage.join(trial.uri, "pretrain"), trial.steps[-1]), checkpoint.WEIGHTS
