@@ -1,7 +1,7 @@
 """Draws the boards as pictures, NAME.png each, from a Prometheus that has read a run: `python dashboards/draw.py URL FOLDER`.
 
 For who has no Grafana, and to see what a board shows: the same queries, titles, units and places, in plain matplotlib. A stage's
-board is drawn over the time in which the stage was metered, the overview over all of it.
+board is drawn over the time in which the stage was metered, the overview over that of all stages.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import re
 import time
 import urllib.parse
@@ -51,8 +52,8 @@ def legend(text: str, labels: dict[str, str]) -> str:
     return re.sub(r"{{(\w+)}}", lambda name: short.get(name[1], ""), text).strip()
 
 
-def draw(axes: Any, panel: Panel, url: str, begin: float, end: float) -> None:
-    """One panel; `no data` where its queries give none."""
+def draw(axes: Any, panel: Panel, url: str, begin: float, end: float) -> bool:
+    """One panel; `no data`, and false, where its queries give none."""
     divisor, unit = SHOWN.get(panel.unit, (1, ""))
     lines = [
         (legend(text, labels), [datetime.fromtimestamp(t) for t in times], [v / divisor for v in values])
@@ -66,8 +67,12 @@ def draw(axes: Any, panel: Panel, url: str, begin: float, end: float) -> None:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, fontsize=9, color="grey")
         axes.set_xticks([])
         axes.set_yticks([])
-        return
+        return False
     for name, times, values in lines:
+        for i in range(len(times) - 1, 0, -1):  # nothing is drawn over a minute without data, as on the boards
+            if (times[i] - times[i - 1]).total_seconds() > 60:
+                times.insert(i, times[i])
+                values.insert(i, math.nan)
         axes.plot(times, values, linewidth=1, label=name, marker="." if len(values) < 3 else "")
     if panel.kind == "stat":
         axes.text(0.5, 0.5, f"{lines[0][2][-1]:.4g}", ha="center", va="center", transform=axes.transAxes, fontsize=20)
@@ -78,11 +83,13 @@ def draw(axes: Any, panel: Panel, url: str, begin: float, end: float) -> None:
     else:
         axes.set_ylim(0, panel.top / divisor if panel.top is not None else None)
     axes.set_xlim(datetime.fromtimestamp(begin), datetime.fromtimestamp(end))
+    return True
 
 
 def times(url: str, name: str, begin: float, end: float) -> tuple[float, float]:
-    """From when to when a board's stage was metered within a time range; all of it where it was not, and for the overview."""
-    found = [] if name == "overview" else series(url, f'{METRICS["nodes"].exported}{{stage="{name}"}}', begin, end)
+    """From when to when a board's stage (of the overview: any) was metered within a time range; all of it where none was."""
+    which = "" if name == "overview" else f'{{stage="{name}"}}'
+    found = series(url, METRICS["nodes"].exported + which, begin, end)
     at = [t for _, moments, _ in found for t in moments]
     return (min(at) - 10, max(at) + 10) if at else (begin, end)
 
@@ -105,7 +112,8 @@ def board(url: str, name: str, begin: float, end: float) -> bytes:
             if panel is None:
                 axes.set_axis_off()
                 continue
-            draw(axes, panel, url, begin, end)
+            if not draw(axes, panel, url, begin, end):
+                continue
             axes.xaxis.set_major_locator(dates.AutoDateLocator(maxticks=4))
             axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S"))
         drawn, small = io.BytesIO(), io.BytesIO()
@@ -119,11 +127,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("url", metavar="URL", help="of Prometheus, for example http://127.0.0.1:9090")
     parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("--boards", nargs="+", choices=BOARDS, help="these alone")
     parser.add_argument("--minutes", type=float, default=60.0, help="time range, up to now")
     args = parser.parse_args()
     now = time.time()
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name in BOARDS:
+    for name in args.boards or BOARDS:
         (args.folder / f"{name}.png").write_bytes(board(args.url.rstrip("/"), name, now - 60 * args.minutes, now))
 
 

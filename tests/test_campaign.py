@@ -38,7 +38,7 @@ BUCKET = "campaign"
 SOURCES = [f"{name}=s3://{BUCKET}/cells/{name}.h5ad" for name in ("human", "mouse")]
 SETTINGS = {
     "prepare": ["prepare.shard_cells=20", "prepare.block_cells=20"],
-    "pretrain": ["train.epochs=5", "train.batch_cells=16", "train.checkpoint_steps=5", "train.log_steps=1"],
+    "pretrain": ["train.epochs=3", "train.batch_cells=16", "train.checkpoint_steps=5", "train.log_steps=1"],
     "embed": [],
     "classify": ["classify.epochs=2", "classify.seeds=2"],
     "perturb": ["perturb.max_cells=16", "perturb.max_genes=40", "perturb.block_cells=4", "perturb.block_genes=10"],
@@ -48,7 +48,7 @@ FOLDERS = {"prepare": "corpus", "report": "report.html"}
 """Of a stage's artifact, where it is not called like the stage."""
 LOSE_NODE = {"prepare": 60, "pretrain": 30, "embed": 8, "classify": 12, "perturb": 8}
 """Files of the stage (steps of pretrain) that are there when a node is killed."""
-LOSE_HEAD = {"prepare": 130, "pretrain": 80}
+LOSE_HEAD = {"prepare": 130, "pretrain": 70}
 LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr", "alignment", "uniformity")
 
 
@@ -62,7 +62,7 @@ class Site:
     def __init__(self, folder):
         self.folder, self.began, self.running = folder, time.monotonic(), []
         self.temp = tempfile.mkdtemp(prefix="rc", dir="/tmp")  # Ray's sockets want a short path
-        self.head, self.nodes, self.num_jobs, self.num_nodes = None, [], 0, 0
+        self.head, self.nodes, self.num_jobs, self.num_nodes, self.renewed = None, [], 0, 0, 0
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MLFLOW_"))} | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
@@ -250,8 +250,8 @@ class Site:
         with (self.folder / "jobs.log").open("a") as log:
             for text in output:
                 log.write(text)
-                if text.strip() and not re.match(r"\d{4}-\d\d-\d\d .* \w+\.py:\d+ -- ", text):
-                    self.say(f"    {text.rstrip()}")
+                if not re.match(r"\s|Traceback|\d{4}-\d\d-\d\d .* \w+\.py:\d+ -- ", text):
+                    self.say(f"    {text.rstrip()[:200]}")
 
     def reached(self, stage, number, job):
         return self.wait(f"{number} of {stage}", lambda: (n := self.done(stage)) >= number and n, job)
@@ -276,23 +276,31 @@ class Site:
             )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(60)
-            self.kill(job) if job.poll() is None else None
-            for node in self.nodes:
-                self.kill(node)
-            self.cluster()
+        while (code := self.ended(job, reader)) and self.renewed < len(LOSE_HEAD) + 3:
+            self.say(f"!! {stage} ended with exit code {code}; a new cluster, and the same line again")
+            self.renew()
             job, reader = self.submit(stage)
-        code = job.wait(PATIENCE)
-        reader.join()
-        for _ in range(2):
-            if code == 0:
-                break
-            self.say(f"!! {stage} ended with exit code {code}; the same line again")
-            job, reader = self.submit(stage)
-            code = job.wait(PATIENCE)
-            reader.join()
         assert code == 0, f"{stage}: exit code {code}"
         assert self.finished(stage)
         self.wait("two nodes", self.complete, self.head)
+
+    def ended(self, job, reader):
+        """Exit code of a job's client; one that still waits for a cluster that is gone is ended."""
+        give_up = time.monotonic() + PATIENCE
+        while job.poll() is None and self.head.poll() is None and time.monotonic() < give_up:
+            time.sleep(0.2)
+        if job.poll() is None:
+            self.kill(job)
+        reader.join()
+        return job.returncode
+
+    def renew(self):
+        """Another cluster in the place of this one."""
+        for process in (self.head, *self.nodes):
+            if process.poll() is None:
+                self.kill(process)
+        self.renewed += 1
+        self.cluster()
 
     # what came of it
 
