@@ -5,13 +5,11 @@ in FOLDER when they load the model (`built-`) and for every part they make (`mad
 what is killed is killed in the middle, on a machine of any speed.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +18,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from processes import die_with_us, free_port
+from fake_cluster import PATIENCE, STORE, assert_up_and_down, autoscaled, cluster, until, workers
+from processes import die_with_us
 
 from mixgf import artifacts, config, storage
 from mixgf.drivers import perturb as driver
@@ -29,8 +28,6 @@ from mixgf.perturb import Scorer
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
 NUM_CELLS = 40
-PATIENCE = 500
-"""Seconds that a busy machine may take for what is waited for."""
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +74,6 @@ def result(uri):
     parts = {name for name in storage.list_dir(f"{uri}/{record.details['parts']}") if name != "cost"}
     tables = {name: storage.read_bytes(f"{uri}/{name}") for name in ("genes.parquet", "states.parquet")}
     return parts, tables
-
-
-def until(condition, what):
-    """Wait for something to hold; returns what it was."""
-    give_up = time.monotonic() + PATIENCE
-    while time.monotonic() < give_up:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    pytest.fail(f"{what} did not come")
 
 
 class Work:
@@ -190,84 +177,13 @@ def main(path, folder):
     driver.run(config.from_dict(config.Config, json.loads(Path(path).read_text())))
 
 
-STORE = {"object_store_memory": 100 << 20}
-HEALTH = {
-    "health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10,
-    "gcs_rpc_server_reconnect_timeout_s": 10,
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def cluster(**head):
-    """A cluster whose head offers no CPUs; nothing that it started outlives it."""
-    from ray.cluster_utils import Cluster
-
-    before = set(psutil.Process().children(recursive=True))
-    node = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **STORE, **head}
-    made = Cluster(initialize_head=True, head_node_args=node)
-    try:
-        yield made
-    finally:
-        started = set(psutil.Process().children(recursive=True)) - before
-        made.shutdown()
-        for process in started:  # nodes that an autoscaler started, should any be left: they survive their head
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-def workers(made):
-    """Nodes for work that are up, as Ray says."""
-    return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in made.global_state.node_table())
-
-
 def test_the_pool_starts_from_no_nodes_grows_with_the_cluster_and_leaves_it_empty(work, whole, tmp_path, monkeypatch):
-    """Ray's fake multi-node provider under its own autoscaler: what an actor cannot be placed on is demand for a node."""
-    import ray
-
-    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")  # the provider asks for it
-    monkeypatch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
-    port = free_port()
-    scaling = {  # `ray.cluster_utils.AutoscalingCluster` opens an example file that Ray's wheel lacks, and stops all Ray of the machine
-        "cluster_name": "fake", "max_workers": 2, "idle_timeout_minutes": 0.1, "upscaling_speed": 1.0,
-        "provider": {
-            "type": "fake_multinode", "gcs_address": f"{ray.util.get_node_ip_address()}:{port}", "use_node_id_as_ip": True,
-            "disable_node_updaters": True, "disable_launch_config_check": True,
-        },
-        "available_node_types": {
-            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},  # the provider's own name for it
-            "worker": {"resources": {"CPU": 1, **STORE}, "node_config": {}, "min_workers": 0, "max_workers": 2},
-        },
-        "head_node_type": "ray.head.default",
-        **{name: {} for name in ("auth", "docker", "file_mounts")},
-        **{name: [] for name in (
-            "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
-            "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
-        )},
-        "file_mounts_sync_continuously": False,
-    }  # fmt: skip
-    path = tmp_path / "scaling.json"
-    path.write_text(json.dumps(scaling))
-    with cluster(gcs_server_port=port, autoscaling_config=str(path)) as made:
-        sizes, over = [workers(made)], threading.Event()
-
-        def watch():
-            while not over.is_set():
-                if (now := workers(made)) != sizes[-1]:
-                    sizes.append(now)
-                over.wait(0.1)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            work.leave(parts=10_000, workers=2)  # the first to come waits for the second
-            work.end(work.submit(made.address))
-            until(lambda: sizes[-1] == 0, "a cluster without nodes for work")
-        finally:
-            over.set()
-            thread.join()
-    top = sizes.index(max(sizes))
-    assert (sizes[0], sizes[top], sizes[-1]) == (0, 2, 0)
-    assert sizes == sorted(sizes[:top]) + sorted(sizes[top:], reverse=True)  # up, then down
+    """What an actor cannot be placed on is demand for a node."""
+    with autoscaled(tmp_path, monkeypatch, most=2) as (made, sizes):
+        work.leave(parts=10_000, workers=2)  # the first to come waits for the second
+        work.end(work.submit(made.address))
+        until(lambda: sizes[-1] == 0, "a cluster without nodes for work")
+    assert_up_and_down(sizes, most=2)
     assert len(list(work.folder.glob("built~*"))) == 2  # one load of the model per actor
     assert result(f"{tmp_path}/run/perturb") == whole
     assert work.made() == Counter(name.removesuffix(".parquet") for name in whole[0])

@@ -1,0 +1,140 @@
+"""Draws the boards as pictures, NAME.png each, from a Prometheus that has read a run: `python dashboards/draw.py URL FOLDER`.
+
+For who has no Grafana, and to see what a board shows: the same queries, titles, units and places, in plain matplotlib. A stage's
+board is drawn over the time in which the stage was metered, the overview over that of all stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import re
+import time
+import urllib.parse
+import urllib.request
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from panels import BOARDS, Panel
+from PIL import Image
+
+from mixgf.drivers.metrics import METRICS
+
+COLUMNS = 3
+SHOWN = {
+    "s": (1, "s"), "h": (1, "h"), "cps": (1, "per s"), "percent": (1, "%"), "percentunit": (0.01, "%"), "bytes": (1e6, "MB"),
+    "decmbytes": (1, "MB"), "decgbytes": (1, "GB"),
+}  # fmt: skip
+"""Grafana's units that are drawn as another: what a value is divided by, and the name."""
+
+
+def series(url: str, query: str, begin: float, end: float) -> list[tuple[dict[str, str], list[float], list[float]]]:
+    """Labels, times and values of every series that a query gives over a time range, some 200 points each."""
+    step = max(1.0, (end - begin) / 200)
+    for name, value in {
+        "$__rate_interval": f"{max(10, round(4 * step))}s",
+        "$__range": f"{round(end - begin)}s",
+        "$run": ".*",
+    }.items():
+        query = query.replace(name, value)
+    asked = urllib.parse.urlencode({"query": query, "start": begin, "end": end, "step": step})
+    with urllib.request.urlopen(f"{url}/api/v1/query_range?{asked}", timeout=60) as answer:
+        rows = json.load(answer)["data"]["result"]
+    return [(row["metric"], *(list(map(float, column)) for column in zip(*row["values"], strict=True))) for row in rows]
+
+
+def legend(text: str, labels: dict[str, str]) -> str:
+    """A panel's legend of one series; run ids are cut to what tells them apart."""
+    short = labels | ({"run": labels["run"][:6]} if "run" in labels else {})
+    return re.sub(r"{{(\w+)}}", lambda name: short.get(name[1], ""), text).strip()
+
+
+def draw(axes: Any, panel: Panel, url: str, begin: float, end: float) -> bool:
+    """One panel; `no data`, and false, where its queries give none."""
+    divisor, unit = SHOWN.get(panel.unit, (1, ""))
+    lines = [
+        (legend(text, labels), [datetime.fromtimestamp(t) for t in times], [v / divisor for v in values])
+        for query, text in panel.queries
+        for labels, times, values in series(url, query, begin, end)
+    ]
+    axes.set_title(f"{panel.title}, {unit}" if unit else panel.title, fontsize=8, loc="left")
+    axes.tick_params(labelsize=6)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    if not lines:
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, fontsize=9, color="grey")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return False
+    for name, times, values in lines:
+        for i in range(len(times) - 1, 0, -1):  # nothing is drawn over a minute without data, as on the boards
+            if (times[i] - times[i - 1]).total_seconds() > 60:
+                times.insert(i, times[i])
+                values.insert(i, math.nan)
+        axes.plot(times, values, linewidth=1, label=name, marker="." if len(values) < 3 else "")
+    if panel.kind == "stat":
+        axes.text(0.5, 0.5, f"{lines[0][2][-1]:.4g}", ha="center", va="center", transform=axes.transAxes, fontsize=20)
+    elif any(name for name, _, _ in lines):
+        axes.legend(fontsize=5, loc="best", ncols=2)
+    if panel.log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, panel.top / divisor if panel.top is not None else None)
+    axes.set_xlim(datetime.fromtimestamp(begin), datetime.fromtimestamp(end))
+    return True
+
+
+def times(url: str, name: str, begin: float, end: float) -> tuple[float, float]:
+    """From when to when a board's stage (of the overview: any) was metered within a time range; all of it where none was."""
+    which = "" if name == "overview" else f'{{stage="{name}"}}'
+    found = series(url, METRICS["nodes"].exported + which, begin, end)
+    at = [t for _, moments, _ in found for t in moments]
+    return (min(at) - 10, max(at) + 10) if at else (begin, end)
+
+
+def board(url: str, name: str, begin: float, end: float) -> bytes:
+    """A board as a PNG of few colours."""
+    import matplotlib as mpl
+    from matplotlib import dates
+    from matplotlib.figure import Figure
+
+    title, panels = BOARDS[name]
+    rows = -(-len(panels) // COLUMNS)
+    begin, end = times(url, name, begin, end)
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 1.75 * rows + 0.4), dpi=90, layout="constrained")
+        figure.suptitle(title, fontsize=10)
+        for axes, panel in zip(
+            figure.subplots(rows, COLUMNS).flat, [*panels, *[None] * (rows * COLUMNS - len(panels))], strict=True
+        ):
+            if panel is None:
+                axes.set_axis_off()
+                continue
+            if not draw(axes, panel, url, begin, end):
+                continue
+            axes.xaxis.set_major_locator(dates.AutoDateLocator(maxticks=4))
+            axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S"))
+        drawn, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png")
+    Image.open(drawn).convert("P", palette=Image.Palette.ADAPTIVE, colors=32).save(small, "png", optimize=True)
+    return small.getvalue()
+
+
+def main() -> None:
+    """Draw all boards."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("url", metavar="URL", help="of Prometheus, for example http://127.0.0.1:9090")
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("--boards", nargs="+", choices=BOARDS, help="these alone")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time range, up to now")
+    args = parser.parse_args()
+    now = time.time()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name in args.boards or BOARDS:
+        (args.folder / f"{name}.png").write_bytes(board(args.url.rstrip("/"), name, now - 60 * args.minutes, now))
+
+
+if __name__ == "__main__":
+    main()
