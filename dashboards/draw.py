@@ -114,7 +114,7 @@ def board(url: str, name: str, begin: float, end: float) -> bytes:
                 continue
             if not draw(axes, panel, url, begin, end):
                 continue
-            axes.xaxis.set_major_locator(dates.AutoDateLocator(maxticks=4))
+            axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=2, maxticks=5))
             axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S"))
         drawn, small = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png")
