@@ -231,7 +231,7 @@ def data_ladder() -> Config:
         output="runs/data_ladder",
         tune=replace(
             base.tune,
-            space=("train.cells_share=[0.01, 0.03, 0.1, 0.3]", "train.max_steps=[25, 50, 100, 200]"),
+            space=("train.cells_share=[0.01, 0.03, 0.1, 0.3]", "train.max_steps=[25, 50, 100, 400]"),
             rungs=(1.0,),
             stop="none",
         ),
