@@ -163,7 +163,7 @@ def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
             for r, v in zip(summary.itertuples(), alike_.astype(float).to_dict("records"), strict=True)]  # fmt: skip
     blocks: list[Any] = [Text("Conserved and divergent responses", "heading"), Grid(
         f"One-to-one orthologs perturbed in {one} and in {other}: rank correlation of shifts as they are, and of what is left beyond the gene's rank (95 % "
-        "over genes), beside orthologs exchanged among genes of like rank and coverage; how many shifts differ (FDR 5 %, after the median difference), go towards "
+        "over genes), beside orthologs exchanged among genes of like rank and coverage; how many shifts differ (FDR 5 %, beyond what rank predicts), go towards "
         "the goal in both, are unusual for their rank in both, and repeat over donors in both.",
         ["Operation", "Orthologs", "As they are", "Beyond rank", "Exchanged", "p", "Differ", "Towards in both", "Unusual in both", "Repeat in both",
          "Intervals over"], rows)]  # fmt: skip

@@ -104,7 +104,8 @@ def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
     """Paired rows of one operation with the difference of their shifts, and how well both reverse the state.
 
     Added: `difference` (first less second species) with its interval (Zou and Donner 2008, from either side's), `p_differs`
-    of the difference less the median one (perturbing anything may move one species' cells more), Welch's t, with its `fdr_differs`;
+    of the difference less the one that the gene's rank predicts in either species (`rank_expected`; perturbing anything may move one
+    species' cells more), Welch's t with the shifts' own errors, with its `fdr_differs`;
     `interval_by` (donors, or cells, which says nothing about other donors); `direction` (towards, away, opposite);
     `percentile_both`, the smaller of the percentiles among genes of like rank and coverage; `p_both`, the larger donor-level p
     (both must hold), `fdr_both`; `doubts`, either side's warnings; `place`, 1 = the best of those that go towards the goal in both
@@ -120,7 +121,7 @@ def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
         difference_low=difference - np.hypot(shift_2G[0] - low_2G[0], high_2G[1] - shift_2G[1]),
         difference_high=difference + np.hypot(high_2G[0] - shift_2G[0], shift_2G[1] - low_2G[1]),
     )
-    excess = difference - np.median(difference) if len(difference) else difference
+    excess = difference - (frame[f"rank_expected_{a}"] - frame[f"rank_expected_{b}"]).fillna(0).to_numpy(float)
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.hypot(error_a, error_b)
         free = error**4 / (error_a**4 / free_a + error_b**4 / free_b)
@@ -299,9 +300,9 @@ def tables(config: Config) -> dict[str, pd.DataFrame]:
     both = given(config)
     if not both:
         return {}
-    first, second = both
+    (first, one), (second, other) = both.items()
     partners = species.orthologs(config.vocab.orthologs).get((first, second), {})
-    return conserved(*both.values(), partners, (first, second), num=config.compare.num_permutations, seed=config.seed)
+    return conserved(one, other, partners, (first, second), num=config.compare.num_permutations, seed=config.seed)
 
 
 def networks(config: Config, worlds: Mapping[str, Places]) -> dict[str, pd.DataFrame]:

@@ -32,13 +32,14 @@ def test_only_orthologs_that_both_scored_under_one_operation_are_paired():
     assert conserved.pair(a, b.assign(operation="overexpress"), partners(3), NAMES).empty
 
 
-def test_a_difference_has_the_interval_of_both_and_the_common_one_is_no_finding():
+def test_a_difference_has_the_interval_of_both_and_what_rank_predicts_is_no_finding():
     frame = conserved.pair(
         table([0.5, 0.1, 0.1, 0.1, 0.1], prefix="A", half=0.03),
         table([0.0] * 5, prefix="B", half=0.04),
         partners(5),
         NAMES,
     )
+    frame["rank_expected_ant"] = 0.1
     found = conserved.judged(frame, NAMES)
     assert found["difference"].tolist() == pytest.approx([0.5, 0.1, 0.1, 0.1, 0.1])
     assert (found["difference_high"] - found["difference"]).tolist() == pytest.approx([0.05] * 5)  # 3, 4, 5
@@ -121,3 +122,19 @@ def test_neighbourhoods_of_the_same_space_overlap_and_those_of_frequency_alone_d
     assert nothing["share"] > 1.5 * nothing["chance"]
     assert nothing["p"] > 0.05
     assert nothing["null_low"] <= nothing["share"] <= nothing["null_high"]
+
+
+def test_response_profiles_are_what_is_specific_and_are_set_side_by_side_by_ortholog():
+    """Log2 changes of 0 and 3 for own pairs: what is left of a gene's and a responder's median is 3 where they meet."""
+    pairs = [(p, r) for p in range(3) for r in range(3)]
+    matrix = pd.DataFrame({
+        "operation": "delete", "gene": [f"A{p}" for p, _ in pairs], "responding": [f"A{r}" for _, r in pairs], "num_still": 9,
+        "change_still": [8.0 if p == r else 1.0 for p, r in pairs],
+    })  # fmt: skip
+    found = conserved.profiles(matrix, "delete")
+    assert found.to_numpy().tolist() == [[3, 0, 0], [0, 3, 0], [0, 0, 3]]
+    other = found.rename(index={"A0": "B2", "A1": "B0", "A2": "B1"})
+    a, b, genes = conserved.aligned(found, other, {"A0": "B0", "A2": "B9", "A1": "B1"})
+    assert genes == ["A0", "A1"]
+    assert a.tolist() == [[3, 0, 0], [0, 3, 0]]
+    assert b.tolist() == [[0, 3, 0], [0, 0, 3]]
