@@ -147,5 +147,59 @@ def alike(tables: dict[str, pd.DataFrame]) -> list[Any]:
     return blocks
 
 
-BLOCKS: tuple[Callable[[dict[str, pd.DataFrame]], list[Any]], ...] = (one_space, carried, alike)
+MAX_TARGETS = 25
+
+
+def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
+    """Responses of orthologs side by side, those that differ, and targets that hold in both species."""
+    summary, genes = tables.get("conserved_summary", pd.DataFrame()), tables.get("conserved", pd.DataFrame())
+    if summary.empty or genes.empty:
+        return []
+    one, other = summary.loc[0, ["first", "second"]]
+    alike_ = summary.reindex(columns=["whole", "spearman", "low", "high", "null", "null_low", "null_high", "p"])
+    rows = [[Cell(str(r.operation)), count(r.num_pairs), number(v["whole"], ".2f"), Cell(findings.interval(v["spearman"], v["low"], v["high"])),
+             Cell(findings.interval(v["null"], v["null_low"], v["null_high"])), number(v["p"], ".3f"), count(r.differ), count(r.towards), count(r.unusual),
+             count(r.replicated), Cell("donors" if r.by_donors else "cells of too few donors")]
+            for r, v in zip(summary.itertuples(), alike_.astype(float).to_dict("records"), strict=True)]  # fmt: skip
+    blocks: list[Any] = [Text("Conserved and divergent responses", "heading"), Grid(
+        f"One-to-one orthologs perturbed in {one} and in {other}: rank correlation of shifts as they are, and of what is left beyond the gene's rank (95 % "
+        "over genes), beside orthologs exchanged among genes of like rank and coverage; how many shifts differ (FDR 5 %, beyond what rank predicts), go towards "
+        "the goal in both, are unusual for their rank in both, and repeat over donors in both.",
+        ["Operation", "Orthologs", "As they are", "Beyond rank", "Exchanged", "p", "Differ", "Towards in both", "Unusual in both", "Repeat in both",
+         "Intervals over"], rows)]  # fmt: skip
+    if not summary["by_donors"].all():
+        text = "At least one species has too few donors for a test: differences and targets below may be those of the donors, not of the species."
+        blocks.append(Text(text, "warn"))
+    best = genes[genes["place"] > 0].sort_values(["place", "operation"]).head(MAX_TARGETS)
+    rows = []
+    for r in best.to_dict("records"):
+        sides = [
+            Cell(f"{r[f'shift_{n}']:+.4f} ({r[f'shift_low_{n}']:+.4f} to {r[f'shift_high_{n}']:+.4f})", r[f"shift_{n}"])
+            for n in (one, other)
+        ]
+        rows.append([Cell(f"{r[f'symbol_{one}']} / {r[f'symbol_{other}']}"), Cell(r["operation"]), *sides,
+                     *(number(r[f"null_percentile_{n}"], ".0f") for n in (one, other)), *(number(r[f"p_donor_{n}"], ".2g") for n in (one, other)),
+                     Cell(r["doubts"])])  # fmt: skip
+    blocks.append(Grid(
+        "Conserved targets: perturbed, they move cells towards the goal in both species; by the weaker of their percentiles among genes of like rank and coverage.",
+        ["Gene", "Operation", *(f"Shift, {n}" for n in (one, other)), *(f"Percentile, {n}" for n in (one, other)),
+         *(f"p over donors, {n}" for n in (one, other)), "Doubts"], rows))  # fmt: skip
+    return blocks
+
+
+def networks(tables: dict[str, pd.DataFrame]) -> list[Any]:
+    """Whether orthologs have the same neighbours."""
+    table = tables.get("networks", pd.DataFrame())
+    if table.empty:
+        return []
+    rows = [[Cell(str(r.space)), Cell(f"{r.first} and {r.second}"), count(r.num_genes), count(r.k), Cell(findings.interval(r.share, r.low, r.high)),
+             number(r.jaccard, ".3f"), Cell(findings.interval(r.null, r.null_low, r.null_high)), number(r.chance, ".3f"), number(r.p, ".3f")]
+            for r in table.itertuples()]  # fmt: skip
+    return [Text("Gene networks", "heading"), Grid(
+        "Share of a gene's nearest genes in one species whose orthologs are nearest in the other (95 % over genes), beside orthologs exchanged among genes "
+        "as frequent, and chance. A share within the exchanged ones' range is what frequency alone gives.",
+        ["Space", "Species", "Orthologs", "Neighbours", "Shared", "Jaccard", "Exchanged", "Chance", "p"], rows)]  # fmt: skip
+
+
+BLOCKS: tuple[Callable[[dict[str, pd.DataFrame]], list[Any]], ...] = (one_space, carried, alike, conserved, networks)
 """Each takes the comparison's tables by name and gives blocks, none where its tables are not there."""

@@ -227,6 +227,8 @@ def _absolute(config: Config) -> Config:
     data["classify"]["encoders"] = [f"{name}={_path(uri)}" for name, uri in encoders]
     others = [split_named(text) for text in config.compare.encoders]
     data["compare"]["encoders"] = [f"{name}={'@'.join(_path(u) for u in uri.split('@'))}" for name, uri in others]
+    pair = [split_named(text) for text in config.compare.responses]
+    data["compare"]["responses"] = [f"{name}={_path(uri)}" for name, uri in pair]
     data["species"] = [row | {"genes": _path(row["genes"])} for row in data["species"]]
     data["sources"] = [source | {"uri": _path(source["uri"])} for source in data["sources"]]
     tables = {"medians": _path(config.vocab.medians), "reuse": _path(config.vocab.reuse)}

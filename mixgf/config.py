@@ -586,13 +586,26 @@ class Compare:
     """Most cells of either condition of a shift, drawn with a key; 0 = all."""
     min_cells: int = 10
     """Fewest cells of either condition of a shift."""
+    responses: tuple[str, ...] = ()
+    """Two finished perturbations, SPECIES=URI each, whose one-to-one orthologs are set side by side; empty = none."""
+    neighbours: int = 20
+    """Nearest genes that make a gene's neighbourhood."""
     num_permutations: int = 1000
 
     def __post_init__(self) -> None:
         for model in self.models:
             _one_of("compare.models", model, HEADS)
         _require(bool(self.models), "compare.models", self.models, "at least one head")
-        for name, least in (("cells", 100), ("shift_cells", 0), ("min_cells", 2), ("num_permutations", 19)):
+        names = [split_named(text)[0] for text in self.responses]
+        _require(not names or (len(names) == 2 == len(set(names) - {""})), "compare.responses", self.responses,
+                 "SPECIES=URI of two perturbations of different species")  # fmt: skip
+        for name, least in (
+            ("cells", 100),
+            ("shift_cells", 0),
+            ("min_cells", 2),
+            ("num_permutations", 19),
+            ("neighbours", 1),
+        ):
             _require(getattr(self, name) >= least, f"compare.{name}", getattr(self, name), f"at least {least}")
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf import artifacts, checkpoint, comparison, parts, storage, tracking
+from mixgf import artifacts, checkpoint, comparison, conserved, parts, storage, tracking
 from mixgf.artifacts import Record
 from mixgf.comparison import Setting, World
-from mixgf.config import Config, UserError, to_dict
+from mixgf.config import Config, UserError, split_named, to_dict
 from mixgf.dataset import Corpus
 from mixgf.drivers import classify, pieces
 from mixgf.drivers.metrics import Meter, watch
@@ -106,10 +106,13 @@ def _require(setting: Setting) -> None:
             msg = f"compare: {corpus.uri} holds {corpus.species[0]} only; prepare a corpus of two species"
             raise UserError(msg)
         comparison.chosen(setting.config, corpus.obs())
+    conserved.given(setting.config)
 
 
 def _plan(setting: Setting) -> Record:
     config, parents = setting.config, dict[str, str]()
+    for name, uri in map(split_named, config.compare.responses):
+        parents[f"perturbation of {name}"] = artifacts.require(uri, "perturbation").fingerprint
     for world in setting.worlds:
         end = f" of {world.name}" if world.name else ""
         for role, uri, kind in (
@@ -168,5 +171,7 @@ PARTS: dict[str, Part] = {
     "transfer": Part(tables=comparison.transfer),
     "spaces": Part(tables=comparison.spaces),
     "matching": Part(tables=comparison.matched, pieces=_matching_pieces),
+    "conserved": Part(tables=lambda s: conserved.tables(s.config)),
+    "networks": Part(tables=lambda s: conserved.networks(s.config, {w.called(""): w.places for w in s.worlds})),
 }
-"""Further parts (responses, targets, gene networks) are further entries."""
+"""Further parts are further entries."""

@@ -235,7 +235,11 @@ def _publish(
 
 
 def _untrained(config: Config) -> int:
-    return len(pretrain.untrained(config, Pretraining(config, Corpus(config.inputs.corpus))))
+    return len(
+        pretrain.untrained(
+            config, Pretraining(config, Corpus(config.inputs.corpus, max_len=config.model.max_positions))
+        )
+    )
 
 
 def _register(

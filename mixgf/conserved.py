@@ -1,0 +1,375 @@
+"""What one-to-one orthologs do alike in two species, and what they do not (spec section 10).
+
+Two finished perturbations, one per species, are joined gene by gene. A correlation of their shifts is not yet conservation: a
+shift follows much from a gene's rank and coverage, which orthologs share. So it stands beside the same correlation after
+orthologs were exchanged among genes of like rank and coverage. Neighbourhoods of genes (in an encoder's token vectors, in
+response matrices) are compared in the same way.
+
+Letters: G pairs of orthologs, D width, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats as scipy_stats
+
+from mixgf import artifacts, checkpoint, effects, keyed, responses, species, stats, storage
+from mixgf.config import Config, UserError, split_named
+from mixgf.dataset import Corpus
+from mixgf.parts import Places
+from mixgf.stats import Floats, Ints
+
+LEVEL = 0.05
+BIN = 8
+"""Fewest genes that exchange places."""
+EVIDENCE = (
+    "gene", "symbol", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low", "shift_high", "p_cell", "fdr_cell",
+    "p_donor", "fdr_donor", "null_percentile", "rank_expected", "de_statistic", "warnings",
+)  # fmt: skip
+"""Columns of a perturbation's table that stand on either side."""
+
+
+def spearman(a_G: Floats, b_G: Floats) -> float:
+    """Rank correlation; NaN where a side is constant."""
+    a, b = scipy_stats.rankdata(a_G), scipy_stats.rankdata(b_G)
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else float("nan")
+
+
+def alike_bins(features_GF: Floats, size: int = BIN) -> Ints:
+    """Bins of genes that are alike: halves by one feature after the other, while both halves hold `size` genes."""
+    ranks = np.stack([scipy_stats.rankdata(column, method="ordinal") for column in features_GF.T], axis=1)
+    open_, done = [(np.arange(len(ranks)), 0)], []
+    while open_:
+        rows, turn = open_.pop()
+        if len(rows) < 2 * size:
+            done.append(rows)
+            continue
+        order = rows[np.argsort(ranks[rows, turn % ranks.shape[1]], kind="stable")]
+        open_ += [(half, turn + 1) for half in (order[len(order) // 2 :], order[: len(order) // 2])]
+    bins_G = np.empty(len(ranks), dtype=np.int64)
+    for number, rows in enumerate(done):
+        bins_G[rows] = number
+    return bins_G
+
+
+def exchanged(bins_G: Ints, rng: np.random.Generator) -> Ints:
+    """A random exchange of places within bins, (G,)."""
+    order = np.lexsort((rng.random(len(bins_G)), bins_G))
+    out_G = np.empty(len(bins_G), dtype=np.int64)
+    out_G[np.argsort(bins_G, kind="stable")] = order
+    return out_G
+
+
+def _interval(draws: list[float]) -> tuple[float, float]:
+    low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def pair(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str]) -> pd.DataFrame:
+    """A row per operation and pair of orthologs that both perturbations scored; columns of either end in its species.
+
+    Args:
+        one: table of genes of a perturbation of the first species.
+        other: of the second.
+        partners: one-to-one orthologs, first to second species.
+        names: the species.
+    """
+    a, b = (frame[frame["num_cells"] > 0] for frame in (one, other))
+    a = a.assign(partner=a["gene"].map(partners)).dropna(subset="partner")
+    columns = ["operation", *EVIDENCE]
+    both = a[[*columns, "partner"]].merge(
+        b[columns],
+        left_on=["operation", "partner"],
+        right_on=["operation", "gene"],
+        suffixes=tuple(f"_{n}" for n in names),
+    )
+    return both.drop(columns="partner")
+
+
+def _error(frame: pd.DataFrame, name: str) -> tuple[Floats, Floats]:
+    """Standard error of the shift of either side, from its t interval, and its degrees of freedom."""
+    donors, cells = frame[f"num_donors_{name}"].to_numpy(float), frame[f"num_cells_{name}"].to_numpy(float)
+    free_G = np.where(donors >= stats.MIN_CLUSTERS, donors, cells) - 1
+    half_G = (frame[f"shift_high_{name}"] - frame[f"shift_low_{name}"]).to_numpy(float) / 2
+    return half_G / scipy_stats.t.ppf(0.975, np.maximum(free_G, 1)), free_G
+
+
+def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
+    """Paired rows of one operation with the difference of their shifts, and how well both reverse the state.
+
+    Added: `difference` (first less second species) with its interval (Zou and Donner 2008, from either side's), `p_differs`
+    of the difference less the one that the gene's rank predicts in either species (`rank_expected`; perturbing anything may move one
+    species' cells more), Welch's t with the shifts' own errors, with its `fdr_differs`;
+    `interval_by` (donors, or cells, which says nothing about other donors); `direction` (towards, away, opposite);
+    `percentile_both`, the smaller of the percentiles among genes of like rank and coverage; `p_both`, the larger donor-level p
+    (both must hold), `fdr_both`; `doubts`, either side's warnings; `place`, 1 = the best of those that go towards the goal in both
+    species, by `percentile_both`, then by the smaller shift; 0 = it does not.
+    """
+    a, b = names
+    shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
+    low_2G, high_2G = ([frame[f"shift_{end}_{n}"].to_numpy(float) for n in names] for end in ("low", "high"))
+    (error_a, free_a), (error_b, free_b) = (_error(frame, n) for n in names)
+    difference = shift_2G[0] - shift_2G[1]
+    out = frame.assign(
+        difference=difference,
+        difference_low=difference - np.hypot(shift_2G[0] - low_2G[0], high_2G[1] - shift_2G[1]),
+        difference_high=difference + np.hypot(high_2G[0] - shift_2G[0], shift_2G[1] - low_2G[1]),
+    )
+    excess = difference - (frame[f"rank_expected_{a}"] - frame[f"rank_expected_{b}"]).fillna(0).to_numpy(float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.hypot(error_a, error_b)
+        free = error**4 / (error_a**4 / free_a + error_b**4 / free_b)
+        p = 2 * scipy_stats.t.sf(np.abs(excess) / error, free)
+    out["p_differs"], out["fdr_differs"] = p, stats.benjamini_hochberg(p)
+    replicated = (frame[[f"num_donors_{n}" for n in names]] >= stats.MIN_CLUSTERS).all(axis=1)
+    out["interval_by"] = np.where(replicated, "donors", "cells")
+    towards, away = (np.logical_and(*(sign * s > 0 for s in shift_2G)) for sign in (1, -1))
+    out["direction"] = np.select([towards, away], ["towards", "away"], "opposite")
+    out["percentile_both"] = np.minimum(frame[f"null_percentile_{a}"], frame[f"null_percentile_{b}"])
+    out["p_both"] = np.maximum(
+        frame[f"p_donor_{a}"].to_numpy(float), frame[f"p_donor_{b}"].to_numpy(float)
+    )  # NaN stays NaN
+    out["fdr_both"] = stats.benjamini_hochberg(out["p_both"].to_numpy(float))
+    out["doubts"] = [
+        "; ".join(f"{n}: {text}" for n, text in zip(names, texts, strict=True) if text)
+        for texts in zip(*(frame[f"warnings_{n}"] for n in names), strict=True)
+    ]
+    key = np.lexsort((-np.minimum(*shift_2G), -np.nan_to_num(out["percentile_both"].to_numpy(float), nan=-1), ~towards))
+    place = np.zeros(len(frame), dtype=np.int64)
+    place[key[: int(towards.sum())]] = np.arange(1, int(towards.sum()) + 1)
+    return out.assign(place=place).drop(columns=[f"warnings_{n}" for n in names])
+
+
+def response(frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.random.Generator) -> dict[str, object]:
+    """How alike the shifts of one operation are: Spearman, its bootstrap interval over genes, and the matched null.
+
+    `whole` is of the shifts as they are. The rest is of what is left of them beyond what a gene's rank predicts in its own
+    species (`stats.expected_by_rank` among these genes). The null exchanges orthologs among genes of like rank and coverage (in
+    the mean of both species): `null` is its mean, `p` how often it is at least as high. Intervals over genes say nothing
+    about other donors.
+    """
+    shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
+    rank_2G = [frame[f"mean_rank_{n}"].to_numpy(float) for n in names]
+    rank_2G = [np.where(np.isfinite(r), r, np.nanmax(r) + 1) for r in rank_2G]  # in no sentence: after all others
+    a_G, b_G = (s - stats.expected_by_rank(s, r) for s, r in zip(shift_2G, rank_2G, strict=True))
+    coverage_2G = [frame[f"coverage_{n}"].to_numpy(float) for n in names]
+    bins_G = alike_bins(np.stack([sum(map(scipy_stats.rankdata, x)) for x in (rank_2G, coverage_2G)], axis=1))
+    value = spearman(a_G, b_G)
+    draws = [spearman(a_G[rows], b_G[rows]) for rows in rng.integers(0, len(a_G), (num, len(a_G)))]
+    nulls = [spearman(a_G, b_G[exchanged(bins_G, rng)]) for _ in range(num)]
+    low, high = _interval(draws)
+    null_low, null_high = _interval(nulls)
+    return {
+        "num_genes": len(frame), "whole": spearman(*shift_2G), "spearman": value, "low": low, "high": high, "null": float(np.nanmean(nulls)), "null_low": null_low,
+        "null_high": null_high, "p": (1 + sum(n >= value for n in nulls)) / (1 + num),
+        "median_difference": float(np.median(shift_2G[0] - shift_2G[1])),
+    }  # fmt: skip
+
+
+MIN_PAIRS = 2 * BIN
+"""Fewest pairs of orthologs of which anything is said."""
+
+
+def conserved(
+    one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str], *, num: int, seed: int
+) -> dict[str, pd.DataFrame]:
+    """Tables `conserved` (a row per operation and pair, see `judged`) and `conserved_summary` (see `response`)."""
+    rows, summaries = [], []
+    for number, (operation, frame) in enumerate(pair(one, other, partners, names).groupby("operation", sort=True)):
+        rows.append(judged(frame.reset_index(drop=True), names))
+        found = rows[-1]
+        summary: dict[str, object] = {"operation": operation, "first": names[0], "second": names[1]}
+        if len(frame) >= MIN_PAIRS:
+            summary |= response(frame, names, num, np.random.default_rng([seed, number, 95]))
+        usual = found["percentile_both"] > effects.ORDINARY[1]
+        summary |= {
+            "num_pairs": len(frame), "differ": int((found["fdr_differs"] <= LEVEL).sum()), "towards": int((found["direction"] == "towards").sum()),
+            "away": int((found["direction"] == "away").sum()), "unusual": int(((found["place"] > 0) & usual).sum()),
+            "replicated": int(((found["place"] > 0) & (found["fdr_both"] <= LEVEL)).sum()), "by_donors": bool((found["interval_by"] == "donors").all()),
+        }  # fmt: skip
+        summaries.append(summary)
+    return {
+        "conserved": pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(),
+        "conserved_summary": pd.DataFrame(summaries),
+    }
+
+
+# networks
+
+
+def neighbours(vectors_GD: NDArray[np.floating], k: int, *, block: int = 1024) -> Ints:
+    """The `k` nearest other genes of every gene by cosine, (G, K), in no order; equally near ones by number."""
+    unit = vectors_GD / np.maximum(np.linalg.norm(vectors_GD, axis=1, keepdims=True), 1e-12)
+    found = np.empty((len(unit), k), dtype=np.int64)
+    for start in range(0, len(unit), block):
+        scores = unit[start : start + block] @ unit.T
+        rows = np.arange(len(scores))
+        scores[rows, start + rows] = -np.inf
+        found[start : start + block] = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return found
+
+
+def shared(one_GK: Ints, other_GK: Ints, place_G: Ints) -> Floats:
+    """Share of each gene's neighbours in the first species whose orthologs are neighbours in the second, (G,).
+
+    `place_G` says which gene of the second is taken for the ortholog of each of the first (a permutation).
+    """
+    num, k = one_GK.shape
+    back_G = np.argsort(place_G)  # names of the second species' genes
+    ours = (np.arange(num)[:, None] * num + one_GK).reshape(-1)
+    theirs = (np.arange(num)[:, None] * num + back_G[other_GK[place_G]]).reshape(-1)
+    return np.isin(ours, theirs, assume_unique=True).reshape(num, k).mean(axis=1)
+
+
+def overlap(
+    one_GD: NDArray[np.floating],
+    other_GD: NDArray[np.floating],
+    features_GF: Floats,
+    *,
+    k: int,
+    num: int,
+    rng: np.random.Generator,
+) -> dict[str, object]:
+    """How much of the neighbourhoods of orthologs is the same: mean share of `k`, Jaccard, interval, and the matched null.
+
+    The interval is a bootstrap over genes (which share neighbours, so it is somewhat narrow). The null exchanges orthologs among
+    genes of like `features_GF` (how frequent they are in either species), as like as `BIN` to twice as many genes can be.
+    """
+    near = [neighbours(v, k) for v in (one_GD, other_GD)]
+    own, bins_G = np.arange(len(one_GD)), alike_bins(features_GF)
+    share_G = shared(near[0], near[1], own)
+    low, high = _interval([float(share_G[rows].mean()) for rows in rng.integers(0, len(own), (num, len(own)))])
+    nulls = [float(shared(near[0], near[1], exchanged(bins_G, rng)).mean()) for _ in range(num)]
+    null_low, null_high = _interval(nulls)
+    return {
+        "num_genes": len(own), "k": k, "share": float(share_G.mean()), "low": low, "high": high, "jaccard": float((share_G / (2 - share_G)).mean()),
+        "null": float(np.mean(nulls)), "null_low": null_low, "null_high": null_high, "chance": k / (len(own) - 1),
+        "p": (1 + sum(n >= share_G.mean() for n in nulls)) / (1 + num),
+    }  # fmt: skip
+
+
+def profiles(matrix: pd.DataFrame, operation: str) -> pd.DataFrame:
+    """Perturbed genes by what is specific in the responses of other genes (`responses.specific`), 0 where that is not known."""
+    found = responses.specific(matrix[matrix["operation"] == operation])
+    frame = pd.DataFrame({c: found[c].astype(str) for c in ("gene", "responding")}).assign(excess=found["excess"])
+    return frame.pivot_table(index="gene", columns="responding", values="excess").fillna(0.0)
+
+
+def aligned(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str]) -> tuple[Floats, Floats, list[str]]:
+    """Rows of both frames (indexed by gene) that are orthologs, in one order, and the first species' genes."""
+    there = set(other.index)
+    genes = [g for g in one.index if partners.get(g) in there]
+    return one.loc[genes].to_numpy(float), other.loc[[partners[g] for g in genes]].to_numpy(float), genes
+
+
+# from artifacts
+
+SAMPLE = 2000
+"""Cells of a species by which a gene's frequency is judged."""
+MIN_FREQUENCY = 0.01
+"""Genes in fewer of these cells have hardly been trained."""
+RESAMPLED = 200
+"""Exchanges and bootstrap draws of a network."""
+
+
+def given(config: Config) -> dict[str, pd.DataFrame]:
+    """Table of genes of either perturbation of `compare.responses`, by species; none where none are given.
+
+    Raises:
+        UserError: one is not there or not finished, or holds no gene of its species.
+    """
+    found = {}
+    for name, uri in map(split_named, config.compare.responses):
+        artifacts.require(uri, "perturbation")
+        frame = storage.read_table(storage.join(uri, "genes.parquet")).to_pandas()
+        found[name] = frame[frame["species"] == name]
+        if found[name].empty:
+            msg = f"compare.responses = {name}={uri}: its genes are of {', '.join(sorted(set(frame['species'])))}; name each perturbation after its species"
+            raise UserError(msg)
+    return found
+
+
+def tables(config: Config) -> dict[str, pd.DataFrame]:
+    """Conserved and divergent responses, and conserved targets (`conserved`), of the perturbations that the config names."""
+    both = given(config)
+    if not both:
+        return {}
+    (first, one), (second, other) = both.items()
+    partners = species.orthologs(config.vocab.orthologs).get((first, second), {})
+    return conserved(one, other, partners, (first, second), num=config.compare.num_permutations, seed=config.seed)
+
+
+def networks(config: Config, worlds: Mapping[str, Places]) -> dict[str, pd.DataFrame]:
+    """Table `networks`: overlap of orthologs' neighbourhoods by pair of species and space (`overlap`).
+
+    Spaces: the token vectors of every world's encoder (species that share ids have nothing to compare), and the responses that
+    the perturbations of `compare.responses` measured (`perturb.response`).
+    """
+    rows: list[dict[str, object]] = []
+    pairs = species.orthologs(config.vocab.orthologs)
+    for name, places in worlds.items():
+        corpus, (encoder, _) = Corpus(places.corpus), checkpoint.load_encoder(places.checkpoint)
+        frequency_V = {s: _frequency(corpus, s, config.seed) for s in corpus.species}
+        frames = {s: _vectors(corpus, s, encoder.tokens.detach().numpy(), frequency_V[s]) for s in corpus.species}
+        for i, one in enumerate(corpus.species):
+            for other in corpus.species[i + 1 :]:
+                partners = pairs.get((one, other), {})
+                often = [dict(zip(corpus.vocabulary.of(s).genes, frequency_V[s], strict=True)) for s in (one, other)]
+                same = _shared_ids(corpus, one, other, partners)
+                if not same:
+                    rows += _row(
+                        config, f"{name}: token vectors", (one, other), (frames[one], frames[other]), partners, often
+                    )
+    both = given(config)
+    uris = dict(map(split_named, config.compare.responses))
+    if both and all(storage.exists(storage.join(uri, "responses.parquet")) for uri in uris.values()):
+        one, other = both
+        matrices = [storage.read_table(storage.join(uris[s], "responses.parquet")).to_pandas() for s in both]
+        for operation in sorted(set(matrices[0]["operation"]) & set(matrices[1]["operation"])):
+            often = [dict(zip(both[s]["gene"], both[s]["coverage"], strict=True)) for s in both]
+            made = (profiles(matrices[0], str(operation)), profiles(matrices[1], str(operation)))
+            rows += _row(config, f"responses to {operation}", (one, other), made, pairs.get((one, other), {}), often)
+    return {"networks": pd.DataFrame(rows)} if rows else {}
+
+
+def _row(  # noqa: PLR0917 (the arguments of one caller)
+    config: Config, space: str, names: tuple[str, str], frames: tuple[pd.DataFrame, pd.DataFrame], partners: Mapping[str, str],
+    often: list[dict[str, float]],
+) -> list[dict[str, object]]:  # fmt: skip
+    """The row of one space; none where too few orthologs are in it."""
+    a, b, genes = aligned(*frames, partners)
+    if len(genes) < MIN_PAIRS:
+        return []
+    features = np.array([[often[0][g], often[1][partners[g]]] for g in genes])
+    rng = np.random.default_rng([config.seed, len(genes), 96])
+    k = min(config.compare.neighbours, len(genes) // 5)
+    return [
+        {"space": space, "first": names[0], "second": names[1], **overlap(a, b, features, k=k, num=RESAMPLED, rng=rng)}
+    ]
+
+
+def _shared_ids(corpus: Corpus, one: str, other: str, partners: Mapping[str, str]) -> bool:
+    tokens = [dict(zip((g := corpus.vocabulary.of(s)).genes, g.tokens.tolist(), strict=True)) for s in (one, other)]
+    return any(tokens[0][a] == tokens[1].get(b) for a, b in partners.items() if a in tokens[0])
+
+
+def _frequency(corpus: Corpus, name: str, seed: int) -> Floats:
+    """Share of a species' cells (of a sample) whose sentences hold each of its genes, in the vocabulary's order."""
+    cells = np.flatnonzero(corpus.species_N == corpus.species.index(name))
+    if not len(cells):
+        return np.zeros(len(corpus.vocabulary.of(name).tokens))
+    cells = np.sort(cells[np.argsort(keyed.hashed(seed, 97, cells), kind="stable")][:SAMPLE])
+    counts_V = np.bincount(corpus.tokens(cells)[0], minlength=corpus.vocabulary.size)
+    return counts_V[corpus.vocabulary.species_tokens(name)] / len(cells)
+
+
+def _vectors(corpus: Corpus, name: str, vectors_VD: NDArray[np.floating], frequency_G: Floats) -> pd.DataFrame:
+    genes = corpus.vocabulary.of(name)
+    known = frequency_G >= MIN_FREQUENCY
+    return pd.DataFrame(vectors_VD[genes.tokens[known]], index=genes.genes[known])
