@@ -143,7 +143,7 @@ def test_again_does_nothing_and_a_classification_that_is_there_is_read(
 def test_the_report_shows_every_part(done: Config) -> None:
     made = across.section(report.load(done))
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
-    assert headings == ["One space", "Labels carried to the other species", "Shifts that match"]
+    assert headings == ["One space", "Labels carried to the other species", "Shifts that match", "Gene networks"]
     assert "Shifts that match" in report.render(report.load(done), "key")
 
 
