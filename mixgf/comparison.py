@@ -244,9 +244,7 @@ def spaces(setting: Setting) -> dict[str, pd.DataFrame]:
             table = table[table["space"] != parts.EXPRESSION]
         measures.append(table.assign(space=[world.called(s) for s in table["space"]]))
         obs = Corpus(world.places.corpus).obs()
-        donor = world.config.classify.donor
-        donors = obs[donor].tolist() if donor in obs else [UNKNOWN] * len(obs)
-        of_cell = dict(zip(obs["cell"], names_of(donors, unknown=world.config.classify.unlabelled), strict=True))
+        of_cell = dict(zip(obs["cell"], _donors(world, obs), strict=True))
         found = _read(world, "maps")
         for space, frame in found.groupby("space", sort=False):
             called = world.called(str(space))
@@ -258,6 +256,14 @@ def spaces(setting: Setting) -> dict[str, pd.DataFrame]:
             types.append(integration.corresponding(vectors_ND, xy_N2, kinds, species).assign(space=called))
     return {"integration": pd.concat(measures, ignore_index=True), "maps": pd.concat(maps, ignore_index=True),
             "corresponding": pd.concat(types, ignore_index=True)}  # fmt: skip
+
+
+def _donors(world: World, obs: pd.DataFrame) -> Names:
+    """The donor of every row of `obs`."""
+    settings = world.config.classify
+    if settings.donor not in obs:
+        return np.full(len(obs), UNKNOWN)
+    return names_of(obs[settings.donor].tolist(), unknown=settings.unlabelled)
 
 
 def _drawn(world: World, space: str) -> tuple[np.ndarray, np.ndarray]:
@@ -444,12 +450,7 @@ def _spaces(
 
 def _about(world: World, obs: pd.DataFrame, lengths_N: npt.NDArray[np.int32], shift: Shift) -> dict[str, object]:
     """What may explain a shift beside its name: donors of either side, and how much longer sentences get."""
-    donor = world.config.classify.donor
-    known = (
-        names_of(obs[donor].iloc[shift.rows_N].tolist(), unknown=world.config.classify.unlabelled)
-        if donor in obs
-        else np.full(len(shift.rows_N), UNKNOWN)
-    )
+    known = _donors(world, obs.iloc[shift.rows_N])
     before, after = (set(known[shift.after_N == side].tolist()) - {UNKNOWN} for side in (False, True))
     weights_N = matching.contrast(shift.after_N, shift.strata_N)
     return {

@@ -149,8 +149,8 @@ def _matching_pieces(setting: Setting) -> list[Piece]:
 
 def _of_world(setting: Setting, world: World) -> list[Piece]:
     corpus = Corpus(world.places.corpus)
-    obs = corpus.obs(["source", "cell", "species"])
-    cells = comparison.cells_of(comparison.chosen(setting.config, corpus.obs()))
+    obs = corpus.obs()
+    cells = comparison.cells_of(comparison.chosen(setting.config, obs))
     made = []
     for encoder in world.encoders:
         for number, start in enumerate(range(0, len(cells), parts.BLOCK_CELLS)):
