@@ -10,12 +10,23 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 from mixgf import progress, recipes
-from mixgf.config import GENE_TABLES, AccessError, Config, UserError, from_dict, override, split_named, to_dict
+from mixgf.config import (
+    GENE_TABLES,
+    AccessError,
+    Config,
+    UserError,
+    from_dict,
+    meanings,
+    override,
+    split_named,
+    to_dict,
+)
 
 STAGES = {
     "prepare": "raw counts -> cell sentences: checks, QC, vocabulary, rank value encoding",
@@ -158,20 +169,27 @@ def _more(commands: Any) -> None:
 
 
 def _fields(stage: str) -> str:
-    """The config fields that a stage reads, with the default recipe's values."""
+    """The config fields that a stage reads: default, and what it means, from the docstring behind it in `mixgf.config`."""
     used = {
         "prepare": ("qc", "vocab", "tokens", "prepare"),
         "import": ("imports", "vocab", "tokens", "prepare"),
-        "pretrain": ("model", "objective", "train", "compute"),
-        "embed": ("embed",),
-        "classify": ("classify",),
-        "compare": ("compare",),
-        "tune": ("tune",),
-        "perturb": ("perturb",),
+        "pretrain": ("model", "objective", "train", "inputs"),
+        "embed": ("embed", "inputs"),
+        "classify": ("classify", "inputs"),
+        "compare": ("compare", "inputs"),
+        "tune": ("tune", "inputs"),
+        "perturb": ("perturb", "inputs"),
+        "report": ("inputs",),
     }.get(stage, ())
-    data = to_dict(Config())
-    lines = [f"  {s}.{k} = {json.dumps(v)}" for s in used for k, v in data[s].items()]
-    return "\n".join(["fields for --set and their defaults (meaning: mixgf/config.py):", *lines]) if lines else ""
+    if not used:
+        return ""
+    data, meaning = to_dict(Config()), meanings()
+    lines = ["fields for --set, and their defaults:"]
+    for section in (*used, "compute", "tracking"):
+        for name, value in data[section].items():
+            lines.append(f"  {section}.{name} = {json.dumps(value)}")
+            lines += textwrap.wrap(meaning[section, name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
 
 
 def _config(args: argparse.Namespace) -> Config:

@@ -7,6 +7,7 @@ the recorded JSON repeats the run. Units and special values stand under each fie
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -14,6 +15,9 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -46,6 +50,7 @@ class SpeciesRow:
     """A species is a row of data, never an `if` (spec section 1)."""
 
     name: str
+    """As in sources (human=FILE) and the corpus' column species."""
     taxon: int
     """NCBI taxonomy id."""
     gene_prefix: str
@@ -86,7 +91,9 @@ class QC:
     method: str = "sd"
     """`sd`: within num_sd standard deviations of the source's mean; `mad`: within num_mads MADs on the log scale; `none`."""
     num_sd: float = 3.0
+    """Of method sd."""
     num_mads: float = 5.0
+    """Of method mad."""
     min_genes: int = 7
     """Fewest detected vocabulary genes of a kept cell."""
     max_mito_fraction: float = 1.0
@@ -120,6 +127,7 @@ class Vocab:
     """The joint vocabulary (spec sections 1 and 3)."""
 
     biotypes: tuple[str, ...] = ("protein_coding", "miRNA")
+    """Genes of these biotypes get an id."""
     sharing: str = "separate"
     """`separate` (the paper): every species has ids of its own; `ortholog`: one-to-one orthologs share one id."""
     medians: str = ""
@@ -213,10 +221,15 @@ class Model:
     """The BERT encoder of paper section 3.3 (spec section 5)."""
 
     num_layers: int = 6
+    """Transformer blocks."""
     dim: int = 256
+    """Width of the hidden states and of a cell's vector."""
     num_heads: int = 4
+    """Attention heads; they share `dim`."""
     ffn_dim: int = 512
+    """Width inside a feed-forward block."""
     max_positions: int = 2048
+    """Tokens of a sentence that the encoder reads, from its beginning."""
     activation: str = "silu"
     """`silu` (the paper), `relu` or `gelu` (published relatives)."""
     dropout: float = 0.1
@@ -224,7 +237,9 @@ class Model:
     attention_dropout: float = 0.0
     """On attention weights. The paper is silent; fused kernels want 0. Above 0 a slower exact path is used."""
     norm_eps: float = 1e-12
+    """Added to the variance in layer norms."""
     init_sd: float = 0.02
+    """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
         _one_of("model.activation", self.activation, ("silu", "relu", "gelu"))
@@ -240,6 +255,7 @@ class Objective:
     """What pretraining minimises (paper eq. 1 to 3, spec section 6)."""
 
     mlm_weight: float = 1.0
+    """Of the masked-gene loss."""
     mlm_fraction: float = 0.15
     """Share of gene positions that are masked, of which 80 % become <mask>, 10 % a random gene of the species, 10 % stay."""
     contrast_weight: float = 1.0
@@ -249,6 +265,7 @@ class Objective:
     subsample_fraction: float = 0.8
     """Share of genes kept by the `subsample` view."""
     temperature: float = 0.05
+    """Of the contrast (tau of eq. 3)."""
     pooling: str = "mean"
     """The cell vector of the contrast: `mean` over genes, `first` position (published code), `cls` (needs tokens.cls)."""
     gather: bool = True
@@ -256,6 +273,7 @@ class Objective:
     simcsepp_weight: float = 0.0
     """Dimension-wise SimCSE++ term; the published value is 0.1, temperature 5."""
     simcsepp_temperature: float = 5.0
+    """Of the SimCSE++ term."""
     ortholog_weight: float = 0.0
     """A cell and its gene-by-gene translation to the other species as a positive pair."""
 
@@ -271,6 +289,7 @@ class Train:
     """Optimisation (spec section 7). `batch_cells` is global: it does not depend on the number of workers."""
 
     epochs: int = 10
+    """Times that every cell is seen."""
     max_steps: int = 0
     """0 = all epochs; else stop after that many optimizer steps (the schedule ends there too)."""
     cells_share: float = 1.0
@@ -280,10 +299,13 @@ class Train:
     micro_tokens: int = 16_384
     """Most tokens in one forward pass of one worker; a bigger share of the batch is accumulated."""
     lr: float = 1e-4
+    """Peak learning rate of AdamW."""
     schedule: str = "cosine"
     """`cosine` or `linear` to zero after the warm-up, or `constant`."""
     warmup_steps: int = 10_000
+    """Steps in which the learning rate rises from 0 to its peak."""
     weight_decay: float = 0.001
+    """Of AdamW, on matrices only."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 = no clipping."""
     precision: str = "fp32"
@@ -295,7 +317,9 @@ class Train:
     checkpoint_steps: int = 1000
     """Steps between checkpoints; the last step is always kept."""
     keep_checkpoints: int = 2
+    """Latest checkpoints that stay in storage."""
     log_steps: int = 10
+    """Steps between two logged figures."""
     species_mix: tuple[str, ...] = ()
     """Shares by species and epoch as `name=share`, for example human=0.5, mouse=0.5; empty = every cell once."""
 
@@ -364,11 +388,13 @@ class Classify:
     min_class_fraction: float = 0.005
     """Types rarer than this share of the group's cells are dropped (the paper)."""
     test_fraction: float = 0.2
+    """Share of the cells that are tested (the paper: 80:20); on donor splits, in whole donors."""
     validation_fraction: float = 0.1
     """Share of the training cells on which epochs are selected. Test cells are never looked at."""
     splits: tuple[str, ...] = ("random", "species")
     """`random` cells (the paper), held-out `donor`, held-out `dataset`, other `species`."""
     seeds: int = 1
+    """Splits of each kind, each drawn anew."""
     tuned_seeds: int = 0
     """Seeds of the models that are fine-tuned, the dear ones; 0 = as `seeds`."""
     encoders: tuple[str, ...] = ()
@@ -396,13 +422,19 @@ class Classify:
     integration_cells: int = 0
     """Cells on which each frozen embedding is scored for species and batches left in it, drawn with a key; 0 = not scored."""
     knn: int = 5
+    """Neighbours that vote in `knn` and `pca_knn`."""
     num_hvgs: int = 2000
+    """Variable genes of the baselines that choose genes."""
     epochs: int = 10
+    """Of fine-tuning."""
     min_steps: int = 0
     """Epochs are added until training has at least this many steps, so that a small set is not left untrained; 0 = as `epochs` says."""
     lr: float = 5e-5
+    """Peak learning rate of fine-tuning."""
     batch_cells: int = 8
+    """Cells of a batch of fine-tuning."""
     warmup_steps: int = 500
+    """Of fine-tuning; at most a quarter of its steps."""
     freeze_layers: int = 0
     """Encoder layers (and the embedding) that are not trained; -1 = all."""
     class_weights: bool = False
@@ -486,7 +518,9 @@ class Perturb:
     variant: str = "remaining"
     """Embedding compared: mean over the `remaining` genes (V1, the paper), over `all` positions (V2), or `cls`."""
     layer: int = -1
+    """Hidden layer that is compared: -1 = the last, -2 = the one before it."""
     donor: str = "donor"
+    """Column of `obs` over whose values effects must repeat."""
     insert_absent: bool = True
     """Overexpress a gene in cells whose sentence lacks it, too; false = only where it is detected (published, cheaper)."""
     response: int = 0
@@ -499,6 +533,7 @@ class Perturb:
     micro_tokens: int = 16_384
     """Most tokens in one forward pass. Changes speed and memory, no result."""
     num_permutations: int = 10_000
+    """Sign flips of donors at most; fewer where there are not so many."""
     mode: str = "honest"
     """`honest`, or `paper`: the published rank-sum test against the pooled shifts, the gene itself included."""
     known: tuple[str, ...] = ()
@@ -591,6 +626,7 @@ class Compare:
     neighbours: int = 20
     """Nearest genes that make a gene's neighbourhood."""
     num_permutations: int = 1000
+    """Permutations behind p-values of matching, draws behind those of responses."""
 
     def __post_init__(self) -> None:
         for model in self.models:
@@ -619,6 +655,7 @@ class Tune:
     search: str = "grid"
     """`grid`: all arms; `random`: the base and `num_arms` of them, drawn with a key."""
     num_arms: int = 12
+    """Arms that `random` draws beside the base."""
     seeds: int = 3
     """Trainings of an arm, with config.seed, config.seed + 1, ..."""
     rungs: tuple[float, ...] = (0.3, 1.0)
@@ -665,13 +702,16 @@ class Compute:
     """Workers of the distributed stages. Where they run is Ray's business (RAY_ADDRESS)."""
 
     num_workers: int = 2
+    """Workers of a training; elsewhere, tasks or actors at a time."""
     min_workers: int = 0
     """Training goes on with as few workers as this when a node is lost; 0 = num_workers (not elastic)."""
     resize_seconds: float = 60.0
     """With `min_workers`: how often to look whether more workers can train now. A change of size starts the group again
     from its latest checkpoint."""
     cpus_per_worker: float = 1.0
+    """CPUs that a worker asks Ray for."""
     gpus_per_worker: float = 0.0
+    """GPUs that a worker asks Ray for."""
     max_failures: int = 3
     """Times that a lost training worker group is started again."""
 
@@ -691,10 +731,15 @@ class Inputs:
     """Artifacts made by other runs; empty = the artifact of that stage under `output`."""
 
     corpus: str = ""
+    """Of prepare or import."""
     checkpoint: str = ""
+    """Of pretrain or import-weights."""
     embeddings: str = ""
+    """Of embed."""
     classification: str = ""
+    """Of classify."""
     perturbation: str = ""
+    """Of perturb."""
     start: str = ""
     """A checkpoint on the corpus' vocabulary whose weights `pretrain` starts from (schedule and moments begin anew); empty =
     random weights."""
@@ -707,6 +752,7 @@ class Tracking:
     uri: str = ""
     """Tracking server or database; empty = MLFLOW_TRACKING_URI, else SQLite under `output` (or under . for s3://)."""
     experiment: str = "mixgf"
+    """Name of the experiment in MLflow."""
     prices: str = ""
     """URI of a JSON object, node type to price per node-hour, for the cost ledger; empty = MIXGF_PRICES, else no prices."""
 
@@ -753,6 +799,19 @@ class Config:
 
 
 # JSON, overrides, fingerprints
+
+
+@cache
+def meanings() -> dict[tuple[str, str], str]:
+    """Section and field of a config to what the field means: the docstring behind it in this file."""
+    sections = {part.type: part.name for part in dataclasses.fields(Config)}
+    found = {}
+    for part in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        if isinstance(part, ast.ClassDef) and part.name in sections:
+            for one, after in pairwise(part.body):
+                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
+                    found[sections[part.name], one.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -35,7 +35,6 @@ BASELINES = {
     "rank_pca": "rank z-scores + PCA",
     "pseudobulk": "nearest pseudobulk",
     "scvi": "scVI",
-    "celltypist": "CellTypist",
 }
 METRICS = {
     "accuracy": "Accuracy",

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mixgf import cli, recipes
-from mixgf.config import Config, from_dict
+from mixgf.config import Config, from_dict, meanings, to_dict
 
 
 def mixgf(*argv):
@@ -41,6 +41,13 @@ def test_stage_help_lists_its_fields(stage):
         "perturb": "perturb.goal",
     }
     assert section.get(stage, "--output") in done.stdout
+
+
+def test_help_says_what_every_field_means():
+    sections = {name: part for name, part in to_dict(Config()).items() if isinstance(part, dict)}
+    assert set(meanings()) == {(name, field) for name, part in sections.items() for field in part}
+    said = " ".join(mixgf("perturb", "--help").stdout.split())
+    assert "perturb.rank_share = 0.25 How far inhibit and activate move a gene, as a share of the sentence." in said
 
 
 def test_printed_config_is_the_run_again(tmp_path, capsys):
