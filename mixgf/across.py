@@ -192,13 +192,19 @@ def networks(tables: dict[str, pd.DataFrame]) -> list[Any]:
     table = tables.get("networks", pd.DataFrame())
     if table.empty:
         return []
+    blocks: list[Any] = [Text("Gene networks", "heading")]
+    known, none = table[table["why"] == ""], table[table["why"] != ""]
     rows = [[Cell(str(r.space)), Cell(f"{r.first} and {r.second}"), count(r.num_genes), count(r.k), Cell(findings.interval(r.share, r.low, r.high)),
              number(r.jaccard, ".3f"), Cell(findings.interval(r.null, r.null_low, r.null_high)), number(r.chance, ".3f"), number(r.p, ".3f")]
-            for r in table.itertuples()]  # fmt: skip
-    return [Text("Gene networks", "heading"), Grid(
-        "Share of a gene's nearest genes in one species whose orthologs are nearest in the other (95 % over genes), beside orthologs exchanged among genes "
-        "as frequent, and chance. A share within the exchanged ones' range is what frequency alone gives.",
-        ["Space", "Species", "Orthologs", "Neighbours", "Shared", "Jaccard", "Exchanged", "Chance", "p"], rows)]  # fmt: skip
+            for r in known.itertuples()]  # fmt: skip
+    if rows:
+        blocks.append(Grid(
+            "Share of a gene's nearest genes in one species whose orthologs are nearest in the other (95 % over genes), beside orthologs exchanged among genes "
+            "as frequent (responses: of like rank and coverage), and chance. A share within the exchanged ones' range is what that alone gives.",
+            ["Space", "Species", "Orthologs", "Neighbours", "Shared", "Jaccard", "Exchanged", "Chance", "p"], rows))  # fmt: skip
+    return blocks + [
+        Text(f"{r.space}, {r.first} and {r.second}: not compared. {r.why}.", "missing") for r in none.itertuples()
+    ]
 
 
 BLOCKS: tuple[Callable[[dict[str, pd.DataFrame]], list[Any]], ...] = (one_space, carried, alike, conserved, networks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from scipy.stats import binomtest
 
 from mixgf import artifacts, baselines, contenders, integration, matching, parts, selection, storage
 from mixgf.baselines import BASELINES
-from mixgf.config import Config, Inputs, UserError, split_named
+from mixgf.config import Config, Inputs, UserError, split_named, to_dict
 from mixgf.dataset import Corpus
 from mixgf.matching import Shift
 from mixgf.parts import Places
@@ -58,6 +59,18 @@ class World:
     def encoders(self) -> list[str]:
         """Names by which `contenders.load` knows them."""
         return contenders.of_encoders(self.config.classify.models, contenders.HEADS)
+
+    @property
+    def trained(self) -> dict[str, Places]:
+        """Trained encoders by their names in the tables."""
+        others = contenders.named(self.config.classify)
+        uris = {contenders.CHECKPOINT: self.places.checkpoint} | others
+        return {self.called(name): replace(self.places, checkpoint=uri) for name, uri in uris.items()}
+
+    @cached_property
+    def shifts(self) -> list[Shift]:
+        """`chosen` among its cells."""
+        return chosen(self.config, Corpus(self.places.corpus).obs())
 
     def called(self, encoder: str) -> str:
         """An encoder's name in the tables."""
@@ -136,11 +149,13 @@ def _world(config: Config, folder: str, name: str, inputs: Inputs, encoders: tup
 
 
 def _has(uri: str, world: World) -> bool:
-    """Whether a finished classification there has everything that a world's would."""
-    there = artifacts.find(uri)
+    """Whether a finished classification there has everything that a world's would, of the same cells."""
+    there, run = artifacts.find(uri), world.config
     if there is None or "species" not in there.config["asked"]["splits"]:
         return False
-    run = world.config
+    cells = {"merge": []} | there.config["cells"]
+    if any(to_dict(run.classify)[name] != value for name, value in cells.items()):
+        return False
     encoders = contenders.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus).vocabulary.hash)
     mine = {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}
     return {*run.classify.models, "integration"} <= set(
@@ -416,8 +431,7 @@ def matched(setting: Setting) -> dict[str, pd.DataFrame]:
     settings, seed = setting.config.compare, setting.config.seed
     for world in setting.worlds:
         corpus = Corpus(world.places.corpus)
-        obs = corpus.obs()
-        shifts = chosen(setting.config, obs)
+        obs, shifts = corpus.obs(), world.shifts
         cells = cells_of(shifts)
         placed = [replace(s, rows_N=np.searchsorted(cells, s.rows_N)) for s in shifts]
         about = pd.DataFrame([_about(world, obs, corpus.lengths_N, s) for s in shifts])

@@ -624,7 +624,7 @@ class Compare:
     responses: tuple[str, ...] = ()
     """Two finished perturbations, SPECIES=URI each, whose one-to-one orthologs are set side by side; empty = none."""
     neighbours: int = 20
-    """Nearest genes that make a gene's neighbourhood."""
+    """Nearest genes that make a gene's neighbourhood; 0 = gene networks are not compared."""
     num_permutations: int = 1000
     """Permutations behind p-values of matching, draws behind those of responses."""
 
@@ -640,7 +640,7 @@ class Compare:
             ("shift_cells", 0),
             ("min_cells", 2),
             ("num_permutations", 19),
-            ("neighbours", 1),
+            ("neighbours", 0),
         ):
             _require(getattr(self, name) >= least, f"compare.{name}", getattr(self, name), f"at least {least}")
 

@@ -10,7 +10,8 @@ Letters: G pairs of orthologs, D width, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -21,24 +22,21 @@ from mixgf import artifacts, checkpoint, effects, keyed, responses, species, sta
 from mixgf.config import Config, UserError, split_named
 from mixgf.dataset import Corpus
 from mixgf.parts import Places
+from mixgf.progress import say
 from mixgf.stats import Floats, Ints
 
 LEVEL = 0.05
 BIN = 8
 """Fewest genes that exchange places."""
+TIE = np.float32(1e-6)
+"""Cosines nearer than this are as good as equal."""
 EVIDENCE = (
     "gene", "symbol", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low", "shift_high", "p_cell", "fdr_cell",
-    "p_donor", "fdr_donor", "null_percentile", "rank_expected", "de_statistic", "warnings",
+    "p_donor", "fdr_donor", "null_percentile", "rank_expected", "rank_error", "de_statistic", "warnings",
 )  # fmt: skip
-"""Columns of a perturbation's table that stand on either side."""
-
-
-def spearman(a_G: Floats, b_G: Floats) -> float:
-    """Rank correlation; NaN where a side is constant."""
-    a, b = scipy_stats.rankdata(a_G), scipy_stats.rankdata(b_G)
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 0 else float("nan")
+"""Columns of a perturbation's table, and of `with_errors`, that stand on either side."""
+FREE = 2 * stats.MIN_BACKGROUND - 1
+"""Degrees of freedom of a rank's expectation: the fewest genes of its fit less its two parameters."""
 
 
 def alike_bins(features_GF: Floats, size: int = BIN) -> Ints:
@@ -69,6 +67,22 @@ def exchanged(bins_G: Ints, rng: np.random.Generator) -> Ints:
 def _interval(draws: list[float]) -> tuple[float, float]:
     low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else (np.nan, np.nan)
     return float(low), float(high)
+
+
+def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
+    """A perturbation's table with `rank_error`, the standard error of `rank_expected`."""
+    found = []
+    for _, part in genes.groupby("operation", sort=False):
+        among_G = part["reference"].to_numpy(bool) if "reference" in part else None
+        error_G = stats.expectation_error(part["shift"].to_numpy(float), _places(part["mean_rank"]), among_G)
+        found.append(part.assign(rank_error=error_G))
+    return pd.concat(found)
+
+
+def _places(rank_G: pd.Series) -> Floats:
+    """Mean ranks; a gene that no sentence holds comes after all others."""
+    rank = rank_G.to_numpy(float)
+    return np.where(np.isfinite(rank), rank, np.nanmax(rank, initial=0) + 1)
 
 
 def pair(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str]) -> pd.DataFrame:
@@ -105,7 +119,7 @@ def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
 
     Added: `difference` (first less second species) with its interval (Zou and Donner 2008, from either side's), `p_differs`
     of the difference less the one that the gene's rank predicts in either species (`rank_expected`; perturbing anything may move one
-    species' cells more), Welch's t with the shifts' own errors, with its `fdr_differs`;
+    species' cells more), Welch's t with the errors of both shifts and of both expectations (NaN without these), with its `fdr_differs`;
     `interval_by` (donors, or cells, which says nothing about other donors); `direction` (towards, away, opposite);
     `percentile_both`, the smaller of the percentiles among genes of like rank and coverage; `p_both`, the larger donor-level p
     (both must hold), `fdr_both`; `doubts`, either side's warnings; `place`, 1 = the best of those that go towards the goal in both
@@ -121,10 +135,11 @@ def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
         difference_low=difference - np.hypot(shift_2G[0] - low_2G[0], high_2G[1] - shift_2G[1]),
         difference_high=difference + np.hypot(high_2G[0] - shift_2G[0], shift_2G[1] - low_2G[1]),
     )
-    excess = difference - (frame[f"rank_expected_{a}"] - frame[f"rank_expected_{b}"]).fillna(0).to_numpy(float)
+    excess = difference - (frame[f"rank_expected_{a}"] - frame[f"rank_expected_{b}"]).to_numpy(float)
+    errors = [(error_a, free_a), (error_b, free_b), *((frame[f"rank_error_{n}"].to_numpy(float), FREE) for n in names)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.hypot(error_a, error_b)
-        free = error**4 / (error_a**4 / free_a + error_b**4 / free_b)
+        error = np.sqrt(sum(e**2 for e, _ in errors))
+        free = error**4 / sum(e**4 / f for e, f in errors)
         p = 2 * scipy_stats.t.sf(np.abs(excess) / error, free)
     out["p_differs"], out["fdr_differs"] = p, stats.benjamini_hochberg(p)
     replicated = (frame[[f"num_donors_{n}" for n in names]] >= stats.MIN_CLUSTERS).all(axis=1)
@@ -149,27 +164,42 @@ def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
 def response(frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.random.Generator) -> dict[str, object]:
     """How alike the shifts of one operation are: Spearman, its bootstrap interval over genes, and the matched null.
 
-    `whole` is of the shifts as they are. The rest is of what is left of them beyond what a gene's rank predicts in its own
-    species (`stats.expected_by_rank` among these genes). The null exchanges orthologs among genes of like rank and coverage (in
+    `whole` is of the shifts as they are. The rest is of what is left of them beyond what a gene's rank and then its coverage predict in
+    its own species (`stats.expected_by_rank` among these genes). The null exchanges orthologs among genes of like rank and coverage (in
     the mean of both species): `null` is its mean, `p` how often it is at least as high. Intervals over genes say nothing
     about other donors.
     """
     shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
-    rank_2G = [frame[f"mean_rank_{n}"].to_numpy(float) for n in names]
-    rank_2G = [np.where(np.isfinite(r), r, np.nanmax(r) + 1) for r in rank_2G]  # in no sentence: after all others
-    a_G, b_G = (s - stats.expected_by_rank(s, r) for s, r in zip(shift_2G, rank_2G, strict=True))
+    rank_2G = [_places(frame[f"mean_rank_{n}"]) for n in names]
     coverage_2G = [frame[f"coverage_{n}"].to_numpy(float) for n in names]
-    bins_G = alike_bins(np.stack([sum(map(scipy_stats.rankdata, x)) for x in (rank_2G, coverage_2G)], axis=1))
-    value = spearman(a_G, b_G)
-    draws = [spearman(a_G[rows], b_G[rows]) for rows in rng.integers(0, len(a_G), (num, len(a_G)))]
-    nulls = [spearman(a_G, b_G[exchanged(bins_G, rng)]) for _ in range(num)]
+    a_G, b_G = (_beyond(*several) for several in zip(shift_2G, rank_2G, coverage_2G, strict=True))
+    bins_G = alike_bins(_between([rank_2G, coverage_2G]))
+    value = stats.spearman(a_G, b_G)
+    draws = [stats.spearman(a_G[rows], b_G[rows]) for rows in rng.integers(0, len(a_G), (num, len(a_G)))]
+    nulls = [stats.spearman(a_G, b_G[exchanged(bins_G, rng)]) for _ in range(num)]
     low, high = _interval(draws)
     null_low, null_high = _interval(nulls)
     return {
-        "num_genes": len(frame), "whole": spearman(*shift_2G), "spearman": value, "low": low, "high": high, "null": float(np.nanmean(nulls)), "null_low": null_low,
-        "null_high": null_high, "p": (1 + sum(n >= value for n in nulls)) / (1 + num),
-        "median_difference": float(np.median(shift_2G[0] - shift_2G[1])),
+        "num_genes": len(frame), "whole": stats.spearman(*shift_2G), "spearman": value, "low": low, "high": high, "null": float(np.mean(nulls)),
+        "null_low": null_low, "null_high": null_high, "p": _p(value, nulls), "median_difference": float(np.median(shift_2G[0] - shift_2G[1])),
     }  # fmt: skip
+
+
+def _beyond(shift_G: Floats, *features: Floats) -> Floats:
+    """What is left of shifts beyond what one feature after the other predicts."""
+    for feature_G in features:
+        shift_G = shift_G - stats.expected_by_rank(shift_G, feature_G)
+    return shift_G
+
+
+def _between(features: Sequence[Sequence[Floats]]) -> Floats:
+    """Features of both species as one, (G, F): sums of a gene's places."""
+    return np.stack([sum(map(scipy_stats.rankdata, both)) for both in features], axis=1)
+
+
+def _p(value: float, nulls: list[float]) -> float:
+    """How often nothing gives as much, the value itself counted; NaN where there is no value."""
+    return (1 + sum(n >= value for n in nulls)) / (1 + len(nulls)) if np.isfinite(value) else float("nan")
 
 
 MIN_PAIRS = 2 * BIN
@@ -203,28 +233,36 @@ def conserved(
 # networks
 
 
-def neighbours(vectors_GD: NDArray[np.floating], k: int, *, block: int = 1024) -> Ints:
-    """The `k` nearest other genes of every gene by cosine, (G, K), in no order; equally near ones by number."""
+def neighbours(vectors_GD: NDArray[np.floating], k: int, rng: np.random.Generator, *, block: int = 1024) -> Ints:
+    """The `k` nearest other genes of every gene by cosine, (G, K), in no order.
+
+    Equally near ones (profiles with nothing in common) are drawn: taken by number they would be the same in two species.
+    """
     unit = vectors_GD / np.maximum(np.linalg.norm(vectors_GD, axis=1, keepdims=True), 1e-12)
     found = np.empty((len(unit), k), dtype=np.int64)
     for start in range(0, len(unit), block):
-        scores = unit[start : start + block] @ unit.T
+        scores = (unit[start : start + block] @ unit.T).astype(np.float32)
+        scores += TIE * rng.random(scores.shape, dtype=np.float32)
         rows = np.arange(len(scores))
         scores[rows, start + rows] = -np.inf
-        found[start : start + block] = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        found[start : start + block] = np.argpartition(-scores, k - 1, axis=1)[:, :k]
     return found
 
 
-def shared(one_GK: Ints, other_GK: Ints, place_G: Ints) -> Floats:
+def near(neighbours_GK: Ints) -> NDArray[np.bool_]:
+    """Whether a gene is among another's neighbours, (G, G)."""
+    out_GG = np.zeros((len(neighbours_GK),) * 2, dtype=bool)
+    np.put_along_axis(out_GG, neighbours_GK, values=True, axis=1)
+    return out_GG
+
+
+def shared(near_GG: NDArray[np.bool_], other_GK: Ints, place_G: Ints) -> Floats:
     """Share of each gene's neighbours in the first species whose orthologs are neighbours in the second, (G,).
 
     `place_G` says which gene of the second is taken for the ortholog of each of the first (a permutation).
     """
-    num, k = one_GK.shape
     back_G = np.argsort(place_G)  # names of the second species' genes
-    ours = (np.arange(num)[:, None] * num + one_GK).reshape(-1)
-    theirs = (np.arange(num)[:, None] * num + back_G[other_GK[place_G]]).reshape(-1)
-    return np.isin(ours, theirs, assume_unique=True).reshape(num, k).mean(axis=1)
+    return near_GG[np.arange(len(near_GG))[:, None], back_G[other_GK[place_G]]].mean(axis=1)
 
 
 def overlap(
@@ -241,24 +279,28 @@ def overlap(
     The interval is a bootstrap over genes (which share neighbours, so it is somewhat narrow). The null exchanges orthologs among
     genes of like `features_GF` (how frequent they are in either species), as like as `BIN` to twice as many genes can be.
     """
-    near = [neighbours(v, k) for v in (one_GD, other_GD)]
-    own, bins_G = np.arange(len(one_GD)), alike_bins(features_GF)
-    share_G = shared(near[0], near[1], own)
+    ours_GK, theirs_GK = (neighbours(v, k, rng) for v in (one_GD, other_GD))
+    own, bins_G, near_GG = np.arange(len(one_GD)), alike_bins(features_GF), near(ours_GK)
+    share_G = shared(near_GG, theirs_GK, own)
     low, high = _interval([float(share_G[rows].mean()) for rows in rng.integers(0, len(own), (num, len(own)))])
-    nulls = [float(shared(near[0], near[1], exchanged(bins_G, rng)).mean()) for _ in range(num)]
+    nulls = [float(shared(near_GG, theirs_GK, exchanged(bins_G, rng)).mean()) for _ in range(num)]
     null_low, null_high = _interval(nulls)
     return {
         "num_genes": len(own), "k": k, "share": float(share_G.mean()), "low": low, "high": high, "jaccard": float((share_G / (2 - share_G)).mean()),
         "null": float(np.mean(nulls)), "null_low": null_low, "null_high": null_high, "chance": k / (len(own) - 1),
-        "p": (1 + sum(n >= share_G.mean() for n in nulls)) / (1 + num),
+        "p": _p(float(share_G.mean()), nulls),
     }  # fmt: skip
 
 
 def profiles(matrix: pd.DataFrame, operation: str) -> pd.DataFrame:
-    """Perturbed genes by what is specific in the responses of other genes (`responses.specific`), 0 where that is not known."""
+    """Perturbed genes by what is specific in the responses of other genes (`responses.specific`), 0 where that is not known.
+
+    Genes of which nothing specific is known are left out.
+    """
     found = responses.specific(matrix[matrix["operation"] == operation])
     frame = pd.DataFrame({c: found[c].astype(str) for c in ("gene", "responding")}).assign(excess=found["excess"])
-    return frame.pivot_table(index="gene", columns="responding", values="excess").fillna(0.0)
+    table = frame.pivot_table(index="gene", columns="responding", values="excess").fillna(0.0)
+    return table[(table != 0).any(axis=1)]
 
 
 def aligned(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str]) -> tuple[Floats, Floats, list[str]]:
@@ -282,17 +324,27 @@ def given(config: Config) -> dict[str, pd.DataFrame]:
     """Table of genes of either perturbation of `compare.responses`, by species; none where none are given.
 
     Raises:
-        UserError: one is not there or not finished, or holds no gene of its species.
+        UserError: one is not there or not finished, or holds no gene of its species, or they have no ortholog in common.
     """
     found = {}
     for name, uri in map(split_named, config.compare.responses):
         artifacts.require(uri, "perturbation")
         frame = storage.read_table(storage.join(uri, "genes.parquet")).to_pandas()
-        found[name] = frame[frame["species"] == name]
-        if found[name].empty:
+        mine = frame[frame["species"] == name]
+        if mine.empty:
             msg = f"compare.responses = {name}={uri}: its genes are of {', '.join(sorted(set(frame['species'])))}; name each perturbation after its species"
             raise UserError(msg)
+        found[name] = with_errors(mine)
+    if found and pair(*found.values(), _partners(config, *found), tuple(found)).empty:
+        msg = (f"compare.responses: {' and '.join(found)} share no operation on a one-to-one ortholog; perturb the orthologs of one species' "
+               "genes in the other (perturb.genes), and see vocab.orthologs")  # fmt: skip
+        raise UserError(msg)
     return found
+
+
+def _partners(config: Config, one: str, other: str) -> Mapping[str, str]:
+    """One-to-one orthologs of two species."""
+    return species.orthologs(config.vocab.orthologs).get((one, other), {})
 
 
 def tables(config: Config) -> dict[str, pd.DataFrame]:
@@ -301,57 +353,91 @@ def tables(config: Config) -> dict[str, pd.DataFrame]:
     if not both:
         return {}
     (first, one), (second, other) = both.items()
-    partners = species.orthologs(config.vocab.orthologs).get((first, second), {})
+    partners = _partners(config, first, second)
     return conserved(one, other, partners, (first, second), num=config.compare.num_permutations, seed=config.seed)
 
 
-def networks(config: Config, worlds: Mapping[str, Places]) -> dict[str, pd.DataFrame]:
-    """Table `networks`: overlap of orthologs' neighbourhoods by pair of species and space (`overlap`).
+def networks(config: Config, encoders: Mapping[str, Places]) -> dict[str, pd.DataFrame]:
+    """Table `networks`: overlap of orthologs' neighbourhoods by pair of species and space (`overlap`), or `why` there is none.
 
-    Spaces: the token vectors of every world's encoder (species that share ids have nothing to compare), and the responses that
-    the perturbations of `compare.responses` measured (`perturb.response`).
+    Spaces: the token vectors of every trained encoder, and the responses that the perturbations of `compare.responses` measured
+    (`perturb.response`). None with `compare.neighbours` = 0.
     """
+    if not config.compare.neighbours:
+        return {}
     rows: list[dict[str, object]] = []
-    pairs = species.orthologs(config.vocab.orthologs)
-    for name, places in worlds.items():
+    often: dict[tuple[str, str], Floats] = {}
+    for name, places in encoders.items():
         corpus, (encoder, _) = Corpus(places.corpus), checkpoint.load_encoder(places.checkpoint)
-        frequency_V = {s: _frequency(corpus, s, config.seed) for s in corpus.species}
-        frames = {s: _vectors(corpus, s, encoder.tokens.detach().numpy(), frequency_V[s]) for s in corpus.species}
-        for i, one in enumerate(corpus.species):
-            for other in corpus.species[i + 1 :]:
-                partners = pairs.get((one, other), {})
-                often = [dict(zip(corpus.vocabulary.of(s).genes, frequency_V[s], strict=True)) for s in (one, other)]
-                same = _shared_ids(corpus, one, other, partners)
-                if not same:
-                    rows += _row(
-                        config, f"{name}: token vectors", (one, other), (frames[one], frames[other]), partners, often
-                    )
-    both = given(config)
-    uris = dict(map(split_named, config.compare.responses))
-    if both and all(storage.exists(storage.join(uri, "responses.parquet")) for uri in uris.values()):
-        one, other = both
-        matrices = [storage.read_table(storage.join(uris[s], "responses.parquet")).to_pandas() for s in both]
-        for operation in sorted(set(matrices[0]["operation"]) & set(matrices[1]["operation"])):
-            often = [dict(zip(both[s]["gene"], both[s]["coverage"], strict=True)) for s in both]
-            made = (profiles(matrices[0], str(operation)), profiles(matrices[1], str(operation)))
-            rows += _row(config, f"responses to {operation}", (one, other), made, pairs.get((one, other), {}), often)
+        for s in corpus.species:
+            if (places.corpus, s) not in often:
+                often[places.corpus, s] = _frequency(corpus, s, config.seed)
+        vectors_VD = encoder.tokens.detach().numpy()
+        for one, other in combinations(corpus.species, 2):
+            rows.append(
+                _of_tokens(config, name, corpus, vectors_VD, {s: often[places.corpus, s] for s in (one, other)})
+            )
+    rows += _of_responses(config)
+    for row in rows:
+        if row["why"]:
+            say(f"compare: no network of {row['first']} and {row['second']} by {row['space']}: {row['why']}")
     return {"networks": pd.DataFrame(rows)} if rows else {}
 
 
-def _row(  # noqa: PLR0917 (the arguments of one caller)
-    config: Config, space: str, names: tuple[str, str], frames: tuple[pd.DataFrame, pd.DataFrame], partners: Mapping[str, str],
-    often: list[dict[str, float]],
-) -> list[dict[str, object]]:  # fmt: skip
-    """The row of one space; none where too few orthologs are in it."""
+def _of_tokens(
+    config: Config, encoder: str, corpus: Corpus, vectors_VD: NDArray[np.floating], often: dict[str, Floats]
+) -> dict[str, object]:
+    """The row of an encoder's token vectors and two species, by the share of their cells that hold each gene."""
+    one, other = often
+    partners, space = _partners(config, one, other), f"{encoder}: token vectors"
+    if _shared_ids(corpus, one, other, partners):
+        return {
+            "space": space,
+            "first": one,
+            "second": other,
+            "num_genes": 0,
+            "why": "orthologs share an id, and so a vector",
+        }
+    frames = [_vectors(corpus, s, vectors_VD, often[s]) for s in often]
+    share = [dict(zip(corpus.vocabulary.of(s).genes, often[s], strict=True)) for s in often]
     a, b, genes = aligned(*frames, partners)
-    if len(genes) < MIN_PAIRS:
+    features = np.array([[share[0][g], share[1][partners[g]]] for g in genes])
+    return _row(config, space, (one, other), (a, b), features)
+
+
+def _of_responses(config: Config) -> list[dict[str, object]]:
+    """The rows of the response matrices of `compare.responses`, by operation."""
+    both, uris = given(config), dict(map(split_named, config.compare.responses))
+    if not both:
         return []
-    features = np.array([[often[0][g], often[1][partners[g]]] for g in genes])
-    rng = np.random.default_rng([config.seed, len(genes), 96])
-    k = min(config.compare.neighbours, len(genes) // 5)
-    return [
-        {"space": space, "first": names[0], "second": names[1], **overlap(a, b, features, k=k, num=RESAMPLED, rng=rng)}
-    ]
+    one, other = both
+    files = {s: storage.join(uris[s], "responses.parquet") for s in both}
+    lacking = [s for s, file in files.items() if not storage.exists(file)]
+    if lacking:
+        why = f"{' and '.join(lacking)} perturbed without a response matrix (perturb.response)"
+        return [{"space": "responses", "first": one, "second": other, "num_genes": 0, "why": why}]
+    matrices = [storage.read_table(file).to_pandas() for file in files.values()]
+    partners, rows = _partners(config, one, other), []
+    for operation in sorted(set(matrices[0]["operation"]) & set(matrices[1]["operation"])):
+        a, b, genes = aligned(*(profiles(matrix, str(operation)) for matrix in matrices), partners)
+        tables = [both[s][both[s]["operation"] == operation].set_index("gene") for s in both]
+        mine = [tables[0].loc[genes], tables[1].loc[[partners[g] for g in genes]]]
+        features = _between([[_places(t["mean_rank"]) for t in mine], [t["coverage"].to_numpy(float) for t in mine]])
+        rows.append(_row(config, f"responses to {operation}", (one, other), (a, b), features))
+    return rows
+
+
+def _row(
+    config: Config, space: str, names: tuple[str, str], vectors: tuple[Floats, Floats], features_GF: Floats
+) -> dict[str, object]:
+    """The row of one space; why there is none where too few orthologs are in it."""
+    num = len(features_GF)
+    row: dict[str, object] = {"space": space, "first": names[0], "second": names[1], "num_genes": num, "why": ""}
+    if num < MIN_PAIRS:
+        return row | {"why": f"{num} orthologs are known in both species, {MIN_PAIRS} are needed"}
+    rng = np.random.default_rng([config.seed, num, 96])
+    k = min(config.compare.neighbours, num // 5)
+    return row | overlap(*vectors, features_GF, k=k, num=RESAMPLED, rng=rng)
 
 
 def _shared_ids(corpus: Corpus, one: str, other: str, partners: Mapping[str, str]) -> bool:

@@ -13,14 +13,6 @@ from mixgf import effects, stats
 from mixgf.known import LEVEL
 
 
-def spearman(a: pd.Series, b: pd.Series) -> float:
-    """Rank correlation over the rows where both are there; NaN with fewer than five such rows or a constant column."""
-    both = pd.DataFrame({"a": a.to_numpy(float), "b": b.to_numpy(float)}).replace([np.inf, -np.inf], np.nan).dropna()
-    if len(both) < 5 or both["a"].nunique() < 2 or both["b"].nunique() < 2:
-        return float("nan")
-    return float(both["a"].rank().corr(both["b"].rank()))
-
-
 def asked(genes: pd.DataFrame) -> pd.DataFrame:
     """The genes that were asked about, without those scored for comparison only (role `null`)."""
     return genes[genes["role"] != "null"] if "role" in genes else genes
@@ -89,12 +81,12 @@ def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tu
         "figure grows with the number of cells and is no evidence by itself."
     )
     out.append(("warn" if cell_level and found.empty else "plain", text))
-    rho = spearman(genes["shift"], genes["rank_expected"])
+    rho = stats.spearman(genes["shift"].to_numpy(float), genes["rank_expected"].to_numpy(float))
     if np.isfinite(rho):
         much = "much" if abs(rho) >= 0.7 else "part" if abs(rho) >= 0.3 else "little"
         text = f"What a gene's rank in the cell alone predicts explains {much} of the shifts (Spearman {rho:.2f})."
         out.append(("warn" if abs(rho) >= 0.7 else "plain", text))
-    rho = spearman(genes["shift"], genes["de_statistic"])
+    rho = stats.spearman(genes["shift"].to_numpy(float), genes["de_statistic"].to_numpy(float))
     if np.isfinite(rho):
         text = f"Agreement with differential expression between start and goal: Spearman {rho:.2f}."
         out.append(("plain", text))

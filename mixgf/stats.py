@@ -24,6 +24,8 @@ MIN_BACKGROUND = 10
 """Fewest other genes that make a background."""
 MAX_WINDOW = 401
 """Most neighbours in one local fit of `expected_by_rank`."""
+SPAN, ROUNDS = 0.15, 2
+"""Share of the genes in such a fit, and how often outliers among them are weighed down."""
 SCORED_AMONG = 50
 """Genes of like rank among which a donor's value is placed before its sign is flipped."""
 
@@ -303,24 +305,47 @@ def matched_percentile(
     return result_G
 
 
-def expected_by_rank(
-    effect_G: Floats, rank_G: Floats, among_G: Bools | None = None, *, span: float = 0.15, rounds: int = 2
-) -> Floats:
+def spearman(a_G: Floats, b_G: Floats) -> float:
+    """Rank correlation over the groups that have both values; NaN with fewer than five of them, or where a side is constant."""
+    both_G = np.isfinite(a_G) & np.isfinite(b_G)
+    if both_G.sum() < 5:
+        return float("nan")
+    a, b = (ranks - ranks.mean() for ranks in (stats.rankdata(a_G[both_G]), stats.rankdata(b_G[both_G])))
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else float("nan")
+
+
+def expected_by_rank(effect_G: Floats, rank_G: Floats, among_G: Bools | None = None, *, span: float = SPAN) -> Floats:
     """The effect that a gene's mean rank alone predicts: a robust local linear fit over the genes of similar rank, (G,).
 
     Tricube weights over the nearest `span` of the genes (at least 20, at most `MAX_WINDOW`; a wide window bends away from
     what the first few ranks do, in every donor alike, and calls the top genes special); the gene itself has weight
-    0, so that a strong effect does not explain itself. `rounds` of bisquare weights by the residuals (Cleveland 1979) keep
+    0, so that a strong effect does not explain itself. `ROUNDS` of bisquare weights by the residuals (Cleveland 1979) keep
     it from passing for ordinary among its neighbours, too. `among_G` says whose effects are fitted; None = everybody's.
     NaN with fewer than `MIN_BACKGROUND` other genes.
     """
-    result_G = np.full(len(effect_G), np.nan)
+    return _rank_fit(effect_G, rank_G, among_G, span=span, errors=False)[0]
+
+
+def expectation_error(effect_G: Floats, rank_G: Floats, among_G: Bools | None = None) -> Floats:
+    """Standard error of `expected_by_rank`, (G,).
+
+    An expectation is a weighted sum of the effects around it; it errs as these do, each by what it is away from its own
+    expectation (the sandwich of a regression).
+    """
+    return _rank_fit(effect_G, rank_G, among_G, span=SPAN, errors=True)[1]
+
+
+def _rank_fit(
+    effect_G: Floats, rank_G: Floats, among_G: Bools | None, *, span: float, errors: bool
+) -> tuple[Floats, Floats]:
+    result_G, error_G = np.full(len(effect_G), np.nan), np.full(len(effect_G), np.nan)
     usable = np.isfinite(effect_G) & np.isfinite(rank_G)
     own_G = usable if among_G is None else usable & among_G
     fitted, guests = np.flatnonzero(own_G), np.flatnonzero(usable & ~own_G)
     num = len(fitted)
     if num <= MIN_BACKGROUND:
-        return result_G
+        return result_G, error_G
     fitted = fitted[np.argsort(rank_G[fitted], kind="stable")]
     x_N, y_N = rank_G[fitted], effect_G[fitted]
     width = min(num, MAX_WINDOW, max(2 * MIN_BACKGROUND + 1, round(span * num)))
@@ -328,9 +353,9 @@ def expected_by_rank(
     place = np.concatenate([np.arange(num), np.searchsorted(x_N, rank_G[guests])])
     own = np.concatenate([np.arange(num), np.full(len(guests), -1)])
     left = np.clip(place - width // 2, 0, num - width)
-    predicted = np.empty(len(asked))
+    predicted, error = np.empty(len(asked)), np.full(len(asked), np.nan)
     residual_N: Floats | None = None
-    for _ in range(rounds + 1):
+    for turn in range(ROUNDS + 1):
         for start in range(0, len(asked), 4096):
             rows = slice(start, start + 4096)
             window = left[rows, None] + np.arange(width)
@@ -341,9 +366,11 @@ def expected_by_rank(
             if residual_N is not None:
                 weight = weight * _bisquare(np.abs(residual_N[window]))
             predicted[rows] = _local_line(weight, dx, y_N[window])
+            if errors and residual_N is not None and turn == ROUNDS:
+                error[rows] = _line_error(weight, dx, residual_N[window])
         residual_N = y_N - predicted[:num]
-    result_G[np.concatenate([fitted, guests])] = predicted
-    return result_G
+    result_G[np.concatenate([fitted, guests])], error_G[np.concatenate([fitted, guests])] = predicted, error
+    return result_G, error_G
 
 
 def _bisquare(residual_RW: Floats) -> Floats:
@@ -362,6 +389,17 @@ def _local_line(weight_RW: Floats, dx_RW: Floats, y_RW: Floats) -> Floats:
     flat = determinant <= 1e-9 * s0 * s2
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(flat, t0 / s0, (s2 * t0 - s1 * t1) / determinant)
+
+
+def _line_error(weight_RW: Floats, dx_RW: Floats, residual_RW: Floats) -> Floats:
+    """Standard error of `_local_line`'s values, where each y errs by its residual."""
+    s0, s1, s2 = weight_RW.sum(1), (weight_RW * dx_RW).sum(1), (weight_RW * dx_RW**2).sum(1)
+    determinant = s0 * s2 - s1**2
+    flat = determinant <= 1e-9 * s0 * s2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        line_RW = weight_RW * ((s2[:, None] - s1[:, None] * dx_RW) / determinant[:, None])
+        share_RW = np.where(flat[:, None], weight_RW / s0[:, None], line_RW)
+    return np.sqrt(((share_RW * residual_RW) ** 2).sum(1))
 
 
 def welch(num_2G: Floats, mean_2G: Floats, variance_2G: Floats) -> Floats:

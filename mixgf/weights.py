@@ -12,6 +12,7 @@ have no <eos>, which Geneformer V2 has at their ends.
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,9 @@ def grow(settings: Config, folder: str) -> str:
 
     Old ids keep their vectors, so old species' cells their embeddings. A new gene starts with the vector of its one-to-one
     ortholog, else with a random one; all new ids are untrained until `pretrain` (`inputs.start`) sees them.
+
+    Raises:
+        UserError: the vocabulary was not grown from the checkpoint's, or the sentences are of another kind.
     """
     uri = storage.join(settings.output, "pretrain")
     corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
@@ -190,6 +194,12 @@ def grow(settings: Config, folder: str) -> str:
     older = vocabulary.older(made.details["vocabulary"])
     if older is None:
         msg = f"{folder}: its vocabulary is no beginning of that of {corpus.uri}; prepare that with vocab.reuse = the vocabulary of this checkpoint"
+        raise UserError(msg)
+    theirs, ours = made.details["tokens"], to_dict(corpus.tokenised)
+    wrong = [name for name in ("cls", "scaling") if theirs[name] != ours[name]]
+    if wrong:
+        msg = (f"{folder}: trained on sentences with tokens.{wrong[0]} = {json.dumps(theirs[wrong[0]])}, {corpus.uri} has {json.dumps(ours[wrong[0]])}; "
+               f"prepare that with --set tokens.{wrong[0]}={json.dumps(theirs[wrong[0]])}")  # fmt: skip
         raise UserError(msg)
     pairs = species.orthologs(settings.vocab.orthologs)
     chosen = {"seed": settings.seed, "orthologs": [storage.sha256(table) for table in settings.vocab.orthologs]}

@@ -16,7 +16,7 @@ def table(shifts, *, prefix, half=0.1, donors=4, operation="delete", rank=None, 
         "operation": operation, "gene": [f"{prefix}{i}" for i in range(num)], "symbol": [f"{prefix.lower()}{i}" for i in range(num)],
         "num_cells": 20, "num_donors": donors, "coverage": 0.5, "mean_rank": np.arange(num) if rank is None else rank, "shift": shifts,
         "shift_low": shifts - half, "shift_high": shifts + half, "p_cell": p, "fdr_cell": p, "p_donor": p, "fdr_donor": p,
-        "null_percentile": percentile, "rank_expected": 0.0, "de_statistic": 0.0, "warnings": "",
+        "null_percentile": percentile, "rank_expected": 0.0, "rank_error": 0.0, "de_statistic": 0.0, "warnings": "",
     })  # fmt: skip
 
 
@@ -48,6 +48,11 @@ def test_a_difference_has_the_interval_of_both_and_what_rank_predicts_is_no_find
     assert set(found["interval_by"]) == {"donors"}
     few = conserved.judged(frame.assign(num_donors_bee=1), NAMES)
     assert set(few["interval_by"]) == {"cells"}
+    vague = conserved.judged(frame.assign(rank_error_bee=0.2), NAMES)
+    assert found["p_differs"][0] < 0.001
+    assert vague["p_differs"][0] > 0.05  # what rank does in bees is hardly known
+    unknown = conserved.judged(frame.assign(rank_expected_bee=np.nan), NAMES)
+    assert unknown["p_differs"].isna().all()
 
 
 def test_conserved_targets_go_towards_the_goal_in_both_and_the_weaker_side_decides():
@@ -99,13 +104,22 @@ def test_what_rank_does_in_both_species_is_not_conservation_and_a_planted_effect
 
 def test_neighbours_and_their_overlap_by_hand():
     vectors = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], dtype=float)
-    assert conserved.neighbours(vectors, 1).ravel().tolist() == [1, 0, 3, 2]
-    assert conserved.neighbours(vectors, 1, block=3).ravel().tolist() == [1, 0, 3, 2]
+    rng = np.random.default_rng(0)
+    for block in (4, 3, 1):
+        assert conserved.neighbours(vectors, 1, rng, block=block).ravel().tolist() == [1, 0, 3, 2]
     one, other = np.array([[1], [0], [3], [2]]), np.array([[1], [2], [3], [2]])
-    assert conserved.shared(one, other, np.arange(4)).tolist() == [1, 0, 1, 1]
+    assert conserved.shared(conserved.near(one), other, np.arange(4)).tolist() == [1, 0, 1, 1]
     # the second species' genes under each other's names: 0 is called 1 and 1 is called 0
-    assert conserved.shared(one, one, np.array([1, 0, 2, 3])).tolist() == [1, 1, 1, 1]
-    assert conserved.shared(one, one, np.array([2, 1, 0, 3])).tolist() == [0, 0, 0, 0]
+    assert conserved.shared(conserved.near(one), one, np.array([1, 0, 2, 3])).tolist() == [1, 1, 1, 1]
+    assert conserved.shared(conserved.near(one), one, np.array([2, 1, 0, 3])).tolist() == [0, 0, 0, 0]
+
+
+def test_genes_that_are_equally_near_are_no_neighbourhood_in_common():
+    """Profiles with nothing in common: taken by number, the first genes would be everyone's neighbours in both species."""
+    rng = np.random.default_rng(3)
+    found = conserved.overlap(np.eye(200), np.eye(200), rng.random((200, 2)), k=10, num=99, rng=rng)
+    assert found["share"] == pytest.approx(found["chance"], abs=0.02)
+    assert found["p"] > 0.01
 
 
 def test_neighbourhoods_of_the_same_space_overlap_and_those_of_frequency_alone_do_not_beat_the_null():

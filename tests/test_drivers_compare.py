@@ -1,4 +1,4 @@
-"""`mixgf compare` from end to end on small invented cells of two species whose types and stimulus are alike by construction."""
+"""`mixgf compare` from end to end: on small invented cells of two species whose types and stimulus are alike, and on a few real ones."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +14,23 @@ from invented import NUM_GENES, species, untrained_checkpoint
 from scipy import sparse
 
 from mixgf import across, artifacts, comparison, report, storage
-from mixgf.config import QC, Classify, Compare, Config, Inputs, Model, Source, Tokens, Tracking, Train, UserError, Vocab
-from mixgf.drivers import compare, dispatch, pieces, prepare
+from mixgf.config import (
+    QC,
+    Classify,
+    Compare,
+    Config,
+    Inputs,
+    Model,
+    Perturb,
+    Source,
+    Tokens,
+    Tracking,
+    Train,
+    UserError,
+    Vocab,
+)
+from mixgf.drivers import compare, dispatch, perturb, pieces, prepare
+from mixgf.species import orthologs
 
 SMALL = Model(num_layers=1, dim=16, num_heads=2, ffn_dim=32, max_positions=32)
 SHIFTS = (
@@ -177,3 +192,115 @@ def test_strata_keep_composition_out_of_a_shift(runs: tuple[Config, Config]) -> 
         for stratum in np.unique(shift.strata_N):
             assert len(set(types[shift.strata_N == stratum])) == 1
             assert set(shift.after_N[shift.strata_N == stratum]) == {True, False}
+
+
+def test_a_classification_of_other_cells_or_labels_is_not_taken_for_its_own(done: Config) -> None:
+    (world, _), uri = comparison.worlds(done, f"{done.output}/compare"), f"{done.output}/compare/classify"
+    assert comparison._has(uri, world)
+    for change in ({"merge": ("x=a|b",)}, {"cells": "donor == 'ENSA0'"}, {"transfer": "donor"}):
+        other = replace(world.config, classify=replace(world.config.classify, **change))
+        assert not comparison._has(uri, replace(world, config=other)), change
+
+
+# two perturbations of real cells
+
+NUM_REAL = 60
+"""Cells of either type and species."""
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Human and mouse alpha and beta cells with 300 orthologs, an encoder with random weights, and a perturbation of each species."""
+    folder = tmp_path_factory.mktemp("responses")
+    cells = {}
+    for name in ("human", "mouse"):
+        with storage.local_copy(f"resource:pancreas_{name}_baron.h5ad") as path:
+            whole = anndata.read_h5ad(path)
+        kinds = whole.obs["cell_type"].astype(str).to_numpy()
+        rows = np.concatenate([np.flatnonzero(kinds == f"{kind} cell")[:NUM_REAL] for kind in ("alpha", "beta")])
+        cells[name] = whole[rows, whole.var["ensembl_id"] != ""].copy()
+        cells[name].var = cells[name].var[[]].set_axis(cells[name].var["ensembl_id"].astype(str))
+    of = {h: m for h, m in orthologs(Vocab().orthologs)["human", "mouse"].items() if m in cells["mouse"].var_names}
+    human = cells["human"][:, cells["human"].var_names.isin(of)]
+    often = human.var_names[np.argsort(-np.asarray((human.X > 0).sum(0)).ravel(), kind="stable")[:300]]
+    for name, genes in (("human", list(often)), ("mouse", [of[g] for g in often])):
+        cells[name][:, genes].copy().write_h5ad(folder / f"{name}.h5ad")
+    run = Config(
+        output=str(folder / "run"), model=replace(SMALL, max_positions=64, init_sd=0.3), qc=QC(method="none", min_mapped_fraction=0),
+        tokens=Tokens(max_len=64), tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
+        sources=tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in cells),
+        compare=Compare(models=("knn",), controls=("majority",), cells=100, num_permutations=99),
+    )  # fmt: skip
+    prepare.run(run, spread=dispatch.loop)
+    untrained_checkpoint(run, run.model)
+    inputs = Inputs(corpus=f"{run.output}/corpus", checkpoint=f"{run.output}/pretrain")
+    for name in cells:
+        states = {
+            "start": f"cell_type == 'alpha cell' and species == '{name}'",
+            "goal": f"cell_type == 'beta cell' and species == '{name}'",
+        }
+        asked = Perturb(**states, unrelated=0, max_cells=20, max_genes=100, response=80, num_permutations=100)
+        perturb.run(replace(run, output=str(folder / name), inputs=inputs, perturb=asked), local=True)
+    responses = tuple(f"{name}={folder}/{name}/perturb" for name in cells)
+    run = replace(run, compare=replace(run.compare, responses=responses))
+    compare.run(run, spread=pieces.loop)
+    return run
+
+
+def test_responses_of_real_cells_stand_side_by_side_ortholog_by_ortholog(real: Config) -> None:
+    found, of = table(real, "conserved"), orthologs(Vocab().orthologs)["human", "mouse"]
+    assert set(found["operation"]) == {"delete", "overexpress"}
+    assert [of[g] for g in found["gene_human"]] == found["gene_mouse"].tolist()
+    sides = {}
+    for name in ("human", "mouse"):
+        genes = storage.read_table(f"{real.output}/../{name}/perturb/genes.parquet").to_pandas()
+        genes = genes[genes["num_cells"] > 0].set_index(["operation", "gene"])
+        sides[name] = {
+            (operation, of[g] if name == "human" else g) for operation, g in genes.index if name == "mouse" or g in of
+        }
+        mine = genes.loc[list(zip(found["operation"], found[f"gene_{name}"], strict=True))]
+        for column in ("shift", "coverage", "p_donor", "rank_expected"):
+            np.testing.assert_array_equal(mine[column].to_numpy(), found[f"{column}_{name}"].to_numpy())
+        assert (found[f"rank_error_{name}"] > 0).all()
+    assert set(zip(found["operation"], found["gene_mouse"], strict=True)) == sides["human"] & sides["mouse"]
+    np.testing.assert_allclose(found["difference"], found["shift_human"] - found["shift_mouse"])
+    summary = table(real, "conserved_summary").set_index("operation")
+    for operation, mine in found.groupby("operation"):
+        assert summary.loc[operation, "num_pairs"] == len(mine) > 30
+        assert summary.loc[operation, "towards"] == (mine["place"] > 0).sum()
+        assert summary.loc[operation, "low"] < summary.loc[operation, "spearman"] < summary.loc[operation, "high"]
+    assert not summary["by_donors"].any()  # one mouse
+
+
+def test_response_matrices_of_real_cells_give_networks(real: Config) -> None:
+    found = table(real, "networks").set_index("space")
+    assert set(found.index) == {"trained: token vectors", "responses to delete", "responses to overexpress"}
+    assert (found["why"] == "").all()
+    assert (found["num_genes"] > 30).all()
+    assert found["share"].between(0, 1).all()
+    assert (
+        found.loc["trained: token vectors", "share"] < 3 * found.loc["trained: token vectors", "chance"]
+    )  # random vectors
+
+
+def test_the_report_shows_responses_and_networks_or_why_there_are_none(real: Config) -> None:
+    loaded = report.load(real)
+    made = across.section(loaded)
+    headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
+    assert headings[-2:] == ["Conserved and divergent responses", "Gene networks"]
+    page = report.render(loaded, "key")
+    assert "At least one species has too few donors" in page
+    assert "responses to overexpress" in page
+    none = pd.DataFrame(
+        [{"space": "responses", "first": "human", "second": "mouse", "num_genes": 0, "why": "no matrix"}]
+    )
+    (_, told) = across.networks({"networks": none})
+    assert (told.text, told.tone) == ("responses, human and mouse: not compared. no matrix.", "missing")
+
+
+def test_perturbations_without_orthologs_in_common_are_refused(real: Config, tmp_path: Path) -> None:
+    pairs = {"human": ["ENSG00000000003"], "mouse": ["ENSMUSG00000000001"]}
+    pq.write_table(pa.table(pairs), tmp_path / "none.parquet")
+    run = replace(real, vocab=Vocab(orthologs=(str(tmp_path / "none.parquet"),)))
+    with pytest.raises(UserError, match="human and mouse share no operation on a one-to-one ortholog"):
+        compare.run(run, spread=pieces.loop)

@@ -244,6 +244,13 @@ def test_what_cannot_be_grown_or_started_from_says_so(old, grown, tmp_path):
         weights.bring(alone, f"{old.output}/pretrain")
     with pytest.raises(UserError, match=r"inputs.start: made with vocabulary"):
         pretrain.run(dataclasses.replace(alone, inputs=Inputs(start=grown.inputs.start)))
+    with_cls = dataclasses.replace(
+        alone, output=str(tmp_path / "cls"), tokens=Tokens(max_len=64, cls=True), vocab=Vocab(reuse=f"{old.output}/vocabulary"),
+    )  # fmt: skip
+    prepare.run(with_cls, spread=dispatch.loop)
+    with pytest.raises(UserError, match=r"tokens.cls = false, .* has true; prepare that with --set tokens.cls=false"):
+        weights.bring(with_cls, f"{old.output}/pretrain")
+    assert not storage.exists(f"{with_cls.output}/pretrain/plan.json")
     wide = dataclasses.replace(grown, output=str(tmp_path / "wide"), model=dataclasses.replace(ROW, dim=64))
     wide = dataclasses.replace(wide, inputs=Inputs(start=grown.inputs.start, corpus=f"{grown.output}/corpus"))
     with pytest.raises(UserError, match=r"inputs.start = .*a model of other sizes: model.dim: 32 -> 64"):

@@ -105,7 +105,7 @@ def _require(setting: Setting) -> None:
         if len(corpus.species) < 2:
             msg = f"compare: {corpus.uri} holds {corpus.species[0]} only; prepare a corpus of two species"
             raise UserError(msg)
-        comparison.chosen(setting.config, corpus.obs())
+        world.shifts  # noqa: B018 (refuses wrong ones)
     conserved.given(setting.config)
 
 
@@ -148,10 +148,7 @@ def _matching_pieces(setting: Setting) -> list[Piece]:
 
 
 def _of_world(setting: Setting, world: World) -> list[Piece]:
-    corpus = Corpus(world.places.corpus)
-    obs = corpus.obs()
-    cells = comparison.cells_of(comparison.chosen(setting.config, obs))
-    made = []
+    cells, made = comparison.cells_of(world.shifts), []
     for encoder in world.encoders:
         for number, start in enumerate(range(0, len(cells), parts.BLOCK_CELLS)):
             mine = cells[start : start + parts.BLOCK_CELLS]
@@ -159,7 +156,7 @@ def _of_world(setting: Setting, world: World) -> list[Piece]:
                               args=(world.config, world.places, encoder, number, mine), cost=float(len(mine)) / 50,
                               threads=setting.config.train.threads, gpu=True))  # fmt: skip
     if not world.name and setting.config.compare.controls:
-        sources = obs["source"].to_numpy().astype(np.str_)[cells]
+        sources = Corpus(world.places.corpus).obs(["source"])["source"].to_numpy().astype(np.str_)[cells]
         for source in np.unique(sources).tolist():
             mine = cells[sources == source]
             made.append(Piece(uri=parts.counts_part(world.places, source), call=parts.read_counts,
@@ -172,6 +169,8 @@ PARTS: dict[str, Part] = {
     "spaces": Part(tables=comparison.spaces),
     "matching": Part(tables=comparison.matched, pieces=_matching_pieces),
     "conserved": Part(tables=lambda s: conserved.tables(s.config)),
-    "networks": Part(tables=lambda s: conserved.networks(s.config, {w.called(""): w.places for w in s.worlds})),
+    "networks": Part(
+        tables=lambda s: conserved.networks(s.config, {n: p for w in s.worlds for n, p in w.trained.items()})
+    ),
 }
 """Further parts are further entries."""
