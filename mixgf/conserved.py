@@ -72,7 +72,7 @@ def _interval(draws: list[float]) -> tuple[float, float]:
 def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
     """A perturbation's table with `rank_error`, the standard error of `rank_expected`."""
     found = []
-    for _, part in genes.groupby("operation", sort=False):
+    for _, part in genes.sort_values("gene").groupby("operation"):
         among_G = part["reference"].to_numpy(bool) if "reference" in part else None
         error_G = stats.expectation_error(part["shift"].to_numpy(float), _places(part["mean_rank"]), among_G)
         found.append(part.assign(rank_error=error_G))
@@ -87,6 +87,9 @@ def _places(rank_G: pd.Series) -> Floats:
 
 def pair(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str]) -> pd.DataFrame:
     """A row per operation and pair of orthologs that both perturbations scored; columns of either end in its species.
+
+    Rows are by gene: a perturbation's table is by falling shift, and whatever goes by order where genes are equal (coverage often is)
+    would see it.
 
     Args:
         one: table of genes of a perturbation of the first species.
@@ -103,7 +106,7 @@ def pair(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], na
         right_on=["operation", "gene"],
         suffixes=tuple(f"_{n}" for n in names),
     )
-    return both.drop(columns="partner")
+    return both.drop(columns="partner").sort_values(["operation", f"gene_{names[0]}"], ignore_index=True)
 
 
 def _error(frame: pd.DataFrame, name: str) -> tuple[Floats, Floats]:
