@@ -426,7 +426,11 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
         tables = [both[s][both[s]["operation"] == operation].set_index("gene") for s in both]
         mine = [tables[0].loc[genes], tables[1].loc[[partners[g] for g in genes]]]
         features = _between([[_places(t["mean_rank"]) for t in mine], [t["coverage"].to_numpy(float) for t in mine]])
-        rows.append(_row(config, f"responses to {operation}", (one, other), (a, b), features))
+        row = _row(config, f"responses to {operation}", (one, other), (a, b), features)
+        if row["why"]:
+            few = f"known is what {responses.MIN_CELLS} cells show in which the responding gene kept its place: perturb more cells (perturb.max_cells)"
+            row["why"] = f"{row['why']}; {few}"
+        rows.append(row)
     return rows
 
 
