@@ -72,7 +72,7 @@ def _interval(draws: list[float]) -> tuple[float, float]:
 def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
     """A perturbation's table with `rank_error`, the standard error of `rank_expected`."""
     found = []
-    for _, part in genes.groupby("operation", sort=False):
+    for _, part in genes.sort_values("gene").groupby("operation"):
         among_G = part["reference"].to_numpy(bool) if "reference" in part else None
         error_G = stats.expectation_error(part["shift"].to_numpy(float), _places(part["mean_rank"]), among_G)
         found.append(part.assign(rank_error=error_G))
@@ -87,6 +87,9 @@ def _places(rank_G: pd.Series) -> Floats:
 
 def pair(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str]) -> pd.DataFrame:
     """A row per operation and pair of orthologs that both perturbations scored; columns of either end in its species.
+
+    Rows are by gene: a perturbation's table is by falling shift, and whatever goes by order where genes are equal (coverage often is)
+    would see it.
 
     Args:
         one: table of genes of a perturbation of the first species.
@@ -103,7 +106,7 @@ def pair(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], na
         right_on=["operation", "gene"],
         suffixes=tuple(f"_{n}" for n in names),
     )
-    return both.drop(columns="partner")
+    return both.drop(columns="partner").sort_values(["operation", f"gene_{names[0]}"], ignore_index=True)
 
 
 def _error(frame: pd.DataFrame, name: str) -> tuple[Floats, Floats]:
@@ -335,7 +338,10 @@ def given(config: Config) -> dict[str, pd.DataFrame]:
             msg = f"compare.responses = {name}={uri}: its genes are of {', '.join(sorted(set(frame['species'])))}; name each perturbation after its species"
             raise UserError(msg)
         found[name] = with_errors(mine)
-    if found and pair(*found.values(), _partners(config, *found), tuple(found)).empty:
+    if not found:
+        return found
+    one, other = found
+    if pair(found[one], found[other], _partners(config, one, other), (one, other)).empty:
         msg = (f"compare.responses: {' and '.join(found)} share no operation on a one-to-one ortholog; perturb the orthologs of one species' "
                "genes in the other (perturb.genes), and see vocab.orthologs")  # fmt: skip
         raise UserError(msg)
@@ -398,9 +404,9 @@ def _of_tokens(
             "num_genes": 0,
             "why": "orthologs share an id, and so a vector",
         }
-    frames = [_vectors(corpus, s, vectors_VD, often[s]) for s in often]
+    first, second = (_vectors(corpus, s, vectors_VD, often[s]) for s in often)
     share = [dict(zip(corpus.vocabulary.of(s).genes, often[s], strict=True)) for s in often]
-    a, b, genes = aligned(*frames, partners)
+    a, b, genes = aligned(first, second, partners)
     features = np.array([[share[0][g], share[1][partners[g]]] for g in genes])
     return _row(config, space, (one, other), (a, b), features)
 
@@ -419,11 +425,16 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
     matrices = [storage.read_table(file).to_pandas() for file in files.values()]
     partners, rows = _partners(config, one, other), []
     for operation in sorted(set(matrices[0]["operation"]) & set(matrices[1]["operation"])):
-        a, b, genes = aligned(*(profiles(matrix, str(operation)) for matrix in matrices), partners)
+        first, second = (profiles(matrix, str(operation)) for matrix in matrices)
+        a, b, genes = aligned(first, second, partners)
         tables = [both[s][both[s]["operation"] == operation].set_index("gene") for s in both]
         mine = [tables[0].loc[genes], tables[1].loc[[partners[g] for g in genes]]]
         features = _between([[_places(t["mean_rank"]) for t in mine], [t["coverage"].to_numpy(float) for t in mine]])
-        rows.append(_row(config, f"responses to {operation}", (one, other), (a, b), features))
+        row = _row(config, f"responses to {operation}", (one, other), (a, b), features)
+        if row["why"]:
+            few = f"known is what {responses.MIN_CELLS} cells show in which the responding gene kept its place: perturb more cells (perturb.max_cells)"
+            row["why"] = f"{row['why']}; {few}"
+        rows.append(row)
     return rows
 
 
