@@ -39,11 +39,15 @@ def one_space(tables: dict[str, pd.DataFrame]) -> list[Any]:
     blocks: list[Any] = [Text("One space", "heading")]
     if len(maps):
         shown = {name(str(s)): frame for s, frame in maps.groupby("space", sort=False)}
-        caption = (f"{maps['map'].iloc[0]} of the same cells in each space; numbers name the types. Axes mean nothing, and lengths in a map "
+        caption = (f"{maps['map'].iloc[0]} of the same cells in each space; numbers name the types, one for each species. Axes mean nothing, and lengths in a map "
                    "are bent: the table below measures in the space itself.")  # fmt: skip
         blocks.append(Picture(figures.side_by_side(shown), caption))
         first = next(iter(shown))
-        for column, what in (("donor", "by donor (grey: not known)"), ("group", "by data set")):
+        for column, what in (
+            ("species", "by species"),
+            ("donor", "by donor (grey: not known)"),
+            ("group", "by data set"),
+        ):
             again = {first: shown[first].assign(type=shown[first][column])}
             blocks.append(Picture(figures.side_by_side(again, column), f"The first map again, {what}."))
     if len(types):

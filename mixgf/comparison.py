@@ -195,7 +195,8 @@ def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
         group, direction, model, type, num_train, num_test, recall over all seeds with Wilson's 95 % interval (cells count as
         independent, and once however many seeds test them), `into`
         and `into_share` (of all cells of the type; empty and 0 where none is missed), `best_control` and
-        `control_recall` (the baseline with the highest recall of this type), and `why`: in words, empty unless it fails.
+        `control_f1` (the baseline with the highest F1 of this type; one that calls every cell so tells nothing), and `why`: in words,
+        empty unless it fails.
     """
     keys = ["group", "direction", "model"]
     right = confusion["true"] == confusion["predicted"]
@@ -206,10 +207,12 @@ def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
     into = first.set_index([*keys, "true"])[["predicted", "count"]]
     seeds = confusion.groupby(keys)["seed"].nunique()
     sizes = per_class.groupby([*keys, "class"])[["num_train", "num_test"]].max()
+    called = confusion.groupby([*keys, "predicted"])["count"].sum()
+    f1 = {key: 2 * float(hit.get(key, 0)) / (float(cells) + float(called.get(key, 0))) for key, cells in count.items()}
     control = {
         (group, direction, kind): max(
-            ((float(hit.get((group, direction, m, kind), 0)) / float(count[group, direction, m, kind]), m) for m in BASELINES
-             if (group, direction, m, kind) in count.index), default=(float("nan"), ""))
+            ((f1[group, direction, m, kind], m) for m in BASELINES if (group, direction, m, kind) in f1), default=(float("nan"), "")
+        )
         for group, direction, _, kind in count.index
     }  # fmt: skip
     rows = []
@@ -224,7 +227,7 @@ def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
         rows.append({
             "group": group, "direction": direction, "model": model, "type": kind, "num_train": int(size["num_train"]),
             "num_test": int(size["num_test"]), "recall": recall, "low": range_.low, "high": range_.high, "into": other,
-            "into_share": missed / int(cells), "best_control": best[1], "control_recall": best[0],
+            "into_share": missed / int(cells), "best_control": best[1], "control_f1": best[0],
             "why": _why(model, recall, best, int(size["num_train"])),
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -239,8 +242,8 @@ def _why(model: str, recall: float, best: tuple[float, str], num_train: int) -> 
     if model in BASELINES or not best[1]:
         return "not said: a control itself" if model in BASELINES else "not said: no control was scored"
     if best[0] >= FAILED:
-        return f"the genes tell it ({best[1]} {best[0]:.2f}), this model does not"
-    return f"every control fails too (best {best[1]} {best[0]:.2f}): labels, markers or states differ between the data sets"
+        return f"the genes tell it ({best[1]}: F1 {best[0]:.2f}), this model does not"
+    return f"every control fails too (best {best[1]}: F1 {best[0]:.2f}): labels, markers or states differ between the data sets"
 
 
 def _read(world: World, name: str) -> pd.DataFrame:

@@ -209,7 +209,10 @@ def efficiency(curves: dict[str, pd.Series]) -> str:
 
 
 def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
-    """One map per embedding of the same cells (columns x, y, species, type), with the same colours and numbers; `key` names the figure."""
+    """One map per embedding of the same cells (columns x, y, species, type), with the same colours.
+
+    A number stands on the cells of each type and species. `key` names the figure.
+    """
     from matplotlib.patheffects import withStroke
 
     first = next(iter(maps_.values()))
@@ -236,9 +239,14 @@ def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
                     linewidths=0,
                     rasterized=True,
                 )
-            at = {k: _middle(xy_N2[types_N == k]) for k in order[:20]}
-            places = _apart(np.array(list(at.values())), 0.04 * float(np.ptp(xy_N2, axis=0).max()))
-            for kind, (x, y) in zip(at, places, strict=True):
+            clouds = [
+                (k, cloud)
+                for k in order[:20]
+                for n in names
+                if (cloud := xy_N2[(types_N == k) & (species_N == n)]).size
+            ]
+            at = np.array([_middle(cloud) for _, cloud in clouds])
+            for (kind, _), (x, y) in zip(clouds, _apart(at, 0.04 * float(np.ptp(xy_N2, axis=0).max())), strict=True):
                 axes.text(x, y, str(order.index(kind) + 1), ha="center", va="center", fontsize=7.5, fontweight="bold",
                           path_effects=[withStroke(linewidth=2.2, foreground="white")])  # fmt: skip
             axes.set(title=title, xticks=[], yticks=[])

@@ -13,24 +13,25 @@ def test_what_a_failed_type_is_called_and_why():
     cells = [
         ("knn", "a", "a", 1), ("knn", "a", "b", 6), ("knn", "a", "c", 3), ("knn", "b", "b", 8), ("knn", "c", "a", 4),
         ("hvg_logreg", "a", "a", 9), ("hvg_logreg", "a", "b", 1), ("hvg_logreg", "b", "b", 8), ("hvg_logreg", "c", "a", 4),
+        ("majority", "a", "a", 10), ("majority", "b", "a", 8), ("majority", "c", "a", 4),  # finds all of a, and tells nothing
     ]  # fmt: skip
     confusion = pd.DataFrame([task | {"model": m, "true": t, "predicted": p, "count": n} for m, t, p, n in cells])
     sizes = {"a": (50, 10), "b": (60, 8), "c": (5, 4)}
     per_class = pd.DataFrame([
-        task | {"model": m, "class": kind, "num_train": train, "num_test": test} for m in ("knn", "hvg_logreg") for kind, (train, test) in sizes.items()
+        task | {"model": m, "class": kind, "num_train": train, "num_test": test} for m in ("knn", "hvg_logreg", "majority") for kind, (train, test) in sizes.items()
     ])  # fmt: skip
     found = comparison.failures(per_class, confusion).set_index(["model", "type"])
     a = found.loc[("knn", "a")]
-    assert (a["recall"], a["into"], a["into_share"], a["best_control"], a["control_recall"]) == (
+    assert (a["recall"], a["into"], a["into_share"], a["best_control"], a["control_f1"]) == (
         0.1,
         "b",
         0.6,
         "hvg_logreg",
-        0.9,
+        18 / 23,
     )
     assert 0.017 < a["low"] < 0.019  # Wilson's interval of 1 in 10: .0179 to .4042
     assert 0.404 < a["high"] < 0.405
-    assert a["why"] == "the genes tell it (hvg_logreg 0.90), this model does not"
+    assert a["why"] == "the genes tell it (hvg_logreg: F1 0.78), this model does not"
     assert found.loc[("knn", "b"), "why"] == found.loc[("knn", "b"), "into"] == ""
     assert found.loc[("knn", "c"), "why"] == "only 5 training cells"
     twice = comparison.failures(per_class, pd.concat([confusion, confusion.assign(seed=1)])).set_index(
@@ -38,7 +39,7 @@ def test_what_a_failed_type_is_called_and_why():
     )
     pd.testing.assert_frame_equal(twice, found)  # the same cells again are no more cells
     few = comparison.failures(per_class.assign(num_train=90), confusion).set_index(["model", "type"])
-    assert few.loc[("knn", "c"), "why"].startswith("every control fails too (best hvg_logreg 0.00)")
+    assert few.loc[("knn", "c"), "why"].startswith("every control fails too (best majority: F1 0.00)")
 
 
 def test_corresponding_types_by_hand():
