@@ -24,8 +24,10 @@ from PIL import Image
 from mixgf.drivers.metrics import METRICS
 
 COLUMNS = 3
+CROWD = 8
+"""More series than this are drawn without those that are 0 throughout."""
 SHOWN = {
-    "s": (1, "s"), "h": (1, "h"), "cps": (1, "per s"), "percent": (1, "%"), "percentunit": (0.01, "%"), "bytes": (1e6, "MB"),
+    "s": (1, "s"), "h": (1, "h"), "cps": (1, ""), "percent": (1, "%"), "percentunit": (0.01, "%"), "bytes": (1e6, "MB"),
     "decmbytes": (1, "MB"), "decgbytes": (1, "GB"),
 }  # fmt: skip
 """Grafana's units that are drawn as another: what a value is divided by, and the name."""
@@ -52,22 +54,35 @@ def legend(text: str, labels: dict[str, str]) -> str:
     return re.sub(r"{{(\w+)}}", lambda name: short.get(name[1], ""), text).strip()
 
 
-def draw(axes: Any, panel: Panel, url: str, begin: float, end: float) -> bool:
-    """One panel; `no data`, and false, where its queries give none."""
-    divisor, unit = SHOWN.get(panel.unit, (1, ""))
-    lines = [
+Line = tuple[str, list[datetime], list[float]]
+"""Legend, times and values of one series, in the unit that is drawn."""
+
+
+def read(panel: Panel, url: str, begin: float, end: float) -> list[Line]:
+    """What a panel's queries give over a time range."""
+    divisor, _ = SHOWN.get(panel.unit, (1, ""))
+    return [
         (legend(text, labels), [datetime.fromtimestamp(t) for t in times], [v / divisor for v in values])
         for query, text in panel.queries
         for labels, times, values in series(url, query, begin, end)
     ]
-    axes.set_title(f"{panel.title}, {unit}" if unit else panel.title, fontsize=8, loc="left")
-    axes.tick_params(labelsize=6)
+
+
+def draw(axes: Any, panel: Panel, lines: list[Line], begin: float, end: float) -> None:
+    """One panel; `no data` where it has none."""
+    from matplotlib import dates
+
+    divisor, unit = SHOWN.get(panel.unit, (1, ""))
+    axes.set_title(f"{panel.title}, {unit}" if unit else panel.title, fontsize=9, loc="left")
+    axes.tick_params(which="both", labelsize=7)
     axes.grid(alpha=0.3, linewidth=0.5)
     if not lines:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, fontsize=9, color="grey")
         axes.set_xticks([])
         axes.set_yticks([])
-        return False
+        return
+    if len(lines) > CROWD:
+        lines = [line for line in lines if any(line[2])] or lines[:1]
     for name, times, values in lines:
         for i in range(len(times) - 1, 0, -1):  # nothing is drawn over a minute without data, as on the boards
             if (times[i] - times[i - 1]).total_seconds() > 60:
@@ -77,13 +92,14 @@ def draw(axes: Any, panel: Panel, url: str, begin: float, end: float) -> bool:
     if panel.kind == "stat":
         axes.text(0.5, 0.5, f"{lines[0][2][-1]:.4g}", ha="center", va="center", transform=axes.transAxes, fontsize=20)
     elif any(name for name, _, _ in lines):
-        axes.legend(fontsize=5, loc="best", ncols=2)
+        axes.legend(fontsize=6, loc="best", ncols=2, frameon=False)
     if panel.log:
         axes.set_yscale("log")
     else:
         axes.set_ylim(0, panel.top / divisor if panel.top is not None else None)
     axes.set_xlim(datetime.fromtimestamp(begin), datetime.fromtimestamp(end))
-    return True
+    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=3, maxticks=6))
+    axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S"))
 
 
 def times(url: str, name: str, begin: float, end: float) -> tuple[float, float]:
@@ -95,27 +111,22 @@ def times(url: str, name: str, begin: float, end: float) -> tuple[float, float]:
 
 
 def board(url: str, name: str, begin: float, end: float) -> bytes:
-    """A board as a PNG of few colours."""
+    """A board as a PNG of few colours; GPU panels are left out where there is no GPU."""
     import matplotlib as mpl
-    from matplotlib import dates
     from matplotlib.figure import Figure
 
     title, panels = BOARDS[name]
-    rows = -(-len(panels) // COLUMNS)
     begin, end = times(url, name, begin, end)
+    shown = [(panel, lines) for panel in panels if (lines := read(panel, url, begin, end)) or not panel.needs]
+    rows = -(-len(shown) // COLUMNS)
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(10, 1.75 * rows + 0.4), dpi=90, layout="constrained")
+        figure = Figure(figsize=(10, 1.75 * rows + 0.4), dpi=100, layout="constrained")
         figure.suptitle(title, fontsize=10)
-        for axes, panel in zip(
-            figure.subplots(rows, COLUMNS).flat, [*panels, *[None] * (rows * COLUMNS - len(panels))], strict=True
-        ):
-            if panel is None:
-                axes.set_axis_off()
-                continue
-            if not draw(axes, panel, url, begin, end):
-                continue
-            axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=2, maxticks=5))
-            axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S"))
+        grid = figure.subplots(rows, COLUMNS).flat
+        for (panel, lines), axes in zip(shown, grid, strict=False):
+            draw(axes, panel, lines, begin, end)
+        for axes in grid:  # places that are left
+            axes.set_axis_off()
         drawn, small = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png")
     Image.open(drawn).convert("P", palette=Image.Palette.ADAPTIVE, colors=32).save(small, "png", optimize=True)

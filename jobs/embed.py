@@ -6,6 +6,7 @@ Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster
 Inputs: OUTPUT/corpus and OUTPUT/pretrain, or --set inputs.corpus=URI --set inputs.checkpoint=URI.
 Outputs: OUTPUT/embed (vectors as Parquet, cells.h5ad with .obsm).
 Resources: compute.num_workers workers of compute.gpus_per_worker GPUs.
+Time: the log has cells per second and the time left.
 Again: the same line continues a killed run and does nothing to a finished one.
 """
 

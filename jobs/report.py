@@ -5,7 +5,7 @@ Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster
 
 Inputs: the artifacts under OUTPUT.
 Outputs: OUTPUT/report.html.
-Resources: one CPU.
+Resources: one CPU, on the head: it starts no tasks.
 Again: the same line continues a killed run and does nothing to a finished one.
 """
 

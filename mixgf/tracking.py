@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixgf import storage
 from mixgf.config import Config, flat
+from mixgf.progress import say
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault(
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
+)  # two lines for every child; `stage` says its own
 _FINGERPRINT = "mixgf.fingerprint"
 _KEY, _PARENT = "mixgf.key", "mlflow.parentRunId"
 
@@ -178,12 +182,24 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
     else:
         run_id = client.create_run(ident, run_name=name, tags=tags).info.run_id
         client.log_batch(run_id, params=_params(params))
+    if not parent and (shown := _page(where, ident, run_id)):
+        say(f"{name}: {shown}")
     try:
         yield Run(where, run_id)
     except BaseException:
         client.set_terminated(run_id, status="FAILED")
         raise
     client.set_terminated(run_id)
+
+
+def _page(where: str, experiment: str, run: str) -> str:
+    """The page of a run on a tracking server, without the name and password that its address may hold; "" for a file."""
+    scheme, _, address = where.partition("://")
+    return (
+        f"{scheme}://{address.rpartition('@')[2].rstrip('/')}/#/experiments/{experiment}/runs/{run}"
+        if scheme in ("http", "https")
+        else ""
+    )
 
 
 def _params(params: dict[str, Any]) -> list[Param]:

@@ -43,6 +43,16 @@ def test_the_cluster_gives_what_the_pure_function_gives_and_a_second_run_does_no
     assert storage.read_bytes(f"{uri}/record.json") == before
 
 
+def test_shards_are_work_units_on_the_boards(ray_local, settings, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(driver.Meter, "units", lambda self, **states: told.append((self.stage, states)))
+    first = dataclasses.replace(
+        settings, output=str(tmp_path), inputs=dataclasses.replace(settings.inputs, checkpoint=f"{settings.output}/pretrain")
+    )  # fmt: skip
+    driver.run(first)
+    assert told == [("embed", {"waiting": 3})] + [("embed", {"waiting": 3 - i, "done": i}) for i in (1, 2, 3)]
+
+
 def test_a_killed_run_computes_only_the_missing_shards(ray_local, settings, tmp_path):
     first = dataclasses.replace(
         settings, inputs=dataclasses.replace(settings.inputs, checkpoint=f"{settings.output}/pretrain")

@@ -269,9 +269,12 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, mo
 
     monkeypatch.setattr(Scorer, "__call__", broken)
     monkeypatch.setattr(driver, "loop", patient)
+    told = []
+    monkeypatch.setattr(Meter, "units", lambda self, **states: told.append(states))
     with pytest.raises(UserError, match=r"1 of \d+ parts failed every time; delete-c00000-g00001: no\. The others are"):
         driver.run(configure(inputs, tmp_path), local=True)
     assert artifacts.find(f"{tmp_path}/perturb") is None
+    assert told[-1] == {"waiting": 0, "done": told[-2]["done"], "failed": 1}
 
 
 def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inputs, tmp_path):

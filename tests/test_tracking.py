@@ -43,6 +43,15 @@ def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
         assert other.id != seen[0]
 
 
+def test_the_page_of_a_run_is_told_for_servers_alone_and_without_a_password():
+    assert (
+        tracking._page("https://me:word@mlflow.example.org/", "3", "abc")
+        == "https://mlflow.example.org/#/experiments/3/runs/abc"
+    )
+    assert tracking._page("http://127.0.0.1:5000", "3", "abc") == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
+    assert tracking._page("sqlite:////tmp/mlflow.db", "3", "abc") == ""
+
+
 def test_only_what_is_missing_is_logged_however_often(config):
     rows = [(1, "loss", 9.0), (1, "mlm", 8.0), (2, "loss", 7.0), (2, "mlm", 6.0), (2, "bad", float("inf"))]
     with tracking.stage(config, "pretrain", {}, "abc") as run:

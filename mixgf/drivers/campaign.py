@@ -219,6 +219,7 @@ class Campaign:
 
                 dead = runner(missing, finish, *([self.spend.enough] if self.spend.limit else []))
         if dead:
+            meter.units(waiting=len(missing) - finished - len(dead), done=finished, failed=len(dead))
             key, reason = min(dead.items())
             msg = (
                 f"{what}: {len(dead)} of {len(work)} parts failed every time; {key}: {reason}. The others are kept: run again "

@@ -118,18 +118,22 @@ def _spread(config: Config, corpus: Corpus, weights: str, uri: str, meter: Meter
     size = Size(max_actors=compute.num_workers, cpus=compute.cpus_per_worker, gpus=compute.gpus_per_worker)
     cells = corpus.num_cells - sum(int(corpus.shard_rows[i]) for i in todo.values())
     progress = Progress("embed", corpus.num_cells, "cells", done=cells)
+    finished = 0
+    meter.units(waiting=len(todo))
 
     def count(_: str, embedded: int) -> None:
-        nonlocal cells
-        cells += embedded
+        nonlocal cells, finished
+        cells, finished = cells + embedded, finished + 1
         progress.update(cells)
         meter.add("cells_encoded", embedded)
         meter.add("shards_written")
+        meter.units(waiting=len(todo) - finished, done=finished)
 
     with Pool(_worker(config, corpus.uri, weights, uri), size) as pool:
         dead = pool.run(todo, count)
     progress.close()
     if dead:
+        meter.units(done=finished, failed=len(dead))
         name, reason = next(iter(dead.items()))
         msg = f"embed: {len(dead)} shards failed every time, for instance {name}: {reason}; the others are kept, run it again"
         raise UserError(msg)

@@ -97,9 +97,14 @@ def make(
     todo = sorted(missing(pieces), key=lambda p: (-p.cost, p.uri))
     total = sum(p.cost for p in pieces)
     spent = total - sum(p.cost for p in todo)
+    finished = 0
     with Progress(what, total, "core-s", done=spent) as progress:
-        for finished, i in enumerate(spread(todo), 1):
-            spent += todo[i].cost
-            progress.update(spent)
-            meter.units(waiting=len(todo) - finished, done=finished)
-            done(todo[i])
+        try:
+            for i in spread(todo):
+                spent, finished = spent + todo[i].cost, finished + 1
+                progress.update(spent)
+                meter.units(waiting=len(todo) - finished, done=finished)
+                done(todo[i])
+        except Exception:
+            meter.units(waiting=len(todo) - finished - 1, done=finished, failed=1)
+            raise
