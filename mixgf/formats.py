@@ -136,8 +136,8 @@ def _h5ad(uri: str, file: h5py.File, layer: str) -> Reader:
     matrix = file[where]
     num_rows, num_columns = (int(n) for n in _shape(matrix))
     index = _index(obs)
-    if index.shape[0] != num_rows:
-        raise _refuse(uri, f"obs has {index.shape[0]} rows, {where} has {num_rows}; the file is damaged")
+    if (length := _length(index)) != num_rows:
+        raise _refuse(uri, f"obs has {length} rows, {where} has {num_rows}; the file is damaged")
     read, scan = _matrix_reader(uri, matrix, num_rows, num_columns)
     return Reader(
         uri=uri,
@@ -146,7 +146,7 @@ def _h5ad(uri: str, file: h5py.File, layer: str) -> Reader:
         gene_names=lambda column: _h5ad_genes(uri, var, column),
         read=read,
         scan=scan,
-        cell_names=lambda a, b: _strings(index, a, b),
+        cell_names=lambda a, b: _names(index, a, b),
         obs_columns=[str(name) for name in obs.attrs.get("column-order", [])],
         obs=lambda name, a, b: _column(obs[name], a, b),
     )
@@ -160,8 +160,19 @@ def _shape(matrix: h5py.Group | h5py.Dataset) -> tuple[int, int]:
     )
 
 
-def _index(frame: h5py.Group) -> h5py.Dataset:
+def _index(frame: h5py.Group) -> h5py.Group | h5py.Dataset:
+    """A data frame's index: a column of strings, or, of a pandas CategoricalIndex, codes and categories."""
     return frame[frame.attrs.get("_index", "_index")]
+
+
+def _length(column: h5py.Group | h5py.Dataset) -> int:
+    return int((column["codes"] if isinstance(column, h5py.Group) else column).shape[0])
+
+
+def _names(column: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    if isinstance(column, h5py.Dataset):
+        return _strings(column, start, stop)
+    return np.asarray([str(v) for v in _column(column, start, stop)], dtype=object)
 
 
 def _strings(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
@@ -201,14 +212,15 @@ def _plain(values: np.ndarray) -> np.ndarray:
 
 def _h5ad_genes(uri: str, var: h5py.Group, column: str) -> np.ndarray:
     index = _index(var)
-    symbols = _strings(index, 0, index.shape[0])
+    length = _length(index)
+    symbols = _names(index, 0, length)
     names = column or next((n for n in ("ensembl_id", "gene_ids") if n in var), "")
     if not names:
         return symbols
     if names not in var:
         have = ", ".join(str(n) for n in var.attrs.get("column-order", [])) or "none"
         raise _refuse(uri, f"genes = {names!r}: no such column of var; it has {have} (empty = the index)")
-    ids = _column(var[names], 0, index.shape[0])
+    ids = _column(var[names], 0, length)
     return np.asarray([i if isinstance(i, str) and i else s for i, s in zip(ids, symbols, strict=True)], dtype=object)
 
 

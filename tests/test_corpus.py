@@ -306,3 +306,12 @@ def test_globs_expand_and_names_must_differ(tmp_path):
         corpus.resolve([Source(uri=f"{tmp_path}/a.h5ad", species="human"), Source(uri="other/a.h5ad", species="human")])
     with pytest.raises(UserError, match="must name at least one file"):
         corpus.resolve([])
+
+
+def test_names_in_a_categorical_index_are_read_as_others(tmp_path):
+    adata = anndata.AnnData(sparse.csr_matrix(np.ones((3, 2), dtype=np.float32)))
+    adata.obs_names, adata.var_names = pd.CategoricalIndex(["b", "a", "c"]), pd.CategoricalIndex(["INS", "GCG"])
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with open_reader(str(tmp_path / "cells.h5ad")) as reader:
+        assert reader.gene_names("").tolist() == ["INS", "GCG"]
+        assert reader.cell_names(1, 3).tolist() == ["a", "c"]
