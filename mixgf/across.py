@@ -166,10 +166,10 @@ def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
              count(r.replicated), Cell("donors" if r.by_donors else "cells of too few donors")]
             for r, v in zip(summary.itertuples(), alike_.astype(float).to_dict("records"), strict=True)]  # fmt: skip
     blocks: list[Any] = [Text("Conserved and divergent responses", "heading"), Grid(
-        f"One-to-one orthologs perturbed in {one} and in {other}: rank correlation of shifts as they are, and of what is left beyond the gene's rank (95 % "
+        f"One-to-one orthologs perturbed in {one} and in {other}: rank correlation of shifts as they are, and of what is left beyond the gene's rank and coverage (95 % "
         "over genes), beside orthologs exchanged among genes of like rank and coverage; how many shifts differ (FDR 5 %, beyond what rank predicts), go towards "
         "the goal in both, are unusual for their rank in both, and repeat over donors in both.",
-        ["Operation", "Orthologs", "As they are", "Beyond rank", "Exchanged", "p", "Differ", "Towards in both", "Unusual in both", "Repeat in both",
+        ["Operation", "Orthologs", "As they are", "Beyond both", "Exchanged", "p", "Differ", "Towards in both", "Unusual in both", "Repeat in both",
          "Intervals over"], rows)]  # fmt: skip
     if not summary["by_donors"].all():
         text = "At least one species has too few donors for a test: differences and targets below may be those of the donors, not of the species."
