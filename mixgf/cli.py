@@ -71,6 +71,15 @@ A stage finds its inputs under --output (or --set inputs.corpus=URI ...), and do
 With RAY_ADDRESS it runs on that cluster, with s3:// in object storage, with MLFLOW_TRACKING_URI it is tracked there."""
 
 
+class _Stage(argparse.ArgumentParser):
+    """The parser of a command; what its fields mean is looked up when it is asked for help, not at every start."""
+
+    def format_help(self) -> str:
+        """The help, with the fields."""
+        self.epilog = _fields(self.prog.split()[-1])
+        return super().format_help()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixgf",
@@ -78,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Stage)
     for name, text in {
         "demo": "all stages on bundled real cells, in minutes",
         "run": "all stages on your own config",
@@ -93,7 +102,6 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=f"mixgf {name}: {text}",
-            epilog=_fields(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name in ("prepare", "run", "import", "tune"):

@@ -15,7 +15,6 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -801,7 +800,6 @@ class Config:
 # JSON, overrides, fingerprints
 
 
-@cache
 def meanings() -> dict[tuple[str, str], str]:
     """Section and field of a config to what the field means: the docstring behind it in this file."""
     sections = {part.type: part.name for part in dataclasses.fields(Config)}
