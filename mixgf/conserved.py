@@ -74,18 +74,20 @@ def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
     found = []
     for _, part in genes.sort_values("gene").groupby("operation"):
         among_G = part["reference"].to_numpy(bool) if "reference" in part else None
-        error_G = stats.expectation_error(part["shift"].to_numpy(float), _places(part["mean_rank"]), among_G)
+        error_G = stats.expectation_error(
+            part["shift"].to_numpy(float), effects.places(part["mean_rank"].to_numpy(float)), among_G
+        )
         found.append(part.assign(rank_error=error_G))
     return pd.concat(found)
 
 
-def _places(rank_G: pd.Series) -> Floats:
-    """Mean ranks; a gene that no sentence holds comes after all others."""
-    rank = rank_G.to_numpy(float)
-    return np.where(np.isfinite(rank), rank, np.nanmax(rank, initial=0) + 1)
-
-
-def pair(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str]) -> pd.DataFrame:
+def pair(
+    one: pd.DataFrame,
+    other: pd.DataFrame,
+    partners: Mapping[str, str],
+    names: tuple[str, str],
+    evidence: Sequence[str] = EVIDENCE,
+) -> pd.DataFrame:
     """A row per operation and pair of orthologs that both perturbations scored; columns of either end in its species.
 
     Rows are by gene: a perturbation's table is by falling shift, and whatever goes by order where genes are equal (coverage often is)
@@ -96,10 +98,11 @@ def pair(one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], na
         other: of the second.
         partners: one-to-one orthologs, first to second species.
         names: the species.
+        evidence: the columns, `gene` among them.
     """
     a, b = (frame[frame["num_cells"] > 0] for frame in (one, other))
     a = a.assign(partner=a["gene"].map(partners)).dropna(subset="partner")
-    columns = ["operation", *EVIDENCE]
+    columns = ["operation", *evidence]
     both = a[[*columns, "partner"]].merge(
         b[columns],
         left_on=["operation", "partner"],
@@ -173,7 +176,7 @@ def response(frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.rand
     about other donors.
     """
     shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
-    rank_2G = [_places(frame[f"mean_rank_{n}"]) for n in names]
+    rank_2G = [effects.places(frame[f"mean_rank_{n}"].to_numpy(float)) for n in names]
     coverage_2G = [frame[f"coverage_{n}"].to_numpy(float) for n in names]
     a_G, b_G = (_beyond(*several) for several in zip(shift_2G, rank_2G, coverage_2G, strict=True))
     bins_G = alike_bins(_between([rank_2G, coverage_2G]))
@@ -337,11 +340,11 @@ def given(config: Config) -> dict[str, pd.DataFrame]:
         if mine.empty:
             msg = f"compare.responses = {name}={uri}: its genes are of {', '.join(sorted(set(frame['species'])))}; name each perturbation after its species"
             raise UserError(msg)
-        found[name] = with_errors(mine)
+        found[name] = mine
     if not found:
         return found
     one, other = found
-    if pair(found[one], found[other], _partners(config, one, other), (one, other)).empty:
+    if pair(found[one], found[other], _partners(config, one, other), (one, other), ("gene",)).empty:
         msg = (f"compare.responses: {' and '.join(found)} share no operation on a one-to-one ortholog; perturb the orthologs of one species' "
                "genes in the other (perturb.genes), and see vocab.orthologs")  # fmt: skip
         raise UserError(msg)
@@ -358,7 +361,7 @@ def tables(config: Config) -> dict[str, pd.DataFrame]:
     both = given(config)
     if not both:
         return {}
-    (first, one), (second, other) = both.items()
+    (first, one), (second, other) = ((name, with_errors(genes)) for name, genes in both.items())
     partners = _partners(config, first, second)
     return conserved(one, other, partners, (first, second), num=config.compare.num_permutations, seed=config.seed)
 
@@ -429,7 +432,12 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
         a, b, genes = aligned(first, second, partners)
         tables = [both[s][both[s]["operation"] == operation].set_index("gene") for s in both]
         mine = [tables[0].loc[genes], tables[1].loc[[partners[g] for g in genes]]]
-        features = _between([[_places(t["mean_rank"]) for t in mine], [t["coverage"].to_numpy(float) for t in mine]])
+        features = _between(
+            [
+                [effects.places(t["mean_rank"].to_numpy(float)) for t in mine],
+                [t["coverage"].to_numpy(float) for t in mine],
+            ]
+        )
         row = _row(config, f"responses to {operation}", (one, other), (a, b), features)
         if row["why"]:
             few = f"known is what {responses.MIN_CELLS} cells show in which the responding gene kept its place: perturb more cells (perturb.max_cells)"

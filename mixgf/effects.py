@@ -164,7 +164,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
     means = stats.group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
     coverage_G = np.array([target.coverage for target in plan.targets])
     rank_G = _mean_ranks(pairs, num_genes)
-    place_G = _places(rank_G)
+    place_G = places(rank_G)
     tests = _tests(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=_rng(config, operation, 92))
     expected_G = stats.expected_by_rank(means.mean, place_G, among_G)
     percentile_G = stats.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1), among_G)
@@ -229,7 +229,7 @@ def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Tab
         donors = _donors(plan, part, config)
         if int(donors.named_C.sum()) < stats.MIN_CLUSTERS or num_genes <= 2 * stats.MIN_BACKGROUND:
             continue
-        rank_G, rng = _places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
+        rank_G, rng = places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
         values_P, cluster_P = _values(plan, part), (part.target_P, donors.of_P)
         mean_GC, _ = stats.cluster_means(values_P, *cluster_P, num_genes, donors.num)
         expected_GC = mean_GC - stats.less_expected(mean_GC, rank_G)
@@ -328,7 +328,7 @@ def _mean_ranks(pairs: Pairs, num_genes: int) -> Floats:
     return stats.mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
 
 
-def _places(rank_G: Floats) -> Floats:
+def places(rank_G: Floats) -> Floats:
     """Mean ranks for comparisons: a gene that no sentence holds comes after all others."""
     return np.where(np.isfinite(rank_G), rank_G, np.nanmax(rank_G, initial=0.0) + 1)
 
