@@ -381,21 +381,24 @@ def _bisquare(residual_RW: Floats) -> Floats:
     )
 
 
+def _moments(weight_RW: Floats, dx_RW: Floats) -> tuple[Floats, Floats, Floats, Floats, Bools]:
+    """Of each row's weighted points in x: sums of powers 0 to 2, the line's determinant, and whether they do not differ."""
+    s0, s1, s2 = weight_RW.sum(1), (weight_RW * dx_RW).sum(1), (weight_RW * dx_RW**2).sum(1)
+    determinant = s0 * s2 - s1**2
+    return s0, s1, s2, determinant, determinant <= 1e-9 * s0 * s2
+
+
 def _local_line(weight_RW: Floats, dx_RW: Floats, y_RW: Floats) -> Floats:
     """Value at 0 of the weighted line through each row's points; their weighted mean where they do not differ in x."""
-    s0, s1, s2 = weight_RW.sum(1), (weight_RW * dx_RW).sum(1), (weight_RW * dx_RW**2).sum(1)
+    s0, s1, s2, determinant, flat = _moments(weight_RW, dx_RW)
     t0, t1 = (weight_RW * y_RW).sum(1), (weight_RW * dx_RW * y_RW).sum(1)
-    determinant = s0 * s2 - s1**2
-    flat = determinant <= 1e-9 * s0 * s2
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(flat, t0 / s0, (s2 * t0 - s1 * t1) / determinant)
 
 
 def _line_error(weight_RW: Floats, dx_RW: Floats, residual_RW: Floats) -> Floats:
     """Standard error of `_local_line`'s values, where each y errs by its residual."""
-    s0, s1, s2 = weight_RW.sum(1), (weight_RW * dx_RW).sum(1), (weight_RW * dx_RW**2).sum(1)
-    determinant = s0 * s2 - s1**2
-    flat = determinant <= 1e-9 * s0 * s2
+    s0, s1, s2, determinant, flat = _moments(weight_RW, dx_RW)
     with np.errstate(invalid="ignore", divide="ignore"):
         line_RW = weight_RW * ((s2[:, None] - s1[:, None] * dx_RW) / determinant[:, None])
         share_RW = np.where(flat[:, None], weight_RW / s0[:, None], line_RW)
