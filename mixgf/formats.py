@@ -146,7 +146,7 @@ def _h5ad(uri: str, file: h5py.File, layer: str) -> Reader:
         gene_names=lambda column: _h5ad_genes(uri, var, column),
         read=read,
         scan=scan,
-        cell_names=lambda a, b: _names(index, a, b),
+        cell_names=lambda a, b: _strings(index, a, b),
         obs_columns=[str(name) for name in obs.attrs.get("column-order", [])],
         obs=lambda name, a, b: _column(obs[name], a, b),
     )
@@ -169,16 +169,14 @@ def _length(column: h5py.Group | h5py.Dataset) -> int:
     return int((column["codes"] if isinstance(column, h5py.Group) else column).shape[0])
 
 
-def _names(column: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
-    if isinstance(column, h5py.Dataset):
-        return _strings(column, start, stop)
-    return np.asarray([str(v) for v in _column(column, start, stop)], dtype=object)
-
-
-def _strings(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
-    if h5py.check_string_dtype(dataset.dtype) is not None:
-        return np.asarray(dataset.asstr()[start:stop], dtype=object)
-    return np.asarray([str(v) for v in dataset[start:stop]], dtype=object)
+def _strings(column: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    if isinstance(column, h5py.Group):
+        values = _column(column, start, stop)
+    elif h5py.check_string_dtype(column.dtype) is not None:
+        return np.asarray(column.asstr()[start:stop], dtype=object)
+    else:
+        values = column[start:stop]
+    return np.asarray([str(v) for v in values], dtype=object)
 
 
 def _column(node: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
@@ -213,7 +211,7 @@ def _plain(values: np.ndarray) -> np.ndarray:
 def _h5ad_genes(uri: str, var: h5py.Group, column: str) -> np.ndarray:
     index = _index(var)
     length = _length(index)
-    symbols = _names(index, 0, length)
+    symbols = _strings(index, 0, length)
     names = column or next((n for n in ("ensembl_id", "gene_ids") if n in var), "")
     if not names:
         return symbols
