@@ -153,8 +153,8 @@ def _has(uri: str, world: World) -> bool:
     there, run = artifacts.find(uri), world.config
     if there is None or "species" not in there.config["asked"]["splits"]:
         return False
-    cells = {"merge": []} | there.config["cells"]
-    if any(to_dict(run.classify)[name] != value for name, value in cells.items()):
+    asked = to_dict(run.classify)
+    if any(asked[name] != value for name, value in ({"merge": []} | there.config["cells"]).items()):
         return False
     encoders = contenders.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus).vocabulary.hash)
     mine = {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}

@@ -213,8 +213,6 @@ def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
 
     A number stands on the cells of each type and species. `key` names the figure.
     """
-    from matplotlib.patheffects import withStroke
-
     first = next(iter(maps_.values()))
     order = [str(k) for k in first["type"].value_counts().index if k][:MAX_TYPES]
     names, columns = sorted(set(first["species"])), min(3, len(maps_))
@@ -244,15 +242,12 @@ def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
                     rasterized=True,
                 )
             clouds = [
-                (k, cloud)
-                for k in order[:20]
+                (i, cloud)
+                for i, kind in enumerate(order[:20], 1)
                 for n in names
-                if (cloud := xy_N2[(types_N == k) & (species_N == n)]).size
+                if (cloud := xy_N2[(types_N == kind) & (species_N == n)]).size
             ]
-            at = np.array([_middle(cloud) for _, cloud in clouds])
-            for (kind, _), (x, y) in zip(clouds, _apart(at, 0.04 * float(np.ptp(xy_N2, axis=0).max())), strict=True):
-                axes.text(x, y, str(order.index(kind) + 1), ha="center", va="center", fontsize=7.5, fontweight="bold",
-                          path_effects=[withStroke(linewidth=2.2, foreground="white")])  # fmt: skip
+            _numbers(axes, clouds, 0.04 * _span(xy_N2), size=7.5, halo=2.2)
             axes.set(title=title, xticks=[], yticks=[])
             axes.spines[:].set_visible(True)
             axes.spines[:].set_color(FAINT)
@@ -274,8 +269,6 @@ def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
 
 def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
     """The map twice: by species, and by cell type with a number on the cells of each type and species."""
-    from matplotlib.patheffects import withStroke
-
     kinds, counts = np.unique(types_N, return_counts=True)
     order = [str(k) for k in kinds[np.argsort(-counts, kind="stable")] if k][:MAX_TYPES]
     size = float(np.clip(22_000 / max(len(xy_N2), 1), 4, 16))
@@ -302,13 +295,8 @@ def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
         labels = [
             (k, rows) for k, rows in labels if len(rows) >= 3 or (len(rows) and len(rows) == (types_N == k).sum())
         ]
-        if labels:
-            at = _apart(
-                np.array([_middle(xy_N2[rows]) for _, rows in labels]), 0.036 * float(np.ptp(xy_N2, axis=0).max())
-            )
-            for (kind, _), (x, y) in zip(labels, at, strict=True):
-                right.text(x, y, str(order.index(kind) + 1), ha="center", va="center", fontsize=9, fontweight="bold",
-                           path_effects=[withStroke(linewidth=2.6, foreground="white")])  # fmt: skip
+        clouds = [(order.index(k) + 1, xy_N2[rows]) for k, rows in labels]
+        _numbers(right, clouds, 0.036 * _span(xy_N2), size=9, halo=2.6)
         for i, kind in enumerate(order):
             right.scatter(
                 [], [], s=34, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {kind} ({(types_N == kind).sum():,})"
@@ -329,6 +317,22 @@ def maps(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
             axes.spines[:].set_visible(True)
             axes.spines[:].set_color(FAINT)
     return out[0]
+
+
+def _span(xy_N2: np.ndarray) -> float:
+    return float(np.ptp(xy_N2, axis=0).max())
+
+
+def _numbers(axes: Any, clouds: list[tuple[int, np.ndarray]], gap: float, *, size: float, halo: float) -> None:
+    """A number on each cloud of cells, `gap` apart at least; `size` of its letters and `halo` around them in points."""
+    from matplotlib.patheffects import withStroke
+
+    if not clouds:
+        return
+    at_K2 = _apart(np.array([_middle(cloud) for _, cloud in clouds]), gap)
+    for (number, _), (x, y) in zip(clouds, at_K2, strict=True):
+        axes.text(x, y, str(number), ha="center", va="center", fontsize=size, fontweight="bold",
+                  path_effects=[withStroke(linewidth=halo, foreground="white")])  # fmt: skip
 
 
 def _middle(xy_N2: np.ndarray) -> tuple[float, float]:
