@@ -394,8 +394,8 @@ class Classify:
     """`random` cells (the paper), held-out `donor`, held-out `dataset`, other `species`."""
     seeds: int = 1
     """Splits of each kind, each drawn anew."""
-    tuned_seeds: int = 0
-    """Seeds of the models that are fine-tuned, the dear ones; 0 = as `seeds`."""
+    fewer_seeds: tuple[str, ...] = ()
+    """Models, the dear ones, that have fewer seeds than `seeds`, as MODEL=NUMBER, for example finetune=1,scvi=2."""
     encoders: tuple[str, ...] = ()
     """Further encoders on the corpus' vocabulary, as NAME=URI of a checkpoint: trained by masked genes only, on one species, ..."""
     models: tuple[str, ...] = (
@@ -462,7 +462,7 @@ class Classify:
         for split in self.splits:
             _one_of("classify.splits", split, SPLITS)
         _require(self.seeds >= 1, "classify.seeds", self.seeds, "at least 1")
-        for name in ("max_cells", "tuned_seeds", "unseen_types", "integration_cells"):
+        for name in ("max_cells", "unseen_types", "integration_cells"):
             _require(getattr(self, name) >= 0, f"classify.{name}", getattr(self, name), "at least 0")
         for share in self.label_shares:
             _require(0 < share <= 1, "classify.label_shares", share, "above 0, and at most 1")

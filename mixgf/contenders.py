@@ -66,17 +66,22 @@ def named(settings: Classify) -> dict[str, str]:
 
 
 def require(settings: Classify) -> None:
-    """Refuse what is not known in `classify.models`."""
-    encoders = (CHECKPOINT, UNTRAINED, *named(settings))
+    """Refuse what is not known in `classify.models` and `classify.fewer_seeds`."""
     for name in settings.models:
-        head, encoder = parse(name)
-        if name in baselines.BASELINES or (head in OWN and encoder in encoders):
-            continue
-        if head in OWN:
-            msg = f"classify.models: {name!r}: no encoder {encoder!r}; there are {', '.join(encoders[1:])}; name it with classify.encoders={encoder}=URI"
-            raise UserError(msg)
-        msg = f"classify.models: {name!r} is not known; there are {', '.join((*OWN, *baselines.BASELINES))}, and HEAD@ENCODER"
+        _require_known(settings, "classify.models", name)
+    seeds(settings)
+
+
+def _require_known(settings: Classify, where: str, name: str) -> None:
+    encoders = (CHECKPOINT, UNTRAINED, *named(settings))
+    head, encoder = parse(name)
+    if name in baselines.BASELINES or (head in OWN and encoder in encoders):
+        return
+    if head in OWN:
+        msg = f"{where}: {name!r}: no encoder {encoder!r}; there are {', '.join(encoders[1:])}; name it with classify.encoders={encoder}=URI"
         raise UserError(msg)
+    msg = f"{where}: {name!r} is not known; there are {', '.join((*OWN, *baselines.BASELINES))}, and HEAD@ENCODER"
+    raise UserError(msg)
 
 
 def skipped(names: Iterable[str]) -> dict[str, str]:
@@ -97,8 +102,25 @@ def curve(settings: Classify) -> tuple[str, ...]:
 def scored(settings: Classify, split: Split) -> tuple[str, ...]:
     """The models that are scored on a split."""
     models = settings.models if split.whole else curve(settings)
-    seeds = settings.tuned_seeds or settings.seeds
-    return tuple(m for m in models if not is_tuned(m) or (split.seed < seeds and len(split.validation)))
+    number = seeds(settings)
+    return tuple(m for m in models if split.seed < number[m] and (not is_tuned(m) or len(split.validation)))
+
+
+def seeds(settings: Classify) -> dict[str, int]:
+    """How many seeds each model has.
+
+    Raises:
+        UserError: An entry of `classify.fewer_seeds` is not MODEL=NUMBER with a known model and a number of at least 1.
+    """
+    fewer: dict[str, int] = {}
+    for entry in settings.fewer_seeds:
+        name, _, number = entry.partition("=")
+        if not (number.isdecimal() and int(number)):
+            msg = f"classify.fewer_seeds: {entry!r} must be MODEL=NUMBER, the number at least 1, for example finetune=1"
+            raise UserError(msg)
+        _require_known(settings, "classify.fewer_seeds", name)
+        fewer[name] = int(number)
+    return {model: min(settings.seeds, fewer.get(model, settings.seeds)) for model in settings.models}
 
 
 def of_encoders(models: Iterable[str], heads: Iterable[str] = OWN) -> list[str]:
@@ -189,7 +211,7 @@ def reads(model: str, run: dict[str, Any]) -> dict[str, Any]:
 
 _OF_OTHERS = (
     "label", "cells", "merge", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
-    "validation_fraction", "splits", "seeds", "tuned_seeds", "models", "encoders", "knn", "num_hvgs", "keep", "label_shares",
+    "validation_fraction", "splits", "seeds", "fewer_seeds", "models", "encoders", "knn", "num_hvgs", "keep", "label_shares",
     "unseen_types", "curve_models", "integration_cells",
 )  # fmt: skip
 """Fields of `classify` that fine-tuning does not read, or reads through the split only."""

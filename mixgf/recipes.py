@@ -252,7 +252,7 @@ def table() -> Config:
             max_cells=2000,
             splits=SPLITS,
             seeds=5,
-            tuned_seeds=1,
+            fewer_seeds=("finetune=1", "tuned=1", "scvi=1"),
             models=(
                 *("finetune", "tuned", "knn", "probe", "centroid", "knn@untrained", "probe@untrained"),
                 *("majority", "hvg_logreg", "pca_knn", "pseudobulk", "rank_pca", "scvi"),

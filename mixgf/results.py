@@ -201,9 +201,10 @@ TASK = ["group", "split", "direction"]
 
 
 def comparisons(run: Config, table: Labelled, splits: Sequence[Split], found: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Every model of an encoder against the best baseline of each task, on the same cells, over all the model's seeds.
+    """Every model of an encoder against the best baseline of each task, on the same cells, over the seeds that both have.
 
-    The best baseline is the one with the highest mean macro F1 on the test cells, which favours the baselines.
+    The best baseline is the one with the highest mean macro F1 on the test cells, less the model's over the same seeds, which
+    favours the baselines.
     """
     macro = found["scores"][found["scores"]["metric"] == "macro_f1"]
     donor_of = dict(zip(table.cells.tolist(), table.donors.tolist(), strict=True))
@@ -212,18 +213,21 @@ def comparisons(run: Config, table: Labelled, splits: Sequence[Split], found: di
         classes.setdefault((s.group, s.kind, s.direction), set()).update(s.classes)
     rows = []
     for task, part in macro.groupby(TASK, sort=False):
-        means = part.groupby("model", sort=False)["value"].mean()
-        rivals = [m for m in means.index if m in BASELINES]
+        by_seed = part.pivot(index="seed", columns="model", values="value")[part["model"].unique()]
+        rivals = [m for m in by_seed if m in BASELINES]
         if not rivals:
             continue
-        baseline = max(rivals, key=lambda m: (means[m], m))
         here = found["predictions"]
         here = here[(here["group"] == task[0]) & (here["split"] == task[1]) & (here["direction"] == task[2])]
         by_model = {m: frame.sort_values(["seed", "number"]) for m, frame in here.groupby("model", sort=False)}
         code = {name: i for i, name in enumerate(sorted(classes[task]))}
-        for model in [m for m in means.index if m not in BASELINES]:
-            mine, rival = by_model[model], by_model[baseline]
-            rival = rival[rival["seed"].isin(set(mine["seed"]))]  # a dear model has fewer seeds
+        for model in [m for m in by_seed if m not in BASELINES]:
+            ahead = by_seed[rivals].sub(by_seed[model], axis=0).mean().dropna()
+            if ahead.empty:  # no seed in common
+                continue
+            baseline = max(ahead.index, key=lambda m: (ahead[m], m))
+            seeds = by_seed.index[by_seed[[model, baseline]].notna().all(axis=1)]  # dear ones have fewer
+            mine, rival = (one[one["seed"].isin(seeds)] for one in (by_model[model], by_model[baseline]))
             duel = scores.compare(
                 true_M=mine["true"].map(code).to_numpy(np.int64), model_M=mine["predicted"].map(code).to_numpy(np.int64),
                 baseline_M=rival["predicted"].map(code).to_numpy(np.int64), cells_M=mine["number"].to_numpy(np.int64),

@@ -173,7 +173,9 @@ def _scores(board: pd.DataFrame, title: str) -> Grid:
         top = {m: t["value"].max() for m, t in wide.items()}
         for model in findings.order_models(list(task["model"].unique())):
             own, rival = model in findings.OWN, findings.is_baseline(model)
-            row = [Cell(("● " if own else "□ " if rival else "○ ") + findings.label(model), strong=own)]
+            own_seeds = int(task[task["model"] == model]["seeds"].max())
+            few = f" ({plural(own_seeds, 'seed')})" if own_seeds < seeds else ""
+            row = [Cell(("● " if own else "□ " if rival else "○ ") + findings.label(model) + few, strong=own)]
             for m in metrics:
                 if model not in wide[m].index:
                     row.append(Cell("–", -1.0))

@@ -223,11 +223,16 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
     ("changes", "message"),
     [
         ({"models": ("scgpt",)}, r"classify.models: 'scgpt' is not known; there are finetune, .*knn"),
+        ({"fewer_seeds": ("finetuned=1",)}, r"classify.fewer_seeds: 'finetuned' is not known; there are finetune, "),
+        (
+            {"fewer_seeds": ("finetune=0",)},
+            r"classify.fewer_seeds: 'finetune=0' must be MODEL=NUMBER, the number at least 1",
+        ),
         ({"label": "celltype"}, r"classify.label = 'celltype': the corpus has no such column; it has .*cell_type"),
         ({"label": "organ"}, r"classify.splits = random, donor, species: none can be made"),
         ({"unlabelled": (*TYPES, "unknown")}, r"classify.label = 'cell_type': none of \d+ cells has a label"),
     ],
-    ids=["unknown model", "no such label", "one type", "no labels"],
+    ids=["unknown model", "seeds of no model", "no seeds", "no such label", "one type", "no labels"],
 )
 def test_what_cannot_be_done_is_one_line(
     base: Config, tmp_path: Path, changes: dict[str, object], message: str
@@ -310,7 +315,7 @@ def noted(made: list[str]):
 def test_models_added_to_a_finished_classification_use_what_is_there(base: Config, tmp_path: Path) -> None:
     """More models, seeds, splits and an encoder: the same tables as if asked for at once, and nothing twice."""
     first, more = {"splits": ("random",), "models": ("knn", "majority", "probe")}, {
-        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "tuned_seeds": 1,
+        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "fewer_seeds": ("finetune=1", "hvg_logreg=1"),
         "encoders": (f"again={base.output}/pretrain",), "label_shares": (0.2, 1.0), "unseen_types": 1, "curve_models": ("probe", "hvg_logreg"),
         "integration_cells": 150,
     }  # fmt: skip
@@ -339,9 +344,12 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     assert centroids.loc["expression", "umap"].min() > 0
     assert set(scores[scores["model"] == "finetune"]["seed"]) == {0}
     assert set(scores[scores["model"] == "knn"]["seed"]) == {0, 1}
-    found = table(grown, "comparisons").set_index("model")["seeds"]
-    assert set(found["finetune"]) == {1}
-    assert set(found["knn"]) == {2}
+    assert set(scores[scores["model"] == "hvg_logreg"]["seed"]) == {0}
+    found = table(grown, "comparisons")
+    few = (found["model"] == "finetune") | (found["baseline"] == "hvg_logreg")  # over the seeds that both have
+    assert set(found[few]["seeds"]) == {1}
+    assert set(found[~few]["seeds"]) <= {2}
+    assert {"finetune", "knn"} <= set(found[few]["model"])
     for kept in artifacts.require(f"{run.output}/classify", "classification").details["classifiers"]:
         assert artifacts.require(kept["uri"], "classifier").details["validation"] == kept["validation"]
     with pytest.raises(

@@ -176,9 +176,8 @@ def _plan(config: Config, uri: str) -> tuple[Places, Record]:
 def _content(config: Config) -> dict[str, Any]:
     """What decides the artifact: the cells, what is asked of them, and the settings of each model."""
     data, settings = to_dict(config), config.classify
-    asked = {name: data["classify"][name] for name in ("splits", "seeds", "label_shares", "unseen_types", "keep")}
-    tuned = any(contenders.is_tuned(m) for m in settings.models)
-    asked |= {"tuned_seeds": (settings.tuned_seeds or settings.seeds) if tuned else 0}
+    asked = {name: data["classify"][name] for name in ("splits", "label_shares", "unseen_types", "keep")}
+    asked |= {f"seeds of {model}": number for model, number in contenders.seeds(settings).items()}
     asked |= {"curve": list(contenders.curve(settings)) if settings.label_shares or settings.unseen_types else []}
     models = {model: contenders.reads(model, data) for model in settings.models}
     if settings.integration_cells:
@@ -203,6 +202,8 @@ def _extends(there: Record, record: Record) -> bool:
     """Whether a classification has all of another one, by the same settings, and more models, seeds, splits or shares."""
     old, new = there.config, record.config
     if (there.kind, there.schema) != (record.kind, record.schema) or any(old[n] != new[n] for n in ("cells", "seed")):
+        return False
+    if not old["asked"].keys() <= new["asked"].keys():
         return False
     asked = [(value, new["asked"][name]) for name, value in old["asked"].items()]
     return (
