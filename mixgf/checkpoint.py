@@ -7,6 +7,7 @@ which makes it count. A checkpoint with a state that cannot be read is an error,
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from mixgf import artifacts, config, storage
 from mixgf.artifacts import Record
 from mixgf.config import UserError
+from mixgf.dataset import Corpus
 from mixgf.model import Encoder, MaskedModel
 from mixgf.progress import warn
 
@@ -326,6 +328,26 @@ def require_vocabulary(record: Record, vocabulary: str, what: str, field: str = 
             f"name a checkpoint trained on that vocabulary, or prepare with --set vocab.reuse=URI"
         )
         raise UserError(msg)
+
+
+def require_sentences(record: Record, corpus: Corpus, field: str = "inputs.checkpoint") -> None:
+    """Refuse to read a corpus with a checkpoint, named by a field of the config, that was trained on other sentences.
+
+    Other are another vocabulary, `<cls>` where it knows none, and another scaling by medians. Their length may differ.
+    """
+    require_vocabulary(record, corpus.vocabulary.hash, "the corpus", field)
+    require_tokens(record, corpus, f"{field}:")
+
+
+def require_tokens(record: Record, corpus: Corpus, subject: str) -> None:
+    """The same, whatever the vocabulary; the line begins with `subject`."""
+    theirs, ours = record.details["tokens"], config.to_dict(corpus.tokenised)
+    for name in ("cls", "scaling"):
+        if theirs[name] != ours[name]:
+            know, here = json.dumps(theirs[name]), json.dumps(ours[name])
+            msg = (f"{subject} trained on sentences with tokens.{name} = {know}, {corpus.uri} has {here}; "
+                   f"prepare that with --set tokens.{name}={know}, or name another checkpoint")  # fmt: skip
+            raise UserError(msg)
 
 
 # Hugging Face BERT names

@@ -156,7 +156,7 @@ def _has(uri: str, world: World) -> bool:
     asked = to_dict(run.classify)
     if any(asked[name] != value for name, value in ({"merge": []} | there.config["cells"]).items()):
         return False
-    encoders = contenders.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus).vocabulary.hash)
+    encoders = contenders.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus))
     mine = {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}
     return {*run.classify.models, "integration"} <= set(
         there.config["models"]

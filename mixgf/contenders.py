@@ -16,6 +16,7 @@ import torch
 from mixgf import artifacts, baselines, checkpoint, config, rivals
 from mixgf.artifacts import Record
 from mixgf.config import Classify, Config, UserError
+from mixgf.dataset import Corpus
 from mixgf.model import Encoder
 from mixgf.splits import Split
 
@@ -144,18 +145,18 @@ def _tuning(head: str, lora_rank: int) -> dict[str, Any]:
     return TUNINGS[head] | ({"lora_rank": lora_rank or LORA_RANK, "freeze_layers": 0} if head == "lora" else {})
 
 
-def records(checkpoint_uri: str, run: Config, vocabulary: str) -> dict[str, Record]:
+def records(checkpoint_uri: str, run: Config, corpus: Corpus) -> dict[str, Record]:
     """Records of the run's checkpoint ("") and of every named encoder that a model asks for.
 
     Raises:
-        UserError: A checkpoint is not there, or of another vocabulary than the corpus.
+        UserError: A checkpoint is not there, or was trained on other sentences than the corpus has.
     """
     uris = {CHECKPOINT: checkpoint_uri} | named(run.classify)
     wanted = {CHECKPOINT, *of_encoders(run.classify.models)} & set(uris)
     found: dict[str, Record] = {}
     for name in sorted(wanted):
         found[name] = artifacts.require(uris[name], checkpoint.KIND, checkpoint.SCHEMA)
-        checkpoint.require_vocabulary(found[name], vocabulary, "the corpus", _field(name, uris[name]))
+        checkpoint.require_sentences(found[name], corpus, _field(name, uris[name]))
     return found
 
 
@@ -163,25 +164,23 @@ def _field(name: str, uri: str) -> str:
     return f"classify.encoders: {name}={uri}" if name else "inputs.checkpoint"
 
 
-def load(
-    checkpoint_uri: str, encoder: str, run: Config, vocabulary: str, device: torch.device | str = "cpu"
-) -> Encoder:
+def load(checkpoint_uri: str, encoder: str, run: Config, corpus: Corpus, device: torch.device | str = "cpu") -> Encoder:
     """An encoder by name.
 
     Args:
         checkpoint_uri: The run's checkpoint.
         encoder: "", `untrained` or a name in `classify.encoders`.
         run: The whole config.
-        vocabulary: Hash of the corpus' vocabulary.
+        corpus: The cells that it will read.
         device: Where its weights are.
 
     Raises:
-        UserError: The checkpoint is of another vocabulary than the corpus.
+        UserError: The checkpoint was trained on other sentences than the corpus has.
     """
     others = named(run.classify)
     uri = others.get(encoder, checkpoint_uri)
     made, record = checkpoint.load_encoder(uri, device)
-    checkpoint.require_vocabulary(record, vocabulary, "the corpus", _field(encoder if encoder in others else "", uri))
+    checkpoint.require_sentences(record, corpus, _field(encoder if encoder in others else "", uri))
     if encoder != UNTRAINED:
         return made
     shape = config.from_dict(config.Model, record.details["model"])

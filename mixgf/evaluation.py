@@ -89,7 +89,7 @@ def _probabilities(
 
 
 def _load(run: Config, places: Places, corpus: Corpus, encoder: str) -> Encoder:
-    return contenders.load(places.checkpoint, encoder, run, corpus.vocabulary.hash, parts.device(run))
+    return contenders.load(places.checkpoint, encoder, run, corpus, parts.device(run))
 
 
 def integrate(run: Config, places: Places, table: Labelled, space: str) -> None:

@@ -108,7 +108,7 @@ def vectors_part(places: Places, encoder: str, number: int) -> str:
 def embed_block(run: Config, places: Places, encoder: str, number: int, cells: Ints) -> None:
     """Keep vectors of these cells."""
     corpus = Corpus(places.corpus)
-    model = contenders.load(places.checkpoint, encoder, run, corpus.vocabulary.hash, device(run))
+    model = contenders.load(places.checkpoint, encoder, run, corpus, device(run))
     vectors_ND = embed.embed_cells(model, corpus, cells, run.embed.pooling, run.embed.layer, run.train.micro_tokens)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
     storage.write_table(vectors_part(places, encoder, number), pa.table({"cell": cells, "vector": flat}))

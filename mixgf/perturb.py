@@ -181,7 +181,7 @@ class Scorer:
         self.settings, self.folder = config.perturb, folder
         encoder, record = checkpoint.load_encoder(weights, device)
         self.corpus = Corpus(corpus, max_len=encoder.row.max_positions)
-        checkpoint.require_vocabulary(record, self.corpus.vocabulary.hash, "the corpus")
+        checkpoint.require_sentences(record, self.corpus)
         self.engine = Engine(
             encoder=encoder.eval(),
             variant=self.settings.variant,

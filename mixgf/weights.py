@@ -12,7 +12,6 @@ have no <eos>, which Geneformer V2 has at their ends.
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,12 +194,7 @@ def grow(settings: Config, folder: str) -> str:
     if older is None:
         msg = f"{folder}: its vocabulary is no beginning of that of {corpus.uri}; prepare that with vocab.reuse = the vocabulary of this checkpoint"
         raise UserError(msg)
-    theirs, ours = made.details["tokens"], to_dict(corpus.tokenised)
-    wrong = [name for name in ("cls", "scaling") if theirs[name] != ours[name]]
-    if wrong:
-        msg = (f"{folder}: trained on sentences with tokens.{wrong[0]} = {json.dumps(theirs[wrong[0]])}, {corpus.uri} has {json.dumps(ours[wrong[0]])}; "
-               f"prepare that with --set tokens.{wrong[0]}={json.dumps(theirs[wrong[0]])}")  # fmt: skip
-        raise UserError(msg)
+    checkpoint.require_tokens(made, corpus, f"{folder}:")
     pairs = species.orthologs(settings.vocab.orthologs)
     chosen = {"seed": settings.seed, "orthologs": [storage.sha256(table) for table in settings.vocab.orthologs]}
     parents = {"corpus": corpus.record.fingerprint, "grown from": made.fingerprint}

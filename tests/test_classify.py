@@ -244,7 +244,9 @@ def test_labels_come_from_the_corpus_and_unknown_ones_are_left_out(corpus: Corpu
     assert set(found.donors) == {""}  # the corpus has no such column
 
 
-def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(corpus: Corpus, tmp_path) -> None:
+def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(
+    corpus: Corpus, make_corpus, tmp_path
+) -> None:
     from mixgf import artifacts, checkpoint
     from mixgf.model import MaskedModel
 
@@ -254,12 +256,12 @@ def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(
     checkpoint.publish(
         uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=Tokens()
     )
-    trained, untrained = (contenders.load(uri, name, RUN, corpus.vocabulary.hash) for name in ("", "untrained"))
+    trained, untrained = (contenders.load(uri, name, RUN, corpus) for name in ("", "untrained"))
     assert trained.row == untrained.row
     assert not torch.equal(trained.tokens, untrained.tokens)
     assert torch.equal(trained.tokens, Encoder(SMALL, corpus.vocabulary.size).tokens)
     with pytest.raises(UserError, match="made with vocabulary"):
-        contenders.load(uri, "", RUN, "another")
+        contenders.load(uri, "", RUN, Corpus(make_corpus([5], [0], [1], genes=50)))
 
 
 def test_keys_of_the_head_are_not_those_of_a_layer() -> None:

@@ -201,7 +201,7 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
         parts.embeddings(run, corpus.record, encoder)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": encoder.fingerprint}
     record = artifacts.plan("embeddings", 1, config.to_dict(run.embed), parents)
-    model = contenders.load(base.output + "/pretrain", "", base, corpus.vocabulary.hash)
+    model = contenders.load(base.output + "/pretrain", "", base, corpus)
     for shard, start in enumerate(corpus.starts[:-1].tolist()):
         vectors = embed.embed_cells(model, corpus, np.arange(start, corpus.starts[shard + 1]), "mean", -1)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])

@@ -71,9 +71,15 @@ def _plan(settings):
     return dataclasses.asdict(artifacts.find(f"{settings.output}/embed"))
 
 
-def test_a_layer_the_model_does_not_have_and_a_foreign_vocabulary_are_refused(settings, make_corpus):
+def test_a_layer_the_model_does_not_have_and_foreign_sentences_are_refused(settings, make_corpus):
     with pytest.raises(UserError, match=r"embed.layer = -4: the model has 2 layers"):
         driver.run(dataclasses.replace(settings, embed=config.Embed(layer=-4)))
     foreign = make_corpus([5], [0], [1], genes=50)
     with pytest.raises(UserError, match=r"inputs.checkpoint: made with vocabulary"):
         driver.run(dataclasses.replace(settings, inputs=config.Inputs(corpus=foreign)))
+    with_cls = make_corpus([5], [0], [1], cls=True)
+    with pytest.raises(
+        UserError,
+        match=r"inputs.checkpoint: trained on sentences with tokens.cls = false, .* has true; prepare that with --set tokens.cls=false",
+    ):
+        driver.run(dataclasses.replace(settings, inputs=config.Inputs(corpus=with_cls)))

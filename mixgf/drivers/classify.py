@@ -164,7 +164,7 @@ def _plan(config: Config, uri: str) -> tuple[Places, Record]:
         msg = (f"classify.models: {', '.join(counted)} need raw counts, which the imported corpus {corpus_uri} does not have; "
                f"leave them out: --set classify.models={others}")  # fmt: skip
         raise UserError(msg)
-    encoders = contenders.records(checkpoint_uri, config, Corpus(corpus_uri).vocabulary.hash)
+    encoders = contenders.records(checkpoint_uri, config, Corpus(corpus_uri))
     embeddings, embedded = parts.embeddings(config, corpus, encoders[contenders.CHECKPOINT])
     parents = {"corpus": corpus.fingerprint}
     parents |= {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}
@@ -319,7 +319,7 @@ def _speed(config: Config, places: Places, corpus: Corpus, table: Labelled) -> f
     """Tokens per second that a core of this machine passes forward, by a short look."""
     import torch
 
-    encoder = contenders.load(places.checkpoint, contenders.CHECKPOINT, config, corpus.vocabulary.hash)
+    encoder = contenders.load(places.checkpoint, contenders.CHECKPOINT, config, corpus)
     threads, cells = torch.get_num_threads(), table.cells[:: max(1, len(table) // 32)][:32]
     torch.set_num_threads(1)
     best = 0.0
@@ -361,7 +361,7 @@ def _publish(
 
 def _encoders(config: Config, places: Places) -> dict[str, dict[str, Any]]:
     """What each encoder was trained to do, by its name in the tables."""
-    found = contenders.records(places.checkpoint, config, Corpus(places.corpus).vocabulary.hash)
+    found = contenders.records(places.checkpoint, config, Corpus(places.corpus))
     return {contenders.called(name): {"objective": one.details.get("objective")} for name, one in found.items()}
 
 

@@ -99,9 +99,7 @@ def _require(setting: Setting) -> None:
     for world in setting.worlds:
         corpus = Corpus(world.places.corpus)
         trained = artifacts.require(world.places.checkpoint, checkpoint.KIND, checkpoint.SCHEMA)
-        checkpoint.require_vocabulary(
-            trained, corpus.vocabulary.hash, "the corpus", f"compare: {world.places.checkpoint}"
-        )
+        checkpoint.require_sentences(trained, corpus, f"compare: {world.places.checkpoint}")
         if len(corpus.species) < 2:
             msg = f"compare: {corpus.uri} holds {corpus.species[0]} only; prepare a corpus of two species"
             raise UserError(msg)

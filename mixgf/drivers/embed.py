@@ -31,7 +31,7 @@ def run(config: Config) -> str:
     corpus = Corpus(config.inputs.corpus or storage.join(config.output, "corpus"))
     weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
     trained = artifacts.require(weights, checkpoint.KIND, checkpoint.SCHEMA)
-    checkpoint.require_vocabulary(trained, corpus.vocabulary.hash, "the corpus")
+    checkpoint.require_sentences(trained, corpus)
     if config.embed.layer < -1 - int(trained.details["model"]["num_layers"]):
         msg = f"embed.layer = {config.embed.layer}: the model has {trained.details['model']['num_layers']} layers and an embedding"
         raise UserError(msg)

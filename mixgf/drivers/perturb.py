@@ -45,7 +45,7 @@ def run(config: Config, *, local: bool = False) -> str:
     weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
     trained = artifacts.require(weights, checkpoint.KIND)
     corpus = Corpus(source, max_len=int(trained.details["model"]["max_positions"]))
-    checkpoint.require_vocabulary(trained, corpus.vocabulary.hash, "the corpus")
+    checkpoint.require_sentences(trained, corpus)
     settings = {k: v for k, v in to_dict(config.perturb).items() if k not in _NO_RESULT}
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": trained.fingerprint}
     record = artifacts.plan(
@@ -226,7 +226,7 @@ def dry_run(config: Config, *, local: bool = False) -> str:
     weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
     encoder, trained = checkpoint.load_encoder(weights)
     corpus = Corpus(source, max_len=encoder.row.max_positions)
-    checkpoint.require_vocabulary(trained, corpus.vocabulary.hash, "the corpus")
+    checkpoint.require_sentences(trained, corpus)
     plan = targets.design(corpus, config)
     max_len = min(int(corpus.record.details["max_len"]), encoder.row.max_positions)
     parts = forecast.forecast(plan, corpus, config.perturb, encoder.row, max_len)
