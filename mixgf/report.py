@@ -68,7 +68,7 @@ def load(config: Config, *, light: bool = False) -> Run:
     wanted = {
         "mapping": ("corpus", "mapping.parquet"), "dropped": ("corpus", "dropped.parquet"), "history": ("pretrain", "history.parquet"),
         "scores": ("classify", "scores.parquet"), "efficiency": ("classify", "efficiency.parquet"), "rejection": ("classify", "rejection.parquet"),
-        "integration": ("classify", "integration.parquet"), "centroids": ("classify", "centroids.parquet"), "comparisons": ("classify", "comparisons.parquet"),
+        "integration": ("classify", "integration.parquet"), "centroids": ("classify", "centroids.parquet"), "comparisons": ("classify", "comparisons.parquet"), "epochs": ("classify", "epochs.parquet"),
         "per_class": ("classify", "per_class.parquet"),
         "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"), "nulls": ("perturb", "calibration.parquet"),
         "arms": ("tune", "arms.parquet"), "effects": ("tune", "effects.parquet"), "interactions": ("tune", "interactions.parquet"),

@@ -19,7 +19,7 @@ def brief(run: Run) -> Section:
     blocks: list[Any] = [Text(_scope(run))]
     scores = run.tables.get("scores")
     if scores is not None and len(scores):
-        blocks += _verdicts(findings.board(scores), run.tables.get("comparisons"))
+        blocks += _verdicts(run, findings.board(scores))
         blocks.append(_seen(run))
     genes = run.tables.get("genes")
     if genes is not None and len(genes):
@@ -73,14 +73,16 @@ def _scope(run: Run) -> str:
     )
 
 
-def _verdicts(board: pd.DataFrame, comparisons: pd.DataFrame | None) -> list[Text]:
-    """What the fine-tuned model reaches; every task in which a baseline scores higher is named first."""
-    found = findings.duels(board, comparisons)
+def _verdicts(run: Run, board: pd.DataFrame) -> list[Text]:
+    """What the model of the headlines reaches; every task in which a baseline scores higher is named first."""
+    found = findings.duels(board, run.tables.get("comparisons"))
+    head = findings.best_own(board, run.tables.get("epochs"))
     tone_order = {"bad": 0, "warn": 1, "plain": 2, "good": 3}
     blocks: list[Text] = []
     for split in [s for s in findings.SPLITS if s in set(board["split"])]:
         mine = [d for d in found if d.split == split]
-        model = next((m for m in findings.OWN if any(d.model == m for d in mine)), "")
+        there = [m for m in findings.OWN if any(d.model == m for d in mine)]
+        model = head if head in there else next(iter(there), "")
         lines = sorted(
             findings.task_sentences([d for d in mine if d.model == model]), key=lambda line: tone_order[line[0]]
         )
@@ -88,6 +90,8 @@ def _verdicts(board: pd.DataFrame, comparisons: pd.DataFrame | None) -> list[Tex
             blocks.append(
                 Text(f"{findings.SPLITS[split]}. {_tallies(mine, model)} (tie: within the 95 % margin of error).")
             )
+        if findings.PAPERS in there and model != findings.PAPERS:
+            blocks.append(Text(f"{_tallies(mine, findings.PAPERS)}."))
         blocks += [Text(text, tone) for tone, text in lines[:6]]
     if gains := findings.gain(board):
         parts = [f"{findings.label(m)} {v:+.3f} ({findings.SPLIT_NAMES.get(s, s)})" for s, m, v, _ in gains]
@@ -119,9 +123,9 @@ def tiles(run: Run) -> list[tuple[str, str]]:
         out.append((f"{int(history['step'].max()):,}", "pretraining steps"))
     if scores is not None and len(scores):
         board = findings.board(scores)
+        model = findings.best_own(board, run.tables.get("epochs"))
         for split in ("random", "species"):
             part = [d for d in findings.duels(board, run.tables.get("comparisons"), ("macro_f1",)) if d.split == split]
-            model = next((m for m in findings.OWN if any(d.model == m for d in part)), "")
             part = [d for d in part if d.model == model]
             if part:
                 ours, base = np.mean([d.score[0] for d in part]), np.mean([d.baseline_score[0] for d in part])
@@ -148,7 +152,7 @@ def classification(run: Run) -> Section:
         mine = [d for d in found if d.split == split]
         blocks += [Text(f"{_tallies(mine, m)}.") for m in findings.OWN if m in {d.model for d in mine}]
         blocks.append(_scores(part, findings.SPLITS[split]))
-    model = findings.best_own(board)
+    model = findings.best_own(board, run.tables.get("epochs"))
     blocks += _per_class(run, board, model) + _confusions(run, model)
     return Section("classification", "Cell types, task by task", blocks)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixgf import artifacts, findings, leaderboard, page, paper, report, spaces
+from mixgf import artifacts, findings, leaderboard, page, paper, report, scorecard, spaces
 from mixgf.config import Config
 
 SIZES = {"num_train": 80, "num_test": 20, "num_classes": 3, "interval_by": "cell"}
@@ -45,6 +45,30 @@ def row(grid: page.Grid, start: str) -> list[str]:
 
 def text(section: page.Section) -> str:
     return "\n".join(b.text for b in section.blocks if isinstance(b, page.Text))
+
+
+def test_headlines_speak_of_the_training_that_validation_cells_prefer_whatever_the_test_cells_say() -> None:
+    board = scores({
+        ("random", g, "", m): v for g in ("baron", "jaitin")
+        for m, v in {"finetune": 0.9, "tuned": 0.6, "knn": 0.95, "hvg_logreg": 0.8}.items()
+    })  # fmt: skip
+    epochs = pd.DataFrame([
+        {"split": "random", "group": g, "direction": "", "seed": 0, "model": m, "epoch": e, "loss": loss, "chosen": chosen}
+        for g in ("baron", "jaitin") for m, e, loss, chosen in (("finetune", 1, 0.1, False), ("finetune", 2, 0.5, True), ("tuned", 0, 0.4, True))
+    ])  # fmt: skip
+    assert findings.best_own(board, epochs) == "tuned"
+    assert findings.best_own(board) == "finetune"
+    alone = epochs[(epochs["model"] != "finetune") | (epochs["group"] == "jaitin")]  # on the splits of both only
+    alone = pd.concat([alone, epochs[epochs["model"] == "tuned"].assign(seed=1, loss=9.0)])
+    assert findings.best_own(board, alone) == "tuned"
+    said = run(scores=board, epochs=epochs)
+    assert (
+        "0.60",
+        "macro F1, random cells (mixgf, fine-tuned from a convex start); best baseline 0.80",
+    ) in scorecard.tiles(said)
+    brief = text(scorecard.brief(said))
+    assert "mixgf, fine-tuned, against the best baseline of each task: accuracy 2 wins" in brief
+    assert brief.count("a baseline beats the model") == 2
 
 
 def test_published_figures_are_those_of_the_paper() -> None:
