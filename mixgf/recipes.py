@@ -241,9 +241,9 @@ def data_ladder() -> Config:
 def table() -> Config:
     """`mixgf classify`: the paper's Tables 1 to 3 and what a sceptic adds, on the labelled cells of a corpus.
 
-    Every split, five seeds, every head, every baseline that is installed; at most 2,000 cells of a set, so that two CPU cores
-    end within an hour or so without fine-tuning. Fine-tuning (the paper's) costs most and has one seed. Add encoders with
-    classify.encoders and models on them; what is scored already is used again.
+    Every split, five seeds, every head, every baseline that is installed; at most 2,000 cells of a set. Two CPU cores take an hour
+    and a half for twelve sets, an hour of it for the paper's fine-tuning, which has one seed, as `tuned` and scVI have. Add encoders
+    with classify.encoders and models on them; what is scored already is used again.
     """
     return Config(
         recipe="table",

@@ -198,7 +198,7 @@ def _scores(board: pd.DataFrame, title: str) -> Grid:
         else ", one seed: the spread between training runs is not in the interval"
     )
     return Grid(
-        f"{note}. ● the model, ○ the same on another encoder, □ baselines; all on the same cells. ★ highest, ◄ best baseline. Drawings run from 0 to 1.",
+        f"{note}. ● the model, ○ the same on another encoder, □ baselines; all on the same cells, seed by seed. ★ highest, ◄ best baseline. Drawings run from 0 to 1.",
         ["Model", *[findings.metric_label(m) for m in metrics]],
         rows,
     )
