@@ -12,7 +12,7 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse
 
-from mixgf import artifacts, checkpoint, config, contenders, embed, parts, rivals, storage
+from mixgf import artifacts, checkpoint, config, contenders, embed, parts, results, rivals, storage
 from mixgf.config import Classify, Compute, Config, Embed, Model, Source, Tokens, Tracking, Train, UserError
 from mixgf.dataset import Corpus
 from mixgf.drivers import classify as driver
@@ -315,7 +315,7 @@ def noted(made: list[str]):
 def test_models_added_to_a_finished_classification_use_what_is_there(base: Config, tmp_path: Path) -> None:
     """More models, seeds, splits and an encoder: the same tables as if asked for at once, and nothing twice."""
     first, more = {"splits": ("random",), "models": ("knn", "majority", "probe")}, {
-        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "fewer_seeds": ("finetune=1", "hvg_logreg=1"),
+        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "fewer_seeds": ("finetune=1", "majority=1"),
         "encoders": (f"again={base.output}/pretrain",), "label_shares": (0.2, 1.0), "unseen_types": 1, "curve_models": ("probe", "hvg_logreg"),
         "integration_cells": 150,
     }  # fmt: skip
@@ -344,12 +344,18 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     assert centroids.loc["expression", "umap"].min() > 0
     assert set(scores[scores["model"] == "finetune"]["seed"]) == {0}
     assert set(scores[scores["model"] == "knn"]["seed"]) == {0, 1}
-    assert set(scores[scores["model"] == "hvg_logreg"]["seed"]) == {0}
-    found = table(grown, "comparisons")
-    few = (found["model"] == "finetune") | (found["baseline"] == "hvg_logreg")  # over the seeds that both have
-    assert set(found[few]["seeds"]) == {1}
-    assert set(found[~few]["seeds"]) <= {2}
-    assert {"finetune", "knn"} <= set(found[few]["model"])
+    assert set(scores[scores["model"] == "majority"]["seed"]) == {0}
+    found = table(grown, "comparisons").set_index("model")["seeds"]
+    assert set(found["finetune"]) == {1}
+    assert set(found["knn"]) == {2}
+    # a best baseline of fewer seeds: over those that both have
+    predicted = {name: table(grown, name) for name in ("scores", "predictions")}
+    fewer = {name: one[(one["model"] != "hvg_logreg") | (one["seed"] == 0)] for name, one in predicted.items()}
+    paired = results.comparisons(
+        at_once, *driver._splits(at_once, driver._plan(at_once, f"{at_once.output}/classify")[0]), fewer
+    )
+    assert set(paired["baseline"]) == {"hvg_logreg"}
+    assert set(paired["seeds"]) == {1}
     for kept in artifacts.require(f"{run.output}/classify", "classification").details["classifiers"]:
         assert artifacts.require(kept["uri"], "classifier").details["validation"] == kept["validation"]
     with pytest.raises(
