@@ -70,7 +70,8 @@ def require(settings: Classify) -> None:
     """Refuse what is not known in `classify.models` and `classify.fewer_seeds`."""
     for name in settings.models:
         _require_known(settings, "classify.models", name)
-    seeds(settings)
+    for name in _fewer(settings):
+        _require_known(settings, "classify.fewer_seeds", name)
 
 
 def _require_known(settings: Classify, where: str, name: str) -> None:
@@ -108,20 +109,21 @@ def scored(settings: Classify, split: Split) -> tuple[str, ...]:
 
 
 def seeds(settings: Classify) -> dict[str, int]:
-    """How many seeds each model has.
+    """How many seeds each model has."""
+    fewer = _fewer(settings)
+    return {model: min(settings.seeds, fewer.get(model, settings.seeds)) for model in settings.models}
 
-    Raises:
-        UserError: An entry of `classify.fewer_seeds` is not MODEL=NUMBER with a known model and a number of at least 1.
-    """
+
+def _fewer(settings: Classify) -> dict[str, int]:
+    """`classify.fewer_seeds` as model to number; a `UserError` for an entry that is not MODEL=NUMBER, at least 1."""
     fewer: dict[str, int] = {}
     for entry in settings.fewer_seeds:
         name, _, number = entry.partition("=")
         if not (number.isdecimal() and int(number)):
             msg = f"classify.fewer_seeds: {entry!r} must be MODEL=NUMBER, the number at least 1, for example finetune=1"
             raise UserError(msg)
-        _require_known(settings, "classify.fewer_seeds", name)
         fewer[name] = int(number)
-    return {model: min(settings.seeds, fewer.get(model, settings.seeds)) for model in settings.models}
+    return fewer
 
 
 def of_encoders(models: Iterable[str], heads: Iterable[str] = OWN) -> list[str]:

@@ -81,8 +81,7 @@ def _verdicts(run: Run, board: pd.DataFrame) -> list[Text]:
     blocks: list[Text] = []
     for split in [s for s in findings.SPLITS if s in set(board["split"])]:
         mine = [d for d in found if d.split == split]
-        there = [m for m in findings.OWN if any(d.model == m for d in mine)]
-        model = head if head in there else next(iter(there), "")
+        model = _spoken_of(mine, head)
         lines = sorted(
             findings.task_sentences([d for d in mine if d.model == model]), key=lambda line: tone_order[line[0]]
         )
@@ -90,7 +89,7 @@ def _verdicts(run: Run, board: pd.DataFrame) -> list[Text]:
             blocks.append(
                 Text(f"{findings.SPLITS[split]}. {_tallies(mine, model)} (tie: within the 95 % margin of error).")
             )
-        if findings.PAPERS in there and model != findings.PAPERS:
+        if model != findings.PAPERS and any(d.model == findings.PAPERS for d in mine):
             blocks.append(Text(f"{_tallies(mine, findings.PAPERS)}."))
         blocks += [Text(text, tone) for tone, text in lines[:6]]
     if gains := findings.gain(board):
@@ -104,6 +103,12 @@ def _verdicts(run: Run, board: pd.DataFrame) -> list[Text]:
             )
         )
     return blocks
+
+
+def _spoken_of(found: list[findings.Duel], head: str) -> str:
+    """The model of the headlines where it was scored, else the first of ours that was."""
+    there = {d.model for d in found}
+    return next((m for m in (head, *findings.OWN) if m in there), "")
 
 
 def _tallies(found: list[findings.Duel], model: str) -> str:
@@ -123,9 +128,11 @@ def tiles(run: Run) -> list[tuple[str, str]]:
         out.append((f"{int(history['step'].max()):,}", "pretraining steps"))
     if scores is not None and len(scores):
         board = findings.board(scores)
-        model = findings.best_own(board, run.tables.get("epochs"))
+        found = findings.duels(board, run.tables.get("comparisons"), ("macro_f1",))
+        head = findings.best_own(board, run.tables.get("epochs"))
         for split in ("random", "species"):
-            part = [d for d in findings.duels(board, run.tables.get("comparisons"), ("macro_f1",)) if d.split == split]
+            part = [d for d in found if d.split == split]
+            model = _spoken_of(part, head)
             part = [d for d in part if d.model == model]
             if part:
                 ours, base = np.mean([d.score[0] for d in part]), np.mean([d.baseline_score[0] for d in part])
