@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mixgf import cost
-from mixgf.config import UserError
+from mixgf.errors import UserError
+from mixgf.tracking import cost
 
 
 def row(million: float, text: str, prices: dict[str, float], bytes_per_cell: float) -> str:

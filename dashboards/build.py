@@ -12,7 +12,7 @@ import yaml
 from panels import BOARDS, Panel
 from rules import COST_LIMIT, alerts
 
-from mixgf.drivers.metrics import METRICS
+from mixgf.distributed.metrics import METRICS
 
 HERE = Path(__file__).parent
 

@@ -21,7 +21,7 @@ from typing import Any
 from panels import BOARDS, Panel
 from PIL import Image
 
-from mixgf.drivers.metrics import METRICS
+from mixgf.distributed.metrics import METRICS
 
 COLUMNS = 3
 CROWD = 8

@@ -1,6 +1,6 @@
 """The panels of every board, as data: a title, its PromQL, and what the reader should see in it.
 
-Names come from `mixgf.drivers.metrics`, so a renamed metric cannot leave a board behind. Counters are summed over
+Names come from `mixgf.distributed.metrics`, so a renamed metric cannot leave a board behind. Counters are summed over
 processes, gauges of a driver taken by their maximum.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixgf.drivers.metrics import METRICS
+from mixgf.distributed.metrics import METRICS
 
 WINDOW = "$__rate_interval"
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixgf.config import UserError
+from mixgf.errors import UserError
 
 if TYPE_CHECKING:
     from measure import Figure

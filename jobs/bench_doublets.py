@@ -20,8 +20,13 @@ import anndata
 import numpy as np
 from measure import Figure
 
-from mixgf import qc, storage, units
-from mixgf.config import HUMAN, QC, Source, UserError, Vocab
+from mixgf.cells import qc
+from mixgf.config.data import HUMAN, QC, Source, Vocab
+from mixgf.corpus import prepare_passes as units
+from mixgf.corpus import shards
+from mixgf.errors import UserError
+from mixgf.storage import files as storage
+from mixgf.storage import tables
 
 SETS = {"scmixology": ("cellline_human_scmixology", "batch"), "hashing": ("cellline_human_hashing", ""),
         "eccite": ("pbmc_human_eccite_hto", "")}  # fmt: skip
@@ -53,7 +58,7 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
     source = Source(uri=str(path), species="human", name=path.stem, sample=sample)
     with tempfile.TemporaryDirectory() as work:
         units.describe(work, 0, source, row=HUMAN, rules=rules, biotypes=Vocab().biotypes, allowed=None)
-        rows = int(storage.read_json(units.facts_uri(work, 0))["rows"])
+        rows = int(storage.read_json(shards.facts_uri(work, 0))["rows"])
         units.measure(work, units.plan_units({0: (source, rows)}, rows)[0], 2_048)
         metrics, samples = units.read_metrics(work, [0])
         kept = np.flatnonzero(qc.judge(metrics, rules) == qc.KEPT)
@@ -63,7 +68,7 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
             mine = sample_N == name
             part = f"00000-{k:05d}"
             units.doublets(work, part, source, 0, kept[mine], block_cells=2_048, rate=rules.doublet_rate, seed=seed)
-            table = storage.read_table(units.part(work, "doublets", part))
+            table = tables.read_table(shards.part(work, "doublets", part))
             score_N[mine], verdict_N[mine] = table["score"].to_numpy(), table["doublet"].to_numpy()
     truth = anndata.read_h5ad(path, backed="r").obs["is_doublet"].astype(str).isin(["True", "1"]).to_numpy()
     return Scored(truth[kept], metrics.n_counts[kept], sample_N, score_N, verdict_N)

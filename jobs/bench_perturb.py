@@ -23,17 +23,23 @@ from measure import Figure, fast_bf16, forked, interleaved, peak_memory, rate
 from scipy import stats
 from torch import Tensor
 
-from mixgf import artifacts, checkpoint, config, perturb, screen, storage, targets
-from mixgf.dataset import Corpus
-from mixgf.embed import embed_cells
-from mixgf.model import Encoder, MaskedModel, forward_flops
-from mixgf.progress import warn
-from mixgf.shifts import Engine, Original
-from mixgf.train import measure_peak
+from mixgf.config import data, perturbation, run, training
+from mixgf.console import warn
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import Encoder, MaskedModel, forward_flops
+from mixgf.encoder.embed import embed_cells
+from mixgf.perturbation import design as targets
+from mixgf.perturbation import screen
+from mixgf.perturbation import work_units as perturb
+from mixgf.perturbation.shift import Engine, Original
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.training.loop import measure_peak
 
 VOCABULARY = 25_426
 """Genes of the published human dictionary, specials included."""
-GRID = config.Perturb().screen_grid
+GRID = perturbation.Perturb().screen_grid
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -43,7 +49,7 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
         yield from _on_gpu(quick=quick)
         return
     torch.set_num_threads(1)
-    row = config.Model(num_layers=2, dim=64, ffn_dim=128) if quick else config.Model()
+    row = training.Model(num_layers=2, dim=64, ffn_dim=128) if quick else training.Model()
     lengths = (64, 128) if quick else (512, 2048)
     # processes are forked first, before this one has used any thread or memory
     yield _memory(row, lengths[1], batch=4 if quick else 8)
@@ -63,7 +69,7 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
 class Work:
     """Deletions of one cell of random genes, ready to be scored in either way."""
 
-    def __init__(self, row: config.Model, length: int, num: int, *, device: torch.device = CPU) -> None:
+    def __init__(self, row: training.Model, length: int, num: int, *, device: torch.device = CPU) -> None:
         rng = np.random.default_rng(0)
         self.row, self.length = row, length
         self.sentence = (rng.permutation(VOCABULARY - 3)[:length] + 3).tolist()
@@ -91,7 +97,7 @@ class Work:
 
 
 def _delete_all(
-    row: config.Model, length: int, num: int, *, batch: int, repeats: int, bars: tuple[str, str]
+    row: training.Model, length: int, num: int, *, batch: int, repeats: int, bars: tuple[str, str]
 ) -> Iterator[Figure]:
     """Deletions of one cell, the second last layer as the family reads it, and our default, the last."""
     work = Work(row, length, num)
@@ -123,7 +129,7 @@ def _delete_all(
     yield Figure(figure="  GEMM peak, fp32, one thread", value=peak / 1e9, unit="GFLOP/s")
 
 
-def _screened(row: config.Model, length: int, num: int, *, repeats: int) -> Iterator[Figure]:
+def _screened(row: training.Model, length: int, num: int, *, repeats: int) -> Iterator[Figure]:
     """Estimates of all genes of one cell, against exact scores of all, as many times those of `num` genes."""
     work = Work(row, length, num)
     engine = Engine(encoder=work.encoder())
@@ -190,7 +196,7 @@ def _agreement(*, quick: bool) -> Iterator[Figure]:
                 )  # fmt: skip
 
 
-def _memory(row: config.Model, length: int, *, batch: int) -> Figure:
+def _memory(row: training.Model, length: int, *, batch: int) -> Figure:
     """Largest memory of a batch of deletions, above that of a process that has made the model."""
 
     def ours() -> float:
@@ -212,7 +218,7 @@ def _memory(row: config.Model, length: int, *, batch: int) -> Figure:
     return Figure(figure=name, value=our, unit="GB", baseline=their, ratio=their / our)
 
 
-def _embedding_memory(row: config.Model, corpus: Corpus) -> Figure:
+def _embedding_memory(row: training.Model, corpus: Corpus) -> Figure:
     """Largest memory of two cells of full length at once, above that of a process that has made the model and read the cells."""
     cells = np.arange(2)
     corpus.tokens(cells)
@@ -234,10 +240,10 @@ def _embedding_memory(row: config.Model, corpus: Corpus) -> Figure:
     return Figure(figure=name, value=our, unit="GB", baseline=their, ratio=their / our)
 
 
-def _actors(row: config.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
+def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
     """The stage's own work units on a pool of one and of two Ray actors, one thread each, model and corpus loaded before."""
-    from mixgf.drivers.pool import Pool, Size
-    from mixgf.drivers.session import session
+    from mixgf.distributed.actor_pool import Pool, Size
+    from mixgf.distributed.cluster import session
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     length = 64 if quick else 512
@@ -246,11 +252,11 @@ def _actors(row: config.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
     record = artifacts.plan(checkpoint.KIND, 1, {}, {})
     artifacts.begin(weights, record)
     model = MaskedModel(row, corpus.vocabulary.size)
-    checkpoint.publish(weights, record, model, vocabulary=corpus.vocabulary.hash, tokens=config.Tokens(max_len=length))
-    settings = config.Config(
+    checkpoint.publish(weights, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=length))
+    settings = run.Config(
         output=folder,
-        compute=config.Compute(num_workers=3),  # room for both pools
-        perturb=config.Perturb(max_cells=0, operations=("delete",), max_genes=16, block_cells=1, block_genes=4),
+        compute=run.Compute(num_workers=3),  # room for both pools
+        perturb=perturbation.Perturb(max_cells=0, operations=("delete",), max_genes=16, block_cells=1, block_genes=4),
     )
     plan = targets.design(corpus, settings)
     units = [unit for unit in perturb.units(plan, corpus, settings.perturb) if unit.operation != "embed"]
@@ -282,7 +288,7 @@ def _actors(row: config.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
 def _on_gpu(*, quick: bool) -> Iterator[Figure]:
     """Deletions per second of one GPU, bf16."""
     peak = measure_peak(GPU, "bf16", seconds=1.0)
-    row = config.Model()
+    row = training.Model()
     for length in (512, 2048):
         work = Work(row, length, length // (16 if quick else 4), device=GPU)
         engine = Engine(encoder=work.encoder(), layers=row.num_layers - 1, micro_tokens=1 << 18, precision="bf16")

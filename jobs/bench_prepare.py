@@ -31,13 +31,21 @@ import pyarrow as pa
 import scipy.sparse as sp
 from measure import Figure, interleaved, rate
 
-from mixgf import recipes, storage, units
-from mixgf.config import HUMAN, QC, Config, Source, Tokens, override
-from mixgf.corpus import blocks
-from mixgf.drivers import dispatch, prepare, session
-from mixgf.formats import open_reader
-from mixgf.tokenize import Encoder, Ranks
-from mixgf.vocab import Vocabulary
+from mixgf.cells.counts import blocks
+from mixgf.cells.open import open_reader
+from mixgf.config import recipes
+from mixgf.config.data import HUMAN, QC, Source, Tokens
+from mixgf.config.parse import override
+from mixgf.config.run import Config
+from mixgf.corpus import prepare_passes as units
+from mixgf.corpus import shards
+from mixgf.corpus.rank_value import Encoder, Ranks
+from mixgf.distributed import cluster as session
+from mixgf.distributed import tasks as dispatch
+from mixgf.genes.vocabulary import Vocabulary
+from mixgf.stages import prepare
+from mixgf.storage import files as storage
+from mixgf.storage import tables
 
 NUM_CELLS = 12_000
 NUM_PUBLISHED = 2_000
@@ -143,11 +151,11 @@ class _Case:
         self.keep = np.ones(num_cells, dtype=bool)
         self.measure()
         self.depth_N = units.read_metrics(self.work, [0])[0].n_counts
-        self.columns = storage.read_table(units.part(self.work, "sources", 0))
+        self.columns = tables.read_table(shards.part(self.work, "sources", 0))
         own = self.columns["canonical"].to_numpy() == np.arange(self.columns.num_rows)
         position_G = np.where(own, genes.positions(self.columns["gene"].combine_chunks()), -1).astype(np.int32)
         self.encoder = Encoder(Ranks.of(genes, "divide"), position_G, TOKENS)
-        self.table = storage.read_table(str(self.corpus / "shards" / "00000.parquet"))
+        self.table = tables.read_table(str(self.corpus / "shards" / "00000.parquet"))
         self.held = []
         for block in self.blocks():
             self.held.append(replace(block, data=block.data.copy(), indices=block.indices.copy()))
@@ -204,7 +212,7 @@ class _Case:
 
     def write(self) -> None:
         """Write a shard."""
-        units.write_shard(str(self.folder / "w.parquet"), self.table.schema, [self.table])
+        shards.write_shard(str(self.folder / "w.parquet"), self.table.schema, [self.table])
 
     def figures(self, *, repeats: int) -> Iterator[Figure]:
         """All figures of this file."""

@@ -25,14 +25,19 @@ import torch.nn.functional as F
 from measure import Figure, fast_bf16, forked, interleaved, peak_memory, rate
 from torch import Tensor
 
-from mixgf import artifacts, config, plan, storage
-from mixgf.dataset import Corpus
-from mixgf.embed import embed_cells
-from mixgf.model import MaskedModel
-from mixgf.objectives import Pretraining
-from mixgf.recipes import get
-from mixgf.train import GroupContext, LocalContext, make_optimizer, measure_peak
-from mixgf.vocab import NUM_SPECIALS, Vocabulary
+from mixgf.config import data, training
+from mixgf.config import run as config_run
+from mixgf.config.recipes import get
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder.bert import MaskedModel
+from mixgf.encoder.embed import embed_cells
+from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
+from mixgf.training import batch_plan as plan
+from mixgf.training.context import GroupContext, LocalContext
+from mixgf.training.loop import make_optimizer, measure_peak
+from mixgf.training.pretraining import Pretraining
 
 Step = Callable[[], object]
 
@@ -42,7 +47,7 @@ def figures(*, quick: bool = False) -> list[Figure]:
     if torch.cuda.is_available():
         return _on_gpu(quick=quick)
     torch.set_num_threads(1)
-    row = config.Model(num_layers=2, dim=64, ffn_dim=128) if quick else config.Model()
+    row = training.Model(num_layers=2, dim=64, ffn_dim=128) if quick else training.Model()
     with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
         sizes: dict[str, Any] = {"genes": 1000 if quick else 25_000, "shrink": 8 if quick else 1}
         corpus = _corpus(storage.join(folder, "mix"), num_cells=2000, **sizes)
@@ -53,7 +58,7 @@ def figures(*, quick: bool = False) -> list[Figure]:
         return [*out, *_packing(corpus)]
 
 
-def _steps(row: config.Model, corpus: Corpus, *, quick: bool) -> list[Figure]:
+def _steps(row: training.Model, corpus: Corpus, *, quick: bool) -> list[Figure]:
     """One training step, whole and without each of its optimisations in turn."""
     settings = _settings(row, batch_cells=2)
     task = Pretraining(settings, corpus)
@@ -95,7 +100,7 @@ def _steps(row: config.Model, corpus: Corpus, *, quick: bool) -> list[Figure]:
     return out
 
 
-def _memory(row: config.Model, corpus: Corpus) -> list[Figure]:
+def _memory(row: training.Model, corpus: Corpus) -> list[Figure]:
     """Largest memory of a step of two cells of full length, above that of a process that has made the model."""
     settings = _settings(row, batch_cells=2)
 
@@ -148,7 +153,7 @@ def _workers(folder: str, *, quick: bool) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _loader(row: config.Model, corpus: Corpus) -> list[Figure]:
+def _loader(row: training.Model, corpus: Corpus) -> list[Figure]:
     """Batches of 8 cells from sentences: what the published collator makes (one masked view), and all of ours.
 
     The published one pads, marks and masks Python lists. Ours packs, and for the paper's objective adds the second view and
@@ -158,7 +163,7 @@ def _loader(row: config.Model, corpus: Corpus) -> list[Figure]:
     whole = Pretraining(settings, corpus)
     one_view = Pretraining(
         dataclasses.replace(
-            settings, model=dataclasses.replace(row, dropout=0.0), objective=config.Objective(contrast_weight=0.0)
+            settings, model=dataclasses.replace(row, dropout=0.0), objective=training.Objective(contrast_weight=0.0)
         ),
         corpus,
     )
@@ -190,7 +195,7 @@ def _loader(row: config.Model, corpus: Corpus) -> list[Figure]:
     ]
 
 
-def _embeddings(row: config.Model, corpus: Corpus, *, quick: bool) -> list[Figure]:
+def _embeddings(row: training.Model, corpus: Corpus, *, quick: bool) -> list[Figure]:
     """Vectors of cells sorted by length, mean over genes, of the second last layer (the family's habit) and of the last."""
     cells = np.argsort(corpus.lengths_N, kind="stable")[:: len(corpus.lengths_N) // (4 if quick else 8)]
     model = MaskedModel(row, corpus.vocabulary.size).eval()
@@ -225,13 +230,13 @@ def _packing(corpus: Corpus) -> list[Figure]:
     ]
 
 
-def _settings(row: config.Model, *, batch_cells: int, **objective: Any) -> config.Config:
-    train = config.Train(batch_cells=batch_cells, micro_tokens=1 << 20)
-    return config.Config(
+def _settings(row: training.Model, *, batch_cells: int, **objective: Any) -> config_run.Config:
+    train = training.Train(batch_cells=batch_cells, micro_tokens=1 << 20)
+    return config_run.Config(
         model=row,
-        tokens=config.Tokens(max_len=row.max_positions),
+        tokens=data.Tokens(max_len=row.max_positions),
         train=train,
-        objective=config.Objective(**({"pooling": "first"} | objective)),
+        objective=training.Objective(**({"pooling": "first"} | objective)),
     )
 
 
@@ -255,8 +260,8 @@ def _corpus(
         rng.permutation(genes)[:n] + NUM_SPECIALS + genes * int(s) for n, s in zip(lengths, species, strict=True)
     ]
     shard = pa.table({"tokens": pa.array(sentences, pa.list_(pa.int32()))})
-    storage.write_table(storage.join(folder, "shards", "00000.parquet"), shard)
-    storage.write_table(storage.join(folder, "index.parquet"), pa.table({"length": lengths, "species": species}))
+    tables.write_table(storage.join(folder, "shards", "00000.parquet"), shard)
+    tables.write_table(storage.join(folder, "index.parquet"), pa.table({"length": lengths, "species": species}))
     record = artifacts.plan("corpus", 1, {"tokens": {}}, {})
     details = {
         "species": ["human", "mouse"],
@@ -269,7 +274,7 @@ def _corpus(
 
 
 def _ours(
-    settings: config.Config,
+    settings: config_run.Config,
     corpus: Corpus,
     step: int,
     *,
@@ -319,7 +324,7 @@ def _on_gpu(*, quick: bool) -> list[Figure]:
         cells = 16 if quick else 128
         corpus = _corpus(folder, num_cells=512, genes=25_000, full=True)
         for name, objective in {"MLM": {"contrast_weight": 0.0}, "MLM + SimCSE": {}}.items():
-            settings = _settings(config.Model(), batch_cells=cells, **objective)
+            settings = _settings(training.Model(), batch_cells=cells, **objective)
             settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="bf16"))
             task, context = Pretraining(settings, corpus), LocalContext(device)
             model = MaskedModel(settings.model, corpus.vocabulary.size).to(device)

@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixgf import config
-from mixgf.dataset import Corpus
-from mixgf.objectives import Pretraining, nt_xent
+from mixgf.config import run as config_run
+from mixgf.config import training
+from mixgf.corpus.reader import Corpus
+from mixgf.training.losses import nt_xent
+from mixgf.training.pretraining import Pretraining
 
 Step = Callable[[], object]
 
 
-def bert(m: config.Model, vocab_size: int, *, attention_dropout: float) -> Any:
+def bert(m: training.Model, vocab_size: int, *, attention_dropout: float) -> Any:
     """A Hugging Face BERT of these sizes."""
     from transformers import BertConfig, BertForMaskedLM
 
@@ -63,7 +65,7 @@ def collate(corpus: Corpus, cells: Any) -> tuple[Tensor, ...]:
     return ids, torch.tensor(real), labels
 
 
-def step(settings: config.Config, corpus: Corpus, number: int, *, attention_dropout: float) -> Step:
+def step(settings: config_run.Config, corpus: Corpus, number: int, *, attention_dropout: float) -> Step:
     """A training step on a batch of our plan."""
     o = settings.objective
     model = bert(settings.model, corpus.vocabulary.size, attention_dropout=attention_dropout).train()

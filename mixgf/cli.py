@@ -15,18 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mixgf import progress, recipes
-from mixgf.config import (
-    GENE_TABLES,
-    AccessError,
-    Config,
-    UserError,
-    from_dict,
-    meanings,
-    override,
-    split_named,
-    to_dict,
-)
+from mixgf import console as progress
+from mixgf.config import recipes
+from mixgf.config.checks import split_named
+from mixgf.config.parse import from_dict, meanings, override, to_dict
+from mixgf.config.perturbation import GENE_TABLES
+from mixgf.config.run import Config
+from mixgf.errors import AccessError, UserError
 
 STAGES = {
     "prepare": "raw counts -> cell sentences: checks, QC, vocabulary, rank value encoding",
@@ -269,22 +264,23 @@ def _absolute(config: Config) -> Config:
 def _run_stage(name: str, config: Config) -> str:
     """Run one stage and return the URI of what it made."""
     if name == "report":
-        from mixgf import report, storage
+        from mixgf.report import build as report
+        from mixgf.storage import files as storage
 
         return report.write(config, storage.join(config.output, "report.html"))
     if name == "export":
-        from mixgf import weights
+        from mixgf.stages import export
 
-        return weights.export(config)
+        return export.export(config)
     import importlib
 
-    driver = importlib.import_module(f"mixgf.drivers.{'importer' if name == 'import' else name}")
+    driver = importlib.import_module(f"mixgf.stages.{'import_corpus' if name == 'import' else name}")
     return str(driver.run(config))
 
 
 def _refused(uri: str) -> int:
     """Name the sources that a corpus was made without; returns the exit code."""
-    from mixgf import artifacts
+    from mixgf.storage import artifacts
 
     record = artifacts.find(uri)
     refused = record.details.get("refused", []) if record is not None else []
@@ -294,8 +290,10 @@ def _refused(uri: str) -> int:
 
 
 def _run_all(config: Config) -> int:
-    from mixgf import report, storage, tracking
-    from mixgf.drivers.session import session
+    from mixgf.distributed.cluster import session
+    from mixgf.report import terminal
+    from mixgf.storage import files as storage
+    from mixgf.tracking import mlflow_runs as tracking
 
     start = time.monotonic()
     with session(config):
@@ -305,7 +303,7 @@ def _run_all(config: Config) -> int:
             uri = _run_stage(name, config)
             progress.say(f"      {uri}  ({progress.duration(time.monotonic() - began)})")
     print()
-    print(report.summary(config))
+    print(terminal.summary(config))
     print()
     print(f"report   {uri}")
     print(f"mlflow   {tracking.ui_command(config)}")
@@ -315,12 +313,14 @@ def _run_all(config: Config) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mixgf import inspection, overview
+    from mixgf.corpus import summary as inspection
+    from mixgf.report import corpus_text
+    from mixgf.report.figures import corpus as overview
 
     if args.plot:
         overview.check_plot(args.plot, args.uri)  # before the counting, not after it
     found = inspection.inspect(args.uri)
-    print(json.dumps(found, allow_nan=False) if args.json else overview.text(found))
+    print(json.dumps(found, allow_nan=False) if args.json else corpus_text.text(found))
     if args.plot:
         overview.save(found, args.plot)
         progress.say(f"figure: {args.plot}")
@@ -332,8 +332,9 @@ def _inspect(args: argparse.Namespace) -> int:
 def _annotate(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from mixgf.config import Compute, Source
-    from mixgf.drivers import annotate
+    from mixgf.config.data import Source
+    from mixgf.config.run import Compute
+    from mixgf.stages import annotate
 
     species, uri = split_named(args.file)
     stem = uri.rstrip("/").removesuffix(".h5ad").removesuffix(".h5")
@@ -365,7 +366,7 @@ def _annotate(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from mixgf import audit
+    from mixgf.corpus import overlap as audit
 
     theirs = audit.of_corpus(audit.trained_on(_path(args.corpus)))
     species, uri = split_named(args.evaluation)
@@ -390,10 +391,10 @@ def _dispatch(args: argparse.Namespace) -> int:
     elif getattr(args, "dry_run", False):
         import importlib
 
-        print(importlib.import_module(f"mixgf.drivers.{args.command}").dry_run(_absolute(config)))
+        print(importlib.import_module(f"mixgf.stages.{args.command}").dry_run(_absolute(config)))
     else:
         if args.command == "import-weights":
-            from mixgf import weights
+            from mixgf.stages import import_weights as weights
 
             uri = weights.bring(_absolute(config), args.folder)
         else:

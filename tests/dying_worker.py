@@ -5,16 +5,17 @@ import signal
 
 import torch
 
-from mixgf import dataset, train
-from mixgf.drivers import pretrain
-from mixgf.model import MaskedModel
-from mixgf.objectives import Pretraining
+from mixgf.corpus import reader as dataset
+from mixgf.distributed import train_group
+from mixgf.encoder.bert import MaskedModel
+from mixgf.training import loop as train
+from mixgf.training.pretraining import Pretraining
 
 
 def worker_session(settings, tracked, dies):
     """What a training worker does; it may kill itself when the figures of step 4 to 6 are to be logged."""
 
-    class Context(pretrain.RayContext):
+    class Context(train_group.RayContext):
         def commit(self, rows):
             if dies and rows[0][0] == 4:
                 if dies == "amid":

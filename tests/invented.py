@@ -7,10 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from mixgf import artifacts, checkpoint, dataset
-from mixgf.config import Config, Prepare, Source, SpeciesRow, Tokens, Tracking, Vocab
-from mixgf.drivers import dispatch
-from mixgf.model import MaskedModel
+from mixgf.config.data import Prepare, Source, SpeciesRow, Tokens, Vocab
+from mixgf.config.run import Config, Tracking
+from mixgf.corpus import reader as dataset
+from mixgf.distributed import tasks as dispatch
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.storage import artifacts
 
 NUM_GENES = 30
 

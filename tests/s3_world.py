@@ -16,9 +16,12 @@ import pyarrow.parquet as pq
 from scipy import io as scipy_io
 from scipy import sparse
 
-from mixgf import artifacts, storage
-from mixgf.config import Config, Prepare, Source, SpeciesRow, Tokens, Tracking, Vocab
-from mixgf.drivers import dispatch, prepare
+from mixgf.config.data import Prepare, Source, SpeciesRow, Tokens, Vocab
+from mixgf.config.run import Config, Tracking
+from mixgf.distributed import tasks as dispatch
+from mixgf.stages import prepare
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
 
 NUM_GENES = 30
 BUCKET = "cells"

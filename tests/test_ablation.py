@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mixgf import ablation, sweep
-from mixgf.config import Config, Tune
+from mixgf.config.run import Config
+from mixgf.config.tuning import Tune
+from mixgf.tuning import analysis as ablation
+from mixgf.tuning import space as sweep
 
 CONFIG = Config(tune=Tune(space=('objective.view=["mask"] x objective.pooling=["first"]',)))
 ARMS = sweep.arms(CONFIG)

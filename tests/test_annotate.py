@@ -10,11 +10,18 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse, special
 
-from mixgf import artifacts, baselines, classifier, storage
-from mixgf.config import Classify, Config, Model, Source, Tokens, Tracking, Train, UserError
-from mixgf.drivers import annotate as driver
-from mixgf.drivers import classify as classify_driver
-from mixgf.drivers import dispatch, prepare
+from mixgf.classification import baselines, classifier
+from mixgf.config.classification import Classify
+from mixgf.config.data import Source, Tokens
+from mixgf.config.run import Config, Tracking
+from mixgf.config.training import Model, Train
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import UserError
+from mixgf.stages import annotate as driver
+from mixgf.stages import classify as classify_driver
+from mixgf.stages import prepare
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SMALL = Model(num_layers=1, dim=32, num_heads=2, ffn_dim=32, max_positions=48)
@@ -67,7 +74,7 @@ def label(
 
 def test_labels_of_the_test_cells_are_those_that_were_scored(trained: Config, tmp_path: Path) -> None:
     found, out = label(trained, cells("human", 40), tmp_path)
-    splits = storage.read_table(f"{trained.output}/classify/splits.parquet").to_pandas()
+    splits = tables.read_table(f"{trained.output}/classify/splits.parquet").to_pandas()
     mine = splits[(splits["group"] == "human") & (splits["part"] == "test")]["cell"].str.removeprefix("human:")
     tested = out.obs.loc[mine]
     right = tested["mixgf_label"].astype(str) == tested["cell_type"]
@@ -169,7 +176,7 @@ def test_a_head_with_weights_of_genes_is_kept_whole(tmp_path_factory: pytest.Tem
     assert kept.layer == 0
     assert kept.genes_CV.shape[1] == kept.encoder.vocab_size
     _, out = label(run, cells("human", 25), tmp_path)
-    said = storage.read_table(f"{run.output}/classify/predictions.parquet").to_pandas()
+    said = tables.read_table(f"{run.output}/classify/predictions.parquet").to_pandas()
     mine = out.obs.loc[said["cell"].str.removeprefix("human:")]
     assert mine["mixgf_label"].astype(str).tolist() == said["predicted"].tolist()
     assert len(set(said["predicted"])) > 1  # so that equal is no accident

@@ -2,8 +2,9 @@
 
 import pytest
 
-from mixgf import artifacts, storage
-from mixgf.config import UserError
+from mixgf.errors import UserError
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
 
 
 def make(config=None, parents=None, kind="corpus", schema=1):

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf import artifacts, audit, storage
-from mixgf.config import QC, Config, Source, Tokens, Tracking, UserError
-from mixgf.drivers import dispatch, prepare
+from mixgf.config.data import QC, Source, Tokens
+from mixgf.config.run import Config, Tracking
+from mixgf.corpus import overlap as audit
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import UserError
+from mixgf.stages import prepare
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
 
 
 def cells(rows: slice) -> anndata.AnnData:

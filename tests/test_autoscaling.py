@@ -14,8 +14,11 @@ import pytest
 from fake_cluster import assert_up_and_down, autoscaled, until
 from processes import die_with_us
 
-from mixgf import config, storage
-from mixgf.drivers import dispatch, prepare
+from mixgf.config import data, run, training
+from mixgf.config import parse as config
+from mixgf.distributed import tasks as dispatch
+from mixgf.stages import prepare
+from mixgf.storage import files as storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -40,7 +43,7 @@ def shards(uri):
 
 def test_prepare_starts_from_no_nodes_and_leaves_none_with_the_same_shards(world, tmp_path, monkeypatch):
     chosen, _ = world
-    chosen = dataclasses.replace(chosen, prepare=config.Prepare(shard_cells=1, block_cells=1))  # work for a while
+    chosen = dataclasses.replace(chosen, prepare=data.Prepare(shard_cells=1, block_cells=1))  # work for a while
     whole = prepare.run(dataclasses.replace(chosen, output=str(tmp_path / "whole")), spread=dispatch.loop)
     on_two_nodes(
         "prepare", dataclasses.replace(chosen, output=str(tmp_path / "run")), tmp_path / "cluster", monkeypatch
@@ -50,10 +53,10 @@ def test_prepare_starts_from_no_nodes_and_leaves_none_with_the_same_shards(world
 
 def test_pretraining_starts_from_no_nodes_and_leaves_none(make_corpus, tracking_uri, tmp_path, monkeypatch):
     uri = make_corpus(np.random.default_rng(0).integers(6, 18, 40), np.arange(40) % 2, [40])
-    chosen = config.Config(
-        output=str(tmp_path / "run"), inputs=config.Inputs(corpus=uri), tokens=config.Tokens(max_len=20),
-        model=config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20),
-        train=config.Train(batch_cells=8, max_steps=5), compute=config.Compute(num_workers=2), tracking=config.Tracking(uri=tracking_uri),
+    chosen = run.Config(
+        output=str(tmp_path / "run"), inputs=run.Inputs(corpus=uri), tokens=data.Tokens(max_len=20),
+        model=training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20),
+        train=training.Train(batch_cells=8, max_steps=5), compute=run.Compute(num_workers=2), tracking=run.Tracking(uri=tracking_uri),
     )  # fmt: skip
     on_two_nodes("pretrain", chosen, tmp_path / "cluster", monkeypatch)
     assert storage.read_json(f"{tmp_path}/run/pretrain/record.json")["counts"]["steps"] == 5

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from scipy import io, sparse
 
-from mixgf import bands, formats
-from mixgf.formats import open_reader
+from mixgf.cells import reader as cells_reader
+from mixgf.cells import row_order as bands
+from mixgf.cells.open import open_reader
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def shuffled_mtx(counts, path):
 @pytest.mark.parametrize("band_rows", [1, 7, 23, 100])
 def test_bands_hold_the_rows_of_the_file(make, band_rows, counts, tmp_path, monkeypatch):
     monkeypatch.setattr(bands, "BAND_ROWS", band_rows)
-    monkeypatch.setattr(formats, "SCAN_ENTRIES", 5)
+    monkeypatch.setattr(cells_reader, "SCAN_ENTRIES", 5)
     with open_reader(make(counts, tmp_path)) as reader:
         bands.write(reader, str(tmp_path / "bands"))
     for start, stop, rows in [(0, 23, 4), (0, 23, 100), (6, 15, 3), (7, 14, 7), (22, 23, 1), (5, 5, 2)]:

@@ -8,12 +8,16 @@ import pytest
 from scipy import sparse, special, stats
 from sklearn import metrics
 
-from mixgf import baselines, counts, species, storage
-from mixgf.baselines import BASELINES, Problem
-from mixgf.config import Classify
-from mixgf.counts import Counts
-from mixgf.rivals import RIVALS
-from mixgf.splits import Labelled, Split, make
+from mixgf.classification import baselines
+from mixgf.classification.baselines import BASELINES, Problem
+from mixgf.classification.labels import Labelled
+from mixgf.classification.scvi import RIVALS
+from mixgf.classification.splits import Split, make
+from mixgf.config.classification import Classify
+from mixgf.corpus import raw_counts as counts
+from mixgf.corpus.raw_counts import Counts
+from mixgf.genes import species
+from mixgf.storage import files as storage
 
 ORTHOLOGS = ("resource:orthologs.parquet",)
 

@@ -13,14 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixgf import config, storage
+from mixgf.config import data as config_data
+from mixgf.config import parse as config
+from mixgf.config import run as config_run
+from mixgf.config import training
+from mixgf.storage import files as storage
+from mixgf.storage import tables
 
 LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr", "alignment", "uniformity")
 LENGTHS = np.random.default_rng(0).integers(5, 30, 47)
-SETTINGS = config.Config(
-    model=config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1),
-    tokens=config.Tokens(max_len=40),
-    train=config.Train(epochs=2, batch_cells=6, lr=1e-2, warmup_steps=3, log_steps=1, checkpoint_steps=3),
+SETTINGS = config_run.Config(
+    model=training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1),
+    tokens=config_data.Tokens(max_len=40),
+    train=training.Train(epochs=2, batch_cells=6, lr=1e-2, warmup_steps=3, log_steps=1, checkpoint_steps=3),
 )
 STEPS = 16
 
@@ -81,7 +86,7 @@ def runs(corpus, folder, s3_bucket):
 
 def result(output):
     """The trace of losses by (step, name), and the hashes of the final weights and moments."""
-    rows = storage.read_table(f"{output}/history.parquet").to_pylist()
+    rows = tables.read_table(f"{output}/history.parquet").to_pylist()
     trace = {(row["step"], row["name"]): row["value"] for row in rows if row["name"] in LOSSES}
     assert len(trace) == sum(row["name"] in LOSSES for row in rows) == STEPS * len(LOSSES)  # every step, and none twice
     files = storage.read_json(f"{output}/steps/{STEPS:08d}/state.json")["files"]
@@ -105,11 +110,11 @@ def test_another_number_of_workers_goes_on_with_the_same_cells_in_the_same_batch
     ours, expected = result(outputs["elastic"])[0], result(outputs["undisturbed 1"])[0]
     for key, value in expected.items():
         # the contrast is exp(cosine / temperature) to first order: its relative error is that of a cosine / temperature
-        near = 2e-5 / config.Objective().temperature if key[1] in ("alignment", "contrast") else 2e-5
+        near = 2e-5 / training.Objective().temperature if key[1] in ("alignment", "contrast") else 2e-5
         assert ours[key] == pytest.approx(value, rel=near), key
 
-    from mixgf.dataset import Corpus
-    from mixgf.objectives import Pretraining
+    from mixgf.corpus.reader import Corpus
+    from mixgf.training.pretraining import Pretraining
 
     batches, plan = Pretraining(SETTINGS, Corpus(corpus)).plan, PLANS["elastic"]
     seen = {}
@@ -133,12 +138,14 @@ def main(spec):
     import torch
     import torch.distributed as dist  # noqa: F401 (all that a worker imports is imported once, before the forks)
 
-    from mixgf import dataset, objectives, train  # noqa: F401
+    from mixgf.corpus import reader as dataset  # noqa: F401
+    from mixgf.training import loop as train
+    from mixgf.training import pretraining as objectives  # noqa: F401
 
     torch.set_num_threads(1)
     weight = torch.nn.Linear(1, 1)
     weight(torch.ones(1)).sum().backward()
-    train.make_optimizer(weight, config.Train()).step()  # torch imports seconds of modules with its first optimizer
+    train.make_optimizer(weight, training.Train()).step()  # torch imports seconds of modules with its first optimizer
     codes = {name: [run(spec, name, i) for i in range(len(plan))] for name, plan in spec["plans"].items()}
     sys.stdout.write(json.dumps(codes))
 
@@ -172,11 +179,13 @@ def worker(spec, name, attempt, rank, workers, death):  # noqa: PLR0917
     import torch
     import torch.distributed as dist
 
-    from mixgf.config import Config, from_dict
-    from mixgf.dataset import Corpus
-    from mixgf.model import MaskedModel
-    from mixgf.objectives import Pretraining
-    from mixgf.train import GroupContext, fit
+    from mixgf.config.parse import from_dict
+    from mixgf.config.run import Config
+    from mixgf.corpus.reader import Corpus
+    from mixgf.encoder.bert import MaskedModel
+    from mixgf.training.context import GroupContext
+    from mixgf.training.loop import fit
+    from mixgf.training.pretraining import Pretraining
 
     victim, what, when = death
     settings, folder = from_dict(Config, spec["config"]), Path(spec["folder"]) / name

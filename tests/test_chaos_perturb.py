@@ -21,12 +21,16 @@ import pytest
 from fake_cluster import PATIENCE, STORE, assert_up_and_down, autoscaled, cluster, until, workers
 from processes import die_with_us
 
-from mixgf import artifacts, config, storage
-from mixgf.drivers import perturb as driver
-from mixgf.perturb import Scorer
+from mixgf.config import data, perturbation, run, training
+from mixgf.config import parse as config
+from mixgf.perturbation.work_units import Scorer
+from mixgf.stages import perturb as driver
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
-ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
+ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
 NUM_CELLS = 40
 
 
@@ -42,17 +46,17 @@ def settings(make_corpus, tmp_path_factory, tracking_uri):
     corpus = corpus.rename(folder / "corpus")
     shard = f"{corpus}/shards/00000.parquet"
     donors = pa.array([f"d{c // 2 % 4}" for c in range(NUM_CELLS)])
-    storage.write_table(shard, storage.read_table(shard).append_column("donor", donors))
-    chosen = config.Config(
+    storage_tables.write_table(shard, storage_tables.read_table(shard).append_column("donor", donors))
+    chosen = run.Config(
         output=str(folder),
-        tokens=config.Tokens(max_len=20),
-        tracking=config.Tracking(uri=tracking_uri),
-        inputs=config.Inputs(corpus=str(corpus), checkpoint=str(folder / "pretrain")),
-        perturb=config.Perturb(
+        tokens=data.Tokens(max_len=20),
+        tracking=run.Tracking(uri=tracking_uri),
+        inputs=run.Inputs(corpus=str(corpus), checkpoint=str(folder / "pretrain")),
+        perturb=perturbation.Perturb(
             start="cell_type == 'alpha'", goal="cell_type == 'beta'", max_cells=14, block_cells=4, block_genes=6,
             num_permutations=100,
         ),
-        compute=config.Compute(num_workers=2),
+        compute=run.Compute(num_workers=2),
     )  # fmt: skip
     invented.untrained_checkpoint(chosen, ROW)
     return chosen
@@ -174,7 +178,7 @@ def marking(folder):
 def main(path, folder):
     """Run the stage of a config on the cluster of RAY_ADDRESS."""
     driver.Scorer = marking(Path(folder))
-    driver.run(config.from_dict(config.Config, json.loads(Path(path).read_text())))
+    driver.run(config.from_dict(run.Config, json.loads(Path(path).read_text())))
 
 
 def test_the_pool_starts_from_no_nodes_grows_with_the_cluster_and_leaves_it_empty(work, whole, tmp_path, monkeypatch):

@@ -13,8 +13,12 @@ import numpy as np
 import psutil
 import pytest
 
-from mixgf import artifacts, config, storage
-from mixgf.drivers import dispatch, prepare
+from mixgf.config import data, run
+from mixgf.config import parse as config
+from mixgf.distributed import tasks as dispatch
+from mixgf.stages import prepare
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
 
 PATIENCE = 300
 """Seconds that a part may take to come on a busy machine."""
@@ -24,8 +28,8 @@ PATIENCE = 300
 def settings(world):
     chosen, _ = world
     sources = tuple(dataclasses.replace(s, sample="cell_type") for s in chosen.sources)
-    rules = config.QC(max_cells_per_sample=9)
-    return dataclasses.replace(chosen, sources=sources, qc=rules, prepare=config.Prepare(shard_cells=3, block_cells=2))
+    rules = data.QC(max_cells_per_sample=9)
+    return dataclasses.replace(chosen, sources=sources, qc=rules, prepare=data.Prepare(shard_cells=3, block_cells=2))
 
 
 def contents(uri):
@@ -62,8 +66,10 @@ def until(uri, number, alive):
 
 LOOP = """
 import json, sys
-from mixgf.config import Config, from_dict
-from mixgf.drivers import dispatch, prepare
+from mixgf.config.parse import from_dict
+from mixgf.config.run import Config
+from mixgf.distributed import tasks as dispatch
+from mixgf.stages import prepare
 prepare.run(from_dict(Config, json.load(open(sys.argv[1]))), spread=dispatch.loop)
 """
 
@@ -183,7 +189,7 @@ def main(path):
     import ray
     from ray.cluster_utils import Cluster
 
-    chosen = config.from_dict(config.Config, json.loads(Path(path).read_text()))
+    chosen = config.from_dict(run.Config, json.loads(Path(path).read_text()))
     store = {"object_store_memory": 100 << 20, "include_dashboard": False}
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, "_system_config": health})

@@ -18,9 +18,16 @@ import numpy as np
 import psutil
 import pytest
 
-from mixgf import checkpoint, config, dataset, storage, train
-from mixgf.model import MaskedModel
-from mixgf.objectives import Pretraining
+from mixgf.config import data as config_data
+from mixgf.config import parse as config
+from mixgf.config import run, training
+from mixgf.corpus import reader as dataset
+from mixgf.encoder.bert import MaskedModel
+from mixgf.storage import files as storage
+from mixgf.storage import tables
+from mixgf.training import checkpoints, context
+from mixgf.training import loop as train
+from mixgf.training.pretraining import Pretraining
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr", "alignment", "uniformity")
@@ -32,21 +39,21 @@ PATIENCE = 400  # seconds that a step may take to come on a busy machine
 def settings(make_corpus, tmp_path_factory):
     rng = np.random.default_rng(0)
     uri = make_corpus(rng.integers(60, 200, 300), np.arange(300) % 2, [100, 150, 50], genes=200)
-    return config.Config(
+    return run.Config(
         output=str(tmp_path_factory.mktemp("run")),
-        model=config.Model(num_layers=2, dim=64, num_heads=4, ffn_dim=64, max_positions=200),
-        tokens=config.Tokens(max_len=200),
-        train=config.Train(
+        model=training.Model(num_layers=2, dim=64, num_heads=4, ffn_dim=64, max_positions=200),
+        tokens=config_data.Tokens(max_len=200),
+        train=training.Train(
             epochs=10, batch_cells=20, lr=1e-3, warmup_steps=10, log_steps=1, checkpoint_steps=5, max_steps=STEPS
         ),
-        inputs=config.Inputs(corpus=uri),
-        compute=config.Compute(num_workers=2, max_failures=5),
+        inputs=run.Inputs(corpus=uri),
+        compute=run.Compute(num_workers=2, max_failures=5),
     )
 
 
 def result(uri):
     """The trace of losses by (step, name), and the hash of the final weights."""
-    rows = storage.read_table(f"{uri}/history.parquet").to_pylist()
+    rows = tables.read_table(f"{uri}/history.parquet").to_pylist()
     trace = {(row["step"], row["name"]): row["value"] for row in rows if row["name"] in LOSSES}
     assert len(trace) == sum(row["name"] in LOSSES for row in rows) == STEPS * len(LOSSES)  # every step, and none twice
     return trace, storage.sha256(f"{uri}/model.safetensors")
@@ -56,7 +63,7 @@ def reached(uri, step):
     """Wait until a checkpoint of at least this step is complete; returns the latest."""
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
-        steps = checkpoint.complete_steps(uri)
+        steps = checkpoints.complete_steps(uri)
         if steps and steps[-1] >= step:
             return steps[-1]
         time.sleep(0.02)
@@ -78,13 +85,13 @@ def training_workers(parent):
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_local, settings):
-    from mixgf.drivers import pretrain
+    from mixgf.stages import pretrain
 
     return result(pretrain.run(settings))
 
 
 def test_killed_workers_give_the_bits_of_the_run_never_killed(ray_local, settings, undisturbed, tmp_path):
-    from mixgf.drivers import pretrain
+    from mixgf.stages import pretrain
 
     chosen, rng = dataclasses.replace(settings, output=str(tmp_path)), np.random.default_rng(1)
     killed, uri = [], f"{tmp_path}/pretrain"
@@ -128,7 +135,7 @@ def alone(chosen):
     """Losses of the loop alone, by (step, name)."""
     corpus = dataset.Corpus(chosen.inputs.corpus)
     model = MaskedModel(chosen.model, corpus.vocabulary.size, seed=chosen.seed)
-    rows = train.fit(model, Pretraining(chosen, corpus), chosen.train, train.LocalContext())
+    rows = train.fit(model, Pretraining(chosen, corpus), chosen.train, context.LocalContext())
     return {(step, name): value for step, _, name, value in rows if name in LOSSES}
 
 
@@ -147,14 +154,14 @@ def assert_near(losses, expected):
     assert losses.keys() == expected.keys()
     for key, value in expected.items():
         # the contrast is exp(cosine / temperature) to first order: its relative error is that of a cosine / temperature
-        near = 1e-4 / config.Objective().temperature if key[1] in ("alignment", "contrast") else 1e-4
+        near = 1e-4 / training.Objective().temperature if key[1] in ("alignment", "contrast") else 1e-4
         assert losses[key] == pytest.approx(value, rel=near), key
 
 
 def test_a_lost_node_makes_the_group_smaller_and_the_run_goes_on_with_the_same_batches(settings, tmp_path):
     """Three nodes in one machine, of which a training node is lost: from two workers to one; against the loop alone."""
     chosen = dataclasses.replace(
-        settings, output=str(tmp_path), compute=config.Compute(num_workers=2, min_workers=1, max_failures=5)
+        settings, output=str(tmp_path), compute=run.Compute(num_workers=2, min_workers=1, max_failures=5)
     )
     sizes, losses = resized(chosen, "lose")
     assert sizes == {"before": 2, "after": 1}
@@ -164,8 +171,8 @@ def test_a_lost_node_makes_the_group_smaller_and_the_run_goes_on_with_the_same_b
 def test_a_new_node_makes_the_group_larger_and_the_run_goes_on_with_the_same_batches(settings, tmp_path):
     """A cluster with room for one of two workers gets a node while it trains: from one worker to two, in the same run."""
     chosen = dataclasses.replace(
-        settings, output=str(tmp_path), model=config.Model(num_layers=4, dim=128, num_heads=4, ffn_dim=256, max_positions=200),
-        compute=config.Compute(num_workers=2, min_workers=1, max_failures=0, resize_seconds=2),
+        settings, output=str(tmp_path), model=training.Model(num_layers=4, dim=128, num_heads=4, ffn_dim=256, max_positions=200),
+        compute=run.Compute(num_workers=2, min_workers=1, max_failures=0, resize_seconds=2),
     )  # fmt: skip
     sizes, losses = resized(chosen, "grow")
     assert sizes == {"before": 1, "after": 2}
@@ -177,9 +184,9 @@ def main(how, data):
     import ray
     from ray.cluster_utils import Cluster
 
-    from mixgf.drivers import pretrain
+    from mixgf.stages import pretrain
 
-    chosen = config.from_dict(config.Config, data)
+    chosen = config.from_dict(run.Config, data)
     head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False}
     if how == "lose":  # a death is noticed soon; where none is meant, a busy machine must not look like one
         head["_system_config"] = {
@@ -201,7 +208,7 @@ def main(how, data):
             give_up = time.monotonic() + PATIENCE
             while len(training_workers(os.getpid())) < 2 and time.monotonic() < give_up:
                 time.sleep(0.1)
-            reached(uri, checkpoint.complete_steps(uri)[-1] + 10)  # with both at work
+            reached(uri, checkpoints.complete_steps(uri)[-1] + 10)  # with both at work
         sizes["after"] = len(training_workers(os.getpid()))
         ended.wait()  # the kernel ends a node with the thread that started it
 

@@ -3,11 +3,17 @@ import threading
 import pytest
 import torch
 
-from mixgf import artifacts, checkpoint, config, storage
-from mixgf.config import UserError
-from mixgf.model import MaskedModel
+from mixgf.config import data as config_data
+from mixgf.config import parse as config
+from mixgf.config import training
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.training import checkpoints
 
-ROW = config.Model(num_layers=1, dim=8, num_heads=2, ffn_dim=8, max_positions=8)
+ROW = training.Model(num_layers=1, dim=8, num_heads=2, ffn_dim=8, max_positions=8)
 
 
 def trained(steps=2, seed=0):
@@ -21,10 +27,10 @@ def trained(steps=2, seed=0):
 
 def test_weights_and_moments_come_back_bit_identical(tmp_path):
     model, optimizer = trained()
-    checkpoint.save_step(str(tmp_path), 2, model, optimizer, {"identity": "a"})
+    checkpoints.save_step(str(tmp_path), 2, model, optimizer, {"identity": "a"})
     other, fresh = trained(steps=0, seed=1)
-    state = checkpoint.load_step(str(tmp_path), other, fresh)
-    assert state == checkpoint.State(2, {"identity": "a"})
+    state = checkpoints.load_step(str(tmp_path), other, fresh)
+    assert state == checkpoints.State(2, {"identity": "a"})
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         for key, value in optimizer.state[a].items():
@@ -32,51 +38,51 @@ def test_weights_and_moments_come_back_bit_identical(tmp_path):
 
 
 def test_without_a_checkpoint_there_is_no_state(tmp_path):
-    assert checkpoint.load_step(str(tmp_path), *trained(0)) is None
+    assert checkpoints.load_step(str(tmp_path), *trained(0)) is None
 
 
 def test_a_checkpoint_without_its_state_does_not_count(tmp_path):
     model, optimizer = trained()
-    checkpoint.save_step(str(tmp_path), 2, model, optimizer, {})
-    folder = checkpoint.save_step(str(tmp_path), 4, model, optimizer, {})
+    checkpoints.save_step(str(tmp_path), 2, model, optimizer, {})
+    folder = checkpoints.save_step(str(tmp_path), 4, model, optimizer, {})
     storage.remove(f"{folder}/state.json")
-    assert checkpoint.complete_steps(str(tmp_path)) == [2]
-    assert checkpoint.load_step(str(tmp_path), model, optimizer).step == 2
+    assert checkpoints.complete_steps(str(tmp_path)) == [2]
+    assert checkpoints.load_step(str(tmp_path), model, optimizer).step == 2
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_an_unreadable_checkpoint_is_an_error_and_never_a_fresh_start(tmp_path, name, damage):
     model, optimizer = trained()
-    folder = checkpoint.save_step(str(tmp_path), 2, model, optimizer, {})
+    folder = checkpoints.save_step(str(tmp_path), 2, model, optimizer, {})
     data = bytearray(storage.read_bytes(f"{folder}/{name}"))
     data = data[: len(data) // 2] if damage == "cut" else bytes(x ^ 1 for x in data)
     storage.write_bytes(f"{folder}/{name}", bytes(data))
     with pytest.raises(UserError, match=rf"{name}: .*Restore it, or remove the folder .*/00000002"):
-        checkpoint.load_step(str(tmp_path), model, optimizer)
+        checkpoints.load_step(str(tmp_path), model, optimizer)
 
 
 def test_a_missing_file_of_a_complete_checkpoint_is_an_error(tmp_path):
     model, optimizer = trained()
-    folder = checkpoint.save_step(str(tmp_path), 2, model, optimizer, {})
+    folder = checkpoints.save_step(str(tmp_path), 2, model, optimizer, {})
     storage.remove(f"{folder}/model.safetensors")
     with pytest.raises(UserError, match=r"model.safetensors.*Restore it"):
-        checkpoint.load_step(str(tmp_path), model, optimizer)
+        checkpoints.load_step(str(tmp_path), model, optimizer)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     model, optimizer = trained()
-    checkpoint.save_step(str(tmp_path), 2, model, optimizer, {})
+    checkpoints.save_step(str(tmp_path), 2, model, optimizer, {})
     other = MaskedModel(ROW, 11)
     with pytest.raises(UserError, match=r"another model .*encoder.tokens \(10, 8\) instead of \(11, 8\)"):
-        checkpoint.load_step(str(tmp_path), other, torch.optim.AdamW(other.parameters()))
+        checkpoints.load_step(str(tmp_path), other, torch.optim.AdamW(other.parameters()))
 
 
 def test_pruning_keeps_the_latest(tmp_path):
     model, optimizer = trained()
     for step in (1, 2, 3):
-        checkpoint.save_step(str(tmp_path), step, model, optimizer, {})
-    checkpoint.prune(str(tmp_path), 2)
+        checkpoints.save_step(str(tmp_path), step, model, optimizer, {})
+    checkpoints.prune(str(tmp_path), 2)
     assert storage.list_dir(f"{tmp_path}/steps") == ["00000002", "00000003"]
 
 
@@ -86,7 +92,9 @@ def test_a_published_model_is_loaded_whole(tmp_path):
     artifacts.begin(uri, record)
     with pytest.raises(UserError, match="no finished checkpoint"):
         checkpoint.load_encoder(uri)
-    checkpoint.publish(uri, record, model, vocabulary="abc", tokens=config.Tokens(), objective=config.Objective())
+    checkpoint.publish(
+        uri, record, model, vocabulary="abc", tokens=config_data.Tokens(), objective=training.Objective()
+    )
     encoder, found = checkpoint.load_encoder(uri)
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
     assert not encoder.training
@@ -104,15 +112,15 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_however_late_it_is_writt
     model, optimizer = trained()
     then = {name: p.detach().clone() for name, p in model.named_parameters()}
     go_on, counted = threading.Event(), []
-    with checkpoint.Saver(str(tmp_path), keep=2) as saver:
+    with checkpoints.Saver(str(tmp_path), keep=2) as saver:
         save(saver, 2, model, optimizer, before=lambda: go_on.wait(60), after=lambda: counted.append(2))
         sum((p**2).sum() for p in model.parameters()).backward()
         optimizer.step()  # training goes on while the checkpoint is not written yet
-        assert checkpoint.complete_steps(str(tmp_path)) == counted == []
+        assert checkpoints.complete_steps(str(tmp_path)) == counted == []
         go_on.set()
-    assert checkpoint.complete_steps(str(tmp_path)) == counted == [2]
+    assert checkpoints.complete_steps(str(tmp_path)) == counted == [2]
     other, fresh = trained(steps=0, seed=1)
-    checkpoint.load_step(str(tmp_path), other, fresh)
+    checkpoints.load_step(str(tmp_path), other, fresh)
     assert all(torch.equal(p, then[name]) for name, p in other.named_parameters())
     assert not torch.equal(model.encoder.tokens, then["encoder.tokens"])
     assert {float(state["step"]) for state in fresh.state.values()} == {2.0}
@@ -120,7 +128,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_however_late_it_is_writt
 
 def test_checkpoints_appear_in_order_and_use_the_same_memory_again(tmp_path):
     model, optimizer = trained()
-    with checkpoint.Saver(str(tmp_path), keep=2) as saver:
+    with checkpoints.Saver(str(tmp_path), keep=2) as saver:
         places = set()
         for step in range(1, 6):
             save(saver, step, model, optimizer)
@@ -133,9 +141,9 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_at_the_next_one_or_at_t
     model, optimizer = trained()
     blocked = tmp_path / "file"
     blocked.touch()
-    with pytest.raises(NotADirectoryError, match="file"), checkpoint.Saver(f"{blocked}/run", keep=2) as saver:
+    with pytest.raises(NotADirectoryError, match="file"), checkpoints.Saver(f"{blocked}/run", keep=2) as saver:
         save(saver, 1, model, optimizer)
-    saver = checkpoint.Saver(f"{blocked}/run", keep=2)
+    saver = checkpoints.Saver(f"{blocked}/run", keep=2)
     save(saver, 1, model, optimizer)
     with pytest.raises(NotADirectoryError, match="file"):
         save(saver, 2, model, optimizer)
@@ -144,8 +152,8 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_at_the_next_one_or_at_t
 def test_pruning_removes_what_a_killed_writer_left_before_the_kept_checkpoints_and_nothing_after_them(tmp_path):
     model, optimizer = trained()
     for step in (1, 2, 3, 4):
-        folder = checkpoint.save_step(str(tmp_path), step, model, optimizer, {})
+        folder = checkpoints.save_step(str(tmp_path), step, model, optimizer, {})
         if step in (1, 4):
             storage.remove(f"{folder}/state.json")
-    checkpoint.prune(str(tmp_path), 1)
+    checkpoints.prune(str(tmp_path), 1)
     assert storage.list_dir(f"{tmp_path}/steps") == ["00000003", "00000004"]

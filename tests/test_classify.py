@@ -8,12 +8,25 @@ import pytest
 import torch
 from scipy import special
 
-from mixgf import classify, contenders, convex, dataset, embed, keyed, lora, train
-from mixgf.classify import Classifier
-from mixgf.config import Classify, Config, Model, Tokens, Train, UserError, Vocab
-from mixgf.dataset import Corpus
-from mixgf.model import Encoder
-from mixgf.splits import Labelled, Split, make
+from mixgf import rng as keyed
+from mixgf.classification import finetune as classify
+from mixgf.classification import labels as classification_labels
+from mixgf.classification import linear_start as convex
+from mixgf.classification import models as contenders
+from mixgf.classification import probes, species_alignment
+from mixgf.classification.finetune import Classifier
+from mixgf.classification.labels import Labelled
+from mixgf.classification.splits import Split, make
+from mixgf.config.classification import Classify
+from mixgf.config.data import Tokens, Vocab
+from mixgf.config.run import Config
+from mixgf.config.training import Model, Train
+from mixgf.corpus import packed
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import embed, lora
+from mixgf.encoder.bert import Encoder
+from mixgf.errors import UserError
+from mixgf.training import context
 
 CELLS = 90
 SMALL = Model(num_layers=2, dim=32, num_heads=2, ffn_dim=64, max_positions=32)
@@ -48,7 +61,7 @@ def only_split(data: Labelled) -> Split:
 
 def tuned(corpus: Corpus, data: Labelled, split: Split, run: Config = RUN) -> classify.Tuned:
     encoder = Encoder(SMALL, corpus.vocabulary.size)
-    return classify.finetune(encoder, corpus, data, split, run=run, context=train.LocalContext())
+    return classify.finetune(encoder, corpus, data, split, run=run, context=context.LocalContext())
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +146,7 @@ def test_frozen_layers_do_not_move(corpus: Corpus, layers: int, trained: set[obj
     encoder = Encoder(SMALL, corpus.vocabulary.size)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     run = replace(RUN, classify=replace(RUN.classify, freeze_layers=layers, epochs=1))
-    classify.finetune(encoder, corpus, table(), only_split(table()), run=run, context=train.LocalContext())
+    classify.finetune(encoder, corpus, table(), only_split(table()), run=run, context=context.LocalContext())
     moved: set[object] = set()
     for name, p in encoder.named_parameters():
         if not torch.equal(p, before[name]):
@@ -180,7 +193,7 @@ def test_sentences_are_cut_to_max_len(corpus: Corpus) -> None:
 def test_sentences_longer_than_the_encoder_has_positions_are_cut(corpus: Corpus) -> None:
     assert corpus.lengths_N.max() > 8
     encoder = Encoder(replace(SMALL, max_positions=8), corpus.vocabulary.size)
-    found = classify.finetune(encoder, corpus, table(), only_split(table()), run=RUN, context=train.LocalContext())
+    found = classify.finetune(encoder, corpus, table(), only_split(table()), run=RUN, context=context.LocalContext())
     assert np.isfinite(found.probabilities).all()
     assert [classify.longest(encoder, Classify(max_len=n)) for n in (0, 5, 9)] == [8, 5, 8]
 
@@ -223,7 +236,7 @@ TRAIN = np.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
 @pytest.mark.parametrize("head", contenders.HEADS)
 def test_heads_tell_two_directions_apart(head: str) -> None:
     data, split = two_groups(across=False)
-    found = classify.frozen(
+    found = probes.frozen(
         head, TRAIN, np.array([[5.0, 0.0], [-5.0, 0.0]]), table=data, split=split, settings=Classify(knn=2)
     )
     assert found.argmax(1).tolist() == [0, 1]
@@ -233,12 +246,12 @@ def test_heads_tell_two_directions_apart(head: str) -> None:
 def test_between_species_an_offset_of_all_cells_of_a_species_does_not_matter(head: str) -> None:
     data, split = two_groups(across=True)
     shifted = np.array([[105.0, 3.0], [95.0, 3.0]])  # the mouse cells lie elsewhere, types apart in the same direction
-    found = classify.frozen(head, TRAIN, shifted, table=data, split=split, settings=Classify(knn=2))
+    found = probes.frozen(head, TRAIN, shifted, table=data, split=split, settings=Classify(knn=2))
     assert found.argmax(1).tolist() == [0, 1]
 
 
 def test_labels_come_from_the_corpus_and_unknown_ones_are_left_out(corpus: Corpus) -> None:
-    found = classify.labelled(corpus, Classify(unlabelled=("beta",)))
+    found = classification_labels.labelled(corpus, Classify(unlabelled=("beta",)))
     assert set(found.labels) == {"alpha"}
     assert found.cells.tolist() == list(range(1, CELLS, 2))
     assert set(found.donors) == {""}  # the corpus has no such column
@@ -247,8 +260,9 @@ def test_labels_come_from_the_corpus_and_unknown_ones_are_left_out(corpus: Corpu
 def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(
     corpus: Corpus, make_corpus, tmp_path
 ) -> None:
-    from mixgf import artifacts, checkpoint
-    from mixgf.model import MaskedModel
+    from mixgf.encoder import checkpoint
+    from mixgf.encoder.bert import MaskedModel
+    from mixgf.storage import artifacts
 
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {})
     uri = str(tmp_path / "pretrain")
@@ -322,7 +336,7 @@ def test_weights_of_genes_are_summed_as_the_convex_start_has_them(corpus: Corpus
     with torch.no_grad():
         model.genes.copy_(torch.randn(model.genes.shape, generator=torch.Generator().manual_seed(0)))
     added = (model(sentences.batch(cells)) - without).detach().numpy()
-    rows = convex.gene_rows(*dataset.cut(*corpus.tokens(cells), 7), corpus.vocabulary.size)
+    rows = convex.gene_rows(*packed.cut(*corpus.tokens(cells), 7), corpus.vocabulary.size)
     np.testing.assert_allclose(added, rows @ model.linear()[2].T, atol=1e-5)
 
 
@@ -330,7 +344,7 @@ def test_adapters_train_themselves_and_the_head_only(corpus: Corpus) -> None:
     """Of the encoder the embedding and the norms stay; every matrix moves by a product of the rank, merged when it is over."""
     encoder, before = (Encoder(SMALL, corpus.vocabulary.size) for _ in range(2))
     run = replace(RUN, classify=replace(RUN.classify, lora_rank=2, epochs=8, lr=0.01))
-    found = classify.finetune(encoder, corpus, table(), only_split(table()), run=run, context=train.LocalContext())
+    found = classify.finetune(encoder, corpus, table(), only_split(table()), run=run, context=context.LocalContext())
     moved = {
         n for (n, p), q in zip(encoder.named_parameters(), before.parameters(), strict=True) if not torch.equal(p, q)
     }
@@ -374,7 +388,7 @@ def test_another_species_is_read_by_the_ids_of_the_one_that_trains(corpus: Corpu
     human, mouse = (vocabulary.of(name) for name in ("human", "mouse"))
     pairs = {("human", "mouse"): {human.genes[0]: mouse.genes[2], human.genes[3]: mouse.genes[1]}}
     pairs[("mouse", "human")] = {b: a for a, b in pairs[("human", "mouse")].items()}
-    shared = classify.shared_tokens(vocabulary, pairs, "human", "mouse")
+    shared = species_alignment.shared_tokens(vocabulary, pairs, "human", "mouse")
     assert shared[mouse.tokens[2]] == shared[human.tokens[0]] == human.tokens[0]
     assert shared[mouse.tokens[1]] == shared[human.tokens[3]] == human.tokens[3]
     assert shared[: classify.NUM_SPECIALS].tolist() == list(range(classify.NUM_SPECIALS))
@@ -401,7 +415,7 @@ def test_a_shift_of_all_scores_of_a_species_is_undone_whatever_the_sizes_of_the_
     train, test = (np.eye(3)[ids] * 8 + rng.normal(size=(len(ids), 3)) for ids in (labels, true))
     away = test + np.array([5.0, 0.0, -3.0])
     assert (away.argmax(1) != true).mean() > 0.2
-    found = classify.moved(special.softmax(away, axis=1), special.softmax(train, axis=1), labels)
+    found = species_alignment.moved(special.softmax(away, axis=1), special.softmax(train, axis=1), labels)
     assert (found.argmax(1) == true).all()
     scores, expected = np.log(found), np.log(special.softmax(train, axis=1))
     means = [

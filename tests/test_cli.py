@@ -7,8 +7,10 @@ import time
 
 import pytest
 
-from mixgf import cli, recipes
-from mixgf.config import Config, from_dict, meanings, to_dict
+from mixgf import cli
+from mixgf.config import recipes
+from mixgf.config.parse import from_dict, meanings, to_dict
+from mixgf.config.run import Config
 
 
 def mixgf(*argv):

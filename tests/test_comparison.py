@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixgf import classify, comparison, integration
-from mixgf.config import UserError
+from mixgf.classification import integration
+from mixgf.classification import labels as classification_labels
+from mixgf.comparison import shift_selection, transfer
+from mixgf.errors import UserError
 
 
 def test_what_a_failed_type_is_called_and_why():
@@ -20,7 +22,7 @@ def test_what_a_failed_type_is_called_and_why():
     per_class = pd.DataFrame([
         task | {"model": m, "class": kind, "num_train": train, "num_test": test} for m in ("knn", "hvg_logreg", "majority") for kind, (train, test) in sizes.items()
     ])  # fmt: skip
-    found = comparison.failures(per_class, confusion).set_index(["model", "type"])
+    found = transfer.failures(per_class, confusion).set_index(["model", "type"])
     a = found.loc[("knn", "a")]
     assert (a["recall"], a["into"], a["into_share"], a["best_control"], a["control_f1"]) == (
         0.1,
@@ -34,11 +36,9 @@ def test_what_a_failed_type_is_called_and_why():
     assert a["why"] == "the genes tell it (hvg_logreg: F1 0.78), this model does not"
     assert found.loc[("knn", "b"), "why"] == found.loc[("knn", "b"), "into"] == ""
     assert found.loc[("knn", "c"), "why"] == "only 5 training cells"
-    twice = comparison.failures(per_class, pd.concat([confusion, confusion.assign(seed=1)])).set_index(
-        ["model", "type"]
-    )
+    twice = transfer.failures(per_class, pd.concat([confusion, confusion.assign(seed=1)])).set_index(["model", "type"])
     pd.testing.assert_frame_equal(twice, found)  # the same cells again are no more cells
-    few = comparison.failures(per_class.assign(num_train=90), confusion).set_index(["model", "type"])
+    few = transfer.failures(per_class.assign(num_train=90), confusion).set_index(["model", "type"])
     assert few.loc[("knn", "c"), "why"].startswith("every control fails too (best majority: F1 0.00)")
 
 
@@ -58,17 +58,17 @@ def test_corresponding_types_by_hand():
 
 
 def test_shifts_are_read():
-    one, two = comparison.wanted(["x#t=a == 'q' -> b == 1", "y=a == 'q' => half"])
+    one, two = shift_selection.wanted(["x#t=a == 'q' -> b == 1", "y=a == 'q' => half"])
     assert (one.name, one.tag, one.before, one.after, one.whole) == ("x", "t", "a == 'q'", "b == 1", False)
     assert (two.tag, two.after, two.whole) == ("", "half", True)
     with pytest.raises(UserError, match="each name once"):
-        comparison.wanted(["x=a -> b", "x=a -> c"])
+        shift_selection.wanted(["x=a -> b", "x=a -> c"])
 
 
 def test_labels_that_count_as_one():
     labels = np.array(["CD4 T", "CD8 T", "B", ""])
-    assert classify.merged(labels, ["T=CD4 T|CD8 T"]).tolist() == ["T", "T", "B", ""]
-    assert classify.merged(labels, []) is labels
+    assert classification_labels.merged(labels, ["T=CD4 T|CD8 T"]).tolist() == ["T", "T", "B", ""]
+    assert classification_labels.merged(labels, []) is labels
     for wrong in (["T=CD5 T"], ["CD4 T"], ["T=CD4 T", "U=CD4 T"]):
         with pytest.raises(UserError, match="must be NAME=LABEL"):
-            classify.merged(labels, wrong)
+            classification_labels.merged(labels, wrong)

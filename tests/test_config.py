@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from mixgf import recipes
-from mixgf.config import Config, UserError, difference, fingerprint, from_dict, override, to_dict
+from mixgf.config import recipes
+from mixgf.config.parse import difference, fingerprint, from_dict, override, to_dict
+from mixgf.config.run import Config
+from mixgf.errors import UserError
 
 
 @pytest.mark.parametrize("name", list(recipes.RECIPES))
@@ -94,7 +96,7 @@ def test_a_bad_value_is_one_line_with_field_value_and_way_out(assignment, messag
 
 
 def test_fingerprint_is_the_same_in_every_process_and_refuses_unstable_values():
-    code = "from mixgf import recipes, config; print(config.fingerprint(config.to_dict(recipes.get('demo'))))"
+    code = "from mixgf.config import recipes, parse as config; print(config.fingerprint(config.to_dict(recipes.get('demo'))))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert fingerprint(to_dict(recipes.get("demo"))) == other
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
@@ -105,7 +107,7 @@ def test_fingerprint_is_the_same_in_every_process_and_refuses_unstable_values():
 
 
 def test_config_and_cli_import_nothing_heavy():
-    code = "import sys, mixgf.cli, mixgf.recipes; print([m for m in ('torch','ray','numpy','pyarrow','mlflow') if m in sys.modules])"
+    code = "import sys, mixgf.cli, mixgf.config.recipes; print([m for m in ('torch','ray','numpy','pyarrow','mlflow') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixgf import conserved
+from mixgf.comparison import conserved_response as conserved
+from mixgf.comparison import gene_networks
 
 NAMES = ("ant", "bee")
 
@@ -120,18 +121,18 @@ def test_neighbours_and_their_overlap_by_hand():
     vectors = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], dtype=float)
     rng = np.random.default_rng(0)
     for block in (4, 3, 1):
-        assert conserved.neighbours(vectors, 1, rng, block=block).ravel().tolist() == [1, 0, 3, 2]
+        assert gene_networks.neighbours(vectors, 1, rng, block=block).ravel().tolist() == [1, 0, 3, 2]
     one, other = np.array([[1], [0], [3], [2]]), np.array([[1], [2], [3], [2]])
-    assert conserved.shared(conserved.near(one), other, np.arange(4)).tolist() == [1, 0, 1, 1]
+    assert gene_networks.shared(gene_networks.near(one), other, np.arange(4)).tolist() == [1, 0, 1, 1]
     # the second species' genes under each other's names: 0 is called 1 and 1 is called 0
-    assert conserved.shared(conserved.near(one), one, np.array([1, 0, 2, 3])).tolist() == [1, 1, 1, 1]
-    assert conserved.shared(conserved.near(one), one, np.array([2, 1, 0, 3])).tolist() == [0, 0, 0, 0]
+    assert gene_networks.shared(gene_networks.near(one), one, np.array([1, 0, 2, 3])).tolist() == [1, 1, 1, 1]
+    assert gene_networks.shared(gene_networks.near(one), one, np.array([2, 1, 0, 3])).tolist() == [0, 0, 0, 0]
 
 
 def test_genes_that_are_equally_near_are_no_neighbourhood_in_common():
     """Profiles with nothing in common: taken by number, the first genes would be everyone's neighbours in both species."""
     rng = np.random.default_rng(3)
-    found = conserved.overlap(np.eye(200), np.eye(200), rng.random((200, 2)), k=10, num=99, rng=rng)
+    found = gene_networks.overlap(np.eye(200), np.eye(200), rng.random((200, 2)), k=10, num=99, rng=rng)
     assert found["share"] == pytest.approx(found["chance"], abs=0.02)
     assert found["p"] > 0.01
 
@@ -141,12 +142,12 @@ def test_neighbourhoods_of_the_same_space_overlap_and_those_of_frequency_alone_d
     base, frequency = rng.normal(size=(128, 12)), np.arange(128) % 4 / 4  # four classes, wider than a bin
     features = np.stack([frequency, frequency], axis=1)
     turned = base @ np.linalg.qr(rng.normal(size=(12, 12)))[0]  # another basis: the same neighbours
-    same = conserved.overlap(base, turned, features, k=5, num=99, rng=rng)
+    same = gene_networks.overlap(base, turned, features, k=5, num=99, rng=rng)
     assert same["share"] == same["jaccard"] == 1
     assert same["p"] == 0.01
     angle = 3 * frequency[:, None]
     by_frequency = [np.hstack([np.cos(angle), np.sin(angle), rng.normal(0, 0.2, (128, 2))]) for _ in range(2)]
-    nothing = conserved.overlap(*by_frequency, features, k=10, num=99, rng=rng)
+    nothing = gene_networks.overlap(*by_frequency, features, k=10, num=99, rng=rng)
     assert nothing["share"] > 1.5 * nothing["chance"]
     assert nothing["p"] > 0.05
     assert nothing["null_low"] <= nothing["share"] <= nothing["null_high"]
@@ -159,10 +160,10 @@ def test_response_profiles_are_what_is_specific_and_are_set_side_by_side_by_orth
         "operation": "delete", "gene": [f"A{p}" for p, _ in pairs], "responding": [f"A{r}" for _, r in pairs], "num_still": 9,
         "change_still": [8.0 if p == r else 1.0 for p, r in pairs],
     })  # fmt: skip
-    found = conserved.profiles(matrix, "delete")
+    found = gene_networks.profiles(matrix, "delete")
     assert found.to_numpy().tolist() == [[3, 0, 0], [0, 3, 0], [0, 0, 3]]
     other = found.rename(index={"A0": "B2", "A1": "B0", "A2": "B1"})
-    a, b, genes = conserved.aligned(found, other, {"A0": "B0", "A2": "B9", "A1": "B1"})
+    a, b, genes = gene_networks.aligned(found, other, {"A0": "B0", "A2": "B9", "A1": "B1"})
     assert genes == ["A0", "A1"]
     assert a.tolist() == [[3, 0, 0], [0, 3, 0]]
     assert b.tolist() == [[0, 3, 0], [0, 0, 3]]

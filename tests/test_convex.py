@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import sparse, special
 
-from mixgf import convex
+from mixgf.classification import linear_start as convex
 
 N, V = 90, 40
 

@@ -12,9 +12,12 @@ import pytest
 from scipy import io as scipy_io
 from scipy import sparse
 
-from mixgf import corpus
-from mixgf.config import Source, SpeciesRow, UserError
-from mixgf.formats import open_reader
+from mixgf.cells import counts as corpus
+from mixgf.cells import sources
+from mixgf.cells.open import open_reader
+from mixgf.config.data import Source, SpeciesRow
+from mixgf.errors import UserError
+from mixgf.genes import identify
 
 NAMES = [f"ENSYYYG{i:04d}" for i in range(9)]
 
@@ -111,15 +114,15 @@ def read(uri, layer, columns, start, stop, rows):  # noqa: PLR0917
 
 
 def plain_columns(row, names=NAMES):
-    return corpus.identify(names, corpus.known_genes(row), biotypes=("protein_coding",))
+    return identify.identify(names, identify.known_genes(row), biotypes=("protein_coding",))
 
 
 @pytest.mark.parametrize(
     "kind", ["csr X", "csc X", "dense X", "csr raw", "csc counts", "dense raw", "csr counts", "10x v3", "10x v2", "mtx"]
 )
 def test_every_format_and_any_row_range_gives_the_counts(kind, row, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixgf.formats.SCAN_ENTRIES", 7)  # many scan chunks
-    monkeypatch.setattr("mixgf.formats.DENSE_BYTES", 9 * 4 * 3)  # three dense rows
+    monkeypatch.setattr("mixgf.cells.reader.SCAN_ENTRIES", 7)  # many scan chunks
+    monkeypatch.setattr("mixgf.cells.h5ad.DENSE_BYTES", 9 * 4 * 3)  # three dense rows
     uri, layer = write(kind, tmp_path / "cells", counts)
     for start, stop, rows in [(0, 23, 23), (0, 23, 5), (4, 17, 4), (22, 23, 9)]:
         x, names, genes = read(uri, layer, plain_columns(row), start, stop, rows)
@@ -162,7 +165,7 @@ def test_ids_lose_their_version_and_symbols_resolve_by_trust(row):
         "nothing",
         "ENSYYYG9999",
     ]
-    found = corpus.identify(names, corpus.known_genes(row), biotypes=("protein_coding",))
+    found = identify.identify(names, identify.known_genes(row), biotypes=("protein_coding",))
     assert list(zip(found["gene"].to_pylist(), found["how"].to_pylist(), strict=True)) == [
         ("ENSYYYG0003", "id"), ("ENSYYYG0004", "id"), ("ENSYYYG0001", "symbol"), ("ENSYYYG0000", "previous"), ("ENSYYYG0002", "alias"),
         (None, "ambiguous"), ("ENSYYYG0051", "symbol"), ("ENSYYYG0005", "symbol"), (None, "unknown"), (None, "unknown"),
@@ -170,11 +173,11 @@ def test_ids_lose_their_version_and_symbols_resolve_by_trust(row):
 
 
 def test_only_asked_biotypes_or_given_genes_may_enter_the_vocabulary(row):
-    known = corpus.known_genes(row)
+    known = identify.known_genes(row)
     assert plain_columns(row)["candidate"].to_pylist() == [True] * 8 + [False]
-    assert corpus.identify(NAMES, known, biotypes=("lncRNA",))["candidate"].to_pylist() == [False] * 8 + [True]
+    assert identify.identify(NAMES, known, biotypes=("lncRNA",))["candidate"].to_pylist() == [False] * 8 + [True]
     given = frozenset({"ENSYYYG0008", "ENSYYYG7777"})
-    found = corpus.identify([*NAMES, "ENSYYYG7777"], known, biotypes=(), vocabulary=given)
+    found = identify.identify([*NAMES, "ENSYYYG7777"], known, biotypes=(), vocabulary=given)
     assert found["candidate"].to_pylist() == [False] * 8 + [True, True]
     assert found["mito"].to_pylist() == [False] * 7 + [True, False, False]
 
@@ -189,7 +192,7 @@ def test_columns_of_one_gene_are_summed_and_other_columns_kept(row, counts, tmp_
     expected[:, 4] += counts[:, 5]
     expected[:, [1, 3, 5]] = 0
     assert np.array_equal(x, expected)
-    report = corpus.report(columns, x.sum(0), [])
+    report = identify.report(columns, x.sum(0), [])
     assert (report.columns, report.mapped, report.renamed, report.summed, report.unmapped) == (9, 7, 2, 3, 2)
     assert report.counts_lost == pytest.approx(counts[:, [2, 7]].sum() / counts.sum())
     assert set(report.unmapped_names) == {"x", "y"}
@@ -198,21 +201,23 @@ def test_columns_of_one_gene_are_summed_and_other_columns_kept(row, counts, tmp_
 def test_the_report_names_the_likely_cause(row, tmp_path):
     table = pa.table({"gene": ["ENSQ1"], "symbol": ["Quail1"], "biotype": ["protein_coding"], "is_mito": [False]})
     pq.write_table(table, tmp_path / "q.parquet")
-    quail = corpus.known_genes(SpeciesRow(name="quail", taxon=2, gene_prefix="ENSQ", genes=str(tmp_path / "q.parquet")))
+    quail = identify.known_genes(
+        SpeciesRow(name="quail", taxon=2, gene_prefix="ENSQ", genes=str(tmp_path / "q.parquet"))
+    )
     for names, cause in {
         ("Quail1", "Gen1"): "they are quail genes: wrong species?",
         ("ENSMUSG00000000001", "Gen1"): "another species, or retired ids",
         ("17", "Gen1"): "bare numbers",
         ("what", "Gen1"): "neither Ensembl ids nor known symbols",
     }.items():
-        assert cause in corpus.report(plain_columns(row, names), np.asarray([9, 1]), [quail]).cause
+        assert cause in identify.report(plain_columns(row, names), np.asarray([9, 1]), [quail]).cause
 
 
 def test_antibodies_and_other_features_are_left_out(row, counts, tmp_path):
     write_tenx(tmp_path / "a.h5", counts, kinds=["Gene Expression"] * 7 + ["Antibody Capture"] * 2)
     with open_reader(str(tmp_path / "a.h5")) as reader:
-        found = corpus.identify(
-            reader.gene_names(""), corpus.known_genes(row), biotypes=("protein_coding",), is_gene=reader.is_gene
+        found = identify.identify(
+            reader.gene_names(""), identify.known_genes(row), biotypes=("protein_coding",), is_gene=reader.is_gene
         )
     assert found["counted"].to_pylist() == [True] * 7 + [False] * 2
     assert found["gene"].to_pylist()[7:] == [None, None]
@@ -296,16 +301,18 @@ def test_truncated_matrix_market_is_refused(row, counts, tmp_path):
 def test_globs_expand_and_names_must_differ(tmp_path):
     for name in ("b.h5ad", "a.h5ad"):
         (tmp_path / name).touch()
-    found = corpus.resolve(
+    found = sources.resolve(
         [Source(uri=f"{tmp_path}/*.h5ad", species="human", name="x"), Source(uri="resource:q.h5ad", species="human")]
     )
     assert [s.name for s in found] == ["x-a", "x-b", "q"]
     with pytest.raises(UserError, match="matches no file"):
-        corpus.resolve([Source(uri=f"{tmp_path}/*.h5", species="human")])
+        sources.resolve([Source(uri=f"{tmp_path}/*.h5", species="human")])
     with pytest.raises(UserError, match=r"sources\.name = 'a': used by 2 sources"):
-        corpus.resolve([Source(uri=f"{tmp_path}/a.h5ad", species="human"), Source(uri="other/a.h5ad", species="human")])
+        sources.resolve(
+            [Source(uri=f"{tmp_path}/a.h5ad", species="human"), Source(uri="other/a.h5ad", species="human")]
+        )
     with pytest.raises(UserError, match="must name at least one file"):
-        corpus.resolve([])
+        sources.resolve([])
 
 
 def test_names_in_a_categorical_index_are_read_as_others(tmp_path):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from mixgf import cost
-from mixgf.config import Config, Tracking, UserError
+from mixgf.config.run import Config, Tracking
+from mixgf.errors import UserError
+from mixgf.tracking import cost
 
 
 def test_a_bill_worked_by_hand():

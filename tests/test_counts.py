@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf import counts, storage
-from mixgf.config import MOUSE, Source, UserError
-from mixgf.counts import Counts
-from mixgf.vocab import SpeciesGenes
+from mixgf.config.data import MOUSE, Source
+from mixgf.corpus import raw_counts as counts
+from mixgf.corpus.raw_counts import Counts
+from mixgf.errors import UserError
+from mixgf.genes.vocabulary import SpeciesGenes
+from mixgf.storage import files as storage
 
 URI = "resource:pancreas_mouse_baron.h5ad"
 SOURCE = Source(uri=URI, species="mouse", name="baron")

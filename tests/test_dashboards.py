@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixgf.drivers.metrics import METRICS
+from mixgf.distributed.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 BOARDS_DIR = ROOT / "dashboards"
@@ -218,7 +218,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 os.environ.pop("RAY_ADDRESS", None)
 import ray
 from mixgf.config import Config, Tracking
-from mixgf.drivers.metrics import watch
+from mixgf.distributed.metrics import watch
 folder, stop = sys.argv[1:]
 ray.init(address="local", num_cpus=2, include_dashboard=True, object_store_memory=80 << 20, log_to_driver=False,
          logging_level="ERROR", _temp_dir=folder)

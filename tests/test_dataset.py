@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import config, dataset, keyed, plan, storage
+from mixgf import errors
+from mixgf import rng as keyed
+from mixgf.corpus import packed
+from mixgf.corpus import reader as dataset
+from mixgf.encoder import batch as encoder_batch
+from mixgf.storage import files as storage
+from mixgf.training import batch_plan as plan
+from mixgf.training import prefetch
 
 LENGTHS = [5, 1, 7, 3, 3, 9, 2]
 SPECIES = [0, 1, 0, 1, 0, 0, 1]
@@ -44,8 +51,8 @@ def test_a_corpus_opened_with_a_bound_has_the_first_tokens_of_every_sentence(mak
 def test_a_cut_batch_is_the_batch_of_the_cut_sentences():
     tokens_T, offsets = np.arange(9, dtype=np.int32), np.array([0, 2, 7, 9])
     keys = np.array([5, 6, 7], dtype=np.uint64)
-    cut = dataset.pack([(tokens_T, offsets)], range(3), keys).cut(3)
-    same = dataset.pack([dataset.cut(tokens_T, offsets, 3)], range(3), keys)
+    cut = encoder_batch.pack([(tokens_T, offsets)], range(3), keys).cut(3)
+    same = encoder_batch.pack([packed.cut(tokens_T, offsets, 3)], range(3), keys)
     for name in ("ids_T", "offsets_B1", "positions_T", "cells_B", "keys_T"):
         assert torch.equal(getattr(cut, name), getattr(same, name)), name
     assert cut.max_len == same.max_len == 3
@@ -71,31 +78,31 @@ def test_obs_comes_in_cell_order_and_names_unknown_columns(uri):
     assert corpus.obs(["cell"])["cell"].tolist() == [f"source:{i}" for i in range(7)]
     assert "tokens" not in corpus.obs().columns
     assert corpus.obs()["species"].tolist() == [("human", "mouse")[s] for s in SPECIES]
-    with pytest.raises(config.UserError, match="no column 'donor'; there are cell, species"):
+    with pytest.raises(errors.UserError, match="no column 'donor'; there are cell, species"):
         corpus.obs(["donor"])
 
 
 def test_a_corpus_with_another_vocabulary_is_refused(make_corpus):
     uri, other = make_corpus(LENGTHS, SPECIES, [7]), make_corpus(LENGTHS, SPECIES, [7], genes=41)
     storage.write_bytes(f"{uri}/vocabulary.parquet", storage.read_bytes(f"{other}/vocabulary.parquet"))
-    with pytest.raises(config.UserError, match="not the one its tokens were made with"):
+    with pytest.raises(errors.UserError, match="not the one its tokens were made with"):
         _ = dataset.Corpus(uri).vocabulary
 
 
 def test_a_shard_that_does_not_fit_the_index_is_refused(make_corpus):
     uri, other = make_corpus(LENGTHS, SPECIES, [3, 4]), make_corpus(LENGTHS[::-1], SPECIES, [3, 4])
     storage.write_bytes(f"{uri}/shards/00000.parquet", storage.read_bytes(f"{other}/shards/00000.parquet"))
-    with pytest.raises(config.UserError, match=r"does not fit index.parquet"):
+    with pytest.raises(errors.UserError, match=r"does not fit index.parquet"):
         dataset.Corpus(uri).tokens([0])
 
 
 def test_pack_and_cut_by_hand():
     tokens, offsets = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 4])
-    batch = dataset.pack([(tokens, offsets)], [7, 9])
+    batch = encoder_batch.pack([(tokens, offsets)], [7, 9])
     assert batch.positions_T.tolist() == [0, 1, 2, 0]
     assert (batch.max_len, batch.num_cells, batch.num_tokens) == (3, 2, 4)
     assert batch.keys_T is None
-    few, bounds = dataset.cut(tokens, offsets, 2)
+    few, bounds = packed.cut(tokens, offsets, 2)
     assert few.tolist() == [10, 11, 20]
     assert bounds.tolist() == [0, 2, 3]
 
@@ -104,7 +111,7 @@ def test_packs_of_several_views_lie_one_after_the_other_with_the_plain_dropout_k
     first = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 3, 4])
     second = np.array([11, 20, 21], dtype=np.int32), np.array([0, 1, 1, 3])
     visits = np.array([7, 8, 10**12])
-    batch = dataset.pack([first, second], [7, 8, 9], keyed.hashed(3, 1, visits))
+    batch = encoder_batch.pack([first, second], [7, 8, 9], keyed.hashed(3, 1, visits))
     assert batch.ids_T.tolist() == [10, 11, 12, 20, 11, 20, 21]
     assert batch.offsets_B1.tolist() == [0, 3, 3, 4, 5, 5, 7]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 0, 1]
@@ -112,7 +119,7 @@ def test_packs_of_several_views_lie_one_after_the_other_with_the_plain_dropout_k
     assert batch.max_len == 3
     visit_T, view_T = np.array([7, 7, 7, 10**12, 7, 10**12, 10**12]), np.array([0, 0, 0, 0, 1, 1, 1])
     assert torch.equal(batch.keys_T, keyed.dropout_keys(3, 1, visit_T, view_T, batch.positions_T.numpy()))
-    none = dataset.pack([(first[0][:0], np.array([0]))], [])
+    none = encoder_batch.pack([(first[0][:0], np.array([0]))], [])
     assert (none.num_cells, none.num_tokens, none.max_len) == (0, 0, 1)
 
 
@@ -121,7 +128,7 @@ def test_prefetch_gives_all_steps_in_order_and_counts_the_time_waited():
         time.sleep(0.02)
         return step
 
-    with dataset.Prefetch(slow, 3, 8, depth=1) as ahead:
+    with prefetch.Prefetch(slow, 3, 8, depth=1) as ahead:
         assert list(ahead) == [3, 4, 5, 6, 7]
     assert 0.05 < ahead.waited < 5
 
@@ -133,8 +140,8 @@ def test_prefetch_raises_the_error_of_its_thread_and_stops_when_left():
             raise RuntimeError(msg)
         return step
 
-    with dataset.Prefetch(fail, 0, 1000, depth=2) as ahead, pytest.raises(RuntimeError, match="at 2"):
+    with prefetch.Prefetch(fail, 0, 1000, depth=2) as ahead, pytest.raises(RuntimeError, match="at 2"):
         list(ahead)
-    with dataset.Prefetch(lambda step: step, 0, 10**9, depth=2) as ahead:
+    with prefetch.Prefetch(lambda step: step, 0, 10**9, depth=2) as ahead:
         next(iter(ahead))
     assert not ahead._thread.is_alive()

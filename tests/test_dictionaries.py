@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixgf import dictionaries
-from mixgf.config import HUMAN, MOUSE, UserError
+from mixgf.config.data import HUMAN, MOUSE
+from mixgf.errors import UserError
+from mixgf.genes import token_dictionaries as dictionaries
 
 TOKENS = {"<pad>": 0, "<mask>": 1, "ENSG00000000003": 2, "ENSG00000000005": 9, "ENSMUSG00000000001": 300}
 KINDS = {

@@ -12,12 +12,25 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse
 
-from mixgf import artifacts, checkpoint, config, contenders, embed, parts, results, rivals, storage
-from mixgf.config import Classify, Compute, Config, Embed, Model, Source, Tokens, Tracking, Train, UserError
-from mixgf.dataset import Corpus
-from mixgf.drivers import classify as driver
-from mixgf.drivers import dispatch, prepare
-from mixgf.model import MaskedModel
+from mixgf.classification import intermediates as parts
+from mixgf.classification import models as contenders
+from mixgf.classification import scvi as rivals
+from mixgf.classification import tables as results
+from mixgf.config import parse as config
+from mixgf.config import run as config_run
+from mixgf.config.classification import Classify
+from mixgf.config.data import Source, Tokens
+from mixgf.config.run import Compute, Config, Tracking
+from mixgf.config.training import Embed, Model, Train
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed import tasks as dispatch
+from mixgf.encoder import checkpoint, embed
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.stages import classify as driver
+from mixgf.stages import prepare
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
 
 TYPES = ("beta cell", "alpha cell", "delta cell", "ductal cell")
 SMALL = Model(num_layers=2, dim=32, num_heads=2, ffn_dim=64, max_positions=64)
@@ -56,12 +69,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def at(base: Config, folder: Path, **changes: object) -> Config:
     """The same inputs, another output."""
-    inputs = config.Inputs(corpus=f"{base.output}/corpus", checkpoint=f"{base.output}/pretrain")
+    inputs = config_run.Inputs(corpus=f"{base.output}/corpus", checkpoint=f"{base.output}/pretrain")
     return replace(base, output=str(folder), inputs=inputs, classify=replace(base.classify, **changes))
 
 
 def table(run: Config, name: str) -> pd.DataFrame:
-    return storage.read_table(f"{run.output}/classify/{name}.parquet").to_pandas()
+    return tables.read_table(f"{run.output}/classify/{name}.parquet").to_pandas()
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +209,7 @@ def test_a_killed_run_makes_only_what_is_missing_and_ends_the_same(
 def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: Path) -> None:
     """Vectors from the artifact's shards equal those made in parts; those of other settings are refused."""
     corpus, encoder = Corpus(base.output + "/corpus"), artifacts.require(base.output + "/pretrain", "checkpoint")
-    run = replace(at(base, tmp_path), inputs=config.Inputs(embeddings=str(tmp_path / "embed")))
+    run = replace(at(base, tmp_path), inputs=config_run.Inputs(embeddings=str(tmp_path / "embed")))
     with pytest.raises(UserError, match=r"inputs.embeddings = .*embed: not of this corpus, checkpoint and embed"):
         parts.embeddings(run, corpus.record, encoder)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": encoder.fingerprint}
@@ -205,7 +218,7 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
     for shard, start in enumerate(corpus.starts[:-1].tolist()):
         vectors = embed.embed_cells(model, corpus, np.arange(start, corpus.starts[shard + 1]), "mean", -1)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-        storage.write_table(str(tmp_path / "embed" / "shards" / f"{shard:05d}.parquet"), pa.table({"vector": column}))
+        tables.write_table(str(tmp_path / "embed" / "shards" / f"{shard:05d}.parquet"), pa.table({"vector": column}))
     artifacts.finish(str(tmp_path / "embed"), record)
     assert parts.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
     assert parts.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
@@ -368,7 +381,7 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
 
 def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_path: Path) -> None:
     """The run's checkpoint under another name scores the same; another one does not; one of another vocabulary is refused."""
-    other = replace(base, output=str(tmp_path / "other"), inputs=config.Inputs(corpus=f"{base.output}/corpus"))
+    other = replace(base, output=str(tmp_path / "other"), inputs=config_run.Inputs(corpus=f"{base.output}/corpus"))
     for name, vocabulary in (("small", Corpus(f"{base.output}/corpus").vocabulary.hash), ("strange", "another")):
         record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {name: 1}, {})
         artifacts.begin(f"{other.output}/{name}", record)

@@ -13,24 +13,23 @@ import pytest
 from invented import NUM_GENES, species, untrained_checkpoint
 from scipy import sparse
 
-from mixgf import across, artifacts, comparison, report, storage
-from mixgf.config import (
-    QC,
-    Classify,
-    Compare,
-    Config,
-    Inputs,
-    Model,
-    Perturb,
-    Source,
-    Tokens,
-    Tracking,
-    Train,
-    UserError,
-    Vocab,
-)
-from mixgf.drivers import compare, dispatch, perturb, pieces, prepare
-from mixgf.species import orthologs
+from mixgf.comparison import encoders, shift_selection
+from mixgf.comparison import shift_tables as comparison
+from mixgf.config.classification import Classify
+from mixgf.config.comparison import Compare
+from mixgf.config.data import QC, Source, Tokens, Vocab
+from mixgf.config.perturbation import Perturb
+from mixgf.config.run import Config, Inputs, Tracking
+from mixgf.config.training import Model, Train
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import UserError
+from mixgf.genes.species import orthologs
+from mixgf.report import build as report
+from mixgf.report import load
+from mixgf.report.sections import species as across
+from mixgf.stages import compare, perturb, pieces, prepare
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
 
 SMALL = Model(num_layers=1, dim=16, num_heads=2, ffn_dim=32, max_positions=32)
 SHIFTS = (
@@ -101,7 +100,7 @@ def done(runs: tuple[Config, Config]) -> Config:
 
 
 def table(run: Config, name: str) -> pd.DataFrame:
-    return storage.read_table(f"{run.output}/compare/{name}.parquet").to_pandas()
+    return tables.read_table(f"{run.output}/compare/{name}.parquet").to_pandas()
 
 
 def test_labels_are_carried_both_ways_by_every_encoder_and_control(done: Config) -> None:
@@ -156,10 +155,10 @@ def test_again_does_nothing_and_a_classification_that_is_there_is_read(
 
 
 def test_the_report_shows_every_part(done: Config) -> None:
-    made = across.section(report.load(done))
+    made = across.section(load.load(done))
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
     assert headings == ["One space", "Labels carried to the other species", "Shifts that match", "Gene networks"]
-    assert "Shifts that match" in report.render(report.load(done), "key")
+    assert "Shifts that match" in report.render(load.load(done), "key")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +186,7 @@ def test_strata_keep_composition_out_of_a_shift(runs: tuple[Config, Config]) -> 
     own, _ = runs
     obs = comparison.Corpus(f"{own.output}/corpus").obs()
     within = replace(own, compare=replace(own.compare, within=("cell_type",), min_cells=5, shifts=SHIFTS[:2]))
-    for shift in comparison.chosen(within, obs):
+    for shift in shift_selection.chosen(within, obs):
         types = obs["cell_type"].to_numpy()[shift.rows_N]
         for stratum in np.unique(shift.strata_N):
             assert len(set(types[shift.strata_N == stratum])) == 1
@@ -195,11 +194,11 @@ def test_strata_keep_composition_out_of_a_shift(runs: tuple[Config, Config]) -> 
 
 
 def test_a_classification_of_other_cells_or_labels_is_not_taken_for_its_own(done: Config) -> None:
-    (world, _), uri = comparison.worlds(done, f"{done.output}/compare"), f"{done.output}/compare/classify"
-    assert comparison._has(uri, world)
+    (world, _), uri = encoders.worlds(done, f"{done.output}/compare"), f"{done.output}/compare/classify"
+    assert encoders._has(uri, world)
     for change in ({"merge": ("x=a|b",)}, {"cells": "donor == 'ENSA0'"}, {"transfer": "donor"}):
         other = replace(world.config, classify=replace(world.config.classify, **change))
-        assert not comparison._has(uri, replace(world, config=other)), change
+        assert not encoders._has(uri, replace(world, config=other)), change
 
 
 # two perturbations of real cells
@@ -253,7 +252,7 @@ def test_responses_of_real_cells_stand_side_by_side_ortholog_by_ortholog(real: C
     assert [of[g] for g in found["gene_human"]] == found["gene_mouse"].tolist()
     sides = {}
     for name in ("human", "mouse"):
-        genes = storage.read_table(f"{real.output}/../{name}/perturb/genes.parquet").to_pandas()
+        genes = tables.read_table(f"{real.output}/../{name}/perturb/genes.parquet").to_pandas()
         genes = genes[genes["num_cells"] > 0].set_index(["operation", "gene"])
         sides[name] = {
             (operation, of[g] if name == "human" else g) for operation, g in genes.index if name == "mouse" or g in of
@@ -284,7 +283,7 @@ def test_response_matrices_of_real_cells_give_networks(real: Config) -> None:
 
 
 def test_the_report_shows_responses_and_networks_or_why_there_are_none(real: Config) -> None:
-    loaded = report.load(real)
+    loaded = load.load(real)
     made = across.section(loaded)
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
     assert headings[-2:] == ["Conserved and divergent responses", "Gene networks"]

@@ -4,14 +4,18 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from mixgf import artifacts, checkpoint, config, dataset, storage
-from mixgf.config import UserError
-from mixgf.drivers import embed as driver
-from mixgf.embed import embed_cells
-from mixgf.model import MaskedModel
+from mixgf.config import data, run, training
+from mixgf.corpus import reader as dataset
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.encoder.embed import embed_cells
+from mixgf.errors import UserError
+from mixgf.stages import embed as driver
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
 
 pytestmark = pytest.mark.ray
-ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40)
+ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40)
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +26,8 @@ def settings(make_corpus, tmp_path_factory):
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {})
     artifacts.begin(f"{output}/pretrain", record)
     model = MaskedModel(ROW, vocabulary.size)
-    checkpoint.publish(
-        f"{output}/pretrain", record, model, vocabulary=vocabulary.hash, tokens=config.Tokens(max_len=40)
-    )
-    return config.Config(output=output, inputs=config.Inputs(corpus=uri), compute=config.Compute(num_workers=2))
+    checkpoint.publish(f"{output}/pretrain", record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=40))
+    return run.Config(output=output, inputs=run.Inputs(corpus=uri), compute=run.Compute(num_workers=2))
 
 
 def test_the_cluster_gives_what_the_pure_function_gives_and_a_second_run_does_nothing(ray_local, settings):
@@ -73,13 +75,13 @@ def _plan(settings):
 
 def test_a_layer_the_model_does_not_have_and_foreign_sentences_are_refused(settings, make_corpus):
     with pytest.raises(UserError, match=r"embed.layer = -4: the model has 2 layers"):
-        driver.run(dataclasses.replace(settings, embed=config.Embed(layer=-4)))
+        driver.run(dataclasses.replace(settings, embed=training.Embed(layer=-4)))
     foreign = make_corpus([5], [0], [1], genes=50)
     with pytest.raises(UserError, match=r"inputs.checkpoint: made with vocabulary"):
-        driver.run(dataclasses.replace(settings, inputs=config.Inputs(corpus=foreign)))
+        driver.run(dataclasses.replace(settings, inputs=run.Inputs(corpus=foreign)))
     with_cls = make_corpus([5], [0], [1], cls=True)
     with pytest.raises(
         UserError,
         match=r"inputs.checkpoint: trained on sentences with tokens.cls = false, .* has true; prepare that with --set tokens.cls=false",
     ):
-        driver.run(dataclasses.replace(settings, inputs=config.Inputs(corpus=with_cls)))
+        driver.run(dataclasses.replace(settings, inputs=run.Inputs(corpus=with_cls)))

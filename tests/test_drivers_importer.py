@@ -11,14 +11,25 @@ import pyarrow as pa
 import pytest
 from invented import dying
 
-from mixgf import artifacts, cli, config, species, storage, train
-from mixgf.config import HUMAN, MOUSE, QC, Config, Imports, Prepare, Source, Tokens, Tracking, UserError, Vocab, to_dict
-from mixgf.dataset import Corpus
-from mixgf.drivers import dispatch, importer
-from mixgf.model import MaskedModel
-from mixgf.objectives import Pretraining
-from mixgf.species import gene_table
-from mixgf.vocab import Vocabulary
+from mixgf import cli
+from mixgf.config import checks
+from mixgf.config import parse as config
+from mixgf.config.data import HUMAN, MOUSE, QC, Imports, Prepare, Source, Tokens, Vocab
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Config, Tracking
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed import tasks as dispatch
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.genes import species
+from mixgf.genes.species import gene_table
+from mixgf.genes.vocabulary import Vocabulary
+from mixgf.stages import import_corpus as importer
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
+from mixgf.training import context
+from mixgf.training import loop as train
+from mixgf.training.pretraining import Pretraining
 
 NUM_GENES = 40
 SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[2] / "shared"))
@@ -112,7 +123,7 @@ def ruled(settings, **rules):
 
 def shards(uri):
     record = artifacts.require(uri, "corpus")
-    return pa.concat_tables([storage.read_table(f"{uri}/shards/{s['name']}") for s in record.details["shards"]])
+    return pa.concat_tables([tables.read_table(f"{uri}/shards/{s['name']}") for s in record.details["shards"]])
 
 
 def bytes_of(uri):
@@ -144,7 +155,7 @@ def test_every_cell_keeps_its_genes_in_order_under_our_ids(world, tmp_path, cls,
         assert cell["n_counts"] is cell["n_genes"] is cell["mito_fraction"] is None
     rows = {name: table.filter(pa.compute.equal(table["species"], name))["source_row"].to_pylist() for name in said}
     assert rows == {"human": [i for i in range(36) if i != 7], "mouse": list(range(20))}
-    index = storage.read_table(f"{uri}/index.parquet")
+    index = tables.read_table(f"{uri}/index.parquet")
     assert index["length"].to_pylist() == table["length"].to_pylist()
     assert [record.details["species"][c] for c in index["species"].to_pylist()] == table["species"].to_pylist()
 
@@ -152,7 +163,7 @@ def test_every_cell_keeps_its_genes_in_order_under_our_ids(world, tmp_path, cls,
 def test_every_id_of_every_cell_is_accounted_for(world, tmp_path):
     settings, said, _ = world
     uri = made(settings, tmp_path)
-    human, mouse = storage.read_table(f"{uri}/imported.parquet").to_pylist()
+    human, mouse = tables.read_table(f"{uri}/imported.parquet").to_pylist()
     for row, name in ((human, "human"), (mouse, "mouse")):
         assert sum(n for k, n in row.items() if k.startswith("ids_")) == sum(map(len, said[name]))
         assert (row["dictionary_genes"], row["genes_in_vocabulary"]) == (NUM_GENES, NUM_GENES)
@@ -258,7 +269,7 @@ def test_what_is_wrong_is_refused_or_counted(world, tmp_path, spoil, found):
             prepare=Prepare(shard_cells=5, block_cells=5, strict=True),
         )
     counted = made(ruled(settings, **{field: "count"}), tmp_path, "counted", sources=(source,))
-    (row,) = storage.read_table(f"{counted}/imported.parquet").to_pylist()
+    (row,) = tables.read_table(f"{counted}/imported.parquet").to_pylist()
     assert row[counter] == 1
     vocabulary = Vocabulary.load(counted).of("human")
     gene = dict(zip(vocabulary.tokens.tolist(), vocabulary.genes.tolist(), strict=True))
@@ -272,7 +283,7 @@ def test_genes_without_a_median_are_left_out_and_counted_or_refused(world, tmp_p
     lost = set(genes["human"][::4])
     (tmp_path / "human_medians.pkl").write_bytes(pickle.dumps({g: m for g, m in medians.items() if g not in lost}))
     uri = made(settings, tmp_path, sources=settings.sources[:1], qc=QC(min_genes=1))
-    (row,) = storage.read_table(f"{uri}/imported.parquet").to_pylist()
+    (row,) = tables.read_table(f"{uri}/imported.parquet").to_pylist()
     assert row["ids_outside"] == sum(g in lost for s in said["human"] for g in s) > 0
     assert (row["dictionary_genes"], row["genes_in_vocabulary"]) == (40, 30)
     assert Vocabulary.load(uri).of("human").genes.tolist() == [g for g in genes["human"] if g not in lost]
@@ -437,7 +448,7 @@ def test_an_imported_corpus_is_inspected_trained_on_and_told_from_a_prepared_one
     assert "55" in out
     corpus, small = Corpus("run/corpus"), config.override(Config(), SMALL)
     model = MaskedModel(small.model, corpus.vocabulary.size, seed=0)
-    rows = train.fit(model, Pretraining(small, corpus), small.train, train.LocalContext())
+    rows = train.fit(model, Pretraining(small, corpus), small.train, context.LocalContext())
     losses = [value for _, _, name, value in rows if name == "loss"]
     assert len(losses) > 0
     assert np.isfinite(losses).all()
@@ -487,11 +498,11 @@ def test_help_and_printed_config_show_the_section(capsys):
     )
     printed = json.loads(capsys.readouterr().out)
     assert printed["imports"]["dictionaries"] == ["human=s3://b/a=b.pkl", "x.pkl"]
-    assert [config.split_named(t) for t in printed["imports"]["dictionaries"]] == [
+    assert [checks.split_named(t) for t in printed["imports"]["dictionaries"]] == [
         ("human", "s3://b/a=b.pkl"),
         ("", "x.pkl"),
     ]
-    assert config.split_named("s3://b/a=b.pkl") == ("", "s3://b/a=b.pkl")
+    assert checks.split_named("s3://b/a=b.pkl") == ("", "s3://b/a=b.pkl")
     with pytest.raises(UserError, match=r"imports\.outside = 'drop': must be one of 'refuse', 'count'"):
         Imports(outside="drop")
     with pytest.raises(UserError, match=r"imports\.medians = .*must be one URI per name"):

@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
-from mixgf import cost
-from mixgf.config import Config, Tracking
-from mixgf.drivers import metrics
-from mixgf.drivers.metrics import METRICS, Meter, node_type, watch
+from mixgf.config.run import Config, Tracking
+from mixgf.distributed import metrics
+from mixgf.distributed.metrics import METRICS, Meter, node_type, watch
+from mixgf.tracking import cost
 
 
 class Tracked:

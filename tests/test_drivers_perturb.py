@@ -8,15 +8,25 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mixgf import artifacts, checkpoint, config, cost, perturbation, report, scorecard, storage, targets
-from mixgf.config import UserError
-from mixgf.dataset import Corpus
-from mixgf.drivers import perturb as driver
-from mixgf.drivers.metrics import Meter
-from mixgf.model import MaskedModel
-from mixgf.perturb import Scorer
+from mixgf.config import data, training
+from mixgf.config import perturbation as config_perturbation
+from mixgf.config import run as config_run
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed.metrics import Meter
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.perturbation import design as targets
+from mixgf.perturbation.work_units import Scorer
+from mixgf.report import load
+from mixgf.report.sections import perturbation
+from mixgf.report.sections import summary as scorecard
+from mixgf.stages import perturb as driver
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
+from mixgf.tracking import cost
 
-ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
+ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
 NUM_CELLS = 40
 COLUMNS = [
     "gene", "symbol", "ortholog", "ortholog_symbol", "species", "operation", "variant", "role", "reference", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
@@ -35,15 +45,15 @@ def inputs(make_corpus, tmp_path_factory):
     for i, rows in enumerate((25, 15)):
         uri = f"{corpus}/shards/{i:05d}.parquet"
         donors = [f"d{c // 2 % 4}" for c in range(start, start + rows)]
-        storage.write_table(uri, storage.read_table(uri).append_column("donor", pa.array(donors)))
+        tables.write_table(uri, tables.read_table(uri).append_column("donor", pa.array(donors)))
         start += rows
     weights = str(tmp_path_factory.mktemp("pretrain"))
     vocabulary = Corpus(corpus).vocabulary
     record = artifacts.plan("checkpoint", 1, {}, {})
     artifacts.begin(weights, record)
     model = MaskedModel(ROW, vocabulary.size, seed=5)
-    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=config.Tokens(max_len=20))
-    return config.Inputs(corpus=corpus, checkpoint=weights)
+    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=20))
+    return config_run.Inputs(corpus=corpus, checkpoint=weights)
 
 
 def configure(inputs, output, **settings):
@@ -51,8 +61,8 @@ def configure(inputs, output, **settings):
         "start": "cell_type == 'alpha'", "goal": "cell_type == 'beta'", "alternatives": ("donor == 'd1'",), "max_cells": 14,
         "block_cells": 4, "block_genes": 7, "num_permutations": 100,
     } | settings  # fmt: skip
-    return config.Config(
-        output=str(output), inputs=inputs, perturb=config.Perturb(**chosen), tokens=config.Tokens(max_len=20)
+    return config_run.Config(
+        output=str(output), inputs=inputs, perturb=config_perturbation.Perturb(**chosen), tokens=data.Tokens(max_len=20)
     )
 
 
@@ -69,7 +79,7 @@ def whole(inputs, tmp_path_factory):
 
 
 def test_the_table_has_a_row_per_gene_and_operation_ranked_by_shift(whole):
-    table = storage.read_table(f"{whole}/perturb/genes.parquet")
+    table = tables.read_table(f"{whole}/perturb/genes.parquet")
     assert table.column_names == COLUMNS
     frame = table.to_pandas()
     record = artifacts.require(f"{whole}/perturb", "perturbation")
@@ -133,13 +143,13 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     once, again = tmp_path / "once", tmp_path / "again"
     driver.run(configure(inputs, once, response=6), local=True)
     matrix = storage.read_bytes(f"{once}/perturb/responses.parquet")
-    frame = storage.read_table(f"{once}/perturb/responses.parquet").to_pandas()
+    frame = tables.read_table(f"{once}/perturb/responses.parquet").to_pandas()
     assert genes(once) == genes(whole)
     assert frame["responding"].nunique() == 6
     record = artifacts.find(f"{once}/perturb")
     assert record.counts["responses"] == len(frame)
     assert record.counts["parts"] == artifacts.find(f"{whole}/perturb").counts["parts"]
-    write, left = storage.write_table, [9]
+    write, left = tables.write_table, [9]
 
     def dying(uri, *rest, **named):  # between a unit's responses and its own part
         left[0] -= "/parts/" in uri and "/responses/" not in uri
@@ -148,7 +158,7 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
         return write(uri, *rest, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_table", dying)
+        patch.setattr(tables, "write_table", dying)
         with pytest.raises(KeyboardInterrupt):
             driver.run(configure(inputs, again, response=6), local=True)
     driver.run(configure(inputs, again, response=6), local=True)
@@ -156,7 +166,7 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     few = tmp_path / "few"
     chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "null_genes": 3}
     driver.run(configure(inputs, few, response=6, **chosen), local=True)
-    part = storage.read_table(f"{few}/perturb/responses.parquet").to_pandas()
+    part = tables.read_table(f"{few}/perturb/responses.parquet").to_pandas()
     keys = ["operation", "gene", "responding"]
     both = part.astype(dict.fromkeys(keys, str)).merge(frame.astype(dict.fromkeys(keys, str)), on=keys)
     assert len(both) == len(part) < len(frame)
@@ -182,7 +192,7 @@ def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp
         "alternative_0": others[0],
         "alternative_1": others[1],
     }
-    states = storage.read_table(f"{tmp_path}/perturb/states.parquet").to_pandas()
+    states = tables.read_table(f"{tmp_path}/perturb/states.parquet").to_pandas()
     means = {}
     for name, text in expressions.items():
         cells = np.flatnonzero(obs.eval(text))
@@ -193,7 +203,7 @@ def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp
             chosen = cells if not donor else cells[(obs["donor"].iloc[cells] == donor).to_numpy()]
             assert row["num_cells"] == len(chosen)
             assert np.array(row["vector"]) == pytest.approx(vectors[chosen].mean(axis=0), abs=1e-6)
-    frame = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
+    frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
     perturbed = targets.design(corpus, configure(inputs, tmp_path, alternatives=others, max_cells=3)).cells_N.tolist()
     deleted = frame[frame["operation"] == "delete"].set_index("symbol")
     checked = 0
@@ -227,7 +237,7 @@ def test_two_ray_workers_give_what_the_local_loop_gives(ray_local, inputs, whole
 
 @pytest.mark.ray
 def test_workers_that_the_cluster_has_no_room_for_are_not_charged(ray_local, inputs, whole, tmp_path):
-    chosen = dataclasses.replace(configure(inputs, tmp_path), compute=config.Compute(num_workers=40))
+    chosen = dataclasses.replace(configure(inputs, tmp_path), compute=config_run.Compute(num_workers=40))
     began = time.monotonic()
     driver.run(chosen, local=False)
     most = ray_local.cluster_resources()["CPU"] * (time.monotonic() - began)
@@ -286,7 +296,7 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
     for name in ("vocabulary.parquet", "index.parquet", "record.json"):
         storage.write_bytes(f"{copy}/{name}", storage.read_bytes(f"{inputs.corpus}/{name}"))
     for name in ("00000.parquet", "00001.parquet"):
-        table = storage.read_table(f"{inputs.corpus}/shards/{name}")
+        table = tables.read_table(f"{inputs.corpus}/shards/{name}")
         sentences = table["tokens"].to_pylist()
         marked = []
         for i, sentence in enumerate(sentences):
@@ -298,8 +308,8 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
         table = table.set_column(
             table.column_names.index("tokens"), "tokens", pa.array(sentences, pa.list_(pa.int32()))
         )
-        storage.write_table(f"{copy}/shards/{name}", table.append_column("state", pa.array(marked)))
-    inputs = config.Inputs(corpus=copy, checkpoint=inputs.checkpoint)
+        tables.write_table(f"{copy}/shards/{name}", table.append_column("state", pa.array(marked)))
+    inputs = config_run.Inputs(corpus=copy, checkpoint=inputs.checkpoint)
     chosen = {
         "start": "state == 'without'",
         "goal": "state == 'with'",
@@ -309,7 +319,7 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
     }
     settings = configure(inputs, tmp_path, **chosen, genes=tuple(f"human{i}" for i in range(24)))
     driver.run(settings, local=True)
-    frame = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
+    frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
     frame = frame.sort_values("shift_minus_alternatives", ascending=False, ignore_index=True)
     assert frame["symbol"][0] == "human3"
     assert frame["shift_minus_alternatives"][0] > 3 * frame["shift_minus_alternatives"][1]
@@ -318,7 +328,7 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
 
 
 def shifts(output):
-    frame = storage.read_table(f"{output}/perturb/genes.parquet").to_pandas()
+    frame = tables.read_table(f"{output}/perturb/genes.parquet").to_pandas()
     return frame.set_index(["operation", "gene"])["shift"]
 
 
@@ -327,10 +337,10 @@ def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agre
     driver.run(configure(inputs, tmp_path, **chosen), local=True)
     every, found = shifts(whole), shifts(tmp_path)
     assert 10 < len(found) / 2 < len(every) / 2
-    reference = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas().groupby("gene")["reference"].first()
+    reference = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas().groupby("gene")["reference"].first()
     assert reference.all()  # 13 drawn ones are no company
     assert np.allclose(found, every[found.index], atol=1e-6)
-    fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
+    fate = tables.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
     assert len(fate) == len(every)
     assert set(fate.loc[fate["fate"] == "scored", "gene"]) == set(found.index.get_level_values("gene"))
     for end in (slice(None, 2), slice(-2, None)):  # two that move cells there, two that move them away
@@ -353,8 +363,8 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
     record = artifacts.plan("checkpoint", 1, {}, {})
     artifacts.begin(weights, record)
     model = MaskedModel(ROW, vocabulary.size, seed=5)
-    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=config.Tokens(max_len=20))
-    mine = config.Inputs(corpus=corpus, checkpoint=weights)
+    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=20))
+    mine = config_run.Inputs(corpus=corpus, checkpoint=weights)
     chosen = {
         "screen": 6,
         "screen_sample": 12,
@@ -364,12 +374,12 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
         "operations": ("delete",),
     }
     driver.run(configure(mine, tmp_path, **chosen), local=True)
-    frame = storage.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
+    frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
     record = artifacts.find(f"{tmp_path}/perturb")
     whole = record.counts["screened_out"] + len(frame)
     assert frame["reference"].sum() == 26
     assert 26 < len(frame) <= 32 < whole
-    fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
+    fate = tables.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
     best = set(fate["gene"].iloc[:3]) | set(fate.dropna(subset="estimate")["gene"].iloc[-3:])
     assert best <= set(frame["gene"])
     assert set(frame.loc[~frame["reference"], "gene"]) <= best  # who was not drawn was chosen
@@ -399,12 +409,12 @@ def test_a_screen_that_agrees_too_little_is_not_followed(inputs, whole, tmp_path
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        config.Perturb(**({"screen": 4, "goal": "cell_type == 'beta'"} | settings))
+        config_perturbation.Perturb(**({"screen": 4, "goal": "cell_type == 'beta'"} | settings))
 
 
 def report_of(inputs, output):
     """What the report says of a run's perturbation, in its section and in brief."""
-    run = report.load(configure(inputs, output), light=True)
+    run = load.load(configure(inputs, output), light=True)
     sections = (scorecard.brief(run), perturbation.section(run))
     return "\n".join(str(block) for section in sections for block in section.blocks).lower()
 
@@ -429,7 +439,7 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
     assert f"not complete: its budget was spent before {record.counts['not_scored']} gene" in said
     assert record.details["budget"]["worker_hours"] <= 60 / 3600
     assert np.allclose(first, shifts(whole)[first.index], atol=1e-6)
-    fate = storage.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
+    fate = tables.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
     assert (fate["fate"] == "beyond the budget").sum() == 2 * record.counts["not_scored"]
     driver.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
     assert len(keys) == done  # the same budget: nothing to do

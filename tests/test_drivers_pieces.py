@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mixgf.drivers.metrics import Meter
-from mixgf.drivers.pieces import Piece, loop, make
+from mixgf.distributed.metrics import Meter
+from mixgf.stages.pieces import Piece, loop, make
 
 
 def touch(path):

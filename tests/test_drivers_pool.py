@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixgf.config import UserError
+from mixgf.errors import UserError
 
 pytestmark = pytest.mark.ray
 
@@ -55,7 +55,7 @@ def expected(items):
 
 @pytest.fixture
 def pools(ray_local):
-    from mixgf.drivers import pool
+    from mixgf.distributed import actor_pool as pool
 
     return pool
 

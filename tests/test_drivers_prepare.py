@@ -9,10 +9,15 @@ import pytest
 from invented import NUM_GENES, dying
 from scipy import sparse
 
-from mixgf import artifacts, bands, storage, units
-from mixgf.config import QC, Prepare, Source, Tokens, UserError, Vocab
-from mixgf.drivers import dispatch, prepare
-from mixgf.vocab import Vocabulary
+from mixgf.cells import row_order as bands
+from mixgf.config.data import QC, Prepare, Source, Tokens, Vocab
+from mixgf.corpus import prepare_passes as units
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import UserError
+from mixgf.genes.vocabulary import Vocabulary
+from mixgf.stages import prepare
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
 
 
 def bytes_of(uri):
@@ -28,7 +33,7 @@ def made(config, tmp_path, name, **changes):
 
 def shards(uri):
     record = artifacts.require(uri, "corpus")
-    return pa.concat_tables([storage.read_table(f"{uri}/shards/{s['name']}") for s in record.details["shards"]])
+    return pa.concat_tables([tables.read_table(f"{uri}/shards/{s['name']}") for s in record.details["shards"]])
 
 
 def test_three_invented_species_become_the_sentences_of_the_formula(world, tmp_path):
@@ -44,7 +49,7 @@ def test_three_invented_species_become_the_sentences_of_the_formula(world, tmp_p
     assert record.counts["read"] == read == record.counts["kept"] + sum(dropped.values())
     assert dropped["few_genes"] >= 3
     assert dropped["duplicate"] == 3
-    index = storage.read_table(f"{uri}/index.parquet")
+    index = tables.read_table(f"{uri}/index.parquet")
     assert index.num_rows == table.num_rows == record.counts["kept"] == sum(s["rows"] for s in record.details["shards"])
     assert index["length"].to_pylist() == table["length"].to_pylist() == [len(t) for t in table["tokens"].to_pylist()]
     assert [record.details["species"][c] for c in index["species"].to_pylist()] == table["species"].to_pylist()

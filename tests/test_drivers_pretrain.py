@@ -8,11 +8,19 @@ import pytest
 import torch
 from dying_worker import worker_session
 
-from mixgf import artifacts, checkpoint, config, dataset, storage, tracking, train
-from mixgf.config import UserError
-from mixgf.drivers import pretrain
-from mixgf.model import MaskedModel
-from mixgf.objectives import Pretraining
+from mixgf.config import data as config_data
+from mixgf.config import run, training
+from mixgf.corpus import reader as dataset
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.stages import pretrain
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.tracking import mlflow_runs as tracking
+from mixgf.training import checkpoints, context
+from mixgf.training import loop as train
+from mixgf.training.pretraining import Pretraining
 
 pytestmark = pytest.mark.ray
 LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr")
@@ -21,13 +29,13 @@ LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr")
 @pytest.fixture(scope="module")
 def settings(make_corpus, tmp_path_factory):
     uri = make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 14])
-    return config.Config(
+    return run.Config(
         output=str(tmp_path_factory.mktemp("run")),
-        model=config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40),
-        tokens=config.Tokens(max_len=40),
-        train=config.Train(epochs=2, batch_cells=6, lr=1e-2, warmup_steps=2, log_steps=1, checkpoint_steps=3),
-        inputs=config.Inputs(corpus=uri),
-        compute=config.Compute(num_workers=1),
+        model=training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40),
+        tokens=config_data.Tokens(max_len=40),
+        train=training.Train(epochs=2, batch_cells=6, lr=1e-2, warmup_steps=2, log_steps=1, checkpoint_steps=3),
+        inputs=run.Inputs(corpus=uri),
+        compute=run.Compute(num_workers=1),
     )
 
 
@@ -36,7 +44,7 @@ def local(settings, tmp_path_factory):
     """The loop in this process: its losses and its weights."""
     corpus = dataset.Corpus(settings.inputs.corpus)
     model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
-    rows = train.fit(model, Pretraining(settings, corpus), settings.train, train.LocalContext())
+    rows = train.fit(model, Pretraining(settings, corpus), settings.train, context.LocalContext())
     return trace(rows), model
 
 
@@ -58,7 +66,7 @@ def test_one_ray_worker_gives_what_the_local_loop_gives_and_a_second_run_does_no
     assert record.counts == {"steps": 8, "epochs": 2, "cells": 23}
     assert record.details["vocabulary"] == dataset.Corpus(settings.inputs.corpus).vocabulary.hash
     before = storage.read_bytes(f"{uri}/record.json")
-    assert pretrain.run(dataclasses.replace(settings, compute=config.Compute(num_workers=3))) == uri
+    assert pretrain.run(dataclasses.replace(settings, compute=run.Compute(num_workers=3))) == uri
     assert storage.read_bytes(f"{uri}/record.json") == before
     with pytest.raises(UserError, match=r"holds another checkpoint: config.train.lr: 0.01 -> 0.001"):
         pretrain.run(dataclasses.replace(settings, train=dataclasses.replace(settings.train, lr=1e-3)))
@@ -79,7 +87,7 @@ def test_what_is_known_before_the_start_is_said(settings, caplog):
 
 
 def test_two_ray_workers_see_every_cell_once_and_give_the_losses_of_one(ray_local, settings, local, tmp_path):
-    two = dataclasses.replace(settings, output=str(tmp_path), compute=config.Compute(num_workers=2))
+    two = dataclasses.replace(settings, output=str(tmp_path), compute=run.Compute(num_workers=2))
     ours = trace(train.History(pretrain.run(two), 8).rows)
     assert ours.keys() == local[0].keys()
     for key, value in local[0].items():
@@ -99,7 +107,7 @@ def test_figures_of_a_checkpoint_whose_worker_died_before_logging_them_reach_the
         child.join(200)
         assert child.exitcode == -signal.SIGKILL
         client = MlflowClient(tracked.uri)
-        assert checkpoint.complete_steps(f"{tmp_path}/pretrain") == [3, 6]
+        assert checkpoints.complete_steps(f"{tmp_path}/pretrain") == [3, 6]
         logged = len(client.get_metric_history(tracked.id, "loss"))
         assert logged == (3 if dies == "before" else 4)
         worker_session(chosen, tracked, "")
@@ -119,7 +127,7 @@ def test_a_run_that_cannot_go_on_ends_with_one_line_and_is_not_started_again(ray
     artifacts.begin(uri, record)
     model = MaskedModel(settings.model, corpus.vocabulary.size)
     optimizer = train.make_optimizer(model, settings.train)
-    folder = checkpoint.save_step(uri, 3, model, optimizer, {"identity": record.fingerprint})
+    folder = checkpoints.save_step(uri, 3, model, optimizer, {"identity": record.fingerprint})
     data = storage.read_bytes(f"{folder}/model.safetensors")
     storage.write_bytes(f"{folder}/model.safetensors", data[:100])
     with pytest.raises(UserError, match=r"model.safetensors: .*Restore it"):

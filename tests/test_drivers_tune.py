@@ -10,10 +10,24 @@ import pytest
 from mlflow.tracking import MlflowClient
 from scipy import sparse
 
-from mixgf import artifacts, config, report, storage, tracking
-from mixgf.config import Classify, Compute, Config, Model, Source, Tokens, Tracking, Train, Tune, UserError, Vocab
-from mixgf.drivers import dispatch, prepare, trials, tune
-from mixgf.progress import Progress
+from mixgf.config import parse as config
+from mixgf.config import run as config_run
+from mixgf.config.classification import Classify
+from mixgf.config.data import Source, Tokens, Vocab
+from mixgf.config.run import Compute, Config, Tracking
+from mixgf.config.training import Model, Train
+from mixgf.config.tuning import Tune
+from mixgf.console import Progress
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import UserError
+from mixgf.report import build as report
+from mixgf.report import load
+from mixgf.stages import prepare, tune
+from mixgf.stages import tune_trials as trials
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+from mixgf.tracking import mlflow_runs as tracking
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SPACE = ("objective.contrast_weight=[0.0]", 'objective.view=["mask"]', "train.lr=[1e30]")
@@ -55,7 +69,9 @@ def base(tmp_path_factory, tracking_uri):
 def at(base, folder, **changes):
     corpus = storage.join(base.output, "corpus")
     mine = replace(base.tracking, experiment=str(folder))
-    return replace(base, output=str(folder / "sweep"), inputs=config.Inputs(corpus=corpus), tracking=mine, **changes)
+    return replace(
+        base, output=str(folder / "sweep"), inputs=config_run.Inputs(corpus=corpus), tracking=mine, **changes
+    )
 
 
 def tables(uri):
@@ -74,7 +90,7 @@ def undisturbed(base, tmp_path_factory):
 def test_the_board_has_what_was_trained_and_arms_stop_at_the_rung(undisturbed):
     _, uri = undisturbed
     record = artifacts.require(uri, "sweep")
-    board = storage.read_table(f"{uri}/arms.parquet").to_pandas()
+    board = storage_tables.read_table(f"{uri}/arms.parquet").to_pandas()
     reached = board.groupby("name")["rung"].agg(lambda rungs: sorted(set(rungs)))
     assert set(reached.index) == {"base", "contrast_weight=0.0", "view=mask"}
     assert reached["base"] == [0, 1]
@@ -126,7 +142,7 @@ def test_the_best_arm_is_a_config_that_pretrain_takes(undisturbed):
 
 def test_the_report_says_the_sentence_and_draws_the_effects(undisturbed):
     settings, uri = undisturbed
-    page = report.render(report.load(settings), "key")
+    page = report.render(load.load(settings), "key")
     sentence = artifacts.require(uri, "sweep").details["sentence"]
     assert sentence.split(" [")[0][1:] in page
     assert "with the contrast instead of without" in sentence
@@ -172,7 +188,7 @@ def test_asha_stops_trainings_by_their_scores_and_keeps_what_they_showed(ray_loc
     settings = at(base, tmp_path)
     asha = replace(settings.tune, space=SPACE[:2], stop="asha", seeds=1, finetune=False)
     uri = tune.run(replace(settings, tune=asha, train=replace(settings.train, max_steps=4)))
-    board = storage.read_table(f"{uri}/arms.parquet").to_pandas()
+    board = storage_tables.read_table(f"{uri}/arms.parquet").to_pandas()
     assert set(board["name"]) == {"base", "contrast_weight=0.0", "view=mask"}
     assert board["rung"].max() == 1
     best_first = board[board["rung"] == 0].sort_values("score")["name"].iloc[-1]
@@ -194,10 +210,10 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp
 
 def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path):
     """And the base's corpus is prepared, too, where there is none."""
-    settings = replace(at(base, tmp_path), inputs=config.Inputs())
+    settings = replace(at(base, tmp_path), inputs=config_run.Inputs())
     other = replace(settings.tune, space=('tokens.scaling=["multiply"]',), seeds=1, rungs=(1.0,), finetune=False)
     uri = tune.run(replace(settings, tune=other), engine=trials.PLAIN)
-    board = storage.read_table(f"{uri}/arms.parquet").to_pandas()
+    board = storage_tables.read_table(f"{uri}/arms.parquet").to_pandas()
     assert board["name"].tolist() == ["base", "scaling=multiply"]
     corpora = storage.list_dir(f"{uri}/corpora")
     assert len(corpora) == 1

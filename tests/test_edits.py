@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import edits
+from mixgf.perturbation import operations as edits
 
 A, B, C, D, E, F, G = 10, 11, 12, 13, 14, 15, 16
 CLS = 2

@@ -7,8 +7,11 @@ import pyarrow as pa
 import pytest
 import scipy.stats
 
-from mixgf import config, effects, stats, targets
-from mixgf.dataset import Corpus
+from mixgf.config import perturbation, run
+from mixgf.corpus.reader import Corpus
+from mixgf.perturbation import design as targets
+from mixgf.perturbation import gene_table as effects
+from mixgf.stats import donors as stats
 
 
 def design(num_genes, donor_of, states=("start", "goal"), donors=None):
@@ -37,7 +40,7 @@ def pairs_of(shift_GN, alternatives=()):
 
 def table(plan, shift_GN, *, alternative=None, expressed=None, **settings):
     pairs = pairs_of(shift_GN, alternatives=[] if alternative is None else [alternative])
-    chosen = config.Config(perturb=config.Perturb(operations=("delete",), **settings))
+    chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",), **settings))
     result = effects.gene_table(plan, {"delete": pairs}, expressed or {}, chosen)
     return result.to_pandas().set_index("symbol")
 
@@ -159,7 +162,7 @@ def test_calibration_shows_what_each_test_says_of_exchanged_genes():
         target_P=target, cell_P=cell, rank_P=target + 1, response_P=np.abs(shift.ravel()),
         shift_SP=np.stack([np.zeros(shift.size), shift.ravel()]),
     )  # fmt: skip
-    chosen = config.Config(perturb=config.Perturb(operations=("delete",)))
+    chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
     nulls = effects.calibration(plan, {"delete": pairs}, chosen).to_pandas()
     observed = effects.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
     assert (observed["p_donor"] <= 0.01).mean() > 0.4
@@ -181,7 +184,7 @@ def test_a_gene_that_no_cell_holds_is_compared_with_others_like_it():
         target_P=target, cell_P=cell, rank_P=np.where(target < 30, target, -1), response_P=np.abs(shift.ravel()),
         shift_SP=np.stack([np.zeros(120), shift.ravel()]),
     )  # fmt: skip
-    chosen = config.Config(perturb=config.Perturb(operations=("overexpress",)))
+    chosen = run.Config(perturb=perturbation.Perturb(operations=("overexpress",)))
     frame = effects.gene_table(plan, {"overexpress": pairs}, {}, chosen).to_pandas().set_index("symbol")
     assert np.isnan(frame.loc["g35", "mean_rank"])
     assert frame.loc["g35", "null_percentile"] == 100
@@ -231,7 +234,7 @@ def test_a_gene_without_cells_has_no_figures():
         target_P=np.repeat(np.arange(11), 3), cell_P=np.tile(np.arange(3), 11), rank_P=np.repeat(np.arange(11), 3),
         response_P=values, shift_SP=np.stack([values, values]),
     )  # fmt: skip
-    chosen = config.Config(perturb=config.Perturb(operations=("delete",)))
+    chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
     frame = effects.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
     last = frame.iloc[-1]
     assert (last["symbol"], last["num_cells"], last["warnings"]) == ("g11", 0, "in no sentence: not scored")
@@ -288,7 +291,7 @@ def test_chosen_genes_are_compared_with_drawn_ones_and_keep_the_places_that_they
     )
     pairs = {"delete": pairs_of(shift)}
     few_plan, few = effects.subset(marked, pairs, kept)
-    chosen_config = config.Config(perturb=config.Perturb(operations=("delete",)))
+    chosen_config = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
     frame = effects.gene_table(few_plan, few, {}, chosen_config, num_tests=1000).to_pandas().set_index("symbol")
     names = [f"g{k}" for k in chosen]
     assert frame["reference"].sum() == 150

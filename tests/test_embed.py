@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import config, dataset, embed
-from mixgf.model import Encoder, pool
+from mixgf.config import training
+from mixgf.corpus import reader as dataset
+from mixgf.encoder import embed
+from mixgf.encoder.bert import Encoder, pool
 
-ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40)
+ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40)
 
 
 @pytest.fixture(scope="module")

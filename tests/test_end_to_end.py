@@ -7,8 +7,11 @@ from pathlib import Path
 import anndata
 import pytest
 
-from mixgf import artifacts, cli, recipes, storage
-from mixgf.config import override, to_dict
+from mixgf import cli
+from mixgf.config import recipes
+from mixgf.config.parse import override, to_dict
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
 
 SMALL = [
     "qc.max_cells_per_sample=90",
@@ -63,10 +66,10 @@ def test_every_stage_runs_on_real_cells_and_nothing_runs_twice(ray_local, tmp_pa
     assert records["pretrain"].details["vocabulary"] == records["perturb"].details["vocabulary"] == vocabulary
     assert records["corpus"].counts["kept"] == 180
 
-    scores = storage.read_table(str(output / "classify" / "scores.parquet")).to_pandas()
+    scores = tables.read_table(str(output / "classify" / "scores.parquet")).to_pandas()
     assert {"human>mouse", "mouse>human"} <= set(scores.direction)
     assert set(scores.model) == set(config.classify.models)
-    genes = storage.read_table(str(output / "perturb" / "genes.parquet")).to_pandas()
+    genes = tables.read_table(str(output / "perturb" / "genes.parquet")).to_pandas()
     assert set(genes.operation) == {"delete", "overexpress"}
     cells = anndata.read_h5ad(output / "embed" / "cells.h5ad")
     assert cells.obsm["X_mixgf"].shape == (180, 16)

@@ -9,12 +9,21 @@ import anndata
 import numpy as np
 import pytest
 
-from mixgf import artifacts, checkpoint, config, known, recipes, report, storage
-from mixgf.config import Source, UserError, override
-from mixgf.dataset import Corpus
-from mixgf.drivers import perturb as driver
-from mixgf.drivers import prepare
-from mixgf.model import MaskedModel
+from mixgf.config import data, recipes, run, training
+from mixgf.config import parse as config
+from mixgf.config.data import Source
+from mixgf.config.parse import override
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.perturbation import reference_genes as known
+from mixgf.report import build as report
+from mixgf.report import load
+from mixgf.stages import perturb as driver
+from mixgf.stages import prepare
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
 
 SMALL = ["tokens.max_len=128", "model.max_positions=128", "train.precision=fp32", "compute.gpus_per_worker=0", "perturb.max_cells=20", "perturb.min_coverage=0.1",
          "perturb.num_permutations=300", "vocab.reuse=", "qc.method=none"]  # fmt: skip
@@ -50,16 +59,14 @@ def made(ray_local, tmp_path_factory):
         _file(path, species)
         sources.append(Source(uri=str(path), species=species, layer="raw"))
     chosen = override(recipes.get("paper_dkd"), [*SMALL, f"output={folder}"])
-    chosen = config.from_dict(config.Config, config.to_dict(chosen) | {"sources": [config.to_dict(s) for s in sources]})
+    chosen = config.from_dict(run.Config, config.to_dict(chosen) | {"sources": [config.to_dict(s) for s in sources]})
     corpus = prepare.run(chosen)
     vocabulary = Corpus(corpus).vocabulary
     record = artifacts.plan("checkpoint", 1, {}, {})
     artifacts.begin(f"{folder}/weights", record)
-    row = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=128, init_sd=0.3)
+    row = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=128, init_sd=0.3)
     model = MaskedModel(row, vocabulary.size, seed=5)
-    checkpoint.publish(
-        f"{folder}/weights", record, model, vocabulary=vocabulary.hash, tokens=config.Tokens(max_len=128)
-    )
+    checkpoint.publish(f"{folder}/weights", record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=128))
     return corpus, f"{folder}/weights"
 
 
@@ -72,7 +79,7 @@ def test_a_recipe_of_the_paper_prints_its_genes_beside_table_4(made, tmp_path, c
     changes = [f"output={tmp_path}", f"inputs.corpus={corpus}", f"inputs.checkpoint={weights}"]
     chosen = override(recipes.get(f"paper_{name}"), [*SMALL, *changes])
     uri = driver.run(chosen, local=True)
-    genes = storage.read_table(f"{uri}/genes.parquet").to_pandas()
+    genes = tables.read_table(f"{uri}/genes.parquet").to_pandas()
     assert genes["num_donors"].max() >= 3
     assert set(genes["species"]) == set(known.published(name)["species"])
     assert set(genes["operation"]) == set(known.published(name)["operation"])
@@ -89,7 +96,7 @@ def test_a_recipe_of_the_paper_prints_its_genes_beside_table_4(made, tmp_path, c
     said = caplog.text
     assert f"paper's Table 4 ({name}) | this run:" in said
     assert ("not scored" in said) == (scored != set(table.index))
-    html = report.render(report.load(chosen, light=True), "key")
+    html = report.render(load.load(chosen, light=True), "key")
     assert "Beside the paper" in html
     caplog.clear()
     driver.run(chosen, local=True)  # nothing is computed again, and the table is printed again

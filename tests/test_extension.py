@@ -5,10 +5,14 @@ import dataclasses
 import anndata
 import pytest
 
-from mixgf import artifacts, storage, units
-from mixgf.config import QC, Prepare, Tokens, UserError, Vocab
-from mixgf.dataset import Corpus
-from mixgf.drivers import dispatch, prepare
+from mixgf.config.data import QC, Prepare, Tokens, Vocab
+from mixgf.corpus import prepare_passes as units
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import UserError
+from mixgf.stages import prepare
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
 
 
 @pytest.fixture
@@ -91,8 +95,8 @@ def test_cells_that_the_older_corpus_holds_are_duplicates(runs, tmp_path):
     )
     both = dataclasses.replace(new, sources=(*new.sources, again), qc=new.qc)
     uri = prepare.run(both, spread=dispatch.loop)
-    dropped = {(r["source"], r["reason"]): r["cells"] for r in storage.read_table(f"{uri}/dropped.parquet").to_pylist()}
-    kept = {r["source"]: r["cells_kept"] for r in storage.read_table(f"{uri}/mapping.parquet").to_pylist()}
+    dropped = {(r["source"], r["reason"]): r["cells"] for r in tables.read_table(f"{uri}/dropped.parquet").to_pylist()}
+    kept = {r["source"]: r["cells_kept"] for r in tables.read_table(f"{uri}/mapping.parquet").to_pylist()}
     assert kept["again"] == 0
     assert dropped["again", "duplicate"] > 10
 

@@ -2,11 +2,13 @@
 
 import pytest
 
-from mixgf import config, forecast, targets
-from mixgf.dataset import Corpus
-from mixgf.model import forward_flops
+from mixgf.config import perturbation, run, training
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder.bert import forward_flops
+from mixgf.perturbation import cost_estimate as forecast
+from mixgf.perturbation import design as targets
 
-ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16)
+ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16)
 LENGTHS, SPECIES = [9, 4, 12, 7, 16, 5, 10, 8, 11], [0, 1, 0, 0, 1, 0, 1, 0, 0]
 
 
@@ -16,7 +18,7 @@ def corpus(make_corpus):
 
 
 def plan(corpus, **settings):
-    chosen = config.Config(perturb=config.Perturb(**({"max_cells": 0, "min_coverage": 0.01} | settings)))
+    chosen = run.Config(perturb=perturbation.Perturb(**({"max_cells": 0, "min_coverage": 0.01} | settings)))
     return targets.design(corpus, chosen), chosen.perturb
 
 
@@ -49,7 +51,7 @@ def test_equals_a_count_of_every_sentence(corpus, genes, insert_absent):
 
 def test_a_screen_costs_little_where_genes_are_many(make_corpus):
     wide = Corpus(make_corpus([200] * 4, [0] * 4, [4], genes=400, names=("human",)))
-    row = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=200)
+    row = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=200)
     design, settings = plan(wide, goal="cell_type == 'beta'", screen=20, screen_sample=20, null_genes=10)
     parts = {part.name: part for part in forecast.forecast(design, wide, settings, row, 200)}
     whole, no_screen = plan(wide, goal="cell_type == 'beta'")

@@ -9,10 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixgf import artifacts, cli, inspection, overview, recipes, storage
-from mixgf.config import QC, Prepare, Source, Tokens, Tracking, UserError
-from mixgf.drivers import dispatch, prepare
-from mixgf.vocab import Vocabulary
+from mixgf import cli
+from mixgf.config import recipes
+from mixgf.config.data import QC, Prepare, Source, Tokens
+from mixgf.config.run import Tracking
+from mixgf.corpus import summary as inspection
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import UserError
+from mixgf.genes.vocabulary import Vocabulary
+from mixgf.report import corpus_text
+from mixgf.report.figures import corpus as overview
+from mixgf.stages import prepare
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
 
 MAX_LEN = 700
 
@@ -102,7 +111,7 @@ def _close(one, two):
 
 def test_the_text_says_what_was_found(corpus):
     found = inspection.inspect(corpus)
-    text = overview.text(found)
+    text = corpus_text.text(found)
     kept = found["cells"]["kept"]
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in found["cells"]["dropped"].items() if n)
     assert f"{kept:,} cells kept of 240 read ({100 * kept / 240:.1f} %); dropped: {dropped}\n" in text
@@ -110,18 +119,18 @@ def test_the_text_says_what_was_found(corpus):
     assert "columns of every cell: " in text
     assert max(map(len, text.splitlines()[:3])) < 120
     many = {f"type {i:02d}": 100 - i for i in range(50)}
-    text = overview.text(found | {"cell_types": {"human": many}, "unlabelled": {"human": 3}})
+    text = corpus_text.text(found | {"cell_types": {"human": many}, "unlabelled": {"human": 3}})
     assert "cell types, human: 50, 3 cells without one" in text
     assert f"… 30 more types with {sum(100 - i for i in range(20, 50)):,} cells" in text
     assert "type 19" in text
     assert "type 20" not in text
     rows = [found["sources"][0] | {"source": f"s{i}", "kept": 10} for i in range(45)]
-    assert "… 5 more sources with 50 kept cells" in overview.text(found | {"sources": rows})
+    assert "… 5 more sources with 50 kept cells" in corpus_text.text(found | {"sources": rows})
 
 
 def test_shares_are_never_rounded_to_all_or_nothing():
     shares = (0, 1e-6, 0.5, 0.99999, 1)
-    assert [overview._percent(x) for x in shares] == ["0.0 %", "<0.1 %", "50.0 %", "99.9 %", "100.0 %"]
+    assert [corpus_text._percent(x) for x in shares] == ["0.0 %", "<0.1 %", "50.0 %", "99.9 %", "100.0 %"]
 
 
 def test_what_a_corpus_does_not_record_is_null(make_corpus, tmp_path):
@@ -132,7 +141,7 @@ def test_what_a_corpus_does_not_record_is_null(make_corpus, tmp_path):
     ]
     assert found["vocabulary"]["species"]["human"]["of_table"] is None
     assert found["lengths"]["mouse"]["quantiles"]["50%"] == 7
-    assert "kept; dropped: none" in overview.text(found)
+    assert "kept; dropped: none" in corpus_text.text(found)
     assert overview.draw(found, "svg").startswith(b"<?xml")
     # an importer's columns of nulls, and cells without a type
     record = artifacts.require(uri, "corpus")
@@ -146,7 +155,7 @@ def test_what_a_corpus_does_not_record_is_null(make_corpus, tmp_path):
     assert found["cell_types"] is None
     assert found["sources"][0]["mean_counts"] is None
     assert found["columns"]["n_counts"] == 0
-    assert "no column cell_type" in overview.text(found)
+    assert "no column cell_type" in corpus_text.text(found)
 
 
 def test_shared_ids_are_counted_for_the_species_whose_cell_it_is(make_corpus):
@@ -178,7 +187,7 @@ def test_sources_beyond_the_most_are_drawn_as_one():
     one = {"source": "a", "species": "human", "kept": 9, "read": 10, "dropped": {"depth": 1}}
     rows = [one | {"source": f"s{i}", "kept": i, "read": i + 1} for i in range(100)]
     drawn = overview._drawn(rows)
-    assert len(drawn) == overview.MAX_SOURCES
+    assert len(drawn) == corpus_text.MAX_SOURCES
     for key in ("kept", "read"):
         assert sum(s[key] for s in drawn) == sum(s[key] for s in rows)
     assert sum(s["dropped"]["depth"] for s in drawn) == 100

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mixgf import integration
-from mixgf.splits import Labelled
+from mixgf.classification import integration
+from mixgf.classification.labels import Labelled
 
 RNG = np.random.default_rng(0)
 EACH = 40

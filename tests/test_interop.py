@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixgf import interop
-from mixgf.config import UserError
-from mixgf.dictionaries import Dictionary
-from mixgf.vocab import SpeciesGenes
+from mixgf.corpus import arrow_dataset as interop
+from mixgf.corpus import remap_ids
+from mixgf.errors import UserError
+from mixgf.genes.token_dictionaries import Dictionary
+from mixgf.genes.vocabulary import SpeciesGenes
 
 SENTENCES = [[7, 3, 5], [], [3, 9, 7, 5], [5], [9, 3], [7, 5]]
 
@@ -173,13 +174,13 @@ def ids():
     """A dictionary of four genes and its specials; `d` is not in the vocabulary, whose ids run the other way."""
     dictionary = Dictionary("d", {"a": 4, "b": 5, "c": 9, "d": 11}, {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3})
     genes = SpeciesGenes(np.asarray(["c", "b", "a"], dtype=object), np.asarray([3, 6, 7], dtype=np.int32), np.ones(3))
-    return interop.lookup(dictionary, {name: name for name in "abcd"}, genes)
+    return remap_ids.lookup(dictionary, {name: name for name in "abcd"}, genes)
 
 
 def translate(table, sentences, longest=10, kind=np.int16):
     values = np.asarray(list(chain.from_iterable(sentences)), dtype=kind)
     offsets = np.concatenate([[0], np.cumsum([len(s) for s in sentences])]).astype(np.int64)
-    found = interop.reid(values, offsets, table, size=8, longest=longest)
+    found = remap_ids.reid(values, offsets, table, size=8, longest=longest)
     kept = np.minimum(found.genes_N, longest)
     assert sum(found.counts.values()) == len(values)
     assert found.counts["kept"] == kept.sum() == len(found.tokens)

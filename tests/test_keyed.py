@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import keyed
+from mixgf import rng as keyed
 
 
 def test_uniform_numbers_are_uniform_and_differ_by_every_part_of_the_key():

@@ -10,9 +10,12 @@ import pytest
 import scipy.stats
 from sklearn.metrics import roc_auc_score
 
-from mixgf import known
-from mixgf.config import Config, Perturb, UserError
-from mixgf.known import auroc, score_against
+from mixgf.config.perturbation import Perturb
+from mixgf.config.run import Config
+from mixgf.errors import UserError
+from mixgf.perturbation import reference_genes as known
+from mixgf.perturbation.reference_genes import score_against
+from mixgf.stats.intervals import auroc
 
 SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[2] / "shared"))
 

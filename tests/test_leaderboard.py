@@ -8,8 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixgf import artifacts, findings, leaderboard, page, paper, report, scorecard, spaces
-from mixgf.config import Config
+from mixgf.config.run import Config
+from mixgf.report import build as report
+from mixgf.report import elements as page
+from mixgf.report import published as paper
+from mixgf.report import verdicts as findings
+from mixgf.report.sections import models as leaderboard
+from mixgf.report.sections import spaces
+from mixgf.report.sections import summary as scorecard
+from mixgf.storage import artifacts
 
 SIZES = {"num_train": 80, "num_test": 20, "num_classes": 3, "interval_by": "cell"}
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import lora
-from mixgf.config import Classify, Model, UserError
-from mixgf.model import Encoder
+from mixgf.config.classification import Classify
+from mixgf.config.training import Model
+from mixgf.encoder import lora
+from mixgf.encoder.bert import Encoder
+from mixgf.errors import UserError
 
 SMALL = Model(num_layers=2, dim=32, num_heads=2, ffn_dim=48, max_positions=32)
 IDS = torch.tensor([5, 9, 4, 7, 11, 6])

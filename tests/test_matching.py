@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mixgf import matching
-from mixgf.matching import Shift
+from mixgf.comparison import shift_matching as matching
+from mixgf.comparison.shift_matching import Shift
 
 
 def shift(name, species, rows, after, *, strata=None, tag=""):

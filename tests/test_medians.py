@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf import medians, storage
+from mixgf.genes import medians
+from mixgf.storage import files as storage
 
 
 def fill(counts_NG, keep=None, most_cells=1000):

@@ -5,9 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixgf import checkpoint, config, keyed, model
+from mixgf import rng as keyed
+from mixgf.config import parse as config
+from mixgf.config import training
+from mixgf.encoder import bert as model
+from mixgf.encoder import checkpoint, huggingface
 
-ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=24, dropout=0.25, init_sd=0.2)
+ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=24, dropout=0.25, init_sd=0.2)
 LENGTHS = [7, 7, 3, 24, 1, 5]
 V = 50
 
@@ -41,7 +45,7 @@ def bert():
 
 def test_hidden_states_and_logits_equal_those_of_hugging_face_bert(bert):
     ours = model.MaskedModel(ROW, V).eval()
-    checkpoint.load_weights(ours, checkpoint.from_bert(bert.state_dict(), ROW), "reference")
+    checkpoint.load_weights(ours, huggingface.from_bert(bert.state_dict(), ROW), "reference")
     ids, offsets = packed()
     for layers in (0, 1, 2):
         h = ours.encoder(ids, offsets, layers=layers)
@@ -54,8 +58,8 @@ def test_hidden_states_and_logits_equal_those_of_hugging_face_bert(bert):
 
 def test_weights_survive_the_way_to_hugging_face_and_back(bert):
     ours = model.MaskedModel(ROW, V, seed=3)
-    state = checkpoint.to_bert(ours)
-    back = checkpoint.from_bert(state, ROW)
+    state = huggingface.to_bert(ours)
+    back = huggingface.from_bert(state, ROW)
     assert all(torch.equal(back[name], p) for name, p in ours.named_parameters())
     theirs = {k: v for k, v in bert.state_dict().items() if "token_type" not in k and "position_ids" not in k}
     assert {k: tuple(v.shape) for k, v in theirs.items()} == {
@@ -65,7 +69,7 @@ def test_weights_survive_the_way_to_hugging_face_and_back(bert):
 
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.3], ids=["residual dropout", "attention dropout too"])
 def test_dropout_depends_on_the_cell_and_not_on_the_batch(attention_dropout):
-    row = config.Model(**(config.to_dict(ROW) | {"attention_dropout": attention_dropout}))
+    row = training.Model(**(config.to_dict(ROW) | {"attention_dropout": attention_dropout}))
     encoder = model.Encoder(row, V)
     ids, offsets = packed()
     visits = np.arange(len(LENGTHS)) + 100
@@ -83,7 +87,7 @@ def test_dropout_depends_on_the_cell_and_not_on_the_batch(attention_dropout):
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_states_at_queries_are_those_of_the_whole_run_with_equal_gradients(attention_dropout, layers):
-    row = config.Model(**(config.to_dict(ROW) | {"attention_dropout": attention_dropout}))
+    row = training.Model(**(config.to_dict(ROW) | {"attention_dropout": attention_dropout}))
     encoder = model.Encoder(row, V)
     ids, offsets = packed()
     keys = keys_for(np.arange(len(LENGTHS)), LENGTHS)
@@ -112,7 +116,7 @@ def test_no_queries_give_no_states():
 def test_packed_states_equal_those_of_padded_batches_grouped_by_length(bert):
     """The other way to batch cells of unequal length: pad to the longest of a group and mask the padding."""
     ours = model.MaskedModel(ROW, V).eval()
-    checkpoint.load_weights(ours, checkpoint.from_bert(bert.state_dict(), ROW), "reference")
+    checkpoint.load_weights(ours, huggingface.from_bert(bert.state_dict(), ROW), "reference")
     ids, offsets = packed()
     h = ours.encoder(ids, offsets)
     cells = [ids[a:b] for a, b in itertools.pairwise(offsets)]
@@ -182,7 +186,7 @@ def test_initial_weights_depend_on_the_seed_only():
 
 
 def test_flops_by_hand():
-    row = config.Model(num_layers=1, dim=2, num_heads=1, ffn_dim=3)
+    row = training.Model(num_layers=1, dim=2, num_heads=1, ffn_dim=3)
     # one token: q, k, v, out are 2x2 and the feed-forward 2x3 and 3x2: 16 + 12 multiply-adds; scores and weighted sum 2 + 2
     assert model.forward_flops(row, [1]) == 2 * 28 + 2 * 4
     assert model.forward_flops(row, [2]) == 2 * 2 * 28 + 4 * 2 * 4
@@ -195,7 +199,7 @@ def test_flops_by_hand():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_variable_length_attention_on_cuda_equals_attention_per_cell():
-    row = config.Model(num_layers=2, dim=128, num_heads=2, ffn_dim=256, max_positions=600)
+    row = training.Model(num_layers=2, dim=128, num_heads=2, ffn_dim=256, max_positions=600)
     encoder = model.Encoder(row, V)
     lengths = [600, 17, 17, 300, 1]
     ids, offsets = packed(lengths)

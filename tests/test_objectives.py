@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import config, dataset, objectives
-from mixgf.model import MaskedModel
-from mixgf.train import LocalContext
+from mixgf.config import data, training
+from mixgf.config import parse as config
+from mixgf.config import run as config_run
+from mixgf.corpus import reader as dataset
+from mixgf.encoder.bert import MaskedModel
+from mixgf.training import losses
+from mixgf.training import pretraining as objectives
+from mixgf.training.context import LocalContext
 
-ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
+ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
 
 
 def test_nt_xent_by_hand():
@@ -16,31 +21,31 @@ def test_nt_xent_by_hand():
     a = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     b = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     expected = -math.log(math.exp(1 / 0.5) / (math.exp(1 / 0.5) + 2))
-    assert objectives.nt_xent(a, b, 0.5).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.nt_xent(a, b, 0.5).item() == pytest.approx(expected, rel=1e-6)
     # one pair turned by 90 degrees: its anchors see the positive at 0; worked term by term
     c = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     e = math.e
     terms = [1 / (1 + 1 + 1), e / (1 + e + e), 1 / (1 + e + e), e / (1 + e + e)]  # anchors a0, a1, c0, c1
     expected = -sum(map(math.log, terms)) / 4
-    assert objectives.nt_xent(torch.eye(2), c, 1.0).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.nt_xent(torch.eye(2), c, 1.0).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_single_pair_has_no_negatives_and_no_loss():
-    assert objectives.nt_xent(torch.ones(1, 3), torch.ones(1, 3), 0.05).item() == 0
+    assert losses.nt_xent(torch.ones(1, 3), torch.ones(1, 3), 0.05).item() == 0
 
 
 def test_dimension_contrast_by_hand():
     a, b = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     # a.T @ b = [[1, 1], [0, 2]]; temperature 2
     expected = -(math.log(0.5) + math.log(math.e / (1 + math.e))) / 2
-    assert objectives.dimension_contrast(a, b, 2.0).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.dimension_contrast(a, b, 2.0).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_alignment_and_uniformity_by_hand():
     a, b = torch.tensor([[1.0, 0.0], [0.0, 5.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    assert objectives.alignment(a, b).item() == pytest.approx((0 + 2) / 2)
-    assert objectives.uniformity(a).item() == pytest.approx(-2 * 2)
-    assert objectives.uniformity(a[:1]).item() == 0
+    assert losses.alignment(a, b).item() == pytest.approx((0 + 2) / 2)
+    assert losses.uniformity(a).item() == pytest.approx(-2 * 2)
+    assert losses.uniformity(a[:1]).item() == 0
 
 
 def run(
@@ -59,9 +64,9 @@ def run(
     """Losses and flat gradient of one step, summed over simulated workers (threads that meet in every reduction)."""
     import threading
 
-    settings = config.Config(
-        model=model_row, tokens=config.Tokens(max_len=40, cls=corpus.cls), objective=config.Objective(**objective), vocab=config.Vocab(orthologs=(orthologs,)),
-        train=config.Train(epochs=epochs, batch_cells=batch_cells, micro_tokens=micro_tokens),
+    settings = config_run.Config(
+        model=model_row, tokens=data.Tokens(max_len=40, cls=corpus.cls), objective=training.Objective(**objective), vocab=data.Vocab(orthologs=(orthologs,)),
+        train=training.Train(epochs=epochs, batch_cells=batch_cells, micro_tokens=micro_tokens),
     )  # fmt: skip
     barrier, buffers, lock = threading.Barrier(workers), {}, threading.Lock()
 
@@ -166,7 +171,7 @@ def test_without_contrast_there_is_one_view_and_only_the_mlm_loss(corpus):
 def test_both_passes_of_one_step_see_the_same_dropout_and_views_differ(corpus):
     with_dropout, _ = run(corpus)
     assert with_dropout["alignment"] > 1e-4
-    still = config.Model(**(config.to_dict(ROW) | {"dropout": 0.0}))
+    still = training.Model(**(config.to_dict(ROW) | {"dropout": 0.0}))
     assert run(corpus, model_row=still)[0]["alignment"] == pytest.approx(0, abs=1e-9)
     assert run(corpus, model_row=still, view="mask")[0]["alignment"] > 1e-4
 
@@ -189,11 +194,11 @@ def test_negatives_of_all_workers_enter_unless_gather_is_off(corpus):
     "chosen", [{}, {"pooling": "first"}, {"contrast_weight": 0.0}], ids=["mean", "first", "mlm only"]
 )
 def test_the_work_foretold_is_the_work_done(corpus, chosen):
-    settings = config.Config(
+    settings = config_run.Config(
         model=ROW,
-        tokens=config.Tokens(max_len=40),
-        objective=config.Objective(**chosen),
-        train=config.Train(batch_cells=6),
+        tokens=data.Tokens(max_len=40),
+        objective=training.Objective(**chosen),
+        train=training.Train(batch_cells=6),
     )
     task = objectives.Pretraining(settings, corpus)
     facts = task.facts()

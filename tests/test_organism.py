@@ -13,17 +13,30 @@ import pytest
 import torch
 from scipy import sparse
 
-from mixgf import artifacts, checkpoint, cli, config, sections, storage, train, weights
-from mixgf.config import QC, Inputs, Prepare, Source, SpeciesRow, Tokens, Tracking, Train, UserError, Vocab
-from mixgf.dataset import Corpus
-from mixgf.drivers import dispatch, embed, prepare, pretrain
-from mixgf.embed import embed_cells
-from mixgf.objectives import Pretraining
-from mixgf.page import Run
-from mixgf.species import gene_table
+from mixgf import cli
+from mixgf.config import data, run, training
+from mixgf.config import parse as config
+from mixgf.config.data import QC, Prepare, Source, SpeciesRow, Tokens, Vocab
+from mixgf.config.run import Inputs, Tracking
+from mixgf.config.training import Train
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed import tasks as dispatch
+from mixgf.encoder import checkpoint
+from mixgf.encoder.embed import embed_cells
+from mixgf.errors import UserError
+from mixgf.genes.species import gene_table
+from mixgf.report.elements import Run
+from mixgf.report.sections import training as sections_training
+from mixgf.stages import embed, prepare, pretrain
+from mixgf.stages import import_weights as weights
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
+from mixgf.training import context
+from mixgf.training import loop as train
+from mixgf.training.pretraining import Pretraining
 
 PER_SPECIES = 80
-ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=64)
+ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=64)
 
 
 def rat_of(mouse):
@@ -43,10 +56,10 @@ def base(tmp_path_factory, tracking_uri):
         cells = anndata.AnnData(counts, obs=cells.obs[:PER_SPECIES], var=cells.var.iloc[known[::5]])
         cells.write_h5ad(folder / f"{name}.h5ad")
         sources.append(Source(uri=str(folder / f"{name}.h5ad"), species=name))
-    return config.Config(
+    return run.Config(
         output=str(folder / "old"), sources=tuple(sources), model=ROW, tokens=Tokens(max_len=64), qc=QC(method="none"),
         prepare=Prepare(shard_cells=50, block_cells=50), train=Train(epochs=1, batch_cells=25, warmup_steps=2, lr=1e-3),
-        tracking=Tracking(uri=tracking_uri), compute=config.Compute(num_workers=1),
+        tracking=Tracking(uri=tracking_uri), compute=run.Compute(num_workers=1),
     )  # fmt: skip
 
 
@@ -63,7 +76,7 @@ def rat(old, tmp_path_factory):
     """The config that adds rats: a gene table, an ortholog table, their cells; nothing else."""
     folder = tmp_path_factory.mktemp("rat")
     cells = anndata.read_h5ad(old.sources[1].uri)
-    mouse = gene_table(config.MOUSE)
+    mouse = gene_table(data.MOUSE)
     table = pa.table({
         "gene": [rat_of(g) for g in mouse["gene"].to_pylist()], "symbol": mouse["symbol"], "biotype": mouse["biotype"],
         "is_mito": mouse["is_mito"],
@@ -138,7 +151,7 @@ def test_a_new_gene_starts_as_its_ortholog_or_at_random_and_is_untrained(grown):
     assert others.std().item() == pytest.approx(ROW.init_sd, rel=0.05)
     assert checkpoint.untrained(record).tolist() == sorted(rats.values())
     assert record.counts == {"steps": 0, "genes_rat": len(rats), "from_orthologs_rat": len(heirs)}
-    page = sections.training(Run(config=grown, uris={}, records={"pretrain": record}))
+    page = sections_training.training(Run(config=grown, uris={}, records={"pretrain": record}))
     assert f"{len(rats):,} of {corpus.vocabulary.size:,} token ids are untrained" in page.blocks[1].text
 
 
@@ -164,13 +177,13 @@ def test_training_goes_on_from_there_and_makes_ids_trained_and_embeds(grown, ray
     left = np.setdiff1d(checkpoint.untrained(start), seen)
     assert checkpoint.untrained(record).tolist() == left.tolist()
     assert 0 < len(left) < len(checkpoint.untrained(start))
-    history = storage.read_table(f"{uri}/history.parquet").to_pandas()
+    history = tables.read_table(f"{uri}/history.parquet").to_pandas()
     first = history[(history["name"] == "mlm") & (history["step"] == 1)]["value"].item()
     fresh = dataclasses.replace(grown, output=f"{grown.output}-fresh", inputs=Inputs(corpus=corpus.uri))
-    history = storage.read_table(f"{pretrain.run(fresh)}/history.parquet").to_pandas()
+    history = tables.read_table(f"{pretrain.run(fresh)}/history.parquet").to_pandas()
     model, _ = checkpoint.load_model(grown.inputs.start)
     once = dataclasses.replace(grown, train=dataclasses.replace(grown.train, max_steps=1))
-    rows = train.fit(model, Pretraining(once, corpus), once.train, train.LocalContext())
+    rows = train.fit(model, Pretraining(once, corpus), once.train, context.LocalContext())
     at_start = next(value for step, _, name, value in rows if (step, name) == (1, "mlm"))
     assert first == pytest.approx(at_start, rel=1e-5)  # the loss of the weights that it starts from
     assert first < history[(history["name"] == "mlm") & (history["step"] == 1)]["value"].item()

@@ -16,9 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mixgf import config, corpus, storage, units
-from mixgf.species import gene_table
-from mixgf.vocab import NUM_SPECIALS, build, read_medians
+from mixgf.config import data
+from mixgf.corpus import prepare_passes as units
+from mixgf.corpus import shards
+from mixgf.genes import identify
+from mixgf.genes.species import gene_table
+from mixgf.genes.vocabulary import NUM_SPECIALS, build, read_medians
+from mixgf.storage import files as storage
 
 SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[2] / "shared")
 TABLE = SHARED / "data/tables/geneformer/geneformer_v1_30M_tokens_medians.tsv.gz"
@@ -39,8 +43,8 @@ def published():
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    table = gene_table(config.HUMAN)
-    medians = read_medians(str(TABLE), (config.HUMAN,), {"human": set(table["gene"].to_pylist())})
+    table = gene_table(data.HUMAN)
+    medians = read_medians(str(TABLE), (data.HUMAN,), {"human": set(table["gene"].to_pylist())})
     return build(medians, {"human": table}, sharing="separate", orthologs={})
 
 
@@ -60,16 +64,16 @@ def test_the_published_table_is_imported_gene_by_gene(published, vocabulary):
 
 def sentences(path, vocabulary, tmp_path):
     """Genes of every cell's sentence by the functions of prepare: describe, measure, encode, a Parquet shard."""
-    source, work = config.Source(uri=path, species="human", name="cells", genes="ensembl_id"), str(tmp_path / "work")
+    source, work = data.Source(uri=path, species="human", name="cells", genes="ensembl_id"), str(tmp_path / "work")
     vocabulary.save(str(tmp_path / "vocabulary.parquet"))
     allowed = {"human": vocabulary.of("human").genes.tolist()}
-    units.describe(work, 0, source, row=config.HUMAN, rules=config.QC(), biotypes=(), allowed=allowed)
-    rows = storage.read_json(units.facts_uri(work, 0))["rows"]
+    units.describe(work, 0, source, row=data.HUMAN, rules=data.QC(), biotypes=(), allowed=allowed)
+    rows = storage.read_json(shards.facts_uri(work, 0))["rows"]
     (unit,) = units.plan_units({0: (source, rows)}, rows)
     units.measure(work, unit, 500)
     units.encode(
         work, unit, np.ones(rows, dtype=bool), 0, to=str(tmp_path), vocabulary=str(tmp_path / "vocabulary.parquet"),
-        digest=vocabulary.hash, tokens=config.Tokens(max_len=MAX_LEN), obs={}, block_cells=500,
+        digest=vocabulary.hash, tokens=data.Tokens(max_len=MAX_LEN), obs={}, block_cells=500,
     )  # fmt: skip
     genes = np.asarray(vocabulary.genes(), dtype=object)
     return [genes[t] for t in pq.read_table(tmp_path / "00000.parquet")["tokens"].to_pylist()]
@@ -80,8 +84,8 @@ def ensembl_ids(cells, published):
     names = cells.var["ensembl_id"].astype(str).to_numpy(dtype=object)
     others = np.flatnonzero([not re.fullmatch(r"ENSG\d+", n) for n in names])
     texts = [names[i] or cells.var_names[i] for i in others]
-    known = corpus.known_genes(config.HUMAN)
-    names[others] = corpus.identify(texts, known, biotypes=(), vocabulary=frozenset(published))["gene"].to_pylist()
+    known = identify.known_genes(data.HUMAN)
+    names[others] = identify.identify(texts, known, biotypes=(), vocabulary=frozenset(published))["gene"].to_pylist()
     return names
 
 

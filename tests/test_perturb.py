@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import artifacts, checkpoint, config, perturb, storage, targets
-from mixgf.dataset import Corpus
-from mixgf.model import MaskedModel
+from mixgf.config import data, perturbation, run, training
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.perturbation import design as targets
+from mixgf.perturbation import work_units as perturb
+from mixgf.storage import artifacts, tables
 
-ROW = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16, init_sd=0.3)
+ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16, init_sd=0.3)
 LENGTHS = [9, 4, 12, 7, 16, 5, 10, 8, 11]
 SPECIES = [0, 1, 0, 0, 1, 0, 1, 0, 0]
 
@@ -24,13 +28,13 @@ def weights(corpus, tmp_path_factory):
     record = artifacts.plan("checkpoint", 1, {}, {})
     artifacts.begin(uri, record)
     model = MaskedModel(ROW, corpus.vocabulary.size, seed=5)
-    checkpoint.publish(uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=config.Tokens(max_len=16))
+    checkpoint.publish(uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=16))
     return uri
 
 
 def plan(corpus, **settings):
     settings = {"max_cells": 0, "min_coverage": 0.01} | settings
-    chosen = config.Config(perturb=config.Perturb(**settings), tokens=config.Tokens(max_len=16))
+    chosen = run.Config(perturb=perturbation.Perturb(**settings), tokens=data.Tokens(max_len=16))
     return targets.design(corpus, chosen), chosen
 
 
@@ -43,7 +47,7 @@ def run_units(corpus, weights, folder, **settings):
     for unit in work:
         assert scorer((unit, states)).cost == unit.cost
         if unit.operation != "embed":
-            for row in storage.read_table(f"{folder}/{unit.key}.parquet").to_pylist():
+            for row in tables.read_table(f"{folder}/{unit.key}.parquet").to_pylist():
                 key = (unit.operation, row["target"], row["cell"])
                 assert key not in rows
                 rows[key] = row
@@ -103,13 +107,13 @@ def test_a_set_is_scored_where_all_its_genes_are(corpus, weights, tmp_path):
 
 
 def test_state_parts_add_up_to_the_means_of_all_cells(corpus, weights, tmp_path, monkeypatch):
-    from mixgf import effects
+    from mixgf.perturbation import gene_table as effects
 
     monkeypatch.setattr(perturb, "STATE_CELLS", 2)
     _, _, _, work, scorer = run_units(
         corpus, weights, tmp_path, start="cell_type == 'beta'", goal="cell_type == 'alpha'"
     )
-    parts = [storage.read_table(f"{tmp_path}/{u.key}.parquet") for u in work if u.operation == "embed"]
+    parts = [tables.read_table(f"{tmp_path}/{u.key}.parquet") for u in work if u.operation == "embed"]
     means, table = effects.state_means(parts, 2)
     for state, cells in enumerate(([0, 2, 4, 6, 8], [1, 3, 5, 7])):
         vectors = [

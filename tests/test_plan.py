@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from mixgf import config, plan
+from mixgf import errors
+from mixgf.encoder import batch as encoder_batch
+from mixgf.training import batch_plan as plan
 
 ROWS = [10, 1, 33, 7, 20, 2, 28]  # 101 cells, sizes that divide nothing
 
@@ -85,18 +87,18 @@ def test_species_mix_sets_the_ratio_and_repeats_cells_evenly():
 
 
 def test_a_mix_that_cannot_be_kept_is_refused():
-    with pytest.raises(config.UserError, match=r"train.species_mix.*corpus has"):
+    with pytest.raises(errors.UserError, match=r"train.species_mix.*corpus has"):
         make(mix={0: 0.5, 5: 0.5})
-    with pytest.raises(config.UserError, match=r"name=share.*human, mouse"):
+    with pytest.raises(errors.UserError, match=r"name=share.*human, mouse"):
         plan.parse_mix(("rat=0.5",), ("human", "mouse"))
     assert plan.parse_mix(("mouse=0.5", "human=1"), ("human", "mouse")) == {0: 1.0, 1: 0.5}
 
 
 def test_micro_batches_keep_the_budget_and_lose_nothing():
     lengths = np.array([5, 5, 1, 30, 2, 2], dtype=np.int32)
-    runs = plan.micro_batches(lengths, 10)
+    runs = encoder_batch.micro_batches(lengths, 10)
     assert [lengths[r].tolist() for r in runs] == [[5, 5], [1], [30], [2, 2]]
-    assert [(r.start, r.stop) for r in plan.micro_batches(lengths[:0], 10)] == [(0, 0)]
+    assert [(r.start, r.stop) for r in encoder_batch.micro_batches(lengths[:0], 10)] == [(0, 0)]
 
 
 def test_packing_by_hand():

@@ -2,7 +2,7 @@
 
 import logging
 
-from mixgf import progress
+from mixgf import console as progress
 
 
 def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(monkeypatch, caplog):

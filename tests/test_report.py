@@ -8,21 +8,24 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mixgf import (
-    artifacts,
-    figures,
-    findings,
-    hits,
-    layouts,
-    page,
-    perturbation,
-    report,
-    scorecard,
-    scores,
-    sections,
-    storage,
-)
-from mixgf.config import Classify, Config, Inputs, Perturb, to_dict
+from mixgf.classification import integration
+from mixgf.classification import metrics as scores
+from mixgf.classification import umap as layouts
+from mixgf.config.classification import Classify
+from mixgf.config.parse import to_dict
+from mixgf.config.perturbation import Perturb
+from mixgf.config.run import Config, Inputs
+from mixgf.perturbation import hits
+from mixgf.report import build as report
+from mixgf.report import elements as page
+from mixgf.report import load, terminal
+from mixgf.report import verdicts as findings
+from mixgf.report.figures import plots as figures
+from mixgf.report.sections import corpus as sections
+from mixgf.report.sections import embedding, perturbation, training
+from mixgf.report.sections import summary as scorecard
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
 
 TYPES = ("alpha cell", "beta cell", "ductal cell")
 
@@ -65,7 +68,7 @@ def _artifact(uri, kind, files, *, parents=None, **finish):
     artifacts.begin(uri, record)
     for name, frame in files.items():
         table = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame, preserve_index=False)
-        storage.write_table(storage.join(uri, name), table)
+        tables.write_table(storage.join(uri, name), table)
     return artifacts.finish(uri, record, **finish)
 
 
@@ -224,11 +227,11 @@ def test_centroids_and_counterparts_on_a_case_by_hand():
 
     vectors = np.concatenate([at(0), at(90), at(10), at(80)])
     species, types = np.repeat(["a", "b"], 10), np.tile(np.repeat(["alpha", "beta"], 5), 2)
-    table = findings.centroid_table(findings.centroids(vectors, species, types), "a", "b")
+    table = integration.centroid_table(findings.centroids(vectors, species, types), "a", "b")
     assert table.loc["alpha", "alpha"] == pytest.approx(1 - np.cos(np.radians(10)))
     assert table.loc["alpha", "beta"] == pytest.approx(1 - np.cos(np.radians(80)))
-    assert findings.counterparts(table) == (2, 2)
-    assert findings.counterparts(table[["beta", "alpha"]].set_axis(["alpha", "beta"], axis=1)) == (0, 2)
+    assert integration.counterparts(table) == (2, 2)
+    assert integration.counterparts(table[["beta", "alpha"]].set_axis(["alpha", "beta"], axis=1)) == (0, 2)
     assert findings.centroids(vectors[1:], species[1:], types[1:]).keys() == {
         ("a", "beta"),
         ("b", "alpha"),
@@ -300,7 +303,7 @@ def test_a_test_that_cries_wolf_on_nothing_is_named(config):
         r"[3-7]\.\d% of genes have a donor-level p of 0\.05 or less \(4\.7% would be right: p has few values over 8 donors\), and 5\d\.\d% a cell-level one",
         text,
     )
-    run = report.load(config, light=True)
+    run = load.load(config, light=True)
     with_nulls = perturbation.section(dataclasses.replace(run, tables=run.tables | {"nulls": nulls}))
     pictures = [b.caption for b in with_nulls.blocks if isinstance(b, page.Picture)]
     assert (
@@ -310,7 +313,7 @@ def test_a_test_that_cries_wolf_on_nothing_is_named(config):
 
 
 def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(config):
-    run = report.load(config, light=True)
+    run = load.load(config, light=True)
     rng = np.random.default_rng(5)
     rows = [
         {"operation": "delete", "gene": f"ENSG{k:05d}", "symbol": f"GENE{k}", "responding": f"ENSG{r:05d}", "responding_symbol": f"GENE{r}",
@@ -334,7 +337,7 @@ def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(c
 
 
 def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
-    run = report.load(config, light=True)
+    run = load.load(config, light=True)
     genes = run.tables["genes"].assign(de_statistic=np.tile(np.arange(30.0), 2))
     config = dataclasses.replace(run.config, perturb=Perturb(goal="x == 2", known=("GENE29", "GENE28", "GENE27")))
     section = perturbation.section(dataclasses.replace(run, config=config, tables=run.tables | {"genes": genes}))
@@ -368,11 +371,11 @@ def test_a_stage_that_has_not_run_is_said_plainly(tmp_path):
     html = storage.read_bytes(report.write(config, str(tmp_path / "report.html"))).decode()
     for stage in ("prepare", "pretrain", "embed", "classify", "perturb"):
         assert f"mixgf {stage} --output" in html
-    assert report.summary(config) == "nothing was made yet"
+    assert terminal.summary(config) == "nothing was made yet"
 
 
 def test_every_warning_stands_beside_its_gene(config):
-    run = report.load(config, light=True)
+    run = load.load(config, light=True)
     section = perturbation.section(run)
     grids = [b for b in section.blocks if isinstance(b, page.Grid)]
     assert [g.sortable for g in grids] == [True, True]
@@ -384,28 +387,28 @@ def test_every_warning_stands_beside_its_gene(config):
 
 
 def test_dropped_cells_and_mapping_are_in_the_cells_section(config):
-    text = _text(sections.corpus(report.load(config)))
+    text = _text(sections.corpus(load.load(config)))
     assert "151 of 156 cells were kept; dropped: 4 depth out of range, 1 too few genes." in text
     assert "3.10%" in text
     assert "A, B" in text
 
 
 def test_the_label_for_unknown_is_no_type(config):
-    cells = report.load(config).tables["cells"]
+    cells = load.load(config).tables["cells"]
     assert set(cells["type"]) == {"", *TYPES}
     assert cells["cells"].sum() == 151
 
 
 def test_embeddings_of_another_corpus_are_not_shown(config, tmp_path):
     _artifact(str(tmp_path), "embeddings", {}, parents={"corpus": "another"})
-    run = report.load(dataclasses.replace(config, inputs=Inputs(embeddings=str(tmp_path))))
+    run = load.load(dataclasses.replace(config, inputs=Inputs(embeddings=str(tmp_path))))
     assert run.vectors_ND is None
-    assert "made from another corpus" in _text(sections.embedding(run))
+    assert "made from another corpus" in _text(embedding.embedding(run))
 
 
 def test_a_step_run_twice_counts_once():
     history = pd.DataFrame({"step": [1, 2, 2, 3], "epoch": 0, "name": "loss", "value": [4.0, 9.0, 3.0, 2.0]})
-    assert sections.curve(history, "loss")["value"].tolist() == [4.0, 3.0, 2.0]
+    assert training.curve(history, "loss")["value"].tolist() == [4.0, 3.0, 2.0]
 
 
 def test_figures_on_one_page_share_no_ids_and_text_stays_text():
@@ -472,7 +475,7 @@ def test_a_report_of_the_same_inputs_is_left_alone_and_of_others_is_made_again(t
 
 
 def test_text_from_the_data_is_escaped(config):
-    run = report.load(config, light=True)
+    run = load.load(config, light=True)
     genes = run.tables["genes"].assign(symbol="<script>alert(1)</script>", warnings="<b>bold</b>")
     html = report.render(dataclasses.replace(run, tables={"genes": genes}), "key")
     assert "<script>alert" not in html
@@ -481,7 +484,7 @@ def test_text_from_the_data_is_escaped(config):
 
 
 def test_the_summary_says_where_the_model_is_worse(config):
-    text = report.summary(config)
+    text = terminal.summary(config)
     assert "151 kept of 156" in text
     assert re.search(
         r"random cells: baron_human +mixgf, fine-tuned +0\.700 +0\.680 +variable genes \+ logistic regression +1\.000 +1\.000 +WORSE",

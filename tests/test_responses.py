@@ -7,12 +7,17 @@ import pandas as pd
 import pytest
 import torch
 
-from mixgf import config, edits, perturb, responses, storage, targets
-from mixgf.model import Encoder
-from mixgf.shifts import Engine
+from mixgf.config import data, perturbation, run, training
+from mixgf.encoder.bert import Encoder
+from mixgf.perturbation import design as targets
+from mixgf.perturbation import gene_responses as responses
+from mixgf.perturbation import operations as edits
+from mixgf.perturbation import work_units as perturb
+from mixgf.perturbation.shift import Engine
+from mixgf.storage import tables
 
 CLS = 2
-ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=64, max_positions=24, init_sd=0.3)
+ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=64, max_positions=24, init_sd=0.3)
 
 
 def perturbed(sentence, genes, operation, lead, max_len):
@@ -128,7 +133,7 @@ def test_a_matrix_needs_no_cells_of_its_own_and_names_the_most_frequent_genes(co
         counts[corpus.tokens([cell])[0]] += 1
     best = sorted(np.argsort(-counts, kind="stable")[:5].tolist())
     assert plan.watched_R.tolist() == best
-    parts = {name: [storage.read_table(f"{folder}/{perturb.RESPONSES}/{u.key}.parquet") for u in units if u.operation == name]
+    parts = {name: [tables.read_table(f"{folder}/{perturb.RESPONSES}/{u.key}.parquet") for u in units if u.operation == name]
              for name in ("delete", "overexpress")}  # fmt: skip
     frame = responses.table(parts, plan).to_pandas().astype({"operation": str})
     sentences = {c: corpus.tokens([c])[0].tolist() for c in plan.cells_N.tolist()}
@@ -152,19 +157,22 @@ def test_a_matrix_needs_no_cells_of_its_own_and_names_the_most_frequent_genes(co
 
 @pytest.fixture(scope="module")
 def corpus_and_run(make_corpus, tmp_path_factory):
-    from mixgf import artifacts, checkpoint
-    from mixgf.dataset import Corpus
-    from mixgf.model import MaskedModel
+    from mixgf.corpus.reader import Corpus
+    from mixgf.encoder import checkpoint
+    from mixgf.encoder.bert import MaskedModel
+    from mixgf.storage import artifacts
 
     corpus = Corpus(make_corpus([9, 4, 12, 7, 16, 5, 10, 8, 11], [0] * 9, [4, 5], genes=20, names=("human",)))
     uri, folder = str(tmp_path_factory.mktemp("pretrain")), str(tmp_path_factory.mktemp("parts"))
     record = artifacts.plan("checkpoint", 1, {}, {})
     artifacts.begin(uri, record)
-    row = config.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16, init_sd=0.3)
+    row = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16, init_sd=0.3)
     model = MaskedModel(row, corpus.vocabulary.size, seed=5)
-    checkpoint.publish(uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=config.Tokens(max_len=16))
-    settings = config.Perturb(max_cells=6, min_coverage=0.01, response=5, block_cells=2, block_genes=7, micro_tokens=40)
-    chosen = config.Config(perturb=settings, tokens=config.Tokens(max_len=16))
+    checkpoint.publish(uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=16))
+    settings = perturbation.Perturb(
+        max_cells=6, min_coverage=0.01, response=5, block_cells=2, block_genes=7, micro_tokens=40
+    )
+    chosen = run.Config(perturb=settings, tokens=data.Tokens(max_len=16))
     plan = targets.design(corpus, chosen)
     scorer = perturb.Scorer(chosen, corpus=corpus.uri, weights=uri, folder=folder)
     units = [u for u in perturb.units(plan, corpus, settings) if u.operation != "embed"]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf import baselines, rivals
+from mixgf.classification import baselines
+from mixgf.classification import scvi as rivals
 
 
 def problem(species: tuple[str, str] = ("human", "human")) -> baselines.Problem:

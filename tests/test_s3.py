@@ -15,9 +15,17 @@ import s3_world
 from fault_proxy import Proxy, Rule, every, first
 from processes import free_port
 
-from mixgf import artifacts, cli, patience, storage, units
-from mixgf.config import Source, StorageError, to_dict
-from mixgf.drivers import dispatch, prepare
+from mixgf import cli
+from mixgf.config.data import Source
+from mixgf.config.parse import to_dict
+from mixgf.corpus import prepare_passes as units
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import StorageError
+from mixgf.stages import prepare
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import retry as patience
+from mixgf.storage import s3 as storage_s3
 
 ROOT = f"s3://{s3_world.BUCKET}/data"
 
@@ -54,7 +62,7 @@ def made(config):
 
 def bucket_keys(uri):
     """Names of all objects under a URI, relative to it."""
-    fs, key = storage._remote(uri)
+    fs, key = storage_s3._remote(uri)
     return {name.removeprefix(f"{key}/") for name in fs.find(key)}
 
 
@@ -75,7 +83,7 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(world, proxy, tm
     config = world.on(ROOT, f"s3://{s3_world.BUCKET}/killed")
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     code = (
-        "import json; from mixgf.config import Config, from_dict; from mixgf.drivers import dispatch, prepare\n"
+        "import json; from mixgf.config.run import Config; from mixgf.config.parse import from_dict; from mixgf.distributed import tasks as dispatch; from mixgf.stages import prepare\n"
         f"prepare.run(from_dict(Config, json.load(open({str(tmp_path / 'config.json')!r}))), spread=dispatch.loop)"
     )
     (rule,) = proxy.fresh(Rule("hold", "PUT .*/shards/", when=lambda i: i == 3))
@@ -122,12 +130,12 @@ TRANSIENT = {
 
 @pytest.mark.parametrize("where", TRANSIENT, ids=[name.replace(" ", "-") for name in TRANSIENT])
 def test_faults_that_pass_change_no_byte(where, world, proxy, monkeypatch):
-    monkeypatch.setattr(storage, "READ_SECONDS", 4.0)
-    storage.forget_connections()
+    monkeypatch.setattr(storage_s3, "READ_SECONDS", 4.0)
+    storage_s3.forget_connections()
     rules = proxy.fresh(*TRANSIENT[where]())
     uri = made(world.on(ROOT, f"s3://{s3_world.BUCKET}/{where.replace(' ', '-')}"))
     proxy.rules = []
-    storage.forget_connections()
+    storage_s3.forget_connections()
     assert s3_world.contents(uri) == world.local
     assert all(rule.hits for rule in rules), [(r.kind, r.match, r.seen) for r in rules if not r.hits]
 

@@ -25,9 +25,14 @@ import s3_world
 from fault_proxy import Proxy, Rule, every, first
 from processes import die_with_us, free_port
 
-from mixgf import artifacts, cli, storage
-from mixgf.config import AccessError, Source, UserError, to_dict
-from mixgf.drivers import dispatch, prepare
+from mixgf import cli
+from mixgf.config.data import Source
+from mixgf.config.parse import to_dict
+from mixgf.distributed import tasks as dispatch
+from mixgf.errors import AccessError, UserError
+from mixgf.stages import prepare
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
 
 NEEDED = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph", "setpriv")
 MISSING = [name for name in NEEDED if shutil.which(name) is None]

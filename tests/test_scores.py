@@ -5,7 +5,8 @@ import pytest
 from sklearn import metrics
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
-from mixgf import scores
+from mixgf.classification import metrics as scores
+from mixgf.stats import intervals
 
 TRUE = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
 GUESS = np.array([0, 0, 0, 1, 1, 1, 2, 2, 0, 2])
@@ -19,7 +20,9 @@ def random_case(seed: int, cells: int = 400, classes: int = 5) -> tuple[np.ndarr
     return true, predicted, rng.uniform(1 / classes, 1, cells)
 
 
-def value(name: str, true: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, classes: int) -> scores.Interval:
+def value(
+    name: str, true: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, classes: int
+) -> intervals.Interval:
     found, _ = scores.score(true, predicted, confidence, np.full(len(true), ""), classes, rng=np.random.default_rng(0))
     return found[name]
 
@@ -86,7 +89,7 @@ def test_donors_that_differ_widen_the_interval_and_are_named() -> None:
 def test_a_resample_draws_as_many_clusters_as_there_are_each_whole() -> None:
     clusters = np.array([0, 0, 0, 1, 1, 2])
     entries = np.array([0, 0, 1, 2, 2, 3])
-    drawn = scores.resample(clusters, entries, 4, rng=np.random.default_rng(0), num_resamples=4000)
+    drawn = intervals.resample(clusters, entries, 4, rng=np.random.default_rng(0), num_resamples=4000)
     times = np.stack([drawn[:, 1], drawn[:, 2] // 2, drawn[:, 3]])  # how often each cluster was drawn
     assert (times.sum(0) == 3).all()
     assert (drawn[:, 0] == 2 * drawn[:, 1]).all()
@@ -95,7 +98,7 @@ def test_a_resample_draws_as_many_clusters_as_there_are_each_whole() -> None:
 
 
 def test_equal_clusters_are_drawn_with_the_same_law() -> None:
-    drawn = scores.resample(
+    drawn = intervals.resample(
         np.arange(40), np.repeat([0, 1], [30, 10]), 2, rng=np.random.default_rng(0), num_resamples=4000
     )
     assert (drawn.sum(1) == 40).all()
@@ -125,7 +128,7 @@ def paired(
 def test_a_model_against_itself_ties_with_no_interval() -> None:
     true, predicted, _ = random_case(0)
     found = paired(predicted, predicted, true, np.zeros(400, dtype=np.int64), np.arange(400))
-    assert (found.accuracy, found.outcome, found.p) == (scores.Interval(0, 0, 0), "tie", 1.0)
+    assert (found.accuracy, found.outcome, found.p) == (intervals.Interval(0, 0, 0), "tie", 1.0)
 
 
 def test_a_better_model_wins_a_worse_one_loses_by_the_same() -> None:

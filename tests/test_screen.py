@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import config, screen
-from mixgf.model import Encoder
-from mixgf.shifts import Engine
+from mixgf.config import training
+from mixgf.encoder.bert import Encoder
+from mixgf.perturbation import screen
+from mixgf.perturbation.shift import Engine
 
 CLS = 2
-ROW = config.Model(num_layers=3, dim=32, num_heads=4, ffn_dim=64, max_positions=41, init_sd=0.2)
+ROW = training.Model(num_layers=3, dim=32, num_heads=4, ffn_dim=64, max_positions=41, init_sd=0.2)
 VARIANTS = [("remaining", 0), ("remaining", 1), ("all", 0), ("all", 1), ("cls", 1)]
 
 

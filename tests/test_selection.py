@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixgf import selection
-from mixgf.config import UserError
+from mixgf.corpus import obs_query
+from mixgf.errors import UserError
+from mixgf.perturbation import sampling as selection
 
 OBS = pd.DataFrame(
     {
@@ -27,7 +28,7 @@ OBS = pd.DataFrame(
     ],
 )
 def test_expressions_select_cells(expression, cells):
-    assert selection.select(OBS, expression, "perturb.start").tolist() == cells
+    assert obs_query.select(OBS, expression, "perturb.start").tolist() == cells
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_expressions_select_cells(expression, cells):
 )
 def test_what_cannot_be_meant_is_said(expression, message):
     with pytest.raises(UserError, match=message):
-        selection.select(OBS, expression, "perturb.start")
+        obs_query.select(OBS, expression, "perturb.start")
 
 
 def test_a_sample_is_balanced_over_donors_repeatable_and_independent_of_the_other_cells():

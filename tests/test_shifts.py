@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf import config, edits
-from mixgf.model import Encoder
-from mixgf.shifts import Engine
+from mixgf.config import training
+from mixgf.encoder.bert import Encoder
+from mixgf.perturbation import operations as edits
+from mixgf.perturbation.shift import Engine
 
 CLS = 2
-ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=64, max_positions=24, init_sd=0.3)
+ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=64, max_positions=24, init_sd=0.3)
 
 
 def cosine(a, b):

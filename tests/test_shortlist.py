@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from mixgf.shortlist import STRATA, agreement, like
-from mixgf.shortlist import shortlist as whole_shortlist
-from mixgf.stats import mean_by
+from mixgf.perturbation.screen_selection import STRATA, agreement, like
+from mixgf.perturbation.screen_selection import shortlist as whole_shortlist
+from mixgf.stats.donors import mean_by
 
 NAN = math.nan
 

@@ -3,9 +3,10 @@
 import pyarrow as pa
 import pytest
 
-from mixgf import storage
-from mixgf.config import HUMAN, MOUSE, SpeciesRow, UserError
-from mixgf.species import gene_table, orthologs
+from mixgf.config.data import HUMAN, MOUSE, SpeciesRow
+from mixgf.errors import UserError
+from mixgf.genes.species import gene_table, orthologs
+from mixgf.storage import tables
 
 
 @pytest.mark.parametrize("row", [HUMAN, MOUSE], ids=lambda row: row.name)
@@ -32,14 +33,14 @@ def test_orthologs_are_one_to_one_and_the_way_back_leads_home():
 
 def test_a_gene_with_two_partners_is_refused(tmp_path):
     uri = str(tmp_path / "o.parquet")
-    storage.write_table(uri, pa.table({"a": ["a1", "a1", "a2"], "b": ["b1", "b2", None]}))
+    tables.write_table(uri, pa.table({"a": ["a1", "a1", "a2"], "b": ["b1", "b2", None]}))
     with pytest.raises(UserError, match="a gene a1 has two b partners"):
         orthologs((uri,))
 
 
 def test_a_third_species_is_a_row_and_a_bad_table_is_named(tmp_path):
     uri = str(tmp_path / "g.parquet")
-    storage.write_table(
+    tables.write_table(
         uri,
         pa.table(
             {"gene": ["X2", "X1"], "symbol": ["b", "a"], "biotype": ["protein_coding"] * 2, "is_mito": [False] * 2}
@@ -48,6 +49,6 @@ def test_a_third_species_is_a_row_and_a_bad_table_is_named(tmp_path):
     table = gene_table(SpeciesRow(name="axolotl", taxon=8296, gene_prefix="X", genes=uri))
     assert table["gene"].to_pylist() == ["X1", "X2"]
     assert table["alias"].to_pylist() == [[], []]
-    storage.write_table(str(tmp_path / "bad.parquet"), pa.table({"gene": ["X1"]}))
+    tables.write_table(str(tmp_path / "bad.parquet"), pa.table({"gene": ["X1"]}))
     with pytest.raises(UserError, match=r"species 'axolotl': genes = .*: no column 'symbol'"):
         gene_table(SpeciesRow(name="axolotl", taxon=8296, gene_prefix="X", genes=str(tmp_path / "bad.parquet")))

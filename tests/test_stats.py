@@ -5,7 +5,8 @@ import pytest
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
-from mixgf import stats
+from mixgf.stats import donors as stats
+from mixgf.stats import rank_adjustment
 
 
 def _flat(groups):
@@ -162,13 +163,13 @@ def test_percentile_is_taken_among_similar_genes_only():
     rank = np.concatenate([np.arange(30), 1000 + np.arange(30)]).astype(float)
     effect = np.concatenate([10 + np.linspace(0, 1, 30), np.linspace(0, 1, 30)])
     features = np.stack([rank, np.ones(60)], axis=1)
-    percentile = stats.matched_percentile(effect, features, num_matched=10)
+    percentile = rank_adjustment.matched_percentile(effect, features, num_matched=10)
     assert percentile[10] == pytest.approx(50, abs=10)  # ordinary among its like, although above all of the others
     assert percentile[0] == 0
     effect[45] = 5
-    assert stats.matched_percentile(effect, features, num_matched=10)[45] == 100
-    assert np.isnan(stats.matched_percentile(effect[:10], features[:10])).all()
-    same = stats.matched_percentile(np.ones(40), np.ones((40, 2)), num_matched=10)
+    assert rank_adjustment.matched_percentile(effect, features, num_matched=10)[45] == 100
+    assert np.isnan(rank_adjustment.matched_percentile(effect[:10], features[:10])).all()
+    same = rank_adjustment.matched_percentile(np.ones(40), np.ones((40, 2)), num_matched=10)
     assert (same == 50).all()  # 40 equal points: nobody is compared with nothing
 
 
@@ -176,14 +177,14 @@ def test_rank_expectation_recovers_a_line_and_ignores_the_gene_itself():
     rng = np.random.default_rng(7)
     rank = rng.uniform(0, 2000, 200)
     line = 0.3 - rank / 1000
-    assert stats.expected_by_rank(line, rank) == pytest.approx(line, abs=1e-9)
+    assert rank_adjustment.expected_by_rank(line, rank) == pytest.approx(line, abs=1e-9)
     spiked = line.copy()
     spiked[50] += 9
-    assert stats.expected_by_rank(spiked, rank)[50] == pytest.approx(line[50], abs=1e-9)
-    assert stats.expected_by_rank(np.ones(30), np.full(30, 7.0)) == pytest.approx(1.0)  # one rank: the mean
-    assert np.isnan(stats.expected_by_rank(line[:10], rank[:10])).all()
+    assert rank_adjustment.expected_by_rank(spiked, rank)[50] == pytest.approx(line[50], abs=1e-9)
+    assert rank_adjustment.expected_by_rank(np.ones(30), np.full(30, 7.0)) == pytest.approx(1.0)  # one rank: the mean
+    assert np.isnan(rank_adjustment.expected_by_rank(line[:10], rank[:10])).all()
     holed = np.where(np.arange(200) == 3, np.nan, line)
-    assert np.isnan(stats.expected_by_rank(holed, rank)[3])
+    assert np.isnan(rank_adjustment.expected_by_rank(holed, rank)[3])
 
 
 def test_welch_equals_scipy():
@@ -222,10 +223,10 @@ def test_rank_and_donor_together_explain_nothing_of_a_gene_s_own():
     slope = np.array([1.0, 2.0, 3.0])
     means = rank[:, None] * slope / 500
     means[7] += 0.4
-    own = stats.less_expected(means, rank)
+    own = rank_adjustment.less_expected(means, rank)
     assert own[7] == pytest.approx([0.4] * 3)
     assert np.abs(np.delete(own, 7, axis=0)).max() < 0.1
-    few = stats.less_expected(means, np.where(np.arange(120) < 5, rank, np.nan))
+    few = rank_adjustment.less_expected(means, np.where(np.arange(120) < 5, rank, np.nan))
     assert few == pytest.approx(stats.less_background(means))
 
 
@@ -233,7 +234,7 @@ def test_genes_exchange_within_their_neighbourhood_only():
     rank = np.concatenate([np.arange(50.0), [np.nan] * 25])
     known = np.ones((75, 3), dtype=bool)
     known[:25:2, 2] = False
-    to = stats.shuffled_neighbours(rank, known, np.random.default_rng(11))
+    to = rank_adjustment.shuffled_neighbours(rank, known, np.random.default_rng(11))
     for row in to:
         assert sorted(row.tolist()) == list(range(75))
     assert (to[:2] // 25 == np.arange(75) // 25).all()
@@ -255,11 +256,13 @@ def test_nothing_is_found_as_often_as_chance_finds_it_however_skewed_the_effects
     for _ in range(10):
         by_rank = np.exp(-rank / 40)[:, None] * rng.normal(6, 2, donors)
         means = by_rank + rng.lognormal(0, 1, (genes, donors))
-        own = stats.less_expected(means, rank)
-        found.append(stats.sign_flip(stats.normal_scores(own, rank), 5000, rng))
+        own = rank_adjustment.less_expected(means, rank)
+        found.append(stats.sign_flip(rank_adjustment.normal_scores(own, rank), 5000, rng))
         plain.append(stats.sign_flip(own, 5000, rng))
-        wide = means - np.stack([stats.expected_by_rank(column, rank, span=0.3) for column in means.T], axis=1)
-        stiff.append(stats.sign_flip(stats.normal_scores(wide, rank), 5000, rng)[:3])
+        wide = means - np.stack(
+            [rank_adjustment.expected_by_rank(column, rank, span=0.3) for column in means.T], axis=1
+        )
+        stiff.append(stats.sign_flip(rank_adjustment.normal_scores(wide, rank), 5000, rng)[:3])
     num = 10 * genes
     for level in (0.05, 0.2, 0.5):
         expected = stats.attainable(donors, level)
@@ -271,13 +274,13 @@ def test_nothing_is_found_as_often_as_chance_finds_it_however_skewed_the_effects
 
 def test_normal_scores_are_places_among_genes_of_like_rank():
     own = np.array([[*range(30), *range(100, 130)]], dtype=float).T
-    scores = stats.normal_scores(own, np.arange(60.0), num_matched=10)
+    scores = rank_adjustment.normal_scores(own, np.arange(60.0), num_matched=10)
     assert scores[0, 0] == pytest.approx(scipy.stats.norm.ppf(0.5 / 11))
     assert scores[35, 0] == pytest.approx(scipy.stats.norm.ppf(5.5 / 11), abs=1e-12)
     assert scores[59, 0] == pytest.approx(-scores[0, 0])
-    few = stats.normal_scores(own[:13], np.arange(13.0))  # as many as there are
+    few = rank_adjustment.normal_scores(own[:13], np.arange(13.0))  # as many as there are
     assert few[12, 0] == pytest.approx(scipy.stats.norm.ppf(12.5 / 13))
-    assert np.isnan(stats.normal_scores(own[:11], np.arange(11.0), np.arange(11) < 5)).all()
+    assert np.isnan(rank_adjustment.normal_scores(own[:11], np.arange(11.0), np.arange(11) < 5)).all()
 
 
 def test_few_values_of_p_give_less_than_the_level():

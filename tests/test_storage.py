@@ -9,8 +9,9 @@ import boto3
 import pyarrow as pa
 import pytest
 
-from mixgf import storage
-from mixgf.config import UserError
+from mixgf.errors import UserError
+from mixgf.storage import files as storage
+from mixgf.storage import tables
 
 
 @pytest.fixture
@@ -50,11 +51,11 @@ def test_what_is_written_is_read_listed_and_removed(root):
 
 def test_the_same_table_gives_the_same_bytes(root):
     table = pa.table({"tokens": pa.array([[3, 1], [2]], pa.list_(pa.int32())), "cell": ["a", "b"]})
-    first = storage.write_table(storage.join(root, "t1.parquet"), table)
-    assert storage.write_table(storage.join(root, "t2.parquet"), table) == first
+    first = tables.write_table(storage.join(root, "t1.parquet"), table)
+    assert tables.write_table(storage.join(root, "t2.parquet"), table) == first
     assert (storage.size(storage.join(root, "t1.parquet")), storage.sha256(storage.join(root, "t1.parquet"))) == first
-    assert storage.read_table(storage.join(root, "t1.parquet")).equals(table)
-    assert storage.read_table(storage.join(root, "t1.parquet"), columns=["cell"]).column_names == ["cell"]
+    assert tables.read_table(storage.join(root, "t1.parquet")).equals(table)
+    assert tables.read_table(storage.join(root, "t1.parquet"), columns=["cell"]).column_names == ["cell"]
 
 
 def test_of_several_who_create_a_file_one_succeeds(root):
@@ -69,7 +70,7 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(tmp_path):
     uri = str(tmp_path / "f")
     storage.write_bytes(uri, b"old")
     code = (
-        "import os, signal; from pathlib import Path; from mixgf import storage\n"
+        "import os, signal; from pathlib import Path; from mixgf.storage import files as storage\n"
         "Path.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"storage.write_bytes({uri!r}, b'new' * 1000)"
     )
@@ -89,7 +90,7 @@ def test_resources_travel_with_the_package():
 
 
 def test_a_corpus_on_s3_is_inspected_like_one_on_disk(s3, make_corpus):
-    from mixgf import inspection
+    from mixgf.corpus import summary as inspection
 
     uri = make_corpus([5, 9, 7, 3], [0, 0, 1, 1], [2, 2])
     there = f"{s3}/inspected/corpus"

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mixgf import recipes, sweep
-from mixgf.config import Config, Tune, UserError
+from mixgf.config import recipes
+from mixgf.config.run import Config
+from mixgf.config.tuning import Tune
+from mixgf.errors import UserError
+from mixgf.tuning import space as sweep
 
 BASE = Config(tune=Tune(space=("train.lr=[0.1]",)))
 

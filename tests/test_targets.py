@@ -4,9 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixgf import config, storage, targets
-from mixgf.config import UserError
-from mixgf.dataset import Corpus
+from mixgf.config import data, perturbation, run
+from mixgf.corpus.reader import Corpus
+from mixgf.errors import UserError
+from mixgf.perturbation import design as targets
+from mixgf.storage import tables
 
 LENGTHS = [9, 4, 12, 7, 16, 5, 10, 8, 11]
 SPECIES = [0, 1, 0, 0, 1, 0, 1, 0, 0]
@@ -19,7 +21,7 @@ def corpus(make_corpus):
 
 def plan(corpus, **settings):
     settings = {"max_cells": 0, "min_coverage": 0.01} | settings
-    chosen = config.Config(perturb=config.Perturb(**settings), tokens=config.Tokens(max_len=16))
+    chosen = run.Config(perturb=perturbation.Perturb(**settings), tokens=data.Tokens(max_len=16))
     return targets.design(corpus, chosen), chosen
 
 
@@ -86,7 +88,7 @@ def test_an_anchor_is_paired_with_every_gene_of_its_species_and_stands_alone_onc
     with pytest.raises(UserError, match=r"perturb\.anchor: .*not in the"):
         plan(corpus, anchor="nope")
     with pytest.raises(UserError, match=r"perturb\.screen = 5: must be 0 with perturb\.anchor"):
-        config.Perturb(anchor="human3", screen=5, goal="cell_type == 'alpha'")
+        perturbation.Perturb(anchor="human3", screen=5, goal="cell_type == 'alpha'")
 
 
 def test_states_hold_all_cells_even_when_few_are_perturbed(corpus):
@@ -105,7 +107,7 @@ def many(make_corpus):
     species = [0] * 195 + [1] * 25
     uri = make_corpus([6] * 220, species, [220], genes=12)
     shard = f"{uri}/shards/00000.parquet"
-    table = storage.read_table(shard)
+    table = tables.read_table(shard)
     for name, values in (
         ("cell_type", kinds),
         ("source", ["one"] * 135 + ["two"] * 85),
@@ -113,7 +115,7 @@ def many(make_corpus):
     ):
         table = table.set_column(table.column_names.index(name), name, pa.array(values)) if name in table.column_names else (
             table.append_column(name, pa.array(values)))  # fmt: skip
-    storage.write_table(shard, table)
+    tables.write_table(shard, table)
     return Corpus(uri)
 
 

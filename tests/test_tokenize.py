@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf.config import Tokens
-from mixgf.tokenize import TABLE_COUNTS, Encoder, Ranks
-from mixgf.vocab import CLS, SpeciesGenes
+from mixgf.config.data import Tokens
+from mixgf.corpus.rank_value import TABLE_COUNTS, Encoder, Ranks
+from mixgf.genes.vocabulary import CLS, SpeciesGenes
 
 
 def genes_of(medians, first=3):

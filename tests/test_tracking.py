@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from mixgf import recipes, tracking
-from mixgf.config import override
+from mixgf.config import recipes
+from mixgf.config.parse import override
+from mixgf.tracking import mlflow_runs as tracking
 
 
 @pytest.fixture

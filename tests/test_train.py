@@ -9,16 +9,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from mixgf import checkpoint, config, dataset, storage, train
-from mixgf.config import UserError
-from mixgf.model import Encoder, MaskedModel, pool
-from mixgf.objectives import Pretraining, part_of
+from mixgf.config import data, run, training
+from mixgf.corpus import reader as dataset
+from mixgf.encoder import batch as encoder_batch
+from mixgf.encoder.bert import Encoder, MaskedModel, pool
+from mixgf.errors import UserError
+from mixgf.storage import tables
+from mixgf.training import checkpoints
+from mixgf.training import context as training_context
+from mixgf.training import loop as train
+from mixgf.training.pretraining import Pretraining, part_of
 
-ROW = config.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
-SETTINGS = config.Train(
+ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
+SETTINGS = training.Train(
     epochs=3, batch_cells=6, lr=1e-2, warmup_steps=3, log_steps=1, checkpoint_steps=4, micro_tokens=10_000
 )
-CONFIG = config.Config(model=ROW, tokens=config.Tokens(max_len=40), train=SETTINGS)
+CONFIG = run.Config(model=ROW, tokens=data.Tokens(max_len=40), train=SETTINGS)
 LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr")
 
 
@@ -42,7 +48,9 @@ def pretrain(uri, output="", *, context=None, settings=SETTINGS, identity="a", s
             return work(step, rank, world_size)
 
         task.work = die
-    return train.fit(model, task, settings, context or train.LocalContext(), uri=output, identity=identity), model
+    return train.fit(
+        model, task, settings, context or training_context.LocalContext(), uri=output, identity=identity
+    ), model
 
 
 def trace(rows):
@@ -60,16 +68,16 @@ def test_the_model_learns_which_genes_are_of_the_cells_species(uri):
     corpus = dataset.Corpus(uri)
     settings = dataclasses.replace(SETTINGS, epochs=45, warmup_steps=5, log_steps=10)
     row = dataclasses.replace(ROW, num_layers=1)
-    chosen = dataclasses.replace(CONFIG, model=row, train=settings, objective=config.Objective(contrast_weight=0.0))
+    chosen = dataclasses.replace(CONFIG, model=row, train=settings, objective=training.Objective(contrast_weight=0.0))
     model = MaskedModel(row, corpus.vocabulary.size)
-    losses = trace(train.fit(model, Pretraining(chosen, corpus), settings, train.LocalContext()))
+    losses = trace(train.fit(model, Pretraining(chosen, corpus), settings, training_context.LocalContext()))
     assert losses[1, "mlm"] == pytest.approx(math.log(83), abs=0.1)
     assert np.mean([losses[step, "mlm"] for step in (150, 160, 170, 180)]) < math.log(40)
 
 
 def test_every_figure_is_kept(undisturbed):
     output = undisturbed[2]
-    names = set(storage.read_table(f"{output}/history.parquet").column("name").to_pylist())
+    names = set(tables.read_table(f"{output}/history.parquet").column("name").to_pylist())
     assert names >= {"loss", "mlm", "contrast", "alignment", "uniformity", "lr", "grad_norm", "cells_per_s", "tokens_per_s",
                      "mfu", "wait_share", "memory_gb"}  # fmt: skip
 
@@ -79,7 +87,7 @@ def test_a_run_killed_at_any_step_and_resumed_is_bit_identical(uri, undisturbed,
     losses, model, _ = undisturbed
     with pytest.raises(KeyboardInterrupt, match="killed"):
         pretrain(uri, str(tmp_path), stop=stop)
-    assert checkpoint.complete_steps(str(tmp_path)) == [s for s in (4, 8) if s <= stop]
+    assert checkpoints.complete_steps(str(tmp_path)) == [s for s in (4, 8) if s <= stop]
     rows, resumed = pretrain(uri, str(tmp_path))
     assert trace(rows) == losses
     assert len(trace(rows)) == sum(name in LOSSES for _, _, name, _ in rows)  # no step twice
@@ -94,7 +102,7 @@ def test_a_finished_run_has_nothing_left_to_do(uri, undisturbed):
 
 
 def test_the_last_checkpoints_are_kept_and_no_others(undisturbed):
-    assert checkpoint.complete_steps(undisturbed[2]) == [8, 12]
+    assert checkpoints.complete_steps(undisturbed[2]) == [8, 12]
 
 
 def test_a_checkpoint_of_another_run_is_refused(uri, undisturbed):
@@ -110,7 +118,7 @@ def test_losses_do_not_depend_on_the_size_of_micro_batches(uri, undisturbed, mic
     ours = trace(rows)
     for step in (1, 2, 3):
         # the contrast is exp(cosine / temperature) to first order: its relative error is that of a cosine / temperature
-        for name, rel in (("loss", 2e-6), ("mlm", 2e-6), ("contrast", 2e-6 / config.Objective().temperature)):
+        for name, rel in (("loss", 2e-6), ("mlm", 2e-6), ("contrast", 2e-6 / training.Objective().temperature)):
             assert ours[step, name] == pytest.approx(undisturbed[0][step, name], rel=rel), (step, name)
 
 
@@ -118,7 +126,7 @@ def _group_worker(rank, world_size, port, uri, output):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    pretrain(uri, output, context=train.GroupContext(torch.device("cpu")))
+    pretrain(uri, output, context=training_context.GroupContext(torch.device("cpu")))
     dist.destroy_process_group()
 
 
@@ -150,13 +158,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(u
     spoil.step = 0
     task.backward = spoil
     with pytest.raises(UserError, match=r"step 6 \(epoch 1\): mlm = nan; lower train.lr"):
-        train.fit(model, task, SETTINGS, train.LocalContext(), uri=str(tmp_path))
-    assert checkpoint.complete_steps(str(tmp_path)) == [4]
+        train.fit(model, task, SETTINGS, training_context.LocalContext(), uri=str(tmp_path))
+    assert checkpoints.complete_steps(str(tmp_path)) == [4]
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_learning_rate_by_hand():
-    settings = config.Train(lr=1.0, warmup_steps=4, schedule="cosine")
+    settings = training.Train(lr=1.0, warmup_steps=4, schedule="cosine")
     rates = [train.learning_rate(settings, step, 12) for step in (0, 3, 4, 8, 12)]
     assert rates == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
     linear = dataclasses.replace(settings, schedule="linear")
@@ -176,7 +184,7 @@ def test_gradients_are_clipped_to_the_set_norm():
     flat = train._Flat(model, torch.device("cpu"))
     flat.zero()
     (model(torch.tensor([[3.0, 4.0]]))).sum().backward()
-    values = flat.reduce({"loss": torch.tensor(2.0)}, train.LocalContext())
+    values = flat.reduce({"loss": torch.tensor(2.0)}, training_context.LocalContext())
     assert values == {"loss": 2.0, "grad_norm": 5.0}
     flat.clip(values["grad_norm"], 1.0)
     assert model.weight.grad.tolist()[0] == pytest.approx([0.6, 0.8])
@@ -194,7 +202,7 @@ def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
 
     def batches(step, rank, world_size):
         tokens, offsets = corpus.tokens(range(23))
-        return train.BatchWork([dataset.pack([(tokens, offsets)], range(23))], 23)
+        return train.BatchWork([encoder_batch.pack([(tokens, offsets)], range(23))], 23)
 
     def loss(model, batch):
         z = pool(model.encoder(batch.ids_T, batch.offsets_B1), batch.offsets_B1, "mean")
@@ -208,7 +216,7 @@ def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
     model.encoder.tokens.requires_grad_(False)
     before = model.encoder.tokens.clone()
     settings = dataclasses.replace(SETTINGS, warmup_steps=0)
-    rows = train.fit(model, train.LossTask(40, batches, loss), settings, train.LocalContext())
+    rows = train.fit(model, train.LossTask(40, batches, loss), settings, training_context.LocalContext())
     figures = {(step, name): value for step, _, name, value in rows}
     assert figures[40, "accuracy"] == 1.0
     assert torch.equal(model.encoder.tokens, before)
@@ -226,7 +234,7 @@ def test_memory_is_flat_over_a_run(make_corpus):
     corpus = dataset.Corpus(make_corpus(lengths, np.arange(120) % 2, [60, 60], genes=220))
     row = dataclasses.replace(ROW, max_positions=200, num_layers=1, dim=128)
     settings = dataclasses.replace(SETTINGS, batch_cells=8, epochs=6, log_steps=1000)
-    chosen = dataclasses.replace(CONFIG, model=row, tokens=config.Tokens(max_len=200), train=settings)
+    chosen = dataclasses.replace(CONFIG, model=row, tokens=data.Tokens(max_len=200), train=settings)
     task, resident = Pretraining(chosen, corpus), []
     backward = task.backward
 
@@ -235,7 +243,7 @@ def test_memory_is_flat_over_a_run(make_corpus):
         return backward(model, work, group)
 
     task.backward = watched
-    train.fit(MaskedModel(row, corpus.vocabulary.size), task, settings, train.LocalContext())
+    train.fit(MaskedModel(row, corpus.vocabulary.size), task, settings, training_context.LocalContext())
     assert len(resident) == 90
     assert max(resident[80:]) - max(resident[:20]) < 30  # MB
 
@@ -245,7 +253,7 @@ def test_a_training_that_stops_at_a_step_and_goes_on_equals_one_that_never_stopp
 
     def go(to, until=0):
         task, model = Pretraining(CONFIG, corpus), MaskedModel(ROW, corpus.vocabulary.size, seed=1)
-        rows = train.fit(model, task, SETTINGS, train.LocalContext(), uri=to, identity="a", until=until)
+        rows = train.fit(model, task, SETTINGS, training_context.LocalContext(), uri=to, identity="a", until=until)
         return [row for row in rows if row[2] in LOSSES], model
 
     whole, model = go(str(tmp_path / "whole"))

@@ -3,8 +3,12 @@ import math
 import numpy as np
 import pytest
 
-from mixgf import dataset, keyed, species, views
-from mixgf.config import UserError
+from mixgf import rng as keyed
+from mixgf.corpus import packed
+from mixgf.corpus import reader as dataset
+from mixgf.errors import UserError
+from mixgf.genes import species
+from mixgf.training import views
 
 MASK, CLS = 1, 2
 
@@ -92,7 +96,7 @@ def test_masks_are_the_plain_ones_draw_by_draw():
         np.array([0, 1, 1, 0], dtype=np.int8),
         np.array([7, 8, 10**12, 2]),
     )
-    offsets = dataset.offsets_of(lengths)
+    offsets = packed.offsets_of(lengths)
     genes = [np.arange(3, 50, dtype=np.int32), np.arange(50, 57, dtype=np.int32)]
     tokens = np.random.default_rng(0).integers(0, 50, offsets[-1]).astype(np.int32)
     inputs, at, true = views.mask((tokens, offsets), visits, kinds, views.Pools.of(genes), fraction=0.3, key=(5, 6, 1))

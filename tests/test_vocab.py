@@ -6,8 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixgf import storage, vocab
-from mixgf.config import SpeciesRow, UserError
+from mixgf.config.data import SpeciesRow
+from mixgf.errors import UserError
+from mixgf.genes import vocabulary as vocab
+from mixgf.storage import tables
 
 
 def table(genes):
@@ -72,7 +74,7 @@ def test_the_hash_covers_what_decides_a_sentence_and_survives_a_round_trip(tmp_p
     assert build(medians=other).hash != v.hash
     assert build("ortholog").hash != v.hash
     edited = v.table.set_column(4, "median", pa.array(np.full(5, 1.0)))
-    storage.write_table(uri, edited.replace_schema_metadata(storage.read_table(uri).schema.metadata))
+    tables.write_table(uri, edited.replace_schema_metadata(tables.read_table(uri).schema.metadata))
     with pytest.raises(UserError, match="does not fit its hash"):
         vocab.Vocabulary.load(uri)
 

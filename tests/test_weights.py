@@ -11,15 +11,24 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mixgf import artifacts, checkpoint, cli, config, storage, weights
-from mixgf.config import UserError
-from mixgf.dataset import Corpus
-from mixgf.model import MaskedModel
-from mixgf.species import gene_table
-from mixgf.vocab import Vocabulary
+from mixgf import cli
+from mixgf.config import data as config_data
+from mixgf.config import parse as config
+from mixgf.config import run as config_run
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.genes.species import gene_table
+from mixgf.genes.vocabulary import Vocabulary
+from mixgf.stages import export
+from mixgf.stages import import_weights as weights
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
 
 transformers = pytest.importorskip("transformers")
-ROWS = {"human": config.HUMAN, "mouse": config.MOUSE}
+ROWS = {"human": config_data.HUMAN, "mouse": config_data.MOUSE}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
@@ -42,10 +51,10 @@ def corpus(folder, *, species=("human",), genes=300, cls=False, longest=60):
         np.array([len(c) for c in cells], dtype=np.int32),
         np.repeat(np.arange(len(species)), 4).astype(np.int8),
     )
-    storage.write_table(
+    storage_tables.write_table(
         f"{folder}/corpus/shards/0.parquet", pa.table({"tokens": pa.array(cells, pa.list_(pa.int32()))})
     )
-    storage.write_table(f"{folder}/corpus/index.parquet", pa.table({"length": lengths, "species": codes}))
+    storage_tables.write_table(f"{folder}/corpus/index.parquet", pa.table({"length": lengths, "species": codes}))
     record = artifacts.plan("corpus", 1, {"tokens": {"cls": cls, "max_len": int(lengths.max())}}, {})
     details = {
         "species": list(species),
@@ -151,7 +160,7 @@ def small(tmp_path_factory):
 
 
 def settings(output, tracking_uri, *changes):
-    return config.override(config.Config(), [f"output={output}", f"tracking.uri={tracking_uri}", *changes])
+    return config.override(config_run.Config(), [f"output={output}", f"tracking.uri={tracking_uri}", *changes])
 
 
 def test_genes_that_a_model_does_not_know_are_counted_and_start_anew(small, tmp_path, tracking_uri, caplog):
@@ -238,4 +247,4 @@ def test_an_export_needs_the_corpus_whose_vocabulary_the_weights_have(small, tmp
     corpus(tmp_path / "b", genes=301)
     uri = weights.bring(settings(tmp_path / "a", tracking_uri), str(small))
     with pytest.raises(UserError, match=r"inputs\.checkpoint: made with vocabulary"):
-        weights.export(settings(tmp_path / "b", tracking_uri, f"inputs.checkpoint={uri}"))
+        export.export(settings(tmp_path / "b", tracking_uri, f"inputs.checkpoint={uri}"))

@@ -1,0 +1,36 @@
+"""Moved here from mixgf/corpus.py."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from mixgf.config.data import Source
+from mixgf.errors import UserError
+from mixgf.storage import files as storage
+
+
+def resolve(sources: Iterable[Source]) -> tuple[Source, ...]:
+    """Expand globs and give every file a name of its own; a pattern without a match is a `UserError`."""
+    out: list[Source] = []
+    for i, source in enumerate(sources):
+        uris = storage.glob(source.uri) if re.search(r"[*?\[]", source.uri) else [source.uri]
+        if not uris:
+            msg = f"sources[{i}].uri = {source.uri!r}: matches no file; check the pattern"
+            raise UserError(msg)
+        for uri in uris:
+            stem = re.sub(
+                r"\.(h5ad|h5|hdf5|arrow|dataset)$", "", uri.rstrip("/").rsplit("/", 1)[-1].removeprefix("resource:")
+            )
+            name = source.name if source.name and len(uris) == 1 else "-".join(filter(None, (source.name, stem)))
+            out.append(replace(source, uri=uri, name=name))
+    if not out:
+        msg = "sources = (): must name at least one file of counts (.h5ad, 10x .h5, 10x folder), with its species"
+        raise UserError(msg)
+    for name, times in Counter(s.name for s in out).items():
+        if times > 1:
+            msg = f"sources.name = {name!r}: used by {times} sources; give each a name of its own (sources[i].name)"
+            raise UserError(msg)
+    return tuple(out)

@@ -1,0 +1,116 @@
+"""Moved here from mixgf/classify.py, mixgf/splits.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from mixgf.arrays import Cells, Names
+from mixgf.config.classification import Classify
+from mixgf.corpus import obs_query
+from mixgf.corpus.reader import Corpus
+from mixgf.errors import UserError
+
+
+def labelled(corpus: Corpus, settings: Classify) -> Labelled:
+    """The labelled cells of a corpus.
+
+    Raises:
+        UserError: The label or group column is not there, or no cell has a label.
+    """
+    there = corpus.columns
+    for name, wanted_column in (("label", settings.label), ("group", settings.group)):
+        if wanted_column not in there:
+            msg = (
+                f"classify.{name} = {wanted_column!r}: the corpus has no such column; it has {', '.join(sorted(there))}"
+            )
+            raise UserError(msg)
+    optional = (settings.donor, settings.dataset, settings.transfer)
+    wanted = dict.fromkeys(
+        ["cell", "species", "source", settings.label, settings.group, *(c for c in optional if c in there)]
+    )
+    obs = corpus.obs(list(wanted))
+
+    def column(name: str) -> Names:
+        return names_of(obs[name].tolist(), unknown=settings.unlabelled) if name in obs else np.full(len(obs), UNKNOWN)
+
+    labels = merged(column(settings.label), settings.merge)
+    chosen = np.ones(len(labels), dtype=bool)
+    if settings.cells:
+        chosen[:] = False
+        chosen[obs_query.select(corpus.obs(), settings.cells, "classify.cells")] = True
+    rows = np.flatnonzero((labels != UNKNOWN) & chosen)
+    if not len(rows):
+        msg = f"classify.label = {settings.label!r}: none of {chosen.sum():,} cells has a label; name another column of obs"
+        raise UserError(msg)
+    return Labelled(
+        cells=rows, names=obs["cell"].to_numpy().astype(np.str_)[rows], labels=labels[rows],
+        species=obs["species"].to_numpy().astype(np.str_)[rows], groups=column(settings.group)[rows],
+        donors=column(settings.donor)[rows], datasets=column(settings.dataset)[rows], transfer=column(settings.transfer)[rows],
+        sources=obs["source"].to_numpy().astype(np.str_)[rows],
+    )  # fmt: skip
+
+
+def merged(labels_N: Names, entries: Sequence[str]) -> Names:
+    """Labels with those of each entry (`NAME=LABEL|LABEL`) under its name.
+
+    Raises:
+        UserError: An entry is of another form, names a label that no cell has, or one that another entry has.
+    """
+    to: dict[str, str] = {}
+    for entry in entries:
+        name, _, several = entry.partition("=")
+        parts = [part.strip() for part in several.split("|")]
+        known = set(np.unique(labels_N).tolist()) - {UNKNOWN}
+        bad = [part for part in parts if part not in known or part in to]
+        if bad or not name.strip():
+            msg = f"classify.merge: {entry!r} must be NAME=LABEL|LABEL with labels of cells, each once, not {bad[:1]}; there are {', '.join(sorted(known))}"
+            raise UserError(msg)
+        to |= dict.fromkeys(parts, name.strip())
+    return np.array([to.get(label, label) for label in labels_N.tolist()], dtype=np.str_) if to else labels_N
+
+
+UNKNOWN = ""
+"""How a label, donor, data set or organ that is not known is written here."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Labelled:
+    """The labelled cells of a corpus, one row each, in any order."""
+
+    cells: Cells
+    """Their global numbers in the corpus."""
+    names: Names
+    """Unique names; they, not the numbers, key the random draws."""
+    labels: Names
+    species: Names
+    groups: Names
+    """The independent tasks of the random and the held-out-donor split."""
+    donors: Names
+    datasets: Names
+    transfer: Names
+    """The groups within which species are compared."""
+    sources: Names
+    """The files they come from."""
+
+    def __post_init__(self) -> None:
+        sizes = {len(column) for column in (self.cells, self.names, self.labels, self.species, self.groups,
+                                            self.donors, self.datasets, self.transfer, self.sources)}  # fmt: skip
+        assert len(sizes) == 1, "columns of one length"
+        assert len(np.unique(self.names)) == len(self.names), "names are unique"
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def only(self, rows: Cells) -> Labelled:
+        """Some rows, in the given order."""
+        return Labelled(**{one.name: getattr(self, one.name)[rows] for one in fields(self)})
+
+
+def names_of(values: Sequence[object], *, unknown: Sequence[str]) -> Names:
+    """A column as text, with every spelling of "not known" (and missing values) as `UNKNOWN`."""
+    gone = set(unknown)
+    text = ["" if value is None or value != value else str(value) for value in values]  # noqa: PLR0124 (NaN is not itself)
+    return np.asarray([UNKNOWN if value in gone else value for value in text], dtype=np.str_)

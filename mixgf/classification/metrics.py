@@ -1,0 +1,213 @@
+"""How good predictions are, with intervals, and which of two models is better.
+
+Everything is computed from counts of *states* (true class, predicted class, confidence bin), so that a bootstrap resample
+is one row of counts and costs the same for a thousand cells as for a million.
+
+Shape letters: M test cells, C classes, E distinct states, K clusters (donors or cells), R resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse, stats
+
+from mixgf.arrays import Float64s, Ints
+from mixgf.stats.intervals import Interval, _interval, clusters, resample
+
+NUM_BINS = 15
+"""Confidence bins of the calibration error (Guo et al. 2017)."""
+METRICS = ("accuracy", "macro_f1", "balanced_accuracy", "ece")
+"""`ece` is the expected calibration error: lower is better."""
+
+
+def confusion(true_M: Ints, predicted_M: Ints, num_classes: int) -> Ints:
+    """Counts (C, C): row = true class, column = predicted class."""
+    flat = np.bincount(true_M * num_classes + predicted_M, minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def class_scores(confusion_CC: npt.NDArray[np.number]) -> dict[str, Float64s]:
+    """`precision`, `recall`, `f1` per class over leading axes; 0 where a class was never predicted or never true."""
+    hits = np.diagonal(confusion_CC, axis1=-2, axis2=-1).astype(np.float64)
+    true, predicted = confusion_CC.sum(-1), confusion_CC.sum(-2)
+    return {
+        "precision": _ratio(hits, predicted),
+        "recall": _ratio(hits, true),
+        "f1": _ratio(2 * hits, true + predicted),
+    }
+
+
+def totals(confusion_CC: npt.NDArray[np.number]) -> dict[str, Float64s]:
+    """`accuracy`, `macro_f1` and `balanced_accuracy` over leading axes.
+
+    The means over classes are over classes with a test cell. A split has test cells of every class; a resample may not.
+    """
+    classes = class_scores(confusion_CC)
+    present = confusion_CC.sum(-1) > 0
+    count = np.maximum(present.sum(-1), 1)
+    hits = np.diagonal(confusion_CC, axis1=-2, axis2=-1).sum(-1).astype(np.float64)
+    return {
+        "accuracy": _ratio(hits, confusion_CC.sum((-2, -1))),
+        "macro_f1": (classes["f1"] * present).sum(-1) / count,
+        "balanced_accuracy": (classes["recall"] * present).sum(-1) / count,
+    }
+
+
+def score(
+    true_M: Ints, predicted_M: Ints, confidence_M: Float64s, donors_M: npt.NDArray[np.str_], num_classes: int, *,
+    rng: np.random.Generator,
+) -> tuple[dict[str, Interval], str]:  # fmt: skip
+    """Every metric of `METRICS` with its 95 % percentile bootstrap interval, and what was resampled (`donor` or `cell`).
+
+    Args:
+        true_M: Class ids.
+        predicted_M: Class ids.
+        confidence_M: Probability that the model gave its prediction.
+        donors_M: Donor of each cell.
+        num_classes: C.
+        rng: Draws the resamples.
+    """
+    clusters_M, by = clusters(donors_M)
+    bins_M = np.clip(np.ceil(confidence_M * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    state_M = (true_M * num_classes + predicted_M) * NUM_BINS + bins_M
+    states_E, entry_M = np.unique(state_M, return_inverse=True)
+    sums_E = np.bincount(entry_M, weights=confidence_M)
+    mean_E = sums_E / np.bincount(entry_M)
+
+    def metrics(counts_RE: npt.NDArray[np.number]) -> dict[str, Float64s]:
+        table_RCC = _spread(counts_RE, states_E // NUM_BINS, num_classes**2).reshape(-1, num_classes, num_classes)
+        true_E, predicted_E = np.divmod(states_E // NUM_BINS, num_classes)
+        weights = np.where(true_E == predicted_E, 1.0, 0.0) - mean_E
+        gaps = np.abs(_spread(counts_RE * weights, states_E % NUM_BINS, NUM_BINS)).sum(-1)
+        return {**totals(table_RCC), "ece": gaps / np.maximum(counts_RE.sum(-1), 1)}
+
+    exact = metrics(np.bincount(entry_M)[None, :])
+    drawn = metrics(resample(clusters_M, entry_M, len(states_E), rng=rng))
+    return {name: _interval(float(exact[name][0]), drawn[name]) for name in METRICS}, by
+
+
+ACCEPTED = 0.95
+"""Share of the cells of known types that a limit on the probability lets pass, in `rejection`."""
+
+
+def rejection(
+    confidence_M: Float64s, unseen_M: npt.NDArray[np.bool_], donors_M: npt.NDArray[np.str_], *, rng: np.random.Generator
+) -> tuple[dict[str, Interval], str]:
+    """How well a low probability tells cells of a type without training cells from the others, and what was resampled.
+
+    `auroc` is the chance that a cell of the unseen type has a lower probability than one of a known type (equal ones count
+    half; 0.5 = no use); `rejected` the share of unseen cells below the limit that lets 95 % of the known ones pass.
+
+    Args:
+        confidence_M: Probability that the model gave its prediction.
+        unseen_M: Whether the cell is of the type that was left out; both kinds are there.
+        donors_M: Donor of each cell.
+        rng: Draws the resamples.
+    """
+    clusters_M, by = clusters(donors_M)
+    levels, level_M = np.unique(confidence_M, return_inverse=True)
+    entry_M, size = level_M * 2 + unseen_M, 2 * len(levels)
+
+    def metrics(counts_RE: npt.NDArray[np.number]) -> dict[str, Float64s]:
+        known, unseen = counts_RE[:, 0::2].astype(np.float64), counts_RE[:, 1::2].astype(np.float64)
+        above = known.sum(1, keepdims=True) - np.cumsum(known, axis=1) + known / 2
+        totals_ = known.sum(1), unseen.sum(1)
+        refused = np.cumsum(known, axis=1) <= (1 - ACCEPTED) * totals_[0][:, None]
+        return {
+            "auroc": np.where(
+                totals_[0] * totals_[1] > 0, _ratio((unseen * above).sum(1), totals_[0] * totals_[1]), 0.5
+            ),
+            "rejected": _ratio((unseen * refused).sum(1), totals_[1]),
+        }
+
+    exact = metrics(np.bincount(entry_M, minlength=size)[None, :])
+    drawn = metrics(resample(clusters_M, entry_M, size, rng=rng))
+    return {name: _interval(float(exact[name][0]), drawn[name]) for name in exact}, by
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model against one baseline on the same cells."""
+
+    accuracy: Interval
+    """Difference, model minus baseline."""
+    macro_f1: Interval
+    p: float
+    """Exact McNemar test on the cells that one of the two got right (in more seeds); a cell counts once, cells as independent."""
+    by: str
+    """What the intervals resample: `donor` or `cell`."""
+
+    @property
+    def outcome(self) -> str:
+        """`win`, `tie` or `loss`: whether the interval of the macro F1 difference lies above, across or below 0."""
+        return "win" if self.macro_f1.low > 0 else "loss" if self.macro_f1.high < 0 else "tie"
+
+
+def compare(
+    *, true_M: Ints, model_M: Ints, baseline_M: Ints, cells_M: Ints, donors_M: npt.NDArray[np.str_], seeds_M: Ints,
+    num_classes: int, rng: np.random.Generator,
+) -> Comparison:  # fmt: skip
+    """Compare two models on the same test cells, over all seeds at once.
+
+    A difference is the mean over seeds of the difference within a seed. A resample draws donors (from three on), else cells,
+    and takes all that is known of them in every seed, so that a cell tested in several seeds does not count as several.
+
+    Args:
+        true_M: Class ids; rows of all seeds one after the other.
+        model_M: Predictions of the model.
+        baseline_M: Predictions of the baseline, same rows.
+        cells_M: Which cell each row is.
+        donors_M: Its donor.
+        seeds_M: Its seed.
+        num_classes: C.
+        rng: Draws the resamples.
+    """
+    clusters_M, by = clusters(donors_M)
+    clusters_M = clusters_M if by == "donor" else np.unique(cells_M, return_inverse=True)[1]
+    num_seeds = len(np.unique(seeds_M))
+    seed_M = np.unique(seeds_M, return_inverse=True)[1]
+    state_M = ((seed_M * num_classes + true_M) * num_classes + model_M) * num_classes + baseline_M
+    states_E, entry_M = np.unique(state_M, return_inverse=True)
+    rest_E, by_baseline_E = np.divmod(states_E, num_classes)
+    truth_E, by_model_E = np.divmod(rest_E, num_classes)
+
+    def differences(counts_RE: npt.NDArray[np.number]) -> dict[str, Float64s]:
+        shape = (-1, num_seeds, num_classes, num_classes)
+        size = num_seeds * num_classes**2
+        of_model = totals(_spread(counts_RE, truth_E * num_classes + by_model_E, size).reshape(shape))
+        of_baseline = totals(_spread(counts_RE, truth_E * num_classes + by_baseline_E, size).reshape(shape))
+        return {name: (of_model[name] - of_baseline[name]).mean(-1) for name in ("accuracy", "macro_f1")}
+
+    exact = differences(np.bincount(entry_M)[None, :])
+    drawn = differences(resample(clusters_M, entry_M, len(states_E), rng=rng))
+    cell_M = np.unique(cells_M, return_inverse=True)[1]
+    net = np.bincount(
+        cell_M, weights=(true_M == model_M).astype(float) - (true_M == baseline_M)
+    )  # of each cell, over its seeds
+    return Comparison(
+        accuracy=_interval(float(exact["accuracy"][0]), drawn["accuracy"]),
+        macro_f1=_interval(float(exact["macro_f1"][0]), drawn["macro_f1"]),
+        p=mcnemar(int((net > 0).sum()), int((net < 0).sum())),
+        by=by,
+    )
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of McNemar's test, from the numbers of cells that only one of two models got right."""
+    pairs = only_first + only_second
+    return float(stats.binomtest(only_first, pairs, 0.5).pvalue) if pairs else 1.0
+
+
+def _spread(counts_RE: npt.NDArray[np.number], target_E: Ints, size: int) -> npt.NDArray[Any]:
+    """Sum the columns of `counts_RE` that have the same target: (R, E) -> (R, size)."""
+    num_entries = len(target_E)
+    fold = sparse.csr_matrix((np.ones(num_entries), (target_E, np.arange(num_entries))), shape=(size, num_entries))
+    return np.asarray((fold @ counts_RE.T).T)
+
+
+def _ratio(over: npt.NDArray[np.number], under: npt.NDArray[np.number]) -> Float64s:
+    return np.divide(over, under, out=np.zeros(np.broadcast(over, under).shape), where=np.asarray(under) > 0)

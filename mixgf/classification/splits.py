@@ -1,0 +1,273 @@
+"""Which labelled cells train, select and test a classifier.
+
+A split is a pure function of the cells' names, labels and a key: never of their order, the number of workers or a
+global seed. Test cells take part in nothing but the final score; the cells on which epochs are selected (validation) are
+taken from the training cells only (the published notebooks select on the test set: geneformer_family B4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mixgf.arrays import Cells, Names
+from mixgf.classification.labels import UNKNOWN, Labelled
+from mixgf.config.classification import Classify
+from mixgf.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """One division of labelled cells. Arrays are row numbers into a `Labelled`, ascending."""
+
+    group: str
+    kind: str
+    """`random`, `donor`, `dataset` or `species`."""
+    direction: str
+    """Which task of its kind: the tested data set, or `human>mouse` (trained on > tested on); else empty."""
+    seed: int
+    classes: tuple[str, ...]
+    """The types, sorted; a class id is the place in this tuple."""
+    train: Cells
+    """All training cells, the validation part included."""
+    validation: Cells
+    test: Cells
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Cells that are not used, by reason."""
+    donors: tuple[str, ...] = ()
+    """The tested donors, where donors are held out."""
+    share: float = 1.0
+    """Share of the training labels that is there to learn from (label efficiency)."""
+    unseen: str = ""
+    """A type of which the test has cells and the training none (rejection of unknown types); it is not among `classes`."""
+
+    @property
+    def name(self) -> str:
+        """One line that names the split, unique within a run."""
+        held_out = f", {self.direction}" if self.direction else ""
+        few = f", {self.share:.0%} of the labels" if self.share < 1 else ""
+        without = f", without {self.unseen}" if self.unseen else ""
+        return f"{self.group}: {self.kind}{held_out}, seed {self.seed}{few}{without}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all training labels and all types, as the splits of the main table."""
+        return self.share == 1 and not self.unseen
+
+    @property
+    def task(self) -> dict[str, str | int]:
+        """What names it in the tables."""
+        return {"group": self.group, "split": self.kind, "direction": self.direction, "seed": self.seed}
+
+    def ids(self, labels: Names) -> npt.NDArray[np.int64]:
+        """Class ids of labels that are all among `classes`."""
+        found = np.searchsorted(np.asarray(self.classes), labels)
+        assert bool(np.all(np.asarray(self.classes)[found] == labels)), "every label is a class of the split"
+        return found.astype(np.int64)
+
+
+def keyed_order(names: Names, *key: object) -> npt.NDArray[np.int64]:
+    """A random order of `names` that depends on the set of names and the key only."""
+    prefix = "\x1f".join(str(part) for part in key) + "\x1e"
+    state = hashlib.blake2b(prefix.encode(), digest_size=8)
+    draws = np.empty(len(names), dtype=np.uint64)
+    for i, name in enumerate(names.tolist()):
+        draw = state.copy()
+        draw.update(name.encode())
+        draws[i] = int.from_bytes(draw.digest(), "little")
+    return np.lexsort((names, draws)).astype(np.int64)
+
+
+def stratified(rows: Cells, labels: Names, names: Names, fraction: float, *key: object, least: int) -> Cells:
+    """Draw `fraction` of each label's rows (rounded to nearest), at least `least` and never all of them.
+
+    Args:
+        rows: Row numbers to draw from.
+        labels: Label of every row of the table that `rows` points into.
+        names: Name of every such row.
+        fraction: Share to draw.
+        *key: Names the draw.
+        least: Fewest rows drawn from a label that has more than one row.
+
+    Returns:
+        The drawn row numbers, ascending.
+    """
+    drawn = []
+    for label in np.unique(labels[rows]):
+        mine = rows[labels[rows] == label]
+        count = min(max(int(np.floor(fraction * len(mine) + 0.5)), least), len(mine) - 1)
+        drawn.append(mine[keyed_order(names[mine], *key, label)[:count]])
+    return np.sort(np.concatenate(drawn)) if drawn else np.empty(0, dtype=np.int64)
+
+
+def capped(table: Labelled, settings: Classify, *, seed: int) -> Labelled:
+    """At most `classify.max_cells` labelled cells of each group, drawn with a key, in proportion to the types."""
+    if not settings.max_cells:
+        return table
+    kept = [
+        rows if len(rows) <= settings.max_cells
+        else stratified(rows, table.labels, table.names, settings.max_cells / len(rows), "cap", seed, group, least=2)
+        for group, rows in _groups(table.groups)
+    ]  # fmt: skip
+    return table.only(np.sort(np.concatenate(kept)))
+
+
+def make(table: Labelled, settings: Classify, *, seed: int) -> list[Split]:
+    """All splits of a run, in a fixed order: by kind, group, direction, seed; then those with fewer labels or types.
+
+    A kind that nothing can be split by (one donor, one species, fewer than two types) gives no split for that group.
+
+    Args:
+        table: The labelled cells.
+        settings: `config.classify`.
+        seed: `config.seed`, part of every key.
+
+    Raises:
+        UserError: When not one split can be made.
+    """
+    kinds = {"random": _random, "donor": _donor, "dataset": _dataset, "species": _species}
+    splits = [split for kind in settings.splits for split in kinds[kind](table, settings, seed)]
+    if not splits:
+        msg = (f"classify.splits = {', '.join(settings.splits)}: none can be made of {len(table)} labelled cells of "
+               f"{len(np.unique(table.labels))} types; two types with two cells each in one value of "
+               f"{settings.group!r} are needed; see classify.label, classify.group, classify.min_class_fraction")  # fmt: skip
+        raise UserError(msg)
+    random = [split for split in splits if split.kind == "random"]
+    fewer = [
+        _fewer(table, settings, split, share, seed) for split in random for share in settings.label_shares if share < 1
+    ]
+    return (
+        splits + fewer + [one for split in random if split.seed == 0 for one in _without(table, settings, split, seed)]
+    )
+
+
+def _fewer(table: Labelled, settings: Classify, split: Split, share: float, seed: int) -> Split:
+    """The same test, with part of the training cells: at least one of each type, a smaller share within a larger one."""
+    train = []
+    for label in split.classes:
+        mine = split.train[table.labels[split.train] == label]
+        order = keyed_order(table.names[mine], "labels", seed, split.seed, label)
+        train.append(mine[order[: max(1, int(np.floor(share * len(mine) + 0.5)))]])
+    rows = np.sort(np.concatenate(train))
+    return replace(split, train=rows, validation=_validation(table, settings, rows, (seed, split.seed)), share=share)
+
+
+def _without(table: Labelled, settings: Classify, split: Split, seed: int) -> Iterator[Split]:
+    """The same test, with one type after the other left out of training; two types at least stay."""
+    kinds = np.asarray(split.classes)
+    for kind in (
+        kinds[keyed_order(kinds, "unseen", seed, split.group)][: settings.unseen_types] if len(kinds) > 2 else ()
+    ):
+        train, validation = (rows[table.labels[rows] != kind] for rows in (split.train, split.validation))
+        classes = tuple(name for name in split.classes if name != kind)
+        if len(validation) == 0:
+            validation = _validation(table, settings, train, (seed, split.seed))
+        yield replace(split, train=train, validation=validation, classes=classes, unseen=str(kind))
+
+
+def _random(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
+    for group, rows in _groups(table.groups):
+        kept, dropped = _frequent(rows, table.labels, settings.min_class_fraction, least=2)
+        for k in range(settings.seeds):
+            test = stratified(kept, table.labels, table.names, settings.test_fraction, "test", seed, k, least=1)
+            yield from _split(
+                table, settings, (seed, k), np.setdiff1d(kept, test), test, group=group, kind="random", dropped=dropped
+            )
+
+
+def _donor(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
+    for group, rows in _groups(table.groups):
+        known = rows[table.donors[rows] != UNKNOWN]
+        kept, dropped = _frequent(known, table.labels, settings.min_class_fraction, least=2)
+        dropped = {**dropped, **_count("donor unknown", len(rows) - len(known))}
+        donors, sizes = np.unique(table.donors[kept], return_counts=True)
+        if len(donors) < 2:
+            continue
+        order = keyed_order(donors, "donors", seed, group)
+        for k in range(
+            settings.seeds
+        ):  # the next seed starts at the next donor: as many seeds as donors test each once
+            turn = np.roll(order, -k)
+            num_test = int(np.searchsorted(np.cumsum(sizes[turn]), settings.test_fraction * len(kept))) + 1
+            held_out = np.sort(donors[turn[: min(num_test, len(donors) - 1)]])
+            is_test = np.isin(table.donors[kept], held_out)
+            made = _split(
+                table, settings, (seed, k), kept[~is_test], kept[is_test], group=group, kind="donor", dropped=dropped
+            )
+            for split in made:
+                yield replace(split, donors=tuple(held_out.tolist()))
+
+
+def _dataset(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
+    """Each data set is tested once, trained on the others of its species and transfer group."""
+    for species, own in _groups(table.species):
+        for group, rows in _groups(table.transfer, own):
+            known = rows[table.datasets[rows] != UNKNOWN]
+            for name, test in _groups(table.datasets, known):
+                rest, dropped = _frequent(np.setdiff1d(known, test), table.labels, settings.min_class_fraction, least=2)
+                for k in range(settings.seeds):
+                    yield from _split(table, settings, (seed, k), rest, test, group=f"{group} {species}".strip(),
+                                      kind="dataset", direction=name, dropped=dropped)  # fmt: skip
+
+
+def _species(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
+    for group, rows in _groups(table.transfer):
+        sides = list(_groups(table.species, rows))
+        for source, train in sides:
+            kept, dropped = _frequent(train, table.labels, settings.min_class_fraction, least=2)
+            for target, test in sides:
+                if source == target:
+                    continue
+                for k in range(settings.seeds):
+                    yield from _split(table, settings, (seed, k), kept, test, group=group, kind="species",
+                                      direction=f"{source}>{target}", dropped=dropped)  # fmt: skip
+
+
+def _split(
+    table: Labelled, settings: Classify, key: tuple[int, int], train: Cells, test: Cells, *, group: str, kind: str,
+    direction: str = "", dropped: dict[str, int],
+) -> Iterator[Split]:  # fmt: skip
+    """The split on the types that both sides have; nothing where fewer than two are left."""
+    shared = np.intersect1d(table.labels[train], table.labels[test])
+    if len(shared) < 2:
+        return
+    in_train, in_test = np.isin(table.labels[train], shared), np.isin(table.labels[test], shared)
+    train, test = np.sort(train[in_train]), np.sort(test[in_test])
+    validation = _validation(table, settings, train, key)
+    dropped = {
+        **dropped,
+        **_count("type not tested", int((~in_train).sum())),
+        **_count("type not in training", int((~in_test).sum())),
+    }
+    yield Split(group=group or "all", kind=kind, direction=direction, seed=key[1], classes=tuple(shared.tolist()), train=train,
+                validation=validation, test=test, dropped=dropped)  # fmt: skip
+
+
+def _validation(table: Labelled, settings: Classify, train: Cells, key: tuple[int, int]) -> Cells:
+    """The training cells on which epochs are selected; none only where no type has two training cells."""
+    fraction, labels, names = settings.validation_fraction, table.labels, table.names
+    drawn = stratified(train, labels, names, fraction, "validation", *key, least=0)
+    # few cells of every type: one cell, of a type that keeps others
+    return drawn if len(drawn) else stratified(train, labels, names, fraction, "validation", *key, least=1)[:1]
+
+
+def _groups(column: Names, rows: Cells | None = None) -> Iterator[tuple[str, Cells]]:
+    rows = np.arange(len(column), dtype=np.int64) if rows is None else rows
+    for value in np.unique(column[rows]):
+        yield str(value), rows[column[rows] == value]
+
+
+def _frequent(rows: Cells, labels: Names, fraction: float, *, least: int) -> tuple[Cells, dict[str, int]]:
+    """Rows of types with at least `fraction` of the rows and `least` cells; dropped cells counted by type."""
+    types, counts = np.unique(labels[rows], return_counts=True)
+    rare = (counts < fraction * len(rows)) | (counts < least)
+    dropped = {f"rare type: {name}": int(n) for name, n in zip(types[rare], counts[rare], strict=True)}
+    return rows[np.isin(labels[rows], types[~rare])], dropped
+
+
+def _count(reason: str, number: int) -> dict[str, int]:
+    return {reason: number} if number else {}

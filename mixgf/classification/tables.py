@@ -1,0 +1,286 @@
+"""From the parts of a classification to its tables, and to AnnData.
+
+Every table is in long form; its first columns name the task: group, split, direction, seed.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from mixgf.classification import integration
+from mixgf.classification import intermediates as parts
+from mixgf.classification import metrics as scores
+from mixgf.classification import models as contenders
+from mixgf.classification.baselines import BASELINES
+from mixgf.classification.intermediates import Places, prediction_part
+from mixgf.classification.labels import Labelled
+from mixgf.classification.splits import Split
+from mixgf.config.run import Config
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+
+
+def tables(
+    run: Config, places: Places, table: Labelled, splits: Sequence[Split], names: Iterable[str]
+) -> dict[str, pd.DataFrame]:
+    """All parts as tables, by file name.
+
+    Args:
+        run: The whole config.
+        places: Where the parts are.
+        table: The labelled cells.
+        splits: All splits.
+        names: Name of each labelled cell in the corpus.
+
+    Returns:
+        `scores`, `per_class`, `confusion`, `predictions`, `comparisons` (against the best baseline of each task), `epochs`
+        (of fine-tunings), `splits` (which cell was what), `efficiency` (scores by share of the training labels) and
+        `rejection` (of types that were left out of training), in long form; and where embeddings are measured as a whole
+        `integration` (their measures), `maps` (two coordinates per cell) and `centroids` (of each species and type in every
+        space, against the run's own encoder).
+    """
+    name_of = dict(zip(table.cells.tolist(), names, strict=True))
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("scores", "epochs", "efficiency", "rejection")}
+    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in ("per_class", "confusion", "predictions", "splits")}
+    on_curve = contenders.curve(run.classify) if run.classify.label_shares else ()
+    for split in splits:
+        if split.whole:
+            frames["splits"] += _members(table, split, name_of)
+        for model in contenders.scored(run.classify, split):
+            part = storage_tables.read_table(prediction_part(places, split, model))
+            meta = json.loads(part.schema.metadata[b"mixgf"])
+            mine: dict[str, Any] = {**split.task, "model": model}
+            scored = _scores(split, mine, meta)
+            if split.unseen:
+                more = {"unseen": split.unseen, "num_unseen": int((part["true"].to_numpy() == split.unseen).sum())}
+                rows["rejection"] += [row | more for row in scored]
+                continue
+            if model in on_curve and split.kind == "random":
+                rows["efficiency"] += [row | {"share": split.share} for row in scored]
+            if not split.whole:
+                continue
+            rows["scores"] += scored
+            rows["epochs"] += [
+                mine | epoch | {"chosen": epoch["epoch"] == meta["epoch"]} for epoch in meta.get("history", [])
+            ]
+            frame = part.to_pandas()
+            for name, found in _by_class(table, split, mine, frame).items():
+                frames[name].append(found)
+            frames["predictions"].append(frame.assign(number=frame["cell"], cell=frame["cell"].map(name_of), **mine))
+    out = {name: pd.concat(several, ignore_index=True) for name, several in frames.items()}
+    out |= {name: pd.DataFrame(found) for name, found in rows.items()}
+    order = ["group", "split", "direction", "seed", "model", "cell", "number", "true", "predicted", "probability"]
+    out["predictions"] = out["predictions"][order]
+    out["comparisons"] = comparisons(run, table, splits, out)
+    return out | _spaces(run, places, table, name_of)
+
+
+def _spaces(run: Config, places: Places, table: Labelled, name_of: dict[int, str]) -> dict[str, pd.DataFrame]:
+    """The tables of whole embeddings."""
+    names = parts.spaces(run, table)
+    if not names:
+        return {}
+    rows = parts.sample(run, table)
+    base = pd.DataFrame({
+        "cell": [name_of[c] for c in table.cells[rows].tolist()], "species": table.species[rows], "group": table.groups[rows],
+        "type": table.labels[rows],
+    })  # fmt: skip
+    measures: list[dict[str, Any]] = []
+    maps, spaces = [], {}
+    for name in names:
+        uri = parts.integration_part(run, places, name)
+        part = storage_tables.read_table(uri)
+        known, called = facts(uri), contenders.called(name)
+        measures += [
+            {"space": called, "metric": metric, "value": value, "low": low, "high": high, "interval_by": by, "num_cells": len(rows)}
+            for metric, (value, low, high, by) in known["measures"].items()
+        ]  # fmt: skip
+        xy = part.select(["x", "y"]).to_pandas()
+        maps.append(base.assign(space=called, x=xy["x"], y=xy["y"], map=known["map"]))
+        spaces[called] = (xy.to_numpy(), parts.vector_column(part))
+    kinds_N = np.char.add(np.char.add(table.species[rows], "\x1f"), table.labels[rows])
+    return {
+        "integration": pd.DataFrame(measures),
+        "maps": pd.concat(maps, ignore_index=True),
+        "centroids": _centroids(spaces, kinds_N),
+    }
+
+
+def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame:
+    """Each type's centroid against its place in the space of the run's own encoder, in maps and in the spaces themselves.
+
+    `umap` takes both maps as they are drawn, `umap_aligned` turns the other one onto ours first.
+    """
+    own = contenders.called(contenders.CHECKPOINT)
+    kinds, counts = np.unique(kinds_N, return_counts=True)
+    enough = counts >= integration.MIN_CELLS
+    kinds, counts = kinds[enough], counts[enough]
+    columns = [
+        "space",
+        "species",
+        "type",
+        "num_cells",
+        "umap",
+        "umap_aligned",
+        "distance_correlation",
+        "distance_difference",
+    ]
+    if own not in spaces or not len(kinds):
+        return pd.DataFrame(columns=columns)
+    ours_N2, vectors_ND = spaces[own]
+    ours, profile = integration.centroids(ours_N2, kinds_N, kinds), integration.profiles(vectors_ND, kinds_N, kinds)
+    rows = []
+    for name, (xy_N2, other_ND) in spaces.items():
+        if name == own:
+            continue
+        other = integration.profiles(other_ND, kinds_N, kinds)
+        same = integration.agreement(profile, other)
+        away, turned = (
+            np.hypot(*(integration.centroids(at, kinds_N, kinds) - ours).T) for at in (xy_N2, integration.aligned(xy_N2, ours_N2))
+        )  # fmt: skip
+        change = np.abs(profile - other).sum(1) / max(len(kinds) - 1, 1)
+        for i, kind in enumerate(kinds.tolist()):
+            species, label = kind.split("\x1f")
+            rows.append([name, species, label, int(counts[i]), away[i], turned[i], same[i], change[i]])
+    return pd.DataFrame(rows, columns=columns)
+
+
+def facts(uri: str) -> dict[str, Any]:
+    """What stands beside the predictions of one part: scores, what was resampled, seconds, epochs of a fine-tuning."""
+    with storage.open_read(uri) as file:
+        return dict(json.loads(pq.read_schema(file).metadata[b"mixgf"]))
+
+
+def figures(found: dict[str, Any]) -> dict[str, float]:
+    """The facts of one part as metrics: each score with the ends of its interval, and seconds."""
+    ends = {
+        f"{name}_{end}": value
+        for name, (_, *both) in found["scores"].items()
+        for end, value in zip(("low", "high"), both, strict=True)
+    }
+    return {name: one[0] for name, one in found["scores"].items()} | ends | {"seconds": found["seconds"]}
+
+
+def _members(table: Labelled, split: Split, name_of: dict[int, str]) -> list[pd.DataFrame]:
+    """Which cell trains, selects and is tested."""
+    members = {"train": np.setdiff1d(split.train, split.validation), "validation": split.validation, "test": split.test}
+    return [
+        pd.DataFrame({**split.task, "part": part, "cell": [name_of[c] for c in table.cells[rows].tolist()]})
+        for part, rows in members.items()
+    ]
+
+
+def _scores(split: Split, mine: dict[str, Any], meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per metric."""
+    sizes = {"num_train": len(split.train), "num_test": len(split.test), "num_classes": len(split.classes)}
+    return [
+        mine
+        | {"metric": metric, "value": value, "low": low, "high": high}
+        | sizes
+        | {"interval_by": meta["interval_by"]}
+        for metric, (value, low, high) in meta["scores"].items()
+    ]
+
+
+def _by_class(table: Labelled, split: Split, mine: dict[str, Any], frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Scores per class, and the confusion matrix as (true, predicted, count)."""
+    classes = np.asarray(split.classes)
+    true_M, predicted_M = (split.ids(frame[c].to_numpy().astype(np.str_)) for c in ("true", "predicted"))
+    matrix = scores.confusion(true_M, predicted_M, len(classes))
+    num_train = np.bincount(split.ids(table.labels[split.train]), minlength=len(classes))
+    sizes = {"num_test": matrix.sum(1), "num_train": num_train}
+    per_class = pd.DataFrame(mine | {"class": split.classes} | scores.class_scores(matrix) | sizes)
+    true, predicted = np.nonzero(matrix)
+    counts = {"true": classes[true], "predicted": classes[predicted], "count": matrix[true, predicted]}
+    return {"per_class": per_class, "confusion": pd.DataFrame(mine | counts)}
+
+
+TASK = ["group", "split", "direction"]
+
+
+def comparisons(run: Config, table: Labelled, splits: Sequence[Split], found: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Every model of an encoder against the best baseline of each task, on the same cells, over the seeds that both have.
+
+    The best baseline is the one with the highest mean macro F1 on the test cells, less the model's over the same seeds, which
+    favours the baselines.
+    """
+    macro = found["scores"][found["scores"]["metric"] == "macro_f1"]
+    donor_of = dict(zip(table.cells.tolist(), table.donors.tolist(), strict=True))
+    classes: dict[tuple[str, str, str], set[str]] = {}
+    for s in [s for s in splits if s.whole]:  # seeds that hold out other donors may have other types
+        classes.setdefault((s.group, s.kind, s.direction), set()).update(s.classes)
+    rows = []
+    for task, part in macro.groupby(TASK, sort=False):
+        by_seed = part.pivot(index="seed", columns="model", values="value")[part["model"].unique()]
+        rivals = [m for m in by_seed if m in BASELINES]
+        if not rivals:
+            continue
+        here = found["predictions"]
+        here = here[(here["group"] == task[0]) & (here["split"] == task[1]) & (here["direction"] == task[2])]
+        by_model = {m: frame.sort_values(["seed", "number"]) for m, frame in here.groupby("model", sort=False)}
+        code = {name: i for i, name in enumerate(sorted(classes[task]))}
+        for model in [m for m in by_seed if m not in BASELINES]:
+            ahead = by_seed[rivals].sub(by_seed[model], axis=0).mean().dropna()
+            if ahead.empty:  # no seed in common
+                continue
+            baseline = max(ahead.index, key=lambda m: (ahead[m], m))
+            seeds = by_seed.index[by_seed[[model, baseline]].notna().all(axis=1)]  # dear ones have fewer
+            mine, rival = (one[one["seed"].isin(seeds)] for one in (by_model[model], by_model[baseline]))
+            duel = scores.compare(
+                true_M=mine["true"].map(code).to_numpy(np.int64), model_M=mine["predicted"].map(code).to_numpy(np.int64),
+                baseline_M=rival["predicted"].map(code).to_numpy(np.int64), cells_M=mine["number"].to_numpy(np.int64),
+                donors_M=np.array([donor_of[c] for c in mine["number"]], dtype=np.str_), seeds_M=mine["seed"].to_numpy(np.int64),
+                num_classes=len(code), rng=np.random.default_rng([run.seed, 11]),
+            )  # fmt: skip
+            rows += [
+                dict(zip(TASK, task, strict=True)) | {
+                    "model": model, "baseline": baseline, "metric": metric, "difference": one.value, "low": one.low,
+                    "high": one.high, "p": duel.p, "outcome": duel.outcome, "seeds": mine["seed"].nunique(), "interval_by": duel.by,
+                }
+                for metric, one in (("accuracy", duel.accuracy), ("macro_f1", duel.macro_f1))
+            ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def write_cells(uri: str, run: Config, table: Labelled, found: dict[str, pd.DataFrame], names: Sequence[str]) -> str:
+    """AnnData of the labelled cells with what the best model of the encoder predicts for the test cells of seed 0.
+
+    Returns:
+        The model's name; empty when none of the encoder's models was scored.
+    """
+    import anndata  # noqa: PLC0415 (slow to import)
+
+    board = found["scores"]
+    easy = board[
+        (board["metric"] == "macro_f1")
+        & (board["split"] == run.classify.splits[0])
+        & ~board["model"].isin(list(BASELINES))
+    ]
+    easy = easy[~easy["model"].str.contains("@")]
+    if easy.empty:
+        return ""
+    model = str(easy.groupby("model")["value"].mean().sort_values().index[-1])
+    one = found["predictions"]
+    one = one[(one["model"] == model) & (one["seed"] == 0) & (one["split"] == run.classify.splits[0])].drop_duplicates(
+        "number"
+    )
+    obs = pd.DataFrame(
+        {"species": table.species, "source": table.sources, run.classify.label: table.labels},
+        index=pd.Index(list(names), dtype=str),
+    )
+    place = one.set_index("cell")
+    obs["predicted"] = place["predicted"].reindex(obs.index).astype("category")
+    obs["probability"] = place["probability"].reindex(obs.index)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cells.h5ad"
+        anndata.AnnData(obs=obs, uns={"mixgf": {"model": model, "split": run.classify.splits[0]}}).write_h5ad(path)
+        storage.upload(path, uri)
+    return model

@@ -1,0 +1,277 @@
+"""What one-to-one orthologs do alike in two species, and what they do not (spec section 10).
+
+Two finished perturbations, one per species, are joined gene by gene. A correlation of their shifts is not yet conservation: a
+shift follows much from a gene's rank and coverage, which orthologs share. So it stands beside the same correlation after
+orthologs were exchanged among genes of like rank and coverage. Neighbourhoods of genes (in an encoder's token vectors, in
+response matrices) are compared in the same way.
+
+Letters: G pairs of orthologs, D width, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from mixgf.arrays import Float64s, Ints
+from mixgf.config.checks import split_named
+from mixgf.config.run import Config
+from mixgf.errors import UserError
+from mixgf.genes import species
+from mixgf.perturbation import gene_table as effects
+from mixgf.stats import donors as stats
+from mixgf.stats import rank_adjustment
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+
+LEVEL = 0.05
+BIN = 8
+"""Fewest genes that exchange places."""
+EVIDENCE = (
+    "gene", "symbol", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low", "shift_high", "p_cell", "fdr_cell",
+    "p_donor", "fdr_donor", "null_percentile", "rank_expected", "rank_error", "de_statistic", "warnings",
+)  # fmt: skip
+"""Columns of a perturbation's table, and of `with_errors`, that stand on either side."""
+FREE = 2 * stats.MIN_BACKGROUND - 1
+"""Degrees of freedom of a rank's expectation: the fewest genes of its fit less its two parameters."""
+
+
+def alike_bins(features_GF: Float64s, size: int = BIN) -> Ints:
+    """Bins of genes that are alike: halves by one feature after the other, while both halves hold `size` genes."""
+    ranks = np.stack([scipy_stats.rankdata(column, method="ordinal") for column in features_GF.T], axis=1)
+    open_, done = [(np.arange(len(ranks)), 0)], []
+    while open_:
+        rows, turn = open_.pop()
+        if len(rows) < 2 * size:
+            done.append(rows)
+            continue
+        order = rows[np.argsort(ranks[rows, turn % ranks.shape[1]], kind="stable")]
+        open_ += [(half, turn + 1) for half in (order[len(order) // 2 :], order[: len(order) // 2])]
+    bins_G = np.empty(len(ranks), dtype=np.int64)
+    for number, rows in enumerate(done):
+        bins_G[rows] = number
+    return bins_G
+
+
+def exchanged(bins_G: Ints, rng: np.random.Generator) -> Ints:
+    """A random exchange of places within bins, (G,)."""
+    order = np.lexsort((rng.random(len(bins_G)), bins_G))
+    out_G = np.empty(len(bins_G), dtype=np.int64)
+    out_G[np.argsort(bins_G, kind="stable")] = order
+    return out_G
+
+
+def _interval(draws: list[float]) -> tuple[float, float]:
+    low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
+    """A perturbation's table with `rank_error`, the standard error of `rank_expected`."""
+    found = []
+    for _, part in genes.sort_values("gene").groupby("operation"):
+        among_G = part["reference"].to_numpy(bool) if "reference" in part else None
+        error_G = rank_adjustment.expectation_error(
+            part["shift"].to_numpy(float), effects.places(part["mean_rank"].to_numpy(float)), among_G
+        )
+        found.append(part.assign(rank_error=error_G))
+    return pd.concat(found)
+
+
+def pair(
+    one: pd.DataFrame,
+    other: pd.DataFrame,
+    partners: Mapping[str, str],
+    names: tuple[str, str],
+    evidence: Sequence[str] = EVIDENCE,
+) -> pd.DataFrame:
+    """A row per operation and pair of orthologs that both perturbations scored; columns of either end in its species.
+
+    Rows are by gene: a perturbation's table is by falling shift, and whatever goes by order where genes are equal (coverage often is)
+    would see it.
+
+    Args:
+        one: table of genes of a perturbation of the first species.
+        other: of the second.
+        partners: one-to-one orthologs, first to second species.
+        names: the species.
+        evidence: the columns, `gene` among them.
+    """
+    a, b = (frame[frame["num_cells"] > 0] for frame in (one, other))
+    a = a.assign(partner=a["gene"].map(partners)).dropna(subset="partner")
+    columns = ["operation", *evidence]
+    both = a[[*columns, "partner"]].merge(
+        b[columns],
+        left_on=["operation", "partner"],
+        right_on=["operation", "gene"],
+        suffixes=tuple(f"_{n}" for n in names),
+    )
+    return both.drop(columns="partner").sort_values(["operation", f"gene_{names[0]}"], ignore_index=True)
+
+
+def _error(frame: pd.DataFrame, name: str) -> tuple[Float64s, Float64s]:
+    """Standard error of the shift of either side, from its t interval, and its degrees of freedom."""
+    donors, cells = frame[f"num_donors_{name}"].to_numpy(float), frame[f"num_cells_{name}"].to_numpy(float)
+    free_G = np.where(donors >= stats.MIN_CLUSTERS, donors, cells) - 1
+    half_G = (frame[f"shift_high_{name}"] - frame[f"shift_low_{name}"]).to_numpy(float) / 2
+    return half_G / scipy_stats.t.ppf(0.975, np.maximum(free_G, 1)), free_G
+
+
+def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
+    """Paired rows of one operation with the difference of their shifts, and how well both reverse the state.
+
+    Added: `difference` (first less second species) with its interval (Zou and Donner 2008, from either side's), `p_differs`
+    of the difference less the one that the gene's rank predicts in either species (`rank_expected`; perturbing anything may move one
+    species' cells more), Welch's t with the errors of both shifts and of both expectations (NaN without these), with its `fdr_differs`;
+    `interval_by` (donors, or cells, which says nothing about other donors); `direction` (towards, away, opposite);
+    `percentile_both`, the smaller of the percentiles among genes of like rank and coverage; `p_both`, the larger donor-level p
+    (both must hold), `fdr_both`; `doubts`, either side's warnings; `place`, 1 = the best of those that go towards the goal in both
+    species, by `percentile_both`, then by the smaller shift; 0 = it does not.
+    """
+    a, b = names
+    shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
+    low_2G, high_2G = ([frame[f"shift_{end}_{n}"].to_numpy(float) for n in names] for end in ("low", "high"))
+    (error_a, free_a), (error_b, free_b) = (_error(frame, n) for n in names)
+    difference = shift_2G[0] - shift_2G[1]
+    out = frame.assign(
+        difference=difference,
+        difference_low=difference - np.hypot(shift_2G[0] - low_2G[0], high_2G[1] - shift_2G[1]),
+        difference_high=difference + np.hypot(high_2G[0] - shift_2G[0], shift_2G[1] - low_2G[1]),
+    )
+    excess = difference - (frame[f"rank_expected_{a}"] - frame[f"rank_expected_{b}"]).to_numpy(float)
+    errors = [(error_a, free_a), (error_b, free_b), *((frame[f"rank_error_{n}"].to_numpy(float), FREE) for n in names)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(sum(e**2 for e, _ in errors))
+        free = error**4 / sum(e**4 / f for e, f in errors)
+        p = 2 * scipy_stats.t.sf(np.abs(excess) / error, free)
+    out["p_differs"], out["fdr_differs"] = p, stats.benjamini_hochberg(p)
+    replicated = (frame[[f"num_donors_{n}" for n in names]] >= stats.MIN_CLUSTERS).all(axis=1)
+    out["interval_by"] = np.where(replicated, "donors", "cells")
+    towards, away = (np.logical_and(*(sign * s > 0 for s in shift_2G)) for sign in (1, -1))
+    out["direction"] = np.select([towards, away], ["towards", "away"], "opposite")
+    out["percentile_both"] = np.minimum(frame[f"null_percentile_{a}"], frame[f"null_percentile_{b}"])
+    out["p_both"] = np.maximum(
+        frame[f"p_donor_{a}"].to_numpy(float), frame[f"p_donor_{b}"].to_numpy(float)
+    )  # NaN stays NaN
+    out["fdr_both"] = stats.benjamini_hochberg(out["p_both"].to_numpy(float))
+    out["doubts"] = [
+        "; ".join(f"{n}: {text}" for n, text in zip(names, texts, strict=True) if text)
+        for texts in zip(*(frame[f"warnings_{n}"] for n in names), strict=True)
+    ]
+    key = np.lexsort((-np.minimum(*shift_2G), -np.nan_to_num(out["percentile_both"].to_numpy(float), nan=-1), ~towards))
+    place = np.zeros(len(frame), dtype=np.int64)
+    place[key[: int(towards.sum())]] = np.arange(1, int(towards.sum()) + 1)
+    return out.assign(place=place).drop(columns=[f"warnings_{n}" for n in names])
+
+
+def response(frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.random.Generator) -> dict[str, object]:
+    """How alike the shifts of one operation are: Spearman, its bootstrap interval over genes, and the matched null.
+
+    `whole` is of the shifts as they are. The rest is of what is left of them beyond what a gene's rank and then its coverage predict in
+    its own species (`stats.expected_by_rank` among these genes). The null exchanges orthologs among genes of like rank and coverage (in
+    the mean of both species): `null` is its mean, `p` how often it is at least as high. Intervals over genes say nothing
+    about other donors.
+    """
+    shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
+    rank_2G = [effects.places(frame[f"mean_rank_{n}"].to_numpy(float)) for n in names]
+    coverage_2G = [frame[f"coverage_{n}"].to_numpy(float) for n in names]
+    a_G, b_G = (_beyond(*several) for several in zip(shift_2G, rank_2G, coverage_2G, strict=True))
+    bins_G = alike_bins(_between([rank_2G, coverage_2G]))
+    value = stats.spearman(a_G, b_G)
+    draws = [stats.spearman(a_G[rows], b_G[rows]) for rows in rng.integers(0, len(a_G), (num, len(a_G)))]
+    nulls = [stats.spearman(a_G, b_G[exchanged(bins_G, rng)]) for _ in range(num)]
+    low, high = _interval(draws)
+    null_low, null_high = _interval(nulls)
+    return {
+        "num_genes": len(frame), "whole": stats.spearman(*shift_2G), "spearman": value, "low": low, "high": high, "null": float(np.mean(nulls)),
+        "null_low": null_low, "null_high": null_high, "p": _p(value, nulls), "median_difference": float(np.median(shift_2G[0] - shift_2G[1])),
+    }  # fmt: skip
+
+
+def _beyond(shift_G: Float64s, *features: Float64s) -> Float64s:
+    """What is left of shifts beyond what one feature after the other predicts."""
+    for feature_G in features:
+        shift_G = shift_G - rank_adjustment.expected_by_rank(shift_G, feature_G)
+    return shift_G
+
+
+def _between(features: Sequence[Sequence[Float64s]]) -> Float64s:
+    """Features of both species as one, (G, F): sums of a gene's places."""
+    return np.stack([sum(map(scipy_stats.rankdata, both)) for both in features], axis=1)
+
+
+def _p(value: float, nulls: list[float]) -> float:
+    """How often nothing gives as much, the value itself counted; NaN where there is no value."""
+    return (1 + sum(n >= value for n in nulls)) / (1 + len(nulls)) if np.isfinite(value) else float("nan")
+
+
+MIN_PAIRS = 2 * BIN
+"""Fewest pairs of orthologs of which anything is said."""
+
+
+def conserved(
+    one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str], *, num: int, seed: int
+) -> dict[str, pd.DataFrame]:
+    """Tables `conserved` (a row per operation and pair, see `judged`) and `conserved_summary` (see `response`)."""
+    rows, summaries = [], []
+    for number, (operation, frame) in enumerate(pair(one, other, partners, names).groupby("operation", sort=True)):
+        rows.append(judged(frame.reset_index(drop=True), names))
+        found = rows[-1]
+        summary: dict[str, object] = {"operation": operation, "first": names[0], "second": names[1]}
+        if len(frame) >= MIN_PAIRS:
+            summary |= response(frame, names, num, np.random.default_rng([seed, number, 95]))
+        usual = found["percentile_both"] > effects.ORDINARY[1]
+        summary |= {
+            "num_pairs": len(frame), "differ": int((found["fdr_differs"] <= LEVEL).sum()), "towards": int((found["direction"] == "towards").sum()),
+            "away": int((found["direction"] == "away").sum()), "unusual": int(((found["place"] > 0) & usual).sum()),
+            "replicated": int(((found["place"] > 0) & (found["fdr_both"] <= LEVEL)).sum()), "by_donors": bool((found["interval_by"] == "donors").all()),
+        }  # fmt: skip
+        summaries.append(summary)
+    return {
+        "conserved": pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(),
+        "conserved_summary": pd.DataFrame(summaries),
+    }
+
+
+def given(config: Config) -> dict[str, pd.DataFrame]:
+    """Table of genes of either perturbation of `compare.responses`, by species; none where none are given.
+
+    Raises:
+        UserError: one is not there or not finished, or holds no gene of its species, or they have no ortholog in common.
+    """
+    found = {}
+    for name, uri in map(split_named, config.compare.responses):
+        artifacts.require(uri, "perturbation")
+        frame = storage_tables.read_table(storage.join(uri, "genes.parquet")).to_pandas()
+        mine = frame[frame["species"] == name]
+        if mine.empty:
+            msg = f"compare.responses = {name}={uri}: its genes are of {', '.join(sorted(set(frame['species'])))}; name each perturbation after its species"
+            raise UserError(msg)
+        found[name] = mine
+    if not found:
+        return found
+    one, other = found
+    if pair(found[one], found[other], _partners(config, one, other), (one, other), ("gene",)).empty:
+        msg = (f"compare.responses: {' and '.join(found)} share no operation on a one-to-one ortholog; perturb the orthologs of one species' "
+               "genes in the other (perturb.genes), and see vocab.orthologs")  # fmt: skip
+        raise UserError(msg)
+    return found
+
+
+def _partners(config: Config, one: str, other: str) -> Mapping[str, str]:
+    """One-to-one orthologs of two species."""
+    return species.orthologs(config.vocab.orthologs).get((one, other), {})
+
+
+def tables(config: Config) -> dict[str, pd.DataFrame]:
+    """Conserved and divergent responses, and conserved targets (`conserved`), of the perturbations that the config names."""
+    both = given(config)
+    if not both:
+        return {}
+    (first, one), (second, other) = ((name, with_errors(genes)) for name, genes in both.items())
+    partners = _partners(config, first, second)
+    return conserved(one, other, partners, (first, second), num=config.compare.num_permutations, seed=config.seed)

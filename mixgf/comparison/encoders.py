@@ -1,0 +1,158 @@
+"""Moved here from mixgf/comparison.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from mixgf.arrays import Names
+from mixgf.classification import intermediates as parts
+from mixgf.classification import models as contenders
+from mixgf.classification.baselines import BASELINES
+from mixgf.classification.intermediates import Places
+from mixgf.classification.labels import UNKNOWN, names_of
+from mixgf.comparison.shift_matching import Shift
+from mixgf.comparison.shift_selection import chosen
+from mixgf.config.checks import split_named
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Config, Inputs
+from mixgf.corpus.reader import Corpus
+from mixgf.errors import UserError
+from mixgf.storage import artifacts, tables
+from mixgf.storage import files as storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Encoders on one corpus."""
+
+    name: str
+    """Of its first encoder; empty = the run's own corpus and checkpoint."""
+    config: Config
+    """Of its classification; `inputs` names the corpus and the checkpoint."""
+    classification: str
+    """URI."""
+    places: Places
+    """Of the parts that this comparison makes of it."""
+
+    @property
+    def encoders(self) -> list[str]:
+        """Names by which `contenders.load` knows them."""
+        return contenders.of_encoders(self.config.classify.models, contenders.HEADS)
+
+    @property
+    def trained(self) -> dict[str, Places]:
+        """Trained encoders by their names in the tables."""
+        others = contenders.named(self.config.classify)
+        uris = {contenders.CHECKPOINT: self.places.checkpoint} | others
+        return {self.called(name): replace(self.places, checkpoint=uri) for name, uri in uris.items()}
+
+    @cached_property
+    def shifts(self) -> list[Shift]:
+        """`chosen` among its cells."""
+        return chosen(self.config, Corpus(self.places.corpus).obs())
+
+    def called(self, encoder: str) -> str:
+        """An encoder's name in the tables."""
+        if not self.name or encoder in (self.name, parts.EXPRESSION):
+            return contenders.called(encoder)
+        return f"{self.name}_{encoder}" if encoder and encoder != contenders.called("") else self.name
+
+    def model(self, name: str) -> str:
+        """A model's name in the tables."""
+        head, encoder = contenders.parse(name)
+        if name in BASELINES or not self.name:
+            return name
+        return f"{head}@{self.called(encoder)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the parts of a comparison work on."""
+
+    config: Config
+    uri: str
+    """The artifact's folder."""
+    worlds: tuple[World, ...]
+    """The run's own first."""
+
+
+def worlds(config: Config, uri: str) -> tuple[World, ...]:
+    """The run's corpus with every encoder of its vocabulary, then one world for each encoder with a corpus of its own.
+
+    Raises:
+        UserError: An entry of `compare.encoders` is not NAME=CHECKPOINT or NAME=CHECKPOINT@CORPUS.
+    """
+    given, settings = config.inputs, config.compare
+    own = Inputs(
+        corpus=given.corpus or storage.join(config.output, "corpus"), embeddings=given.embeddings,
+        checkpoint=given.checkpoint or storage.join(config.output, "pretrain"),
+    )  # fmt: skip
+    same, others = list[str](), dict[str, Inputs]()
+    for entry in settings.encoders:
+        name, where = split_named(entry)
+        weights, at, corpus = where.partition("@")
+        if not at:
+            same.append(f"{name}={weights}")
+            continue
+        contenders.named(replace(config.classify, encoders=(f"{name}={weights}",)))  # the same rules for names
+        if not corpus or name in others:
+            msg = f"compare.encoders: {entry!r} must be NAME=CHECKPOINT or NAME=CHECKPOINT@CORPUS, each name once"
+            raise UserError(msg)
+        others[name] = Inputs(corpus=corpus, checkpoint=weights)
+    found = [_world(config, uri, "", own, tuple(same))]
+    if config.inputs.classification:
+        found = [replace(found[0], classification=config.inputs.classification)]
+    elif _has(there := storage.join(config.output, "classify"), found[0]):
+        found = [replace(found[0], classification=there)]
+    return (
+        *found,
+        *(_world(config, storage.join(uri, "encoders", name), name, inputs, ()) for name, inputs in others.items()),
+    )
+
+
+def _world(config: Config, folder: str, name: str, inputs: Inputs, encoders: tuple[str, ...]) -> World:
+    names = contenders.named(replace(config.classify, encoders=encoders))
+    heads = [
+        f"{head}@{encoder}".rstrip("@")
+        for encoder in ("", contenders.UNTRAINED, *names)
+        for head in config.compare.models
+    ]
+    controls = () if name else config.compare.controls
+    asked = replace(
+        config.classify, splits=("species",), models=(*heads, *controls), encoders=encoders, label_shares=(), unseen_types=0,
+        curve_models=(), integration_cells=config.compare.cells, keep=False,
+    )  # fmt: skip
+    places = Places(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder, embeddings="")
+    run = replace(config, output=folder, inputs=inputs, classify=asked)
+    return World(name=name, config=run, classification=storage.join(folder, "classify"), places=places)
+
+
+def _has(uri: str, world: World) -> bool:
+    """Whether a finished classification there has everything that a world's would, of the same cells."""
+    there, run = artifacts.find(uri), world.config
+    if there is None or "species" not in there.config["asked"]["splits"]:
+        return False
+    asked = to_dict(run.classify)
+    if any(asked[name] != value for name, value in ({"merge": []} | there.config["cells"]).items()):
+        return False
+    encoders = contenders.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus))
+    mine = {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}
+    return {*run.classify.models, "integration"} <= set(
+        there.config["models"]
+    ) and mine.items() <= there.parents.items()
+
+
+def _read(world: World, name: str) -> pd.DataFrame:
+    return tables.read_table(storage.join(world.classification, f"{name}.parquet")).to_pandas()
+
+
+def _donors(world: World, obs: pd.DataFrame) -> Names:
+    """The donor of every row of `obs`."""
+    settings = world.config.classify
+    if settings.donor not in obs:
+        return np.full(len(obs), UNKNOWN)
+    return names_of(obs[settings.donor].tolist(), unknown=settings.unlabelled)

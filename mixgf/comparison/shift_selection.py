@@ -1,0 +1,144 @@
+"""Moved here from mixgf/comparison.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from mixgf.arrays import Bools, Ints, Names
+from mixgf.classification.labels import UNKNOWN, names_of
+from mixgf.classification.splits import keyed_order
+from mixgf.comparison.shift_matching import Shift
+from mixgf.config.run import Config
+from mixgf.corpus import obs_query
+from mixgf.errors import UserError
+
+MIN_STRATUM = 3
+"""Fewest cells of either condition of a stratum that takes part in a shift."""
+HALF = "half"
+
+
+# Model matching
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """An entry of `compare.shifts`."""
+
+    name: str
+    tag: str
+    before: str
+    after: str
+    whole: bool = False
+    """Compared as they are, not within strata."""
+
+
+def wanted(entries: Sequence[str]) -> list[Wanted]:
+    """`compare.shifts`, read.
+
+    Raises:
+        UserError: An entry is not NAME=BEFORE -> AFTER, or a name is there twice.
+    """
+    found: dict[str, Wanted] = {}
+    for entry in entries:
+        head, eq, rest = entry.partition("=")
+        whole = "=>" in rest
+        before, arrow, after = rest.partition("=>" if whole else "->")
+        name, _, tag = (part.strip() for part in head.partition("#"))
+        if not (eq and arrow and name and before.strip() and after.strip()) or name in found:
+            msg = f"compare.shifts: {entry!r} must be NAME=BEFORE -> AFTER, NAME#TAG=BEFORE -> AFTER or one of these with =>, each name once; give several as a JSON list"
+            raise UserError(msg)
+        found[name] = Wanted(name=name, tag=tag, before=before.strip(), after=after.strip(), whole=whole)
+    return list(found.values())
+
+
+def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
+    """The shifts that are asked for, as rows of `obs` (all cells of a corpus).
+
+    Raises:
+        UserError: An expression chooses nothing, cells of two species, or cells of both conditions; a condition is too small; or all
+            shifts are of one species.
+    """
+    settings, label, found = config.compare, config.classify.label, list[Shift]()
+    missing = [c for c in settings.within if c not in obs.columns]
+    if missing:
+        msg = f"compare.within: the corpus has no column {missing[0]!r}; it has {', '.join(map(str, obs.columns))}"
+        raise UserError(msg)
+    names = obs["cell"].to_numpy().astype(np.str_)
+    for one in wanted(settings.shifts):
+        species, both, after_N = _conditions(config, one, obs, names)
+        strata = _text(config, obs, both, () if one.whole else settings.within)
+        made = _shift(config, one, species, names[both], after_N, strata)
+        if made is None:
+            sizes = f"{int((~after_N).sum())} cells before and {int(after_N.sum())} after"
+            msg = (f"compare.shifts: {one.name}: of {sizes} fewer than compare.min_cells = {settings.min_cells} of either side are of strata that "
+                   f"both have (compare.within = {','.join(settings.within)}); lower it, or --set compare.within=[]")  # fmt: skip
+            raise UserError(msg)
+        found.append(replace(made, rows_N=both[made.rows_N]))
+        types = (
+            _text(config, obs, both, (label,))
+            if settings.by_type and not one.whole and label in obs.columns
+            else strata[:0]
+        )
+        for kind in np.unique(types[types != UNKNOWN]).tolist() if len(np.unique(types)) > 1 else ():
+            mine = np.flatnonzero(types == kind)
+            part = replace(one, name=f"{one.name}: {kind}")
+            made = _shift(config, part, species, names[both[mine]], after_N[mine], strata[mine])
+            if made is not None:
+                found.append(replace(made, rows_N=both[mine][made.rows_N]))
+    if found and len({s.species for s in found}) < 2:
+        msg = f"compare.shifts: all are of {found[0].species}; matching needs shifts of two species"
+        raise UserError(msg)
+    return found
+
+
+def _conditions(config: Config, one: Wanted, obs: pd.DataFrame, names: Names) -> tuple[str, Ints, Bools]:
+    """Species of a shift, rows of both conditions, and which of them are of the second."""
+    field = f"compare.shifts: {one.name}"
+    before = obs_query.select(obs, one.before, field)
+    if one.after == HALF:
+        order = before[keyed_order(names[before], "half", config.seed, one.name)]
+        before, after = np.sort(order[::2]), np.sort(order[1::2])
+    else:
+        after = obs_query.select(obs, one.after, field)
+    both = np.concatenate([before, after])
+    kinds = sorted(set(obs["species"].iloc[both].astype(str)))
+    if len(kinds) > 1 or len(np.intersect1d(before, after)):
+        why = f"cells of {' and '.join(kinds)}" if len(kinds) > 1 else "cells that are in both conditions"
+        msg = f"{field}: must choose two different sets of cells of one species, not {why}"
+        raise UserError(msg)
+    return kinds[0], both, np.arange(len(both)) >= len(before)
+
+
+def _text(config: Config, obs: pd.DataFrame, rows: Ints, columns: Sequence[str]) -> Names:
+    """Values of some columns as one text a row."""
+    texts = [names_of(obs[c].iloc[rows].tolist(), unknown=config.classify.unlabelled) for c in columns]
+    return np.array([" / ".join(row) for row in zip(*texts, strict=True)] or [""] * len(rows), dtype=np.str_)
+
+
+def _shift(config: Config, one: Wanted, species: str, names: Names, after_N: Bools, strata: Names) -> Shift | None:  # noqa: PLR0917 (columns)
+    """At most `shift_cells` cells of either condition, in strata that have both; None where too few are left."""
+    settings = config.compare
+    kinds, stratum_N = np.unique(strata, return_inverse=True)
+    sizes = np.stack([np.bincount(stratum_N[after_N == side], minlength=len(kinds)) for side in (False, True)])
+    enough = np.flatnonzero((sizes >= MIN_STRATUM).all(0))
+    rows = []
+    for side in (False, True):
+        mine = np.flatnonzero((after_N == side) & np.isin(stratum_N, enough))
+        order = mine[keyed_order(names[mine], "shift", config.seed)]
+        rows.append(order[: settings.shift_cells or len(order)])
+    kept = np.sort(np.concatenate(rows))
+    both = [k for k in enough if len(np.unique(after_N[kept[stratum_N[kept] == k]])) == 2]
+    kept = kept[np.isin(stratum_N[kept], both)]
+    if min(int((after_N[kept] == side).sum()) for side in (False, True)) < settings.min_cells:
+        return None
+    return Shift(name=one.name, tag=one.tag, species=species, rows_N=kept, after_N=after_N[kept],
+                 strata_N=stratum_N[kept].astype(np.int64))  # fmt: skip
+
+
+def cells_of(shifts: Sequence[Shift]) -> Ints:
+    """All cells of some shifts, ascending."""
+    return np.unique(np.concatenate([s.rows_N for s in shifts])) if shifts else np.empty(0, dtype=np.int64)

@@ -1,0 +1,90 @@
+"""Tables of `mixgf compare`: transfer between species and what fails in it, corresponding types in each space, matched shifts.
+
+Transfer and spaces are read from a classification of the same cells (`mixgf.evaluation`, `mixgf.integration`), never worked out
+again. An encoder of another vocabulary has a corpus and a classification of its own, a `World`; tables hold all worlds, and
+an encoder's name says which is which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from mixgf.arrays import Bools, Floats, Ints
+from mixgf.classification import baselines
+from mixgf.classification import intermediates as parts
+from mixgf.classification.labels import UNKNOWN, Labelled
+from mixgf.comparison import shift_matching as matching
+from mixgf.comparison.encoders import Setting, World, _donors
+from mixgf.comparison.shift_matching import Shift
+from mixgf.comparison.shift_selection import cells_of
+from mixgf.corpus.reader import Corpus
+
+RANKS = "ranks"
+"""The space of within-cell rank scores of one-to-one orthologs."""
+MIN_DETECTED = 0.01
+"""Genes in a smaller share of a shift's cells do not count in spaces of genes."""
+
+
+def table_of(world: World, obs: pd.DataFrame, cells: Ints) -> Labelled:
+    """Cells as `parts.counts_of` wants them."""
+    few = obs.iloc[cells]
+    none = np.full(len(few), UNKNOWN)
+    return Labelled(
+        cells=cells, names=few["cell"].to_numpy().astype(np.str_), labels=none, species=few["species"].to_numpy().astype(np.str_),
+        groups=none, donors=none, datasets=none, transfer=none, sources=few["source"].to_numpy().astype(np.str_),
+    )  # fmt: skip
+
+
+def matched(setting: Setting) -> dict[str, pd.DataFrame]:
+    """`pairs`, `shifts` and `together` (`mixgf.matching`) in every space: each encoder, expression and ranks of one-to-one orthologs."""
+    found: dict[str, list[pd.DataFrame]] = {"pairs": [], "shifts": [], "together": []}
+    if not setting.config.compare.shifts:
+        return {}
+    settings, seed = setting.config.compare, setting.config.seed
+    for world in setting.worlds:
+        corpus = Corpus(world.places.corpus)
+        obs, shifts = corpus.obs(), world.shifts
+        cells = cells_of(shifts)
+        placed = [replace(s, rows_N=np.searchsorted(cells, s.rows_N)) for s in shifts]
+        about = pd.DataFrame([_about(world, obs, corpus.lengths_N, s) for s in shifts])
+        for space, vectors_ND, seen_KD in _spaces(setting, world, obs, cells, placed):
+            pairs, table = matching.match(
+                placed, vectors_ND, num_permutations=settings.num_permutations, seed=seed, seen_KD=seen_KD
+            )
+            table = table.merge(about, on="shift")
+            tags = matching.together(pairs, num_permutations=settings.num_permutations, seed=seed)
+            for name, frame in (("pairs", pairs), ("shifts", table), ("together", tags)):
+                found[name].append(frame.assign(space=space))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
+
+
+def _spaces(
+    setting: Setting, world: World, obs: pd.DataFrame, cells: Ints, shifts: Sequence[Shift]
+) -> Iterator[tuple[str, Floats, Bools | None]]:
+    """Name, vectors (N, D) and columns that count for each shift, space by space."""
+    for encoder in world.encoders:
+        yield world.called(encoder), parts.vectors(world.places, encoder, cells), None
+    if world.name or not setting.config.compare.controls:
+        return
+    counts = parts.counts_of(world.config, world.places, table_of(world, obs, cells), np.arange(len(cells)))
+    detected = [np.asarray((counts[s.rows_N] > 0).mean(0)).ravel() >= MIN_DETECTED for s in shifts]
+    genes = np.flatnonzero(np.any(detected, axis=0))
+    seen_KD = np.stack(detected)[:, genes]
+    yield parts.EXPRESSION, baselines.log_normalise(counts)[:, genes].toarray(), seen_KD
+    yield RANKS, baselines.rank_scores(counts, genes), seen_KD
+
+
+def _about(world: World, obs: pd.DataFrame, lengths_N: npt.NDArray[np.int32], shift: Shift) -> dict[str, object]:
+    """What may explain a shift beside its name: donors of either side, and how much longer sentences get."""
+    known = _donors(world, obs.iloc[shift.rows_N])
+    before, after = (set(known[shift.after_N == side].tolist()) - {UNKNOWN} for side in (False, True))
+    weights_N = matching.contrast(shift.after_N, shift.strata_N)
+    return {
+        "shift": shift.name, "donors_before": len(before), "donors_after": len(after), "donors_shared": len(before & after),
+        "log2_length": float(weights_N @ np.log2(lengths_N[shift.rows_N])),
+    }  # fmt: skip

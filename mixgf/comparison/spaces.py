@@ -1,0 +1,47 @@
+"""Moved here from mixgf/comparison.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from mixgf.classification import integration
+from mixgf.classification import intermediates as parts
+from mixgf.comparison.encoders import Setting, World, _donors, _read
+from mixgf.corpus.reader import Corpus
+from mixgf.storage import files as storage
+from mixgf.storage import tables
+
+# Spaces
+
+
+def spaces(setting: Setting) -> dict[str, pd.DataFrame]:
+    """`integration`: measures of every space; `maps`: two coordinates of every cell with its donor; `corresponding`: types of both species."""
+    measures, maps, types = [], [], []
+    for world in setting.worlds:
+        table = _read(world, "integration")
+        if world.name:
+            table = table[table["space"] != parts.EXPRESSION]
+        measures.append(table.assign(space=[world.called(s) for s in table["space"]]))
+        obs = Corpus(world.places.corpus).obs()
+        of_cell = dict(zip(obs["cell"], _donors(world, obs), strict=True))
+        found = _read(world, "maps")
+        for space, frame in found.groupby("space", sort=False):
+            called = world.called(str(space))
+            if world.name and space == parts.EXPRESSION:
+                continue
+            maps.append(frame.assign(space=called, donor=[of_cell[c] for c in frame["cell"]]))
+            vectors_ND, xy_N2 = _drawn(world, str(space))
+            kinds, species = frame["type"].to_numpy(str), frame["species"].to_numpy(str)
+            types.append(integration.corresponding(vectors_ND, xy_N2, kinds, species).assign(space=called))
+    return {"integration": pd.concat(measures, ignore_index=True), "maps": pd.concat(maps, ignore_index=True),
+            "corresponding": pd.concat(types, ignore_index=True)}  # fmt: skip
+
+
+def _drawn(world: World, space: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors and map coordinates of a classification's sample in one space, in the order of its `maps`."""
+    folder = storage.join(world.classification, "parts", "integration")
+    names = [n for n in storage.list_dir(folder) if n.rpartition("-")[0] == space]
+    sizes = [int(n.rpartition("-")[2].removesuffix(".parquet")) for n in names]
+    part = tables.read_table(storage.join(folder, names[int(np.argmax(sizes))]))
+    return parts.vector_column(part), part.select(["x", "y"]).to_pandas().to_numpy()

@@ -1,0 +1,97 @@
+"""Moved here from mixgf/comparison.py."""
+
+from __future__ import annotations
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from mixgf.classification.baselines import BASELINES
+from mixgf.comparison.encoders import Setting, _read
+
+FAILED = 0.5
+"""Recall below which a type is said to fail."""
+FEW = 20
+"""Training cells below which a type's failure is put down to their number."""
+
+
+# Transfer, and what fails in it
+
+
+def transfer(setting: Setting) -> dict[str, pd.DataFrame]:
+    """`transfer`: scores of every model by task and direction; `failures`: every type of every direction, and into what it goes."""
+    found: dict[str, list[pd.DataFrame]] = {"scores": [], "per_class": [], "confusion": []}
+    for world in setting.worlds:
+        for name, several in found.items():
+            frame = _read(world, name)
+            frame = frame[frame["split"] == "species"]
+            several.append(frame.assign(model=[world.model(m) for m in frame["model"]]))
+    scores, per_class, confusion = (pd.concat(several, ignore_index=True) for several in found.values())
+    keys = ["group", "direction", "model", "metric"]
+    means = scores.groupby(keys, sort=False)[["value", "low", "high"]].mean()
+    sizes = scores.groupby(keys, sort=False)[["num_train", "num_test", "num_classes", "seed"]].agg(
+        {"num_train": "first", "num_test": "first", "num_classes": "first", "seed": "nunique"}
+    )
+    table = means.join(sizes.rename(columns={"seed": "seeds"})).reset_index()
+    return {"transfer": table, "failures": failures(per_class, confusion)}
+
+
+def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
+    """Each type that is carried over: its recall, the type that most of the missed cells are called, and a first reason.
+
+    Args:
+        per_class: `results.tables`' one, of splits between species.
+        confusion: The same.
+
+    Returns:
+        group, direction, model, type, num_train, num_test, recall over all seeds with Wilson's 95 % interval (cells count as
+        independent, and once however many seeds test them), `into`
+        and `into_share` (of all cells of the type; empty and 0 where none is missed), `best_control` and
+        `control_f1` (the baseline with the highest F1 of this type; one that calls every cell so tells nothing), and `why`: in words,
+        empty unless it fails.
+    """
+    keys = ["group", "direction", "model"]
+    right = confusion["true"] == confusion["predicted"]
+    count = confusion.groupby([*keys, "true"])["count"].sum().rename("cells")
+    hit = confusion[right].groupby([*keys, "true"])["count"].sum().rename("right")
+    wrong = confusion[~right].groupby([*keys, "true", "predicted"])["count"].sum().reset_index()
+    first = wrong.sort_values(["count", "predicted"], ascending=[False, True]).drop_duplicates([*keys, "true"])
+    into = first.set_index([*keys, "true"])[["predicted", "count"]]
+    seeds = confusion.groupby(keys)["seed"].nunique()
+    sizes = per_class.groupby([*keys, "class"])[["num_train", "num_test"]].max()
+    called = confusion.groupby([*keys, "predicted"])["count"].sum()
+    f1 = {key: 2 * float(hit.get(key, 0)) / (float(cells) + float(called.get(key, 0))) for key, cells in count.items()}
+    control = {
+        (group, direction, kind): max(
+            ((f1[group, direction, m, kind], m) for m in BASELINES if (group, direction, m, kind) in f1), default=(float("nan"), "")
+        )
+        for group, direction, _, kind in count.index
+    }  # fmt: skip
+    rows = []
+    for key, cells in count.items():
+        group, direction, model, kind = key
+        num = int(hit.get(key, 0))
+        once = max(1, round(int(cells) / seeds[group, direction, model]))
+        range_ = binomtest(round(num / int(cells) * once), once).proportion_ci(method="wilson")
+        recall, best = num / int(cells), control[group, direction, kind]
+        other, missed = (str(into.loc[key, "predicted"]), int(into.loc[key, "count"])) if key in into.index else ("", 0)
+        size = sizes.loc[key]
+        rows.append({
+            "group": group, "direction": direction, "model": model, "type": kind, "num_train": int(size["num_train"]),
+            "num_test": int(size["num_test"]), "recall": recall, "low": range_.low, "high": range_.high, "into": other,
+            "into_share": missed / int(cells), "best_control": best[1], "control_f1": best[0],
+            "why": _why(model, recall, best, int(size["num_train"])),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _why(model: str, recall: float, best: tuple[float, str], num_train: int) -> str:
+    """What the other models and the number of cells say about a type that fails."""
+    if recall >= FAILED:
+        return ""
+    if num_train < FEW:
+        return f"only {num_train} training cells"
+    if model in BASELINES or not best[1]:
+        return "not said: a control itself" if model in BASELINES else "not said: no control was scored"
+    if best[0] >= FAILED:
+        return f"the genes tell it ({best[1]}: F1 {best[0]:.2f}), this model does not"
+    return f"every control fails too (best {best[1]}: F1 {best[0]:.2f}): labels, markers or states differ between the data sets"

@@ -1,0 +1,380 @@
+"""What the ids of tokenised data sets mean, and the work units of `import`; no Ray here.
+
+A unit is one Arrow file to be checked, or one row range of one file to be written. As in `mixgf.units`, a part file is written atomically and holds the same bytes whoever made it. Layout of the work folder:
+lookup/I (our token for each id of source I's dictionary), files/I-F (file F of source I: genes of every cell, and what
+was found, as JSON), done/N (shard N). A source that cannot be used raises `UserError`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mixgf.config.checks import split_named
+from mixgf.config.data import Imports, Source, Tokens
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Config
+from mixgf.corpus import arrow_dataset as interop
+from mixgf.corpus import remap_ids, shards
+from mixgf.corpus.arrow_dataset import Attribute, Layout
+from mixgf.errors import UserError
+from mixgf.genes import species
+from mixgf.genes import token_dictionaries as dictionaries
+from mixgf.genes import vocabulary as vocab
+from mixgf.genes.vocabulary import CLS
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+
+NOT_KNOWN = {"n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64()}
+"""Columns of a prepared corpus that sentences cannot tell: null in an imported one."""
+
+
+SCHEMA = 1
+
+# What ids mean
+
+
+@dataclass
+class Given:
+    """What the vocabulary and the ids mean: dictionaries and medians, found for each source and species."""
+
+    config: Config
+    sources: tuple[Source, ...]
+
+    def __post_init__(self) -> None:
+        rules = self.config.imports
+        self.rows = {row.name: row for row in self.config.species}
+        names = [name for name in self.rows if any(s.species == name for s in self.sources)]
+        by_name = _named(rules, "dictionaries", {s.name for s in self.sources} | set(self.rows))
+        self.dictionary_uris: list[str] = []
+        for i, source in enumerate(self.sources):
+            uri = by_name.get(source.name) or by_name.get(source.species) or by_name.get("")
+            if uri is None:
+                msg = (
+                    f"imports.dictionaries = {list(rules.dictionaries)}: none for sources[{i}] ({source.name!r}, {source.species}); "
+                    f"add {source.species}=URI of the token dictionary that its ids belong to"
+                )
+                raise UserError(msg)
+            self.dictionary_uris.append(uri)
+        self.dictionaries = {
+            uri: dictionaries.read_dictionary(uri, "imports.dictionaries")
+            for uri in dict.fromkeys(self.dictionary_uris)
+        }
+        self.known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
+        self.genes = [self._genes(i) for i in range(len(self.sources))]
+        self.reused = vocab.Vocabulary.load(self.config.vocab.reuse) if self.config.vocab.reuse else None
+        self.median_uris = {} if self.reused else _named(rules, "medians", set(self.rows))
+        self.medians = {} if self.reused else {name: self._medians(name) for name in names}
+        if self.reused is not None:
+            for name in names:
+                self.reused.of(name)
+
+    def _genes(self, index: int) -> dict[str, str]:
+        """Genes of the source's species in its dictionary, to Ensembl ids."""
+        source, dictionary = self.sources[index], self.dictionaries[self.dictionary_uris[index]]
+        found = dictionaries.genes_of(dictionary.genes, source.species, self.rows.values(), self.known)
+        if not found:
+            shown = ", ".join(list(dictionary.genes)[:3]) or "nothing"
+            msg = (
+                f"imports.dictionaries = {dictionary.uri!r}: none of its {len(dictionary.genes):,} genes is one of {source.species} "
+                f"(source {source.name!r}); they are like {shown}; must be Ensembl ids {self.rows[source.species].gene_prefix}…"
+            )
+            raise UserError(msg)
+        return found
+
+    def _medians(self, name: str) -> dict[str, float]:
+        """Median of each dictionary gene of a species that has one."""
+        mine = [i for i, s in enumerate(self.sources) if s.species == name]
+        wanted = {gene for i in mine for gene in self.genes[i].values()}
+        uri = self.median_uris.get(name) or self.median_uris.get("")
+        # a pickle or JSON file is either a dictionary or medians; a table can be both
+        tables = [u for u in (self.dictionary_uris[i] for i in mine) if not u.endswith((".pkl", ".pickle", ".json"))]
+        found = self._read_medians(name, [uri] if uri else tables, "imports.medians", need=bool(uri))
+        if not found and self.config.vocab.medians:
+            found = self._read_medians(name, [self.config.vocab.medians], "vocab.medians", need=True)
+        out = {gene: median for gene, median in found.items() if gene in wanted}
+        if not out:
+            msg = (
+                f"imports.medians = {list(self.config.imports.medians)}: no median of any {name} gene of the dictionary; a vocabulary "
+                f"needs them to encode further cells: add {name}=URI of its median table, or name a vocabulary with vocab.reuse"
+            )
+            raise UserError(msg)
+        return out
+
+    def _read_medians(self, name: str, uris: list[str], field: str, *, need: bool) -> dict[str, float]:
+        """Medians of a species' genes over several tables, which must agree."""
+        found: dict[str, float] = {}
+        for uri in dict.fromkeys(uris):
+            table = dictionaries.read_medians(uri, field)
+            if table is None and need:
+                msg = f"{field} = {uri!r}: no column median; give gene (or key) and median"
+                raise UserError(msg)
+            for given, gene in dictionaries.genes_of(table or (), name, self.rows.values(), self.known).items():
+                median = (table or {})[given]
+                if found.setdefault(gene, median) != median:
+                    msg = f"imports.medians: {name} gene {gene} has medians {found[gene]} and {median}; give one table: {name}=URI"
+                    raise UserError(msg)
+        return found
+
+    def plans(self) -> tuple[artifacts.Record | None, artifacts.Record]:
+        """Plans of the vocabulary (None where one is reused) and of the corpus."""
+        data = to_dict(self.config)
+        uris = [*self.dictionary_uris, *self.median_uris.values()]
+        uris += [self.config.vocab.medians] if self.config.vocab.medians and self.reused is None else []
+        tables = {uri: storage.sha256(uri) for uri in dict.fromkeys(uris) if storage.exists(uri)}
+        content = {name: data[name] for name in ("species", "vocab")} | {
+            "imports": data["imports"] | {"sha256": tables}
+        }
+        vocabulary = None
+        if self.reused is not None:
+            parent = artifacts.require(self.config.vocab.reuse, "vocabulary").fingerprint
+        else:
+            which = [[s.name, s.species] for s in self.sources]
+            vocabulary = artifacts.plan("vocabulary", SCHEMA, content | {"imported": which}, {})
+            parent = vocabulary.fingerprint
+        whole = content | {
+            "sources": [asdict(s) | {"size": _size(s.uri)} for s in self.sources], "tokens": data["tokens"],
+            "qc": {"min_genes": self.config.qc.min_genes}, "prepare": {"shard_cells": self.config.prepare.shard_cells},
+        }  # fmt: skip
+        return vocabulary, artifacts.plan("corpus", SCHEMA, whole, {"vocabulary": parent})
+
+    def build(self) -> vocab.Vocabulary:
+        """The vocabulary of all dictionaries."""
+        tables = {name: species.gene_table(self.rows[name]) for name in self.medians}
+        pairs = species.orthologs(self.config.vocab.orthologs)
+        return vocab.build(self.medians, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
+
+
+def _named(rules: Imports, field: str, known: set[str]) -> dict[str, str]:
+    out = dict(split_named(text) for text in getattr(rules, field))
+    unknown = sorted(set(out) - known - {""})
+    if unknown:
+        msg = f"imports.{field} = {unknown[0]}={out[unknown[0]]}: no such source or species; must be one of {', '.join(sorted(known))}"
+        raise UserError(msg)
+    return out
+
+
+def _size(uri: str) -> int:
+    """Bytes of a data set's Arrow files; -1 where it cannot be listed (it is refused later, with the reason)."""
+    try:
+        return sum(storage.size(file) for file in interop.data_files(uri))
+    except UserError:
+        return -1
+
+
+# Work units
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """What is checked and kept; equal for all sources."""
+
+    imports: Imports
+    min_genes: int
+    """Fewest vocabulary genes of a kept cell."""
+    tokens: Tokens
+    size: int
+    """Number of ids of the vocabulary."""
+
+    @property
+    def longest(self) -> int:
+        """Most genes in a sentence."""
+        return self.tokens.max_len - int(self.tokens.cls)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """Rows [start, stop) of file `file` of source `index`; the file's first row is row `first` of the source."""
+
+    index: int
+    file: int
+    source: Source
+    start: int
+    stop: int
+    first: int
+
+
+def file_part(index: int, file: int) -> str:
+    """Name of the part of a checked file."""
+    return f"{index:05d}-{file:05d}"
+
+
+def check(work: str, index: int, number: int, source: Source, uri: str, *, dictionary: str, rules: Rules) -> None:
+    """Read one Arrow file from end to end: hash it, find its batches, and see what its ids are."""
+    table = storage_tables.read_table(shards.part(work, "lookup", index))["token"].to_numpy()
+    counts = dict.fromkeys((*remap_ids.COUNTED, "in_dropped_cells", "wrong_length"), 0)
+    genes: list[np.ndarray] = [np.empty(0, np.int32)]
+    rows: list[int] = []
+    with storage.local_copy(uri) as path, storage.open_arrow(str(path)) as file:
+        where = interop.layout(file, uri)
+        schema = interop.read_schema(file, where, uri)
+        interop.check_schema(schema, uri)
+        obs, left_out = _obs(schema, source, index, uri)
+        for batch in interop.batches(file, where, uri):
+            row = sum(rows)
+            ids, offsets = interop.sentences(batch, uri, row)
+            found = remap_ids.reid(ids, offsets, table, size=rules.size, longest=rules.longest)
+            _refuse(
+                found,
+                ids,
+                offsets,
+                uri=uri,
+                row=row,
+                dictionary=dictionary,
+                species_name=source.species,
+                rules=rules.imports,
+            )
+            counts["wrong_length"] += _lengths(batch, offsets, uri, row, rules.imports)
+            kept = np.minimum(found.genes_N, rules.longest)
+            lost = int(kept[found.genes_N < rules.min_genes].sum())
+            for name, value in found.counts.items():
+                counts[name] += value
+            counts["kept"] -= lost
+            counts["in_dropped_cells"] += lost
+            genes.append(found.genes_N)
+            rows.append(batch.num_rows)
+        facts = {
+            "uri": uri, "size": path.stat().st_size, "sha256": storage.sha256(str(path)), "rows": sum(rows), "layout": asdict(where),
+            "batch_rows": rows, "obs": {name: asdict(attribute) for name, attribute in obs.items()}, "left_out": left_out,
+            "counts": counts,
+        }  # fmt: skip
+    part = pa.table({"genes": pa.array(np.concatenate(genes), pa.int32())})
+    storage_tables.write_table(
+        shards.part(work, "files", file_part(index, number)),
+        part.replace_schema_metadata({"facts": json.dumps(facts, sort_keys=True)}),
+    )
+
+
+def read_checked(work: str, index: int, number: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Vocabulary genes of every cell of a checked file, and its facts."""
+    table = storage_tables.read_table(shards.part(work, "files", file_part(index, number)))
+    return table["genes"].to_numpy(), json.loads(table.schema.metadata[b"facts"])
+
+
+def _obs(schema: pa.Schema, source: Source, index: int, uri: str) -> tuple[dict[str, Attribute], list[str]]:
+    """Attributes under their new names, and the columns that are left out."""
+    found, left_out = interop.attributes(schema)
+    if source.obs:
+        chosen = {}
+        for item in source.obs:
+            new, _, old = item.partition("=")
+            if (old or new) not in found:
+                msg = (
+                    f"{uri}: sources[{index}].obs = {old or new!r}: no such column; it has {', '.join(found) or 'none'}"
+                )
+                raise UserError(msg)
+            chosen[new] = found[old or new]
+        return {new: a for new, a in chosen.items() if new not in shards.RESERVED}, []
+    left_out += [name for name in found if name in shards.RESERVED]
+    return {name: a for name, a in found.items() if name not in shards.RESERVED}, left_out
+
+
+def _refuse(
+    found: remap_ids.Sentences, ids: np.ndarray, offsets: np.ndarray, *, uri: str, row: int, dictionary: str, species_name: str, rules: Imports
+) -> None:  # fmt: skip
+    kinds = {
+        "unknown": ("unknown_ids", f"is not in the dictionary {dictionary}, or a special token out of place (another dictionary?)"),
+        "outside": ("outside", f"is a gene that the {species_name} vocabulary does not have (another species? no median?)"),
+        "duplicate": ("duplicates", "is a gene that the sentence already has (a damaged data set?)"),
+    }  # fmt: skip
+    for kind, (field, why) in kinds.items():
+        at = found.first[kind]
+        if at >= 0 and getattr(rules, field) == "refuse":
+            cell = row + int(np.searchsorted(offsets, at, side="right")) - 1
+            msg = f"{uri}: row {cell}: id {ids[at]} {why}; or leave such ids out and count them: imports.{field} = 'count'"
+            raise UserError(msg)
+
+
+def _lengths(batch: pa.RecordBatch, offsets: np.ndarray, uri: str, row: int, rules: Imports) -> int:
+    """Number of cells whose `length` is wrong."""
+    if "length" not in batch.schema.names:
+        return 0
+    said = batch.column("length").fill_null(-1).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero(said != np.diff(offsets))
+    if len(wrong) and rules.lengths == "refuse":
+        at = int(wrong[0])
+        msg = (
+            f"{uri}: row {row + at}: length says {said[at]}, input_ids has {offsets[at + 1] - offsets[at]} ids; "
+            "fetch the data set again, or believe the ids and count such cells: imports.lengths = 'count'"
+        )
+        raise UserError(msg)
+    return len(wrong)
+
+
+def write(work: str, unit: Unit, shard: int, *, to: str, rules: Rules, obs: dict[str, str]) -> None:
+    """Write the unit's shard of cell sentences, and then the part that says so (`units.read_done`).
+
+    Args:
+        work: URI of the work folder.
+        unit: the rows; at least one is kept.
+        shard: number of the shard.
+        to: URI of the folder of shards.
+        rules: as in `check`.
+        obs: kind of every obs column of the corpus; a file that lacks one has nulls.
+    """
+    genes, facts = read_checked(work, unit.index, unit.file)
+    table = storage_tables.read_table(shards.part(work, "lookup", unit.index))["token"].to_numpy()
+    keep = genes[unit.start : unit.stop] >= rules.min_genes
+    where = Layout(**facts["layout"] | {"batches": tuple(tuple(b) for b in facts["layout"]["batches"])})
+    attributes = {name: Attribute(**a | {"labels": tuple(a["labels"])}) for name, a in facts["obs"].items()}
+    values: dict[str, list[pa.Array]] = {name: [] for name in obs}
+    tokens: list[np.ndarray] = []
+    starts = np.concatenate([[0], np.cumsum(facts["batch_rows"])])
+    first, last = np.searchsorted(starts, [unit.start, unit.stop - 1], side="right") - 1
+    with storage.open_arrow(facts["uri"]) as file:
+        for number in range(int(first), int(last) + 1):
+            begin = max(unit.start, int(starts[number]))
+            batch = interop.read_batch(file, where, number, facts["uri"])
+            batch = batch.slice(begin - int(starts[number]), min(unit.stop, int(starts[number + 1])) - begin)
+            mask = keep[begin - unit.start : begin - unit.start + batch.num_rows]
+            if not mask.all():
+                batch = batch.filter(pa.array(mask))
+            ids, offsets = interop.sentences(batch, facts["uri"], begin)
+            tokens.append(remap_ids.reid(ids, offsets, table, size=rules.size, longest=rules.longest).tokens)
+            for name in obs:
+                if name in attributes:
+                    values[name].append(attributes[name].read(batch))
+    num = int(keep.sum())
+    length = np.minimum(genes[unit.start : unit.stop][keep], rules.longest)
+    packed = np.concatenate(tokens)
+    if rules.tokens.cls:
+        packed = np.insert(packed, np.concatenate([[0], np.cumsum(length[:-1])]), np.int32(CLS))
+        length += 1
+    offsets_N1 = np.concatenate([[0], np.cumsum(length)])
+    assert offsets_N1[-1] == len(packed), (unit, offsets_N1[-1], len(packed))
+    rows = np.flatnonzero(keep) + unit.start + unit.first
+    done = pa.table(
+        {
+            "tokens": pa.ListArray.from_arrays(
+                pa.array(offsets_N1, pa.int32()), pa.array(packed, pa.int32()), shards.SENTENCES.type
+            ),
+            "cell": pa.array([f"{unit.source.name}:{row}" for row in rows], pa.string()),
+            "species": pa.array([unit.source.species] * num, pa.string()),
+            "source": pa.array([unit.source.name] * num, pa.string()),
+            "source_row": pa.array(rows, pa.int64()),
+            "length": pa.array(length, pa.int32()),
+        }
+        | {name: pa.nulls(num, kind) for name, kind in NOT_KNOWN.items()}
+        | {name: _column(values[name], kind, num) for name, kind in obs.items()}
+    )
+    done = done.cast(done.schema.set(0, shards.SENTENCES))
+    name = shards.shard_name(shard)
+    size, digest = shards.write_shard(storage.join(to, name), done.schema, [done])
+    entry = {"name": name, "rows": num, "bytes": size, "sha256": digest}
+    lengths = pa.table({"length": pa.array(length, pa.int32())})
+    storage_tables.write_table(
+        shards.part(work, "done", shard), lengths.replace_schema_metadata({"shard": json.dumps(entry)})
+    )
+
+
+def _column(values: list[pa.Array], kind: str, num: int) -> pa.Array:
+    wanted = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}[kind]
+    if not values:
+        return pa.nulls(num, wanted)
+    return pc.cast(pa.concat_arrays(values), wanted)

@@ -1,0 +1,226 @@
+"""Rank value encoding of one block of counts (paper section 3.2, spec section 3): pure, compiled, no Ray.
+
+A cell's genes are sorted by count / median (float64), descending; equal values by ascending token id, exactly. Depth
+and the factor 10,000 are the same for all genes of a cell and are left out: they do not change the order.
+
+Nearly all counts of a cell are small, and there are only so many pairs of a small count and a gene: `Ranks` orders them
+all once per vocabulary. A cell is then a set of whole numbers, which numpy sorts with the processor's vector
+instructions. The few counts beyond the table are sorted by a merge sort that compares value, then token, and are merged
+in. Every comparison is one of float64 values or whole numbers, so no processor and no block size changes a sentence.
+
+Letters: N cells, G columns of the source, C counts of the table, V genes of the species, K ranks of a cell, T tokens of
+the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixgf.config.data import Tokens
+from mixgf.genes.vocabulary import CLS, SpeciesGenes
+from mixgf.jit import jit
+
+TABLE_COUNTS = 32
+"""Counts 1 to this are looked up: over 99 % of the counts of UMI data."""
+_RUN = 8
+"""Values put in order by insertion before runs are merged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The order of all pairs (count up to `TABLE_COUNTS`, gene of the species): rank 0 has the largest value."""
+
+    genes: SpeciesGenes
+    divide: bool
+    rank_CV: np.ndarray
+    """int32: rank of each pair (count, gene); the row of count 0 and the last column, no gene, hold the number of pairs."""
+    token: np.ndarray
+    """int32, by rank."""
+    value: np.ndarray
+    """float64, by rank: falling."""
+
+    @classmethod
+    def of(cls, genes: SpeciesGenes, scaling: str) -> Ranks:
+        """Order the pairs of one species' genes; `scaling` as in `Tokens.scaling`."""
+        divide = scaling == "divide"
+        counts_C = np.arange(1, TABLE_COUNTS + 1, dtype=np.float64)
+        medians_V = genes.medians[:, None]
+        value_VC = counts_C / medians_V if divide else counts_C * medians_V
+        order = np.argsort(-value_VC, axis=None, kind="stable")  # genes ascend in token id: so do equal values
+        rank = np.empty(len(order), dtype=np.int32)
+        rank[order] = np.arange(len(order), dtype=np.int32)
+        rank_CV = np.full((TABLE_COUNTS + 1, len(genes.tokens) + 1), len(order), dtype=np.int32)
+        rank_CV[1:, :-1] = rank.reshape(value_VC.shape).T
+        return cls(
+            genes, divide, rank_CV, genes.tokens[order // TABLE_COUNTS].astype(np.int32), value_VC.ravel()[order]
+        )
+
+
+@jit
+def _before(value_a: float, token_a: int, value_b: float, token_b: int) -> bool:
+    return value_a > value_b or (value_a == value_b and token_a < token_b)
+
+
+@jit
+def _sort(value: np.ndarray, token: np.ndarray, other_value: np.ndarray, other_token: np.ndarray, n: int) -> None:
+    """Sort n pairs in place by falling value, then rising token; the others are room to work in."""
+    for start in range(0, n, _RUN):
+        for i in range(start + 1, min(start + _RUN, n)):
+            v, t, j = value[i], token[i], i - 1
+            while j >= start and _before(v, t, value[j], token[j]):
+                value[j + 1], token[j + 1] = value[j], token[j]
+                j -= 1
+            value[j + 1], token[j + 1] = v, t
+    width = _RUN
+    while width < n:
+        for start in range(0, n, 2 * width):
+            middle, stop = min(start + width, n), min(start + 2 * width, n)
+            i, j = start, middle
+            for k in range(start, stop):
+                if j >= stop or (i < middle and not _before(value[j], token[j], value[i], token[i])):
+                    other_value[k], other_token[k] = value[i], token[i]
+                    i += 1
+                else:
+                    other_value[k], other_token[k] = value[j], token[j]
+                    j += 1
+        for k in range(n):
+            value[k], token[k] = other_value[k], other_token[k]
+        width *= 2
+
+
+@jit
+def _look_up(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, start_N: np.ndarray, stop_N: np.ndarray, rank_P: np.ndarray, none: int,
+    rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray,
+) -> None:  # fmt: skip
+    """Ranks of all counts of some rows, `none` for what has none; places in `data` of the counts that are not in the table.
+
+    `rank_P` is the table by count and column as one array; `stop_K` and `stop_L` get the end of each row's entries.
+    """
+    num_columns, k, n = np.uint64(rank_P.shape[0] // (TABLE_COUNTS + 1)), 0, 0
+    for row in range(start_N.shape[0]):
+        for p in range(start_N[row], stop_N[row]):
+            count = np.uint64(data[p])
+            if count <= TABLE_COUNTS:
+                rank_K[k] = rank_P[count * num_columns + np.uint64(indices[p])]
+            else:
+                rank_K[k] = none
+                large_L[n] = p
+                n += 1
+            k += 1
+        stop_K[row], stop_L[row] = k, n
+
+
+@jit
+def _spell(  # noqa: PLR0912, PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, position_G: np.ndarray, tokens_V: np.ndarray, medians_V: np.ndarray, divide: int,
+    rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray, rank_token: np.ndarray,
+    rank_value: np.ndarray, cls: int, most: int, out: np.ndarray, out_offsets: np.ndarray,
+) -> None:  # fmt: skip
+    """Tokens of rows whose ranks are sorted, with the large counts between them."""
+    room, none = medians_V.shape[0], rank_token.shape[0]
+    value, token = np.empty(room, np.float64), np.empty(room, np.int32)
+    other_value, other_token = np.empty(room, np.float64), np.empty(room, np.int32)
+    n, next_k, next_l = out_offsets[0], 0, 0
+    for row in range(stop_K.shape[0]):
+        done, k = next_k, stop_K[row]
+        next_k = k
+        while k > done and rank_K[k - 1] == none:
+            k -= 1
+        num_large = 0
+        for at in range(next_l, stop_L[row]):
+            p = large_L[at]
+            position = position_G[indices[p]]
+            if position >= 0:
+                value[num_large] = data[p] / medians_V[position] if divide else data[p] * medians_V[position]
+                token[num_large] = tokens_V[position]
+                num_large += 1
+        next_l = stop_L[row]
+        _sort(value, token, other_value, other_token, num_large)
+        if cls >= 0:
+            out[n] = cls
+            n += 1
+        end = n + most
+        for large in range(num_large):
+            # the first rank that does not come before this one: leaps of 1, 2, 4, … and then halves
+            upto, leap = done, 1
+            while upto < k and _before(rank_value[rank_K[upto]], rank_token[rank_K[upto]], value[large], token[large]):
+                upto, leap = upto + leap, 2 * leap
+            above = min(upto, k)
+            upto = min(above, upto - (leap >> 1) + 1)
+            while upto < above:
+                middle = (upto + above) >> 1
+                if _before(rank_value[rank_K[middle]], rank_token[rank_K[middle]], value[large], token[large]):
+                    upto = middle + 1
+                else:
+                    above = middle
+            for i in range(done, min(upto, done + end - n)):
+                out[n] = rank_token[rank_K[i]]
+                n += 1
+            done = upto
+            if n >= end:
+                break
+            out[n] = token[large]
+            n += 1
+        for i in range(done, min(k, done + end - n)):
+            out[n] = rank_token[rank_K[i]]
+            n += 1
+        out_offsets[row + 1] = n
+
+
+class Encoder:
+    """Makes cell sentences of the blocks of one source.
+
+    Args:
+        ranks: of the vocabulary genes of the source's species, made with `tokens.scaling`.
+        position_G: int32, the position in `ranks.genes` of each column, -1 for none; no position twice.
+        tokens: longest sentence, `<cls>`.
+    """
+
+    def __init__(self, ranks: Ranks, position_G: np.ndarray, tokens: Tokens) -> None:
+        assert ranks.divide == (tokens.scaling == "divide"), tokens.scaling
+        self._ranks, self._position_G, self._tokens = ranks, position_G, tokens
+        self._rank_P = ranks.rank_CV[:, position_G].ravel()  # column -1 is no gene
+        self._rank_K, self._large_L = np.empty(0, np.int32), np.empty(0, np.int64)
+
+    def __call__(
+        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, *, rows_N: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """Cell sentences of one CSR block.
+
+        Args:
+            data: int32 counts; those above 0 name each column at most once in a row (`mixgf.corpus.blocks` sees to that).
+            indices: int32 columns.
+            indptr: int64.
+            rows_N: rows to encode; None = all.
+            out: int32, where the tokens are written, with room for all of them; None = a new array.
+
+        Returns:
+            (tokens_T int32, offsets int64[N+1]): the sentence of `rows_N[i]` is tokens_T[offsets[i] : offsets[i + 1]].
+        """
+        start_N, stop_N = indptr[:-1], indptr[1:]
+        if rows_N is not None:
+            start_N, stop_N = start_N[rows_N], stop_N[rows_N]
+        length_N = stop_N - start_N
+        num_rows, num_ranks, ranks, cls = len(length_N), int(length_N.sum()), self._ranks, self._tokens.cls
+        most = self._tokens.max_len - int(cls)
+        if out is None:
+            out = np.empty(int(np.minimum(length_N, most).sum()) + num_rows * int(cls), dtype=np.int32)
+        if num_ranks > len(self._rank_K):
+            self._rank_K, self._large_L = np.empty(num_ranks, np.int32), np.empty(num_ranks, np.int64)
+        rank_K, large_L = self._rank_K, self._large_L
+        stop_K, stop_L = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
+        _look_up(data, indices, start_N, stop_N, self._rank_P, len(ranks.token), rank_K, stop_K, large_L, stop_L)
+        start = 0
+        for stop in stop_K.tolist():
+            rank_K[start:stop].sort()
+            start = stop
+        out_offsets = np.zeros(num_rows + 1, dtype=np.int64)
+        _spell(
+            data, indices, self._position_G, ranks.genes.tokens, ranks.genes.medians, int(ranks.divide), rank_K, stop_K,
+            large_L, stop_L, ranks.token, ranks.value, CLS if cls else -1, most, out, out_offsets,
+        )  # fmt: skip
+        return out[: out_offsets[-1]], out_offsets

@@ -1,0 +1,72 @@
+"""Moved here from mixgf/units.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+
+ROW_GROUP_CELLS = 2_500
+SENTENCES = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
+_COMPUTED = {
+    "cell": pa.string(), "species": pa.string(), "source": pa.string(), "source_row": pa.int64(), "length": pa.int32(),
+    "n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64(),
+}  # fmt: skip
+RESERVED = (SENTENCES.name, *_COMPUTED)
+"""Columns that mixgf computes; an obs column of the same name is left out."""
+_KINDS = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}
+
+
+def part(work: str, kind: str, name: int | str) -> str:
+    """URI of a part file."""
+    return storage.join(work, kind, f"{name:05d}.parquet" if isinstance(name, int) else f"{name}.parquet")
+
+
+def facts_uri(work: str, index: int) -> str:
+    """URI of what is known of a source."""
+    return storage.join(work, "sources", f"{index:05d}.json")
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"{shard:05d}.parquet"
+
+
+def write_done(work: str, shard: int, length_N: np.ndarray, entry: dict[str, Any]) -> None:
+    """Write the part that says that a shard is there: its lengths and manifest entry."""
+    table = pa.table({"length": pa.array(length_N, pa.int32())})
+    storage_tables.write_table(part(work, "done", shard), table.replace_schema_metadata({"shard": json.dumps(entry)}))
+
+
+def read_done(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Lengths (int32[N]) and manifest entry of a finished shard."""
+    table = storage_tables.read_table(part(work, "done", shard))
+    return table["length"].to_numpy(), json.loads(table.schema.metadata[b"shard"])
+
+
+def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tuple[int, str]:
+    """Write one shard: tokens byte-stream split, zstd, row groups of 2,500 cells (a table ends with one).
+
+    Tokens are declared never null: a third of the writing time would go into saying of each that it is there.
+    """
+    text = [f.name for f in schema if pa.types.is_string(f.type) and f.name != "cell"]
+    sums = [f.name for f in schema if f.name not in ("tokens", "cell")]
+    return storage_tables.write_tables(
+        uri, schema, tables, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text,
+        write_statistics=sums, column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
+    )  # fmt: skip
+
+
+def _obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:
+    wanted = _KINDS[kind]
+    if values is None:
+        return pa.nulls(num, wanted)
+    if kind == "str":
+        return pa.array([None if v is None or v != v else str(v) for v in values], wanted)  # noqa: PLR0124 (NaN)
+    return pa.array([None if v != v else v for v in values.tolist()], wanted)  # noqa: PLR0124 (NaN)

@@ -1,0 +1,142 @@
+"""Ray Train worker group."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mixgf.config.parse import from_dict, to_dict
+from mixgf.config.run import Config
+from mixgf.console import Progress
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed.metrics import Meter
+from mixgf.distributed.progress_board import Board
+from mixgf.errors import UserError
+from mixgf.tracking import mlflow_runs as tracking
+from mixgf.training.context import GroupContext, Row
+from mixgf.training.loop import fit
+from mixgf.training.pretraining import Pretraining, first_model
+
+_SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
+
+
+class RayContext(GroupContext):
+    """A worker of a Ray Train group, whose figures go to the driver's board and to the tracker."""
+
+    def __init__(self, device: torch.device, board: Any, tracked: tracking.Run) -> None:
+        super().__init__(device)
+        self._board, self._tracked = board, tracked
+
+    def report(self, step: int, figures: dict[str, float]) -> None:
+        """Show the driver and the boards; does not wait."""
+        self._board.report.remote(step, figures)
+        Meter("pretrain", self._tracked.id).figures(step, figures)
+
+    def commit(self, rows: list[Row]) -> None:
+        """Log to the tracker."""
+        self._tracked.log_many([(step, name, value) for step, _, name, value in rows])
+
+    def recover(self, rows: list[Row]) -> None:
+        """Log to the tracker what it lacks."""
+        self._tracked.log_missing([(step, name, value) for step, _, name, value in rows])
+
+
+def work(params: dict[str, Any]) -> None:
+    """One worker of the group."""
+    config = from_dict(Config, params["config"])
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config.train.threads)
+    context = RayContext(device, params["board"], params["tracked"])
+    try:
+        corpus = Corpus(params["corpus"], max_len=config.model.max_positions)
+        task = Pretraining(config, corpus)
+        model = first_model(config, corpus)
+        fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"])
+    except UserError as error:  # every worker meets it alike; the driver raises it, and nobody starts again
+        ray.get(params["board"].fail.remote(str(error)))
+
+
+def train(
+    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run, until: int = 0
+) -> None:
+    """Train in a worker group to the end, or until a step, from the latest checkpoint in `uri` on.
+
+    Raises:
+        UserError: it cannot be trained, for example because a loss is not finite.
+    """
+    compute = config.compute
+    gpu = compute.gpus_per_worker > 0
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(
+        Board
+    ).remote()  # lost with the driver, not with a worker's node
+    params = {
+        "config": to_dict(config), "corpus": corpus, "uri": uri, "identity": identity, "board": board, "tracked": tracked,
+        "until": until,
+    }  # fmt: skip
+    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if gpu else {})
+    elastic = 0 < compute.min_workers < compute.num_workers
+    scaling = ScalingConfig(
+        num_workers=(compute.min_workers, compute.num_workers) if elastic else compute.num_workers,
+        elastic_resize_monitor_interval_s=compute.resize_seconds, use_gpu=gpu, resources_per_worker=resources,
+    )  # fmt: skip
+    for name in ("ray.train", "ray.train.v2"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    scratch = tempfile.mkdtemp(prefix="mixgf-train-")  # Ray's own bookkeeping; ours is in the output
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=params,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=f"mixgf-{uuid.uuid4().hex[:8]}", storage_path=scratch,
+            failure_config=FailureConfig(max_failures=compute.max_failures),
+        ),
+    )  # fmt: skip
+    try:
+        with _watch(board, num_steps):
+            trainer.fit()
+        error = ray.get(board.read.remote())[2]
+    finally:
+        ray.kill(board)
+        shutil.rmtree(scratch, ignore_errors=True)
+    if error:
+        raise UserError(error)
+
+
+@contextlib.contextmanager
+def _watch(board: Any, num_steps: int) -> Iterator[None]:
+    """Show the board's figures as progress from a thread."""
+    ended = threading.Event()
+
+    def look() -> None:
+        progress: Progress | None = None
+        while not ended.wait(0.5):
+            step, figures, _ = ray.get(board.read.remote())
+            if step:
+                progress = progress or Progress("pretrain", num_steps, "steps", done=step)
+                progress.update(step, **{k: figures[k] for k in _SHOWN if k in figures})
+        if progress is not None:
+            progress.close()
+
+    thread = threading.Thread(target=look, name="mixgf-board", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

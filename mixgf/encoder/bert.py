@@ -1,0 +1,445 @@
+"""The encoder of paper section 3.3 over packed cells, and its masked-gene head. One file, as in the paper's figure 1.
+
+BERT: learned positions, post-norm blocks, no padding anywhere. All cells of a batch lie one after the other; element-wise
+operations and matrix products see [T, D], only attention knows where a cell ends.
+
+Shapes: T packed tokens, B cells, D width, H heads, E width of a head, K scored positions, V vocabulary, L tokens of a cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixgf import rng as keyed
+from mixgf.config import training
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits that exist at one time
+
+
+class Linear(nn.Linear):
+    """A linear layer whose initialisation is left to `Encoder.reset`."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing; no global random state is touched."""
+
+
+class Layer(nn.Module):
+    """One post-norm transformer block."""
+
+    def __init__(self, row: training.Model) -> None:
+        super().__init__()
+        self.row = row
+        self.qkv = Linear(row.dim, 3 * row.dim)
+        self.out = Linear(row.dim, row.dim)
+        self.norm_attention = nn.LayerNorm(row.dim, eps=row.norm_eps)
+        self.up = Linear(row.dim, row.ffn_dim)
+        self.down = Linear(row.ffn_dim, row.dim)
+        self.norm_ffn = nn.LayerNorm(row.dim, eps=row.norm_eps)
+
+    def forward(self, h_TD: Tensor, cells: Cells, keys_T: Tensor | None, site: int, queries: Queries | None) -> Tensor:
+        row = self.row
+        T, H, E = h_TD.shape[0], row.num_heads, row.dim // row.num_heads
+        if queries is None:
+            q_RHE, k_THE, v_THE = self.qkv(h_TD).view(T, 3, H, E).unbind(1)
+            asked = cells
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            k_THE, v_THE = F.linear(h_TD, weight[row.dim :], bias[row.dim :]).view(T, 2, H, E).unbind(1)
+            at_R, asked = queries.at_R, queries.cells
+            h_TD, keys_T = h_TD.index_select(0, at_R), None if keys_T is None else keys_T.index_select(0, at_R)
+            q_RHE = F.linear(h_TD, weight[: row.dim], bias[: row.dim]).view(-1, H, E)
+        if keys_T is not None and row.attention_dropout > 0:
+            a_RD = _attend_dropout(q_RHE, k_THE, v_THE, asked, cells, keys_T, site, row.attention_dropout)
+        else:
+            a_RD = attend(q_RHE, k_THE, v_THE, asked, cells)
+        return self.finish(h_TD, a_RD, keys_T, site)
+
+    def finish(self, h_TD: Tensor, a_RD: Tensor, keys_T: Tensor | None = None, site: int = 0) -> Tensor:
+        """What follows attention: the layer's output from its input and what attention brought, heads side by side."""
+        row = self.row
+        h_TD = self.norm_attention(_drop_add(h_TD, self.out(a_RD), row.dropout, keys_T, site + 1))
+        f_TD = self.down(_ACTIVATIONS[row.activation](self.up(h_TD)))
+        return self.norm_ffn(_drop_add(h_TD, f_TD, row.dropout, keys_T, site + 2))
+
+
+class Cells:
+    """Where cells begin and end in a packed batch, on the device and, where a path needs it, on the host."""
+
+    def __init__(self, offsets_B1: Tensor, max_len: int | None = None) -> None:
+        self.offsets_B1 = offsets_B1.to(torch.int32)
+        self._max_len = max_len
+        self._lengths: list[int] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each cell. Waits for the device."""
+        if self._lengths is None:
+            self._lengths = torch.diff(self.offsets_B1).tolist()
+        return self._lengths
+
+    @property
+    def max_len(self) -> int:
+        """A bound of the longest cell."""
+        return self._max_len if self._max_len is not None else max(self.lengths, default=1)
+
+
+class Queries:
+    """The only tokens whose last hidden state somebody looks at: the last layer computes no other.
+
+    Args:
+        at_R: their places in the pack, ascending.
+        offsets_B1: where each cell's begin among them, and R.
+        max_len: a bound of the longest cell.
+    """
+
+    def __init__(self, at_R: Tensor, offsets_B1: Tensor, max_len: int | None = None) -> None:
+        self.at_R, self.cells = at_R, Cells(offsets_B1, max_len)
+
+
+def attend(q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cells) -> Tensor:
+    """Attention of every query to the tokens of its own cell, (R, H * E).
+
+    CUDA in half precision: torch's variable-length flash attention. Elsewhere: scaled_dot_product_attention over runs of
+    cells of equal length, which needs no padding and no mask.
+
+    Args:
+        q_RHE: queries, cell after cell; all tokens, or fewer.
+        k_THE: keys of all tokens.
+        v_THE: values of all tokens.
+        asked: where the cells' queries begin.
+        cells: where the cells' tokens begin.
+    """
+    R, H, E = q_RHE.shape
+    if R == 0:  # nobody asks: masked genes only, and none was chosen
+        return q_RHE.reshape(0, H * E)
+    if q_RHE.is_cuda and q_RHE.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (needs a CUDA build)
+
+        out = varlen_attn(q_RHE, k_THE, v_THE, asked.offsets_B1, cells.offsets_B1, asked.max_len, cells.max_len)
+        assert isinstance(out, Tensor)
+        return out.reshape(R, H * E)
+    parts, q0, k0 = [], 0, 0
+    for (queries, length), group in groupby(zip(asked.lengths, cells.lengths, strict=True)):
+        n = len(list(group))
+        q1, k1 = q0 + n * queries, k0 + n * length
+        q = q_RHE[q0:q1].view(n, queries, H, E).transpose(1, 2)
+        k, v = (x_THE[k0:k1].view(n, length, H, E).transpose(1, 2) for x_THE in (k_THE, v_THE))
+        if queries:
+            parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * queries, H * E))
+        q0, k0 = q1, k1
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _attend_dropout(  # noqa: PLR0917 (as `attend`, and what dropout needs)
+    q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cells, keys_R: Tensor, site: int, p: float
+) -> Tensor:
+    """Attention with keyed dropout on its weights: explicit scores, one cell at a time (slow, exact)."""
+    _, H, E = q_RHE.shape
+    chance16 = round(p * 65536)
+    parts = []
+    few, many = asked.lengths, cells.lengths
+    pieces = (torch.split(q_RHE, few), torch.split(keys_R, few), torch.split(k_THE, many), torch.split(v_THE, many))
+    for q, keys, k, v in zip(*pieces, strict=True):
+        R, L = q.shape[0], k.shape[0]
+        w_HRL = torch.softmax(q.transpose(0, 1) @ k.permute(1, 2, 0) / math.sqrt(E), dim=-1)
+        drop_HRL = keyed.dropped(keys, site, H * L, chance16).view(R, H, L).transpose(0, 1)
+        w_HRL = w_HRL.masked_fill(drop_HRL, 0.0) * (1 / (1 - chance16 / 65536))
+        parts.append((w_HRL @ v.transpose(0, 1)).transpose(0, 1).reshape(R, H * E))
+    return torch.cat(parts)
+
+
+def _drop_add(residual_TD: Tensor, x_TD: Tensor, p: float, keys_T: Tensor | None, site: int) -> Tensor:
+    """`residual + dropout(x)`; without keys there is no dropout."""
+    if keys_T is None or p == 0:
+        return residual_TD + x_TD
+    chance16 = round(p * 65536)
+    x_TD = x_TD.masked_fill(keyed.dropped(keys_T, site, x_TD.shape[1], chance16), 0.0)
+    return torch.add(residual_TD, x_TD, alpha=1 / (1 - chance16 / 65536))
+
+
+class Encoder(nn.Module):
+    """Genes of packed cells to vectors.
+
+    Args:
+        row: sizes.
+        vocab_size: V.
+        seed: key of the initial weights.
+    """
+
+    def __init__(self, row: training.Model, vocab_size: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.row = row
+        self.vocab_size = vocab_size
+        self.tokens = nn.Parameter(torch.empty(vocab_size, row.dim))
+        self.positions = nn.Parameter(torch.empty(row.max_positions, row.dim))
+        self.norm = nn.LayerNorm(row.dim, eps=row.norm_eps)
+        self.layers = nn.ModuleList(Layer(row) for _ in range(row.num_layers))
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """Draw all weights.
+
+        | what | distribution |
+        |---|---|
+        | matrices, token and position embeddings | normal(0, init_sd); the row of <pad> is 0 |
+        | biases | 0 |
+        | layer norms | weight 1, bias 0 |
+        """
+        _reset(self, self.row.init_sd, seed)
+        with torch.no_grad():
+            self.tokens[0].zero_()
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        offsets_B1: Tensor,
+        *,
+        positions_T: Tensor | None = None,
+        layers: int | None = None,
+        keys: Tensor | None = None,
+        max_len: int | None = None,
+        queries: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states of all tokens, (T, D), or of those asked for, (R, D).
+
+        Args:
+            ids_T: token ids of all cells, one cell after the other.
+            offsets_B1: where each cell begins, and T.
+            positions_T: position of each token in its cell; None = 0, 1, 2, ...
+            layers: how many layers to run; None = all, 0 = the embedding.
+            keys: dropout keys, int32 (T,), `keyed.dropout_keys`; None = no dropout.
+            max_len: a bound of the longest cell, so that a GPU need not be asked; None = it is asked.
+            queries: places in the pack, ascending (R,), whose states are wanted, and where each cell's begin among them
+                (B + 1,); None = all. They are the same states: the last layer just leaves the others out.
+        """
+        if positions_T is None:
+            positions_T = positions(offsets_B1, ids_T.shape[0])
+        asked = None if queries is None else Queries(*queries, max_len)
+        return self.run(
+            self.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len), layers=layers, keys=keys, queries=asked
+        )
+
+    def embed(self, ids_T: Tensor, positions_T: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The input of the first layer, (T, D)."""
+        x_TD = self.norm(F.embedding(ids_T, self.tokens) + F.embedding(positions_T, self.positions))
+        if keys is None or self.row.dropout == 0:
+            return x_TD
+        chance16 = round(self.row.dropout * 65536)
+        drop_TD = keyed.dropped(keys, 0, self.row.dim, chance16)
+        return x_TD.masked_fill(drop_TD, 0.0) * (1 / (1 - chance16 / 65536))
+
+    def run(
+        self,
+        h_TD: Tensor,
+        cells: Cells,
+        *,
+        layers: int | None = None,
+        keys: Tensor | None = None,
+        queries: Queries | None = None,
+    ) -> Tensor:
+        """The first `layers` layers on given inputs (T, D), the last of them only at the queries."""
+        num_layers = self.row.num_layers if layers is None else layers
+        assert 0 <= num_layers <= self.row.num_layers, f"layers = {layers} of {self.row.num_layers}"
+        for i in range(num_layers):
+            h_TD = self.layers[i](h_TD, cells, keys, 3 * i + 1, queries if i == num_layers - 1 else None)
+        return h_TD if queries is None or num_layers else h_TD.index_select(0, queries.at_R)
+
+
+def pooled(
+    encoder: Encoder,
+    ids_T: Tensor,
+    offsets_B1: Tensor,
+    how: str,
+    *,
+    layer: int = -1,
+    cls: bool = False,
+    positions_T: Tensor | None = None,
+    keys: Tensor | None = None,
+    max_len: int | None = None,
+) -> Tensor:
+    """One vector per cell: of one hidden layer, (B, D), or of all of them side by side, (B, (num_layers + 1) * D).
+
+    Args:
+        encoder: makes the hidden states.
+        ids_T: token ids of all cells, one cell after the other.
+        offsets_B1: where each cell begins, and T.
+        how: `mean`, `first` or `cls`, as in `pool`.
+        layer: -1 = the last, -2 = the one before it, ...; 0 = all, the embedding first.
+        cls: sentences begin with <cls>.
+        positions_T: position of each token in its cell; None = 0, 1, 2, ...
+        keys: dropout keys; None = no dropout.
+        max_len: a bound of the longest cell; None = a GPU is asked.
+    """
+    count = encoder.row.num_layers
+    if layer < 0:
+        h_TD = encoder(ids_T, offsets_B1, positions_T=positions_T, layers=count + 1 + layer, keys=keys, max_len=max_len)
+        return pool(h_TD, offsets_B1, how, cls=cls)
+    assert layer == 0, layer
+    if positions_T is None:
+        positions_T = positions(offsets_B1, ids_T.shape[0])
+    h_TD, cells = encoder.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len)
+    parts = [pool(h_TD, offsets_B1, how, cls=cls)]
+    for i in range(count):
+        h_TD = encoder.layers[i](h_TD, cells, keys, 3 * i + 1, None)
+        parts.append(pool(h_TD, offsets_B1, how, cls=cls))
+    return torch.cat([part.float() for part in parts], 1)
+
+
+def width(row: training.Model, layer: int) -> int:
+    """Size of a vector of `pooled`."""
+    return row.dim if layer < 0 else (row.num_layers + 1) * row.dim
+
+
+def positions(offsets_B1: Tensor, num_tokens: int) -> Tensor:
+    """Position of every packed token in its cell, int64 (T,)."""
+    starts_B = offsets_B1[:-1].long()
+    lengths_B = torch.diff(offsets_B1).long()
+    starts_T = torch.repeat_interleave(starts_B, lengths_B, output_size=num_tokens)
+    return torch.arange(num_tokens, device=offsets_B1.device) - starts_T
+
+
+def pool(h_TD: Tensor, offsets_B1: Tensor, how: str, *, cls: bool = False) -> Tensor:
+    """One vector per cell, (B, D).
+
+    Args:
+        h_TD: hidden states.
+        offsets_B1: where each cell begins, and T.
+        how: `mean` over the genes, `first` position or `cls` (which is the first position of a sentence with <cls>).
+        cls: sentences begin with <cls>; the mean leaves it out.
+    """
+    starts_B = offsets_B1[:-1].long()
+    if how in ("first", "cls"):
+        return h_TD[starts_B]
+    assert how == "mean", how
+    lengths_B = torch.diff(offsets_B1).long()
+    sum_BD = torch.segment_reduce(h_TD.float(), "sum", lengths=lengths_B, axis=0, unsafe=True)
+    if cls:
+        return (sum_BD - h_TD[starts_B].float()) / (lengths_B - 1).clamp(min=1)[:, None]
+    return sum_BD / lengths_B[:, None]
+
+
+class MaskedModel(nn.Module):
+    """Encoder and masked-gene head (dense, activation, layer norm, decoder tied to the token embedding, bias)."""
+
+    def __init__(self, row: training.Model, vocab_size: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.encoder = Encoder(row, vocab_size, seed=seed)
+        self.dense = Linear(row.dim, row.dim)
+        self.norm = nn.LayerNorm(row.dim, eps=row.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        for part, key in ((self.dense, seed + 1), (self.norm, seed + 1)):
+            _reset(part, row.init_sd, key)
+
+    def transform(self, h_KD: Tensor) -> Tensor:
+        """What the decoder sees, (K, D)."""
+        return self.norm(_ACTIVATIONS[self.encoder.row.activation](self.dense(h_KD)))
+
+    def logits(self, h_KD: Tensor) -> Tensor:
+        """Scores of the whole vocabulary at the given positions, (K, V). For few positions; training uses `loss`."""
+        return F.linear(self.transform(h_KD), self.encoder.tokens, self.bias)
+
+    def loss(self, h_KD: Tensor, targets_K: Tensor) -> Tensor:
+        """Sum over the given positions of the cross entropy of the true gene; logits exist one chunk at a time."""
+        return chunked_cross_entropy(self.transform(h_KD), self.encoder.tokens, self.bias, targets_K)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Hidden states, as `Encoder.forward`."""
+        return self.encoder(*args, **kwargs)
+
+
+def _reset(module: nn.Module, init_sd: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * init_sd)
+            else:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        if isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)
+
+
+def chunked_cross_entropy(x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_K: Tensor) -> Tensor:
+    """Sum of cross entropies of `x @ weight.T + bias`; the (K, V) logits never exist at once.
+
+    The gradients are computed chunk by chunk beside the loss, so nothing is computed twice.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(x_KD, weight_VD, bias_V, targets_K)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_K: Tensor) -> Tensor:
+        device = x_KD.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        rows = max(1, _CHUNK_ELEMENTS.get(device, 1 << 24) // max(1, weight_VD.shape[0]))
+        need = any(ctx.needs_input_grad)
+        weight = weight_VD.to(half)
+        dx_KD = torch.empty_like(x_KD, dtype=torch.float32) if need else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need else None
+        dbias_V = torch.zeros_like(bias_V, dtype=torch.float32) if need else None
+        total = torch.zeros((), dtype=torch.float32, device=x_KD.device)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, x_KD.shape[0], rows):
+                part = slice(start, start + rows)
+                x, target = x_KD[part].to(half), targets_K[part]
+                if half == torch.float32:
+                    scores = torch.addmm(bias_V, x, weight.t())
+                else:
+                    scores = (x @ weight.t()).float().add_(bias_V)
+                top = scores.amax(1, keepdim=True)
+                true = scores.gather(1, target[:, None])
+                p = scores.sub_(top).exp_()  # in place, and one exponential for loss and gradient
+                norm = p.sum(1, keepdim=True)
+                total += (norm.log() + top - true).sum()
+                if dx_KD is not None and dweight_VD is not None and dbias_V is not None:
+                    p.div_(norm)
+                    p.scatter_add_(1, target[:, None], torch.full_like(norm, -1.0))
+                    dbias_V += p.sum(0)
+                    p = p.to(half)
+                    dx_KD[part] = (p @ weight).float()
+                    dweight_VD += (p.t() @ x).float()
+        ctx.save_for_backward(dx_KD, dweight_VD, dbias_V)
+        ctx.x_dtype = x_KD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx_KD, dweight_VD, dbias_V = ctx.saved_tensors
+        (grad,) = grads
+        return (dx_KD * grad).to(ctx.x_dtype), dweight_VD * grad, dbias_V * grad, None
+
+
+def forward_flops(
+    row: training.Model, lengths: list[int] | Any, *, layers: int | None = None, queries: list[int] | Any = None
+) -> float:
+    """Floating point operations of one forward pass of the encoder over cells of these lengths (a multiply-add is 2).
+
+    `queries` is how many tokens of each cell the last layer computes; None = all.
+    """
+    num_layers = row.num_layers if layers is None else layers
+    if not num_layers:
+        return 0.0
+    lengths_B = np.asarray(lengths, dtype=np.float64)
+    counts_B = lengths_B if queries is None else np.asarray(queries, dtype=np.float64)
+    tokens, asked = float(lengths_B.sum()), float(counts_B.sum())
+    pairs, pairs_asked = float(lengths_B @ lengths_B), float(counts_B @ lengths_B)
+    kv, rest = 2 * row.dim**2, 2 * row.dim**2 + 2 * row.dim * row.ffn_dim  # multiply-adds per token
+    return (num_layers - 1) * (tokens * 2 * (kv + rest) + pairs * 4 * row.dim) + (
+        tokens * 2 * kv + asked * 2 * rest + pairs_asked * 4 * row.dim
+    )
+
+
+def head_flops(row: training.Model, vocab_size: int, num_positions: float) -> float:
+    """Floating point operations of one forward pass of the masked-gene head at so many positions."""
+    return 2.0 * num_positions * (row.dim**2 + row.dim * vocab_size)

@@ -1,0 +1,161 @@
+"""Weights and training state in storage: safetensors and JSON, never pickle.
+
+A resumable checkpoint is a folder `steps/<NNNNNNNN>`: model and optimizer as safetensors, then `state.json`, written last,
+which makes it count. A checkpoint with a state that cannot be read is an error, never a silent start from step 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from mixgf.config import data as config_data
+from mixgf.config import parse as config
+from mixgf.config import training
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder.bert import Encoder, MaskedModel
+from mixgf.errors import UserError
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage.artifacts import Record
+
+KIND, SCHEMA = "checkpoint", 1
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
+
+
+def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors as one safetensors file; returns its bytes and SHA-256."""
+    data = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    storage.write_bytes(uri, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def read_tensors(uri: str, expected: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, after a check of its hash where one is known."""
+    try:
+        data = storage.read_bytes(uri)
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            msg = f"{uri}: not the bytes that were written"
+            raise UserError(_lost(msg, uri))
+        return load_tensors(data)
+    except (FileNotFoundError, safetensors.SafetensorError) as error:
+        raise UserError(_lost(f"{uri}: {error}", uri)) from None
+
+
+def _lost(what: str, uri: str) -> str:
+    return f"{what}. Restore it, or remove the folder {uri.rsplit('/', 1)[0]} to go on from what lies before it"
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into a model's parameters; names and shapes must be the same."""
+    parameters = dict(model.named_parameters())
+    differing = sorted(set(parameters) ^ set(tensors)) or [
+        f"{k} {tuple(tensors[k].shape)} instead of {tuple(p.shape)}"
+        for k, p in parameters.items()
+        if p.shape != tensors[k].shape
+    ]
+    if differing:
+        msg = f"{where}: weights of another model ({', '.join(differing[:3])}); name one made with the same config"
+        raise UserError(msg)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def publish(
+    uri: str,
+    record: Record,
+    model: MaskedModel,
+    *,
+    vocabulary: str,
+    tokens: config_data.Tokens,
+    objective: training.Objective | None = None,
+    counts: dict[str, Any] | None = None,
+    files: dict[str, Any] | None = None,
+    untrained: np.ndarray | None = None,
+) -> Record:
+    """Write a model's weights and finish its artifact.
+
+    Args:
+        uri: the artifact's folder, already begun.
+        record: its plan.
+        model: encoder and head.
+        vocabulary: hash of the vocabulary.
+        tokens: how its sentences are made.
+        objective: what it was trained with, if it was.
+        counts: counts of the record.
+        files: further files that were written.
+        untrained: ids, ascending, that nothing was ever trained on (see `untrained`).
+    """
+    files = (files or {}) | {WEIGHTS: write_tensors(storage.join(uri, WEIGHTS), dict(model.named_parameters()))}
+    details = {
+        "vocabulary": vocabulary,
+        "vocab_size": model.encoder.vocab_size,
+        "model": config.to_dict(model.encoder.row),
+        "tokens": config.to_dict(tokens),
+        "objective": config.to_dict(objective) if objective is not None else None,
+    }
+    if untrained is not None and len(untrained):
+        runs = np.split(untrained, np.flatnonzero(np.diff(untrained) > 1) + 1)
+        details["untrained"] = [[int(run[0]), int(run[-1]) + 1] for run in runs]
+    return artifacts.finish(uri, record, counts=counts, files=files, details=details)
+
+
+def untrained(record: Record) -> np.ndarray:
+    """Ids of a checkpoint's vocabulary, ascending, whose vectors come from elsewhere and were never trained."""
+    runs = [np.arange(start, stop) for start, stop in record.details.get("untrained", ())]
+    return np.concatenate([np.empty(0, dtype=np.int64), *runs])
+
+
+def load_model(uri: str, device: torch.device | str = "cpu") -> tuple[MaskedModel, Record]:
+    """Encoder and masked-gene head of a checkpoint artifact, in evaluation mode."""
+    record = artifacts.require(uri, KIND, SCHEMA)
+    row = config.from_dict(training.Model, record.details["model"])
+    model = MaskedModel(row, int(record.details["vocab_size"]))
+    load_weights(model, read_tensors(storage.join(uri, WEIGHTS), record.files.get(WEIGHTS)), uri)
+    return model.to(device).eval(), record
+
+
+def load_encoder(uri: str, device: torch.device | str = "cpu") -> tuple[Encoder, Record]:
+    """The encoder of a checkpoint artifact, in evaluation mode, and the artifact's record."""
+    model, record = load_model(uri, device)
+    return model.encoder, record
+
+
+def require_vocabulary(record: Record, vocabulary: str, what: str, field: str = "inputs.checkpoint") -> None:
+    """Refuse to use a checkpoint, named by a field of the config, on tokens of another vocabulary."""
+    if record.details["vocabulary"] != vocabulary:
+        msg = (
+            f"{field}: made with vocabulary {record.details['vocabulary'][:12]}, but {what} has {vocabulary[:12]}; "
+            f"name a checkpoint trained on that vocabulary, or prepare with --set vocab.reuse=URI"
+        )
+        raise UserError(msg)
+
+
+def require_sentences(record: Record, corpus: Corpus, field: str = "inputs.checkpoint") -> None:
+    """Refuse to read a corpus with a checkpoint, named by a field of the config, that was trained on other sentences.
+
+    Other are another vocabulary, `<cls>` where it knows none, and another scaling by medians. Their length may differ.
+    """
+    require_vocabulary(record, corpus.vocabulary.hash, "the corpus", field)
+    require_tokens(record, corpus, f"{field}:")
+
+
+def require_tokens(record: Record, corpus: Corpus, subject: str) -> None:
+    """The same, whatever the vocabulary; the line begins with `subject`."""
+    theirs, ours = record.details["tokens"], config.to_dict(corpus.tokenised)
+    for name in ("cls", "scaling"):
+        if theirs[name] != ours[name]:
+            know, here = json.dumps(theirs[name]), json.dumps(ours[name])
+            msg = (f"{subject} trained on sentences with tokens.{name} = {know}, {corpus.uri} has {here}; "
+                   f"prepare that with --set tokens.{name}={know}, or name another checkpoint")  # fmt: skip
+            raise UserError(msg)

@@ -1,0 +1,243 @@
+"""Moved here from mixgf/checkpoint.py, mixgf/weights.py."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from mixgf.config import data as config_data
+from mixgf.config import parse as config
+from mixgf.config import training
+from mixgf.config.checks import split_named
+from mixgf.config.run import Config
+from mixgf.console import warn
+from mixgf.corpus.remap_ids import lookup
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.genes import species
+from mixgf.genes.token_dictionaries import PICKLE_ERRORS, Dictionary, genes_of, read_dictionary
+from mixgf.genes.vocabulary import CLS, MASK, PAD, SPECIALS, Vocabulary
+from mixgf.storage import files as storage
+
+# Hugging Face BERT names
+
+_LAYER = {
+    "out": "attention.output.dense", "norm_attention": "attention.output.LayerNorm", "up": "intermediate.dense",
+    "down": "output.dense", "norm_ffn": "output.LayerNorm",
+}  # fmt: skip
+_HEAD = {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm"}
+
+
+def to_bert(model: MaskedModel) -> dict[str, Tensor]:
+    """The state dict of an equal Hugging Face `BertForMaskedLM` (one token type, a zero vector)."""
+    own = {k: v.detach() for k, v in model.named_parameters()}
+    dim = model.encoder.row.dim
+    out = {
+        "bert.embeddings.word_embeddings.weight": own["encoder.tokens"],
+        "bert.embeddings.position_embeddings.weight": own["encoder.positions"],
+        "bert.embeddings.token_type_embeddings.weight": torch.zeros(1, dim, device=own["encoder.tokens"].device),
+        "cls.predictions.bias": own["bias"],
+        "cls.predictions.decoder.weight": own["encoder.tokens"],
+        "cls.predictions.decoder.bias": own["bias"],
+    }
+    for kind in ("weight", "bias"):
+        out[f"bert.embeddings.LayerNorm.{kind}"] = own[f"encoder.norm.{kind}"]
+        for ours, theirs in _HEAD.items():
+            out[f"{theirs}.{kind}"] = own[f"{ours}.{kind}"]
+        for i in range(model.encoder.row.num_layers):
+            layer = f"bert.encoder.layer.{i}"
+            parts = own[f"encoder.layers.{i}.qkv.{kind}"].chunk(3)
+            for name, part in zip(("query", "key", "value"), parts, strict=True):
+                out[f"{layer}.attention.self.{name}.{kind}"] = part
+            for ours, theirs in _LAYER.items():
+                out[f"{layer}.{theirs}.{kind}"] = own[f"encoder.layers.{i}.{ours}.{kind}"]
+    return out
+
+
+def from_bert(state: Mapping[str, Tensor], row: training.Model) -> dict[str, Tensor]:
+    """Our parameters from the state dict of a Hugging Face `BertForMaskedLM` (or `BertModel`, then without a head).
+
+    The first token-type vector is added to every position. Names may carry the prefix `bert.` or not.
+    """
+    given = {k.removeprefix("bert."): v.float() for k, v in state.items()}
+    try:
+        out = {
+            "encoder.tokens": given["embeddings.word_embeddings.weight"],
+            "encoder.positions": given["embeddings.position_embeddings.weight"]
+            + given["embeddings.token_type_embeddings.weight"][0],
+        }
+        for kind in ("weight", "bias"):
+            out[f"encoder.norm.{kind}"] = given[f"embeddings.LayerNorm.{kind}"]
+            for i in range(row.num_layers):
+                layer = f"encoder.layer.{i}"
+                parts = [given[f"{layer}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
+                out[f"encoder.layers.{i}.qkv.{kind}"] = torch.cat(parts)
+                for ours, theirs in _LAYER.items():
+                    out[f"encoder.layers.{i}.{ours}.{kind}"] = given[f"{layer}.{theirs}.{kind}"]
+            for ours, theirs in _HEAD.items():
+                if f"{theirs}.{kind}" in given:
+                    out[f"{ours}.{kind}"] = given[f"{theirs}.{kind}"]
+    except KeyError as error:
+        msg = f"weights without {error.args[0]!r}: need a BERT with at least {row.num_layers} layers"
+        raise UserError(msg) from None
+    if "cls.predictions.bias" in given:
+        out["bias"] = given["cls.predictions.bias"]
+    return out
+
+
+TOKENS = "encoder.tokens"
+DICTIONARIES = ("token_dictionary.json", "token_dictionary.pkl")
+_FILES = ("model.safetensors", "pytorch_model.bin")
+_FIELDS = {
+    "num_layers": "num_hidden_layers", "dim": "hidden_size", "num_heads": "num_attention_heads", "ffn_dim": "intermediate_size",
+    "max_positions": "max_position_embeddings", "activation": "hidden_act", "dropout": "hidden_dropout_prob",
+    "norm_eps": "layer_norm_eps", "init_sd": "initializer_range",
+}  # fmt: skip
+"""Ours by Hugging Face's name. Attention dropout is not imported: fused kernels want 0 (`model.attention_dropout`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A Hugging Face BERT as its folder has it, in our names and its ids."""
+
+    row: training.Model
+    tensors: dict[str, Tensor]
+    """Our parameters, float32; those of the masked-gene head only if it has them."""
+    sha256: str
+    """Of the weights' file."""
+
+
+def read(folder: str) -> Published:
+    """Read a folder that Hugging Face's `save_pretrained` wrote.
+
+    Raises:
+        UserError: it is not there, no BERT that the encoder can hold, or damaged.
+    """
+    if not storage.is_folder(folder) or "config.json" not in storage.list_dir(folder):
+        msg = f"{folder}: no folder with a config.json; give one with config.json and {' or '.join(_FILES)}"
+        raise UserError(msg)
+    row = _row(folder)
+    names = [name for name in _FILES if name in storage.list_dir(folder)]
+    if not names:
+        msg = f"{folder}: no weights in it; there must be {' or '.join(_FILES)} (several files: save it again as one)"
+        raise UserError(msg)
+    uri = storage.join(folder, names[0])
+    data = storage.read_bytes(uri)
+    try:
+        state = load_tensors(data) if uri.endswith(".safetensors") else torch.load(io.BytesIO(data), weights_only=True)
+    except (safetensors.SafetensorError, RuntimeError, *PICKLE_ERRORS) as error:
+        msg = f"{uri}: not readable as tensors ({str(error).strip().splitlines()[0][:200]}); fetch it again"
+        raise UserError(msg) from None
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        msg = f"{uri}: holds something other than named tensors; save the model's state_dict"
+        raise UserError(msg)
+    tied, decoder = state.get("bert.embeddings.word_embeddings.weight"), state.get("cls.predictions.decoder.weight")
+    if tied is not None and decoder is not None and not torch.equal(tied, decoder):
+        msg = f"{uri}: its decoder is not tied to its embedding; only tied ones can be imported"
+        raise UserError(msg)
+    tensors = from_bert(state, row)
+    if tensors[TOKENS].shape[1:] != (row.dim,):
+        msg = f"{uri}: vectors of width {tensors[TOKENS].shape[-1]}, config.json says {row.dim}; they are of different models"
+        raise UserError(msg)
+    return Published(row, tensors, storage.sha256(uri))
+
+
+def _row(folder: str) -> training.Model:
+    where = storage.join(folder, "config.json")
+    try:
+        given: Any = storage.read_json(where)
+    except ValueError as error:
+        msg = f"{where}: not JSON ({error}); fetch it again"
+        raise UserError(msg) from None
+    kind = given.get("model_type") if isinstance(given, dict) else None
+    positions = given.get("position_embedding_type") or "absolute" if isinstance(given, dict) else ""
+    if kind != "bert" or positions != "absolute":
+        msg = f"{where}: model_type {kind!r} with {positions or 'no'} positions; only 'bert' with absolute positions can be imported"
+        raise UserError(msg)
+    lacking = [theirs for theirs in list(_FIELDS.values())[:6] if theirs not in given]
+    if lacking:
+        msg = f"{where}: no {lacking[0]}; fetch it again"
+        raise UserError(msg)
+    sizes = {ours: given[theirs] for ours, theirs in _FIELDS.items() if theirs in given}
+    try:
+        return config.from_dict(training.Model, sizes)
+    except UserError as error:
+        msg = f"{where}: {error}"
+        raise UserError(msg) from None
+
+
+def find_dictionary(settings: Config, folder: str) -> Dictionary:
+    """The token dictionary of a model: the one of `imports.dictionaries`, or the one in its folder."""
+    uris = list(dict.fromkeys(uri for _, uri in map(split_named, settings.imports.dictionaries)))
+    if len(uris) > 1:
+        msg = f"imports.dictionaries: {len(uris)} files; a model has one dictionary, give that one"
+        raise UserError(msg)
+    inside = [storage.join(folder, name) for name in DICTIONARIES if name in storage.list_dir(folder)]
+    if not uris + inside:
+        msg = f"imports.dictionaries: none given and no {' or '.join(DICTIONARIES)} in {folder}; set it to the model's token dictionary"
+        raise UserError(msg)
+    return read_dictionary((uris + inside)[0], "imports.dictionaries")
+
+
+def moved(
+    published: Published,
+    dictionary: Dictionary,
+    vocabulary: Vocabulary,
+    rows: tuple[config_data.SpeciesRow, ...],
+    seed: int,
+) -> tuple[MaskedModel, dict[str, int], np.ndarray]:
+    """The model with the vectors of its genes at the vocabulary's ids, how many genes of each species it knew, and the other ids.
+
+    A gene that it did not know has a random vector of the key `seed`, as a new model has.
+
+    Raises:
+        UserError: the dictionary is of another model, or shares no gene with the vocabulary.
+    """
+    theirs = published.tensors[TOKENS]
+    largest = max([*dictionary.genes.values(), *dictionary.specials.values()])
+    if largest >= len(theirs):
+        msg = f"imports.dictionaries = {dictionary.uri!r}: ids up to {largest:,}, but the model has {len(theirs):,}; name its own dictionary"
+        raise UserError(msg)
+    source = np.full(vocabulary.size, -1, dtype=np.int64)
+    for name, ours in zip(SPECIALS, (PAD, MASK, CLS), strict=True):
+        source[ours] = dictionary.specials.get(name, -1)
+    known = {row.name: set(species.gene_table(row)["gene"].to_pylist()) for row in rows}
+    counts = {}
+    for name in vocabulary.species:
+        genes = vocabulary.of(name)
+        table = lookup(dictionary, genes_of(dictionary.genes, name, rows, known), genes)
+        ids = np.flatnonzero(table >= 0)
+        counts[name] = len(ids)
+        fresh = ids[source[table[ids]] < 0]  # a token that two species share keeps the vector of the first
+        source[table[fresh]] = fresh
+    if not any(counts.values()):
+        msg = f"imports.dictionaries = {dictionary.uri!r}: none of its genes is in the corpus' vocabulary; another species?"
+        raise UserError(msg)
+    return _placed(published, source, seed), counts, np.flatnonzero(source < 0)
+
+
+def _placed(published: Published, source_V: np.ndarray, seed: int) -> MaskedModel:
+    """The model with vectors and biases of its ids `source_V`; where that is -1, random ones of the key `seed`."""
+    model = MaskedModel(published.row, len(source_V), seed=seed)
+    theirs, bias = published.tensors[TOKENS], published.tensors.get("bias")
+    at = np.flatnonzero(source_V >= 0)
+    own = dict(model.named_parameters())
+    tensors = {name: own[name].detach().clone() for name in (TOKENS, "bias")}
+    tensors[TOKENS][at] = theirs[source_V[at]]
+    if bias is not None:
+        tensors["bias"][at] = bias[source_V[at]]
+    heads = {name for name in own if not name.startswith("encoder.")} - published.tensors.keys()
+    if heads:
+        warn("import-weights: these weights have no masked-gene head; it starts untrained")
+    untrained = {name: own[name] for name in heads}
+    checkpoint.load_weights(model, untrained | published.tensors | tensors, "import-weights")
+    return model

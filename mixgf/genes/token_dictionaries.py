@@ -1,0 +1,262 @@
+"""Published token and median dictionaries of the Geneformer family: gene to id, gene to median.
+
+They are pickles, read here and nowhere else, by a reader that builds numbers, text and dictionaries and calls nothing
+that the file names. JSON, Parquet and TSV are read as well.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import pickle
+import re
+import struct
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from mixgf.config.data import SpeciesRow
+from mixgf.errors import UserError
+from mixgf.storage import files as storage
+from mixgf.storage import tables
+
+MAX_DICTIONARY_BYTES = 256 << 20
+MAX_ID = 1 << 24
+_KEYS = ("gene", "key", "ensembl_id")
+
+
+class _Dtype:
+    """A numpy scalar type as a pickle describes it; never handed to numpy as an object."""
+
+    __slots__ = ("code",)
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1]
+        if order not in ("<", ">", "=", "|"):
+            msg = f"it holds byte order {order!r}"
+            raise pickle.UnpicklingError(msg)
+        self.code = order + self.code.lstrip("<>=|")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds what a published dictionary holds: text, numbers, numpy scalars, dictionaries. Refuses every other global.
+
+    The names that a pickle may use are bound to functions of ours, so nothing of numpy or Python is called that a file
+    could misuse. Functions are methods: a pickle cannot set their attributes.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for an admitted global; anything else is refused by name."""
+        admitted = {
+            ("numpy", "dtype"): self._dtype,
+            ("numpy.core.multiarray", "scalar"): self._scalar,
+            ("numpy._core.multiarray", "scalar"): self._scalar,
+            ("_codecs", "encode"): self._encode,  # bytes in protocols before 3
+            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "defaultdict"): defaultdict,
+        }
+        admitted |= {(home, kind.__name__): kind for home in ("builtins", "__builtin__") for kind in (int, float)}
+        admitted["__builtin__", "long"] = int  # as protocols before 3 call it
+        if (module, name) not in admitted:
+            msg = f"it names the global {module}.{name}"
+            raise pickle.UnpicklingError(msg)
+        return admitted[module, name]
+
+    def persistent_load(self, _pid: Any) -> Any:
+        """Refuses references out of the file."""
+        msg = "it refers to something outside the file"
+        raise pickle.UnpicklingError(msg)
+
+    def _dtype(self, code: str, *_: Any) -> _Dtype:
+        if not re.fullmatch(r"[<>=|]?[iuf][1248]", code):
+            msg = f"it holds numpy values of type {code!r}"
+            raise pickle.UnpicklingError(msg)
+        return _Dtype(code)
+
+    def _scalar(self, kind: _Dtype, data: bytes) -> int | float:
+        if not isinstance(kind, _Dtype) or not isinstance(data, bytes):
+            msg = "it holds a malformed numpy scalar"
+            raise pickle.UnpicklingError(msg)
+        dtype = np.dtype(kind.code)
+        if len(data) != dtype.itemsize:
+            msg = "it holds a malformed numpy scalar"
+            raise pickle.UnpicklingError(msg)
+        return np.frombuffer(data, dtype)[0].item()
+
+    def _encode(self, text: str, encoding: str = "") -> bytes:
+        if encoding != "latin1":
+            msg = f"it encodes text as {encoding!r}"
+            raise pickle.UnpicklingError(msg)
+        return text.encode("latin1")
+
+
+PICKLE_ERRORS = (
+    pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, ImportError, OverflowError, MemoryError,
+    RecursionError, struct.error,
+)  # fmt: skip
+
+
+def unpickle(data: bytes, where: str) -> dict[Any, Any]:
+    """The dictionary in a published pickle.
+
+    Raises:
+        UserError: it holds anything but text, numbers and dictionaries (named), or is no pickled dictionary.
+    """
+    try:
+        found = _Unpickler(io.BytesIO(data)).load()
+    except PICKLE_ERRORS as error:
+        msg = (
+            f"{where}: refused: {str(error) or type(error).__name__}; a pickled dictionary needs only text and numbers. "
+            "Check where it comes from, or give it as JSON or TSV"
+        )
+        raise UserError(msg) from None
+    if not isinstance(found, dict):
+        msg = f"{where}: holds a {type(found).__name__}; must be a dictionary of gene to number"
+        raise UserError(msg)
+    return found
+
+
+def _pairs(uri: str, field: str, value: str) -> dict[str, Any] | None:
+    """Gene to `value` (token or median), from any of the formats; None for a table without that column."""
+    where = f"{field} = {uri!r}"
+    if not storage.exists(uri) or storage.is_folder(uri):
+        msg = f"{where}: no such file; give a pickle, JSON, Parquet or TSV file of gene and {value}"
+        raise UserError(msg)
+    if storage.size(uri) > MAX_DICTIONARY_BYTES:
+        msg = f"{where}: {storage.size(uri):,} bytes; a dictionary has at most {MAX_DICTIONARY_BYTES:,}"
+        raise UserError(msg)
+    found: Any
+    if uri.endswith((".pkl", ".pickle")):
+        found = unpickle(storage.read_bytes(uri), where)
+    elif uri.endswith(".json"):
+        try:
+            found = storage.read_json(uri)
+        except ValueError as error:
+            msg = f"{where}: not JSON ({error}); give an object of gene to {value}"
+            raise UserError(msg) from None
+        if not isinstance(found, dict):
+            msg = f"{where}: holds a {type(found).__name__}; must be an object of gene to {value}"
+            raise UserError(msg)
+    else:
+        table = _table(uri, where)
+        key = next((name for name in _KEYS if name in table.column_names), None)
+        if key is None:
+            msg = f"{where}: has columns {', '.join(table.column_names)}; must have gene (or key) and {value}"
+            raise UserError(msg)
+        if value not in table.column_names:
+            return None
+        names = table[key].to_pylist()
+        found = dict(zip(names, table[value].to_pylist(), strict=True))
+        if len(found) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            msg = f"{where}: {twice!r} stands in it twice; keep one row per gene"
+            raise UserError(msg)
+    odd = next((k for k in found if not isinstance(k, str)), None)
+    if odd is not None:
+        msg = f"{where}: key {odd!r} is not text; must be gene to {value} (not {value} to gene)"
+        raise UserError(msg)
+    return found
+
+
+def _table(uri: str, where: str) -> pa.Table:
+    try:
+        if uri.endswith(".parquet"):
+            return tables.read_table(uri)
+        data = storage.read_bytes(uri)
+        text = gzip.decompress(data) if uri.endswith(".gz") else data
+        strings = {name: pa.string() for name in _KEYS}
+        return pa_csv.read_csv(
+            io.BytesIO(text),
+            parse_options=pa_csv.ParseOptions(delimiter="\t"),
+            convert_options=pa_csv.ConvertOptions(column_types=strings, strings_can_be_null=False),
+        )
+    except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile) as error:
+        msg = f"{where}: not a readable table ({str(error).splitlines()[0]}); give a pickle (.pkl), JSON, Parquet or TSV file"
+        raise UserError(msg) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Dictionary:
+    """A token dictionary."""
+
+    uri: str
+    genes: dict[str, int]
+    """Gene, as the dictionary spells it, to id."""
+    specials: dict[str, int]
+    """`<name>` to id."""
+
+
+def read_dictionary(uri: str, field: str = "dictionary") -> Dictionary:
+    """Read a token dictionary; `field` is the config field that names it, for messages.
+
+    Raises:
+        UserError: not a dictionary of names to distinct whole numbers from 0.
+    """
+    found = _pairs(uri, field, "token")
+    where = f"{field} = {uri!r}"
+    if found is None:
+        msg = f"{where}: no column token; give gene (or key) and token"
+        raise UserError(msg)
+    owner: dict[int, str] = {}
+    for name, value in found.items():
+        if type(value) is not int or not 0 <= value < MAX_ID:
+            msg = f"{where}: id of {name} is {value!r}; must be a whole number from 0, below {MAX_ID:,}"
+            raise UserError(msg)
+        if owner.setdefault(value, name) != name:
+            msg = f"{where}: {owner[value]} and {name} have the same id {value}; every id must be one gene's"
+            raise UserError(msg)
+    special = re.compile(r"<[^<>]*>")
+    genes = {k: v for k, v in found.items() if not special.fullmatch(k)}
+    return Dictionary(uri, genes, {k: v for k, v in found.items() if k not in genes})
+
+
+def read_medians(uri: str, field: str = "medians") -> dict[str, float] | None:
+    """Read a median dictionary or table: gene to median above 0; entries without one are passed over.
+
+    None for a table without medians, such as a dictionary in TSV.
+
+    Raises:
+        UserError: a median that is not a number above 0.
+    """
+    found = _pairs(uri, field, "median")
+    if found is None:
+        return None
+    out = {}
+    for name, value in found.items():
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            msg = f"{field} = {uri!r}: median of {name} is {value!r}; must be a number above 0"
+            raise UserError(msg)
+        out[name] = float(value)
+    return out
+
+
+def genes_of(
+    names: Iterable[str], species: str, rows: Iterable[SpeciesRow], known: Mapping[str, set[str]]
+) -> dict[str, str]:
+    """The names that are genes of one species, to Ensembl ids without version.
+
+    A gene belongs to the species whose gene table (`known`) has it, else to the one with the longest fitting id prefix,
+    so retired ids of published dictionaries keep their species. ENSGR ids (the pseudoautosomal copies on Y, as old
+    releases call them) are genes of their own, as they are there.
+    """
+    ordered = sorted(rows, key=lambda row: -len(row.gene_prefix))
+    prefixes = [(row.name, re.compile(re.escape(row.gene_prefix) + r"R?\d+")) for row in ordered]
+    out = {}
+    for name in names:
+        bare = name if any(name in genes for genes in known.values()) else re.sub(r"\.\d+$", "", name)
+        owner = next((row.name for row in ordered if bare in known[row.name]), None)
+        owner = owner or next((owner for owner, pattern in prefixes if pattern.fullmatch(bare)), None)
+        if owner == species:
+            out[name] = bare
+    return out

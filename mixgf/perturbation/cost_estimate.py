@@ -1,0 +1,138 @@
+"""What a perturbation run will take, before it runs: sentences, tokens and floating point operations, counted, not guessed.
+
+Exact for all genes. With a screen, the genes that it will choose are not known yet: they are taken to be like the average one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixgf.arrays import Float64s, Ints
+from mixgf.config import perturbation, training
+from mixgf.console import duration
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder.bert import forward_flops
+from mixgf.perturbation import design as targets
+from mixgf.perturbation.design import Design
+from mixgf.tracking import cost
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Work of one kind."""
+
+    name: str
+    sentences: float
+    tokens: float
+    flops: float
+
+
+def forecast(
+    plan: Design, corpus: Corpus, settings: perturbation.Perturb, row: training.Model, max_len: int
+) -> list[Part]:
+    """Work of a design, by part, in the order in which it is done."""
+    layers = row.num_layers + 1 + settings.layer
+    states = np.unique(np.concatenate([state.cells for state in plan.states]))
+    lengths = corpus.lengths_N[states].astype(np.float64)
+    parts = [
+        Part(
+            name="states", sentences=len(states), tokens=lengths.sum(), flops=forward_flops(row, lengths, layers=layers)
+        )
+    ]
+    length_N = corpus.lengths_N[plan.cells_N].astype(np.float64)
+    one_N = np.array([forward_flops(row, [length], layers=layers) for length in length_N])
+    width_K = np.array([len(target.tokens) for target in plan.targets])
+    held_NW, allowed_NW = _held(plan, corpus, width_K)
+    if settings.screen:
+        genes_N = allowed_NW.sum(axis=1)
+        parts += [_screened(name, settings, row, layers, length_N, one_N, genes_N) for name in settings.operations]
+    nulls = 100 if settings.null_genes < 0 else settings.null_genes
+    share = min(1.0, (settings.screen + settings.screen_sample + nulls) / len(plan.targets)) if settings.screen else 1.0
+    for operation in settings.operations:
+        sentences = tokens = flops = 0.0
+        for w, width in enumerate(np.unique(width_K).tolist()):
+            groups = [(held_NW[:, w], length_N - width * (operation == "delete"))]
+            if operation == "overexpress" and settings.insert_absent:
+                groups.append((allowed_NW[:, w] - held_NW[:, w], np.minimum(length_N + width, max_len)))
+            for num_N, new_N in groups:
+                sentences += num_N.sum()
+                tokens += float(num_N @ new_N)
+                flops += sum(n * forward_flops(row, [x], layers=layers) for n, x in zip(num_N, new_N, strict=True) if n)
+        parts.append(
+            Part(
+                name=f"{operation}, {share:.0%} of the genes" if settings.screen else operation,
+                sentences=sentences * share,
+                tokens=tokens * share,
+                flops=flops * share + one_N.sum(),
+            )
+        )
+    return parts
+
+
+def _held(plan: Design, corpus: Corpus, width_K: Ints) -> tuple[Float64s, Float64s]:
+    """By cell and size of the gene set: how many targets its sentence holds, and how many its species has."""
+    widths = np.unique(width_K).tolist()
+    owned_KS = targets.owned(plan, corpus)
+    held_NW = np.zeros((len(plan.cells_N), len(widths)))
+    allowed_NW = np.zeros_like(held_NW)
+    for w, width in enumerate(widths):
+        chosen = width_K == width
+        allowed_NW[:, w] = owned_KS[chosen].sum(axis=0)[corpus.species_N[plan.cells_N]]
+        genes_KM = plan.genes_KM[chosen][:, :width]
+        for n, cell in enumerate(plan.cells_N.tolist()):
+            present_V = np.zeros(corpus.vocabulary.size, dtype=bool)
+            present_V[corpus.tokens([cell])[0]] = True
+            held_NW[n, w] = present_V[genes_KM].all(axis=1).sum()
+    return held_NW, allowed_NW
+
+
+def _screened(  # noqa: PLR0917 (the sums of one caller)
+    operation: str,
+    settings: perturbation.Perturb,
+    row: training.Model,
+    layers: int,
+    length_N: Float64s,
+    one_N: Float64s,
+    genes_N: Float64s,
+) -> Part:
+    """Passes of `screen.estimate`: the grid, one forward and backward (as three), for overexpression two and the probes."""
+    traces = 1 if operation == "delete" else 2
+    passes_N = np.minimum(settings.screen_grid, length_N) + 3 * traces
+    flops = float(passes_N @ one_N)
+    if operation == "overexpress":
+        probe_N = layers * (2 * (4 * row.dim**2 + 2 * row.dim * row.ffn_dim) + 8 * length_N * row.dim)
+        flops += float(genes_N @ probe_N)
+    return Part(name=f"{operation}, screen", sentences=passes_N.sum(), tokens=float(passes_N @ length_N), flops=flops)
+
+
+def text(parts: list[Part], plan: Design, *, rate: float, how: str, num_workers: int, price: float) -> str:
+    """A forecast for people.
+
+    Args:
+        parts: the work.
+        plan: what is perturbed.
+        rate: FLOP/s of one worker, and `how` it is known.
+        how: in words.
+        num_workers: workers that share the work.
+        price: of one worker-hour; 0 = not known.
+    """
+    flops = sum(part.flops for part in parts)
+    took = cost.project(flops, rate=rate, num_nodes=num_workers, price=price or None)
+    lines = [f"{len(plan.targets):,} genes in {len(plan.cells_N):,} cells; nothing is written by a dry run", ""]
+    lines.append(f"{'':32} {'sentences':>14} {'tokens':>18} {'FLOP':>10}")
+    whole = Part(
+        name="all",
+        sentences=sum(p.sentences for p in parts),
+        tokens=sum(p.tokens for p in parts),
+        flops=flops,
+    )
+    lines += [f"{p.name:32} {p.sentences:>14,.0f} {p.tokens:>18,.0f} {p.flops:>10.3g}" for p in [*parts, whole]]
+    bill = "not known: perturb.price, of one worker-hour, is not set" if took.cost is None else f"{took.cost:,.2f}"
+    return "\n".join([
+        *lines, "",
+        f"rate   {rate:.3g} FLOP/s per worker, {how}",
+        f"time   {duration(took.hours * cost.HOUR)} on {num_workers} workers, {took.node_hours:,.3g} worker-hours",
+        f"cost   {bill}",
+    ])  # fmt: skip

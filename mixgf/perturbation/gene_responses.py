@@ -1,0 +1,180 @@
+"""What a perturbation does to every other gene: how far the contextual embedding of each moves (the published "gene shifts").
+
+For a perturbed gene and a responding one: the mean of 1 - cos(before, after) of the responding gene's hidden state, over the
+scored cells whose sentence holds it (before and after). These are the cells that hold the perturbed gene and, for
+`overexpress` with `perturb.insert_absent`, those that it was put into. No state and no goal takes part: a function of the
+encoder and the sentences, and so of use wherever genes are asked about each other.
+
+Most of this is place: a deletion moves every later gene up, and a moved gene's state differs by orders of magnitude more than
+what attention does. So the same is given for those cells alone in which the responding gene keeps its place (`still`). And
+much is general: some genes move everything, some are moved by everything. `specific` takes that out of the still ones: what
+is left is between the two genes.
+
+Columns are bounded: the `perturb.response` genes in most of the perturbed cells, about fifteen bytes a pair on disk.
+
+Letters: T packed tokens, S perturbed sentences, K perturbed targets, R responding genes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mixgf.arrays import Float64s, Ints
+from mixgf.perturbation.design import Design
+from mixgf.perturbation.operations import Edited
+from mixgf.perturbation.shift import Engine, Original
+
+MIN_CELLS = 5
+"""Fewest still cells of a pair that `specific` speaks of."""
+SMALLEST = 1e-12
+"""Changes below this are rounding."""
+_PART = pa.schema([
+    ("target", pa.int32()), ("column", pa.int32()), ("num_cells", pa.int32()), ("sum", pa.float64()), ("squares", pa.float64()),
+    ("num_still", pa.int32()), ("still", pa.float64()),
+])  # fmt: skip
+FIELDS = ("num_KR", "sum_KR", "squares_KR", "num_still_KR", "still_KR")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sums:
+    """Over cells, by target and responding gene."""
+
+    num_KR: NDArray[np.int64]
+    sum_KR: Float64s
+    squares_KR: Float64s
+    num_still_KR: NDArray[np.int64]
+    still_KR: Float64s
+    """Number and sum over the cells in which the responding gene keeps its place."""
+
+    @classmethod
+    def zeros(cls, num_targets: int, num_columns: int) -> Sums:
+        """Nothing yet."""
+        shape = (num_targets, num_columns)
+        num, total = np.zeros(shape, dtype=np.int64), np.zeros(shape)
+        return cls(num_KR=num, sum_KR=total, squares_KR=total.copy(), num_still_KR=num.copy(), still_KR=total.copy())
+
+    def part(self, targets_K: Ints) -> pa.Table:
+        """The pairs that occur, as a table: target (by its number), column, and the fields."""
+        k, r = np.nonzero(self.num_KR)
+        values = (targets_K[k], r, *(getattr(self, name)[k, r] for name in FIELDS))
+        return pa.table([pa.array(v, f.type) for v, f in zip(values, _PART, strict=True)], schema=_PART)
+
+
+class Tally:
+    """Watches an engine score sentences and adds up what their other genes do.
+
+    Args:
+        original: the unperturbed cells.
+        cells_S: which cell each sentence is a copy of.
+        targets_S: which of `num_targets` rows it counts for.
+        num_targets: rows.
+        tokens_R: responding genes.
+    """
+
+    def __init__(
+        self, original: Original, cells_S: Tensor, targets_S: Tensor, *, num_targets: int, tokens_R: Ints
+    ) -> None:
+        self.original, self.cells_S, self.targets_S = original, cells_S, targets_S
+        device = original.ids_T.device
+        size = int(max(int(original.ids_T.max()), int(tokens_R.max()))) + 1
+        self.column_V = torch.full((size,), -1, dtype=torch.int64, device=device)
+        self.column_V[torch.from_numpy(tokens_R).to(device)] = torch.arange(len(tokens_R), device=device)
+        lengths_B = torch.diff(original.offsets_B1)
+        cell_T = torch.repeat_interleave(torch.arange(len(lengths_B), device=device), lengths_B)
+        self.place_BV = torch.full((len(lengths_B), size), -1, dtype=torch.int64, device=device)
+        self.place_BV[cell_T, original.ids_T] = torch.arange(len(cell_T), device=device)
+        self._start_B = original.offsets_B1[:-1]
+        self._sums = Sums.zeros(num_targets, len(tokens_R))
+
+    def __call__(self, edited: Edited, hidden_TD: Tensor, start: int) -> None:
+        """Take note of sentences `start` and on, edited and encoded."""
+        lengths = torch.diff(edited.offsets_S1)
+        sentence_T = start + torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        known_T = edited.ids_T < len(self.column_V)  # an inserted gene may be beyond
+        known_T[edited.hits_H] = False  # the perturbed gene is no other gene
+        ids_T = torch.where(known_T, edited.ids_T, 0)
+        before_T = self.place_BV[self.cells_S[sentence_T], ids_T]
+        kept_T = known_T & (before_T >= 0) & (self.column_V[ids_T] >= 0)
+        before_N, sentence_N = before_T[kept_T], sentence_T[kept_T]
+        after, before = hidden_TD[kept_T].double(), self.original.hidden_TD[before_N].double()
+        change = (1 - torch.nn.functional.cosine_similarity(after, before, dim=1, eps=1e-300)).cpu().numpy()
+        place_N = torch.nonzero(kept_T).squeeze(1) - edited.offsets_S1[sentence_N - start]
+        still = (place_N == before_N - self._start_B[self.cells_S[sentence_N]]).cpu().numpy()
+        shape = self._sums.num_KR.shape
+        pair = self.targets_S[sentence_N] * shape[1] + self.column_V[ids_T[kept_T]]
+        pair_N = pair.cpu().numpy()  # summed here, in the order of the tokens: the same sums on any device
+        weights = (None, change, change**2, still.astype(np.float64), still * change)
+        for name, weight in zip(FIELDS, weights, strict=True):
+            held = getattr(self._sums, name)
+            held += np.bincount(pair_N, weights=weight, minlength=held.size).reshape(shape).astype(held.dtype)
+
+    def sums(self) -> Sums:
+        """What was added up."""
+        return self._sums
+
+
+def measure(  # noqa: PLR0917 (those of Engine.score)
+    engine: Engine, original: Original, cells_S: Tensor, genes_SM: Tensor, targets_S: Tensor, operation: str, tokens_R: Ints
+) -> Sums:  # fmt: skip
+    """Perturb copies of cells and add up what their other genes do; arguments as of `Engine.score` and `Tally`."""
+    num = int(targets_S.max()) + 1 if len(targets_S) else 0
+    tally = Tally(original, cells_S, targets_S, num_targets=num, tokens_R=tokens_R)
+    none = torch.empty(0, original.hidden_TD.shape[1], dtype=torch.float64)
+    engine.score(original, cells_S, genes_SM, operation, none, watch=tally)
+    return tally.sums()
+
+
+def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
+    """The matrix in long form: a row per operation, perturbed and responding gene that met in a cell.
+
+    Columns: operation, gene, symbol, responding, responding_symbol, num_cells, change (mean of 1 - cos), sd (over cells,
+    NaN for one), num_still, change_still (mean over the cells in which the responding gene keeps its place). Parts are added in the given order, so that the sums do not depend on who finished first.
+    """
+    tables = []
+    for operation, found in parts.items():
+        sums = Sums.zeros(len(plan.targets), len(plan.watched))
+        for part in found:
+            at = part["target"].to_numpy(), part["column"].to_numpy()
+            for name, field in zip(FIELDS, _PART.names[2:], strict=True):
+                getattr(sums, name)[at] += part[field].to_numpy()
+        k, r = np.nonzero(sums.num_KR)
+        num = sums.num_KR[k, r]
+        mean = sums.sum_KR[k, r] / num
+        with np.errstate(invalid="ignore", divide="ignore"):
+            sd = np.sqrt(np.maximum(sums.squares_KR[k, r] - num * mean**2, 0) / (num - 1))
+            still = sums.still_KR[k, r] / sums.num_still_KR[k, r]
+        names = {
+            "gene": ([t.gene for t in plan.targets], k), "symbol": ([t.symbol for t in plan.targets], k),
+            "responding": ([t.gene for t in plan.watched], r), "responding_symbol": ([t.symbol for t in plan.watched], r),
+        }  # fmt: skip
+        columns = {"operation": pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(k), dtype=np.int32)), [operation])}
+        columns |= {
+            name: pa.DictionaryArray.from_arrays(pa.array(at, pa.int32()), values)
+            for name, (values, at) in names.items()
+        }
+        columns |= {
+            "num_cells": pa.array(num, pa.int32()), "change": pa.array(mean, pa.float32()), "sd": pa.array(sd, pa.float32()),
+            "num_still": pa.array(sums.num_still_KR[k, r], pa.int32()), "change_still": pa.array(still, pa.float32()),
+        }  # fmt: skip
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def specific(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of one operation's rows those with `MIN_CELLS` still cells, with `excess`: log2 of the change over what the two do in general.
+
+    In general: the perturbed gene's median log change, plus the responding gene's median of what is left; all where the
+    responding gene keeps its place.
+    """
+    kept = frame[frame["num_still"] >= MIN_CELLS].copy()
+    logs = np.log2(np.maximum(kept["change_still"].astype(float), SMALLEST))
+    left = logs - logs.groupby(kept["gene"].astype(str)).transform("median")
+    kept["excess"] = left - left.groupby(kept["responding"].astype(str)).transform("median")
+    return kept

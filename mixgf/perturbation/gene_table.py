@@ -1,0 +1,426 @@
+"""From the shifts of (cell, gene) pairs to the table of genes, with everything that puts an effect in proportion.
+
+Beside every effect stand what its gene's rank alone predicts, how it ranks among genes like it, whether it repeats in other
+donors, what happens towards unrelated states, and how much the gene itself differs between the states (spec section 9).
+The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* (`stats.less_expected`) has
+a place among genes of like rank (`stats.normal_scores`) that repeats over donors (`stats.sign_flip`); cells without a donor's
+name (`classify.unlabelled`) take no part in it, and are one more cluster of the interval. `calibration` shows on the run's own
+shifts whether the tests keep their word.
+
+Every comparison with other genes (expectation, places, percentiles, rank sums) is one with the genes that were drawn without
+regard to what they do (`Target.drawn`), where a screen or the user chose the others; else with all. False discovery rates
+count every gene that a screen looked at.
+
+Differential expression is taken from the corpus, which holds ranks and no counts: a gene's rank score in a cell is
+1 - rank / (number of genes in the sentence), 0 where the sentence lacks it. `de_statistic` is Welch's t of the rank scores,
+all goal cells against all start cells (over cells: a ranking, no test); `de_log_fold` is the log2 ratio of the mean scores.
+
+Letters: P (cell, gene) pairs, G genes, C donors, S states, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from mixgf import arrays
+from mixgf.arrays import Float64s, Ints
+from mixgf.config.data import SpeciesRow
+from mixgf.config.run import Config
+from mixgf.corpus.reader import Corpus
+from mixgf.genes import species
+from mixgf.perturbation.design import Design
+from mixgf.stats import donors as stats
+from mixgf.stats import rank_adjustment
+
+LOW_COVERAGE = 0.1
+"""Share of cells below which a gene's coverage is worth a warning."""
+MARKER_T = 5.0
+"""Differential-expression statistic above which the gene itself is a mark of the states."""
+MIN_REFERENCE = 20
+"""Fewest genes drawn for comparison that others are compared with; with fewer, all scored genes are."""
+ORDINARY = (2.5, 97.5)
+"""Null percentiles between which a shift is what genes of like rank and coverage do."""
+MARK = "differs itself between start and goal"
+"""The warning on a gene that is a mark of the states."""
+PSEUDO_SCORE = 0.01
+"""Added to mean rank scores before their ratio is taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """Scored pairs of one operation, in the order of the parts."""
+
+    target_P: Ints
+    cell_P: Ints
+    rank_P: Ints
+    """0 = top gene, -1 = absent."""
+    response_P: Float64s
+    shift_SP: Float64s
+
+    @classmethod
+    def from_table(cls, table: pa.Table, num_states: int) -> Pairs:
+        """Read the columns of joined parts."""
+        shifts = [table[f"shift_{i}"].to_numpy().astype(np.float64) for i in range(num_states)]
+        return cls(
+            target_P=table["target"].to_numpy().astype(np.int64),
+            cell_P=table["cell"].to_numpy(),
+            rank_P=table["rank"].to_numpy().astype(np.int64),
+            response_P=table["response"].to_numpy().astype(np.float64),
+            shift_SP=np.stack(shifts) if shifts else np.empty((0, table.num_rows)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expression:
+    """Rank scores of every token in the cells of one state."""
+
+    num_cells: int
+    mean_V: Float64s
+    variance_V: Float64s
+
+
+def state_means(parts: list[pa.Table], num_states: int) -> tuple[Float64s, pa.Table]:
+    """State embeddings (S, D) over all cells, and a table of them, whole and by donor (donor -1 = all cells).
+
+    Parts are added in the given order, so that the sums do not depend on who finished first.
+    """
+    table = pa.concat_tables(parts)
+    state, donor, num = (table[name].to_numpy() for name in ("state", "donor", "num_cells"))
+    sums = np.array(table["sum"].to_pylist(), dtype=np.float64)
+    rows: list[tuple[int, int, int, Float64s]] = []
+    means = np.empty((num_states, sums.shape[1]))
+    for s in range(num_states):
+        for d in [-1, *np.unique(donor[state == s]).tolist()]:
+            chosen = (state == s) & ((donor == d) | (d == -1))
+            rows.append((s, d, int(num[chosen].sum()), sums[chosen].sum(axis=0) / num[chosen].sum()))
+            if d == -1:
+                means[s] = rows[-1][3]
+    columns = {
+        "state": pa.array([row[0] for row in rows], pa.int32()),
+        "donor": pa.array([row[1] for row in rows], pa.int32()),
+        "num_cells": pa.array([row[2] for row in rows], pa.int64()),
+        "vector": pa.array([row[3].tolist() for row in rows], pa.list_(pa.float64())),
+    }
+    return means, pa.table(columns)
+
+
+def expression(corpus: Corpus, cells: Ints, *, block: int = 2048) -> Expression:
+    """Rank scores of the given cells, read block by block."""
+    size = corpus.vocabulary.size
+    total_V, squares_V = np.zeros(size), np.zeros(size)
+    lead = int(corpus.cls)
+    for part in np.array_split(cells, max(1, -(-len(cells) // block))):
+        ids_T, offsets_B1 = corpus.tokens(part)
+        lengths_B = np.diff(offsets_B1)
+        rank_T = np.arange(len(ids_T)) - np.repeat(offsets_B1[:-1], lengths_B) - lead
+        score_T = np.where(rank_T >= 0, 1 - rank_T / np.repeat(lengths_B - lead, lengths_B), 0.0)
+        total_V += np.bincount(ids_T, weights=score_T, minlength=size)
+        squares_V += np.bincount(ids_T, weights=score_T**2, minlength=size)
+    num = len(cells)
+    mean_V = total_V / num
+    variance_V = np.maximum(squares_V - num * mean_V**2, 0) / max(num - 1, 1)
+    return Expression(num_cells=num, mean_V=mean_V, variance_V=variance_V)
+
+
+def subset(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Design, dict[str, Pairs]]:
+    """The given targets alone (ascending numbers), renumbered, with their pairs."""
+    found = {}
+    for operation, part in pairs.items():
+        mine_P = np.isin(part.target_P, kept)
+        found[operation] = Pairs(
+            target_P=np.searchsorted(kept, part.target_P[mine_P]),
+            cell_P=part.cell_P[mine_P],
+            rank_P=part.rank_P[mine_P],
+            response_P=part.response_P[mine_P],
+            shift_SP=part.shift_SP[:, mine_P],
+        )
+    return replace(plan, targets=tuple(plan.targets[k] for k in kept.tolist())), found
+
+
+def gene_table(
+    plan: Design, pairs: dict[str, Pairs], expressed: dict[str, Expression], config: Config, *, num_tests: int = 0
+) -> pa.Table:
+    """The result: one row per operation and gene, by operation, then falling shift.
+
+    Args:
+        plan: what was done.
+        pairs: scored pairs by operation.
+        expressed: rank scores of the `start` cells and, with a goal, of the `goal` cells.
+        config: the run's config.
+        num_tests: genes that a screen chose these from; 0 = nothing was chosen.
+    """
+    return pa.concat_tables(
+        [
+            _operation_table(plan, operation, pairs[operation], expressed, config, num_tests)
+            for operation in config.perturb.operations
+        ]
+    )
+
+
+def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
+    plan: Design, operation: str, pairs: Pairs, expressed: dict[str, Expression], config: Config, num_tests: int
+) -> pa.Table:
+    among_G, null_G = _reference(plan), np.array([target.null for target in plan.targets])
+    settings, num_genes = config.perturb, len(plan.targets)
+    values_P, donors = _values(plan, pairs), _donors(plan, pairs, config)
+    means = stats.group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
+    coverage_G = np.array([target.coverage for target in plan.targets])
+    rank_G = _mean_ranks(pairs, num_genes)
+    place_G = places(rank_G)
+    tests = _tests(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=_rng(config, operation, 92))
+    expected_G = rank_adjustment.expected_by_rank(means.mean, place_G, among_G)
+    percentile_G = rank_adjustment.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1), among_G)
+    others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
+    towards = {plan.states[i].name: stats.mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
+    other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
+    de_G, fold_G = _differential(plan, expressed)
+    orthologs = _orthologs(plan, config)
+    columns: dict[str, object] = {
+        "gene": [target.gene for target in plan.targets],
+        "symbol": [target.symbol for target in plan.targets],
+        "ortholog": [";".join(gene for gene, _ in partners) for partners in orthologs],
+        "ortholog_symbol": [";".join(symbol for _, symbol in partners) for partners in orthologs],
+        "species": [target.species for target in plan.targets],
+        "operation": [operation] * num_genes,
+        "variant": [settings.variant] * num_genes,
+        "role": ["null" if target.null else "target" for target in plan.targets],
+        "reference": among_G,
+        "num_cells": means.num_values,
+        "num_donors": np.isfinite(tests.mean_GC).sum(axis=1),
+        "coverage": coverage_G,
+        "mean_rank": rank_G,
+        "shift": means.mean,
+        "shift_low": means.low,
+        "shift_high": means.high,
+        "response": stats.mean_by(pairs.response_P, pairs.target_P, num_genes),
+        "p_cell": tests.p_cell_G,
+        "fdr_cell": _discoveries(tests.p_cell_G, null_G, num_tests),
+        "p_donor": tests.p_donor_G,
+        "fdr_donor": _discoveries(tests.p_donor_G, null_G, num_tests),
+        "null_percentile": percentile_G,
+        "rank_expected": expected_G,
+        "shift_minus_rank_expected": means.mean - expected_G,
+        "shift_alternatives": other_G,
+        "shift_minus_alternatives": means.mean - other_G,
+        "de_statistic": de_G,
+        "de_log_fold": fold_G,
+        "de_rank": _ranking(de_G),
+    }
+    inserted = operation == "overexpress" and settings.insert_absent
+    columns["warnings"] = _warnings(columns, tests.mean_GC, has_goal=plan.goal is not None, inserted=inserted)
+    columns |= {f"shift_{name}": shift_G for name, shift_G in towards.items()}
+    order = np.lexsort((np.array(columns["gene"]), -np.nan_to_num(means.mean, nan=-np.inf)))
+    return pa.table({name: pa.array(values) for name, values in columns.items()}).take(order)
+
+
+def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Table:
+    """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor.
+
+    A row per gene and exchange. Within every donor genes of like rank exchange what their cells have beyond the rank's
+    expectation (`stats.shuffled_neighbours`). Sizes, ranks, what rank does and the likeness of a donor's cells stay; no gene
+    has anything of its own that repeats over donors. p-values of a test that keeps its word are then uniform, but for the few
+    values that a sign flip over few donors has (`stats.attainable`). Without three named donors there is nothing to exchange
+    between: no rows. Of chosen genes and those drawn for comparison only the latter exchange.
+    """
+    tables = []
+    if not (reference_G := _reference(plan)).all():
+        plan, pairs = subset(plan, pairs, np.flatnonzero(reference_G))
+    among_G = np.ones(len(plan.targets), dtype=bool)
+    for operation in config.perturb.operations:
+        part, num_genes = pairs[operation], len(plan.targets)
+        donors = _donors(plan, part, config)
+        if int(donors.named_C.sum()) < stats.MIN_CLUSTERS or num_genes <= 2 * stats.MIN_BACKGROUND:
+            continue
+        rank_G, rng = places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
+        values_P, cluster_P = _values(plan, part), (part.target_P, donors.of_P)
+        mean_GC, _ = stats.cluster_means(values_P, *cluster_P, num_genes, donors.num)
+        expected_GC = mean_GC - rank_adjustment.less_expected(mean_GC, rank_G)
+        known_GC = np.isfinite(expected_GC)
+        kept_P = known_GC[cluster_P]
+        target_P, of_P = (column[kept_P] for column in cluster_P)
+        own_P = values_P[kept_P] - expected_GC[target_P, of_P]
+        kept = replace(donors, of_P=of_P)
+        for _ in range(max(1, min(8, 2000 // num_genes))):  # of few genes one exchange says little
+            shuffled_P = rank_adjustment.shuffled_neighbours(rank_G, known_GC, rng)[of_P, target_P]
+            values_Q = own_P + expected_GC[shuffled_P, of_P]
+            tests = _tests(values_Q, shuffled_P, rank_G, kept, config, among_G=among_G, rng=rng)
+            columns = {"p_cell": tests.p_cell_G, "p_donor": tests.p_donor_G}
+            tables.append(pa.table({"operation": [operation] * num_genes} | columns))
+    schema = pa.schema([("operation", pa.string()), ("p_cell", pa.float64()), ("p_donor", pa.float64())])
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Donors:
+    """Donors of the pairs: codes from 0, and which have a name."""
+
+    of_P: Ints
+    named_C: arrays.Bools
+
+    @property
+    def num(self) -> int:
+        return len(self.named_C)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tests:
+    mean_GC: Float64s
+    """Means by named donor, NaN where there is none."""
+    p_cell_G: Float64s
+    p_donor_G: Float64s
+
+
+def _values(plan: Design, pairs: Pairs) -> Float64s:
+    return pairs.response_P if plan.goal is None else pairs.shift_SP[plan.goal]
+
+
+def _donors(plan: Design, pairs: Pairs, config: Config) -> _Donors:
+    codes_C, of_P = np.unique(plan.donor_of[pairs.cell_P], return_inverse=True)
+    named = [plan.donors[code] not in config.classify.unlabelled for code in codes_C.tolist()]
+    return _Donors(of_P=of_P.astype(np.int64), named_C=np.array(named, dtype=bool))
+
+
+def _rng(config: Config, operation: str, key: int) -> np.random.Generator:
+    return np.random.default_rng([config.seed, config.perturb.operations.index(operation), key])
+
+
+def _reference(plan: Design) -> arrays.Bools:
+    """Whom the others are compared with, (G,)."""
+    drawn_G = np.array([target.drawn for target in plan.targets])
+    return drawn_G if drawn_G.sum() >= MIN_REFERENCE else np.ones_like(drawn_G)
+
+
+def _discoveries(p_G: Float64s, null_G: arrays.Bools, num_tests: int) -> Float64s:
+    """False discovery rates among the genes that were asked about, and apart from them those of the nulls."""
+    asked_G = stats.benjamini_hochberg(np.where(null_G, np.nan, p_G), num_tests)
+    return np.where(null_G, stats.benjamini_hochberg(np.where(null_G, p_G, np.nan)), asked_G)
+
+
+def _tests(
+    values_P: Float64s,
+    target_P: Ints,
+    rank_G: Float64s,
+    donors: _Donors,
+    config: Config,
+    *,
+    among_G: arrays.Bools,
+    rng: np.random.Generator,
+) -> _Tests:
+    """The two tests of every gene: over cells (as published in paper mode), and over donors with a name."""
+    # the published test takes the whole pool and no correction for ties
+    paper = config.perturb.mode == "paper"
+    pool_G = np.ones_like(among_G) if paper else among_G
+    p_cell_G = stats.rank_sums(
+        values_P, target_P, len(rank_G), among_G=pool_G, include_self=paper, correct_ties=not paper
+    )[1]
+    mean_GC, _ = stats.cluster_means(values_P, target_P, donors.of_P, len(rank_G), max(1, donors.num))
+    mean_GC = mean_GC[:, donors.named_C]
+    own_GC = rank_adjustment.less_expected(mean_GC, rank_G, among_G) if mean_GC.shape[1] else mean_GC
+    place_GC = rank_adjustment.normal_scores(own_GC, rank_G, among_G)
+    return _Tests(
+        mean_GC=mean_GC,
+        p_cell_G=p_cell_G,
+        p_donor_G=stats.sign_flip(place_GC, config.perturb.num_permutations, rng),
+    )
+
+
+def _mean_ranks(pairs: Pairs, num_genes: int) -> Float64s:
+    """Mean rank, 1 = top, in the cells whose sentences hold the gene."""
+    present_P = pairs.rank_P >= 0
+    return stats.mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
+
+
+def places(rank_G: Float64s) -> Float64s:
+    """Mean ranks for comparisons: a gene that no sentence holds comes after all others."""
+    return np.where(np.isfinite(rank_G), rank_G, np.nanmax(rank_G, initial=0.0) + 1)
+
+
+def _ranking(de_G: Float64s) -> Float64s:
+    """1 = the gene that rises most from start to goal; NaN without a figure."""
+    order = np.argsort(-np.where(np.isfinite(de_G) | np.isinf(de_G), de_G, -np.inf), kind="stable")
+    rank_G = np.empty(len(de_G))
+    rank_G[order] = np.arange(1, len(de_G) + 1)
+    return np.where(np.isnan(de_G), np.nan, rank_G)
+
+
+def _orthologs(plan: Design, config: Config) -> list[list[tuple[str, str]]]:
+    """Per target its one-to-one orthologs in the other species of the config, as (Ensembl id, symbol); none for sets."""
+    maps = species.orthologs(config.vocab.orthologs)
+    symbols = {row.name: _symbols(row) for row in config.species}
+    found: list[list[tuple[str, str]]] = []
+    for target in plan.targets:
+        partners = [(row.name, maps.get((target.species, row.name), {}).get(target.gene)) for row in config.species]
+        found.append([(gene, symbols[name].get(gene) or gene) for name, gene in partners if gene])
+    return found
+
+
+def _symbols(row: SpeciesRow) -> dict[str, str]:
+    table = species.gene_table(row)
+    return dict(zip(table["gene"].to_pylist(), table["symbol"].to_pylist(), strict=True))
+
+
+def _differential(plan: Design, expressed: dict[str, Expression]) -> tuple[Float64s, Float64s]:
+    """Welch's t and log2 ratio of rank scores, goal against start, for targets of one gene; else NaN."""
+    empty = np.full(len(plan.targets), np.nan)
+    if "goal" not in expressed:
+        return empty, empty
+    start, goal = expressed["start"], expressed["goal"]
+    num = np.broadcast_to(np.array([[start.num_cells], [goal.num_cells]], dtype=np.float64), (2, len(start.mean_V)))
+    t_V = stats.welch(num, np.stack([start.mean_V, goal.mean_V]), np.stack([start.variance_V, goal.variance_V]))
+    fold_V = np.log2((goal.mean_V + PSEUDO_SCORE) / (start.mean_V + PSEUDO_SCORE))
+    first_G = plan.genes_KM[:, 0]
+    single_G = np.array([len(target.tokens) == 1 for target in plan.targets])
+    return np.where(single_G, t_V[first_G], np.nan), np.where(single_G, fold_V[first_G], np.nan)
+
+
+def _warnings(columns: dict[str, object], mean_GC: Float64s, *, has_goal: bool, inserted: bool) -> list[str]:
+    """Why each effect may be an artefact, in words; empty = no reason known. `inserted`: in cells that lack it, too."""
+    coverage, num, donors, shift, percentile, other, de, fdr_cell, p_donor = (
+        np.asarray(columns[name], dtype=np.float64)
+        for name in (
+            "coverage", "num_cells", "num_donors", "shift", "null_percentile", "shift_alternatives", "de_statistic",
+            "fdr_cell", "p_donor",
+        )
+    )  # fmt: skip
+    carried = _carried_by_one(mean_GC)
+    texts = []
+    for g in range(len(shift)):
+        found = []
+        if num[g] == 0:
+            texts.append("in no sentence: not scored")
+            continue
+        if inserted and coverage[g] < 0.5:
+            found.append(f"seen in {coverage[g]:.1%} of cells, put into the others")
+        elif coverage[g] < LOW_COVERAGE:
+            found.append(f"seen in {coverage[g]:.1%} of cells")
+        if donors[g] < stats.MIN_CLUSTERS:
+            found.append(f"{donors[g]:.0f} donor(s): no donor-level test, the interval is over cells")
+        elif carried[g]:
+            found.append("one donor carries it")
+        if ORDINARY[0] <= percentile[g] <= ORDINARY[1]:
+            found.append("ordinary for its rank and coverage")
+        elif np.isnan(percentile[g]):
+            found.append("too few genes for a matched null")
+        if fdr_cell[g] < 0.05 and p_donor[g] >= 0.05:
+            found.append("significant over cells only, not over donors")
+        if abs(other[g]) >= abs(shift[g]) / 2 and other[g] * shift[g] > 0:
+            found.append("moves cells towards the other states as well")
+        if has_goal and abs(de[g]) > MARKER_T:
+            found.append(f"{MARK} (t = {de[g]:.1f})")
+        texts.append("; ".join(found))
+    return texts
+
+
+def _carried_by_one(mean_GC: Float64s) -> arrays.Bools:
+    """Whether the mean over donors turns its sign, or loses three quarters, when one donor is left out."""
+    num_G = np.isfinite(mean_GC).sum(axis=1, keepdims=True)
+    value_GC = np.nan_to_num(mean_GC)
+    total_G = value_GC.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        without_GC = (total_G - value_GC) / (num_G - 1)
+        share_GC = without_GC / (total_G / num_G)
+    low_GC = np.where(np.isfinite(share_GC), share_GC, 1.0) < 0.25
+    return np.asarray(low_GC.any(axis=1))

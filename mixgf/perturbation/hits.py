@@ -1,0 +1,134 @@
+"""What a perturbation screen says: which genes may be called hits, and plain sentences about the others.
+
+A gene is a hit when its shift beyond what its rank predicts repeats over donors (FDR) *and* the shift is unusual among genes
+of like rank and coverage. The published call, a rank-sum test over cells, is counted beside it and never called a hit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from mixgf.perturbation import gene_table as effects
+from mixgf.perturbation.reference_genes import LEVEL
+from mixgf.stats import donors as stats
+
+
+def asked(genes: pd.DataFrame) -> pd.DataFrame:
+    """The genes that were asked about, without those scored for comparison only (role `null`)."""
+    return genes[genes["role"] != "null"] if "role" in genes else genes
+
+
+def drawn(genes: pd.DataFrame) -> pd.DataFrame:
+    """The genes that others are compared with where these were chosen; none where all are compared with all."""
+    return genes[genes["reference"]] if "reference" in genes and not genes["reference"].all() else genes.iloc[:0]
+
+
+def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
+    """Genes that repeat over donors at an FDR of `level` and are unusual for their rank; the largest shift first."""
+    genes = asked(genes)
+    unusual = (genes["null_percentile"] < effects.ORDINARY[0]) | (genes["null_percentile"] > effects.ORDINARY[1])
+    return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
+
+
+def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tuple[str, str]]:
+    """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain.
+
+    `num_tests`: genes that a screen chose these from; 0 = nothing was chosen.
+    """
+    out: list[tuple[str, str]] = []
+    nulls = drawn(genes)
+    genes = asked(genes)
+    top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
+    names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
+    if goal:
+        last = genes[genes["shift"] < 0].sort_values(["shift", "gene"]).head(5)
+        away = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(last["symbol"], last["shift"], strict=True))
+        names += f"; away from it: {away}" if away else ""
+    out.append(("plain", f"Largest shifts{' towards the goal state' if goal else ''}: {names}."))
+    donors = int(genes["num_donors"].max())
+    found, repeated, cell_level = (
+        hits(genes),
+        int((genes["fdr_donor"] <= LEVEL).sum()),
+        int((genes["fdr_cell"] <= LEVEL).sum()),
+    )
+    num = f"{len(genes):,} gene{'s' * (len(genes) != 1)}"
+    if len(found):
+        text = (
+            f"{len(found):,} of {num} are hits: they repeat over {donors} donors at an FDR of 5 %, beyond what their rank "
+            f"predicts, and are unusual among genes of like rank and coverage."
+        )
+        out.append(("good", text))
+        out += _objections(found)
+    elif stats.smallest_p(donors) > LEVEL:
+        few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {stats.smallest_p(donors):.2g}"
+        out.append(("warn", f"No gene can be called a replicated hit: {few}."))
+    elif repeated:
+        text = f"{repeated:,} of {num} pass an FDR of 5 % over {donors} donors, and none of them is unusual for its rank and coverage: no hit."
+        out.append(("warn", text))
+    else:
+        out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
+    if len(found) == 0 and stats.smallest_p(donors) <= LEVEL:
+        out.append(("plain", _power(donors, max(num_tests, len(genes)))))
+    if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
+        repeating, cells = (float((nulls[name] <= LEVEL).mean()) for name in ("fdr_donor", "fdr_cell"))
+        text = (
+            f"Of {len(nulls):,} genes that were drawn for comparison, whatever they do, {repeating:.0%} repeat over donors as well, and {cells:.0%} "
+            "are significant over cells: neither is enough, a hit must also be unusual among them."
+        )
+        out.append(("warn" if repeating > 0.1 else "plain", text))
+    text = (
+        f"{cell_level:,} of {num} have a cell-level FDR below 5 %. Cells of one donor are not replicates: that "
+        "figure grows with the number of cells and is no evidence by itself."
+    )
+    out.append(("warn" if cell_level and found.empty else "plain", text))
+    rho = stats.spearman(genes["shift"].to_numpy(float), genes["rank_expected"].to_numpy(float))
+    if np.isfinite(rho):
+        much = "much" if abs(rho) >= 0.7 else "part" if abs(rho) >= 0.3 else "little"
+        text = f"What a gene's rank in the cell alone predicts explains {much} of the shifts (Spearman {rho:.2f})."
+        out.append(("warn" if abs(rho) >= 0.7 else "plain", text))
+    rho = stats.spearman(genes["shift"].to_numpy(float), genes["de_statistic"].to_numpy(float))
+    if np.isfinite(rho):
+        text = f"Agreement with differential expression between start and goal: Spearman {rho:.2f}."
+        out.append(("plain", text))
+    return out
+
+
+def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
+    """What speaks against the hits as a whole: most are often marks of the state that they are said to bring about."""
+    marks = found["warnings"].astype(str).str.contains(effects.MARK)
+    free = found.loc[found["warnings"].astype(str) == "", "symbol"].tolist()
+    out = []
+    if marks.any():
+        text = (
+            f"{int(marks.sum()):,} of {len(found):,} hits differ themselves between start and goal. A cell that is given a mark of the goal looks more "
+            "like the goal, whatever the gene does: these hits say little beyond differential expression."
+        )
+        out.append(("warn", text))
+    names = f"{', '.join(free[:12])}{', ...' if len(free) > 12 else ''}" if free else "none"
+    out.append(("plain", f"Hits that none of the checks in the table's last column objects to: {names}."))
+    return out
+
+
+def _power(donors: int, num_genes: int) -> str:
+    """What so many donors can find at all."""
+    fewest = stats.fewest_hits(donors, num_genes)
+    text = (
+        f"Over {donors} donors, a gene of its own effect {stats.detectable(donors):.1f} times the spread between donors is found in 80 % "
+        "of cases at p ≤ 0.05, before correction"
+    )
+    if fewest > 1:
+        text += f"; after it, no fewer than {fewest:,} genes can pass together, since no p is below {stats.smallest_p(donors):.2g}"
+    return f"{text}."
+
+
+def calibration_sentence(nulls: pd.DataFrame, donors: int) -> tuple[str, str]:
+    """(tone, sentence): what the two tests say where nothing can be found, over so many donors."""
+    shares = {name: float((nulls[name].dropna() <= LEVEL).mean()) for name in ("p_cell", "p_donor")}
+    right = stats.attainable(donors, LEVEL)
+    text = (
+        "When genes of like rank exchange what is their own within every donor, so that nothing is left to find, "
+        f"{shares['p_donor']:.1%} of genes have a donor-level p of 0.05 or less ({right:.1%} would be right: p has few values over "
+        f"{donors} donors), and {shares['p_cell']:.1%} a cell-level one (5 % would be right)."
+    )
+    return ("warn" if shares["p_cell"] > 0.1 or shares["p_donor"] > 0.1 else "plain", text)

@@ -1,0 +1,278 @@
+"""A screen against what is known: a list of genes or another screen, and the published Table 4.
+
+Both work on the finished table of genes, so that another list needs no new perturbation. Nothing here chooses a threshold
+after looking: calls are the two tests at an FDR of 5 %, and, for scores without a test, as many top genes as are known.
+
+Beside the model's shifts stand what costs nothing: differential expression, coverage and rank. A model that finds known
+genes no better than these has found nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from mixgf.config.perturbation import GENE_TABLES
+from mixgf.config.run import Config
+from mixgf.errors import UserError
+from mixgf.genes import species
+from mixgf.stats.intervals import Estimate, auroc, wilson
+from mixgf.storage import files as storage
+from mixgf.storage import tables
+
+_COLUMNS = ("ensembl_id", "gene", "gene_id", "symbol", "gene_symbol", "human_symbol", "mouse_symbol")
+LEVEL = 0.05
+"""False discovery rate of a call, and of a hit."""
+SCORES = {
+    "shift": "model: shift",
+    "shift_minus_rank_expected": "model: shift less what rank predicts",
+    "shift_minus_alternatives": "model: shift less that towards unrelated states",
+    "de_statistic": "baseline: differential expression (t)",
+    "abs_de_statistic": "baseline: differential expression (|t|)",
+    "coverage": "baseline: share of cells with the gene",
+    "high_rank": "baseline: rank in the cells",
+}
+"""What genes may be ordered by, and its name for readers."""
+
+
+def read(config: Config) -> tuple[set[str], set[str]]:
+    """Names (Ensembl ids or symbols) of `perturb.known`: those known to act, and those found not to.
+
+    The second set is empty for plain lists: then all other scored genes count as not known.
+
+    Raises:
+        UserError: a table is missing, has no column of genes, or its `hit` column is not of truth values.
+    """
+    known: set[str] = set()
+    tested: set[str] = set()
+    for entry in config.perturb.known:
+        if not entry.lower().endswith(GENE_TABLES):
+            known.add(entry.strip())
+            continue
+        frame = _table(entry)
+        column = next((c for c in _COLUMNS if c in frame.columns), frame.columns[0] if frame.shape[1] == 1 else None)
+        if column is None:
+            msg = f"perturb.known = {entry!r}: has columns {', '.join(map(str, frame.columns))}; must have one of {', '.join(_COLUMNS)}"
+            raise UserError(msg)
+        names = frame[column].astype(str).str.strip()
+        if "hit" in frame.columns:
+            words = frame["hit"].astype(str).str.lower()
+            if not words.isin(["true", "false", "1", "0"]).all():
+                msg = f"perturb.known = {entry!r}: hit holds {sorted(set(words))[0]!r}; must be true or false (1 or 0)"
+                raise UserError(msg)
+            yes = words.isin(["true", "1"])
+            known |= set(names[yes])
+            tested |= set(names[~yes])
+        else:
+            known |= set(names)
+    return known - {"", "nan"}, tested - known - {"", "nan"}
+
+
+def _table(uri: str) -> pd.DataFrame:
+    if not storage.exists(uri):
+        msg = f"perturb.known = {uri!r}: no such file; give gene names, or a table ({', '.join(GENE_TABLES)}) with a column gene or symbol"
+        raise UserError(msg)
+    if uri.endswith(".parquet"):
+        return tables.read_table(uri).to_pandas()
+    lower = uri.lower()
+    separator = "," if ".csv" in lower else "\t"
+    compression: Any = "gzip" if lower.endswith(".gz") else None
+    data = io.BytesIO(storage.read_bytes(uri))
+    header: Any = None if ".txt" in lower else "infer"
+    frame = pd.read_csv(data, sep=separator, compression=compression, header=header, comment="#", dtype=str)
+    return frame.rename(columns={0: "gene"})
+
+
+def matches(genes: pd.DataFrame, names: set[str], config: Config) -> np.ndarray:
+    """Which rows are meant: by Ensembl id or symbol, or those of the one-to-one ortholog. bool (G,).
+
+    A former symbol counts where no gene of the species bears it now.
+    """
+    ids = set(names)
+    for row in config.species:
+        table = species.gene_table(row)
+        gone = names - set(table["symbol"].to_pylist())
+        for gene, symbol, previous in zip(*(table[c].to_pylist() for c in ("gene", "symbol", "previous")), strict=True):
+            if symbol in names or any(old in gone for old in previous or ()):
+                ids.add(gene)
+    return np.array(
+        [
+            bool(ids & {gene, *str(ortholog).split(";")}) or symbol in names
+            for gene, symbol, ortholog in zip(genes["gene"], genes["symbol"], genes["ortholog"], strict=True)
+        ],
+        dtype=bool,
+    )
+
+
+def score(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """How well each score and each test finds the known genes among the scored ones.
+
+    Returns:
+        One row per operation, method, call and metric: columns operation, method (key of `SCORES`), call, num_genes,
+        num_known, num_called, metric (ppv, npv, sensitivity, specificity, auroc), value, low, high (95 %). Empty without
+        `perturb.known`.
+
+    Raises:
+        UserError: no known gene is among the scored ones, or no other gene is.
+    """
+    names, negative = read(config)
+    if not names:
+        return pd.DataFrame()
+    rows: list[dict[str, Any]] = []
+    for operation, part in genes.groupby("operation", sort=False):
+        frame = part[part["num_cells"] > 0]
+        known = matches(frame, names, config)
+        if negative:
+            kept = known | matches(frame, negative, config)
+            frame, known = frame[kept], known[kept]
+        if not known.any() or known.all():
+            what = "none of them is" if not known.any() else "all scored genes are among them:"
+            msg = f"perturb.known names {len(names):,} genes: {what} among the {len(frame):,} scored genes; score more genes (perturb.genes, perturb.min_coverage)"
+            raise UserError(msg)
+        for method, values, call, called in _calls(frame, int(known.sum())):
+            found = score_against(values, called, known)
+            head = {"operation": operation, "method": method, "call": call, "num_genes": len(frame),
+                    "num_known": int(known.sum()), "num_called": int(called.sum())}  # fmt: skip
+            rows += [head | {"metric": m, "value": e.value, "low": e.low, "high": e.high} for m, e in found.items()]
+    return pd.DataFrame(rows)
+
+
+def _calls(frame: pd.DataFrame, num: int) -> list[tuple[str, np.ndarray, str, np.ndarray]]:
+    """(method, scores, call in words, which are called): the tests, then the top genes of every score."""
+    shift = frame["shift"].to_numpy(float)
+    de = frame["de_statistic"].to_numpy(float)
+    scores = {name: frame[name].to_numpy(float) for name in SCORES if name in frame}
+    scores |= {"abs_de_statistic": np.abs(de), "high_rank": -frame["mean_rank"].to_numpy(float)}
+    out = []
+    for column, call in (("fdr_donor", "donor-level FDR ≤ 5 %"), ("fdr_cell", "cell-level FDR ≤ 5 %, as published")):
+        if np.isfinite(frame[column]).any():
+            out.append(("shift", shift, call, (frame[column].to_numpy(float) <= LEVEL) & (shift > 0)))
+    for name in SCORES:
+        values = scores.get(name)
+        if values is None or not np.isfinite(values).any():
+            continue
+        order = np.argsort(-np.where(np.isnan(values), -np.inf, values), kind="stable")
+        called = np.zeros(len(values), dtype=bool)
+        called[order[:num]] = True
+        out.append((name, values, f"top {num}", called))
+    return out
+
+
+def score_against(
+    score_G: NDArray[np.float64], hit_G: NDArray[np.bool_], known_G: NDArray[np.bool_]
+) -> dict[str, Estimate]:
+    """How well hits and scores find a list of known genes: PPV, NPV, sensitivity, specificity, AUROC, with intervals.
+
+    Genes without a score (NaN) are left out. Higher scores mean more likely.
+    """
+    scored = np.isfinite(score_G)
+    score, hit, known = score_G[scored], hit_G[scored], known_G[scored]
+    both, neither = int((hit & known).sum()), int((~hit & ~known).sum())
+    return {
+        "ppv": wilson(both, int(hit.sum())),
+        "npv": wilson(neither, int((~hit).sum())),
+        "sensitivity": wilson(both, int(known.sum())),
+        "specificity": wilson(neither, int((~known).sum())),
+        "auroc": auroc(score, known),
+    }
+
+
+# Table 4
+
+
+def published(experiment: str) -> pd.DataFrame:
+    """Rows of the paper's Table 4: species, gene, symbol, operation, rank, shift, p."""
+    data = storage.read_bytes("resource:table4.tsv").decode()
+    table = pd.read_csv(io.StringIO(data), sep="\t", comment="#")
+    return table[table["experiment"] == experiment].reset_index(drop=True)
+
+
+def beside_paper(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """Table 4's genes of the experiment `perturb.published` in this run, beside the paper's figures.
+
+    Rank as published: genes significant over cells (FDR below 5 %) first, then by falling shift, then by FDR. Genes
+    that the run did not score have no figures. Empty without an experiment.
+    """
+    if not config.perturb.published:
+        return pd.DataFrame()
+    rows = []
+    for row in published(config.perturb.published).to_dict("records"):
+        part = genes[(genes["operation"] == row["operation"]) & (genes["num_cells"] > 0)]
+        order = part.assign(weak=~(part["fdr_cell"] < LEVEL)).sort_values(
+            ["weak", "shift", "fdr_cell"], ascending=[True, False, True]
+        )
+        place = np.flatnonzero(order["gene"].to_numpy() == row["gene"])
+        mine: Any = order.iloc[int(place[0])] if len(place) else None
+        rows.append({
+            "symbol": row["symbol"], "operation": row["operation"], "paper_rank": row["rank"], "paper_shift": row["shift"], "paper_p": row["p"],
+            "rank": int(place[0]) + 1 if len(place) else -1, "of": len(part),
+            **{name: float(mine[name]) if mine is not None else float("nan")
+               for name in ("shift", "p_cell", "p_donor", "num_donors", "coverage", "null_percentile")},
+            "warnings": str(mine["warnings"]) if mine is not None else "not scored: in too few of the start cells",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# as text, for the end of a run
+
+
+def text(genes: pd.DataFrame, config: Config) -> str:
+    """What `mixgf perturb` prints about known genes and the paper's; empty if nothing was asked."""
+    parts = []
+    paper = beside_paper(genes, config)
+    if len(paper):
+        lines: list[tuple[str, ...]] = [
+            (
+                "gene",
+                "operation",
+                "rank",
+                "shift",
+                "p",
+                "| rank here",
+                "shift",
+                "p (cells)",
+                "p (donors)",
+                "null %",
+                "cells with it",
+            )
+        ]
+        lines += [
+            (r["symbol"], r["operation"], f"{r['paper_rank']}", f"{r['paper_shift']:.4f}", f"{r['paper_p']:.2e}",
+             f"| {r['rank']} of {r['of']}" if r["rank"] > 0 else "| not scored", *(_number(r[k], s) for k, s in (
+                 ("shift", "+.4f"), ("p_cell", ".2e"), ("p_donor", ".2g"), ("null_percentile", ".0f"), ("coverage", ".1%"))))
+            for r in paper.to_dict("records")
+        ]  # fmt: skip
+        parts.append(f"paper's Table 4 ({config.perturb.published}) | this run:\n{_aligned(lines)}")
+    try:
+        found = score(genes, config)
+    except UserError as error:
+        return "\n".join([*parts, str(error)])
+    if len(found):
+        wide = found.pivot_table(
+            index=["operation", "method", "call", "num_called"],
+            columns="metric",
+            values="value",
+            sort=False,
+            dropna=False,
+        ).dropna(how="all")
+        lines = [("operation", "score", "called", "AUROC", "PPV", "sensitivity", "specificity")]
+        lines += [
+            (operation, SCORES[method], f"{call} ({num})", *(_number(r[k], ".3f") for k in ("auroc", "ppv", "sensitivity", "specificity")))
+            for (operation, method, call, num), r in zip(wide.index, wide.to_dict("records"), strict=True)
+        ]  # fmt: skip
+        first = found.iloc[0]
+        parts.append(f"known genes, {first['num_known']} of {first['num_genes']:,} scored:\n{_aligned(lines)}")
+    return "\n".join(parts)
+
+
+def _number(value: float, style: str) -> str:
+    return format(value, style) if np.isfinite(value) else "-"
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  " + "  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)

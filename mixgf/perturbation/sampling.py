@@ -1,0 +1,46 @@
+"""Cells chosen by an expression over their obs columns, and a balanced sample of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from mixgf import rng as keyed
+from mixgf.arrays import Ints
+
+_KEY = 91
+"""Separates the draws made here from other draws of the same seed."""
+
+
+def matched(features_GF: NDArray[np.float64], wanted: list[int], num: int, seed: int) -> list[int]:
+    """For each wanted row in turn the nearest row not yet taken, until `num` are: rows like the wanted ones.
+
+    Near is meant in the ranks of the features; equally near rows come in a keyed random order. No wanted row is taken.
+    """
+    ranks_GF = np.stack([rankdata(column) for column in features_GF.T], axis=1)
+    order = np.argsort(keyed.hashed(seed, _KEY + 1, np.arange(len(features_GF))), kind="stable")
+    free = np.ones(len(features_GF), dtype=bool)
+    free[wanted] = False
+    num = min(num, int(free.sum())) if wanted else 0
+    near = [order[np.argsort(np.abs(ranks_GF[order] - ranks_GF[row]).sum(axis=1), kind="stable")] for row in wanted]
+    taken: list[int] = []
+    places = [0] * len(wanted)
+    while len(taken) < num:
+        turn = len(taken) % len(wanted)
+        while not free[near[turn][places[turn]]]:
+            places[turn] += 1
+        row = int(near[turn][places[turn]])
+        free[row] = False
+        taken.append(row)
+    return taken
+
+
+def sample(cells: Ints, donor_of: Ints, num: int, seed: int) -> Ints:
+    """At most `num` cells (0 = all), balanced over donors: one of each donor in turn, in a keyed random order."""
+    if num <= 0 or num >= len(cells):
+        return cells
+    order = cells[np.argsort(keyed.hashed(seed, _KEY, cells), kind="stable")]
+    turn = pd.Series(donor_of[order]).groupby(donor_of[order]).cumcount().to_numpy()
+    return np.sort(order[np.argsort(turn, kind="stable")][:num])

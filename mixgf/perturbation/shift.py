@@ -1,0 +1,203 @@
+"""How far perturbations move cells: embeddings before and after, and changes of cosine similarity (spec section 9).
+
+Letters: B cells, T packed tokens, D width, S perturbed sentences, M genes perturbed together, K states.
+
+Variants of a cell's embedding, named in every output:
+
+| name | embedding of a cell, before and after |
+|---|---|
+| `remaining` | mean over the genes other than the perturbed ones (paper, published V1) |
+| `all` | mean over all positions, <cls> included (published V2) |
+| `cls` | the vector of <cls> |
+
+The shift towards a state G is `cos(after, G) - cos(before, G)`; without a goal it is `1 - cos(before, after)`. The
+encoder runs to the layer that is read and no further, without its masked-gene head, on packed sentences of one block of
+cells at a time. Vectors are summed and compared in float64: shifts are small differences of numbers near 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mixgf.encoder.bert import Encoder
+from mixgf.perturbation import operations as edits
+
+VARIANTS = ("remaining", "all", "cls")
+Watch: TypeAlias = Callable[[edits.Edited, Tensor, int], None]
+"""Is shown perturbed sentences, their hidden states (T, D), and the number of the first of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Original:
+    """Unperturbed cells: computed once, used by every perturbation of them."""
+
+    ids_T: Tensor
+    offsets_B1: Tensor
+    hidden_TD: Tensor
+    sum_BD: Tensor
+    """Float64 sum over the positions that the variant averages (for `cls` the vector itself)."""
+    count_B: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shifts:
+    """Effects of S perturbed sentences."""
+
+    response_S: Tensor
+    """1 - cos(before, after), float64."""
+    shift_SK: Tensor
+    """cos(after, state) - cos(before, state), float64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """An encoder with the way its output is read."""
+
+    encoder: Encoder
+    variant: str = "remaining"
+    layers: int | None = None
+    """Layers to run; None = all."""
+    lead: int = 0
+    """Special tokens before the genes: 1 with <cls>, else 0."""
+    max_len: int = 2048
+    rank_share: float = 0.25
+    micro_tokens: int = 16_384
+    """Most tokens in one forward pass."""
+    precision: str = "fp32"
+    """`fp32` or `bf16` (autocast)."""
+
+    def __post_init__(self) -> None:
+        assert self.variant in VARIANTS, self.variant
+        assert self.variant != "cls" or self.lead == 1, "the cls variant needs sentences with <cls>"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return self.encoder.tokens.device
+
+    def autocast(self) -> torch.autocast:
+        """The precision of a pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def hidden(self, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
+        """Hidden states of one batch at the layer that is read, (T, D)."""
+        with torch.no_grad(), self.autocast():
+            return self.encoder(ids_T, offsets_B1.int(), layers=self.layers)
+
+    def original(self, ids_T: Tensor, offsets_B1: Tensor) -> Original:
+        """Encode unperturbed cells; tokens may come on any device."""
+        ids_T, offsets_B1 = ids_T.to(self.device).long(), offsets_B1.to(self.device).long()
+        parts = [
+            self.hidden(ids_T[int(offsets_B1[a]) : int(offsets_B1[b])], offsets_B1[a : b + 1] - offsets_B1[a])
+            for a, b in _cuts(torch.diff(offsets_B1).tolist(), self.micro_tokens)
+        ]
+        hidden_TD = torch.cat(parts)
+        sum_BD, count_B = self.sums(hidden_TD, offsets_B1)
+        return Original(ids_T=ids_T, offsets_B1=offsets_B1, hidden_TD=hidden_TD, sum_BD=sum_BD, count_B=count_B)
+
+    def vectors(self, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
+        """Embeddings of unperturbed cells by the variant, float64 (B, D)."""
+        original = self.original(ids_T, offsets_B1)
+        return original.sum_BD / original.count_B[:, None]
+
+    def score(
+        self,
+        original: Original,
+        cells_S: Tensor,
+        genes_SM: Tensor,
+        operation: str,
+        states_KD: Tensor,
+        *,
+        watch: Watch | None = None,
+    ) -> Shifts:
+        """Perturb copies of the cells and compare; arguments as of `edits.edit`, states float64 (K, D).
+
+        `watch` is shown every batch of sentences on the way.
+        """
+        lengths = (torch.diff(original.offsets_B1)[cells_S] + genes_SM.shape[1]).tolist()
+        states_KD = states_KD.to(self.device, torch.float64)
+        parts = [
+            self._score(original, cells_S[a:b], genes_SM[a:b], operation, states_KD, watch, a)
+            for a, b in _cuts(lengths, self.micro_tokens)
+        ]
+        if not parts:
+            none = torch.empty(0, dtype=torch.float64)
+            return Shifts(response_S=none, shift_SK=none.new_empty(0, len(states_KD)))
+        return Shifts(
+            response_S=torch.cat([part.response_S for part in parts]),
+            shift_SK=torch.cat([part.shift_SK for part in parts]),
+        )
+
+    def _score(  # noqa: PLR0917 (the arguments of one caller)
+        self,
+        original: Original,
+        cells_S: Tensor,
+        genes_SM: Tensor,
+        operation: str,
+        states_KD: Tensor,
+        watch: Watch | None,
+        start: int,
+    ) -> Shifts:
+        edited = edits.edit(
+            original.ids_T,
+            original.offsets_B1,
+            cells_S,
+            genes_SM,
+            operation,
+            max_len=self.max_len,
+            lead=self.lead,
+            rank_share=self.rank_share,
+        )
+        hidden_TD = self.hidden(edited.ids_T, edited.offsets_S1)
+        if watch is not None:
+            watch(edited, hidden_TD, start)
+        after_SD, after_S = self.sums(hidden_TD, edited.offsets_S1)
+        before_SD, before_S = original.sum_BD[cells_S], original.count_B[cells_S]
+        if self.variant == "remaining":
+            after_SD, after_S = _less(after_SD, after_S, hidden_TD[edited.hits_H], edited.hit_sentences_H)
+            before_SD, before_S = _less(
+                before_SD, before_S, original.hidden_TD[edited.sources_H], edited.source_sentences_H
+            )
+        after_SD, before_SD = after_SD / after_S[:, None], before_SD / before_S[:, None]
+        response_S = 1 - (_unit(after_SD) * _unit(before_SD)).sum(1)
+        shift_SK = (_unit(after_SD) - _unit(before_SD)) @ _unit(states_KD).T
+        return Shifts(response_S=response_S.cpu(), shift_SK=shift_SK.cpu())
+
+    def sums(self, hidden_TD: Tensor, offsets_B1: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over the positions that count, and their number, both float64."""
+        starts_B, lengths_B = offsets_B1[:-1], torch.diff(offsets_B1)
+        if self.variant == "cls":
+            return hidden_TD[starts_B].double(), torch.ones_like(lengths_B, dtype=torch.float64)
+        sum_BD = torch.segment_reduce(hidden_TD.double(), "sum", lengths=lengths_B, axis=0, unsafe=True)
+        count_B = lengths_B.double()
+        if self.variant == "remaining" and self.lead:
+            sum_BD, count_B = sum_BD - hidden_TD[starts_B].double(), count_B - 1
+        return sum_BD, count_B
+
+
+def _less(sum_SD: Tensor, count_S: Tensor, hidden_HD: Tensor, sentence_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Take positions out of sums and counts; a sentence of nothing else keeps a zero vector."""
+    sum_SD = sum_SD.index_add(0, sentence_H, hidden_HD.double(), alpha=-1)
+    count_S = count_S - torch.bincount(sentence_H, minlength=len(count_S))
+    return sum_SD * (count_S > 0)[:, None], count_S.clamp(min=1)
+
+
+def _unit(x_SD: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x_SD, dim=1, eps=1e-300)
+
+
+def _cuts(lengths: list[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of sentences of at most `limit` tokens (or one sentence)."""
+    start = total = 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > limit:
+            yield start, i
+            start, total = i, 0
+        total += length
+    if start < len(lengths):
+        yield start, len(lengths)

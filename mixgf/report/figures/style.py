@@ -1,0 +1,66 @@
+"""Moved here from mixgf/figures.py."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SPECIES_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SPECIES_MARKERS = ("o", "^", "s", "D", "v", "P")
+SPECIES_HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++")
+TYPE_COLORS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#5B4A9E", "#7A9A01", "#B2182B",
+    "#2F6F73", "#F28E8E", "#3B3B3B", "#A6761D", "#8DA0CB", "#1B7837", "#C51B7D", "#BDB76B", "#4D9DE0", "#7F7F7F",
+)  # fmt: skip
+INK, SOFT, FAINT = "#1f2933", "#52606d", "#cbd2d9"
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.edgecolor": SOFT, "axes.labelcolor": INK,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "text.color": INK, "xtick.color": SOFT,
+    "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "hatch.linewidth": 0.6,
+    "figure.facecolor": "none", "savefig.facecolor": "none", "axes.facecolor": "none", "figure.dpi": 100,
+}  # fmt: skip
+
+
+@contextmanager
+def sheet(
+    name: str, width: float, height: float, *, kind: str = "svg", **layout: Any
+) -> Iterator[tuple[Any, list[bytes]]]:
+    """A figure of `width` x `height` inches; the list receives its file (svg, or png or pdf on white) at the end."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    undated = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate",), "png": ("Software",)}[kind]
+    out: list[bytes] = []
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"mixgf-{name}"}):
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, **layout))
+        FigureCanvasSVG(figure)
+        yield figure, out
+        file, back = io.BytesIO(), "none" if kind == "svg" else "white"
+        figure.savefig(file, format=kind, dpi=170, metadata=dict.fromkeys(undated), facecolor=back)
+        out.append(file.getvalue())
+
+
+@contextmanager
+def canvas(name: str, width: float, height: float, **layout: Any) -> Iterator[tuple[Any, list[str]]]:
+    """A figure of the report; the list receives its SVG element when the block ends."""
+    out: list[str] = []
+    with sheet(name, width, height, **layout) as (figure, files):
+        yield figure, out
+    out.append(_inline(files[0].decode(), name, width))
+
+
+def _inline(svg: str, name: str, width: float) -> str:
+    """Cut an SVG file down to its element; ids get the figure's name, so that figures on one page cannot mix."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r'<svg ([^>]*?)(?:height|width)="[^"]*pt" ', r"<svg \1", svg)
+    svg = re.sub(r'(<svg [^>]*?)(?:height|width)="[^"]*pt" ', r"\1", svg)
+    return svg.replace("<svg ", f'<svg class="figure" role="img" style="max-width:{width:.2f}in" ', 1).strip()

@@ -1,0 +1,142 @@
+"""The report's section on a sweep: what each factor is worth, what goes with what, and where more cells stop paying."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, number, plural
+from mixgf.report.figures import ablations as sweep_figures
+from mixgf.tuning import analysis as ablation
+from mixgf.tuning import space as sweep
+
+LADDERS = {"train.cells_share": "cells trained on", "train.max_steps": "optimizer steps"}
+"""Fields along which a curve is fitted, and their name for readers."""
+POINT = 0.01
+"""A gain of macro F1 that is worth having, for where to stop."""
+
+
+def section(run: Run) -> Section:
+    """Section on the sweep; empty of blocks where there is none."""
+    record = run.records.get("tune")
+    if record is None:
+        return Section("sweep", "Ablations", [])
+    board, effects = run.tables["arms"], run.tables["effects"]
+    settings = record.config["tune"]
+    sentence = str(record.details["sentence"])
+    blocks: list[Any] = [
+        Text(f"{plural(record.counts['arms'], 'arm')} of {plural(settings['seeds'], 'seed')} each. "
+             f"{sentence[:1].upper()}{sentence[1:]}."),
+        Text("Effects are differences from the base with the same seed, at the last rung that both reached; intervals (95 %, t) are "
+             "over seeds, so they say what another training would give, not what other donors would. Arms that stopped early were "
+             "judged early."),
+    ]  # fmt: skip
+    if record.details["failed"]:
+        why = "; ".join(f"{name}: {text}" for name, text in record.details["failed"].items())
+        blocks.append(Text(f"Could not be trained: {why}.", "warn"))
+    if len(effects):
+        titles = {m: ablation.METRICS[m] for m in ("score", "finetuned", "uniformity")}
+        blocks.append(
+            Picture(
+                sweep_figures.forest(effects, titles, "sweep-effects"),
+                "What changes against the base, with 95 % intervals over seeds.",
+            )
+        )
+        blocks.append(_table(board, effects))
+    if (means := _means(board)) is not None:
+        blocks.append(
+            Picture(
+                sweep_figures.pareto(means, "sweep-pareto"),
+                "Zero-shot against fine-tuned, arms trained to the end. Diamonds: no arm is better in both; the table above has all.",
+            )
+        )
+    interactions = run.tables.get("interactions")
+    if interactions is not None and len(interactions):
+        blocks.append(_interactions(interactions))
+    blocks += _ladders(run, board)
+    return Section("sweep", "Ablations", blocks)
+
+
+def _table(board: pd.DataFrame, effects: pd.DataFrame) -> Grid:
+    last = board.sort_values("rung").groupby(["arm", "seed"], sort=False).tail(1)
+    rows = []
+    for arm, part in last.groupby("arm", sort=False):
+        name = str(part["name"].iloc[0])
+        cells = [
+            Cell(name, name, strong=name == sweep.BASE),
+            Cell(f"{part['share'].max():.0%}", float(part["share"].max())),
+        ]
+        for metric in ablation.METRICS:
+            values = part[metric].dropna()
+            cell = number(float(values.mean()) if len(values) else np.nan, ".3f")
+            one = effects[(effects["arm"] == arm) & (effects["metric"] == metric)]
+            note = ""
+            if len(one) and np.isfinite(one["low"].iloc[0]):
+                row = one.iloc[0]
+                note = f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            cells.append(Cell(cell.text, cell.order, note=note))
+        rows.append(cells)
+    head = ["arm", "trained", *ablation.METRICS.values()]
+    return Grid(
+        "Means over seeds at the end of each arm; below, the paired difference from the base with its 95 % interval.",
+        head,
+        rows,
+        sortable=True,
+    )
+
+
+def _means(board: pd.DataFrame) -> pd.DataFrame | None:
+    ended = board[(board["rung"] == board["rung"].max()) & board["finetuned"].notna()]
+    if ended["arm"].nunique() < 2:
+        return None
+    groups = ended.groupby("name", sort=False)
+    out = groups[["score", "finetuned"]].mean()
+    for metric in ("score", "finetuned"):
+        out[f"{metric}_low"], out[f"{metric}_high"] = groups[metric].min(), groups[metric].max()
+    return out.reset_index()
+
+
+def _interactions(found: pd.DataFrame) -> Grid:
+    rows = [
+        [Cell(f"{row.first} with {row.second}", str(row.first)), Cell(ablation.METRICS[str(row.metric)]), number(float(row.effect), "+.3f"),
+         Cell(f"[{row.low:+.3f}, {row.high:+.3f}]" if np.isfinite(row.low) else "one seed"), number(float(row.p), ".3f")]
+        for row in found.itertuples()
+    ]  # fmt: skip
+    caption = "Interactions: how much more the two changes do together than each alone (paired by seed)."
+    return Grid(caption, ["changes", "metric", "together minus apart", "95 % interval", "p"], rows, sortable=True)
+
+
+def _ladders(run: Run, board: pd.DataFrame) -> list[Any]:
+    """Curves along `LADDERS`, and in words where to stop."""
+    record, blocks = run.records["tune"], []
+    for field, axis in LADDERS.items():
+        part, leaf = field.split(".")
+        base = float(getattr(getattr(run.config, part), leaf))
+        rungs = ablation.ladder(board, record.details["arms"], field, base)
+        if rungs["x"].nunique() < 3 or rungs["x"].min() <= 0:
+            continue
+        if field == "train.cells_share" and "corpus" in run.records:
+            rungs["x"] *= run.records["corpus"].counts["kept"]
+        most = float(rungs["x"].max())
+        grid = np.geomspace(float(rungs["x"].min()), 10 * most, 60)
+        curve = ablation.forecast(rungs, np.append(grid, [most]), seed=run.config.seed)
+        here, ten = curve.iloc[-1], curve.iloc[-2]
+        known = curve.iloc[:-1]
+        enough = known[known["value"] >= here["value"] - POINT]
+        said = (f"{axis[:1].upper()}{axis[1:]}: at {most:,.0f} the fitted score is {here['value']:.3f}; ten times more would give "
+                f"{ten['value']:.3f} [{ten['low']:.3f}, {ten['high']:.3f}], {ten['value'] - here['value']:+.3f}, an extrapolation. ")  # fmt: skip
+        said += (
+            f"{float(enough['x'].iloc[0]):,.0f} are within {POINT:.2f} of what {most:,.0f} reach."
+            if len(enough)
+            else ""
+        )
+        blocks += [
+            Picture(
+                sweep_figures.ladder(rungs, known, axis, f"sweep-ladder-{leaf}"),
+                f"Zero-shot macro F1 by {axis}; a dot is a training, the band a 95 % interval of the fitted curve.",
+            ),
+            Text(said),
+        ]
+    return blocks

@@ -1,0 +1,114 @@
+"""Sections of the report on cells, training, embedding and provenance: from the loaded tables of a run to blocks.
+
+A section whose stage has not run says so and names the command. What the words claim is worked out in `findings`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, plural, title_case
+from mixgf.report.figures import plots as figures
+
+# corpus
+
+
+REASONS = {
+    "few_genes": "too few genes", "depth": "depth out of range", "mito": "mitochondrial share out of range", "doublet": "doublets",
+    "duplicate": "duplicates of other cells", "cap": "over the cap per sample",
+}  # fmt: skip
+
+
+def reason(name: str) -> str:
+    """Why a cell was dropped, for readers."""
+    return REASONS.get(name, name.replace("_", " "))
+
+
+def corpus(run: Run) -> Section:
+    """Cells by species, source and type; what was dropped and why; sentence lengths; gene mapping."""
+    record, cells = run.records.get("corpus"), run.tables.get("cells")
+    if record is None or cells is None:
+        return missing("corpus", "Cells", "prepare", run)
+    kept, read = int(cells["cells"].sum()), int(record.counts.get("read", 0))
+    reasons = {k: int(v) for k, v in record.counts.get("dropped", {}).items() if v}
+    lost = ", ".join(f"{n:,} {reason(r)}" for r, n in reasons.items())
+    blocks: list[Any] = [
+        Text(f"{kept:,} of {plural(read, 'cell')} were kept; " + (f"dropped: {lost}." if lost else "none was dropped."))
+    ]
+    blocks += [
+        Text(f"{entry['name']} was refused: {entry['error']}", "refused") for entry in record.details.get("refused", [])
+    ]
+    blocks.append(_sources(cells, run.tables.get("dropped"), list(reasons)))
+    named = cells[cells["type"] != ""]
+    if len(named):
+        counts = named.pivot_table(index="type", columns="species", values="cells", aggfunc="sum", fill_value=0)
+        hidden = max(0, len(counts) - 40)
+        blocks.append(
+            Picture(
+                figures.cells_by_type(counts),
+                f"Cells by type (column `{run.config.classify.label}`) and species, after "
+                f"quality control.{f' The {hidden} rarest types are left out.' if hidden else ''}",
+            )
+        )
+    if run.lengths:
+        longest = int(record.details.get("max_len", run.config.tokens.max_len))
+        full = sum(int(h[longest:].sum()) for h in run.lengths.values()) / max(
+            1, sum(int(h.sum()) for h in run.lengths.values())
+        )
+        words = f"{full:.1%} of the cells have {longest:,} genes or more, and their sentences end there."
+        if full > 0.99:
+            blocks.append(Text(f"Sentence lengths: {words}"))
+        else:
+            what = "Sentence lengths: how many genes of a cell, ranked by expression, the model sees."
+            blocks.append(Picture(figures.lengths(run.lengths, longest), f"{what} {words}"))
+    if len(mapping := run.tables.get("mapping", pd.DataFrame())):
+        shown = [
+            c
+            for c in mapping.columns
+            if c not in ("species", "cells_read", "cells_kept") and not (mapping[c].astype(str) == "").all()
+        ]
+        blocks.append(
+            _plain(
+                mapping[shown],
+                "Genes of each source, matched to Ensembl identifiers. Renamed: found under a previous symbol "
+                "or an alias. Summed: added to another column of the same gene. Counts on unmapped genes are lost.",
+            )
+        )
+    return Section("corpus", "Cells", blocks)
+
+
+def _sources(cells: pd.DataFrame, dropped: pd.DataFrame | None, reasons: list[str]) -> Grid:
+    """Per source: cells kept, types, donors, and the cells dropped by reason."""
+    lost = pd.DataFrame()
+    if dropped is not None and len(dropped):
+        lost = dropped.pivot_table(index="source", columns="reason", values="cells", aggfunc="sum", fill_value=0)
+    reasons = [r for r in reasons if r in lost.columns]
+    rows = []
+    for (species, source), part in cells.groupby(["species", "source"], sort=True):
+        donors = part.loc[part["donor"] != "", "donor"].nunique()
+        rows.append([Cell(str(source)), Cell(str(species)), count(part["cells"].sum()),
+                     *[count(lost.loc[source, r] if source in lost.index else 0) for r in reasons],
+                     count(part.loc[part["type"] != "", "type"].nunique()), count(donors) if donors else Cell("–", 0)])  # fmt: skip
+    head = ["Source", "Species", "Cells kept", *[f"Dropped: {reason(r)}" for r in reasons], "Cell types", "Donors"]
+    return Grid("Cells by source.", head, rows)
+
+
+def _plain(frame: pd.DataFrame, caption: str) -> Grid:
+    """Any table as it stands, with shares as per cent."""
+    rows = []
+    for record in frame.to_dict("records"):
+        row = []
+        for name, value in record.items():
+            if isinstance(value, (bool, str)) or value is None:
+                row.append(Cell("" if value is None else str(value)))
+            elif isinstance(value, (list, tuple, np.ndarray)):
+                row.append(Cell(", ".join(str(v) for v in list(value)[:5])))
+            elif any(word in str(name) for word in ("share", "fraction", "lost")):
+                row.append(Cell("–" if not np.isfinite(value) else f"{value:.2%}", float(value)))
+            else:
+                row.append(count(float(value)))
+        rows.append(row)
+    return Grid(caption, [title_case(str(c)) for c in frame.columns], rows)

@@ -1,0 +1,43 @@
+"""Moved here from mixgf/sections.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mixgf.config.parse import to_dict
+from mixgf.report.elements import Cell, Fold, Grid, Run, Section, Text
+
+# provenance
+
+
+def provenance(run: Run, versions: dict[str, str]) -> Section:
+    """What made what: fingerprints, code, versions, the config, and the commands that repeat the run."""
+    rows = [
+        [Cell(stage), Cell(record.kind), Cell(record.fingerprint[:16]), Cell(record.code), Cell(record.created),
+         Cell(", ".join(f"{role} {parent[:8]}" for role, parent in sorted(record.parents.items())) or "–"), Cell(run.uris[stage])]
+        for stage, record in run.records.items()
+    ]  # fmt: skip
+    blocks: list[Any] = []
+    if rows:
+        blocks.append(
+            Grid(
+                "Artifacts. Equal fingerprints mean equal inputs and settings.",
+                ["Stage", "Kind", "Fingerprint", "Code", "Planned at (UTC)", "Made from", "Where"],
+                rows,
+            )
+        )
+    blocks.append(Text("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."))
+    stages = "\n".join(
+        f"mixgf {stage} --config config.json"
+        for stage in ("prepare", "pretrain", "embed", "classify", "perturb", "report")
+    )
+    blocks.append(
+        Fold(
+            "Repeat this run",
+            f"# save the configuration below as config.json, then\nmixgf run --config config.json\n"
+            f"# or stage by stage\n{stages}",
+        )
+    )
+    blocks.append(Fold("Configuration (JSON)", json.dumps(to_dict(run.config), indent=1)))
+    return Section("provenance", "Provenance", blocks)

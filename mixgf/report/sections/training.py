@@ -1,0 +1,107 @@
+"""Moved here from mixgf/sections.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixgf.encoder import checkpoint
+from mixgf.report import verdicts as findings
+from mixgf.report.elements import Picture, Run, Section, Text, missing, plural, title_case
+from mixgf.report.figures import plots as figures
+from mixgf.storage.artifacts import Record
+
+# training
+
+
+CURVES = {
+    "loss": "Total loss", "mlm": "Masked genes (MLM)", "contrast": "Contrast (SimCSE)", "simcsepp": "SimCSE++",
+    "ortholog": "Orthologs", "lr": "Learning rate", "cells_per_s": "Cells per second", "tokens_per_s": "Tokens per second",
+    "wait_share": "Share of time waiting for data", "mfu": "Share of peak FLOPs", "grad_norm": "Norm of the gradient",
+    "alignment": "Alignment of two views", "uniformity": "Uniformity of the space", "memory_gb": "Memory (GB)",
+}  # fmt: skip
+"""Curves of the training history with a reader's name; others keep their own."""
+LOSSES = ("loss", "mlm", "contrast", "simcsepp", "ortholog")
+
+
+def curve(history: pd.DataFrame, name: str) -> pd.DataFrame:
+    """One curve of the long history, by step; of a step that was run twice (after a restart) the last value."""
+    part = history[(history["name"] == name) & np.isfinite(history["value"])]
+    return part.drop_duplicates("step", keep="last").sort_values("step")[["step", "value"]]
+
+
+def training(run: Run) -> Section:
+    """Loss curves per term, throughput, and what was trained."""
+    history, record = run.tables.get("history"), run.records.get("pretrain")
+    if record is None:
+        return missing("training", "Pretraining", "pretrain", run)
+    if history is None or history.empty:
+        text = "The weights were brought in (mixgf import-weights); nothing was trained here."
+        return Section("training", "Pretraining", [Text(text), *_untrained(record)])
+    present = [str(name) for name in history["name"].unique()]
+    losses = [n for n in LOSSES if n in present] + [n for n in present if n not in LOSSES and "loss" in n]
+    others = [n for n in CURVES if n in present and n not in losses] + [
+        n for n in present if n not in CURVES and n not in losses
+    ]
+    blocks: list[Any] = [Text(_trained(record, history)), *_untrained(record)]
+    ends = []
+    for name in losses:
+        first, last = loss_ends(history, name)
+        ends.append(f"{findings.lower(CURVES.get(name, name))} {first:.3f} → {last:.3f}")
+    if ends:
+        blocks.append(Text("From the first tenth of the steps to the last tenth, on average: " + "; ".join(ends) + "."))
+        blocks.append(
+            Picture(
+                figures.curves({CURVES.get(n, n): curve(history, n) for n in losses}, "losses"),
+                "Training losses by optimizer step; thick line: running mean. They are measured on the training "
+                "cells and are comparable between runs only at equal vocabulary and sentence length.",
+            )
+        )
+    shown = {CURVES.get(n, title_case(n)): curve(history, n) for n in others[:9]}
+    shown = {title: frame for title, frame in shown.items() if len(frame) > 1}
+    if shown:
+        blocks.append(
+            Picture(
+                figures.curves(shown, "throughput", zero=True),
+                "Speed and state of training. Padding is never counted. Two views of a cell should lie near each other (low alignment) while "
+                "cells spread over the space (low uniformity).",
+            )
+        )
+    return Section("training", "Pretraining", blocks)
+
+
+def _untrained(record: Record) -> list[Text]:
+    num, size = len(checkpoint.untrained(record)), int(record.details.get("vocab_size", 0))
+    if not num:
+        return []
+    text = (
+        f"{num:,} of {size:,} token ids are untrained: no sentence that the model was trained on holds them. Their vectors are those of "
+        "one-to-one orthologs, or random; `mixgf pretrain` with inputs.start trains them."
+    )
+    return [Text(text, "warn")]
+
+
+def loss_ends(history: pd.DataFrame, name: str) -> tuple[float, float]:
+    """Mean of a curve over the first and over the last tenth of its points."""
+    values = curve(history, name)["value"]
+    if values.empty:
+        return float("nan"), float("nan")
+    n = max(1, len(values) // 10)
+    return float(values.head(n).mean()), float(values.tail(n).mean())
+
+
+def _trained(record: Record, history: pd.DataFrame) -> str:
+    model, objective = record.details.get("model", {}), record.details.get("objective", {})
+    steps, epochs = int(history["step"].max()), int(history["epoch"].max())
+    text = (f"An encoder of {model.get('num_layers', '?')} layers, width {model.get('dim', '?')} and "
+            f"{model.get('num_heads', '?')} heads was trained from {'another checkpoint' if 'start' in record.parents else 'random weights'} "
+            f"for {plural(steps, 'step')}")  # fmt: skip
+    text += f" (epoch {epochs + 1})" if epochs >= 0 else ""
+    terms = [f"{objective.get('mlm_weight', 1):g} × masked genes"]
+    if objective.get("contrast_weight", 0):
+        terms.append(f"{objective['contrast_weight']:g} × SimCSE contrast ({objective.get('view', 'dropout')} views)")
+    if objective.get("ortholog_weight", 0):
+        terms.append(f"{objective['ortholog_weight']:g} × orthologs")
+    return f"{text} to minimise {' + '.join(terms)}."

@@ -1,0 +1,90 @@
+"""Moved here from mixgf/report.py."""
+
+from __future__ import annotations
+
+from mixgf.config.run import Config
+from mixgf.perturbation import hits
+from mixgf.report import verdicts as findings
+from mixgf.report.elements import Run
+from mixgf.report.load import load
+from mixgf.report.sections import training
+
+# the table at the end of a run
+
+
+def summary_rows(run: Run) -> list[tuple[str, ...]]:
+    """One row per task and model of ours: task, model, accuracy, macro F1, best baseline, its scores, verdict."""
+    scores = run.tables.get("scores")
+    if scores is None or scores.empty:
+        return []
+    found = findings.duels(findings.board(scores), run.tables.get("comparisons"))
+    rows: list[tuple[str, ...]] = []
+    for key in dict.fromkeys((d.split, d.group, d.direction, d.model) for d in sorted(found, key=_order)):
+        pair = {d.metric: d for d in found if (d.split, d.group, d.direction, d.model) == key}
+        if len(pair) < 2:
+            continue
+        duel, accuracy = pair["macro_f1"], pair["accuracy"]
+        verdict = {
+            "ahead": "better",
+            "behind": "WORSE",
+            "level": "lower, within error" if duel.lower else "higher, within error",
+        }[duel.verdict]
+        rows.append((
+            f"{findings.SPLIT_NAMES.get(duel.split, duel.split)}: {findings.task_label(*key[:3])}", findings.label(duel.model),
+            findings.share(accuracy.score[0]), findings.share(duel.score[0]), findings.label(duel.baseline),
+            findings.share(accuracy.baseline_score[0]), findings.share(duel.baseline_score[0]), verdict,
+        ))  # fmt: skip
+    return rows
+
+
+def _order(duel: findings.Duel) -> tuple[int, str, str, int]:
+    splits = list(findings.SPLITS)
+    return (
+        splits.index(duel.split) if duel.split in splits else len(splits),
+        duel.group,
+        duel.direction,
+        findings.OWN.index(duel.model),
+    )
+
+
+def summary(config: Config) -> str:
+    """The end of a run as text: what was reached, the best baseline beside it, the top genes."""
+    run = load(config, light=True)
+    lines = []
+    if "corpus" in run.records:
+        counts = run.records["corpus"].counts
+        lines.append(f"cells      {counts.get('kept', 0):,} kept of {counts.get('read', 0):,}")
+    if (history := run.tables.get("history")) is not None and len(history):
+        ends = {name: training.loss_ends(history, name) for name in training.LOSSES if name in set(history["name"])}
+        said = [
+            f"{findings.lower(training.CURVES[name])} {first:.3f} -> {last:.3f}" for name, (first, last) in ends.items()
+        ]
+        lines.append(f"training   {'; '.join(said)}")
+    if "classify" in run.records and (seen := run.records["classify"].details.get("audit")):
+        lines.append(f"audit      {seen['line']}")
+    if rows := summary_rows(run):
+        head = (
+            "task",
+            "model",
+            "accuracy",
+            "macro F1",
+            "best baseline",
+            "accuracy",
+            "macro F1",
+            "by macro F1 the model is",
+        )
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines += [
+            "",
+            *("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)),
+            "",
+        ]
+    if (genes := run.tables.get("genes")) is not None and len(genes):
+        for operation, part in genes.groupby("operation", sort=False):
+            top = " ".join(part.sort_values(["shift", "gene"], ascending=[False, True]).head(8)["symbol"])
+            lines.append(
+                f"{operation:<10} {top}  ({len(hits.hits(part))} of {len(part):,} genes are hits: a donor-level FDR of 5 %, and unusual for their rank)"
+            )
+        if left := run.records["perturb"].counts.get("not_scored", 0):
+            lines.append(f"{'':<10} not complete: the budget was spent before {left:,} genes were scored")
+    return "\n".join(lines) if lines else "nothing was made yet"

@@ -1,0 +1,107 @@
+"""`annotate`: a user's cells labelled by a kept classifier, row range by row range, over Ray tasks.
+
+Parts lie beside the output until it is written, so a killed command continues. All arithmetic is in `mixgf.annotate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from mixgf.classification import annotate, classifier
+from mixgf.config import parse as config
+from mixgf.config.data import Source
+from mixgf.config.run import Config
+from mixgf.console import Progress
+from mixgf.distributed.tasks import Spread, job, ray_tasks
+from mixgf.errors import UserError
+from mixgf.storage import files as storage
+from mixgf.storage import tables
+
+PART_CELLS = 2_000
+
+
+def run(model: str, source: Source, to: str, settings: Config, *, spread: Spread | None = None) -> dict[str, Any]:
+    """Label all cells of `source` and write `to`; returns what was found. `spread` replaces Ray (`dispatch.loop` in tests).
+
+    Raises:
+        UserError: no such classifier or file, or a file that cannot be read.
+    """
+    if not to.endswith((".h5ad", ".parquet", ".csv")):
+        msg = f"--output {to}: must end in .h5ad, .parquet or .csv"
+        raise UserError(msg)
+    if to == source.uri:
+        msg = f"--output {to}: is the input itself, which stays as it is; name another file"
+        raise UserError(msg)
+    uri = classifier.find(model)
+    kept, vocabulary, record = classifier.load(uri)
+    file = annotate.look(source, kept, vocabulary)
+    key = config.fingerprint(
+        [
+            record.fingerprint,
+            record.files,
+            config.to_dict(file.source),
+            storage.sha256(source.uri) if not storage.is_folder(source.uri) else "",
+        ]
+    )
+    work = f"{to}.parts-{key[:12]}"
+    starts = range(0, file.num_cells, PART_CELLS)
+    parts = {start: storage.join(work, f"{start:010d}.parquet") for start in starts}
+    todo = [s for s in starts if not storage.exists(parts[s])]
+    jobs = [
+        job(
+            0,
+            min(PART_CELLS, file.num_cells - s),
+            annotate.label,
+            uri,
+            file,
+            s,
+            min(s + PART_CELLS, file.num_cells),
+            parts[s],
+        )
+        for s in todo
+    ]
+    if spread is not None:
+        _spread(jobs, file.num_cells, spread)
+    elif jobs:
+        from mixgf.distributed.cluster import session
+
+        with session(settings):
+            _spread(jobs, file.num_cells, ray_tasks(settings))
+    whole = pa.concat_tables([tables.read_table(parts[s]) for s in starts])
+    table = (
+        whole.drop_columns(["p"])
+        .to_pandas()
+        .assign(p=list(whole["p"].combine_chunks().flatten().to_numpy().reshape(whole.num_rows, -1)))
+    )
+    found = _found(uri, kept, file, table)
+    about = {name: found[name] for name in ("model", "group", "species", "coverage")} | {
+        "verdicts": found["verdicts"] or [""]
+    }
+    annotate.write(to, file.source, table, kept.classes, about)
+    storage.remove(work)
+    return found | {"output": to}
+
+
+def _spread(jobs: list[Any], total: int, spread: Spread) -> None:
+    done = total - sum(j.weight for j in jobs)
+    with Progress("annotate", total, "cells", done=done) as progress:
+        for i, why in spread(jobs):
+            if why:
+                raise UserError(why)
+            done += jobs[i].weight
+            progress.update(done)
+
+
+def _found(uri: str, kept: classifier.Kept, file: annotate.File, table: pd.DataFrame) -> dict[str, Any]:
+    trusted = table["doubt"] == ""
+    labels = table["label"].fillna("")
+    return {
+        "model": uri, "group": kept.about["group"], "kind": kept.about["model"], "species": file.row.name, "cells": len(table),
+        "coverage": file.coverage, "genes": file.genes, "trusted": int(trusted.sum()),
+        "labels": {str(k): [int(n), int((trusted & (labels == k)).sum())] for k, n in labels[labels != ""].value_counts().items()},
+        "doubts": {str(k): int(n) for k, n in table["doubt"].str.split("; ").explode().value_counts().items() if k},
+        "test": kept.about["test"], "verdicts": annotate.verdicts(kept, file, table),
+    }  # fmt: skip

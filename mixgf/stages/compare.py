@@ -1,0 +1,185 @@
+"""`compare`: what the joint model is for, as tables of one artifact.
+
+Parts of the comparison are entries of `PARTS`: what each needs first, as pieces of work spread over Ray, and then its
+tables. Classifications between species are made first, by the stage that makes them, unless they are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from mixgf.classification import intermediates as parts
+from mixgf.comparison import conserved_response as conserved
+from mixgf.comparison import encoders as comparison_encoders
+from mixgf.comparison import gene_networks, shift_selection, spaces, transfer
+from mixgf.comparison import shift_tables as comparison
+from mixgf.comparison.encoders import Setting, World
+from mixgf.config.checks import split_named
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Config
+from mixgf.console import say
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed.metrics import Meter, watch
+from mixgf.encoder import checkpoint
+from mixgf.errors import UserError
+from mixgf.stages import classify, pieces
+from mixgf.stages.pieces import Piece, Spread, ray_tasks
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage.artifacts import Record
+from mixgf.tracking import mlflow_runs as tracking
+
+KIND, SCHEMA = "comparison", 1
+
+
+def _no_pieces(_: Setting) -> list[Piece]:
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One question of the comparison."""
+
+    tables: Callable[[Setting], dict[str, pd.DataFrame]]
+    """Its tables by name; each becomes NAME.parquet, and `compare_NAME` in `page.Run.tables`."""
+    pieces: Callable[[Setting], list[Piece]] = _no_pieces
+    """What is computed first, in parallel."""
+
+
+def run(config: Config, *, spread: Spread | None = None) -> str:
+    """Answer every part; returns the artifact's URI. `spread` replaces Ray (`pieces.loop` in tests)."""
+    uri = storage.join(config.output, "compare")
+    config = replace(config, tracking=replace(config.tracking, uri=tracking.uri(config)))
+    setting = Setting(config=config, uri=uri, worlds=comparison_encoders.worlds(config, uri))
+    _require(setting)
+    if spread is not None:
+        return _run(setting, spread)
+    from mixgf.distributed.cluster import session
+
+    with session(config):
+        return _run(setting, None)
+
+
+def _run(setting: Setting, spread: Spread | None) -> str:
+    config, uri = setting.config, setting.uri
+    for world in setting.worlds:
+        if world.classification == storage.join(world.config.output, "classify"):
+            classify.run(world.config, spread=spread)
+    record = _plan(setting)
+    if not artifacts.begin(uri, record):
+        say(f"compare: {uri} is already there")
+        return uri
+    with (
+        tracking.stage(config, "compare", to_dict(config.compare), record.fingerprint) as tracked,
+        watch(config, "compare", tracked, uri) as watched,
+    ):
+        found = _tables(setting, spread or ray_tasks(config), watched.meter)
+        files = artifacts.write_tables(
+            uri, {n: pa.Table.from_pandas(f, preserve_index=False) for n, f in found.items()}
+        )
+        for world in setting.worlds:
+            for kind in parts.SCRATCH:
+                storage.remove(storage.join(world.places.parts, kind))
+        encoders = [w.called(e) for w in setting.worlds for e in w.encoders]
+        classifications = {w.called(""): w.classification for w in setting.worlds}
+        artifacts.finish(
+            uri, record, counts={name: len(frame) for name, frame in found.items()}, files=files,
+            details={"encoders": encoders, "classifications": classifications},
+        )  # fmt: skip
+    say(f"compare: {uri}: {', '.join(f'{name} ({len(frame):,})' for name, frame in found.items())}")
+    return uri
+
+
+def _require(setting: Setting) -> None:
+    """Refuse what cannot be compared, before anything is made."""
+    given = setting.config.inputs.classification
+    if given:
+        there = artifacts.require(given, "classification")
+        mine = artifacts.require(setting.worlds[0].places.corpus, "corpus").fingerprint
+        wrong = "of another corpus" if there.parents["corpus"] != mine else ""
+        wrong = wrong or ("without splits between species" if "species" not in there.config["asked"]["splits"] else "")
+        wrong = wrong or ("without measured spaces" if "integration" not in there.config["models"] else "")
+        if wrong:
+            msg = f"inputs.classification = {given}: {wrong}; make one with classify.splits=species, classify.integration_cells=3000, or leave it empty"
+            raise UserError(msg)
+    for world in setting.worlds:
+        corpus = Corpus(world.places.corpus)
+        trained = artifacts.require(world.places.checkpoint, checkpoint.KIND, checkpoint.SCHEMA)
+        checkpoint.require_sentences(trained, corpus, f"compare: {world.places.checkpoint}")
+        if len(corpus.species) < 2:
+            msg = f"compare: {corpus.uri} holds {corpus.species[0]} only; prepare a corpus of two species"
+            raise UserError(msg)
+        world.shifts  # noqa: B018 (refuses wrong ones)
+    conserved.given(setting.config)
+
+
+def _plan(setting: Setting) -> Record:
+    config, parents = setting.config, dict[str, str]()
+    for name, uri in map(split_named, config.compare.responses):
+        parents[f"perturbation of {name}"] = artifacts.require(uri, "perturbation").fingerprint
+    for world in setting.worlds:
+        end = f" of {world.name}" if world.name else ""
+        for role, uri, kind in (
+            ("corpus", world.places.corpus, "corpus"), ("checkpoint", world.places.checkpoint, checkpoint.KIND),
+            ("classification", world.classification, "classification"),
+        ):  # fmt: skip
+            parents[role + end] = artifacts.require(uri, kind).fingerprint
+    content = {
+        "compare": to_dict(config.compare) | {"encoders": len(setting.worlds)},
+        "embed": to_dict(config.embed),
+        "seed": config.seed,
+    }
+    return artifacts.plan(KIND, SCHEMA, content, parents)
+
+
+def _tables(setting: Setting, spread: Spread, meter: Meter) -> dict[str, pd.DataFrame]:
+    """Tables of all parts, after their pieces."""
+    pieces.make("compare", [piece for part in PARTS.values() for piece in part.pieces(setting)], spread, meter)
+    found: dict[str, pd.DataFrame] = {}
+    for part in PARTS.values():
+        made = part.tables(setting)
+        assert not set(made) & set(found), "every table has one part"
+        found |= made
+    return found
+
+
+def _matching_pieces(setting: Setting) -> list[Piece]:
+    """Vectors by every encoder, and counts of every source, of the cells of all shifts."""
+    made: list[Piece] = []
+    for world in setting.worlds if setting.config.compare.shifts else ():
+        made += _of_world(setting, world)
+    return made
+
+
+def _of_world(setting: Setting, world: World) -> list[Piece]:
+    cells, made = shift_selection.cells_of(world.shifts), []
+    for encoder in world.encoders:
+        for number, start in enumerate(range(0, len(cells), parts.BLOCK_CELLS)):
+            mine = cells[start : start + parts.BLOCK_CELLS]
+            made.append(Piece(uri=parts.vectors_part(world.places, encoder, number), call=parts.embed_block,
+                              args=(world.config, world.places, encoder, number, mine), cost=float(len(mine)) / 50,
+                              threads=setting.config.train.threads, gpu=True))  # fmt: skip
+    if not world.name and setting.config.compare.controls:
+        sources = Corpus(world.places.corpus).obs(["source"])["source"].to_numpy().astype(np.str_)[cells]
+        for source in np.unique(sources).tolist():
+            mine = cells[sources == source]
+            made.append(Piece(uri=parts.counts_part(world.places, source), call=parts.read_counts,
+                              args=(world.config, world.places, source, mine), cost=len(mine) / 1000))  # fmt: skip
+    return made
+
+
+PARTS: dict[str, Part] = {
+    "transfer": Part(tables=transfer.transfer),
+    "spaces": Part(tables=spaces.spaces),
+    "matching": Part(tables=comparison.matched, pieces=_matching_pieces),
+    "conserved": Part(tables=lambda s: conserved.tables(s.config)),
+    "networks": Part(
+        tables=lambda s: gene_networks.networks(s.config, {n: p for w in s.worlds for n, p in w.trained.items()})
+    ),
+}
+"""Further parts are further entries."""

@@ -1,0 +1,49 @@
+"""Moved here from mixgf/weights.py."""
+
+from __future__ import annotations
+
+from safetensors.torch import save as save_tensors
+
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Config
+from mixgf.console import say
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import checkpoint, huggingface
+from mixgf.encoder.huggingface import _FIELDS, _FILES, DICTIONARIES
+from mixgf.genes.vocabulary import PAD, SPECIALS
+from mixgf.stages.import_weights import SCHEMA
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+
+
+def export(settings: Config) -> str:
+    """`mixgf export`: a checkpoint as a folder that `transformers` loads as `BertForMaskedLM`; returns its URI.
+
+    Beside the weights lies token_dictionary.json, gene to id.
+    """
+    uri = storage.join(settings.output, "bert")
+    model, made = checkpoint.load_model(settings.inputs.checkpoint or storage.join(settings.output, "pretrain"))
+    corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
+    checkpoint.require_vocabulary(made, corpus.vocabulary.hash, f"{corpus.uri}, whose dictionary goes with it,")
+    record = artifacts.plan("bert", SCHEMA, {}, {"checkpoint": made.fingerprint})
+    if not artifacts.begin(uri, record):
+        say(f"export: {uri} is already there")
+        return uri
+    row = model.encoder.row
+    sizes = {theirs: to_dict(row)[ours] for ours, theirs in _FIELDS.items()} | {
+        "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": model.encoder.vocab_size, "pad_token_id": PAD,
+        "attention_probs_dropout_prob": row.attention_dropout, "type_vocab_size": 1, "tie_word_embeddings": True,
+        "position_embedding_type": "absolute", "dtype": "float32",
+    }  # fmt: skip
+    state = {
+        k: v.cpu().contiguous()
+        for k, v in huggingface.to_bert(model).items()
+        if not k.startswith("cls.predictions.decoder")
+    }
+    storage.write_bytes(storage.join(uri, _FILES[0]), save_tensors(state, metadata={"format": "pt"}))
+    vocabulary = corpus.vocabulary
+    genes = zip(vocabulary.table["gene"].to_pylist(), vocabulary.table["token"].to_pylist(), strict=True)
+    storage.write_json(storage.join(uri, DICTIONARIES[0]), {name: i for i, name in enumerate(SPECIALS)} | dict(genes))
+    storage.write_json(storage.join(uri, "config.json"), sizes)
+    artifacts.finish(uri, record, files=artifacts.summed(uri, (_FILES[0], DICTIONARIES[0], "config.json")))
+    return uri

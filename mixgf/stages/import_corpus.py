@@ -1,0 +1,267 @@
+"""`import`: tokenised Arrow data sets to the corpus that `prepare` makes, in two passes of work units (`mixgf.imports`).
+
+The vocabulary comes first, from the dictionaries and medians, or is given. Then
+1. every Arrow file is read once: hash, batches, what its ids are (one unit per file);
+2. sentences in our ids, one shard per unit (a row range of one file).
+
+As in `prepare`, a part that is there is not made again, so a run killed at any moment continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mixgf.cells import sources as cells_sources
+from mixgf.config.data import Source
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Config
+from mixgf.console import say, warn
+from mixgf.corpus import arrow_dataset as interop
+from mixgf.corpus import import_passes as imports
+from mixgf.corpus import manifest, remap_ids, shards
+from mixgf.distributed.metrics import Meter, watch
+from mixgf.distributed.tasks import Job, Passes, Spread, job, ray_tasks
+from mixgf.errors import UserError
+from mixgf.genes import identify
+from mixgf.genes import vocabulary as vocab
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+from mixgf.storage.artifacts import nothing_left_of_a_refusal, whoever_makes
+from mixgf.tracking import mlflow_runs as tracking
+
+MANY_LOST = 0.05
+"""Share of ids outside the vocabulary from which a source deserves a warning."""
+
+
+def run(config: Config, *, spread: Spread | None = None) -> str:
+    """Make a corpus of tokenised data sets; returns its URI. `spread` replaces Ray (`dispatch.loop` in tests)."""
+    sources = _sources(config)
+    uri = storage.join(config.output, "corpus")
+    given = imports.Given(config, sources)
+    vocabulary, record = given.plans()
+    if not artifacts.begin(uri, record):
+        storage.remove(storage.join(uri, "work"))
+        return uri
+    params = {name: to_dict(getattr(config, name)) for name in ("vocab", "imports", "tokens")}
+    with nothing_left_of_a_refusal(uri), tracking.stage(config, "import", params, record.fingerprint) as tracked:
+        if spread is not None:
+            work = _Import(given, uri, spread, Meter("import", tracked.id))
+            done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+        else:
+            from mixgf.distributed.cluster import session
+
+            with session(config), watch(config, "import", tracked, uri) as watched:
+                work = _Import(given, uri, ray_tasks(config), watched.meter)
+                done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+                watched.made(cells=done.counts["read"])
+        tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
+    storage.remove(storage.join(uri, "work"))
+    return uri
+
+
+def _sources(config: Config) -> tuple[Source, ...]:
+    if not config.sources:
+        msg = "sources = (): must name at least one tokenised Arrow data set with its species, for example human=genecorpus.dataset"
+        raise UserError(msg)
+    for i, source in enumerate(config.sources):
+        for name, unset in (("layer", "X"), ("genes", ""), ("sample", "")):
+            if getattr(source, name) != unset:
+                msg = f"sources[{i}].{name} = {getattr(source, name)!r}: means nothing for tokenised data; leave it out"
+                raise UserError(msg)
+    if config.tokens.scaling != "divide":
+        msg = f"tokens.scaling = {config.tokens.scaling!r}: imported sentences are ranked already, by dividing; must be 'divide'"
+        raise UserError(msg)
+    return cells_sources.resolve(config.sources)
+
+
+@dataclass
+class _Import:
+    given: imports.Given
+    uri: str
+    spread: Spread
+    meter: Meter
+
+    def __post_init__(self) -> None:
+        self.config, self.sources = self.given.config, self.given.sources
+        self.work = storage.join(self.uri, "work")
+        self.passes = Passes(
+            stage="import", work=self.work, num_sources=len(self.sources), strict=self.config.prepare.strict,
+            spread=self.spread, meter=self.meter,
+        )  # fmt: skip
+        self.facts: dict[int, list[dict[str, Any]]] = {}
+        self.genes: dict[int, list[np.ndarray]] = {}
+
+    def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
+        made = self._vocabulary(vocabulary)
+        made.save(storage.join(self.uri, "vocabulary.parquet"))
+        self.rules = imports.Rules(
+            imports=self.config.imports, min_genes=self.config.qc.min_genes, tokens=self.config.tokens, size=made.size
+        )
+        self._check(made)
+        kept = self._units()
+        if not kept:
+            read = sum(len(g) for parts in self.genes.values() for g in parts)
+            msg = f"qc.min_genes = {self.config.qc.min_genes}: none of {read:,} cells has so many vocabulary genes; the wrong dictionary?"
+            raise UserError(msg)
+        self._write(kept)
+        return self._publish(record, made, kept)
+
+    def _vocabulary(self, record: artifacts.Record | None) -> vocab.Vocabulary:
+        if record is None:
+            assert self.given.reused is not None
+            return self.given.reused
+        uri = storage.join(self.config.output, "vocabulary")
+        if not artifacts.begin(uri, record):
+            return vocab.Vocabulary.load(uri)
+        made = self.given.build()
+        size, digest = made.save(storage.join(uri, "vocabulary.parquet"))
+        genes = {name: len(made.of(name).tokens) for name in made.species}
+        artifacts.finish(
+            uri, record, counts={"tokens": made.size, "genes": genes},
+            files={"vocabulary.parquet": {"bytes": size, "sha256": digest}}, details={"hash": made.hash, "sharing": made.sharing},
+        )  # fmt: skip
+        say(f"vocabulary: {made.size:,} tokens ({', '.join(f'{n:,} {name} genes' for name, n in genes.items())})")
+        return made
+
+    # passes
+
+    def _check(self, made: vocab.Vocabulary) -> None:
+        """Read every file; refuses sources that cannot be used."""
+        jobs: dict[Any, Job] = {}
+        files: dict[int, int] = {}
+        for i, source in enumerate(self.sources):
+            try:
+                found = interop.data_files(source.uri)
+            except UserError as error:
+                self.passes.refuse(i, str(error))
+                continue
+            dictionary = self.given.dictionaries[self.given.dictionary_uris[i]]
+            table = remap_ids.lookup(dictionary, self.given.genes[i], made.of(source.species))
+            storage_tables.write_table(shards.part(self.work, "lookup", i), pa.table({"token": table}))
+            files[i] = len(found)
+            for f, uri in enumerate(found):
+                args = (self.work, i, f, source, uri)
+                options = {"dictionary": dictionary.uri, "rules": self.rules}
+                jobs[imports.file_part(i, f)] = job(i, storage.size(uri), imports.check, *args, **options)
+        self.passes.run("files", "files", jobs, "bytes")
+        for i, number in files.items():
+            if i in self.passes.refused:
+                continue
+            parts = [imports.read_checked(self.work, i, f) for f in range(number)]
+            self.genes[i], self.facts[i] = [p[0] for p in parts], [p[1] for p in parts]
+            self._warn(i)
+
+    def _warn(self, index: int) -> None:
+        total = self._counts(index)
+        ids = sum(total[name] for name in (*remap_ids.COUNTED, "in_dropped_cells"))
+        name = self.sources[index].name
+        if total["outside"] + total["unknown"] > MANY_LOST * ids:
+            share = (total["outside"] + total["unknown"]) / ids
+            warn(
+                f"{name}: {share:.1%} of its ids are no genes of the {self.sources[index].species} vocabulary and are left out"
+            )
+        if left_out := sorted({column for f in self.facts[index] for column in f["left_out"]}):
+            warn(f"{name}: columns left out (lists, bytes, or names that mixgf uses): {', '.join(left_out)}")
+        parts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in total.items() if n)
+        say(f"{name}: {sum(f['rows'] for f in self.facts[index]):,} cells, {ids:,} ids: {parts}")
+
+    def _counts(self, index: int) -> dict[str, int]:
+        """Ids by what became of them, over the files of a source."""
+        files = [f["counts"] for f in self.facts[index]]
+        return {name: sum(f[name] for f in files) for name in files[0]}
+
+    def _keep(self, unit: imports.Unit) -> np.ndarray:
+        return self.genes[unit.index][unit.file][unit.start : unit.stop] >= self.config.qc.min_genes
+
+    def _units(self) -> list[imports.Unit]:
+        """Row ranges with kept cells, in order."""
+        out = []
+        step = self.config.prepare.shard_cells
+        for i, files in sorted(self.genes.items()):
+            first = 0
+            for f, genes in enumerate(files):
+                for start in range(0, len(genes), step):
+                    stop = min(start + step, len(genes))
+                    out.append(
+                        imports.Unit(index=i, file=f, source=self.sources[i], start=start, stop=stop, first=first)
+                    )
+                first += len(genes)
+        return [u for u in out if self._keep(u).any()]
+
+    def _write(self, kept: Sequence[imports.Unit]) -> None:
+        kinds: dict[str, set[str]] = {}
+        for files in self.facts.values():
+            for name, attribute in (item for f in files for item in f["obs"].items()):
+                kinds.setdefault(name, set()).add(attribute["kind"])
+        obs = {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
+        options: dict[str, Any] = {"to": storage.join(self.uri, "shards"), "rules": self.rules, "obs": obs}
+        jobs = {
+            n: job(u.index, u.stop - u.start, imports.write, self.work, u, n, **options) for n, u in enumerate(kept)
+        }
+        self.passes.run("sentences", "done", jobs, "cells", counter="cells_encoded")
+        self.meter.add("shards_written", len(jobs))
+
+    # the end
+
+    def _publish(
+        self, record: artifacts.Record, made: vocab.Vocabulary, kept: Sequence[imports.Unit]
+    ) -> artifacts.Record:
+        done = [shards.read_done(self.work, n) for n in range(len(kept))]
+        index = manifest.index(done, [u.source.species for u in kept], made.species)
+        rows: list[dict[str, Any]] = []
+        sources: list[dict[str, Any]] = []
+        for i, source in enumerate(self.sources):
+            if i not in self.facts:
+                continue
+            genes = np.concatenate(self.genes[i])
+            cells = {"cells_read": len(genes), "cells_kept": int((genes >= self.config.qc.min_genes).sum())}
+            dictionary = self.given.dictionaries[self.given.dictionary_uris[i]]
+            ours = set(made.of(source.species).genes.tolist())
+            mapped = sum(gene in ours for gene in self.given.genes[i].values())
+            counts = self._counts(i)
+            rows.append(
+                {"source": source.name, "species": source.species} | cells
+                | {"dictionary": dictionary.uri, "dictionary_genes": len(dictionary.genes), "genes_in_vocabulary": mapped}
+                | {f"ids_{name}": counts[name] for name in (*remap_ids.COUNTED, "in_dropped_cells")}
+                | {"cells_wrong_length": counts["wrong_length"]}
+            )  # fmt: skip
+            files = [{k: f[k] for k in ("uri", "size", "sha256", "rows")} for f in self.facts[i]]
+            sources.append(
+                {"name": source.name, "uri": source.uri, "species": source.species, **cells,
+                 "size": sum(f["size"] for f in files), "sha256": files[0]["sha256"] if len(files) == 1 else None, "files": files}
+            )  # fmt: skip
+        read, num_kept = sum(r["cells_read"] for r in rows), index.num_rows
+        dropped = {"few_genes": read - sum(r["cells_kept"] for r in rows)}
+        assert num_kept + sum(dropped.values()) == read, (num_kept, dropped, read)
+        assert index["length"].to_numpy().sum() == sum(r["ids_kept"] for r in rows) + num_kept * self.config.tokens.cls
+        losses = [
+            {"source": r["source"], "reason": "few_genes", "cells": r["cells_read"] - r["cells_kept"]} for r in rows
+        ]
+        none = pa.schema([(name, pa.null()) for name in ("source", "species", "cells_read", "cells_kept", *_MAPPING)])
+        tables = {
+            "index": index, "dropped": pa.Table.from_pylist(losses), "imported": pa.Table.from_pylist(rows),
+            "mapping": none.empty_table(),
+        }  # fmt: skip
+        details = {
+            "species": list(made.species), "vocabulary": made.hash, "max_len": self.config.tokens.max_len, "cls": self.config.tokens.cls,
+            "shards": [entry for _, entry in done], "sources": sources, "imported": rows,
+            "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.passes.refused.items())],
+        }  # fmt: skip
+        self.meter.add("cells_read", read)
+        self.meter.add("cells_kept", num_kept)
+        self.meter.add("cells_dropped", dropped["few_genes"], reason="few_genes")
+        say(
+            f"corpus: {read:,} cells imported, {num_kept:,} kept ({dropped['few_genes']:,} few_genes), {len(done)} shards"
+        )
+        totals = {"read": read, "kept": num_kept, "dropped": dropped}
+        return manifest.publish(self.uri, record, tables=tables, counts=totals, details=details)
+
+
+_MAPPING = tuple(identify.Mapping.__slots__)
+"""Columns of a prepared corpus' mapping.parquet; an imported corpus has no rows in it: the counts' genes are not known."""

@@ -1,0 +1,118 @@
+"""Published BERT checkpoints in (`mixgf import-weights`), ours out (`mixgf export`): Hugging Face folders on either side.
+
+And our own checkpoints, grown to a vocabulary with more species (`grow`).
+
+A folder is config.json and model.safetensors, or a pytorch_model.bin, which is read by torch's restricted reader (tensors
+only). Published models of the family (Geneformer V1 and V2, Mouse-Geneformer) have ids of their own, given by a token
+dictionary; the vectors of their genes move to the ids of a corpus' vocabulary. A corpus that was prepared with their medians
+(`vocab.medians`) and `tokens.cls` as they had it then gives them the sentences they know, with one exception: sentences here
+have no <eos>, which Geneformer V2 has at their ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Config
+from mixgf.console import say, warn
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import checkpoint
+from mixgf.encoder.huggingface import Published, _placed, find_dictionary, moved, read
+from mixgf.errors import UserError
+from mixgf.genes import species
+from mixgf.genes.vocabulary import NUM_SPECIALS
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.tracking import mlflow_runs as tracking
+
+SCHEMA = 1
+
+
+def grow(settings: Config, folder: str) -> str:
+    """`mixgf import-weights` of a checkpoint of ours: the same for a corpus whose vocabulary was grown from that checkpoint's.
+
+    Old ids keep their vectors, so old species' cells their embeddings. A new gene starts with the vector of its one-to-one
+    ortholog, else with a random one; all new ids are untrained until `pretrain` (`inputs.start`) sees them.
+
+    Raises:
+        UserError: the vocabulary was not grown from the checkpoint's, or the sentences are of another kind.
+    """
+    uri = storage.join(settings.output, "pretrain")
+    corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
+    model, made = checkpoint.load_model(folder)
+    vocabulary = corpus.vocabulary
+    older = vocabulary.older(made.details["vocabulary"])
+    if older is None:
+        msg = f"{folder}: its vocabulary is no beginning of that of {corpus.uri}; prepare that with vocab.reuse = the vocabulary of this checkpoint"
+        raise UserError(msg)
+    checkpoint.require_tokens(made, corpus, f"{folder}:")
+    pairs = species.orthologs(settings.vocab.orthologs)
+    chosen = {"seed": settings.seed, "orthologs": [storage.sha256(table) for table in settings.vocab.orthologs]}
+    parents = {"corpus": corpus.record.fingerprint, "grown from": made.fingerprint}
+    record = artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, parents)
+    if not artifacts.begin(uri, record):
+        say(f"import-weights: {uri} is already there")
+        return uri
+    with tracking.stage(settings, "import-weights", chosen, record.fingerprint):
+        source = vocabulary.models(older, pairs)
+        tensors = {name: p.detach() for name, p in model.named_parameters()}
+        grown = _placed(Published(model.encoder.row, tensors, ""), source, settings.seed)
+        counts: dict[str, Any] = {"steps": 0}
+        for name in vocabulary.species[len(older.species) :]:
+            tokens = vocabulary.species_tokens(name)
+            own = tokens[tokens >= older.size]
+            counts[f"genes_{name}"], counts[f"from_orthologs_{name}"] = len(tokens), int((source[own] >= 0).sum())
+            say(
+                f"import-weights: {name}: {len(tokens):,} genes; {len(tokens) - len(own):,} share an id, {counts[f'from_orthologs_{name}']:,} "
+                f"start with their ortholog's vector, {int((source[own] < 0).sum()):,} with a random one"
+            )
+        untrained = np.concatenate([checkpoint.untrained(made), np.arange(older.size, vocabulary.size)])
+        checkpoint.publish(
+            uri, record, grown, vocabulary=vocabulary.hash, tokens=corpus.tokenised, counts=counts, untrained=untrained
+        )
+    return uri
+
+
+def bring(settings: Config, folder: str) -> str:
+    """`mixgf import-weights`: a published model as the checkpoint of a run, for the corpus of that run; returns its URI.
+
+    One of ours: see `grow`.
+    """
+    if artifacts.find(folder) is not None:
+        return grow(settings, folder)
+    uri = storage.join(settings.output, "pretrain")
+    corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
+    published, dictionary = read(folder), find_dictionary(settings, folder)
+    if corpus.cls and "<cls>" not in dictionary.specials:
+        msg = "tokens.cls = true: this model knows no <cls>; prepare the corpus with --set tokens.cls=false"
+        raise UserError(msg)
+    if "<cls>" in dictionary.specials and not corpus.cls:
+        warn(
+            "import-weights: this model has <cls> before every sentence, the corpus has not (prepare --set tokens.cls=true)"
+        )
+    chosen = {
+        "weights": published.sha256, "dictionary": storage.sha256(dictionary.uri), "seed": settings.seed,
+        "model": to_dict(published.row),
+    }  # fmt: skip
+    record = artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, {"corpus": corpus.record.fingerprint})
+    model, counts, untrained = moved(published, dictionary, corpus.vocabulary, settings.species, settings.seed)
+    if not artifacts.begin(uri, record):
+        say(f"import-weights: {uri} is already there")
+        return uri
+    with tracking.stage(settings, "import-weights", chosen, record.fingerprint) as tracked:
+        for name, found in counts.items():
+            total = len(corpus.vocabulary.of(name).genes)
+            tracked.log({f"genes/{name}": found})
+            tell = say if found > total / 2 else warn
+            tell(
+                f"import-weights: {name}: {found:,} of {total:,} genes have the model's vectors, the others random ones"
+            )
+        checkpoint.publish(
+            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised,
+            counts={"steps": 0, **{f"genes_{name}": found for name, found in counts.items()}},
+            untrained=untrained[untrained >= NUM_SPECIALS],
+        )  # fmt: skip
+    return uri

@@ -1,0 +1,269 @@
+"""Perturbation over an elastic actor pool. Parts in storage are the ledger: what is there is never computed again.
+
+The way: state embeddings; with a screen, estimates of all genes, then exact scores of a random sample that says whether the
+estimates can be trusted; then the genes that are left to score, best first where there is an order. A budget may end it
+early: what was scored by then is published, with a list of the rest, and a larger budget goes on from there. Such a table is
+an artifact of another kind with a fingerprint of its own, so nobody who asks for a perturbation takes it for one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mixgf.config.parse import fingerprint, to_dict
+from mixgf.config.run import Config
+from mixgf.console import say, warn
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed.actor_pool import Pool, Size
+from mixgf.distributed.cluster import session
+from mixgf.distributed.metrics import Meter, watch
+from mixgf.encoder import checkpoint
+from mixgf.errors import UserError
+from mixgf.perturbation import cost_estimate as forecast
+from mixgf.perturbation import design as targets
+from mixgf.perturbation import gene_responses as responses
+from mixgf.perturbation import gene_table as effects
+from mixgf.perturbation import reference_genes as known
+from mixgf.perturbation import work_units as perturb
+from mixgf.perturbation.design import Design
+from mixgf.perturbation.work_units import Done, Scorer
+from mixgf.stages.perturb_phases import Campaign, Outcome, Runner, loop, part
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+from mixgf.tracking import cost
+from mixgf.tracking import mlflow_runs as tracking
+
+KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 3
+_NO_RESULT = {"micro_tokens", "known", "published", "budget_hours", "budget_cost", "price", "worker_flops"}
+"""Settings that change no result and so stay out of the fingerprint."""
+
+
+def run(config: Config, *, local: bool = False) -> str:
+    """Perturb, test and publish; returns the artifact's URI.
+
+    Args:
+        config: the run's config.
+        local: work in this process, without Ray.
+    """
+    uri = storage.join(config.output, "perturb")
+    source = config.inputs.corpus or storage.join(config.output, "corpus")
+    weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
+    trained = artifacts.require(weights, checkpoint.KIND)
+    corpus = Corpus(source, max_len=int(trained.details["model"]["max_positions"]))
+    checkpoint.require_sentences(trained, corpus)
+    settings = {k: v for k, v in to_dict(config.perturb).items() if k not in _NO_RESULT}
+    parents = {"corpus": corpus.record.fingerprint, "checkpoint": trained.fingerprint}
+    record = artifacts.plan(
+        KIND, SCHEMA, {"perturb": settings, "seed": config.seed, "precision": config.train.precision}, parents
+    )
+    there = artifacts.find(uri)
+    if there is not None and record.fingerprint in (there.fingerprint, there.details.get("completed_by")):
+        left, limit = there.counts.get("not_scored", 0), _limit(config)
+        if not left or (limit and limit <= there.details["budget"]["limit_hours"] * cost.HOUR):
+            say(
+                f"perturb: already there, {uri}"
+                + (f"; {left} genes were beyond the budget, give a larger one" if left else "")
+            )
+            _say_known(uri, config)
+            return uri
+        storage.remove(storage.join(uri, "record.json"))  # unfinished again
+    known.read(config)  # a list that cannot be read is said before the work, not after it
+    plan = targets.design(corpus, config)  # before the folder is claimed: a wrong expression leaves nothing behind
+    artifacts.begin(uri, record)
+    for text in plan.warnings:
+        warn(f"perturb: {text}")
+    folder = storage.join(uri, "parts", record.fingerprint[:16])
+    make = functools.partial(Scorer, config, corpus=source, weights=weights, folder=folder)
+    with tracking.stage(config, "perturb", settings, record.fingerprint) as tracked:
+        spend = cost.Spend(_limit(config), before=sum(cost.load(folder).values()))
+        campaign = Campaign(config=config, plan=plan, corpus=corpus, folder=folder, spend=spend)
+        if local:
+            outcome = campaign.complete(loop(make), Meter("perturb", tracked.id))
+        else:
+            size = Size(
+                min_actors=max(1, config.compute.min_workers),
+                max_actors=config.compute.num_workers,
+                cpus=config.compute.cpus_per_worker,
+                gpus=config.compute.gpus_per_worker,
+            )
+            with (
+                session(config),
+                watch(config, "perturb", tracked, uri) as watched,
+                Pool(make, size, retries=config.compute.max_failures) as pool,
+            ):
+                spend.num_workers = lambda: pool.num_up  # an actor that waits for a node costs nothing
+                outcome = campaign.complete(_metered(pool, watched.meter), watched.meter)
+                watched.made(genes=len(outcome.scored), cells=len(plan.cells_N))
+        _publish(uri, record, campaign, outcome)
+        tracked.log({**outcome.figures, "genes": float(len(outcome.scored)), "cells": float(len(plan.cells_N))})
+    for text in outcome.warnings:
+        warn(f"perturb: {text}")
+    of = f" of {len(outcome.scored) + len(outcome.beyond):,}" if len(outcome.beyond) else ""
+    say(f"perturb: {len(outcome.scored):,}{of} genes in {len(plan.cells_N):,} cells, {uri}/genes.parquet")
+    _say_known(uri, config)
+    return uri
+
+
+def _say_known(uri: str, config: Config) -> None:
+    """Print what is known of the genes beside what was found, where the config asks for it."""
+    if config.perturb.known or config.perturb.published:
+        for line in known.text(
+            storage_tables.read_table(storage.join(uri, "genes.parquet")).to_pandas(), config
+        ).splitlines():
+            say(line)
+
+
+def _metered(pool: Pool, meter: Meter) -> Runner:
+    """The pool's `run`, which tells the boards how many actors there are."""
+
+    def runner(
+        items: Mapping[str, Any], done: Callable[[str, Any], None], *stop: Callable[[int], bool]
+    ) -> dict[str, str]:
+        def counted(key: str, result: Any) -> None:
+            meter.set("actors", pool.num_actors, state="wanted")
+            meter.set("actors", pool.num_up, state="up")
+            done(key, result)
+
+        return pool.run(items, counted, *stop)
+
+    return runner
+
+
+def _limit(config: Config) -> float:
+    """Worker-seconds that may be spent; 0 = no bound."""
+    settings = config.perturb
+    hours = [settings.budget_hours] if settings.budget_hours else []
+    hours += [settings.budget_cost / settings.price] if settings.budget_cost else []
+    return min(hours, default=0.0) * cost.HOUR
+
+
+def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Outcome) -> None:
+    """Test, write the tables, finish the record."""
+    config, corpus, plan, folder = campaign.config, campaign.corpus, campaign.plan, campaign.folder
+    states, settings = outcome.states, campaign.config.perturb
+    whole, all_scored = plan, len(outcome.scored) == len(plan.targets)
+    pairs = {}
+    for operation in settings.operations:
+        parts = pa.concat_tables([part(folder, key) for key in outcome.parts if key.startswith(f"{operation}-")])
+        pairs[operation] = effects.Pairs.from_table(parts, len(plan.states))
+    if not all_scored:
+        drawn = set(outcome.drawn.tolist())
+        marked = tuple(replace(t, drawn=t.drawn or k in drawn) for k, t in enumerate(whole.targets))
+        plan, pairs = effects.subset(replace(whole, targets=marked), pairs, outcome.scored)
+    expressed = {
+        state.name: effects.expression(corpus, state.cells) for state in plan.states if state.name in ("start", "goal")
+    }
+    chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
+    matrix = {"responses": _responses(campaign, outcome)} if whole.watched else {}
+    genes = effects.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
+    nulls = effects.calibration(plan, pairs, config)
+    names = [plan.states[i].name for i in states["state"].to_pylist()]
+    donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
+    vectors = states.set_column(0, "state", pa.array(names)).set_column(1, "donor", pa.array(donors))
+    tables = {"genes": genes, "states": vectors, "calibration": nulls} | matrix
+    if not all_scored or outcome.estimate_OK is not None:
+        tables["not_scored"] = _not_scored(whole, outcome, settings.operations)
+    files = artifacts.write_tables(uri, tables)
+    counts = {
+        "cells": len(plan.cells_N),
+        "genes": len(plan.targets),
+        "not_scored": len(outcome.beyond),
+        "screened_out": len(outcome.skipped),
+        "sentences": sum(len(p.target_P) for p in pairs.values()),
+        "states": {state.name: len(state.cells) for state in plan.states},
+        "parts": len(set(storage.list_dir(folder)) - {"cost", perturb.RESPONSES}),
+        "responses": sum(table.num_rows for table in matrix.values()),
+    }
+    details = {
+        "vocabulary": corpus.vocabulary.hash,
+        "variant": config.perturb.variant,
+        "warnings": [*plan.warnings, *outcome.warnings],
+        "screen": outcome.agreement,
+        "budget": {"limit_hours": campaign.spend.limit / cost.HOUR, "worker_hours": campaign.spend.total / cost.HOUR},
+        "states": {state.name: state.expression for state in plan.states},
+        "parts": folder.removeprefix(uri).strip("/"),
+        "differential_expression": "rank scores, 1 - rank / length, Welch's t over all cells of goal against start",
+    }
+    if len(outcome.beyond):
+        scored = fingerprint({"targets": outcome.scored.tolist()})
+        details["completed_by"] = record.fingerprint
+        record = artifacts.plan(PARTIAL, SCHEMA, record.config | {"scored": scored}, record.parents)
+    artifacts.finish(uri, record, counts=counts, files=files, details=details)
+
+
+def _responses(campaign: Campaign, outcome: Outcome) -> pa.Table:
+    """The matrix of perturbed by responding genes, of the operations' parts."""
+    folder = storage.join(campaign.folder, perturb.RESPONSES)
+    keys = {
+        operation: [key for key in outcome.parts if key.startswith(f"{operation}-")]
+        for operation in campaign.config.perturb.operations
+    }
+    return responses.table({name: [part(folder, key) for key in keys[name]] for name in keys}, campaign.plan)
+
+
+def _not_scored(plan: Design, outcome: Outcome, operations: tuple[str, ...]) -> pa.Table:
+    """Every target by operation: its estimate, and whether it was scored exactly, screened out or beyond the budget."""
+    num = len(plan.targets)
+    fate = np.full(num, "scored", dtype=object)
+    fate[outcome.skipped] = "screened out"
+    fate[outcome.beyond] = "beyond the budget"
+    tables = []
+    for o, operation in enumerate(operations):
+        estimate_K = np.full(num, math.nan) if outcome.estimate_OK is None else outcome.estimate_OK[o]
+        columns: dict[str, Any] = {
+            "gene": [target.gene for target in plan.targets],
+            "symbol": [target.symbol for target in plan.targets],
+            "species": [target.species for target in plan.targets],
+            "operation": [operation] * num,
+            "estimate": estimate_K,
+            "fate": fate.tolist(),
+        }
+        tables.append(pa.table(columns).take(np.argsort(-np.nan_to_num(estimate_K, nan=-np.inf), kind="stable")))
+    return pa.concat_tables(tables)
+
+
+def dry_run(config: Config, *, local: bool = False) -> str:
+    """What a run will take, as text; nothing is written.
+
+    Args:
+        config: the run's config.
+        local: measure in this process, without Ray.
+    """
+    source = config.inputs.corpus or storage.join(config.output, "corpus")
+    weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
+    encoder, trained = checkpoint.load_encoder(weights)
+    corpus = Corpus(source, max_len=encoder.row.max_positions)
+    checkpoint.require_sentences(trained, corpus)
+    plan = targets.design(corpus, config)
+    max_len = min(int(corpus.record.details["max_len"]), encoder.row.max_positions)
+    parts = forecast.forecast(plan, corpus, config.perturb, encoder.row, max_len)
+    rate, how = config.perturb.worker_flops, "as perturb.worker_flops says"
+    if not rate:
+        make = functools.partial(Scorer, config, corpus=source, weights=weights, folder="")
+        found: list[float] = []
+        items = {"probe": (perturb.probe_unit(plan), None)}
+
+        def take(_: str, result: Done) -> None:
+            found.append(result.cost)
+
+        if local:
+            loop(make)(items, take)
+        else:
+            size = Size(max_actors=1, cpus=config.compute.cpus_per_worker, gpus=config.compute.gpus_per_worker)
+            with session(config), Pool(make, size) as pool:
+                dead = pool.run(items, take)
+            if dead:
+                msg = f"perturb: the probe failed: {dead['probe']}"
+                raise UserError(msg)
+        rate, how = found[0], "measured on one worker just now"
+    return forecast.text(
+        parts, plan, rate=rate, how=how, num_workers=config.compute.num_workers, price=config.perturb.price
+    )

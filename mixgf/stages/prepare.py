@@ -1,0 +1,413 @@
+"""`prepare`: sources to cell sentences, in three passes of work units (`mixgf.units`) that Ray tasks spread.
+
+1. metrics of every cell; then the rules of QC, duplicates and caps decide what is kept;
+2. the median sketch over kept cells, merged into the vocabulary (skipped where medians or a vocabulary are given);
+3. sentences, one shard per unit.
+
+Every unit reads its own rows and writes its own part under `corpus/work`; what is there is not made again, so a run
+killed at any moment continues. Only file names, masks and configs travel through Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mixgf.cells import qc
+from mixgf.cells import sources as cells_sources
+from mixgf.config.data import Source
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Config
+from mixgf.console import say
+from mixgf.corpus import extend as extension
+from mixgf.corpus import manifest, shards
+from mixgf.corpus import prepare_passes as units
+from mixgf.distributed.metrics import Meter, watch
+from mixgf.distributed.tasks import Job, Passes, Spread, job, ray_tasks
+from mixgf.errors import UserError
+from mixgf.genes import identify, medians, species
+from mixgf.genes import vocabulary as vocab
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+from mixgf.storage.artifacts import nothing_left_of_a_refusal, whoever_makes
+from mixgf.tracking import mlflow_runs as tracking
+
+SCHEMA = 1
+MERGE_FAN_IN = 32
+"""Sketch parts merged by one task."""
+SKETCH_UNITS = 4
+"""Units that share a sketch in a large corpus: sketches of more cells are hardly larger."""
+
+
+def run(config: Config, *, spread: Spread | None = None) -> str:
+    """Make the corpus and its vocabulary; returns the corpus' URI. `spread` replaces Ray (`loop` in tests)."""
+    sources = cells_sources.resolve(config.sources)
+    uri = storage.join(config.output, "corpus")
+    older = extension.find(config, sources)
+    vocabulary, record = _plans(config, sources, older)
+    if not _begin(uri, record):
+        storage.remove(storage.join(uri, "work"))
+        return uri
+    params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
+    with nothing_left_of_a_refusal(uri), tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
+        if spread is not None:
+            work = _Prepare(config, uri, sources, older, spread, Meter("prepare", tracked.id))
+            done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+        else:
+            from mixgf.distributed.cluster import session
+
+            with session(config), watch(config, "prepare", tracked, uri) as watched:
+                work = _Prepare(config, uri, sources, older, ray_tasks(config), watched.meter)
+                done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+                watched.made(cells=done.counts["read"])
+        tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
+    storage.remove(storage.join(uri, "work"))
+    return uri
+
+
+def _begin(uri: str, record: artifacts.Record) -> bool:
+    """`artifacts.begin`, with the way out for who only wants to add sources."""
+    try:
+        return artifacts.begin(uri, record)
+    except UserError as error:
+        there = artifacts.find(uri)
+        names = [{s["name"] for s in r.config["sources"]} for r in (there, record) if r is not None]
+        if len(names) < 2 or not names[0] < names[1]:
+            raise
+        how = f"--set prepare.extend={uri} --set vocab.reuse={uri.rsplit('/', 1)[0]}/vocabulary"
+        msg = f"{error}. To add sources without reading the others again: give the new ones alone, with another --output and {how}"
+        raise UserError(msg) from None
+
+
+def _plans(
+    config: Config, sources: Sequence[Source], older: extension.Older | None
+) -> tuple[artifacts.Record | None, artifacts.Record]:
+    """Plans of the vocabulary (None where one is reused as it is) and of the corpus."""
+    data = to_dict(config)
+    sized = [asdict(s) | {"size": _size(s.uri)} for s in sources]
+    content = {name: data[name] for name in ("species", "qc", "vocab", "seed")} | {"sources": sized}
+    vocabulary, reused = None, {}
+    if config.vocab.reuse:
+        reused = {"extends": artifacts.require(config.vocab.reuse, "vocabulary").fingerprint}
+    if not reused or not {s.species for s in sources} <= set(vocab.Vocabulary.load(config.vocab.reuse).species):
+        vocabulary = artifacts.plan("vocabulary", SCHEMA, content, reused)
+    parent = vocabulary.fingerprint if vocabulary is not None else reused["extends"]
+    whole = content | {"tokens": data["tokens"], "prepare": {"shard_cells": config.prepare.shard_cells}}
+    parents = {"vocabulary": parent} | ({"extends": older.record.fingerprint} if older else {})
+    return vocabulary, artifacts.plan("corpus", SCHEMA, whole, parents)
+
+
+def _size(uri: str) -> int:
+    """Bytes of a source, so that another file under an old name is noticed; -1 where there is none."""
+    if not storage.exists(uri):
+        return -1
+    return sum(storage.size(storage.join(uri, name)) for name in storage.list_dir(uri)) or storage.size(uri)
+
+
+@dataclass
+class _Prepare:
+    config: Config
+    uri: str
+    sources: tuple[Source, ...]
+    older: extension.Older | None
+    spread: Spread
+    meter: Meter
+
+    def __post_init__(self) -> None:
+        self.work = storage.join(self.uri, "work")
+        self.rows = {row.name: row for row in self.config.species}
+        self.passes = Passes(
+            stage="prepare", work=self.work, num_sources=len(self.sources), strict=self.config.prepare.strict,
+            spread=self.spread, meter=self.meter,
+        )  # fmt: skip
+        self.facts: dict[int, dict[str, Any]] = {}
+        self.metrics: dict[int, qc.Metrics] = {}
+        self.shards = storage.join(self.uri, "shards")
+        self.first = self.older.num_shards if self.older else 0
+        """Number of the first shard of the sources read here."""
+
+    def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
+        allowed, given = self._given()
+        self._describe(allowed)
+        self._turn()
+        all_units = units.plan_units(
+            {i: (self.sources[i], f["rows"]) for i, f in self.facts.items()}, self.config.prepare.shard_cells
+        )
+        self._measure(all_units)
+        reports = self._reports(all_units)
+        self.passes.settled = True
+        all_units = [u for u in all_units if u.index not in self.passes.refused]
+        reasons = self._judge(all_units)
+        for reason, number in qc.count(np.concatenate(list(reasons.values()))).items():
+            if reason != "kept":
+                self.meter.add("cells_dropped", number, reason=reason)
+        self.meter.add("cells_kept", sum(int((r == qc.KEPT).sum()) for r in reasons.values()))
+        keeps = {u.number: reasons[u.index][u.start : u.stop] == qc.KEPT for u in all_units}
+        kept_units = [u for u in all_units if keeps[u.number].any()]
+        if not kept_units:
+            msg = f"qc: none of {sum(len(r) for r in reasons.values()):,} cells passes ({self._dropped(reasons)}); relax qc.*"
+            raise UserError(msg)
+        made = self._vocabulary(vocabulary, kept_units, keeps, given)
+        made.save(storage.join(self.uri, "vocabulary.parquet"))
+        self._take()
+        self._encode(made.hash, kept_units, keeps)
+        return self._publish(record, made, kept_units, reasons, reports)
+
+    # passes
+
+    def _given(self) -> tuple[dict[str, list[str]] | None, dict[str, dict[str, float]] | None]:
+        """Genes of a species that alone may enter the vocabulary, and imported medians, where the config gives them."""
+        if self.config.vocab.reuse:
+            given = vocab.Vocabulary.load(self.config.vocab.reuse)
+            return {name: list(given.of(name).genes) for name in given.species}, None
+        if self.config.vocab.medians:
+            known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
+            found = vocab.read_medians(self.config.vocab.medians, self.config.species, known)
+            return {name: list(genes) for name, genes in found.items()}, found
+        return None, None
+
+    def _describe(self, allowed: dict[str, list[str]] | None) -> None:
+        options: dict[str, Any] = {"rules": self.config.qc, "biotypes": self.config.vocab.biotypes, "allowed": allowed}
+        jobs = {
+            i: job(i, 1, units.describe, self.work, i, s, row=self.rows[s.species], **options)
+            for i, s in enumerate(self.sources)
+        }
+        self.passes.run("sources", "sources", jobs, "files")
+        self.facts = {
+            i: storage.read_json(shards.facts_uri(self.work, i)) for i in jobs if i not in self.passes.refused
+        }
+
+    def _leave_out(self) -> None:
+        self.facts = {i: f for i, f in self.facts.items() if i not in self.passes.refused}
+
+    def _turn(self) -> None:
+        columns = [i for i, f in sorted(self.facts.items()) if f["by_column"]]
+        jobs = {i: job(i, self.facts[i]["rows"], units.turn, self.work, i, self.sources[i]) for i in columns}
+        self.passes.run("rows", "rows", jobs)
+        self._leave_out()
+
+    def _measure(self, all_units: list[units.Unit]) -> None:
+        rows = self.config.prepare.block_cells
+        jobs = {u.number: job(u.index, u.stop - u.start, units.measure, self.work, u, rows) for u in all_units}
+        self.passes.run("metrics", "metrics", jobs, counter="cells_read")
+        self._leave_out()
+
+    def _reports(self, all_units: list[units.Unit]) -> dict[int, identify.Mapping]:
+        """Gene mapping of every source; refuses those of which too few counts are known."""
+        out = {}
+        for i in sorted(self.facts):
+            numbers = [u.number for u in all_units if u.index == i]
+            sums = np.sum(
+                [storage_tables.read_table(shards.part(self.work, "sums", n))["sum"].to_numpy() for n in numbers],
+                axis=0,
+            )
+            mine = self.sources[i].species
+            others = [identify.known_genes(row) for name, row in self.rows.items() if name != mine]
+            found = identify.report(storage_tables.read_table(shards.part(self.work, "sources", i)), sums, others)
+            out[i] = found
+            if 1 - found.counts_lost < self.config.qc.min_mapped_fraction:
+                self.passes.refuse(i, (
+                    f"{self.sources[i].uri}: only {1 - found.counts_lost:.1%} of the counts are on known {mine} genes "
+                    f"(qc.min_mapped_fraction = {self.config.qc.min_mapped_fraction}); commonest unknown: "
+                    f"{', '.join(found.unmapped_names[:5])}; {found.cause}"
+                ))  # fmt: skip
+        self._leave_out()
+        return out
+
+    def _judge(self, all_units: list[units.Unit]) -> dict[int, np.ndarray]:
+        """Reasons of all cells, by source."""
+        rules = self.config.qc
+        metrics = self.metrics
+        samples: dict[int, np.ndarray | None] = {}
+        for i in sorted(self.facts):
+            metrics[i], samples[i] = units.read_metrics(self.work, [u.number for u in all_units if u.index == i])
+        reasons = {i: qc.judge(m, rules) for i, m in metrics.items()}
+        if rules.doublets:
+            called = self._doublets(reasons, samples)
+            reasons = {i: qc.judge(m, rules, called[i]) for i, m in metrics.items()}
+        if rules.drop_duplicates:
+            held = [self.older.hashes()] if self.older else []
+            all_kept = [np.zeros(len(h.hash_a), dtype=np.int8) for h in held]
+            qc.drop_duplicates([*held, *metrics.values()], [*all_kept, *reasons.values()])
+        for i in reasons if rules.max_cells_per_sample else ():
+            qc.cap(reasons[i], samples[i], rules.max_cells_per_sample, self.sources[i].name, self.config.seed)
+        return reasons
+
+    def _doublets(self, reasons: dict[int, np.ndarray], samples: dict[int, np.ndarray | None]) -> dict[int, np.ndarray]:
+        rules, options = self.config.qc, {"block_cells": self.config.prepare.block_cells, "seed": self.config.seed}
+        jobs: dict[Any, Job] = {}
+        for i, reason in reasons.items():
+            rows = np.flatnonzero(reason == qc.KEPT)
+            of = samples[i]
+            names = np.asarray(["" if of is None else str(of[row]) for row in rows], dtype=object)
+            for k, name in enumerate(sorted(set(names.tolist()))):
+                mine, part = rows[names == name], f"{i:05d}-{k:05d}"
+                args = (self.work, part, self.sources[i], i, mine)
+                jobs[part] = job(i, len(mine), units.doublets, *args, rate=rules.doublet_rate, **options)
+        self.passes.run("doublets", "doublets", jobs)
+        called = {i: np.zeros(len(r), dtype=bool) for i, r in reasons.items()}
+        for part, one in jobs.items():
+            table = storage_tables.read_table(shards.part(self.work, "doublets", part))
+            called[one.source][table["row"].to_numpy()] = table["doublet"].to_numpy()
+        return called
+
+    def _vocabulary(
+        self,
+        record: artifacts.Record | None,
+        kept: list[units.Unit],
+        keeps: dict[int, np.ndarray],
+        given: dict[str, dict[str, float]] | None,
+    ) -> vocab.Vocabulary:
+        if record is None:
+            return vocab.Vocabulary.load(self.config.vocab.reuse)
+        uri = storage.join(self.config.output, "vocabulary")
+        if not artifacts.begin(uri, record):
+            return vocab.Vocabulary.load(uri)
+        older = vocab.Vocabulary.load(self.config.vocab.reuse) if self.config.vocab.reuse else None
+        if given is None:
+            given = self._medians(kept, keeps, () if older is None else older.species)
+        tables = {name: species.gene_table(self.rows[name]) for name in given}
+        with_genes = {name: genes for name, genes in given.items() if genes}
+        pairs = species.orthologs(self.config.vocab.orthologs)
+        sharing = self.config.vocab.sharing if older is None else older.sharing
+        made = vocab.build(with_genes, tables, sharing=sharing, orthologs=pairs, older=older)
+        size, digest = made.save(storage.join(uri, "vocabulary.parquet"))
+        genes = {name: len(made.of(name).tokens) for name in made.species}
+        artifacts.finish(
+            uri, record, counts={"tokens": made.size, "genes": genes},
+            files={"vocabulary.parquet": {"bytes": size, "sha256": digest}}, details={"hash": made.hash, "sharing": made.sharing},
+        )  # fmt: skip
+        say(f"vocabulary: {made.size:,} tokens ({', '.join(f'{n:,} {name} genes' for name, n in genes.items())})")
+        return made
+
+    def _medians(
+        self, kept: list[units.Unit], keeps: dict[int, np.ndarray], known: tuple[str, ...]
+    ) -> dict[str, dict[str, float]]:
+        """Medians by species, in the config's order, from a tree of sketch merges; not of the `known` species."""
+        present = [name for name in self.rows if name not in known and any(u.source.species == name for u in kept)]
+        genes = {
+            name: units.number_genes(self.work, name, [i for i in self.facts if self.sources[i].species == name])
+            for name in present
+        }
+        rows = self.config.prepare.block_cells
+        jobs: dict[Any, Job] = {}
+        sketches: dict[str, list[str]] = {name: [] for name in present}
+        for name in present:
+            mine = [u for u in kept if u.source.species == name]
+            each = max(1, min(SKETCH_UNITS, len(mine) // 64))
+            for k in range(0, len(mine), each):
+                group = [(u, keeps[u.number]) for u in mine[k : k + each]]
+                sketches[name].append(shards.part(self.work, "sketch", len(jobs)))
+                weight = sum(u.stop - u.start for u, _ in group)
+                jobs[len(jobs)] = job(group[0][0].index, weight, units.sketch, self.work, len(jobs), group, rows)
+        self.passes.run("medians", "sketch", jobs)
+        out = {}
+        for name in present:
+            total = medians.merge(units.read_sketch(p) for p in self._merged(name, sketches[name]))
+            out[name] = {genes[name][g]: median for g, median in medians.finish(total).items()}
+        return out
+
+    def _merged(self, name: str, parts: list[str]) -> list[str]:
+        """Merge sketch parts in a tree until one task can read them all."""
+        level = 0
+        while len(parts) > MERGE_FAN_IN:
+            groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
+            parts = [shards.part(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
+            pairs = zip(groups, parts, strict=True)
+            merges = {k: job(-1, len(g), units.merge_sketches, g, to) for k, (g, to) in enumerate(pairs)}
+            self.passes.run("merge", f"merge-{name}-{level}", merges, "parts")
+            level += 1
+        return parts
+
+    def _take(self) -> None:
+        """Take over the shards of the older corpus."""
+        if self.older is not None:
+            jobs = {
+                n: job(
+                    -1,
+                    e["rows"],
+                    extension.take,
+                    self.work,
+                    n,
+                    self.older.uri,
+                    entry=e,
+                    length_N=lengths,
+                    to=self.shards,
+                )
+                for n, (e, lengths) in enumerate(self.older.shards())
+            }
+            self.passes.run("cells taken over", "done", jobs)
+
+    def _encode(self, digest: str, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> None:
+        options: dict[str, Any] = {
+            "to": self.shards, "vocabulary": storage.join(self.uri, "vocabulary.parquet"), "digest": digest,
+            "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
+        }  # fmt: skip
+        jobs = {
+            n: job(u.index, u.stop - u.start, units.encode, self.work, u, keeps[u.number], n, **options)
+            for n, u in enumerate(kept, self.first)
+        }
+        self.passes.run("sentences", "done", jobs, counter="cells_encoded")
+        self.meter.add("shards_written", len(jobs))
+
+    def _obs(self) -> dict[str, str]:
+        """Kind of every obs column over all sources: numbers only where every source that has it has numbers."""
+        kinds: dict[str, set[str]] = {}
+        for i in sorted(self.facts):
+            for name, kind in self.facts[i]["kinds"].items():
+                kinds.setdefault(name, set()).add(kind)
+        return {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
+
+    # the end
+
+    def _dropped(self, reasons: dict[int, np.ndarray]) -> str:
+        counts = qc.count(np.concatenate(list(reasons.values())))
+        return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n and name != "kept")
+
+    def _publish(
+        self, record: artifacts.Record, made: vocab.Vocabulary, kept: list[units.Unit], reasons: dict[int, np.ndarray],
+        reports: dict[int, identify.Mapping],
+    ) -> artifacts.Record:  # fmt: skip
+        done = [shards.read_done(self.work, n) for n in range(self.first + len(kept))]
+        tables = {"index": manifest.index(done[self.first :], [u.source.species for u in kept], made.species)}
+        counts = {i: qc.count(r) for i, r in reasons.items()}
+        read = sum(len(r) for r in reasons.values())
+        dropped = {name: sum(c[name] for c in counts.values()) for name in qc.REASONS if name != "kept"}
+        assert tables["index"].num_rows + sum(dropped.values()) == read == sum(f["rows"] for f in self.facts.values())
+        rows = [{"source": self.sources[i].name, "species": self.sources[i].species, "cells_read": len(reasons[i]),
+                 "cells_kept": counts[i]["kept"]} | asdict(reports[i]) for i in sorted(self.facts)]  # fmt: skip
+        losses = [{"source": self.sources[i].name, "reason": name, "cells": c[name]} for i, c in counts.items() for name in dropped]  # fmt: skip
+        tables |= {"mapping": pa.Table.from_pylist(rows), "dropped": pa.Table.from_pylist(losses)}
+        if self.config.qc.drop_duplicates:
+            mine = [(self.metrics[i], r == qc.KEPT) for i, r in sorted(reasons.items())]
+            tables["hashes"] = pa.table(
+                {x: np.concatenate([getattr(m, f"hash_{x}")[k] for m, k in mine]) for x in "ab"}
+            )
+        sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(reasons[i]), "cells_kept": counts[i]["kept"],
+                    "size": self.facts[i]["size"], "sha256": self.facts[i]["sha256"]} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
+        if self.older is not None:
+            tables = {
+                name: pa.Table.from_pylist(self.older.table(name).to_pylist() + table.to_pylist())
+                if name in ("mapping", "dropped")  # lists of names have their type from all of them
+                else pa.concat_tables([self.older.table(name), table])
+                for name, table in tables.items()
+            }
+            sources = self.older.record.details["sources"] + sources
+            read += self.older.record.counts["read"]
+            dropped = {name: n + self.older.record.counts["dropped"].get(name, 0) for name, n in dropped.items()}
+        details = {
+            "species": list(made.species), "vocabulary": made.hash, "max_len": self.config.tokens.max_len, "cls": self.config.tokens.cls,
+            "shards": [entry for _, entry in done],
+            "sources": sources,
+            "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.passes.refused.items())],
+        }  # fmt: skip
+        say(
+            f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
+        )
+        totals = {"read": read, "kept": tables["index"].num_rows, "dropped": dropped}
+        return manifest.publish(self.uri, record, tables=tables, counts=totals, details=details)

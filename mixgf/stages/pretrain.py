@@ -1,0 +1,127 @@
+"""Pretraining on a Ray Train worker group.
+
+Ray starts the workers, starts them again after a loss, and shrinks or grows the group; what was trained so far lies in the
+output folder, where the loop itself finds it. So worker, node, head and driver may die at any moment.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from mixgf.config.parse import difference, to_dict
+from mixgf.config.run import Config
+from mixgf.console import duration, number, say
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed.cluster import session
+from mixgf.distributed.metrics import watch
+from mixgf.distributed.train_group import train
+from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.tracking import mlflow_runs as tracking
+from mixgf.training import checkpoints
+from mixgf.training.loop import measure_peak
+from mixgf.training.pretraining import Pretraining
+
+_SPEED = ("micro_tokens", "compile", "threads", "checkpoint_steps", "keep_checkpoints", "log_steps")
+USUAL_MFU = 0.3
+"""Share of the GEMM peak that small recipes reached on two CPU cores through the command line (.22 to .38), for the estimate."""
+
+
+def run(config: Config) -> str:
+    """Train the model of `config` on its corpus; returns the URI of the checkpoint artifact."""
+    uri = storage.join(config.output, "pretrain")
+    corpus = Corpus(config.inputs.corpus or storage.join(config.output, "corpus"), max_len=config.model.max_positions)
+    record = planned(config, corpus)
+    task = Pretraining(
+        config, corpus
+    )  # before the folder is claimed: a config that cannot be trained leaves nothing behind
+    if not artifacts.begin(uri, record):
+        say(f"pretrain: {uri} is already there")
+        return uri
+    model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
+    facts = _announce(config, task, model)
+    with (
+        session(config),
+        tracking.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked,
+        watch(config, "pretrain", tracked, uri) as watched,
+    ):
+        tracked.log(facts)
+        train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
+        epochs = task.num_steps / task.steps_per_epoch
+        watched.made(cells=task.plan.num_cells * epochs, epochs=epochs)
+        done = checkpoints.promote(
+            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised, objective=config.objective,
+            counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": task.plan.num_cells},
+            untrained=untrained(config, task),
+        )  # fmt: skip
+    say(f"pretrain: {done.counts['steps']:,} steps, weights in {uri}")
+    return uri
+
+
+def _start(config: Config, corpus: Corpus) -> artifacts.Record | None:
+    """The record of `inputs.start`, None without one; a `UserError` where it cannot be started from."""
+    if not config.inputs.start:
+        return None
+    record = artifacts.require(config.inputs.start, checkpoint.KIND, checkpoint.SCHEMA)
+    checkpoint.require_vocabulary(record, corpus.vocabulary.hash, "the corpus", "inputs.start")
+    ours, free = to_dict(config.model), ("dropout", "attention_dropout", "init_sd")
+    changes = difference(record.details["model"], ours | {k: record.details["model"][k] for k in free}, "model")
+    if changes:
+        msg = f"inputs.start = {config.inputs.start!r}: a model of other sizes: {'; '.join(changes[:3])}; set the model's as there"
+        raise UserError(msg)
+    return record
+
+
+def untrained(config: Config, task: Pretraining) -> np.ndarray:
+    """Ids that neither the start's training nor this one saw, ascending; none where it starts from random weights."""
+    start = _start(config, task.corpus)
+    return np.empty(0, dtype=np.int64) if start is None else task.never_seen(checkpoint.untrained(start))
+
+
+def planned(config: Config, corpus: Corpus) -> artifacts.Record:
+    """The record of this training: all that decides the weights, nothing that only changes speed."""
+    start = _start(config, corpus)
+    data = to_dict(config)
+    settings = {k: v for k, v in data["train"].items() if k not in _SPEED}
+    if config.train.cells_share == 1:
+        del settings["cells_share"]
+    chosen = {"model": data["model"], "objective": data["objective"], "train": settings, "seed": config.seed}
+    if config.objective.ortholog_weight > 0 or config.objective.view == "ortholog":
+        chosen["orthologs"] = data["vocab"]["orthologs"]
+    parents = {"corpus": corpus.record.fingerprint} | ({"start": start.fingerprint} if start is not None else {})
+    return artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, parents)
+
+
+def _announce(config: Config, task: Pretraining, model: MaskedModel) -> dict[str, float]:
+    """Say what the training is and how long it may take; returns the figures."""
+    facts = task.facts() | {"parameters": float(sum(p.numel() for p in model.parameters()))}
+    cells, workers = task.plan.num_cells, config.compute.num_workers
+    say(
+        f"pretrain: {number(facts['parameters'])} parameters, {cells:,} cells of {facts['tokens_per_cell']:,.0f} tokens, "
+        f"{facts['gflop_per_cell']:.3g} GFLOP per cell and epoch, {task.num_steps:,} steps of {config.train.batch_cells} "
+        f"cells, {workers} workers"
+    )
+    if (longest := int(task.corpus.record.details["max_len"])) > config.model.max_positions:
+        say(
+            f"pretrain: sentences of up to {longest:,} tokens are read to token {config.model.max_positions:,} (model.max_positions)"
+        )
+    say(
+        f"pretrain: nothing is padded; padded batches would compute {facts['padding_random']:.2f} tokens per token in random "
+        f"order, {facts['padding_grouped']:.2f} grouped by length"
+    )
+    if not config.compute.gpus_per_worker:
+        cores = min(workers * config.train.threads, os.cpu_count() or 1)
+        peak = cores * measure_peak(torch.device("cpu"), config.train.precision) / torch.get_num_threads()
+        visits = min(task.num_steps * config.train.batch_cells, cells * config.train.epochs)
+        facts["estimated_seconds"] = visits * facts["gflop_per_cell"] * 1e9 / (peak * USUAL_MFU)
+        say(
+            f"pretrain: about {duration(facts['estimated_seconds'])} if {cores} such cores reach {USUAL_MFU:.0%} of "
+            f"{peak / 1e9:,.0f} GFLOP/s; the progress shows the time left as measured"
+        )
+    return facts

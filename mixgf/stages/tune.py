@@ -1,0 +1,284 @@
+"""`tune`: arms times seeds as trials of Ray Tune, each a pretraining under Ray Train that is judged at its rungs.
+
+What a trial found at a rung is a part in storage, and its training lies beside it; Ray Tune only runs what is missing. So a
+sweep killed at any moment goes on with the same command and nothing is trained or judged twice. With `tune.stop = halving`
+arms are stopped between rungs by the parts alone, so the result is that of an undisturbed sweep.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+import pyarrow as pa
+
+from mixgf.config.parse import fingerprint, from_dict, to_dict
+from mixgf.config.run import Config
+from mixgf.console import say, warn
+from mixgf.corpus.reader import Corpus
+from mixgf.distributed.metrics import watch
+from mixgf.encoder import checkpoint
+from mixgf.errors import UserError
+from mixgf.stages import pretrain
+from mixgf.stages.tune_trials import RAY, SCHEMA, Engine, Search, Trial, judged, score
+from mixgf.storage import artifacts
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+from mixgf.tracking import mlflow_runs as tracking
+from mixgf.tracking import model_card as card
+from mixgf.training import checkpoints
+from mixgf.training.pretraining import Pretraining
+from mixgf.tuning import analysis as ablation
+from mixgf.tuning import space as sweep
+from mixgf.tuning.space import Arm
+
+_TOKENS = ("qc", "vocab", "tokens", "prepare", "sources", "species")
+"""Parts of the config that decide a corpus: an arm that changes one has a corpus of its own."""
+
+
+def run(config: Config, *, engine: Engine | None = None) -> str:
+    """Make the sweep of `config.tune`; returns the artifact's URI. `engine` replaces Ray (`PLAIN` in tests)."""
+    engine = engine or RAY
+    uri = storage.join(config.output, "tune")
+    arms = sweep.arms(config)
+    with engine.session(_wide(config)):
+        corpora = _corpora(config, arms, uri, engine)
+        record = _plan(config, arms, corpora)
+        if not artifacts.begin(uri, record):
+            say(f"tune: {uri} is already there")
+            return uri
+        steps = _check(config, arms, corpora)
+        with (
+            tracking.stage(config, "tune", to_dict(config), record.fingerprint) as tracked,
+            watch(config, "tune", tracked, uri) as watched,
+        ):
+            trials = _trials(config, arms, corpora, steps=steps, uri=uri)
+            _search(Search(config=config, engine=engine, tracked=tracked, meter=watched.meter), arms, trials)
+            _publish(config, uri, record, arms, trials, tracked=tracked)
+    return uri
+
+
+def _wide(config: Config) -> Config:
+    """The config by whose size a local Ray is started: room for all trials that run at a time, and for Ray Train's controllers."""
+    workers = config.tune.concurrent * (config.compute.num_workers + 1)
+    return replace(config, compute=replace(config.compute, num_workers=workers, min_workers=0))
+
+
+def _corpora(config: Config, arms: Sequence[Arm], uri: str, engine: Engine) -> dict[str, str]:
+    """The corpus of each arm, by its key; arms with the same sentences have the same one, made once."""
+    base, made, found = to_dict(config), dict[str, str](), {}
+    for arm in arms:
+        data = to_dict(arm.config)
+        changed = {name: data[name] for name in _TOKENS if data[name] != base[name]}
+        name = fingerprint(changed)[:10] if changed else ""
+        if name not in made:
+            made[name] = _corpus(config, arm, storage.join(uri, "corpora", name) if changed else "", engine)
+        found[arm.key] = made[name]
+    return found
+
+
+def _corpus(config: Config, arm: Arm, own: str, engine: Engine) -> str:
+    """The sweep's corpus, or with `own` one that is prepared there for an arm; either is made where it is not there."""
+    if not own and (config.inputs.corpus or not config.sources):
+        return config.inputs.corpus or storage.join(config.output, "corpus")
+    if not own:
+        return engine.prepare(config)
+    if not config.sources:
+        msg = (f"tune.space: {arm.name} needs a corpus of its own, and there are no sources to make it from; "
+               "give them as for `mixgf prepare`: mixgf tune human=... mouse=...")  # fmt: skip
+        raise UserError(msg)
+    tracked = replace(config.tracking, uri=tracking.uri(config))
+    return engine.prepare(replace(arm.config, output=own, tracking=tracked))
+
+
+def _plan(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> artifacts.Record:
+    """The record of this sweep: everything but how many trials run at a time."""
+    data = to_dict(config)
+    content = {name: data[name] for name in ("tune", "classify", "embed", "seed")}
+    for name in ("concurrent", "register"):
+        del content["tune"][name]
+    content["arms"] = {arm.key: dict(arm.changes) for arm in arms}
+    parents = {}
+    for arm in arms:
+        parents[f"corpus of {arm.name}"] = artifacts.require(corpora[arm.key], "corpus").fingerprint
+    return artifacts.plan(ablation.KIND, SCHEMA, content, parents)
+
+
+def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    """Refuse what would fail later: splits that cannot be made, arms that cannot be trained; returns each arm's rungs."""
+    opened = {uri: Corpus(uri) for uri in dict.fromkeys(corpora.values())}
+    steps = {}
+    for arm in arms:
+        corpus = opened[corpora[arm.key]]
+        steps[arm.key] = tuple(sweep.rungs(config, Pretraining(arm.config, corpus).num_steps))
+    table, made = judged(arms[0].config, opened[corpora[arms[0].key]], config.seed)
+    absent = [kind for kind in config.tune.splits if kind not in {split.kind for split in made}]
+    if absent:
+        warn(f"tune.splits: {', '.join(absent)} cannot be made of these cells, and counts nothing")
+    tasks = len({(s.kind, s.group, s.direction) for s in made})
+    say(
+        f"tune: {len(arms)} arms x {config.tune.seeds} seeds, judged on {len(table):,} cells in {tasks} tasks ({', '.join(config.tune.splits)})"
+    )
+    return steps
+
+
+def _trials(
+    config: Config, arms: Sequence[Arm], corpora: dict[str, str], *, steps: dict[str, tuple[int, ...]], uri: str
+) -> list[Trial]:
+    made = []
+    for seed in range(config.tune.seeds):
+        for number, arm in enumerate(arms):
+            own = replace(arm.config, seed=config.seed + seed, inputs=replace(config.inputs, corpus=corpora[arm.key]))
+            made.append(
+                Trial(
+                    arm=arm.key, name=arm.name, seed=seed, config=to_dict(own),
+                    uri=storage.join(uri, "trials", f"{number:03d}-{arm.key[:8]}-{seed}"),
+                    steps=steps[arm.key], base_seed=config.seed,
+                )
+            )  # fmt: skip
+    return made
+
+
+# Rungs and Ray Tune
+
+
+def _search(search: Search, arms: Sequence[Arm], trials: Sequence[Trial]) -> None:
+    """Bring every trial as far as the rule says."""
+    config = search.config
+    last = max(len(trial.steps) for trial in trials) - 1
+    alive = [arm.key for arm in arms]
+    if config.tune.stop == "asha":
+        search.engine.spread(search, [t for t in trials if not _done(t, last)], range(last + 1))
+        return
+    for rung in range(last + 1):
+        mine = [trial for trial in trials if trial.arm in alive]
+        todo = [trial for trial in mine if not _done(trial, rung)]
+        if todo:
+            say(f"tune: rung {rung + 1} of {last + 1}: {len(alive)} arms, {len(todo)} trainings to go on with")
+            search.engine.spread(search, todo, range(rung, rung + 1))
+        if config.tune.stop == "halving" and rung < last:
+            scores = _scores(config, [arm for arm in arms if arm.key in alive], mine, rung)
+            alive = sweep.survivors(scores, config.tune.keep, config.tune.seeds)
+            names = {arm.key: arm.name for arm in arms}
+            stopped = [names[key] for key in scores if key not in alive]
+            say(
+                f"tune: after rung {rung + 1} {len(stopped)} arms stop" + (f": {'; '.join(stopped)}" if stopped else "")
+            )
+
+
+def _done(trial: Trial, rung: int) -> bool:
+    return storage.exists(trial.failed) or storage.exists(trial.part(trial.at(rung)))
+
+
+def _scores(config: Config, arms: Sequence[Arm], trials: Sequence[Trial], rung: int) -> dict[str, list[float]]:
+    """Scores at a rung by arm, the failed trainings left out."""
+    found: dict[str, list[float]] = {arm.key: [] for arm in arms}
+    for trial in trials:
+        if not storage.exists(trial.failed):
+            found[trial.arm].append(score(trial, trial.at(rung), config.tune))
+    return found
+
+
+# The end
+
+
+def _publish(
+    config: Config,
+    uri: str,
+    record: artifacts.Record,
+    arms: Sequence[Arm],
+    trials: Sequence[Trial],
+    *,
+    tracked: tracking.Run,
+) -> None:
+    """Put the parts together, name the best arm, and register it if asked to."""
+    frames, failed = [], {}
+    for trial in trials:
+        key = {"arm": trial.arm, "name": trial.name, "seed": trial.seed}
+        if storage.exists(trial.failed):
+            failed[f"{trial.name} (seed {trial.seed})"] = storage.read_json(trial.failed)["why"]
+        for rung, step in enumerate(trial.steps):
+            if storage.exists(trial.part(rung)):
+                frame = storage_tables.read_table(trial.part(rung)).to_pandas()
+                frames.append(frame.assign(rung=rung, share=step / trial.steps[-1], **key))
+    if not frames:
+        first = next(iter(failed.items()))
+        msg = f"tune: not one training could be done; the first: {first[0]}: {first[1]}"
+        raise UserError(msg)
+    found = pd.concat(frames, ignore_index=True)
+    board = ablation.board(found, config.tune)
+    tables = {
+        "trials": found,
+        "arms": board,
+        "effects": ablation.effects(board),
+        "interactions": ablation.interactions(board, arms, config),
+    }
+    files = artifacts.write_tables(
+        uri, {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in tables.items()}
+    )
+    best = ablation.best(board)
+    winner = next(arm for arm in arms if arm.key == best)
+    chosen = to_dict(replace(winner.config, output=config.output, tune=type(config.tune)()))
+    storage.write_bytes(storage.join(uri, "best.json"), (json.dumps(chosen, indent=1) + "\n").encode())
+    files |= artifacts.summed(uri, ["best.json"])
+    details = {
+        "arms": [{"key": a.key, "name": a.name, "changes": dict(a.changes)} for a in arms], "best": best, "failed": failed,
+        "sentence": ablation.sentence(tables["effects"], board),
+    }  # fmt: skip
+    artifacts.finish(
+        uri,
+        record,
+        counts={"arms": len(arms), "trials": len(trials), "failed": len(failed)},
+        files=files,
+        details=details,
+    )
+    say(f"tune: {details['sentence']}")
+    say(
+        f"tune: best arm: {winner.name}; train it whole: mixgf pretrain --config {storage.join(uri, 'best.json')} --output ..."
+    )
+    tracked.log({"best_score": float(board.loc[board["arm"] == best, "score"].max())})
+    if config.tune.register:
+        version = _register(config, winner, trials, board=board, tracked=tracked, sentence=str(details["sentence"]))
+        say(f"tune: registered in MLflow as {config.tune.register}, version {version}")
+
+
+def _untrained(config: Config) -> int:
+    return len(
+        pretrain.untrained(
+            config, Pretraining(config, Corpus(config.inputs.corpus, max_len=config.model.max_positions))
+        )
+    )
+
+
+def _register(
+    config: Config, winner: Arm, trials: Sequence[Trial], *, board: pd.DataFrame, tracked: tracking.Run, sentence: str
+) -> str:
+    """Register the best arm's first seed in MLflow with its card; returns the version."""
+    trial = next(
+        trial for trial in trials if trial.arm == winner.key and storage.exists(trial.part(len(trial.steps) - 1))
+    )
+    corpus = artifacts.require(trial.config["inputs"]["corpus"], "corpus")
+    mine = board[(board["arm"] == winner.key) & (board["rung"] == board["rung"].max())]
+    lines = [
+        f"{title}: {mine[name].mean():.3f} (mean of {mine[name].notna().sum()} seeds; {', '.join(f'{v:.3f}' for v in mine[name])})"
+        for name, title in ablation.METRICS.items() if mine[name].notna().any()
+    ]  # fmt: skip
+    about = {
+        "cells": int(corpus.counts["kept"]), "fingerprint": corpus.fingerprint,
+        "species": ", ".join(sorted({s["species"] for s in corpus.config.get("sources", [])})),
+        "sources": [s["name"] for s in corpus.config.get("sources", [])],
+    }  # fmt: skip
+    text = card.write(
+        name=f"{config.tune.register}: {winner.name}", corpus=about, changes=dict(winner.changes), scores=lines,
+        sentence=sentence, config=trial.config, untrained=_untrained(from_dict(Config, trial.config)),
+    )  # fmt: skip
+    weights = storage.join(
+        checkpoints.step_folder(storage.join(trial.uri, "pretrain"), trial.steps[-1]), checkpoint.WEIGHTS
+    )
+    files = {
+        checkpoint.WEIGHTS: storage.read_bytes(weights), "config.json": storage.json_bytes(trial.config),
+        "README.md": text.encode(),
+    }  # fmt: skip
+    return tracked.register(config.tune.register, files, text)

@@ -1,0 +1,226 @@
+"""Records of artifacts: an output without its record does not exist.
+
+An artifact is a folder. Its files are written one by one, each atomically; `record.json` is written last and makes it
+visible. Until then `plan.json` says what is being made, so that a killed run is continued by the same plan only. The
+fingerprint covers kind, schema, the config that matters and the parents' fingerprints: equal means nothing to do,
+unequal is an error that lists the differing fields. Nothing is recomputed or overwritten silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+import mixgf
+from mixgf.config.parse import difference, fingerprint
+from mixgf.console import say
+from mixgf.errors import UserError
+from mixgf.storage import files as storage
+from mixgf.storage import tables as storage_tables
+
+_MAKERS = {
+    "vocabulary": "mixgf prepare",
+    "corpus": "mixgf prepare",
+    "checkpoint": "mixgf pretrain",
+    "embeddings": "mixgf embed",
+    "classification": "mixgf classify",
+    "classifier": "mixgf classify",
+    "perturbation": "mixgf perturb",
+    "comparison": "mixgf compare",
+    "sweep": "mixgf tune",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """What an artifact is and where it comes from."""
+
+    kind: str
+    schema: int
+    fingerprint: str
+    config: dict[str, Any]
+    """The part of the config that decides the artifact's content."""
+    parents: dict[str, str]
+    """Role to fingerprint of the artifacts it was made from."""
+    code: str
+    """Version, and commit where there is one, of the code that made it."""
+    created: str
+    """UTC time at which the plan was made."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    """Name to bytes and SHA-256."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def code_version() -> str:
+    """The package's version and, in a checkout, its commit."""
+    root = Path(mixgf.__file__).parent.parent
+    if not (root / ".git").exists():
+        return mixgf.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{mixgf.__version__}+{found.stdout.strip()}" if found.returncode == 0 else mixgf.__version__
+
+
+def plan(kind: str, schema: int, config: dict[str, Any], parents: dict[str, str]) -> Record:
+    """The record of an artifact yet to be made."""
+    print_ = fingerprint({"kind": kind, "schema": schema, "config": config, "parents": parents})
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Record(
+        kind=kind, schema=schema, fingerprint=print_, config=config, parents=parents, code=code_version(), created=now
+    )
+
+
+def _read(uri: str, name: str) -> Record | None:
+    where = storage.join(uri, name)
+    if not storage.exists(where):
+        return None
+    try:
+        return Record(**storage.read_json(where))
+    except (ValueError, TypeError) as error:
+        msg = f"{where}: not a readable record ({error}); restore it, or remove {uri} to start again"
+        raise UserError(msg) from None
+
+
+def find(uri: str) -> Record | None:
+    """The record of a finished artifact, if there is one."""
+    return _read(uri, "record.json")
+
+
+def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lambda _: False) -> bool:
+    """Claim a folder for a planned artifact.
+
+    Args:
+        uri: The folder.
+        record: The plan.
+        replaces: Whether the plan may take the place of what is there because it holds all of that and more. The old record
+            stays until the new files are written: see `reopen`.
+
+    Returns:
+        True when there is work to do (fresh, or the same plan left unfinished); False when the artifact is finished.
+
+    Raises:
+        UserError: the folder holds another artifact, finished or not.
+    """
+    plan_uri = storage.join(uri, "plan.json")
+    finished, planned = (_read(uri, name) for name in ("record.json", "plan.json"))
+    if finished is not None and (finished.fingerprint == record.fingerprint or not replaces(finished)):
+        _same(uri, finished, record)
+        return False
+    if planned is not None and (planned.fingerprint == record.fingerprint or not replaces(planned)):
+        _same(uri, planned, record)
+        return True
+    if finished is not None or planned is not None:
+        storage.write_json(plan_uri, asdict(record))
+    elif not storage.create_bytes(plan_uri, storage.json_bytes(asdict(record))):
+        there = _read(uri, "plan.json")  # another run was faster, by a moment
+        if there is not None:
+            _same(uri, there, record)
+    return True
+
+
+def reopen(uri: str) -> None:
+    """Take back the record of a finished artifact that is about to be replaced; its plan must be there (`begin`)."""
+    assert storage.exists(storage.join(uri, "plan.json")), "planned"
+    storage.remove(storage.join(uri, "record.json"))
+
+
+def _same(uri: str, there: Record, record: Record) -> None:
+    if there.fingerprint == record.fingerprint:
+        return
+    changes = _changes(there, record)
+    more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+    msg = (
+        f"{uri} holds another {there.kind}: {'; '.join(changes[:5])}{more}. "
+        f"Choose another output (--set output=...), or remove {uri} to make it again"
+    )
+    raise UserError(msg)
+
+
+def _changes(old: Record, new: Record) -> list[str]:
+    keys = ("kind", "schema", "parents", "config")
+    a, b = ({k: getattr(r, k) for k in keys} for r in (old, new))
+    return [line[:120] for line in difference(a, b)]
+
+
+def summed(uri: str, names: Iterable[str]) -> dict[str, Any]:
+    """Bytes and SHA-256 of files of an artifact, as `finish` takes them."""
+    uris = {name: storage.join(uri, name) for name in names}
+    return {name: {"bytes": storage.size(at), "sha256": storage.sha256(at)} for name, at in uris.items()}
+
+
+def write_tables(uri: str, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
+    """Write tables of an artifact as NAME.parquet; returns their bytes and SHA-256, as `finish` takes them."""
+    files = {}
+    for name, table in tables.items():
+        size, digest = storage_tables.write_table(storage.join(uri, f"{name}.parquet"), table)
+        files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
+    return files
+
+
+def finish(
+    uri: str,
+    record: Record,
+    *,
+    counts: dict[str, Any] | None = None,
+    files: dict[str, Any] | None = None,
+    details: dict[str, Any] | None = None,
+) -> Record:
+    """Make an artifact visible: write its record, last of all its files."""
+    done = replace(record, counts=counts or {}, files=files or {}, details=details or {})
+    storage.write_json(storage.join(uri, "record.json"), asdict(done))
+    storage.remove(storage.join(uri, "plan.json"))
+    return done
+
+
+def require(uri: str, kind: str, schema: int | None = None) -> Record:
+    """The record of a finished artifact of one kind, or a `UserError` that says how to get it."""
+    record = find(uri)
+    maker = _MAKERS.get(kind, "the stage that makes it")
+    if record is None:
+        state = "unfinished" if _read(uri, "plan.json") else "not there"
+        msg = f"{uri}: no finished {kind} ({state}); run `{maker}` first, or name one with --set inputs.…=URI"
+        raise UserError(msg)
+    if record.kind != kind:
+        msg = f"{uri}: holds a {record.kind}, not a {kind}; name a {kind}, made by `{maker}`"
+        raise UserError(msg)
+    if schema is not None and record.schema != schema:
+        msg = f"{uri}: {kind} of schema {record.schema}, this mixgf reads {schema}; make it again with `{maker}`"
+        raise UserError(msg)
+    return record
+
+
+@contextlib.contextmanager
+def nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
+    """Where no source can be used there is nothing to continue: the next try may be another plan."""
+    try:
+        yield
+    except UserError:
+        if find(uri) is None:  # else another run of the same plan has finished meanwhile
+            storage.remove(uri)
+        raise
+
+
+def whoever_makes(uri: str, record: Record, make: Callable[[], Record]) -> Record:
+    """What `make` makes, or what another driver of the same plan, at work at the same time, has made before it.
+
+    Several drivers at one output help each other: parts are the same bytes whoever writes them. The first to end removes
+    them, and then the others miss them.
+    """
+    try:
+        return make()
+    except (OSError, UserError):
+        there = find(uri)
+        if there is None or there.fingerprint != record.fingerprint:
+            raise
+        say(f"{uri}: another run of the same plan has finished it meanwhile")
+        return there

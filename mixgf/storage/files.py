@@ -1,0 +1,308 @@
+"""The only home of file systems: local paths, `s3://` URIs and `resource:` files inside the package.
+
+Every write is atomic: a reader sees the old object, the new one, or none, whatever kills the writer. Locally that is a
+temporary file in the same folder and a rename; on object storage one PUT, or one completed multipart upload from 100 MB.
+
+Object storage is asked patiently (`mixgf.patience`). What fails all the same is a `StorageError`, never the error of a
+damaged file, so that readers can tell a fault of the network from one of the file. Endpoint, region and keys are those of
+any AWS client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...); an endpoint of one's own is addressed by path.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+
+from mixgf.errors import AccessError
+from mixgf.storage.retry import code
+from mixgf.storage.s3 import _BUFFER, _ask, _fetcher, _Ranges, _remote
+
+# most stores that are not AWS refuse the newer default checksums (HTTP 411 on UploadPart)
+os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+# every request: 4 attempts, in 7 s at most beyond the server's own time
+os.environ.setdefault("AWS_RETRY_MODE", "standard")
+os.environ.setdefault("AWS_MAX_ATTEMPTS", "4")
+PART_BYTES = 50 << 20
+"""Of a multipart upload, which objects of twice that size and more go by."""
+_TEMPORARY = ".writing-"
+_REMOVALS = 5
+"""Times that a local folder is removed while another process writes there."""
+
+
+def _resource(uri: str) -> str:
+    path = resources.files("mixgf") / "resources" / uri.removeprefix("resource:")
+    return str(path)
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI names this machine's disk."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """The path behind a local URI."""
+    assert is_local(uri), uri
+    return Path(_resource(uri) if uri.startswith("resource:") else uri.removeprefix("file://")).expanduser()
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI of something inside a folder."""
+    return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    if is_local(uri):
+        return local_path(uri).exists()
+    return _ask(uri, lambda fs, key: bool(fs.exists(key)))
+
+
+def is_folder(uri: str) -> bool:
+    """Whether a folder is there, not a file."""
+    if is_local(uri):
+        return local_path(uri).is_dir()
+    return _ask(uri, lambda fs, key: bool(fs.isdir(key)))
+
+
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    if is_local(uri):
+        return local_path(uri).stat().st_size
+    return _ask(uri, lambda fs, key: int(fs.size(key)))
+
+
+def list_dir(uri: str) -> list[str]:
+    """Names of what lies directly in a folder, sorted; empty when there is no such folder."""
+    if is_local(uri):
+        path = local_path(uri)
+        return sorted(p.name for p in path.iterdir() if not p.name.startswith(_TEMPORARY)) if path.is_dir() else []
+    try:
+        found = _ask(uri, lambda fs, key: fs.ls(key, detail=False))
+    except FileNotFoundError:
+        return []
+    itself = uri.partition("://")[2].rstrip("/")  # as a file, or as the empty object that some tools make of a folder
+    return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found if str(name).rstrip("/") != itself)
+
+
+def glob(uri: str) -> list[str]:
+    """URIs that match a pattern, sorted; a URI without wildcards is returned if it exists."""
+    if is_local(uri):
+        if uri.startswith("resource:"):
+            return [uri] if exists(uri) else []
+        path = local_path(uri)
+        if path.exists():
+            return [uri]
+        anchor = Path(path.anchor) if path.is_absolute() else Path()
+        return sorted(str(p) for p in anchor.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
+    if exists(uri):
+        return [uri]
+    protocol = uri.partition("://")[0]
+    return sorted(f"{protocol}://{found}" for found in _ask(uri, lambda fs, key: fs.glob(key)))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole of a file."""
+    if is_local(uri):
+        return local_path(uri).read_bytes()
+    return cast("bytes", _ask(uri, lambda fs, key: fs.cat_file(key)))
+
+
+def open_read(uri: str, block_size: int = 4 << 20) -> BinaryIO:
+    """A seekable binary file; on object storage it reads ranges, up to `block_size` bytes ahead."""
+    if is_local(uri):
+        return cast("BinaryIO", local_path(uri).open("rb"))
+    facts = _ask(uri, lambda fs, key: fs.info(key))
+    if facts["type"] != "file":
+        raise FileNotFoundError(uri)
+    return io.BufferedReader(
+        _Ranges(uri, _fetcher(uri, facts.get("ETag", "")), int(facts["size"]), block_size), _BUFFER
+    )
+
+
+@contextmanager
+def open_arrow(uri: str) -> Iterator[pa.NativeFile]:
+    """A seekable pyarrow file: mapped into memory from disk, read in ranges from object storage."""
+    if is_local(uri):
+        with pa.memory_map(str(local_path(uri))) as file:
+            yield file
+        return
+    with open_read(uri) as stream, pa.PythonFile(stream, mode="r") as file:
+        yield file
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
+    """Write a file atomically."""
+    if is_local(uri):
+        with _replacing(local_path(uri)) as temporary, temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return
+    whole = bytes(data)
+    _put(uri, lambda fs, key: fs.pipe_file(key, whole, chunksize=_part_bytes(len(whole))))
+
+
+def _part_bytes(total: int) -> int:
+    return max(PART_BYTES, -(-total // 10_000))  # S3 takes 10,000 parts
+
+
+def _put(uri: str, call: Callable[[Any, str], Any]) -> None:
+    try:
+        _ask(uri, call)
+    except FileNotFoundError as error:
+        msg = f"{uri}: cannot be written ({error}); make the bucket first"
+        raise AccessError(msg) from None
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a file that is not there yet; of several writers at once one succeeds.
+
+    Object storage decides by the condition `If-None-Match: *`. A store that ignores it takes every writer's: read back
+    what stands there. `data` should be the writer's own (hold a time, a name): it tells whether a PUT whose answer was lost
+    had arrived.
+
+    Returns:
+        Whether the file is now this one; False when another one is there.
+    """
+    if is_local(uri):
+        path = local_path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            temporary.write_bytes(data)
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+    with suppress(FileExistsError):
+        _put(uri, _create(data))
+    return read_bytes(uri) == data
+
+
+def _create(data: bytes) -> Callable[[Any, str], None]:
+    def call(fs: Any, key: str) -> None:
+        try:
+            fs.pipe_file(key, data, mode="create")
+        except OSError as error:
+            if code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+                raise FileExistsError(str(error)) from None
+            if code(error) not in ("NotImplemented", "501"):
+                raise
+            fs.pipe_file(key, data)
+
+    return call
+
+
+def upload(path: Path, uri: str) -> None:
+    """Publish one local file atomically."""
+    if is_local(uri):
+        with _replacing(local_path(uri)) as temporary:
+            shutil.copyfile(path, temporary)
+        return
+    _put(uri, lambda fs, key: fs.put_file(str(path), key, chunksize=_part_bytes(path.stat().st_size)))
+
+
+def copy(uri: str, to: str) -> None:
+    """Copy one file atomically: a hard link on one disk, a copy by the server within object storage."""
+    if is_local(uri) and is_local(to):
+        with _replacing(local_path(to)) as temporary:
+            try:
+                temporary.hardlink_to(local_path(uri))
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(local_path(uri), temporary)
+    elif is_local(uri):
+        upload(local_path(uri), to)
+    elif is_local(to) or uri.partition("://")[0] != to.partition("://")[0]:
+        with local_copy(uri) as path:
+            upload(path, to)
+    else:
+        _ask(uri, lambda fs, key: fs.cp_file(key, _remote(to)[1]))
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A local path to a file: the file itself, or a download that is removed afterwards."""
+    if is_local(uri):
+        yield local_path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="mixgf-") as folder:
+        path = Path(folder) / uri.rsplit("/", 1)[-1]
+        _ask(uri, lambda fs, key: fs.get_file(key, str(path)))
+        yield path
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a folder with all it holds; nothing there is fine, and so is another process that writes or deletes there."""
+    if is_local(uri):
+        path = local_path(uri)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        for attempt in range(_REMOVALS):
+            try:
+                shutil.rmtree(path, onerror=_not_there_is_fine)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or attempt == _REMOVALS - 1:
+                    raise
+            else:
+                return
+        return
+    if exists(uri):
+        _ask(uri, lambda fs, key: fs.rm(key, recursive=True))
+
+
+def _not_there_is_fine(_: object, __: object, error: tuple[Any, Any, Any]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
+
+
+def sha256(uri: str) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with open_read(uri) as file:
+        while chunk := file.read(4 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(uri: str) -> Any:
+    """A JSON file's value."""
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write a JSON file atomically, with sorted keys."""
+    write_bytes(uri, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -1,0 +1,185 @@
+"""What a run costs: node-seconds by node type, times a price table.
+
+The ledger is additive: every session of a run (one per submission, killed ones included) adds a file of node-seconds
+under `cost/` of the artifact it makes, and the bill is their sum. Prices come from the user, never from here: they change,
+and they are the user's contract. Without a price for a type that was used there is no total, only node-hours.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mixgf.config.run import Config
+from mixgf.errors import UserError
+from mixgf.storage import files as storage
+
+HOUR = 3600.0
+LOCAL = "local"
+"""Node type of a run without Ray."""
+
+
+def merge(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Node-seconds of several sessions, added by node type, in the types' order."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for node_type, seconds in part.items():
+            total[node_type] = total.get(node_type, 0.0) + seconds
+    return dict(sorted(total.items()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bill:
+    """Node-seconds of a run, its prices, and what was made for the money."""
+
+    seconds: dict[str, float]
+    """Node type to seconds, summed over its nodes."""
+    prices: dict[str, float] = field(default_factory=dict)
+    """Node type to price of one node for one hour, in the price table's currency."""
+    cells: float = 0.0
+    """Cells worked on; 0 = not a figure of this stage. So below."""
+    epochs: float = 0.0
+    genes: float = 0.0
+    """Genes (and operations) screened."""
+
+    @property
+    def unpriced(self) -> list[str]:
+        """Node types that were used and have no price."""
+        return [t for t, s in self.seconds.items() if s > 0 and t not in self.prices]
+
+    @property
+    def total(self) -> float | None:
+        """The whole price; None where a price is missing: a partial sum would look like a total."""
+        if self.unpriced:
+            return None
+        return sum(s / HOUR * self.prices[t] for t, s in self.seconds.items() if s > 0)
+
+    def figures(self) -> dict[str, float]:
+        """Flat figures for MLflow and the report: node-hours always, prices where they are known."""
+        out = {f"cost/node_hours/{node_type}": seconds / HOUR for node_type, seconds in self.seconds.items()}
+        total = self.total
+        if total is None:
+            return out
+        out["cost/total"] = total
+        for name, amount in (("million_cells", self.cells / 1e6), ("epoch", self.epochs), ("gene", self.genes)):
+            if amount > 0:
+                out[f"cost/per_{name}"] = total / amount
+        return out
+
+
+def prices(config: Config) -> dict[str, float]:
+    """The price table of `tracking.prices`, or of MIXGF_PRICES; empty where neither is set."""
+    uri = config.tracking.prices or os.environ.get("MIXGF_PRICES", "")
+    return load_prices(uri) if uri else {}
+
+
+def load_prices(uri: str) -> dict[str, float]:
+    """Read a price table: a JSON object, node type to price per node-hour.
+
+    Raises:
+        UserError: it is not there, or not such an object.
+    """
+    if not storage.exists(uri):
+        msg = f"tracking.prices = {uri!r}: no such file; give a JSON object, node type to price per node-hour"
+        raise UserError(msg)
+    try:
+        data: Any = storage.read_json(uri)
+    except ValueError as error:
+        msg = f"tracking.prices = {uri!r}: not JSON ({error}); give an object, node type to price per node-hour"
+        raise UserError(msg) from None
+    if not isinstance(data, dict):
+        msg = f"tracking.prices = {uri!r}: must be a JSON object, node type to price per node-hour"
+        raise UserError(msg)
+    for node_type, price in data.items():
+        if isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < float("inf"):
+            msg = (
+                f"tracking.prices: {node_type} = {price!r}: must be a number of at least 0, the price of one node-hour"
+            )
+            raise UserError(msg)
+    return {node_type: float(price) for node_type, price in data.items()}
+
+
+def save(uri: str, session: str, seconds: Mapping[str, float]) -> None:
+    """Write one session's node-seconds so far beside the artifact that it makes; a later call replaces an earlier one."""
+    storage.write_json(storage.join(uri, "cost", f"{session}.json"), dict(seconds))
+
+
+def load(uri: str, *, without: str = "") -> dict[str, float]:
+    """Node-seconds of all sessions of an artifact, one session left out if named."""
+    folder = storage.join(uri, "cost")
+    names = [n for n in storage.list_dir(folder) if n.endswith(".json")]
+    return merge(storage.read_json(storage.join(folder, n)) for n in names if n != f"{without}.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projection:
+    """What an amount of work takes at a measured rate."""
+
+    hours: float
+    """From start to end."""
+    node_hours: float
+    cost: float | None
+    """In the price table's currency; None without a price."""
+
+
+def project(amount: float, *, rate: float, num_nodes: int, price: float | None = None) -> Projection:
+    """Scale a measured rate to an amount of work.
+
+    Args:
+        amount: of work, for example cells.
+        rate: measured, of one node, per second.
+        num_nodes: nodes that share the work; the rate is taken to scale with them.
+        price: of one node-hour.
+    """
+    assert rate > 0, f"rate {rate}: must be above 0"
+    assert num_nodes >= 1, f"{num_nodes} nodes: must be at least 1"
+    node_hours = amount / rate / HOUR
+    return Projection(
+        hours=node_hours / num_nodes, node_hours=node_hours, cost=None if price is None else node_hours * price
+    )
+
+
+class Spend:
+    """Worker time of a run against its budget. What earlier sessions spent counts.
+
+    Args:
+        limit: worker-seconds; 0 = no bound.
+        before: worker-seconds of earlier sessions.
+        num_workers: asked whenever time is counted.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        *,
+        before: float = 0.0,
+        num_workers: Callable[[], int] = lambda: 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limit, self.before, self.session = limit, before, 0.0
+        self.num_finished = 0
+        self.num_workers, self._clock, self._at = num_workers, clock, clock()
+
+    @property
+    def total(self) -> float:
+        """Worker-seconds of all sessions so far."""
+        return self.before + self.session
+
+    def update(self, *, finished: int = 0) -> None:
+        """Count the time since the last call; some work units may have been finished in it."""
+        now = self._clock()
+        self.session += (now - self._at) * self.num_workers()
+        self._at = now
+        self.num_finished += finished
+
+    def enough(self, in_hand: int) -> bool:
+        """Whether to start nothing more: what is in hand will use up the rest, at the mean time of a unit so far."""
+        if not self.limit:
+            return False
+        self.update()
+        mean = self.session / self.num_finished if self.num_finished else 0.0
+        return self.total + mean * (in_hand + 1) > self.limit

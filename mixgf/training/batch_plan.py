@@ -1,0 +1,230 @@
+"""Which cells form which global batch: a pure function of the index, the seed and the epoch (design.md, training input).
+
+The order does not depend on the number of workers. Every cell comes once per epoch (or at a set ratio of species). Cells
+are drawn from windows of a few shards, so that object storage is read in whole shards; inside a window batches are
+grouped by length. A worker's share of a batch is balanced by tokens. To resume is one integer: the step.
+
+A visit is a cell plus its repetition in the epoch, `cell + repetition * num_cells`; all randomness is keyed by it.
+
+Shapes: N cells of the corpus, S shards, P species, B cells of a global batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mixgf.errors import UserError
+
+I64 = npt.NDArray[np.int64]
+
+WINDOW_SHARDS = 6
+GROUP_BATCHES = 50
+"""Batches that are sorted by length together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One worker's part of one global batch."""
+
+    step: int
+    epoch: int
+    visits_B: I64
+    cells_B: I64
+    slots_B: I64
+    """Places of these cells in the global batch; the shares of all workers fill every place once."""
+    batch_cells: int
+    """Cells of the global batch."""
+
+
+class Plan:
+    """The global order of batches of all epochs.
+
+    Args:
+        lengths: tokens per cell, (N,).
+        species: species code per cell, (N,).
+        shard_rows: cells per shard, in corpus order.
+        seed: of the order.
+        batch_cells: cells of a global batch; an epoch's last batch may be smaller.
+        species_mix: share of the epoch by species code; empty = every cell once. An epoch stays N cells long.
+        window_shards: shards that are mixed with each other.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int32],
+        species: npt.NDArray[np.int8],
+        shard_rows: I64 | list[int],
+        *,
+        seed: int,
+        batch_cells: int,
+        species_mix: dict[int, float] | None = None,
+        window_shards: int = WINDOW_SHARDS,
+    ) -> None:
+        self.lengths, self.species = lengths, species
+        self.seed, self.batch_cells, self.window_shards = seed, batch_cells, window_shards
+        self.num_cells = len(lengths)
+        self.starts = np.concatenate([[0], np.cumsum(np.asarray(shard_rows, dtype=np.int64))])
+        assert self.starts[-1] == self.num_cells, (int(self.starts[-1]), self.num_cells)
+        num_shards, num_species = len(self.starts) - 1, int(species.max(initial=0)) + 1
+        self._counts_SP = np.zeros((num_shards, num_species), dtype=np.int64)
+        for shard, (start, stop) in enumerate(
+            itertools.pairwise(self.starts.tolist())
+        ):  # no array of all cells is made
+            self._counts_SP[shard] = np.bincount(species[start:stop], minlength=num_species)
+        self._whole_P, self._extra_SP = self._quotas(species_mix or {})
+        self._epoch = -1
+        self._window: tuple[int, int, I64] | None = None
+        self._units: list[tuple[int, int]] = []
+        self._bounds: I64 = np.zeros(1, dtype=np.int64)
+
+    def _quotas(self, mix: dict[int, float]) -> tuple[I64, I64]:
+        """Whole visits of every cell by species, and how many cells of each shard are visited once more."""
+        totals_P = self._counts_SP.sum(0)
+        if not mix:
+            return np.ones_like(totals_P), np.zeros_like(self._counts_SP)
+        share_P = np.array([mix.get(p, 0.0) for p in range(len(totals_P))])
+        missing = [p for p in mix if p >= len(totals_P) or (mix[p] > 0 and totals_P[p] == 0)]
+        if missing or share_P.sum() <= 0 or share_P.min() < 0:
+            msg = f"train.species_mix = {mix}: must give shares above 0 to species that the corpus has"
+            raise UserError(msg)
+        edges = np.round(np.cumsum(share_P / share_P.sum()) * self.num_cells).astype(np.int64)
+        draws_P = np.diff(np.concatenate([[0], edges]))
+        safe_P = np.maximum(totals_P, 1)
+        whole_P, extra_P = draws_P // safe_P, draws_P % safe_P
+        before_SP = np.concatenate([np.zeros((1, len(totals_P)), np.int64), np.cumsum(self._counts_SP, 0)])
+        return whole_P, np.diff(before_SP * extra_P // safe_P, axis=0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return -(-self.num_cells // self.batch_cells)
+
+    def batch(self, step: int) -> I64:
+        """Visits of a global batch, (B,)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        self._open(epoch)
+        start, stop = index * self.batch_cells, min((index + 1) * self.batch_cells, self.num_cells)
+        parts = []
+        while start < stop:
+            w = int(np.searchsorted(self._bounds, start, side="right")) - 1
+            first, last = int(self._bounds[w]), int(self._bounds[w + 1])
+            parts.append(self._visits(epoch, w)[start - first : stop - first])
+            start = min(stop, last)
+        return np.concatenate(parts)
+
+    def share(self, step: int, rank: int = 0, world_size: int = 1) -> Share:
+        """One worker's part of a global batch, balanced by tokens: longest first, dealt out there and back."""
+        visits = self.batch(step)
+        order = np.argsort(-self.lengths[visits % self.num_cells], kind="stable")
+        slots = order[_dealt(len(visits), rank, world_size)]
+        mine = visits[slots]
+        return Share(step, step // self.steps_per_epoch, mine, mine % self.num_cells, slots, len(visits))
+
+    def _open(self, epoch: int) -> None:
+        """Order the units (shard, repetition) of an epoch, species interleaved, and cut them into windows."""
+        if epoch == self._epoch:
+            return
+        rng = np.random.default_rng([self.seed, epoch, 0])
+        units, sizes, kinds = [], [], []
+        for shard, counts_P in enumerate(self._counts_SP):
+            for repetition in range(int(self._whole_P.max()) + 1):
+                unit_P = np.where(repetition < self._whole_P, counts_P, 0)
+                unit_P = unit_P + np.where(repetition == self._whole_P, self._extra_SP[shard], 0)
+                if unit_P.sum():
+                    units.append((shard, repetition))
+                    sizes.append(int(unit_P.sum()))
+                    kinds.append(int(unit_P.argmax()))
+        kind, place = np.array(kinds, dtype=np.int64), np.empty(len(units))
+        for k in np.unique(kind):
+            of_kind = rng.permutation(np.flatnonzero(kind == k))
+            place[of_kind] = (np.arange(len(of_kind)) + rng.random(len(of_kind))) / len(of_kind)
+        order = np.argsort(place, kind="stable")
+        self._units = [units[i] for i in order]
+        ends = np.cumsum(np.array(sizes, dtype=np.int64)[order])
+        last = np.minimum(
+            np.arange(self.window_shards, len(units) + self.window_shards, self.window_shards), len(units)
+        )
+        self._bounds = np.concatenate([[0], ends[last - 1]])
+        self._epoch, self._window = epoch, None
+
+    def window_shards_of(self, step: int) -> list[int]:
+        """Shards that the batch of this step is drawn from, first needed first."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        self._open(epoch)
+        w = int(np.searchsorted(self._bounds, index * self.batch_cells, side="right")) - 1
+        return list(dict.fromkeys(shard for shard, _ in self._units_of(w)))
+
+    def _units_of(self, w: int) -> list[tuple[int, int]]:
+        return self._units[w * self.window_shards : (w + 1) * self.window_shards]
+
+    def _visits(self, epoch: int, w: int) -> I64:
+        """All visits of a window in order: rest of the last window's open batch, whole batches by length, a new rest."""
+        if self._window is not None and self._window[:2] == (epoch, w):
+            return self._window[2]
+        rng = np.random.default_rng([self.seed, epoch, 1, w])
+        visits = rng.permutation(np.concatenate([self._unit(epoch, *unit) for unit in self._units_of(w)]))
+        b = self.batch_cells
+        head = min(int(-self._bounds[w]) % b, len(visits))
+        num_batches = (len(visits) - head) // b
+        body = visits[head : head + num_batches * b]
+        for start in range(0, len(body), GROUP_BATCHES * b):
+            group = body[start : start + GROUP_BATCHES * b]
+            body[start : start + len(group)] = group[np.argsort(self.lengths[group % self.num_cells], kind="stable")]
+        body = body.reshape(num_batches, b)[rng.permutation(num_batches)].reshape(-1)
+        ordered = np.concatenate([visits[:head], body, visits[head + num_batches * b :]])
+        self._window = (epoch, w, ordered)
+        return ordered
+
+    def _unit(self, epoch: int, shard: int, repetition: int) -> I64:
+        """Visits of one shard in one repetition, in corpus order."""
+        cells = np.arange(self.starts[shard], self.starts[shard + 1])
+        codes = self.species[cells]
+        keep = repetition < self._whole_P[codes]
+        for p in np.flatnonzero((self._whole_P == repetition) & (self._extra_SP[shard] > 0)):
+            of_kind = np.flatnonzero(codes == p)
+            rng = np.random.default_rng([self.seed, epoch, 2, shard, int(p)])
+            keep[rng.choice(of_kind, int(self._extra_SP[shard][p]), replace=False)] = True
+        return (cells[keep] + repetition * self.num_cells).astype(np.int64)
+
+
+@functools.cache
+def _dealt(num_cells: int, rank: int, world_size: int) -> I64:
+    """Which of the cells in falling order of length are a worker's."""
+    turn, place = np.divmod(np.arange(num_cells), world_size)
+    return np.flatnonzero(np.where(turn % 2 == 0, place, world_size - 1 - place) == rank)
+
+
+def packing(lengths: npt.NDArray[np.int32], batch_cells: int, *, seed: int = 0) -> dict[str, float]:
+    """Tokens that padding would compute by token that is there: batches in random order, and grouped by length.
+
+    Packed batches compute 1. Groups are `GROUP_BATCHES` batches, as the plan's.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths))
+
+    def padded(cells: I64) -> float:
+        cut = np.append(cells, np.full(-len(cells) % batch_cells, -1))
+        rows = np.where(cut >= 0, lengths[cut], 0).reshape(-1, batch_cells)
+        return float((rows.max(1).astype(np.int64) * (cut >= 0).reshape(rows.shape).sum(1)).sum() / lengths.sum())
+
+    size = GROUP_BATCHES * batch_cells
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    grouped = np.concatenate([group[np.argsort(lengths[group], kind="stable")] for group in groups])
+    return {"random": padded(order), "grouped": padded(grouped)}
+
+
+def parse_mix(entries: tuple[str, ...], species: tuple[str, ...]) -> dict[int, float]:
+    """`("human=0.5", "mouse=0.5")` as shares by species code."""
+    mix: dict[int, float] = {}
+    for entry in entries:
+        name, _, share = entry.partition("=")
+        try:
+            mix[species.index(name.strip())] = float(share)
+        except ValueError:
+            msg = f"train.species_mix: {entry!r} must look like name=share with a name among {', '.join(species)}"
+            raise UserError(msg) from None
+    return mix

@@ -1,0 +1,173 @@
+"""Masked inputs and second views of cells, on packed sentences in numpy; every draw is keyed (paper section 3.3, spec section 6).
+
+Shapes: T packed tokens, B cells, K masked positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mixgf import rng as keyed
+from mixgf.corpus.packed import Packed, select
+from mixgf.errors import UserError
+from mixgf.genes.vocabulary import MASK, NUM_SPECIALS, Vocabulary
+from mixgf.jit import jit
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+_SELECT, _ACTION, _GENE, _THIN, _TARGET = range(5)  # streams of keyed draws
+
+
+class Pools(NamedTuple):
+    """Genes of every species, from which replacements are drawn."""
+
+    genes: I32
+    """Those of the first species, of the second, ..."""
+    starts: I64
+    """Where those of each species code begin, and how many there are."""
+
+    @classmethod
+    def of(cls, genes: list[I32]) -> Pools:
+        """From the genes by species code."""
+        return cls(np.concatenate(genes), np.cumsum([0, *map(len, genes)]))
+
+
+def mask(
+    sentences: Packed,
+    visits_B: I64,
+    species_B: npt.NDArray[np.int8],
+    pools: Pools,
+    *,
+    fraction: float,
+    key: tuple[int, ...],
+) -> tuple[I32, I64, I64]:
+    """Mask sentences: each gene is chosen with probability `fraction`; 80 % <mask>, 10 % a random gene, 10 % left.
+
+    Args:
+        sentences: tokens (T,) and offsets.
+        visits_B: keys of the cells.
+        species_B: species code of each cell.
+        pools: from which replacements are drawn.
+        fraction: share of genes chosen; specials never are.
+        key: further parts of the key (seed, epoch, view).
+
+    Returns:
+        The input tokens (T,), the chosen positions (K,), and the true genes there (K,), int64.
+    """
+    tokens_T, offsets = sentences
+    return _mask(
+        tokens_T, offsets, keyed.of_numbers(*key), visits_B, species_B, pools.genes, pools.starts, keyed.limit(fraction)
+    )
+
+
+@jit
+def _mask(  # noqa: PLR0917 (compiled)
+    tokens_T: I32,
+    offsets: I64,
+    after: Any,
+    visits_B: I64,
+    species_B: npt.NDArray[np.int8],
+    genes: I32,
+    starts: I64,
+    limit: np.uint64,
+) -> tuple[I32, I64, I64]:
+    inputs, at, number = tokens_T.copy(), np.empty(len(tokens_T) + 1, dtype=np.int32), np.int64(0)
+    drawn = np.empty(len(tokens_T), dtype=np.bool_)
+    for cell in range(len(species_B)):
+        start, stop, key = offsets[cell], offsets[cell + 1], keyed.mixed(after, np.uint64(visits_B[cell]))
+        cell_L, drawn_L, places, chosen = inputs[start:stop], drawn[start:stop], at[number:], np.uint64(0)
+        for t in range(len(drawn_L)):  # a loop of its own, so that it becomes vector instructions
+            drawn_L[t] = keyed.draw53(keyed.mixed(key, np.uint64(t)), np.uint64(_SELECT)) < limit
+        for t in range(len(drawn_L)):  # no branch: which genes are chosen cannot be foreseen
+            places[chosen] = start + t
+            chosen += np.uint64(drawn_L[t] & (cell_L[t] >= NUM_SPECIALS))
+        first = starts[species_B[cell]]
+        count = starts[species_B[cell] + 1] - first
+        for t in places[:chosen]:
+            h = keyed.mixed(key, np.uint64(t - start))
+            action = keyed.draw(h, np.uint64(_ACTION))
+            if action < 0.8:
+                inputs[t] = MASK
+            elif action < 0.9:
+                inputs[t] = genes[first + np.int64(keyed.draw(h, np.uint64(_GENE)) * count)]
+        number += np.int64(chosen)
+    at_K, genes_K = np.empty(number, dtype=np.int64), np.empty(number, dtype=np.int64)
+    for k in range(number):
+        at_K[k], genes_K[k] = at[k], tokens_T[at[k]]
+    return inputs, at_K, genes_K
+
+
+@jit
+def looked_at(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64, I32]:
+    """The union of two ascending lists of places, ascending; the places in it of either; and where each cell's begin in it."""
+    places = np.empty(len(at_K) + len(begins_B), dtype=np.int64)
+    of_at, of_begins = np.empty_like(at_K), np.empty(len(begins_B), dtype=np.int64)
+    number, i, j = 0, 0, 0
+    while i < len(at_K) or j < len(begins_B):
+        place = at_K[i] if j == len(begins_B) or (i < len(at_K) and at_K[i] <= begins_B[j]) else np.int64(begins_B[j])
+        if i < len(at_K) and at_K[i] == place:
+            of_at[i] = number
+            i += 1
+        if j < len(begins_B) and begins_B[j] == place:
+            of_begins[j] = number
+            j += 1
+        places[number] = place
+        number += 1
+    bounds = np.empty(len(offsets_B1), dtype=np.int32)
+    before = 0
+    for cell in range(len(offsets_B1)):
+        while before < number and places[before] < offsets_B1[cell]:
+            before += 1
+        bounds[cell] = before
+    return places[:number], of_at, of_begins, bounds
+
+
+def thin(sentences: Packed, visits_B: I64, fraction: float, key: tuple[int, ...]) -> Packed:
+    """Keep each gene with probability `fraction`; specials and the first token stay."""
+    tokens_T, offsets = sentences
+    keep = keyed.chance(keyed.of_places(keyed.hashed(*key, visits_B), offsets), _THIN, fraction)
+    keep[offsets[:-1][np.diff(offsets) > 0]] = True
+    return select(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
+
+
+class Translator:
+    """Sentences gene by gene into another species, through one-to-one orthologs (spec section 6).
+
+    Args:
+        vocabulary: of the corpus.
+        orthologs: `species.orthologs`.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, orthologs: dict[tuple[str, str], dict[str, str]]) -> None:
+        names = vocabulary.species
+        maps = {
+            (s, t): vocabulary.ortholog_map(a, b, orthologs)
+            for s, a in enumerate(names) for t, b in enumerate(names) if s != t
+        }  # fmt: skip
+        self.maps = {pair: table for pair, table in maps.items() if (table >= 0).any()}
+        for table in self.maps.values():
+            table[:NUM_SPECIALS] = np.arange(NUM_SPECIALS)
+        if not self.maps:
+            msg = "objective: orthologs asked for, but vocab.orthologs links no two species of the corpus; name a table"
+            raise UserError(msg)
+
+    def __call__(
+        self, sentences: Packed, visits_B: I64, species_B: npt.ArrayLike, key: tuple[int, ...]
+    ) -> tuple[Packed, npt.NDArray[np.bool_]]:
+        """Translations, and which cells have one. Genes without a partner are left out; others stay untranslated."""
+        tokens_T, offsets = sentences
+        codes, out_T = np.asarray(species_B), np.full(len(tokens_T), -1, dtype=np.int32)
+        code_T, draw_B = np.repeat(codes, np.diff(offsets)), keyed.uniform(*key, visits_B, _TARGET)
+        draw_T = np.repeat(draw_B, np.diff(offsets))
+        for code in np.unique(codes):
+            targets = [t for s, t in self.maps if s == code]
+            for i, target in enumerate(targets):
+                mine = (code_T == code) & (draw_T >= i / len(targets)) & (draw_T < (i + 1) / len(targets))
+                out_T[mine] = self.maps[int(code), target][tokens_T[mine]]
+        genes = np.concatenate([[0], np.cumsum((out_T >= 0) & (tokens_T >= NUM_SPECIALS))])[offsets]
+        found = np.diff(genes) > 0
+        keep = (out_T >= 0) | ~np.repeat(found, np.diff(offsets))
+        return select((np.where(out_T >= 0, out_T, tokens_T), offsets), keep), found

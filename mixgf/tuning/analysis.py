@@ -1,0 +1,263 @@
+"""What a sweep says: effects of factors with intervals over seeds, interactions, and the curve of a ladder (spec section 8).
+
+All comparisons are paired by seed: two arms with one seed start from the same weights (where their shapes are the same) and
+see the same cells in the same order, so the seed's own luck cancels. The intervals are over seeds only: they say what another
+training of the same cells would give, not what other donors would.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats as distributions
+
+from mixgf.arrays import Float64s
+from mixgf.classification.models import HEADS
+from mixgf.config.run import Config
+from mixgf.config.tuning import Tune
+from mixgf.stats import donors as stats
+from mixgf.stats.intervals import Estimate
+from mixgf.tuning import evaluate as judge
+from mixgf.tuning import space as sweep
+from mixgf.tuning.space import Arm
+
+KIND = "sweep"
+METRICS = {
+    "score": "zero-shot macro F1",
+    "finetuned": "fine-tuned accuracy",
+    "finetuned_f1": "fine-tuned macro F1",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+}
+"""Columns of the board that arms are compared by, and their names for readers."""
+NUM_DRAWS = 2000
+
+
+def board(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
+    """One row per training and rung: arm, name, seed, rung, share, step, and the scores of `METRICS` (NaN where not made).
+
+    Args:
+        found: Rows of `judge.zero_shot` and of fine-tuning, with arm, name, seed, rung, share and step.
+        settings: `config.tune`.
+    """
+    keys = ["arm", "name", "seed", "rung", "share", "step"]
+    rows = []
+    for key, part in found.groupby(keys, sort=False):
+        row = dict(zip(keys, key, strict=True))
+        row["score"] = judge.objective(part, settings.splits, settings.judge)
+        for name, metric in (("finetuned", "accuracy"), ("finetuned_f1", "macro_f1")):
+            row[name] = _mean(part, "finetune", metric)
+        for metric in ("alignment", "uniformity"):
+            row[metric] = _mean(part, "space", metric)
+        for head, kind in itertools.product(HEADS, settings.splits):
+            row[f"{head}/{kind}"] = _mean(part[part["split"] == kind], head, "macro_f1")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _mean(part: pd.DataFrame, model: str, metric: str) -> float:
+    values = part.loc[(part["model"] == model) & (part["metric"] == metric), "value"]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def paired(difference_S: Float64s) -> tuple[Estimate, float]:
+    """Mean of paired differences over S seeds with its 95 % t interval, and the p-value of the paired t test.
+
+    One seed has no interval (NaN); seeds that do not differ at all give an interval of no width and p = 1 at a mean of 0.
+    """
+    number, mean = len(difference_S), float(np.mean(difference_S))
+    if number < 2:
+        return Estimate(value=mean, low=float("nan"), high=float("nan")), float("nan")
+    error = float(np.std(difference_S, ddof=1)) / np.sqrt(number)
+    half = float(distributions.t.ppf(0.975, number - 1)) * error
+    p = float(2 * distributions.t.sf(abs(mean) / error, number - 1)) if error > 0 else float(mean == 0)
+    return Estimate(value=mean, low=mean - half, high=mean + half), p
+
+
+def _values(found: pd.DataFrame, arm: str, rung: int, metric: str) -> pd.Series:
+    mine = found[(found["arm"] == arm) & (found["rung"] == rung)]
+    return mine.set_index("seed")[metric].dropna()
+
+
+def _latest(found: pd.DataFrame, keys: Sequence[str], metric: str) -> tuple[int, list[pd.Series]] | None:
+    """The last rung that all these arms reached with one seed at least, and their values on the seeds they share."""
+    for rung in sorted(found["rung"].unique(), reverse=True):
+        series = [_values(found, key, rung, metric) for key in keys]
+        shared = set.intersection(*(set(s.index) for s in series))
+        if shared:
+            return int(rung), [s.loc[sorted(shared)] for s in series]
+    return None
+
+
+def effects(found: pd.DataFrame) -> pd.DataFrame:
+    """Each arm minus the base, by metric, at the last rung that both reached.
+
+    Args:
+        found: `board`.
+
+    Returns:
+        arm, name, metric, rung, share, num_seeds, effect, low, high (95 %, t over seeds), p (paired t), q (Benjamini-Hochberg
+        over the arms of a metric), base, value (means).
+    """
+    names = dict(zip(found["arm"], found["name"], strict=True))
+    base = next(key for key, name in names.items() if name == sweep.BASE)
+    rows = []
+    for metric in METRICS:
+        for arm, name in names.items():
+            pair = _latest(found, (arm, base), metric) if arm != base else None
+            if pair is None:
+                continue
+            rung, (mine, theirs) = pair
+            estimate, p = paired(mine.to_numpy() - theirs.to_numpy())
+            rows.append({
+                "arm": arm, "name": name, "metric": metric, "rung": rung,
+                "share": float(found.loc[found["rung"] == rung, "share"].iloc[0]), "num_seeds": len(mine),
+                "effect": estimate.value, "low": estimate.low, "high": estimate.high, "p": p,
+                "base": float(theirs.mean()), "value": float(mine.mean()),
+            })  # fmt: skip
+    columns = ["arm", "name", "metric", "rung", "share", "num_seeds", "effect", "low", "high", "p", "base", "value"]
+    out = pd.DataFrame(rows, columns=columns)
+    out["q"] = np.nan
+    for _, part in out.groupby("metric"):
+        tested = part["p"].notna().to_numpy()
+        out.loc[part.index[tested], "q"] = stats.benjamini_hochberg(part["p"].to_numpy(float)[tested])
+    return out
+
+
+def interactions(found: pd.DataFrame, arms: Sequence[Arm], config: Config) -> pd.DataFrame:
+    """Whether the effect of one factor depends on the level of another, for factors that are crossed in `tune.space`.
+
+    The difference of differences: (both changed − second changed) − (first changed − base), paired by seed.
+
+    Returns:
+        first, second (`field=value`), metric, rung, num_seeds, effect, low, high, p.
+    """
+    known = {arm.key for arm in arms}
+    base = arms[0].key
+    rows = []
+    for entry in sweep.entries(config.tune.space):
+        for a, b in itertools.combinations(entry, 2):
+            for x, y in itertools.product(a.values, b.values):
+                first, second = sweep.make(config, {a.field: x}).key, sweep.make(config, {b.field: y}).key
+                both = sweep.make(config, {a.field: x, b.field: y}).key
+                if len({base, first, second, both}) < 4 or not {first, second, both} <= known:
+                    continue
+                for metric in METRICS:
+                    pair = _latest(found, (both, second, first, base), metric)
+                    if pair is None:
+                        continue
+                    rung, (v_both, v_second, v_first, v_base) = pair
+                    difference = (v_both - v_second) - (v_first - v_base)
+                    estimate, p = paired(difference.to_numpy())
+                    rows.append({
+                        "first": f"{a.field}={x}", "second": f"{b.field}={y}", "metric": metric, "rung": rung,
+                        "num_seeds": len(difference), "effect": estimate.value, "low": estimate.low,
+                        "high": estimate.high, "p": p,
+                    })  # fmt: skip
+    columns = ["first", "second", "metric", "rung", "num_seeds", "effect", "low", "high", "p"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def best(found: pd.DataFrame) -> str:
+    """Key of the arm with the best mean score among those that were trained to the end; of equal ones the first."""
+    finished = found[found["rung"] == found["rung"].max()]
+    means = finished.groupby("arm", sort=False)["score"].mean()
+    return str(means.idxmax())
+
+
+def sentence(found: pd.DataFrame, table: pd.DataFrame) -> str:
+    """What a reader may quote, with its uncertainty: about the contrast where it was varied, else about the largest effect.
+
+    Args:
+        found: `effects`.
+        table: `board`.
+    """
+    mine = found[found["metric"] == "score"]
+    off = mine[mine["name"] == "contrast_weight=0.0"]
+    if off.empty and mine.empty:
+        return f"one arm, mean zero-shot macro F1 {table['score'].mean():.3f}: nothing to compare"
+    row = off.iloc[0] if len(off) else mine.loc[mine["effect"].abs().idxmax()]
+    sign, what = (-1, "with the contrast instead of without") if len(off) else (1, f"{row['name']} instead of the base")
+    parts = []
+    for metric in ("score", "finetuned"):
+        one = found[(found["arm"] == row["arm"]) & (found["metric"] == metric)]
+        if len(one):
+            parts.append(_said(one.iloc[0], sign, METRICS[metric]))
+    return f"{what}, {'; '.join(parts)}"
+
+
+def _said(row: pd.Series, sign: int, name: str) -> str:
+    value, ends = sign * row["effect"], sorted((sign * row["low"], sign * row["high"]))
+    if not np.isfinite(row["low"]):
+        return f"{name} changes by {value:+.3f} (one seed, so nobody knows)"
+    verdict = "higher" if ends[0] > 0 else "lower" if ends[1] < 0 else "not told apart from no change"
+    return f"{name} changes by {value:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}], {int(row['num_seeds'])} seeds: {verdict}"
+
+
+# ladders
+
+
+def ladder(
+    found: pd.DataFrame, arms: Sequence[dict[str, Any]], field: str, base: float, metric: str = "score"
+) -> pd.DataFrame:
+    """Scores along one numeric field at the last rung: x, seed, value; the base included.
+
+    Args:
+        found: `board`.
+        arms: `key` and `changes` of each arm (the record's details).
+        field: Dotted field, for example train.cells_share.
+        base: Its value in the base.
+        metric: Column of the board.
+    """
+    at = {a["key"]: a["changes"].get(field, base) for a in arms if set(a["changes"]) <= {field}}
+    last = found[(found["rung"] == found["rung"].max()) & found["arm"].isin(list(at))]
+    out = pd.DataFrame({"x": last["arm"].map(at).astype(float), "seed": last["seed"], "value": last[metric]})
+    return out.dropna().sort_values(["x", "seed"]).reset_index(drop=True)
+
+
+def saturation(x_P: Float64s, value_RP: Float64s) -> Float64s:
+    """Least-squares (a, b, c) of value = a - b x^-c with b >= 0 and c in [.05, 2], for each of R rows: (R, 3).
+
+    a is where the curve ends. For each c the rest is a line, so c is searched on a grid: no start values, one answer; of equal
+    ones the smallest c. A falling score is called flat (b = 0).
+    """
+    number = len(value_RP)
+    answer, least = np.zeros((number, 3)), np.full(number, np.inf)
+    mean_R = value_RP.mean(1)
+    for c in np.geomspace(0.05, 2.0, 80):
+        u_P = -(x_P**-c)
+        away_P = u_P - u_P.mean()
+        b_R = np.maximum((value_RP - mean_R[:, None]) @ away_P / np.square(away_P).sum(), 0.0)
+        a_R = mean_R - b_R * u_P.mean()
+        error_R = np.square(a_R[:, None] + b_R[:, None] * u_P - value_RP).sum(1)
+        better = error_R < least - 1e-15
+        least[better] = error_R[better]
+        answer[better] = np.stack([a_R, b_R, np.full(number, c)], axis=1)[better]
+    return answer
+
+
+def forecast(rungs: pd.DataFrame, at: Float64s, *, seed: int = 0) -> pd.DataFrame:
+    """The fitted curve at given x with a 95 % interval: seeds are resampled at every x, and the curve fitted again.
+
+    Args:
+        rungs: `ladder`; at least three different x.
+        at: Where to read the curve, in units of x; beyond the largest x it is an extrapolation.
+        seed: Of the resampling.
+
+    Returns:
+        x, value, low, high.
+    """
+    xs = np.unique(rungs["x"].to_numpy(float))
+    assert len(xs) >= 3, "a curve of three numbers wants three points"
+    groups = [rungs.loc[rungs["x"] == x, "value"].to_numpy(float) for x in xs]
+    rng = np.random.default_rng([seed, 0x4C4144])
+    drawn_RP = np.stack([rng.choice(g, (NUM_DRAWS, len(g))).mean(1) for g in groups], axis=1)
+    means_RP = np.concatenate([[[g.mean() for g in groups]], drawn_RP])
+    a_R1, b_R1, c_R1 = np.split(saturation(xs, means_RP), 3, axis=1)
+    curves = a_R1 - b_R1 * at**-c_R1
+    low, high = np.quantile(curves[1:], [0.025, 0.975], axis=0)
+    return pd.DataFrame({"x": at, "value": curves[0], "low": low, "high": high})

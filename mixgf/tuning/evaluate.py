@@ -1,0 +1,145 @@
+"""What an encoder is worth while it is being trained: zero-shot scores, and how its cells lie (spec section 8).
+
+Every arm of a sweep is judged on the same cells, the same splits and with the same draws, so that differences between arms
+are differences between encoders.
+
+Shapes: N judged cells, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from mixgf.classification import finetune as classify
+from mixgf.classification import metrics as scores
+from mixgf.classification import probes, splits
+from mixgf.classification.labels import Labelled
+from mixgf.classification.models import HEADS
+from mixgf.classification.splits import Split
+from mixgf.config.run import Config
+from mixgf.corpus.packed import Packed
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import embed
+from mixgf.encoder.bert import Encoder
+from mixgf.training import losses, views
+from mixgf.training.context import LocalContext
+
+COLUMNS = ["split", "group", "direction", "model", "metric", "value"]
+SUBSAMPLE = 0.8
+"""Share of its genes that the second view of a cell keeps, for the alignment."""
+_DRAW = 0x4A554447
+
+
+def sample(table: Labelled, number: int, seed: int) -> Labelled:
+    """At most `number` of the labelled cells, drawn with a key: as many of each group as can be; 0 = all."""
+    if not number or number >= len(table):
+        return table
+    left, rows = number, []
+    groups, counts = np.unique(table.groups, return_counts=True)
+    for place, i in enumerate(np.argsort(counts, kind="stable")):
+        share = left // (len(groups) - place)  # small groups leave room for large ones
+        mine = np.flatnonzero(table.groups == groups[i])
+        chosen = mine[splits.keyed_order(table.names[mine], _DRAW, seed, groups[i])[:share]]
+        rows.append(chosen)
+        left -= len(chosen)
+    return table.only(np.sort(np.concatenate(rows)))
+
+
+def zero_shot(
+    encoder: Encoder, corpus: Corpus, table: Labelled, made: Sequence[Split], *, run: Config, seed: int
+) -> pd.DataFrame:
+    """Scores of the encoder's frozen vectors on every split, and where the vectors lie.
+
+    Args:
+        encoder: In any state of training; it is left as it was.
+        corpus: The sentences.
+        table: The judged cells.
+        made: Splits of them.
+        run: The arm's config: `embed` says which vectors, `classify` how heads are made.
+        seed: Of the second view; the same for all arms.
+
+    Returns:
+        One row per figure: split, group, direction, model (a head, or `space`), metric, value. Of the heads `macro_f1` and
+        `accuracy`; of the space `alignment` (mean squared distance on the unit sphere of a cell and the same cell with 80 %
+        of its genes; 0 is best) and `uniformity` (Wang and Isola 2020; lower is more uniform).
+    """
+
+    def embedded(sentences: embed.Sentences) -> npt.NDArray[np.float32]:
+        return embed.embed_cells(
+            encoder, sentences, table.cells, run.embed.pooling, run.embed.layer, run.train.micro_tokens
+        )  # fmt: skip
+
+    vectors_ND = embedded(corpus)
+    a_ND, b_ND = torch.from_numpy(vectors_ND), torch.from_numpy(embedded(_Thinned(corpus, seed)))
+    figures = {"alignment": losses.alignment(a_ND, b_ND), "uniformity": losses.uniformity(a_ND)}
+    rows: list[tuple[object, ...]] = [("all", "", "", "space", name, float(value)) for name, value in figures.items()]
+    for split in made:
+        train_ND, test_MD = vectors_ND[split.train], vectors_ND[split.test]
+        for head in HEADS:
+            p_MC = probes.frozen(head, train_ND, test_MD, table=table, split=split, settings=run.classify)
+            rows += _scored(split, head, table, p_MC)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, *, run: Config, seed: int) -> pd.DataFrame:
+    """Scores of the encoder fine-tuned by `classify` on random splits, in the layout of `zero_shot`; the encoder is changed.
+
+    Args:
+        encoder: Where each fine-tuning starts.
+        corpus: The sentences.
+        table: The judged cells.
+        run: The arm's config.
+        seed: Of the splits; the same for all arms.
+    """
+    rows = []
+    start = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    for split in splits.make(table, replace(run.classify, splits=("random",), seeds=1), seed=seed):
+        encoder.load_state_dict(start)
+        tuned = classify.finetune(encoder, corpus, table, split, run=run, context=LocalContext())
+        rows += _scored(split, "finetune", table, tuned.probabilities)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _scored(split: Split, model: str, table: Labelled, p_MC: npt.NDArray[np.floating]) -> list[tuple[object, ...]]:
+    """Rows of `COLUMNS` for class probabilities of the test cells."""
+    matrix = scores.confusion(split.ids(table.labels[split.test]), p_MC.argmax(1).astype(np.int64), len(split.classes))
+    totals = scores.totals(matrix)
+    key = split.kind, split.group, split.direction, model
+    return [(*key, name, float(totals[name])) for name in ("macro_f1", "accuracy")]
+
+
+class _Thinned:
+    """Sentences of a corpus without some of their genes; the same ones at every call."""
+
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        self._corpus, self._seed = corpus, seed
+
+    @property
+    def lengths_N(self) -> npt.NDArray[np.int32]:
+        return self._corpus.lengths_N
+
+    @property
+    def cls(self) -> bool:
+        return self._corpus.cls
+
+    def tokens(self, cells: npt.ArrayLike) -> Packed:
+        few = np.asarray(cells, dtype=np.int64)
+        return views.thin(self._corpus.tokens(few), few, SUBSAMPLE, (self._seed, _DRAW))
+
+
+def objective(found: pd.DataFrame, kinds: Sequence[str], head: str) -> float:
+    """The one figure that decides: macro F1 of a head, mean over the tasks of a kind of split, then over kinds.
+
+    Args:
+        found: Rows of `zero_shot`.
+        kinds: Kinds of splits that count; one that could not be made counts nothing.
+        head: `knn`, `probe` or `centroid`.
+    """
+    mine = found[(found["model"] == head) & (found["metric"] == "macro_f1") & found["split"].isin(kinds)]
+    return float(mine.groupby("split")["value"].mean().mean())

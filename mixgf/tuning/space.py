@@ -1,0 +1,153 @@
+"""The arms of a sweep: which configs a space means, which of them go on after a rung. Pure; nothing is trained here.
+
+An entry of `tune.space` is one factor, or several that are crossed with each other. Arms that differ only in what their
+objective does not look at (the temperature of a contrast of weight 0) are one arm.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mixgf import rng as keyed
+from mixgf.config.parse import fingerprint, flat, override, to_dict
+from mixgf.config.run import Config
+from mixgf.errors import UserError
+
+_RANDOM = 0x54554E45
+"""Key of the draw of `tune.search = random`."""
+_OF_CONTRAST = ("view", "temperature", "gather", "subsample_fraction", "pooling")
+"""Fields of the objective that nothing looks at without a contrast."""
+BASE = "base"
+"""Name of the arm that the others are compared with: the config as it is."""
+OWN = ("tune", "compute", "tracking", "output", "recipe", "seed", "perturb", "sources", "species", "inputs")
+"""Parts of the config that no arm changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One field and the values it takes."""
+
+    field: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One config of a sweep."""
+
+    name: str
+    """What differs from the base, for people; `base` for the base."""
+    changes: tuple[tuple[str, Any], ...]
+    """Dotted field and value."""
+    config: Config
+    """With the changes; its seed, output and inputs are the base's."""
+    key: str
+    """Fingerprint of all that an arm can change."""
+
+
+def entries(space: Sequence[str]) -> list[list[Factor]]:
+    """`tune.space` as factors: one list per entry.
+
+    Raises:
+        UserError: An entry that is not `field=[value, ...]`, joined by ` x `, or a field that an arm may not change.
+    """
+    found = []
+    for text in space:
+        factors = []
+        for part in text.split(" x "):
+            name, eq, values = part.partition("=")
+            try:
+                parsed = json.loads(values) if eq else None
+            except ValueError:
+                parsed = None
+            if not isinstance(parsed, list) or not parsed:
+                msg = f'tune.space: {part!r}: must be a dotted field, =, and a JSON list of values, for example objective.view=["dropout", "mask"]'
+                raise UserError(msg)
+            field = name.strip()
+            if field.split(".")[0] in OWN:
+                msg = f"tune.space: {field}: an arm cannot change it; vary a field of model, objective, train, vocab, tokens, qc, embed or classify"
+                raise UserError(msg)
+            factors.append(Factor(field, tuple(parsed)))
+        found.append(factors)
+    return found
+
+
+def arms(config: Config) -> list[Arm]:
+    """The arms of a sweep, the base first, each once.
+
+    Raises:
+        UserError: `tune.space` is empty or wrong, or a value is not allowed where it stands.
+    """
+    if not config.tune.space:
+        msg = "tune.space: empty, so there is nothing to compare; give factors, or --recipe cl_ablation or data_ladder"
+        raise UserError(msg)
+    spaces = entries(config.tune.space)
+    if config.tune.search == "random":
+        spaces = [[factor for space in spaces for factor in space]]
+    found = {base.key: base for base in [make(config, {})]}
+    for space in spaces:
+        for values in itertools.product(*(factor.values for factor in space)):
+            arm = make(config, {factor.field: value for factor, value in zip(space, values, strict=True)})
+            found.setdefault(arm.key, arm)
+    base, *others = found.values()
+    if config.tune.search == "random" and len(others) > config.tune.num_arms:
+        order = np.argsort([float(keyed.uniform(int(arm.key[:15], 16), config.seed, after=_RANDOM)) for arm in others])
+        others = [others[i] for i in np.sort(order[: config.tune.num_arms])]
+    return [base, *others]
+
+
+def make(config: Config, changes: Mapping[str, Any]) -> Arm:
+    """The arm of some changes to the base."""
+    try:
+        changed = override(config, [f"{field}={_text(value)}" for field, value in changes.items()])
+    except UserError as error:
+        msg = f"tune.space: {error}"
+        raise UserError(msg) from None
+    changed = _canonical(changed, config)
+    old, new = flat(to_dict(config)), flat(to_dict(changed))
+    differing = tuple((field, new[field]) for field in sorted(new) if new[field] != old[field])
+    name = ", ".join(f"{field.rsplit('.', 1)[1]}={_text(value)}" for field, value in differing) or BASE
+    part = {name: value for name, value in to_dict(changed).items() if name not in OWN}
+    return Arm(name=name, changes=differing, config=changed, key=fingerprint(part))
+
+
+def _canonical(changed: Config, base: Config) -> Config:
+    """Without a contrast, what only the contrast looks at is as in the base."""
+    o = changed.objective
+    if o.contrast_weight > 0 or o.simcsepp_weight > 0 or o.ortholog_weight > 0:
+        return changed
+    kept = {name: getattr(base.objective, name) for name in _OF_CONTRAST}
+    return replace(changed, objective=replace(o, **kept))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def rungs(config: Config, num_steps: int) -> list[int]:
+    """Steps after which a training of `num_steps` steps is judged, ascending, the last one the end."""
+    return sorted({max(1, round(share * num_steps)) for share in config.tune.rungs})
+
+
+def survivors(scores: Mapping[str, Sequence[float]], keep: float, seeds: int) -> list[str]:
+    """Arms that go on after a rung: the base, and the best share of all arms by mean score over seeds.
+
+    Args:
+        scores: Arm key to its scores at the rung, one per seed that got there, the base first.
+        keep: Share of the arms, rounded up.
+        seeds: Trainings of an arm; one that has fewer scores failed, and does not go on.
+
+    Returns:
+        Keys, in the order of `scores`; of equal arms the earlier is better.
+    """
+    base, *_ = scores
+    whole = [key for key, values in scores.items() if len(values) == seeds]
+    best = sorted(whole, key=lambda key: -float(np.mean(scores[key])))
+    chosen = set(best[: int(np.ceil(keep * len(scores)))]) | ({base} & set(whole))
+    return [key for key in scores if key in chosen]
