@@ -22,11 +22,9 @@ from measure import Figure
 
 from mixgf.cells import qc
 from mixgf.config.data import HUMAN, QC, Source, Vocab
-from mixgf.corpus import prepare_passes as units
-from mixgf.corpus import shards
+from mixgf.corpus import prepare_passes, shards
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 SETS = {"scmixology": ("cellline_human_scmixology", "batch"), "hashing": ("cellline_human_hashing", ""),
         "eccite": ("pbmc_human_eccite_hto", "")}  # fmt: skip
@@ -57,17 +55,19 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
     """Score one file as prepare does, `sample` being the obs column of its samples ("" = the file is one)."""
     source = Source(uri=str(path), species="human", name=path.stem, sample=sample)
     with tempfile.TemporaryDirectory() as work:
-        units.describe(work, 0, source, row=HUMAN, rules=rules, biotypes=Vocab().biotypes, allowed=None)
-        rows = int(storage.read_json(shards.facts_uri(work, 0))["rows"])
-        units.measure(work, units.plan_units({0: (source, rows)}, rows)[0], 2_048)
-        metrics, samples = units.read_metrics(work, [0])
+        prepare_passes.describe(work, 0, source, row=HUMAN, rules=rules, biotypes=Vocab().biotypes, allowed=None)
+        rows = int(files.read_json(shards.facts_uri(work, 0))["rows"])
+        prepare_passes.measure(work, prepare_passes.plan_units({0: (source, rows)}, rows)[0], 2_048)
+        metrics, samples = prepare_passes.read_metrics(work, [0])
         kept = np.flatnonzero(qc.judge(metrics, rules) == qc.KEPT)
         sample_N = np.full(len(kept), "", dtype=object) if samples is None else samples[kept]
         score_N, verdict_N = np.zeros(len(kept)), np.zeros(len(kept), dtype=bool)
         for k, name in enumerate(sorted(set(sample_N.tolist()))):
             mine = sample_N == name
             part = f"00000-{k:05d}"
-            units.doublets(work, part, source, 0, kept[mine], block_cells=2_048, rate=rules.doublet_rate, seed=seed)
+            prepare_passes.doublets(
+                work, part, source, 0, kept[mine], block_cells=2_048, rate=rules.doublet_rate, seed=seed
+            )
             table = tables.read_table(shards.part(work, "doublets", part))
             score_N[mine], verdict_N[mine] = table["score"].to_numpy(), table["doublet"].to_numpy()
     truth = anndata.read_h5ad(path, backed="r").obs["is_doublet"].astype(str).isin(["True", "1"]).to_numpy()

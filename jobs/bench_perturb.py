@@ -29,12 +29,9 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder, MaskedModel, forward_flops
 from mixgf.encoder.embed import embed_cells
-from mixgf.perturbation import design as targets
-from mixgf.perturbation import screen
-from mixgf.perturbation import work_units as perturb
+from mixgf.perturbation import group_design, screen, work_units
 from mixgf.perturbation.shift import Engine, Original
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 from mixgf.training.loop import measure_peak
 
 VOCABULARY = 25_426
@@ -55,14 +52,14 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
     yield _memory(row, lengths[1], batch=4 if quick else 8)
     with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
         sizes: dict[str, Any] = {"genes": 1000 if quick else 25_000, "shrink": 8 if quick else 1}
-        yield _embedding_memory(row, _corpus(storage.join(folder, "longest"), num_cells=8, full=True, **sizes))
+        yield _embedding_memory(row, _corpus(files.join(folder, "longest"), num_cells=8, full=True, **sizes))
         for length, num, batch, bars in (
             (lengths[0], 32, 32, ("2.7x", "7x with AMX")), (lengths[1], 8, 8, ("2.1x", "5.5x with AMX")),
         ):  # fmt: skip
             yield from _delete_all(row, length, num, batch=batch, repeats=1 if quick else 3, bars=bars)
             yield from _screened(row, length, num, repeats=1 if quick else 3)
         yield from _agreement(quick=quick)
-        yield from _embeddings(row, _corpus(storage.join(folder, "mix"), num_cells=400, **sizes), quick=quick)
+        yield from _embeddings(row, _corpus(files.join(folder, "mix"), num_cells=400, **sizes), quick=quick)
         yield from _actors(row, folder, quick=quick)
 
 
@@ -159,8 +156,8 @@ def _agreement(*, quick: bool) -> Iterator[Figure]:
     if not folder:
         warn("bench: how the screen agrees with exact shifts is left out; MIXGF_BENCH_RUN=FOLDER names a trained run")
         return
-    corpus = Corpus(storage.join(folder, "corpus"))
-    encoder, _ = checkpoint.load_encoder(storage.join(folder, "pretrain"))
+    corpus = Corpus(files.join(folder, "corpus"))
+    encoder, _ = checkpoint.load_encoder(files.join(folder, "pretrain"))
     lead, longest = int(corpus.cls), int(corpus.lengths_N.max())
     rng = np.random.default_rng(0)
     full = np.flatnonzero(corpus.lengths_N == longest)
@@ -243,12 +240,12 @@ def _embedding_memory(row: training.Model, corpus: Corpus) -> Figure:
 def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
     """The stage's own work units on a pool of one and of two Ray actors, one thread each, model and corpus loaded before."""
     from mixgf.distributed.actor_pool import Pool, Size
-    from mixgf.distributed.cluster import session
+    from mixgf.distributed.session import session
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     length = 64 if quick else 512
-    corpus = _corpus(storage.join(folder, "even"), num_cells=8, genes=600, longest=length, full=True)
-    weights = storage.join(folder, "weights")
+    corpus = _corpus(files.join(folder, "even"), num_cells=8, genes=600, longest=length, full=True)
+    weights = files.join(folder, "weights")
     record = artifacts.plan(checkpoint.KIND, 1, {}, {})
     artifacts.begin(weights, record)
     model = MaskedModel(row, corpus.vocabulary.size)
@@ -258,8 +255,8 @@ def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure
         compute=run.Compute(num_workers=3),  # room for both pools
         perturb=perturbation.Perturb(max_cells=0, operations=("delete",), max_genes=16, block_cells=1, block_genes=4),
     )
-    plan = targets.design(corpus, settings)
-    units = [unit for unit in perturb.units(plan, corpus, settings.perturb) if unit.operation != "embed"]
+    plan = group_design.design(corpus, settings)
+    units = [unit for unit in work_units.units(plan, corpus, settings.perturb) if unit.operation != "embed"]
     states = np.ones((len(plan.states), row.dim))
     sentences = round(sum(unit.cost for unit in units) / length)
     items = {unit.key: (unit, states) for unit in units}
@@ -267,7 +264,7 @@ def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure
     def pool(size: int) -> Pool:
         return Pool(
             partial(
-                perturb.Scorer, settings, corpus=corpus.uri, weights=weights, folder=storage.join(folder, str(size))
+                work_units.Scorer, settings, corpus=corpus.uri, weights=weights, folder=files.join(folder, str(size))
             ),
             Size(min_actors=size, max_actors=size),
         )

@@ -37,15 +37,12 @@ from mixgf.config import recipes
 from mixgf.config.data import HUMAN, QC, Source, Tokens
 from mixgf.config.parse import override
 from mixgf.config.run import Config
-from mixgf.corpus import prepare_passes as units
-from mixgf.corpus import shards
+from mixgf.corpus import prepare_passes, shards
 from mixgf.corpus.rank_value import Encoder, Ranks
-from mixgf.distributed import cluster as session
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import session, tasks
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 NUM_CELLS = 12_000
 NUM_PUBLISHED = 2_000
@@ -59,7 +56,7 @@ NODE_BYTES_PER_SECOND = 1.25e9
 
 def write_cells(path: Path, num_cells: int, *, gzip: bool) -> None:
     """One .h5ad of so many cells, written block by block."""
-    cells = anndata.read_h5ad(storage.local_path("resource:pancreas_human_baron.h5ad"))
+    cells = anndata.read_h5ad(files.local_path("resource:pancreas_human_baron.h5ad"))
     counts = cells.X.tocsr().astype(np.float32)
     options: dict[str, Any] = {"compression": "gzip" if gzip else None, "maxshape": (None,)}
     options["chunks"] = (h5py.filters.guess_chunk((num_cells * counts.nnz // cells.n_obs,), None, 4)[0],)
@@ -137,7 +134,7 @@ class _Case:
         self.num_cells, self.gzip = num_cells, gzip
         self.config = _config(self.path, self.folder / "run", shard_cells=num_cells)
         self.rows = self.config.prepare.block_cells
-        prepare.run(self.config, spread=dispatch.loop)
+        prepare.run(self.config, spread=tasks.loop)
         self.corpus = self.folder / "run" / "corpus"
         vocabulary = Vocabulary.load(str(self.corpus))
         self.digest, genes = vocabulary.hash, vocabulary.of("human")
@@ -145,12 +142,14 @@ class _Case:
         self.ids = dict(zip(genes.genes, genes.tokens.tolist(), strict=True))
         self.work = str(self.folder / "work")
         source = self.config.sources[0]
-        units.describe(self.work, 0, source, row=HUMAN, rules=QC(), biotypes=self.config.vocab.biotypes, allowed=None)
-        units.number_genes(self.work, "human", [0])
-        self.unit = units.plan_units({0: (source, num_cells)}, num_cells)[0]
+        prepare_passes.describe(
+            self.work, 0, source, row=HUMAN, rules=QC(), biotypes=self.config.vocab.biotypes, allowed=None
+        )
+        prepare_passes.number_genes(self.work, "human", [0])
+        self.unit = prepare_passes.plan_units({0: (source, num_cells)}, num_cells)[0]
         self.keep = np.ones(num_cells, dtype=bool)
         self.measure()
-        self.depth_N = units.read_metrics(self.work, [0])[0].n_counts
+        self.depth_N = prepare_passes.read_metrics(self.work, [0])[0].n_counts
         self.columns = tables.read_table(shards.part(self.work, "sources", 0))
         own = self.columns["canonical"].to_numpy() == np.arange(self.columns.num_rows)
         position_G = np.where(own, genes.positions(self.columns["gene"].combine_chunks()), -1).astype(np.int32)
@@ -197,15 +196,15 @@ class _Case:
 
     def measure(self) -> None:
         """The first pass."""
-        units.measure(self.work, self.unit, self.rows)
+        prepare_passes.measure(self.work, self.unit, self.rows)
 
     def sketch(self) -> None:
         """The second pass."""
-        units.sketch(self.work, 0, [(self.unit, self.keep)], self.rows)
+        prepare_passes.sketch(self.work, 0, [(self.unit, self.keep)], self.rows)
 
     def sentences(self) -> None:
         """The third pass, file to file: what the published tokenizer does, with medians given."""
-        units.encode(
+        prepare_passes.encode(
             self.work, self.unit, self.keep, 0, to=str(self.folder / "out"), tokens=TOKENS, obs={}, digest=self.digest,
             vocabulary=str(self.corpus / "vocabulary.parquet"), block_cells=self.rows,
         )  # fmt: skip
@@ -302,23 +301,25 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
         )
         work = str(folder / "work")
         source = config.sources[0]
-        units.describe(work, 0, source, row=HUMAN, rules=QC(), biotypes=config.vocab.biotypes, allowed=None)
-        all_units = units.plan_units({0: (source, num_cells)}, config.prepare.shard_cells)
-        spread = dispatch.ray_tasks(config)
-        for _ in spread([dispatch.job(0, 1, units.measure, work, u, config.prepare.block_cells) for u in all_units]):
+        prepare_passes.describe(work, 0, source, row=HUMAN, rules=QC(), biotypes=config.vocab.biotypes, allowed=None)
+        all_units = prepare_passes.plan_units({0: (source, num_cells)}, config.prepare.shard_cells)
+        spread = tasks.ray_tasks(config)
+        for _ in spread(
+            [tasks.job(0, 1, prepare_passes.measure, work, u, config.prepare.block_cells) for u in all_units]
+        ):
             pass
         options = {
             "tokens": TOKENS, "obs": {}, "digest": Vocabulary.load(uri).hash, "vocabulary": f"{uri}/vocabulary.parquet",
             "block_cells": config.prepare.block_cells, "to": str(folder / "shards"),
         }  # fmt: skip
         jobs = [
-            dispatch.job(0, 1, units.encode, work, u, np.ones(u.stop - u.start, bool), u.number, **options)
+            tasks.job(0, 1, prepare_passes.encode, work, u, np.ones(u.stop - u.start, bool), u.number, **options)
             for u in all_units
         ]
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             works: dict[str, Callable[[], object]] = {
                 "ray": lambda: list(spread(jobs)),
-                "pool": lambda: pool.map(dispatch.attempt, jobs, chunksize=1),
+                "pool": lambda: pool.map(tasks.attempt, jobs, chunksize=1),
             }
             times = interleaved(works, repeats=repeats)
     ratio = statistics.median(r / p for r, p in zip(times["ray"], times["pool"], strict=True))

@@ -26,15 +26,14 @@ from measure import Figure, fast_bf16, forked, interleaved, peak_memory, rate
 from torch import Tensor
 
 from mixgf.config import data, training
-from mixgf.config import run as config_run
 from mixgf.config.recipes import get
+from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.embed import embed_cells
 from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
-from mixgf.training import batch_plan as plan
+from mixgf.storage import artifacts, files, tables
+from mixgf.training import batch_plan
 from mixgf.training.context import GroupContext, LocalContext
 from mixgf.training.loop import make_optimizer, measure_peak
 from mixgf.training.pretraining import Pretraining
@@ -50,8 +49,8 @@ def figures(*, quick: bool = False) -> list[Figure]:
     row = training.Model(num_layers=2, dim=64, ffn_dim=128) if quick else training.Model()
     with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
         sizes: dict[str, Any] = {"genes": 1000 if quick else 25_000, "shrink": 8 if quick else 1}
-        corpus = _corpus(storage.join(folder, "mix"), num_cells=2000, **sizes)
-        longest = _corpus(storage.join(folder, "longest"), num_cells=8, full=True, **sizes)
+        corpus = _corpus(files.join(folder, "mix"), num_cells=2000, **sizes)
+        longest = _corpus(files.join(folder, "longest"), num_cells=8, full=True, **sizes)
         # processes are forked first, before this one has used any thread or memory
         out = [*_memory(row, longest), *_workers(folder, quick=quick)]
         out += [*_steps(row, corpus, quick=quick), *_loader(row, corpus), *_embeddings(row, corpus, quick=quick)]
@@ -118,7 +117,7 @@ def _memory(row: training.Model, corpus: Corpus) -> list[Figure]:
 def _workers(folder: str, *, quick: bool) -> list[Figure]:
     """The loop's step in a group of one and of two processes (gloo), one thread each, on the `laptop` recipe's model."""
     row = get("laptop").model
-    corpus = _corpus(storage.join(folder, "short"), num_cells=256, genes=25_000, longest=row.max_positions)
+    corpus = _corpus(files.join(folder, "short"), num_cells=256, genes=25_000, longest=row.max_positions)
     settings = _settings(row, batch_cells=32, pooling="mean")
     repeats = 1 if quick else 3
 
@@ -223,16 +222,16 @@ def _embeddings(row: training.Model, corpus: Corpus, *, quick: bool) -> list[Fig
 
 def _packing(corpus: Corpus) -> list[Figure]:
     """Tokens that padded batches of 8 would compute, by token that is there."""
-    made = plan.packing(corpus.lengths_N, 8)
+    made = batch_plan.packing(corpus.lengths_N, 8)
     return [
         Figure(figure=f"tokens of padded batches of 8, {how} / packed", value=value, unit="tokens per token")
         for how, value in made.items()
     ]
 
 
-def _settings(row: training.Model, *, batch_cells: int, **objective: Any) -> config_run.Config:
+def _settings(row: training.Model, *, batch_cells: int, **objective: Any) -> Config:
     train = training.Train(batch_cells=batch_cells, micro_tokens=1 << 20)
-    return config_run.Config(
+    return Config(
         model=row,
         tokens=data.Tokens(max_len=row.max_positions),
         train=train,
@@ -254,14 +253,14 @@ def _corpus(
         "biotype": ["protein_coding"] * (2 * genes),
     })  # fmt: skip
     vocabulary = Vocabulary(table, species=("human", "mouse"), sharing="separate")
-    vocabulary.save(storage.join(folder, "vocabulary.parquet"))
+    vocabulary.save(files.join(folder, "vocabulary.parquet"))
     species = (np.arange(num_cells) % 2).astype(np.int8)
     sentences = [
         rng.permutation(genes)[:n] + NUM_SPECIALS + genes * int(s) for n, s in zip(lengths, species, strict=True)
     ]
     shard = pa.table({"tokens": pa.array(sentences, pa.list_(pa.int32()))})
-    tables.write_table(storage.join(folder, "shards", "00000.parquet"), shard)
-    tables.write_table(storage.join(folder, "index.parquet"), pa.table({"length": lengths, "species": species}))
+    tables.write_table(files.join(folder, "shards", "00000.parquet"), shard)
+    tables.write_table(files.join(folder, "index.parquet"), pa.table({"length": lengths, "species": species}))
     record = artifacts.plan("corpus", 1, {"tokens": {}}, {})
     details = {
         "species": ["human", "mouse"],
@@ -274,7 +273,7 @@ def _corpus(
 
 
 def _ours(
-    settings: config_run.Config,
+    settings: Config,
     corpus: Corpus,
     step: int,
     *,

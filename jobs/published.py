@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixgf.config import run as config_run
 from mixgf.config import training
+from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.training.losses import nt_xent
 from mixgf.training.pretraining import Pretraining
@@ -65,7 +65,7 @@ def collate(corpus: Corpus, cells: Any) -> tuple[Tensor, ...]:
     return ids, torch.tensor(real), labels
 
 
-def step(settings: config_run.Config, corpus: Corpus, number: int, *, attention_dropout: float) -> Step:
+def step(settings: Config, corpus: Corpus, number: int, *, attention_dropout: float) -> Step:
     """A training step on a batch of our plan."""
     o = settings.objective
     model = bert(settings.model, corpus.vocabulary.size, attention_dropout=attention_dropout).train()

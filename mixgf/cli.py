@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mixgf import console as progress
+from mixgf import console
 from mixgf.config import recipes
 from mixgf.config.checks import split_named
 from mixgf.config.parse import from_dict, meanings, override, to_dict
@@ -264,10 +264,10 @@ def _absolute(config: Config) -> Config:
 def _run_stage(name: str, config: Config) -> str:
     """Run one stage and return the URI of what it made."""
     if name == "report":
-        from mixgf.report import build as report
-        from mixgf.storage import files as storage
+        from mixgf.report import build
+        from mixgf.storage import files
 
-        return report.write(config, storage.join(config.output, "report.html"))
+        return build.write(config, files.join(config.output, "report.html"))
     if name == "export":
         from mixgf.stages import export
 
@@ -285,45 +285,45 @@ def _refused(uri: str) -> int:
     record = artifacts.find(uri)
     refused = record.details.get("refused", []) if record is not None else []
     for source in refused:
-        progress.warn(f"refused: {source['error']}")
+        console.warn(f"refused: {source['error']}")
     return 3 if refused else 0
 
 
 def _run_all(config: Config) -> int:
-    from mixgf.distributed.cluster import session
+    from mixgf.distributed.session import session
     from mixgf.report import terminal
-    from mixgf.storage import files as storage
-    from mixgf.tracking import mlflow_runs as tracking
+    from mixgf.storage import files
+    from mixgf.tracking import mlflow_runs
 
     start = time.monotonic()
     with session(config):
         for i, name in enumerate(STAGES, 1):
             began = time.monotonic()
-            progress.say(f"[{i}/{len(STAGES)}] {name}: {STAGES[name]}")
+            console.say(f"[{i}/{len(STAGES)}] {name}: {STAGES[name]}")
             uri = _run_stage(name, config)
-            progress.say(f"      {uri}  ({progress.duration(time.monotonic() - began)})")
+            console.say(f"      {uri}  ({console.duration(time.monotonic() - began)})")
     print()
     print(terminal.summary(config))
     print()
     print(f"report   {uri}")
-    print(f"mlflow   {tracking.ui_command(config)}")
-    print(f"         then open {tracking.page(config)}")
-    print(f"time     {progress.duration(time.monotonic() - start)}")
-    return _refused(storage.join(config.output, "corpus"))
+    print(f"mlflow   {mlflow_runs.ui_command(config)}")
+    print(f"         then open {mlflow_runs.page(config)}")
+    print(f"time     {console.duration(time.monotonic() - start)}")
+    return _refused(files.join(config.output, "corpus"))
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mixgf.corpus import summary as inspection
+    from mixgf.corpus import summary
     from mixgf.report import corpus_text
-    from mixgf.report.figures import corpus as overview
+    from mixgf.report.figures import corpus_overview
 
     if args.plot:
-        overview.check_plot(args.plot, args.uri)  # before the counting, not after it
-    found = inspection.inspect(args.uri)
+        corpus_overview.check_plot(args.plot, args.uri)  # before the counting, not after it
+    found = summary.inspect(args.uri)
     print(json.dumps(found, allow_nan=False) if args.json else corpus_text.text(found))
     if args.plot:
-        overview.save(found, args.plot)
-        progress.say(f"figure: {args.plot}")
+        corpus_overview.save(found, args.plot)
+        console.say(f"figure: {args.plot}")
     elif not args.json:
         print(f"\nas a figure: mixgf inspect {args.uri} --plot corpus.png")
     return 0
@@ -360,18 +360,18 @@ def _annotate(args: argparse.Namespace) -> int:
         f"on its own test cells: accuracy {test['accuracy']:.3f}, calibration error {test['ece']:.3f}, {test['doubted']:.1%} doubted"
     )
     for text in found["verdicts"]:
-        progress.warn(f"do not trust without a check: {text}")
+        console.warn(f"do not trust without a check: {text}")
     print(f"annotate: {found['output']}")
     return 0
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from mixgf.corpus import overlap as audit
+    from mixgf.corpus import overlap
 
-    theirs = audit.of_corpus(audit.trained_on(_path(args.corpus)))
+    theirs = overlap.of_corpus(overlap.trained_on(_path(args.corpus)))
     species, uri = split_named(args.evaluation)
-    mine = audit.evaluation(f"{species}={_path(uri)}" if species else _path(uri), Config().species)
-    found = audit.compare(mine, theirs)
+    mine = overlap.evaluation(f"{species}={_path(uri)}" if species else _path(uri), Config().species)
+    found = overlap.compare(mine, theirs)
     print(json.dumps(found.json()) if args.json else f"audit: {found.line}")
     return 0
 
@@ -394,9 +394,9 @@ def _dispatch(args: argparse.Namespace) -> int:
         print(importlib.import_module(f"mixgf.stages.{args.command}").dry_run(_absolute(config)))
     else:
         if args.command == "import-weights":
-            from mixgf.stages import import_weights as weights
+            from mixgf.stages import import_weights
 
-            uri = weights.bring(_absolute(config), args.folder)
+            uri = import_weights.bring(_absolute(config), args.folder)
         else:
             uri = _run_stage(args.command, _absolute(config))
         print(f"{args.command}: {uri}")
@@ -410,7 +410,7 @@ def _dispatch(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    progress.setup(debug=args.debug)
+    console.setup(debug=args.debug)
     try:
         return _dispatch(args)
     except UserError as error:

@@ -119,8 +119,7 @@ def make_corpus(tmp_path_factory):
     import pyarrow as pa
 
     from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
-    from mixgf.storage import artifacts, tables
-    from mixgf.storage import files as storage
+    from mixgf.storage import artifacts, files, tables
 
     def make(lengths, species, rows, *, genes=40, names=("human", "mouse"), cls=False, seed=0):
         """`genes` per species; gene i of every species is the ortholog of gene i of the others (see `orthologs.parquet`)."""
@@ -137,9 +136,9 @@ def make_corpus(tmp_path_factory):
             }
         )
         vocabulary = Vocabulary(table, species=tuple(names), sharing="separate")
-        vocabulary.save(storage.join(uri, "vocabulary.parquet"))
+        vocabulary.save(files.join(uri, "vocabulary.parquet"))
         orthologs = pa.table({name: [f"G{name}{i:05d}" for i in range(genes // 2)] for name in names})
-        tables.write_table(storage.join(uri, "orthologs.parquet"), orthologs)
+        tables.write_table(files.join(uri, "orthologs.parquet"), orthologs)
         rng = np.random.default_rng(seed)
         sentences = [
             [2] * cls + (rng.permutation(genes)[: n - cls] + NUM_SPECIALS + genes * int(s)).tolist()
@@ -159,11 +158,11 @@ def make_corpus(tmp_path_factory):
                     "cell_type": ["alpha" if c % 2 else "beta" for c in cells],
                 }
             )
-            size, sha = tables.write_table(storage.join(uri, "shards", f"{i:05d}.parquet"), shard)
+            size, sha = tables.write_table(files.join(uri, "shards", f"{i:05d}.parquet"), shard)
             shards.append({"name": f"{i:05d}.parquet", "rows": n, "bytes": size, "sha256": sha})
             start += n
         assert start == len(lengths)
-        tables.write_table(storage.join(uri, "index.parquet"), pa.table({"length": lengths, "species": species}))
+        tables.write_table(files.join(uri, "index.parquet"), pa.table({"length": lengths, "species": species}))
         record = artifacts.plan("corpus", 1, {"tokens": {"cls": cls}, "seed": seed}, {})
         details = {
             "species": list(names),

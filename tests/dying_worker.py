@@ -5,10 +5,10 @@ import signal
 
 import torch
 
-from mixgf.corpus import reader as dataset
+from mixgf.corpus import reader
 from mixgf.distributed import train_group
 from mixgf.encoder.bert import MaskedModel
-from mixgf.training import loop as train
+from mixgf.training import loop
 from mixgf.training.pretraining import Pretraining
 
 
@@ -30,9 +30,9 @@ def worker_session(settings, tracked, dies):
     store = f"{settings.output}/store{dies}"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     try:
-        corpus = dataset.Corpus(settings.inputs.corpus)
+        corpus = reader.Corpus(settings.inputs.corpus)
         model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
         context = Context(torch.device("cpu"), Board, tracked)
-        train.fit(model, Pretraining(settings, corpus), settings.train, context, uri=f"{settings.output}/pretrain")
+        loop.fit(model, Pretraining(settings, corpus), settings.train, context, uri=f"{settings.output}/pretrain")
     finally:
         torch.distributed.destroy_process_group()

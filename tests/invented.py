@@ -9,8 +9,8 @@ from scipy import sparse
 
 from mixgf.config.data import Prepare, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.run import Config, Tracking
-from mixgf.corpus import reader as dataset
-from mixgf.distributed import tasks as dispatch
+from mixgf.corpus import reader
+from mixgf.distributed import tasks
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.storage import artifacts
@@ -67,14 +67,14 @@ def dying(after, calls):
             if len(calls) >= after:
                 raise KeyboardInterrupt
             calls.append(call.function.__name__)
-            yield i, dispatch.attempt(call)
+            yield i, tasks.attempt(call)
 
     return spread
 
 
 def untrained_checkpoint(run, model):
     """Publish a checkpoint with random weights where the run's own would be, for its corpus."""
-    corpus, uri = dataset.Corpus(f"{run.output}/corpus"), f"{run.output}/pretrain"
+    corpus, uri = reader.Corpus(f"{run.output}/corpus"), f"{run.output}/pretrain"
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {"corpus": corpus.record.fingerprint})
     artifacts.begin(uri, record)
     made = MaskedModel(model, corpus.vocabulary.size)

@@ -18,10 +18,9 @@ from scipy import sparse
 
 from mixgf.config.data import Prepare, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.run import Config, Tracking
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import tasks
 from mixgf.stages import prepare
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 
 NUM_GENES = 30
 BUCKET = "cells"
@@ -118,7 +117,7 @@ def make(folder: Path) -> World:
         tokens=Tokens(max_len=20), prepare=Prepare(shard_cells=15, block_cells=4),
         tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
     )  # fmt: skip
-    return World(folder, config, contents(prepare.run(config, spread=dispatch.loop)))
+    return World(folder, config, contents(prepare.run(config, spread=tasks.loop)))
 
 
 def client(url: str, key: str = "testkey", secret: str = "testsecret") -> object:
@@ -138,12 +137,12 @@ def put_sources(s3: object, world: World) -> None:
 def contents(uri: str) -> dict[str, str]:
     """SHA-256 of all that a finished corpus holds, and of its counts."""
     record = artifacts.require(uri, "corpus")
-    assert set(storage.list_dir(uri)) - {"cost"} == {
+    assert set(files.list_dir(uri)) - {"cost"} == {
         "record.json", "index.parquet", "mapping.parquet", "dropped.parquet", "hashes.parquet", "vocabulary.parquet", "shards",
     }  # fmt: skip
-    shards = storage.list_dir(f"{uri}/shards")
+    shards = files.list_dir(f"{uri}/shards")
     assert [s["name"] for s in record.details["shards"]] == shards
-    files = [
+    paths = [
         "index.parquet",
         "mapping.parquet",
         "dropped.parquet",
@@ -151,4 +150,4 @@ def contents(uri: str) -> dict[str, str]:
         "vocabulary.parquet",
         *(f"shards/{n}" for n in shards),
     ]
-    return {f: storage.sha256(f"{uri}/{f}") for f in files} | {"counts": str(record.counts)}
+    return {f: files.sha256(f"{uri}/{f}") for f in paths} | {"counts": str(record.counts)}

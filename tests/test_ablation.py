@@ -7,11 +7,10 @@ from scipy import stats
 
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
-from mixgf.tuning import analysis as ablation
-from mixgf.tuning import space as sweep
+from mixgf.tuning import analysis, search_space
 
 CONFIG = Config(tune=Tune(space=('objective.view=["mask"] x objective.pooling=["first"]',)))
-ARMS = sweep.arms(CONFIG)
+ARMS = search_space.arms(CONFIG)
 
 
 def board(values, rungs=(0,)):
@@ -21,23 +20,23 @@ def board(values, rungs=(0,)):
     for (name, rung), scores in values.items():
         for seed, score in enumerate(scores):
             rows.append({"arm": keys.get(name, name), "name": name, "seed": seed, "rung": rung, "share": 1.0, "step": 1} |
-                        dict.fromkeys(ablation.METRICS, np.nan) | {"score": score})  # fmt: skip
+                        dict.fromkeys(analysis.METRICS, np.nan) | {"score": score})  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def test_paired_equals_scipys_paired_t_test_and_interval():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 5))
-    estimate, p = ablation.paired(a - b)
+    estimate, p = analysis.paired(a - b)
     test = stats.ttest_rel(a, b)
     interval = test.confidence_interval(0.95)
     assert p == pytest.approx(test.pvalue)
     assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
-    one, p_one = ablation.paired(np.array([0.3]))
+    one, p_one = analysis.paired(np.array([0.3]))
     assert one.value == 0.3
     assert np.isnan([one.low, one.high, p_one]).all()
-    assert ablation.paired(np.zeros(3))[1] == 1.0
-    assert ablation.paired(np.full(3, 0.5))[1] == 0.0
+    assert analysis.paired(np.zeros(3))[1] == 1.0
+    assert analysis.paired(np.full(3, 0.5))[1] == 0.0
 
 
 def test_intervals_over_seeds_hold_the_planted_effect_in_95_percent_of_sweeps():
@@ -47,7 +46,7 @@ def test_intervals_over_seeds_hold_the_planted_effect_in_95_percent_of_sweeps():
     for _ in range(draws):
         luck = rng.normal(0, 1.0, 3)
         difference = (luck + 0.02 + rng.normal(0, 0.01, 3)) - (luck + rng.normal(0, 0.01, 3))
-        estimate, _ = ablation.paired(difference)
+        estimate, _ = analysis.paired(difference)
         held += estimate.low <= 0.02 <= estimate.high
     assert stats.binomtest(held, draws, 0.95).pvalue > 1e-3
 
@@ -57,19 +56,19 @@ def test_effects_are_taken_at_the_last_rung_that_both_reached():
         ("base", 0): [0.5, 0.6], ("base", 1): [0.7, 0.8], ("view=mask", 0): [0.4, 0.5], ("pooling=first", 0): [0.1, 0.1],
         ("pooling=first", 1): [0.9, 0.8],
     })  # fmt: skip
-    found = ablation.effects(table).set_index("name")
+    found = analysis.effects(table).set_index("name")
     assert found.loc["view=mask", ["rung", "effect", "base"]].tolist() == [0, pytest.approx(-0.1), pytest.approx(0.55)]
     assert found.loc["pooling=first", ["rung", "effect", "value"]].tolist() == [
         1,
         pytest.approx(0.1),
         pytest.approx(0.85),
     ]
-    assert ablation.best(table) == "pooling=first"
+    assert analysis.best(table) == "pooling=first"
 
 
 def test_an_additive_pair_has_no_interaction_and_a_planted_one_is_found():
     config = Config(tune=Tune(space=('objective.view=["dropout", "mask"] x objective.pooling=["mean", "first"]',)))
-    arms = sweep.arms(config)
+    arms = search_space.arms(config)
     keys = {arm.name: arm.key for arm in arms}
     for extra in (0.0, 0.2):
         rng = np.random.default_rng(2)
@@ -77,11 +76,11 @@ def test_an_additive_pair_has_no_interaction_and_a_planted_one_is_found():
         luck = rng.normal(0, 0.1, 4)
         rows = [
             {"arm": keys[name], "name": name, "seed": s, "rung": 0, "share": 1.0, "step": 1}
-            | dict.fromkeys(ablation.METRICS, np.nan)
+            | dict.fromkeys(analysis.METRICS, np.nan)
             | {"score": value + luck[s] + rng.normal(0, 1e-3)}
             for name, value in scores.items() for s in range(4)
         ]  # fmt: skip
-        found = ablation.interactions(pd.DataFrame(rows), arms, config)
+        found = analysis.interactions(pd.DataFrame(rows), arms, config)
         assert len(found) == 1
         row = found.iloc[0]
         assert (row["first"], row["second"]) == ("objective.view=mask", "objective.pooling=first")
@@ -95,23 +94,23 @@ def test_the_sentence_has_the_sign_of_the_contrast_and_says_when_nothing_can_be_
     for gain, verdict in ((0.1, "higher"), (-0.1, "lower")):
         base = np.array([0.5, 0.61, 0.69])
         table = board({("base", 0): base, (off, 0): base - gain + [0.001, -0.001, 0]})
-        text = ablation.sentence(ablation.effects(table), table)
+        text = analysis.sentence(analysis.effects(table), table)
         assert text.startswith(f"with the contrast instead of without, zero-shot macro F1 changes by {gain:+.3f} [")
         assert text.endswith(f", 3 seeds: {verdict}")
     table = board({("base", 0): [0.5, 0.6, 0.7], (off, 0): [0.6, 0.5, 0.7]})
-    assert "not told apart" in ablation.sentence(ablation.effects(table), table)
+    assert "not told apart" in analysis.sentence(analysis.effects(table), table)
     table = board({("base", 0): [0.5], (off, 0): [0.6]})
-    assert "one seed, so nobody knows" in ablation.sentence(ablation.effects(table), table)
+    assert "one seed, so nobody knows" in analysis.sentence(analysis.effects(table), table)
 
 
 def test_a_planted_curve_is_found_again_and_a_flat_one_promises_nothing():
     x = np.array([200.0, 600, 2000, 6000, 20000])
-    a, b, c = ablation.saturation(x, (0.9 - 3.0 * x**-0.5)[None])[0]
+    a, b, c = analysis.saturation(x, (0.9 - 3.0 * x**-0.5)[None])[0]
     at = np.array([200.0, 20000, 200000])
     assert a - b * at**-c == pytest.approx(0.9 - 3.0 * at**-0.5, abs=2e-3)
-    flat = ablation.saturation(x, np.full((1, 5), 0.5))[0]
+    flat = analysis.saturation(x, np.full((1, 5), 0.5))[0]
     assert flat[0] - flat[1] * at ** -flat[2] == pytest.approx(np.full(3, 0.5), abs=1e-9)
-    falling = ablation.saturation(x, (0.5 + 3.0 * x**-0.5)[None])[0]
+    falling = analysis.saturation(x, (0.5 + 3.0 * x**-0.5)[None])[0]
     assert falling[1] == 0, "more data never hurt in this family: a falling score is called flat"
 
 
@@ -123,7 +122,7 @@ def test_the_interval_of_a_forecast_holds_the_truth_and_widens_beyond_the_data()
     for seed in range(60):
         rng = np.random.default_rng(seed)
         rows = [{"x": v, "seed": s, "value": 0.9 - 3.0 * v**-0.5 + rng.normal(0, 0.004)} for v in x for s in range(5)]
-        found = ablation.forecast(pd.DataFrame(rows), at, seed=seed)
+        found = analysis.forecast(pd.DataFrame(rows), at, seed=seed)
         held += (found["low"] <= truth) & (truth <= found["high"])
         widths.append((found["high"] - found["low"]).to_numpy())
     assert (held / 60 > 0.75).all(), held
@@ -132,9 +131,9 @@ def test_the_interval_of_a_forecast_holds_the_truth_and_widens_beyond_the_data()
 
 def test_a_ladder_has_the_base_and_only_arms_that_change_its_field():
     config = Config(tune=Tune(space=("train.cells_share=[0.1, 0.3]", "train.lr=[0.5]")))
-    arms = sweep.arms(config)
+    arms = search_space.arms(config)
     rows = [{"arm": arm.key, "seed": s, "rung": 0, "score": i + s} for i, arm in enumerate(arms) for s in range(2)]
     details = [{"key": arm.key, "changes": dict(arm.changes)} for arm in arms]
-    found = ablation.ladder(pd.DataFrame(rows), details, "train.cells_share", 1.0)
+    found = analysis.ladder(pd.DataFrame(rows), details, "train.cells_share", 1.0)
     assert found["x"].tolist() == [0.1, 0.1, 0.3, 0.3, 1.0, 1.0]
     assert found["value"].tolist() == [1, 2, 2, 3, 0, 1]

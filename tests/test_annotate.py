@@ -15,20 +15,17 @@ from mixgf.config.classification import Classify
 from mixgf.config.data import Source, Tokens
 from mixgf.config.run import Config, Tracking
 from mixgf.config.training import Model, Train
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import tasks
 from mixgf.errors import UserError
-from mixgf.stages import annotate as driver
-from mixgf.stages import classify as classify_driver
-from mixgf.stages import prepare
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.stages import annotate, classify, prepare
+from mixgf.storage import artifacts, files, tables
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SMALL = Model(num_layers=1, dim=32, num_heads=2, ffn_dim=32, max_positions=48)
 
 
 def cells(name: str, each: int, types: tuple[str, ...] = TYPES, *, skip: int = 0) -> anndata.AnnData:
-    data = anndata.read_h5ad(storage.local_path(f"resource:pancreas_{name}_baron.h5ad"))
+    data = anndata.read_h5ad(files.local_path(f"resource:pancreas_{name}_baron.h5ad"))
     labels = data.obs["cell_type"].astype(str).to_numpy()
     rows = np.concatenate([np.flatnonzero(labels == kind)[skip : skip + each] for kind in types])
     x = sparse.csr_matrix(data.X[rows]).astype(np.int32)
@@ -47,9 +44,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
         sources=tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in ("human", "mouse")),
         classify=Classify(group="source", splits=("random",), models=("probe", "finetune"), epochs=1),
     )  # fmt: skip
-    prepare.run(run, spread=dispatch.loop)
+    prepare.run(run, spread=tasks.loop)
     untrained_checkpoint(run, SMALL)
-    classify_driver.run(run, spread=classify_driver.loop)
+    classify.run(run, spread=classify.loop)
     return run
 
 
@@ -62,12 +59,12 @@ def label(
 ) -> tuple[dict, anndata.AnnData]:
     path = folder / f"{name}.h5ad"
     data.write_h5ad(path)
-    found = driver.run(
+    found = annotate.run(
         model(run, group),
         Source(uri=str(path), species=""),
         str(folder / f"{name}.out.h5ad"),
         Config(),
-        spread=dispatch.loop,
+        spread=tasks.loop,
     )
     return found, anndata.read_h5ad(found["output"])
 
@@ -110,10 +107,10 @@ def test_parts_of_any_size_and_a_csv_hold_the_same_labels(
     trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, whole = label(trained, cells("human", 9), tmp_path)
-    monkeypatch.setattr(driver, "PART_CELLS", 10)
+    monkeypatch.setattr(annotate, "PART_CELLS", 10)
     to = str(tmp_path / "mine.csv")
-    driver.run(
-        model(trained), Source(uri=str(tmp_path / "mine.h5ad"), species="human"), to, Config(), spread=dispatch.loop
+    annotate.run(
+        model(trained), Source(uri=str(tmp_path / "mine.h5ad"), species="human"), to, Config(), spread=tasks.loop
     )
     table = pd.read_csv(to)
     assert table["mixgf_label"].tolist() == whole.obs["mixgf_label"].astype(str).tolist()
@@ -169,9 +166,9 @@ def test_a_head_with_weights_of_genes_is_kept_whole(tmp_path_factory: pytest.Tem
         sources=(Source(uri=str(folder / "human.h5ad"), species="human", name="human"),),
         classify=Classify(group="source", splits=("random",), models=("lora",), epochs=1, max_len=40),
     )  # fmt: skip
-    prepare.run(run, spread=dispatch.loop)
+    prepare.run(run, spread=tasks.loop)
     untrained_checkpoint(run, SMALL)
-    classify_driver.run(run, spread=classify_driver.loop)
+    classify.run(run, spread=classify.loop)
     kept, _, _ = classifier.load(f"{run.output}/classify/classifiers/human")
     assert kept.layer == 0
     assert kept.genes_CV.shape[1] == kept.encoder.vocab_size
@@ -220,14 +217,14 @@ def test_what_cannot_be_used_is_one_line(trained: Config, tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"--model .*: 2 classifiers there, one per group of cells; name one of .*/human, .*/mouse"
     ):
-        driver.run(trained.output, source, str(tmp_path / "b.h5ad"), Config(), spread=dispatch.loop)
+        annotate.run(trained.output, source, str(tmp_path / "b.h5ad"), Config(), spread=tasks.loop)
     with pytest.raises(UserError, match=r"--model .*: no classifier there; `mixgf classify` makes them"):
-        driver.run(str(tmp_path), source, str(tmp_path / "b.h5ad"), Config(), spread=dispatch.loop)
+        annotate.run(str(tmp_path), source, str(tmp_path / "b.h5ad"), Config(), spread=tasks.loop)
     with pytest.raises(UserError, match=r"--output .*b.txt: must end in .h5ad, .parquet or .csv"):
-        driver.run(model(trained), source, str(tmp_path / "b.txt"), Config(), spread=dispatch.loop)
+        annotate.run(model(trained), source, str(tmp_path / "b.txt"), Config(), spread=tasks.loop)
     with pytest.raises(UserError, match=r"a.h5ad: species = 'rat': the model reads human, mouse"):
-        driver.run(
-            model(trained), replace(source, species="rat"), str(tmp_path / "b.h5ad"), Config(), spread=dispatch.loop
+        annotate.run(
+            model(trained), replace(source, species="rat"), str(tmp_path / "b.h5ad"), Config(), spread=tasks.loop
         )
     strange = anndata.AnnData(sparse.csr_matrix(np.ones((3, 4), dtype=np.int32)))
     strange.var_names = [f"x{i}" for i in range(4)]
@@ -235,10 +232,10 @@ def test_what_cannot_be_used_is_one_line(trained: Config, tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"x.h5ad: 3 cells, none of 4 genes is known to the model; names are like x0, x1"
     ):
-        driver.run(
+        annotate.run(
             model(trained),
             replace(source, uri=str(tmp_path / "x.h5ad")),
             str(tmp_path / "b.h5ad"),
             Config(),
-            spread=dispatch.loop,
+            spread=tasks.loop,
         )

@@ -3,8 +3,7 @@
 import pytest
 
 from mixgf.errors import UserError
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 
 
 def make(config=None, parents=None, kind="corpus", schema=1):
@@ -14,7 +13,7 @@ def make(config=None, parents=None, kind="corpus", schema=1):
 def test_an_artifact_is_visible_only_when_its_record_is(tmp_path):
     uri = str(tmp_path / "corpus")
     assert artifacts.begin(uri, make())
-    storage.write_bytes(storage.join(uri, "half.bin"), b"x")
+    files.write_bytes(files.join(uri, "half.bin"), b"x")
     with pytest.raises(UserError, match=r"no finished corpus \(unfinished\); run `mixgf prepare` first"):
         artifacts.require(uri, "corpus")
     assert artifacts.begin(uri, make()), "the same plan goes on"
@@ -55,7 +54,7 @@ def test_another_kind_schema_or_a_torn_record_is_refused(tmp_path):
         artifacts.require(uri, "checkpoint")
     with pytest.raises(UserError, match="corpus of schema 1, this mixgf reads 2"):
         artifacts.require(uri, "corpus", schema=2)
-    storage.write_bytes(storage.join(uri, "record.json"), b'{"kind": "cor')
+    files.write_bytes(files.join(uri, "record.json"), b'{"kind": "cor')
     with pytest.raises(UserError, match="not a readable record"):
         artifacts.find(uri)
 
@@ -88,7 +87,7 @@ def test_a_plan_takes_the_place_of_what_it_includes_and_the_old_record_stays_unt
 def test_a_run_that_died_between_its_record_and_the_end_of_its_plan_is_finished(tmp_path):
     uri, record = str(tmp_path / "a"), make()
     artifacts.begin(uri, record)
-    plan = storage.read_bytes(storage.join(uri, "plan.json"))
+    plan = files.read_bytes(files.join(uri, "plan.json"))
     artifacts.finish(uri, record)
-    storage.write_bytes(storage.join(uri, "plan.json"), plan)
+    files.write_bytes(files.join(uri, "plan.json"), plan)
     assert not artifacts.begin(uri, record)

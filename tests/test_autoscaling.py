@@ -14,11 +14,10 @@ import pytest
 from fake_cluster import assert_up_and_down, autoscaled, until
 from processes import die_with_us
 
-from mixgf.config import data, run, training
-from mixgf.config import parse as config
-from mixgf.distributed import tasks as dispatch
+from mixgf.config import data, parse, run, training
+from mixgf.distributed import tasks
 from mixgf.stages import prepare
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -27,7 +26,7 @@ def on_two_nodes(stage, chosen, folder, monkeypatch):
     """A stage as its own driver on a cluster that may have two nodes and starts with none."""
     folder.mkdir()
     path = folder / "config.json"
-    path.write_text(json.dumps(config.to_dict(chosen)))
+    path.write_text(json.dumps(parse.to_dict(chosen)))
     command = die_with_us([sys.executable, "-m", "mixgf", stage, "--config", str(path), "--debug"])
     with autoscaled(folder, monkeypatch, most=2) as (made, sizes):
         environment = os.environ | {"RAY_ADDRESS": made.address}
@@ -38,13 +37,13 @@ def on_two_nodes(stage, chosen, folder, monkeypatch):
 
 
 def shards(uri):
-    return {name: storage.sha256(f"{uri}/shards/{name}") for name in storage.list_dir(f"{uri}/shards")}
+    return {name: files.sha256(f"{uri}/shards/{name}") for name in files.list_dir(f"{uri}/shards")}
 
 
 def test_prepare_starts_from_no_nodes_and_leaves_none_with_the_same_shards(world, tmp_path, monkeypatch):
     chosen, _ = world
     chosen = dataclasses.replace(chosen, prepare=data.Prepare(shard_cells=1, block_cells=1))  # work for a while
-    whole = prepare.run(dataclasses.replace(chosen, output=str(tmp_path / "whole")), spread=dispatch.loop)
+    whole = prepare.run(dataclasses.replace(chosen, output=str(tmp_path / "whole")), spread=tasks.loop)
     on_two_nodes(
         "prepare", dataclasses.replace(chosen, output=str(tmp_path / "run")), tmp_path / "cluster", monkeypatch
     )
@@ -59,4 +58,4 @@ def test_pretraining_starts_from_no_nodes_and_leaves_none(make_corpus, tracking_
         train=training.Train(batch_cells=8, max_steps=5), compute=run.Compute(num_workers=2), tracking=run.Tracking(uri=tracking_uri),
     )  # fmt: skip
     on_two_nodes("pretrain", chosen, tmp_path / "cluster", monkeypatch)
-    assert storage.read_json(f"{tmp_path}/run/pretrain/record.json")["counts"]["steps"] == 5
+    assert files.read_json(f"{tmp_path}/run/pretrain/record.json")["counts"]["steps"] == 5

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import io, sparse
 
-from mixgf.cells import reader as cells_reader
-from mixgf.cells import row_order as bands
+import mixgf.cells.reader
+from mixgf.cells import row_order
 from mixgf.cells.open import open_reader
 
 
@@ -37,13 +37,13 @@ def shuffled_mtx(counts, path):
 @pytest.mark.parametrize("make", [csc, shuffled_mtx])
 @pytest.mark.parametrize("band_rows", [1, 7, 23, 100])
 def test_bands_hold_the_rows_of_the_file(make, band_rows, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr(bands, "BAND_ROWS", band_rows)
-    monkeypatch.setattr(cells_reader, "SCAN_ENTRIES", 5)
+    monkeypatch.setattr(row_order, "BAND_ROWS", band_rows)
+    monkeypatch.setattr(mixgf.cells.reader, "SCAN_ENTRIES", 5)
     with open_reader(make(counts, tmp_path)) as reader:
-        bands.write(reader, str(tmp_path / "bands"))
+        row_order.write(reader, str(tmp_path / "bands"))
     for start, stop, rows in [(0, 23, 4), (0, 23, 100), (6, 15, 3), (7, 14, 7), (22, 23, 1), (5, 5, 2)]:
         found, at = np.zeros((23, 11)), start
-        for b in bands.read(str(tmp_path / "bands"), start, stop, rows):
+        for b in row_order.read(str(tmp_path / "bands"), start, stop, rows):
             num = len(b.indptr) - 1
             assert b.start == at
             assert 1 <= num <= rows

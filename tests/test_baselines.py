@@ -14,17 +14,17 @@ from mixgf.classification.labels import Labelled
 from mixgf.classification.scvi import RIVALS
 from mixgf.classification.splits import Split, make
 from mixgf.config.classification import Classify
-from mixgf.corpus import raw_counts as counts
+from mixgf.corpus import raw_counts
 from mixgf.corpus.raw_counts import Counts
 from mixgf.genes import species
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 ORTHOLOGS = ("resource:orthologs.parquet",)
 
 
 @cache
 def pancreas(name: str, every: int = 1) -> tuple[Counts, np.ndarray]:
-    data = anndata.read_h5ad(storage.local_path(f"resource:pancreas_{name}_baron.h5ad"))
+    data = anndata.read_h5ad(files.local_path(f"resource:pancreas_{name}_baron.h5ad"))
     matrix = sparse.csr_matrix(
         (data.X.data.astype(np.float32), data.X.indices.astype(np.int32), data.X.indptr), shape=data.shape
     )
@@ -61,7 +61,7 @@ def within() -> tuple[Problem, np.ndarray]:
 @pytest.fixture(scope="module")
 def between() -> tuple[Problem, np.ndarray]:
     (human, human_labels), (mouse, mouse_labels) = pancreas("human", 3), pancreas("mouse", 2)
-    (a, b), _ = counts.shared_space([human, mouse], species.orthologs(ORTHOLOGS))
+    (a, b), _ = raw_counts.shared_space([human, mouse], species.orthologs(ORTHOLOGS))
     labels = np.concatenate([human_labels, mouse_labels])
     table = labelled(labels, np.repeat(["human", "mouse"], [len(human_labels), len(mouse_labels)]))
     split = make(table, Classify(splits=("species",)), seed=0)[0]

@@ -13,18 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixgf.config import data as config_data
-from mixgf.config import parse as config
-from mixgf.config import run as config_run
-from mixgf.config import training
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.config import parse, training
+from mixgf.config.data import Tokens
+from mixgf.config.run import Config
+from mixgf.storage import files, tables
 
 LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr", "alignment", "uniformity")
 LENGTHS = np.random.default_rng(0).integers(5, 30, 47)
-SETTINGS = config_run.Config(
+SETTINGS = Config(
     model=training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1),
-    tokens=config_data.Tokens(max_len=40),
+    tokens=Tokens(max_len=40),
     train=training.Train(epochs=2, batch_cells=6, lr=1e-2, warmup_steps=3, log_steps=1, checkpoint_steps=3),
 )
 STEPS = 16
@@ -71,7 +69,7 @@ def runs(corpus, folder, s3_bucket):
     """All scenarios in one process, whose forks are the workers: exit codes and outputs."""
     outputs = {name: f"{s3_bucket}/chaos" if "s3" in name else f"{folder}/{name}/run" for name in PLANS}
     spec = {
-        "config": config.to_dict(SETTINGS),
+        "config": parse.to_dict(SETTINGS),
         "corpus": corpus,
         "folder": str(folder),
         "plans": PLANS,
@@ -89,8 +87,8 @@ def result(output):
     rows = tables.read_table(f"{output}/history.parquet").to_pylist()
     trace = {(row["step"], row["name"]): row["value"] for row in rows if row["name"] in LOSSES}
     assert len(trace) == sum(row["name"] in LOSSES for row in rows) == STEPS * len(LOSSES)  # every step, and none twice
-    files = storage.read_json(f"{output}/steps/{STEPS:08d}/state.json")["files"]
-    return trace, {name: file["sha256"] for name, file in files.items()}
+    paths = files.read_json(f"{output}/steps/{STEPS:08d}/state.json")["files"]
+    return trace, {name: file["sha256"] for name, file in paths.items()}
 
 
 @pytest.mark.parametrize(("name", "same_as"), [("killed 1", "1"), ("killed 2", "2"), ("killed s3", "1")])
@@ -100,7 +98,7 @@ def test_a_run_killed_again_and_again_gives_the_bits_of_the_run_never_killed(run
         assert ends[victim] == -9
     assert set(codes[name][-1]) == {0}
     assert result(outputs[name]) == result(outputs[f"undisturbed {same_as}"])
-    assert storage.list_dir(f"{outputs[name]}/steps") == ["00000015", "00000016"]
+    assert files.list_dir(f"{outputs[name]}/steps") == ["00000015", "00000016"]
 
 
 def test_another_number_of_workers_goes_on_with_the_same_cells_in_the_same_batches(runs, corpus, folder):
@@ -138,14 +136,16 @@ def main(spec):
     import torch
     import torch.distributed as dist  # noqa: F401 (all that a worker imports is imported once, before the forks)
 
-    from mixgf.corpus import reader as dataset  # noqa: F401
-    from mixgf.training import loop as train
-    from mixgf.training import pretraining as objectives  # noqa: F401
+    from mixgf.corpus import reader  # noqa: F401
+    from mixgf.training import (
+        loop,
+        pretraining,  # noqa: F401
+    )
 
     torch.set_num_threads(1)
     weight = torch.nn.Linear(1, 1)
     weight(torch.ones(1)).sum().backward()
-    train.make_optimizer(weight, training.Train()).step()  # torch imports seconds of modules with its first optimizer
+    loop.make_optimizer(weight, training.Train()).step()  # torch imports seconds of modules with its first optimizer
     codes = {name: [run(spec, name, i) for i in range(len(plan))] for name, plan in spec["plans"].items()}
     sys.stdout.write(json.dumps(codes))
 
@@ -193,7 +193,7 @@ def worker(spec, name, attempt, rank, workers, death):  # noqa: PLR0917
     corpus = Corpus(spec["corpus"])
     task = Pretraining(settings, corpus)
     count = {"step": 0, "write": 0}
-    work, backward, write = task.work, task.backward, storage.write_bytes
+    work, backward, write = task.work, task.backward, files.write_bytes
 
     def reached(event):
         count[event] += 1
@@ -215,14 +215,14 @@ def worker(spec, name, attempt, rank, workers, death):  # noqa: PLR0917
 
     def dying_write(uri, data):
         if reached("write"):
-            if storage.is_local(uri):  # as the file is left by a writer that dies half-way
-                path = storage.local_path(uri)
+            if files.is_local(uri):  # as the file is left by a writer that dies half-way
+                path = files.local_path(uri)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 (path.parent / ".writing-dead").write_bytes(data[: len(data) // 2])
             die()
         write(uri, data)
 
-    task.work, task.backward, storage.write_bytes = seen_work, dying_backward, dying_write
+    task.work, task.backward, files.write_bytes = seen_work, dying_backward, dying_write
     model = MaskedModel(settings.model, corpus.vocabulary.size, seed=1)
     fit(model, task, settings.train, GroupContext(torch.device("cpu")), uri=spec["outputs"][name], identity="chaos")
     dist.destroy_process_group()

@@ -21,13 +21,11 @@ import pytest
 from fake_cluster import PATIENCE, STORE, assert_up_and_down, autoscaled, cluster, until, workers
 from processes import die_with_us
 
-from mixgf.config import data, perturbation, run, training
-from mixgf.config import parse as config
+from mixgf.config import data, parse, perturbation, run, training
 from mixgf.perturbation.work_units import Scorer
-from mixgf.stages import perturb as driver
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.stages import perturb
+from mixgf.storage import artifacts, files
+from mixgf.storage.tables import read_table, write_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
@@ -46,7 +44,7 @@ def settings(make_corpus, tmp_path_factory, tracking_uri):
     corpus = corpus.rename(folder / "corpus")
     shard = f"{corpus}/shards/00000.parquet"
     donors = pa.array([f"d{c // 2 % 4}" for c in range(NUM_CELLS)])
-    storage_tables.write_table(shard, storage_tables.read_table(shard).append_column("donor", donors))
+    write_table(shard, read_table(shard).append_column("donor", donors))
     chosen = run.Config(
         output=str(folder),
         tokens=data.Tokens(max_len=20),
@@ -65,7 +63,7 @@ def settings(make_corpus, tmp_path_factory, tracking_uri):
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
     """The parts and the table of genes of a run in one process, never interrupted."""
-    return result(driver.run(moved(settings, tmp_path_factory.mktemp("whole")), local=True))
+    return result(perturb.run(moved(settings, tmp_path_factory.mktemp("whole")), local=True))
 
 
 def moved(settings, folder):
@@ -75,8 +73,8 @@ def moved(settings, folder):
 def result(uri):
     """Names of the parts, and the bytes of what is published."""
     record = artifacts.require(uri, "perturbation")
-    parts = {name for name in storage.list_dir(f"{uri}/{record.details['parts']}") if name != "cost"}
-    tables = {name: storage.read_bytes(f"{uri}/{name}") for name in ("genes.parquet", "states.parquet")}
+    parts = {name for name in files.list_dir(f"{uri}/{record.details['parts']}") if name != "cost"}
+    tables = {name: files.read_bytes(f"{uri}/{name}") for name in ("genes.parquet", "states.parquet")}
     return parts, tables
 
 
@@ -87,7 +85,7 @@ class Work:
         self.folder, self.drivers = folder, []
         self.folder.mkdir()
         self.path, self.log = self.folder / "config.json", self.folder / "log"
-        self.path.write_text(json.dumps(config.to_dict(settings)))
+        self.path.write_text(json.dumps(parse.to_dict(settings)))
         self.leave(parts=10_000)
 
     def leave(self, *, parts, workers=1):
@@ -177,8 +175,8 @@ def marking(folder):
 
 def main(path, folder):
     """Run the stage of a config on the cluster of RAY_ADDRESS."""
-    driver.Scorer = marking(Path(folder))
-    driver.run(config.from_dict(run.Config, json.loads(Path(path).read_text())))
+    perturb.Scorer = marking(Path(folder))
+    perturb.run(parse.from_dict(run.Config, json.loads(Path(path).read_text())))
 
 
 def test_the_pool_starts_from_no_nodes_grows_with_the_cluster_and_leaves_it_empty(work, whole, tmp_path, monkeypatch):

@@ -13,12 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from mixgf.config import data, run
-from mixgf.config import parse as config
-from mixgf.distributed import tasks as dispatch
+from mixgf.config import data, parse, run
+from mixgf.distributed.tasks import loop
 from mixgf.stages import prepare
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 
 PATIENCE = 300
 """Seconds that a part may take to come on a busy machine."""
@@ -34,15 +32,15 @@ def settings(world):
 
 def contents(uri):
     """Hashes of every file but the record and the cost ledger, which hold times; no work folder, no temporary files are left."""
-    names = [n for n in storage.list_dir(uri) if n != "cost"]
+    names = [n for n in files.list_dir(uri) if n != "cost"]
     assert names == [
         "dropped.parquet", "hashes.parquet", "index.parquet", "mapping.parquet", "record.json", "shards", "vocabulary.parquet",
     ]  # fmt: skip
-    files = [f"{uri}/{n}" for n in names if n.endswith("parquet")] + [
-        f"{uri}/shards/{n}" for n in storage.list_dir(f"{uri}/shards")
+    paths = [f"{uri}/{n}" for n in names if n.endswith("parquet")] + [
+        f"{uri}/shards/{n}" for n in files.list_dir(f"{uri}/shards")
     ]
     record = artifacts.require(uri, "corpus")
-    return {Path(f).name: storage.sha256(f) for f in files} | {"counts": record.counts, "details": record.details}
+    return {Path(f).name: files.sha256(f) for f in paths} | {"counts": record.counts, "details": record.details}
 
 
 def moved(settings, tmp_path, name):
@@ -75,10 +73,10 @@ prepare.run(from_dict(Config, json.load(open(sys.argv[1]))), spread=dispatch.loo
 
 
 def test_a_driver_killed_again_and_again_ends_with_the_bytes_of_one_never_killed(settings, tmp_path):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
     chosen = moved(settings, tmp_path, "killed")
     path, uri = tmp_path / "config.json", f"{chosen.output}/corpus"
-    path.write_text(json.dumps(config.to_dict(chosen)))
+    path.write_text(json.dumps(parse.to_dict(chosen)))
     rng = np.random.default_rng()
     kills, total = [], 3 * 23 + 20  # about as many parts as a whole run makes
     for number in np.sort(rng.integers(1, total, 4)).tolist():
@@ -88,7 +86,7 @@ def test_a_driver_killed_again_and_again_ends_with_the_bytes_of_one_never_killed
         child.kill()
         kills.append((number, child.wait()))
     assert any(code == -9 for _, code in kills), kills
-    assert contents(prepare.run(chosen, spread=dispatch.loop)) == expected, kills
+    assert contents(prepare.run(chosen, spread=loop)) == expected, kills
 
 
 def overtaken(chosen, after):
@@ -96,27 +94,27 @@ def overtaken(chosen, after):
     left = [after]
 
     def spread(jobs):
-        for found in dispatch.loop(jobs):
+        for found in loop(jobs):
             yield found
             left[0] -= 1
             if left[0] == 0:
-                prepare.run(chosen, spread=dispatch.loop)
+                prepare.run(chosen, spread=loop)
 
     return spread
 
 
 @pytest.mark.parametrize("after", [1, 3, 4, 20, 26, 27, 40, 50, 72])
 def test_a_driver_that_another_one_overtakes_ends_well_with_the_same_bytes(settings, tmp_path, after):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
     chosen = moved(settings, tmp_path, "overtaken")
     assert contents(prepare.run(chosen, spread=overtaken(chosen, after))) == expected
 
 
 def test_two_drivers_started_together_at_one_output_both_end_well_with_the_same_bytes(settings, tmp_path):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
     chosen = moved(settings, tmp_path, "together")
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.to_dict(chosen)))
+    path.write_text(json.dumps(parse.to_dict(chosen)))
     command = [sys.executable, "-c", LOOP, str(path)]
     drivers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [driver.communicate(timeout=PATIENCE)[1] for driver in drivers]
@@ -138,7 +136,7 @@ def tasks(parent):
 
 @pytest.mark.ray
 def test_killed_ray_workers_change_nothing(settings, tmp_path, ray_local):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
     chosen = moved(settings, tmp_path, "killed")
     uri, rng, killed, over = f"{chosen.output}/corpus", np.random.default_rng(), [], threading.Event()
 
@@ -168,10 +166,10 @@ def test_killed_ray_workers_change_nothing(settings, tmp_path, ray_local):
 @pytest.mark.timeout(900)
 def test_a_killed_ray_driver_and_a_lost_node_change_nothing(settings, tmp_path):
     """First the driver of a local Ray dies with all it started, then the run goes on over three nodes, of which one is lost."""
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=dispatch.loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
     chosen = moved(settings, tmp_path, "killed")
     path, uri = tmp_path / "config.json", f"{chosen.output}/corpus"
-    path.write_text(json.dumps(config.to_dict(chosen)))
+    path.write_text(json.dumps(parse.to_dict(chosen)))
     driver = subprocess.Popen(
         [sys.executable, "-m", "mixgf", "prepare", "--config", str(path)], stderr=subprocess.DEVNULL
     )
@@ -189,7 +187,7 @@ def main(path):
     import ray
     from ray.cluster_utils import Cluster
 
-    chosen = config.from_dict(run.Config, json.loads(Path(path).read_text()))
+    chosen = parse.from_dict(run.Config, json.loads(Path(path).read_text()))
     store = {"object_store_memory": 100 << 20, "include_dashboard": False}
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, "_system_config": health})

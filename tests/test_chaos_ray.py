@@ -18,15 +18,12 @@ import numpy as np
 import psutil
 import pytest
 
-from mixgf.config import data as config_data
-from mixgf.config import parse as config
-from mixgf.config import run, training
-from mixgf.corpus import reader as dataset
+from mixgf.config import parse, run, training
+from mixgf.config.data import Tokens
+from mixgf.corpus import reader
 from mixgf.encoder.bert import MaskedModel
-from mixgf.storage import files as storage
-from mixgf.storage import tables
-from mixgf.training import checkpoints, context
-from mixgf.training import loop as train
+from mixgf.storage import files, tables
+from mixgf.training import checkpoints, context, loop
 from mixgf.training.pretraining import Pretraining
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -42,7 +39,7 @@ def settings(make_corpus, tmp_path_factory):
     return run.Config(
         output=str(tmp_path_factory.mktemp("run")),
         model=training.Model(num_layers=2, dim=64, num_heads=4, ffn_dim=64, max_positions=200),
-        tokens=config_data.Tokens(max_len=200),
+        tokens=Tokens(max_len=200),
         train=training.Train(
             epochs=10, batch_cells=20, lr=1e-3, warmup_steps=10, log_steps=1, checkpoint_steps=5, max_steps=STEPS
         ),
@@ -56,7 +53,7 @@ def result(uri):
     rows = tables.read_table(f"{uri}/history.parquet").to_pylist()
     trace = {(row["step"], row["name"]): row["value"] for row in rows if row["name"] in LOSSES}
     assert len(trace) == sum(row["name"] in LOSSES for row in rows) == STEPS * len(LOSSES)  # every step, and none twice
-    return trace, storage.sha256(f"{uri}/model.safetensors")
+    return trace, files.sha256(f"{uri}/model.safetensors")
 
 
 def reached(uri, step):
@@ -116,7 +113,7 @@ def test_killed_workers_give_the_bits_of_the_run_never_killed(ray_local, setting
 def test_a_killed_driver_goes_on_with_the_bits_of_the_run_never_killed(settings, undisturbed, tmp_path):
     chosen = dataclasses.replace(settings, output=str(tmp_path))
     path, uri = tmp_path / "config.json", f"{tmp_path}/pretrain"
-    path.write_text(json.dumps(config.to_dict(chosen)))
+    path.write_text(json.dumps(parse.to_dict(chosen)))
     command = [sys.executable, "-m", "mixgf", "pretrain", "--config", str(path), "--debug"]
     rng = np.random.default_rng(2)
     ends = []
@@ -133,16 +130,16 @@ def test_a_killed_driver_goes_on_with_the_bits_of_the_run_never_killed(settings,
 
 def alone(chosen):
     """Losses of the loop alone, by (step, name)."""
-    corpus = dataset.Corpus(chosen.inputs.corpus)
+    corpus = reader.Corpus(chosen.inputs.corpus)
     model = MaskedModel(chosen.model, corpus.vocabulary.size, seed=chosen.seed)
-    rows = train.fit(model, Pretraining(chosen, corpus), chosen.train, context.LocalContext())
+    rows = loop.fit(model, Pretraining(chosen, corpus), chosen.train, context.LocalContext())
     return {(step, name): value for step, _, name, value in rows if name in LOSSES}
 
 
 def resized(chosen, how):
     """Train in a process of its own on a cluster that changes; returns the numbers of workers, and the losses."""
     done = subprocess.run(
-        [sys.executable, __file__, how, json.dumps(config.to_dict(chosen))], capture_output=True, text=True, check=False,
+        [sys.executable, __file__, how, json.dumps(parse.to_dict(chosen))], capture_output=True, text=True, check=False,
         env=os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10" if how == "lose" else "60"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -186,7 +183,7 @@ def main(how, data):
 
     from mixgf.stages import pretrain
 
-    chosen = config.from_dict(run.Config, data)
+    chosen = parse.from_dict(run.Config, data)
     head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False}
     if how == "lose":  # a death is noticed soon; where none is meant, a busy machine must not look like one
         head["_system_config"] = {

@@ -3,14 +3,12 @@ import threading
 import pytest
 import torch
 
-from mixgf.config import data as config_data
-from mixgf.config import parse as config
-from mixgf.config import training
+from mixgf.config import parse, training
+from mixgf.config.data import Tokens
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 from mixgf.training import checkpoints
 
 ROW = training.Model(num_layers=1, dim=8, num_heads=2, ffn_dim=8, max_positions=8)
@@ -45,7 +43,7 @@ def test_a_checkpoint_without_its_state_does_not_count(tmp_path):
     model, optimizer = trained()
     checkpoints.save_step(str(tmp_path), 2, model, optimizer, {})
     folder = checkpoints.save_step(str(tmp_path), 4, model, optimizer, {})
-    storage.remove(f"{folder}/state.json")
+    files.remove(f"{folder}/state.json")
     assert checkpoints.complete_steps(str(tmp_path)) == [2]
     assert checkpoints.load_step(str(tmp_path), model, optimizer).step == 2
 
@@ -55,9 +53,9 @@ def test_a_checkpoint_without_its_state_does_not_count(tmp_path):
 def test_an_unreadable_checkpoint_is_an_error_and_never_a_fresh_start(tmp_path, name, damage):
     model, optimizer = trained()
     folder = checkpoints.save_step(str(tmp_path), 2, model, optimizer, {})
-    data = bytearray(storage.read_bytes(f"{folder}/{name}"))
+    data = bytearray(files.read_bytes(f"{folder}/{name}"))
     data = data[: len(data) // 2] if damage == "cut" else bytes(x ^ 1 for x in data)
-    storage.write_bytes(f"{folder}/{name}", bytes(data))
+    files.write_bytes(f"{folder}/{name}", bytes(data))
     with pytest.raises(UserError, match=rf"{name}: .*Restore it, or remove the folder .*/00000002"):
         checkpoints.load_step(str(tmp_path), model, optimizer)
 
@@ -65,7 +63,7 @@ def test_an_unreadable_checkpoint_is_an_error_and_never_a_fresh_start(tmp_path, 
 def test_a_missing_file_of_a_complete_checkpoint_is_an_error(tmp_path):
     model, optimizer = trained()
     folder = checkpoints.save_step(str(tmp_path), 2, model, optimizer, {})
-    storage.remove(f"{folder}/model.safetensors")
+    files.remove(f"{folder}/model.safetensors")
     with pytest.raises(UserError, match=r"model.safetensors.*Restore it"):
         checkpoints.load_step(str(tmp_path), model, optimizer)
 
@@ -83,7 +81,7 @@ def test_pruning_keeps_the_latest(tmp_path):
     for step in (1, 2, 3):
         checkpoints.save_step(str(tmp_path), step, model, optimizer, {})
     checkpoints.prune(str(tmp_path), 2)
-    assert storage.list_dir(f"{tmp_path}/steps") == ["00000002", "00000003"]
+    assert files.list_dir(f"{tmp_path}/steps") == ["00000002", "00000003"]
 
 
 def test_a_published_model_is_loaded_whole(tmp_path):
@@ -92,13 +90,11 @@ def test_a_published_model_is_loaded_whole(tmp_path):
     artifacts.begin(uri, record)
     with pytest.raises(UserError, match="no finished checkpoint"):
         checkpoint.load_encoder(uri)
-    checkpoint.publish(
-        uri, record, model, vocabulary="abc", tokens=config_data.Tokens(), objective=training.Objective()
-    )
+    checkpoint.publish(uri, record, model, vocabulary="abc", tokens=Tokens(), objective=training.Objective())
     encoder, found = checkpoint.load_encoder(uri)
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
     assert not encoder.training
-    assert found.details["model"] == config.to_dict(ROW)
+    assert found.details["model"] == parse.to_dict(ROW)
     checkpoint.require_vocabulary(found, "abc", "the corpus")
     with pytest.raises(UserError, match=r"inputs.checkpoint: made with vocabulary abc, but the corpus has other"):
         checkpoint.require_vocabulary(found, "other", "the corpus")
@@ -134,7 +130,7 @@ def test_checkpoints_appear_in_order_and_use_the_same_memory_again(tmp_path):
             save(saver, step, model, optimizer)
             places.add(saver._taken.weights["encoder.tokens"].data_ptr())
     assert len(places) == 1
-    assert storage.list_dir(f"{tmp_path}/steps") == ["00000004", "00000005"]
+    assert files.list_dir(f"{tmp_path}/steps") == ["00000004", "00000005"]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_at_the_next_one_or_at_the_end(tmp_path):
@@ -154,6 +150,6 @@ def test_pruning_removes_what_a_killed_writer_left_before_the_kept_checkpoints_a
     for step in (1, 2, 3, 4):
         folder = checkpoints.save_step(str(tmp_path), step, model, optimizer, {})
         if step in (1, 4):
-            storage.remove(f"{folder}/state.json")
+            files.remove(f"{folder}/state.json")
     checkpoints.prune(str(tmp_path), 1)
-    assert storage.list_dir(f"{tmp_path}/steps") == ["00000003", "00000004"]
+    assert files.list_dir(f"{tmp_path}/steps") == ["00000003", "00000004"]

@@ -8,14 +8,9 @@ import pytest
 import torch
 from scipy import special
 
-from mixgf import rng as keyed
-from mixgf.classification import finetune as classify
-from mixgf.classification import labels as classification_labels
-from mixgf.classification import linear_start as convex
-from mixgf.classification import models as contenders
-from mixgf.classification import probes, species_alignment
+from mixgf.classification import finetune, linear_start, probes, registry, species_alignment
 from mixgf.classification.finetune import Classifier
-from mixgf.classification.labels import Labelled
+from mixgf.classification.labels import Labelled, labelled
 from mixgf.classification.splits import Split, make
 from mixgf.config.classification import Classify
 from mixgf.config.data import Tokens, Vocab
@@ -26,6 +21,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed, lora
 from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
+from mixgf.rng import dropout_keys, dropped, hashed
 from mixgf.training import context
 
 CELLS = 90
@@ -59,17 +55,17 @@ def only_split(data: Labelled) -> Split:
     return make(data, RUN.classify, seed=0)[0]
 
 
-def tuned(corpus: Corpus, data: Labelled, split: Split, run: Config = RUN) -> classify.Tuned:
+def tuned(corpus: Corpus, data: Labelled, split: Split, run: Config = RUN) -> finetune.Tuned:
     encoder = Encoder(SMALL, corpus.vocabulary.size)
-    return classify.finetune(encoder, corpus, data, split, run=run, context=context.LocalContext())
+    return finetune.finetune(encoder, corpus, data, split, run=run, context=context.LocalContext())
 
 
 @pytest.fixture(scope="module")
-def base(corpus: Corpus) -> classify.Tuned:
+def base(corpus: Corpus) -> finetune.Tuned:
     return tuned(corpus, table(), only_split(table()))
 
 
-def test_fine_tuning_learns_types_that_can_be_told_apart(base: classify.Tuned) -> None:
+def test_fine_tuning_learns_types_that_can_be_told_apart(base: finetune.Tuned) -> None:
     split = only_split(table())
     true = split.ids(table().labels[split.test])
     assert base.probabilities.shape == (len(split.test), 2)
@@ -79,7 +75,7 @@ def test_fine_tuning_learns_types_that_can_be_told_apart(base: classify.Tuned) -
     assert base.history[-1]["train_loss"] < base.history[0]["train_loss"]
 
 
-def test_labels_of_test_cells_decide_nothing(corpus: Corpus, base: classify.Tuned) -> None:
+def test_labels_of_test_cells_decide_nothing(corpus: Corpus, base: finetune.Tuned) -> None:
     data, split = table(), only_split(table())
     labels = data.labels.copy()
     labels[split.test] = labels[np.random.default_rng(5).permutation(split.test)]
@@ -89,7 +85,7 @@ def test_labels_of_test_cells_decide_nothing(corpus: Corpus, base: classify.Tune
     np.testing.assert_array_equal(other.probabilities, base.probabilities)
 
 
-def test_which_cells_are_tested_decides_nothing(corpus: Corpus, base: classify.Tuned) -> None:
+def test_which_cells_are_tested_decides_nothing(corpus: Corpus, base: finetune.Tuned) -> None:
     split = only_split(table())
     few = replace(split, test=split.test[::3])
     other = tuned(corpus, table(), few)
@@ -120,14 +116,14 @@ def test_the_chosen_weights_predict(corpus: Corpus) -> None:
     assert loss == pytest.approx(min(row["loss"] for row in found.history), abs=1e-12)
 
 
-def test_warm_up_is_at_most_a_quarter_of_the_steps(corpus: Corpus, base: classify.Tuned) -> None:
+def test_warm_up_is_at_most_a_quarter_of_the_steps(corpus: Corpus, base: finetune.Tuned) -> None:
     assert (base.warmup_steps, base.num_steps) == (5, 3 * 8)  # 64 training cells in batches of 8
     run = replace(RUN, classify=replace(RUN.classify, epochs=1, warmup_steps=500))
     found = tuned(corpus, table(), only_split(table()), run)
     assert (found.warmup_steps, found.num_steps) == (2, 8)
 
 
-def test_another_seed_gives_another_model(corpus: Corpus, base: classify.Tuned) -> None:
+def test_another_seed_gives_another_model(corpus: Corpus, base: finetune.Tuned) -> None:
     other = tuned(corpus, table(), only_split(table()), replace(RUN, seed=1))
     assert not np.array_equal(other.probabilities, base.probabilities)
 
@@ -146,7 +142,7 @@ def test_frozen_layers_do_not_move(corpus: Corpus, layers: int, trained: set[obj
     encoder = Encoder(SMALL, corpus.vocabulary.size)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     run = replace(RUN, classify=replace(RUN.classify, freeze_layers=layers, epochs=1))
-    classify.finetune(encoder, corpus, table(), only_split(table()), run=run, context=context.LocalContext())
+    finetune.finetune(encoder, corpus, table(), only_split(table()), run=run, context=context.LocalContext())
     moved: set[object] = set()
     for name, p in encoder.named_parameters():
         if not torch.equal(p, before[name]):
@@ -162,14 +158,14 @@ def test_freezing_more_layers_than_there_are_is_refused(corpus: Corpus) -> None:
 
 def test_a_cell_is_classified_alike_whatever_its_batch_mates(corpus: Corpus) -> None:
     model = Classifier(Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0)
-    sentences = classify._Sentences(corpus, 0, 32)
-    whole = classify.probabilities(model, sentences, np.arange(20), 64)
-    np.testing.assert_array_equal(whole[[7, 3]], classify.probabilities(model, sentences, np.array([7, 3]), 64))
+    sentences = finetune._Sentences(corpus, 0, 32)
+    whole = finetune.probabilities(model, sentences, np.arange(20), 64)
+    np.testing.assert_array_equal(whole[[7, 3]], finetune.probabilities(model, sentences, np.array([7, 3]), 64))
 
 
 def test_dropout_depends_on_seed_epoch_and_cell_only(corpus: Corpus) -> None:
     model = Classifier(Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0)
-    sentences = classify._Sentences(corpus, 0, 32)
+    sentences = finetune._Sentences(corpus, 0, 32)
 
     def logits(cells: list[int], epoch: int) -> torch.Tensor:
         return model(sentences.batch(np.array(cells), (0, epoch, np.array(cells))))
@@ -180,7 +176,7 @@ def test_dropout_depends_on_seed_epoch_and_cell_only(corpus: Corpus) -> None:
 
 
 def test_sentences_are_cut_to_max_len(corpus: Corpus) -> None:
-    sentences = classify._Sentences(corpus, 6, 32)
+    sentences = finetune._Sentences(corpus, 6, 32)
     cells = np.arange(10)
     batch = sentences.batch(cells)
     assert (
@@ -193,17 +189,17 @@ def test_sentences_are_cut_to_max_len(corpus: Corpus) -> None:
 def test_sentences_longer_than_the_encoder_has_positions_are_cut(corpus: Corpus) -> None:
     assert corpus.lengths_N.max() > 8
     encoder = Encoder(replace(SMALL, max_positions=8), corpus.vocabulary.size)
-    found = classify.finetune(encoder, corpus, table(), only_split(table()), run=RUN, context=context.LocalContext())
+    found = finetune.finetune(encoder, corpus, table(), only_split(table()), run=RUN, context=context.LocalContext())
     assert np.isfinite(found.probabilities).all()
-    assert [classify.longest(encoder, Classify(max_len=n)) for n in (0, 5, 9)] == [8, 5, 8]
+    assert [finetune.longest(encoder, Classify(max_len=n)) for n in (0, 5, 9)] == [8, 5, 8]
 
 
 def test_weights_of_genes_read_the_whole_sentence_and_the_encoder_its_positions(corpus: Corpus) -> None:
     encoder = Encoder(replace(SMALL, max_positions=8), corpus.vocabulary.size)
     settings = Classify(gene_weights=True)
-    assert [classify.longest(encoder, replace(settings, max_len=n)) for n in (0, 5, 9)] == [0, 5, 9]
-    model = classify.Classifier(encoder, 3, pooling="mean", cls=False, seed=1, gene_weights=True).eval()
-    whole = classify._Sentences(corpus, 0, 8)
+    assert [finetune.longest(encoder, replace(settings, max_len=n)) for n in (0, 5, 9)] == [0, 5, 9]
+    model = finetune.Classifier(encoder, 3, pooling="mean", cls=False, seed=1, gene_weights=True).eval()
+    whole = finetune._Sentences(corpus, 0, 8)
     cells = np.flatnonzero(corpus.lengths_N > 8)[:6]
     rng = np.random.default_rng(0)
     genes_CV = rng.normal(size=(3, corpus.vocabulary.size))
@@ -212,7 +208,7 @@ def test_weights_of_genes_read_the_whole_sentence_and_the_encoder_its_positions(
         found_BC = model(whole.batch(cells)).numpy()
         vectors_ND = embed.embed_cells(encoder, corpus, cells)
         expected_BC = model.head(torch.from_numpy(vectors_ND)).numpy()
-    expected_BC = expected_BC + convex.gene_rows(*corpus.tokens(cells), corpus.vocabulary.size) @ genes_CV.T
+    expected_BC = expected_BC + linear_start.gene_rows(*corpus.tokens(cells), corpus.vocabulary.size) @ genes_CV.T
     assert np.allclose(found_BC, expected_BC, atol=1e-4)
     assert whole.lengths(cells).max() == 8
 
@@ -233,7 +229,7 @@ def two_groups(*, across: bool) -> tuple[Labelled, Split]:
 TRAIN = np.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
 
 
-@pytest.mark.parametrize("head", contenders.HEADS)
+@pytest.mark.parametrize("head", registry.HEADS)
 def test_heads_tell_two_directions_apart(head: str) -> None:
     data, split = two_groups(across=False)
     found = probes.frozen(
@@ -242,7 +238,7 @@ def test_heads_tell_two_directions_apart(head: str) -> None:
     assert found.argmax(1).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("head", contenders.HEADS)
+@pytest.mark.parametrize("head", registry.HEADS)
 def test_between_species_an_offset_of_all_cells_of_a_species_does_not_matter(head: str) -> None:
     data, split = two_groups(across=True)
     shifted = np.array([[105.0, 3.0], [95.0, 3.0]])  # the mouse cells lie elsewhere, types apart in the same direction
@@ -251,7 +247,7 @@ def test_between_species_an_offset_of_all_cells_of_a_species_does_not_matter(hea
 
 
 def test_labels_come_from_the_corpus_and_unknown_ones_are_left_out(corpus: Corpus) -> None:
-    found = classification_labels.labelled(corpus, Classify(unlabelled=("beta",)))
+    found = labelled(corpus, Classify(unlabelled=("beta",)))
     assert set(found.labels) == {"alpha"}
     assert found.cells.tolist() == list(range(1, CELLS, 2))
     assert set(found.donors) == {""}  # the corpus has no such column
@@ -270,19 +266,19 @@ def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(
     checkpoint.publish(
         uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=Tokens()
     )
-    trained, untrained = (contenders.load(uri, name, RUN, corpus) for name in ("", "untrained"))
+    trained, untrained = (registry.load(uri, name, RUN, corpus) for name in ("", "untrained"))
     assert trained.row == untrained.row
     assert not torch.equal(trained.tokens, untrained.tokens)
     assert torch.equal(trained.tokens, Encoder(SMALL, corpus.vocabulary.size).tokens)
     with pytest.raises(UserError, match="made with vocabulary"):
-        contenders.load(uri, "", RUN, Corpus(make_corpus([5], [0], [1], genes=50)))
+        registry.load(uri, "", RUN, Corpus(make_corpus([5], [0], [1], genes=50)))
 
 
 def test_keys_of_the_head_are_not_those_of_a_layer() -> None:
-    keys = keyed.dropout_keys(0, 0, np.arange(50), 0, np.zeros(50, dtype=np.int64))
-    at_head = keyed.dropped(keys, classify._HEAD_SITE, 32, 1 << 15)
+    keys = dropout_keys(0, 0, np.arange(50), 0, np.zeros(50, dtype=np.int64))
+    at_head = dropped(keys, finetune._HEAD_SITE, 32, 1 << 15)
     for site in range(40):
-        assert abs((at_head == keyed.dropped(keys, site, 32, 1 << 15)).float().mean() - 0.5) < 0.1
+        assert abs((at_head == dropped(keys, site, 32, 1 << 15)).float().mean() - 0.5) < 0.1
 
 
 def test_epochs_are_added_until_a_small_set_has_its_steps(corpus: Corpus) -> None:
@@ -310,9 +306,9 @@ def test_a_warm_start_is_epoch_0_and_predicts_when_training_adds_nothing(corpus:
     trained = np.setdiff1d(split.train, split.validation)
     encoder, size = Encoder(SMALL, corpus.vocabulary.size), corpus.vocabulary.size
     vectors, tests = (embed.embed_cells(encoder, corpus, rows, layer=0) for rows in (trained, split.test))
-    genes, test_genes = (convex.gene_rows(*corpus.tokens(rows), size) for rows in (trained, split.test))
-    seed = int(keyed.hashed(RUN.seed, split.seed, 1)) & 0x7FFFFFFF
-    start = convex.fit_best(vectors, genes, split.ids(data.labels[trained]), 2, seed=seed)
+    genes, test_genes = (linear_start.gene_rows(*corpus.tokens(rows), size) for rows in (trained, split.test))
+    seed = int(hashed(RUN.seed, split.seed, 1)) & 0x7FFFFFFF
+    start = linear_start.fit_best(vectors, genes, split.ids(data.labels[trained]), 2, seed=seed)
     np.testing.assert_allclose(found.probabilities, special.softmax(start.logits(tests, test_genes), axis=1), atol=1e-5)
     assert found.share == start.share
     assert found.history[0]["train_loss"] == start.loss
@@ -331,12 +327,12 @@ def test_weights_of_genes_are_summed_as_the_convex_start_has_them(corpus: Corpus
     model = Classifier(
         Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0, layer=0, gene_weights=True
     )
-    sentences, cells = classify._Sentences(corpus, 7, 32), np.array([4, 9, 2])
+    sentences, cells = finetune._Sentences(corpus, 7, 32), np.array([4, 9, 2])
     without = model(sentences.batch(cells))
     with torch.no_grad():
         model.genes.copy_(torch.randn(model.genes.shape, generator=torch.Generator().manual_seed(0)))
     added = (model(sentences.batch(cells)) - without).detach().numpy()
-    rows = convex.gene_rows(*packed.cut(*corpus.tokens(cells), 7), corpus.vocabulary.size)
+    rows = linear_start.gene_rows(*packed.cut(*corpus.tokens(cells), 7), corpus.vocabulary.size)
     np.testing.assert_allclose(added, rows @ model.linear()[2].T, atol=1e-5)
 
 
@@ -344,7 +340,7 @@ def test_adapters_train_themselves_and_the_head_only(corpus: Corpus) -> None:
     """Of the encoder the embedding and the norms stay; every matrix moves by a product of the rank, merged when it is over."""
     encoder, before = (Encoder(SMALL, corpus.vocabulary.size) for _ in range(2))
     run = replace(RUN, classify=replace(RUN.classify, lora_rank=2, epochs=8, lr=0.01))
-    found = classify.finetune(encoder, corpus, table(), only_split(table()), run=run, context=context.LocalContext())
+    found = finetune.finetune(encoder, corpus, table(), only_split(table()), run=run, context=context.LocalContext())
     moved = {
         n for (n, p), q in zip(encoder.named_parameters(), before.parameters(), strict=True) if not torch.equal(p, q)
     }
@@ -363,12 +359,12 @@ def test_a_layer_that_the_encoder_does_not_have_is_refused(corpus: Corpus) -> No
 
 def test_the_paper_s_way_is_what_finetune_means() -> None:
     settings = Classify()
-    assert contenders.recipe(Config(), "finetune").classify == settings
+    assert registry.recipe(Config(), "finetune").classify == settings
     assert (settings.lr, settings.warmup_steps, settings.batch_cells, settings.epochs) == (5e-5, 500, 8, 10)
-    assert contenders.recipe(Config(), "tuned@untrained").classify.warm_start
-    assert contenders.recipe(Config(), "lora").classify.lora_rank == contenders.LORA_RANK
+    assert registry.recipe(Config(), "tuned@untrained").classify.warm_start
+    assert registry.recipe(Config(), "lora").classify.lora_rank == registry.LORA_RANK
     mine = replace(Config(), classify=replace(settings, lora_rank=3))
-    assert contenders.recipe(mine, "lora").classify.lora_rank == 3
+    assert registry.recipe(mine, "lora").classify.lora_rank == 3
 
 
 # Between species
@@ -391,8 +387,8 @@ def test_another_species_is_read_by_the_ids_of_the_one_that_trains(corpus: Corpu
     shared = species_alignment.shared_tokens(vocabulary, pairs, "human", "mouse")
     assert shared[mouse.tokens[2]] == shared[human.tokens[0]] == human.tokens[0]
     assert shared[mouse.tokens[1]] == shared[human.tokens[3]] == human.tokens[3]
-    assert shared[: classify.NUM_SPECIALS].tolist() == list(range(classify.NUM_SPECIALS))
-    assert (shared >= 0).sum() == classify.NUM_SPECIALS + 4
+    assert shared[: finetune.NUM_SPECIALS].tolist() == list(range(finetune.NUM_SPECIALS))
+    assert (shared >= 0).sum() == finetune.NUM_SPECIALS + 4
 
 
 def test_sentences_keep_shared_genes_in_order_and_one_without_any_stays(corpus: Corpus) -> None:
@@ -403,7 +399,7 @@ def test_sentences_keep_shared_genes_in_order_and_one_without_any_stays(corpus: 
     shared[first[[1, 3]]] = [7, 8]
     expected = [[shared[t] for t in tokens[a:b] if shared[t] >= 0] for a, b in itertools.pairwise(offsets)]
     expected = [e or tokens[a:b].tolist() for e, (a, b) in zip(expected, itertools.pairwise(offsets), strict=True)]
-    read, bounds = classify._Sentences(corpus, 0, 32, shared).tokens(cells)
+    read, bounds = finetune._Sentences(corpus, 0, 32, shared).tokens(cells)
     assert [read[a:b].tolist() for a, b in itertools.pairwise(bounds)] == expected
     assert expected[0] == [7, 8]
 
@@ -429,9 +425,9 @@ def test_only_an_aligned_model_reads_orthologs(corpus: Corpus) -> None:
     encoder = Encoder(SMALL, corpus.vocabulary.size)
     for align in (False, True):
         run = replace(RUN, classify=replace(RUN.classify, align=align))
-        assert (classify._sentences(encoder, corpus, data, split, run).shared_V is not None) == align
+        assert (finetune._sentences(encoder, corpus, data, split, run).shared_V is not None) == align
     within = replace(split, test=split.validation)
-    assert classify._sentences(encoder, corpus, data, within, run).shared_V is None
+    assert finetune._sentences(encoder, corpus, data, within, run).shared_V is None
 
 
 def test_another_species_is_predicted_by_the_convex_start(corpus: Corpus) -> None:
@@ -444,7 +440,7 @@ def test_another_species_is_predicted_by_the_convex_start(corpus: Corpus) -> Non
     run = replace(run, classify=replace(run.classify, align=True))
     found = tuned(corpus, data, split, run)
     assert [row["epoch"] for row in found.history] == [0]
-    assert found.share == convex.SHARES[-1]
+    assert found.share == linear_start.SHARES[-1]
     true = split.ids(data.labels[split.test])
     assert (found.probabilities.argmax(1) == true).mean() > max(true.mean(), 1 - true.mean()) + 0.15
     unaligned = tuned(corpus, data, split, replace(run, classify=replace(run.classify, align=False)))

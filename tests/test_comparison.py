@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from mixgf.classification import integration
-from mixgf.classification import labels as classification_labels
+from mixgf.classification.labels import merged
 from mixgf.comparison import shift_selection, transfer
 from mixgf.errors import UserError
 
@@ -67,8 +67,8 @@ def test_shifts_are_read():
 
 def test_labels_that_count_as_one():
     labels = np.array(["CD4 T", "CD8 T", "B", ""])
-    assert classification_labels.merged(labels, ["T=CD4 T|CD8 T"]).tolist() == ["T", "T", "B", ""]
-    assert classification_labels.merged(labels, []) is labels
+    assert merged(labels, ["T=CD4 T|CD8 T"]).tolist() == ["T", "T", "B", ""]
+    assert merged(labels, []) is labels
     for wrong in (["T=CD5 T"], ["CD4 T"], ["T=CD4 T", "U=CD4 T"]):
         with pytest.raises(UserError, match="must be NAME=LABEL"):
-            classification_labels.merged(labels, wrong)
+            merged(labels, wrong)

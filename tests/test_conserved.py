@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixgf.comparison import conserved_response as conserved
-from mixgf.comparison import gene_networks
+from mixgf.comparison import conserved_response, gene_networks
 
 NAMES = ("ant", "bee")
 
@@ -28,31 +27,31 @@ def partners(num):
 def test_only_orthologs_that_both_scored_under_one_operation_are_paired():
     a, b = table([1, 2, 3], prefix="A"), table([5, 6, 7], prefix="B")
     b.loc[1, "num_cells"] = 0
-    found = conserved.pair(a, b, {"A0": "B2", "A1": "B1", "A2": "B9"}, NAMES)
+    found = conserved_response.pair(a, b, {"A0": "B2", "A1": "B1", "A2": "B9"}, NAMES)
     assert found[["gene_ant", "gene_bee", "shift_ant", "shift_bee"]].values.tolist() == [["A0", "B2", 1.0, 7.0]]
-    assert conserved.pair(a, b.assign(operation="overexpress"), partners(3), NAMES).empty
+    assert conserved_response.pair(a, b.assign(operation="overexpress"), partners(3), NAMES).empty
 
 
 def test_a_difference_has_the_interval_of_both_and_what_rank_predicts_is_no_finding():
-    frame = conserved.pair(
+    frame = conserved_response.pair(
         table([0.5, 0.1, 0.1, 0.1, 0.1], prefix="A", half=0.03),
         table([0.0] * 5, prefix="B", half=0.04),
         partners(5),
         NAMES,
     )
     frame["rank_expected_ant"] = 0.1
-    found = conserved.judged(frame, NAMES)
+    found = conserved_response.judged(frame, NAMES)
     assert found["difference"].tolist() == pytest.approx([0.5, 0.1, 0.1, 0.1, 0.1])
     assert (found["difference_high"] - found["difference"]).tolist() == pytest.approx([0.05] * 5)  # 3, 4, 5
     assert found["fdr_differs"].le(0.05).tolist() == [True, False, False, False, False]
     assert found["p_differs"][1:].tolist() == pytest.approx([1.0] * 4)
     assert set(found["interval_by"]) == {"donors"}
-    few = conserved.judged(frame.assign(num_donors_bee=1), NAMES)
+    few = conserved_response.judged(frame.assign(num_donors_bee=1), NAMES)
     assert set(few["interval_by"]) == {"cells"}
-    vague = conserved.judged(frame.assign(rank_error_bee=0.2), NAMES)
+    vague = conserved_response.judged(frame.assign(rank_error_bee=0.2), NAMES)
     assert found["p_differs"][0] < 0.001
     assert vague["p_differs"][0] > 0.05  # what rank does in bees is hardly known
-    unknown = conserved.judged(frame.assign(rank_expected_bee=np.nan), NAMES)
+    unknown = conserved_response.judged(frame.assign(rank_expected_bee=np.nan), NAMES)
     assert unknown["p_differs"].isna().all()
 
 
@@ -60,22 +59,24 @@ def test_conserved_targets_go_towards_the_goal_in_both_and_the_weaker_side_decid
     a = table([0.2, 0.3, -0.1, 0.4], prefix="A", percentile=[99.0, 98.0, 1.0, 99.9], p=[0.01, 0.02, 0.01, 0.001])
     b = table([0.1, 0.2, -0.2, -0.1], prefix="B", percentile=[90.0, 97.0, 2.0, 10.0], p=[0.5, 0.03, 0.01, 0.001])
     b.loc[0, "warnings"] = "one donor carries it"
-    found = conserved.judged(conserved.pair(a, b, partners(4), NAMES), NAMES)
+    found = conserved_response.judged(conserved_response.pair(a, b, partners(4), NAMES), NAMES)
     assert found["direction"].tolist() == ["towards", "towards", "away", "opposite"]
     assert found["place"].tolist() == [2, 1, 0, 0]
     assert found["percentile_both"].tolist() == [90.0, 97.0, 1.0, 10.0]
     assert found["p_both"].tolist() == [0.5, 0.03, 0.01, 0.001]
     assert found["doubts"].tolist() == ["bee: one donor carries it", "", "", ""]
-    untested = conserved.judged(conserved.pair(a, b.assign(p_donor=np.nan), partners(4), NAMES), NAMES)
+    untested = conserved_response.judged(
+        conserved_response.pair(a, b.assign(p_donor=np.nan), partners(4), NAMES), NAMES
+    )
     assert untested["p_both"].isna().all()  # one side without a test is no evidence from both
 
 
 def test_bins_hold_genes_alike_and_an_exchange_stays_within_them():
     features = np.stack([np.arange(64), np.zeros(64)], axis=1).astype(float)
-    bins = conserved.alike_bins(features, size=8)
+    bins = conserved_response.alike_bins(features, size=8)
     assert sorted(np.bincount(bins)) == [8] * 8
     assert all(np.ptp(np.flatnonzero(bins == b)) <= 31 for b in range(8))
-    place = conserved.exchanged(bins, np.random.default_rng(0))
+    place = conserved_response.exchanged(bins, np.random.default_rng(0))
     assert sorted(place) == list(range(64))
     assert (bins[place] == bins).all()
     assert (place != np.arange(64)).any()
@@ -88,7 +89,7 @@ def test_what_rank_does_in_both_species_is_not_conservation_and_a_planted_effect
     by_rank, own = 2.0 * rank / num, rng.normal(0, 0.5, num)
 
     def summary(a, b):
-        made = conserved.conserved(
+        made = conserved_response.conserved(
             table(a, prefix="A", rank=rank), table(b, prefix="B", rank=rank), partners(num), NAMES, num=199, seed=0
         )
         return made["conserved_summary"].iloc[0]
@@ -110,7 +111,7 @@ def test_nothing_depends_on_the_order_of_a_perturbations_genes():
     a, b = (table(rng.normal(size=num), prefix=prefix, rank=rng.permutation(num)) for prefix in "AB")
 
     def found(one, other):
-        return conserved.conserved(one, other, partners(num), NAMES, num=99, seed=0)
+        return conserved_response.conserved(one, other, partners(num), NAMES, num=99, seed=0)
 
     plain, by_shift = found(a, b), found(a.sort_values("shift", ascending=False), b.sort_values("shift"))
     for name, frame in plain.items():

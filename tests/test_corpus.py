@@ -12,8 +12,8 @@ import pytest
 from scipy import io as scipy_io
 from scipy import sparse
 
-from mixgf.cells import counts as corpus
 from mixgf.cells import sources
+from mixgf.cells.counts import blocks
 from mixgf.cells.open import open_reader
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.errors import UserError
@@ -104,7 +104,7 @@ def write(kind, path, x):
 def read(uri, layer, columns, start, stop, rows):  # noqa: PLR0917
     with open_reader(uri, layer) as reader:
         x: list[np.ndarray] = []
-        for b in corpus.blocks(reader, columns, start, stop, rows=rows):
+        for b in blocks(reader, columns, start, stop, rows=rows):
             assert b.data.dtype == np.int32
             assert len(b.indptr) - 1 <= rows
             assert b.start == start + sum(len(y) for y in x)

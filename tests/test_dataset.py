@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from mixgf import errors
-from mixgf import rng as keyed
-from mixgf.corpus import packed
-from mixgf.corpus import reader as dataset
-from mixgf.encoder import batch as encoder_batch
-from mixgf.storage import files as storage
-from mixgf.training import batch_plan as plan
-from mixgf.training import prefetch
+from mixgf.corpus import packed, reader
+from mixgf.encoder.batch import pack
+from mixgf.rng import dropout_keys, hashed
+from mixgf.storage import files
+from mixgf.training import batch_plan, prefetch
 
 LENGTHS = [5, 1, 7, 3, 3, 9, 2]
 SPECIES = [0, 1, 0, 1, 0, 0, 1]
@@ -24,7 +22,7 @@ def uri(make_corpus):
 
 
 def test_packed_tokens_are_the_sentences_in_the_order_asked(uri):
-    corpus = dataset.Corpus(uri)
+    corpus = reader.Corpus(uri)
     sentences = [t for i in range(3) for t in corpus.table(i, ["tokens"]).column("tokens").to_pylist()]
     assert [len(s) for s in sentences] == LENGTHS == corpus.lengths_N.tolist()
     for cells in ([6, 0, 3, 3, 5], [2], [], list(range(7))):
@@ -33,15 +31,15 @@ def test_packed_tokens_are_the_sentences_in_the_order_asked(uri):
 
 
 def test_memory_is_bounded_by_the_number_of_cached_shards(uri):
-    corpus = dataset.Corpus(uri, cached_shards=1)
-    expected = dataset.Corpus(uri).tokens(range(7))[0]
+    corpus = reader.Corpus(uri, cached_shards=1)
+    expected = reader.Corpus(uri).tokens(range(7))[0]
     assert np.array_equal(corpus.tokens(range(7))[0], expected)
     assert len(corpus._cache) == 1
 
 
 def test_a_corpus_opened_with_a_bound_has_the_first_tokens_of_every_sentence(make_corpus):
     uri = make_corpus(LENGTHS, SPECIES, [3, 4])
-    whole, few = dataset.Corpus(uri), dataset.Corpus(uri, max_len=3)
+    whole, few = reader.Corpus(uri), reader.Corpus(uri, max_len=3)
     tokens_T, offsets = few.tokens([6, 0, 3])
     assert np.array_equal(few.lengths_N, np.minimum(LENGTHS, 3))
     assert np.array_equal(tokens_T, np.concatenate([whole.tokens([cell])[0][:3] for cell in (6, 0, 3)]))
@@ -51,8 +49,8 @@ def test_a_corpus_opened_with_a_bound_has_the_first_tokens_of_every_sentence(mak
 def test_a_cut_batch_is_the_batch_of_the_cut_sentences():
     tokens_T, offsets = np.arange(9, dtype=np.int32), np.array([0, 2, 7, 9])
     keys = np.array([5, 6, 7], dtype=np.uint64)
-    cut = encoder_batch.pack([(tokens_T, offsets)], range(3), keys).cut(3)
-    same = encoder_batch.pack([packed.cut(tokens_T, offsets, 3)], range(3), keys)
+    cut = pack([(tokens_T, offsets)], range(3), keys).cut(3)
+    same = pack([packed.cut(tokens_T, offsets, 3)], range(3), keys)
     for name in ("ids_T", "offsets_B1", "positions_T", "cells_B", "keys_T"):
         assert torch.equal(getattr(cut, name), getattr(same, name)), name
     assert cut.max_len == same.max_len == 3
@@ -63,18 +61,18 @@ def test_an_epoch_reads_every_shard_once_and_holds_a_window_of_them(make_corpus,
     """Batches straddle windows, and shards are empty, small and large; more workers read as much each."""
     rng = np.random.default_rng(0)
     rows = [3, 0, 17, 9, 1, 30, 12, 8, 0, 22, 5, 14, 19, 2, 11, 6]
-    corpus = dataset.Corpus(make_corpus(rng.integers(2, 9, sum(rows)), np.arange(sum(rows)) % 2, rows))
-    order = plan.Plan(corpus.lengths_N, corpus.species_N, rows, seed=0, batch_cells=40)
+    corpus = reader.Corpus(make_corpus(rng.integers(2, 9, sum(rows)), np.arange(sum(rows)) % 2, rows))
+    order = batch_plan.Plan(corpus.lengths_N, corpus.species_N, rows, seed=0, batch_cells=40)
     read, table = [], corpus.table
     monkeypatch.setattr(corpus, "table", lambda shard, columns: read.append(shard) or table(shard, columns))
     for step in range(order.steps_per_epoch):
         corpus.tokens(order.share(step).cells_B)
-        assert len(corpus._cache) <= plan.WINDOW_SHARDS == dataset.CACHED_SHARDS
+        assert len(corpus._cache) <= batch_plan.WINDOW_SHARDS == reader.CACHED_SHARDS
     assert sorted(read) == [shard for shard, n in enumerate(rows) if n]
 
 
 def test_obs_comes_in_cell_order_and_names_unknown_columns(uri):
-    corpus = dataset.Corpus(uri)
+    corpus = reader.Corpus(uri)
     assert corpus.obs(["cell"])["cell"].tolist() == [f"source:{i}" for i in range(7)]
     assert "tokens" not in corpus.obs().columns
     assert corpus.obs()["species"].tolist() == [("human", "mouse")[s] for s in SPECIES]
@@ -84,21 +82,21 @@ def test_obs_comes_in_cell_order_and_names_unknown_columns(uri):
 
 def test_a_corpus_with_another_vocabulary_is_refused(make_corpus):
     uri, other = make_corpus(LENGTHS, SPECIES, [7]), make_corpus(LENGTHS, SPECIES, [7], genes=41)
-    storage.write_bytes(f"{uri}/vocabulary.parquet", storage.read_bytes(f"{other}/vocabulary.parquet"))
+    files.write_bytes(f"{uri}/vocabulary.parquet", files.read_bytes(f"{other}/vocabulary.parquet"))
     with pytest.raises(errors.UserError, match="not the one its tokens were made with"):
-        _ = dataset.Corpus(uri).vocabulary
+        _ = reader.Corpus(uri).vocabulary
 
 
 def test_a_shard_that_does_not_fit_the_index_is_refused(make_corpus):
     uri, other = make_corpus(LENGTHS, SPECIES, [3, 4]), make_corpus(LENGTHS[::-1], SPECIES, [3, 4])
-    storage.write_bytes(f"{uri}/shards/00000.parquet", storage.read_bytes(f"{other}/shards/00000.parquet"))
+    files.write_bytes(f"{uri}/shards/00000.parquet", files.read_bytes(f"{other}/shards/00000.parquet"))
     with pytest.raises(errors.UserError, match=r"does not fit index.parquet"):
-        dataset.Corpus(uri).tokens([0])
+        reader.Corpus(uri).tokens([0])
 
 
 def test_pack_and_cut_by_hand():
     tokens, offsets = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 4])
-    batch = encoder_batch.pack([(tokens, offsets)], [7, 9])
+    batch = pack([(tokens, offsets)], [7, 9])
     assert batch.positions_T.tolist() == [0, 1, 2, 0]
     assert (batch.max_len, batch.num_cells, batch.num_tokens) == (3, 2, 4)
     assert batch.keys_T is None
@@ -111,15 +109,15 @@ def test_packs_of_several_views_lie_one_after_the_other_with_the_plain_dropout_k
     first = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 3, 4])
     second = np.array([11, 20, 21], dtype=np.int32), np.array([0, 1, 1, 3])
     visits = np.array([7, 8, 10**12])
-    batch = encoder_batch.pack([first, second], [7, 8, 9], keyed.hashed(3, 1, visits))
+    batch = pack([first, second], [7, 8, 9], hashed(3, 1, visits))
     assert batch.ids_T.tolist() == [10, 11, 12, 20, 11, 20, 21]
     assert batch.offsets_B1.tolist() == [0, 3, 3, 4, 5, 5, 7]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 0, 1]
     assert batch.cells_B.tolist() == [7, 8, 9, 7, 8, 9]
     assert batch.max_len == 3
     visit_T, view_T = np.array([7, 7, 7, 10**12, 7, 10**12, 10**12]), np.array([0, 0, 0, 0, 1, 1, 1])
-    assert torch.equal(batch.keys_T, keyed.dropout_keys(3, 1, visit_T, view_T, batch.positions_T.numpy()))
-    none = encoder_batch.pack([(first[0][:0], np.array([0]))], [])
+    assert torch.equal(batch.keys_T, dropout_keys(3, 1, visit_T, view_T, batch.positions_T.numpy()))
+    none = pack([(first[0][:0], np.array([0]))], [])
     assert (none.num_cells, none.num_tokens, none.max_len) == (0, 0, 1)
 
 

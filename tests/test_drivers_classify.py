@@ -12,32 +12,27 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse
 
-from mixgf.classification import intermediates as parts
-from mixgf.classification import models as contenders
-from mixgf.classification import scvi as rivals
-from mixgf.classification import tables as results
-from mixgf.config import parse as config
-from mixgf.config import run as config_run
+from mixgf.classification import intermediates, registry, scvi
+from mixgf.classification.tables import comparisons
+from mixgf.config import parse
 from mixgf.config.classification import Classify
 from mixgf.config.data import Source, Tokens
-from mixgf.config.run import Compute, Config, Tracking
+from mixgf.config.run import Compute, Config, Inputs, Tracking
 from mixgf.config.training import Embed, Model, Train
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed.tasks import loop
 from mixgf.encoder import checkpoint, embed
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
-from mixgf.stages import classify as driver
-from mixgf.stages import prepare
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.stages import classify, prepare
+from mixgf.storage import artifacts, files, tables
 
 TYPES = ("beta cell", "alpha cell", "delta cell", "ductal cell")
 SMALL = Model(num_layers=2, dim=32, num_heads=2, ffn_dim=64, max_positions=64)
 
 
 def subset(name: str, folder: Path, each: int) -> str:
-    data = anndata.read_h5ad(storage.local_path(f"resource:pancreas_{name}_baron.h5ad"))
+    data = anndata.read_h5ad(files.local_path(f"resource:pancreas_{name}_baron.h5ad"))
     matrix = sparse.csr_matrix(
         (data.X.data.astype(np.int32), data.X.indices.astype(np.int32), data.X.indptr), shape=data.shape
     )
@@ -62,14 +57,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
         classify=Classify(seeds=1, epochs=1, num_hvgs=200, splits=("random", "donor", "species"),
                           models=("finetune", "knn", "probe", "knn@untrained", "majority", "hvg_logreg")),
     )  # fmt: skip
-    prepare.run(run, spread=dispatch.loop)
+    prepare.run(run, spread=loop)
     untrained_checkpoint(run, SMALL)
     return run
 
 
 def at(base: Config, folder: Path, **changes: object) -> Config:
     """The same inputs, another output."""
-    inputs = config_run.Inputs(corpus=f"{base.output}/corpus", checkpoint=f"{base.output}/pretrain")
+    inputs = Inputs(corpus=f"{base.output}/corpus", checkpoint=f"{base.output}/pretrain")
     return replace(base, output=str(folder), inputs=inputs, classify=replace(base.classify, **changes))
 
 
@@ -80,7 +75,7 @@ def table(run: Config, name: str) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def local(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     run = at(base, tmp_path_factory.mktemp("local"))
-    driver.run(run, spread=driver.loop)
+    classify.run(run, spread=classify.loop)
     return run
 
 
@@ -132,19 +127,19 @@ def test_predictions_of_the_best_model_lie_in_anndata(local: Config) -> None:
     data = anndata.read_h5ad(f"{local.output}/classify/cells.h5ad")
     tested = data.obs[data.obs["predicted"].notna()]
     assert 0 < len(tested) < data.n_obs
-    assert data.uns["mixgf"]["model"] in contenders.OWN
+    assert data.uns["mixgf"]["model"] in registry.OWN
 
 
 def test_running_again_does_nothing_and_leaves_no_parts(local: Config) -> None:
-    def refuse(pieces: Sequence[driver.Piece]):
+    def refuse(pieces: Sequence[classify.Piece]):
         raise AssertionError(pieces)
 
     def hashes() -> dict[str, str]:
         folder = Path(local.output) / "classify"
-        return {str(p.relative_to(folder)): storage.sha256(str(p)) for p in sorted(folder.rglob("*")) if p.is_file()}
+        return {str(p.relative_to(folder)): files.sha256(str(p)) for p in sorted(folder.rglob("*")) if p.is_file()}
 
     before = hashes()
-    driver.run(local, spread=refuse)
+    classify.run(local, spread=refuse)
     after = hashes()
     assert before == after
     assert "record.json" in after
@@ -164,14 +159,14 @@ FEW = {"splits": ("species",), "models": ("finetune", "knn@untrained", "majority
 @pytest.fixture(scope="module")
 def looped(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     run = at(base, tmp_path_factory.mktemp("few"), **FEW)
-    driver.run(run, spread=driver.loop)
+    classify.run(run, spread=classify.loop)
     return run
 
 
 @pytest.mark.ray
 def test_ray_gives_what_the_loop_gives(looped: Config, base: Config, tmp_path: Path, ray_local) -> None:
     run = at(base, tmp_path, **FEW)
-    driver.run(replace(run, compute=Compute(cpus_per_worker=2.0)))  # two workers at a time
+    classify.run(replace(run, compute=Compute(cpus_per_worker=2.0)))  # two workers at a time
     for name in TABLES:
         pd.testing.assert_frame_equal(without_times(run, name), without_times(looped, name))
 
@@ -181,7 +176,7 @@ def test_a_killed_run_makes_only_what_is_missing_and_ends_the_same(
 ) -> None:
     run = at(base, tmp_path, **FEW)
 
-    def dies(pieces: Sequence[driver.Piece]):
+    def dies(pieces: Sequence[classify.Piece]):
         for i, piece in enumerate(pieces):
             if i == 3:
                 raise KeyboardInterrupt
@@ -189,17 +184,17 @@ def test_a_killed_run_makes_only_what_is_missing_and_ends_the_same(
             yield i
 
     with pytest.raises(KeyboardInterrupt):
-        driver.run(run, spread=dies)
+        classify.run(run, spread=dies)
     assert artifacts.find(f"{run.output}/classify") is None
     folder = f"{run.output}/classify/parts"
-    have = {name for kind in storage.list_dir(folder) for name in storage.list_dir(f"{folder}/{kind}")}
+    have = {name for kind in files.list_dir(folder) for name in files.list_dir(f"{folder}/{kind}")}
     made: list[str] = []
 
-    def counts(pieces: Sequence[driver.Piece]):
+    def counts(pieces: Sequence[classify.Piece]):
         made.extend(piece.uri.rsplit("/", 1)[-1] for piece in pieces)
-        yield from driver.loop(pieces)
+        yield from classify.loop(pieces)
 
-    driver.run(run, spread=counts)
+    classify.run(run, spread=counts)
     assert have
     assert not have & set(made)
     for name in TABLES:
@@ -209,27 +204,27 @@ def test_a_killed_run_makes_only_what_is_missing_and_ends_the_same(
 def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: Path) -> None:
     """Vectors from the artifact's shards equal those made in parts; those of other settings are refused."""
     corpus, encoder = Corpus(base.output + "/corpus"), artifacts.require(base.output + "/pretrain", "checkpoint")
-    run = replace(at(base, tmp_path), inputs=config_run.Inputs(embeddings=str(tmp_path / "embed")))
+    run = replace(at(base, tmp_path), inputs=Inputs(embeddings=str(tmp_path / "embed")))
     with pytest.raises(UserError, match=r"inputs.embeddings = .*embed: not of this corpus, checkpoint and embed"):
-        parts.embeddings(run, corpus.record, encoder)
+        intermediates.embeddings(run, corpus.record, encoder)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": encoder.fingerprint}
-    record = artifacts.plan("embeddings", 1, config.to_dict(run.embed), parents)
-    model = contenders.load(base.output + "/pretrain", "", base, corpus)
+    record = artifacts.plan("embeddings", 1, parse.to_dict(run.embed), parents)
+    model = registry.load(base.output + "/pretrain", "", base, corpus)
     for shard, start in enumerate(corpus.starts[:-1].tolist()):
         vectors = embed.embed_cells(model, corpus, np.arange(start, corpus.starts[shard + 1]), "mean", -1)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         tables.write_table(str(tmp_path / "embed" / "shards" / f"{shard:05d}.parquet"), pa.table({"vector": column}))
     artifacts.finish(str(tmp_path / "embed"), record)
-    assert parts.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
-    assert parts.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
-    places = parts.Places(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
+    assert intermediates.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
+    assert intermediates.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
+    places = intermediates.Places(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
                                embeddings=str(tmp_path / "embed"))  # fmt: skip
     cells = np.array([200, 3, 77, 4])
-    from_artifact = parts.vectors(places, "", cells)
+    from_artifact = intermediates.vectors(places, "", cells)
     made_here = replace(places, embeddings="")
     for number, block in enumerate(np.array_split(np.arange(corpus.num_cells), 2)):
-        parts.embed_block(base, made_here, "", number, block)
-    np.testing.assert_array_equal(from_artifact, parts.vectors(made_here, "", cells))
+        intermediates.embed_block(base, made_here, "", number, block)
+    np.testing.assert_array_equal(from_artifact, intermediates.vectors(made_here, "", cells))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +246,8 @@ def test_what_cannot_be_done_is_one_line(
     base: Config, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        driver.run(at(base, tmp_path, **changes), spread=driver.loop)
-    assert not storage.list_dir(str(tmp_path / "classify"))
+        classify.run(at(base, tmp_path, **changes), spread=classify.loop)
+    assert not files.list_dir(str(tmp_path / "classify"))
 
 
 def test_only_the_chosen_cells_take_part_and_the_record_says_what_the_encoder_had_seen(
@@ -265,7 +260,7 @@ def test_only_the_chosen_cells_take_part_and_the_record_says_what_the_encoder_ha
         splits=("random",),
         models=("majority", "knn"),
     )
-    driver.run(run, spread=driver.loop)
+    classify.run(run, spread=classify.loop)
     assert set(table(run, "scores")["group"]) == {"human"}
     assert set(table(run, "predictions")["true"]) == set(TYPES) - {"delta cell"}
     record = artifacts.require(f"{run.output}/classify", "classification")
@@ -273,7 +268,7 @@ def test_only_the_chosen_cells_take_part_and_the_record_says_what_the_encoder_ha
     assert "(100.0%) were in the pretraining corpus" in record.details["audit"]["line"]
     assert record.details["classifiers"] == []
     with pytest.raises(UserError, match=r"classify.cells: species has no value 'rat'"):
-        driver.run(at(base, tmp_path / "b", cells="species == 'rat'"), spread=driver.loop)
+        classify.run(at(base, tmp_path / "b", cells="species == 'rat'"), spread=classify.loop)
 
 
 def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tmp_path: Path) -> None:
@@ -284,7 +279,7 @@ def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tm
         sources=base.sources[:1],
         vocab=replace(base.vocab, reuse=f"{base.output}/vocabulary"),
     )
-    prepare.run(old, spread=dispatch.loop)
+    prepare.run(old, spread=loop)
     seen = Corpus(f"{old.output}/corpus")
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {"other": 1}, {"corpus": seen.record.fingerprint})
     artifacts.begin(f"{old.output}/pretrain", record)
@@ -297,7 +292,7 @@ def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tm
     )
     run = at(base, tmp_path / "new", splits=("random",), models=("majority",))
     run = replace(run, inputs=replace(run.inputs, checkpoint=f"{old.output}/pretrain"))
-    driver.run(run, spread=driver.loop)
+    classify.run(run, spread=classify.loop)
     found = artifacts.require(f"{run.output}/classify", "classification").details["audit"]
     labels = Corpus(run.inputs.corpus).obs(["species", "cell_type"])
     known = labels[labels["cell_type"] != "unknown"]
@@ -307,10 +302,10 @@ def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tm
 def test_a_model_whose_package_is_not_there_is_left_out_with_its_reason(
     base: Config, tmp_path: Path, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setitem(rivals.PACKAGES, "scvi", "no_such_package_of_anyone")
+    monkeypatch.setitem(scvi.PACKAGES, "scvi", "no_such_package_of_anyone")
     run = at(base, tmp_path, splits=("random",), models=("majority", "scvi"))
     with caplog.at_level("WARNING"):
-        driver.run(run, spread=driver.loop)
+        classify.run(run, spread=classify.loop)
     assert set(table(run, "scores")["model"]) == {"majority"}
     assert "left out: scvi is not installed (pip install 'mixgf[baselines]')" in caplog.text
 
@@ -318,9 +313,9 @@ def test_a_model_whose_package_is_not_there_is_left_out_with_its_reason(
 def noted(made: list[str]):
     """The plain loop, noting the file of every prediction."""
 
-    def spread(pieces: Sequence[driver.Piece]):
+    def spread(pieces: Sequence[classify.Piece]):
         made.extend(piece.uri.rsplit("/", 1)[-1] for piece in pieces if "/predictions/" in piece.uri)
-        yield from driver.loop(pieces)
+        yield from classify.loop(pieces)
 
     return spread
 
@@ -334,10 +329,10 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     }  # fmt: skip
     made: list[list[str]] = [[], [], []]
     run = at(base, tmp_path / "grown", **first)
-    driver.run(run, spread=noted(made[0]))
-    driver.run(at(base, tmp_path / "grown", **more), spread=noted(made[1]))
+    classify.run(run, spread=noted(made[0]))
+    classify.run(at(base, tmp_path / "grown", **more), spread=noted(made[1]))
     at_once = at(base, tmp_path / "at_once", **more)
-    driver.run(at_once, spread=noted(made[2]))
+    classify.run(at_once, spread=noted(made[2]))
     assert made[0]
     assert not set(made[0]) & set(made[1])
     assert sorted(made[0] + made[1]) == sorted(made[2])
@@ -364,8 +359,8 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     # a best baseline of fewer seeds: over those that both have
     predicted = {name: table(grown, name) for name in ("scores", "predictions")}
     fewer = {name: one[(one["model"] != "hvg_logreg") | (one["seed"] == 0)] for name, one in predicted.items()}
-    paired = results.comparisons(
-        at_once, *driver._splits(at_once, driver._plan(at_once, f"{at_once.output}/classify")[0]), fewer
+    paired = comparisons(
+        at_once, *classify._splits(at_once, classify._plan(at_once, f"{at_once.output}/classify")[0]), fewer
     )
     assert set(paired["baseline"]) == {"hvg_logreg"}
     assert set(paired["seeds"]) == {1}
@@ -374,14 +369,14 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     with pytest.raises(
         UserError, match=r"holds another classification: config.asked.curve|holds another classification: "
     ):
-        driver.run(run, spread=driver.loop)  # fewer models
+        classify.run(run, spread=classify.loop)  # fewer models
     with pytest.raises(UserError, match=r"config.models.knn.knn: 5 -> 3"):
-        driver.run(at(base, tmp_path / "grown", **more, knn=3), spread=driver.loop)
+        classify.run(at(base, tmp_path / "grown", **more, knn=3), spread=classify.loop)
 
 
 def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_path: Path) -> None:
     """The run's checkpoint under another name scores the same; another one does not; one of another vocabulary is refused."""
-    other = replace(base, output=str(tmp_path / "other"), inputs=config_run.Inputs(corpus=f"{base.output}/corpus"))
+    other = replace(base, output=str(tmp_path / "other"), inputs=Inputs(corpus=f"{base.output}/corpus"))
     for name, vocabulary in (("small", Corpus(f"{base.output}/corpus").vocabulary.hash), ("strange", "another")):
         record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {name: 1}, {})
         artifacts.begin(f"{other.output}/{name}", record)
@@ -390,7 +385,7 @@ def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_p
     encoders = (f"same={base.output}/pretrain", f"small={other.output}/small")
     models = ("knn", "knn@same", "knn@small", "knn@untrained")
     run = at(base, tmp_path / "run", splits=("random",), models=models, encoders=encoders)
-    driver.run(run, spread=driver.loop)
+    classify.run(run, spread=classify.loop)
     found = table(run, "predictions").set_index(["model", "cell"])[["predicted", "probability"]]
     pd.testing.assert_frame_equal(found.loc["knn"], found.loc["knn@same"])
     assert (found.loc["knn"] != found.loc["knn@small"]).any().any()
@@ -401,8 +396,8 @@ def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_p
     with pytest.raises(
         UserError, match=r"^classify.encoders: x=.*/strange: made with vocabulary another, but the corpus has "
     ):
-        driver.run(strange, spread=driver.loop)
-    assert not storage.list_dir(f"{strange.output}/classify")
+        classify.run(strange, spread=classify.loop)
+    assert not files.list_dir(f"{strange.output}/classify")
 
 
 def test_every_prediction_is_a_run_under_one_parent_once(base: Config, tmp_path: Path) -> None:
@@ -411,7 +406,7 @@ def test_every_prediction_is_a_run_under_one_parent_once(base: Config, tmp_path:
 
     tracked = Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="one")
 
-    def dies(pieces: Sequence[driver.Piece]):
+    def dies(pieces: Sequence[classify.Piece]):
         for i, piece in enumerate(pieces):
             piece.call(*piece.args)  # the last one is made and not told of
             if "majority" in piece.uri:
@@ -422,10 +417,10 @@ def test_every_prediction_is_a_run_under_one_parent_once(base: Config, tmp_path:
         at(base, tmp_path / "run", splits=("random",), models=("knn", "majority", "hvg_logreg")), tracking=tracked
     )
     with pytest.raises(KeyboardInterrupt):
-        driver.run(run, spread=dies)
-    driver.run(run, spread=driver.loop)
+        classify.run(run, spread=dies)
+    classify.run(run, spread=classify.loop)
     run = replace(run, classify=replace(run.classify, models=(*run.classify.models, "centroid")))
-    driver.run(run, spread=driver.loop)
+    classify.run(run, spread=classify.loop)
     client = MlflowClient(tracked.uri)
     found = client.search_runs([client.get_experiment_by_name("one").experiment_id])
     parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
@@ -442,7 +437,7 @@ def test_every_prediction_is_a_run_under_one_parent_once(base: Config, tmp_path:
 
 
 def test_a_dry_run_counts_and_makes_nothing(base: Config, tmp_path: Path) -> None:
-    text = driver.dry_run(
+    text = classify.dry_run(
         at(base, tmp_path, splits=("random",), seeds=3, models=("knn", "majority"), label_shares=(0.1,))
     )
     assert "random      2 tasks,     6 splits, 6 with fewer labels" in text
@@ -462,4 +457,4 @@ def test_a_dry_run_counts_and_makes_nothing(base: Config, tmp_path: Path) -> Non
 )  # fmt: skip
 def test_what_is_no_encoder_is_one_line(base: Config, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        driver.run(at(base, tmp_path, **changes), spread=driver.loop)
+        classify.run(at(base, tmp_path, **changes), spread=classify.loop)

@@ -13,23 +13,20 @@ import pytest
 from invented import NUM_GENES, species, untrained_checkpoint
 from scipy import sparse
 
-from mixgf.comparison import encoders, shift_selection
-from mixgf.comparison import shift_tables as comparison
+from mixgf.comparison import encoders, shift_selection, shift_tables
 from mixgf.config.classification import Classify
 from mixgf.config.comparison import Compare
 from mixgf.config.data import QC, Source, Tokens, Vocab
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Inputs, Tracking
 from mixgf.config.training import Model, Train
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import tasks
 from mixgf.errors import UserError
 from mixgf.genes.species import orthologs
-from mixgf.report import build as report
-from mixgf.report import load
-from mixgf.report.sections import species as across
+from mixgf.report import build, load
+from mixgf.report.sections import species_comparison
 from mixgf.stages import compare, perturb, pieces, prepare
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 SMALL = Model(num_layers=1, dim=16, num_heads=2, ffn_dim=32, max_positions=32)
 SHIFTS = (
@@ -75,7 +72,7 @@ def prepared(folder: Path, sharing: str, sources: Path) -> Config:
         classify=Classify(num_hvgs=25),
         compare=Compare(cells=150, shifts=SHIFTS, num_permutations=99, controls=("majority", "hvg_logreg")),
     )  # fmt: skip
-    prepare.run(run, spread=dispatch.loop)
+    prepare.run(run, spread=tasks.loop)
     untrained_checkpoint(run, SMALL)
     return run
 
@@ -155,10 +152,10 @@ def test_again_does_nothing_and_a_classification_that_is_there_is_read(
 
 
 def test_the_report_shows_every_part(done: Config) -> None:
-    made = across.section(load.load(done))
+    made = species_comparison.section(load.load(done))
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
     assert headings == ["One space", "Labels carried to the other species", "Shifts that match", "Gene networks"]
-    assert "Shifts that match" in report.render(load.load(done), "key")
+    assert "Shifts that match" in build.render(load.load(done), "key")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +181,7 @@ def test_a_wrong_shift_is_refused_before_anything_is_made(
 
 def test_strata_keep_composition_out_of_a_shift(runs: tuple[Config, Config]) -> None:
     own, _ = runs
-    obs = comparison.Corpus(f"{own.output}/corpus").obs()
+    obs = shift_tables.Corpus(f"{own.output}/corpus").obs()
     within = replace(own, compare=replace(own.compare, within=("cell_type",), min_cells=5, shifts=SHIFTS[:2]))
     for shift in shift_selection.chosen(within, obs):
         types = obs["cell_type"].to_numpy()[shift.rows_N]
@@ -213,7 +210,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("responses")
     cells = {}
     for name in ("human", "mouse"):
-        with storage.local_copy(f"resource:pancreas_{name}_baron.h5ad") as path:
+        with files.local_copy(f"resource:pancreas_{name}_baron.h5ad") as path:
             whole = anndata.read_h5ad(path)
         kinds = whole.obs["cell_type"].astype(str).to_numpy()
         rows = np.concatenate([np.flatnonzero(kinds == f"{kind} cell")[:NUM_REAL] for kind in ("alpha", "beta")])
@@ -230,7 +227,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Config:
         sources=tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in cells),
         compare=Compare(models=("knn",), controls=("majority",), cells=100, num_permutations=99),
     )  # fmt: skip
-    prepare.run(run, spread=dispatch.loop)
+    prepare.run(run, spread=tasks.loop)
     untrained_checkpoint(run, run.model)
     inputs = Inputs(corpus=f"{run.output}/corpus", checkpoint=f"{run.output}/pretrain")
     for name in cells:
@@ -284,16 +281,16 @@ def test_response_matrices_of_real_cells_give_networks(real: Config) -> None:
 
 def test_the_report_shows_responses_and_networks_or_why_there_are_none(real: Config) -> None:
     loaded = load.load(real)
-    made = across.section(loaded)
+    made = species_comparison.section(loaded)
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
     assert headings[-2:] == ["Conserved and divergent responses", "Gene networks"]
-    page = report.render(loaded, "key")
+    page = build.render(loaded, "key")
     assert "At least one species has too few donors" in page
     assert "responses to overexpress" in page
     none = pd.DataFrame(
         [{"space": "responses", "first": "human", "second": "mouse", "num_genes": 0, "why": "no matrix"}]
     )
-    (_, told) = across.networks({"networks": none})
+    (_, told) = species_comparison.networks({"networks": none})
     assert (told.text, told.tone) == ("responses, human and mouse: not compared. no matrix.", "missing")
 
 

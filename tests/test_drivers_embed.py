@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 
 from mixgf.config import data, run, training
-from mixgf.corpus import reader as dataset
+from mixgf.corpus import reader
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
-from mixgf.stages import embed as driver
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.stages import embed
+from mixgf.storage import artifacts, files
 
 pytestmark = pytest.mark.ray
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40)
@@ -22,7 +21,7 @@ ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_position
 def settings(make_corpus, tmp_path_factory):
     uri = make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 10, 4])
     output = str(tmp_path_factory.mktemp("run"))
-    vocabulary = dataset.Corpus(uri).vocabulary
+    vocabulary = reader.Corpus(uri).vocabulary
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {})
     artifacts.begin(f"{output}/pretrain", record)
     model = MaskedModel(ROW, vocabulary.size)
@@ -31,27 +30,27 @@ def settings(make_corpus, tmp_path_factory):
 
 
 def test_the_cluster_gives_what_the_pure_function_gives_and_a_second_run_does_nothing(ray_local, settings):
-    uri = driver.run(settings)
-    corpus = dataset.Corpus(settings.inputs.corpus)
+    uri = embed.run(settings)
+    corpus = reader.Corpus(settings.inputs.corpus)
     encoder, _ = checkpoint.load_encoder(f"{settings.output}/pretrain")
     expected = embed_cells(encoder, corpus, range(23))
-    assert np.array_equal(driver.load(uri), expected)
+    assert np.array_equal(embed.load(uri), expected)
     cells = ad.read_h5ad(f"{uri}/cells.h5ad")
     assert np.array_equal(cells.obsm["X_mixgf"], expected)
     assert cells.obs_names.tolist() == [f"source:{i}" for i in range(23)]
     assert cells.obs["species"].tolist() == ["human", "mouse"] * 11 + ["human"]
-    before = storage.read_bytes(f"{uri}/record.json")
-    assert driver.run(settings) == uri
-    assert storage.read_bytes(f"{uri}/record.json") == before
+    before = files.read_bytes(f"{uri}/record.json")
+    assert embed.run(settings) == uri
+    assert files.read_bytes(f"{uri}/record.json") == before
 
 
 def test_shards_are_work_units_on_the_boards(ray_local, settings, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(driver.Meter, "units", lambda self, **states: told.append((self.stage, states)))
+    monkeypatch.setattr(embed.Meter, "units", lambda self, **states: told.append((self.stage, states)))
     first = dataclasses.replace(
         settings, output=str(tmp_path), inputs=dataclasses.replace(settings.inputs, checkpoint=f"{settings.output}/pretrain")
     )  # fmt: skip
-    driver.run(first)
+    embed.run(first)
     assert told == [("embed", {"waiting": 3})] + [("embed", {"waiting": 3 - i, "done": i}) for i in (1, 2, 3)]
 
 
@@ -60,13 +59,13 @@ def test_a_killed_run_computes_only_the_missing_shards(ray_local, settings, tmp_
         settings, inputs=dataclasses.replace(settings.inputs, checkpoint=f"{settings.output}/pretrain")
     )
     whole, part = (dataclasses.replace(first, output=f"{tmp_path}/{name}") for name in ("whole", "part"))
-    expected = driver.load(driver.run(whole))
-    storage.write_json(f"{part.output}/embed/plan.json", _plan(whole))
+    expected = embed.load(embed.run(whole))
+    files.write_json(f"{part.output}/embed/plan.json", _plan(whole))
     name = "shards/00001.parquet"
-    storage.write_bytes(f"{part.output}/embed/{name}", storage.read_bytes(f"{whole.output}/embed/{name}"))
-    stamp = storage.local_path(f"{part.output}/embed/{name}").stat().st_mtime_ns
-    assert np.array_equal(driver.load(driver.run(part)), expected)
-    assert storage.local_path(f"{part.output}/embed/{name}").stat().st_mtime_ns == stamp
+    files.write_bytes(f"{part.output}/embed/{name}", files.read_bytes(f"{whole.output}/embed/{name}"))
+    stamp = files.local_path(f"{part.output}/embed/{name}").stat().st_mtime_ns
+    assert np.array_equal(embed.load(embed.run(part)), expected)
+    assert files.local_path(f"{part.output}/embed/{name}").stat().st_mtime_ns == stamp
 
 
 def _plan(settings):
@@ -75,13 +74,13 @@ def _plan(settings):
 
 def test_a_layer_the_model_does_not_have_and_foreign_sentences_are_refused(settings, make_corpus):
     with pytest.raises(UserError, match=r"embed.layer = -4: the model has 2 layers"):
-        driver.run(dataclasses.replace(settings, embed=training.Embed(layer=-4)))
+        embed.run(dataclasses.replace(settings, embed=training.Embed(layer=-4)))
     foreign = make_corpus([5], [0], [1], genes=50)
     with pytest.raises(UserError, match=r"inputs.checkpoint: made with vocabulary"):
-        driver.run(dataclasses.replace(settings, inputs=run.Inputs(corpus=foreign)))
+        embed.run(dataclasses.replace(settings, inputs=run.Inputs(corpus=foreign)))
     with_cls = make_corpus([5], [0], [1], cls=True)
     with pytest.raises(
         UserError,
         match=r"inputs.checkpoint: trained on sentences with tokens.cls = false, .* has true; prepare that with --set tokens.cls=false",
     ):
-        driver.run(dataclasses.replace(settings, inputs=run.Inputs(corpus=with_cls)))
+        embed.run(dataclasses.replace(settings, inputs=run.Inputs(corpus=with_cls)))

@@ -12,23 +12,20 @@ import pytest
 from invented import dying
 
 from mixgf import cli
-from mixgf.config import checks
-from mixgf.config import parse as config
+from mixgf.config import checks, parse
 from mixgf.config.data import HUMAN, MOUSE, QC, Imports, Prepare, Source, Tokens, Vocab
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config, Tracking
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import tasks
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.stages import import_corpus as importer
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
-from mixgf.training import context
-from mixgf.training import loop as train
+from mixgf.stages import import_corpus
+from mixgf.storage import artifacts, files, tables
+from mixgf.training import context, loop
 from mixgf.training.pretraining import Pretraining
 
 NUM_GENES = 40
@@ -41,14 +38,14 @@ def write(path, table, form, rows=4):
         writer.write_table(table, max_chunksize=rows)
 
 
-def write_dataset(folder, sentences, columns, *, form="stream", files=2, kind=None):
+def write_dataset(folder, sentences, columns, *, form="stream", paths=2, kind=None):
     """What save_to_disk writes: data-*.arrow, state.json, dataset_info.json."""
     folder.mkdir()
     lists = pa.array(sentences, pa.list_(pa.int16()) if kind is None else kind)
     lengths = pa.array([len(s) for s in sentences])
     table = pa.table({"input_ids": lists} | columns | ({} if "length" in columns else {"length": lengths}))
-    cuts = np.linspace(0, len(sentences), files + 1).astype(int)
-    names = [f"data-{i:05d}-of-{files:05d}.arrow" for i in range(files)]
+    cuts = np.linspace(0, len(sentences), paths + 1).astype(int)
+    names = [f"data-{i:05d}-of-{paths:05d}.arrow" for i in range(paths)]
     for name, a, b in zip(names, cuts[:-1], cuts[1:], strict=True):
         write(folder / name, table.slice(a, b - a), form)
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
@@ -114,7 +111,7 @@ def world(tmp_path, genes, tracking_uri):
 
 
 def made(settings, tmp_path, name="run", **changes):
-    return importer.run(dataclasses.replace(settings, output=str(tmp_path / name), **changes), spread=dispatch.loop)
+    return import_corpus.run(dataclasses.replace(settings, output=str(tmp_path / name), **changes), spread=tasks.loop)
 
 
 def ruled(settings, **rules):
@@ -127,8 +124,8 @@ def shards(uri):
 
 
 def bytes_of(uri):
-    files = [f"{name}.parquet" for name in ("index", "mapping", "dropped", "imported", "vocabulary")]
-    return {f: storage.sha256(f"{uri}/{f}") for f in files + [f"shards/{n}" for n in storage.list_dir(f"{uri}/shards")]}
+    paths = [f"{name}.parquet" for name in ("index", "mapping", "dropped", "imported", "vocabulary")]
+    return {f: files.sha256(f"{uri}/{f}") for f in paths + [f"shards/{n}" for n in files.list_dir(f"{uri}/shards")]}
 
 
 @pytest.mark.parametrize("cls", [False, True])
@@ -172,7 +169,7 @@ def test_every_id_of_every_cell_is_accounted_for(world, tmp_path):
     assert (human["cells_read"], human["cells_kept"]) == (37, 35)
     sources = artifacts.require(uri, "corpus").details["sources"]
     assert [[f["rows"] for f in s["files"]] for s in sources] == [[12, 12, 13], [10, 10]]
-    assert all(f["sha256"] == storage.sha256(f["uri"]) for s in sources for f in s["files"])
+    assert all(f["sha256"] == files.sha256(f["uri"]) for s in sources for f in s["files"])
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path, genes):
@@ -184,16 +181,16 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path, ge
     for after in (2, 4, 5):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            importer.run(settings, spread=dying(after, calls))
+            import_corpus.run(settings, spread=dying(after, calls))
         assert artifacts.find(f"{settings.output}/corpus") is None
         total += len(calls)
     calls.clear()
-    uri = importer.run(settings, spread=dying(10**9, calls))
+    uri = import_corpus.run(settings, spread=dying(10**9, calls))
     assert total + len(calls) == 5 + 13  # five files, thirteen row ranges with kept cells: nothing was made twice
     assert bytes_of(uri) == expected
-    assert not storage.exists(f"{uri}/work")
+    assert not files.exists(f"{uri}/work")
     calls.clear()
-    assert importer.run(settings, spread=dying(0, calls)) == uri  # done: nothing to do
+    assert import_corpus.run(settings, spread=dying(0, calls)) == uri  # done: nothing to do
     with pytest.raises(UserError, match=r"holds another .*tokens\.max_len: 20 -> 19"):
         made(settings, tmp_path, tokens=Tokens(max_len=19))
     (tmp_path / "human_tokens.pkl").write_bytes(pickle.dumps({genes["human"][0]: 7}))
@@ -207,7 +204,7 @@ def test_ray_gives_what_the_loop_gives(world, tmp_path, ray_local, workers):
     settings, _, _ = world
     expected = bytes_of(made(settings, tmp_path, "loop"))
     compute = dataclasses.replace(settings.compute, num_workers=workers)
-    assert bytes_of(importer.run(dataclasses.replace(settings, compute=compute))) == expected
+    assert bytes_of(import_corpus.run(dataclasses.replace(settings, compute=compute))) == expected
 
 
 def test_neither_the_cut_nor_the_order_of_work_changes_a_sentence(world, tmp_path):
@@ -216,10 +213,10 @@ def test_neither_the_cut_nor_the_order_of_work_changes_a_sentence(world, tmp_pat
 
     def backwards(jobs):
         for i in reversed(range(len(jobs))):
-            yield i, dispatch.attempt(jobs[i])
+            yield i, tasks.attempt(jobs[i])
 
     other = dataclasses.replace(settings, output=str(tmp_path / "back"))
-    assert bytes_of(importer.run(other, spread=backwards)) == bytes_of(whole)
+    assert bytes_of(import_corpus.run(other, spread=backwards)) == bytes_of(whole)
     cut = made(settings, tmp_path, "cut", prepare=Prepare(shard_cells=7, block_cells=3))
     assert shards(cut).equals(shards(whole))
 
@@ -253,7 +250,7 @@ def test_what_is_wrong_is_refused_or_counted(world, tmp_path, spoil, found):
     with pytest.raises(UserError, match=rf"{message}.*imports\.{field} = 'count'") as caught:
         made(settings, tmp_path, "only", sources=(source,))
     assert "\n" not in str(caught.value)
-    assert not storage.exists(str(tmp_path / "only" / "corpus"))
+    assert not files.exists(str(tmp_path / "only" / "corpus"))
     # beside a good source the bad one is listed, and the shards are those of the good one
     both = made(settings, tmp_path, "both", sources=(source, settings.sources[1]))
     record = artifacts.require(both, "corpus")
@@ -318,7 +315,7 @@ def test_a_vocabulary_is_used_unchanged_and_a_table_brings_its_own_medians(world
     no_medians = ruled(settings, medians=())
     again = made(no_medians, tmp_path, "again", vocab=Vocab(reuse=str(tmp_path / "first" / "vocabulary")))
     assert shards(again).equals(shards(first))
-    assert not storage.exists(str(tmp_path / "again" / "vocabulary"))
+    assert not files.exists(str(tmp_path / "again" / "vocabulary"))
     with pytest.raises(UserError, match=r"imports\.medians = \[\]: no median of any human gene .*vocab\.reuse"):
         made(no_medians, tmp_path, "none")
     lines = [f"{g}\t{2 + i}\t{1 + i / 8}\n" for i, g in enumerate(genes["human"])]
@@ -364,7 +361,7 @@ def test_what_is_given_wrongly_is_one_line(world, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as caught:
         made(settings, tmp_path, **change)
     assert "\n" not in str(caught.value)
-    assert not storage.exists(f"{settings.output}/corpus")
+    assert not files.exists(f"{settings.output}/corpus")
 
 
 def test_chosen_columns_get_new_names_and_ours_are_left_out(world, tmp_path):
@@ -397,7 +394,7 @@ def test_object_storage_gives_the_bytes_of_the_disk(world, tmp_path, bucket):
     settings, _, _ = world
     expected = bytes_of(made(settings, tmp_path, "disk"))
     for path in sorted(tmp_path.glob("*.dataset/*")) + sorted(tmp_path.glob("*.pkl")):
-        storage.upload(path, f"{bucket}/{path.relative_to(tmp_path)}")
+        files.upload(path, f"{bucket}/{path.relative_to(tmp_path)}")
 
     def moved(text):
         return text.replace(str(tmp_path), bucket)
@@ -406,15 +403,15 @@ def test_object_storage_gives_the_bytes_of_the_disk(world, tmp_path, bucket):
         ruled(settings, dictionaries=tuple(map(moved, settings.imports.dictionaries)), medians=tuple(map(moved, settings.imports.medians))),
         output=f"{bucket}/run", sources=tuple(dataclasses.replace(s, uri=moved(s.uri)) for s in settings.sources),
     )  # fmt: skip
-    uri = importer.run(remote, spread=dispatch.loop)
+    uri = import_corpus.run(remote, spread=tasks.loop)
     found = bytes_of(uri)
     assert {k: v for k, v in found.items() if k != "imported.parquet"} == {
         k: v for k, v in expected.items() if k != "imported.parquet"
     }
-    assert importer.run(remote, spread=dispatch.loop) == uri
+    assert import_corpus.run(remote, spread=tasks.loop) == uri
     name = f"{bucket}/h.dataset/data-00001-of-00003.arrow"
-    storage.write_bytes(name, storage.read_bytes(name)[:700])  # cut short: the data set is refused, not asked for again
-    again = importer.run(dataclasses.replace(remote, output=f"{bucket}/cut"), spread=dispatch.loop)
+    files.write_bytes(name, files.read_bytes(name)[:700])  # cut short: the data set is refused, not asked for again
+    again = import_corpus.run(dataclasses.replace(remote, output=f"{bucket}/cut"), spread=tasks.loop)
     (refused,) = artifacts.require(again, "corpus").details["refused"]
     assert "data-00001-of-00003.arrow: truncated or not an Arrow file" in refused["error"]
 
@@ -446,9 +443,9 @@ def test_an_imported_corpus_is_inspected_trained_on_and_told_from_a_prepared_one
     out = capsys.readouterr().out
     assert "57" in out
     assert "55" in out
-    corpus, small = Corpus("run/corpus"), config.override(Config(), SMALL)
+    corpus, small = Corpus("run/corpus"), parse.override(Config(), SMALL)
     model = MaskedModel(small.model, corpus.vocabulary.size, seed=0)
-    rows = train.fit(model, Pretraining(small, corpus), small.train, context.LocalContext())
+    rows = loop.fit(model, Pretraining(small, corpus), small.train, context.LocalContext())
     losses = [value for _, _, name, value in rows if name == "loss"]
     assert len(losses) > 0
     assert np.isfinite(losses).all()
@@ -521,7 +518,7 @@ def test_the_published_table_gives_back_its_genes(tmp_path, tracking_uri):
         output=str(tmp_path / "run"), sources=(Source(uri=str(tmp_path / "g.dataset"), species="human"),),
         imports=Imports(dictionaries=(str(path),), outside="refuse"), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
-    uri = importer.run(settings, spread=dispatch.loop)
+    uri = import_corpus.run(settings, spread=tasks.loop)
     vocabulary = Vocabulary.load(uri)
     assert vocabulary.size == 25_424 + 3
     names = vocabulary.genes()

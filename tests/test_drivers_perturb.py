@@ -9,21 +9,19 @@ import pytest
 import torch
 
 from mixgf.config import data, training
-from mixgf.config import perturbation as config_perturbation
-from mixgf.config import run as config_run
+from mixgf.config.perturbation import Perturb
+from mixgf.config.run import Compute, Config, Inputs
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
-from mixgf.perturbation import design as targets
+from mixgf.perturbation import group_design
 from mixgf.perturbation.work_units import Scorer
 from mixgf.report import load
-from mixgf.report.sections import perturbation
-from mixgf.report.sections import summary as scorecard
-from mixgf.stages import perturb as driver
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.report.sections import perturbation, summary
+from mixgf.stages import perturb
+from mixgf.storage import artifacts, files, tables
 from mixgf.tracking import cost
 
 ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
@@ -53,7 +51,7 @@ def inputs(make_corpus, tmp_path_factory):
     artifacts.begin(weights, record)
     model = MaskedModel(ROW, vocabulary.size, seed=5)
     checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=20))
-    return config_run.Inputs(corpus=corpus, checkpoint=weights)
+    return Inputs(corpus=corpus, checkpoint=weights)
 
 
 def configure(inputs, output, **settings):
@@ -61,20 +59,18 @@ def configure(inputs, output, **settings):
         "start": "cell_type == 'alpha'", "goal": "cell_type == 'beta'", "alternatives": ("donor == 'd1'",), "max_cells": 14,
         "block_cells": 4, "block_genes": 7, "num_permutations": 100,
     } | settings  # fmt: skip
-    return config_run.Config(
-        output=str(output), inputs=inputs, perturb=config_perturbation.Perturb(**chosen), tokens=data.Tokens(max_len=20)
-    )
+    return Config(output=str(output), inputs=inputs, perturb=Perturb(**chosen), tokens=data.Tokens(max_len=20))
 
 
 def genes(output):
-    return storage.read_bytes(f"{output}/perturb/genes.parquet")
+    return files.read_bytes(f"{output}/perturb/genes.parquet")
 
 
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory):
     """A run that was never interrupted."""
     output = tmp_path_factory.mktemp("whole")
-    driver.run(configure(inputs, output), local=True)
+    perturb.run(configure(inputs, output), local=True)
     return output
 
 
@@ -98,9 +94,9 @@ def test_the_table_has_a_row_per_gene_and_operation_ranked_by_shift(whole):
 
 def test_running_again_computes_nothing(inputs, whole, monkeypatch):
     monkeypatch.setattr(Scorer, "__init__", lambda *_, **__: pytest.fail("worked again"))
-    before = storage.read_json(f"{whole}/perturb/record.json")
-    driver.run(configure(inputs, whole, micro_tokens=50), local=True)
-    assert storage.read_json(f"{whole}/perturb/record.json") == before
+    before = files.read_json(f"{whole}/perturb/record.json")
+    perturb.run(configure(inputs, whole, micro_tokens=50), local=True)
+    assert files.read_json(f"{whole}/perturb/record.json") == before
 
 
 def test_a_killed_run_computes_only_what_is_missing_and_ends_with_the_same_bytes(inputs, whole, tmp_path, monkeypatch):
@@ -116,23 +112,23 @@ def test_a_killed_run_computes_only_what_is_missing_and_ends_with_the_same_bytes
 
     monkeypatch.setattr(Scorer, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
-        driver.run(configure(inputs, tmp_path), local=True)
+        perturb.run(configure(inputs, tmp_path), local=True)
     assert artifacts.find(f"{tmp_path}/perturb") is None
-    driver.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), local=True)
     keys.remove("stop")
     assert len(keys) == len(set(keys)) == artifacts.require(f"{tmp_path}/perturb", "perturbation").counts["parts"]
     assert genes(tmp_path) == genes(whole)
 
 
 def test_a_lost_part_is_the_only_one_made_again(inputs, whole, tmp_path, monkeypatch):
-    driver.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), local=True)
     record = artifacts.find(f"{tmp_path}/perturb")
     parts = f"{tmp_path}/perturb/{record.details['parts']}"
-    storage.remove(f"{tmp_path}/perturb/record.json")
-    storage.remove(f"{parts}/delete-c00001-g00002.parquet")
+    files.remove(f"{tmp_path}/perturb/record.json")
+    files.remove(f"{parts}/delete-c00001-g00002.parquet")
     keys, call = [], Scorer.__call__
     monkeypatch.setattr(Scorer, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
-    driver.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), local=True)
     assert keys == ["delete-c00001-g00002"]
     assert genes(tmp_path) == genes(whole)
 
@@ -141,8 +137,8 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     inputs, whole, tmp_path, monkeypatch
 ):
     once, again = tmp_path / "once", tmp_path / "again"
-    driver.run(configure(inputs, once, response=6), local=True)
-    matrix = storage.read_bytes(f"{once}/perturb/responses.parquet")
+    perturb.run(configure(inputs, once, response=6), local=True)
+    matrix = files.read_bytes(f"{once}/perturb/responses.parquet")
     frame = tables.read_table(f"{once}/perturb/responses.parquet").to_pandas()
     assert genes(once) == genes(whole)
     assert frame["responding"].nunique() == 6
@@ -160,12 +156,12 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     with monkeypatch.context() as patch:
         patch.setattr(tables, "write_table", dying)
         with pytest.raises(KeyboardInterrupt):
-            driver.run(configure(inputs, again, response=6), local=True)
-    driver.run(configure(inputs, again, response=6), local=True)
-    assert storage.read_bytes(f"{again}/perturb/responses.parquet") == matrix
+            perturb.run(configure(inputs, again, response=6), local=True)
+    perturb.run(configure(inputs, again, response=6), local=True)
+    assert files.read_bytes(f"{again}/perturb/responses.parquet") == matrix
     few = tmp_path / "few"
     chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "null_genes": 3}
-    driver.run(configure(inputs, few, response=6, **chosen), local=True)
+    perturb.run(configure(inputs, few, response=6, **chosen), local=True)
     part = tables.read_table(f"{few}/perturb/responses.parquet").to_pandas()
     keys = ["operation", "gene", "responding"]
     both = part.astype(dict.fromkeys(keys, str)).merge(frame.astype(dict.fromkeys(keys, str)), on=keys)
@@ -177,7 +173,7 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
 def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp_path):
     """States are means over all their cells, by donor as well; every alternative has its shift, and their mean stands beside."""
     others = ("donor == 'd1'", "donor in ['d2', 'd3'] and cell_type == 'beta'")
-    driver.run(configure(inputs, tmp_path, alternatives=others, max_cells=3), local=True)
+    perturb.run(configure(inputs, tmp_path, alternatives=others, max_cells=3), local=True)
     corpus, encoder = Corpus(inputs.corpus), checkpoint.load_encoder(inputs.checkpoint)[0].eval()
     obs = corpus.obs()
 
@@ -204,7 +200,9 @@ def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp
             assert row["num_cells"] == len(chosen)
             assert np.array(row["vector"]) == pytest.approx(vectors[chosen].mean(axis=0), abs=1e-6)
     frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
-    perturbed = targets.design(corpus, configure(inputs, tmp_path, alternatives=others, max_cells=3)).cells_N.tolist()
+    perturbed = group_design.design(
+        corpus, configure(inputs, tmp_path, alternatives=others, max_cells=3)
+    ).cells_N.tolist()
     deleted = frame[frame["operation"] == "delete"].set_index("symbol")
     checked = 0
     for symbol, row in deleted.iterrows():
@@ -229,17 +227,17 @@ def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp
 
 @pytest.mark.ray
 def test_two_ray_workers_give_what_the_local_loop_gives(ray_local, inputs, whole, tmp_path):
-    driver.run(configure(inputs, tmp_path), local=False)
+    perturb.run(configure(inputs, tmp_path), local=False)
     assert genes(tmp_path) == genes(whole)
-    states = [storage.read_bytes(f"{output}/perturb/states.parquet") for output in (tmp_path, whole)]
+    states = [files.read_bytes(f"{output}/perturb/states.parquet") for output in (tmp_path, whole)]
     assert states[0] == states[1]
 
 
 @pytest.mark.ray
 def test_workers_that_the_cluster_has_no_room_for_are_not_charged(ray_local, inputs, whole, tmp_path):
-    chosen = dataclasses.replace(configure(inputs, tmp_path), compute=config_run.Compute(num_workers=40))
+    chosen = dataclasses.replace(configure(inputs, tmp_path), compute=Compute(num_workers=40))
     began = time.monotonic()
-    driver.run(chosen, local=False)
+    perturb.run(chosen, local=False)
     most = ray_local.cluster_resources()["CPU"] * (time.monotonic() - began)
     budget = artifacts.find(f"{tmp_path}/perturb").details["budget"]
     assert 0 < budget["worker_hours"] * cost.HOUR <= most
@@ -248,10 +246,10 @@ def test_workers_that_the_cluster_has_no_room_for_are_not_charged(ray_local, inp
 
 def test_other_settings_in_the_same_place_are_refused_and_a_wrong_expression_leaves_nothing(inputs, whole, tmp_path):
     with pytest.raises(UserError, match=r"perturb\.goal: .*Choose another output"):
-        driver.run(configure(inputs, whole, goal="donor == 'd2'"), local=True)
+        perturb.run(configure(inputs, whole, goal="donor == 'd2'"), local=True)
     with pytest.raises(UserError, match=r"perturb\.goal: cell_type has no value 'bet'; did you mean one of beta"):
-        driver.run(configure(inputs, tmp_path, goal="cell_type == 'bet'"), local=True)
-    assert not storage.exists(f"{tmp_path}/perturb")
+        perturb.run(configure(inputs, tmp_path, goal="cell_type == 'bet'"), local=True)
+    assert not files.exists(f"{tmp_path}/perturb")
 
 
 def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, monkeypatch):
@@ -278,11 +276,11 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, mo
         return runner
 
     monkeypatch.setattr(Scorer, "__call__", broken)
-    monkeypatch.setattr(driver, "loop", patient)
+    monkeypatch.setattr(perturb, "loop", patient)
     told = []
     monkeypatch.setattr(Meter, "units", lambda self, **states: told.append(states))
     with pytest.raises(UserError, match=r"1 of \d+ parts failed every time; delete-c00000-g00001: no\. The others are"):
-        driver.run(configure(inputs, tmp_path), local=True)
+        perturb.run(configure(inputs, tmp_path), local=True)
     assert artifacts.find(f"{tmp_path}/perturb") is None
     assert told[-1] == {"waiting": 0, "done": told[-2]["done"], "failed": 1}
 
@@ -294,7 +292,7 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
     token = corpus.vocabulary.find("human3", "human")
     copy = str(tmp_path / "corpus")
     for name in ("vocabulary.parquet", "index.parquet", "record.json"):
-        storage.write_bytes(f"{copy}/{name}", storage.read_bytes(f"{inputs.corpus}/{name}"))
+        files.write_bytes(f"{copy}/{name}", files.read_bytes(f"{inputs.corpus}/{name}"))
     for name in ("00000.parquet", "00001.parquet"):
         table = tables.read_table(f"{inputs.corpus}/shards/{name}")
         sentences = table["tokens"].to_pylist()
@@ -309,7 +307,7 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
             table.column_names.index("tokens"), "tokens", pa.array(sentences, pa.list_(pa.int32()))
         )
         tables.write_table(f"{copy}/shards/{name}", table.append_column("state", pa.array(marked)))
-    inputs = config_run.Inputs(corpus=copy, checkpoint=inputs.checkpoint)
+    inputs = Inputs(corpus=copy, checkpoint=inputs.checkpoint)
     chosen = {
         "start": "state == 'without'",
         "goal": "state == 'with'",
@@ -318,7 +316,7 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
         "alternatives": ("state == 'without'",),
     }
     settings = configure(inputs, tmp_path, **chosen, genes=tuple(f"human{i}" for i in range(24)))
-    driver.run(settings, local=True)
+    perturb.run(settings, local=True)
     frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
     frame = frame.sort_values("shift_minus_alternatives", ascending=False, ignore_index=True)
     assert frame["symbol"][0] == "human3"
@@ -334,7 +332,7 @@ def shifts(output):
 
 def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agrees(inputs, whole, tmp_path):
     chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "screen_grid": 6, "null_genes": 3}
-    driver.run(configure(inputs, tmp_path, **chosen), local=True)
+    perturb.run(configure(inputs, tmp_path, **chosen), local=True)
     every, found = shifts(whole), shifts(tmp_path)
     assert 10 < len(found) / 2 < len(every) / 2
     reference = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas().groupby("gene")["reference"].first()
@@ -364,7 +362,7 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
     artifacts.begin(weights, record)
     model = MaskedModel(ROW, vocabulary.size, seed=5)
     checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=20))
-    mine = config_run.Inputs(corpus=corpus, checkpoint=weights)
+    mine = Inputs(corpus=corpus, checkpoint=weights)
     chosen = {
         "screen": 6,
         "screen_sample": 12,
@@ -373,7 +371,7 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
         "alternatives": (),
         "operations": ("delete",),
     }
-    driver.run(configure(mine, tmp_path, **chosen), local=True)
+    perturb.run(configure(mine, tmp_path, **chosen), local=True)
     frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
     record = artifacts.find(f"{tmp_path}/perturb")
     whole = record.counts["screened_out"] + len(frame)
@@ -390,7 +388,7 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
 
 
 def test_a_screen_that_agrees_too_little_is_not_followed(inputs, whole, tmp_path):
-    driver.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=1.0), local=True)
+    perturb.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=1.0), local=True)
     every, found = shifts(whole), shifts(tmp_path)
     assert np.allclose(found[every.index], every, atol=1e-6)
     record = artifacts.find(f"{tmp_path}/perturb")
@@ -409,13 +407,13 @@ def test_a_screen_that_agrees_too_little_is_not_followed(inputs, whole, tmp_path
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        config_perturbation.Perturb(**({"screen": 4, "goal": "cell_type == 'beta'"} | settings))
+        Perturb(**({"screen": 4, "goal": "cell_type == 'beta'"} | settings))
 
 
 def report_of(inputs, output):
     """What the report says of a run's perturbation, in its section and in brief."""
     run = load.load(configure(inputs, output), light=True)
-    sections = (scorecard.brief(run), perturbation.section(run))
+    sections = (summary.brief(run), perturbation.section(run))
     return "\n".join(str(block) for section in sections for block in section.blocks).lower()
 
 
@@ -427,8 +425,8 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
     with pytest.raises(
         UserError, match=r"perturb\.budget_hours: .* were spent before .*: run again with a larger budget"
     ):
-        driver.run(configure(inputs, tmp_path, budget_hours=1 / 3600), local=True)
-    driver.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
+        perturb.run(configure(inputs, tmp_path, budget_hours=1 / 3600), local=True)
+    perturb.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
     record, first, done = artifacts.find(f"{tmp_path}/perturb"), shifts(tmp_path), len(keys)
     assert 0 < record.counts["not_scored"] < record.counts["genes"] + record.counts["not_scored"]
     with pytest.raises(UserError, match=r"holds a partial perturbation, not a perturbation"):
@@ -441,9 +439,9 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
     assert np.allclose(first, shifts(whole)[first.index], atol=1e-6)
     fate = tables.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
     assert (fate["fate"] == "beyond the budget").sum() == 2 * record.counts["not_scored"]
-    driver.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
+    perturb.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
     assert len(keys) == done  # the same budget: nothing to do
-    driver.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), local=True)
     assert len(keys) == len(set(keys))
     ours, theirs = (artifacts.require(f"{output}/perturb", "perturbation") for output in (tmp_path, whole))
     assert ours.counts == theirs.counts
@@ -456,10 +454,10 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
 @pytest.mark.ray
 def test_a_dry_run_writes_nothing_and_says_what_the_run_then_does(ray_local, inputs, whole, tmp_path):
     for local in (True, False):
-        text = driver.dry_run(configure(inputs, tmp_path, price=2.0), local=local)
+        text = perturb.dry_run(configure(inputs, tmp_path, price=2.0), local=local)
         assert "measured on one worker" in text
-    assert not storage.exists(f"{tmp_path}/perturb")
-    stated = driver.dry_run(configure(inputs, tmp_path, worker_flops=1e3, price=2.0), local=True)
+    assert not files.exists(f"{tmp_path}/perturb")
+    stated = perturb.dry_run(configure(inputs, tmp_path, worker_flops=1e3, price=2.0), local=True)
     counts = artifacts.find(f"{whole}/perturb").counts
     numbers = {line.split("  ")[0]: line.split() for line in stated.splitlines()}
     sentences = sum(int(numbers[name][1].replace(",", "")) for name in ("delete", "overexpress"))
@@ -470,6 +468,6 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_then_does(ray_local, inp
 def test_scored_sentences_are_counted_for_the_boards(inputs, whole, tmp_path, monkeypatch):
     added = []
     monkeypatch.setattr(Meter, "add", lambda self, name, amount=1.0, **_: added.append((self.stage, name, amount)))
-    driver.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), local=True)
     counted = sum(amount for stage, name, amount in added if (stage, name) == ("perturb", "sentences_scored"))
     assert counted == artifacts.find(f"{whole}/perturb").counts["sentences"]

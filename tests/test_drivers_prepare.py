@@ -9,26 +9,25 @@ import pytest
 from invented import NUM_GENES, dying
 from scipy import sparse
 
-from mixgf.cells import row_order as bands
+from mixgf.cells import row_order
 from mixgf.config.data import QC, Prepare, Source, Tokens, Vocab
-from mixgf.corpus import prepare_passes as units
-from mixgf.distributed import tasks as dispatch
+from mixgf.corpus import prepare_passes
+from mixgf.distributed import tasks
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 
 def bytes_of(uri):
-    files = ["index.parquet", "mapping.parquet", "dropped.parquet", "vocabulary.parquet"]
-    shards = [f"shards/{n}" for n in storage.list_dir(f"{uri}/shards")]
-    return {f: storage.sha256(f"{uri}/{f}") for f in files + shards}
+    paths = ["index.parquet", "mapping.parquet", "dropped.parquet", "vocabulary.parquet"]
+    shards = [f"shards/{n}" for n in files.list_dir(f"{uri}/shards")]
+    return {f: files.sha256(f"{uri}/{f}") for f in paths + shards}
 
 
 def made(config, tmp_path, name, **changes):
     config = dataclasses.replace(config, output=str(tmp_path / name), **changes)
-    return prepare.run(config, spread=dispatch.loop)
+    return prepare.run(config, spread=tasks.loop)
 
 
 def shards(uri):
@@ -78,7 +77,7 @@ def test_neither_blocks_nor_the_order_of_work_change_a_byte(world, tmp_path):
 
     def backwards(jobs):
         for i in reversed(range(len(jobs))):
-            yield i, dispatch.attempt(jobs[i])
+            yield i, tasks.attempt(jobs[i])
 
     for block in (1, 10):
         other = dataclasses.replace(
@@ -115,7 +114,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path):
     uri = prepare.run(config, spread=dying(10**9, made_calls))
     assert total + len(made_calls) == 3 + 3 * 8  # three sources, eight units in three passes: nothing was made twice
     assert bytes_of(uri) == expected
-    assert not storage.exists(f"{uri}/work")
+    assert not files.exists(f"{uri}/work")
     made_calls.clear()
     assert prepare.run(config, spread=dying(0, made_calls)) == uri  # done: nothing to do
     with pytest.raises(UserError, match=r"holds another .*tokens\.max_len: 20 -> 19"):
@@ -187,7 +186,7 @@ def test_a_given_vocabulary_is_used_unchanged_and_imported_medians_are_kept(worl
     again = made(config, tmp_path, "again", vocab=reuse)
     assert Vocabulary.load(again).hash == Vocabulary.load(first).hash
     assert shards(again).equals(shards(first))
-    assert not storage.exists(str(tmp_path / "again" / "vocabulary"))
+    assert not files.exists(str(tmp_path / "again" / "vocabulary"))
     lines = "".join(f"ENSA{i:05d}\t{1 + i % 3}\n" for i in range(12))
     (tmp_path / "m.tsv").write_text("gene\tmedian\n" + lines)
     imported = dataclasses.replace(config.vocab, medians=str(tmp_path / "m.tsv"))
@@ -232,7 +231,7 @@ def test_shared_tokens_caps_and_cls_reach_the_corpus(world, tmp_path):
 def test_a_column_major_source_gives_the_bytes_of_a_row_major_one(world, tmp_path, monkeypatch):
     config, _ = world
     expected = bytes_of(made(config, tmp_path, "rows"))
-    monkeypatch.setattr(bands, "BAND_ROWS", 4)
+    monkeypatch.setattr(row_order, "BAND_ROWS", 4)
     for source in config.sources:
         cells = anndata.read_h5ad(source.uri)
         cells.X = sparse.csc_matrix(cells.X)
@@ -240,12 +239,12 @@ def test_a_column_major_source_gives_the_bytes_of_a_row_major_one(world, tmp_pat
     uri = made(config, tmp_path, "columns")
     found = bytes_of(uri)
     assert found == expected
-    assert not storage.exists(f"{uri}/work")
+    assert not files.exists(f"{uri}/work")
 
 
 def test_units_cover_every_row_once():
     source = Source(uri="a", species="b")
-    found = units.plan_units({0: (source, 25), 2: (source, 10), 3: (source, 1)}, 10)
+    found = prepare_passes.plan_units({0: (source, 25), 2: (source, 10), 3: (source, 1)}, 10)
     assert [(u.number, u.index, u.start, u.stop) for u in found] == [
         (0, 0, 0, 10),
         (1, 0, 10, 20),

@@ -8,18 +8,16 @@ import pytest
 import torch
 from dying_worker import worker_session
 
-from mixgf.config import data as config_data
 from mixgf.config import run, training
-from mixgf.corpus import reader as dataset
+from mixgf.config.data import Tokens
+from mixgf.corpus import reader
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.stages import pretrain
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.tracking import mlflow_runs as tracking
-from mixgf.training import checkpoints, context
-from mixgf.training import loop as train
+from mixgf.storage import artifacts, files
+from mixgf.tracking import mlflow_runs
+from mixgf.training import checkpoints, context, loop
 from mixgf.training.pretraining import Pretraining
 
 pytestmark = pytest.mark.ray
@@ -32,7 +30,7 @@ def settings(make_corpus, tmp_path_factory):
     return run.Config(
         output=str(tmp_path_factory.mktemp("run")),
         model=training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40),
-        tokens=config_data.Tokens(max_len=40),
+        tokens=Tokens(max_len=40),
         train=training.Train(epochs=2, batch_cells=6, lr=1e-2, warmup_steps=2, log_steps=1, checkpoint_steps=3),
         inputs=run.Inputs(corpus=uri),
         compute=run.Compute(num_workers=1),
@@ -42,9 +40,9 @@ def settings(make_corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(settings, tmp_path_factory):
     """The loop in this process: its losses and its weights."""
-    corpus = dataset.Corpus(settings.inputs.corpus)
+    corpus = reader.Corpus(settings.inputs.corpus)
     model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
-    rows = train.fit(model, Pretraining(settings, corpus), settings.train, context.LocalContext())
+    rows = loop.fit(model, Pretraining(settings, corpus), settings.train, context.LocalContext())
     return trace(rows), model
 
 
@@ -55,7 +53,7 @@ def trace(rows):
 def test_one_ray_worker_gives_what_the_local_loop_gives_and_a_second_run_does_nothing(ray_local, settings, local):
     uri = pretrain.run(settings)
     losses, model = local
-    rows = train.History(uri, 8).rows
+    rows = loop.History(uri, 8).rows
     assert trace(rows) == losses
     logged = {"loss", "mlm", "contrast", "alignment", "uniformity", "grad_norm", "lr", "cells_per_s", "tokens_per_s", "mfu",
               "wait_share", "memory_gb"}  # fmt: skip
@@ -64,17 +62,17 @@ def test_one_ray_worker_gives_what_the_local_loop_gives_and_a_second_run_does_no
     encoder, record = checkpoint.load_encoder(uri)
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
     assert record.counts == {"steps": 8, "epochs": 2, "cells": 23}
-    assert record.details["vocabulary"] == dataset.Corpus(settings.inputs.corpus).vocabulary.hash
-    before = storage.read_bytes(f"{uri}/record.json")
+    assert record.details["vocabulary"] == reader.Corpus(settings.inputs.corpus).vocabulary.hash
+    before = files.read_bytes(f"{uri}/record.json")
     assert pretrain.run(dataclasses.replace(settings, compute=run.Compute(num_workers=3))) == uri
-    assert storage.read_bytes(f"{uri}/record.json") == before
+    assert files.read_bytes(f"{uri}/record.json") == before
     with pytest.raises(UserError, match=r"holds another checkpoint: config.train.lr: 0.01 -> 0.001"):
         pretrain.run(dataclasses.replace(settings, train=dataclasses.replace(settings.train, lr=1e-3)))
 
 
 def test_what_is_known_before_the_start_is_said(settings, caplog):
     """Parameters, work, padding saved, time; without Ray, because none of it needs a worker."""
-    corpus = dataset.Corpus(settings.inputs.corpus)
+    corpus = reader.Corpus(settings.inputs.corpus)
     model = MaskedModel(settings.model, corpus.vocabulary.size)
     with caplog.at_level("INFO", "mixgf"):
         facts = pretrain._announce(settings, Pretraining(settings, corpus), model)
@@ -88,7 +86,7 @@ def test_what_is_known_before_the_start_is_said(settings, caplog):
 
 def test_two_ray_workers_see_every_cell_once_and_give_the_losses_of_one(ray_local, settings, local, tmp_path):
     two = dataclasses.replace(settings, output=str(tmp_path), compute=run.Compute(num_workers=2))
-    ours = trace(train.History(pretrain.run(two), 8).rows)
+    ours = trace(loop.History(pretrain.run(two), 8).rows)
     assert ours.keys() == local[0].keys()
     for key, value in local[0].items():
         # the contrast is what is left of scores of up to 1 / temperature = 20, which float32 rounds by 1e-6
@@ -101,7 +99,7 @@ def test_figures_of_a_checkpoint_whose_worker_died_before_logging_them_reach_the
     from mlflow.tracking import MlflowClient
 
     chosen = dataclasses.replace(settings, output=str(tmp_path))
-    with tracking.stage(chosen, "pretrain", {}, "abc") as tracked:
+    with mlflow_runs.stage(chosen, "pretrain", {}, "abc") as tracked:
         child = multiprocessing.get_context("spawn").Process(target=worker_session, args=(chosen, tracked, dies))
         child.start()
         child.join(200)
@@ -111,7 +109,7 @@ def test_figures_of_a_checkpoint_whose_worker_died_before_logging_them_reach_the
         logged = len(client.get_metric_history(tracked.id, "loss"))
         assert logged == (3 if dies == "before" else 4)
         worker_session(chosen, tracked, "")
-    rows = train.History(f"{tmp_path}/pretrain", 8).rows
+    rows = loop.History(f"{tmp_path}/pretrain", 8).rows
     for name in ("loss", "mlm", "lr", "memory_gb"):
         points = [(m.step, m.value) for m in client.get_metric_history(tracked.id, name)]
         assert sorted(points) == [(step, value) for step, _, n, value in rows if n == name]
@@ -121,15 +119,15 @@ def test_figures_of_a_checkpoint_whose_worker_died_before_logging_them_reach_the
 def test_a_run_that_cannot_go_on_ends_with_one_line_and_is_not_started_again(ray_local, settings, tmp_path):
     """A checkpoint that was cut short: every worker refuses it, the driver raises it once."""
     broken = dataclasses.replace(settings, output=str(tmp_path))
-    corpus = dataset.Corpus(settings.inputs.corpus)
+    corpus = reader.Corpus(settings.inputs.corpus)
     uri = f"{tmp_path}/pretrain"
     record = pretrain.planned(broken, corpus)
     artifacts.begin(uri, record)
     model = MaskedModel(settings.model, corpus.vocabulary.size)
-    optimizer = train.make_optimizer(model, settings.train)
+    optimizer = loop.make_optimizer(model, settings.train)
     folder = checkpoints.save_step(uri, 3, model, optimizer, {"identity": record.fingerprint})
-    data = storage.read_bytes(f"{folder}/model.safetensors")
-    storage.write_bytes(f"{folder}/model.safetensors", data[:100])
+    data = files.read_bytes(f"{folder}/model.safetensors")
+    files.write_bytes(f"{folder}/model.safetensors", data[:100])
     with pytest.raises(UserError, match=r"model.safetensors: .*Restore it"):
         pretrain.run(broken)
     assert artifacts.find(uri) is None
@@ -139,12 +137,12 @@ def test_of_longer_cells_than_the_model_has_positions_the_first_tokens_are_train
     short = dataclasses.replace(
         settings, model=dataclasses.replace(settings.model, max_positions=20), output=str(tmp_path)
     )
-    corpus = dataset.Corpus(settings.inputs.corpus)
+    corpus = reader.Corpus(settings.inputs.corpus)
     assert corpus.lengths_N.max() > 20
     with caplog.at_level("INFO"):
         pretrain.run(short)
     assert "are read to token 20 (model.max_positions)" in caplog.text
-    task = Pretraining(short, dataset.Corpus(settings.inputs.corpus, max_len=20))
+    task = Pretraining(short, reader.Corpus(settings.inputs.corpus, max_len=20))
     micros = [task.work(step, 0, 1).micros[0] for step in range(task.steps_per_epoch)]
     assert max(micro.batch.max_len for micro in micros) == 20
     for micro in micros:

@@ -10,31 +10,27 @@ import pytest
 from mlflow.tracking import MlflowClient
 from scipy import sparse
 
-from mixgf.config import parse as config
-from mixgf.config import run as config_run
+from mixgf.config import parse
 from mixgf.config.classification import Classify
 from mixgf.config.data import Source, Tokens, Vocab
-from mixgf.config.run import Compute, Config, Tracking
+from mixgf.config.run import Compute, Config, Inputs, Tracking
 from mixgf.config.training import Model, Train
 from mixgf.config.tuning import Tune
 from mixgf.console import Progress
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import tasks
 from mixgf.errors import UserError
-from mixgf.report import build as report
-from mixgf.report import load
-from mixgf.stages import prepare, tune
-from mixgf.stages import tune_trials as trials
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.report import build, load
+from mixgf.stages import prepare, tune, tune_trials
+from mixgf.storage import artifacts, files
+from mixgf.storage.tables import read_table
+from mixgf.tracking import mlflow_runs
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SPACE = ("objective.contrast_weight=[0.0]", 'objective.view=["mask"]', "train.lr=[1e30]")
 
 
 def cells(name, folder, each):
-    data = anndata.read_h5ad(storage.local_path(f"resource:pancreas_{name}_baron.h5ad"))
+    data = anndata.read_h5ad(files.local_path(f"resource:pancreas_{name}_baron.h5ad"))
     labels = data.obs["cell_type"].astype(str).to_numpy()
     rows = np.concatenate([np.flatnonzero(labels == kind)[:each] for kind in TYPES])
     obs = pd.DataFrame(
@@ -62,20 +58,18 @@ def base(tmp_path_factory, tracking_uri):
         tune=Tune(space=SPACE, seeds=2, rungs=(0.5, 1.0), keep=0.4, cells=120),
         compute=Compute(num_workers=1), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
-    prepare.run(run, spread=dispatch.loop)
+    prepare.run(run, spread=tasks.loop)
     return run
 
 
 def at(base, folder, **changes):
-    corpus = storage.join(base.output, "corpus")
+    corpus = files.join(base.output, "corpus")
     mine = replace(base.tracking, experiment=str(folder))
-    return replace(
-        base, output=str(folder / "sweep"), inputs=config_run.Inputs(corpus=corpus), tracking=mine, **changes
-    )
+    return replace(base, output=str(folder / "sweep"), inputs=Inputs(corpus=corpus), tracking=mine, **changes)
 
 
 def tables(uri):
-    return {name: storage.sha256(f"{uri}/{name}.parquet") for name in ("trials", "arms", "effects", "interactions")}
+    return {name: files.sha256(f"{uri}/{name}.parquet") for name in ("trials", "arms", "effects", "interactions")}
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +77,14 @@ def undisturbed(base, tmp_path_factory):
     """The sweep by the plain loop, registered."""
     settings = at(base, tmp_path_factory.mktemp("plain"))
     return replace(settings, tune=replace(settings.tune, register="pancreas")), tune.run(
-        replace(settings, tune=replace(settings.tune, register="pancreas")), engine=trials.PLAIN
+        replace(settings, tune=replace(settings.tune, register="pancreas")), engine=tune_trials.PLAIN
     )
 
 
 def test_the_board_has_what_was_trained_and_arms_stop_at_the_rung(undisturbed):
     _, uri = undisturbed
     record = artifacts.require(uri, "sweep")
-    board = storage_tables.read_table(f"{uri}/arms.parquet").to_pandas()
+    board = read_table(f"{uri}/arms.parquet").to_pandas()
     reached = board.groupby("name")["rung"].agg(lambda rungs: sorted(set(rungs)))
     assert set(reached.index) == {"base", "contrast_weight=0.0", "view=mask"}
     assert reached["base"] == [0, 1]
@@ -109,7 +103,7 @@ def test_the_board_has_what_was_trained_and_arms_stop_at_the_rung(undisturbed):
 
 def test_mlflow_has_one_parent_and_a_child_per_training_with_the_arms_parameters(undisturbed):
     settings, _ = undisturbed
-    client = MlflowClient(tracking.uri(settings))
+    client = MlflowClient(mlflow_runs.uri(settings))
     ident = client.get_experiment_by_name(settings.tracking.experiment).experiment_id
     runs = client.search_runs([ident])
     parents = [run for run in runs if run.info.run_name == "tune"]
@@ -131,10 +125,10 @@ def test_mlflow_has_one_parent_and_a_child_per_training_with_the_arms_parameters
 
 def test_the_best_arm_is_a_config_that_pretrain_takes(undisturbed):
     _, uri = undisturbed
-    best = config.from_dict(Config, json.loads(storage.read_bytes(f"{uri}/best.json")))
+    best = parse.from_dict(Config, json.loads(files.read_bytes(f"{uri}/best.json")))
     record = artifacts.require(uri, "sweep")
     arm = next(a for a in record.details["arms"] if a["key"] == record.details["best"])
-    data = config.to_dict(best)
+    data = parse.to_dict(best)
     for field, value in arm["changes"].items():
         part, leaf = field.split(".")
         assert data[part][leaf] == value
@@ -142,7 +136,7 @@ def test_the_best_arm_is_a_config_that_pretrain_takes(undisturbed):
 
 def test_the_report_says_the_sentence_and_draws_the_effects(undisturbed):
     settings, uri = undisturbed
-    page = report.render(load.load(settings), "key")
+    page = build.render(load.load(settings), "key")
     sentence = artifacts.require(uri, "sweep").details["sentence"]
     assert sentence.split(" [")[0][1:] in page
     assert "with the contrast instead of without" in sentence
@@ -161,9 +155,9 @@ def test_a_sweep_killed_anywhere_goes_on_and_ends_the_same_with_nothing_done_twi
             if len(done) == limit:
                 raise KeyboardInterrupt
             done.append((uri, until))
-            trials.train_here(run, corpus, uri, identity, num_steps=num_steps, tracked=tracked, until=until)
+            tune_trials.train_here(run, corpus, uri, identity, num_steps=num_steps, tracked=tracked, until=until)
 
-        return replace(trials.PLAIN, train=train)
+        return replace(tune_trials.PLAIN, train=train)
 
     with pytest.raises(KeyboardInterrupt):
         tune.run(settings, engine=counting(after))
@@ -179,7 +173,7 @@ def test_ray_tune_gives_what_the_plain_loop_gives(ray_local, base, undisturbed, 
     settings = at(base, tmp_path)
     few = replace(settings, tune=replace(settings.tune, space=SPACE[:1], seeds=1, rungs=(1.0,), finetune=False))
     there = at(base, tmp_path / "plain", tune=few.tune)
-    assert tables(tune.run(few)) == tables(tune.run(there, engine=trials.PLAIN))
+    assert tables(tune.run(few)) == tables(tune.run(there, engine=tune_trials.PLAIN))
 
 
 @pytest.mark.ray
@@ -188,7 +182,7 @@ def test_asha_stops_trainings_by_their_scores_and_keeps_what_they_showed(ray_loc
     settings = at(base, tmp_path)
     asha = replace(settings.tune, space=SPACE[:2], stop="asha", seeds=1, finetune=False)
     uri = tune.run(replace(settings, tune=asha, train=replace(settings.train, max_steps=4)))
-    board = storage_tables.read_table(f"{uri}/arms.parquet").to_pandas()
+    board = read_table(f"{uri}/arms.parquet").to_pandas()
     assert set(board["name"]) == {"base", "contrast_weight=0.0", "view=mask"}
     assert board["rung"].max() == 1
     best_first = board[board["rung"] == 0].sort_values("score")["name"].iloc[-1]
@@ -204,18 +198,18 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp
         ({"tune": replace(settings.tune, space=("model.num_heads=[3]",))}, "tune.space: model.dim"),
     ):
         with pytest.raises(UserError, match=said):
-            tune.run(replace(settings, **changes), engine=trials.PLAIN)
-    assert not storage.exists(f"{settings.output}/tune/record.json")
+            tune.run(replace(settings, **changes), engine=tune_trials.PLAIN)
+    assert not files.exists(f"{settings.output}/tune/record.json")
 
 
 def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path):
     """And the base's corpus is prepared, too, where there is none."""
-    settings = replace(at(base, tmp_path), inputs=config_run.Inputs())
+    settings = replace(at(base, tmp_path), inputs=Inputs())
     other = replace(settings.tune, space=('tokens.scaling=["multiply"]',), seeds=1, rungs=(1.0,), finetune=False)
-    uri = tune.run(replace(settings, tune=other), engine=trials.PLAIN)
-    board = storage_tables.read_table(f"{uri}/arms.parquet").to_pandas()
+    uri = tune.run(replace(settings, tune=other), engine=tune_trials.PLAIN)
+    board = read_table(f"{uri}/arms.parquet").to_pandas()
     assert board["name"].tolist() == ["base", "scaling=multiply"]
-    corpora = storage.list_dir(f"{uri}/corpora")
+    corpora = files.list_dir(f"{uri}/corpora")
     assert len(corpora) == 1
     made = artifacts.require(f"{uri}/corpora/{corpora[0]}/corpus", "corpus")
     assert made.config["tokens"]["scaling"] == "multiply"
@@ -223,7 +217,7 @@ def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path
 
 
 def test_progress_counts_trainings():
-    shown = trials._Shown(2, trials.Meter("tune", "run"))
+    shown = tune_trials._Shown(2, tune_trials.Meter("tune", "run"))
     shown.ended()
     assert isinstance(shown._progress, Progress)
     shown.close()

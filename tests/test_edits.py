@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf.perturbation import operations as edits
+from mixgf.perturbation import operations
 
 A, B, C, D, E, F, G = 10, 11, 12, 13, 14, 15, 16
 CLS = 2
@@ -15,8 +15,8 @@ def run(sentences, cells, genes, operation, **options):
     ids = torch.tensor([t for s in sentences for t in s])
     offsets = torch.tensor(np.cumsum([0] + [len(s) for s in sentences]))
     width = max(len(g) for g in genes)
-    table = torch.tensor([list(g) + [edits.NO_GENE] * (width - len(g)) for g in genes])
-    out = edits.edit(ids, offsets, torch.tensor(cells), table, operation, **{"max_len": 100} | options)
+    table = torch.tensor([list(g) + [operations.NO_GENE] * (width - len(g)) for g in genes])
+    out = operations.edit(ids, offsets, torch.tensor(cells), table, operation, **{"max_len": 100} | options)
     result = [out.ids_T[a:b].tolist() for a, b in zip(out.offsets_S1[:-1], out.offsets_S1[1:], strict=True)]
     for where, sentence in zip(out.hits_H.tolist(), out.hit_sentences_H.tolist(), strict=True):
         assert out.ids_T[where] in genes[sentence]
@@ -81,7 +81,7 @@ def test_overexpression_of_a_full_sentence_drops_its_last_gene_only_when_the_gen
     assert run([[CLS, A, B]], [0], [(D, E)], "overexpress", max_len=3, lead=1) == [[CLS, D, E]]
 
 
-@pytest.mark.parametrize("operation", edits.OPERATIONS)
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
 def test_cls_stays_in_front(operation):
     assert run([[CLS, A, B, C]], [0], [(B,)], operation, lead=1)[0][0] == CLS
 
@@ -102,7 +102,7 @@ def test_different_cells_sets_and_sizes_go_in_one_call():
 
 
 @pytest.mark.parametrize("lead", [0, 1], ids=["no cls", "cls"])
-@pytest.mark.parametrize("operation", edits.OPERATIONS)
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
 def test_equals_plain_list_code_on_random_sentences(operation, lead):
     rng = np.random.default_rng([3, lead])
     sentences = [[CLS] * lead + rng.permutation(np.arange(3, 40))[: rng.integers(1, 20)].tolist() for _ in range(7)]
@@ -123,7 +123,7 @@ def test_sets_equal_successive_singles_for_delete_and_overexpress():
     assert run(last_first, [0], [(5,)], "overexpress") == run([sentence], [0], [(5, 9)], "overexpress")
 
 
-@pytest.mark.parametrize("operation", edits.OPERATIONS)
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
 def test_the_other_genes_keep_their_order(operation):
     sentence = np.random.default_rng(5).permutation(np.arange(3, 30)).tolist()
     result = run([sentence], [0], [(7, 8, 20)], operation)[0]
@@ -133,4 +133,4 @@ def test_the_other_genes_keep_their_order(operation):
 
 def test_ranks_are_looked_up_per_cell():
     ids, offsets = torch.tensor([CLS, A, B, C, CLS, C]), torch.tensor([0, 4, 6])
-    assert edits.ranks(ids, offsets, torch.tensor([C, A, 99]), lead=1).tolist() == [[2, 0, -1], [0, -1, -1]]
+    assert operations.ranks(ids, offsets, torch.tensor([C, A, 99]), lead=1).tolist() == [[2, 0, -1], [0, -1, -1]]

@@ -9,19 +9,20 @@ import scipy.stats
 
 from mixgf.config import perturbation, run
 from mixgf.corpus.reader import Corpus
-from mixgf.perturbation import design as targets
-from mixgf.perturbation import gene_table as effects
-from mixgf.stats import donors as stats
+from mixgf.perturbation import gene_table, group_design
+from mixgf.stats.donors import less_background, power, sign_flip
 
 
 def design(num_genes, donor_of, states=("start", "goal"), donors=None):
     genes = tuple(
-        targets.Target(gene=f"G{i:02d}", symbol=f"g{i}", species="human", tokens=(i,), coverage=0.05 if i == 1 else 1.0)
+        group_design.Target(
+            gene=f"G{i:02d}", symbol=f"g{i}", species="human", tokens=(i,), coverage=0.05 if i == 1 else 1.0
+        )
         for i in range(num_genes)
     )
-    return targets.Design(
+    return group_design.Design(
         cells_N=np.arange(len(donor_of)),
-        states=tuple(targets.State(name=n, expression="", cells=np.arange(len(donor_of))) for n in states),
+        states=tuple(group_design.State(name=n, expression="", cells=np.arange(len(donor_of))) for n in states),
         targets=genes,
         donors=donors or tuple(f"d{i}" for i in range(max(donor_of) + 1)),
         donor_of=np.asarray(donor_of),
@@ -33,7 +34,7 @@ def pairs_of(shift_GN, alternatives=()):
     """Every gene in every cell, gene k at rank k + 1; towards start, goal and the alternatives."""
     target, cell = np.divmod(np.arange(shift_GN.size), shift_GN.shape[1])
     towards = [np.zeros(shift_GN.size), shift_GN.ravel(), *(values.ravel() for values in alternatives)]
-    return effects.Pairs(
+    return gene_table.Pairs(
         target_P=target, cell_P=cell, rank_P=target + 1, response_P=np.abs(shift_GN.ravel()), shift_SP=np.stack(towards)
     )
 
@@ -41,7 +42,7 @@ def pairs_of(shift_GN, alternatives=()):
 def table(plan, shift_GN, *, alternative=None, expressed=None, **settings):
     pairs = pairs_of(shift_GN, alternatives=[] if alternative is None else [alternative])
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",), **settings))
-    result = effects.gene_table(plan, {"delete": pairs}, expressed or {}, chosen)
+    result = gene_table.gene_table(plan, {"delete": pairs}, expressed or {}, chosen)
     return result.to_pandas().set_index("symbol")
 
 
@@ -110,7 +111,7 @@ def test_null_screens_give_uniform_p_values_over_donors_and_not_over_cells():
         p_donor.append(frame["p_donor"].to_numpy())
         p_cell.append(frame["p_cell"].to_numpy())
         means = np.stack([shift[:, donor_of == d].mean(axis=1) for d in range(12)], axis=1)
-        plain.append(stats.sign_flip(stats.less_background(means), 5000, rng))
+        plain.append(sign_flip(less_background(means), 5000, rng))
     p = np.concatenate(p_donor)
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
     assert 0.04 < (p <= 0.05).mean() < 0.06
@@ -148,7 +149,7 @@ def test_the_stated_power_is_reached_in_whole_screens(donors, effect):
         frame = table(design(400, donor_of), shift, num_permutations=5000)
         found += (frame.loc[[f"g{g}" for g in planted], "p_donor"] <= 0.05).tolist()
     # cells add a little noise to donors' means, and neighbours to the expectation: a little less than the formula says
-    assert np.mean(found) == pytest.approx(stats.power(donors, effect), abs=0.12)
+    assert np.mean(found) == pytest.approx(power(donors, effect), abs=0.12)
 
 
 def test_calibration_shows_what_each_test_says_of_exchanged_genes():
@@ -158,18 +159,18 @@ def test_calibration_shows_what_each_test_says_of_exchanged_genes():
     )  # half of all genes have an effect: observed p are far from uniform
     plan = design(150, donor_of)
     target, cell = np.divmod(np.arange(shift.size), len(donor_of))
-    pairs = effects.Pairs(
+    pairs = gene_table.Pairs(
         target_P=target, cell_P=cell, rank_P=target + 1, response_P=np.abs(shift.ravel()),
         shift_SP=np.stack([np.zeros(shift.size), shift.ravel()]),
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
-    nulls = effects.calibration(plan, {"delete": pairs}, chosen).to_pandas()
-    observed = effects.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
+    nulls = gene_table.calibration(plan, {"delete": pairs}, chosen).to_pandas()
+    observed = gene_table.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
     assert (observed["p_donor"] <= 0.01).mean() > 0.4
     assert len(nulls) == 8 * 150
     assert 0.03 < (nulls["p_donor"] <= 0.05).mean() < 0.08
     assert (nulls["p_cell"] <= 0.05).mean() > 0.3
-    two = effects.calibration(design(150, donor_of % 2), {"delete": pairs}, chosen)
+    two = gene_table.calibration(design(150, donor_of % 2), {"delete": pairs}, chosen)
     assert two.num_rows == 0
 
 
@@ -180,12 +181,12 @@ def test_a_gene_that_no_cell_holds_is_compared_with_others_like_it():
     shift = rng.normal(0, 0.01, (40, 3))
     shift[35] += 1
     target, cell = np.divmod(np.arange(120), 3)
-    pairs = effects.Pairs(
+    pairs = gene_table.Pairs(
         target_P=target, cell_P=cell, rank_P=np.where(target < 30, target, -1), response_P=np.abs(shift.ravel()),
         shift_SP=np.stack([np.zeros(120), shift.ravel()]),
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("overexpress",)))
-    frame = effects.gene_table(plan, {"overexpress": pairs}, {}, chosen).to_pandas().set_index("symbol")
+    frame = gene_table.gene_table(plan, {"overexpress": pairs}, {}, chosen).to_pandas().set_index("symbol")
     assert np.isnan(frame.loc["g35", "mean_rank"])
     assert frame.loc["g35", "null_percentile"] == 100
     assert np.isfinite(frame.loc["g35", "rank_expected"])
@@ -193,8 +194,8 @@ def test_a_gene_that_no_cell_holds_is_compared_with_others_like_it():
 
 def test_orthologs_stand_beside_their_genes():
     plan = design(12, [0, 1, 2])
-    named = targets.Target(gene="ENSG00000118515", symbol="SGK1", species="human", tokens=(3,), coverage=1.0)
-    pair = targets.Target(
+    named = group_design.Target(gene="ENSG00000118515", symbol="SGK1", species="human", tokens=(3,), coverage=1.0)
+    pair = group_design.Target(
         gene="ENSG00000118515+ENSG00000118785", symbol="SGK1+SPP1", species="human", tokens=(3, 4), coverage=1.0
     )
     plan = dataclasses.replace(plan, targets=(named, pair, *plan.targets[2:]))
@@ -230,12 +231,12 @@ def test_the_universal_response_is_subtracted_and_named():
 def test_a_gene_without_cells_has_no_figures():
     plan = design(12, [0, 1, 2])
     values = np.random.default_rng(5).normal(size=33)
-    pairs = effects.Pairs(
+    pairs = gene_table.Pairs(
         target_P=np.repeat(np.arange(11), 3), cell_P=np.tile(np.arange(3), 11), rank_P=np.repeat(np.arange(11), 3),
         response_P=values, shift_SP=np.stack([values, values]),
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
-    frame = effects.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
+    frame = gene_table.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
     last = frame.iloc[-1]
     assert (last["symbol"], last["num_cells"], last["warnings"]) == ("g11", 0, "in no sentence: not scored")
     assert last[["shift", "p_cell", "fdr_cell", "p_donor"]].isna().all()
@@ -249,13 +250,16 @@ def test_rank_scores_by_hand_and_their_welch_t(make_corpus):
         sentence = corpus.tokens([cell])[0].tolist()
         for rank, token in enumerate(sentence):
             scores[cell, token] = 1 - rank / len(sentence)
-    start, goal = effects.expression(corpus, np.array([0, 1])), effects.expression(corpus, np.array([2, 3, 4]), block=2)
+    start, goal = (
+        gene_table.expression(corpus, np.array([0, 1])),
+        gene_table.expression(corpus, np.array([2, 3, 4]), block=2),
+    )
     assert goal.mean_V == pytest.approx(scores[2:].mean(axis=0))
     assert goal.variance_V == pytest.approx(scores[2:].var(axis=0, ddof=1))
-    plan = targets.Design(
+    plan = group_design.Design(
         cells_N=np.arange(2), states=design(1, [0, 0]).states, donors=("d",), donor_of=np.zeros(5, int), warnings=(),
         targets=tuple(
-            targets.Target(gene=f"G{t}", symbol=f"g{t}", species="human", tokens=tokens, coverage=1.0)
+            group_design.Target(gene=f"G{t}", symbol=f"g{t}", species="human", tokens=tokens, coverage=1.0)
             for t, tokens in enumerate([(3,), (4,), (5,), (6,), (7,), (3, 4)])
         ),
     )  # fmt: skip
@@ -270,7 +274,7 @@ def test_rank_scores_by_hand_and_their_welch_t(make_corpus):
 
 def test_state_sums_merge_by_donor():
     part = {"state": [0, 0, 1], "donor": [0, 1, 0], "num_cells": [2, 1, 1], "sum": [[2.0, 4.0], [3.0, 3.0], [9.0, 0.0]]}
-    means, states = effects.state_means([pa.table(part), pa.table({k: v[:1] for k, v in part.items()})], 2)
+    means, states = gene_table.state_means([pa.table(part), pa.table({k: v[:1] for k, v in part.items()})], 2)
     assert means.tolist() == [[7 / 5, 11 / 5], [9.0, 0.0]]
     assert states.to_pylist()[1] == {"state": 0, "donor": 0, "num_cells": 4, "vector": [1.0, 2.0]}
 
@@ -290,19 +294,19 @@ def test_chosen_genes_are_compared_with_drawn_ones_and_keep_the_places_that_they
         plan, targets=tuple(dataclasses.replace(t, drawn=k in drawn) for k, t in enumerate(plan.targets))
     )
     pairs = {"delete": pairs_of(shift)}
-    few_plan, few = effects.subset(marked, pairs, kept)
+    few_plan, few = gene_table.subset(marked, pairs, kept)
     chosen_config = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
-    frame = effects.gene_table(few_plan, few, {}, chosen_config, num_tests=1000).to_pandas().set_index("symbol")
+    frame = gene_table.gene_table(few_plan, few, {}, chosen_config, num_tests=1000).to_pandas().set_index("symbol")
     names = [f"g{k}" for k in chosen]
     assert frame["reference"].sum() == 150
     assert np.abs(frame.loc[names, "null_percentile"] - every.loc[names, "null_percentile"]).mean() < 6
     assert np.abs(frame.loc[names, "rank_expected"] - every.loc[names, "rank_expected"]).median() < 0.25
-    plain_plan, plain = effects.subset(plan, pairs, np.sort(chosen))
-    among = effects.gene_table(plain_plan, plain, {}, chosen_config).to_pandas().set_index("symbol")
+    plain_plan, plain = gene_table.subset(plan, pairs, np.sort(chosen))
+    among = gene_table.gene_table(plain_plan, plain, {}, chosen_config).to_pandas().set_index("symbol")
     assert np.abs(among.loc[names, "null_percentile"] - every.loc[names, "null_percentile"]).mean() > 25
     assert (frame["fdr_donor"] >= np.minimum(1, frame["p_donor"] * 1000 / len(frame)) - 1e-12).all()
     assert (frame["fdr_donor"] > 0.05).all()  # all thousand were looked at
-    nulls = effects.calibration(few_plan, few, chosen_config)
+    nulls = gene_table.calibration(few_plan, few, chosen_config)
     assert nulls.num_rows % 150 == 0
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mixgf.config import training
-from mixgf.corpus import reader as dataset
+from mixgf.corpus import reader
 from mixgf.encoder import embed
 from mixgf.encoder.bert import Encoder, pool
 
@@ -13,7 +13,7 @@ ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_position
 @pytest.fixture(scope="module")
 def corpus(make_corpus):
     lengths = [5, 1, 17, 3, 3, 40, 2, 17]
-    return dataset.Corpus(make_corpus(lengths, [0, 1] * 4, [5, 3]))
+    return reader.Corpus(make_corpus(lengths, [0, 1] * 4, [5, 3]))
 
 
 def test_a_cell_is_bitwise_the_same_whatever_its_batch_mates(corpus):

@@ -10,8 +10,7 @@ import pytest
 from mixgf import cli
 from mixgf.config import recipes
 from mixgf.config.parse import override, to_dict
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 SMALL = [
     "qc.max_cells_per_sample=90",
@@ -85,7 +84,7 @@ def test_every_stage_runs_on_real_cells_and_nothing_runs_twice(ray_local, tmp_pa
 
 @pytest.mark.ray
 def test_a_normalised_matrix_is_one_line_exit_code_2_and_leaves_nothing(ray_local, tmp_path, capsys):
-    cells = anndata.read_h5ad(storage.local_path("resource:pancreas_mouse_baron.h5ad"))[:50].copy()
+    cells = anndata.read_h5ad(files.local_path("resource:pancreas_mouse_baron.h5ad"))[:50].copy()
     cells.X = cells.X.astype("float32").log1p()
     cells.write_h5ad(tmp_path / "logged.h5ad")
     code = cli.main(["prepare", f"mouse={tmp_path / 'logged.h5ad'}", "--output", str(tmp_path / "run")])
@@ -99,7 +98,7 @@ def test_a_normalised_matrix_is_one_line_exit_code_2_and_leaves_nothing(ray_loca
 
 @pytest.mark.ray
 def test_one_bad_source_does_not_lose_the_others_and_the_exit_code_says_so(ray_local, tmp_path, capsys):
-    good = storage.local_path("resource:pancreas_mouse_baron.h5ad")
+    good = files.local_path("resource:pancreas_mouse_baron.h5ad")
     cells = anndata.read_h5ad(good)[:60].copy()
     cells.write_h5ad(tmp_path / "good.h5ad")
     (tmp_path / "torn.h5ad").write_bytes(Path(good).read_bytes()[:10_000])

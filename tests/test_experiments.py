@@ -9,21 +9,17 @@ import anndata
 import numpy as np
 import pytest
 
-from mixgf.config import data, recipes, run, training
-from mixgf.config import parse as config
+from mixgf.config import data, parse, recipes, run, training
 from mixgf.config.data import Source
 from mixgf.config.parse import override
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
-from mixgf.perturbation import reference_genes as known
-from mixgf.report import build as report
-from mixgf.report import load
-from mixgf.stages import perturb as driver
-from mixgf.stages import prepare
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.perturbation import reference_genes
+from mixgf.report import build, load
+from mixgf.stages import perturb, prepare
+from mixgf.storage import artifacts, files, tables
 
 SMALL = ["tokens.max_len=128", "model.max_positions=128", "train.precision=fp32", "compute.gpus_per_worker=0", "perturb.max_cells=20", "perturb.min_coverage=0.1",
          "perturb.num_permutations=300", "vocab.reuse=", "qc.method=none"]  # fmt: skip
@@ -59,7 +55,7 @@ def made(ray_local, tmp_path_factory):
         _file(path, species)
         sources.append(Source(uri=str(path), species=species, layer="raw"))
     chosen = override(recipes.get("paper_dkd"), [*SMALL, f"output={folder}"])
-    chosen = config.from_dict(run.Config, config.to_dict(chosen) | {"sources": [config.to_dict(s) for s in sources]})
+    chosen = parse.from_dict(run.Config, parse.to_dict(chosen) | {"sources": [parse.to_dict(s) for s in sources]})
     corpus = prepare.run(chosen)
     vocabulary = Corpus(corpus).vocabulary
     record = artifacts.plan("checkpoint", 1, {}, {})
@@ -78,13 +74,13 @@ def test_a_recipe_of_the_paper_prints_its_genes_beside_table_4(made, tmp_path, c
     caplog.set_level("INFO")
     changes = [f"output={tmp_path}", f"inputs.corpus={corpus}", f"inputs.checkpoint={weights}"]
     chosen = override(recipes.get(f"paper_{name}"), [*SMALL, *changes])
-    uri = driver.run(chosen, local=True)
+    uri = perturb.run(chosen, local=True)
     genes = tables.read_table(f"{uri}/genes.parquet").to_pandas()
     assert genes["num_donors"].max() >= 3
-    assert set(genes["species"]) == set(known.published(name)["species"])
-    assert set(genes["operation"]) == set(known.published(name)["operation"])
-    table = known.beside_paper(genes, chosen).set_index("symbol")
-    assert set(table.index) == set(known.published(name)["symbol"])
+    assert set(genes["species"]) == set(reference_genes.published(name)["species"])
+    assert set(genes["operation"]) == set(reference_genes.published(name)["operation"])
+    table = reference_genes.beside_paper(genes, chosen).set_index("symbol")
+    assert set(table.index) == set(reference_genes.published(name)["symbol"])
     scored = set(table.index) & set(genes["symbol"])
     assert at_least <= scored
     for gene, row in table.iterrows():
@@ -96,10 +92,10 @@ def test_a_recipe_of_the_paper_prints_its_genes_beside_table_4(made, tmp_path, c
     said = caplog.text
     assert f"paper's Table 4 ({name}) | this run:" in said
     assert ("not scored" in said) == (scored != set(table.index))
-    html = report.render(load.load(chosen, light=True), "key")
+    html = build.render(load.load(chosen, light=True), "key")
     assert "Beside the paper" in html
     caplog.clear()
-    driver.run(chosen, local=True)  # nothing is computed again, and the table is printed again
+    perturb.run(chosen, local=True)  # nothing is computed again, and the table is printed again
     said = caplog.text
     assert "already there" in said
     assert "this run:" in said
@@ -112,16 +108,16 @@ def test_another_list_of_known_genes_needs_no_new_perturbation(made, tmp_path, c
     caplog.set_level("INFO")
     changes = [f"output={tmp_path}", f"inputs.corpus={corpus}", f"inputs.checkpoint={weights}"]
     chosen = override(recipes.get("paper_alzheimer"), [*SMALL, *changes])
-    driver.run(chosen, local=True)
+    perturb.run(chosen, local=True)
     caplog.clear()
-    driver.run(override(chosen, ["perturb.known=HSPB1,S100B,HSP90AA1"]), local=True)
+    perturb.run(override(chosen, ["perturb.known=HSPB1,S100B,HSP90AA1"]), local=True)
     said = caplog.text
     assert "already there" in said
     assert "known genes, 1 of" in said
     assert "baseline: differential expression" in said
     with pytest.raises(UserError, match=r"perturb\.known = 'none\.tsv': no such file"):
-        driver.run(override(chosen, ["perturb.known=none.tsv", f"output={tmp_path}/other"]), local=True)
-    assert not storage.exists(f"{tmp_path}/other/perturb")
+        perturb.run(override(chosen, ["perturb.known=none.tsv", f"output={tmp_path}/other"]), local=True)
+    assert not files.exists(f"{tmp_path}/other/perturb")
 
 
 def test_only_recipes_for_given_cells_bring_a_question_of_their_own():

@@ -6,13 +6,12 @@ import anndata
 import pytest
 
 from mixgf.config.data import QC, Prepare, Tokens, Vocab
-from mixgf.corpus import prepare_passes as units
+from mixgf.corpus import prepare_passes
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import tasks
 from mixgf.errors import UserError
 from mixgf.stages import prepare
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 
 @pytest.fixture
@@ -23,10 +22,10 @@ def runs(world, tmp_path):
         config, sources=tuple(dataclasses.replace(s, obs=("cell_type",)) for s in config.sources)
     )
     first = dataclasses.replace(config, output=str(tmp_path / "all"))
-    prepare.run(first, spread=dispatch.loop)  # only for a vocabulary that knows all three species
+    prepare.run(first, spread=tasks.loop)  # only for a vocabulary that knows all three species
     fixed = dataclasses.replace(config, vocab=Vocab(reuse=str(tmp_path / "all" / "vocabulary")))
     old = dataclasses.replace(fixed, output=str(tmp_path / "old"), sources=config.sources[:2])
-    older = prepare.run(old, spread=dispatch.loop)
+    older = prepare.run(old, spread=tasks.loop)
     new = dataclasses.replace(
         fixed, output=str(tmp_path / "new"), sources=config.sources[2:],
         prepare=dataclasses.replace(config.prepare, extend=older),
@@ -36,21 +35,21 @@ def runs(world, tmp_path):
 
 
 def contents(uri):
-    names = storage.list_dir(uri)
-    files = [n for n in names if n.endswith(".parquet")] + [f"shards/{n}" for n in storage.list_dir(f"{uri}/shards")]
-    return {f: storage.sha256(f"{uri}/{f}") for f in files}
+    names = files.list_dir(uri)
+    paths = [n for n in names if n.endswith(".parquet")] + [f"shards/{n}" for n in files.list_dir(f"{uri}/shards")]
+    return {f: files.sha256(f"{uri}/{f}") for f in paths}
 
 
 def test_an_added_source_alone_is_read_and_the_corpus_is_that_of_all_together(runs, monkeypatch):
     older, new, together = runs
-    expected = prepare.run(together, spread=dispatch.loop)
+    expected = prepare.run(together, spread=tasks.loop)
     read = []
-    measure = units.measure
+    measure = prepare_passes.measure
     monkeypatch.setattr(
-        units, "measure", lambda work, unit, rows: (read.append(unit.source.name), measure(work, unit, rows))
+        prepare_passes, "measure", lambda work, unit, rows: (read.append(unit.source.name), measure(work, unit, rows))
     )
     before = contents(older)
-    uri = prepare.run(new, spread=dispatch.loop)
+    uri = prepare.run(new, spread=tasks.loop)
     assert set(read) == {"cow"}
     assert contents(older) == before
     assert contents(uri) == contents(expected)
@@ -63,7 +62,7 @@ def test_an_added_source_alone_is_read_and_the_corpus_is_that_of_all_together(ru
 
 def test_a_killed_extension_continues_and_a_second_one_does_nothing(runs):
     _, new, together = runs
-    expected = contents(prepare.run(together, spread=dispatch.loop))
+    expected = contents(prepare.run(together, spread=tasks.loop))
     calls = []
 
     def dying(jobs):
@@ -71,12 +70,12 @@ def test_a_killed_extension_continues_and_a_second_one_does_nothing(runs):
             if len(calls) == 9:
                 raise KeyboardInterrupt
             calls.append(call.function.__name__)
-            yield i, dispatch.attempt(call)
+            yield i, tasks.attempt(call)
 
     with pytest.raises(KeyboardInterrupt):
         prepare.run(new, spread=dying)
     assert "take" in calls or "measure" in calls
-    uri = prepare.run(new, spread=dispatch.loop)
+    uri = prepare.run(new, spread=tasks.loop)
     assert contents(uri) == expected
 
     def never(jobs):
@@ -94,7 +93,7 @@ def test_cells_that_the_older_corpus_holds_are_duplicates(runs, tmp_path):
         new.sources[0], uri=str(tmp_path / "again.h5ad"), species=source["species"], name="again", obs=()
     )
     both = dataclasses.replace(new, sources=(*new.sources, again), qc=new.qc)
-    uri = prepare.run(both, spread=dispatch.loop)
+    uri = prepare.run(both, spread=tasks.loop)
     dropped = {(r["source"], r["reason"]): r["cells"] for r in tables.read_table(f"{uri}/dropped.parquet").to_pylist()}
     kept = {r["source"]: r["cells_kept"] for r in tables.read_table(f"{uri}/mapping.parquet").to_pylist()}
     assert kept["again"] == 0
@@ -114,26 +113,26 @@ def test_cells_that_the_older_corpus_holds_are_duplicates(runs, tmp_path):
 def test_what_cannot_be_added_says_why_and_how_else(runs, change, message):
     _, new, _ = runs
     with pytest.raises(UserError, match=message):
-        prepare.run(dataclasses.replace(new, **change), spread=dispatch.loop)
+        prepare.run(dataclasses.replace(new, **change), spread=tasks.loop)
 
 
 def test_a_source_that_is_there_and_a_foreign_vocabulary_are_refused(runs, tmp_path, world):
     _, new, _ = runs
     config, _ = world
     with pytest.raises(UserError, match=r"holds a source named 'ant' already; give only the sources to be added"):
-        prepare.run(dataclasses.replace(new, sources=config.sources[:1]), spread=dispatch.loop)
+        prepare.run(dataclasses.replace(new, sources=config.sources[:1]), spread=tasks.loop)
     other = dataclasses.replace(config, output=str(tmp_path / "other"), sources=config.sources[:1])
-    prepare.run(other, spread=dispatch.loop)
+    prepare.run(other, spread=tasks.loop)
     foreign = dataclasses.replace(new, vocab=Vocab(reuse=str(tmp_path / "other" / "vocabulary")))
     with pytest.raises(UserError, match=r"made with another vocabulary than vocab\.reuse"):
-        prepare.run(foreign, spread=dispatch.loop)
+        prepare.run(foreign, spread=tasks.loop)
 
 
 def test_more_sources_in_the_same_output_are_refused_with_the_way_to_add_them(runs, world, tmp_path):
     config, _ = world
     fewer = dataclasses.replace(config, output=str(tmp_path / "grow"), sources=config.sources[:2])
-    prepare.run(fewer, spread=dispatch.loop)
+    prepare.run(fewer, spread=tasks.loop)
     with pytest.raises(
         UserError, match=r"holds another corpus: .*--set prepare\.extend=\S+/corpus --set vocab\.reuse=\S+/vocabulary"
     ):
-        prepare.run(dataclasses.replace(fewer, sources=config.sources), spread=dispatch.loop)
+        prepare.run(dataclasses.replace(fewer, sources=config.sources), spread=tasks.loop)

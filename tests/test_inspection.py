@@ -13,15 +13,14 @@ from mixgf import cli
 from mixgf.config import recipes
 from mixgf.config.data import QC, Prepare, Source, Tokens
 from mixgf.config.run import Tracking
-from mixgf.corpus import summary as inspection
-from mixgf.distributed import tasks as dispatch
+from mixgf.corpus import summary
+from mixgf.distributed import tasks
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.report import corpus_text
-from mixgf.report.figures import corpus as overview
+from mixgf.report.figures import corpus_overview
 from mixgf.stages import prepare
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 
 MAX_LEN = 700
 
@@ -32,7 +31,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")
     sources = []
     for species, num in (("human", 150), ("mouse", 90)):
-        cells = anndata.read_h5ad(storage.local_path(f"resource:pancreas_{species}_baron.h5ad"))
+        cells = anndata.read_h5ad(files.local_path(f"resource:pancreas_{species}_baron.h5ad"))
         some = cells[np.linspace(0, cells.n_obs - 1, num).astype(int)].copy()
         some.obs[f"of {species}"] = "yes"  # a column that the other source lacks
         some.write_h5ad(folder / f"{species}.h5ad")
@@ -43,7 +42,7 @@ def corpus(tmp_path_factory):
         sources=(*sources, Source(uri=str(folder / "broken.h5ad"), species="mouse")), qc=QC(method="mad", num_mads=2.0),
         prepare=Prepare(shard_cells=64, block_cells=50), tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
     )  # fmt: skip
-    return prepare.run(config, spread=dispatch.loop)
+    return prepare.run(config, spread=tasks.loop)
 
 
 def cells_of(uri):
@@ -52,12 +51,12 @@ def cells_of(uri):
 
 
 def test_every_figure_is_the_plain_count_over_the_sentences(corpus, monkeypatch):
-    found = inspection.inspect(corpus)
+    found = summary.inspect(corpus)
     json.dumps(found, allow_nan=False)
     cells, record, vocabulary = cells_of(corpus), artifacts.require(corpus, "corpus"), Vocabulary.load(corpus)
     assert found["cells"] == {"read": 240, "kept": len(cells), "dropped": record.counts["dropped"]}
     assert found["tokens"] == sum(len(c["tokens"]) for c in cells)
-    assert found["bytes"] == sum(storage.size(f"{corpus}/shards/{n}") for n in storage.list_dir(f"{corpus}/shards"))
+    assert found["bytes"] == sum(files.size(f"{corpus}/shards/{n}") for n in files.list_dir(f"{corpus}/shards"))
     for row in found["sources"]:
         mine = [c for c in cells if c["source"] == row["source"]]
         assert row["kept"] == len(mine)
@@ -96,8 +95,8 @@ def test_every_figure_is_the_plain_count_over_the_sentences(corpus, monkeypatch)
     for name, share in found["columns"].items():
         assert share == pytest.approx(np.mean([c[name] is not None for c in cells])), name
     assert min(found["columns"].values()) < 1 == max(found["columns"].values())
-    monkeypatch.setattr(inspection, "BATCH_CELLS", 7)
-    assert _close(inspection.inspect(corpus), found)
+    monkeypatch.setattr(summary, "BATCH_CELLS", 7)
+    assert _close(summary.inspect(corpus), found)
 
 
 def _close(one, two):
@@ -110,7 +109,7 @@ def _close(one, two):
 
 
 def test_the_text_says_what_was_found(corpus):
-    found = inspection.inspect(corpus)
+    found = summary.inspect(corpus)
     text = corpus_text.text(found)
     kept = found["cells"]["kept"]
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in found["cells"]["dropped"].items() if n)
@@ -135,23 +134,23 @@ def test_shares_are_never_rounded_to_all_or_nothing():
 
 def test_what_a_corpus_does_not_record_is_null(make_corpus, tmp_path):
     uri = make_corpus([5, 9, 7, 3, 40], [0, 0, 1, 1, 1], [3, 2])  # no sources, no mapping, no counts
-    found = inspection.inspect(uri)
+    found = summary.inspect(uri)
     assert [(r["source"], r["read"], r["kept"], r["counts_known"], r["mean_counts"]) for r in found["sources"]] == [
         ("source", None, 5, None, None)
     ]
     assert found["vocabulary"]["species"]["human"]["of_table"] is None
     assert found["lengths"]["mouse"]["quantiles"]["50%"] == 7
     assert "kept; dropped: none" in corpus_text.text(found)
-    assert overview.draw(found, "svg").startswith(b"<?xml")
+    assert corpus_overview.draw(found, "svg").startswith(b"<?xml")
     # an importer's columns of nulls, and cells without a type
     record = artifacts.require(uri, "corpus")
     for shard in record.details["shards"]:
-        where = storage.join(uri, "shards", shard["name"])
+        where = files.join(uri, "shards", shard["name"])
         table = pq.read_table(where)
         table = table.append_column("n_counts", pa.nulls(table.num_rows, pa.int64()))
         table = table.set_column(table.column_names.index("cell_type"), "cell_type", pa.nulls(table.num_rows, pa.string()))  # fmt: skip
         pq.write_table(table, where)
-    found = inspection.inspect(uri)
+    found = summary.inspect(uri)
     assert found["cell_types"] is None
     assert found["sources"][0]["mean_counts"] is None
     assert found["columns"]["n_counts"] == 0
@@ -166,18 +165,18 @@ def test_shared_ids_are_counted_for_the_species_whose_cell_it_is(make_corpus):
     shard = pq.read_table(f"{uri}/shards/00000.parquet")
     tokens = pa.array([[3, 4, 5, 6], [3, 4, 5, 6, 7, 8]], pa.list_(pa.int32()))
     pq.write_table(shard.set_column(0, "tokens", tokens), f"{uri}/shards/00000.parquet")
-    words = inspection.inspect(uri)["vocabulary"]
+    words = summary.inspect(uri)["vocabulary"]
     assert (words["size"], words["shared_tokens"]) == (43, 40)
     assert {n: p["seen"] for n, p in words["species"].items()} == {"human": 4, "mouse": 6}
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_a_picture_is_the_same_bytes_again_and_names_every_source(corpus, tmp_path, kind):
-    found = inspection.inspect(corpus)
-    overview.save(found, str(tmp_path / f"a.{kind}"))
+    found = summary.inspect(corpus)
+    corpus_overview.save(found, str(tmp_path / f"a.{kind}"))
     data = (tmp_path / f"a.{kind}").read_bytes()
     assert data.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind])
-    assert data == overview.draw(found, kind)
+    assert data == corpus_overview.draw(found, kind)
     if kind == "svg":
         for word in ("human", "mouse", "kept, human", "dropped: depth", "cells read", "tokens", "log scale"):
             assert word in data.decode()
@@ -186,7 +185,7 @@ def test_a_picture_is_the_same_bytes_again_and_names_every_source(corpus, tmp_pa
 def test_sources_beyond_the_most_are_drawn_as_one():
     one = {"source": "a", "species": "human", "kept": 9, "read": 10, "dropped": {"depth": 1}}
     rows = [one | {"source": f"s{i}", "kept": i, "read": i + 1} for i in range(100)]
-    drawn = overview._drawn(rows)
+    drawn = corpus_overview._drawn(rows)
     assert len(drawn) == corpus_text.MAX_SOURCES
     for key in ("kept", "read"):
         assert sum(s[key] for s in drawn) == sum(s[key] for s in rows)
@@ -197,16 +196,16 @@ def test_the_command_prints_text_or_one_object_and_draws_where_told(corpus, tmp_
     assert cli.main(["inspect", corpus]) == 0
     text = capsys.readouterr().out
     assert text.endswith(f"as a figure: mixgf inspect {corpus} --plot corpus.png\n")
-    before = sorted(storage.list_dir(corpus))
+    before = sorted(files.list_dir(corpus))
     assert cli.main(["inspect", corpus, "--json", "--plot", str(tmp_path / "c.PNG")]) == 0
     assert json.loads(capsys.readouterr().out)["cells"]["read"] == 240
     assert (tmp_path / "c.PNG").stat().st_size > 10_000
-    assert sorted(storage.list_dir(corpus)) == before
+    assert sorted(files.list_dir(corpus)) == before
 
 
 def test_whoever_names_something_else_is_told_what_to_name(corpus, make_corpus, tmp_path, capsys):
     run = corpus.removesuffix("/corpus")
-    storage.write_json(str(tmp_path / "half" / "plan.json"), storage.read_json(f"{corpus}/record.json"))
+    files.write_json(str(tmp_path / "half" / "plan.json"), files.read_json(f"{corpus}/record.json"))
     cells = tmp_path / "cells.h5ad"
     cells.write_bytes(b"x")
     for argv, message in (
@@ -225,9 +224,9 @@ def test_whoever_names_something_else_is_told_what_to_name(corpus, make_corpus, 
         assert err.count("\n") == 1
     uri = make_corpus([5, 9], [0, 1], [1, 1])
     (first, second) = (f"{uri}/shards/0000{i}.parquet" for i in (0, 1))
-    storage.remove(second)
+    files.remove(second)
     with pytest.raises(UserError, match=r"00001\.parquet: a shard of the corpus is missing; restore it"):
-        inspection.inspect(uri)
-    storage.write_bytes(first, storage.read_bytes(first)[:-9])
+        summary.inspect(uri)
+    files.write_bytes(first, files.read_bytes(first)[:-9])
     with pytest.raises(UserError, match=r"00000\.parquet: cannot be read \(.*\); restore it"):
-        inspection.inspect(uri)
+        summary.inspect(uri)

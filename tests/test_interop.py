@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixgf.corpus import arrow_dataset as interop
-from mixgf.corpus import remap_ids
+from mixgf.corpus import arrow_dataset, remap_ids
 from mixgf.errors import UserError
 from mixgf.genes.token_dictionaries import Dictionary
 from mixgf.genes.vocabulary import SpeciesGenes
@@ -31,11 +30,11 @@ def tokenised(kind=None, sentences=SENTENCES, **columns):
 
 
 def read(uri):
-    with interop.storage.open_arrow(uri) as file:
-        where = interop.layout(file, uri)
-        schema = interop.read_schema(file, where, uri)
-        interop.check_schema(schema, uri)
-        return schema, list(interop.batches(file, where, uri))
+    with arrow_dataset.files.open_arrow(uri) as file:
+        where = arrow_dataset.layout(file, uri)
+        schema = arrow_dataset.read_schema(file, where, uri)
+        arrow_dataset.check_schema(schema, uri)
+        return schema, list(arrow_dataset.batches(file, where, uri))
 
 
 def unpacked(values, offsets):
@@ -53,9 +52,9 @@ def unpacked(values, offsets):
 def test_any_form_width_and_cut_gives_the_same_sentences(tmp_path, form, rows, kind):
     _, found = read(write(tmp_path / "a.arrow", tokenised(kind), form, rows))
     assert len(found) == -(-len(SENTENCES) // rows)
-    assert list(chain.from_iterable(unpacked(*interop.sentences(b, "a", 0)) for b in found)) == SENTENCES
+    assert list(chain.from_iterable(unpacked(*arrow_dataset.sentences(b, "a", 0)) for b in found)) == SENTENCES
     sliced = found[0].slice(1) if rows > 1 else found[2]
-    assert unpacked(*interop.sentences(sliced, "a", 0))[0] == SENTENCES[1 if rows > 1 else 2]
+    assert unpacked(*arrow_dataset.sentences(sliced, "a", 0))[0] == SENTENCES[1 if rows > 1 else 2]
 
 
 @pytest.mark.parametrize("form", ["stream", "file"])
@@ -66,11 +65,11 @@ def test_every_batch_is_read_alone_with_its_dictionaries_and_compression(tmp_pat
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, make(sink, table.schema, options=options) as writer:
         writer.write_table(table, max_chunksize=2)
     uri = str(tmp_path / "a.arrow")
-    with interop.storage.open_arrow(uri) as file:
-        where = interop.layout(file, uri)
-        last = interop.read_batch(file, where, 2, uri)  # without the ones before it
-        attribute = interop.attributes(interop.read_schema(file, where, uri))[0]["cell_types"]
-    assert unpacked(*interop.sentences(last, uri, 4)) == SENTENCES[4:]
+    with arrow_dataset.files.open_arrow(uri) as file:
+        where = arrow_dataset.layout(file, uri)
+        last = arrow_dataset.read_batch(file, where, 2, uri)  # without the ones before it
+        attribute = arrow_dataset.attributes(arrow_dataset.read_schema(file, where, uri))[0]["cell_types"]
+    assert unpacked(*arrow_dataset.sentences(last, uri, 4)) == SENTENCES[4:]
     assert attribute.read(last).to_pylist() == ["b", "c"]
 
 
@@ -89,7 +88,7 @@ def test_a_data_set_is_what_state_json_lists_in_its_order(tmp_path):
     folder.mkdir()
     for name in ("data-00000.arrow", "data-00001.arrow", "cache-1.arrow"):
         write(folder / name, tokenised())
-    assert [u.rsplit("/", 1)[1] for u in interop.data_files(str(folder))] == [
+    assert [u.rsplit("/", 1)[1] for u in arrow_dataset.data_files(str(folder))] == [
         "cache-1.arrow",
         "data-00000.arrow",
         "data-00001.arrow",
@@ -99,8 +98,11 @@ def test_a_data_set_is_what_state_json_lists_in_its_order(tmp_path):
         "_indices_files": None,
     }
     (folder / "state.json").write_text(json.dumps(state))
-    assert [u.rsplit("/", 1)[1] for u in interop.data_files(str(folder))] == ["data-00001.arrow", "data-00000.arrow"]
-    assert interop.data_files(str(folder / "cache-1.arrow")) == [str(folder / "cache-1.arrow")]
+    assert [u.rsplit("/", 1)[1] for u in arrow_dataset.data_files(str(folder))] == [
+        "data-00001.arrow",
+        "data-00000.arrow",
+    ]
+    assert arrow_dataset.data_files(str(folder / "cache-1.arrow")) == [str(folder / "cache-1.arrow")]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +124,9 @@ def test_what_is_no_data_set_is_refused(tmp_path, files, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        interop.data_files(str(tmp_path))
+        arrow_dataset.data_files(str(tmp_path))
     with pytest.raises(UserError, match=r"nowhere: no such file or folder; give a folder that save_to_disk wrote"):
-        interop.data_files(str(tmp_path / "nowhere"))
+        arrow_dataset.data_files(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_what_is_no_data_set_is_refused(tmp_path, files, message):
 def test_columns_of_another_kind_are_refused(tmp_path, table, message):
     def use():
         _, found = read(write(tmp_path / "a.arrow", table))
-        interop.sentences(found[0], "a", 0)
+        arrow_dataset.sentences(found[0], "a", 0)
 
     with pytest.raises(UserError, match=message):
         use()
@@ -155,7 +157,7 @@ def test_attributes_become_text_and_numbers_and_class_labels_their_names(tmp_pat
         cell_types=list("abcdef"), healthy=[True, False, None, True, True, True], spots=[[1]] * 6,
     ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})  # fmt: skip
     schema, (batch,) = read(write(tmp_path / "a.arrow", table, rows=100))
-    found, left_out = interop.attributes(schema)
+    found, left_out = arrow_dataset.attributes(schema)
     assert left_out == ["spots"]
     values = {name: a.read(batch).to_pylist() for name, a in found.items()}
     assert values == {
@@ -163,7 +165,7 @@ def test_attributes_become_text_and_numbers_and_class_labels_their_names(tmp_pat
         "cell_types": list("abcdef"), "healthy": ["true", "false", None, "true", "true", "true"],
     }  # fmt: skip
     for broken in (b"{", b"[]", b'{"info": null}'):
-        assert interop.attributes(schema.with_metadata({b"huggingface": broken}))[0]["organ"].kind == "int"
+        assert arrow_dataset.attributes(schema.with_metadata({b"huggingface": broken}))[0]["organ"].kind == "int"
 
 
 # Ids

@@ -9,13 +9,8 @@ import pandas as pd
 import pytest
 
 from mixgf.config.run import Config
-from mixgf.report import build as report
-from mixgf.report import elements as page
-from mixgf.report import published as paper
-from mixgf.report import verdicts as findings
-from mixgf.report.sections import models as leaderboard
-from mixgf.report.sections import spaces
-from mixgf.report.sections import summary as scorecard
+from mixgf.report import build, elements, published, verdicts
+from mixgf.report.sections import classification_table, embedding_spaces, summary
 from mixgf.storage import artifacts
 
 SIZES = {"num_train": 80, "num_test": 20, "num_classes": 3, "interval_by": "cell"}
@@ -36,22 +31,22 @@ GROUPS = {
 }
 
 
-def run(**tables: pd.DataFrame) -> page.Run:
+def run(**tables: pd.DataFrame) -> elements.Run:
     record = artifacts.plan("classification", 2, {}, {})
     record.details.update({"groups": GROUPS})
-    return page.Run(config=Config(), uris={}, records={"classify": record}, tables=tables)
+    return elements.Run(config=Config(), uris={}, records={"classify": record}, tables=tables)
 
 
-def grids(section: page.Section) -> list[page.Grid]:
-    return [b for b in section.blocks if isinstance(b, page.Grid)]
+def grids(section: elements.Section) -> list[elements.Grid]:
+    return [b for b in section.blocks if isinstance(b, elements.Grid)]
 
 
-def row(grid: page.Grid, start: str) -> list[str]:
+def row(grid: elements.Grid, start: str) -> list[str]:
     return next([c.text for c in cells] for cells in grid.rows if cells[0].text.startswith(start))
 
 
-def text(section: page.Section) -> str:
-    return "\n".join(b.text for b in section.blocks if isinstance(b, page.Text))
+def text(section: elements.Section) -> str:
+    return "\n".join(b.text for b in section.blocks if isinstance(b, elements.Text))
 
 
 def test_headlines_speak_of_the_training_that_validation_cells_prefer_whatever_the_test_cells_say() -> None:
@@ -63,17 +58,17 @@ def test_headlines_speak_of_the_training_that_validation_cells_prefer_whatever_t
         {"split": "random", "group": g, "direction": "", "seed": 0, "model": m, "epoch": e, "loss": loss, "chosen": chosen}
         for g in ("baron", "jaitin") for m, e, loss, chosen in (("finetune", 1, 0.1, False), ("finetune", 2, 0.5, True), ("tuned", 0, 0.4, True))
     ])  # fmt: skip
-    assert findings.best_own(board, epochs) == "tuned"
-    assert findings.best_own(board) == "finetune"
+    assert verdicts.best_own(board, epochs) == "tuned"
+    assert verdicts.best_own(board) == "finetune"
     alone = epochs[(epochs["model"] != "finetune") | (epochs["group"] == "jaitin")]  # on the splits of both only
     alone = pd.concat([alone, epochs[epochs["model"] == "tuned"].assign(seed=1, loss=9.0)])
-    assert findings.best_own(board, alone) == "tuned"
+    assert verdicts.best_own(board, alone) == "tuned"
     said = run(scores=board, epochs=epochs)
     assert (
         "0.60",
         "macro F1, random cells (mixgf, fine-tuned from a convex start); best baseline 0.80",
-    ) in scorecard.tiles(said)
-    brief = text(scorecard.brief(said))
+    ) in summary.tiles(said)
+    brief = text(summary.brief(said))
     assert "mixgf, fine-tuned, against the best baseline of each task: accuracy 2 wins" in brief
     assert brief.count("a baseline beats the model") == 2
 
@@ -84,11 +79,15 @@ def test_published_figures_are_those_of_the_paper() -> None:
         pytest.skip("the paper's text is not here (MIXGF_SHARED)")
     lines = [line.split("\t") for line in source.read_text().splitlines() if line.count("\t") >= 5]
     found = {
-        (paper.tissue(line[0]), tuple(float(v) for v in line[1:])) for line in lines if re.fullmatch(r"\d+", line[1])
+        (published.tissue(line[0]), tuple(float(v) for v in line[1:]))
+        for line in lines
+        if re.fullmatch(r"\d+", line[1])
     }
-    ours = {(r.tissue, (float(r.num_types), *r.tuned, *r.zero_shot)) for _, rows in paper.TABLES.values() for r in rows}
-    types = {r.tissue: r.num_types for r in paper.TABLES["mouse"][1]}
-    ours |= {(tissue, (float(types[tissue]), *values)) for tissue, values in paper.CONVENTIONAL.items()}
+    ours = {
+        (r.tissue, (float(r.num_types), *r.tuned, *r.zero_shot)) for _, rows in published.TABLES.values() for r in rows
+    }
+    types = {r.tissue: r.num_types for r in published.TABLES["mouse"][1]}
+    ours |= {(tissue, (float(types[tissue]), *values)) for tissue, values in published.CONVENTIONAL.items()}
     assert ours == found
     assert len(ours) == 27
 
@@ -98,7 +97,7 @@ def test_ours_stand_in_the_papers_row_of_the_same_tissue_and_species() -> None:
         ("random", "baron", "", "finetune"): 0.876, ("random", "baron", "", "knn"): 0.5, ("random", "baron", "", "knn@mlm"): 0.25,
         ("random", "jaitin", "", "finetune"): 0.75, ("random", "jaitin", "", "scvi"): 0.625,
     })  # fmt: skip
-    section = leaderboard.section(run(scores=board))
+    section = classification_table.section(run(scores=board))
     table1, table3, table2 = grids(section)[-3:]
     assert "Table 1" in table1.caption
     assert "Table 3" in table3.caption
@@ -137,12 +136,12 @@ def test_the_gap_is_taken_on_the_same_cells() -> None:
         ("species", "pancreas", "human>mouse", "knn"): 0.5,
     })  # fmt: skip
     gap = (
-        findings.leakage(findings.board(raw), GROUPS).set_index("split")[["tasks", "random", "harder", "gap"]].round(6)
+        verdicts.leakage(verdicts.board(raw), GROUPS).set_index("split")[["tasks", "random", "harder", "gap"]].round(6)
     )
     assert gap.loc["donor"].tolist() == [1, 0.9, 0.7, 0.2]
     assert gap.loc["dataset"].tolist() == [1, 0.2, 0.15, 0.05]
     assert gap.loc["species"].tolist() == [1, 0.8, 0.5, 0.3]
-    section = leaderboard.section(run(scores=raw))
+    section = classification_table.section(run(scores=raw))
     assert row(grids(section)[1], "● mixgf, frozen 5-NN") == [
         "● mixgf, frozen 5-NN (“zero-shot”)",
         "0.900",
@@ -157,7 +156,7 @@ def test_averages_and_wins_ties_losses_by_hand() -> None:
         ("random", "a", "", "pca_knn"): 0.8, ("random", "b", "", "pca_knn"): 0.7, ("random", "c", "", "pca_knn"): 0.7,
         ("random", "a", "", "probe@mlm"): 0.1,
     })  # fmt: skip
-    section = leaderboard.section(run(scores=pd.concat([board, board.assign(seed=1)])))
+    section = classification_table.section(run(scores=pd.concat([board, board.assign(seed=1)])))
     ours, other, baseline = (
         row(grids(section)[0], name) for name in ("● mixgf, frozen + log", "○ mlm encoder", "□ PCA")
     )
@@ -178,7 +177,7 @@ def test_labels_in_doubt_are_those_that_two_unlike_models_reject_alike() -> None
                       "predicted": predicted, "probability": 0.75})
         for model, predicted in says.items() for seed in (0, 1)
     ])  # fmt: skip
-    found = findings.disagreements(predictions, "probe", "hvg_logreg")
+    found = verdicts.disagreements(predictions, "probe", "hvg_logreg")
     assert found[["group", "label", "both_say", "cells", "of"]].to_numpy().tolist() == [["blood", "T", "NK", 4, 6]]
     board = scores(
         {
@@ -187,15 +186,15 @@ def test_labels_in_doubt_are_those_that_two_unlike_models_reject_alike() -> None
             ("random", "blood", "", "majority"): 0.1,
         }
     )
-    section = leaderboard.section(run(scores=board, predictions=predictions))
+    section = classification_table.section(run(scores=board, predictions=predictions))
     assert row(grids(section)[-1], "blood") == ["blood", "T", "NK", "4", "67%", "0.75"]
-    none = leaderboard.section(run(scores=board, predictions=predictions[predictions["cell"] > "c1"]))
+    none = classification_table.section(run(scores=board, predictions=predictions[predictions["cell"] > "c1"]))
     assert "Nowhere do mixgf, frozen + logistic probe and variable genes + logistic regression agree" in text(none)
 
 
 def test_models_stand_ours_first_then_other_encoders_then_baselines() -> None:
     models = ["pca_knn", "knn@untrained", "finetune", "probe@mlm", "knn@mlm", "majority", "knn"]
-    assert findings.order_models(models) == [
+    assert verdicts.order_models(models) == [
         "finetune",
         "knn",
         "knn@mlm",
@@ -214,12 +213,12 @@ def test_few_labels_and_unknown_types_are_said_in_words_and_numbers() -> None:
         {"group": "a", "seed": 0, "model": "probe", "unseen": kind, "metric": metric, "value": value}
         for kind, auroc, rejected in (("x", 0.9, 0.5), ("y", 0.7, 0.25)) for metric, value in (("auroc", auroc), ("rejected", rejected))
     ])  # fmt: skip
-    section = leaderboard.section(run(scores=base, efficiency=curve, rejection=open_))
+    section = classification_table.section(run(scores=base, efficiency=curve, rejection=open_))
     assert (
         "With 1% of the labels mixgf, frozen + logistic probe scores highest: 0.600; with all of them variable genes + logistic regression: 0.950"
         in text(section)
     )
-    assert any("1 %" in b.svg and "100 %" in b.svg for b in section.blocks if isinstance(b, page.Picture))
+    assert any("1 %" in b.svg and "100 %" in b.svg for b in section.blocks if isinstance(b, elements.Picture))
     assert row(grids(section)[-1], "●")[1:] == ["0.800 (0.70–0.90)", "38%"]
     assert "2 types left out of training" in grids(section)[-1].caption
 
@@ -247,7 +246,7 @@ def frames() -> dict[str, pd.DataFrame]:
 
 
 def test_the_claim_of_one_unit_is_answered_as_drawn_and_turned() -> None:
-    section = spaces.section(run(**frames()))
+    section = embedding_spaces.section(run(**frames()))
     said = text(section)
     assert "mlm encoder 25% as drawn, 75% after turning, correlation 0.65" in said
     assert (
@@ -258,23 +257,23 @@ def test_the_claim_of_one_unit_is_answered_as_drawn_and_turned() -> None:
     assert row(measures, "mlm encoder")[1:] == ["0.250", "0.500 (0.450–0.550)"]
     assert row(centroids, "mlm encoder")[1:] == ["4", "25%", "2.8", "75%", "0.6", "0.65", "0.100"]
     assert worst.rows[0][2].text == "alpha"
-    svg = next(b.svg for b in section.blocks if isinstance(b, page.Picture))
+    svg = next(b.svg for b in section.blocks if isinstance(b, elements.Picture))
     assert "mlm encoder" in svg
     assert "1  alpha" in svg
 
 
 def test_what_was_not_measured_says_how() -> None:
-    assert "mixgf classify" in text(leaderboard.section(page.Run(config=Config(), uris={})))
-    assert "mixgf classify" in text(spaces.section(page.Run(config=Config(), uris={})))
-    assert "classify.integration_cells=4000" in text(spaces.section(run()))
+    assert "mixgf classify" in text(classification_table.section(elements.Run(config=Config(), uris={})))
+    assert "mixgf classify" in text(embedding_spaces.section(elements.Run(config=Config(), uris={})))
+    assert "classify.integration_cells=4000" in text(embedding_spaces.section(run()))
 
 
 def test_the_page_holds_both_sections(monkeypatch) -> None:
     made = run(
         scores=scores({("random", "baron", "", "knn"): 0.5, ("random", "baron", "", "majority"): 0.1}), **frames()
     )
-    monkeypatch.setattr(report, "all_sections", lambda r: [leaderboard.section(r), spaces.section(r)])
-    html = report.render(made, "key")
+    monkeypatch.setattr(build, "all_sections", lambda r: [classification_table.section(r), embedding_spaces.section(r)])
+    html = build.render(made, "key")
     assert '<section id="models">' in html
     assert '<section id="spaces">' in html
     assert "Table 3" in html

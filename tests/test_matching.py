@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mixgf.comparison import shift_matching as matching
+from mixgf.comparison import shift_matching
 from mixgf.comparison.shift_matching import Shift
 
 
@@ -19,7 +19,7 @@ def test_a_shift_within_strata_by_hand():
     """Two strata: (1 before, 1 after) differs by 2, (2 before, 2 after) by 5; weights 1/2 and 1 give (1 + 5) / 1.5 = 4."""
     after, strata = np.array([0, 1, 0, 0, 1, 1], bool), np.array([0, 0, 1, 1, 1, 1])
     values = np.array([10.0, 12, 0, 2, 5, 7])
-    assert matching.contrast(after, strata) @ values == pytest.approx((0.5 * 2 + 1 * 5) / 1.5)
+    assert shift_matching.contrast(after, strata) @ values == pytest.approx((0.5 * 2 + 1 * 5) / 1.5)
 
 
 def test_a_change_of_composition_is_no_shift():
@@ -27,35 +27,37 @@ def test_a_change_of_composition_is_no_shift():
     strata = np.array([0, 0, 0, 1, 0, 1, 1, 1])
     after = np.array([0, 0, 0, 0, 1, 1, 1, 1], bool)
     values = 9.0 * strata
-    assert matching.contrast(after, strata) @ values == pytest.approx(0)
-    assert matching.contrast(after, np.zeros(8, np.int64)) @ values == pytest.approx(4.5)
+    assert shift_matching.contrast(after, strata) @ values == pytest.approx(0)
+    assert shift_matching.contrast(after, np.zeros(8, np.int64)) @ values == pytest.approx(4.5)
 
 
 def test_a_constant_of_the_species_cancels():
     rng = np.random.default_rng(0)
     vectors, after = rng.normal(size=(40, 5)), np.arange(40) % 2 == 1
-    weights = matching.contrast(after, np.zeros(40, np.int64))
+    weights = shift_matching.contrast(after, np.zeros(40, np.int64))
     np.testing.assert_allclose(weights @ (vectors + 100), weights @ vectors, atol=1e-10)
 
 
 def test_cosines_by_hand_and_over_columns_that_both_have_seen():
     one, two = np.array([[3.0, 4, 7]]), np.array([[4.0, 3, 0], [0, 0, 1]])
     seen = np.array([[True, True, False]]), np.array([[True, True, True], [True, True, False]])
-    np.testing.assert_allclose(matching.cosines(one[:, :2], two[:, :2]), [[24 / 25, 0]])
-    np.testing.assert_allclose(matching.cosines(one, two, *seen), [[24 / 25, 0]])  # the second has nothing in common
+    np.testing.assert_allclose(shift_matching.cosines(one[:, :2], two[:, :2]), [[24 / 25, 0]])
+    np.testing.assert_allclose(
+        shift_matching.cosines(one, two, *seen), [[24 / 25, 0]]
+    )  # the second has nothing in common
 
 
 def test_the_smallest_p_is_that_of_all_labellings():
     """Strata of 2 (1 after) and 4 (2 after) have 2 x 6 = 12 labellings."""
     after, strata = np.array([0, 1, 0, 0, 1, 1], bool), np.array([0, 0, 1, 1, 1, 1])
-    assert matching.smallest_p(after, strata, 999) == pytest.approx(1 / 12)
-    assert matching.smallest_p(after, strata, 9) == 0.1
+    assert shift_matching.smallest_p(after, strata, 999) == pytest.approx(1 / 12)
+    assert shift_matching.smallest_p(after, strata, 9) == 0.1
 
 
 def test_labels_are_exchanged_within_strata_only():
     after, strata = np.array([0, 1, 0, 0, 1, 1], bool), np.array([0, 0, 1, 1, 1, 1])
-    weights = matching.contrast(after, strata)
-    drawn = matching.permuted(weights, strata, 200, np.random.default_rng(0))
+    weights = shift_matching.contrast(after, strata)
+    drawn = shift_matching.permuted(weights, strata, 200, np.random.default_rng(0))
     for s in (0, 1):
         np.testing.assert_allclose(np.sort(drawn[:, strata == s]), np.tile(np.sort(weights[strata == s]), (200, 1)))
     assert len(np.unique(drawn.round(9), axis=0)) == 12
@@ -77,7 +79,7 @@ def test_p_is_uniform_where_one_species_has_no_shift_and_never_too_small():
     rng, p_one, p_both = np.random.default_rng(1), [], []
     for seed in range(200):
         shifts, vectors = world(rng, 0, 3 * rng.normal(size=30))
-        pairs, _ = matching.match(shifts, vectors, num_permutations=99, seed=seed)
+        pairs, _ = shift_matching.match(shifts, vectors, num_permutations=99, seed=seed)
         p_one.append(pairs["p_shift"].iloc[0])
         p_both.append(pairs["p"].iloc[0])
     assert stats.kstest(p_one, "uniform").pvalue > 0.01
@@ -88,19 +90,19 @@ def test_the_same_shift_in_both_species_is_found_and_an_opposite_one_is_not():
     rng = np.random.default_rng(2)
     effect = 2 * rng.normal(size=30)
     shifts, vectors = world(rng, effect, effect)
-    pairs, table = matching.match(shifts, vectors, num_permutations=99, seed=0)
+    pairs, table = shift_matching.match(shifts, vectors, num_permutations=99, seed=0)
     row = pairs.iloc[0]
     assert row["p"] == row["smallest_p"] == row["fdr"] == 0.01
     assert row["low"] < row["cosine"] <= 1
     assert (table["reliability"] > 0.5).all()
     shifts, vectors = world(rng, effect, -effect)
-    assert matching.match(shifts, vectors, num_permutations=99, seed=0)[0].iloc[0]["p"] == 1
+    assert shift_matching.match(shifts, vectors, num_permutations=99, seed=0)[0].iloc[0]["p"] == 1
 
 
 def test_halves_of_one_condition_do_not_repeat():
     rng = np.random.default_rng(3)
     shifts, vectors = world(rng, 0, 0, num=400)
-    _, table = matching.match(shifts, vectors, num_permutations=19, seed=0)
+    _, table = shift_matching.match(shifts, vectors, num_permutations=19, seed=0)
     assert (table["reliability"].abs() < 0.4).all()
 
 
@@ -113,7 +115,9 @@ def frame(cosine, tags, other_tags):
 
 def test_tags_together_by_hand():
     """Same-tag cosines .9 and .1; others .5 and .3: of four comparisons .9 wins two and .1 none, so AUROC is .5."""
-    found = matching.together(frame([[0.9, 0.5], [0.3, 0.1]], ["x", "y"], ["x", "y"]), num_permutations=199, seed=0)
+    found = shift_matching.together(
+        frame([[0.9, 0.5], [0.3, 0.1]], ["x", "y"], ["x", "y"]), num_permutations=199, seed=0
+    )
     every = found.set_index("tag").loc["all"]
     assert (every["num_pairs"], every["num_others"], every["auroc"]) == (2, 2, 0.5)
     assert found.set_index("tag").loc["x", "auroc"] == 1
@@ -121,5 +125,5 @@ def test_tags_together_by_hand():
 
 
 def test_untagged_shifts_take_no_part_in_tags():
-    found = matching.together(frame([[0.9, 0.5], [0.3, 0.1]], ["x", ""], ["x", ""]), num_permutations=9, seed=0)
+    found = shift_matching.together(frame([[0.9, 0.5], [0.3, 0.1]], ["x", ""], ["x", ""]), num_permutations=9, seed=0)
     assert found.empty  # one pair of a tag, none of two

@@ -6,7 +6,7 @@ import pytest
 from scipy import sparse
 
 from mixgf.genes import medians
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 
 def fill(counts_NG, keep=None, most_cells=1000):
@@ -71,7 +71,7 @@ def test_merging_in_any_order_and_grouping_gives_the_same_sketch():
 
 def test_the_error_bound_and_the_order_hold_on_real_cells():
     """All bundled human cells against numpy's exact medians, every fourth gene; two parts in two orders."""
-    cells = anndata.read_h5ad(storage.local_path("resource:pancreas_human_baron.h5ad"))
+    cells = anndata.read_h5ad(files.local_path("resource:pancreas_human_baron.h5ad"))
     counts = cells.X.tocsr().astype(np.int64)
     depth = np.asarray(counts.sum(axis=1)).ravel()
     counts = counts[:, ::4]

@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mixgf.config import data, training
-from mixgf.config import parse as config
-from mixgf.config import run as config_run
-from mixgf.corpus import reader as dataset
+from mixgf.config import data, parse, training
+from mixgf.config.run import Config
+from mixgf.corpus import reader
 from mixgf.encoder.bert import MaskedModel
-from mixgf.training import losses
-from mixgf.training import pretraining as objectives
+from mixgf.training import losses, pretraining
 from mixgf.training.context import LocalContext
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
@@ -64,7 +62,7 @@ def run(
     """Losses and flat gradient of one step, summed over simulated workers (threads that meet in every reduction)."""
     import threading
 
-    settings = config_run.Config(
+    settings = Config(
         model=model_row, tokens=data.Tokens(max_len=40, cls=corpus.cls), objective=training.Objective(**objective), vocab=data.Vocab(orthologs=(orthologs,)),
         train=training.Train(epochs=epochs, batch_cells=batch_cells, micro_tokens=micro_tokens),
     )  # fmt: skip
@@ -83,7 +81,7 @@ def run(
     results = {}
 
     def work(rank):
-        task = objectives.Pretraining(settings, corpus)
+        task = pretraining.Pretraining(settings, corpus)
         if whole_last_layer:
             assert task.last_layer_at_queries
             task.last_layer_at_queries = False
@@ -111,7 +109,7 @@ def uri(make_corpus):
 
 @pytest.fixture(scope="module")
 def corpus(uri):
-    return dataset.Corpus(uri)
+    return reader.Corpus(uri)
 
 
 def same(a, b, tolerance=1e-6):
@@ -134,7 +132,7 @@ def test_workers_together_give_the_losses_and_gradients_of_one(corpus, uri, view
 
 @pytest.fixture(scope="module")
 def corpus_cls(make_corpus):
-    return dataset.Corpus(
+    return reader.Corpus(
         make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 14], cls=True)
     )
 
@@ -171,7 +169,7 @@ def test_without_contrast_there_is_one_view_and_only_the_mlm_loss(corpus):
 def test_both_passes_of_one_step_see_the_same_dropout_and_views_differ(corpus):
     with_dropout, _ = run(corpus)
     assert with_dropout["alignment"] > 1e-4
-    still = training.Model(**(config.to_dict(ROW) | {"dropout": 0.0}))
+    still = training.Model(**(parse.to_dict(ROW) | {"dropout": 0.0}))
     assert run(corpus, model_row=still)[0]["alignment"] == pytest.approx(0, abs=1e-9)
     assert run(corpus, model_row=still, view="mask")[0]["alignment"] > 1e-4
 
@@ -194,13 +192,13 @@ def test_negatives_of_all_workers_enter_unless_gather_is_off(corpus):
     "chosen", [{}, {"pooling": "first"}, {"contrast_weight": 0.0}], ids=["mean", "first", "mlm only"]
 )
 def test_the_work_foretold_is_the_work_done(corpus, chosen):
-    settings = config_run.Config(
+    settings = Config(
         model=ROW,
         tokens=data.Tokens(max_len=40),
         objective=training.Objective(**chosen),
         train=training.Train(batch_cells=6),
     )
-    task = objectives.Pretraining(settings, corpus)
+    task = pretraining.Pretraining(settings, corpus)
     facts = task.facts()
     done = sum(task.work(step, 0, 1).flops for step in range(task.steps_per_epoch)) / 23
     assert facts["gflop_per_cell"] * 1e9 == pytest.approx(

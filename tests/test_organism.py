@@ -14,25 +14,21 @@ import torch
 from scipy import sparse
 
 from mixgf import cli
-from mixgf.config import data, run, training
-from mixgf.config import parse as config
+from mixgf.config import data, parse, run, training
 from mixgf.config.data import QC, Prepare, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.run import Inputs, Tracking
 from mixgf.config.training import Train
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import tasks
 from mixgf.encoder import checkpoint
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
 from mixgf.genes.species import gene_table
 from mixgf.report.elements import Run
-from mixgf.report.sections import training as sections_training
-from mixgf.stages import embed, prepare, pretrain
-from mixgf.stages import import_weights as weights
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
-from mixgf.training import context
-from mixgf.training import loop as train
+from mixgf.report.sections.training import training as training_section
+from mixgf.stages import embed, import_weights, prepare, pretrain
+from mixgf.storage import artifacts, files, tables
+from mixgf.training import context, loop
 from mixgf.training.pretraining import Pretraining
 
 PER_SPECIES = 80
@@ -49,7 +45,7 @@ def base(tmp_path_factory, tracking_uri):
     folder = tmp_path_factory.mktemp("organism")
     sources = []
     for name in ("human", "mouse"):
-        with storage.local_copy(f"resource:pancreas_{name}_baron.h5ad") as path:
+        with files.local_copy(f"resource:pancreas_{name}_baron.h5ad") as path:
             cells = anndata.read_h5ad(path)
         known = np.flatnonzero(cells.var["ensembl_id"].to_numpy() != "")
         counts = sparse.csr_matrix(cells.X[:PER_SPECIES].toarray()[:, known[::5]])
@@ -66,7 +62,7 @@ def base(tmp_path_factory, tracking_uri):
 @pytest.fixture(scope="module")
 def old(base, ray_local):
     """The finished run of two species: corpus, checkpoint."""
-    prepare.run(base, spread=dispatch.loop)
+    prepare.run(base, spread=tasks.loop)
     pretrain.run(base)
     return base
 
@@ -99,9 +95,9 @@ def rat(old, tmp_path_factory):
 @pytest.fixture(scope="module")
 def grown(rat):
     """Corpus of three species, and the old checkpoint grown to it: two commands."""
-    prepare.run(rat, spread=dispatch.loop)
+    prepare.run(rat, spread=tasks.loop)
     start = dataclasses.replace(rat, output=f"{rat.output}-start", inputs=Inputs(corpus=f"{rat.output}/corpus"))
-    weights.bring(start, f"{_old(rat)}/pretrain")
+    import_weights.bring(start, f"{_old(rat)}/pretrain")
     return dataclasses.replace(rat, inputs=Inputs(start=f"{start.output}/pretrain"))
 
 
@@ -151,7 +147,7 @@ def test_a_new_gene_starts_as_its_ortholog_or_at_random_and_is_untrained(grown):
     assert others.std().item() == pytest.approx(ROW.init_sd, rel=0.05)
     assert checkpoint.untrained(record).tolist() == sorted(rats.values())
     assert record.counts == {"steps": 0, "genes_rat": len(rats), "from_orthologs_rat": len(heirs)}
-    page = sections_training.training(Run(config=grown, uris={}, records={"pretrain": record}))
+    page = training_section(Run(config=grown, uris={}, records={"pretrain": record}))
     assert f"{len(rats):,} of {corpus.vocabulary.size:,} token ids are untrained" in page.blocks[1].text
 
 
@@ -183,7 +179,7 @@ def test_training_goes_on_from_there_and_makes_ids_trained_and_embeds(grown, ray
     history = tables.read_table(f"{pretrain.run(fresh)}/history.parquet").to_pandas()
     model, _ = checkpoint.load_model(grown.inputs.start)
     once = dataclasses.replace(grown, train=dataclasses.replace(grown.train, max_steps=1))
-    rows = train.fit(model, Pretraining(once, corpus), once.train, context.LocalContext())
+    rows = loop.fit(model, Pretraining(once, corpus), once.train, context.LocalContext())
     at_start = next(value for step, _, name, value in rows if (step, name) == (1, "mlm"))
     assert first == pytest.approx(at_start, rel=1e-5)  # the loss of the weights that it starts from
     assert first < history[(history["name"] == "mlm") & (history["step"] == 1)]["value"].item()
@@ -192,9 +188,9 @@ def test_training_goes_on_from_there_and_makes_ids_trained_and_embeds(grown, ray
     assert set(left) < set(checkpoint.untrained(artifacts.require(pretrain.run(few), "checkpoint")))
     vectors = embed.load(embed.run(grown))
     assert vectors.shape == (corpus.num_cells, ROW.dim)
-    before = storage.read_bytes(f"{uri}/record.json")
+    before = files.read_bytes(f"{uri}/record.json")
     assert pretrain.run(grown) == uri
-    assert storage.read_bytes(f"{uri}/record.json") == before
+    assert files.read_bytes(f"{uri}/record.json") == before
 
 
 def test_the_same_by_the_command_line_killed_on_the_way_and_twice(rat, grown, tmp_path):
@@ -206,22 +202,22 @@ def test_the_same_by_the_command_line_killed_on_the_way_and_twice(rat, grown, tm
             if len(calls) == 5:
                 raise KeyboardInterrupt
             calls.append(call)
-            yield i, dispatch.attempt(call)
+            yield i, tasks.attempt(call)
 
     with pytest.raises(KeyboardInterrupt):
         prepare.run(again, spread=dying)
-    prepare.run(again, spread=dispatch.loop)
+    prepare.run(again, spread=tasks.loop)
     assert Corpus(f"{again.output}/corpus").vocabulary.hash == Corpus(f"{grown.output}/corpus").vocabulary.hash
-    storage.write_json(str(tmp_path / "rat.json"), config.to_dict(again))
+    files.write_json(str(tmp_path / "rat.json"), parse.to_dict(again))
     command = ["import-weights", f"{_old(rat)}/pretrain", "--config", str(tmp_path / "rat.json")]
     assert cli.main(command) == 0
     first, theirs = (
-        storage.read_bytes(f"{uri}/{checkpoint.WEIGHTS}") for uri in (f"{again.output}/pretrain", grown.inputs.start)
+        files.read_bytes(f"{uri}/{checkpoint.WEIGHTS}") for uri in (f"{again.output}/pretrain", grown.inputs.start)
     )
     assert first == theirs
-    record = storage.read_bytes(f"{again.output}/pretrain/record.json")
+    record = files.read_bytes(f"{again.output}/pretrain/record.json")
     assert cli.main(command) == 0
-    assert storage.read_bytes(f"{again.output}/pretrain/record.json") == record
+    assert files.read_bytes(f"{again.output}/pretrain/record.json") == record
 
 
 def test_shared_ids_stay_shared(rat, tmp_path):
@@ -230,12 +226,12 @@ def test_shared_ids_stay_shared(rat, tmp_path):
         rat, output=str(tmp_path / "old"), sources=rat.prepare and _sources(rat), species=rat.species[:2],
         vocab=Vocab(sharing="ortholog"), prepare=Prepare(shard_cells=50, block_cells=50),
     )  # fmt: skip
-    prepare.run(shared, spread=dispatch.loop)
+    prepare.run(shared, spread=tasks.loop)
     new = dataclasses.replace(
         rat, output=str(tmp_path / "new"), prepare=Prepare(shard_cells=50, block_cells=50),
         vocab=dataclasses.replace(rat.vocab, reuse=f"{shared.output}/vocabulary"),
     )  # fmt: skip
-    found = Corpus(prepare.run(new, spread=dispatch.loop)).vocabulary
+    found = Corpus(prepare.run(new, spread=tasks.loop)).vocabulary
     rats, mice = (dict(zip((g := found.of(n)).genes, g.tokens, strict=True)) for n in ("rat", "mouse"))
     size = Corpus(f"{shared.output}/corpus").vocabulary.size
     fresh = {t for t in rats.values() if t >= size}
@@ -252,18 +248,18 @@ def test_what_cannot_be_grown_or_started_from_says_so(old, grown, tmp_path):
     alone = dataclasses.replace(
         old, output=str(tmp_path / "alone"), sources=old.sources[:1], qc=QC(method="none", max_cells_per_sample=30)
     )
-    prepare.run(alone, spread=dispatch.loop)
+    prepare.run(alone, spread=tasks.loop)
     with pytest.raises(UserError, match=r"its vocabulary is no beginning of that of .*vocab.reuse"):
-        weights.bring(alone, f"{old.output}/pretrain")
+        import_weights.bring(alone, f"{old.output}/pretrain")
     with pytest.raises(UserError, match=r"inputs.start: made with vocabulary"):
         pretrain.run(dataclasses.replace(alone, inputs=Inputs(start=grown.inputs.start)))
     with_cls = dataclasses.replace(
         alone, output=str(tmp_path / "cls"), tokens=Tokens(max_len=64, cls=True), vocab=Vocab(reuse=f"{old.output}/vocabulary"),
     )  # fmt: skip
-    prepare.run(with_cls, spread=dispatch.loop)
+    prepare.run(with_cls, spread=tasks.loop)
     with pytest.raises(UserError, match=r"tokens.cls = false, .* has true; prepare that with --set tokens.cls=false"):
-        weights.bring(with_cls, f"{old.output}/pretrain")
-    assert not storage.exists(f"{with_cls.output}/pretrain/plan.json")
+        import_weights.bring(with_cls, f"{old.output}/pretrain")
+    assert not files.exists(f"{with_cls.output}/pretrain/plan.json")
     wide = dataclasses.replace(grown, output=str(tmp_path / "wide"), model=dataclasses.replace(ROW, dim=64))
     wide = dataclasses.replace(wide, inputs=Inputs(start=grown.inputs.start, corpus=f"{grown.output}/corpus"))
     with pytest.raises(UserError, match=r"inputs.start = .*a model of other sizes: model.dim: 32 -> 64"):

@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixgf.config import data
-from mixgf.corpus import prepare_passes as units
-from mixgf.corpus import shards
+from mixgf.corpus import prepare_passes, shards
 from mixgf.genes import identify
 from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import NUM_SPECIALS, build, read_medians
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[2] / "shared")
 TABLE = SHARED / "data/tables/geneformer/geneformer_v1_30M_tokens_medians.tsv.gz"
@@ -67,11 +66,11 @@ def sentences(path, vocabulary, tmp_path):
     source, work = data.Source(uri=path, species="human", name="cells", genes="ensembl_id"), str(tmp_path / "work")
     vocabulary.save(str(tmp_path / "vocabulary.parquet"))
     allowed = {"human": vocabulary.of("human").genes.tolist()}
-    units.describe(work, 0, source, row=data.HUMAN, rules=data.QC(), biotypes=(), allowed=allowed)
-    rows = storage.read_json(shards.facts_uri(work, 0))["rows"]
-    (unit,) = units.plan_units({0: (source, rows)}, rows)
-    units.measure(work, unit, 500)
-    units.encode(
+    prepare_passes.describe(work, 0, source, row=data.HUMAN, rules=data.QC(), biotypes=(), allowed=allowed)
+    rows = files.read_json(shards.facts_uri(work, 0))["rows"]
+    (unit,) = prepare_passes.plan_units({0: (source, rows)}, rows)
+    prepare_passes.measure(work, unit, 500)
+    prepare_passes.encode(
         work, unit, np.ones(rows, dtype=bool), 0, to=str(tmp_path), vocabulary=str(tmp_path / "vocabulary.parquet"),
         digest=vocabulary.hash, tokens=data.Tokens(max_len=MAX_LEN), obs={}, block_cells=500,
     )  # fmt: skip
@@ -91,7 +90,7 @@ def ensembl_ids(cells, published):
 
 @pytest.mark.parametrize("name", ["bundled pancreas_human_baron", "pbmc_human_pbmc3k"])
 def test_sentences_are_those_of_the_published_formula(name, published, vocabulary, tmp_path, capsys):
-    bundled = storage.local_path("resource:pancreas_human_baron.h5ad")
+    bundled = files.local_path("resource:pancreas_human_baron.h5ad")
     path = bundled if name.startswith("bundled") else SHARED / "data/h5ad" / f"{name}.h5ad"
     if not path.exists():
         pytest.skip(f"{path.name} is not on this machine")

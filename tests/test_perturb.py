@@ -8,8 +8,7 @@ from mixgf.config import data, perturbation, run, training
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
-from mixgf.perturbation import design as targets
-from mixgf.perturbation import work_units as perturb
+from mixgf.perturbation import group_design, work_units
 from mixgf.storage import artifacts, tables
 
 ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16, init_sd=0.3)
@@ -35,15 +34,15 @@ def weights(corpus, tmp_path_factory):
 def plan(corpus, **settings):
     settings = {"max_cells": 0, "min_coverage": 0.01} | settings
     chosen = run.Config(perturb=perturbation.Perturb(**settings), tokens=data.Tokens(max_len=16))
-    return targets.design(corpus, chosen), chosen
+    return group_design.design(corpus, chosen), chosen
 
 
 def run_units(corpus, weights, folder, **settings):
     design, chosen = plan(corpus, **settings)
-    scorer = perturb.Scorer(chosen, corpus=corpus.uri, weights=weights, folder=str(folder))
+    scorer = work_units.Scorer(chosen, corpus=corpus.uri, weights=weights, folder=str(folder))
     states = np.random.default_rng(3).normal(size=(len(design.states), 16))
     rows = {}
-    work = perturb.units(design, corpus, chosen.perturb)
+    work = work_units.units(design, corpus, chosen.perturb)
     for unit in work:
         assert scorer((unit, states)).cost == unit.cost
         if unit.operation != "embed":
@@ -107,14 +106,14 @@ def test_a_set_is_scored_where_all_its_genes_are(corpus, weights, tmp_path):
 
 
 def test_state_parts_add_up_to_the_means_of_all_cells(corpus, weights, tmp_path, monkeypatch):
-    from mixgf.perturbation import gene_table as effects
+    from mixgf.perturbation import gene_table
 
-    monkeypatch.setattr(perturb, "STATE_CELLS", 2)
+    monkeypatch.setattr(work_units, "STATE_CELLS", 2)
     _, _, _, work, scorer = run_units(
         corpus, weights, tmp_path, start="cell_type == 'beta'", goal="cell_type == 'alpha'"
     )
     parts = [tables.read_table(f"{tmp_path}/{u.key}.parquet") for u in work if u.operation == "embed"]
-    means, table = effects.state_means(parts, 2)
+    means, table = gene_table.state_means(parts, 2)
     for state, cells in enumerate(([0, 2, 4, 6, 8], [1, 3, 5, 7])):
         vectors = [
             scorer.engine.encoder(torch.tensor(ids).long(), torch.tensor([0, len(ids)])).detach().numpy().mean(axis=0)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from mixgf import errors
-from mixgf.encoder import batch as encoder_batch
-from mixgf.training import batch_plan as plan
+from mixgf.encoder.batch import micro_batches
+from mixgf.training import batch_plan
 
 ROWS = [10, 1, 33, 7, 20, 2, 28]  # 101 cells, sizes that divide nothing
 
@@ -12,7 +12,7 @@ def make(batch_cells=8, mix=None, window_shards=3, seed=0, rows=ROWS):
     n = sum(rows)
     rng = np.random.default_rng(0)
     species = np.repeat(np.arange(len(rows)) % 2, rows).astype(np.int8)
-    return plan.Plan(
+    return batch_plan.Plan(
         rng.integers(1, 60, n).astype(np.int32), species, rows,
         seed=seed, batch_cells=batch_cells, species_mix=mix, window_shards=window_shards,
     )  # fmt: skip
@@ -90,29 +90,29 @@ def test_a_mix_that_cannot_be_kept_is_refused():
     with pytest.raises(errors.UserError, match=r"train.species_mix.*corpus has"):
         make(mix={0: 0.5, 5: 0.5})
     with pytest.raises(errors.UserError, match=r"name=share.*human, mouse"):
-        plan.parse_mix(("rat=0.5",), ("human", "mouse"))
-    assert plan.parse_mix(("mouse=0.5", "human=1"), ("human", "mouse")) == {0: 1.0, 1: 0.5}
+        batch_plan.parse_mix(("rat=0.5",), ("human", "mouse"))
+    assert batch_plan.parse_mix(("mouse=0.5", "human=1"), ("human", "mouse")) == {0: 1.0, 1: 0.5}
 
 
 def test_micro_batches_keep_the_budget_and_lose_nothing():
     lengths = np.array([5, 5, 1, 30, 2, 2], dtype=np.int32)
-    runs = encoder_batch.micro_batches(lengths, 10)
+    runs = micro_batches(lengths, 10)
     assert [lengths[r].tolist() for r in runs] == [[5, 5], [1], [30], [2, 2]]
-    assert [(r.start, r.stop) for r in encoder_batch.micro_batches(lengths[:0], 10)] == [(0, 0)]
+    assert [(r.start, r.stop) for r in micro_batches(lengths[:0], 10)] == [(0, 0)]
 
 
 def test_packing_by_hand():
-    assert plan.packing(np.array([4, 4, 4, 4], dtype=np.int32), 2) == {"random": 1.0, "grouped": 1.0}
+    assert batch_plan.packing(np.array([4, 4, 4, 4], dtype=np.int32), 2) == {"random": 1.0, "grouped": 1.0}
     lengths = np.array([1, 3, 1, 3, 2], dtype=np.int32)
     # grouped: (1, 1), (2, 3), (3): 2 + 6 + 3 tokens for 10 that are there
-    made = plan.packing(lengths, 2)
+    made = batch_plan.packing(lengths, 2)
     assert made["grouped"] == pytest.approx(1.1)
     assert made["random"] >= made["grouped"]
-    assert plan.packing(lengths, 5)["random"] == pytest.approx(1.5)
+    assert batch_plan.packing(lengths, 5)["random"] == pytest.approx(1.5)
 
 
 def test_shards_are_counted_by_species_with_empty_ones_among_them():
     species = np.array([0, 2, 2, 0, 1, 2], dtype=np.int8)
-    made = plan.Plan(np.ones(6, np.int32), species, [0, 3, 0, 0, 2, 1, 0], seed=0, batch_cells=2)
+    made = batch_plan.Plan(np.ones(6, np.int32), species, [0, 3, 0, 0, 2, 1, 0], seed=0, batch_cells=2)
     assert made._counts_SP.tolist() == [[0, 0, 0], [1, 0, 2], [0, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
-    assert plan.Plan(np.ones(0, np.int32), species[:0], [0], seed=0, batch_cells=2).steps_per_epoch == 0
+    assert batch_plan.Plan(np.ones(0, np.int32), species[:0], [0], seed=0, batch_cells=2).steps_per_epoch == 0

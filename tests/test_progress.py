@@ -2,17 +2,17 @@
 
 import logging
 
-from mixgf import console as progress
+from mixgf import console
 
 
 def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(monkeypatch, caplog):
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     log = logging.getLogger("mixgf")
     monkeypatch.setattr(log, "handlers", [caplog.handler])
     monkeypatch.setattr(log, "propagate", False)
     monkeypatch.setattr(log, "level", logging.INFO)
-    bar = progress.Progress("train", total=100, unit="cells", done=40)
+    bar = console.Progress("train", total=100, unit="cells", done=40)
     for done in range(41, 71):
         clock[0] += 1.0
         bar.update(done, loss=8.125)
@@ -25,4 +25,4 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(monkeypatch, cap
 
 
 def test_durations_read_as_a_person_would_say_them():
-    assert [progress.duration(s) for s in (5, 200, 7500)] == ["5 s", "3 min 20 s", "2 h 05 min"]
+    assert [console.duration(s) for s in (5, 200, 7500)] == ["5 s", "3 min 20 s", "2 h 05 min"]

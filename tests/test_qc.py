@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf.cells import doublets as cells_doublets
 from mixgf.cells import qc
+from mixgf.cells.doublets import scrublet
 from mixgf.config.data import QC
 
 
@@ -132,7 +132,7 @@ def test_scrublet_ranks_simulated_doublets_above_singlets():
     singlets = rng.poisson(programs[np.arange(280) % 4] * 2_000)
     doublets = singlets[:20] + singlets[21:41]  # of different types
     x = sparse.csr_array(np.vstack([singlets, doublets]))
-    score, verdict = cells_doublets.scrublet(x.data.astype(np.int32), x.indices, x.indptr, 400, rate=0.07, seed=0)
+    score, verdict = scrublet(x.data.astype(np.int32), x.indices, x.indptr, 400, rate=0.07, seed=0)
     truth = np.arange(300) >= 280
     better = (score[truth][:, None] > score[~truth]).mean() + 0.5 * (score[truth][:, None] == score[~truth]).mean()
     assert better > 0.9
@@ -141,7 +141,7 @@ def test_scrublet_ranks_simulated_doublets_above_singlets():
 
 def scores(counts_NG):
     x = sparse.csr_array(np.asarray(counts_NG))
-    return cells_doublets.scrublet(x.data.astype(np.int32), x.indices, x.indptr, x.shape[1], rate=0.06, seed=0)
+    return scrublet(x.data.astype(np.int32), x.indices, x.indptr, x.shape[1], rate=0.06, seed=0)
 
 
 def test_samples_of_any_size_are_scored_by_exact_neighbours():

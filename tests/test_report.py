@@ -8,24 +8,17 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mixgf.classification import integration
-from mixgf.classification import metrics as scores
-from mixgf.classification import umap as layouts
+from mixgf.classification import integration, metrics, umap
 from mixgf.config.classification import Classify
 from mixgf.config.parse import to_dict
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Inputs
 from mixgf.perturbation import hits
-from mixgf.report import build as report
-from mixgf.report import elements as page
-from mixgf.report import load, terminal
-from mixgf.report import verdicts as findings
-from mixgf.report.figures import plots as figures
-from mixgf.report.sections import corpus as sections
-from mixgf.report.sections import embedding, perturbation, training
-from mixgf.report.sections import summary as scorecard
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.report import build, elements, load, terminal, verdicts
+from mixgf.report.figures import plots
+from mixgf.report.sections import embedding, perturbation, summary, training
+from mixgf.report.sections.corpus import corpus as corpus_section
+from mixgf.storage import artifacts, files, tables
 
 TYPES = ("alpha cell", "beta cell", "ductal cell")
 
@@ -57,18 +50,18 @@ def _genes(num_donors=3, num=30, seed=0, **columns):
 def _text(section):
     parts = []
     for block in section.blocks:
-        parts += [block.text] if isinstance(block, page.Text) else []
-        parts += [block.caption] if isinstance(block, page.Picture | page.Grid) else []
-        parts += [cell.text for row in block.rows for cell in row] if isinstance(block, page.Grid) else []
+        parts += [block.text] if isinstance(block, elements.Text) else []
+        parts += [block.caption] if isinstance(block, elements.Picture | elements.Grid) else []
+        parts += [cell.text for row in block.rows for cell in row] if isinstance(block, elements.Grid) else []
     return "\n".join(parts)
 
 
-def _artifact(uri, kind, files, *, parents=None, **finish):
+def _artifact(uri, kind, paths, *, parents=None, **finish):
     record = artifacts.plan(kind, 1, {"made": "by test_report"}, parents or {})
     artifacts.begin(uri, record)
-    for name, frame in files.items():
+    for name, frame in paths.items():
         table = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame, preserve_index=False)
-        tables.write_table(storage.join(uri, name), table)
+        tables.write_table(files.join(uri, name), table)
     return artifacts.finish(uri, record, **finish)
 
 
@@ -119,10 +112,10 @@ def config(tmp_path_factory):
     rows = {"per_class": [], "confusion": []}
     for model, wrong in (("finetune", 0.3), ("hvg_logreg", 0.0), ("knn@untrained", 0.5)):
         predicted = np.where(rng.random(60) < wrong, (truth + 1) % 3, truth)
-        matrix = scores.confusion(truth, predicted, 3)
+        matrix = metrics.confusion(truth, predicted, 3)
         key = {"group": "baron_human", "split": "random", "direction": "", "seed": 0, "model": model}
         rows["per_class"].append(
-            pd.DataFrame(key | {"class": TYPES} | scores.class_scores(matrix) | {"num_test": matrix.sum(1)})
+            pd.DataFrame(key | {"class": TYPES} | metrics.class_scores(matrix) | {"num_test": matrix.sum(1)})
         )
         true, guess = np.nonzero(matrix)
         rows["confusion"].append(
@@ -159,23 +152,23 @@ def config(tmp_path_factory):
     ids=["intervals apart, above", "intervals meet", "intervals apart, below"],
 )
 def test_a_verdict_needs_intervals_that_do_not_meet(score, verdict, lower):
-    duel = findings.Duel(split="random", group="g", direction="", metric="macro_f1", model="finetune", score=score,
+    duel = verdicts.Duel(split="random", group="g", direction="", metric="macro_f1", model="finetune", score=score,
                          baseline="pca_knn", baseline_score=(0.85, 0.84, 0.87))  # fmt: skip
     assert (duel.verdict, duel.lower) == (verdict, lower)
 
 
 def test_a_paired_comparison_decides_where_there_is_one():
-    board = findings.board(_board({"finetune": (0.80, 0.80), "pca_knn": (0.82, 0.82)}))
+    board = verdicts.board(_board({"finetune": (0.80, 0.80), "pca_knn": (0.82, 0.82)}))
     paired = pd.DataFrame([
         {"group": "baron", "split": "random", "direction": "", "model": "finetune", "baseline": "pca_knn", "metric": m, "difference": -0.02, "low": -0.03, "high": -0.01}
         for m in ("accuracy", "macro_f1")
     ])  # fmt: skip
-    assert {d.verdict for d in findings.duels(board)} == {"level"}
-    assert {d.verdict for d in findings.duels(board, paired)} == {"behind"}
+    assert {d.verdict for d in verdicts.duels(board)} == {"level"}
+    assert {d.verdict for d in verdicts.duels(board, paired)} == {"behind"}
 
 
 def test_the_best_baseline_is_neither_ours_nor_an_untrained_encoder():
-    board = findings.board(
+    board = verdicts.board(
         _board(
             {
                 "finetune": (0.9, 0.9),
@@ -186,8 +179,8 @@ def test_the_best_baseline_is_neither_ours_nor_an_untrained_encoder():
             }
         )
     )
-    assert {d.baseline for d in findings.duels(board)} == {"pca_knn"}
-    assert findings.gain(board) == [("random", "knn", pytest.approx(0.01), 1)]
+    assert {d.baseline for d in verdicts.duels(board)} == {"pca_knn"}
+    assert verdicts.gain(board) == [("random", "knn", pytest.approx(0.01), 1)]
 
 
 def test_a_baseline_that_wins_is_named_in_the_summary_and_comes_first():
@@ -195,8 +188,8 @@ def test_a_baseline_that_wins_is_named_in_the_summary_and_comes_first():
         _board({"finetune": (0.95, 0.95), "hvg_logreg": (0.80, 0.80)}, group="easy"),
         _board({"finetune": (0.50, 0.45), "hvg_logreg": (0.90, 0.88)}, group="hard"),
     ])  # fmt: skip
-    run = page.Run(config=Config(), uris={}, tables={"scores": scores_})
-    tones = [(b.tone, b.text) for b in scorecard.brief(run).blocks]
+    run = elements.Run(config=Config(), uris={}, tables={"scores": scores_})
+    tones = [(b.tone, b.text) for b in summary.brief(run).blocks]
     bad = [text for tone, text in tones if tone == "bad"]
     assert len(bad) == 1
     assert "hard" in bad[0]
@@ -208,7 +201,7 @@ def test_a_baseline_that_wins_is_named_in_the_summary_and_comes_first():
 
 def test_scores_of_several_seeds_are_averaged():
     both = pd.concat([_board({"knn": (0.8, 0.6)}), _board({"knn": (0.9, 0.8)}).assign(seed=1)])
-    one = findings.board(both).set_index("metric")
+    one = verdicts.board(both).set_index("metric")
     assert one.loc["accuracy", "value"] == pytest.approx(0.85)
     assert one.loc["macro_f1", ["low", "high"]].tolist() == pytest.approx([0.68, 0.72])
     assert set(one["seeds"]) == {2}
@@ -216,8 +209,8 @@ def test_scores_of_several_seeds_are_averaged():
 
 def test_a_transfer_is_named_by_its_direction():
     for direction in ("human>mouse", "human->mouse"):
-        assert findings.task_label("species", "pancreas", direction) == "human → mouse (pancreas)"
-    assert findings.task_label("random", "baron_human", "") == "baron_human"
+        assert verdicts.task_label("species", "pancreas", direction) == "human → mouse (pancreas)"
+    assert verdicts.task_label("random", "baron_human", "") == "baron_human"
 
 
 def test_centroids_and_counterparts_on_a_case_by_hand():
@@ -227,12 +220,12 @@ def test_centroids_and_counterparts_on_a_case_by_hand():
 
     vectors = np.concatenate([at(0), at(90), at(10), at(80)])
     species, types = np.repeat(["a", "b"], 10), np.tile(np.repeat(["alpha", "beta"], 5), 2)
-    table = integration.centroid_table(findings.centroids(vectors, species, types), "a", "b")
+    table = integration.centroid_table(verdicts.centroids(vectors, species, types), "a", "b")
     assert table.loc["alpha", "alpha"] == pytest.approx(1 - np.cos(np.radians(10)))
     assert table.loc["alpha", "beta"] == pytest.approx(1 - np.cos(np.radians(80)))
     assert integration.counterparts(table) == (2, 2)
     assert integration.counterparts(table[["beta", "alpha"]].set_axis(["alpha", "beta"], axis=1)) == (0, 2)
-    assert findings.centroids(vectors[1:], species[1:], types[1:]).keys() == {
+    assert verdicts.centroids(vectors[1:], species[1:], types[1:]).keys() == {
         ("a", "beta"),
         ("b", "alpha"),
         ("b", "beta"),
@@ -242,8 +235,8 @@ def test_centroids_and_counterparts_on_a_case_by_hand():
 def test_species_apart_have_no_neighbours_of_the_other_kind():
     vectors = np.repeat(np.eye(2), 20, axis=0) + np.random.default_rng(0).normal(0, 0.01, (40, 2))
     apart = np.repeat(["a", "b"], 20)
-    assert findings.mixing(vectors, apart, k=5) == (0.0, pytest.approx(20 / 39))
-    seen, expected = findings.mixing(vectors, np.tile(["a", "b"], 20), k=19)
+    assert verdicts.mixing(vectors, apart, k=5) == (0.0, pytest.approx(20 / 39))
+    seen, expected = verdicts.mixing(vectors, np.tile(["a", "b"], 20), k=19)
     assert seen == pytest.approx(10 / 19)
     assert expected == pytest.approx(20 / 39)
 
@@ -305,7 +298,7 @@ def test_a_test_that_cries_wolf_on_nothing_is_named(config):
     )
     run = load.load(config, light=True)
     with_nulls = perturbation.section(dataclasses.replace(run, tables=run.tables | {"nulls": nulls}))
-    pictures = [b.caption for b in with_nulls.blocks if isinstance(b, page.Picture)]
+    pictures = [b.caption for b in with_nulls.blocks if isinstance(b, elements.Picture)]
     assert (
         sum("genes of like rank exchanged what is their own" in caption for caption in pictures) == 1
     )  # `delete` only
@@ -322,12 +315,12 @@ def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(c
     ]  # fmt: skip
     with_pairs = dataclasses.replace(run, tables=run.tables | {"responses": pd.DataFrame(rows)})
     section = perturbation.section(with_pairs)
-    grid = next(b for b in section.blocks if isinstance(b, page.Grid) and b.head[0] == "Perturbed")
+    grid = next(b for b in section.blocks if isinstance(b, elements.Grid) and b.head[0] == "Perturbed")
     assert [cell.text for cell in grid.rows[0][:2]] == ["GENE3", "GENE7"]
     assert grid.rows[0][3].order == pytest.approx(4, abs=0.3)
     assert "no evidence of regulation" in _text(section)
     assert (
-        sum("contextual embedding of each gene" in b.caption for b in section.blocks if isinstance(b, page.Picture))
+        sum("contextual embedding of each gene" in b.caption for b in section.blocks if isinstance(b, elements.Picture))
         == 1
     )
     assert "responses of other genes" not in _text(perturbation.section(run))
@@ -344,7 +337,7 @@ def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
     assert any(
         block.tone == "bad" and "the best baseline (differential expression" in block.text
         for block in section.blocks
-        if isinstance(block, page.Text)
+        if isinstance(block, elements.Text)
     )
     grid = section.blocks[-1]
     assert "3 known genes are found among 30" in grid.caption
@@ -368,7 +361,7 @@ def test_shifts_that_rank_explains_are_called_so():
 
 def test_a_stage_that_has_not_run_is_said_plainly(tmp_path):
     config = Config(output=str(tmp_path / "none"))
-    html = storage.read_bytes(report.write(config, str(tmp_path / "report.html"))).decode()
+    html = files.read_bytes(build.write(config, str(tmp_path / "report.html"))).decode()
     for stage in ("prepare", "pretrain", "embed", "classify", "perturb"):
         assert f"mixgf {stage} --output" in html
     assert terminal.summary(config) == "nothing was made yet"
@@ -377,7 +370,7 @@ def test_a_stage_that_has_not_run_is_said_plainly(tmp_path):
 def test_every_warning_stands_beside_its_gene(config):
     run = load.load(config, light=True)
     section = perturbation.section(run)
-    grids = [b for b in section.blocks if isinstance(b, page.Grid)]
+    grids = [b for b in section.blocks if isinstance(b, elements.Grid)]
     assert [g.sortable for g in grids] == [True, True]
     assert all(row[-1].text == "one donor carries it" for g in grids for row in g.rows)
     assert "FDR, cells (not replicated)" in grids[0].head
@@ -387,7 +380,7 @@ def test_every_warning_stands_beside_its_gene(config):
 
 
 def test_dropped_cells_and_mapping_are_in_the_cells_section(config):
-    text = _text(sections.corpus(load.load(config)))
+    text = _text(corpus_section(load.load(config)))
     assert "151 of 156 cells were kept; dropped: 4 depth out of range, 1 too few genes." in text
     assert "3.10%" in text
     assert "A, B" in text
@@ -413,23 +406,23 @@ def test_a_step_run_twice_counts_once():
 
 def test_figures_on_one_page_share_no_ids_and_text_stays_text():
     frame = pd.DataFrame({"step": [1, 2, 3], "value": [3.0, 2.0, 1.0]})
-    one, two = figures.curves({"Total loss": frame}, "one"), figures.curves({"Total loss": frame}, "two")
+    one, two = plots.curves({"Total loss": frame}, "one"), plots.curves({"Total loss": frame}, "two")
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (one, two)]
     assert ids[0]
     assert not ids[0] & ids[1]
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', one)) <= ids[0]
     assert ">Total loss<" in one
-    assert one == figures.curves({"Total loss": frame}, "one")
+    assert one == plots.curves({"Total loss": frame}, "one")
 
 
 @pytest.mark.slow  # numba compiles umap
 def test_the_map_depends_on_the_seed_alone_and_keeps_groups_together():
     kind = np.repeat([0, 1], 150)
     vectors = (np.eye(6)[kind] * 5 + np.random.default_rng(0).normal(0, 0.5, (300, 6))).astype(np.float32)
-    one, method = layouts.layout(vectors, 7)
+    one, method = umap.layout(vectors, 7)
     assert method.startswith("UMAP")
-    np.testing.assert_array_equal(one, layouts.layout(vectors, 7)[0])
-    assert not np.array_equal(one, layouts.layout(vectors, 8)[0])
+    np.testing.assert_array_equal(one, umap.layout(vectors, 7)[0])
+    assert not np.array_equal(one, umap.layout(vectors, 8)[0])
     centre = np.stack([one[kind == k].mean(axis=0) for k in (0, 1)])
     nearest = np.hypot(*(one[:, None] - centre[None]).transpose(2, 0, 1)).argmin(axis=1)
     assert (nearest == kind).mean() > 0.99
@@ -437,20 +430,20 @@ def test_the_map_depends_on_the_seed_alone_and_keeps_groups_together():
 
 def test_few_cells_are_shown_by_their_principal_components():
     vectors = np.array([[3.0, 0, 1], [-3, 0, 1], [0, 1, 1], [0, -1, 1]])
-    xy, method = layouts.layout(vectors, 0)
+    xy, method = umap.layout(vectors, 0)
     assert method == "First two principal components"
     np.testing.assert_allclose(np.abs(xy), [[3, 0], [3, 0], [0, 1], [0, 1]], atol=1e-12)
 
 
 def test_labels_are_pushed_apart():
-    at = figures._apart(np.zeros((6, 2)), 1.0)
+    at = plots._apart(np.zeros((6, 2)), 1.0)
     gaps = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1))[np.triu_indices(6, 1)]
     assert gaps.min() > 0.8
 
 
 def test_the_report_is_one_file_that_asks_for_nothing_and_has_the_same_bytes_again(config, tmp_path):
-    uri = report.write(config, str(tmp_path / "report.html"))
-    data = storage.read_bytes(uri)
+    uri = build.write(config, str(tmp_path / "report.html"))
+    data = files.read_bytes(uri)
     html = data.decode()
     assert len(data) < 5_000_000
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', html), "nothing outside the file is referred to"
@@ -460,24 +453,24 @@ def test_the_report_is_one_file_that_asks_for_nothing_and_has_the_same_bytes_aga
         assert text in html, text
     for id_ in ("brief", "corpus", "training", "embedding", "classification", "perturbation", "provenance"):
         assert html.count(f'<section id="{id_}">') == 1
-    again = report.write(config, str(tmp_path / "again.html"))
-    assert storage.read_bytes(again) == data
+    again = build.write(config, str(tmp_path / "again.html"))
+    assert files.read_bytes(again) == data
 
 
 def test_a_report_of_the_same_inputs_is_left_alone_and_of_others_is_made_again(tmp_path):
     config = Config(output=str(tmp_path / "none"))
-    uri = report.write(config, str(tmp_path / "report.html"))
-    storage.write_bytes(uri, storage.read_bytes(uri) + b"<!-- mark -->")
-    report.write(config, uri)
-    assert storage.read_bytes(uri).endswith(b"<!-- mark -->")
-    report.write(dataclasses.replace(config, seed=1), uri)
-    assert not storage.read_bytes(uri).endswith(b"<!-- mark -->")
+    uri = build.write(config, str(tmp_path / "report.html"))
+    files.write_bytes(uri, files.read_bytes(uri) + b"<!-- mark -->")
+    build.write(config, uri)
+    assert files.read_bytes(uri).endswith(b"<!-- mark -->")
+    build.write(dataclasses.replace(config, seed=1), uri)
+    assert not files.read_bytes(uri).endswith(b"<!-- mark -->")
 
 
 def test_text_from_the_data_is_escaped(config):
     run = load.load(config, light=True)
     genes = run.tables["genes"].assign(symbol="<script>alert(1)</script>", warnings="<b>bold</b>")
-    html = report.render(dataclasses.replace(run, tables={"genes": genes}), "key")
+    html = build.render(dataclasses.replace(run, tables={"genes": genes}), "key")
     assert "<script>alert" not in html
     assert "<b>bold" not in html
     assert "&lt;script&gt;alert" in html

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf.classification import baselines
-from mixgf.classification import scvi as rivals
+from mixgf.classification import baselines, scvi
 
 
 def problem(species: tuple[str, str] = ("human", "human")) -> baselines.Problem:
@@ -23,15 +22,15 @@ def problem(species: tuple[str, str] = ("human", "human")) -> baselines.Problem:
 @pytest.mark.slow
 @pytest.mark.parametrize("species", [("human", "human"), ("human", "mouse")], ids=["one species", "two species"])
 def test_scvi_tells_types_apart(species: tuple[str, str]) -> None:
-    if why := rivals.missing("scvi"):
+    if why := scvi.missing("scvi"):
         pytest.skip(why)
-    found = rivals.scvi(problem(species))
+    found = scvi.scvi(problem(species))
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
     assert (found.argmax(1) == np.arange(90, 120) % 3).mean() > 0.9
 
 
 def test_what_is_not_installed_is_named_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rivals.PACKAGES, "scvi", "no_such_package_of_anyone")
-    assert rivals.missing("scvi") == "scvi is not installed (pip install 'mixgf[baselines]')"
-    assert not rivals.missing("hvg_logreg")
-    assert set(rivals.RIVALS) == set(rivals.PACKAGES)
+    monkeypatch.setitem(scvi.PACKAGES, "scvi", "no_such_package_of_anyone")
+    assert scvi.missing("scvi") == "scvi is not installed (pip install 'mixgf[baselines]')"
+    assert not scvi.missing("hvg_logreg")
+    assert set(scvi.RIVALS) == set(scvi.PACKAGES)

@@ -15,17 +15,15 @@ import s3_world
 from fault_proxy import Proxy, Rule, every, first
 from processes import free_port
 
+import mixgf.storage.s3
 from mixgf import cli
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
-from mixgf.corpus import prepare_passes as units
-from mixgf.distributed import tasks as dispatch
+from mixgf.corpus import prepare_passes
+from mixgf.distributed import tasks
 from mixgf.errors import StorageError
 from mixgf.stages import prepare
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import retry as patience
-from mixgf.storage import s3 as storage_s3
+from mixgf.storage import artifacts, files, retry
 
 ROOT = f"s3://{s3_world.BUCKET}/data"
 
@@ -57,12 +55,12 @@ def proxy(shared_proxy, bucket, s3_settings):
 
 
 def made(config):
-    return prepare.run(config, spread=dispatch.loop)
+    return prepare.run(config, spread=tasks.loop)
 
 
 def bucket_keys(uri):
     """Names of all objects under a URI, relative to it."""
-    fs, key = storage_s3._remote(uri)
+    fs, key = mixgf.storage.s3._remote(uri)
     return {name.removeprefix(f"{key}/") for name in fs.find(key)}
 
 
@@ -130,12 +128,12 @@ TRANSIENT = {
 
 @pytest.mark.parametrize("where", TRANSIENT, ids=[name.replace(" ", "-") for name in TRANSIENT])
 def test_faults_that_pass_change_no_byte(where, world, proxy, monkeypatch):
-    monkeypatch.setattr(storage_s3, "READ_SECONDS", 4.0)
-    storage_s3.forget_connections()
+    monkeypatch.setattr(mixgf.storage.s3, "READ_SECONDS", 4.0)
+    mixgf.storage.s3.forget_connections()
     rules = proxy.fresh(*TRANSIENT[where]())
     uri = made(world.on(ROOT, f"s3://{s3_world.BUCKET}/{where.replace(' ', '-')}"))
     proxy.rules = []
-    storage_s3.forget_connections()
+    mixgf.storage.s3.forget_connections()
     assert s3_world.contents(uri) == world.local
     assert all(rule.hits for rule in rules), [(r.kind, r.match, r.seen) for r in rules if not r.hits]
 
@@ -143,7 +141,7 @@ def test_faults_that_pass_change_no_byte(where, world, proxy, monkeypatch):
 @pytest.mark.parametrize("kind", ["busy", "drop", "cut"])
 def test_a_fault_that_stays_is_one_line_and_no_work_is_lost(kind, world, proxy, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    monkeypatch.setattr(patience, "PAUSES", (0.0,))
+    monkeypatch.setattr(retry, "PAUSES", (0.0,))
     config = world.on(ROOT, f"s3://{s3_world.BUCKET}/stays-{kind}")
     (rule,) = proxy.fresh(Rule(kind, "GET .*/bee.h5"))
     with pytest.raises(
@@ -185,11 +183,13 @@ def test_a_work_unit_reads_its_ranges_and_not_the_file(proxy, bucket, tmp_path, 
     source = Source(uri=f"{ROOT}/big.h5ad", species="ant")
     work = f"s3://{s3_world.BUCKET}/ranges/work"
     row = world.config.species[0]
-    units.describe(work, 0, source, row=row, rules=world.config.qc, biotypes=world.config.vocab.biotypes, allowed=None)
-    every_unit = units.plan_units({0: (source, 120_000)}, 5_000)
+    prepare_passes.describe(
+        work, 0, source, row=row, rules=world.config.qc, biotypes=world.config.vocab.biotypes, allowed=None
+    )
+    every_unit = prepare_passes.plan_units({0: (source, 120_000)}, 5_000)
     for unit in (every_unit[0], every_unit[11], every_unit[23]):
         proxy.fresh()
-        units.measure(work, unit, 2_000)
+        prepare_passes.measure(work, unit, 2_000)
         gets = [p for p in proxy.passed if p.what.startswith("GET") and "big.h5ad" in p.what]
         assert all(p.range for p in gets)
         assert proxy.body_bytes("big.h5ad") < 2 * size / len(every_unit) + (
@@ -206,7 +206,7 @@ def test_reading_hdf5_over_s3_never_waits_for_a_thread_that_collects_garbage(wor
     uri = f"{ROOT}/ant/ant1.h5ad"
     gc.collect()
     monkeypatch.setattr(gc, "callbacks", [])
-    with h5py.File(world.folder / "data/ant/ant1.h5ad") as other, storage.open_read(uri) as stream:
+    with h5py.File(world.folder / "data/ant/ant1.h5ad") as other, files.open_read(uri) as stream:
         gc.disable()
         try:
             for _ in range(100):
@@ -225,7 +225,7 @@ def test_reading_hdf5_over_s3_never_waits_for_a_thread_that_collects_garbage(wor
 
 
 def test_big_objects_go_up_in_parts_and_whole_or_not_at_all(world, proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)  # the least that S3 takes
+    monkeypatch.setattr(files, "PART_BYTES", 5 << 20)  # the least that S3 takes
     data = np.random.default_rng(0).bytes(11 << 20)
     (tmp_path / "big").write_bytes(data)
     where = f"s3://{s3_world.BUCKET}/parts"
@@ -234,35 +234,35 @@ def test_big_objects_go_up_in_parts_and_whole_or_not_at_all(world, proxy, tmp_pa
         Rule("busy", "PUT .*partNumber=3", when=first(1)),
         Rule("lose", "POST .*uploadId", when=first(1)),  # completed, and the client does not learn it
     )
-    storage.upload(tmp_path / "big", f"{where}/file")
+    files.upload(tmp_path / "big", f"{where}/file")
     assert all(rule.hits for rule in rules)
     proxy.fresh()
-    storage.write_bytes(f"{where}/bytes", data)
+    files.write_bytes(f"{where}/bytes", data)
     assert sum("partNumber" in p.what for p in proxy.passed) == 3
-    assert storage.sha256(f"{where}/file") == storage.sha256(f"{where}/bytes") == storage.sha256(str(tmp_path / "big"))
+    assert files.sha256(f"{where}/file") == files.sha256(f"{where}/bytes") == files.sha256(str(tmp_path / "big"))
     (rule,) = proxy.fresh(Rule("busy", "PUT .*partNumber=3"))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    monkeypatch.setattr(patience, "PAUSES", ())
+    monkeypatch.setattr(retry, "PAUSES", ())
     with pytest.raises(StorageError, match=r"parts/torn: http.* did not answer as it should"):
-        storage.write_bytes(f"{where}/torn", data)
+        files.write_bytes(f"{where}/torn", data)
     assert rule.hits == 2
-    assert storage.list_dir(where) == ["bytes", "file"]
+    assert files.list_dir(where) == ["bytes", "file"]
 
 
 def test_a_claim_whose_answer_was_lost_is_ours(proxy):
     uri = f"s3://{s3_world.BUCKET}/claims/one"
     (rule,) = proxy.fresh(Rule("lose", "PUT .*claims/one", when=first(1)))
-    assert storage.create_bytes(uri, b"mine")
+    assert files.create_bytes(uri, b"mine")
     assert rule.hits == 1
-    assert not storage.create_bytes(uri, b"yours")
-    assert storage.read_bytes(uri) == b"mine"
+    assert not files.create_bytes(uri, b"yours")
+    assert files.read_bytes(uri) == b"mine"
 
 
 @pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])
 def test_the_region_is_known_by_either_name(name, proxy, monkeypatch):
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     monkeypatch.setenv(name, "eu-central-1")
-    with storage.open_read(f"{ROOT}/bee.h5") as file:
+    with files.open_read(f"{ROOT}/bee.h5") as file:
         file.read(8)
     assert {p.region for p in proxy.passed} == {"eu-central-1"}
     assert {p.what.split()[0] for p in proxy.passed} == {"HEAD", "GET"}
@@ -284,7 +284,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(  # noqa: PLR0917
 ):
     settings, source, output, line = REFUSALS[why]
     monkeypatch.setenv("HOME", str(tmp_path))  # no keys of the person who runs the tests
-    monkeypatch.setattr(prepare, "ray_tasks", lambda _: dispatch.loop)  # the session's workers know no endpoint
+    monkeypatch.setattr(prepare, "ray_tasks", lambda _: tasks.loop)  # the session's workers know no endpoint
     for name, value in settings.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     assert run_cli(world, tmp_path, source, output or str(tmp_path / "out")) == 2
@@ -295,7 +295,7 @@ def test_an_endpoint_that_nobody_listens_on_is_one_line_and_exit_code_1(  # noqa
     s3_settings, world, tmp_path, ray_local, monkeypatch, capsys
 ):
     s3_settings(f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(patience.time, "sleep", None)  # only botocore asks again: 4 times, within 7 s
+    monkeypatch.setattr(retry.time, "sleep", None)  # only botocore asks again: 4 times, within 7 s
     assert run_cli(world, tmp_path, f"{ROOT}/bee.h5", str(tmp_path / "out")) == 1
     assert re.fullmatch(
         r"mixgf: failed: StorageError: s3://cells/data/bee.h5: no connection to http://127[^\n]*check AWS_ENDPOINT_URL[^\n]*",

@@ -28,11 +28,10 @@ from processes import die_with_us, free_port
 from mixgf import cli
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
-from mixgf.distributed import tasks as dispatch
+from mixgf.distributed import tasks
 from mixgf.errors import AccessError, UserError
 from mixgf.stages import prepare
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 
 NEEDED = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph", "setpriv")
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
@@ -187,7 +186,7 @@ def test_the_command_prepares_from_and_to_ceph_through_faults(world, proxy, tmp_
     assert all(rule.hits for rule in rules), [(r.kind, r.match, r.seen) for r in rules if not r.hits]
     proxy.fresh()
     assert s3_world.contents(f"{config.output}/corpus") == world.local
-    assert prepare.run(config, spread=dispatch.loop) == f"{config.output}/corpus"
+    assert prepare.run(config, spread=tasks.loop) == f"{config.output}/corpus"
     assert not any(p.what.startswith(("PUT", "POST")) for p in proxy.passed)
 
 
@@ -209,7 +208,7 @@ def test_who_loses_the_right_to_write_blames_no_source(world, proxy, s3_settings
     config = world.on(str(world.folder / "data"), f"s3://{s3_world.BUCKET}/guest")
     s3_settings(proxy.url, GUEST, SECRET)
     with pytest.raises(AccessError, match=r"^s3://cells/guest/corpus/\S+: access denied"):
-        prepare.run(config, spread=dispatch.loop)
+        prepare.run(config, spread=tasks.loop)
 
 
 def test_of_runs_that_claim_one_folder_at_once_one_gets_it(proxy):
@@ -227,7 +226,7 @@ def test_of_runs_that_claim_one_folder_at_once_one_gets_it(proxy):
             answers = list(threads.map(lambda plan, uri=uri: claim(uri, plan), plans))
             assert answers.count(True) == 1
             winner = plans[answers.index(True)]
-            assert storage.read_json(f"{uri}/plan.json")["fingerprint"] == winner.fingerprint
+            assert files.read_json(f"{uri}/plan.json")["fingerprint"] == winner.fingerprint
             others = [answer for answer in answers if answer is not True]
             assert all(
                 re.search(r"holds another corpus: config.seed: \d -> \d\. Choose another output", a) for a in others
@@ -235,12 +234,12 @@ def test_of_runs_that_claim_one_folder_at_once_one_gets_it(proxy):
 
 
 def test_big_objects_go_up_in_parts(proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)  # the least that S3 takes
+    monkeypatch.setattr(files, "PART_BYTES", 5 << 20)  # the least that S3 takes
     data = np.random.default_rng(0).bytes(11 << 20)
     (tmp_path / "big").write_bytes(data)
     rules = proxy.fresh(
         Rule("drop", "PUT .*partNumber=2", when=first(1)), Rule("lose", "POST .*uploadId", when=first(1))
     )
-    storage.upload(tmp_path / "big", f"s3://{s3_world.BUCKET}/parts/big")
+    files.upload(tmp_path / "big", f"s3://{s3_world.BUCKET}/parts/big")
     assert all(rule.hits for rule in rules)
-    assert storage.sha256(f"s3://{s3_world.BUCKET}/parts/big") == storage.sha256(str(tmp_path / "big"))
+    assert files.sha256(f"s3://{s3_world.BUCKET}/parts/big") == files.sha256(str(tmp_path / "big"))

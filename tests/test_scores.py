@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
-from mixgf.classification import metrics as scores
+from mixgf.classification.metrics import Comparison, class_scores, compare, confusion, mcnemar, rejection, score, totals
 from mixgf.stats import intervals
 
 TRUE = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -23,18 +23,18 @@ def random_case(seed: int, cells: int = 400, classes: int = 5) -> tuple[np.ndarr
 def value(
     name: str, true: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, classes: int
 ) -> intervals.Interval:
-    found, _ = scores.score(true, predicted, confidence, np.full(len(true), ""), classes, rng=np.random.default_rng(0))
+    found, _ = score(true, predicted, confidence, np.full(len(true), ""), classes, rng=np.random.default_rng(0))
     return found[name]
 
 
 def test_hand_worked_ten_cells() -> None:
     # confusion: class 0: 3 right, 1 -> 1; class 1: 2 right, 1 -> 2; class 2: 2 right, 1 -> 0
-    table = scores.confusion(TRUE, GUESS, 3)
+    table = confusion(TRUE, GUESS, 3)
     assert table.tolist() == [[3, 1, 0], [0, 2, 1], [1, 0, 2]]
-    found = scores.class_scores(table)
+    found = class_scores(table)
     np.testing.assert_allclose(found["precision"], [3 / 4, 2 / 3, 2 / 3])
     np.testing.assert_allclose(found["recall"], [3 / 4, 2 / 3, 2 / 3])
-    total = scores.totals(table)
+    total = totals(table)
     assert total["accuracy"] == pytest.approx(0.7)
     assert total["macro_f1"] == pytest.approx((3 / 4 + 2 / 3 + 2 / 3) / 3)
 
@@ -49,18 +49,18 @@ def test_hand_worked_calibration_error() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_totals_equal_scikit_learn(seed: int) -> None:
     true, predicted, _ = random_case(seed)
-    found = scores.totals(scores.confusion(true, predicted, 5))
+    found = totals(confusion(true, predicted, 5))
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(true, predicted), abs=1e-12)
     assert found["macro_f1"] == pytest.approx(metrics.f1_score(true, predicted, average="macro"), abs=1e-12)
     assert found["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(true, predicted), abs=1e-12)
     per_class = metrics.precision_recall_fscore_support(true, predicted, labels=range(5))
-    table = scores.class_scores(scores.confusion(true, predicted, 5))
+    table = class_scores(confusion(true, predicted, 5))
     for ours, theirs in zip(("precision", "recall", "f1"), per_class, strict=False):
         np.testing.assert_allclose(table[ours], theirs, atol=1e-12)
 
 
 def test_a_class_without_test_cells_does_not_count_as_a_zero() -> None:
-    assert scores.totals(scores.confusion(np.array([0, 1]), np.array([0, 1]), 3))["macro_f1"] == 1.0
+    assert totals(confusion(np.array([0, 1]), np.array([0, 1]), 3))["macro_f1"] == 1.0
 
 
 def test_the_interval_of_accuracy_is_the_binomial_one() -> None:
@@ -76,10 +76,10 @@ def test_donors_that_differ_widen_the_interval_and_are_named() -> None:
     donors = np.repeat(np.array(["a", "b", "c"]), 100)
     predicted = np.where(donors == "a", 1, 0)  # one donor all wrong: 300 cells tell as much as three
     confidence = np.full(300, 0.5)
-    clustered, by = scores.score(true, predicted, confidence, donors, 2, rng=np.random.default_rng(0))
+    clustered, by = score(true, predicted, confidence, donors, 2, rng=np.random.default_rng(0))
     assert by == "donor"
     assert (clustered["accuracy"].low, clustered["accuracy"].high) == (0.0, 1.0)
-    two, by_two = scores.score(
+    two, by_two = score(
         true, predicted, confidence, np.where(donors == "c", "b", donors), 2, rng=np.random.default_rng(0)
     )
     assert by_two == "cell"
@@ -109,17 +109,17 @@ def test_equal_clusters_are_drawn_with_the_same_law() -> None:
 @pytest.mark.parametrize(("first", "second"), [(7, 1), (3, 3), (0, 5), (12, 4)])
 def test_mcnemar_equals_statsmodels(first: int, second: int) -> None:
     reference = reference_mcnemar([[10, first], [second, 4]], exact=True).pvalue
-    assert scores.mcnemar(first, second) == pytest.approx(reference)
+    assert mcnemar(first, second) == pytest.approx(reference)
 
 
 def test_mcnemar_of_no_difference_is_one() -> None:
-    assert scores.mcnemar(0, 0) == 1.0
+    assert mcnemar(0, 0) == 1.0
 
 
 def paired(
     model: np.ndarray, baseline: np.ndarray, true: np.ndarray, seeds: np.ndarray, cells: np.ndarray
-) -> scores.Comparison:
-    return scores.compare(
+) -> Comparison:
+    return compare(
         true_M=true, model_M=model, baseline_M=baseline, cells_M=cells, donors_M=np.full(len(true), ""), seeds_M=seeds,
         num_classes=5, rng=np.random.default_rng(0),
     )  # fmt: skip
@@ -159,7 +159,7 @@ def test_more_seeds_of_the_same_cells_are_no_more_evidence() -> None:
     def p(times: int) -> float:
         rows = {name: np.tile(v, times) for name, v in (("true_M", true), ("model_M", model), ("baseline_M", baseline))}
         cells, seeds = np.tile(np.arange(20), times), np.repeat(np.arange(times), 20)
-        return scores.compare(**rows, cells_M=cells, seeds_M=seeds, donors_M=np.full(20 * times, ""), **keywords).p
+        return compare(**rows, cells_M=cells, seeds_M=seeds, donors_M=np.full(20 * times, ""), **keywords).p
 
     assert p(1) == pytest.approx(2 * 0.5**8)
     assert p(5) == p(1)
@@ -168,14 +168,14 @@ def test_more_seeds_of_the_same_cells_are_no_more_evidence() -> None:
 def test_rejection_by_hand_and_against_scikit_learn() -> None:
     # unseen .2 and .5; known .5 (a tie), .6 ... : of 2 x 4 pairs 7.5 are in order
     confidence, unseen = np.array([0.2, 0.5, 0.5, 0.6, 0.8, 0.9]), np.array([True, True, False, False, False, False])
-    found, by = scores.rejection(confidence, unseen, np.full(6, ""), rng=np.random.default_rng(0))
+    found, by = rejection(confidence, unseen, np.full(6, ""), rng=np.random.default_rng(0))
     assert found["auroc"].value == pytest.approx(7.5 / 8)
     assert found["rejected"].value == 0.5  # a limit that lets 95 % of four known cells pass lies at the lowest of them
     assert by == "cell"
     rng = np.random.default_rng(4)
     unseen = rng.random(500) < 0.2
     confidence = np.round(rng.normal(np.where(unseen, 0.6, 0.75), 0.1), 2)
-    found, by = scores.rejection(confidence, unseen, rng.choice(list("abcd"), 500), rng=rng)
+    found, by = rejection(confidence, unseen, rng.choice(list("abcd"), 500), rng=rng)
     assert found["auroc"].value == pytest.approx(metrics.roc_auc_score(unseen, -confidence))
     limit = np.quantile(confidence[~unseen], 0.05, method="inverted_cdf")
     assert found["rejected"].value == pytest.approx((confidence[unseen] < limit).mean(), abs=0.05)

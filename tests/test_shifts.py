@@ -8,7 +8,7 @@ import torch
 
 from mixgf.config import training
 from mixgf.encoder.bert import Encoder
-from mixgf.perturbation import operations as edits
+from mixgf.perturbation import operations
 from mixgf.perturbation.shift import Engine
 
 CLS = 2
@@ -55,7 +55,7 @@ def encoder():
 
 
 @pytest.mark.parametrize(("variant", "lead"), [("remaining", 0), ("remaining", 1), ("all", 0), ("all", 1), ("cls", 1)])
-@pytest.mark.parametrize("operation", edits.OPERATIONS)
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
 @pytest.mark.parametrize("layers", [None, 1], ids=["last layer", "one before"])
 def test_equals_the_plain_implementation(encoder, operation, variant, lead, layers):
     rng = np.random.default_rng(6)
@@ -66,7 +66,7 @@ def test_equals_the_plain_implementation(encoder, operation, variant, lead, laye
     original = engine.original(
         torch.tensor([t for s in sentences for t in s]), torch.tensor(np.cumsum([0] + [len(s) for s in sentences]))
     )
-    table = torch.tensor([list(g) + [edits.NO_GENE] * (2 - len(g)) for _, g in pairs])
+    table = torch.tensor([list(g) + [operations.NO_GENE] * (2 - len(g)) for _, g in pairs])
     result = engine.score(original, torch.tensor([c for c, _ in pairs]), table, operation, torch.tensor(states))
     for i, (cell, genes) in enumerate(pairs):
         perturbed = plain(sentences[cell], genes, operation, lead=lead, max_len=21)
@@ -124,7 +124,7 @@ def test_deleting_an_absent_gene_shifts_by_exactly_nothing(encoder):
     assert result.shift_SK.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("operation", edits.OPERATIONS)
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
 def test_packing_does_not_change_the_result(encoder, operation):
     rng = np.random.default_rng(8)
     ids = torch.cat([torch.tensor(rng.permutation(np.arange(3, 60))[:n]) for n in (20, 11)])

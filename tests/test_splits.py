@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mixgf.classification import labels as classification_labels
 from mixgf.classification import splits
-from mixgf.classification.labels import Labelled, names_of
+from mixgf.classification.labels import UNKNOWN, Labelled, names_of
 from mixgf.classification.splits import Split, keyed_order, make, stratified
 from mixgf.config.classification import Classify
 from mixgf.errors import UserError
@@ -100,10 +99,10 @@ def test_no_donor_is_on_both_sides_and_every_donor_is_tested_once_by_as_many_see
 def test_cells_of_an_unknown_donor_take_no_part_in_the_donor_split() -> None:
     data = table()
     donors = data.donors.copy()
-    donors[::3] = classification_labels.UNKNOWN
+    donors[::3] = UNKNOWN
     data = replace(data, donors=donors)
     for split in make(data, replace(ALL, splits=("donor",)), seed=0):
-        assert classification_labels.UNKNOWN not in data.donors[np.concatenate([split.train, split.test])]
+        assert UNKNOWN not in data.donors[np.concatenate([split.train, split.test])]
         assert split.dropped["donor unknown"] == int(((data.groups == split.group) & (donors == "")).sum())
 
 

@@ -5,8 +5,21 @@ import pytest
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
-from mixgf.stats import donors as stats
 from mixgf.stats import rank_adjustment
+from mixgf.stats.donors import (
+    attainable,
+    benjamini_hochberg,
+    cluster_means,
+    detectable,
+    fewest_hits,
+    group_means,
+    less_background,
+    power,
+    rank_sums,
+    sign_flip,
+    smallest_p,
+    welch,
+)
 
 
 def _flat(groups):
@@ -24,8 +37,8 @@ def groups(request):
 
 def test_rank_sums_against_the_others_equals_scipy(groups):
     values, group = _flat(groups)
-    z, p = stats.rank_sums(values, group, len(groups))
-    z_plain, p_plain = stats.rank_sums(values, group, len(groups), correct_ties=False)
+    z, p = rank_sums(values, group, len(groups))
+    z_plain, p_plain = rank_sums(values, group, len(groups), correct_ties=False)
     for g, own in enumerate(groups):
         others = values[group != g]
         expected = scipy.stats.mannwhitneyu(own, others, method="asymptotic", use_continuity=False)
@@ -37,7 +50,7 @@ def test_rank_sums_against_the_others_equals_scipy(groups):
 
 def test_rank_sums_with_self_in_the_pool_equals_scipy(groups):
     values, group = _flat(groups)
-    z, p = stats.rank_sums(values, group, len(groups), include_self=True)
+    z, p = rank_sums(values, group, len(groups), include_self=True)
     for g, own in enumerate(groups):
         expected = scipy.stats.ranksums(own, values)
         assert (z[g], p[g]) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-10)
@@ -45,25 +58,25 @@ def test_rank_sums_with_self_in_the_pool_equals_scipy(groups):
 
 def test_rank_sums_of_an_empty_group_or_without_others_is_nan():
     values, group = np.array([1.0, 2.0]), np.array([1, 1])
-    assert np.isnan(stats.rank_sums(values, group, 3)[1]).all()
-    assert stats.rank_sums(np.zeros(4), np.array([0, 0, 1, 1]), 2)[1].tolist() == [1.0, 1.0]  # all equal: no evidence
+    assert np.isnan(rank_sums(values, group, 3)[1]).all()
+    assert rank_sums(np.zeros(4), np.array([0, 0, 1, 1]), 2)[1].tolist() == [1.0, 1.0]  # all equal: no evidence
 
 
 def test_benjamini_hochberg_equals_statsmodels_and_passes_nan_by():
     p = np.random.default_rng(2).uniform(size=50) ** 3
     p[7] = p[8]
-    assert stats.benjamini_hochberg(p) == pytest.approx(multipletests(p, method="fdr_bh")[1], rel=1e-12)
+    assert benjamini_hochberg(p) == pytest.approx(multipletests(p, method="fdr_bh")[1], rel=1e-12)
     with_nan = np.insert(p, 10, np.nan)
-    fdr = stats.benjamini_hochberg(with_nan)
+    fdr = benjamini_hochberg(with_nan)
     assert np.isnan(fdr[10])
-    assert np.delete(fdr, 10) == pytest.approx(stats.benjamini_hochberg(p), rel=1e-12)
+    assert np.delete(fdr, 10) == pytest.approx(benjamini_hochberg(p), rel=1e-12)
     # by hand: 0.01*3/1, 0.02*3/2, 0.5*3/3, made monotone
-    assert stats.benjamini_hochberg(np.array([0.5, 0.01, 0.02])).tolist() == pytest.approx([0.5, 0.03, 0.03])
+    assert benjamini_hochberg(np.array([0.5, 0.01, 0.02])).tolist() == pytest.approx([0.5, 0.03, 0.03])
 
 
 def test_interval_is_student_t_where_every_donor_has_one_value():
     values = np.array([1.0, 2.0, 4.0, 9.0])
-    means = stats.group_means(values, np.zeros(4, int), np.arange(4), 1, 4)
+    means = group_means(values, np.zeros(4, int), np.arange(4), 1, 4)
     low, high = scipy.stats.t.interval(0.95, 3, values.mean(), scipy.stats.sem(values))
     assert (means.mean[0], means.low[0], means.high[0]) == pytest.approx((4.0, low, high), rel=1e-12)
     assert means.num_clusters.tolist() == [4]
@@ -72,12 +85,12 @@ def test_interval_is_student_t_where_every_donor_has_one_value():
 def test_interval_is_cluster_robust_by_hand_and_plain_with_two_donors():
     # residuals from the mean 3: donor 0 (-2,-1), donor 1 (0), donor 2 (+3); sums -3, 0, 3
     values, donors = np.array([1.0, 2.0, 3.0, 6.0]), np.array([0, 0, 1, 2])
-    means = stats.group_means(values, np.zeros(4, int), donors, 1, 3)
+    means = group_means(values, np.zeros(4, int), donors, 1, 3)
     half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(18 * 3 / 2) / 4
     assert means.high[0] - means.mean[0] == pytest.approx(half, rel=1e-12)
-    two = stats.group_means(values, np.zeros(4, int), np.array([0, 0, 1, 1]), 1, 2)
+    two = group_means(values, np.zeros(4, int), np.array([0, 0, 1, 1]), 1, 2)
     assert two.high[0] - 3 == pytest.approx(scipy.stats.t.ppf(0.975, 3) * scipy.stats.sem(values), rel=1e-12)
-    single = stats.group_means(np.array([5.0]), np.array([1]), np.array([0]), 2, 1)
+    single = group_means(np.array([5.0]), np.array([1]), np.array([0]), 2, 1)
     assert np.isnan(single.mean[0])
     assert single.mean[1] == 5
     assert np.isnan(single.low[1])
@@ -89,35 +102,35 @@ def test_cluster_interval_covers_the_truth_where_the_naive_one_does_not():
     values = rng.normal(size=(num, donors, 1)) + rng.normal(size=(num, donors, cells))  # true mean 0, donor sd 1
     group = np.repeat(np.arange(num), donors * cells)
     donor = np.tile(np.repeat(np.arange(donors), cells), num)
-    means = stats.group_means(values.ravel(), group, donor, num, donors)
+    means = group_means(values.ravel(), group, donor, num, donors)
     covered = ((means.low < 0) & (means.high > 0)).mean()
     assert 0.91 < covered < 0.99
-    naive = stats.group_means(values.ravel(), group, np.zeros_like(donor), num, 1)
+    naive = group_means(values.ravel(), group, np.zeros_like(donor), num, 1)
     assert ((naive.low < 0) & (naive.high > 0)).mean() < 0.5
 
 
 def test_sign_flip_by_hand_and_against_scipy():
     # |sum| = 6 is the largest of the 8 patterns, reached by 2 of them
-    assert stats.sign_flip(np.array([[1.0, 2.0, 3.0]]), 100, np.random.default_rng(0))[0] == 2 / 8
+    assert sign_flip(np.array([[1.0, 2.0, 3.0]]), 100, np.random.default_rng(0))[0] == 2 / 8
     means = np.random.default_rng(4).normal(0.4, 1, (5, 7))
-    p = stats.sign_flip(means, 1000, np.random.default_rng(0))
+    p = sign_flip(means, 1000, np.random.default_rng(0))
     for row, value in zip(means, p, strict=True):
         expected = scipy.stats.permutation_test(
             (row,), lambda x, axis: np.abs(x.mean(axis=axis)), permutation_type="samples", alternative="greater",
             n_resamples=np.inf, vectorized=True,
         )  # fmt: skip
         assert value == pytest.approx(expected.pvalue, rel=1e-9)
-    drawn = stats.sign_flip(means, 127, np.random.default_rng(0))  # fewer than 2**7: random patterns
+    drawn = sign_flip(means, 127, np.random.default_rng(0))  # fewer than 2**7: random patterns
     assert np.abs(drawn - p).max() < 0.15
     assert drawn.min() >= 1 / 128
 
 
 def test_sign_flip_of_a_missing_donor_equals_leaving_it_out():
     row = np.array([0.5, 1.5, -0.2, 0.9])
-    full = stats.sign_flip(row[None], 1000, np.random.default_rng(0))
-    holed = stats.sign_flip(np.insert(row, 2, np.nan)[None], 1000, np.random.default_rng(0))
+    full = sign_flip(row[None], 1000, np.random.default_rng(0))
+    holed = sign_flip(np.insert(row, 2, np.nan)[None], 1000, np.random.default_rng(0))
     assert full == holed
-    assert np.isnan(stats.sign_flip(np.array([[1.0, 2.0, np.nan]]), 1000, np.random.default_rng(0))[0])
+    assert np.isnan(sign_flip(np.array([[1.0, 2.0, np.nan]]), 1000, np.random.default_rng(0))[0])
 
 
 def test_under_the_null_donor_level_p_is_uniform_and_cell_level_p_is_not():
@@ -128,11 +141,11 @@ def test_under_the_null_donor_level_p_is_uniform_and_cell_level_p_is_not():
     values = donor_effect[:, :, None] + rng.normal(0, 1, (genes, donors, cells))
     group = np.repeat(np.arange(genes), donors * cells)
     donor = np.tile(np.repeat(np.arange(donors), cells), genes)
-    means, _ = stats.cluster_means(values.ravel(), group, donor, genes, donors)
-    p_donor = stats.sign_flip(stats.less_background(means), 10_000, rng)
+    means, _ = cluster_means(values.ravel(), group, donor, genes, donors)
+    p_donor = sign_flip(less_background(means), 10_000, rng)
     assert scipy.stats.kstest(p_donor, "uniform").pvalue > 0.01
     assert 0.03 < (p_donor < 0.05).mean() < 0.07
-    _, p_cell = stats.rank_sums(values.ravel(), group, genes)
+    _, p_cell = rank_sums(values.ravel(), group, genes)
     assert (p_cell < 0.05).mean() > 0.3
 
 
@@ -141,7 +154,7 @@ def test_planted_effects_are_found_at_donor_level():
     genes, planted, donors = 300, 30, 12
     effect = np.where(np.arange(genes) < planted, 1.5, 0.0)  # in donor standard deviations
     means = effect[:, None] + rng.normal(0, 1, (genes, donors))
-    fdr = stats.benjamini_hochberg(stats.sign_flip(stats.less_background(means), 10_000, rng))
+    fdr = benjamini_hochberg(sign_flip(less_background(means), 10_000, rng))
     assert (fdr[:planted] < 0.1).mean() > 0.8
     assert (fdr[planted:] < 0.1).mean() < 0.05
 
@@ -150,12 +163,12 @@ def test_background_leaves_the_gene_itself_out():
     means = np.zeros((12, 3))
     means[:, 1] = 5.0  # a donor that moves with every gene
     means[4] += 1.1
-    clean = stats.less_background(means)
+    clean = less_background(means)
     assert clean[4] == pytest.approx([1.1] * 3)
     assert clean[0] == pytest.approx([-0.1] * 3)
-    assert np.isnan(stats.less_background(means[:10])).all()  # nine others are no background
+    assert np.isnan(less_background(means[:10])).all()  # nine others are no background
     means[2:, 2] = np.nan
-    assert np.isnan(stats.less_background(means)[:, 2]).all()
+    assert np.isnan(less_background(means)[:, 2]).all()
 
 
 def test_percentile_is_taken_among_similar_genes_only():
@@ -190,31 +203,31 @@ def test_rank_expectation_recovers_a_line_and_ignores_the_gene_itself():
 def test_welch_equals_scipy():
     rng = np.random.default_rng(8)
     a, b = rng.normal(0, 1, 9), rng.normal(1, 2, 14)
-    ours = stats.welch(*(np.array([[f(a)], [f(b)]]) for f in (len, np.mean, lambda v: np.var(v, ddof=1))))
+    ours = welch(*(np.array([[f(a)], [f(b)]]) for f in (len, np.mean, lambda v: np.var(v, ddof=1))))
     assert ours[0] == pytest.approx(scipy.stats.ttest_ind(b, a, equal_var=False).statistic, rel=1e-12)
     num, mean, none = np.array([[5.0] * 3, [5.0] * 3]), np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]), np.zeros((2, 3))
-    assert stats.welch(num, mean, none).tolist() == [np.inf, -np.inf, 0.0]  # a perfect mark of a state is no 0
+    assert welch(num, mean, none).tolist() == [np.inf, -np.inf, 0.0]  # a perfect mark of a state is no 0
 
 
 def test_power_is_what_the_test_reaches_and_too_few_donors_have_none():
-    assert stats.power(5, 9.0) == 0.0  # the smallest p is 1/16
-    assert stats.detectable(5) == np.inf
-    assert stats.power(6, 0.0) == pytest.approx(2 / 2**6, abs=0.015)  # only the two extreme patterns reject
+    assert power(5, 9.0) == 0.0  # the smallest p is 1/16
+    assert detectable(5) == np.inf
+    assert power(6, 0.0) == pytest.approx(2 / 2**6, abs=0.015)  # only the two extreme patterns reject
     # 6 donors: rejected where all six have one sign
-    assert stats.power(6, 1.5) == pytest.approx(scipy.stats.norm.cdf(1.5) ** 6, abs=0.03)
-    effects = [stats.detectable(n) for n in (6, 8, 12)]
+    assert power(6, 1.5) == pytest.approx(scipy.stats.norm.cdf(1.5) ** 6, abs=0.03)
+    effects = [detectable(n) for n in (6, 8, 12)]
     assert effects == sorted(effects, reverse=True)
-    assert stats.power(8, effects[1] + 0.1) > 0.8 > stats.power(8, effects[1] - 0.1)
+    assert power(8, effects[1] + 0.1) > 0.8 > power(8, effects[1] - 0.1)
 
 
 def test_few_donors_and_many_genes_cannot_pass_alone():
     # 8 donors: the smallest p is 1/128; with 1,000 genes 157 of them must reach it, and no fewer
-    num = stats.fewest_hits(8, 1000)
+    num = fewest_hits(8, 1000)
     p = np.ones(1000)
-    p[: num - 1] = stats.smallest_p(8)
-    assert (stats.benjamini_hochberg(p) > 0.05).all()
-    p[num - 1] = stats.smallest_p(8)
-    assert (stats.benjamini_hochberg(p) <= 0.05).sum() == num == 157
+    p[: num - 1] = smallest_p(8)
+    assert (benjamini_hochberg(p) > 0.05).all()
+    p[num - 1] = smallest_p(8)
+    assert (benjamini_hochberg(p) <= 0.05).sum() == num == 157
 
 
 def test_rank_and_donor_together_explain_nothing_of_a_gene_s_own():
@@ -227,7 +240,7 @@ def test_rank_and_donor_together_explain_nothing_of_a_gene_s_own():
     assert own[7] == pytest.approx([0.4] * 3)
     assert np.abs(np.delete(own, 7, axis=0)).max() < 0.1
     few = rank_adjustment.less_expected(means, np.where(np.arange(120) < 5, rank, np.nan))
-    assert few == pytest.approx(stats.less_background(means))
+    assert few == pytest.approx(less_background(means))
 
 
 def test_genes_exchange_within_their_neighbourhood_only():
@@ -257,15 +270,15 @@ def test_nothing_is_found_as_often_as_chance_finds_it_however_skewed_the_effects
         by_rank = np.exp(-rank / 40)[:, None] * rng.normal(6, 2, donors)
         means = by_rank + rng.lognormal(0, 1, (genes, donors))
         own = rank_adjustment.less_expected(means, rank)
-        found.append(stats.sign_flip(rank_adjustment.normal_scores(own, rank), 5000, rng))
-        plain.append(stats.sign_flip(own, 5000, rng))
+        found.append(sign_flip(rank_adjustment.normal_scores(own, rank), 5000, rng))
+        plain.append(sign_flip(own, 5000, rng))
         wide = means - np.stack(
             [rank_adjustment.expected_by_rank(column, rank, span=0.3) for column in means.T], axis=1
         )
-        stiff.append(stats.sign_flip(rank_adjustment.normal_scores(wide, rank), 5000, rng)[:3])
+        stiff.append(sign_flip(rank_adjustment.normal_scores(wide, rank), 5000, rng)[:3])
     num = 10 * genes
     for level in (0.05, 0.2, 0.5):
-        expected = stats.attainable(donors, level)
+        expected = attainable(donors, level)
         low, high = scipy.stats.binom.interval(0.999, num, expected)
         assert low <= (np.concatenate(found) <= level).sum() <= high
     assert (np.concatenate(plain) <= 0.5).sum() > scipy.stats.binom.interval(0.999, num, 0.5)[1]
@@ -284,7 +297,7 @@ def test_normal_scores_are_places_among_genes_of_like_rank():
 
 
 def test_few_values_of_p_give_less_than_the_level():
-    assert stats.attainable(8) == 6 * 2 / 256
-    assert stats.attainable(5) == 0
-    assert stats.attainable(3, 0.25) == 0.25
-    assert stats.attainable(40) == pytest.approx(0.05)
+    assert attainable(8) == 6 * 2 / 256
+    assert attainable(5) == 0
+    assert attainable(3, 0.25) == 0.25
+    assert attainable(40) == pytest.approx(0.05)

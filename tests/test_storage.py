@@ -10,8 +10,7 @@ import pyarrow as pa
 import pytest
 
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 
 @pytest.fixture
@@ -28,76 +27,76 @@ def root(request, tmp_path):
 
 
 def test_what_is_written_is_read_listed_and_removed(root):
-    uri = storage.join(root, "a", "b.json")
-    assert not storage.exists(uri)
-    storage.write_json(uri, {"x": [1, 2]})
-    storage.write_bytes(storage.join(root, "a", "c.bin"), b"0123456789")
-    assert storage.read_json(uri) == {"x": [1, 2]}
-    assert storage.list_dir(storage.join(root, "a")) == ["b.json", "c.bin"]
-    assert storage.list_dir(uri) == []  # a file is no folder
-    assert storage.glob(storage.join(root, "a", "*.bin")) == [storage.join(root, "a", "c.bin")]
-    assert storage.size(storage.join(root, "a", "c.bin")) == 10
-    with storage.open_read(storage.join(root, "a", "c.bin"), block_size=4) as file:
+    uri = files.join(root, "a", "b.json")
+    assert not files.exists(uri)
+    files.write_json(uri, {"x": [1, 2]})
+    files.write_bytes(files.join(root, "a", "c.bin"), b"0123456789")
+    assert files.read_json(uri) == {"x": [1, 2]}
+    assert files.list_dir(files.join(root, "a")) == ["b.json", "c.bin"]
+    assert files.list_dir(uri) == []  # a file is no folder
+    assert files.glob(files.join(root, "a", "*.bin")) == [files.join(root, "a", "c.bin")]
+    assert files.size(files.join(root, "a", "c.bin")) == 10
+    with files.open_read(files.join(root, "a", "c.bin"), block_size=4) as file:
         file.seek(6)
         assert file.read(3) == b"678"
-    with storage.local_copy(uri) as path:
+    with files.local_copy(uri) as path:
         assert Path(path).read_text() == '{\n "x": [\n  1,\n  2\n ]\n}\n'
-    storage.write_json(uri, 3)  # a reader never sees a stale listing or an old object
-    assert storage.read_json(uri) == 3
-    storage.remove(storage.join(root, "a"))
-    assert storage.list_dir(storage.join(root, "a")) == []
-    storage.remove(storage.join(root, "a"))  # nothing there is fine
+    files.write_json(uri, 3)  # a reader never sees a stale listing or an old object
+    assert files.read_json(uri) == 3
+    files.remove(files.join(root, "a"))
+    assert files.list_dir(files.join(root, "a")) == []
+    files.remove(files.join(root, "a"))  # nothing there is fine
 
 
 def test_the_same_table_gives_the_same_bytes(root):
     table = pa.table({"tokens": pa.array([[3, 1], [2]], pa.list_(pa.int32())), "cell": ["a", "b"]})
-    first = tables.write_table(storage.join(root, "t1.parquet"), table)
-    assert tables.write_table(storage.join(root, "t2.parquet"), table) == first
-    assert (storage.size(storage.join(root, "t1.parquet")), storage.sha256(storage.join(root, "t1.parquet"))) == first
-    assert tables.read_table(storage.join(root, "t1.parquet")).equals(table)
-    assert tables.read_table(storage.join(root, "t1.parquet"), columns=["cell"]).column_names == ["cell"]
+    first = tables.write_table(files.join(root, "t1.parquet"), table)
+    assert tables.write_table(files.join(root, "t2.parquet"), table) == first
+    assert (files.size(files.join(root, "t1.parquet")), files.sha256(files.join(root, "t1.parquet"))) == first
+    assert tables.read_table(files.join(root, "t1.parquet")).equals(table)
+    assert tables.read_table(files.join(root, "t1.parquet"), columns=["cell"]).column_names == ["cell"]
 
 
 def test_of_several_who_create_a_file_one_succeeds(root):
-    uri = storage.join(root, "claim")
-    assert storage.create_bytes(uri, b"first")
-    assert not storage.create_bytes(uri, b"second")
-    assert storage.read_bytes(uri) == b"first"
-    assert storage.list_dir(root) == ["claim"]
+    uri = files.join(root, "claim")
+    assert files.create_bytes(uri, b"first")
+    assert not files.create_bytes(uri, b"second")
+    assert files.read_bytes(uri) == b"first"
+    assert files.list_dir(root) == ["claim"]
 
 
 def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(tmp_path):
     uri = str(tmp_path / "f")
-    storage.write_bytes(uri, b"old")
+    files.write_bytes(uri, b"old")
     code = (
         "import os, signal; from pathlib import Path; from mixgf.storage import files as storage\n"
         "Path.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"storage.write_bytes({uri!r}, b'new' * 1000)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    assert storage.read_bytes(uri) == b"old"
-    assert storage.list_dir(str(tmp_path)) == ["f"]  # the torn temporary is not listed
+    assert files.read_bytes(uri) == b"old"
+    assert files.list_dir(str(tmp_path)) == ["f"]  # the torn temporary is not listed
 
 
 def test_an_unknown_storage_is_refused():
     with pytest.raises(UserError, match="tape:// is not a known storage"):
-        storage.exists("tape://x/y")
+        files.exists("tape://x/y")
 
 
 def test_resources_travel_with_the_package():
-    assert storage.exists("resource:orthologs.parquet")
-    assert storage.glob("resource:nothing.parquet") == []
+    assert files.exists("resource:orthologs.parquet")
+    assert files.glob("resource:nothing.parquet") == []
 
 
 def test_a_corpus_on_s3_is_inspected_like_one_on_disk(s3, make_corpus):
-    from mixgf.corpus import summary as inspection
+    from mixgf.corpus import summary
 
     uri = make_corpus([5, 9, 7, 3], [0, 0, 1, 1], [2, 2])
     there = f"{s3}/inspected/corpus"
     for name in ("record.json", "vocabulary.parquet", "shards/00000.parquet", "shards/00001.parquet"):
-        storage.upload(Path(uri) / name, f"{there}/{name}")
-    assert inspection.inspect(there) == inspection.inspect(uri) | {"uri": there}
+        files.upload(Path(uri) / name, f"{there}/{name}")
+    assert summary.inspect(there) == summary.inspect(uri) | {"uri": there}
     with pytest.raises(
         UserError, match=rf"{s3}/inspected: the folder of a whole run, not a corpus; its corpus is {there}"
     ):
-        inspection.inspect(f"{s3}/inspected")
+        summary.inspect(f"{s3}/inspected")

@@ -8,13 +8,13 @@ from mixgf.config import recipes
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
 from mixgf.errors import UserError
-from mixgf.tuning import space as sweep
+from mixgf.tuning import search_space
 
 BASE = Config(tune=Tune(space=("train.lr=[0.1]",)))
 
 
 def arms(*space, **settings):
-    return sweep.arms(Config(tune=Tune(space=space, **settings)))
+    return search_space.arms(Config(tune=Tune(space=space, **settings)))
 
 
 def test_the_base_comes_first_and_entries_are_crossed_within_and_added_between():
@@ -79,7 +79,7 @@ def test_a_wrong_space_is_refused_in_one_line(space, said):
 
 def test_rungs_are_steps_that_rise_to_the_end():
     config = replace(BASE, tune=Tune(rungs=(0.001, 0.002, 0.5, 1.0)))
-    assert sweep.rungs(config, 100) == [1, 50, 100]
+    assert search_space.rungs(config, 100) == [1, 50, 100]
     with pytest.raises(UserError, match="rising shares"):
         Tune(rungs=(0.5, 0.2, 1.0))
     with pytest.raises(UserError, match="the last 1"):
@@ -88,14 +88,14 @@ def test_rungs_are_steps_that_rise_to_the_end():
 
 def test_the_better_share_and_the_base_go_on_and_a_failed_arm_does_not():
     scores = {"base": [0.1, 0.1], "a": [0.5, 0.3], "b": [0.9], "c": [0.3, 0.4], "d": [0.2, 0.2]}
-    assert sweep.survivors(scores, 0.4, 2) == ["base", "a", "c"]
-    assert sweep.survivors(scores, 1.0, 2) == ["base", "a", "c", "d"]
-    assert sweep.survivors({"base": [0.1], "a": [0.5, 0.3]}, 0.5, 2) == ["a"]
+    assert search_space.survivors(scores, 0.4, 2) == ["base", "a", "c"]
+    assert search_space.survivors(scores, 1.0, 2) == ["base", "a", "c", "d"]
+    assert search_space.survivors({"base": [0.1], "a": [0.5, 0.3]}, 0.5, 2) == ["a"]
 
 
 @pytest.mark.parametrize("name", ["cl_ablation", "data_ladder"])
 def test_the_recipes_have_the_arms_that_their_texts_promise(name):
-    found = sweep.arms(recipes.get(name))
+    found = search_space.arms(recipes.get(name))
     changed = {field for arm in found for field, _ in arm.changes}
     wanted = {
         "cl_ablation": {"objective.view", "objective.pooling", "objective.contrast_weight", "objective.temperature",

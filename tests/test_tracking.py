@@ -7,7 +7,7 @@ from mlflow.tracking import MlflowClient
 
 from mixgf.config import recipes
 from mixgf.config.parse import override
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.tracking import mlflow_runs
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def config(tmp_path):
 
 def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
     def killed():
-        with tracking.stage(config, "pretrain", {"train": {"lr": 1e-3}}, "abc") as run:
+        with mlflow_runs.stage(config, "pretrain", {"train": {"lr": 1e-3}}, "abc") as run:
             run.log({"loss/mlm": 9.5}, step=1)
             seen.append(run.id)
             raise RuntimeError("killed")
@@ -25,9 +25,9 @@ def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
     seen = []
     with pytest.raises(RuntimeError, match="killed"):
         killed()
-    client = MlflowClient(tracking.uri(config))
+    client = MlflowClient(mlflow_runs.uri(config))
     assert client.get_run(seen[0]).info.status == "FAILED"
-    with tracking.stage(config, "pretrain", {"train": {"lr": 1e-3}}, "abc") as again:
+    with mlflow_runs.stage(config, "pretrain", {"train": {"lr": 1e-3}}, "abc") as again:
         again.log_many([(2, "loss/mlm", 9.0), (2, "bad", float("nan")), (3, "loss/mlm", 8.5)])
         again.artifact(__file__)
     assert again.id == seen[0]
@@ -36,26 +36,26 @@ def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
     assert done.data.params["train.lr"] == "0.001"
     assert [(m.step, m.value) for m in client.get_metric_history(seen[0], "loss/mlm")] == [(1, 9.5), (2, 9.0), (3, 8.5)]
     assert "bad" not in done.data.metrics
-    assert tracking.page(config).endswith(
+    assert mlflow_runs.page(config).endswith(
         f"/#/experiments/{done.info.experiment_id}/runs?workflowType=machine_learning"
     )
     assert [f.path for f in client.list_artifacts(seen[0])] == [Path(__file__).name]
-    with tracking.stage(config, "pretrain", {}, "def") as other:
+    with mlflow_runs.stage(config, "pretrain", {}, "def") as other:
         assert other.id != seen[0]
 
 
 def test_the_page_of_a_run_is_told_for_servers_alone_and_without_a_password():
     assert (
-        tracking._page("https://me:word@mlflow.example.org/", "3", "abc")
+        mlflow_runs._page("https://me:word@mlflow.example.org/", "3", "abc")
         == "https://mlflow.example.org/#/experiments/3/runs/abc"
     )
-    assert tracking._page("http://127.0.0.1:5000", "3", "abc") == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
-    assert tracking._page("sqlite:////tmp/mlflow.db", "3", "abc") == ""
+    assert mlflow_runs._page("http://127.0.0.1:5000", "3", "abc") == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
+    assert mlflow_runs._page("sqlite:////tmp/mlflow.db", "3", "abc") == ""
 
 
 def test_only_what_is_missing_is_logged_however_often(config):
     rows = [(1, "loss", 9.0), (1, "mlm", 8.0), (2, "loss", 7.0), (2, "mlm", 6.0), (2, "bad", float("inf"))]
-    with tracking.stage(config, "pretrain", {}, "abc") as run:
+    with mlflow_runs.stage(config, "pretrain", {}, "abc") as run:
         run.log_many([rows[0], rows[3]])
         for _ in range(2):
             run.log_missing(rows)
@@ -69,13 +69,13 @@ def test_only_what_is_missing_is_logged_however_often(config):
 
 
 def test_the_store_is_beside_the_artifacts_unless_the_environment_names_one(config, tmp_path, monkeypatch):
-    assert tracking.uri(config) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert mlflow_runs.uri(config) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking.uri(config) == "http://127.0.0.1:5000"
+    assert mlflow_runs.uri(config) == "http://127.0.0.1:5000"
 
 
 def test_runs_under_a_run_are_known_by_their_keys_and_one_that_died_half_logged_is_logged_over(config):
-    with tracking.stage(config, "classify", {}, "parent") as run:
+    with mlflow_runs.stage(config, "classify", {}, "parent") as run:
         run.child("first", "k1", {"model": {"knn": 5}}, {"f1": 0.5, "bad": float("nan")})
         client = MlflowClient(run.uri)
         ident = client.get_run(run.id).info.experiment_id
@@ -91,5 +91,5 @@ def test_runs_under_a_run_are_known_by_their_keys_and_one_that_died_half_logged_
     assert found["k2"].data.metrics == {"f1": 0.75}
     assert found["k1"].data.metrics == {"f1": 0.5}
     assert found["k1"].data.params == {"model.knn": "5"}
-    with tracking.stage(config, "classify", {}, "another") as other:
+    with mlflow_runs.stage(config, "classify", {}, "another") as other:
         assert other.children() == set()

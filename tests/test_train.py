@@ -10,14 +10,13 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from mixgf.config import data, run, training
-from mixgf.corpus import reader as dataset
-from mixgf.encoder import batch as encoder_batch
+from mixgf.corpus import reader
+from mixgf.encoder.batch import pack
 from mixgf.encoder.bert import Encoder, MaskedModel, pool
 from mixgf.errors import UserError
 from mixgf.storage import tables
-from mixgf.training import checkpoints
-from mixgf.training import context as training_context
-from mixgf.training import loop as train
+from mixgf.training import checkpoints, loop
+from mixgf.training.context import GroupContext, LocalContext
 from mixgf.training.pretraining import Pretraining, part_of
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
@@ -35,7 +34,7 @@ def uri(make_corpus):
 
 def pretrain(uri, output="", *, context=None, settings=SETTINGS, identity="a", stop=0):
     """Train on a corpus; `stop` dies like a killed process when that step is asked for."""
-    corpus = dataset.Corpus(uri)
+    corpus = reader.Corpus(uri)
     task = Pretraining(dataclasses.replace(CONFIG, train=settings), corpus)
     model = MaskedModel(ROW, corpus.vocabulary.size, seed=1)
     if stop:
@@ -48,9 +47,7 @@ def pretrain(uri, output="", *, context=None, settings=SETTINGS, identity="a", s
             return work(step, rank, world_size)
 
         task.work = die
-    return train.fit(
-        model, task, settings, context or training_context.LocalContext(), uri=output, identity=identity
-    ), model
+    return loop.fit(model, task, settings, context or LocalContext(), uri=output, identity=identity), model
 
 
 def trace(rows):
@@ -65,12 +62,12 @@ def undisturbed(uri, tmp_path_factory):
 
 
 def test_the_model_learns_which_genes_are_of_the_cells_species(uri):
-    corpus = dataset.Corpus(uri)
+    corpus = reader.Corpus(uri)
     settings = dataclasses.replace(SETTINGS, epochs=45, warmup_steps=5, log_steps=10)
     row = dataclasses.replace(ROW, num_layers=1)
     chosen = dataclasses.replace(CONFIG, model=row, train=settings, objective=training.Objective(contrast_weight=0.0))
     model = MaskedModel(row, corpus.vocabulary.size)
-    losses = trace(train.fit(model, Pretraining(chosen, corpus), settings, training_context.LocalContext()))
+    losses = trace(loop.fit(model, Pretraining(chosen, corpus), settings, LocalContext()))
     assert losses[1, "mlm"] == pytest.approx(math.log(83), abs=0.1)
     assert np.mean([losses[step, "mlm"] for step in (150, 160, 170, 180)]) < math.log(40)
 
@@ -126,7 +123,7 @@ def _group_worker(rank, world_size, port, uri, output):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    pretrain(uri, output, context=training_context.GroupContext(torch.device("cpu")))
+    pretrain(uri, output, context=GroupContext(torch.device("cpu")))
     dist.destroy_process_group()
 
 
@@ -138,14 +135,14 @@ def test_two_workers_give_the_losses_of_one(uri, undisturbed, tmp_path):
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     mp.spawn(_group_worker, (2, port, uri, str(tmp_path)), nprocs=2)
-    ours = trace(train.History(str(tmp_path), 12).rows)
+    ours = trace(loop.History(str(tmp_path), 12).rows)
     assert ours.keys() == undisturbed[0].keys()
     for key, value in undisturbed[0].items():
         assert ours[key] == pytest.approx(value, rel=1e-5), key
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(uri, tmp_path):
-    corpus = dataset.Corpus(uri)
+    corpus = reader.Corpus(uri)
     task = Pretraining(CONFIG, corpus)
     model = MaskedModel(ROW, corpus.vocabulary.size)
     backward = task.backward
@@ -158,40 +155,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(u
     spoil.step = 0
     task.backward = spoil
     with pytest.raises(UserError, match=r"step 6 \(epoch 1\): mlm = nan; lower train.lr"):
-        train.fit(model, task, SETTINGS, training_context.LocalContext(), uri=str(tmp_path))
+        loop.fit(model, task, SETTINGS, LocalContext(), uri=str(tmp_path))
     assert checkpoints.complete_steps(str(tmp_path)) == [4]
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_learning_rate_by_hand():
     settings = training.Train(lr=1.0, warmup_steps=4, schedule="cosine")
-    rates = [train.learning_rate(settings, step, 12) for step in (0, 3, 4, 8, 12)]
+    rates = [loop.learning_rate(settings, step, 12) for step in (0, 3, 4, 8, 12)]
     assert rates == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
     linear = dataclasses.replace(settings, schedule="linear")
-    assert train.learning_rate(linear, 6, 12) == pytest.approx(0.75)
-    assert train.learning_rate(dataclasses.replace(settings, schedule="constant"), 11, 12) == 1.0
+    assert loop.learning_rate(linear, 6, 12) == pytest.approx(0.75)
+    assert loop.learning_rate(dataclasses.replace(settings, schedule="constant"), 11, 12) == 1.0
 
 
 def test_biases_and_norms_do_not_decay():
     model = MaskedModel(ROW, 50)
-    decays = {id(p): g["weight_decay"] for g in train.make_optimizer(model, SETTINGS).param_groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in loop.make_optimizer(model, SETTINGS).param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
         assert decays[id(parameter)] == (0.0 if "norm" in name or "bias" in name else SETTINGS.weight_decay), name
 
 
 def test_gradients_are_clipped_to_the_set_norm():
     model = torch.nn.Linear(2, 1, bias=False)
-    flat = train._Flat(model, torch.device("cpu"))
+    flat = loop._Flat(model, torch.device("cpu"))
     flat.zero()
     (model(torch.tensor([[3.0, 4.0]]))).sum().backward()
-    values = flat.reduce({"loss": torch.tensor(2.0)}, training_context.LocalContext())
+    values = flat.reduce({"loss": torch.tensor(2.0)}, LocalContext())
     assert values == {"loss": 2.0, "grad_norm": 5.0}
     flat.clip(values["grad_norm"], 1.0)
     assert model.weight.grad.tolist()[0] == pytest.approx([0.6, 0.8])
 
 
 def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
-    corpus = dataset.Corpus(uri)
+    corpus = reader.Corpus(uri)
     labels = torch.tensor([c % 2 for c in range(23)])  # = the species: easy to learn
 
     class Classifier(torch.nn.Module):
@@ -202,7 +199,7 @@ def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
 
     def batches(step, rank, world_size):
         tokens, offsets = corpus.tokens(range(23))
-        return train.BatchWork([encoder_batch.pack([(tokens, offsets)], range(23))], 23)
+        return loop.BatchWork([pack([(tokens, offsets)], range(23))], 23)
 
     def loss(model, batch):
         z = pool(model.encoder(batch.ids_T, batch.offsets_B1), batch.offsets_B1, "mean")
@@ -216,14 +213,14 @@ def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
     model.encoder.tokens.requires_grad_(False)
     before = model.encoder.tokens.clone()
     settings = dataclasses.replace(SETTINGS, warmup_steps=0)
-    rows = train.fit(model, train.LossTask(40, batches, loss), settings, training_context.LocalContext())
+    rows = loop.fit(model, loop.LossTask(40, batches, loss), settings, LocalContext())
     figures = {(step, name): value for step, _, name, value in rows}
     assert figures[40, "accuracy"] == 1.0
     assert torch.equal(model.encoder.tokens, before)
 
 
 def test_the_measured_peak_is_a_plausible_speed():
-    assert 1e9 < train.measure_peak(torch.device("cpu"), "fp32", seconds=0.05) < 1e13
+    assert 1e9 < loop.measure_peak(torch.device("cpu"), "fp32", seconds=0.05) < 1e13
 
 
 def test_memory_is_flat_over_a_run(make_corpus):
@@ -231,7 +228,7 @@ def test_memory_is_flat_over_a_run(make_corpus):
     import psutil
 
     lengths = np.random.default_rng(1).integers(20, 200, 120)
-    corpus = dataset.Corpus(make_corpus(lengths, np.arange(120) % 2, [60, 60], genes=220))
+    corpus = reader.Corpus(make_corpus(lengths, np.arange(120) % 2, [60, 60], genes=220))
     row = dataclasses.replace(ROW, max_positions=200, num_layers=1, dim=128)
     settings = dataclasses.replace(SETTINGS, batch_cells=8, epochs=6, log_steps=1000)
     chosen = dataclasses.replace(CONFIG, model=row, tokens=data.Tokens(max_len=200), train=settings)
@@ -243,17 +240,17 @@ def test_memory_is_flat_over_a_run(make_corpus):
         return backward(model, work, group)
 
     task.backward = watched
-    train.fit(MaskedModel(row, corpus.vocabulary.size), task, settings, training_context.LocalContext())
+    loop.fit(MaskedModel(row, corpus.vocabulary.size), task, settings, LocalContext())
     assert len(resident) == 90
     assert max(resident[80:]) - max(resident[:20]) < 30  # MB
 
 
 def test_a_training_that_stops_at_a_step_and_goes_on_equals_one_that_never_stopped(uri, tmp_path):
-    corpus = dataset.Corpus(uri)
+    corpus = reader.Corpus(uri)
 
     def go(to, until=0):
         task, model = Pretraining(CONFIG, corpus), MaskedModel(ROW, corpus.vocabulary.size, seed=1)
-        rows = train.fit(model, task, SETTINGS, training_context.LocalContext(), uri=to, identity="a", until=until)
+        rows = loop.fit(model, task, SETTINGS, LocalContext(), uri=to, identity="a", until=until)
         return [row for row in rows if row[2] in LOSSES], model
 
     whole, model = go(str(tmp_path / "whole"))
@@ -269,7 +266,7 @@ def test_a_share_of_the_cells_is_part_of_every_larger_share_and_each_is_seen_onc
     assert set(part_of(1000, 0.1)) < set(part_of(1000, 0.3)) < set(part_of(1000, 1.0))
     assert [len(part_of(1000, share)) for share in (0.0001, 0.1, 1.0)] == [1, 100, 1000]
     some = dataclasses.replace(CONFIG, train=dataclasses.replace(SETTINGS, cells_share=0.5))
-    task = Pretraining(some, dataset.Corpus(uri))
+    task = Pretraining(some, reader.Corpus(uri))
     assert (task.steps_per_epoch, task.num_steps) == (2, 6)
     for epoch in range(3):
         works = [task.work(2 * epoch + step, 0, 1) for step in (0, 1)]

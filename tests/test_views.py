@@ -3,9 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from mixgf import rng as keyed
-from mixgf.corpus import packed
-from mixgf.corpus import reader as dataset
+from mixgf import rng
+from mixgf.corpus import packed, reader
 from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.training import views
@@ -20,7 +19,7 @@ def uri(make_corpus):
 
 @pytest.fixture(scope="module")
 def corpus(uri):
-    return dataset.Corpus(uri)
+    return reader.Corpus(uri)
 
 
 def masked(*, num_cells=3000, seed=0, epoch=0, view=0, visits=None, fraction=0.15):
@@ -86,7 +85,7 @@ def test_orthologs_without_a_table_that_fits_are_refused(corpus, make_corpus):
     other = make_corpus([5], [0], [1], names=("rat", "pig"))
     with pytest.raises(UserError, match="links no two species"):
         views.Translator(corpus.vocabulary, {("rat", "pig"): {}})
-    assert dataset.Corpus(other).species == ("rat", "pig")
+    assert reader.Corpus(other).species == ("rat", "pig")
 
 
 def test_masks_are_the_plain_ones_draw_by_draw():
@@ -101,7 +100,7 @@ def test_masks_are_the_plain_ones_draw_by_draw():
     tokens = np.random.default_rng(0).integers(0, 50, offsets[-1]).astype(np.int32)
     inputs, at, true = views.mask((tokens, offsets), visits, kinds, views.Pools.of(genes), fraction=0.3, key=(5, 6, 1))
     cell, place = np.repeat(np.arange(4), lengths), np.concatenate([np.arange(n) for n in lengths])
-    chosen, action, gene = (keyed.uniform(5, 6, 1, visits[cell], place, stream) for stream in range(3))
+    chosen, action, gene = (rng.uniform(5, 6, 1, visits[cell], place, stream) for stream in range(3))
     expected = tokens.copy()
     where = np.flatnonzero((chosen < 0.3) & (tokens >= 3))
     for t in where:

@@ -8,7 +8,7 @@ import pytest
 
 from mixgf.config.data import SpeciesRow
 from mixgf.errors import UserError
-from mixgf.genes import vocabulary as vocab
+from mixgf.genes import vocabulary
 from mixgf.storage import tables
 
 
@@ -22,7 +22,7 @@ PAIRS = {("zebra", "ant"): {"Z2": "A1"}, ("ant", "zebra"): {"A1": "Z2"}}
 
 
 def build(sharing="separate", medians=MEDIANS):
-    return vocab.build(medians, TABLES, sharing=sharing, orthologs=PAIRS)
+    return vocabulary.build(medians, TABLES, sharing=sharing, orthologs=PAIRS)
 
 
 def test_ids_follow_the_specials_by_species_then_by_gene():
@@ -49,7 +49,7 @@ def test_one_to_one_orthologs_share_an_id_when_asked():
 def test_three_species_never_give_one_id_to_two_genes_of_a_species():
     medians = {"a": {"A1": 1.0}, "b": {"B1": 1.0}, "c": {"C1": 1.0, "C2": 1.0}}
     pairs = {("b", "a"): {"B1": "A1"}, ("c", "a"): {"C1": "A1"}, ("c", "b"): {"C2": "B1"}}
-    v = vocab.build(medians, {n: table(list(g)) for n, g in medians.items()}, sharing="ortholog", orthologs=pairs)
+    v = vocabulary.build(medians, {n: table(list(g)) for n, g in medians.items()}, sharing="ortholog", orthologs=pairs)
     assert len(set(v.of("c").tokens.tolist())) == 2
 
 
@@ -66,7 +66,7 @@ def test_the_hash_covers_what_decides_a_sentence_and_survives_a_round_trip(tmp_p
     v = build()
     uri = str(tmp_path / "vocabulary.parquet")
     v.save(uri)
-    again = vocab.Vocabulary.load(str(tmp_path))
+    again = vocabulary.Vocabulary.load(str(tmp_path))
     assert again.hash == v.hash
     assert again.table.equals(v.table)
     assert (again.species, again.sharing) == (v.species, v.sharing)
@@ -76,7 +76,7 @@ def test_the_hash_covers_what_decides_a_sentence_and_survives_a_round_trip(tmp_p
     edited = v.table.set_column(4, "median", pa.array(np.full(5, 1.0)))
     tables.write_table(uri, edited.replace_schema_metadata(tables.read_table(uri).schema.metadata))
     with pytest.raises(UserError, match="does not fit its hash"):
-        vocab.Vocabulary.load(uri)
+        vocabulary.Vocabulary.load(uri)
 
 
 def test_medians_are_imported_by_species_from_a_published_layout(tmp_path):
@@ -88,14 +88,14 @@ def test_medians_are_imported_by_species_from_a_published_layout(tmp_path):
     text = "key\ttoken\tmedian\tname\n<pad>\t0\t\t\nENSG01\t2\t1.25\tA\nENSG02\t3\t2.5\tB\nENSMUSG07\t4\t0.5\tC\nX\t5\t1\tD\n"
     path = tmp_path / "m.tsv.gz"
     path.write_bytes(gzip.compress(text.encode()))
-    assert vocab.read_medians(str(path), rows, known) == {
+    assert vocabulary.read_medians(str(path), rows, known) == {
         "human": {"ENSG01": 1.25, "ENSG02": 2.5},
         "mouse": {"ENSMUSG07": 0.5},
     }
     bad = tmp_path / "bad.tsv"
     bad.write_text("gene\tmedian\nENSG01\t-1\n")
     with pytest.raises(UserError, match="median of ENSG01 is -1"):
-        vocab.read_medians(str(bad), rows, known)
+        vocabulary.read_medians(str(bad), rows, known)
     bad.write_text("name\tvalue\nENSG01\t-1\n")
     with pytest.raises(UserError, match="must have gene and median"):
-        vocab.read_medians(str(bad), rows, known)
+        vocabulary.read_medians(str(bad), rows, known)

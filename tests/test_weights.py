@@ -12,23 +12,21 @@ import pytest
 import torch
 
 from mixgf import cli
-from mixgf.config import data as config_data
-from mixgf.config import parse as config
-from mixgf.config import run as config_run
+from mixgf.config import parse
+from mixgf.config.data import HUMAN, MOUSE
+from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.stages import export
-from mixgf.stages import import_weights as weights
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.stages import export, import_weights
+from mixgf.storage import artifacts, files
+from mixgf.storage.tables import write_table
 
 transformers = pytest.importorskip("transformers")
-ROWS = {"human": config_data.HUMAN, "mouse": config_data.MOUSE}
+ROWS = {"human": HUMAN, "mouse": MOUSE}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
@@ -51,10 +49,8 @@ def corpus(folder, *, species=("human",), genes=300, cls=False, longest=60):
         np.array([len(c) for c in cells], dtype=np.int32),
         np.repeat(np.arange(len(species)), 4).astype(np.int8),
     )
-    storage_tables.write_table(
-        f"{folder}/corpus/shards/0.parquet", pa.table({"tokens": pa.array(cells, pa.list_(pa.int32()))})
-    )
-    storage_tables.write_table(f"{folder}/corpus/index.parquet", pa.table({"length": lengths, "species": codes}))
+    write_table(f"{folder}/corpus/shards/0.parquet", pa.table({"tokens": pa.array(cells, pa.list_(pa.int32()))}))
+    write_table(f"{folder}/corpus/index.parquet", pa.table({"length": lengths, "species": codes}))
     record = artifacts.plan("corpus", 1, {"tokens": {"cls": cls, "max_len": int(lengths.max())}}, {})
     details = {
         "species": list(species),
@@ -141,7 +137,7 @@ def test_a_published_model_gives_its_states_and_scores_here_and_comes_back(tmp_p
 
     assert cli.main(["export", *run]) == 0
     back = transformers.BertForMaskedLM.from_pretrained(f"{tmp_path}/bert").eval()
-    ours = storage.read_json(f"{tmp_path}/bert/token_dictionary.json")
+    ours = files.read_json(f"{tmp_path}/bert/token_dictionary.json")
     assert [ours[g] for g in genes] == list(range(len(genes)))
     for a, b in itertools.pairwise(offsets):
         again = back(input_ids=torch.from_numpy(tokens[a:b]).long()[None], output_hidden_states=True)
@@ -160,13 +156,13 @@ def small(tmp_path_factory):
 
 
 def settings(output, tracking_uri, *changes):
-    return config.override(config_run.Config(), [f"output={output}", f"tracking.uri={tracking_uri}", *changes])
+    return parse.override(Config(), [f"output={output}", f"tracking.uri={tracking_uri}", *changes])
 
 
 def test_genes_that_a_model_does_not_know_are_counted_and_start_anew(small, tmp_path, tracking_uri, caplog):
     cells = corpus(tmp_path, species=("human", "mouse"), genes=50)
     with caplog.at_level("INFO", "mixgf"):
-        uri = weights.bring(settings(tmp_path, tracking_uri), str(small))
+        uri = import_weights.bring(settings(tmp_path, tracking_uri), str(small))
     assert "human: 50 of 50 genes have the model's vectors" in caplog.text
     assert "mouse: 0 of 50 genes" in caplog.text
     tokens = checkpoint.load_model(uri)[0].encoder.tokens.detach()
@@ -176,11 +172,11 @@ def test_genes_that_a_model_does_not_know_are_counted_and_start_anew(small, tmp_
         assert torch.equal(tokens[token], theirs[dictionary[genes[token]]])
     mouse = tokens[cells.vocabulary.of("mouse").tokens.tolist()]
     assert torch.equal(mouse, MaskedModel(checkpoint.load_model(uri)[0].encoder.row, len(genes)).encoder.tokens[-50:])
-    before = storage.sha256(f"{uri}/model.safetensors")
-    assert weights.bring(settings(tmp_path, tracking_uri), str(small)) == uri
-    assert storage.sha256(f"{uri}/model.safetensors") == before
+    before = files.sha256(f"{uri}/model.safetensors")
+    assert import_weights.bring(settings(tmp_path, tracking_uri), str(small)) == uri
+    assert files.sha256(f"{uri}/model.safetensors") == before
     with pytest.raises(UserError, match=r"holds another checkpoint: config.seed: 0 -> 1"):
-        weights.bring(settings(tmp_path, tracking_uri, "seed=1"), str(small))
+        import_weights.bring(settings(tmp_path, tracking_uri, "seed=1"), str(small))
 
 
 def edit(**changes):
@@ -231,7 +227,7 @@ def test_what_cannot_be_imported_is_refused_in_one_line_and_leaves_no_checkpoint
     change(folder)
     corpus(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        weights.bring(settings(tmp_path, tracking_uri), str(folder))
+        import_weights.bring(settings(tmp_path, tracking_uri), str(folder))
     assert "\n" not in str(caught.value)
     assert artifacts.find(f"{tmp_path}/pretrain") is None
 
@@ -239,12 +235,12 @@ def test_what_cannot_be_imported_is_refused_in_one_line_and_leaves_no_checkpoint
 def test_a_corpus_with_cls_is_refused_for_a_model_without(small, tmp_path, tracking_uri):
     corpus(tmp_path, cls=True)
     with pytest.raises(UserError, match=r"tokens\.cls = true: this model knows no <cls>; prepare the corpus with"):
-        weights.bring(settings(tmp_path, tracking_uri), str(small))
+        import_weights.bring(settings(tmp_path, tracking_uri), str(small))
 
 
 def test_an_export_needs_the_corpus_whose_vocabulary_the_weights_have(small, tmp_path, tracking_uri):
     corpus(tmp_path / "a")
     corpus(tmp_path / "b", genes=301)
-    uri = weights.bring(settings(tmp_path / "a", tracking_uri), str(small))
+    uri = import_weights.bring(settings(tmp_path / "a", tracking_uri), str(small))
     with pytest.raises(UserError, match=r"inputs\.checkpoint: made with vocabulary"):
         export.export(settings(tmp_path / "b", tracking_uri, f"inputs.checkpoint={uri}"))

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from mixgf.cells.reader import RawBlock
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 _CHUNK_CACHE = 32 << 20
 
@@ -19,11 +19,11 @@ _CHUNK_CACHE = 32 << 20
 @contextmanager
 def _h5(uri: str) -> Iterator[h5py.File]:
     options: dict[str, Any] = {"rdcc_nbytes": _CHUNK_CACHE}
-    if storage.is_local(uri):
-        with storage.local_copy(uri) as path, h5py.File(path, "r", **options) as file:
+    if files.is_local(uri):
+        with files.local_copy(uri) as path, h5py.File(path, "r", **options) as file:
             yield file
         return
-    with storage.open_read(uri) as stream, h5py.File(stream, "r", **options) as file:
+    with files.open_read(uri) as stream, h5py.File(stream, "r", **options) as file:
         yield file
 
 

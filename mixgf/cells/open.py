@@ -18,7 +18,7 @@ from mixgf.cells.hdf5 import _h5
 from mixgf.cells.reader import Reader
 from mixgf.cells.tenx import _mtx, _tenx
 from mixgf.errors import StorageError, UserError
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 
 def format_of(uri: str) -> str:
@@ -28,7 +28,7 @@ def format_of(uri: str) -> str:
         return "h5ad"
     if name.endswith((".h5", ".hdf5")):
         return "10x_h5"
-    if name in ("matrix.mtx", "matrix.mtx.gz") or {"matrix.mtx", "matrix.mtx.gz"} & set(storage.list_dir(uri)):
+    if name in ("matrix.mtx", "matrix.mtx.gz") or {"matrix.mtx", "matrix.mtx.gz"} & set(files.list_dir(uri)):
         return "mtx"
     msg = (
         f"{uri}: not a known format; give an .h5ad, a 10x .h5, or a folder with matrix.mtx(.gz), features and barcodes"
@@ -39,7 +39,7 @@ def format_of(uri: str) -> str:
 @contextmanager
 def open_reader(uri: str, layer: str = "X") -> Iterator[Reader]:
     """Open one source file; a file that is not there, truncated or damaged is a `UserError`."""
-    if not storage.exists(uri):
+    if not files.exists(uri):
         msg = f"{uri}: no such file; check the path (and the endpoint and keys, on object storage)"
         raise UserError(msg)
     kind = format_of(uri)

@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.cells.reader import RawBlock, Reader, by_row, cut_rows
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 BAND_ROWS = 2_500
 
@@ -28,7 +27,7 @@ def write(reader: Reader, to: str) -> None:
     assert reader.scan is not None, reader.uri
     num_bands = -(-reader.num_rows // BAND_ROWS)
     with tempfile.TemporaryDirectory(prefix="mixgf-") as name:
-        files = [Path(name) / str(band) for band in range(num_bands)]
+        paths = [Path(name) / str(band) for band in range(num_bands)]
         entry = np.dtype([("row", np.uint16), ("column", np.int32), ("value", np.float64)])
         for row, column, value in reader.scan():
             entry = np.dtype([("row", np.uint16), ("column", np.int32), ("value", value.dtype)])
@@ -38,9 +37,9 @@ def write(reader: Reader, to: str) -> None:
             entries["row"], entries["column"], entries["value"] = within[order], column[order], value[order]
             present, first = np.unique(band[order], return_index=True)
             for b, a, z in zip(present.tolist(), first, np.append(first[1:], len(row)), strict=True):
-                with files[b].open("ab") as file:
+                with paths[b].open("ab") as file:
                     entries[a:z].tofile(file)
-        for b, path in enumerate(files):
+        for b, path in enumerate(paths):
             entries = np.fromfile(path, entry) if path.exists() else np.empty(0, entry)
             num_rows = min(BAND_ROWS, reader.num_rows - b * BAND_ROWS)
             data, indices, indptr = by_row(entries["row"], entries["column"], entries["value"], num_rows)
@@ -65,4 +64,4 @@ def read(at: str, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
 
 
 def _uri(folder: str, band: int) -> str:
-    return storage.join(folder, f"{band:06d}.parquet")
+    return files.join(folder, f"{band:06d}.parquet")

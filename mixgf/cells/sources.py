@@ -9,14 +9,14 @@ from dataclasses import replace
 
 from mixgf.config.data import Source
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 
 def resolve(sources: Iterable[Source]) -> tuple[Source, ...]:
     """Expand globs and give every file a name of its own; a pattern without a match is a `UserError`."""
     out: list[Source] = []
     for i, source in enumerate(sources):
-        uris = storage.glob(source.uri) if re.search(r"[*?\[]", source.uri) else [source.uri]
+        uris = files.glob(source.uri) if re.search(r"[*?\[]", source.uri) else [source.uri]
         if not uris:
             msg = f"sources[{i}].uri = {source.uri!r}: matches no file; check the pattern"
             raise UserError(msg)

@@ -14,7 +14,7 @@ import pyarrow.csv as pa_csv
 
 from mixgf.cells.hdf5 import _csr_blocks, _strings
 from mixgf.cells.reader import Reader, Triples, _gather, _refuse
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 _EXPRESSION = "Gene Expression"
 
@@ -57,12 +57,12 @@ def _mtx(uri: str, layer: str) -> Reader:
     if layer != "X":
         raise _refuse(uri, f"layer = {layer!r}: a Matrix Market folder has only 'X'")
     folder = uri.rstrip("/").rsplit("/", 1)[0] if ".mtx" in uri.rstrip("/").rsplit("/", 1)[-1] else uri
-    have = storage.list_dir(folder)
+    have = files.list_dir(folder)
 
     def find(*names: str) -> str:
         for name in names:
             if name in have:
-                return storage.join(folder, name)
+                return files.join(folder, name)
         raise _refuse(
             folder, f"no {names[0]}; a Matrix Market folder has matrix.mtx, features.tsv (genes.tsv) and barcodes.tsv"
         )
@@ -96,7 +96,7 @@ def _mtx(uri: str, layer: str) -> Reader:
 
 @contextmanager
 def _text(uri: str) -> Iterator[BinaryIO]:
-    with storage.open_read(uri) as raw:
+    with files.open_read(uri) as raw:
         if not uri.endswith(".gz"):
             yield raw
             return

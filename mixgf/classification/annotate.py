@@ -19,19 +19,17 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.cells import counts as corpus
+from mixgf.cells import counts
 from mixgf.cells.open import format_of, open_reader
 from mixgf.classification import classifier
 from mixgf.classification.classifier import DOUBTED, EMPTY, Kept
-from mixgf.config import data
-from mixgf.config import parse as config
+from mixgf.config import data, parse
 from mixgf.config.data import Source, SpeciesRow
-from mixgf.corpus import rank_value as tokenize
+from mixgf.corpus import rank_value
 from mixgf.errors import UserError
 from mixgf.genes import identify
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 PREFIX = "mixgf_"
 """Begins the name of every column that is added to obs."""
@@ -72,7 +70,7 @@ class _Sentences:
 
 def species_rows(kept: Kept, vocabulary: Vocabulary) -> list[SpeciesRow]:
     """The species that the model reads, as rows."""
-    rows = [config.from_dict(SpeciesRow, row) for row in kept.about["species_rows"]]
+    rows = [parse.from_dict(SpeciesRow, row) for row in kept.about["species_rows"]]
     return [row for row in rows or (data.HUMAN, data.MOUSE) if row.name in vocabulary.species]
 
 
@@ -129,7 +127,7 @@ def label(
         device: Where the encoder computes.
     """
     kept, vocabulary, _ = classifier.load(model, device)
-    tokens = config.from_dict(data.Tokens, kept.about["tokens"])
+    tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
     genes = vocabulary.of(file.row.name)
     frames = []
     with open_reader(file.source.uri, file.source.layer) as reader:
@@ -139,8 +137,8 @@ def label(
         )  # fmt: skip
         own = columns["canonical"].to_numpy() == np.arange(columns.num_rows)
         position_G = np.where(own, genes.positions(columns["gene"].combine_chunks()), -1).astype(np.int32)
-        encode = tokenize.Encoder(tokenize.Ranks.of(genes, tokens.scaling), position_G, tokens)
-        for block in corpus.blocks(reader, columns, start, stop, rows=block_cells):
+        encode = rank_value.Encoder(rank_value.Ranks.of(genes, tokens.scaling), position_G, tokens)
+        for block in counts.blocks(reader, columns, start, stop, rows=block_cells):
             row_E = np.repeat(np.arange(len(block.indptr) - 1), np.diff(block.indptr))
             counted_E = (block.data > 0) & (position_G[block.indices] >= 0)
             genes_N = np.bincount(row_E[counted_E], minlength=len(block.indptr) - 1)
@@ -149,7 +147,7 @@ def label(
 
 
 def _label_block(
-    kept: Kept, tokens: data.Tokens, encode: tokenize.Encoder, block: corpus.Block, genes_N: npt.NDArray[np.int64]
+    kept: Kept, tokens: data.Tokens, encode: rank_value.Encoder, block: counts.Block, genes_N: npt.NDArray[np.int64]
 ) -> pa.Table:
     num_cells, num_classes = len(genes_N), len(kept.classes)
     tokens_T, offsets_N1 = encode(block.data, block.indices, block.indptr)
@@ -239,7 +237,7 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
         frame = added.assign(**{c: table["p"].str[i] for i, c in enumerate(f"p: {c}" for c in classes)})
         frame.insert(0, "cell", names)
         if to.endswith(".csv"):
-            storage.write_bytes(to, frame.to_csv(index=False).encode())
+            files.write_bytes(to, frame.to_csv(index=False).encode())
         else:
             tables.write_table(to, pa.Table.from_pandas(frame, preserve_index=False))
         return
@@ -247,7 +245,7 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
     with tempfile.TemporaryDirectory(prefix="mixgf-annotate-") as folder:
         path = Path(folder) / "cells.h5ad"
         if format_of(source.uri) == "h5ad":
-            with storage.local_copy(source.uri) as original:
+            with files.local_copy(source.uri) as original:
                 path.write_bytes(original.read_bytes())
             with h5py.File(path, "r") as file:
                 obs = ad.io.read_elem(file["obs"])
@@ -260,4 +258,4 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
         with h5py.File(path, "r+") as file:
             for place, value in (("obs", obs), (f"obsm/{OBSM}", probabilities), ("uns/mixgf_annotate", about)):
                 ad.io.write_elem(file, place, value)
-        storage.upload(path, to)
+        files.upload(path, to)

@@ -19,16 +19,11 @@ import numpy as np
 import torch
 from scipy import optimize, special
 
-from mixgf import rng as keyed
 from mixgf.arrays import Floats, Integers
-from mixgf.classification import baselines
-from mixgf.classification import linear_start as convex
-from mixgf.classification import metrics as scores
-from mixgf.classification import models as contenders
+from mixgf.classification import baselines, linear_start, metrics, registry
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
-from mixgf.config import parse as config
-from mixgf.config import training
+from mixgf.config import parse, training
 from mixgf.config.run import Config
 from mixgf.corpus import packed
 from mixgf.corpus.reader import Corpus
@@ -36,8 +31,8 @@ from mixgf.encoder import checkpoint, embed
 from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.rng import hashed
+from mixgf.storage import artifacts, files
 
 KIND, SCHEMA = "classifier", 2
 FOLDER = "classifiers"
@@ -119,7 +114,7 @@ def with_votes(
     if not genes_CV.shape[1]:
         return vectors_ND
     few = packed.cut(*sentences.tokens(cells), max_len)
-    return np.hstack([vectors_ND, convex.gene_rows(*few, genes_CV.shape[1]) @ genes_CV.T])
+    return np.hstack([vectors_ND, linear_start.gene_rows(*few, genes_CV.shape[1]) @ genes_CV.T])
 
 
 def keep(
@@ -225,7 +220,7 @@ def of_split(
         head = (*probe(train_ND, labels[0], len(split.classes)), np.zeros((len(split.classes), 0)))
     about = {
         "model": model, "group": split.group, "split": split.kind, "seed": split.seed, "max_len": max_len,
-        "tokens": config.to_dict(corpus.tokenised), "species": sorted(set(table.species[trained].tolist())),
+        "tokens": parse.to_dict(corpus.tokenised), "species": sorted(set(table.species[trained].tolist())),
         "species_rows": corpus.record.config.get("species", []), "label": run.classify.label, "training_cells": len(trained),
         "sources": sorted(set(table.sources[trained].tolist())),
     }  # fmt: skip
@@ -239,8 +234,8 @@ def of_split(
     doubted = np.array(
         [text != "" for text in kept.doubts(p_NC, kept.distances(test_ND, predicted), genes_N[table.cells[split.test]])]
     )
-    rng = np.random.default_rng(int(keyed.hashed(run.seed, 13)))
-    found, _ = scores.score(labels[2], predicted, p_NC.max(1), table.donors[split.test], len(split.classes), rng=rng)
+    rng = np.random.default_rng(int(hashed(run.seed, 13)))
+    found, _ = metrics.score(labels[2], predicted, p_NC.max(1), table.donors[split.test], len(split.classes), rng=rng)
     right = predicted == labels[2]
     test = {name: one.value for name, one in found.items()} | {
         "cells": len(predicted),
@@ -272,17 +267,17 @@ def save(uri: str, kept: Kept, vocabulary: Vocabulary) -> None:
     """Write a classifier's files, as a part: `publish` makes it an artifact."""
     weights: dict[str, torch.Tensor] = {f"encoder.{name}": p for name, p in kept.encoder.named_parameters()}
     weights |= {name: torch.from_numpy(np.asarray(getattr(kept, name), dtype=np.float32)) for name in _ARRAYS}
-    checkpoint.write_tensors(storage.join(uri, _WEIGHTS), weights)
-    vocabulary.save(storage.join(uri, _VOCABULARY))
+    checkpoint.write_tensors(files.join(uri, _WEIGHTS), weights)
+    vocabulary.save(files.join(uri, _VOCABULARY))
     facts = {name: getattr(kept, name) for name in _NUMBERS} | {
-        "classes": list(kept.classes), "encoder": config.to_dict(kept.encoder.row), "vocabulary": vocabulary.hash, "about": kept.about,
+        "classes": list(kept.classes), "encoder": parse.to_dict(kept.encoder.row), "vocabulary": vocabulary.hash, "about": kept.about,
     }  # fmt: skip
-    storage.write_json(storage.join(uri, _FACTS), facts)
+    files.write_json(files.join(uri, _FACTS), facts)
 
 
 def publish(uri: str, part: str, parents: dict[str, str]) -> None:
     """Make a kept part an artifact of its own at `uri`."""
-    facts = storage.read_json(storage.join(part, _FACTS))
+    facts = files.read_json(files.join(part, _FACTS))
     record = artifacts.plan(
         KIND, SCHEMA, {name: facts["about"][name] for name in ("model", "group", "split", "seed")}, parents
     )
@@ -290,16 +285,16 @@ def publish(uri: str, part: str, parents: dict[str, str]) -> None:
         return
     names = (_WEIGHTS, _VOCABULARY, _FACTS)
     for name in names:
-        storage.copy(storage.join(part, name), storage.join(uri, name))
+        files.copy(files.join(part, name), files.join(uri, name))
     artifacts.finish(uri, record, counts={"classes": len(facts["classes"])}, files=artifacts.summed(uri, names), details={"vocabulary": facts["vocabulary"], "classes": facts["classes"]} | facts["about"])  # fmt: skip
 
 
 def facts(uri: str) -> dict[str, Any]:
     """What is known of a kept part without reading its weights."""
-    return dict(storage.read_json(storage.join(uri, _FACTS)))
+    return dict(files.read_json(files.join(uri, _FACTS)))
 
 
-TRAINED = (*contenders.TUNINGS, "probe")
+TRAINED = (*registry.TUNINGS, "probe")
 """Models of which a classifier can be kept."""
 
 
@@ -309,18 +304,18 @@ def find(uri: str) -> str:
     Raises:
         UserError: there is none, or more than one.
     """
-    for place in (uri, storage.join(uri, "classify")):
+    for place in (uri, files.join(uri, "classify")):
         record = artifacts.find(place)
         if record is None:
             continue
         if record.kind == KIND:
             return place
-        folder = storage.join(place, FOLDER)
-        names = storage.list_dir(folder) if record.kind == "classification" else []
+        folder = files.join(place, FOLDER)
+        names = files.list_dir(folder) if record.kind == "classification" else []
         if len(names) == 1:
-            return storage.join(folder, names[0].rstrip("/"))
+            return files.join(folder, names[0].rstrip("/"))
         if names:
-            listed = ", ".join(storage.join(folder, n.rstrip("/")) for n in names[:8])
+            listed = ", ".join(files.join(folder, n.rstrip("/")) for n in names[:8])
             msg = f"--model {uri}: {len(names)} classifiers there, one per group of cells; name one of {listed}"
             raise UserError(msg)
         if record.kind == "classification":
@@ -334,12 +329,12 @@ def load(uri: str, device: torch.device | str = "cpu") -> tuple[Kept, Vocabulary
     """A published classifier, its vocabulary and its record."""
     record = artifacts.require(uri, KIND, SCHEMA)
     found = facts(uri)
-    tensors = checkpoint.read_tensors(storage.join(uri, _WEIGHTS), record.files.get(_WEIGHTS))
-    vocabulary = Vocabulary.load(storage.join(uri, _VOCABULARY))
+    tensors = checkpoint.read_tensors(files.join(uri, _WEIGHTS), record.files.get(_WEIGHTS))
+    vocabulary = Vocabulary.load(files.join(uri, _VOCABULARY))
     if vocabulary.hash != found["vocabulary"]:
         msg = f"{uri}: its {_VOCABULARY} is not the one it was trained with; restore it"
         raise UserError(msg)
-    encoder = Encoder(config.from_dict(training.Model, found["encoder"]), vocabulary.size)
+    encoder = Encoder(parse.from_dict(training.Model, found["encoder"]), vocabulary.size)
     checkpoint.load_weights(
         encoder, {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}, uri
     )

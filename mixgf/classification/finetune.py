@@ -18,28 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixgf import rng as keyed
+from mixgf import rng
 from mixgf.arrays import Floats, Ints
-from mixgf.classification import linear_start as convex
+from mixgf.classification import linear_start
 from mixgf.classification.labels import Labelled
 from mixgf.classification.species_alignment import moved, shared_tokens
 from mixgf.classification.splits import Split
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 from mixgf.console import warn
-from mixgf.corpus import packed as corpus_packed
+from mixgf.corpus.packed import Packed, cut, select
 from mixgf.corpus.reader import Corpus
-from mixgf.encoder import batch as encoder_batch
 from mixgf.encoder import embed, lora
-from mixgf.encoder.batch import Batch, micro_batches
+from mixgf.encoder.batch import Batch, micro_batches, pack
 from mixgf.encoder.bert import Encoder, Linear, forward_flops, pooled, width
 from mixgf.errors import UserError
 from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS
-from mixgf.training import context as training_context
-from mixgf.training import loop as train
+from mixgf.training import loop
 from mixgf.training.batch_plan import Plan
-from mixgf.training.context import Group
+from mixgf.training.context import Context, Group
 
 _HEAD_SITE = 1 << 20
 """Place of the class head in the stream of dropout keys, beyond every layer."""
@@ -88,13 +86,13 @@ class Classifier(nn.Module):
         if batch.keys_T is not None and p > 0:
             chance16 = round(p * 65536)
             keys_B = batch.keys_T[batch.offsets_B1[:-1].long()]
-            z_BD = z_BD.masked_fill(keyed.dropped(keys_B, _HEAD_SITE, z_BD.shape[1], chance16), 0.0) / (
+            z_BD = z_BD.masked_fill(rng.dropped(keys_B, _HEAD_SITE, z_BD.shape[1], chance16), 0.0) / (
                 1 - chance16 / 65536
             )
         y_BC: Tensor = self.head(z_BD)
         if self.genes is None:
             return y_BC
-        weights_T = convex.rank_weight(batch.positions_T).to(self.genes.dtype)
+        weights_T = linear_start.rank_weight(batch.positions_T).to(self.genes.dtype)
         starts_B = batch.offsets_B1[:-1].long()
         sums_BC = F.embedding_bag(batch.ids_T, self.genes, starts_B, mode="sum", per_sample_weights=weights_T)
         squares_B = torch.segment_reduce(
@@ -111,7 +109,7 @@ class Classifier(nn.Module):
         return weight, bias, genes
 
     @torch.no_grad()
-    def begin(self, start: convex.Start) -> None:
+    def begin(self, start: linear_start.Start) -> None:
         """Take over a head."""
         self.head.weight.copy_(torch.from_numpy(start.head_CD))
         self.head.bias.copy_(torch.from_numpy(start.bias_C))
@@ -173,7 +171,7 @@ class _Sentences:
         """Whether sentences begin with <cls>."""
         return self.corpus.cls
 
-    def tokens(self, cells: npt.ArrayLike) -> corpus_packed.Packed:
+    def tokens(self, cells: npt.ArrayLike) -> Packed:
         """Sentences of some cells; one without any shared gene stays as it is."""
         packed = self.corpus.tokens(cells)
         if self.shared_V is not None:
@@ -181,12 +179,12 @@ class _Sentences:
             read_T = self.shared_V[tokens_T]
             some_B = np.add.reduceat(np.append(read_T >= NUM_SPECIALS, False), offsets[:-1]) > 0
             some_T = np.repeat(some_B & (np.diff(offsets) > 0), np.diff(offsets))
-            packed = corpus_packed.select((np.where(some_T, read_T, tokens_T), offsets), (read_T >= 0) | ~some_T)
-        return corpus_packed.cut(*packed, self.max_len)
+            packed = select((np.where(some_T, read_T, tokens_T), offsets), (read_T >= 0) | ~some_T)
+        return cut(*packed, self.max_len)
 
     def batch(self, cells: Ints, keys: tuple[int, int, Ints] | None = None) -> Batch:
         """Cells in the given order; `keys` = (seed, epoch, visits) adds dropout."""
-        return encoder_batch.pack([self.tokens(cells)], cells, None if keys is None else keyed.hashed(*keys))
+        return pack([self.tokens(cells)], cells, None if keys is None else rng.hashed(*keys))
 
     def lengths(self, cells: Ints) -> npt.NDArray[np.int32]:
         """Tokens that the encoder reads, at most."""
@@ -209,7 +207,7 @@ class _Selecting:
     An epoch has ended when the first step of the next one is about to be made, or training has.
     """
 
-    inner: train.LossTask[Classifier]
+    inner: loop.LossTask[Classifier]
     evaluate: Callable[[Classifier], dict[str, float]]
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -221,10 +219,10 @@ class _Selecting:
     def num_steps(self) -> int:
         return self.inner.num_steps
 
-    def work(self, step: int, rank: int, world_size: int) -> train.BatchWork:
+    def work(self, step: int, rank: int, world_size: int) -> loop.BatchWork:
         return self.inner.work(step, rank, world_size)
 
-    def backward(self, model: Classifier, work: train.BatchWork, group: Group) -> dict[str, Tensor]:
+    def backward(self, model: Classifier, work: loop.BatchWork, group: Group) -> dict[str, Tensor]:
         if work.epoch != self._epoch:
             self.epoch_ended(model)
             self._epoch = work.epoch
@@ -247,7 +245,7 @@ class _Selecting:
 
 
 def finetune(
-    encoder: Encoder, corpus: Corpus, table: Labelled, split: Split, *, run: Config, context: training_context.Context
+    encoder: Encoder, corpus: Corpus, table: Labelled, split: Split, *, run: Config, context: Context
 ) -> Tuned:
     """Fine-tune all weights (or the upper layers, or adapters) on the training cells and predict the test cells (paper section 4.3).
 
@@ -267,7 +265,7 @@ def finetune(
         context: Where the loop runs.
     """
     settings, num_classes = run.classify, len(split.classes)
-    seed = int(keyed.hashed(run.seed, split.seed, 1)) & 0x7FFFFFFF
+    seed = int(rng.hashed(run.seed, split.seed, 1)) & 0x7FFFFFFF
     model = Classifier(
         encoder, num_classes, pooling=run.embed.pooling, cls=corpus.cls, seed=seed, layer=settings.layer,
         gene_weights=settings.gene_weights,
@@ -299,12 +297,12 @@ def finetune(
         weights_C = torch.from_numpy(len(labels) / (num_classes * np.maximum(counts, 1))).float()
     weights_C = weights_C.to(context.device)
 
-    def batches(step: int, rank: int, world_size: int) -> train.BatchWork:
+    def batches(step: int, rank: int, world_size: int) -> loop.BatchWork:
         share = plan.share(step, rank, world_size)
         runs = micro_batches(lengths[share.cells_B], run.train.micro_tokens)
         made = [sentences.batch(cells[share.cells_B[r]], (seed, share.epoch, share.visits_B[r])) for r in runs]
         flops = 3 * forward_flops(encoder.row, lengths[share.cells_B].tolist())
-        return train.BatchWork(made, share.batch_cells, share.epoch, flops)
+        return loop.BatchWork(made, share.batch_cells, share.epoch, flops)
 
     def loss(model: Classifier, batch: Batch) -> dict[str, Tensor]:
         target_B = torch.tensor([of_cell[c] for c in batch.cells_B.tolist()], device=batch.ids_T.device)
@@ -316,14 +314,14 @@ def finetune(
         of_true = p[np.arange(len(true)), true].clip(1e-12)
         return {"loss": float(-np.log(of_true).mean()), "accuracy": float((p.argmax(1) == true).mean())}
 
-    task = _Selecting(train.LossTask(num_steps, batches, loss, run.train.precision), evaluate)
+    task = _Selecting(loop.LossTask(num_steps, batches, loss, run.train.precision), evaluate)
     share = 0.0
     if settings.warm_start:
         begin = warm_start(model, sentences, cells, labels, seed=seed)
         share = begin.share
         task.score(model.to(context.device), 0, begin.loss)
     if not (settings.warm_start and sentences.shared_V is not None):
-        train.fit(model, task, optimisation, context)
+        loop.fit(model, task, optimisation, context)
         task.epoch_ended(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -339,15 +337,17 @@ def finetune(
     )  # fmt: skip
 
 
-def warm_start(model: Classifier, sentences: _Sentences, cells: Ints, labels: Ints, *, seed: int) -> convex.Start:
+def warm_start(model: Classifier, sentences: _Sentences, cells: Ints, labels: Ints, *, seed: int) -> linear_start.Start:
     """Give a model the best convex head for its encoder, in place."""
     vectors_ND = embed.embed_cells(
         model.encoder, sentences, cells, model.pooling, model.layer, max_len=sentences.max_len
     )
-    genes_NV = None if model.genes is None else convex.gene_rows(*sentences.tokens(cells), model.encoder.vocab_size)
+    genes_NV = (
+        None if model.genes is None else linear_start.gene_rows(*sentences.tokens(cells), model.encoder.vocab_size)
+    )
     # cells of the training species cannot say how much of the encoder carries over to another one: the least
-    shares = convex.SHARES if sentences.shared_V is None else convex.SHARES[-1:]
-    start = convex.fit_best(vectors_ND, genes_NV, labels, model.head.out_features, seed=seed, shares=shares)
+    shares = linear_start.SHARES if sentences.shared_V is None else linear_start.SHARES[-1:]
+    start = linear_start.fit_best(vectors_ND, genes_NV, labels, model.head.out_features, seed=seed, shares=shares)
     model.begin(start)
     return start
 

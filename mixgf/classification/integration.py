@@ -20,8 +20,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.neighbors import NearestNeighbors
 
 from mixgf.arrays import Floats, Ints, Names
-from mixgf.classification import baselines
-from mixgf.classification import metrics as scores
+from mixgf.classification import baselines, metrics
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import keyed_order
 from mixgf.stats.intervals import Interval
@@ -146,7 +145,7 @@ def _read(
             vectors_ND[~out], vectors_ND[out], *baselines.one_group(vectors_ND[~out], vectors_ND[out])
         )
         guess_N[out] = baselines.logistic(train, label_N[~out], test, len(species)).argmax(1)
-    found, by = scores.score(
+    found, by = metrics.score(
         label_N.astype(np.int64), guess_N, np.ones(len(label_N)), clusters_N, len(species), rng=rng
     )
     return found["balanced_accuracy"], unit if by == "donor" else by

@@ -15,23 +15,21 @@ import pyarrow as pa
 import torch
 from scipy import sparse
 
-from mixgf import rng as keyed
+from mixgf import rng
 from mixgf.arrays import Floats, Ints
-from mixgf.classification import baselines
-from mixgf.classification import models as contenders
+from mixgf.classification import baselines, registry
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split, keyed_order
-from mixgf.config import parse as config
+from mixgf.config import parse
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.config.run import Config
-from mixgf.corpus import raw_counts as counts
+from mixgf.corpus import raw_counts
 from mixgf.corpus.raw_counts import Counts
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed
 from mixgf.errors import UserError
 from mixgf.genes import species
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 BLOCK_CELLS = 2_000
 """Cells whose vectors are one part."""
@@ -55,7 +53,7 @@ class Places:
     @property
     def parts(self) -> str:
         """The folder of parts."""
-        return storage.join(self.output, "parts")
+        return files.join(self.output, "parts")
 
 
 def slug(text: str) -> str:
@@ -68,20 +66,20 @@ def prediction_part(places: Places, split: Split, model: str) -> str:
 
     The settings that decide them are not in the name: one folder holds predictions of one set of them (`contenders.reads`).
     """
-    key = config.fingerprint([split.task, split.share, split.unseen, model])[:10]
+    key = parse.fingerprint([split.task, split.share, split.unseen, model])[:10]
     name = slug(f"{split.kind} {split.group} {split.direction} {split.seed} {split.unseen} {model}")
-    return storage.join(places.parts, "predictions", f"{name}-{key}.parquet")
+    return files.join(places.parts, "predictions", f"{name}-{key}.parquet")
 
 
 def classifier_part(places: Places, group: str, model: str) -> str:
     """Folder of a classifier that may be kept for a group."""
-    return storage.join(places.parts, "classifiers", f"{slug(group)}-{config.fingerprint([group, model])[:8]}")
+    return files.join(places.parts, "classifiers", f"{slug(group)}-{parse.fingerprint([group, model])[:8]}")
 
 
 def named(group: str, splits: Sequence[Split]) -> str:
     """A group's folder: its name as a slug, with a key where two groups have the same slug."""
     alike = {s.group for s in splits if slug(s.group) == slug(group)}
-    return slug(group) if len(alike) == 1 else f"{slug(group)}-{config.fingerprint(group)[:8]}"
+    return slug(group) if len(alike) == 1 else f"{slug(group)}-{parse.fingerprint(group)[:8]}"
 
 
 # Counts and vectors
@@ -89,7 +87,7 @@ def named(group: str, splits: Sequence[Split]) -> str:
 
 def counts_part(places: Places, source: str) -> str:
     """URI of the raw counts of one source."""
-    return storage.join(places.parts, "counts", f"{slug(source)}-{config.fingerprint(source)[:8]}.parquet")
+    return files.join(places.parts, "counts", f"{slug(source)}-{parse.fingerprint(source)[:8]}.parquet")
 
 
 def read_counts(run: Config, places: Places, source: str, cells: Ints) -> None:
@@ -98,26 +96,26 @@ def read_counts(run: Config, places: Places, source: str, cells: Ints) -> None:
     entry = next(dict(s) for s in corpus.record.config["sources"] if s["name"] == source)
     entry.pop("size", None)
     row_of = next(
-        config.from_dict(SpeciesRow, s) for s in corpus.record.config["species"] if s["name"] == entry["species"]
+        parse.from_dict(SpeciesRow, s) for s in corpus.record.config["species"] if s["name"] == entry["species"]
     )
     rows = corpus.obs(["source_row"])["source_row"].to_numpy()[cells]
     order = np.argsort(rows, kind="stable")
     genes = corpus.vocabulary.of(entry["species"])
-    found = counts.read(
-        config.from_dict(Source, entry), row_of, genes, rows[order], block_cells=run.prepare.block_cells
+    found = raw_counts.read(
+        parse.from_dict(Source, entry), row_of, genes, rows[order], block_cells=run.prepare.block_cells
     )
-    counts.save(counts_part(places, source), cells[order], found)
+    raw_counts.save(counts_part(places, source), cells[order], found)
 
 
 def vectors_part(places: Places, encoder: str, number: int) -> str:
     """URI of the vectors of one block of cells by an encoder (see `contenders.load`)."""
-    return storage.join(places.parts, "vectors", contenders.called(encoder), f"{number:05d}.parquet")
+    return files.join(places.parts, "vectors", registry.called(encoder), f"{number:05d}.parquet")
 
 
 def embed_block(run: Config, places: Places, encoder: str, number: int, cells: Ints) -> None:
     """Keep vectors of these cells."""
     corpus = Corpus(places.corpus)
-    model = contenders.load(places.checkpoint, encoder, run, corpus, device(run))
+    model = registry.load(places.checkpoint, encoder, run, corpus, device(run))
     vectors_ND = embed.embed_cells(model, corpus, cells, run.embed.pooling, run.embed.layer, run.train.micro_tokens)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
     tables.write_table(vectors_part(places, encoder, number), pa.table({"cell": cells, "vector": flat}))
@@ -125,12 +123,12 @@ def embed_block(run: Config, places: Places, encoder: str, number: int, cells: I
 
 def vectors(places: Places, encoder: str, cells: Ints) -> npt.NDArray[np.float32]:
     """Frozen vectors of these cells, in their order: from the embeddings artifact, else from parts."""
-    if encoder == contenders.CHECKPOINT and places.embeddings:
+    if encoder == registry.CHECKPOINT and places.embeddings:
         return _from_artifact(places, cells)
-    folder = storage.join(places.parts, "vectors", contenders.called(encoder))
+    folder = files.join(places.parts, "vectors", registry.called(encoder))
     found: list[tuple[Ints, npt.NDArray[np.float32]]] = []
-    for name in storage.list_dir(folder):
-        table = tables.read_table(storage.join(folder, name))
+    for name in files.list_dir(folder):
+        table = tables.read_table(files.join(folder, name))
         mine = np.isin(table["cell"].to_numpy(), cells)
         if mine.any():
             found.append((table["cell"].to_numpy()[mine], vector_column(table)[mine]))
@@ -141,12 +139,12 @@ def vectors(places: Places, encoder: str, cells: Ints) -> npt.NDArray[np.float32
 
 def _from_artifact(places: Places, cells: Ints) -> npt.NDArray[np.float32]:
     corpus = Corpus(places.corpus)
-    names = storage.list_dir(storage.join(places.embeddings, "shards"))
+    names = files.list_dir(files.join(places.embeddings, "shards"))
     assert len(names) == len(corpus.shards), "embeddings lie beside the shards of their corpus"
     parts: dict[int, npt.NDArray[np.float32]] = {}
     shard_of = np.searchsorted(corpus.starts, cells, side="right") - 1
     for shard in np.unique(shard_of).tolist():
-        matrix = vector_column(tables.read_table(storage.join(places.embeddings, "shards", names[shard]), ["vector"]))
+        matrix = vector_column(tables.read_table(files.join(places.embeddings, "shards", names[shard]), ["vector"]))
         parts[shard] = matrix[cells[shard_of == shard] - corpus.starts[shard]]
     out = np.empty((len(cells), next(iter(parts.values())).shape[1]), dtype=np.float32)
     for shard, matrix in parts.items():
@@ -185,7 +183,7 @@ def _problem(run: Config, places: Places, table: Labelled, split: Split) -> base
         train=sparse.csr_matrix(whole[:num_train]), test=sparse.csr_matrix(whole[num_train:]),
         labels=split.ids(table.labels[split.train]), num_classes=len(split.classes), train_species=table.species[split.train],
         test_species=table.species[split.test], num_hvgs=run.classify.num_hvgs, num_neighbours=run.classify.knn,
-        seed=int(keyed.hashed(run.seed, split.seed)) & 0x7FFFFFFF,
+        seed=int(rng.hashed(run.seed, split.seed)) & 0x7FFFFFFF,
     )  # fmt: skip
 
 
@@ -197,12 +195,12 @@ def counts_of(run: Config, places: Places, table: Labelled, rows: Ints) -> spars
         mine = rows[table.sources[rows] == source]
         name = str(table.species[mine[0]])
         genes = vocabulary.of(name).genes.astype(np.str_)
-        cells, found = counts.load(counts_part(places, source), len(genes))
+        cells, found = raw_counts.load(counts_part(places, source), len(genes))
         keep = np.isin(cells, table.cells[mine])
         numbers.append(cells[keep])
         blocks.append(Counts(matrix=found[keep], genes=genes, species=name))
     orthologs = species.orthologs(run.vocab.orthologs) if len({b.species for b in blocks}) > 1 else {}
-    matrices, _ = counts.shared_space(blocks, orthologs)
+    matrices, _ = raw_counts.shared_space(blocks, orthologs)
     whole, have = sparse.vstack(matrices, format="csr"), np.concatenate(numbers)
     order = np.argsort(have)
     return sparse.csr_matrix(whole[order[np.searchsorted(have[order], table.cells[rows])]])
@@ -219,7 +217,7 @@ def spaces(run: Config, table: Labelled) -> list[str]:
     pairs = species.orthologs(run.vocab.orthologs) if len(kinds) > 1 else {}
     comparable = all((kinds[0], other) in pairs for other in kinds[1:])
     counted = comparable and any(m in baselines.BASELINES for m in run.classify.models)
-    return contenders.of_encoders(run.classify.models, contenders.HEADS) + [EXPRESSION] * counted
+    return registry.of_encoders(run.classify.models, registry.HEADS) + [EXPRESSION] * counted
 
 
 def sample(run: Config, table: Labelled) -> Ints:
@@ -230,8 +228,8 @@ def sample(run: Config, table: Labelled) -> Ints:
 
 def integration_part(run: Config, places: Places, space: str) -> str:
     """URI of what is known of one embedding as a whole."""
-    name = f"{contenders.called(space)}-{run.classify.integration_cells}.parquet"
-    return storage.join(places.parts, "integration", name)
+    name = f"{registry.called(space)}-{run.classify.integration_cells}.parquet"
+    return files.join(places.parts, "integration", name)
 
 
 def space_vectors(run: Config, places: Places, table: Labelled, space: str, rows: Ints) -> Floats:
@@ -245,10 +243,10 @@ def embeddings(
     run: Config, corpus: artifacts.Record, checkpoint_: artifacts.Record
 ) -> tuple[str, artifacts.Record | None]:
     """The embeddings artifact of this corpus and checkpoint, where there is one; else vectors are made here."""
-    uri = run.inputs.embeddings or storage.join(run.output, "embed")
+    uri = run.inputs.embeddings or files.join(run.output, "embed")
     record = artifacts.find(uri)
     parents = {corpus.fingerprint, checkpoint_.fingerprint}
-    if record is not None and record.config == config.to_dict(run.embed) and parents <= set(record.parents.values()):
+    if record is not None and record.config == parse.to_dict(run.embed) and parents <= set(record.parents.values()):
         return uri, record
     if run.inputs.embeddings:
         msg = (f"inputs.embeddings = {uri}: not of this corpus, checkpoint and embed.* settings; make them with `mixgf embed`, "

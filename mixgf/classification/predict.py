@@ -15,12 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.arrays import Floats, Ints
-from mixgf.classification import classifier, integration, probes
-from mixgf.classification import finetune as classify
-from mixgf.classification import intermediates as parts
-from mixgf.classification import metrics as scores
-from mixgf.classification import models as contenders
-from mixgf.classification import umap as layouts
+from mixgf.classification import classifier, finetune, integration, intermediates, metrics, probes, registry, umap
 from mixgf.classification.baselines import BASELINES
 from mixgf.classification.intermediates import Places
 from mixgf.classification.labels import Labelled
@@ -29,9 +24,8 @@ from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed
 from mixgf.encoder.bert import Encoder
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
-from mixgf.training import context as training_context
+from mixgf.storage import artifacts, files, tables
+from mixgf.training.context import LocalContext
 
 
 def predict(run: Config, places: Places, table: Labelled, split: Split, model: str) -> None:
@@ -43,10 +37,10 @@ def predict(run: Config, places: Places, table: Labelled, split: Split, model: s
     rng = np.random.default_rng([run.seed, split.seed, 7])
     donors_M = table.donors[split.test]
     if split.unseen:
-        found, by = scores.rejection(confidence_M, labels_M == split.unseen, donors_M, rng=rng)
+        found, by = metrics.rejection(confidence_M, labels_M == split.unseen, donors_M, rng=rng)
     else:
         true_M = split.ids(labels_M)
-        found, by = scores.score(true_M, predicted_M, confidence_M, donors_M, len(split.classes), rng=rng)
+        found, by = metrics.score(true_M, predicted_M, confidence_M, donors_M, len(split.classes), rng=rng)
     made = pa.table({
         "cell": table.cells[split.test], "true": labels_M, "predicted": classes[predicted_M],
         "probability": confidence_M.astype(np.float32),
@@ -56,7 +50,7 @@ def predict(run: Config, places: Places, table: Labelled, split: Split, model: s
         "scores": {name: [one.value, one.low, one.high] for name, one in found.items()},
     }  # fmt: skip
     tables.write_table(
-        parts.prediction_part(places, split, model), made.replace_schema_metadata({"mixgf": json.dumps(meta)})
+        intermediates.prediction_part(places, split, model), made.replace_schema_metadata({"mixgf": json.dumps(meta)})
     )
 
 
@@ -65,38 +59,40 @@ def _probabilities(
 ) -> tuple[Floats, dict[str, Any]]:
     """Class probabilities of the test cells (M, C), and what is kept beside them; a wanted classifier becomes a part."""
     if model in BASELINES:
-        return BASELINES[model](parts.problem(run, places, table, split)), {}
-    head, encoder = contenders.parse(model)
-    kept = encoder == contenders.CHECKPOINT and split.whole and classifier.wanted(run, split)
-    if head in contenders.HEADS:
+        return BASELINES[model](intermediates.problem(run, places, table, split)), {}
+    head, encoder = registry.parse(model)
+    kept = encoder == registry.CHECKPOINT and split.whole and classifier.wanted(run, split)
+    if head in registry.HEADS:
         if head == "probe" and kept:
             corpus = Corpus(places.corpus)
             _keep(run, places, corpus, table, split, model, _load(run, places, corpus, encoder), None)
-        train_ND, test_MD = (parts.vectors(places, encoder, table.cells[rows]) for rows in (split.train, split.test))
+        train_ND, test_MD = (
+            intermediates.vectors(places, encoder, table.cells[rows]) for rows in (split.train, split.test)
+        )
         return probes.frozen(head, train_ND, test_MD, table=table, split=split, settings=run.classify), {}
     corpus = Corpus(places.corpus)
-    start, context = _load(run, places, corpus, encoder), training_context.LocalContext(parts.device(run))
-    run = contenders.recipe(run, model)
-    tuned = classify.finetune(start, corpus, table, split, run=run, context=context)
+    start, context = _load(run, places, corpus, encoder), LocalContext(intermediates.device(run))
+    run = registry.recipe(run, model)
+    tuned = finetune.finetune(start, corpus, table, split, run=run, context=context)
     if kept:
         _keep(run, places, corpus, table, split, model, tuned.model.encoder, tuned.model.linear())
-    return tuned.probabilities, classify.notes(tuned)
+    return tuned.probabilities, finetune.notes(tuned)
 
 
 def _load(run: Config, places: Places, corpus: Corpus, encoder: str) -> Encoder:
-    return contenders.load(places.checkpoint, encoder, run, corpus, parts.device(run))
+    return registry.load(places.checkpoint, encoder, run, corpus, intermediates.device(run))
 
 
 def integrate(run: Config, places: Places, table: Labelled, space: str) -> None:
     """Keep what is known of one embedding as a whole: map coordinates and vectors of a sample of cells, and its measures."""
-    rows = parts.sample(run, table)
-    vectors_ND = np.asarray(parts.space_vectors(run, places, table, space, rows), dtype=np.float32)
+    rows = intermediates.sample(run, table)
+    vectors_ND = np.asarray(intermediates.space_vectors(run, places, table, space, rows), dtype=np.float32)
     found = integration.measure(vectors_ND, table.only(rows), seed=run.seed)
-    xy_N2, method = layouts.layout(vectors_ND, run.seed)
+    xy_N2, method = umap.layout(vectors_ND, run.seed)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
     made = pa.table({"cell": table.cells[rows], "x": xy_N2[:, 0], "y": xy_N2[:, 1], "vector": flat})
     meta = {"map": method, "measures": {name: [one.value, one.low, one.high, by] for name, (one, by) in found.items()}}
-    uri = parts.integration_part(run, places, space)
+    uri = intermediates.integration_part(run, places, space)
     tables.write_table(uri, made.replace_schema_metadata({"mixgf": json.dumps(meta)}))
 
 
@@ -106,12 +102,12 @@ def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
 ) -> None:  # fmt: skip
     """Write a trained classifier as a part. A tuned head pools `classify.layer`, a probe `embed.layer`."""
     frozen = head is None
-    max_len = 0 if frozen else classify.longest(encoder, run.classify)
+    max_len = 0 if frozen else finetune.longest(encoder, run.classify)
     layer = run.embed.layer if frozen else run.classify.layer
 
     def of_cells(cells: Ints) -> Floats:
         if frozen:  # those that the probe is scored on are there already
-            return parts.vectors(places, contenders.CHECKPOINT, cells)
+            return intermediates.vectors(places, registry.CHECKPOINT, cells)
         return embed.embed_cells(
             encoder, corpus, cells, run.embed.pooling, layer, run.train.micro_tokens, max_len=max_len
         )
@@ -128,7 +124,7 @@ def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
         max_len=max_len,
         layer=layer,
     )
-    classifier.save(parts.classifier_part(places, split.group, model), made, corpus.vocabulary)
+    classifier.save(intermediates.classifier_part(places, split.group, model), made, corpus.vocabulary)
 
 
 def keep_best(run: Config, places: Places, splits: Sequence[Split], parents: dict[str, str]) -> list[dict[str, Any]]:
@@ -138,17 +134,17 @@ def keep_best(run: Config, places: Places, splits: Sequence[Split], parents: dic
     """
     kept = []
     for split in [s for s in splits if s.whole and classifier.wanted(run, s)]:
-        uri = storage.join(places.output, classifier.FOLDER, parts.named(split.group, splits))
+        uri = files.join(places.output, classifier.FOLDER, intermediates.named(split.group, splits))
         candidates = [
-            parts.classifier_part(places, split.group, model) for model in contenders.scored(run.classify, split)
+            intermediates.classifier_part(places, split.group, model) for model in registry.scored(run.classify, split)
         ]
-        candidates = [c for c in candidates if storage.list_dir(c)]
+        candidates = [c for c in candidates if files.list_dir(c)]
         there = artifacts.find(uri) is not None
         if not candidates and not there:
             continue
         best = min([uri] * there + candidates, key=_validation_loss)
         if best != uri:
-            storage.remove(uri)
+            files.remove(uri)
             classifier.publish(uri, best, {role: parents[role] for role in ("corpus", "checkpoint")})
         about = classifier.facts(uri)["about"]
         kept.append({"uri": uri, **{name: about[name] for name in ("group", "model", "validation", "test")}})

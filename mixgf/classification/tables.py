@@ -15,17 +15,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mixgf.classification import integration
-from mixgf.classification import intermediates as parts
-from mixgf.classification import metrics as scores
-from mixgf.classification import models as contenders
+from mixgf.classification import integration, intermediates, metrics, registry
 from mixgf.classification.baselines import BASELINES
 from mixgf.classification.intermediates import Places, prediction_part
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
 from mixgf.config.run import Config
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.storage import files
+from mixgf.storage.tables import read_table
 
 
 def tables(
@@ -50,12 +47,12 @@ def tables(
     name_of = dict(zip(table.cells.tolist(), names, strict=True))
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("scores", "epochs", "efficiency", "rejection")}
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in ("per_class", "confusion", "predictions", "splits")}
-    on_curve = contenders.curve(run.classify) if run.classify.label_shares else ()
+    on_curve = registry.curve(run.classify) if run.classify.label_shares else ()
     for split in splits:
         if split.whole:
             frames["splits"] += _members(table, split, name_of)
-        for model in contenders.scored(run.classify, split):
-            part = storage_tables.read_table(prediction_part(places, split, model))
+        for model in registry.scored(run.classify, split):
+            part = read_table(prediction_part(places, split, model))
             meta = json.loads(part.schema.metadata[b"mixgf"])
             mine: dict[str, Any] = {**split.task, "model": model}
             scored = _scores(split, mine, meta)
@@ -85,10 +82,10 @@ def tables(
 
 def _spaces(run: Config, places: Places, table: Labelled, name_of: dict[int, str]) -> dict[str, pd.DataFrame]:
     """The tables of whole embeddings."""
-    names = parts.spaces(run, table)
+    names = intermediates.spaces(run, table)
     if not names:
         return {}
-    rows = parts.sample(run, table)
+    rows = intermediates.sample(run, table)
     base = pd.DataFrame({
         "cell": [name_of[c] for c in table.cells[rows].tolist()], "species": table.species[rows], "group": table.groups[rows],
         "type": table.labels[rows],
@@ -96,16 +93,16 @@ def _spaces(run: Config, places: Places, table: Labelled, name_of: dict[int, str
     measures: list[dict[str, Any]] = []
     maps, spaces = [], {}
     for name in names:
-        uri = parts.integration_part(run, places, name)
-        part = storage_tables.read_table(uri)
-        known, called = facts(uri), contenders.called(name)
+        uri = intermediates.integration_part(run, places, name)
+        part = read_table(uri)
+        known, called = facts(uri), registry.called(name)
         measures += [
             {"space": called, "metric": metric, "value": value, "low": low, "high": high, "interval_by": by, "num_cells": len(rows)}
             for metric, (value, low, high, by) in known["measures"].items()
         ]  # fmt: skip
         xy = part.select(["x", "y"]).to_pandas()
         maps.append(base.assign(space=called, x=xy["x"], y=xy["y"], map=known["map"]))
-        spaces[called] = (xy.to_numpy(), parts.vector_column(part))
+        spaces[called] = (xy.to_numpy(), intermediates.vector_column(part))
     kinds_N = np.char.add(np.char.add(table.species[rows], "\x1f"), table.labels[rows])
     return {
         "integration": pd.DataFrame(measures),
@@ -119,7 +116,7 @@ def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame
 
     `umap` takes both maps as they are drawn, `umap_aligned` turns the other one onto ours first.
     """
-    own = contenders.called(contenders.CHECKPOINT)
+    own = registry.called(registry.CHECKPOINT)
     kinds, counts = np.unique(kinds_N, return_counts=True)
     enough = counts >= integration.MIN_CELLS
     kinds, counts = kinds[enough], counts[enough]
@@ -155,7 +152,7 @@ def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame
 
 def facts(uri: str) -> dict[str, Any]:
     """What stands beside the predictions of one part: scores, what was resampled, seconds, epochs of a fine-tuning."""
-    with storage.open_read(uri) as file:
+    with files.open_read(uri) as file:
         return dict(json.loads(pq.read_schema(file).metadata[b"mixgf"]))
 
 
@@ -194,10 +191,10 @@ def _by_class(table: Labelled, split: Split, mine: dict[str, Any], frame: pd.Dat
     """Scores per class, and the confusion matrix as (true, predicted, count)."""
     classes = np.asarray(split.classes)
     true_M, predicted_M = (split.ids(frame[c].to_numpy().astype(np.str_)) for c in ("true", "predicted"))
-    matrix = scores.confusion(true_M, predicted_M, len(classes))
+    matrix = metrics.confusion(true_M, predicted_M, len(classes))
     num_train = np.bincount(split.ids(table.labels[split.train]), minlength=len(classes))
     sizes = {"num_test": matrix.sum(1), "num_train": num_train}
-    per_class = pd.DataFrame(mine | {"class": split.classes} | scores.class_scores(matrix) | sizes)
+    per_class = pd.DataFrame(mine | {"class": split.classes} | metrics.class_scores(matrix) | sizes)
     true, predicted = np.nonzero(matrix)
     counts = {"true": classes[true], "predicted": classes[predicted], "count": matrix[true, predicted]}
     return {"per_class": per_class, "confusion": pd.DataFrame(mine | counts)}
@@ -234,7 +231,7 @@ def comparisons(run: Config, table: Labelled, splits: Sequence[Split], found: di
             baseline = max(ahead.index, key=lambda m: (ahead[m], m))
             seeds = by_seed.index[by_seed[[model, baseline]].notna().all(axis=1)]  # dear ones have fewer
             mine, rival = (one[one["seed"].isin(seeds)] for one in (by_model[model], by_model[baseline]))
-            duel = scores.compare(
+            duel = metrics.compare(
                 true_M=mine["true"].map(code).to_numpy(np.int64), model_M=mine["predicted"].map(code).to_numpy(np.int64),
                 baseline_M=rival["predicted"].map(code).to_numpy(np.int64), cells_M=mine["number"].to_numpy(np.int64),
                 donors_M=np.array([donor_of[c] for c in mine["number"]], dtype=np.str_), seeds_M=mine["seed"].to_numpy(np.int64),
@@ -282,5 +279,5 @@ def write_cells(uri: str, run: Config, table: Labelled, found: dict[str, pd.Data
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.h5ad"
         anndata.AnnData(obs=obs, uns={"mixgf": {"model": model, "split": run.classify.splits[0]}}).write_h5ad(path)
-        storage.upload(path, uri)
+        files.upload(path, uri)
     return model

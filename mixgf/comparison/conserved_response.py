@@ -21,12 +21,11 @@ from mixgf.config.checks import split_named
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 from mixgf.genes import species
-from mixgf.perturbation import gene_table as effects
-from mixgf.stats import donors as stats
+from mixgf.perturbation import gene_table
 from mixgf.stats import rank_adjustment
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.stats.donors import MIN_BACKGROUND, MIN_CLUSTERS, benjamini_hochberg, spearman
+from mixgf.storage import artifacts, files
+from mixgf.storage.tables import read_table
 
 LEVEL = 0.05
 BIN = 8
@@ -36,7 +35,7 @@ EVIDENCE = (
     "p_donor", "fdr_donor", "null_percentile", "rank_expected", "rank_error", "de_statistic", "warnings",
 )  # fmt: skip
 """Columns of a perturbation's table, and of `with_errors`, that stand on either side."""
-FREE = 2 * stats.MIN_BACKGROUND - 1
+FREE = 2 * MIN_BACKGROUND - 1
 """Degrees of freedom of a rank's expectation: the fewest genes of its fit less its two parameters."""
 
 
@@ -76,7 +75,7 @@ def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
     for _, part in genes.sort_values("gene").groupby("operation"):
         among_G = part["reference"].to_numpy(bool) if "reference" in part else None
         error_G = rank_adjustment.expectation_error(
-            part["shift"].to_numpy(float), effects.places(part["mean_rank"].to_numpy(float)), among_G
+            part["shift"].to_numpy(float), gene_table.places(part["mean_rank"].to_numpy(float)), among_G
         )
         found.append(part.assign(rank_error=error_G))
     return pd.concat(found)
@@ -116,7 +115,7 @@ def pair(
 def _error(frame: pd.DataFrame, name: str) -> tuple[Float64s, Float64s]:
     """Standard error of the shift of either side, from its t interval, and its degrees of freedom."""
     donors, cells = frame[f"num_donors_{name}"].to_numpy(float), frame[f"num_cells_{name}"].to_numpy(float)
-    free_G = np.where(donors >= stats.MIN_CLUSTERS, donors, cells) - 1
+    free_G = np.where(donors >= MIN_CLUSTERS, donors, cells) - 1
     half_G = (frame[f"shift_high_{name}"] - frame[f"shift_low_{name}"]).to_numpy(float) / 2
     return half_G / scipy_stats.t.ppf(0.975, np.maximum(free_G, 1)), free_G
 
@@ -148,8 +147,8 @@ def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
         error = np.sqrt(sum(e**2 for e, _ in errors))
         free = error**4 / sum(e**4 / f for e, f in errors)
         p = 2 * scipy_stats.t.sf(np.abs(excess) / error, free)
-    out["p_differs"], out["fdr_differs"] = p, stats.benjamini_hochberg(p)
-    replicated = (frame[[f"num_donors_{n}" for n in names]] >= stats.MIN_CLUSTERS).all(axis=1)
+    out["p_differs"], out["fdr_differs"] = p, benjamini_hochberg(p)
+    replicated = (frame[[f"num_donors_{n}" for n in names]] >= MIN_CLUSTERS).all(axis=1)
     out["interval_by"] = np.where(replicated, "donors", "cells")
     towards, away = (np.logical_and(*(sign * s > 0 for s in shift_2G)) for sign in (1, -1))
     out["direction"] = np.select([towards, away], ["towards", "away"], "opposite")
@@ -157,7 +156,7 @@ def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
     out["p_both"] = np.maximum(
         frame[f"p_donor_{a}"].to_numpy(float), frame[f"p_donor_{b}"].to_numpy(float)
     )  # NaN stays NaN
-    out["fdr_both"] = stats.benjamini_hochberg(out["p_both"].to_numpy(float))
+    out["fdr_both"] = benjamini_hochberg(out["p_both"].to_numpy(float))
     out["doubts"] = [
         "; ".join(f"{n}: {text}" for n, text in zip(names, texts, strict=True) if text)
         for texts in zip(*(frame[f"warnings_{n}"] for n in names), strict=True)
@@ -177,17 +176,17 @@ def response(frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.rand
     about other donors.
     """
     shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
-    rank_2G = [effects.places(frame[f"mean_rank_{n}"].to_numpy(float)) for n in names]
+    rank_2G = [gene_table.places(frame[f"mean_rank_{n}"].to_numpy(float)) for n in names]
     coverage_2G = [frame[f"coverage_{n}"].to_numpy(float) for n in names]
     a_G, b_G = (_beyond(*several) for several in zip(shift_2G, rank_2G, coverage_2G, strict=True))
     bins_G = alike_bins(_between([rank_2G, coverage_2G]))
-    value = stats.spearman(a_G, b_G)
-    draws = [stats.spearman(a_G[rows], b_G[rows]) for rows in rng.integers(0, len(a_G), (num, len(a_G)))]
-    nulls = [stats.spearman(a_G, b_G[exchanged(bins_G, rng)]) for _ in range(num)]
+    value = spearman(a_G, b_G)
+    draws = [spearman(a_G[rows], b_G[rows]) for rows in rng.integers(0, len(a_G), (num, len(a_G)))]
+    nulls = [spearman(a_G, b_G[exchanged(bins_G, rng)]) for _ in range(num)]
     low, high = _interval(draws)
     null_low, null_high = _interval(nulls)
     return {
-        "num_genes": len(frame), "whole": stats.spearman(*shift_2G), "spearman": value, "low": low, "high": high, "null": float(np.mean(nulls)),
+        "num_genes": len(frame), "whole": spearman(*shift_2G), "spearman": value, "low": low, "high": high, "null": float(np.mean(nulls)),
         "null_low": null_low, "null_high": null_high, "p": _p(value, nulls), "median_difference": float(np.median(shift_2G[0] - shift_2G[1])),
     }  # fmt: skip
 
@@ -224,7 +223,7 @@ def conserved(
         summary: dict[str, object] = {"operation": operation, "first": names[0], "second": names[1]}
         if len(frame) >= MIN_PAIRS:
             summary |= response(frame, names, num, np.random.default_rng([seed, number, 95]))
-        usual = found["percentile_both"] > effects.ORDINARY[1]
+        usual = found["percentile_both"] > gene_table.ORDINARY[1]
         summary |= {
             "num_pairs": len(frame), "differ": int((found["fdr_differs"] <= LEVEL).sum()), "towards": int((found["direction"] == "towards").sum()),
             "away": int((found["direction"] == "away").sum()), "unusual": int(((found["place"] > 0) & usual).sum()),
@@ -246,7 +245,7 @@ def given(config: Config) -> dict[str, pd.DataFrame]:
     found = {}
     for name, uri in map(split_named, config.compare.responses):
         artifacts.require(uri, "perturbation")
-        frame = storage_tables.read_table(storage.join(uri, "genes.parquet")).to_pandas()
+        frame = read_table(files.join(uri, "genes.parquet")).to_pandas()
         mine = frame[frame["species"] == name]
         if mine.empty:
             msg = f"compare.responses = {name}={uri}: its genes are of {', '.join(sorted(set(frame['species'])))}; name each perturbation after its species"

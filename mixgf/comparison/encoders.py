@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mixgf.arrays import Names
-from mixgf.classification import intermediates as parts
-from mixgf.classification import models as contenders
+from mixgf.classification import intermediates, registry
 from mixgf.classification.baselines import BASELINES
 from mixgf.classification.intermediates import Places
 from mixgf.classification.labels import UNKNOWN, names_of
@@ -21,8 +20,7 @@ from mixgf.config.parse import to_dict
 from mixgf.config.run import Config, Inputs
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +39,13 @@ class World:
     @property
     def encoders(self) -> list[str]:
         """Names by which `contenders.load` knows them."""
-        return contenders.of_encoders(self.config.classify.models, contenders.HEADS)
+        return registry.of_encoders(self.config.classify.models, registry.HEADS)
 
     @property
     def trained(self) -> dict[str, Places]:
         """Trained encoders by their names in the tables."""
-        others = contenders.named(self.config.classify)
-        uris = {contenders.CHECKPOINT: self.places.checkpoint} | others
+        others = registry.named(self.config.classify)
+        uris = {registry.CHECKPOINT: self.places.checkpoint} | others
         return {self.called(name): replace(self.places, checkpoint=uri) for name, uri in uris.items()}
 
     @cached_property
@@ -57,13 +55,13 @@ class World:
 
     def called(self, encoder: str) -> str:
         """An encoder's name in the tables."""
-        if not self.name or encoder in (self.name, parts.EXPRESSION):
-            return contenders.called(encoder)
-        return f"{self.name}_{encoder}" if encoder and encoder != contenders.called("") else self.name
+        if not self.name or encoder in (self.name, intermediates.EXPRESSION):
+            return registry.called(encoder)
+        return f"{self.name}_{encoder}" if encoder and encoder != registry.called("") else self.name
 
     def model(self, name: str) -> str:
         """A model's name in the tables."""
-        head, encoder = contenders.parse(name)
+        head, encoder = registry.parse(name)
         if name in BASELINES or not self.name:
             return name
         return f"{head}@{self.called(encoder)}"
@@ -88,8 +86,8 @@ def worlds(config: Config, uri: str) -> tuple[World, ...]:
     """
     given, settings = config.inputs, config.compare
     own = Inputs(
-        corpus=given.corpus or storage.join(config.output, "corpus"), embeddings=given.embeddings,
-        checkpoint=given.checkpoint or storage.join(config.output, "pretrain"),
+        corpus=given.corpus or files.join(config.output, "corpus"), embeddings=given.embeddings,
+        checkpoint=given.checkpoint or files.join(config.output, "pretrain"),
     )  # fmt: skip
     same, others = list[str](), dict[str, Inputs]()
     for entry in settings.encoders:
@@ -98,7 +96,7 @@ def worlds(config: Config, uri: str) -> tuple[World, ...]:
         if not at:
             same.append(f"{name}={weights}")
             continue
-        contenders.named(replace(config.classify, encoders=(f"{name}={weights}",)))  # the same rules for names
+        registry.named(replace(config.classify, encoders=(f"{name}={weights}",)))  # the same rules for names
         if not corpus or name in others:
             msg = f"compare.encoders: {entry!r} must be NAME=CHECKPOINT or NAME=CHECKPOINT@CORPUS, each name once"
             raise UserError(msg)
@@ -106,19 +104,19 @@ def worlds(config: Config, uri: str) -> tuple[World, ...]:
     found = [_world(config, uri, "", own, tuple(same))]
     if config.inputs.classification:
         found = [replace(found[0], classification=config.inputs.classification)]
-    elif _has(there := storage.join(config.output, "classify"), found[0]):
+    elif _has(there := files.join(config.output, "classify"), found[0]):
         found = [replace(found[0], classification=there)]
     return (
         *found,
-        *(_world(config, storage.join(uri, "encoders", name), name, inputs, ()) for name, inputs in others.items()),
+        *(_world(config, files.join(uri, "encoders", name), name, inputs, ()) for name, inputs in others.items()),
     )
 
 
 def _world(config: Config, folder: str, name: str, inputs: Inputs, encoders: tuple[str, ...]) -> World:
-    names = contenders.named(replace(config.classify, encoders=encoders))
+    names = registry.named(replace(config.classify, encoders=encoders))
     heads = [
         f"{head}@{encoder}".rstrip("@")
-        for encoder in ("", contenders.UNTRAINED, *names)
+        for encoder in ("", registry.UNTRAINED, *names)
         for head in config.compare.models
     ]
     controls = () if name else config.compare.controls
@@ -128,7 +126,7 @@ def _world(config: Config, folder: str, name: str, inputs: Inputs, encoders: tup
     )  # fmt: skip
     places = Places(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder, embeddings="")
     run = replace(config, output=folder, inputs=inputs, classify=asked)
-    return World(name=name, config=run, classification=storage.join(folder, "classify"), places=places)
+    return World(name=name, config=run, classification=files.join(folder, "classify"), places=places)
 
 
 def _has(uri: str, world: World) -> bool:
@@ -139,7 +137,7 @@ def _has(uri: str, world: World) -> bool:
     asked = to_dict(run.classify)
     if any(asked[name] != value for name, value in ({"merge": []} | there.config["cells"]).items()):
         return False
-    encoders = contenders.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus))
+    encoders = registry.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus))
     mine = {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}
     return {*run.classify.models, "integration"} <= set(
         there.config["models"]
@@ -147,7 +145,7 @@ def _has(uri: str, world: World) -> bool:
 
 
 def _read(world: World, name: str) -> pd.DataFrame:
-    return tables.read_table(storage.join(world.classification, f"{name}.parquet")).to_pandas()
+    return tables.read_table(files.join(world.classification, f"{name}.parquet")).to_pandas()
 
 
 def _donors(world: World, obs: pd.DataFrame) -> Names:

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mixgf import rng as keyed
 from mixgf.arrays import Float64s, Ints
 from mixgf.classification.intermediates import Places
 from mixgf.comparison.conserved_response import (
@@ -27,10 +26,10 @@ from mixgf.config.run import Config
 from mixgf.console import say
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
-from mixgf.perturbation import gene_responses as responses
-from mixgf.perturbation import gene_table as effects
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.perturbation import gene_responses, gene_table
+from mixgf.rng import hashed
+from mixgf.storage import files
+from mixgf.storage.tables import read_table
 
 TIE = np.float32(1e-6)
 """Cosines nearer than this are as good as equal."""
@@ -103,7 +102,7 @@ def profiles(matrix: pd.DataFrame, operation: str) -> pd.DataFrame:
 
     Genes of which nothing specific is known are left out.
     """
-    found = responses.specific(matrix[matrix["operation"] == operation])
+    found = gene_responses.specific(matrix[matrix["operation"] == operation])
     frame = pd.DataFrame({c: found[c].astype(str) for c in ("gene", "responding")}).assign(excess=found["excess"])
     table = frame.pivot_table(index="gene", columns="responding", values="excess").fillna(0.0)
     return table[(table != 0).any(axis=1)]
@@ -182,12 +181,12 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
     if not both:
         return []
     one, other = both
-    files = {s: storage.join(uris[s], "responses.parquet") for s in both}
-    lacking = [s for s, file in files.items() if not storage.exists(file)]
+    paths = {s: files.join(uris[s], "responses.parquet") for s in both}
+    lacking = [s for s, file in paths.items() if not files.exists(file)]
     if lacking:
         why = f"{' and '.join(lacking)} perturbed without a response matrix (perturb.response)"
         return [{"space": "responses", "first": one, "second": other, "num_genes": 0, "why": why}]
-    matrices = [storage_tables.read_table(file).to_pandas() for file in files.values()]
+    matrices = [read_table(file).to_pandas() for file in paths.values()]
     partners, rows = _partners(config, one, other), []
     for operation in sorted(set(matrices[0]["operation"]) & set(matrices[1]["operation"])):
         first, second = (profiles(matrix, str(operation)) for matrix in matrices)
@@ -196,13 +195,13 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
         mine = [tables[0].loc[genes], tables[1].loc[[partners[g] for g in genes]]]
         features = _between(
             [
-                [effects.places(t["mean_rank"].to_numpy(float)) for t in mine],
+                [gene_table.places(t["mean_rank"].to_numpy(float)) for t in mine],
                 [t["coverage"].to_numpy(float) for t in mine],
             ]
         )
         row = _row(config, f"responses to {operation}", (one, other), (a, b), features)
         if row["why"]:
-            few = f"known is what {responses.MIN_CELLS} cells show in which the responding gene kept its place: perturb more cells (perturb.max_cells)"
+            few = f"known is what {gene_responses.MIN_CELLS} cells show in which the responding gene kept its place: perturb more cells (perturb.max_cells)"
             row["why"] = f"{row['why']}; {few}"
         rows.append(row)
     return rows
@@ -231,7 +230,7 @@ def _frequency(corpus: Corpus, name: str, seed: int) -> Float64s:
     cells = np.flatnonzero(corpus.species_N == corpus.species.index(name))
     if not len(cells):
         return np.zeros(len(corpus.vocabulary.of(name).tokens))
-    cells = np.sort(cells[np.argsort(keyed.hashed(seed, 97, cells), kind="stable")][:SAMPLE])
+    cells = np.sort(cells[np.argsort(hashed(seed, 97, cells), kind="stable")][:SAMPLE])
     counts_V = np.bincount(corpus.tokens(cells)[0], minlength=corpus.vocabulary.size)
     return counts_V[corpus.vocabulary.species_tokens(name)] / len(cells)
 

@@ -23,7 +23,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from mixgf.arrays import Bools, Floats, Ints
-from mixgf.stats import donors as stats
+from mixgf.stats import donors
 
 NUM_RESAMPLES = 200
 """Draws of an interval."""
@@ -180,7 +180,7 @@ def match(
         })  # fmt: skip
     pairs = pd.DataFrame(rows)
     if len(pairs):
-        pairs["fdr"] = stats.benjamini_hochberg(pairs["p"].to_numpy())
+        pairs["fdr"] = donors.benjamini_hochberg(pairs["p"].to_numpy())
         place = pairs.groupby(["species", "shift", "other_species"])["cosine"].rank(ascending=False, method="min")
         back = pairs.groupby(["other_species", "other_shift", "species"])["cosine"].rank(ascending=False, method="min")
         pairs["place"], pairs["place_back"] = place.astype(int), back.astype(int)

@@ -15,10 +15,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from mixgf.arrays import Bools, Floats, Ints
-from mixgf.classification import baselines
-from mixgf.classification import intermediates as parts
+from mixgf.classification import baselines, intermediates
 from mixgf.classification.labels import UNKNOWN, Labelled
-from mixgf.comparison import shift_matching as matching
+from mixgf.comparison import shift_matching
 from mixgf.comparison.encoders import Setting, World, _donors
 from mixgf.comparison.shift_matching import Shift
 from mixgf.comparison.shift_selection import cells_of
@@ -53,11 +52,11 @@ def matched(setting: Setting) -> dict[str, pd.DataFrame]:
         placed = [replace(s, rows_N=np.searchsorted(cells, s.rows_N)) for s in shifts]
         about = pd.DataFrame([_about(world, obs, corpus.lengths_N, s) for s in shifts])
         for space, vectors_ND, seen_KD in _spaces(setting, world, obs, cells, placed):
-            pairs, table = matching.match(
+            pairs, table = shift_matching.match(
                 placed, vectors_ND, num_permutations=settings.num_permutations, seed=seed, seen_KD=seen_KD
             )
             table = table.merge(about, on="shift")
-            tags = matching.together(pairs, num_permutations=settings.num_permutations, seed=seed)
+            tags = shift_matching.together(pairs, num_permutations=settings.num_permutations, seed=seed)
             for name, frame in (("pairs", pairs), ("shifts", table), ("together", tags)):
                 found[name].append(frame.assign(space=space))
     return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
@@ -68,14 +67,14 @@ def _spaces(
 ) -> Iterator[tuple[str, Floats, Bools | None]]:
     """Name, vectors (N, D) and columns that count for each shift, space by space."""
     for encoder in world.encoders:
-        yield world.called(encoder), parts.vectors(world.places, encoder, cells), None
+        yield world.called(encoder), intermediates.vectors(world.places, encoder, cells), None
     if world.name or not setting.config.compare.controls:
         return
-    counts = parts.counts_of(world.config, world.places, table_of(world, obs, cells), np.arange(len(cells)))
+    counts = intermediates.counts_of(world.config, world.places, table_of(world, obs, cells), np.arange(len(cells)))
     detected = [np.asarray((counts[s.rows_N] > 0).mean(0)).ravel() >= MIN_DETECTED for s in shifts]
     genes = np.flatnonzero(np.any(detected, axis=0))
     seen_KD = np.stack(detected)[:, genes]
-    yield parts.EXPRESSION, baselines.log_normalise(counts)[:, genes].toarray(), seen_KD
+    yield intermediates.EXPRESSION, baselines.log_normalise(counts)[:, genes].toarray(), seen_KD
     yield RANKS, baselines.rank_scores(counts, genes), seen_KD
 
 
@@ -83,7 +82,7 @@ def _about(world: World, obs: pd.DataFrame, lengths_N: npt.NDArray[np.int32], sh
     """What may explain a shift beside its name: donors of either side, and how much longer sentences get."""
     known = _donors(world, obs.iloc[shift.rows_N])
     before, after = (set(known[shift.after_N == side].tolist()) - {UNKNOWN} for side in (False, True))
-    weights_N = matching.contrast(shift.after_N, shift.strata_N)
+    weights_N = shift_matching.contrast(shift.after_N, shift.strata_N)
     return {
         "shift": shift.name, "donors_before": len(before), "donors_after": len(after), "donors_shared": len(before & after),
         "log2_length": float(weights_N @ np.log2(lengths_N[shift.rows_N])),

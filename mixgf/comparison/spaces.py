@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mixgf.classification import integration
-from mixgf.classification import intermediates as parts
+from mixgf.classification import integration, intermediates
 from mixgf.comparison.encoders import Setting, World, _donors, _read
 from mixgf.corpus.reader import Corpus
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 # Spaces
 
@@ -21,14 +19,14 @@ def spaces(setting: Setting) -> dict[str, pd.DataFrame]:
     for world in setting.worlds:
         table = _read(world, "integration")
         if world.name:
-            table = table[table["space"] != parts.EXPRESSION]
+            table = table[table["space"] != intermediates.EXPRESSION]
         measures.append(table.assign(space=[world.called(s) for s in table["space"]]))
         obs = Corpus(world.places.corpus).obs()
         of_cell = dict(zip(obs["cell"], _donors(world, obs), strict=True))
         found = _read(world, "maps")
         for space, frame in found.groupby("space", sort=False):
             called = world.called(str(space))
-            if world.name and space == parts.EXPRESSION:
+            if world.name and space == intermediates.EXPRESSION:
                 continue
             maps.append(frame.assign(space=called, donor=[of_cell[c] for c in frame["cell"]]))
             vectors_ND, xy_N2 = _drawn(world, str(space))
@@ -40,8 +38,8 @@ def spaces(setting: Setting) -> dict[str, pd.DataFrame]:
 
 def _drawn(world: World, space: str) -> tuple[np.ndarray, np.ndarray]:
     """Vectors and map coordinates of a classification's sample in one space, in the order of its `maps`."""
-    folder = storage.join(world.classification, "parts", "integration")
-    names = [n for n in storage.list_dir(folder) if n.rpartition("-")[0] == space]
+    folder = files.join(world.classification, "parts", "integration")
+    names = [n for n in files.list_dir(folder) if n.rpartition("-")[0] == space]
     sizes = [int(n.rpartition("-")[2].removesuffix(".parquet")) for n in names]
-    part = tables.read_table(storage.join(folder, names[int(np.argmax(sizes))]))
-    return parts.vector_column(part), part.select(["x", "y"]).to_pandas().to_numpy()
+    part = tables.read_table(files.join(folder, names[int(np.argmax(sizes))]))
+    return intermediates.vector_column(part), part.select(["x", "y"]).to_pandas().to_numpy()

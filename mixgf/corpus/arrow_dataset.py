@@ -18,29 +18,29 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 # Arrow data sets
 
 
 def data_files(uri: str) -> list[str]:
     """The .arrow files of a data set, in order: those that state.json lists, or all of a folder, or the one file."""
-    if not storage.is_folder(uri):
-        if not storage.exists(uri) or not uri.endswith(".arrow"):
-            state = "not an .arrow file" if storage.exists(uri) else "no such file or folder"
+    if not files.is_folder(uri):
+        if not files.exists(uri) or not uri.endswith(".arrow"):
+            state = "not an .arrow file" if files.exists(uri) else "no such file or folder"
             msg = f"{uri}: {state}; give a folder that save_to_disk wrote, a folder of .arrow files, or one of them"
             raise UserError(msg)
         return [uri]
-    names = storage.list_dir(uri)
+    names = files.list_dir(uri)
     if "dataset_dict.json" in names:
-        splits = storage.read_json(storage.join(uri, "dataset_dict.json")).get("splits", [])
-        msg = f"{uri}: a set of data sets; give one of them: {', '.join(storage.join(uri, s) for s in splits)}"
+        splits = files.read_json(files.join(uri, "dataset_dict.json")).get("splits", [])
+        msg = f"{uri}: a set of data sets; give one of them: {', '.join(files.join(uri, s) for s in splits)}"
         raise UserError(msg)
     if "state.json" not in names:
         found = [name for name in names if name.endswith(".arrow")]
     else:
         try:
-            state = storage.read_json(storage.join(uri, "state.json"))
+            state = files.read_json(files.join(uri, "state.json"))
             found = [str(entry["filename"]) for entry in state["_data_files"]]
             indexed = state.get("_indices_files") or state.get("_indices_data_files")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -56,7 +56,7 @@ def data_files(uri: str) -> list[str]:
     if not found:
         msg = f"{uri}: no .arrow file in it; give a folder that save_to_disk wrote"
         raise UserError(msg)
-    return [storage.join(uri, name) for name in found]
+    return [files.join(uri, name) for name in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class _reading:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, pa.ArrowInvalid | pa.ArrowTypeError | pa.ArrowNotImplementedError) or (
-            isinstance(error, OSError) and (storage.is_local(self.uri) or "Expected to be able to read" in str(error))
+            isinstance(error, OSError) and (files.is_local(self.uri) or "Expected to be able to read" in str(error))
         ):
             raise _damaged(self.uri, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 

@@ -18,11 +18,10 @@ from mixgf.cells import qc
 from mixgf.config.data import Source
 from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
-from mixgf.corpus import shards as corpus_shards
+from mixgf.corpus.shards import write_done
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Older:
 
     def table(self, name: str) -> pa.Table:
         """Its index, mapping, dropped or hashes table."""
-        return tables.read_table(storage.join(self.uri, f"{name}.parquet"))
+        return tables.read_table(files.join(self.uri, f"{name}.parquet"))
 
     def shards(self) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Manifest entry and lengths of every shard."""
@@ -84,7 +83,7 @@ def find(config: Config, sources: Sequence[Source]) -> Older | None:
         if source.name in have:
             msg = f"{what}: holds a source named {source.name!r} already; give only the sources to be added, each with a name of its own (sources[i].name)"
             raise UserError(msg)
-    if config.qc.drop_duplicates and not storage.exists(storage.join(uri, "hashes.parquet")):
+    if config.qc.drop_duplicates and not files.exists(files.join(uri, "hashes.parquet")):
         msg = f"{what}: has no hashes.parquet, so cells that it already holds would not be found; --set qc.drop_duplicates=false does without"
         raise UserError(msg)
     return Older(uri, record)
@@ -92,9 +91,9 @@ def find(config: Config, sources: Sequence[Source]) -> Older | None:
 
 def take(work: str, number: int, older: str, *, entry: dict[str, Any], length_N: np.ndarray, to: str) -> None:
     """Copy one shard of the corpus `older` to the folder `to`, and write the part that says so."""
-    uri = storage.join(to, entry["name"])
-    storage.copy(storage.join(older, "shards", entry["name"]), uri)
-    if storage.size(uri) != entry["bytes"]:
-        msg = f"{older}: shard {entry['name']} has {storage.size(uri)} bytes, its record says {entry['bytes']}: damaged; restore it"
+    uri = files.join(to, entry["name"])
+    files.copy(files.join(older, "shards", entry["name"]), uri)
+    if files.size(uri) != entry["bytes"]:
+        msg = f"{older}: shard {entry['name']} has {files.size(uri)} bytes, its record says {entry['bytes']}: damaged; restore it"
         raise UserError(msg)
-    corpus_shards.write_done(work, number, length_N, entry)
+    write_done(work, number, length_N, entry)

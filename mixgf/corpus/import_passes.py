@@ -19,17 +19,13 @@ from mixgf.config.checks import split_named
 from mixgf.config.data import Imports, Source, Tokens
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
-from mixgf.corpus import arrow_dataset as interop
-from mixgf.corpus import remap_ids, shards
+from mixgf.corpus import arrow_dataset, remap_ids, shards
 from mixgf.corpus.arrow_dataset import Attribute, Layout
 from mixgf.errors import UserError
-from mixgf.genes import species
-from mixgf.genes import token_dictionaries as dictionaries
-from mixgf.genes import vocabulary as vocab
+from mixgf.genes import species, token_dictionaries, vocabulary
 from mixgf.genes.vocabulary import CLS
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.storage import artifacts, files
+from mixgf.storage.tables import read_table, write_table
 
 NOT_KNOWN = {"n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64()}
 """Columns of a prepared corpus that sentences cannot tell: null in an imported one."""
@@ -63,12 +59,12 @@ class Given:
                 raise UserError(msg)
             self.dictionary_uris.append(uri)
         self.dictionaries = {
-            uri: dictionaries.read_dictionary(uri, "imports.dictionaries")
+            uri: token_dictionaries.read_dictionary(uri, "imports.dictionaries")
             for uri in dict.fromkeys(self.dictionary_uris)
         }
         self.known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
         self.genes = [self._genes(i) for i in range(len(self.sources))]
-        self.reused = vocab.Vocabulary.load(self.config.vocab.reuse) if self.config.vocab.reuse else None
+        self.reused = vocabulary.Vocabulary.load(self.config.vocab.reuse) if self.config.vocab.reuse else None
         self.median_uris = {} if self.reused else _named(rules, "medians", set(self.rows))
         self.medians = {} if self.reused else {name: self._medians(name) for name in names}
         if self.reused is not None:
@@ -78,7 +74,7 @@ class Given:
     def _genes(self, index: int) -> dict[str, str]:
         """Genes of the source's species in its dictionary, to Ensembl ids."""
         source, dictionary = self.sources[index], self.dictionaries[self.dictionary_uris[index]]
-        found = dictionaries.genes_of(dictionary.genes, source.species, self.rows.values(), self.known)
+        found = token_dictionaries.genes_of(dictionary.genes, source.species, self.rows.values(), self.known)
         if not found:
             shown = ", ".join(list(dictionary.genes)[:3]) or "nothing"
             msg = (
@@ -111,11 +107,11 @@ class Given:
         """Medians of a species' genes over several tables, which must agree."""
         found: dict[str, float] = {}
         for uri in dict.fromkeys(uris):
-            table = dictionaries.read_medians(uri, field)
+            table = token_dictionaries.read_medians(uri, field)
             if table is None and need:
                 msg = f"{field} = {uri!r}: no column median; give gene (or key) and median"
                 raise UserError(msg)
-            for given, gene in dictionaries.genes_of(table or (), name, self.rows.values(), self.known).items():
+            for given, gene in token_dictionaries.genes_of(table or (), name, self.rows.values(), self.known).items():
                 median = (table or {})[given]
                 if found.setdefault(gene, median) != median:
                     msg = f"imports.medians: {name} gene {gene} has medians {found[gene]} and {median}; give one table: {name}=URI"
@@ -127,7 +123,7 @@ class Given:
         data = to_dict(self.config)
         uris = [*self.dictionary_uris, *self.median_uris.values()]
         uris += [self.config.vocab.medians] if self.config.vocab.medians and self.reused is None else []
-        tables = {uri: storage.sha256(uri) for uri in dict.fromkeys(uris) if storage.exists(uri)}
+        tables = {uri: files.sha256(uri) for uri in dict.fromkeys(uris) if files.exists(uri)}
         content = {name: data[name] for name in ("species", "vocab")} | {
             "imports": data["imports"] | {"sha256": tables}
         }
@@ -144,11 +140,11 @@ class Given:
         }  # fmt: skip
         return vocabulary, artifacts.plan("corpus", SCHEMA, whole, {"vocabulary": parent})
 
-    def build(self) -> vocab.Vocabulary:
+    def build(self) -> vocabulary.Vocabulary:
         """The vocabulary of all dictionaries."""
         tables = {name: species.gene_table(self.rows[name]) for name in self.medians}
         pairs = species.orthologs(self.config.vocab.orthologs)
-        return vocab.build(self.medians, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
+        return vocabulary.build(self.medians, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
 
 
 def _named(rules: Imports, field: str, known: set[str]) -> dict[str, str]:
@@ -163,7 +159,7 @@ def _named(rules: Imports, field: str, known: set[str]) -> dict[str, str]:
 def _size(uri: str) -> int:
     """Bytes of a data set's Arrow files; -1 where it cannot be listed (it is refused later, with the reason)."""
     try:
-        return sum(storage.size(file) for file in interop.data_files(uri))
+        return sum(files.size(file) for file in arrow_dataset.data_files(uri))
     except UserError:
         return -1
 
@@ -207,18 +203,18 @@ def file_part(index: int, file: int) -> str:
 
 def check(work: str, index: int, number: int, source: Source, uri: str, *, dictionary: str, rules: Rules) -> None:
     """Read one Arrow file from end to end: hash it, find its batches, and see what its ids are."""
-    table = storage_tables.read_table(shards.part(work, "lookup", index))["token"].to_numpy()
+    table = read_table(shards.part(work, "lookup", index))["token"].to_numpy()
     counts = dict.fromkeys((*remap_ids.COUNTED, "in_dropped_cells", "wrong_length"), 0)
     genes: list[np.ndarray] = [np.empty(0, np.int32)]
     rows: list[int] = []
-    with storage.local_copy(uri) as path, storage.open_arrow(str(path)) as file:
-        where = interop.layout(file, uri)
-        schema = interop.read_schema(file, where, uri)
-        interop.check_schema(schema, uri)
+    with files.local_copy(uri) as path, files.open_arrow(str(path)) as file:
+        where = arrow_dataset.layout(file, uri)
+        schema = arrow_dataset.read_schema(file, where, uri)
+        arrow_dataset.check_schema(schema, uri)
         obs, left_out = _obs(schema, source, index, uri)
-        for batch in interop.batches(file, where, uri):
+        for batch in arrow_dataset.batches(file, where, uri):
             row = sum(rows)
-            ids, offsets = interop.sentences(batch, uri, row)
+            ids, offsets = arrow_dataset.sentences(batch, uri, row)
             found = remap_ids.reid(ids, offsets, table, size=rules.size, longest=rules.longest)
             _refuse(
                 found,
@@ -240,12 +236,12 @@ def check(work: str, index: int, number: int, source: Source, uri: str, *, dicti
             genes.append(found.genes_N)
             rows.append(batch.num_rows)
         facts = {
-            "uri": uri, "size": path.stat().st_size, "sha256": storage.sha256(str(path)), "rows": sum(rows), "layout": asdict(where),
+            "uri": uri, "size": path.stat().st_size, "sha256": files.sha256(str(path)), "rows": sum(rows), "layout": asdict(where),
             "batch_rows": rows, "obs": {name: asdict(attribute) for name, attribute in obs.items()}, "left_out": left_out,
             "counts": counts,
         }  # fmt: skip
     part = pa.table({"genes": pa.array(np.concatenate(genes), pa.int32())})
-    storage_tables.write_table(
+    write_table(
         shards.part(work, "files", file_part(index, number)),
         part.replace_schema_metadata({"facts": json.dumps(facts, sort_keys=True)}),
     )
@@ -253,13 +249,13 @@ def check(work: str, index: int, number: int, source: Source, uri: str, *, dicti
 
 def read_checked(work: str, index: int, number: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Vocabulary genes of every cell of a checked file, and its facts."""
-    table = storage_tables.read_table(shards.part(work, "files", file_part(index, number)))
+    table = read_table(shards.part(work, "files", file_part(index, number)))
     return table["genes"].to_numpy(), json.loads(table.schema.metadata[b"facts"])
 
 
 def _obs(schema: pa.Schema, source: Source, index: int, uri: str) -> tuple[dict[str, Attribute], list[str]]:
     """Attributes under their new names, and the columns that are left out."""
-    found, left_out = interop.attributes(schema)
+    found, left_out = arrow_dataset.attributes(schema)
     if source.obs:
         chosen = {}
         for item in source.obs:
@@ -319,7 +315,7 @@ def write(work: str, unit: Unit, shard: int, *, to: str, rules: Rules, obs: dict
         obs: kind of every obs column of the corpus; a file that lacks one has nulls.
     """
     genes, facts = read_checked(work, unit.index, unit.file)
-    table = storage_tables.read_table(shards.part(work, "lookup", unit.index))["token"].to_numpy()
+    table = read_table(shards.part(work, "lookup", unit.index))["token"].to_numpy()
     keep = genes[unit.start : unit.stop] >= rules.min_genes
     where = Layout(**facts["layout"] | {"batches": tuple(tuple(b) for b in facts["layout"]["batches"])})
     attributes = {name: Attribute(**a | {"labels": tuple(a["labels"])}) for name, a in facts["obs"].items()}
@@ -327,15 +323,15 @@ def write(work: str, unit: Unit, shard: int, *, to: str, rules: Rules, obs: dict
     tokens: list[np.ndarray] = []
     starts = np.concatenate([[0], np.cumsum(facts["batch_rows"])])
     first, last = np.searchsorted(starts, [unit.start, unit.stop - 1], side="right") - 1
-    with storage.open_arrow(facts["uri"]) as file:
+    with files.open_arrow(facts["uri"]) as file:
         for number in range(int(first), int(last) + 1):
             begin = max(unit.start, int(starts[number]))
-            batch = interop.read_batch(file, where, number, facts["uri"])
+            batch = arrow_dataset.read_batch(file, where, number, facts["uri"])
             batch = batch.slice(begin - int(starts[number]), min(unit.stop, int(starts[number + 1])) - begin)
             mask = keep[begin - unit.start : begin - unit.start + batch.num_rows]
             if not mask.all():
                 batch = batch.filter(pa.array(mask))
-            ids, offsets = interop.sentences(batch, facts["uri"], begin)
+            ids, offsets = arrow_dataset.sentences(batch, facts["uri"], begin)
             tokens.append(remap_ids.reid(ids, offsets, table, size=rules.size, longest=rules.longest).tokens)
             for name in obs:
                 if name in attributes:
@@ -365,12 +361,10 @@ def write(work: str, unit: Unit, shard: int, *, to: str, rules: Rules, obs: dict
     )
     done = done.cast(done.schema.set(0, shards.SENTENCES))
     name = shards.shard_name(shard)
-    size, digest = shards.write_shard(storage.join(to, name), done.schema, [done])
+    size, digest = shards.write_shard(files.join(to, name), done.schema, [done])
     entry = {"name": name, "rows": num, "bytes": size, "sha256": digest}
     lengths = pa.table({"length": pa.array(length, pa.int32())})
-    storage_tables.write_table(
-        shards.part(work, "done", shard), lengths.replace_schema_metadata({"shard": json.dumps(entry)})
-    )
+    write_table(shards.part(work, "done", shard), lengths.replace_schema_metadata({"shard": json.dumps(entry)}))
 
 
 def _column(values: list[pa.Array], kind: str, num: int) -> pa.Array:

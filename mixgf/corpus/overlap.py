@@ -18,16 +18,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from mixgf.arrays import Names
-from mixgf.cells import counts as corpus
-from mixgf.cells import qc
+from mixgf.cells import counts, qc
 from mixgf.cells.open import open_reader
 from mixgf.config import checks
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.genes import identify
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 COLUMNS = ("dataset", "donor")
 """Metadata that is compared, where both sides have it."""
@@ -111,8 +109,8 @@ def of_corpus(uri: str) -> Cells:
         [str(c).removeprefix(f"{s}:") for c, s in zip(obs["cell"], obs["source"], strict=True)], dtype=np.str_
     )
     hashes = None
-    if storage.exists(storage.join(uri, "hashes.parquet")):
-        table = tables.read_table(storage.join(uri, "hashes.parquet"))
+    if files.exists(files.join(uri, "hashes.parquet")):
+        table = tables.read_table(files.join(uri, "hashes.parquet"))
         hashes = _pairs(table["a"].to_numpy(), table["b"].to_numpy())
         assert len(hashes) == len(obs), "one hash per cell"
     return Cells(hashes=hashes, names=names, obs=obs.assign(cell_row=np.arange(len(obs))), corpus=found)
@@ -126,7 +124,7 @@ def of_file(source: Source, row: SpeciesRow) -> Cells:
         )
         masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
         sums_G = np.zeros(columns.num_rows, dtype=np.int64)
-        found = corpus.blocks(reader, columns, 0, reader.num_rows, rows=BLOCK_CELLS)
+        found = counts.blocks(reader, columns, 0, reader.num_rows, rows=BLOCK_CELLS)
         parts = [qc.measure(b.data, b.indices, b.indptr, **masks, sums_G=sums_G) for b in found]
         names = np.array([str(n) for n in reader.cell_names(0, reader.num_rows)], dtype=np.str_)
         obs = pd.DataFrame(
@@ -144,13 +142,13 @@ def trained_on(uri: str) -> str:
     Raises:
         UserError: no corpus there.
     """
-    for place in (uri, storage.join(uri, "corpus")):
+    for place in (uri, files.join(uri, "corpus")):
         record = artifacts.find(place)
         if record is not None and record.kind == "corpus":
             return place
     record = artifacts.find(uri)
     if record is not None and record.kind == "checkpoint":
-        beside = storage.join(uri.rstrip("/").rsplit("/", 1)[0], "corpus")
+        beside = files.join(uri.rstrip("/").rsplit("/", 1)[0], "corpus")
         there = artifacts.find(beside)
         if there is not None and there.fingerprint == record.parents.get("corpus"):
             return beside

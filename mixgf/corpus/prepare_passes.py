@@ -22,14 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixgf.cells import counts as corpus
-from mixgf.cells import doublets as cells_doublets
-from mixgf.cells import qc
-from mixgf.cells import row_order as bands
+from mixgf.cells import counts, qc, row_order
+from mixgf.cells.doublets import scrublet
 from mixgf.cells.open import open_reader
 from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
-from mixgf.corpus import rank_value as tokenize
+from mixgf.corpus import rank_value
 from mixgf.corpus.shards import (
     _COMPUTED,
     _KINDS,
@@ -45,9 +43,9 @@ from mixgf.corpus.shards import (
 )
 from mixgf.errors import UserError
 from mixgf.genes import identify, medians
-from mixgf.genes import vocabulary as vocab
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.genes.vocabulary import Vocabulary
+from mixgf.storage import files
+from mixgf.storage.tables import read_table, write_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,17 +111,15 @@ def describe(
         by_column = reader.scan is not None
     facts = {"rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column}
     facts |= _identity(source.uri)
-    storage.write_json(facts_uri(work, index), facts)
-    storage_tables.write_table(
-        part(work, "sources", index), columns
-    )  # last: its presence says that the source is described
+    files.write_json(facts_uri(work, index), facts)
+    write_table(part(work, "sources", index), columns)  # last: its presence says that the source is described
 
 
 def _identity(uri: str) -> dict[str, Any]:
-    files = [storage.join(uri, n) for n in storage.list_dir(uri)] or [uri]
-    sums = [storage.sha256(f) for f in files]
+    paths = [files.join(uri, n) for n in files.list_dir(uri)] or [uri]
+    sums = [files.sha256(f) for f in paths]
     together = hashlib.sha256("".join(sums).encode()).hexdigest()
-    return {"size": sum(storage.size(f) for f in files), "sha256": sums[0] if len(sums) == 1 else together}
+    return {"size": sum(files.size(f) for f in paths), "sha256": sums[0] if len(sums) == 1 else together}
 
 
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:
@@ -152,28 +148,26 @@ def _kind(reader: Reader, name: str) -> str:
 
 
 def _columns(work: str, index: int) -> pa.Table:
-    return storage_tables.read_table(part(work, "sources", index))
+    return read_table(part(work, "sources", index))
 
 
 def turn(work: str, index: int, source: Source) -> None:
     """Turn a column-major file into rows (`mixgf.bands`), for the units to read."""
     with open_reader(source.uri, source.layer) as reader:
-        bands.write(reader, _bands(work, index))
-        storage_tables.write_table(
-            part(work, "rows", index), pa.table({"rows": [reader.num_rows]})
-        )  # last: all bands are there
+        row_order.write(reader, _bands(work, index))
+        write_table(part(work, "rows", index), pa.table({"rows": [reader.num_rows]}))  # last: all bands are there
 
 
 def _bands(work: str, index: int) -> str:
-    return storage.join(work, f"bands-{index:05d}")
+    return files.join(work, f"bands-{index:05d}")
 
 
 @contextmanager
 def _opened(work: str, index: int, source: Source) -> Iterator[Reader]:
     """A source; one that was turned into rows is read from these."""
     with open_reader(source.uri, source.layer) as reader:
-        if reader.scan is not None and storage.exists(part(work, "rows", index)):
-            reader.read = partial(bands.read, _bands(work, index))
+        if reader.scan is not None and files.exists(part(work, "rows", index)):
+            reader.read = partial(row_order.read, _bands(work, index))
         yield reader
 
 
@@ -189,20 +183,20 @@ def measure(work: str, unit: Unit, block_cells: int) -> None:
         metrics = qc.Metrics.merge(
             [
                 qc.measure(b.data, b.indices, b.indptr, **masks, sums_G=sums_G)
-                for b in corpus.blocks(reader, columns, unit.start, unit.stop, rows=block_cells)
+                for b in counts.blocks(reader, columns, unit.start, unit.stop, rows=block_cells)
             ]
         )
         table = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
         if unit.source.sample:
             values = reader.obs(unit.source.sample, unit.start, unit.stop)
             table = table.append_column("sample", pc.fill_null(_obs_array(values, "str", len(values)), ""))
-    storage_tables.write_table(part(work, "sums", unit.number), pa.table({"sum": sums_G}))
-    storage_tables.write_table(part(work, "metrics", unit.number), table)
+    write_table(part(work, "sums", unit.number), pa.table({"sum": sums_G}))
+    write_table(part(work, "metrics", unit.number), table)
 
 
 def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, np.ndarray | None]:
     """Metrics (and samples) of consecutive units."""
-    tables = [storage_tables.read_table(part(work, "metrics", n)) for n in numbers]
+    tables = [read_table(part(work, "metrics", n)) for n in numbers]
     table = pa.concat_tables(tables)
     sample = np.asarray(table["sample"].to_pylist(), dtype=object) if "sample" in table.column_names else None
     return qc.Metrics(*(table[name].to_numpy() for name in qc.Metrics.__slots__)), sample
@@ -217,16 +211,14 @@ def doublets(
     wanted[rows] = True
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     with _opened(work, index, source) as reader:
-        for b in corpus.blocks(reader, columns, int(rows[0]), int(rows[-1]) + 1, rows=block_cells):
+        for b in counts.blocks(reader, columns, int(rows[0]), int(rows[-1]) + 1, rows=block_cells):
             keep = wanted[b.start : b.start + len(b.indptr) - 1]
             entries = np.repeat(keep, np.diff(b.indptr))
             parts.append((b.data[entries], b.indices[entries], np.diff(b.indptr)[keep]))
     data, indices, lengths = (np.concatenate(p) for p in zip(*parts, strict=True))
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    score, verdict = cells_doublets.scrublet(data, indices, indptr, columns.num_rows, rate=rate, seed=seed)
-    storage_tables.write_table(
-        part(work, "doublets", name), pa.table({"row": rows, "score": score, "doublet": verdict})
-    )
+    score, verdict = scrublet(data, indices, indptr, columns.num_rows, rate=rate, seed=seed)
+    write_table(part(work, "doublets", name), pa.table({"row": rows, "score": score, "doublet": verdict}))
 
 
 # Pass 2: medians
@@ -239,13 +231,13 @@ def number_genes(work: str, species: str, indices: list[int]) -> list[str]:
         columns = _columns(work, index)
         found.update(columns.filter(columns["candidate"])["gene"].to_pylist())
     genes = sorted(found)
-    storage_tables.write_table(part(work, "genes", species), pa.table({"gene": pa.array(genes, pa.string())}))
+    write_table(part(work, "genes", species), pa.table({"gene": pa.array(genes, pa.string())}))
     return genes
 
 
 def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_cells: int) -> None:
     """Median sketch number `number`: kept cells (unit, bool[rows]) of one species, over the genes of `number_genes`."""
-    listed = storage_tables.read_table(part(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
+    listed = read_table(part(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
     depths = [read_metrics(work, [unit.number])[0].n_counts for unit, _ in parts]
     most = max(int(depth_N[keep_N].max()) for depth_N, (_, keep_N) in zip(depths, parts, strict=True))
     filled = medians.Accumulator(len(listed), most)
@@ -259,8 +251,8 @@ def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_c
     write_sketch(part(work, "sketch", number), filled.finish())
 
 
-def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterator[tuple[corpus.Block, slice]]:
-    for block in corpus.blocks(reader, columns, unit.start, unit.stop, rows=rows):
+def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterator[tuple[counts.Block, slice]]:
+    for block in counts.blocks(reader, columns, unit.start, unit.stop, rows=rows):
         first = block.start - unit.start
         yield block, slice(first, first + len(block.indptr) - 1)
 
@@ -272,9 +264,7 @@ def write_sketch(uri: str, found: medians.Sketch) -> None:
     """Write a sketch part."""
     delta = {"key": "DELTA_BINARY_PACKED", "count": "DELTA_BINARY_PACKED"}
     table = pa.Table.from_arrays([pa.array(found.keys), pa.array(found.counts)], schema=_SKETCH)
-    storage_tables.write_table(
-        uri, table, use_dictionary=False, column_encoding=delta, compression="none", write_statistics=False
-    )
+    write_table(uri, table, use_dictionary=False, column_encoding=delta, compression="none", write_statistics=False)
 
 
 def merge_sketches(uris: list[str], to: str) -> None:
@@ -284,7 +274,7 @@ def merge_sketches(uris: list[str], to: str) -> None:
 
 def read_sketch(uri: str) -> medians.Sketch:
     """Read a sketch part."""
-    table = storage_tables.read_table(uri)
+    table = read_table(uri)
     return medians.Sketch(table["key"].to_numpy(), table["count"].to_numpy())
 
 
@@ -313,8 +303,8 @@ def encode(
     ranks = _ranks(vocabulary, digest, unit.source.species, tokens.scaling)
     own = columns["canonical"].to_numpy() == np.arange(columns.num_rows)  # the others were added to theirs
     position_G = ranks.genes.positions(columns["gene"].combine_chunks())
-    encoder = tokenize.Encoder(ranks, np.where(own, position_G, -1).astype(np.int32), tokens)
-    facts = storage.read_json(facts_uri(work, unit.index))
+    encoder = rank_value.Encoder(ranks, np.where(own, position_G, -1).astype(np.int32), tokens)
+    facts = files.read_json(facts_uri(work, unit.index))
     metrics, _ = read_metrics(work, [unit.number])
     length = np.minimum(metrics.n_genes[keep_N], tokens.max_len - int(tokens.cls)) + int(tokens.cls)
     assert length.min() > int(tokens.cls), "a kept cell without vocabulary genes"
@@ -344,13 +334,13 @@ def encode(
                 yield pa.Table.from_arrays([sentences, *rest], schema=schema)
 
     name = shard_name(shard)
-    size, digest = write_shard(storage.join(to, name), schema, row_groups())
+    size, digest = write_shard(files.join(to, name), schema, row_groups())
     done = {"name": name, "rows": num, "bytes": size, "sha256": digest}
     write_done(work, shard, length, done)
 
 
 def _sentences(
-    encoder: tokenize.Encoder, blocks: Iterable[tuple[corpus.Block, slice]], keep_N: np.ndarray, length_K: np.ndarray
+    encoder: rank_value.Encoder, blocks: Iterable[tuple[counts.Block, slice]], keep_N: np.ndarray, length_K: np.ndarray
 ) -> Iterator[tuple[int, pa.ListArray]]:
     """Sentences of the kept cells, of known lengths, one row group at a time: (first cell, its tokens and those that follow).
 
@@ -377,8 +367,8 @@ def _sentences(
 
 
 @lru_cache(maxsize=8)
-def _ranks(vocabulary: str, digest: str, species: str, scaling: str) -> tokenize.Ranks:
+def _ranks(vocabulary: str, digest: str, species: str, scaling: str) -> rank_value.Ranks:
     """Made once per process and vocabulary; `digest` keeps apart what a file of the same name held before."""
-    found = vocab.Vocabulary.load(vocabulary)
+    found = Vocabulary.load(vocabulary)
     assert found.hash == digest, vocabulary
-    return tokenize.Ranks.of(found.of(species), scaling)
+    return rank_value.Ranks.of(found.of(species), scaling)

@@ -13,14 +13,13 @@ import pyarrow as pa
 from scipy import sparse
 
 from mixgf.arrays import Ints, Names
-from mixgf.cells import counts as corpus
+from mixgf.cells import counts
 from mixgf.cells.open import open_reader
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.errors import UserError
 from mixgf.genes import identify
 from mixgf.genes.vocabulary import SpeciesGenes
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +45,7 @@ def read(source: Source, row: SpeciesRow, genes: SpeciesGenes, rows: Ints, *, bl
     Returns:
         int32 counts, (rows, genes).
     """
-    if not storage.exists(source.uri):
+    if not files.exists(source.uri):
         msg = (f"sources: {source.uri} (source {source.name!r}) is not there any more, and baselines need its raw counts; "
                "put it back, or leave baselines out of classify.models")  # fmt: skip
         raise UserError(msg)
@@ -60,13 +59,13 @@ def read(source: Source, row: SpeciesRow, genes: SpeciesGenes, rows: Ints, *, bl
             [place.get(gene, -1) if one else -1 for gene, one in zip(columns["gene"].to_pylist(), first, strict=True)]
         )
         start, stop = int(rows[0]), int(rows[-1]) + 1
-        for block in corpus.blocks(reader, columns, start, stop, rows=block_cells):
+        for block in counts.blocks(reader, columns, start, stop, rows=block_cells):
             low, high = np.searchsorted(rows, [block.start, block.start + len(block.indptr) - 1])
             parts.append(_pick(block, to, rows[low:high] - block.start, len(genes.genes)))
     return sparse.csr_matrix(sparse.vstack(parts, format="csr"))
 
 
-def _pick(block: corpus.Block, to: Ints, rows: Ints, num_genes: int) -> sparse.csr_matrix:
+def _pick(block: counts.Block, to: Ints, rows: Ints, num_genes: int) -> sparse.csr_matrix:
     lengths = np.diff(block.indptr)
     wanted = np.zeros(len(lengths), dtype=bool)
     wanted[rows] = True

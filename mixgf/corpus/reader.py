@@ -16,14 +16,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mixgf.config import data
-from mixgf.config import parse as config
+from mixgf.config import data, parse
 from mixgf.corpus.packed import I32, I64, offsets_of
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.jit import jit
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 from mixgf.storage.artifacts import Record
 
 CACHED_SHARDS = 6
@@ -42,7 +40,7 @@ class Corpus:
     def __init__(self, uri: str, *, max_len: int = 0, cached_shards: int = CACHED_SHARDS) -> None:
         self.uri = uri
         self.record: Record = artifacts.require(uri, "corpus")
-        index = tables.read_table(storage.join(uri, "index.parquet"), ["length", "species"])
+        index = tables.read_table(files.join(uri, "index.parquet"), ["length", "species"])
         self._stored_N: I32 = index.column("length").to_numpy().astype(np.int32, copy=False)
         self.lengths_N: I32 = np.minimum(self._stored_N, max_len).astype(np.int32) if max_len else self._stored_N
         self.species_N: npt.NDArray[np.int8] = index.column("species").to_numpy().astype(np.int8, copy=False)
@@ -84,7 +82,7 @@ class Corpus:
     @property
     def tokenised(self) -> data.Tokens:
         """How its sentences were made."""
-        return config.from_dict(data.Tokens, self.record.config["tokens"], "corpus.tokens")
+        return parse.from_dict(data.Tokens, self.record.config["tokens"], "corpus.tokens")
 
     def tokens(self, cells: npt.ArrayLike) -> tuple[I32, I64]:
         """Sentences of the given cells, packed in the given order: tokens (T,) and offsets (B + 1,)."""
@@ -119,7 +117,7 @@ class Corpus:
 
     def table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """One shard's table."""
-        return tables.read_table(storage.join(self.uri, "shards", self._file(shard)), columns)
+        return tables.read_table(files.join(self.uri, "shards", self._file(shard)), columns)
 
     def _file(self, shard: int) -> str:
         name = str(self.shards[shard]["name"])
@@ -130,7 +128,7 @@ class Corpus:
         """Names of all columns of any shard, without the tokens."""
         names: set[str] = set()
         for shard in range(len(self.shards)):
-            with storage.open_read(storage.join(self.uri, "shards", self._file(shard))) as file:
+            with files.open_read(files.join(self.uri, "shards", self._file(shard))) as file:
                 names.update(pa.parquet.read_schema(file).names)
         return frozenset(names - {"tokens"})
 
@@ -138,8 +136,8 @@ class Corpus:
         """Everything but the tokens, one row per cell in cell order; columns missing in a shard are empty there."""
         frames, seen = [], dict[str, None]()
         for shard in range(len(self.shards)):
-            uri = storage.join(self.uri, "shards", self._file(shard))
-            with storage.open_read(uri) as file:
+            uri = files.join(self.uri, "shards", self._file(shard))
+            with files.open_read(uri) as file:
                 names = [n for n in pq.read_schema(file).names if n != "tokens"]
             seen |= dict.fromkeys(names)
             keep = names if columns is None else [n for n in columns if n in names]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.storage import files
+from mixgf.storage.tables import read_table, write_table, write_tables
 
 ROW_GROUP_CELLS = 2_500
 SENTENCES = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
@@ -25,12 +25,12 @@ _KINDS = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}
 
 def part(work: str, kind: str, name: int | str) -> str:
     """URI of a part file."""
-    return storage.join(work, kind, f"{name:05d}.parquet" if isinstance(name, int) else f"{name}.parquet")
+    return files.join(work, kind, f"{name:05d}.parquet" if isinstance(name, int) else f"{name}.parquet")
 
 
 def facts_uri(work: str, index: int) -> str:
     """URI of what is known of a source."""
-    return storage.join(work, "sources", f"{index:05d}.json")
+    return files.join(work, "sources", f"{index:05d}.json")
 
 
 def shard_name(shard: int) -> str:
@@ -41,12 +41,12 @@ def shard_name(shard: int) -> str:
 def write_done(work: str, shard: int, length_N: np.ndarray, entry: dict[str, Any]) -> None:
     """Write the part that says that a shard is there: its lengths and manifest entry."""
     table = pa.table({"length": pa.array(length_N, pa.int32())})
-    storage_tables.write_table(part(work, "done", shard), table.replace_schema_metadata({"shard": json.dumps(entry)}))
+    write_table(part(work, "done", shard), table.replace_schema_metadata({"shard": json.dumps(entry)}))
 
 
 def read_done(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Lengths (int32[N]) and manifest entry of a finished shard."""
-    table = storage_tables.read_table(part(work, "done", shard))
+    table = read_table(part(work, "done", shard))
     return table["length"].to_numpy(), json.loads(table.schema.metadata[b"shard"])
 
 
@@ -57,7 +57,7 @@ def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tupl
     """
     text = [f.name for f in schema if pa.types.is_string(f.type) and f.name != "cell"]
     sums = [f.name for f in schema if f.name not in ("tokens", "cell")]
-    return storage_tables.write_tables(
+    return write_tables(
         uri, schema, tables, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text,
         write_statistics=sums, column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip

@@ -21,10 +21,9 @@ import pyarrow.parquet as pq
 from mixgf.config.data import SpeciesRow
 from mixgf.console import Progress
 from mixgf.errors import UserError
-from mixgf.genes import species as species_rows
+from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files, tables
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARES = (0.001, 0.01, 0.1, 0.5)
@@ -69,7 +68,7 @@ def inspect(uri: str) -> dict[str, Any]:
     """
     record = _require(uri)
     details = record.details
-    vocabulary = Vocabulary.load(storage.join(uri, "vocabulary.parquet"))
+    vocabulary = Vocabulary.load(files.join(uri, "vocabulary.parquet"))
     seen, kept, columns = _count(uri, record, vocabulary.size)
     cells = sum(k.cells for k in kept.values())
     tokens = sum(int((s.length_L * np.arange(len(s.length_L))).sum()) for s in seen.values())
@@ -105,20 +104,20 @@ def _require(uri: str) -> artifacts.Record:
     record = artifacts.find(uri)
     if record is not None and record.kind == "corpus":
         return record
-    inner = storage.join(uri, "corpus")
+    inner = files.join(uri, "corpus")
     if artifacts.find(inner) is not None:
         msg = f"{uri}: the folder of a whole run, not a corpus; its corpus is {inner}"
         raise UserError(msg)
     if record is not None:
         msg = f"{uri}: holds a {record.kind}, not a corpus; name the corpus folder that `mixgf prepare` made"
         raise UserError(msg)
-    if not storage.exists(uri):
+    if not files.exists(uri):
         msg = f"{uri}: no finished corpus (not there); run `mixgf prepare` first, or check the path"
         raise UserError(msg)
-    if any(storage.exists(storage.join(place, "plan.json")) for place in (uri, inner)):
+    if any(files.exists(files.join(place, "plan.json")) for place in (uri, inner)):
         msg = f"{uri}: no finished corpus (unfinished); give the same `mixgf prepare` again, it continues where it stopped"
         raise UserError(msg)
-    what = "a folder without a record" if storage.list_dir(uri) else "a file or an empty folder"
+    what = "a folder without a record" if files.list_dir(uri) else "a file or an empty folder"
     msg = f"{uri}: no finished corpus ({what}); name the corpus folder that `mixgf prepare` made, such as runs/demo/corpus"
     raise UserError(msg)
 
@@ -141,7 +140,7 @@ def _count(
     done = 0
     with Progress("inspect", sum(int(s["rows"]) for s in shards), "cells") as progress:
         for shard in shards:
-            for batch in _batches(storage.join(uri, "shards", shard["name"]), filled):
+            for batch in _batches(files.join(uri, "shards", shard["name"]), filled):
                 _add(batch, seen, kept)
                 done += batch.num_rows
                 progress.update(done)
@@ -151,11 +150,11 @@ def _count(
 def _batches(where: str, filled: Counter[str]) -> Iterator[pa.Table]:
     """A shard's columns that are counted; the footer says how many values the others have."""
     wanted = ("tokens", "species", "source", "length", "cell_type", *_MEANS)
-    if not storage.exists(where):
+    if not files.exists(where):
         msg = f"{where}: a shard of the corpus is missing; restore it, or make the corpus again with `mixgf prepare`"
         raise UserError(msg)
     try:
-        with storage.open_read(where) as stream:
+        with files.open_read(where) as stream:
             file = pq.ParquetFile(stream)
             for group in range(file.num_row_groups):
                 meta = file.metadata.row_group(group)
@@ -203,8 +202,8 @@ def _add(batch: pa.Table, seen: dict[str, _Seen], kept: dict[str, _Kept]) -> Non
 
 
 def _rows(uri: str, name: str) -> list[dict[str, Any]]:
-    where = storage.join(uri, name)
-    return tables.read_table(where).to_pylist() if storage.exists(where) else []
+    where = files.join(uri, name)
+    return tables.read_table(where).to_pylist() if files.exists(where) else []
 
 
 def _sources(uri: str, record: artifacts.Record, kept: dict[str, _Kept]) -> list[dict[str, Any]]:
@@ -289,7 +288,7 @@ def _coverage(record: artifacts.Record, vocabulary: Vocabulary, seen: dict[str, 
 def _of_table(row: dict[str, Any] | None, biotypes: list[str], genes: set[str]) -> dict[str, Any] | None:
     """Share of the species' gene table (genes of the asked biotypes) that the vocabulary has; null without the table."""
     try:
-        table = species_rows.gene_table(SpeciesRow(**row)) if row else None
+        table = gene_table(SpeciesRow(**row)) if row else None
     except UserError:  # the table lies where the corpus was made
         return None
     if table is None:

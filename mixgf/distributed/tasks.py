@@ -11,7 +11,7 @@ from mixgf.console import Progress, warn
 from mixgf.corpus import shards
 from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Passes:
 
     def run(self, what: str, kind: str, jobs: Mapping[Any, Job], unit: str = "cells", counter: str = "") -> None:
         """Do the jobs (by name of their part) whose part is not there; `counter` is the metric that counts their weight."""
-        have = set(storage.list_dir(storage.join(self.work, kind)))
+        have = set(files.list_dir(files.join(self.work, kind)))
         todo = [j for name, j in jobs.items() if shards.part("", kind, name).rsplit("/", 1)[-1] not in have]
         total = sum(j.weight for j in jobs.values())
         done = total - sum(j.weight for j in todo)

@@ -25,7 +25,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.distributed.progress_board import Board
 from mixgf.errors import UserError
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.tracking import mlflow_runs
 from mixgf.training.context import GroupContext, Row
 from mixgf.training.loop import fit
 from mixgf.training.pretraining import Pretraining, first_model
@@ -36,7 +36,7 @@ _SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
 class RayContext(GroupContext):
     """A worker of a Ray Train group, whose figures go to the driver's board and to the tracker."""
 
-    def __init__(self, device: torch.device, board: Any, tracked: tracking.Run) -> None:
+    def __init__(self, device: torch.device, board: Any, tracked: mlflow_runs.Run) -> None:
         super().__init__(device)
         self._board, self._tracked = board, tracked
 
@@ -71,7 +71,7 @@ def work(params: dict[str, Any]) -> None:
 
 
 def train(
-    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run, until: int = 0
+    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: mlflow_runs.Run, until: int = 0
 ) -> None:
     """Train in a worker group to the end, or until a step, from the latest checkpoint in `uri` on.
 

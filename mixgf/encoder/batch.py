@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mixgf import rng as keyed
+from mixgf import rng
 from mixgf.corpus.packed import I32, I64, Packed
 from mixgf.jit import jit
 
@@ -118,9 +118,9 @@ def _lay(  # noqa: PLR0917 (compiled)
         for t in range(len(places)):
             places[t] = t
         if len(keys_B):
-            key, keys = keyed.mixed(keys_B[i], np.uint64(number)), keys_T[start:stop]
+            key, keys = rng.mixed(keys_B[i], np.uint64(number)), keys_T[start:stop]
             for t in range(len(keys)):
-                keys[t] = np.int32(keyed.mixed(key, np.uint64(t)) >> np.uint64(32))
+                keys[t] = np.int32(rng.mixed(key, np.uint64(t)) >> np.uint64(32))
     return longest
 
 

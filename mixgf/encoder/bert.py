@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixgf import rng as keyed
+from mixgf import rng
 from mixgf.config import training
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
@@ -151,7 +151,7 @@ def _attend_dropout(  # noqa: PLR0917 (as `attend`, and what dropout needs)
     for q, keys, k, v in zip(*pieces, strict=True):
         R, L = q.shape[0], k.shape[0]
         w_HRL = torch.softmax(q.transpose(0, 1) @ k.permute(1, 2, 0) / math.sqrt(E), dim=-1)
-        drop_HRL = keyed.dropped(keys, site, H * L, chance16).view(R, H, L).transpose(0, 1)
+        drop_HRL = rng.dropped(keys, site, H * L, chance16).view(R, H, L).transpose(0, 1)
         w_HRL = w_HRL.masked_fill(drop_HRL, 0.0) * (1 / (1 - chance16 / 65536))
         parts.append((w_HRL @ v.transpose(0, 1)).transpose(0, 1).reshape(R, H * E))
     return torch.cat(parts)
@@ -162,7 +162,7 @@ def _drop_add(residual_TD: Tensor, x_TD: Tensor, p: float, keys_T: Tensor | None
     if keys_T is None or p == 0:
         return residual_TD + x_TD
     chance16 = round(p * 65536)
-    x_TD = x_TD.masked_fill(keyed.dropped(keys_T, site, x_TD.shape[1], chance16), 0.0)
+    x_TD = x_TD.masked_fill(rng.dropped(keys_T, site, x_TD.shape[1], chance16), 0.0)
     return torch.add(residual_TD, x_TD, alpha=1 / (1 - chance16 / 65536))
 
 
@@ -234,7 +234,7 @@ class Encoder(nn.Module):
         if keys is None or self.row.dropout == 0:
             return x_TD
         chance16 = round(self.row.dropout * 65536)
-        drop_TD = keyed.dropped(keys, 0, self.row.dim, chance16)
+        drop_TD = rng.dropped(keys, 0, self.row.dim, chance16)
         return x_TD.masked_fill(drop_TD, 0.0) * (1 / (1 - chance16 / 65536))
 
     def run(

@@ -18,14 +18,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from mixgf.config import data as config_data
-from mixgf.config import parse as config
-from mixgf.config import training
+from mixgf.config import parse, training
+from mixgf.config.data import Tokens
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder.bert import Encoder, MaskedModel
 from mixgf.errors import UserError
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
 
 KIND, SCHEMA = "checkpoint", 1
@@ -35,14 +33,14 @@ WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write tensors as one safetensors file; returns its bytes and SHA-256."""
     data = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    storage.write_bytes(uri, data)
+    files.write_bytes(uri, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def read_tensors(uri: str, expected: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """Read a safetensors file, after a check of its hash where one is known."""
     try:
-        data = storage.read_bytes(uri)
+        data = files.read_bytes(uri)
         if expected is not None and hashlib.sha256(data).hexdigest() != expected["sha256"]:
             msg = f"{uri}: not the bytes that were written"
             raise UserError(_lost(msg, uri))
@@ -77,10 +75,10 @@ def publish(
     model: MaskedModel,
     *,
     vocabulary: str,
-    tokens: config_data.Tokens,
+    tokens: Tokens,
     objective: training.Objective | None = None,
     counts: dict[str, Any] | None = None,
-    files: dict[str, Any] | None = None,
+    checksums: dict[str, Any] | None = None,
     untrained: np.ndarray | None = None,
 ) -> Record:
     """Write a model's weights and finish its artifact.
@@ -93,21 +91,21 @@ def publish(
         tokens: how its sentences are made.
         objective: what it was trained with, if it was.
         counts: counts of the record.
-        files: further files that were written.
+        checksums: bytes and SHA-256 of further files that were written.
         untrained: ids, ascending, that nothing was ever trained on (see `untrained`).
     """
-    files = (files or {}) | {WEIGHTS: write_tensors(storage.join(uri, WEIGHTS), dict(model.named_parameters()))}
+    checksums = (checksums or {}) | {WEIGHTS: write_tensors(files.join(uri, WEIGHTS), dict(model.named_parameters()))}
     details = {
         "vocabulary": vocabulary,
         "vocab_size": model.encoder.vocab_size,
-        "model": config.to_dict(model.encoder.row),
-        "tokens": config.to_dict(tokens),
-        "objective": config.to_dict(objective) if objective is not None else None,
+        "model": parse.to_dict(model.encoder.row),
+        "tokens": parse.to_dict(tokens),
+        "objective": parse.to_dict(objective) if objective is not None else None,
     }
     if untrained is not None and len(untrained):
         runs = np.split(untrained, np.flatnonzero(np.diff(untrained) > 1) + 1)
         details["untrained"] = [[int(run[0]), int(run[-1]) + 1] for run in runs]
-    return artifacts.finish(uri, record, counts=counts, files=files, details=details)
+    return artifacts.finish(uri, record, counts=counts, files=checksums, details=details)
 
 
 def untrained(record: Record) -> np.ndarray:
@@ -119,9 +117,9 @@ def untrained(record: Record) -> np.ndarray:
 def load_model(uri: str, device: torch.device | str = "cpu") -> tuple[MaskedModel, Record]:
     """Encoder and masked-gene head of a checkpoint artifact, in evaluation mode."""
     record = artifacts.require(uri, KIND, SCHEMA)
-    row = config.from_dict(training.Model, record.details["model"])
+    row = parse.from_dict(training.Model, record.details["model"])
     model = MaskedModel(row, int(record.details["vocab_size"]))
-    load_weights(model, read_tensors(storage.join(uri, WEIGHTS), record.files.get(WEIGHTS)), uri)
+    load_weights(model, read_tensors(files.join(uri, WEIGHTS), record.files.get(WEIGHTS)), uri)
     return model.to(device).eval(), record
 
 
@@ -152,7 +150,7 @@ def require_sentences(record: Record, corpus: Corpus, field: str = "inputs.check
 
 def require_tokens(record: Record, corpus: Corpus, subject: str) -> None:
     """The same, whatever the vocabulary; the line begins with `subject`."""
-    theirs, ours = record.details["tokens"], config.to_dict(corpus.tokenised)
+    theirs, ours = record.details["tokens"], parse.to_dict(corpus.tokenised)
     for name in ("cls", "scaling"):
         if theirs[name] != ours[name]:
             know, here = json.dumps(theirs[name]), json.dumps(ours[name])

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from mixgf.corpus import packed
-from mixgf.encoder import batch as encoder_batch
+from mixgf.encoder.batch import micro_batches, pack
 from mixgf.encoder.bert import Encoder, pooled, width
 
 _FETCH_CELLS = 4096
@@ -77,13 +77,13 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
         runs = (
             [slice(i, i + 1) for i in range(len(chunk))]
             if device.type == "cpu"
-            else encoder_batch.micro_batches(lengths, micro_tokens)
+            else micro_batches(lengths, micro_tokens)
         )
         tokens_T, offsets = corpus.tokens(cells_N[chunk])
         for run in runs:
             part = slice(int(offsets[run.start]), int(offsets[run.stop]))
             few = packed.cut(tokens_T[part], offsets[run.start : run.stop + 1] - offsets[run.start], max_len)
-            batch = encoder_batch.pack([few], cells_N[chunk[run]]).to(device)
+            batch = pack([few], cells_N[chunk[run]]).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 v_BD = pooled(
                     encoder, batch.ids_T, batch.offsets_B1, pooling, layer=layer, cls=corpus.cls,

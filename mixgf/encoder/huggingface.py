@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from mixgf.config import data as config_data
-from mixgf.config import parse as config
-from mixgf.config import training
+from mixgf.config import parse, training
 from mixgf.config.checks import split_named
+from mixgf.config.data import SpeciesRow
 from mixgf.config.run import Config
 from mixgf.console import warn
 from mixgf.corpus.remap_ids import lookup
@@ -26,7 +25,7 @@ from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.genes.token_dictionaries import PICKLE_ERRORS, Dictionary, genes_of, read_dictionary
 from mixgf.genes.vocabulary import CLS, MASK, PAD, SPECIALS, Vocabulary
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 # Hugging Face BERT names
 
@@ -122,16 +121,16 @@ def read(folder: str) -> Published:
     Raises:
         UserError: it is not there, no BERT that the encoder can hold, or damaged.
     """
-    if not storage.is_folder(folder) or "config.json" not in storage.list_dir(folder):
+    if not files.is_folder(folder) or "config.json" not in files.list_dir(folder):
         msg = f"{folder}: no folder with a config.json; give one with config.json and {' or '.join(_FILES)}"
         raise UserError(msg)
     row = _row(folder)
-    names = [name for name in _FILES if name in storage.list_dir(folder)]
+    names = [name for name in _FILES if name in files.list_dir(folder)]
     if not names:
         msg = f"{folder}: no weights in it; there must be {' or '.join(_FILES)} (several files: save it again as one)"
         raise UserError(msg)
-    uri = storage.join(folder, names[0])
-    data = storage.read_bytes(uri)
+    uri = files.join(folder, names[0])
+    data = files.read_bytes(uri)
     try:
         state = load_tensors(data) if uri.endswith(".safetensors") else torch.load(io.BytesIO(data), weights_only=True)
     except (safetensors.SafetensorError, RuntimeError, *PICKLE_ERRORS) as error:
@@ -148,13 +147,13 @@ def read(folder: str) -> Published:
     if tensors[TOKENS].shape[1:] != (row.dim,):
         msg = f"{uri}: vectors of width {tensors[TOKENS].shape[-1]}, config.json says {row.dim}; they are of different models"
         raise UserError(msg)
-    return Published(row, tensors, storage.sha256(uri))
+    return Published(row, tensors, files.sha256(uri))
 
 
 def _row(folder: str) -> training.Model:
-    where = storage.join(folder, "config.json")
+    where = files.join(folder, "config.json")
     try:
-        given: Any = storage.read_json(where)
+        given: Any = files.read_json(where)
     except ValueError as error:
         msg = f"{where}: not JSON ({error}); fetch it again"
         raise UserError(msg) from None
@@ -169,7 +168,7 @@ def _row(folder: str) -> training.Model:
         raise UserError(msg)
     sizes = {ours: given[theirs] for ours, theirs in _FIELDS.items() if theirs in given}
     try:
-        return config.from_dict(training.Model, sizes)
+        return parse.from_dict(training.Model, sizes)
     except UserError as error:
         msg = f"{where}: {error}"
         raise UserError(msg) from None
@@ -181,7 +180,7 @@ def find_dictionary(settings: Config, folder: str) -> Dictionary:
     if len(uris) > 1:
         msg = f"imports.dictionaries: {len(uris)} files; a model has one dictionary, give that one"
         raise UserError(msg)
-    inside = [storage.join(folder, name) for name in DICTIONARIES if name in storage.list_dir(folder)]
+    inside = [files.join(folder, name) for name in DICTIONARIES if name in files.list_dir(folder)]
     if not uris + inside:
         msg = f"imports.dictionaries: none given and no {' or '.join(DICTIONARIES)} in {folder}; set it to the model's token dictionary"
         raise UserError(msg)
@@ -192,7 +191,7 @@ def moved(
     published: Published,
     dictionary: Dictionary,
     vocabulary: Vocabulary,
-    rows: tuple[config_data.SpeciesRow, ...],
+    rows: tuple[SpeciesRow, ...],
     seed: int,
 ) -> tuple[MaskedModel, dict[str, int], np.ndarray]:
     """The model with the vectors of its genes at the vocabulary's ids, how many genes of each species it knew, and the other ids.

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.config.data import SpeciesRow
-from mixgf.genes import species as species_rows
+from mixgf.genes import species
 
 ID, SYMBOL, PREVIOUS, ALIAS, AMBIGUOUS, UNKNOWN, NOT_A_GENE = (
     "id", "symbol", "previous", "alias", "ambiguous", "unknown", "not a gene"
@@ -43,7 +43,7 @@ def known_genes(row: SpeciesRow) -> KnownGenes:
     A current symbol that several ids carry means the one of the primary assembly, protein-coding before others, then
     the lowest id. A previous symbol or alias of several genes means none of them.
     """
-    table = species_rows.gene_table(row)
+    table = species.gene_table(row)
     genes = table["gene"].to_pylist()
     biotype = dict(zip(genes, table["biotype"].to_pylist(), strict=True))
     current: dict[str, list[str]] = {}

@@ -9,8 +9,7 @@ import pyarrow as pa
 
 from mixgf.config.data import SpeciesRow
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 _COLUMNS = {"gene": pa.string(), "symbol": pa.string(), "biotype": pa.string(), "is_mito": pa.bool_()}
 _OPTIONAL = {"primary": pa.bool_(), "previous": pa.list_(pa.string()), "alias": pa.list_(pa.string())}
@@ -28,7 +27,7 @@ def gene_table(row: SpeciesRow) -> pa.Table:
         UserError: the table is missing, lacks a column, or repeats a gene.
     """
     where = f"species {row.name!r}: genes = {row.genes!r}"
-    if not storage.exists(row.genes):
+    if not files.exists(row.genes):
         msg = f"{where}: no such file; give a Parquet table with columns {', '.join(_COLUMNS)}"
         raise UserError(msg)
     table = tables.read_table(row.genes)
@@ -60,7 +59,7 @@ def orthologs(uris: tuple[str, ...]) -> dict[tuple[str, str], dict[str, str]]:
     """
     maps: dict[tuple[str, str], dict[str, str]] = {}
     for uri in uris:
-        if not storage.exists(uri):
+        if not files.exists(uri):
             msg = (
                 f"vocab.orthologs = {uri!r}: no such file; give a Parquet table with one column of gene ids per species"
             )

@@ -23,8 +23,7 @@ import pyarrow.csv as pa_csv
 
 from mixgf.config.data import SpeciesRow
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 MAX_DICTIONARY_BYTES = 256 << 20
 MAX_ID = 1 << 24
@@ -128,18 +127,18 @@ def unpickle(data: bytes, where: str) -> dict[Any, Any]:
 def _pairs(uri: str, field: str, value: str) -> dict[str, Any] | None:
     """Gene to `value` (token or median), from any of the formats; None for a table without that column."""
     where = f"{field} = {uri!r}"
-    if not storage.exists(uri) or storage.is_folder(uri):
+    if not files.exists(uri) or files.is_folder(uri):
         msg = f"{where}: no such file; give a pickle, JSON, Parquet or TSV file of gene and {value}"
         raise UserError(msg)
-    if storage.size(uri) > MAX_DICTIONARY_BYTES:
-        msg = f"{where}: {storage.size(uri):,} bytes; a dictionary has at most {MAX_DICTIONARY_BYTES:,}"
+    if files.size(uri) > MAX_DICTIONARY_BYTES:
+        msg = f"{where}: {files.size(uri):,} bytes; a dictionary has at most {MAX_DICTIONARY_BYTES:,}"
         raise UserError(msg)
     found: Any
     if uri.endswith((".pkl", ".pickle")):
-        found = unpickle(storage.read_bytes(uri), where)
+        found = unpickle(files.read_bytes(uri), where)
     elif uri.endswith(".json"):
         try:
-            found = storage.read_json(uri)
+            found = files.read_json(uri)
         except ValueError as error:
             msg = f"{where}: not JSON ({error}); give an object of gene to {value}"
             raise UserError(msg) from None
@@ -171,7 +170,7 @@ def _table(uri: str, where: str) -> pa.Table:
     try:
         if uri.endswith(".parquet"):
             return tables.read_table(uri)
-        data = storage.read_bytes(uri)
+        data = files.read_bytes(uri)
         text = gzip.decompress(data) if uri.endswith(".gz") else data
         strings = {name: pa.string() for name in _KEYS}
         return pa_csv.read_csv(

@@ -23,8 +23,8 @@ import pyarrow.csv as pa_csv
 
 from mixgf.config.data import SpeciesRow
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.storage import files
+from mixgf.storage.tables import read_table, write_table
 
 PAD, MASK, CLS = 0, 1, 2
 NUM_SPECIALS = 3
@@ -172,16 +172,16 @@ class Vocabulary:
     def save(self, uri: str) -> tuple[int, str]:
         """Write one Parquet file; returns (bytes, sha256)."""
         meta = {"mixgf": json.dumps({"species": self.species, "sharing": self.sharing, "hash": self.hash})}
-        return storage_tables.write_table(uri, self.table.replace_schema_metadata(meta))
+        return write_table(uri, self.table.replace_schema_metadata(meta))
 
     @classmethod
     def load(cls, uri: str) -> Vocabulary:
         """Read a vocabulary file, or the file in a vocabulary artifact's folder."""
-        uri = uri if uri.endswith(".parquet") else storage.join(uri, "vocabulary.parquet")
-        if not storage.exists(uri):
+        uri = uri if uri.endswith(".parquet") else files.join(uri, "vocabulary.parquet")
+        if not files.exists(uri):
             msg = f"{uri}: no such vocabulary; `mixgf prepare` makes one"
             raise UserError(msg)
-        table = storage_tables.read_table(uri)
+        table = read_table(uri)
         meta = json.loads((table.schema.metadata or {}).get(b"mixgf", b"{}"))
         if "hash" not in meta:
             msg = f"{uri}: not a vocabulary of mixgf; give the vocabulary.parquet that `mixgf prepare` wrote"
@@ -258,13 +258,13 @@ def read_medians(uri: str, species: Iterable[SpeciesRow], known: Mapping[str, se
     A gene belongs to the species whose gene table names it, else to the one with the longest fitting id prefix; rows
     without a median (special tokens of published tables) are passed over, genes of no species here as well.
     """
-    if not storage.exists(uri):
+    if not files.exists(uri):
         msg = f"vocab.medians = {uri!r}: no such file; give a Parquet or TSV table with columns gene and median"
         raise UserError(msg)
     if uri.endswith(".parquet"):
-        table = storage_tables.read_table(uri)
+        table = read_table(uri)
     else:
-        data = storage.read_bytes(uri)
+        data = files.read_bytes(uri)
         text = gzip.decompress(data) if uri.endswith(".gz") else data
         table = pa_csv.read_csv(io.BytesIO(text), parse_options=pa_csv.ParseOptions(delimiter="\t"))
     key = next((name for name in ("gene", "key", "ensembl_id") if name in table.column_names), None)

@@ -14,8 +14,8 @@ from mixgf.config import perturbation, training
 from mixgf.console import duration
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder.bert import forward_flops
-from mixgf.perturbation import design as targets
-from mixgf.perturbation.design import Design
+from mixgf.perturbation import group_design
+from mixgf.perturbation.group_design import Design
 from mixgf.tracking import cost
 
 
@@ -74,7 +74,7 @@ def forecast(
 def _held(plan: Design, corpus: Corpus, width_K: Ints) -> tuple[Float64s, Float64s]:
     """By cell and size of the gene set: how many targets its sentence holds, and how many its species has."""
     widths = np.unique(width_K).tolist()
-    owned_KS = targets.owned(plan, corpus)
+    owned_KS = group_design.owned(plan, corpus)
     held_NW = np.zeros((len(plan.cells_N), len(widths)))
     allowed_NW = np.zeros_like(held_NW)
     for w, width in enumerate(widths):

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixgf.arrays import Float64s, Ints
-from mixgf.perturbation.design import Design
+from mixgf.perturbation.group_design import Design
 from mixgf.perturbation.operations import Edited
 from mixgf.perturbation.shift import Engine, Original
 

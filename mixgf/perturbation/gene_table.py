@@ -31,9 +31,19 @@ from mixgf.config.data import SpeciesRow
 from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.genes import species
-from mixgf.perturbation.design import Design
-from mixgf.stats import donors as stats
+from mixgf.perturbation.group_design import Design
 from mixgf.stats import rank_adjustment
+from mixgf.stats.donors import (
+    MIN_BACKGROUND,
+    MIN_CLUSTERS,
+    benjamini_hochberg,
+    cluster_means,
+    group_means,
+    mean_by,
+    rank_sums,
+    sign_flip,
+    welch,
+)
 
 LOW_COVERAGE = 0.1
 """Share of cells below which a gene's coverage is worth a warning."""
@@ -166,7 +176,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
     among_G, null_G = _reference(plan), np.array([target.null for target in plan.targets])
     settings, num_genes = config.perturb, len(plan.targets)
     values_P, donors = _values(plan, pairs), _donors(plan, pairs, config)
-    means = stats.group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
+    means = group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
     coverage_G = np.array([target.coverage for target in plan.targets])
     rank_G = _mean_ranks(pairs, num_genes)
     place_G = places(rank_G)
@@ -174,7 +184,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
     expected_G = rank_adjustment.expected_by_rank(means.mean, place_G, among_G)
     percentile_G = rank_adjustment.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1), among_G)
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
-    towards = {plan.states[i].name: stats.mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
+    towards = {plan.states[i].name: mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
     other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
     de_G, fold_G = _differential(plan, expressed)
     orthologs = _orthologs(plan, config)
@@ -195,7 +205,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
         "shift": means.mean,
         "shift_low": means.low,
         "shift_high": means.high,
-        "response": stats.mean_by(pairs.response_P, pairs.target_P, num_genes),
+        "response": mean_by(pairs.response_P, pairs.target_P, num_genes),
         "p_cell": tests.p_cell_G,
         "fdr_cell": _discoveries(tests.p_cell_G, null_G, num_tests),
         "p_donor": tests.p_donor_G,
@@ -232,11 +242,11 @@ def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Tab
     for operation in config.perturb.operations:
         part, num_genes = pairs[operation], len(plan.targets)
         donors = _donors(plan, part, config)
-        if int(donors.named_C.sum()) < stats.MIN_CLUSTERS or num_genes <= 2 * stats.MIN_BACKGROUND:
+        if int(donors.named_C.sum()) < MIN_CLUSTERS or num_genes <= 2 * MIN_BACKGROUND:
             continue
         rank_G, rng = places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
         values_P, cluster_P = _values(plan, part), (part.target_P, donors.of_P)
-        mean_GC, _ = stats.cluster_means(values_P, *cluster_P, num_genes, donors.num)
+        mean_GC, _ = cluster_means(values_P, *cluster_P, num_genes, donors.num)
         expected_GC = mean_GC - rank_adjustment.less_expected(mean_GC, rank_G)
         known_GC = np.isfinite(expected_GC)
         kept_P = known_GC[cluster_P]
@@ -295,8 +305,8 @@ def _reference(plan: Design) -> arrays.Bools:
 
 def _discoveries(p_G: Float64s, null_G: arrays.Bools, num_tests: int) -> Float64s:
     """False discovery rates among the genes that were asked about, and apart from them those of the nulls."""
-    asked_G = stats.benjamini_hochberg(np.where(null_G, np.nan, p_G), num_tests)
-    return np.where(null_G, stats.benjamini_hochberg(np.where(null_G, p_G, np.nan)), asked_G)
+    asked_G = benjamini_hochberg(np.where(null_G, np.nan, p_G), num_tests)
+    return np.where(null_G, benjamini_hochberg(np.where(null_G, p_G, np.nan)), asked_G)
 
 
 def _tests(
@@ -313,24 +323,22 @@ def _tests(
     # the published test takes the whole pool and no correction for ties
     paper = config.perturb.mode == "paper"
     pool_G = np.ones_like(among_G) if paper else among_G
-    p_cell_G = stats.rank_sums(
-        values_P, target_P, len(rank_G), among_G=pool_G, include_self=paper, correct_ties=not paper
-    )[1]
-    mean_GC, _ = stats.cluster_means(values_P, target_P, donors.of_P, len(rank_G), max(1, donors.num))
+    p_cell_G = rank_sums(values_P, target_P, len(rank_G), among_G=pool_G, include_self=paper, correct_ties=not paper)[1]
+    mean_GC, _ = cluster_means(values_P, target_P, donors.of_P, len(rank_G), max(1, donors.num))
     mean_GC = mean_GC[:, donors.named_C]
     own_GC = rank_adjustment.less_expected(mean_GC, rank_G, among_G) if mean_GC.shape[1] else mean_GC
     place_GC = rank_adjustment.normal_scores(own_GC, rank_G, among_G)
     return _Tests(
         mean_GC=mean_GC,
         p_cell_G=p_cell_G,
-        p_donor_G=stats.sign_flip(place_GC, config.perturb.num_permutations, rng),
+        p_donor_G=sign_flip(place_GC, config.perturb.num_permutations, rng),
     )
 
 
 def _mean_ranks(pairs: Pairs, num_genes: int) -> Float64s:
     """Mean rank, 1 = top, in the cells whose sentences hold the gene."""
     present_P = pairs.rank_P >= 0
-    return stats.mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
+    return mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
 
 
 def places(rank_G: Float64s) -> Float64s:
@@ -369,7 +377,7 @@ def _differential(plan: Design, expressed: dict[str, Expression]) -> tuple[Float
         return empty, empty
     start, goal = expressed["start"], expressed["goal"]
     num = np.broadcast_to(np.array([[start.num_cells], [goal.num_cells]], dtype=np.float64), (2, len(start.mean_V)))
-    t_V = stats.welch(num, np.stack([start.mean_V, goal.mean_V]), np.stack([start.variance_V, goal.variance_V]))
+    t_V = welch(num, np.stack([start.mean_V, goal.mean_V]), np.stack([start.variance_V, goal.variance_V]))
     fold_V = np.log2((goal.mean_V + PSEUDO_SCORE) / (start.mean_V + PSEUDO_SCORE))
     first_G = plan.genes_KM[:, 0]
     single_G = np.array([len(target.tokens) == 1 for target in plan.targets])
@@ -396,7 +404,7 @@ def _warnings(columns: dict[str, object], mean_GC: Float64s, *, has_goal: bool, 
             found.append(f"seen in {coverage[g]:.1%} of cells, put into the others")
         elif coverage[g] < LOW_COVERAGE:
             found.append(f"seen in {coverage[g]:.1%} of cells")
-        if donors[g] < stats.MIN_CLUSTERS:
+        if donors[g] < MIN_CLUSTERS:
             found.append(f"{donors[g]:.0f} donor(s): no donor-level test, the interval is over cells")
         elif carried[g]:
             found.append("one donor carries it")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mixgf.perturbation import gene_table as effects
+from mixgf.perturbation import gene_table
 from mixgf.perturbation.reference_genes import LEVEL
-from mixgf.stats import donors as stats
+from mixgf.stats.donors import attainable, detectable, fewest_hits, smallest_p, spearman
 
 
 def asked(genes: pd.DataFrame) -> pd.DataFrame:
@@ -27,7 +27,7 @@ def drawn(genes: pd.DataFrame) -> pd.DataFrame:
 def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     """Genes that repeat over donors at an FDR of `level` and are unusual for their rank; the largest shift first."""
     genes = asked(genes)
-    unusual = (genes["null_percentile"] < effects.ORDINARY[0]) | (genes["null_percentile"] > effects.ORDINARY[1])
+    unusual = (genes["null_percentile"] < gene_table.ORDINARY[0]) | (genes["null_percentile"] > gene_table.ORDINARY[1])
     return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
 
 
@@ -60,15 +60,15 @@ def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tu
         )
         out.append(("good", text))
         out += _objections(found)
-    elif stats.smallest_p(donors) > LEVEL:
-        few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {stats.smallest_p(donors):.2g}"
+    elif smallest_p(donors) > LEVEL:
+        few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {smallest_p(donors):.2g}"
         out.append(("warn", f"No gene can be called a replicated hit: {few}."))
     elif repeated:
         text = f"{repeated:,} of {num} pass an FDR of 5 % over {donors} donors, and none of them is unusual for its rank and coverage: no hit."
         out.append(("warn", text))
     else:
         out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
-    if len(found) == 0 and stats.smallest_p(donors) <= LEVEL:
+    if len(found) == 0 and smallest_p(donors) <= LEVEL:
         out.append(("plain", _power(donors, max(num_tests, len(genes)))))
     if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
         repeating, cells = (float((nulls[name] <= LEVEL).mean()) for name in ("fdr_donor", "fdr_cell"))
@@ -82,12 +82,12 @@ def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tu
         "figure grows with the number of cells and is no evidence by itself."
     )
     out.append(("warn" if cell_level and found.empty else "plain", text))
-    rho = stats.spearman(genes["shift"].to_numpy(float), genes["rank_expected"].to_numpy(float))
+    rho = spearman(genes["shift"].to_numpy(float), genes["rank_expected"].to_numpy(float))
     if np.isfinite(rho):
         much = "much" if abs(rho) >= 0.7 else "part" if abs(rho) >= 0.3 else "little"
         text = f"What a gene's rank in the cell alone predicts explains {much} of the shifts (Spearman {rho:.2f})."
         out.append(("warn" if abs(rho) >= 0.7 else "plain", text))
-    rho = stats.spearman(genes["shift"].to_numpy(float), genes["de_statistic"].to_numpy(float))
+    rho = spearman(genes["shift"].to_numpy(float), genes["de_statistic"].to_numpy(float))
     if np.isfinite(rho):
         text = f"Agreement with differential expression between start and goal: Spearman {rho:.2f}."
         out.append(("plain", text))
@@ -96,7 +96,7 @@ def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tu
 
 def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
     """What speaks against the hits as a whole: most are often marks of the state that they are said to bring about."""
-    marks = found["warnings"].astype(str).str.contains(effects.MARK)
+    marks = found["warnings"].astype(str).str.contains(gene_table.MARK)
     free = found.loc[found["warnings"].astype(str) == "", "symbol"].tolist()
     out = []
     if marks.any():
@@ -112,20 +112,20 @@ def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
 
 def _power(donors: int, num_genes: int) -> str:
     """What so many donors can find at all."""
-    fewest = stats.fewest_hits(donors, num_genes)
+    fewest = fewest_hits(donors, num_genes)
     text = (
-        f"Over {donors} donors, a gene of its own effect {stats.detectable(donors):.1f} times the spread between donors is found in 80 % "
+        f"Over {donors} donors, a gene of its own effect {detectable(donors):.1f} times the spread between donors is found in 80 % "
         "of cases at p ≤ 0.05, before correction"
     )
     if fewest > 1:
-        text += f"; after it, no fewer than {fewest:,} genes can pass together, since no p is below {stats.smallest_p(donors):.2g}"
+        text += f"; after it, no fewer than {fewest:,} genes can pass together, since no p is below {smallest_p(donors):.2g}"
     return f"{text}."
 
 
 def calibration_sentence(nulls: pd.DataFrame, donors: int) -> tuple[str, str]:
     """(tone, sentence): what the two tests say where nothing can be found, over so many donors."""
     shares = {name: float((nulls[name].dropna() <= LEVEL).mean()) for name in ("p_cell", "p_donor")}
-    right = stats.attainable(donors, LEVEL)
+    right = attainable(donors, LEVEL)
     text = (
         "When genes of like rank exchange what is their own within every donor, so that nothing is left to find, "
         f"{shares['p_donor']:.1%} of genes have a donor-level p of 0.05 or less ({right:.1%} would be right: p has few values over "

@@ -21,8 +21,7 @@ from mixgf.config.run import Config
 from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.stats.intervals import Estimate, auroc, wilson
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 _COLUMNS = ("ensembl_id", "gene", "gene_id", "symbol", "gene_symbol", "human_symbol", "mouse_symbol")
 LEVEL = 0.05
@@ -73,7 +72,7 @@ def read(config: Config) -> tuple[set[str], set[str]]:
 
 
 def _table(uri: str) -> pd.DataFrame:
-    if not storage.exists(uri):
+    if not files.exists(uri):
         msg = f"perturb.known = {uri!r}: no such file; give gene names, or a table ({', '.join(GENE_TABLES)}) with a column gene or symbol"
         raise UserError(msg)
     if uri.endswith(".parquet"):
@@ -81,7 +80,7 @@ def _table(uri: str) -> pd.DataFrame:
     lower = uri.lower()
     separator = "," if ".csv" in lower else "\t"
     compression: Any = "gzip" if lower.endswith(".gz") else None
-    data = io.BytesIO(storage.read_bytes(uri))
+    data = io.BytesIO(files.read_bytes(uri))
     header: Any = None if ".txt" in lower else "infer"
     frame = pd.read_csv(data, sep=separator, compression=compression, header=header, comment="#", dtype=str)
     return frame.rename(columns={0: "gene"})
@@ -186,7 +185,7 @@ def score_against(
 
 def published(experiment: str) -> pd.DataFrame:
     """Rows of the paper's Table 4: species, gene, symbol, operation, rank, shift, p."""
-    data = storage.read_bytes("resource:table4.tsv").decode()
+    data = files.read_bytes("resource:table4.tsv").decode()
     table = pd.read_csv(io.StringIO(data), sep="\t", comment="#")
     return table[table["experiment"] == experiment].reset_index(drop=True)
 

@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from mixgf import rng as keyed
+from mixgf import rng
 from mixgf.arrays import Ints
 
 _KEY = 91
@@ -20,7 +20,7 @@ def matched(features_GF: NDArray[np.float64], wanted: list[int], num: int, seed:
     Near is meant in the ranks of the features; equally near rows come in a keyed random order. No wanted row is taken.
     """
     ranks_GF = np.stack([rankdata(column) for column in features_GF.T], axis=1)
-    order = np.argsort(keyed.hashed(seed, _KEY + 1, np.arange(len(features_GF))), kind="stable")
+    order = np.argsort(rng.hashed(seed, _KEY + 1, np.arange(len(features_GF))), kind="stable")
     free = np.ones(len(features_GF), dtype=bool)
     free[wanted] = False
     num = min(num, int(free.sum())) if wanted else 0
@@ -41,6 +41,6 @@ def sample(cells: Ints, donor_of: Ints, num: int, seed: int) -> Ints:
     """At most `num` cells (0 = all), balanced over donors: one of each donor in turn, in a keyed random order."""
     if num <= 0 or num >= len(cells):
         return cells
-    order = cells[np.argsort(keyed.hashed(seed, _KEY, cells), kind="stable")]
+    order = cells[np.argsort(rng.hashed(seed, _KEY, cells), kind="stable")]
     turn = pd.Series(donor_of[order]).groupby(donor_of[order]).cumcount().to_numpy()
     return np.sort(order[np.argsort(turn, kind="stable")][:num])

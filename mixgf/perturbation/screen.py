@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixgf.encoder.bert import Encoder, Layer
-from mixgf.perturbation import operations as edits
+from mixgf.perturbation import operations
 from mixgf.perturbation.shift import Engine
 
 OPERATIONS = ("delete", "overexpress")
@@ -71,7 +71,7 @@ def estimate(
     goal_D = F.normalize(goal_D.to(engine.device, torch.float64), dim=0)
     num_genes = len(ids_L) - engine.lead
     offsets = torch.tensor([0, len(ids_L)], device=engine.device)
-    rank_K = edits.ranks(ids_L, offsets, genes_K, lead=engine.lead)[0]
+    rank_K = operations.ranks(ids_L, offsets, genes_K, lead=engine.lead)[0]
     at_K = (rank_K + engine.lead).clamp(min=0)
     there_K = rank_K >= 0
     places_L = torch.arange(len(ids_L), device=engine.device)

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from mixgf.encoder.bert import Encoder
-from mixgf.perturbation import operations as edits
+from mixgf.perturbation import operations
 
 VARIANTS = ("remaining", "all", "cls")
-Watch: TypeAlias = Callable[[edits.Edited, Tensor, int], None]
+Watch: TypeAlias = Callable[[operations.Edited, Tensor, int], None]
 """Is shown perturbed sentences, their hidden states (T, D), and the number of the first of them."""
 
 
@@ -143,7 +143,7 @@ class Engine:
         watch: Watch | None,
         start: int,
     ) -> Shifts:
-        edited = edits.edit(
+        edited = operations.edit(
             original.ids_T,
             original.offsets_B1,
             cells_S,

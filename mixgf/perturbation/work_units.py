@@ -23,13 +23,10 @@ from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import forward_flops
-from mixgf.perturbation import gene_responses as responses
-from mixgf.perturbation import operations as edits
-from mixgf.perturbation import screen
-from mixgf.perturbation.design import Design, owned
+from mixgf.perturbation import gene_responses, operations, screen
+from mixgf.perturbation.group_design import Design, owned
 from mixgf.perturbation.shift import Engine, Original
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 PROBE_SECONDS, PROBE_GENES = 2.0, 16
 STATE_CELLS = 256
@@ -212,10 +209,10 @@ class Scorer:
             table = self.estimate(unit, states)
         else:
             table = self.score(unit, states)
-        uri = storage.join(self.folder, f"{unit.key}.parquet")
+        uri = files.join(self.folder, f"{unit.key}.parquet")
         tables.write_table(uri, table, use_byte_stream_split=[n for n in table.column_names if table[n].type == "float"],
                             use_dictionary=False)  # fmt: skip
-        return Done(cost=unit.cost, sentences=table.num_rows if unit.operation in edits.OPERATIONS else 0)
+        return Done(cost=unit.cost, sentences=table.num_rows if unit.operation in operations.OPERATIONS else 0)
 
     def probe(self, unit: Unit) -> Done:
         """FLOP/s of exact scoring, after one uncounted round."""
@@ -242,7 +239,7 @@ class Scorer:
         assert states is not None, "states come before estimates"
         operation = unit.operation.removeprefix("screen-")
         everywhere = operation == "overexpress" and self.settings.insert_absent
-        single_K = (unit.genes_KM != edits.NO_GENE).sum(axis=1) == 1
+        single_K = (unit.genes_KM != operations.NO_GENE).sum(axis=1) == 1
         goal_D = torch.from_numpy(states[1])
         rows: list[tuple[Ints, Ints, Float64s]] = []
         for b, cell in enumerate(unit.cells_B.tolist()):
@@ -288,7 +285,7 @@ class Scorer:
         original = self._original(unit.cells_B)
         device = self.engine.device
         genes_KM = torch.from_numpy(unit.genes_KM).to(device)
-        flat = edits.ranks(
+        flat = operations.ranks(
             original.ids_T, original.offsets_B1, genes_KM.clamp(min=0).reshape(-1), lead=self.engine.lead
         ).reshape(len(unit.cells_B), *unit.genes_KM.shape)
         held_BK = ((flat >= 0) | (genes_KM < 0)).all(dim=2).cpu().numpy()
@@ -297,12 +294,12 @@ class Scorer:
         cells, targets = torch.from_numpy(cell_P).to(device), torch.from_numpy(target_P).to(device)
         tally = None
         if len(unit.watched_R):
-            tally = responses.Tally(original, cells, targets, num_targets=len(genes_KM), tokens_R=unit.watched_R)
+            tally = gene_responses.Tally(original, cells, targets, num_targets=len(genes_KM), tokens_R=unit.watched_R)
         shifts = self.engine.score(
             original, cells, genes_KM[targets], unit.operation, torch.from_numpy(states), watch=tally
         )
         if tally is not None:
-            uri = storage.join(self.folder, RESPONSES, f"{unit.key}.parquet")
+            uri = files.join(self.folder, RESPONSES, f"{unit.key}.parquet")
             tables.write_table(uri, tally.sums().part(unit.targets_K))
         columns = {
             "target": pa.array(unit.targets_K[target_P], pa.int32()),

@@ -12,19 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import mixgf
-from mixgf import console as progress
+from mixgf import console
 from mixgf.config.parse import fingerprint, to_dict
 from mixgf.config.run import Config
 from mixgf.report.elements import Run, Section
 from mixgf.report.load import load, uris
-from mixgf.report.sections import ablations as lab
-from mixgf.report.sections import classification, embedding, perturbation, provenance, spaces, training
-from mixgf.report.sections import corpus as sections
-from mixgf.report.sections import models as leaderboard
-from mixgf.report.sections import species as across
-from mixgf.report.sections import summary as scorecard
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.report.sections import (
+    classification,
+    classification_table,
+    corpus,
+    embedding,
+    embedding_spaces,
+    perturbation,
+    provenance,
+    species_comparison,
+    summary,
+    sweep_effects,
+    training,
+)
+from mixgf.storage import artifacts, files
 
 _KEY = '<meta name="mixgf-inputs" content="'
 _PACKAGES = (
@@ -49,10 +55,10 @@ def write(config: Config, uri: str) -> str:
         `uri`.
     """
     key = _key(config)
-    if storage.exists(uri) and f"{_KEY}{key}" in storage.read_bytes(uri)[:4096].decode(errors="ignore"):
-        progress.say(f"report: {uri} is up to date")
+    if files.exists(uri) and f"{_KEY}{key}" in files.read_bytes(uri)[:4096].decode(errors="ignore"):
+        console.say(f"report: {uri} is up to date")
         return uri
-    storage.write_bytes(uri, render(load(config), key).encode())
+    files.write_bytes(uri, render(load(config), key).encode())
     return uri
 
 
@@ -77,8 +83,8 @@ def _versions() -> dict[str, str]:
 
 def all_sections(run: Run) -> list[Section]:
     """The report's sections in reading order."""
-    made = [scorecard.brief(run), sections.corpus(run), training.training(run), embedding.embedding(run), leaderboard.section(run), spaces.section(run),
-            classification.classification(run), across.section(run), perturbation.section(run), lab.section(run), provenance.provenance(run, _versions())]  # fmt: skip
+    made = [summary.brief(run), corpus.corpus(run), training.training(run), embedding.embedding(run), classification_table.section(run), embedding_spaces.section(run),
+            classification.classification(run), species_comparison.section(run), perturbation.section(run), sweep_effects.section(run), provenance.provenance(run, _versions())]  # fmt: skip
     return [section for section in made if section.blocks]
 
 
@@ -90,5 +96,5 @@ def render(run: Run, key: str) -> str:
         loader=jinja2.PackageLoader("mixgf", "resources"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    page: dict[str, Any] = {"sections": all_sections(run), "tiles": scorecard.tiles(run), "run": run, "key": key}
+    page: dict[str, Any] = {"sections": all_sections(run), "tiles": summary.tiles(run), "run": run, "key": key}
     return environment.get_template("report.html.j2").render(page)

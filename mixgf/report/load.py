@@ -8,10 +8,9 @@ import pyarrow.parquet as pq
 
 from mixgf.config.run import Config
 from mixgf.report.elements import Run
-from mixgf.report.sections import species as across
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.report.sections import species_comparison
+from mixgf.storage import artifacts, files
+from mixgf.storage.tables import read_table
 
 MAX_PAIRS = 2_000_000
 """Pairs of genes in a response matrix that is still read."""
@@ -26,7 +25,7 @@ def uris(config: Config) -> dict[str, str]:
     given = config.inputs
     places = {"corpus": given.corpus, "pretrain": given.checkpoint, "embed": given.embeddings, "classify": given.classification,
               "perturb": given.perturbation, "tune": "", "compare": ""}  # fmt: skip
-    return {stage: uri or storage.join(config.output, stage) for stage, uri in places.items()}
+    return {stage: uri or files.join(config.output, stage) for stage, uri in places.items()}
 
 
 def load(config: Config, *, light: bool = False) -> Run:
@@ -46,15 +45,15 @@ def load(config: Config, *, light: bool = False) -> Run:
         wanted |= {"predictions": ("classify", "predictions.parquet"), "maps": ("classify", "maps.parquet")}
     tables: dict[str, pd.DataFrame] = {}
     for name, (stage, file) in wanted.items():
-        uri = storage.join(places[stage], file)
+        uri = files.join(places[stage], file)
         if name == "responses" and stage in records and records[stage].counts.get(name, 0) > MAX_PAIRS:
             continue  # the section says so
-        if stage in records and storage.exists(uri):
-            tables[name] = storage_tables.read_table(uri).to_pandas()
+        if stage in records and files.exists(uri):
+            tables[name] = read_table(uri).to_pandas()
     for file in records["compare"].files if "compare" in records else ():
         stem = file.removesuffix(".parquet")
         if not light and stem != file:
-            tables[across.PREFIX + stem] = storage_tables.read_table(storage.join(places["compare"], file)).to_pandas()
+            tables[species_comparison.PREFIX + stem] = read_table(files.join(places["compare"], file)).to_pandas()
     lengths: dict[str, np.ndarray] = {}
     vectors, obs, total = None, None, 0
     if not light and "corpus" in records:
@@ -76,10 +75,10 @@ def load(config: Config, *, light: bool = False) -> Run:
 
 def _columns(config: Config, shard: str, extra: tuple[str, ...] = ()) -> pd.DataFrame:
     """Species, source, type, donor (and more) of a shard's cells; a label that means "no label" is empty."""
-    with storage.open_read(shard) as file:
+    with files.open_read(shard) as file:
         there = set(pq.read_schema(file).names)
     label, donor = config.classify.label, config.classify.donor
-    frame = storage_tables.read_table(
+    frame = read_table(
         shard, [c for c in dict.fromkeys(("species", "source", label, donor, *extra)) if c in there]
     ).to_pandas()
     types = frame[label].astype(object).fillna("").astype(str) if label in there else pd.Series("", index=frame.index)
@@ -93,7 +92,7 @@ def _cells(config: Config, corpus: str, record: artifacts.Record) -> tuple[pd.Da
     counts: list[pd.DataFrame] = []
     lengths: dict[str, np.ndarray] = {}
     for shard in record.details["shards"]:
-        frame = _columns(config, storage.join(corpus, "shards", shard["name"]), ("length",))
+        frame = _columns(config, files.join(corpus, "shards", shard["name"]), ("length",))
         counts.append(frame.groupby(keys, observed=True).size().rename("cells").reset_index())
         for species, part in frame.groupby("species", observed=True):
             more = np.bincount(part["length"].to_numpy())
@@ -119,9 +118,7 @@ def _embeddings(
         rows = picked[(picked >= start) & (picked < start + size)] - start
         start += size
         name = shards[i]["name"]
-        column = storage_tables.read_table(storage.join(places["embed"], "shards", name), ["vector"])[
-            "vector"
-        ].combine_chunks()
+        column = read_table(files.join(places["embed"], "shards", name), ["vector"])["vector"].combine_chunks()
         vectors.append(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)[rows])
-        frames.append(_columns(config, storage.join(places["corpus"], "shards", name)).iloc[rows][["species", "type"]])
+        frames.append(_columns(config, files.join(places["corpus"], "shards", name)).iloc[rows][["species", "type"]])
     return np.concatenate(vectors), pd.concat(frames, ignore_index=True), sum(int(s["rows"]) for s in shards)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mixgf.config.run import Config
 from mixgf.perturbation import hits
-from mixgf.report import verdicts as findings
+from mixgf.report import verdicts
 from mixgf.report.elements import Run
 from mixgf.report.load import load
 from mixgf.report.sections import training
@@ -17,7 +17,7 @@ def summary_rows(run: Run) -> list[tuple[str, ...]]:
     scores = run.tables.get("scores")
     if scores is None or scores.empty:
         return []
-    found = findings.duels(findings.board(scores), run.tables.get("comparisons"))
+    found = verdicts.duels(verdicts.board(scores), run.tables.get("comparisons"))
     rows: list[tuple[str, ...]] = []
     for key in dict.fromkeys((d.split, d.group, d.direction, d.model) for d in sorted(found, key=_order)):
         pair = {d.metric: d for d in found if (d.split, d.group, d.direction, d.model) == key}
@@ -30,20 +30,20 @@ def summary_rows(run: Run) -> list[tuple[str, ...]]:
             "level": "lower, within error" if duel.lower else "higher, within error",
         }[duel.verdict]
         rows.append((
-            f"{findings.SPLIT_NAMES.get(duel.split, duel.split)}: {findings.task_label(*key[:3])}", findings.label(duel.model),
-            findings.share(accuracy.score[0]), findings.share(duel.score[0]), findings.label(duel.baseline),
-            findings.share(accuracy.baseline_score[0]), findings.share(duel.baseline_score[0]), verdict,
+            f"{verdicts.SPLIT_NAMES.get(duel.split, duel.split)}: {verdicts.task_label(*key[:3])}", verdicts.label(duel.model),
+            verdicts.share(accuracy.score[0]), verdicts.share(duel.score[0]), verdicts.label(duel.baseline),
+            verdicts.share(accuracy.baseline_score[0]), verdicts.share(duel.baseline_score[0]), verdict,
         ))  # fmt: skip
     return rows
 
 
-def _order(duel: findings.Duel) -> tuple[int, str, str, int]:
-    splits = list(findings.SPLITS)
+def _order(duel: verdicts.Duel) -> tuple[int, str, str, int]:
+    splits = list(verdicts.SPLITS)
     return (
         splits.index(duel.split) if duel.split in splits else len(splits),
         duel.group,
         duel.direction,
-        findings.OWN.index(duel.model),
+        verdicts.OWN.index(duel.model),
     )
 
 
@@ -57,7 +57,7 @@ def summary(config: Config) -> str:
     if (history := run.tables.get("history")) is not None and len(history):
         ends = {name: training.loss_ends(history, name) for name in training.LOSSES if name in set(history["name"])}
         said = [
-            f"{findings.lower(training.CURVES[name])} {first:.3f} -> {last:.3f}" for name, (first, last) in ends.items()
+            f"{verdicts.lower(training.CURVES[name])} {first:.3f} -> {last:.3f}" for name, (first, last) in ends.items()
         ]
         lines.append(f"training   {'; '.join(said)}")
     if "classify" in run.records and (seen := run.records["classify"].details.get("audit")):

@@ -11,14 +11,13 @@ import pandas as pd
 import pyarrow as pa
 
 from mixgf.classification import annotate, classifier
-from mixgf.config import parse as config
+from mixgf.config import parse
 from mixgf.config.data import Source
 from mixgf.config.run import Config
 from mixgf.console import Progress
 from mixgf.distributed.tasks import Spread, job, ray_tasks
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 
 PART_CELLS = 2_000
 
@@ -38,18 +37,18 @@ def run(model: str, source: Source, to: str, settings: Config, *, spread: Spread
     uri = classifier.find(model)
     kept, vocabulary, record = classifier.load(uri)
     file = annotate.look(source, kept, vocabulary)
-    key = config.fingerprint(
+    key = parse.fingerprint(
         [
             record.fingerprint,
             record.files,
-            config.to_dict(file.source),
-            storage.sha256(source.uri) if not storage.is_folder(source.uri) else "",
+            parse.to_dict(file.source),
+            files.sha256(source.uri) if not files.is_folder(source.uri) else "",
         ]
     )
     work = f"{to}.parts-{key[:12]}"
     starts = range(0, file.num_cells, PART_CELLS)
-    parts = {start: storage.join(work, f"{start:010d}.parquet") for start in starts}
-    todo = [s for s in starts if not storage.exists(parts[s])]
+    parts = {start: files.join(work, f"{start:010d}.parquet") for start in starts}
+    todo = [s for s in starts if not files.exists(parts[s])]
     jobs = [
         job(
             0,
@@ -66,7 +65,7 @@ def run(model: str, source: Source, to: str, settings: Config, *, spread: Spread
     if spread is not None:
         _spread(jobs, file.num_cells, spread)
     elif jobs:
-        from mixgf.distributed.cluster import session
+        from mixgf.distributed.session import session
 
         with session(settings):
             _spread(jobs, file.num_cells, ray_tasks(settings))
@@ -81,7 +80,7 @@ def run(model: str, source: Source, to: str, settings: Config, *, spread: Spread
         "verdicts": found["verdicts"] or [""]
     }
     annotate.write(to, file.source, table, kept.classes, about)
-    storage.remove(work)
+    files.remove(work)
     return found | {"output": to}
 
 

@@ -18,11 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.classification import intermediates as parts
-from mixgf.classification import labels, splits
-from mixgf.classification import models as contenders
-from mixgf.classification import predict as evaluation
-from mixgf.classification import tables as results
+from mixgf.classification import intermediates, labels, predict, registry, splits, tables
 from mixgf.classification.baselines import BASELINES
 from mixgf.classification.intermediates import Places
 from mixgf.classification.labels import Labelled
@@ -30,17 +26,16 @@ from mixgf.classification.splits import Split
 from mixgf.config.parse import fingerprint, to_dict
 from mixgf.config.run import Config
 from mixgf.console import duration, say, warn
-from mixgf.corpus import overlap as audit
+from mixgf.corpus import overlap
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.encoder import checkpoint, embed
 from mixgf.errors import UserError
 from mixgf.stages import pieces
 from mixgf.stages.pieces import Piece, Spread, loop, ray_tasks
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.tracking import mlflow_runs
 
 __all__ = ["Piece", "Spread", "dry_run", "loop", "run"]
 
@@ -71,7 +66,7 @@ _CELLS = (
 def run(config: Config, *, spread: Spread | None = None) -> str:
     """Score every model on every split; returns the artifact's URI. `spread` replaces Ray (`loop` in tests)."""
     config = _possible(config)
-    uri = storage.join(config.output, "classify")
+    uri = files.join(config.output, "classify")
     places, record = _plan(config, uri)
     finished = artifacts.find(uri)
     if finished is not None and finished.fingerprint == record.fingerprint:
@@ -90,13 +85,13 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
                 + (f"; not used: {dropped}" if dropped else ""))  # fmt: skip
     work = _Work(config, places, table, made)
     say(work.projection())
-    with tracking.stage(
+    with mlflow_runs.stage(
         config, "classify", _fixed(record), fingerprint(_fixed(record) | {"output": config.output})
     ) as tracked:
         if spread is not None:
             work.do(spread, Meter("classify", tracked.id), tracked)
         else:
-            from mixgf.distributed.cluster import session
+            from mixgf.distributed.session import session
 
             with session(config), watch(config, "classify", tracked, uri) as watched:
                 work.do(ray_tasks(config), watched.meter, tracked)
@@ -110,7 +105,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
 def dry_run(config: Config) -> str:
     """What a run would score and how long that takes, as text for people; makes nothing."""
     config = _possible(config)
-    places, _ = _plan(config, storage.join(config.output, "classify"))
+    places, _ = _plan(config, files.join(config.output, "classify"))
     table, made = _splits(config, places)
     work = _Work(config, places, table, made)
     lines = [f"{len(table):,} labelled cells, {len(np.unique(table.groups))} groups"]
@@ -122,7 +117,7 @@ def dry_run(config: Config) -> str:
             f"  {kind:<8} {len(tasks):>4} tasks, {len(of_kind) - extra:>5} splits"
             + (f", {extra:,} with fewer labels or types" if extra else "")
         )
-    scored = [(m, s) for s in made for m in contenders.scored(config.classify, s)]
+    scored = [(m, s) for s in made for m in registry.scored(config.classify, s)]
     for model in config.classify.models:
         mine = [s for m, s in scored if m == model]
         seconds = sum(work.seconds(model, s) for s in mine)
@@ -132,8 +127,8 @@ def dry_run(config: Config) -> str:
 
 def _possible(config: Config) -> Config:
     """The same without the models whose packages are not installed, each of which is warned of."""
-    contenders.require(config.classify)
-    skipped = contenders.skipped(config.classify.models)
+    registry.require(config.classify)
+    skipped = registry.skipped(config.classify.models)
     for why in skipped.values():
         warn(f"classify: left out: {why}")
     models, curve = (
@@ -149,22 +144,22 @@ def _splits(config: Config, places: Places) -> tuple[Labelled, list[Split]]:
 
 def _clean(places: Places) -> None:
     """Remove the parts that no later model needs."""
-    for kind in parts.SCRATCH:
-        storage.remove(storage.join(places.parts, kind))
+    for kind in intermediates.SCRATCH:
+        files.remove(files.join(places.parts, kind))
 
 
 def _plan(config: Config, uri: str) -> tuple[Places, Record]:
     """Inputs of the stage and the record of its artifact."""
-    corpus_uri = config.inputs.corpus or storage.join(config.output, "corpus")
-    checkpoint_uri = config.inputs.checkpoint or storage.join(config.output, "pretrain")
+    corpus_uri = config.inputs.corpus or files.join(config.output, "corpus")
+    checkpoint_uri = config.inputs.checkpoint or files.join(config.output, "pretrain")
     corpus = artifacts.require(corpus_uri, "corpus")
     if "imported" in corpus.details and (counted := [m for m in config.classify.models if m in BASELINES]):
         others = ",".join(m for m in config.classify.models if m not in BASELINES) or "finetune"
         msg = (f"classify.models: {', '.join(counted)} need raw counts, which the imported corpus {corpus_uri} does not have; "
                f"leave them out: --set classify.models={others}")  # fmt: skip
         raise UserError(msg)
-    encoders = contenders.records(checkpoint_uri, config, Corpus(corpus_uri))
-    embeddings, embedded = parts.embeddings(config, corpus, encoders[contenders.CHECKPOINT])
+    encoders = registry.records(checkpoint_uri, config, Corpus(corpus_uri))
+    embeddings, embedded = intermediates.embeddings(config, corpus, encoders[registry.CHECKPOINT])
     parents = {"corpus": corpus.fingerprint}
     parents |= {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}
     parents |= {"embeddings": embedded.fingerprint} if embedded is not None else {}
@@ -176,9 +171,9 @@ def _content(config: Config) -> dict[str, Any]:
     """What decides the artifact: the cells, what is asked of them, and the settings of each model."""
     data, settings = to_dict(config), config.classify
     asked = {name: data["classify"][name] for name in ("splits", "label_shares", "unseen_types", "keep")}
-    asked |= {f"seeds of {model}": number for model, number in contenders.seeds(settings).items()}
-    asked |= {"curve": list(contenders.curve(settings)) if settings.label_shares or settings.unseen_types else []}
-    models = {model: contenders.reads(model, data) for model in settings.models}
+    asked |= {f"seeds of {model}": number for model, number in registry.seeds(settings).items()}
+    asked |= {"curve": list(registry.curve(settings)) if settings.label_shares or settings.unseen_types else []}
+    models = {model: registry.reads(model, data) for model in settings.models}
     if settings.integration_cells:
         models["integration"] = {"cells": settings.integration_cells, "embed": data["embed"]}
     return {
@@ -227,7 +222,7 @@ class _Work:
         self.todo = pieces.missing(list(self.scored))
         self.shared = self._shared() if self.todo or pieces.missing(self.whole) else []
 
-    def do(self, spread: Spread, meter: Meter, tracked: tracking.Run) -> None:
+    def do(self, spread: Spread, meter: Meter, tracked: mlflow_runs.Run) -> None:
         """Make all that is not there; every prediction becomes a run under `tracked`, once."""
         logged = tracked.children()
 
@@ -236,11 +231,11 @@ class _Work:
             key = piece.uri.rpartition("/")[2]
             if key in logged:
                 return
-            found = results.facts(piece.uri)
+            found = tables.facts(piece.uri)
             params = split.task | {"model": model, "share": split.share, "unseen": split.unseen, "num_train": len(split.train),
                                    "num_test": len(split.test), "num_classes": len(split.classes)}  # fmt: skip
-            params |= contenders.reads(model, self.plain)
-            tracked.child(f"{model}: {split.name}", key, params, results.figures(found))
+            params |= registry.reads(model, self.plain)
+            tracked.child(f"{model}: {split.name}", key, params, tables.figures(found))
 
         todo = set(self.todo)
         for piece in [p for p in self.scored if p not in todo]:
@@ -259,23 +254,23 @@ class _Work:
 
     def seconds(self, model: str, split: Split) -> float:
         """Of one core, roughly, for a prediction."""
-        if not contenders.is_tuned(model):
-            per_thousand = SECONDS.get(contenders.parse(model)[0], FEWEST_SECONDS)
+        if not registry.is_tuned(model):
+            per_thousand = SECONDS.get(registry.parse(model)[0], FEWEST_SECONDS)
             return FEWEST_SECONDS + per_thousand * len(split.train) / 1000
         settings = self.config.classify
         lengths = self.corpus.lengths_N[self.table.cells[split.train]].astype(np.int64)
         tokens = float(np.minimum(lengths, settings.max_len or lengths).sum())
-        epochs = contenders.recipe(self.config, model).classify.epochs
+        epochs = registry.recipe(self.config, model).classify.epochs
         return tokens * EPOCH_COST * epochs / self.tokens_per_s
 
     def _scored(self) -> dict[Piece, tuple[Split, str]]:
         """One piece per split and model."""
         found = {}
         for split in self.made:
-            for model in contenders.scored(self.config.classify, split):
-                tuned = contenders.is_tuned(model)
+            for model in registry.scored(self.config.classify, split):
+                tuned = registry.is_tuned(model)
                 piece = Piece(
-                    uri=parts.prediction_part(self.places, split, model), call=evaluation.predict,
+                    uri=intermediates.prediction_part(self.places, split, model), call=predict.predict,
                     args=(self.config, self.places, self.table, split, model), cost=self.seconds(model, split),
                     threads=self.config.train.threads if tuned else 1, gpu=tuned,
                 )  # fmt: skip
@@ -286,9 +281,9 @@ class _Work:
         """One piece per embedding."""
         cells = min(len(self.table), self.config.classify.integration_cells)
         return [
-            Piece(uri=parts.integration_part(self.config, self.places, space), call=evaluation.integrate,
+            Piece(uri=intermediates.integration_part(self.config, self.places, space), call=predict.integrate,
                   args=(self.config, self.places, self.table, space), cost=START_SECONDS + WHOLE_SECONDS * cells / 1000)
-            for space in parts.spaces(self.config, self.table)
+            for space in intermediates.spaces(self.config, self.table)
         ]  # fmt: skip
 
     def _shared(self) -> list[Piece]:
@@ -297,18 +292,18 @@ class _Work:
         cells, models = np.sort(table.cells), {self.scored[piece][1] for piece in self.todo}
         asked = {str(piece.args[-1]) for piece in pieces.missing(self.whole)}
         found = []
-        if models & set(BASELINES) or parts.EXPRESSION in asked:
+        if models & set(BASELINES) or intermediates.EXPRESSION in asked:
             for source in np.unique(table.sources).tolist():
                 mine = np.sort(table.cells[table.sources == source])
-                found.append(Piece(uri=parts.counts_part(places, source), call=parts.read_counts,
+                found.append(Piece(uri=intermediates.counts_part(places, source), call=intermediates.read_counts,
                                    args=(config, places, source, mine), cost=len(mine) / 1000))  # fmt: skip
-        for encoder in sorted(set(contenders.of_encoders(models, contenders.HEADS)) | asked - {parts.EXPRESSION}):
-            if encoder == contenders.CHECKPOINT and places.embeddings:
+        for encoder in sorted(set(registry.of_encoders(models, registry.HEADS)) | asked - {intermediates.EXPRESSION}):
+            if encoder == registry.CHECKPOINT and places.embeddings:
                 continue
-            for number, start in enumerate(range(0, len(cells), parts.BLOCK_CELLS)):
-                mine = cells[start : start + parts.BLOCK_CELLS]
+            for number, start in enumerate(range(0, len(cells), intermediates.BLOCK_CELLS)):
+                mine = cells[start : start + intermediates.BLOCK_CELLS]
                 cost = float(self.corpus.lengths_N[mine].sum()) / self.tokens_per_s
-                found.append(Piece(uri=parts.vectors_part(places, encoder, number), call=parts.embed_block,
+                found.append(Piece(uri=intermediates.vectors_part(places, encoder, number), call=intermediates.embed_block,
                                    args=(config, places, encoder, number, mine), cost=cost, threads=config.train.threads,
                                    gpu=True))  # fmt: skip
         return found
@@ -318,7 +313,7 @@ def _speed(config: Config, places: Places, corpus: Corpus, table: Labelled) -> f
     """Tokens per second that a core of this machine passes forward, by a short look."""
     import torch
 
-    encoder = contenders.load(places.checkpoint, contenders.CHECKPOINT, config, corpus)
+    encoder = registry.load(places.checkpoint, registry.CHECKPOINT, config, corpus)
     threads, cells = torch.get_num_threads(), table.cells[:: max(1, len(table) // 32)][:32]
     torch.set_num_threads(1)
     best = 0.0
@@ -335,14 +330,14 @@ def _publish(
 ) -> dict[str, float]:
     """Put the parts together; returns the figures of the run."""
     uri = places.output
-    found = results.tables(config, places, table, made, table.names.tolist())
+    found = tables.tables(config, places, table, made, table.names.tolist())
     artifacts.reopen(uri)  # an extended classification has its old record until now
     made_of = {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in found.items()}
-    files = artifacts.write_tables(uri, made_of)
-    shown = results.write_cells(storage.join(uri, "cells.h5ad"), config, table, found, table.names.tolist())
+    checksums = artifacts.write_tables(uri, made_of)
+    shown = tables.write_cells(files.join(uri, "cells.h5ad"), config, table, found, table.names.tolist())
     seen = _audit(places, table)
     say(f"classify: {seen['line']}")
-    kept = evaluation.keep_best(config, places, made, record.parents)
+    kept = predict.keep_best(config, places, made, record.parents)
     details = {
         "models": list(config.classify.models), "encoders": _encoders(config, places), "groups": _groups(table), "cells_h5ad": shown,
         "classifiers": kept, "audit": seen,
@@ -350,7 +345,7 @@ def _publish(
                              "num_test": len(s.test), "dropped": s.dropped, "donors": list(s.donors)} for s in made if s.whole],
     }  # fmt: skip
     counts = {"labelled": len(table), "splits": len(made), "predictions": len(found["predictions"])}
-    artifacts.finish(uri, record, counts=counts, files=files, details=details)
+    artifacts.finish(uri, record, counts=counts, files=checksums, details=details)
     for one in kept:
         say(
             f"classify: kept the {one['model']} of {one['group']} (test accuracy {one['test']['accuracy']:.3f}): mixgf annotate --model {one['uri']} FILE"
@@ -360,8 +355,8 @@ def _publish(
 
 def _encoders(config: Config, places: Places) -> dict[str, dict[str, Any]]:
     """What each encoder was trained to do, by its name in the tables."""
-    found = contenders.records(places.checkpoint, config, Corpus(places.corpus))
-    return {contenders.called(name): {"objective": one.details.get("objective")} for name, one in found.items()}
+    found = registry.records(places.checkpoint, config, Corpus(places.corpus))
+    return {registry.called(name): {"objective": one.details.get("objective")} for name, one in found.items()}
 
 
 def _groups(table: Labelled) -> dict[str, dict[str, list[str]]]:
@@ -379,13 +374,15 @@ def _audit(places: Places, table: Labelled) -> dict[str, Any]:
     """How many of the labelled cells the encoder was pretrained on, as plain data with one `line` for people."""
     mine, trained = artifacts.require(places.corpus, "corpus"), artifacts.require(places.checkpoint, "checkpoint")
     if trained.parents.get("corpus") == mine.fingerprint:  # one corpus: nothing to compare
-        return audit.Overlap(cells=(len(table), len(table)), by="the corpus' fingerprint", names=None, same=True).json()
+        return overlap.Overlap(
+            cells=(len(table), len(table)), by="the corpus' fingerprint", names=None, same=True
+        ).json()
     try:
-        theirs = audit.of_corpus(audit.trained_on(places.checkpoint))
+        theirs = overlap.of_corpus(overlap.trained_on(places.checkpoint))
     except UserError:
         line = "not known how many evaluation cells were in the pretraining corpus, which does not lie beside the checkpoint: mixgf audit EVAL CORPUS"
         return {"line": line, "cells": None}
-    return audit.compare(audit.of_corpus(places.corpus).only(table.cells), theirs).json()
+    return overlap.compare(overlap.of_corpus(places.corpus).only(table.cells), theirs).json()
 
 
 def _figures(scores: pd.DataFrame) -> dict[str, float]:
@@ -393,6 +390,6 @@ def _figures(scores: pd.DataFrame) -> dict[str, float]:
     keys = ["model", "split", "group", "direction", "metric"]
     means = scores.groupby(keys, sort=False)["value"].mean()
     return {
-        "/".join(parts.slug(str(part)) for part in key if part): float(value)
+        "/".join(intermediates.slug(str(part)) for part in key if part): float(value)
         for key, value in zip(means.index, means.to_numpy(), strict=True)
     }

@@ -13,12 +13,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.classification import intermediates as parts
-from mixgf.comparison import conserved_response as conserved
-from mixgf.comparison import encoders as comparison_encoders
-from mixgf.comparison import gene_networks, shift_selection, spaces, transfer
-from mixgf.comparison import shift_tables as comparison
-from mixgf.comparison.encoders import Setting, World
+from mixgf.classification import intermediates
+from mixgf.comparison import conserved_response, gene_networks, shift_selection, shift_tables, spaces, transfer
+from mixgf.comparison.encoders import Setting, World, worlds
 from mixgf.config.checks import split_named
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
@@ -29,10 +26,9 @@ from mixgf.encoder import checkpoint
 from mixgf.errors import UserError
 from mixgf.stages import classify, pieces
 from mixgf.stages.pieces import Piece, Spread, ray_tasks
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.tracking import mlflow_runs
 
 KIND, SCHEMA = "comparison", 1
 
@@ -53,13 +49,13 @@ class Part:
 
 def run(config: Config, *, spread: Spread | None = None) -> str:
     """Answer every part; returns the artifact's URI. `spread` replaces Ray (`pieces.loop` in tests)."""
-    uri = storage.join(config.output, "compare")
-    config = replace(config, tracking=replace(config.tracking, uri=tracking.uri(config)))
-    setting = Setting(config=config, uri=uri, worlds=comparison_encoders.worlds(config, uri))
+    uri = files.join(config.output, "compare")
+    config = replace(config, tracking=replace(config.tracking, uri=mlflow_runs.uri(config)))
+    setting = Setting(config=config, uri=uri, worlds=worlds(config, uri))
     _require(setting)
     if spread is not None:
         return _run(setting, spread)
-    from mixgf.distributed.cluster import session
+    from mixgf.distributed.session import session
 
     with session(config):
         return _run(setting, None)
@@ -68,27 +64,27 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
 def _run(setting: Setting, spread: Spread | None) -> str:
     config, uri = setting.config, setting.uri
     for world in setting.worlds:
-        if world.classification == storage.join(world.config.output, "classify"):
+        if world.classification == files.join(world.config.output, "classify"):
             classify.run(world.config, spread=spread)
     record = _plan(setting)
     if not artifacts.begin(uri, record):
         say(f"compare: {uri} is already there")
         return uri
     with (
-        tracking.stage(config, "compare", to_dict(config.compare), record.fingerprint) as tracked,
+        mlflow_runs.stage(config, "compare", to_dict(config.compare), record.fingerprint) as tracked,
         watch(config, "compare", tracked, uri) as watched,
     ):
         found = _tables(setting, spread or ray_tasks(config), watched.meter)
-        files = artifacts.write_tables(
+        checksums = artifacts.write_tables(
             uri, {n: pa.Table.from_pandas(f, preserve_index=False) for n, f in found.items()}
         )
         for world in setting.worlds:
-            for kind in parts.SCRATCH:
-                storage.remove(storage.join(world.places.parts, kind))
+            for kind in intermediates.SCRATCH:
+                files.remove(files.join(world.places.parts, kind))
         encoders = [w.called(e) for w in setting.worlds for e in w.encoders]
         classifications = {w.called(""): w.classification for w in setting.worlds}
         artifacts.finish(
-            uri, record, counts={name: len(frame) for name, frame in found.items()}, files=files,
+            uri, record, counts={name: len(frame) for name, frame in found.items()}, files=checksums,
             details={"encoders": encoders, "classifications": classifications},
         )  # fmt: skip
     say(f"compare: {uri}: {', '.join(f'{name} ({len(frame):,})' for name, frame in found.items())}")
@@ -115,7 +111,7 @@ def _require(setting: Setting) -> None:
             msg = f"compare: {corpus.uri} holds {corpus.species[0]} only; prepare a corpus of two species"
             raise UserError(msg)
         world.shifts  # noqa: B018 (refuses wrong ones)
-    conserved.given(setting.config)
+    conserved_response.given(setting.config)
 
 
 def _plan(setting: Setting) -> Record:
@@ -159,16 +155,16 @@ def _matching_pieces(setting: Setting) -> list[Piece]:
 def _of_world(setting: Setting, world: World) -> list[Piece]:
     cells, made = shift_selection.cells_of(world.shifts), []
     for encoder in world.encoders:
-        for number, start in enumerate(range(0, len(cells), parts.BLOCK_CELLS)):
-            mine = cells[start : start + parts.BLOCK_CELLS]
-            made.append(Piece(uri=parts.vectors_part(world.places, encoder, number), call=parts.embed_block,
+        for number, start in enumerate(range(0, len(cells), intermediates.BLOCK_CELLS)):
+            mine = cells[start : start + intermediates.BLOCK_CELLS]
+            made.append(Piece(uri=intermediates.vectors_part(world.places, encoder, number), call=intermediates.embed_block,
                               args=(world.config, world.places, encoder, number, mine), cost=float(len(mine)) / 50,
                               threads=setting.config.train.threads, gpu=True))  # fmt: skip
     if not world.name and setting.config.compare.controls:
         sources = Corpus(world.places.corpus).obs(["source"])["source"].to_numpy().astype(np.str_)[cells]
         for source in np.unique(sources).tolist():
             mine = cells[sources == source]
-            made.append(Piece(uri=parts.counts_part(world.places, source), call=parts.read_counts,
+            made.append(Piece(uri=intermediates.counts_part(world.places, source), call=intermediates.read_counts,
                               args=(world.config, world.places, source, mine), cost=len(mine) / 1000))  # fmt: skip
     return made
 
@@ -176,8 +172,8 @@ def _of_world(setting: Setting, world: World) -> list[Piece]:
 PARTS: dict[str, Part] = {
     "transfer": Part(tables=transfer.transfer),
     "spaces": Part(tables=spaces.spaces),
-    "matching": Part(tables=comparison.matched, pieces=_matching_pieces),
-    "conserved": Part(tables=lambda s: conserved.tables(s.config)),
+    "matching": Part(tables=shift_tables.matched, pieces=_matching_pieces),
+    "conserved": Part(tables=lambda s: conserved_response.tables(s.config)),
     "networks": Part(
         tables=lambda s: gene_networks.networks(s.config, {n: p for w in s.worlds for n, p in w.trained.items()})
     ),

@@ -17,14 +17,13 @@ from mixgf.config.run import Config
 from mixgf.console import Progress, say
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.actor_pool import Pool, Size
-from mixgf.distributed.cluster import session
 from mixgf.distributed.metrics import Meter, watch
+from mixgf.distributed.session import session
 from mixgf.encoder import checkpoint
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.storage import artifacts, files, tables
+from mixgf.tracking import mlflow_runs
 
 KIND, SCHEMA = "embeddings", 1
 OBSM = "X_mixgf"
@@ -32,9 +31,9 @@ OBSM = "X_mixgf"
 
 def run(config: Config) -> str:
     """Embed all cells of the corpus with the checkpoint's encoder; returns the URI of the artifact."""
-    uri = storage.join(config.output, "embed")
-    corpus = Corpus(config.inputs.corpus or storage.join(config.output, "corpus"))
-    weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
+    uri = files.join(config.output, "embed")
+    corpus = Corpus(config.inputs.corpus or files.join(config.output, "corpus"))
+    weights = config.inputs.checkpoint or files.join(config.output, "pretrain")
     trained = artifacts.require(weights, checkpoint.KIND, checkpoint.SCHEMA)
     checkpoint.require_sentences(trained, corpus)
     if config.embed.layer < -1 - int(trained.details["model"]["num_layers"]):
@@ -47,16 +46,16 @@ def run(config: Config) -> str:
         return uri
     with (
         session(config),
-        tracking.stage(config, "embed", to_dict(config.embed), record.fingerprint) as tracked,
+        mlflow_runs.stage(config, "embed", to_dict(config.embed), record.fingerprint) as tracked,
         watch(config, "embed", tracked, uri) as watched,
     ):
         _spread(config, corpus, weights, uri, watched.meter)
         watched.made(cells=corpus.num_cells)
         dim = _assemble(corpus, uri)
         names = [f"shards/{_name(i)}" for i in range(len(corpus.shards))] + ["cells.h5ad"]
-        files = artifacts.summed(uri, names)
+        checksums = artifacts.summed(uri, names)
         details = {"vocabulary": corpus.vocabulary.hash, "dim": dim, "obsm": OBSM}
-        artifacts.finish(uri, record, counts={"cells": corpus.num_cells}, files=files, details=details)
+        artifacts.finish(uri, record, counts={"cells": corpus.num_cells}, files=checksums, details=details)
         tracked.log({"cells": float(corpus.num_cells), "dim": float(dim)})
     say(f"embed: {corpus.num_cells:,} cells, {dim} dimensions: {uri}/cells.h5ad (obsm {OBSM!r})")
     return uri
@@ -69,8 +68,8 @@ def load(uri: str) -> np.ndarray:
 
 
 def _vectors(uri: str) -> np.ndarray:
-    folder = storage.join(uri, "shards")
-    parts = [_read(storage.join(folder, name)) for name in storage.list_dir(folder) if name.endswith(".parquet")]
+    folder = files.join(uri, "shards")
+    parts = [_read(files.join(folder, name)) for name in files.list_dir(folder) if name.endswith(".parquet")]
     return np.concatenate(parts)
 
 
@@ -106,7 +105,7 @@ def _worker(config: Config, corpus_uri: str, weights: str, uri: str) -> Callable
             )
             flat = pa.array(vectors.reshape(-1), pa.float32())
             column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-            tables.write_table(storage.join(uri, "shards", _name(shard)), pa.table({"vector": column}))
+            tables.write_table(files.join(uri, "shards", _name(shard)), pa.table({"vector": column}))
             return len(cells)
 
         return embed
@@ -115,7 +114,7 @@ def _worker(config: Config, corpus_uri: str, weights: str, uri: str) -> Callable
 
 
 def _spread(config: Config, corpus: Corpus, weights: str, uri: str, meter: Meter) -> None:
-    done = set(storage.list_dir(storage.join(uri, "shards")))
+    done = set(files.list_dir(files.join(uri, "shards")))
     todo: dict[str, Any] = {_name(i): i for i in range(len(corpus.shards)) if _name(i) not in done}
     if not todo:
         return
@@ -153,5 +152,5 @@ def _assemble(corpus: Corpus, uri: str) -> int:
     with tempfile.TemporaryDirectory(prefix="mixgf-embed-") as folder:
         path = Path(folder) / "cells.h5ad"
         cells.write_h5ad(path, compression="gzip")
-        storage.upload(path, storage.join(uri, "cells.h5ad"))
+        files.upload(path, files.join(uri, "cells.h5ad"))
     return int(vectors.shape[1])

@@ -12,8 +12,7 @@ from mixgf.encoder import checkpoint, huggingface
 from mixgf.encoder.huggingface import _FIELDS, _FILES, DICTIONARIES
 from mixgf.genes.vocabulary import PAD, SPECIALS
 from mixgf.stages.import_weights import SCHEMA
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
+from mixgf.storage import artifacts, files
 
 
 def export(settings: Config) -> str:
@@ -21,9 +20,9 @@ def export(settings: Config) -> str:
 
     Beside the weights lies token_dictionary.json, gene to id.
     """
-    uri = storage.join(settings.output, "bert")
-    model, made = checkpoint.load_model(settings.inputs.checkpoint or storage.join(settings.output, "pretrain"))
-    corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
+    uri = files.join(settings.output, "bert")
+    model, made = checkpoint.load_model(settings.inputs.checkpoint or files.join(settings.output, "pretrain"))
+    corpus = Corpus(settings.inputs.corpus or files.join(settings.output, "corpus"))
     checkpoint.require_vocabulary(made, corpus.vocabulary.hash, f"{corpus.uri}, whose dictionary goes with it,")
     record = artifacts.plan("bert", SCHEMA, {}, {"checkpoint": made.fingerprint})
     if not artifacts.begin(uri, record):
@@ -40,10 +39,10 @@ def export(settings: Config) -> str:
         for k, v in huggingface.to_bert(model).items()
         if not k.startswith("cls.predictions.decoder")
     }
-    storage.write_bytes(storage.join(uri, _FILES[0]), save_tensors(state, metadata={"format": "pt"}))
+    files.write_bytes(files.join(uri, _FILES[0]), save_tensors(state, metadata={"format": "pt"}))
     vocabulary = corpus.vocabulary
     genes = zip(vocabulary.table["gene"].to_pylist(), vocabulary.table["token"].to_pylist(), strict=True)
-    storage.write_json(storage.join(uri, DICTIONARIES[0]), {name: i for i, name in enumerate(SPECIALS)} | dict(genes))
-    storage.write_json(storage.join(uri, "config.json"), sizes)
+    files.write_json(files.join(uri, DICTIONARIES[0]), {name: i for i, name in enumerate(SPECIALS)} | dict(genes))
+    files.write_json(files.join(uri, "config.json"), sizes)
     artifacts.finish(uri, record, files=artifacts.summed(uri, (_FILES[0], DICTIONARIES[0], "config.json")))
     return uri

@@ -16,24 +16,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.cells import sources as cells_sources
+from mixgf.cells.sources import resolve
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say, warn
-from mixgf.corpus import arrow_dataset as interop
-from mixgf.corpus import import_passes as imports
-from mixgf.corpus import manifest, remap_ids, shards
+from mixgf.corpus import arrow_dataset, import_passes, manifest, remap_ids, shards
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.distributed.tasks import Job, Passes, Spread, job, ray_tasks
 from mixgf.errors import UserError
 from mixgf.genes import identify
-from mixgf.genes import vocabulary as vocab
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.genes.vocabulary import Vocabulary
+from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import nothing_left_of_a_refusal, whoever_makes
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.storage.tables import write_table
+from mixgf.tracking import mlflow_runs
 
 MANY_LOST = 0.05
 """Share of ids outside the vocabulary from which a source deserves a warning."""
@@ -42,26 +39,26 @@ MANY_LOST = 0.05
 def run(config: Config, *, spread: Spread | None = None) -> str:
     """Make a corpus of tokenised data sets; returns its URI. `spread` replaces Ray (`dispatch.loop` in tests)."""
     sources = _sources(config)
-    uri = storage.join(config.output, "corpus")
-    given = imports.Given(config, sources)
+    uri = files.join(config.output, "corpus")
+    given = import_passes.Given(config, sources)
     vocabulary, record = given.plans()
     if not artifacts.begin(uri, record):
-        storage.remove(storage.join(uri, "work"))
+        files.remove(files.join(uri, "work"))
         return uri
     params = {name: to_dict(getattr(config, name)) for name in ("vocab", "imports", "tokens")}
-    with nothing_left_of_a_refusal(uri), tracking.stage(config, "import", params, record.fingerprint) as tracked:
+    with nothing_left_of_a_refusal(uri), mlflow_runs.stage(config, "import", params, record.fingerprint) as tracked:
         if spread is not None:
             work = _Import(given, uri, spread, Meter("import", tracked.id))
             done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
         else:
-            from mixgf.distributed.cluster import session
+            from mixgf.distributed.session import session
 
             with session(config), watch(config, "import", tracked, uri) as watched:
                 work = _Import(given, uri, ray_tasks(config), watched.meter)
                 done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
                 watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
-    storage.remove(storage.join(uri, "work"))
+    files.remove(files.join(uri, "work"))
     return uri
 
 
@@ -77,19 +74,19 @@ def _sources(config: Config) -> tuple[Source, ...]:
     if config.tokens.scaling != "divide":
         msg = f"tokens.scaling = {config.tokens.scaling!r}: imported sentences are ranked already, by dividing; must be 'divide'"
         raise UserError(msg)
-    return cells_sources.resolve(config.sources)
+    return resolve(config.sources)
 
 
 @dataclass
 class _Import:
-    given: imports.Given
+    given: import_passes.Given
     uri: str
     spread: Spread
     meter: Meter
 
     def __post_init__(self) -> None:
         self.config, self.sources = self.given.config, self.given.sources
-        self.work = storage.join(self.uri, "work")
+        self.work = files.join(self.uri, "work")
         self.passes = Passes(
             stage="import", work=self.work, num_sources=len(self.sources), strict=self.config.prepare.strict,
             spread=self.spread, meter=self.meter,
@@ -99,8 +96,8 @@ class _Import:
 
     def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
         made = self._vocabulary(vocabulary)
-        made.save(storage.join(self.uri, "vocabulary.parquet"))
-        self.rules = imports.Rules(
+        made.save(files.join(self.uri, "vocabulary.parquet"))
+        self.rules = import_passes.Rules(
             imports=self.config.imports, min_genes=self.config.qc.min_genes, tokens=self.config.tokens, size=made.size
         )
         self._check(made)
@@ -112,15 +109,15 @@ class _Import:
         self._write(kept)
         return self._publish(record, made, kept)
 
-    def _vocabulary(self, record: artifacts.Record | None) -> vocab.Vocabulary:
+    def _vocabulary(self, record: artifacts.Record | None) -> Vocabulary:
         if record is None:
             assert self.given.reused is not None
             return self.given.reused
-        uri = storage.join(self.config.output, "vocabulary")
+        uri = files.join(self.config.output, "vocabulary")
         if not artifacts.begin(uri, record):
-            return vocab.Vocabulary.load(uri)
+            return Vocabulary.load(uri)
         made = self.given.build()
-        size, digest = made.save(storage.join(uri, "vocabulary.parquet"))
+        size, digest = made.save(files.join(uri, "vocabulary.parquet"))
         genes = {name: len(made.of(name).tokens) for name in made.species}
         artifacts.finish(
             uri, record, counts={"tokens": made.size, "genes": genes},
@@ -131,29 +128,29 @@ class _Import:
 
     # passes
 
-    def _check(self, made: vocab.Vocabulary) -> None:
+    def _check(self, made: Vocabulary) -> None:
         """Read every file; refuses sources that cannot be used."""
         jobs: dict[Any, Job] = {}
-        files: dict[int, int] = {}
+        lengths: dict[int, int] = {}
         for i, source in enumerate(self.sources):
             try:
-                found = interop.data_files(source.uri)
+                found = arrow_dataset.data_files(source.uri)
             except UserError as error:
                 self.passes.refuse(i, str(error))
                 continue
             dictionary = self.given.dictionaries[self.given.dictionary_uris[i]]
             table = remap_ids.lookup(dictionary, self.given.genes[i], made.of(source.species))
-            storage_tables.write_table(shards.part(self.work, "lookup", i), pa.table({"token": table}))
-            files[i] = len(found)
+            write_table(shards.part(self.work, "lookup", i), pa.table({"token": table}))
+            lengths[i] = len(found)
             for f, uri in enumerate(found):
                 args = (self.work, i, f, source, uri)
                 options = {"dictionary": dictionary.uri, "rules": self.rules}
-                jobs[imports.file_part(i, f)] = job(i, storage.size(uri), imports.check, *args, **options)
+                jobs[import_passes.file_part(i, f)] = job(i, files.size(uri), import_passes.check, *args, **options)
         self.passes.run("files", "files", jobs, "bytes")
-        for i, number in files.items():
+        for i, number in lengths.items():
             if i in self.passes.refused:
                 continue
-            parts = [imports.read_checked(self.work, i, f) for f in range(number)]
+            parts = [import_passes.read_checked(self.work, i, f) for f in range(number)]
             self.genes[i], self.facts[i] = [p[0] for p in parts], [p[1] for p in parts]
             self._warn(i)
 
@@ -173,36 +170,37 @@ class _Import:
 
     def _counts(self, index: int) -> dict[str, int]:
         """Ids by what became of them, over the files of a source."""
-        files = [f["counts"] for f in self.facts[index]]
-        return {name: sum(f[name] for f in files) for name in files[0]}
+        counts = [f["counts"] for f in self.facts[index]]
+        return {name: sum(f[name] for f in counts) for name in counts[0]}
 
-    def _keep(self, unit: imports.Unit) -> np.ndarray:
+    def _keep(self, unit: import_passes.Unit) -> np.ndarray:
         return self.genes[unit.index][unit.file][unit.start : unit.stop] >= self.config.qc.min_genes
 
-    def _units(self) -> list[imports.Unit]:
+    def _units(self) -> list[import_passes.Unit]:
         """Row ranges with kept cells, in order."""
         out = []
         step = self.config.prepare.shard_cells
-        for i, files in sorted(self.genes.items()):
+        for i, lengths in sorted(self.genes.items()):
             first = 0
-            for f, genes in enumerate(files):
+            for f, genes in enumerate(lengths):
                 for start in range(0, len(genes), step):
                     stop = min(start + step, len(genes))
                     out.append(
-                        imports.Unit(index=i, file=f, source=self.sources[i], start=start, stop=stop, first=first)
+                        import_passes.Unit(index=i, file=f, source=self.sources[i], start=start, stop=stop, first=first)
                     )
                 first += len(genes)
         return [u for u in out if self._keep(u).any()]
 
-    def _write(self, kept: Sequence[imports.Unit]) -> None:
+    def _write(self, kept: Sequence[import_passes.Unit]) -> None:
         kinds: dict[str, set[str]] = {}
-        for files in self.facts.values():
-            for name, attribute in (item for f in files for item in f["obs"].items()):
+        for facts in self.facts.values():
+            for name, attribute in (item for f in facts for item in f["obs"].items()):
                 kinds.setdefault(name, set()).add(attribute["kind"])
         obs = {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
-        options: dict[str, Any] = {"to": storage.join(self.uri, "shards"), "rules": self.rules, "obs": obs}
+        options: dict[str, Any] = {"to": files.join(self.uri, "shards"), "rules": self.rules, "obs": obs}
         jobs = {
-            n: job(u.index, u.stop - u.start, imports.write, self.work, u, n, **options) for n, u in enumerate(kept)
+            n: job(u.index, u.stop - u.start, import_passes.write, self.work, u, n, **options)
+            for n, u in enumerate(kept)
         }
         self.passes.run("sentences", "done", jobs, "cells", counter="cells_encoded")
         self.meter.add("shards_written", len(jobs))
@@ -210,7 +208,7 @@ class _Import:
     # the end
 
     def _publish(
-        self, record: artifacts.Record, made: vocab.Vocabulary, kept: Sequence[imports.Unit]
+        self, record: artifacts.Record, made: Vocabulary, kept: Sequence[import_passes.Unit]
     ) -> artifacts.Record:
         done = [shards.read_done(self.work, n) for n in range(len(kept))]
         index = manifest.index(done, [u.source.species for u in kept], made.species)
@@ -231,10 +229,10 @@ class _Import:
                 | {f"ids_{name}": counts[name] for name in (*remap_ids.COUNTED, "in_dropped_cells")}
                 | {"cells_wrong_length": counts["wrong_length"]}
             )  # fmt: skip
-            files = [{k: f[k] for k in ("uri", "size", "sha256", "rows")} for f in self.facts[i]]
+            parts = [{k: f[k] for k in ("uri", "size", "sha256", "rows")} for f in self.facts[i]]
             sources.append(
                 {"name": source.name, "uri": source.uri, "species": source.species, **cells,
-                 "size": sum(f["size"] for f in files), "sha256": files[0]["sha256"] if len(files) == 1 else None, "files": files}
+                 "size": sum(f["size"] for f in parts), "sha256": parts[0]["sha256"] if len(parts) == 1 else None, "files": parts}
             )  # fmt: skip
         read, num_kept = sum(r["cells_read"] for r in rows), index.num_rows
         dropped = {"few_genes": read - sum(r["cells_kept"] for r in rows)}

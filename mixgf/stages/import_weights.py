@@ -24,9 +24,8 @@ from mixgf.encoder.huggingface import Published, _placed, find_dictionary, moved
 from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.genes.vocabulary import NUM_SPECIALS
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.storage import artifacts, files
+from mixgf.tracking import mlflow_runs
 
 SCHEMA = 1
 
@@ -40,8 +39,8 @@ def grow(settings: Config, folder: str) -> str:
     Raises:
         UserError: the vocabulary was not grown from the checkpoint's, or the sentences are of another kind.
     """
-    uri = storage.join(settings.output, "pretrain")
-    corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
+    uri = files.join(settings.output, "pretrain")
+    corpus = Corpus(settings.inputs.corpus or files.join(settings.output, "corpus"))
     model, made = checkpoint.load_model(folder)
     vocabulary = corpus.vocabulary
     older = vocabulary.older(made.details["vocabulary"])
@@ -50,13 +49,13 @@ def grow(settings: Config, folder: str) -> str:
         raise UserError(msg)
     checkpoint.require_tokens(made, corpus, f"{folder}:")
     pairs = species.orthologs(settings.vocab.orthologs)
-    chosen = {"seed": settings.seed, "orthologs": [storage.sha256(table) for table in settings.vocab.orthologs]}
+    chosen = {"seed": settings.seed, "orthologs": [files.sha256(table) for table in settings.vocab.orthologs]}
     parents = {"corpus": corpus.record.fingerprint, "grown from": made.fingerprint}
     record = artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, parents)
     if not artifacts.begin(uri, record):
         say(f"import-weights: {uri} is already there")
         return uri
-    with tracking.stage(settings, "import-weights", chosen, record.fingerprint):
+    with mlflow_runs.stage(settings, "import-weights", chosen, record.fingerprint):
         source = vocabulary.models(older, pairs)
         tensors = {name: p.detach() for name, p in model.named_parameters()}
         grown = _placed(Published(model.encoder.row, tensors, ""), source, settings.seed)
@@ -83,8 +82,8 @@ def bring(settings: Config, folder: str) -> str:
     """
     if artifacts.find(folder) is not None:
         return grow(settings, folder)
-    uri = storage.join(settings.output, "pretrain")
-    corpus = Corpus(settings.inputs.corpus or storage.join(settings.output, "corpus"))
+    uri = files.join(settings.output, "pretrain")
+    corpus = Corpus(settings.inputs.corpus or files.join(settings.output, "corpus"))
     published, dictionary = read(folder), find_dictionary(settings, folder)
     if corpus.cls and "<cls>" not in dictionary.specials:
         msg = "tokens.cls = true: this model knows no <cls>; prepare the corpus with --set tokens.cls=false"
@@ -94,7 +93,7 @@ def bring(settings: Config, folder: str) -> str:
             "import-weights: this model has <cls> before every sentence, the corpus has not (prepare --set tokens.cls=true)"
         )
     chosen = {
-        "weights": published.sha256, "dictionary": storage.sha256(dictionary.uri), "seed": settings.seed,
+        "weights": published.sha256, "dictionary": files.sha256(dictionary.uri), "seed": settings.seed,
         "model": to_dict(published.row),
     }  # fmt: skip
     record = artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, {"corpus": corpus.record.fingerprint})
@@ -102,7 +101,7 @@ def bring(settings: Config, folder: str) -> str:
     if not artifacts.begin(uri, record):
         say(f"import-weights: {uri} is already there")
         return uri
-    with tracking.stage(settings, "import-weights", chosen, record.fingerprint) as tracked:
+    with mlflow_runs.stage(settings, "import-weights", chosen, record.fingerprint) as tracked:
         for name, found in counts.items():
             total = len(corpus.vocabulary.of(name).genes)
             tracked.log({f"genes/{name}": found})

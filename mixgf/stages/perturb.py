@@ -22,24 +22,17 @@ from mixgf.config.run import Config
 from mixgf.console import say, warn
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.actor_pool import Pool, Size
-from mixgf.distributed.cluster import session
 from mixgf.distributed.metrics import Meter, watch
+from mixgf.distributed.session import session
 from mixgf.encoder import checkpoint
 from mixgf.errors import UserError
-from mixgf.perturbation import cost_estimate as forecast
-from mixgf.perturbation import design as targets
-from mixgf.perturbation import gene_responses as responses
-from mixgf.perturbation import gene_table as effects
-from mixgf.perturbation import reference_genes as known
-from mixgf.perturbation import work_units as perturb
-from mixgf.perturbation.design import Design
+from mixgf.perturbation import cost_estimate, gene_responses, gene_table, group_design, reference_genes, work_units
+from mixgf.perturbation.group_design import Design
 from mixgf.perturbation.work_units import Done, Scorer
 from mixgf.stages.perturb_phases import Campaign, Outcome, Runner, loop, part
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
-from mixgf.tracking import cost
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.storage import artifacts, files
+from mixgf.storage.tables import read_table
+from mixgf.tracking import cost, mlflow_runs
 
 KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 3
 _NO_RESULT = {"micro_tokens", "known", "published", "budget_hours", "budget_cost", "price", "worker_flops"}
@@ -53,9 +46,9 @@ def run(config: Config, *, local: bool = False) -> str:
         config: the run's config.
         local: work in this process, without Ray.
     """
-    uri = storage.join(config.output, "perturb")
-    source = config.inputs.corpus or storage.join(config.output, "corpus")
-    weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
+    uri = files.join(config.output, "perturb")
+    source = config.inputs.corpus or files.join(config.output, "corpus")
+    weights = config.inputs.checkpoint or files.join(config.output, "pretrain")
     trained = artifacts.require(weights, checkpoint.KIND)
     corpus = Corpus(source, max_len=int(trained.details["model"]["max_positions"]))
     checkpoint.require_sentences(trained, corpus)
@@ -74,15 +67,15 @@ def run(config: Config, *, local: bool = False) -> str:
             )
             _say_known(uri, config)
             return uri
-        storage.remove(storage.join(uri, "record.json"))  # unfinished again
-    known.read(config)  # a list that cannot be read is said before the work, not after it
-    plan = targets.design(corpus, config)  # before the folder is claimed: a wrong expression leaves nothing behind
+        files.remove(files.join(uri, "record.json"))  # unfinished again
+    reference_genes.read(config)  # a list that cannot be read is said before the work, not after it
+    plan = group_design.design(corpus, config)  # before the folder is claimed: a wrong expression leaves nothing behind
     artifacts.begin(uri, record)
     for text in plan.warnings:
         warn(f"perturb: {text}")
-    folder = storage.join(uri, "parts", record.fingerprint[:16])
+    folder = files.join(uri, "parts", record.fingerprint[:16])
     make = functools.partial(Scorer, config, corpus=source, weights=weights, folder=folder)
-    with tracking.stage(config, "perturb", settings, record.fingerprint) as tracked:
+    with mlflow_runs.stage(config, "perturb", settings, record.fingerprint) as tracked:
         spend = cost.Spend(_limit(config), before=sum(cost.load(folder).values()))
         campaign = Campaign(config=config, plan=plan, corpus=corpus, folder=folder, spend=spend)
         if local:
@@ -115,9 +108,7 @@ def run(config: Config, *, local: bool = False) -> str:
 def _say_known(uri: str, config: Config) -> None:
     """Print what is known of the genes beside what was found, where the config asks for it."""
     if config.perturb.known or config.perturb.published:
-        for line in known.text(
-            storage_tables.read_table(storage.join(uri, "genes.parquet")).to_pandas(), config
-        ).splitlines():
+        for line in reference_genes.text(read_table(files.join(uri, "genes.parquet")).to_pandas(), config).splitlines():
             say(line)
 
 
@@ -153,25 +144,27 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
     pairs = {}
     for operation in settings.operations:
         parts = pa.concat_tables([part(folder, key) for key in outcome.parts if key.startswith(f"{operation}-")])
-        pairs[operation] = effects.Pairs.from_table(parts, len(plan.states))
+        pairs[operation] = gene_table.Pairs.from_table(parts, len(plan.states))
     if not all_scored:
         drawn = set(outcome.drawn.tolist())
         marked = tuple(replace(t, drawn=t.drawn or k in drawn) for k, t in enumerate(whole.targets))
-        plan, pairs = effects.subset(replace(whole, targets=marked), pairs, outcome.scored)
+        plan, pairs = gene_table.subset(replace(whole, targets=marked), pairs, outcome.scored)
     expressed = {
-        state.name: effects.expression(corpus, state.cells) for state in plan.states if state.name in ("start", "goal")
+        state.name: gene_table.expression(corpus, state.cells)
+        for state in plan.states
+        if state.name in ("start", "goal")
     }
     chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
     matrix = {"responses": _responses(campaign, outcome)} if whole.watched else {}
-    genes = effects.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
-    nulls = effects.calibration(plan, pairs, config)
+    genes = gene_table.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
+    nulls = gene_table.calibration(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
     donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
     vectors = states.set_column(0, "state", pa.array(names)).set_column(1, "donor", pa.array(donors))
     tables = {"genes": genes, "states": vectors, "calibration": nulls} | matrix
     if not all_scored or outcome.estimate_OK is not None:
         tables["not_scored"] = _not_scored(whole, outcome, settings.operations)
-    files = artifacts.write_tables(uri, tables)
+    checksums = artifacts.write_tables(uri, tables)
     counts = {
         "cells": len(plan.cells_N),
         "genes": len(plan.targets),
@@ -179,7 +172,7 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         "screened_out": len(outcome.skipped),
         "sentences": sum(len(p.target_P) for p in pairs.values()),
         "states": {state.name: len(state.cells) for state in plan.states},
-        "parts": len(set(storage.list_dir(folder)) - {"cost", perturb.RESPONSES}),
+        "parts": len(set(files.list_dir(folder)) - {"cost", work_units.RESPONSES}),
         "responses": sum(table.num_rows for table in matrix.values()),
     }
     details = {
@@ -196,17 +189,17 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         scored = fingerprint({"targets": outcome.scored.tolist()})
         details["completed_by"] = record.fingerprint
         record = artifacts.plan(PARTIAL, SCHEMA, record.config | {"scored": scored}, record.parents)
-    artifacts.finish(uri, record, counts=counts, files=files, details=details)
+    artifacts.finish(uri, record, counts=counts, files=checksums, details=details)
 
 
 def _responses(campaign: Campaign, outcome: Outcome) -> pa.Table:
     """The matrix of perturbed by responding genes, of the operations' parts."""
-    folder = storage.join(campaign.folder, perturb.RESPONSES)
+    folder = files.join(campaign.folder, work_units.RESPONSES)
     keys = {
         operation: [key for key in outcome.parts if key.startswith(f"{operation}-")]
         for operation in campaign.config.perturb.operations
     }
-    return responses.table({name: [part(folder, key) for key in keys[name]] for name in keys}, campaign.plan)
+    return gene_responses.table({name: [part(folder, key) for key in keys[name]] for name in keys}, campaign.plan)
 
 
 def _not_scored(plan: Design, outcome: Outcome, operations: tuple[str, ...]) -> pa.Table:
@@ -237,19 +230,19 @@ def dry_run(config: Config, *, local: bool = False) -> str:
         config: the run's config.
         local: measure in this process, without Ray.
     """
-    source = config.inputs.corpus or storage.join(config.output, "corpus")
-    weights = config.inputs.checkpoint or storage.join(config.output, "pretrain")
+    source = config.inputs.corpus or files.join(config.output, "corpus")
+    weights = config.inputs.checkpoint or files.join(config.output, "pretrain")
     encoder, trained = checkpoint.load_encoder(weights)
     corpus = Corpus(source, max_len=encoder.row.max_positions)
     checkpoint.require_sentences(trained, corpus)
-    plan = targets.design(corpus, config)
+    plan = group_design.design(corpus, config)
     max_len = min(int(corpus.record.details["max_len"]), encoder.row.max_positions)
-    parts = forecast.forecast(plan, corpus, config.perturb, encoder.row, max_len)
+    parts = cost_estimate.forecast(plan, corpus, config.perturb, encoder.row, max_len)
     rate, how = config.perturb.worker_flops, "as perturb.worker_flops says"
     if not rate:
         make = functools.partial(Scorer, config, corpus=source, weights=weights, folder="")
         found: list[float] = []
-        items = {"probe": (perturb.probe_unit(plan), None)}
+        items = {"probe": (work_units.probe_unit(plan), None)}
 
         def take(_: str, result: Done) -> None:
             found.append(result.cost)
@@ -264,6 +257,6 @@ def dry_run(config: Config, *, local: bool = False) -> str:
                 msg = f"perturb: the probe failed: {dead['probe']}"
                 raise UserError(msg)
         rate, how = found[0], "measured on one worker just now"
-    return forecast.text(
+    return cost_estimate.text(
         parts, plan, rate=rate, how=how, num_workers=config.compute.num_workers, price=config.perturb.price
     )

@@ -21,15 +21,11 @@ from mixgf.console import Progress, say
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
-from mixgf.perturbation import design as targets
-from mixgf.perturbation import gene_table as effects
-from mixgf.perturbation import screen_selection as shortlist
-from mixgf.perturbation import work_units as perturb
-from mixgf.perturbation.design import Design
+from mixgf.perturbation import gene_table, group_design, screen_selection, work_units
+from mixgf.perturbation.group_design import Design
 from mixgf.perturbation.work_units import Done, Unit
-from mixgf.stats import donors as stats
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.stats import donors
+from mixgf.storage import files, tables
 from mixgf.tracking import cost
 
 Runner = Callable[..., dict[str, str]]
@@ -85,23 +81,23 @@ class Campaign:
             figures[f"{what}_parts_computed"] = figures.get(f"{what}_parts_computed", 0.0) + number
             return whole
 
-        first = perturb.state_units(plan, corpus)
+        first = work_units.state_units(plan, corpus)
         self._needed(work("states", first, None), "the state embeddings")
-        means, table = effects.state_means([part(self.folder, unit.key) for unit in first], len(plan.states))
+        means, table = gene_table.state_means([part(self.folder, unit.key) for unit in first], len(plan.states))
         order, chosen = np.arange(len(plan.targets)), len(plan.targets)
-        blocks = perturb.gene_blocks(order, settings.block_genes)
+        blocks = work_units.gene_blocks(order, settings.block_genes)
         estimate_OK, agreed, warnings, drawn = None, {}, [], np.empty(0, np.int64)
         if settings.screen:
             estimate_OK = self._screen(functools.partial(work, "screen"), means)
             rng = np.random.default_rng([self.config.seed, 93])
-            found = shortlist.shortlist(
-                estimate_OK, targets.features(corpus, plan), top=settings.screen, sample=settings.screen_sample,
+            found = screen_selection.shortlist(
+                estimate_OK, group_design.features(corpus, plan), top=settings.screen, sample=settings.screen_sample,
                 nulls=100 if settings.null_genes < 0 else settings.null_genes, direction=settings.direction, rng=rng,
             )  # fmt: skip
             blocks = [
                 block
                 for part in (found.sample, found.top, found.company, found.rest)
-                for block in perturb.gene_blocks(part, settings.block_genes)
+                for block in work_units.gene_blocks(part, settings.block_genes)
             ]
             drawn = found.drawn
             sampled = self._gene_units(blocks[: -(-len(found.sample) // settings.block_genes)])
@@ -126,8 +122,8 @@ class Campaign:
             num += len(block)
         units = self._gene_units(held)
         work("genes", units, means)
-        there = set(storage.list_dir(self.folder))
-        open_blocks = {perturb.gene_block(unit) for unit in units if f"{unit.key}.parquet" not in there}
+        there = set(files.list_dir(self.folder))
+        open_blocks = {work_units.gene_block(unit) for unit in units if f"{unit.key}.parquet" not in there}
         scored = [block for g, block in enumerate(held) if g not in open_blocks]
         self._needed(bool(scored), "the first block of genes")
         beyond = [block for g, block in enumerate(held) if g in open_blocks]
@@ -142,7 +138,7 @@ class Campaign:
             skipped=np.sort(order[sum(map(len, held)) :]),
             beyond=left,
             drawn=drawn,
-            parts=sorted(unit.key for unit in units if perturb.gene_block(unit) not in open_blocks),
+            parts=sorted(unit.key for unit in units if work_units.gene_block(unit) not in open_blocks),
             states=table,
             estimate_OK=estimate_OK,
             agreement={name: asdict(seen) for name, seen in agreed.items()},
@@ -157,15 +153,15 @@ class Campaign:
         units = [
             unit
             for operation in settings.operations
-            for unit in perturb.gene_units(self.plan, self.corpus, settings, operation, blocks, best_first=ordered)
+            for unit in work_units.gene_units(self.plan, self.corpus, settings, operation, blocks, best_first=ordered)
         ]
-        return sorted(units, key=perturb.gene_block) if ordered else units
+        return sorted(units, key=work_units.gene_block) if ordered else units
 
     def _screen(self, work: Callable[[list[Unit], Float64s], bool], means: Float64s) -> Float64s:
         """Mean estimates by operation and target."""
         every = [np.arange(len(self.plan.targets))]
         by_operation = {
-            name: perturb.gene_units(self.plan, self.corpus, self.config.perturb, f"screen-{name}", every)
+            name: work_units.gene_units(self.plan, self.corpus, self.config.perturb, f"screen-{name}", every)
             for name in self.config.perturb.operations
         }
         self._needed(work([unit for units in by_operation.values() for unit in units], means), "the screen")
@@ -173,18 +169,20 @@ class Campaign:
         for units in by_operation.values():
             table = pa.concat_tables([part(self.folder, unit.key) for unit in units])
             values, targets = table["estimate"].to_numpy().astype(np.float64), table["target"].to_numpy()
-            rows.append(stats.mean_by(values, targets.astype(np.int64), len(self.plan.targets)))
+            rows.append(donors.mean_by(values, targets.astype(np.int64), len(self.plan.targets)))
         return np.stack(rows)
 
-    def _agreement(self, units: list[Unit], sample: Ints, estimate_OK: Float64s) -> dict[str, shortlist.Agreement]:
+    def _agreement(
+        self, units: list[Unit], sample: Ints, estimate_OK: Float64s
+    ) -> dict[str, screen_selection.Agreement]:
         """Estimates against exact shifts of the sample, by operation."""
         goal = self.plan.goal
         found = {}
         for o, operation in enumerate(self.config.perturb.operations):
             table = pa.concat_tables([part(self.folder, unit.key) for unit in units if unit.operation == operation])
             shifts, targets = table[f"shift_{goal}"].to_numpy().astype(np.float64), table["target"].to_numpy()
-            exact_K = stats.mean_by(shifts, targets.astype(np.int64), len(self.plan.targets))
-            found[operation] = shortlist.agreement(estimate_OK[o, sample], exact_K[sample])
+            exact_K = donors.mean_by(shifts, targets.astype(np.int64), len(self.plan.targets))
+            found[operation] = screen_selection.agreement(estimate_OK[o, sample], exact_K[sample])
         return found
 
     def _needed(self, there: bool, what: str) -> None:  # noqa: FBT001 (a predicate)
@@ -205,7 +203,7 @@ class Campaign:
         self, what: str, work: list[Unit], states: Float64s | None, runner: Runner, meter: Meter
     ) -> tuple[float, bool]:
         """Compute the missing parts; returns their number, and whether all parts are there now."""
-        there = set(storage.list_dir(self.folder))
+        there = set(files.list_dir(self.folder))
         missing = {unit.key: (unit, states) for unit in work if f"{unit.key}.parquet" not in there}
         total = sum(unit.cost for unit in work)
         done = total - sum(unit.cost for unit, _ in missing.values())
@@ -257,4 +255,4 @@ def loop(make: Callable[[], Callable[[Any], Any]]) -> Runner:
 
 
 def part(folder: str, key: str) -> pa.Table:
-    return tables.read_table(storage.join(folder, f"{key}.parquet"))
+    return tables.read_table(files.join(folder, f"{key}.parquet"))

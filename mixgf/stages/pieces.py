@@ -14,7 +14,7 @@ from mixgf.classification.splits import Split
 from mixgf.config.run import Config
 from mixgf.console import Progress
 from mixgf.distributed.metrics import Meter
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,7 +87,7 @@ def ray_tasks(config: Config) -> Spread:
 
 def missing(pieces: Sequence[Piece]) -> list[Piece]:
     """Those whose file is not there, by one look into each folder."""
-    folders = {folder: set(storage.list_dir(folder)) for folder in {p.uri.rpartition("/")[0] for p in pieces}}
+    folders = {folder: set(files.list_dir(folder)) for folder in {p.uri.rpartition("/")[0] for p in pieces}}
     return [p for p in pieces if p.uri.rpartition("/")[2] not in folders[p.uri.rpartition("/")[0]]]
 
 

@@ -18,24 +18,21 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.cells import qc
-from mixgf.cells import sources as cells_sources
+from mixgf.cells.sources import resolve
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
-from mixgf.corpus import extend as extension
-from mixgf.corpus import manifest, shards
-from mixgf.corpus import prepare_passes as units
+from mixgf.corpus import extend, manifest, prepare_passes, shards
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.distributed.tasks import Job, Passes, Spread, job, ray_tasks
 from mixgf.errors import UserError
 from mixgf.genes import identify, medians, species
-from mixgf.genes import vocabulary as vocab
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.genes.vocabulary import Vocabulary, build, read_medians
+from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import nothing_left_of_a_refusal, whoever_makes
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.storage.tables import read_table
+from mixgf.tracking import mlflow_runs
 
 SCHEMA = 1
 MERGE_FAN_IN = 32
@@ -46,27 +43,27 @@ SKETCH_UNITS = 4
 
 def run(config: Config, *, spread: Spread | None = None) -> str:
     """Make the corpus and its vocabulary; returns the corpus' URI. `spread` replaces Ray (`loop` in tests)."""
-    sources = cells_sources.resolve(config.sources)
-    uri = storage.join(config.output, "corpus")
-    older = extension.find(config, sources)
+    sources = resolve(config.sources)
+    uri = files.join(config.output, "corpus")
+    older = extend.find(config, sources)
     vocabulary, record = _plans(config, sources, older)
     if not _begin(uri, record):
-        storage.remove(storage.join(uri, "work"))
+        files.remove(files.join(uri, "work"))
         return uri
     params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
-    with nothing_left_of_a_refusal(uri), tracking.stage(config, "prepare", params, record.fingerprint) as tracked:
+    with nothing_left_of_a_refusal(uri), mlflow_runs.stage(config, "prepare", params, record.fingerprint) as tracked:
         if spread is not None:
             work = _Prepare(config, uri, sources, older, spread, Meter("prepare", tracked.id))
             done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
         else:
-            from mixgf.distributed.cluster import session
+            from mixgf.distributed.session import session
 
             with session(config), watch(config, "prepare", tracked, uri) as watched:
                 work = _Prepare(config, uri, sources, older, ray_tasks(config), watched.meter)
                 done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
                 watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
-    storage.remove(storage.join(uri, "work"))
+    files.remove(files.join(uri, "work"))
     return uri
 
 
@@ -85,7 +82,7 @@ def _begin(uri: str, record: artifacts.Record) -> bool:
 
 
 def _plans(
-    config: Config, sources: Sequence[Source], older: extension.Older | None
+    config: Config, sources: Sequence[Source], older: extend.Older | None
 ) -> tuple[artifacts.Record | None, artifacts.Record]:
     """Plans of the vocabulary (None where one is reused as it is) and of the corpus."""
     data = to_dict(config)
@@ -94,7 +91,7 @@ def _plans(
     vocabulary, reused = None, {}
     if config.vocab.reuse:
         reused = {"extends": artifacts.require(config.vocab.reuse, "vocabulary").fingerprint}
-    if not reused or not {s.species for s in sources} <= set(vocab.Vocabulary.load(config.vocab.reuse).species):
+    if not reused or not {s.species for s in sources} <= set(Vocabulary.load(config.vocab.reuse).species):
         vocabulary = artifacts.plan("vocabulary", SCHEMA, content, reused)
     parent = vocabulary.fingerprint if vocabulary is not None else reused["extends"]
     whole = content | {"tokens": data["tokens"], "prepare": {"shard_cells": config.prepare.shard_cells}}
@@ -104,9 +101,9 @@ def _plans(
 
 def _size(uri: str) -> int:
     """Bytes of a source, so that another file under an old name is noticed; -1 where there is none."""
-    if not storage.exists(uri):
+    if not files.exists(uri):
         return -1
-    return sum(storage.size(storage.join(uri, name)) for name in storage.list_dir(uri)) or storage.size(uri)
+    return sum(files.size(files.join(uri, name)) for name in files.list_dir(uri)) or files.size(uri)
 
 
 @dataclass
@@ -114,12 +111,12 @@ class _Prepare:
     config: Config
     uri: str
     sources: tuple[Source, ...]
-    older: extension.Older | None
+    older: extend.Older | None
     spread: Spread
     meter: Meter
 
     def __post_init__(self) -> None:
-        self.work = storage.join(self.uri, "work")
+        self.work = files.join(self.uri, "work")
         self.rows = {row.name: row for row in self.config.species}
         self.passes = Passes(
             stage="prepare", work=self.work, num_sources=len(self.sources), strict=self.config.prepare.strict,
@@ -127,7 +124,7 @@ class _Prepare:
         )  # fmt: skip
         self.facts: dict[int, dict[str, Any]] = {}
         self.metrics: dict[int, qc.Metrics] = {}
-        self.shards = storage.join(self.uri, "shards")
+        self.shards = files.join(self.uri, "shards")
         self.first = self.older.num_shards if self.older else 0
         """Number of the first shard of the sources read here."""
 
@@ -135,7 +132,7 @@ class _Prepare:
         allowed, given = self._given()
         self._describe(allowed)
         self._turn()
-        all_units = units.plan_units(
+        all_units = prepare_passes.plan_units(
             {i: (self.sources[i], f["rows"]) for i, f in self.facts.items()}, self.config.prepare.shard_cells
         )
         self._measure(all_units)
@@ -153,7 +150,7 @@ class _Prepare:
             msg = f"qc: none of {sum(len(r) for r in reasons.values()):,} cells passes ({self._dropped(reasons)}); relax qc.*"
             raise UserError(msg)
         made = self._vocabulary(vocabulary, kept_units, keeps, given)
-        made.save(storage.join(self.uri, "vocabulary.parquet"))
+        made.save(files.join(self.uri, "vocabulary.parquet"))
         self._take()
         self._encode(made.hash, kept_units, keeps)
         return self._publish(record, made, kept_units, reasons, reports)
@@ -163,52 +160,50 @@ class _Prepare:
     def _given(self) -> tuple[dict[str, list[str]] | None, dict[str, dict[str, float]] | None]:
         """Genes of a species that alone may enter the vocabulary, and imported medians, where the config gives them."""
         if self.config.vocab.reuse:
-            given = vocab.Vocabulary.load(self.config.vocab.reuse)
+            given = Vocabulary.load(self.config.vocab.reuse)
             return {name: list(given.of(name).genes) for name in given.species}, None
         if self.config.vocab.medians:
             known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
-            found = vocab.read_medians(self.config.vocab.medians, self.config.species, known)
+            found = read_medians(self.config.vocab.medians, self.config.species, known)
             return {name: list(genes) for name, genes in found.items()}, found
         return None, None
 
     def _describe(self, allowed: dict[str, list[str]] | None) -> None:
         options: dict[str, Any] = {"rules": self.config.qc, "biotypes": self.config.vocab.biotypes, "allowed": allowed}
         jobs = {
-            i: job(i, 1, units.describe, self.work, i, s, row=self.rows[s.species], **options)
+            i: job(i, 1, prepare_passes.describe, self.work, i, s, row=self.rows[s.species], **options)
             for i, s in enumerate(self.sources)
         }
         self.passes.run("sources", "sources", jobs, "files")
-        self.facts = {
-            i: storage.read_json(shards.facts_uri(self.work, i)) for i in jobs if i not in self.passes.refused
-        }
+        self.facts = {i: files.read_json(shards.facts_uri(self.work, i)) for i in jobs if i not in self.passes.refused}
 
     def _leave_out(self) -> None:
         self.facts = {i: f for i, f in self.facts.items() if i not in self.passes.refused}
 
     def _turn(self) -> None:
         columns = [i for i, f in sorted(self.facts.items()) if f["by_column"]]
-        jobs = {i: job(i, self.facts[i]["rows"], units.turn, self.work, i, self.sources[i]) for i in columns}
+        jobs = {i: job(i, self.facts[i]["rows"], prepare_passes.turn, self.work, i, self.sources[i]) for i in columns}
         self.passes.run("rows", "rows", jobs)
         self._leave_out()
 
-    def _measure(self, all_units: list[units.Unit]) -> None:
+    def _measure(self, all_units: list[prepare_passes.Unit]) -> None:
         rows = self.config.prepare.block_cells
-        jobs = {u.number: job(u.index, u.stop - u.start, units.measure, self.work, u, rows) for u in all_units}
+        jobs = {u.number: job(u.index, u.stop - u.start, prepare_passes.measure, self.work, u, rows) for u in all_units}
         self.passes.run("metrics", "metrics", jobs, counter="cells_read")
         self._leave_out()
 
-    def _reports(self, all_units: list[units.Unit]) -> dict[int, identify.Mapping]:
+    def _reports(self, all_units: list[prepare_passes.Unit]) -> dict[int, identify.Mapping]:
         """Gene mapping of every source; refuses those of which too few counts are known."""
         out = {}
         for i in sorted(self.facts):
             numbers = [u.number for u in all_units if u.index == i]
             sums = np.sum(
-                [storage_tables.read_table(shards.part(self.work, "sums", n))["sum"].to_numpy() for n in numbers],
+                [read_table(shards.part(self.work, "sums", n))["sum"].to_numpy() for n in numbers],
                 axis=0,
             )
             mine = self.sources[i].species
             others = [identify.known_genes(row) for name, row in self.rows.items() if name != mine]
-            found = identify.report(storage_tables.read_table(shards.part(self.work, "sources", i)), sums, others)
+            found = identify.report(read_table(shards.part(self.work, "sources", i)), sums, others)
             out[i] = found
             if 1 - found.counts_lost < self.config.qc.min_mapped_fraction:
                 self.passes.refuse(i, (
@@ -219,13 +214,15 @@ class _Prepare:
         self._leave_out()
         return out
 
-    def _judge(self, all_units: list[units.Unit]) -> dict[int, np.ndarray]:
+    def _judge(self, all_units: list[prepare_passes.Unit]) -> dict[int, np.ndarray]:
         """Reasons of all cells, by source."""
         rules = self.config.qc
         metrics = self.metrics
         samples: dict[int, np.ndarray | None] = {}
         for i in sorted(self.facts):
-            metrics[i], samples[i] = units.read_metrics(self.work, [u.number for u in all_units if u.index == i])
+            metrics[i], samples[i] = prepare_passes.read_metrics(
+                self.work, [u.number for u in all_units if u.index == i]
+            )
         reasons = {i: qc.judge(m, rules) for i, m in metrics.items()}
         if rules.doublets:
             called = self._doublets(reasons, samples)
@@ -248,35 +245,35 @@ class _Prepare:
             for k, name in enumerate(sorted(set(names.tolist()))):
                 mine, part = rows[names == name], f"{i:05d}-{k:05d}"
                 args = (self.work, part, self.sources[i], i, mine)
-                jobs[part] = job(i, len(mine), units.doublets, *args, rate=rules.doublet_rate, **options)
+                jobs[part] = job(i, len(mine), prepare_passes.doublets, *args, rate=rules.doublet_rate, **options)
         self.passes.run("doublets", "doublets", jobs)
         called = {i: np.zeros(len(r), dtype=bool) for i, r in reasons.items()}
         for part, one in jobs.items():
-            table = storage_tables.read_table(shards.part(self.work, "doublets", part))
+            table = read_table(shards.part(self.work, "doublets", part))
             called[one.source][table["row"].to_numpy()] = table["doublet"].to_numpy()
         return called
 
     def _vocabulary(
         self,
         record: artifacts.Record | None,
-        kept: list[units.Unit],
+        kept: list[prepare_passes.Unit],
         keeps: dict[int, np.ndarray],
         given: dict[str, dict[str, float]] | None,
-    ) -> vocab.Vocabulary:
+    ) -> Vocabulary:
         if record is None:
-            return vocab.Vocabulary.load(self.config.vocab.reuse)
-        uri = storage.join(self.config.output, "vocabulary")
+            return Vocabulary.load(self.config.vocab.reuse)
+        uri = files.join(self.config.output, "vocabulary")
         if not artifacts.begin(uri, record):
-            return vocab.Vocabulary.load(uri)
-        older = vocab.Vocabulary.load(self.config.vocab.reuse) if self.config.vocab.reuse else None
+            return Vocabulary.load(uri)
+        older = Vocabulary.load(self.config.vocab.reuse) if self.config.vocab.reuse else None
         if given is None:
             given = self._medians(kept, keeps, () if older is None else older.species)
         tables = {name: species.gene_table(self.rows[name]) for name in given}
         with_genes = {name: genes for name, genes in given.items() if genes}
         pairs = species.orthologs(self.config.vocab.orthologs)
         sharing = self.config.vocab.sharing if older is None else older.sharing
-        made = vocab.build(with_genes, tables, sharing=sharing, orthologs=pairs, older=older)
-        size, digest = made.save(storage.join(uri, "vocabulary.parquet"))
+        made = build(with_genes, tables, sharing=sharing, orthologs=pairs, older=older)
+        size, digest = made.save(files.join(uri, "vocabulary.parquet"))
         genes = {name: len(made.of(name).tokens) for name in made.species}
         artifacts.finish(
             uri, record, counts={"tokens": made.size, "genes": genes},
@@ -286,12 +283,14 @@ class _Prepare:
         return made
 
     def _medians(
-        self, kept: list[units.Unit], keeps: dict[int, np.ndarray], known: tuple[str, ...]
+        self, kept: list[prepare_passes.Unit], keeps: dict[int, np.ndarray], known: tuple[str, ...]
     ) -> dict[str, dict[str, float]]:
         """Medians by species, in the config's order, from a tree of sketch merges; not of the `known` species."""
         present = [name for name in self.rows if name not in known and any(u.source.species == name for u in kept)]
         genes = {
-            name: units.number_genes(self.work, name, [i for i in self.facts if self.sources[i].species == name])
+            name: prepare_passes.number_genes(
+                self.work, name, [i for i in self.facts if self.sources[i].species == name]
+            )
             for name in present
         }
         rows = self.config.prepare.block_cells
@@ -304,11 +303,13 @@ class _Prepare:
                 group = [(u, keeps[u.number]) for u in mine[k : k + each]]
                 sketches[name].append(shards.part(self.work, "sketch", len(jobs)))
                 weight = sum(u.stop - u.start for u, _ in group)
-                jobs[len(jobs)] = job(group[0][0].index, weight, units.sketch, self.work, len(jobs), group, rows)
+                jobs[len(jobs)] = job(
+                    group[0][0].index, weight, prepare_passes.sketch, self.work, len(jobs), group, rows
+                )
         self.passes.run("medians", "sketch", jobs)
         out = {}
         for name in present:
-            total = medians.merge(units.read_sketch(p) for p in self._merged(name, sketches[name]))
+            total = medians.merge(prepare_passes.read_sketch(p) for p in self._merged(name, sketches[name]))
             out[name] = {genes[name][g]: median for g, median in medians.finish(total).items()}
         return out
 
@@ -319,7 +320,7 @@ class _Prepare:
             groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
             parts = [shards.part(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
             pairs = zip(groups, parts, strict=True)
-            merges = {k: job(-1, len(g), units.merge_sketches, g, to) for k, (g, to) in enumerate(pairs)}
+            merges = {k: job(-1, len(g), prepare_passes.merge_sketches, g, to) for k, (g, to) in enumerate(pairs)}
             self.passes.run("merge", f"merge-{name}-{level}", merges, "parts")
             level += 1
         return parts
@@ -331,7 +332,7 @@ class _Prepare:
                 n: job(
                     -1,
                     e["rows"],
-                    extension.take,
+                    extend.take,
                     self.work,
                     n,
                     self.older.uri,
@@ -343,13 +344,13 @@ class _Prepare:
             }
             self.passes.run("cells taken over", "done", jobs)
 
-    def _encode(self, digest: str, kept: list[units.Unit], keeps: dict[int, np.ndarray]) -> None:
+    def _encode(self, digest: str, kept: list[prepare_passes.Unit], keeps: dict[int, np.ndarray]) -> None:
         options: dict[str, Any] = {
-            "to": self.shards, "vocabulary": storage.join(self.uri, "vocabulary.parquet"), "digest": digest,
+            "to": self.shards, "vocabulary": files.join(self.uri, "vocabulary.parquet"), "digest": digest,
             "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
         }  # fmt: skip
         jobs = {
-            n: job(u.index, u.stop - u.start, units.encode, self.work, u, keeps[u.number], n, **options)
+            n: job(u.index, u.stop - u.start, prepare_passes.encode, self.work, u, keeps[u.number], n, **options)
             for n, u in enumerate(kept, self.first)
         }
         self.passes.run("sentences", "done", jobs, counter="cells_encoded")
@@ -370,7 +371,7 @@ class _Prepare:
         return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n and name != "kept")
 
     def _publish(
-        self, record: artifacts.Record, made: vocab.Vocabulary, kept: list[units.Unit], reasons: dict[int, np.ndarray],
+        self, record: artifacts.Record, made: Vocabulary, kept: list[prepare_passes.Unit], reasons: dict[int, np.ndarray],
         reports: dict[int, identify.Mapping],
     ) -> artifacts.Record:  # fmt: skip
         done = [shards.read_done(self.work, n) for n in range(self.first + len(kept))]

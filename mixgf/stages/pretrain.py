@@ -15,15 +15,14 @@ from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
 from mixgf.console import duration, number, say
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed.cluster import session
 from mixgf.distributed.metrics import watch
+from mixgf.distributed.session import session
 from mixgf.distributed.train_group import train
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.storage import artifacts, files
+from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints
 from mixgf.training.loop import measure_peak
 from mixgf.training.pretraining import Pretraining
@@ -35,8 +34,8 @@ USUAL_MFU = 0.3
 
 def run(config: Config) -> str:
     """Train the model of `config` on its corpus; returns the URI of the checkpoint artifact."""
-    uri = storage.join(config.output, "pretrain")
-    corpus = Corpus(config.inputs.corpus or storage.join(config.output, "corpus"), max_len=config.model.max_positions)
+    uri = files.join(config.output, "pretrain")
+    corpus = Corpus(config.inputs.corpus or files.join(config.output, "corpus"), max_len=config.model.max_positions)
     record = planned(config, corpus)
     task = Pretraining(
         config, corpus
@@ -48,7 +47,7 @@ def run(config: Config) -> str:
     facts = _announce(config, task, model)
     with (
         session(config),
-        tracking.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked,
+        mlflow_runs.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked,
         watch(config, "pretrain", tracked, uri) as watched,
     ):
         tracked.log(facts)

@@ -23,16 +23,13 @@ from mixgf.encoder import checkpoint
 from mixgf.errors import UserError
 from mixgf.stages import pretrain
 from mixgf.stages.tune_trials import RAY, SCHEMA, Engine, Search, Trial, judged, score
-from mixgf.storage import artifacts
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
-from mixgf.tracking import mlflow_runs as tracking
-from mixgf.tracking import model_card as card
+from mixgf.storage import artifacts, files
+from mixgf.storage.tables import read_table
+from mixgf.tracking import mlflow_runs, model_card
 from mixgf.training import checkpoints
 from mixgf.training.pretraining import Pretraining
-from mixgf.tuning import analysis as ablation
-from mixgf.tuning import space as sweep
-from mixgf.tuning.space import Arm
+from mixgf.tuning import analysis, search_space
+from mixgf.tuning.search_space import Arm
 
 _TOKENS = ("qc", "vocab", "tokens", "prepare", "sources", "species")
 """Parts of the config that decide a corpus: an arm that changes one has a corpus of its own."""
@@ -41,8 +38,8 @@ _TOKENS = ("qc", "vocab", "tokens", "prepare", "sources", "species")
 def run(config: Config, *, engine: Engine | None = None) -> str:
     """Make the sweep of `config.tune`; returns the artifact's URI. `engine` replaces Ray (`PLAIN` in tests)."""
     engine = engine or RAY
-    uri = storage.join(config.output, "tune")
-    arms = sweep.arms(config)
+    uri = files.join(config.output, "tune")
+    arms = search_space.arms(config)
     with engine.session(_wide(config)):
         corpora = _corpora(config, arms, uri, engine)
         record = _plan(config, arms, corpora)
@@ -51,7 +48,7 @@ def run(config: Config, *, engine: Engine | None = None) -> str:
             return uri
         steps = _check(config, arms, corpora)
         with (
-            tracking.stage(config, "tune", to_dict(config), record.fingerprint) as tracked,
+            mlflow_runs.stage(config, "tune", to_dict(config), record.fingerprint) as tracked,
             watch(config, "tune", tracked, uri) as watched,
         ):
             trials = _trials(config, arms, corpora, steps=steps, uri=uri)
@@ -74,7 +71,7 @@ def _corpora(config: Config, arms: Sequence[Arm], uri: str, engine: Engine) -> d
         changed = {name: data[name] for name in _TOKENS if data[name] != base[name]}
         name = fingerprint(changed)[:10] if changed else ""
         if name not in made:
-            made[name] = _corpus(config, arm, storage.join(uri, "corpora", name) if changed else "", engine)
+            made[name] = _corpus(config, arm, files.join(uri, "corpora", name) if changed else "", engine)
         found[arm.key] = made[name]
     return found
 
@@ -82,14 +79,14 @@ def _corpora(config: Config, arms: Sequence[Arm], uri: str, engine: Engine) -> d
 def _corpus(config: Config, arm: Arm, own: str, engine: Engine) -> str:
     """The sweep's corpus, or with `own` one that is prepared there for an arm; either is made where it is not there."""
     if not own and (config.inputs.corpus or not config.sources):
-        return config.inputs.corpus or storage.join(config.output, "corpus")
+        return config.inputs.corpus or files.join(config.output, "corpus")
     if not own:
         return engine.prepare(config)
     if not config.sources:
         msg = (f"tune.space: {arm.name} needs a corpus of its own, and there are no sources to make it from; "
                "give them as for `mixgf prepare`: mixgf tune human=... mouse=...")  # fmt: skip
         raise UserError(msg)
-    tracked = replace(config.tracking, uri=tracking.uri(config))
+    tracked = replace(config.tracking, uri=mlflow_runs.uri(config))
     return engine.prepare(replace(arm.config, output=own, tracking=tracked))
 
 
@@ -103,7 +100,7 @@ def _plan(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> artif
     parents = {}
     for arm in arms:
         parents[f"corpus of {arm.name}"] = artifacts.require(corpora[arm.key], "corpus").fingerprint
-    return artifacts.plan(ablation.KIND, SCHEMA, content, parents)
+    return artifacts.plan(analysis.KIND, SCHEMA, content, parents)
 
 
 def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict[str, tuple[int, ...]]:
@@ -112,7 +109,7 @@ def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict
     steps = {}
     for arm in arms:
         corpus = opened[corpora[arm.key]]
-        steps[arm.key] = tuple(sweep.rungs(config, Pretraining(arm.config, corpus).num_steps))
+        steps[arm.key] = tuple(search_space.rungs(config, Pretraining(arm.config, corpus).num_steps))
     table, made = judged(arms[0].config, opened[corpora[arms[0].key]], config.seed)
     absent = [kind for kind in config.tune.splits if kind not in {split.kind for split in made}]
     if absent:
@@ -134,7 +131,7 @@ def _trials(
             made.append(
                 Trial(
                     arm=arm.key, name=arm.name, seed=seed, config=to_dict(own),
-                    uri=storage.join(uri, "trials", f"{number:03d}-{arm.key[:8]}-{seed}"),
+                    uri=files.join(uri, "trials", f"{number:03d}-{arm.key[:8]}-{seed}"),
                     steps=steps[arm.key], base_seed=config.seed,
                 )
             )  # fmt: skip
@@ -160,7 +157,7 @@ def _search(search: Search, arms: Sequence[Arm], trials: Sequence[Trial]) -> Non
             search.engine.spread(search, todo, range(rung, rung + 1))
         if config.tune.stop == "halving" and rung < last:
             scores = _scores(config, [arm for arm in arms if arm.key in alive], mine, rung)
-            alive = sweep.survivors(scores, config.tune.keep, config.tune.seeds)
+            alive = search_space.survivors(scores, config.tune.keep, config.tune.seeds)
             names = {arm.key: arm.name for arm in arms}
             stopped = [names[key] for key in scores if key not in alive]
             say(
@@ -169,14 +166,14 @@ def _search(search: Search, arms: Sequence[Arm], trials: Sequence[Trial]) -> Non
 
 
 def _done(trial: Trial, rung: int) -> bool:
-    return storage.exists(trial.failed) or storage.exists(trial.part(trial.at(rung)))
+    return files.exists(trial.failed) or files.exists(trial.part(trial.at(rung)))
 
 
 def _scores(config: Config, arms: Sequence[Arm], trials: Sequence[Trial], rung: int) -> dict[str, list[float]]:
     """Scores at a rung by arm, the failed trainings left out."""
     found: dict[str, list[float]] = {arm.key: [] for arm in arms}
     for trial in trials:
-        if not storage.exists(trial.failed):
+        if not files.exists(trial.failed):
             found[trial.arm].append(score(trial, trial.at(rung), config.tune))
     return found
 
@@ -191,52 +188,52 @@ def _publish(
     arms: Sequence[Arm],
     trials: Sequence[Trial],
     *,
-    tracked: tracking.Run,
+    tracked: mlflow_runs.Run,
 ) -> None:
     """Put the parts together, name the best arm, and register it if asked to."""
     frames, failed = [], {}
     for trial in trials:
         key = {"arm": trial.arm, "name": trial.name, "seed": trial.seed}
-        if storage.exists(trial.failed):
-            failed[f"{trial.name} (seed {trial.seed})"] = storage.read_json(trial.failed)["why"]
+        if files.exists(trial.failed):
+            failed[f"{trial.name} (seed {trial.seed})"] = files.read_json(trial.failed)["why"]
         for rung, step in enumerate(trial.steps):
-            if storage.exists(trial.part(rung)):
-                frame = storage_tables.read_table(trial.part(rung)).to_pandas()
+            if files.exists(trial.part(rung)):
+                frame = read_table(trial.part(rung)).to_pandas()
                 frames.append(frame.assign(rung=rung, share=step / trial.steps[-1], **key))
     if not frames:
         first = next(iter(failed.items()))
         msg = f"tune: not one training could be done; the first: {first[0]}: {first[1]}"
         raise UserError(msg)
     found = pd.concat(frames, ignore_index=True)
-    board = ablation.board(found, config.tune)
+    board = analysis.board(found, config.tune)
     tables = {
         "trials": found,
         "arms": board,
-        "effects": ablation.effects(board),
-        "interactions": ablation.interactions(board, arms, config),
+        "effects": analysis.effects(board),
+        "interactions": analysis.interactions(board, arms, config),
     }
-    files = artifacts.write_tables(
+    checksums = artifacts.write_tables(
         uri, {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in tables.items()}
     )
-    best = ablation.best(board)
+    best = analysis.best(board)
     winner = next(arm for arm in arms if arm.key == best)
     chosen = to_dict(replace(winner.config, output=config.output, tune=type(config.tune)()))
-    storage.write_bytes(storage.join(uri, "best.json"), (json.dumps(chosen, indent=1) + "\n").encode())
-    files |= artifacts.summed(uri, ["best.json"])
+    files.write_bytes(files.join(uri, "best.json"), (json.dumps(chosen, indent=1) + "\n").encode())
+    checksums |= artifacts.summed(uri, ["best.json"])
     details = {
         "arms": [{"key": a.key, "name": a.name, "changes": dict(a.changes)} for a in arms], "best": best, "failed": failed,
-        "sentence": ablation.sentence(tables["effects"], board),
+        "sentence": analysis.sentence(tables["effects"], board),
     }  # fmt: skip
     artifacts.finish(
         uri,
         record,
         counts={"arms": len(arms), "trials": len(trials), "failed": len(failed)},
-        files=files,
+        files=checksums,
         details=details,
     )
     say(f"tune: {details['sentence']}")
     say(
-        f"tune: best arm: {winner.name}; train it whole: mixgf pretrain --config {storage.join(uri, 'best.json')} --output ..."
+        f"tune: best arm: {winner.name}; train it whole: mixgf pretrain --config {files.join(uri, 'best.json')} --output ..."
     )
     tracked.log({"best_score": float(board.loc[board["arm"] == best, "score"].max())})
     if config.tune.register:
@@ -253,32 +250,38 @@ def _untrained(config: Config) -> int:
 
 
 def _register(
-    config: Config, winner: Arm, trials: Sequence[Trial], *, board: pd.DataFrame, tracked: tracking.Run, sentence: str
+    config: Config,
+    winner: Arm,
+    trials: Sequence[Trial],
+    *,
+    board: pd.DataFrame,
+    tracked: mlflow_runs.Run,
+    sentence: str,
 ) -> str:
     """Register the best arm's first seed in MLflow with its card; returns the version."""
     trial = next(
-        trial for trial in trials if trial.arm == winner.key and storage.exists(trial.part(len(trial.steps) - 1))
+        trial for trial in trials if trial.arm == winner.key and files.exists(trial.part(len(trial.steps) - 1))
     )
     corpus = artifacts.require(trial.config["inputs"]["corpus"], "corpus")
     mine = board[(board["arm"] == winner.key) & (board["rung"] == board["rung"].max())]
     lines = [
         f"{title}: {mine[name].mean():.3f} (mean of {mine[name].notna().sum()} seeds; {', '.join(f'{v:.3f}' for v in mine[name])})"
-        for name, title in ablation.METRICS.items() if mine[name].notna().any()
+        for name, title in analysis.METRICS.items() if mine[name].notna().any()
     ]  # fmt: skip
     about = {
         "cells": int(corpus.counts["kept"]), "fingerprint": corpus.fingerprint,
         "species": ", ".join(sorted({s["species"] for s in corpus.config.get("sources", [])})),
         "sources": [s["name"] for s in corpus.config.get("sources", [])],
     }  # fmt: skip
-    text = card.write(
+    text = model_card.write(
         name=f"{config.tune.register}: {winner.name}", corpus=about, changes=dict(winner.changes), scores=lines,
         sentence=sentence, config=trial.config, untrained=_untrained(from_dict(Config, trial.config)),
     )  # fmt: skip
-    weights = storage.join(
-        checkpoints.step_folder(storage.join(trial.uri, "pretrain"), trial.steps[-1]), checkpoint.WEIGHTS
+    weights = files.join(
+        checkpoints.step_folder(files.join(trial.uri, "pretrain"), trial.steps[-1]), checkpoint.WEIGHTS
     )
-    files = {
-        checkpoint.WEIGHTS: storage.read_bytes(weights), "config.json": storage.json_bytes(trial.config),
+    contents = {
+        checkpoint.WEIGHTS: files.read_bytes(weights), "config.json": files.json_bytes(trial.config),
         "README.md": text.encode(),
     }  # fmt: skip
-    return tracked.register(config.tune.register, files, text)
+    return tracked.register(config.tune.register, contents, text)

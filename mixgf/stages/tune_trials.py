@@ -27,21 +27,19 @@ from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
 from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks as dispatch
-from mixgf.distributed import train_group
-from mixgf.distributed.cluster import session
+from mixgf.distributed import tasks, train_group
 from mixgf.distributed.metrics import Meter
+from mixgf.distributed.session import session
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.stages import prepare, pretrain
-from mixgf.storage import artifacts, tables
-from mixgf.storage import files as storage
-from mixgf.tracking import mlflow_runs as tracking
+from mixgf.storage import artifacts, files, tables
+from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints, pretraining
 from mixgf.training.context import LocalContext
 from mixgf.training.loop import fit
 from mixgf.training.pretraining import Pretraining
-from mixgf.tuning import evaluate as judge
+from mixgf.tuning import evaluate
 
 SCHEMA = 1
 
@@ -71,12 +69,12 @@ class Trial:
 
     def part(self, rung: int) -> str:
         """URI of what the judge found at a rung (its number)."""
-        return storage.join(self.uri, f"rung-{rung}.parquet")
+        return files.join(self.uri, f"rung-{rung}.parquet")
 
     @property
     def failed(self) -> str:
         """URI of why the training cannot be done, if so."""
-        return storage.join(self.uri, "failed.json")
+        return files.join(self.uri, "failed.json")
 
 
 Spread = Callable[["Search", Sequence[Trial], range], None]
@@ -100,39 +98,39 @@ class Search:
 
     config: Config
     engine: Engine
-    tracked: tracking.Run
+    tracked: mlflow_runs.Run
     meter: Meter
 
 
 def judged(config: Config, corpus: Corpus, seed: int) -> tuple[Labelled, list[Split]]:
     """The cells and splits that an arm is judged on."""
     settings = replace(config.classify, splits=config.tune.splits, seeds=1)
-    table = judge.sample(labels.labelled(corpus, settings), config.tune.cells, seed)
+    table = evaluate.sample(labels.labelled(corpus, settings), config.tune.cells, seed)
     return table, splits.make(table, settings, seed=seed)
 
 
-def work(trial: Trial, rung: int, engine: Engine, parent: tracking.Run) -> float:
+def work(trial: Trial, rung: int, engine: Engine, parent: mlflow_runs.Run) -> float:
     """Train a trial to a rung and judge it there; what is there is not made again. Returns the score; NaN = it failed."""
     rung = trial.at(rung)
     config = from_dict(Config, trial.config)
-    if storage.exists(trial.failed):
+    if files.exists(trial.failed):
         return float("nan")
-    if not storage.exists(trial.part(rung)):
+    if not files.exists(trial.part(rung)):
         corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
         record = pretrain.planned(config, corpus)
         own = artifacts.plan("trial", SCHEMA, {"trial": record.fingerprint, "sweep": parent.id}, {}).fingerprint
         params = to_dict(config) | {"arm": trial.name}
         name = f"{trial.name} (seed {trial.seed})"
-        with tracking.stage(config, name, params, own, parent=parent.id) as tracked:
+        with mlflow_runs.stage(config, name, params, own, parent=parent.id) as tracked:
             _rung(trial, rung, engine.train, config=config, corpus=corpus, identity=record.fingerprint, tracked=tracked)
-    if storage.exists(trial.failed):
+    if files.exists(trial.failed):
         return float("nan")
     return score(trial, rung, config.tune)
 
 
 def score(trial: Trial, rung: int, settings: Tune) -> float:
     """What decides about a trial that was judged at a rung."""
-    return judge.objective(tables.read_table(trial.part(rung)).to_pandas(), settings.splits, settings.judge)
+    return evaluate.objective(tables.read_table(trial.part(rung)).to_pandas(), settings.splits, settings.judge)
 
 
 def _rung(
@@ -143,20 +141,20 @@ def _rung(
     config: Config,
     corpus: Corpus,
     identity: str,
-    tracked: tracking.Run,
+    tracked: mlflow_runs.Run,
 ) -> None:
-    step, uri = trial.steps[rung], storage.join(trial.uri, "pretrain")
+    step, uri = trial.steps[rung], files.join(trial.uri, "pretrain")
     try:
         train(config, corpus.uri, uri, identity, num_steps=trial.steps[-1], tracked=tracked, until=step)
     except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
-        storage.write_json(trial.failed, {"why": str(error)})
+        files.write_json(trial.failed, {"why": str(error)})
         return
     model = MaskedModel(config.model, corpus.vocabulary.size)
     checkpoints.load_step_weights(uri, step, model)
     table, made = judged(config, corpus, trial.base_seed)
-    found = judge.zero_shot(model.encoder, corpus, table, made, run=config, seed=trial.base_seed)
+    found = evaluate.zero_shot(model.encoder, corpus, table, made, run=config, seed=trial.base_seed)
     if rung == len(trial.steps) - 1 and config.tune.finetune:
-        tuned = judge.finetuned(model.encoder, corpus, table, run=config, seed=trial.base_seed)
+        tuned = evaluate.finetuned(model.encoder, corpus, table, run=config, seed=trial.base_seed)
         found = pd.concat([found, tuned], ignore_index=True)
     tracked.log(_figures(found, config), step)
     tables.write_table(trial.part(rung), pa.Table.from_pandas(found.assign(step=step), preserve_index=False))
@@ -164,7 +162,7 @@ def _rung(
 
 def _figures(found: pd.DataFrame, config: Config) -> dict[str, float]:
     """What MLflow compares trials by."""
-    figures = {"score": judge.objective(found, config.tune.splits, config.tune.judge)}
+    figures = {"score": evaluate.objective(found, config.tune.splits, config.tune.judge)}
     for (model, split, metric), part in found.groupby(["model", "split", "metric"], sort=True):
         figures[f"{model}/{split}/{metric}" if model != "space" else str(metric)] = float(part["value"].mean())
     return figures
@@ -224,7 +222,7 @@ def loop(search: Search, trials: Sequence[Trial], rungs: range) -> None:
 
 
 def train_here(
-    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: tracking.Run, until: int = 0
+    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: mlflow_runs.Run, until: int = 0
 ) -> None:
     """`drivers.pretrain.train` in this process."""
     found = Corpus(corpus, max_len=config.model.max_positions)
@@ -234,7 +232,7 @@ def train_here(
 
 RAY = Engine(spread=ray_tune, train=train_group.train, prepare=prepare.run, session=session)
 PLAIN = Engine(
-    spread=loop, train=train_here, prepare=partial(prepare.run, spread=dispatch.loop), session=lambda _: nullcontext()
+    spread=loop, train=train_here, prepare=partial(prepare.run, spread=tasks.loop), session=lambda _: nullcontext()
 )
 
 

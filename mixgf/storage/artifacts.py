@@ -23,8 +23,8 @@ import mixgf
 from mixgf.config.parse import difference, fingerprint
 from mixgf.console import say
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
-from mixgf.storage import tables as storage_tables
+from mixgf.storage.files import create_bytes, exists, join, json_bytes, read_json, remove, sha256, size, write_json
+from mixgf.storage.tables import write_table
 
 _MAKERS = {
     "vocabulary": "mixgf prepare",
@@ -81,11 +81,11 @@ def plan(kind: str, schema: int, config: dict[str, Any], parents: dict[str, str]
 
 
 def _read(uri: str, name: str) -> Record | None:
-    where = storage.join(uri, name)
-    if not storage.exists(where):
+    where = join(uri, name)
+    if not exists(where):
         return None
     try:
-        return Record(**storage.read_json(where))
+        return Record(**read_json(where))
     except (ValueError, TypeError) as error:
         msg = f"{where}: not a readable record ({error}); restore it, or remove {uri} to start again"
         raise UserError(msg) from None
@@ -111,7 +111,7 @@ def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lamb
     Raises:
         UserError: the folder holds another artifact, finished or not.
     """
-    plan_uri = storage.join(uri, "plan.json")
+    plan_uri = join(uri, "plan.json")
     finished, planned = (_read(uri, name) for name in ("record.json", "plan.json"))
     if finished is not None and (finished.fingerprint == record.fingerprint or not replaces(finished)):
         _same(uri, finished, record)
@@ -120,8 +120,8 @@ def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lamb
         _same(uri, planned, record)
         return True
     if finished is not None or planned is not None:
-        storage.write_json(plan_uri, asdict(record))
-    elif not storage.create_bytes(plan_uri, storage.json_bytes(asdict(record))):
+        write_json(plan_uri, asdict(record))
+    elif not create_bytes(plan_uri, json_bytes(asdict(record))):
         there = _read(uri, "plan.json")  # another run was faster, by a moment
         if there is not None:
             _same(uri, there, record)
@@ -130,8 +130,8 @@ def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lamb
 
 def reopen(uri: str) -> None:
     """Take back the record of a finished artifact that is about to be replaced; its plan must be there (`begin`)."""
-    assert storage.exists(storage.join(uri, "plan.json")), "planned"
-    storage.remove(storage.join(uri, "record.json"))
+    assert exists(join(uri, "plan.json")), "planned"
+    remove(join(uri, "record.json"))
 
 
 def _same(uri: str, there: Record, record: Record) -> None:
@@ -154,16 +154,16 @@ def _changes(old: Record, new: Record) -> list[str]:
 
 def summed(uri: str, names: Iterable[str]) -> dict[str, Any]:
     """Bytes and SHA-256 of files of an artifact, as `finish` takes them."""
-    uris = {name: storage.join(uri, name) for name in names}
-    return {name: {"bytes": storage.size(at), "sha256": storage.sha256(at)} for name, at in uris.items()}
+    uris = {name: join(uri, name) for name in names}
+    return {name: {"bytes": size(at), "sha256": sha256(at)} for name, at in uris.items()}
 
 
 def write_tables(uri: str, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
     """Write tables of an artifact as NAME.parquet; returns their bytes and SHA-256, as `finish` takes them."""
     files = {}
     for name, table in tables.items():
-        size, digest = storage_tables.write_table(storage.join(uri, f"{name}.parquet"), table)
-        files[f"{name}.parquet"] = {"bytes": size, "sha256": digest}
+        length, digest = write_table(join(uri, f"{name}.parquet"), table)
+        files[f"{name}.parquet"] = {"bytes": length, "sha256": digest}
     return files
 
 
@@ -177,8 +177,8 @@ def finish(
 ) -> Record:
     """Make an artifact visible: write its record, last of all its files."""
     done = replace(record, counts=counts or {}, files=files or {}, details=details or {})
-    storage.write_json(storage.join(uri, "record.json"), asdict(done))
-    storage.remove(storage.join(uri, "plan.json"))
+    write_json(join(uri, "record.json"), asdict(done))
+    remove(join(uri, "plan.json"))
     return done
 
 
@@ -206,7 +206,7 @@ def nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
         yield
     except UserError:
         if find(uri) is None:  # else another run of the same plan has finished meanwhile
-            storage.remove(uri)
+            remove(uri)
         raise
 
 

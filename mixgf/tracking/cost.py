@@ -15,7 +15,7 @@ from typing import Any
 
 from mixgf.config.run import Config
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 HOUR = 3600.0
 LOCAL = "local"
@@ -82,11 +82,11 @@ def load_prices(uri: str) -> dict[str, float]:
     Raises:
         UserError: it is not there, or not such an object.
     """
-    if not storage.exists(uri):
+    if not files.exists(uri):
         msg = f"tracking.prices = {uri!r}: no such file; give a JSON object, node type to price per node-hour"
         raise UserError(msg)
     try:
-        data: Any = storage.read_json(uri)
+        data: Any = files.read_json(uri)
     except ValueError as error:
         msg = f"tracking.prices = {uri!r}: not JSON ({error}); give an object, node type to price per node-hour"
         raise UserError(msg) from None
@@ -104,14 +104,14 @@ def load_prices(uri: str) -> dict[str, float]:
 
 def save(uri: str, session: str, seconds: Mapping[str, float]) -> None:
     """Write one session's node-seconds so far beside the artifact that it makes; a later call replaces an earlier one."""
-    storage.write_json(storage.join(uri, "cost", f"{session}.json"), dict(seconds))
+    files.write_json(files.join(uri, "cost", f"{session}.json"), dict(seconds))
 
 
 def load(uri: str, *, without: str = "") -> dict[str, float]:
     """Node-seconds of all sessions of an artifact, one session left out if named."""
-    folder = storage.join(uri, "cost")
-    names = [n for n in storage.list_dir(folder) if n.endswith(".json")]
-    return merge(storage.read_json(storage.join(folder, n)) for n in names if n != f"{without}.json")
+    folder = files.join(uri, "cost")
+    names = [n for n in files.list_dir(folder) if n.endswith(".json")]
+    return merge(files.read_json(files.join(folder, n)) for n in names if n != f"{without}.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mixgf.config.parse import flat
 from mixgf.config.run import Config
 from mixgf.console import say
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
@@ -49,9 +49,9 @@ def uri(config: Config) -> str:
     if chosen:
         return chosen
     folder = (
-        storage.local_path(config.output).absolute()
-        if storage.is_local(config.output)
-        else storage.local_path("mlflow").absolute()
+        files.local_path(config.output).absolute()
+        if files.is_local(config.output)
+        else files.local_path("mlflow").absolute()
     )
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'mlflow.db'}"
@@ -131,12 +131,12 @@ class Run:
         """Keep a local file with the run."""
         _client(self.uri).log_artifact(self.id, path)
 
-    def register(self, name: str, files: Mapping[str, bytes], text: str) -> str:
+    def register(self, name: str, contents: Mapping[str, bytes], text: str) -> str:
         """Keep files with the run and register them as a version of a model; a second call finds the first one's version.
 
         Args:
             name: Of the model in MLflow's registry; made if it is not there.
-            files: File name to content: weights, config, card.
+            contents: File name to content: weights, config, card.
             text: The version's description.
         """
         from mlflow.exceptions import MlflowException
@@ -148,7 +148,7 @@ class Run:
             if version.name == name:
                 return str(version.version)
         with tempfile.TemporaryDirectory(prefix="mixgf-model-") as folder:
-            for file, content in files.items():
+            for file, content in contents.items():
                 (Path(folder) / file).write_bytes(content)
             client.log_artifacts(self.id, folder, "model")
         source = f"{client.get_run(self.id).info.artifact_uri}/model"

@@ -14,7 +14,7 @@ from mixgf.console import warn
 from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.checkpoint import MOMENTS, WEIGHTS, _lost, load_weights, publish, read_tensors, write_tensors
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
+from mixgf.storage import files
 from mixgf.storage.artifacts import Record
 
 
@@ -60,18 +60,18 @@ def _copies(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> dict[s
 
 def step_folder(uri: str, step: int) -> str:
     """Where the checkpoint of one step lies."""
-    return storage.join(uri, "steps", f"{step:08d}")
+    return files.join(uri, "steps", f"{step:08d}")
 
 
 def write_step(uri: str, step: int, taken: Snapshot, details: dict[str, Any]) -> str:
     """Publish a resumable checkpoint under `uri`/steps; returns its folder."""
     folder = step_folder(uri, step)
-    files = {
-        WEIGHTS: write_tensors(storage.join(folder, WEIGHTS), taken.weights),
-        MOMENTS: write_tensors(storage.join(folder, MOMENTS), taken.moments),
+    checksums = {
+        WEIGHTS: write_tensors(files.join(folder, WEIGHTS), taken.weights),
+        MOMENTS: write_tensors(files.join(folder, MOMENTS), taken.moments),
     }
-    state = {"step": step, "files": files, "details": details}
-    storage.write_json(storage.join(folder, "state.json"), state)
+    state = {"step": step, "files": checksums, "details": details}
+    files.write_json(files.join(folder, "state.json"), state)
     return folder
 
 
@@ -149,13 +149,13 @@ class Saver:
 
 
 def _steps(uri: str) -> list[int]:
-    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in storage.list_dir(storage.join(uri, "steps"))]
+    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in files.list_dir(files.join(uri, "steps"))]
     return [int(name) for name in sorted(names) if name.isdigit()]
 
 
 def complete_steps(uri: str) -> list[int]:
     """Steps of all complete checkpoints under `uri`/steps, ascending."""
-    return [n for n in _steps(uri) if storage.exists(storage.join(step_folder(uri, n), "state.json"))]
+    return [n for n in _steps(uri) if files.exists(files.join(step_folder(uri, n), "state.json"))]
 
 
 def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
@@ -168,14 +168,14 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
     if not steps:
         return None
     folder = step_folder(uri, steps[-1])
-    where = storage.join(folder, "state.json")
+    where = files.join(folder, "state.json")
     try:
-        state = storage.read_json(where)
-        step, files, details = int(state["step"]), dict(state["files"]), dict(state["details"])
+        state = files.read_json(where)
+        step, checksums, details = int(state["step"]), dict(state["files"]), dict(state["details"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(_lost(f"{where}: not a readable state ({error!r})", where)) from None
-    load_weights(model, read_tensors(storage.join(folder, WEIGHTS), files[WEIGHTS]), folder)
-    moments = read_tensors(storage.join(folder, MOMENTS), files[MOMENTS])
+    load_weights(model, read_tensors(files.join(folder, WEIGHTS), checksums[WEIGHTS]), folder)
+    moments = read_tensors(files.join(folder, MOMENTS), checksums[MOMENTS])
     names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -194,8 +194,8 @@ def promote(uri: str, record: Record, model: MaskedModel, **about: Any) -> Recor
 def load_step_weights(uri: str, step: int, model: MaskedModel) -> None:
     """Copy the weights of the complete checkpoint of one step under `uri`/steps into a model."""
     folder = step_folder(uri, step)
-    files = storage.read_json(storage.join(folder, "state.json"))["files"]
-    load_weights(model, read_tensors(storage.join(folder, WEIGHTS), files[WEIGHTS]), folder)
+    checksums = files.read_json(files.join(folder, "state.json"))["files"]
+    load_weights(model, read_tensors(files.join(folder, WEIGHTS), checksums[WEIGHTS]), folder)
 
 
 def prune(uri: str, keep: int) -> None:
@@ -204,5 +204,5 @@ def prune(uri: str, keep: int) -> None:
     for step in _steps(uri):
         if kept and step < kept[0]:
             folder = step_folder(uri, step)
-            storage.remove(storage.join(folder, "state.json"))  # first, so that no half-removed checkpoint counts
-            storage.remove(folder)
+            files.remove(files.join(folder, "state.json"))  # first, so that no half-removed checkpoint counts
+            files.remove(folder)

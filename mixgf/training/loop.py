@@ -25,8 +25,7 @@ from mixgf.config import training
 from mixgf.console import warn
 from mixgf.encoder.batch import Batch
 from mixgf.errors import UserError
-from mixgf.storage import files as storage
-from mixgf.storage import tables
+from mixgf.storage import files, tables
 from mixgf.training import checkpoints
 from mixgf.training.context import Context, Group, Row, autocast
 from mixgf.training.prefetch import Prefetch
@@ -152,10 +151,10 @@ class History:
     """Figures of a run in long form, kept beside its checkpoints so that no step appears twice after a restart."""
 
     def __init__(self, uri: str = "", step: int = 0) -> None:
-        self.uri = storage.join(uri, "history.parquet") if uri else ""
+        self.uri = files.join(uri, "history.parquet") if uri else ""
         self.rows: list[Row] = []
         self.committed = 0
-        if step and storage.exists(self.uri):
+        if step and files.exists(self.uri):
             columns = tables.read_table(self.uri).to_pydict()
             rows = zip(columns["step"], columns["epoch"], columns["name"], columns["value"], strict=True)
             self.rows = [row for row in rows if row[0] <= step]

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixgf import rng as keyed
+from mixgf import rng
 from mixgf.config.run import Config
 from mixgf.config.training import Objective
 from mixgf.corpus.packed import Packed
 from mixgf.corpus.reader import Corpus
-from mixgf.encoder import batch as encoder_batch
 from mixgf.encoder import checkpoint
-from mixgf.encoder.batch import Batch, micro_batches
+from mixgf.encoder.batch import Batch, micro_batches, pack
 from mixgf.encoder.bert import MaskedModel, forward_flops, head_flops, pool
 from mixgf.genes import species
 from mixgf.training.batch_plan import I64, Plan, Share, packing, parse_mix
@@ -49,7 +48,7 @@ _PART = 0x50415254
 
 def part_of(num_cells: int, share: float) -> I64:
     """Cell numbers of a keyed share of the corpus, ascending, at least one; every smaller share is part of every larger one."""
-    draws_N = keyed.uniform(np.arange(num_cells), after=_PART)
+    draws_N = rng.uniform(np.arange(num_cells), after=_PART)
     return np.sort(np.argsort(draws_N, kind="stable")[: max(1, round(share * num_cells))])
 
 
@@ -212,12 +211,12 @@ class Pretraining:
                 packs.append(thin((inputs, few[1]), visits, self.objective.subsample_fraction, (*key, number)))
             else:
                 assert self.translate is not None
-                pack, paired = self.translate(few, visits, codes, (*key, number))
-                packs.append(pack)
+                translated, paired = self.translate(few, visits, codes, (*key, number))
+                packs.append(translated)
         num_views, keys = len(self.views), None
         if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
-            keys = keyed.hashed(visits, after=keyed.of_numbers(*key))
-        batch = encoder_batch.pack(packs, cells, keys)
+            keys = rng.hashed(visits, after=rng.of_numbers(*key))
+        batch = pack(packs, cells, keys)
         all_offsets = batch.offsets_B1.numpy()
         lengths = all_offsets[1:] - all_offsets[:-1]
         asked: tuple[Tensor, Tensor] | None = None

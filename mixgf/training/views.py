@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mixgf import rng as keyed
+from mixgf import rng
 from mixgf.corpus.packed import Packed, select
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import MASK, NUM_SPECIALS, Vocabulary
@@ -59,7 +59,7 @@ def mask(
     """
     tokens_T, offsets = sentences
     return _mask(
-        tokens_T, offsets, keyed.of_numbers(*key), visits_B, species_B, pools.genes, pools.starts, keyed.limit(fraction)
+        tokens_T, offsets, rng.of_numbers(*key), visits_B, species_B, pools.genes, pools.starts, rng.limit(fraction)
     )
 
 
@@ -77,22 +77,22 @@ def _mask(  # noqa: PLR0917 (compiled)
     inputs, at, number = tokens_T.copy(), np.empty(len(tokens_T) + 1, dtype=np.int32), np.int64(0)
     drawn = np.empty(len(tokens_T), dtype=np.bool_)
     for cell in range(len(species_B)):
-        start, stop, key = offsets[cell], offsets[cell + 1], keyed.mixed(after, np.uint64(visits_B[cell]))
+        start, stop, key = offsets[cell], offsets[cell + 1], rng.mixed(after, np.uint64(visits_B[cell]))
         cell_L, drawn_L, places, chosen = inputs[start:stop], drawn[start:stop], at[number:], np.uint64(0)
         for t in range(len(drawn_L)):  # a loop of its own, so that it becomes vector instructions
-            drawn_L[t] = keyed.draw53(keyed.mixed(key, np.uint64(t)), np.uint64(_SELECT)) < limit
+            drawn_L[t] = rng.draw53(rng.mixed(key, np.uint64(t)), np.uint64(_SELECT)) < limit
         for t in range(len(drawn_L)):  # no branch: which genes are chosen cannot be foreseen
             places[chosen] = start + t
             chosen += np.uint64(drawn_L[t] & (cell_L[t] >= NUM_SPECIALS))
         first = starts[species_B[cell]]
         count = starts[species_B[cell] + 1] - first
         for t in places[:chosen]:
-            h = keyed.mixed(key, np.uint64(t - start))
-            action = keyed.draw(h, np.uint64(_ACTION))
+            h = rng.mixed(key, np.uint64(t - start))
+            action = rng.draw(h, np.uint64(_ACTION))
             if action < 0.8:
                 inputs[t] = MASK
             elif action < 0.9:
-                inputs[t] = genes[first + np.int64(keyed.draw(h, np.uint64(_GENE)) * count)]
+                inputs[t] = genes[first + np.int64(rng.draw(h, np.uint64(_GENE)) * count)]
         number += np.int64(chosen)
     at_K, genes_K = np.empty(number, dtype=np.int64), np.empty(number, dtype=np.int64)
     for k in range(number):
@@ -128,7 +128,7 @@ def looked_at(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64,
 def thin(sentences: Packed, visits_B: I64, fraction: float, key: tuple[int, ...]) -> Packed:
     """Keep each gene with probability `fraction`; specials and the first token stay."""
     tokens_T, offsets = sentences
-    keep = keyed.chance(keyed.of_places(keyed.hashed(*key, visits_B), offsets), _THIN, fraction)
+    keep = rng.chance(rng.of_places(rng.hashed(*key, visits_B), offsets), _THIN, fraction)
     keep[offsets[:-1][np.diff(offsets) > 0]] = True
     return select(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
 
@@ -160,7 +160,7 @@ class Translator:
         """Translations, and which cells have one. Genes without a partner are left out; others stay untranslated."""
         tokens_T, offsets = sentences
         codes, out_T = np.asarray(species_B), np.full(len(tokens_T), -1, dtype=np.int32)
-        code_T, draw_B = np.repeat(codes, np.diff(offsets)), keyed.uniform(*key, visits_B, _TARGET)
+        code_T, draw_B = np.repeat(codes, np.diff(offsets)), rng.uniform(*key, visits_B, _TARGET)
         draw_T = np.repeat(draw_B, np.diff(offsets))
         for code in np.unique(codes):
             targets = [t for s, t in self.maps if s == code]

@@ -16,14 +16,13 @@ import pandas as pd
 from scipy import stats as distributions
 
 from mixgf.arrays import Float64s
-from mixgf.classification.models import HEADS
+from mixgf.classification.registry import HEADS
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
-from mixgf.stats import donors as stats
+from mixgf.stats import donors
 from mixgf.stats.intervals import Estimate
-from mixgf.tuning import evaluate as judge
-from mixgf.tuning import space as sweep
-from mixgf.tuning.space import Arm
+from mixgf.tuning import evaluate, search_space
+from mixgf.tuning.search_space import Arm
 
 KIND = "sweep"
 METRICS = {
@@ -48,7 +47,7 @@ def board(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
     rows = []
     for key, part in found.groupby(keys, sort=False):
         row = dict(zip(keys, key, strict=True))
-        row["score"] = judge.objective(part, settings.splits, settings.judge)
+        row["score"] = evaluate.objective(part, settings.splits, settings.judge)
         for name, metric in (("finetuned", "accuracy"), ("finetuned_f1", "macro_f1")):
             row[name] = _mean(part, "finetune", metric)
         for metric in ("alignment", "uniformity"):
@@ -104,7 +103,7 @@ def effects(found: pd.DataFrame) -> pd.DataFrame:
         over the arms of a metric), base, value (means).
     """
     names = dict(zip(found["arm"], found["name"], strict=True))
-    base = next(key for key, name in names.items() if name == sweep.BASE)
+    base = next(key for key, name in names.items() if name == search_space.BASE)
     rows = []
     for metric in METRICS:
         for arm, name in names.items():
@@ -124,7 +123,7 @@ def effects(found: pd.DataFrame) -> pd.DataFrame:
     out["q"] = np.nan
     for _, part in out.groupby("metric"):
         tested = part["p"].notna().to_numpy()
-        out.loc[part.index[tested], "q"] = stats.benjamini_hochberg(part["p"].to_numpy(float)[tested])
+        out.loc[part.index[tested], "q"] = donors.benjamini_hochberg(part["p"].to_numpy(float)[tested])
     return out
 
 
@@ -139,11 +138,11 @@ def interactions(found: pd.DataFrame, arms: Sequence[Arm], config: Config) -> pd
     known = {arm.key for arm in arms}
     base = arms[0].key
     rows = []
-    for entry in sweep.entries(config.tune.space):
+    for entry in search_space.entries(config.tune.space):
         for a, b in itertools.combinations(entry, 2):
             for x, y in itertools.product(a.values, b.values):
-                first, second = sweep.make(config, {a.field: x}).key, sweep.make(config, {b.field: y}).key
-                both = sweep.make(config, {a.field: x, b.field: y}).key
+                first, second = search_space.make(config, {a.field: x}).key, search_space.make(config, {b.field: y}).key
+                both = search_space.make(config, {a.field: x, b.field: y}).key
                 if len({base, first, second, both}) < 4 or not {first, second, both} <= known:
                     continue
                 for metric in METRICS:

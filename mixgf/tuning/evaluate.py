@@ -16,11 +16,9 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from mixgf.classification import finetune as classify
-from mixgf.classification import metrics as scores
-from mixgf.classification import probes, splits
+from mixgf.classification import finetune, metrics, probes, splits
 from mixgf.classification.labels import Labelled
-from mixgf.classification.models import HEADS
+from mixgf.classification.registry import HEADS
 from mixgf.classification.splits import Split
 from mixgf.config.run import Config
 from mixgf.corpus.packed import Packed
@@ -101,15 +99,15 @@ def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, *, run: Config,
     start = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     for split in splits.make(table, replace(run.classify, splits=("random",), seeds=1), seed=seed):
         encoder.load_state_dict(start)
-        tuned = classify.finetune(encoder, corpus, table, split, run=run, context=LocalContext())
+        tuned = finetune.finetune(encoder, corpus, table, split, run=run, context=LocalContext())
         rows += _scored(split, "finetune", table, tuned.probabilities)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _scored(split: Split, model: str, table: Labelled, p_MC: npt.NDArray[np.floating]) -> list[tuple[object, ...]]:
     """Rows of `COLUMNS` for class probabilities of the test cells."""
-    matrix = scores.confusion(split.ids(table.labels[split.test]), p_MC.argmax(1).astype(np.int64), len(split.classes))
-    totals = scores.totals(matrix)
+    matrix = metrics.confusion(split.ids(table.labels[split.test]), p_MC.argmax(1).astype(np.int64), len(split.classes))
+    totals = metrics.totals(matrix)
     key = split.kind, split.group, split.direction, model
     return [(*key, name, float(totals[name])) for name in ("macro_f1", "accuracy")]
 

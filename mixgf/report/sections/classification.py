@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf.report import verdicts as findings
+from mixgf.report import verdicts
 from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, pair, plural, whisker
-from mixgf.report.figures import plots as figures
+from mixgf.report.figures import plots
 from mixgf.report.verdicts import _tallies
 
 # classification
@@ -20,17 +20,17 @@ def classification(run: Run) -> Section:
     scores = run.tables.get("scores")
     if scores is None or scores.empty:
         return missing("classification", "Cell types, task by task", "classify", run)
-    board = findings.board(scores)
-    found = findings.duels(board, run.tables.get("comparisons"))
+    board = verdicts.board(scores)
+    found = verdicts.duels(board, run.tables.get("comparisons"))
     blocks: list[Any] = []
-    splits = [s for s in findings.SPLITS if s in set(board["split"])]
+    splits = [s for s in verdicts.SPLITS if s in set(board["split"])]
     for split in splits:
         part = board[board["split"] == split]
-        blocks.append(Text(findings.SPLITS[split], "heading"))
+        blocks.append(Text(verdicts.SPLITS[split], "heading"))
         mine = [d for d in found if d.split == split]
-        blocks += [Text(f"{_tallies(mine, m)}.") for m in findings.OWN if m in {d.model for d in mine}]
-        blocks.append(_scores(part, findings.SPLITS[split]))
-    model = findings.best_own(board, run.tables.get("epochs"))
+        blocks += [Text(f"{_tallies(mine, m)}.") for m in verdicts.OWN if m in {d.model for d in mine}]
+        blocks.append(_scores(part, verdicts.SPLITS[split]))
+    model = verdicts.best_own(board, run.tables.get("epochs"))
     blocks += _per_class(run, board, model) + _confusions(run, model)
     return Section("classification", "Cell types, task by task", blocks)
 
@@ -40,24 +40,24 @@ def _scores(board: pd.DataFrame, title: str) -> Grid:
     metrics = [m for m in ("accuracy", "macro_f1") if m in set(board["metric"])]
     rows: list[list[Cell]] = []
     seeds, by = int(board["seeds"].max()), sorted(set(board["interval_by"].dropna().astype(str)))
-    for (split, group, direction), task in board.groupby(findings.TASK, sort=True):
+    for (split, group, direction), task in board.groupby(verdicts.TASK, sort=True):
         one = task.iloc[0]
         rows.append(
             [
                 Cell(
-                    f"{findings.task_label(split, group, direction)}: {plural(round(one['num_classes']), 'type')}, trained on "
+                    f"{verdicts.task_label(split, group, direction)}: {plural(round(one['num_classes']), 'type')}, trained on "
                     f"{plural(round(one['num_train']), 'cell')}, scored on {plural(round(one['num_test']), 'cell')}"
                 )
             ]
         )
         wide = {m: task[task["metric"] == m].set_index("model") for m in metrics}
-        best = {m: t.loc[[findings.is_baseline(str(i)) for i in t.index], "value"].max() for m, t in wide.items()}
+        best = {m: t.loc[[verdicts.is_baseline(str(i)) for i in t.index], "value"].max() for m, t in wide.items()}
         top = {m: t["value"].max() for m, t in wide.items()}
-        for model in findings.order_models(list(task["model"].unique())):
-            own, rival = model in findings.OWN, findings.is_baseline(model)
+        for model in verdicts.order_models(list(task["model"].unique())):
+            own, rival = model in verdicts.OWN, verdicts.is_baseline(model)
             own_seeds = int(task[task["model"] == model]["seeds"].max())
             few = f" ({plural(own_seeds, 'seed')})" if own_seeds < seeds else ""
-            row = [Cell(("● " if own else "□ " if rival else "○ ") + findings.label(model) + few, strong=own)]
+            row = [Cell(("● " if own else "□ " if rival else "○ ") + verdicts.label(model) + few, strong=own)]
             for m in metrics:
                 if model not in wide[m].index:
                     row.append(Cell("–", -1.0))
@@ -65,7 +65,7 @@ def _scores(board: pd.DataFrame, title: str) -> Grid:
                 value, low, high = (float(wide[m].loc[model, c]) for c in ("value", "low", "high"))
                 mark = " ★" if value == top[m] else ""
                 mark += " ◄" if rival and value == best[m] else ""
-                row.append(Cell(findings.interval(value, low, high) + mark, value, whisker(value, low, high, own=own),
+                row.append(Cell(verdicts.interval(value, low, high) + mark, value, whisker(value, low, high, own=own),
                                 strong=value == top[m]))  # fmt: skip
             rows.append(row)
     unit = {"donor": "donors", "cell": "cells"}
@@ -77,7 +77,7 @@ def _scores(board: pd.DataFrame, title: str) -> Grid:
     )
     return Grid(
         f"{note}. ● the model, ○ the same on another encoder, □ baselines; all on the same cells, seed by seed. ★ highest, ◄ best baseline. Drawings run from 0 to 1.",
-        ["Model", *[findings.metric_label(m) for m in metrics]],
+        ["Model", *[verdicts.metric_label(m) for m in metrics]],
         rows,
     )
 
@@ -93,12 +93,12 @@ def _per_class(run: Run, board: pd.DataFrame, model: str) -> list[Any]:
     if "metric" in frame.columns:
         frame = frame[frame["metric"] == "f1"]
     f1 = board[board["metric"] == "macro_f1"]
-    for (split, group, direction), task in frame.groupby(findings.TASK, sort=False):
+    for (split, group, direction), task in frame.groupby(verdicts.TASK, sort=False):
         others = f1[
             (f1["split"] == split)
             & (f1["group"] == group)
             & (f1["direction"] == direction)
-            & f1["model"].map(findings.is_baseline)
+            & f1["model"].map(verdicts.is_baseline)
         ]
         rival = (
             str(others.sort_values(["value", "model"], ascending=[False, True]).iloc[0]["model"]) if len(others) else ""
@@ -106,9 +106,9 @@ def _per_class(run: Run, board: pd.DataFrame, model: str) -> list[Any]:
         means = task.groupby([name, "model"])[value].mean().unstack("model")
         if model not in means.columns:
             continue
-        against = f", against {findings.label(rival)}" if rival in means.columns else ""
+        against = f", against {verdicts.label(rival)}" if rival in means.columns else ""
         rows.append(
-            [Cell(f"{findings.SPLITS.get(split, split)}: {findings.task_label(split, group, direction)}{against}")]
+            [Cell(f"{verdicts.SPLITS.get(split, split)}: {verdicts.task_label(split, group, direction)}{against}")]
         )
         support = next((c for c in ("num_test", "support", "num_cells", "count") if c in task.columns), "")
         sizes = task[task["model"] == model].groupby(name)[support].mean() if support else pd.Series(dtype=float)
@@ -125,10 +125,10 @@ def _per_class(run: Run, board: pd.DataFrame, model: str) -> list[Any]:
             )
             rows.append([
                 Cell(str(kind)), count(float(sizes.get(kind, float("nan")))),
-                Cell("", mine, pair(mine, theirs)), Cell(findings.share(mine) + sign, mine), Cell(findings.share(theirs), theirs),
+                Cell("", mine, pair(mine, theirs)), Cell(verdicts.share(mine) + sign, mine), Cell(verdicts.share(theirs), theirs),
             ])  # fmt: skip
     grid = Grid(
-        f"F1 of every type: {findings.label(model)} beside the baseline with the best macro F1 of that task. Types with few "
+        f"F1 of every type: {verdicts.label(model)} beside the baseline with the best macro F1 of that task. Types with few "
         "test cells move a macro F1 much and are known badly.",
         ["Type", "Test cells", "0 to 1", "● Model", "□ Best baseline"],
         rows,
@@ -143,7 +143,7 @@ def _confusions(run: Run, model: str) -> list[Any]:
     blocks: list[Any] = [Text("What is taken for what", "heading")]
     frame = table.assign(direction=table["direction"].fillna(""))
     for i, ((split, group, direction), part) in enumerate(
-        frame[frame["model"] == model].groupby(findings.TASK, sort=False)
+        frame[frame["model"] == model].groupby(verdicts.TASK, sort=False)
     ):
         wide = part.pivot_table(index="true", columns="predicted", values="count", aggfunc="sum", fill_value=0)
         order = list(wide.sum(axis=1).sort_values(ascending=False, kind="stable").index)[:30]
@@ -154,10 +154,10 @@ def _confusions(run: Run, model: str) -> list[Any]:
         text = [["" if v < 0.005 else f"{100 * v:.0f}" for v in row] for row in share.to_numpy()]
         blocks.append(
             Picture(
-                figures.heatmap(
+                plots.heatmap(
                     share, f"confusion-{i}", rows="true type (test cells)", columns="predicted type", text=text
                 ),
-                f"{findings.label(model)}, {findings.SPLITS.get(split, split).lower()}: {findings.task_label(split, group, direction)}. Per "
+                f"{verdicts.label(model)}, {verdicts.SPLITS.get(split, split).lower()}: {verdicts.task_label(split, group, direction)}. Per "
                 "cent of each true type's test cells; what lies off the diagonal is wrong.",
             )
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, plural, title_case
-from mixgf.report.figures import plots as figures
+from mixgf.report.figures import plots
 
 # corpus
 
@@ -48,7 +48,7 @@ def corpus(run: Run) -> Section:
         hidden = max(0, len(counts) - 40)
         blocks.append(
             Picture(
-                figures.cells_by_type(counts),
+                plots.cells_by_type(counts),
                 f"Cells by type (column `{run.config.classify.label}`) and species, after "
                 f"quality control.{f' The {hidden} rarest types are left out.' if hidden else ''}",
             )
@@ -63,7 +63,7 @@ def corpus(run: Run) -> Section:
             blocks.append(Text(f"Sentence lengths: {words}"))
         else:
             what = "Sentence lengths: how many genes of a cell, ranked by expression, the model sees."
-            blocks.append(Picture(figures.lengths(run.lengths, longest), f"{what} {words}"))
+            blocks.append(Picture(plots.lengths(run.lengths, longest), f"{what} {words}"))
     if len(mapping := run.tables.get("mapping", pd.DataFrame())):
         shown = [
             c

@@ -6,11 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from mixgf.classification import integration
-from mixgf.classification import umap as layouts
-from mixgf.report import verdicts as findings
+from mixgf.classification import integration, umap
+from mixgf.report import verdicts
 from mixgf.report.elements import Picture, Run, Section, Text, missing, plural
-from mixgf.report.figures import plots as figures
+from mixgf.report.figures import plots
 
 # embedding
 
@@ -29,17 +28,17 @@ def embedding(run: Run) -> Section:
         if len(species) < run.num_embedded
         else f"all {len(species):,}"
     )
-    xy, method = layouts.layout(run.vectors_ND, run.config.seed)
+    xy, method = umap.layout(run.vectors_ND, run.config.seed)
     blocks: list[Any] = [
         Picture(
-            figures.maps(xy, species, types),
+            plots.maps(xy, species, types),
             f"{method} of {drawn} cells' frozen embeddings. The numbers on the right name the types below. Two dimensions bend "
             "distances: read neighbourhoods from them, not lengths; the distances that follow are in the original space.",
         )
     ]
     names = sorted(set(species))
     if len(names) > 1:
-        seen, expected = findings.mixing(run.vectors_ND, species)
+        seen, expected = verdicts.mixing(run.vectors_ND, species)
         blocks.insert(
             0,
             Text(
@@ -54,7 +53,7 @@ def embedding(run: Run) -> Section:
                 )
             ),
         )
-    centres = findings.centroids(run.vectors_ND, species, types)
+    centres = verdicts.centroids(run.vectors_ND, species, types)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             blocks += _centroid_blocks(integration.centroid_table(centres, first, second), first, second)
@@ -78,7 +77,7 @@ def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
             "good" if shared and matched == shared else "plain",
         ),
         Picture(
-            figures.heatmap(
+            plots.heatmap(
                 table, f"centroids-{first}-{second}", rows=first, columns=second, text=text, outline="smallest"
             ),
             f"{unit} between the mean embeddings of each {first} type (row) and each {second} type (column), types "

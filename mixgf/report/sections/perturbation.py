@@ -9,12 +9,10 @@ import numpy as np
 import pandas as pd
 
 from mixgf.errors import UserError
-from mixgf.perturbation import gene_responses as responses
-from mixgf.perturbation import hits
-from mixgf.perturbation import reference_genes as known
+from mixgf.perturbation import gene_responses, hits, reference_genes
 from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, number
-from mixgf.report.figures import screen as screen_figures
-from mixgf.stats import donors as stats
+from mixgf.report.figures import screen
+from mixgf.stats import donors
 
 MAX_GENES = 40
 """Genes of one operation in the report's table; the artifact holds all."""
@@ -50,11 +48,11 @@ def section(run: Run) -> Section:
         blocks.append(Text(f"{str(operation).capitalize()}", "heading"))
         said = hits.sentences(part, goal=goal, num_tests=num_tests)
         blocks += [Text(text, tone) for tone, text in said]
-        tested = bool(np.isfinite(part["p_donor"]).any()) and stats.smallest_p(int(part["num_donors"].max())) <= 0.05
+        tested = bool(np.isfinite(part["p_donor"]).any()) and donors.smallest_p(int(part["num_donors"].max())) <= 0.05
         p, title = ("p_donor", "over donors") if tested else ("p_cell", "over cells, not replicated")
         blocks.append(
             Picture(
-                screen_figures.volcano(part, f"volcano-{operation}", p=p, title=title, goal=goal),
+                screen.volcano(part, f"volcano-{operation}", p=p, title=title, goal=goal),
                 f"{str(operation).capitalize()}, {len(part):,} genes. Left: shift and p value {title}{'' if tested else ', so that height says little more than how many cells there were'}. Right: shift and mean rank of the "
                 "gene in the cells; the line is what rank alone predicts, so only the distance from it speaks of the gene; genes that no cell holds have no rank and are not drawn there.",
             )
@@ -79,7 +77,7 @@ def _calibrated(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) 
     return [
         Text(text, tone),
         Picture(
-            screen_figures.calibration(part, mine, f"calibration-{operation}"),
+            screen.calibration(part, mine, f"calibration-{operation}"),
             "Every point is a gene, the smallest p to the right. Triangles: genes of like rank exchanged what is their own within each donor, so "
             "there is nothing to find and they should follow the dashed line; where they rise above it, the test calls noise significant. "
             "Only circles that leave the triangles behind are evidence. Steps in the right panel are the few values that p can "
@@ -104,7 +102,7 @@ def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
     if pairs is None:
         num = record.counts.get("responses", 0) if record else 0
         return [Text(f"The response matrix ({num:,} pairs) is too large for a page: responses.parquet.")] if num else []
-    found = responses.specific(pairs[pairs["operation"].astype(str) == operation])
+    found = gene_responses.specific(pairs[pairs["operation"].astype(str) == operation])
     found = found[found["gene"].astype(str) != found["responding"].astype(str)]
     if found.empty:
         return []
@@ -133,7 +131,7 @@ def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
     caption = (
         f"{operation.capitalize()}: how far the contextual embedding of each gene (column) moves when another (row) is perturbed, in cells where its place stays, as log₂ of "
         "what the two do in general: 1 = twice as far as one would expect of a perturbation so strong and a gene so easily moved. "
-        f"The {len(table)} genes of the largest shifts, and the {table.shape[1]} responding genes that stand out most; grey: fewer than {responses.MIN_CELLS} cells."
+        f"The {len(table)} genes of the largest shifts, and the {table.shape[1]} responding genes that stand out most; grey: fewer than {gene_responses.MIN_CELLS} cells."
     )
     doubt = (
         "A response is what the model's attention makes of two genes in one sentence. Neighbours in rank move each other, and genes that are "
@@ -142,7 +140,7 @@ def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
     )
     return [
         Text(f"{operation.capitalize()}: responses of other genes", "heading"),
-        Picture(screen_figures.responses(table, f"responses-{operation}"), caption),
+        Picture(screen.responses(table, f"responses-{operation}"), caption),
         Text(doubt, "warn"),
         Grid("The pairs farthest from what both genes do in general.", ["Perturbed", "Responding", "Change (1 − cosine), place kept", "log₂ of expected", "Cells", "Change, all cells", "All cells"],
              listed, sortable=True),
@@ -150,7 +148,7 @@ def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
 
 
 def _paper(genes: pd.DataFrame, run: Run) -> list[Any]:
-    table = known.beside_paper(genes, run.config)
+    table = reference_genes.beside_paper(genes, run.config)
     if table.empty:
         return []
     rows = [
@@ -171,7 +169,7 @@ def _paper(genes: pd.DataFrame, run: Run) -> list[Any]:
 
 def _known(genes: pd.DataFrame, run: Run) -> list[Any]:
     try:
-        found = known.score(genes, run.config)
+        found = reference_genes.score(genes, run.config)
     except UserError as error:
         return [Text("Known genes", "heading"), Text(str(error), "warn")]
     if found.empty:
@@ -180,7 +178,7 @@ def _known(genes: pd.DataFrame, run: Run) -> list[Any]:
     for keys, part in found.groupby(["operation", "method", "call", "num_called"], sort=False):
         operation, method, call, num = keys
         value = {r["metric"]: r for r in part.to_dict("records")}
-        rows.append([Cell(str(operation)), Cell(known.SCORES[str(method)], strong=str(method).startswith("shift")), Cell(f"{call}: {num}"),
+        rows.append([Cell(str(operation)), Cell(reference_genes.SCORES[str(method)], strong=str(method).startswith("shift")), Cell(f"{call}: {num}"),
                      *(_estimate(value[m]) for m in ("auroc", "ppv", "npv", "sensitivity", "specificity"))])  # fmt: skip
     best = found[(found["metric"] == "auroc") & found["call"].str.startswith("top")].sort_values(
         "value", ascending=False, kind="stable"
@@ -191,7 +189,7 @@ def _known(genes: pd.DataFrame, run: Run) -> list[Any]:
         mine, base = (part[part["method"].str.startswith("shift") == own] for own in (True, False))
         if len(mine) and len(base):
             a, b = mine.iloc[0], base.iloc[0]
-            said = f"{str(operation).capitalize()}: the model's best score has AUROC {a['value']:.2f}, the best baseline ({known.SCORES[b['method']].removeprefix('baseline: ')}) {b['value']:.2f}."
+            said = f"{str(operation).capitalize()}: the model's best score has AUROC {a['value']:.2f}, the best baseline ({reference_genes.SCORES[b['method']].removeprefix('baseline: ')}) {b['value']:.2f}."
             texts.append(Text(said, "good" if a["low"] > b["high"] else "bad" if a["value"] < b["value"] else "warn"))
     caption = (
         f"How well the {first['num_known']} known genes are found among {first['num_genes']:,} scored ones, with 95 % intervals. Positive predictive value: share "

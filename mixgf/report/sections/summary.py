@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mixgf.perturbation import hits
-from mixgf.report import verdicts as findings
+from mixgf.report import verdicts
 from mixgf.report.elements import Run, Section, Text, plural
 from mixgf.report.verdicts import _spoken_of, _tallies
 
@@ -21,7 +21,7 @@ def brief(run: Run) -> Section:
     blocks: list[Any] = [Text(_scope(run))]
     scores = run.tables.get("scores")
     if scores is not None and len(scores):
-        blocks += _verdicts(run, findings.board(scores))
+        blocks += _verdicts(run, verdicts.board(scores))
         blocks.append(_seen(run))
     genes = run.tables.get("genes")
     if genes is not None and len(genes):
@@ -77,25 +77,25 @@ def _scope(run: Run) -> str:
 
 def _verdicts(run: Run, board: pd.DataFrame) -> list[Text]:
     """What the model of the headlines reaches; every task in which a baseline scores higher is named first."""
-    found = findings.duels(board, run.tables.get("comparisons"))
-    head = findings.best_own(board, run.tables.get("epochs"))
+    found = verdicts.duels(board, run.tables.get("comparisons"))
+    head = verdicts.best_own(board, run.tables.get("epochs"))
     tone_order = {"bad": 0, "warn": 1, "plain": 2, "good": 3}
     blocks: list[Text] = []
-    for split in [s for s in findings.SPLITS if s in set(board["split"])]:
+    for split in [s for s in verdicts.SPLITS if s in set(board["split"])]:
         mine = [d for d in found if d.split == split]
         model = _spoken_of(mine, head)
         lines = sorted(
-            findings.task_sentences([d for d in mine if d.model == model]), key=lambda line: tone_order[line[0]]
+            verdicts.task_sentences([d for d in mine if d.model == model]), key=lambda line: tone_order[line[0]]
         )
         if len(lines) > 1:
             blocks.append(
-                Text(f"{findings.SPLITS[split]}. {_tallies(mine, model)} (tie: within the 95 % margin of error).")
+                Text(f"{verdicts.SPLITS[split]}. {_tallies(mine, model)} (tie: within the 95 % margin of error).")
             )
-        if model != findings.PAPERS and any(d.model == findings.PAPERS for d in mine):
-            blocks.append(Text(f"{_tallies(mine, findings.PAPERS)}."))
+        if model != verdicts.PAPERS and any(d.model == verdicts.PAPERS for d in mine):
+            blocks.append(Text(f"{_tallies(mine, verdicts.PAPERS)}."))
         blocks += [Text(text, tone) for tone, text in lines[:6]]
-    if gains := findings.gain(board):
-        parts = [f"{findings.label(m)} {v:+.3f} ({findings.SPLIT_NAMES.get(s, s)})" for s, m, v, _ in gains]
+    if gains := verdicts.gain(board):
+        parts = [f"{verdicts.label(m)} {v:+.3f} ({verdicts.SPLIT_NAMES.get(s, s)})" for s, m, v, _ in gains]
         none = [v for *_, v, _ in gains if v <= 0]
         blocks.append(
             Text(
@@ -117,9 +117,9 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     if history is not None and len(history):
         out.append((f"{int(history['step'].max()):,}", "pretraining steps"))
     if scores is not None and len(scores):
-        board = findings.board(scores)
-        found = findings.duels(board, run.tables.get("comparisons"), ("macro_f1",))
-        head = findings.best_own(board, run.tables.get("epochs"))
+        board = verdicts.board(scores)
+        found = verdicts.duels(board, run.tables.get("comparisons"), ("macro_f1",))
+        head = verdicts.best_own(board, run.tables.get("epochs"))
         for split in ("random", "species"):
             part = [d for d in found if d.split == split]
             model = _spoken_of(part, head)
@@ -127,5 +127,5 @@ def tiles(run: Run) -> list[tuple[str, str]]:
             if part:
                 ours, base = np.mean([d.score[0] for d in part]), np.mean([d.baseline_score[0] for d in part])
                 what = "random cells" if split == "random" else "across species"
-                out.append((f"{ours:.2f}", f"macro F1, {what} ({findings.label(model)}); best baseline {base:.2f}"))
+                out.append((f"{ours:.2f}", f"macro F1, {what} ({verdicts.label(model)}); best baseline {base:.2f}"))
     return out

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from mixgf.encoder import checkpoint
-from mixgf.report import verdicts as findings
+from mixgf.report import verdicts
 from mixgf.report.elements import Picture, Run, Section, Text, missing, plural, title_case
-from mixgf.report.figures import plots as figures
+from mixgf.report.figures import plots
 from mixgf.storage.artifacts import Record
 
 # training
@@ -49,12 +49,12 @@ def training(run: Run) -> Section:
     ends = []
     for name in losses:
         first, last = loss_ends(history, name)
-        ends.append(f"{findings.lower(CURVES.get(name, name))} {first:.3f} → {last:.3f}")
+        ends.append(f"{verdicts.lower(CURVES.get(name, name))} {first:.3f} → {last:.3f}")
     if ends:
         blocks.append(Text("From the first tenth of the steps to the last tenth, on average: " + "; ".join(ends) + "."))
         blocks.append(
             Picture(
-                figures.curves({CURVES.get(n, n): curve(history, n) for n in losses}, "losses"),
+                plots.curves({CURVES.get(n, n): curve(history, n) for n in losses}, "losses"),
                 "Training losses by optimizer step; thick line: running mean. They are measured on the training "
                 "cells and are comparable between runs only at equal vocabulary and sentence length.",
             )
@@ -64,7 +64,7 @@ def training(run: Run) -> Section:
     if shown:
         blocks.append(
             Picture(
-                figures.curves(shown, "throughput", zero=True),
+                plots.curves(shown, "throughput", zero=True),
                 "Speed and state of training. Padding is never counted. Two views of a cell should lie near each other (low alignment) while "
                 "cells spread over the space (low uniformity).",
             )

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf.report import published as paper
-from mixgf.report import verdicts as findings
+from mixgf.report import published, verdicts
 from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, number, plural
-from mixgf.report.figures import plots as figures
+from mixgf.report.figures import plots
 
 TITLE = "Models side by side"
 NUM_DISAGREEMENTS = 20
@@ -26,37 +25,37 @@ def section(run: Run) -> Section:
     scores = run.tables.get("scores")
     if scores is None or scores.empty:
         return missing("models", TITLE, "classify", run)
-    board = findings.board(scores)
+    board = verdicts.board(scores)
     blocks = _averages(board, run) + _leakage(board, run) + _efficiency(run) + _rejection(run)
     return Section("models", TITLE, blocks + _paper(board, run) + _disagreements(board, run))
 
 
 def _averages(board: pd.DataFrame, run: Run) -> list[Any]:
     """One row per model and split."""
-    table = findings.summary(board, run.tables.get("comparisons"))
-    metrics = [m for m in findings.METRICS if m in table.columns]
+    table = verdicts.summary(board, run.tables.get("comparisons"))
+    metrics = [m for m in verdicts.METRICS if m in table.columns]
     rows: list[list[Cell]] = []
-    for split in [s for s in findings.SPLITS if s in set(table["split"])]:
+    for split in [s for s in verdicts.SPLITS if s in set(table["split"])]:
         mine = table[table["split"] == split].set_index("model")
-        rows.append([Cell(f"{findings.SPLITS[split]}: {plural(int(mine['tasks'].max()), 'task')}")])
+        rows.append([Cell(f"{verdicts.SPLITS[split]}: {plural(int(mine['tasks'].max()), 'task')}")])
         best = {m: mine[m].min() if m == "ece" else mine[m].max() for m in metrics}
-        for model in findings.order_models(list(mine.index)):
+        for model in verdicts.order_models(list(mine.index)):
             row = mine.loc[model]
             scored = [
                 Cell(
-                    findings.share(row[m]) + (" ★" if row[m] == best[m] else ""),
+                    verdicts.share(row[m]) + (" ★" if row[m] == best[m] else ""),
                     float(row[m]),
                     strong=row[m] == best[m],
                 )
                 for m in metrics
             ]
             against = (
-                "–" if findings.is_baseline(model) else f"{row['ahead']:.0f} / {row['level']:.0f} / {row['behind']:.0f}"
+                "–" if verdicts.is_baseline(model) else f"{row['ahead']:.0f} / {row['level']:.0f} / {row['behind']:.0f}"
             )
             tested = Cell(f"{row['tasks']:.0f} × {row['seeds']:.0f}", float(row["tasks"]))
             rows.append(
                 [
-                    Cell(_mark(model) + findings.label(model), strong=model in findings.OWN),
+                    Cell(_mark(model) + verdicts.label(model), strong=model in verdicts.OWN),
                     *scored,
                     Cell(against, ""),
                     tested,
@@ -67,14 +66,14 @@ def _averages(board: pd.DataFrame, run: Run) -> list[Any]:
         "the stated probability is from the share of right answers (0 is best). Wins, ties and losses are tasks against the best "
         "baseline of that task in macro F1, by the 95 % interval of the paired difference. A model with fewer tasks or seeds than "
         "the others has its mean over those.",
-        ["Model", *[findings.metric_label(m) for m in metrics], "Wins / ties / losses", "Tasks × seeds"],
+        ["Model", *[verdicts.metric_label(m) for m in metrics], "Wins / ties / losses", "Tasks × seeds"],
         rows,
     )
     return [grid]
 
 
 def _mark(model: str) -> str:
-    return "● " if model in findings.OWN else "□ " if findings.is_baseline(model) else "○ "
+    return "● " if model in verdicts.OWN else "□ " if verdicts.is_baseline(model) else "○ "
 
 
 def _groups(run: Run) -> dict[str, Any]:
@@ -83,21 +82,21 @@ def _groups(run: Run) -> dict[str, Any]:
 
 
 def _leakage(board: pd.DataFrame, run: Run) -> list[Any]:
-    gaps = findings.leakage(board, _groups(run))
+    gaps = verdicts.leakage(board, _groups(run))
     if gaps.empty:
         return []
     rows: list[list[Cell]] = []
-    for split in [s for s in findings.SPLITS if s in set(gaps["split"])]:
+    for split in [s for s in verdicts.SPLITS if s in set(gaps["split"])]:
         mine = gaps[gaps["split"] == split]
         rows.append(
             [
                 Cell(
-                    f"{findings.SPLITS[split]}, against random cells of the same sets ({plural(int(mine['tasks'].max()), 'task')})"
+                    f"{verdicts.SPLITS[split]}, against random cells of the same sets ({plural(int(mine['tasks'].max()), 'task')})"
                 )
             ]
         )
         rows += [
-            [Cell(_mark(r.model) + findings.label(r.model)), number(r.random, ".3f"), number(r.harder, ".3f"), number(r.gap, "+.3f")]
+            [Cell(_mark(r.model) + verdicts.label(r.model)), number(r.random, ".3f"), number(r.harder, ".3f"), number(r.gap, "+.3f")]
             for r in mine.itertuples()
         ]  # fmt: skip
     grid = Grid(
@@ -120,8 +119,8 @@ def _efficiency(run: Run) -> list[Any]:
         .groupby(["model", "share"])
         .mean()
     )
-    models = findings.order_models(list(f1.index.get_level_values("model").unique()))
-    curves = {findings.label(m): f1[m] for m in models}
+    models = verdicts.order_models(list(f1.index.get_level_values("model").unique()))
+    curves = {verdicts.label(m): f1[m] for m in models}
     least, top = float(table["share"].min()), {m: line.iloc[0] for m, line in curves.items()}
     winner = max(top, key=lambda m: top[m])
     caption = (
@@ -130,9 +129,9 @@ def _efficiency(run: Run) -> list[Any]:
     )
     return [
         Text("With few labels", "heading"),
-        Text(f"With {least:.0%} of the labels {findings.lower(winner)} scores highest: {top[winner]:.3f}; with all of them "
-             f"{findings.lower(max(curves, key=lambda m: curves[m].iloc[-1]))}: {max(line.iloc[-1] for line in curves.values()):.3f}."),
-        Picture(figures.efficiency(curves), caption),
+        Text(f"With {least:.0%} of the labels {verdicts.lower(winner)} scores highest: {top[winner]:.3f}; with all of them "
+             f"{verdicts.lower(max(curves, key=lambda m: curves[m].iloc[-1]))}: {max(line.iloc[-1] for line in curves.values()):.3f}."),
+        Picture(plots.efficiency(curves), caption),
     ]  # fmt: skip
 
 
@@ -142,9 +141,9 @@ def _rejection(run: Run) -> list[Any]:
         return []
     wide = table.pivot_table(index="model", columns="metric", values="value", aggfunc=["mean", "min", "max"])
     rows = []
-    for model in findings.order_models(list(wide.index)):
+    for model in verdicts.order_models(list(wide.index)):
         auroc, low, high = (wide.loc[model, (how, "auroc")] for how in ("mean", "min", "max"))
-        rows.append([Cell(_mark(model) + findings.label(model)), Cell(f"{auroc:.3f} ({low:.2f}–{high:.2f})", float(auroc)),
+        rows.append([Cell(_mark(model) + verdicts.label(model)), Cell(f"{auroc:.3f} ({low:.2f}–{high:.2f})", float(auroc)),
                      Cell(f"{wide.loc[model, ('mean', 'rejected')]:.0%}", float(wide.loc[model, ("mean", "rejected")]))])  # fmt: skip
     cases = len(table[["group", "unseen"]].drop_duplicates())
     grid = Grid(
@@ -169,11 +168,11 @@ def _paper(board: pd.DataFrame, run: Run) -> list[Any]:
     for group, about in _groups(run).items():
         if len(about["species"]) == 1 and group in ours.index:
             of.setdefault(about["species"][0], []).append(
-                (paper.tissue(" + ".join(t for t in about["tissues"] if t)), group)
+                (published.tissue(" + ".join(t for t in about["tissues"] if t)), group)
             )
     if not of:
         return []
-    encoders = ["", *sorted({m.partition(findings.OTHER)[2] for m in ours.columns if findings.OTHER in m})]
+    encoders = ["", *sorted({m.partition(verdicts.OTHER)[2] for m in ours.columns if verdicts.OTHER in m})]
     blocks: list[Any] = [
         Text("Beside the paper", "heading"),
         Text("Published figures are accuracies in per cent on other cells than ours, with other labels, of one seed and without "
@@ -181,7 +180,7 @@ def _paper(board: pd.DataFrame, run: Run) -> list[Any]:
     ]  # fmt: skip
     blocks += [
         _beside(name, species, mine=of[species], ours=ours, types=types, encoders=encoders)
-        for species, (name, _) in paper.TABLES.items() if species in of
+        for species, (name, _) in published.TABLES.items() if species in of
     ]  # fmt: skip
     if "mouse" in of:
         blocks.append(_conventional(of["mouse"], ours, types))
@@ -205,12 +204,12 @@ def _rows(published: dict[str, int], mine: list[tuple[str, str]]) -> list[tuple[
 def _beside(
     name: str, species: str, *, mine: list[tuple[str, str]], ours: pd.DataFrame, types: pd.Series, encoders: list[str]
 ) -> Grid:
-    _, published = paper.TABLES[species]
-    row_of = {row.tissue: row for row in published}
-    models = [m + findings.OTHER * bool(e) + e for m in ("finetune", "knn") for e in encoders]
+    _, printed = published.TABLES[species]
+    row_of = {row.tissue: row for row in printed}
+    models = [m + verdicts.OTHER * bool(e) + e for m in ("finetune", "knn") for e in encoders]
     models = [m for m in models if m in ours.columns]
     rows = []
-    for tissue, group in _rows({row.tissue: row.num_types for row in published}, mine):
+    for tissue, group in _rows({row.tissue: row.num_types for row in printed}, mine):
         theirs = row_of.get(tissue)
         figures_ = (
             [Cell(f"{v:.1f}", v) for v in (*theirs.tuned, *theirs.zero_shot)] if theirs else [Cell("–", -1.0)] * 6
@@ -221,7 +220,7 @@ def _beside(
         ]
         rows.append([Cell(f"{tissue} ({group})" if group else tissue), counted[0], *figures_, counted[1],
                      *[_percent(ours, group, m) for m in models]])  # fmt: skip
-    columns = [c.format(species.capitalize()) for c in paper.COLUMNS]
+    columns = [c.format(species.capitalize()) for c in published.COLUMNS]
     head = [
         "Tissue (our set)",
         "Types",
@@ -231,17 +230,17 @@ def _beside(
     return Grid(
         f"The paper's {name}, accuracy in per cent ({species} tissues; published), and ours on random cells. A dash: not in the "
         "paper, or not in this run.",
-        [*head, *[findings.label(m) for m in models]],
+        [*head, *[verdicts.label(m) for m in models]],
         rows,
     )
 
 
 def _conventional(mine: list[tuple[str, str]], ours: pd.DataFrame, types: pd.Series) -> Grid:
-    models = [m for m in ("finetune", "scvi", *findings.BASELINES) if m in ours.columns]
+    models = [m for m in ("finetune", "scvi", *verdicts.BASELINES) if m in ours.columns]
     models = list(dict.fromkeys(models))
     rows = []
-    for tissue, group in _rows(dict.fromkeys(paper.CONVENTIONAL, 0), mine):
-        theirs = paper.CONVENTIONAL.get(tissue)
+    for tissue, group in _rows(dict.fromkeys(published.CONVENTIONAL, 0), mine):
+        theirs = published.CONVENTIONAL.get(tissue)
         figures_ = [Cell(f"{v:.1f}", v) for v in theirs] if theirs else [Cell("–", -1.0)] * 4
         counted = count(float(types[group])) if group else Cell("–", -1.0)
         rows.append(
@@ -262,7 +261,7 @@ def _conventional(mine: list[tuple[str, str]], ours: pd.DataFrame, types: pd.Ser
             "scDeepSort",
             "scVAE",
             "Our types",
-            *[findings.label(m) for m in models],
+            *[verdicts.label(m) for m in models],
         ],
         rows,
     )
@@ -277,13 +276,13 @@ def _disagreements(board: pd.DataFrame, run: Run) -> list[Any]:
         .groupby("model", observed=True)["value"]
         .mean()
     )
-    pairs = ([m for m in f1.index if m in findings.OWN], [m for m in f1.index if findings.is_baseline(m)])
+    pairs = ([m for m in f1.index if m in verdicts.OWN], [m for m in f1.index if verdicts.is_baseline(m)])
     if not all(pairs):
         return []
     first, second = (max(models, key=lambda m: (f1[m], m)) for models in pairs)
-    found = findings.disagreements(predictions, first, second)
+    found = verdicts.disagreements(predictions, first, second)
     found = found[found["cells"] >= MIN_DISAGREEMENTS].head(NUM_DISAGREEMENTS)
-    who = f"{findings.label(first)} and {findings.label(second)}"
+    who = f"{verdicts.label(first)} and {verdicts.label(second)}"
     if found.empty:
         return [
             Text("Where labels are in doubt", "heading"),

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from mixgf.report.figures.style import FAINT, INK, SOFT, SPECIES_COLORS, canvas
-from mixgf.tuning.space import BASE
+from mixgf.tuning.search_space import BASE
 
 
 def forest(effects: pd.DataFrame, titles: dict[str, str], name: str) -> str:

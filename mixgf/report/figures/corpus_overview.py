@@ -9,7 +9,7 @@ import numpy as np
 from mixgf.errors import UserError
 from mixgf.report.corpus_text import MAX_SOURCES, _percent, _short
 from mixgf.report.figures import style
-from mixgf.storage import files as storage
+from mixgf.storage import files
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -42,7 +42,7 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
     """One picture (png, svg or pdf): cells by source with reasons of dropping, lengths, and how many cells show a gene."""
     sources = _drawn(found["sources"])
     height = max(5.2, 1.7 + 0.27 * len(sources))
-    with style.sheet("corpus", 11.0, height, kind=kind, wspace=0.04, hspace=0.06) as (figure, files):
+    with style.sheet("corpus", 11.0, height, kind=kind, wspace=0.04, hspace=0.06) as (figure, paths):
         grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
         species = list(found["lengths"])
         _draw_sources(figure.add_subplot(grid[:, 0]), sources, species)
@@ -54,7 +54,7 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
             f"{_short(_name(found['uri']), 60)}: {cells['kept']:,} cells{read}, {found['tokens']:,} tokens",
             x=0.008, ha="left", fontsize=11.5, fontweight="bold",
         )  # fmt: skip
-    return files[0]
+    return paths[0]
 
 
 def _name(uri: str) -> str:
@@ -166,4 +166,4 @@ def _draw_genes(axes: Any, found: dict[str, Any]) -> None:
 
 def save(found: dict[str, Any], plot: str) -> None:
     """Draw the picture and write it; the file name's ending chooses png, svg or pdf."""
-    storage.write_bytes(plot, draw(found, check_plot(plot, found["uri"])))
+    files.write_bytes(plot, draw(found, check_plot(plot, found["uri"])))

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from mixgf.classification import baselines
-from mixgf.classification import scvi as rivals
+from mixgf.classification import baselines, scvi
 from mixgf.classification.splits import Split
 from mixgf.config import classification, training
-from mixgf.config import parse as config
 from mixgf.config.classification import Classify
+from mixgf.config.parse import from_dict
 from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
@@ -95,7 +94,7 @@ def _require_known(settings: Classify, where: str, name: str) -> None:
 
 def skipped(names: Iterable[str]) -> dict[str, str]:
     """Models that are asked for and cannot run here, with the reason: another project's package is not installed."""
-    return {name: why for name in names if (why := rivals.missing(name))}
+    return {name: why for name in names if (why := scvi.missing(name))}
 
 
 def called(encoder: str) -> str:
@@ -192,7 +191,7 @@ def load(checkpoint_uri: str, encoder: str, run: Config, corpus: Corpus, device:
     checkpoint.require_sentences(record, corpus, _field(encoder if encoder in others else "", uri))
     if encoder != UNTRAINED:
         return made
-    shape = config.from_dict(training.Model, record.details["model"])
+    shape = from_dict(training.Model, record.details["model"])
     return Encoder(shape, made.vocab_size, seed=run.seed + 1_000_003).to(device)
 
 

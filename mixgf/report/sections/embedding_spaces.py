@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf.report import verdicts as findings
+from mixgf.report import verdicts
 from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, number, plural
-from mixgf.report.figures import plots as figures
+from mixgf.report.figures import plots
 
 TITLE = "Embeddings side by side"
 NAMES = {"trained": "mixgf", "untrained": "untrained encoder", "expression": "variable genes (50 components)"}
@@ -45,7 +45,7 @@ def section(run: Run) -> Section:
         )
         blocks += [
             Text("Maps", "heading"),
-            Picture(figures.side_by_side({name(s): maps[maps["space"] == s] for s in spaces}), caption),
+            Picture(plots.side_by_side({name(s): maps[maps["space"] == s] for s in spaces}), caption),
         ]
     if centroids is not None and len(centroids):
         blocks += _centroids(centroids)
@@ -64,7 +64,7 @@ def _measures(table: pd.DataFrame) -> list[Any]:
                 row.append(Cell("–", -1.0))
                 continue
             value, low, high = (float(at.loc[(space, metric), c]) for c in ("value", "low", "high"))
-            row.append(Cell(findings.interval(value, low, high), value))
+            row.append(Cell(verdicts.interval(value, low, high), value))
         rows.append(row)
     caption = (
         f"Measured on {plural(int(table['num_cells'].iloc[0]), 'cell')}. Types apart and found: higher is better (0 to 1; silhouette 0.5 is "
@@ -78,7 +78,7 @@ def _measures(table: pd.DataFrame) -> list[Any]:
         value, low, high = (float(probed[c].iloc[0]) for c in ("value", "low", "high"))
         said = "can be read from" if low > 0.5 else "cannot be told from chance in"
         blocks.insert(0, Text(f"The species {said} the embedding: a linear probe reaches a balanced accuracy of "
-                              f"{findings.interval(value, low, high)} on types that both have.", "warn" if low > 0.5 else "good"))  # fmt: skip
+                              f"{verdicts.interval(value, low, high)} on types that both have.", "warn" if low > 0.5 else "good"))  # fmt: skip
     return blocks
 
 

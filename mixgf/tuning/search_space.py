@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mixgf import rng as keyed
+from mixgf import rng
 from mixgf.config.parse import fingerprint, flat, override, to_dict
 from mixgf.config.run import Config
 from mixgf.errors import UserError
@@ -97,7 +97,7 @@ def arms(config: Config) -> list[Arm]:
             found.setdefault(arm.key, arm)
     base, *others = found.values()
     if config.tune.search == "random" and len(others) > config.tune.num_arms:
-        order = np.argsort([float(keyed.uniform(int(arm.key[:15], 16), config.seed, after=_RANDOM)) for arm in others])
+        order = np.argsort([float(rng.uniform(int(arm.key[:15], 16), config.seed, after=_RANDOM)) for arm in others])
         others = [others[i] for i in np.sort(order[: config.tune.num_arms])]
     return [base, *others]
 

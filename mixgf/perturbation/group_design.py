@@ -19,7 +19,7 @@ from mixgf.config.run import Config
 from mixgf.corpus.obs_query import select
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
-from mixgf.perturbation import operations as edits
+from mixgf.perturbation import operations
 from mixgf.perturbation.sampling import matched, sample
 
 MIN_STATE_CELLS = 20
@@ -82,7 +82,7 @@ class Design:
     def genes_KM(self) -> Ints:
         """Tokens of the targets, filled up with `NO_GENE`."""
         width = max(len(target.tokens) for target in self.targets)
-        rows = [[*target.tokens, *[edits.NO_GENE] * (width - len(target.tokens))] for target in self.targets]
+        rows = [[*target.tokens, *[operations.NO_GENE] * (width - len(target.tokens))] for target in self.targets]
         return np.array(rows, dtype=np.int64)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from mixgf.report import verdicts as findings
+from mixgf.report import verdicts
 from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, number, plural
-from mixgf.report.figures import plots as figures
-from mixgf.report.sections import spaces
+from mixgf.report.figures import plots
+from mixgf.report.sections import embedding_spaces
 
 TITLE = "Across species"
 PREFIX = "compare_"
@@ -32,7 +32,7 @@ def section(run: Run) -> Section:
 
 def name(space: str) -> str:
     """A space's name for readers."""
-    return SPACES.get(space, spaces.name(space))
+    return SPACES.get(space, embedding_spaces.name(space))
 
 
 def one_space(tables: dict[str, pd.DataFrame]) -> list[Any]:
@@ -43,7 +43,7 @@ def one_space(tables: dict[str, pd.DataFrame]) -> list[Any]:
         shown = {name(str(s)): frame for s, frame in maps.groupby("space", sort=False)}
         caption = (f"{maps['map'].iloc[0]} of the same cells in each space; numbers name the types, one for each species. Axes mean nothing, and lengths in a map "
                    "are bent: the table below measures in the space itself.")  # fmt: skip
-        blocks.append(Picture(figures.side_by_side(shown), caption))
+        blocks.append(Picture(plots.side_by_side(shown), caption))
         first = next(iter(shown))
         for column, what in (
             ("species", "by species"),
@@ -51,7 +51,7 @@ def one_space(tables: dict[str, pd.DataFrame]) -> list[Any]:
             ("group", "by data set"),
         ):
             again = {first: shown[first].assign(type=shown[first][column])}
-            blocks.append(Picture(figures.side_by_side(again, column), f"The first map again, {what}."))
+            blocks.append(Picture(plots.side_by_side(again, column), f"The first map again, {what}."))
     if len(types):
         rows = []
         for (space, species, other), mine in types.groupby(["space", "species", "other_species"], sort=False):
@@ -79,21 +79,21 @@ def carried(tables: dict[str, pd.DataFrame]) -> list[Any]:
         sizes = mine.iloc[0]
         rows.append([Cell(f"{group}, {str(direction).replace('>', ' → ')}: {plural(int(sizes['num_classes']), 'type')}, "
                           f"{int(sizes['num_test']):,} cells")])  # fmt: skip
-        for model in findings.order_models(list(dict.fromkeys(mine["model"]))):
+        for model in verdicts.order_models(list(dict.fromkeys(mine["model"]))):
             scores = [
                 wide.loc[(model, metric), ["value", "low", "high"]].astype(float) for metric in ("accuracy", "macro_f1")
             ]
-            rows.append([Cell(findings.label(model)), *(Cell(findings.interval(*s), float(s.iloc[0])) for s in scores)])
+            rows.append([Cell(verdicts.label(model)), *(Cell(verdicts.interval(*s), float(s.iloc[0])) for s in scores)])
     blocks: list[Any] = [
         Text("Labels carried to the other species", "heading"),
         Grid("Learned from one species' labels, scored on the other's cells; types that both have. 95 % intervals over donors where there are, else "
              "over cells.", ["Model", "Accuracy", "Macro F1"], rows),
     ]  # fmt: skip
     if len(failed):
-        ours = [m for m in dict.fromkeys(failed["model"]) if not findings.is_baseline(m) and "untrained" not in m]
+        ours = [m for m in dict.fromkeys(failed["model"]) if not verdicts.is_baseline(m) and "untrained" not in m]
         bad = failed[failed["model"].isin(ours) & (failed["why"] != "")].sort_values(["num_test"], ascending=False)
-        rows = [[Cell(str(r.group)), Cell(str(r.direction).replace(">", " → ")), Cell(findings.label(str(r.model))), Cell(str(r.type)), count(r.num_test),
-                 Cell(findings.interval(r.recall, r.low, r.high), r.recall), Cell(f"{r.into} ({r.into_share:.0%})"), Cell(str(r.why))]
+        rows = [[Cell(str(r.group)), Cell(str(r.direction).replace(">", " → ")), Cell(verdicts.label(str(r.model))), Cell(str(r.type)), count(r.num_test),
+                 Cell(verdicts.interval(r.recall, r.low, r.high), r.recall), Cell(f"{r.into} ({r.into_share:.0%})"), Cell(str(r.why))]
                 for r in bad.head(MAX_FAILURES).itertuples()]  # fmt: skip
         total = failed[failed["model"].isin(ours)]
         blocks.append(Grid(
@@ -125,7 +125,7 @@ def alike(tables: dict[str, pd.DataFrame]) -> list[Any]:
                 for row in zip(values.to_numpy(), fdr.to_numpy(), strict=True)
             ]
             blocks.append(Picture(
-                figures.heatmap(values.clip(0, 1), f"shifts-{space}-{one}", rows=str(one), columns=str(other), text=text),
+                plots.heatmap(values.clip(0, 1), f"shifts-{space}-{one}", rows=str(one), columns=str(other), text=text),
                 f"{name(str(space))}: {int(best.to_numpy().sum())} pairs are each other's best match."))  # fmt: skip
     blocks.append(Grid(
         "Shifts that are expected together, by tag: mean cosine of pairs of one tag and of pairs of two tags, the chance that one of the first "
@@ -163,8 +163,8 @@ def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
         return []
     one, other = summary.loc[0, ["first", "second"]]
     alike_ = summary.reindex(columns=["whole", "spearman", "low", "high", "null", "null_low", "null_high", "p"])
-    rows = [[Cell(str(r.operation)), count(r.num_pairs), number(v["whole"], ".2f"), Cell(findings.interval(v["spearman"], v["low"], v["high"])),
-             Cell(findings.interval(v["null"], v["null_low"], v["null_high"])), number(v["p"], ".3f"), count(r.differ), count(r.towards), count(r.unusual),
+    rows = [[Cell(str(r.operation)), count(r.num_pairs), number(v["whole"], ".2f"), Cell(verdicts.interval(v["spearman"], v["low"], v["high"])),
+             Cell(verdicts.interval(v["null"], v["null_low"], v["null_high"])), number(v["p"], ".3f"), count(r.differ), count(r.towards), count(r.unusual),
              count(r.replicated), Cell("donors" if r.by_donors else "cells of too few donors")]
             for r, v in zip(summary.itertuples(), alike_.astype(float).to_dict("records"), strict=True)]  # fmt: skip
     blocks: list[Any] = [Text("Conserved and divergent responses", "heading"), Grid(
@@ -200,8 +200,8 @@ def networks(tables: dict[str, pd.DataFrame]) -> list[Any]:
         return []
     blocks: list[Any] = [Text("Gene networks", "heading")]
     known, none = table[table["why"] == ""], table[table["why"] != ""]
-    rows = [[Cell(str(r.space)), Cell(f"{r.first} and {r.second}"), count(r.num_genes), count(r.k), Cell(findings.interval(r.share, r.low, r.high)),
-             number(r.jaccard, ".3f"), Cell(findings.interval(r.null, r.null_low, r.null_high)), number(r.chance, ".3f"), number(r.p, ".3f")]
+    rows = [[Cell(str(r.space)), Cell(f"{r.first} and {r.second}"), count(r.num_genes), count(r.k), Cell(verdicts.interval(r.share, r.low, r.high)),
+             number(r.jaccard, ".3f"), Cell(verdicts.interval(r.null, r.null_low, r.null_high)), number(r.chance, ".3f"), number(r.p, ".3f")]
             for r in known.itertuples()]  # fmt: skip
     if rows:
         blocks.append(Grid(

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 
 from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, number, plural
-from mixgf.report.figures import ablations as sweep_figures
-from mixgf.tuning import analysis as ablation
-from mixgf.tuning import space as sweep
+from mixgf.report.figures import sweep_effects
+from mixgf.tuning import analysis, search_space
 
 LADDERS = {"train.cells_share": "cells trained on", "train.max_steps": "optimizer steps"}
 """Fields along which a curve is fitted, and their name for readers."""
@@ -37,10 +36,10 @@ def section(run: Run) -> Section:
         why = "; ".join(f"{name}: {text}" for name, text in record.details["failed"].items())
         blocks.append(Text(f"Could not be trained: {why}.", "warn"))
     if len(effects):
-        titles = {m: ablation.METRICS[m] for m in ("score", "finetuned", "uniformity")}
+        titles = {m: analysis.METRICS[m] for m in ("score", "finetuned", "uniformity")}
         blocks.append(
             Picture(
-                sweep_figures.forest(effects, titles, "sweep-effects"),
+                sweep_effects.forest(effects, titles, "sweep-effects"),
                 "What changes against the base, with 95 % intervals over seeds.",
             )
         )
@@ -48,7 +47,7 @@ def section(run: Run) -> Section:
     if (means := _means(board)) is not None:
         blocks.append(
             Picture(
-                sweep_figures.pareto(means, "sweep-pareto"),
+                sweep_effects.pareto(means, "sweep-pareto"),
                 "Zero-shot against fine-tuned, arms trained to the end. Diamonds: no arm is better in both; the table above has all.",
             )
         )
@@ -65,10 +64,10 @@ def _table(board: pd.DataFrame, effects: pd.DataFrame) -> Grid:
     for arm, part in last.groupby("arm", sort=False):
         name = str(part["name"].iloc[0])
         cells = [
-            Cell(name, name, strong=name == sweep.BASE),
+            Cell(name, name, strong=name == search_space.BASE),
             Cell(f"{part['share'].max():.0%}", float(part["share"].max())),
         ]
-        for metric in ablation.METRICS:
+        for metric in analysis.METRICS:
             values = part[metric].dropna()
             cell = number(float(values.mean()) if len(values) else np.nan, ".3f")
             one = effects[(effects["arm"] == arm) & (effects["metric"] == metric)]
@@ -78,7 +77,7 @@ def _table(board: pd.DataFrame, effects: pd.DataFrame) -> Grid:
                 note = f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
             cells.append(Cell(cell.text, cell.order, note=note))
         rows.append(cells)
-    head = ["arm", "trained", *ablation.METRICS.values()]
+    head = ["arm", "trained", *analysis.METRICS.values()]
     return Grid(
         "Means over seeds at the end of each arm; below, the paired difference from the base with its 95 % interval.",
         head,
@@ -100,7 +99,7 @@ def _means(board: pd.DataFrame) -> pd.DataFrame | None:
 
 def _interactions(found: pd.DataFrame) -> Grid:
     rows = [
-        [Cell(f"{row.first} with {row.second}", str(row.first)), Cell(ablation.METRICS[str(row.metric)]), number(float(row.effect), "+.3f"),
+        [Cell(f"{row.first} with {row.second}", str(row.first)), Cell(analysis.METRICS[str(row.metric)]), number(float(row.effect), "+.3f"),
          Cell(f"[{row.low:+.3f}, {row.high:+.3f}]" if np.isfinite(row.low) else "one seed"), number(float(row.p), ".3f")]
         for row in found.itertuples()
     ]  # fmt: skip
@@ -114,14 +113,14 @@ def _ladders(run: Run, board: pd.DataFrame) -> list[Any]:
     for field, axis in LADDERS.items():
         part, leaf = field.split(".")
         base = float(getattr(getattr(run.config, part), leaf))
-        rungs = ablation.ladder(board, record.details["arms"], field, base)
+        rungs = analysis.ladder(board, record.details["arms"], field, base)
         if rungs["x"].nunique() < 3 or rungs["x"].min() <= 0:
             continue
         if field == "train.cells_share" and "corpus" in run.records:
             rungs["x"] *= run.records["corpus"].counts["kept"]
         most = float(rungs["x"].max())
         grid = np.geomspace(float(rungs["x"].min()), 10 * most, 60)
-        curve = ablation.forecast(rungs, np.append(grid, [most]), seed=run.config.seed)
+        curve = analysis.forecast(rungs, np.append(grid, [most]), seed=run.config.seed)
         here, ten = curve.iloc[-1], curve.iloc[-2]
         known = curve.iloc[:-1]
         enough = known[known["value"] >= here["value"] - POINT]
@@ -134,7 +133,7 @@ def _ladders(run: Run, board: pd.DataFrame) -> list[Any]:
         )
         blocks += [
             Picture(
-                sweep_figures.ladder(rungs, known, axis, f"sweep-ladder-{leaf}"),
+                sweep_effects.ladder(rungs, known, axis, f"sweep-ladder-{leaf}"),
                 f"Zero-shot macro F1 by {axis}; a dot is a training, the band a 95 % interval of the fitted curve.",
             ),
             Text(said),
