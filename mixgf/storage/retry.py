@@ -2,7 +2,7 @@
 
 botocore repeats requests that are not answered (no connection, a time limit, 429, 5xx). It leaves what happens after the
 first byte of an answer, and servers that stay busy for longer. Those are tried again here, and what remains becomes a
-`StorageError` of one line. Tested against s3fs 2026.9 and aiobotocore 3.10, by `tests/test_s3.py`.
+`StorageError` of one line. Tested against s3fs 2026.9 and aiobotocore 3.10, by `tests/storage/test_s3.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A whole campaign as a user submits it, over processes of their own on loopback: S3 (moto), MLflow, Ray's head and two nodes.
 
-    python tests/test_campaign.py FOLDER        what it says is its transcript; with `prometheus` there, the boards as pictures, too
+    python tests/cluster/test_campaign.py FOLDER        what it says is its transcript; with `prometheus` there, the boards as pictures, too
 
 Every stage is one `ray job submit` on bundled cells that lie in a bucket. In each of them a node is lost (SIGKILL to its raylet
 and all that it started) and another one comes; in prepare and pretrain then the head, and the same line is given again to a new
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import pytest
 from processes import die_with_us, free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE = 1200
 """Seconds that a busy machine may take for what is waited for."""
 BUCKET = "campaign"

@@ -20,7 +20,7 @@ TOKENS = {"<pad>": 0, "<mask>": 1, "ENSG00000000003": 2, "ENSG00000000005": 9, "
 KINDS = {
     "int": int, "int16": np.int16, "int32": np.int32, "int64": np.int64, "uint16": np.uint16, "big": lambda v: np.dtype(">i4").type(v),
 }  # fmt: skip
-SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[2] / "shared"))
+SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[3] / "shared"))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -29,7 +29,7 @@ from mixgf.training import context, loop
 from mixgf.training.pretraining import Pretraining
 
 NUM_GENES = 40
-SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[2] / "shared"))
+SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[3] / "shared"))
 
 
 def write(path, table, form, rows=4):

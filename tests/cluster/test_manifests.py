@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 SHARED = ROOT.parent / "shared"
 KUBERAY = {"raycluster": "RayCluster", "rayjob": "RayJob"}

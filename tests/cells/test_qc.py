@@ -188,7 +188,7 @@ def test_a_threshold_within_noise_drops_no_cell(cells):
     assert not verdict.any()
 
 
-SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[2] / "shared")
+SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[3] / "shared")
 
 
 @pytest.mark.parametrize(

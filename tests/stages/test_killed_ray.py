@@ -1,7 +1,7 @@
 """Ray's part of the chaos: SIGKILL to training workers, to the driver, and to a node, against the run never disturbed.
 
 Slow (minutes): Ray needs seconds to notice a death and to start a group. What a worker does between two deaths is tested
-in test_chaos.py, in every run of the tests.
+in training/test_killed_workers.py, in every run of the tests.
 """
 
 import dataclasses
@@ -225,5 +225,5 @@ def main(how, data):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     main(sys.argv[1], json.loads(sys.argv[2]))

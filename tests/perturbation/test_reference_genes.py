@@ -17,7 +17,7 @@ from mixgf.perturbation import reference_genes
 from mixgf.perturbation.reference_genes import score_against
 from mixgf.stats.intervals import auroc
 
-SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[2] / "shared"))
+SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[3] / "shared"))
 
 
 def _genes(symbols, shift, **columns):

@@ -1,7 +1,7 @@
 """A run whose workers are killed (SIGKILL) at random steps and in the middle of checkpoints, against the run never killed.
 
-The file is its own victim: `python tests/test_chaos.py SPEC` imports torch once and forks every worker of every attempt, so
-that a death costs little. What a worker does is `train.fit`; Ray's part is in test_chaos_ray.py.
+The file is its own victim: `python tests/training/test_killed_workers.py SPEC` imports torch once and forks every worker of every attempt, so
+that a death costs little. What a worker does is `train.fit`; Ray's part is in stages/test_killed_ray.py.
 """
 
 import json

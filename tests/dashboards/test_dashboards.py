@@ -16,7 +16,7 @@ import yaml
 
 from mixgf.distributed.metrics import METRICS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BOARDS_DIR = ROOT / "dashboards"
 sys.path.insert(0, str(BOARDS_DIR))
 import build

@@ -127,7 +127,7 @@ def _group_worker(rank, world_size, port, uri, output):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow  # the same law is in test_drivers_pretrain.py, with Ray
+@pytest.mark.slow  # the same law is in stages/test_pretrain.py, with Ray
 def test_two_workers_give_the_losses_of_one(uri, undisturbed, tmp_path):
     import socket
 

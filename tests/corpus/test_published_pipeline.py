@@ -23,7 +23,7 @@ from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import NUM_SPECIALS, build, read_medians
 from mixgf.storage import files
 
-SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[2] / "shared")
+SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[3] / "shared")
 TABLE = SHARED / "data/tables/geneformer/geneformer_v1_30M_tokens_medians.tsv.gz"
 MAX_LEN = 2048
 

@@ -1,6 +1,6 @@
 """A perturbation on clusters that change: nodes that come and go with the work, and SIGKILL to whatever can be killed.
 
-The file is its own driver, `python tests/test_chaos_perturb.py CONFIG FOLDER`, as it would be submitted: its workers leave a mark
+The file is its own driver, `python tests/stages/test_killed_perturb.py CONFIG FOLDER`, as it would be submitted: its workers leave a mark
 in FOLDER when they load the model (`built-`) and for every part they make (`made-`), and may be told to wait (`Work`), so that
 what is killed is killed in the middle, on a machine of any speed.
 """
