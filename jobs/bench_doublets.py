@@ -59,7 +59,7 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
         rows = int(files.read_json(shards.facts_uri(work, 0))["rows"])
         prepare_passes.measure(work, prepare_passes.plan_units({0: (source, rows)}, rows)[0], 2_048)
         metrics, samples = prepare_passes.read_metrics(work, [0])
-        kept = np.flatnonzero(qc.judge(metrics, rules) == qc.KEPT)
+        kept = np.flatnonzero(qc.filter_cells(metrics, rules) == qc.KEPT)
         sample_N = np.full(len(kept), "", dtype=object) if samples is None else samples[kept]
         score_N, verdict_N = np.zeros(len(kept)), np.zeros(len(kept), dtype=bool)
         for k, name in enumerate(sorted(set(sample_N.tolist()))):

@@ -254,7 +254,9 @@ def _absolute(config: Config) -> Config:
     data["sources"] = [source | {"uri": _path(source["uri"])} for source in data["sources"]]
     tables = {"medians": _path(config.vocab.medians), "reuse": _path(config.vocab.reuse)}
     data["vocab"] |= tables | {"orthologs": [_path(uri) for uri in config.vocab.orthologs]}
-    data["perturb"]["known"] = [_path(t) if t.lower().endswith(GENE_TABLES) else t for t in config.perturb.known]
+    data["perturb"]["reference_genes"] = [
+        _path(t) if t.lower().endswith(GENE_TABLES) else t for t in config.perturb.reference_genes
+    ]
     for name in ("dictionaries", "medians"):
         named = [split_named(text) for text in getattr(config.imports, name)]
         data["imports"][name] = [f"{key}={_path(uri)}" if key else _path(uri) for key, uri in named]

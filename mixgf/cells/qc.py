@@ -100,7 +100,7 @@ def measure(
     return out
 
 
-def judge(metrics: Metrics, rules: QC, doublet_N: np.ndarray | None = None) -> np.ndarray:
+def filter_cells(metrics: Metrics, rules: QC, doublet_N: np.ndarray | None = None) -> np.ndarray:
     """Reasons (int8[N], 0 = kept) by the rules that look at one source: all its cells, in row order.
 
     Mean and deviation are those of the source's cells with at least `min_genes` genes, so that empty droplets in a raw

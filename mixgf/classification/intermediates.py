@@ -40,7 +40,7 @@ SCRATCH = ("counts", "vectors", "classifiers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Places:
+class ArtifactPaths:
     """URIs of what is read and of the folder of parts."""
 
     corpus: str
@@ -61,17 +61,17 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-")[:60]
 
 
-def prediction_part(places: Places, split: Split, model: str) -> str:
+def prediction_part(places: ArtifactPaths, split: Split, model: str) -> str:
     """URI of the predictions of one model on one split.
 
-    The settings that decide them are not in the name: one folder holds predictions of one set of them (`contenders.reads`).
+    The settings that decide them are not in the name: one folder holds predictions of one set of them (`registry.reads`).
     """
     key = parse.fingerprint([split.task, split.share, split.unseen, model])[:10]
     name = slug(f"{split.kind} {split.group} {split.direction} {split.seed} {split.unseen} {model}")
     return files.join(places.parts, "predictions", f"{name}-{key}.parquet")
 
 
-def classifier_part(places: Places, group: str, model: str) -> str:
+def classifier_part(places: ArtifactPaths, group: str, model: str) -> str:
     """Folder of a classifier that may be kept for a group."""
     return files.join(places.parts, "classifiers", f"{slug(group)}-{parse.fingerprint([group, model])[:8]}")
 
@@ -85,12 +85,12 @@ def named(group: str, splits: Sequence[Split]) -> str:
 # Counts and vectors
 
 
-def counts_part(places: Places, source: str) -> str:
+def counts_part(places: ArtifactPaths, source: str) -> str:
     """URI of the raw counts of one source."""
     return files.join(places.parts, "counts", f"{slug(source)}-{parse.fingerprint(source)[:8]}.parquet")
 
 
-def read_counts(run: Config, places: Places, source: str, cells: Ints) -> None:
+def read_counts(run: Config, places: ArtifactPaths, source: str, cells: Ints) -> None:
     """Keep raw counts of these cells (global numbers, ascending), all of one source."""
     corpus = Corpus(places.corpus)
     entry = next(dict(s) for s in corpus.record.config["sources"] if s["name"] == source)
@@ -107,12 +107,12 @@ def read_counts(run: Config, places: Places, source: str, cells: Ints) -> None:
     raw_counts.save(counts_part(places, source), cells[order], found)
 
 
-def vectors_part(places: Places, encoder: str, number: int) -> str:
-    """URI of the vectors of one block of cells by an encoder (see `contenders.load`)."""
+def vectors_part(places: ArtifactPaths, encoder: str, number: int) -> str:
+    """URI of the vectors of one block of cells by an encoder (see `registry.load`)."""
     return files.join(places.parts, "vectors", registry.called(encoder), f"{number:05d}.parquet")
 
 
-def embed_block(run: Config, places: Places, encoder: str, number: int, cells: Ints) -> None:
+def embed_block(run: Config, places: ArtifactPaths, encoder: str, number: int, cells: Ints) -> None:
     """Keep vectors of these cells."""
     corpus = Corpus(places.corpus)
     model = registry.load(places.checkpoint, encoder, run, corpus, device(run))
@@ -121,7 +121,7 @@ def embed_block(run: Config, places: Places, encoder: str, number: int, cells: I
     tables.write_table(vectors_part(places, encoder, number), pa.table({"cell": cells, "vector": flat}))
 
 
-def vectors(places: Places, encoder: str, cells: Ints) -> npt.NDArray[np.float32]:
+def vectors(places: ArtifactPaths, encoder: str, cells: Ints) -> npt.NDArray[np.float32]:
     """Frozen vectors of these cells, in their order: from the embeddings artifact, else from parts."""
     if encoder == registry.CHECKPOINT and places.embeddings:
         return _from_artifact(places, cells)
@@ -137,7 +137,7 @@ def vectors(places: Places, encoder: str, cells: Ints) -> npt.NDArray[np.float32
     return np.concatenate([v for _, v in found])[order][np.searchsorted(have[order], cells)]
 
 
-def _from_artifact(places: Places, cells: Ints) -> npt.NDArray[np.float32]:
+def _from_artifact(places: ArtifactPaths, cells: Ints) -> npt.NDArray[np.float32]:
     corpus = Corpus(places.corpus)
     names = files.list_dir(files.join(places.embeddings, "shards"))
     assert len(names) == len(corpus.shards), "embeddings lie beside the shards of their corpus"
@@ -167,7 +167,7 @@ _LAST: dict[str, baselines.Problem] = {}
 """The split that this process saw last: its baselines come one after the other, and share what is worked out of counts."""
 
 
-def problem(run: Config, places: Places, table: Labelled, split: Split) -> baselines.Problem:
+def problem(run: Config, places: ArtifactPaths, table: Labelled, split: Split) -> baselines.Problem:
     """A split as the baselines see it, from the kept raw counts."""
     key = prediction_part(places, split, "")
     if key not in _LAST:
@@ -176,7 +176,7 @@ def problem(run: Config, places: Places, table: Labelled, split: Split) -> basel
     return _LAST[key]
 
 
-def _problem(run: Config, places: Places, table: Labelled, split: Split) -> baselines.Problem:
+def _problem(run: Config, places: ArtifactPaths, table: Labelled, split: Split) -> baselines.Problem:
     whole = counts_of(run, places, table, np.concatenate([split.train, split.test]))
     num_train = len(split.train)
     return baselines.Problem(
@@ -187,7 +187,7 @@ def _problem(run: Config, places: Places, table: Labelled, split: Split) -> base
     )  # fmt: skip
 
 
-def counts_of(run: Config, places: Places, table: Labelled, rows: Ints) -> sparse.csr_matrix:
+def counts_of(run: Config, places: ArtifactPaths, table: Labelled, rows: Ints) -> sparse.csr_matrix:
     """Raw counts of rows of the table, in their order, in one gene space (`counts.shared_space`)."""
     vocabulary = Corpus(places.corpus).vocabulary
     blocks, numbers = [], []
@@ -226,13 +226,13 @@ def sample(run: Config, table: Labelled) -> Ints:
     return np.sort(order[: run.classify.integration_cells])
 
 
-def integration_part(run: Config, places: Places, space: str) -> str:
+def integration_part(run: Config, places: ArtifactPaths, space: str) -> str:
     """URI of what is known of one embedding as a whole."""
     name = f"{registry.called(space)}-{run.classify.integration_cells}.parquet"
     return files.join(places.parts, "integration", name)
 
 
-def space_vectors(run: Config, places: Places, table: Labelled, space: str, rows: Ints) -> Floats:
+def space_vectors(run: Config, places: ArtifactPaths, table: Labelled, space: str, rows: Ints) -> Floats:
     """Vectors of rows of the table in one space of `spaces`."""
     if space != EXPRESSION:
         return vectors(places, space, table.cells[rows])

@@ -1,7 +1,7 @@
 """One prediction at a time: a model on a split, scored and kept, and the classifiers that users get.
 
 A piece reads artifacts, computes one thing and writes one part file, atomically, so that pieces can run anywhere, in any
-order, any number of times. `mixgf.parts` has what pieces share, `mixgf.results` puts them together.
+order, any number of times. `mixgf.classification.intermediates` has what pieces share, `mixgf.classification.tables` puts them together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 from mixgf.arrays import Floats, Ints
 from mixgf.classification import classifier, finetune, integration, intermediates, metrics, probes, registry, umap
 from mixgf.classification.baselines import BASELINES
-from mixgf.classification.intermediates import Places
+from mixgf.classification.intermediates import ArtifactPaths
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
 from mixgf.config.run import Config
@@ -28,7 +28,7 @@ from mixgf.storage import artifacts, files, tables
 from mixgf.training.context import LocalContext
 
 
-def predict(run: Config, places: Places, table: Labelled, split: Split, model: str) -> None:
+def predict(run: Config, places: ArtifactPaths, table: Labelled, split: Split, model: str) -> None:
     """Keep predictions of one model on the test cells of one split, with their scores."""
     began = time.perf_counter()
     probabilities_MC, details = _probabilities(run, places, table, split, model)
@@ -55,7 +55,7 @@ def predict(run: Config, places: Places, table: Labelled, split: Split, model: s
 
 
 def _probabilities(
-    run: Config, places: Places, table: Labelled, split: Split, model: str
+    run: Config, places: ArtifactPaths, table: Labelled, split: Split, model: str
 ) -> tuple[Floats, dict[str, Any]]:
     """Class probabilities of the test cells (M, C), and what is kept beside them; a wanted classifier becomes a part."""
     if model in BASELINES:
@@ -79,11 +79,11 @@ def _probabilities(
     return tuned.probabilities, finetune.notes(tuned)
 
 
-def _load(run: Config, places: Places, corpus: Corpus, encoder: str) -> Encoder:
+def _load(run: Config, places: ArtifactPaths, corpus: Corpus, encoder: str) -> Encoder:
     return registry.load(places.checkpoint, encoder, run, corpus, intermediates.device(run))
 
 
-def integrate(run: Config, places: Places, table: Labelled, space: str) -> None:
+def integrate(run: Config, places: ArtifactPaths, table: Labelled, space: str) -> None:
     """Keep what is known of one embedding as a whole: map coordinates and vectors of a sample of cells, and its measures."""
     rows = intermediates.sample(run, table)
     vectors_ND = np.asarray(intermediates.space_vectors(run, places, table, space, rows), dtype=np.float32)
@@ -97,7 +97,7 @@ def integrate(run: Config, places: Places, table: Labelled, space: str) -> None:
 
 
 def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
-    run: Config, places: Places, corpus: Corpus, table: Labelled, split: Split, model: str, encoder: Encoder,
+    run: Config, places: ArtifactPaths, corpus: Corpus, table: Labelled, split: Split, model: str, encoder: Encoder,
     head: tuple[Floats, Floats, Floats] | None,
 ) -> None:  # fmt: skip
     """Write a trained classifier as a part. A tuned head pools `classify.layer`, a probe `embed.layer`."""
@@ -127,7 +127,9 @@ def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
     classifier.save(intermediates.classifier_part(places, split.group, model), made, corpus.vocabulary)
 
 
-def keep_best(run: Config, places: Places, splits: Sequence[Split], parents: dict[str, str]) -> list[dict[str, Any]]:
+def keep_best(
+    run: Config, places: ArtifactPaths, splits: Sequence[Split], parents: dict[str, str]
+) -> list[dict[str, Any]]:
     """Publish the classifier with the lowest validation loss of each group; returns what is known of each.
 
     One that is already published stays unless a new one (of a model that was added since) is better.

@@ -22,7 +22,7 @@ def frozen(
     Between species, vectors are first z-scored within each species, as those of the baselines are.
 
     Args:
-        head: One of `contenders.HEADS`.
+        head: One of `registry.HEADS`.
         train_ND: Vectors of `split.train`.
         test_MD: Vectors of `split.test`.
         table: The labelled cells.

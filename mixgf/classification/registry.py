@@ -31,7 +31,11 @@ _WARM = {
     "layer": 0, "gene_weights": True, "warm_start": True, "align": True, "epochs": 2, "min_steps": 0, "warmup_steps": 20,
     "batch_cells": 16,
 }  # fmt: skip
-TUNINGS: dict[str, dict[str, Any]] = {"finetune": {}, "tuned": _WARM | {"lr": 3e-4}, "lora": _WARM | {"lr": 1e-3}}
+TUNINGS: dict[str, dict[str, Any]] = {
+    "finetune": {},
+    "finetune_linear_start": _WARM | {"lr": 3e-4},
+    "lora": _WARM | {"lr": 1e-3},
+}
 """Models that train the encoder, and the fields of `config.Classify` that each sets: `finetune` none, so it is the paper's by
 default.
 
@@ -73,11 +77,11 @@ def named(settings: Classify) -> dict[str, str]:
 
 
 def require(settings: Classify) -> None:
-    """Refuse what is not known in `classify.models` and `classify.fewer_seeds`."""
+    """Refuse what is not known in `classify.models` and `classify.seeds_per_model`."""
     for name in settings.models:
         _require_known(settings, "classify.models", name)
     for name in _fewer(settings):
-        _require_known(settings, "classify.fewer_seeds", name)
+        _require_known(settings, "classify.seeds_per_model", name)
 
 
 def _require_known(settings: Classify, where: str, name: str) -> None:
@@ -121,12 +125,12 @@ def seeds(settings: Classify) -> dict[str, int]:
 
 
 def _fewer(settings: Classify) -> dict[str, int]:
-    """`classify.fewer_seeds` as model to number; a `UserError` for an entry that is not MODEL=NUMBER, at least 1."""
+    """`classify.seeds_per_model` as model to number; a `UserError` for an entry that is not MODEL=NUMBER, at least 1."""
     fewer: dict[str, int] = {}
-    for entry in settings.fewer_seeds:
+    for entry in settings.seeds_per_model:
         name, _, number = entry.partition("=")
         if not (number.isdecimal() and int(number)):
-            msg = f"classify.fewer_seeds: {entry!r} must be MODEL=NUMBER, the number at least 1, for example finetune=1"
+            msg = f"classify.seeds_per_model: {entry!r} must be MODEL=NUMBER, the number at least 1, for example finetune=1"
             raise UserError(msg)
         fewer[name] = int(number)
     return fewer
@@ -218,7 +222,7 @@ def reads(model: str, run: dict[str, Any]) -> dict[str, Any]:
 
 _OF_OTHERS = (
     "label", "cells", "merge", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
-    "validation_fraction", "splits", "seeds", "fewer_seeds", "models", "encoders", "knn", "num_hvgs", "keep", "label_shares",
+    "validation_fraction", "splits", "seeds", "seeds_per_model", "models", "encoders", "knn", "num_hvgs", "keep", "label_shares",
     "unseen_types", "curve_models", "integration_cells",
 )  # fmt: skip
 """Fields of `classify` that fine-tuning does not read, or reads through the split only."""

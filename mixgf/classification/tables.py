@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from mixgf.classification import integration, intermediates, metrics, registry
 from mixgf.classification.baselines import BASELINES
-from mixgf.classification.intermediates import Places, prediction_part
+from mixgf.classification.intermediates import ArtifactPaths, prediction_part
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
 from mixgf.config.run import Config
@@ -26,7 +26,7 @@ from mixgf.storage.tables import read_table
 
 
 def tables(
-    run: Config, places: Places, table: Labelled, splits: Sequence[Split], names: Iterable[str]
+    run: Config, places: ArtifactPaths, table: Labelled, splits: Sequence[Split], names: Iterable[str]
 ) -> dict[str, pd.DataFrame]:
     """All parts as tables, by file name.
 
@@ -80,7 +80,7 @@ def tables(
     return out | _spaces(run, places, table, name_of)
 
 
-def _spaces(run: Config, places: Places, table: Labelled, name_of: dict[int, str]) -> dict[str, pd.DataFrame]:
+def _spaces(run: Config, places: ArtifactPaths, table: Labelled, name_of: dict[int, str]) -> dict[str, pd.DataFrame]:
     """The tables of whole embeddings."""
     names = intermediates.spaces(run, table)
     if not names:

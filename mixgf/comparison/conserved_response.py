@@ -120,7 +120,7 @@ def _error(frame: pd.DataFrame, name: str) -> tuple[Float64s, Float64s]:
     return half_G / scipy_stats.t.ppf(0.975, np.maximum(free_G, 1)), free_G
 
 
-def judged(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
+def verdicts_of(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
     """Paired rows of one operation with the difference of their shifts, and how well both reverse the state.
 
     Added: `difference` (first less second species) with its interval (Zou and Donner 2008, from either side's), `p_differs`
@@ -218,7 +218,7 @@ def conserved(
     """Tables `conserved` (a row per operation and pair, see `judged`) and `conserved_summary` (see `response`)."""
     rows, summaries = [], []
     for number, (operation, frame) in enumerate(pair(one, other, partners, names).groupby("operation", sort=True)):
-        rows.append(judged(frame.reset_index(drop=True), names))
+        rows.append(verdicts_of(frame.reset_index(drop=True), names))
         found = rows[-1]
         summary: dict[str, object] = {"operation": operation, "first": names[0], "second": names[1]}
         if len(frame) >= MIN_PAIRS:

@@ -11,7 +11,7 @@ import pandas as pd
 from mixgf.arrays import Names
 from mixgf.classification import intermediates, registry
 from mixgf.classification.baselines import BASELINES
-from mixgf.classification.intermediates import Places
+from mixgf.classification.intermediates import ArtifactPaths
 from mixgf.classification.labels import UNKNOWN, names_of
 from mixgf.comparison.shift_matching import Shift
 from mixgf.comparison.shift_selection import chosen
@@ -24,7 +24,7 @@ from mixgf.storage import artifacts, files, tables
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class EncoderSet:
     """Encoders on one corpus."""
 
     name: str
@@ -33,16 +33,16 @@ class World:
     """Of its classification; `inputs` names the corpus and the checkpoint."""
     classification: str
     """URI."""
-    places: Places
+    places: ArtifactPaths
     """Of the parts that this comparison makes of it."""
 
     @property
     def encoders(self) -> list[str]:
-        """Names by which `contenders.load` knows them."""
+        """Names by which `registry.load` knows them."""
         return registry.of_encoders(self.config.classify.models, registry.HEADS)
 
     @property
-    def trained(self) -> dict[str, Places]:
+    def trained(self) -> dict[str, ArtifactPaths]:
         """Trained encoders by their names in the tables."""
         others = registry.named(self.config.classify)
         uris = {registry.CHECKPOINT: self.places.checkpoint} | others
@@ -74,12 +74,12 @@ class Setting:
     config: Config
     uri: str
     """The artifact's folder."""
-    worlds: tuple[World, ...]
+    encoder_sets: tuple[EncoderSet, ...]
     """The run's own first."""
 
 
-def worlds(config: Config, uri: str) -> tuple[World, ...]:
-    """The run's corpus with every encoder of its vocabulary, then one world for each encoder with a corpus of its own.
+def encoder_sets(config: Config, uri: str) -> tuple[EncoderSet, ...]:
+    """The run's corpus with every encoder of its vocabulary, then one encoder_set for each encoder with a corpus of its own.
 
     Raises:
         UserError: An entry of `compare.encoders` is not NAME=CHECKPOINT or NAME=CHECKPOINT@CORPUS.
@@ -101,18 +101,18 @@ def worlds(config: Config, uri: str) -> tuple[World, ...]:
             msg = f"compare.encoders: {entry!r} must be NAME=CHECKPOINT or NAME=CHECKPOINT@CORPUS, each name once"
             raise UserError(msg)
         others[name] = Inputs(corpus=corpus, checkpoint=weights)
-    found = [_world(config, uri, "", own, tuple(same))]
+    found = [_encoder_set(config, uri, "", own, tuple(same))]
     if config.inputs.classification:
         found = [replace(found[0], classification=config.inputs.classification)]
     elif _has(there := files.join(config.output, "classify"), found[0]):
         found = [replace(found[0], classification=there)]
     return (
         *found,
-        *(_world(config, files.join(uri, "encoders", name), name, inputs, ()) for name, inputs in others.items()),
+        *(_encoder_set(config, files.join(uri, "encoders", name), name, inputs, ()) for name, inputs in others.items()),
     )
 
 
-def _world(config: Config, folder: str, name: str, inputs: Inputs, encoders: tuple[str, ...]) -> World:
+def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, encoders: tuple[str, ...]) -> EncoderSet:
     names = registry.named(replace(config.classify, encoders=encoders))
     heads = [
         f"{head}@{encoder}".rstrip("@")
@@ -124,14 +124,14 @@ def _world(config: Config, folder: str, name: str, inputs: Inputs, encoders: tup
         config.classify, splits=("species",), models=(*heads, *controls), encoders=encoders, label_shares=(), unseen_types=0,
         curve_models=(), integration_cells=config.compare.cells, keep=False,
     )  # fmt: skip
-    places = Places(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder, embeddings="")
+    places = ArtifactPaths(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder, embeddings="")
     run = replace(config, output=folder, inputs=inputs, classify=asked)
-    return World(name=name, config=run, classification=files.join(folder, "classify"), places=places)
+    return EncoderSet(name=name, config=run, classification=files.join(folder, "classify"), places=places)
 
 
-def _has(uri: str, world: World) -> bool:
-    """Whether a finished classification there has everything that a world's would, of the same cells."""
-    there, run = artifacts.find(uri), world.config
+def _has(uri: str, encoder_set: EncoderSet) -> bool:
+    """Whether a finished classification there has everything that a encoder_set's would, of the same cells."""
+    there, run = artifacts.find(uri), encoder_set.config
     if there is None or "species" not in there.config["asked"]["splits"]:
         return False
     asked = to_dict(run.classify)
@@ -144,13 +144,13 @@ def _has(uri: str, world: World) -> bool:
     ) and mine.items() <= there.parents.items()
 
 
-def _read(world: World, name: str) -> pd.DataFrame:
-    return tables.read_table(files.join(world.classification, f"{name}.parquet")).to_pandas()
+def _read(encoder_set: EncoderSet, name: str) -> pd.DataFrame:
+    return tables.read_table(files.join(encoder_set.classification, f"{name}.parquet")).to_pandas()
 
 
-def _donors(world: World, obs: pd.DataFrame) -> Names:
+def _donors(encoder_set: EncoderSet, obs: pd.DataFrame) -> Names:
     """The donor of every row of `obs`."""
-    settings = world.config.classify
+    settings = encoder_set.config.classify
     if settings.donor not in obs:
         return np.full(len(obs), UNKNOWN)
     return names_of(obs[settings.donor].tolist(), unknown=settings.unlabelled)

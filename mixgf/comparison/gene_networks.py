@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mixgf.arrays import Float64s, Ints
-from mixgf.classification.intermediates import Places
+from mixgf.classification.intermediates import ArtifactPaths
 from mixgf.comparison.conserved_response import (
     MIN_PAIRS,
     _between,
@@ -127,7 +127,7 @@ RESAMPLED = 200
 """Exchanges and bootstrap draws of a network."""
 
 
-def networks(config: Config, encoders: Mapping[str, Places]) -> dict[str, pd.DataFrame]:
+def networks(config: Config, encoders: Mapping[str, ArtifactPaths]) -> dict[str, pd.DataFrame]:
     """Table `networks`: overlap of orthologs' neighbourhoods by pair of species and space (`overlap`), or `why` there is none.
 
     Spaces: the token vectors of every trained encoder, and the responses that the perturbations of `compare.responses` measured

@@ -1,7 +1,7 @@
 """Tables of `mixgf compare`: transfer between species and what fails in it, corresponding types in each space, matched shifts.
 
 Transfer and spaces are read from a classification of the same cells (`mixgf.evaluation`, `mixgf.integration`), never worked out
-again. An encoder of another vocabulary has a corpus and a classification of its own, a `World`; tables hold all worlds, and
+again. An encoder of another vocabulary has a corpus and a classification of its own, a `EncoderSet`; tables hold all encoder_sets, and
 an encoder's name says which is which.
 """
 
@@ -18,7 +18,7 @@ from mixgf.arrays import Bools, Floats, Ints
 from mixgf.classification import baselines, intermediates
 from mixgf.classification.labels import UNKNOWN, Labelled
 from mixgf.comparison import shift_matching
-from mixgf.comparison.encoders import Setting, World, _donors
+from mixgf.comparison.encoders import EncoderSet, Setting, _donors
 from mixgf.comparison.shift_matching import Shift
 from mixgf.comparison.shift_selection import cells_of
 from mixgf.corpus.reader import Corpus
@@ -29,7 +29,7 @@ MIN_DETECTED = 0.01
 """Genes in a smaller share of a shift's cells do not count in spaces of genes."""
 
 
-def table_of(world: World, obs: pd.DataFrame, cells: Ints) -> Labelled:
+def table_of(encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints) -> Labelled:
     """Cells as `parts.counts_of` wants them."""
     few = obs.iloc[cells]
     none = np.full(len(few), UNKNOWN)
@@ -45,13 +45,13 @@ def matched(setting: Setting) -> dict[str, pd.DataFrame]:
     if not setting.config.compare.shifts:
         return {}
     settings, seed = setting.config.compare, setting.config.seed
-    for world in setting.worlds:
-        corpus = Corpus(world.places.corpus)
-        obs, shifts = corpus.obs(), world.shifts
+    for encoder_set in setting.encoder_sets:
+        corpus = Corpus(encoder_set.places.corpus)
+        obs, shifts = corpus.obs(), encoder_set.shifts
         cells = cells_of(shifts)
         placed = [replace(s, rows_N=np.searchsorted(cells, s.rows_N)) for s in shifts]
-        about = pd.DataFrame([_about(world, obs, corpus.lengths_N, s) for s in shifts])
-        for space, vectors_ND, seen_KD in _spaces(setting, world, obs, cells, placed):
+        about = pd.DataFrame([_about(encoder_set, obs, corpus.lengths_N, s) for s in shifts])
+        for space, vectors_ND, seen_KD in _spaces(setting, encoder_set, obs, cells, placed):
             pairs, table = shift_matching.match(
                 placed, vectors_ND, num_permutations=settings.num_permutations, seed=seed, seen_KD=seen_KD
             )
@@ -63,14 +63,16 @@ def matched(setting: Setting) -> dict[str, pd.DataFrame]:
 
 
 def _spaces(
-    setting: Setting, world: World, obs: pd.DataFrame, cells: Ints, shifts: Sequence[Shift]
+    setting: Setting, encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints, shifts: Sequence[Shift]
 ) -> Iterator[tuple[str, Floats, Bools | None]]:
     """Name, vectors (N, D) and columns that count for each shift, space by space."""
-    for encoder in world.encoders:
-        yield world.called(encoder), intermediates.vectors(world.places, encoder, cells), None
-    if world.name or not setting.config.compare.controls:
+    for encoder in encoder_set.encoders:
+        yield encoder_set.called(encoder), intermediates.vectors(encoder_set.places, encoder, cells), None
+    if encoder_set.name or not setting.config.compare.controls:
         return
-    counts = intermediates.counts_of(world.config, world.places, table_of(world, obs, cells), np.arange(len(cells)))
+    counts = intermediates.counts_of(
+        encoder_set.config, encoder_set.places, table_of(encoder_set, obs, cells), np.arange(len(cells))
+    )
     detected = [np.asarray((counts[s.rows_N] > 0).mean(0)).ravel() >= MIN_DETECTED for s in shifts]
     genes = np.flatnonzero(np.any(detected, axis=0))
     seen_KD = np.stack(detected)[:, genes]
@@ -78,9 +80,11 @@ def _spaces(
     yield RANKS, baselines.rank_scores(counts, genes), seen_KD
 
 
-def _about(world: World, obs: pd.DataFrame, lengths_N: npt.NDArray[np.int32], shift: Shift) -> dict[str, object]:
+def _about(
+    encoder_set: EncoderSet, obs: pd.DataFrame, lengths_N: npt.NDArray[np.int32], shift: Shift
+) -> dict[str, object]:
     """What may explain a shift beside its name: donors of either side, and how much longer sentences get."""
-    known = _donors(world, obs.iloc[shift.rows_N])
+    known = _donors(encoder_set, obs.iloc[shift.rows_N])
     before, after = (set(known[shift.after_N == side].tolist()) - {UNKNOWN} for side in (False, True))
     weights_N = shift_matching.contrast(shift.after_N, shift.strata_N)
     return {

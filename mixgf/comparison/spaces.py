@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from mixgf.classification import integration, intermediates
-from mixgf.comparison.encoders import Setting, World, _donors, _read
+from mixgf.comparison.encoders import EncoderSet, Setting, _donors, _read
 from mixgf.corpus.reader import Corpus
 from mixgf.storage import files, tables
 
@@ -16,29 +16,29 @@ from mixgf.storage import files, tables
 def spaces(setting: Setting) -> dict[str, pd.DataFrame]:
     """`integration`: measures of every space; `maps`: two coordinates of every cell with its donor; `corresponding`: types of both species."""
     measures, maps, types = [], [], []
-    for world in setting.worlds:
-        table = _read(world, "integration")
-        if world.name:
+    for encoder_set in setting.encoder_sets:
+        table = _read(encoder_set, "integration")
+        if encoder_set.name:
             table = table[table["space"] != intermediates.EXPRESSION]
-        measures.append(table.assign(space=[world.called(s) for s in table["space"]]))
-        obs = Corpus(world.places.corpus).obs()
-        of_cell = dict(zip(obs["cell"], _donors(world, obs), strict=True))
-        found = _read(world, "maps")
+        measures.append(table.assign(space=[encoder_set.called(s) for s in table["space"]]))
+        obs = Corpus(encoder_set.places.corpus).obs()
+        of_cell = dict(zip(obs["cell"], _donors(encoder_set, obs), strict=True))
+        found = _read(encoder_set, "maps")
         for space, frame in found.groupby("space", sort=False):
-            called = world.called(str(space))
-            if world.name and space == intermediates.EXPRESSION:
+            called = encoder_set.called(str(space))
+            if encoder_set.name and space == intermediates.EXPRESSION:
                 continue
             maps.append(frame.assign(space=called, donor=[of_cell[c] for c in frame["cell"]]))
-            vectors_ND, xy_N2 = _drawn(world, str(space))
+            vectors_ND, xy_N2 = _drawn(encoder_set, str(space))
             kinds, species = frame["type"].to_numpy(str), frame["species"].to_numpy(str)
             types.append(integration.corresponding(vectors_ND, xy_N2, kinds, species).assign(space=called))
     return {"integration": pd.concat(measures, ignore_index=True), "maps": pd.concat(maps, ignore_index=True),
             "corresponding": pd.concat(types, ignore_index=True)}  # fmt: skip
 
 
-def _drawn(world: World, space: str) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(encoder_set: EncoderSet, space: str) -> tuple[np.ndarray, np.ndarray]:
     """Vectors and map coordinates of a classification's sample in one space, in the order of its `maps`."""
-    folder = files.join(world.classification, "parts", "integration")
+    folder = files.join(encoder_set.classification, "parts", "integration")
     names = [n for n in files.list_dir(folder) if n.rpartition("-")[0] == space]
     sizes = [int(n.rpartition("-")[2].removesuffix(".parquet")) for n in names]
     part = tables.read_table(files.join(folder, names[int(np.argmax(sizes))]))

@@ -20,11 +20,11 @@ FEW = 20
 def transfer(setting: Setting) -> dict[str, pd.DataFrame]:
     """`transfer`: scores of every model by task and direction; `failures`: every type of every direction, and into what it goes."""
     found: dict[str, list[pd.DataFrame]] = {"scores": [], "per_class": [], "confusion": []}
-    for world in setting.worlds:
+    for encoder_set in setting.encoder_sets:
         for name, several in found.items():
-            frame = _read(world, name)
+            frame = _read(encoder_set, name)
             frame = frame[frame["split"] == "species"]
-            several.append(frame.assign(model=[world.model(m) for m in frame["model"]]))
+            several.append(frame.assign(model=[encoder_set.model(m) for m in frame["model"]]))
     scores, per_class, confusion = (pd.concat(several, ignore_index=True) for several in found.values())
     keys = ["group", "direction", "model", "metric"]
     means = scores.groupby(keys, sort=False)[["value", "low", "high"]].mean()

@@ -45,7 +45,7 @@ class Classify:
     """`random` cells (the paper), held-out `donor`, held-out `dataset`, other `species`."""
     seeds: int = 1
     """Splits of each kind, each drawn anew."""
-    fewer_seeds: tuple[str, ...] = ()
+    seeds_per_model: tuple[str, ...] = ()
     """Models, the dear ones, that have fewer seeds than `seeds`, as MODEL=NUMBER, for example finetune=1,scvi=2."""
     encoders: tuple[str, ...] = ()
     """Further encoders on the corpus' vocabulary, as NAME=URI of a checkpoint: trained by masked genes only, on one species, ..."""
@@ -62,7 +62,7 @@ class Classify:
         "rank_pca",
     )
     """What is scored, each on identical splits: `finetune`, `knn`, `probe`, `centroid` on the run's checkpoint, the same on
-    another encoder (`probe@untrained`: random weights; `probe@NAME`: one of `encoders`), or a baseline (`mixgf.baselines`)."""
+    another encoder (`probe@untrained`: random weights; `probe@NAME`: one of `encoders`), or a baseline (`mixgf.classification.baselines`)."""
     label_shares: tuple[float, ...] = ()
     """Shares of the training labels of the random split for the label-efficiency curve, for example 0.01,0.05,0.1."""
     unseen_types: int = 0

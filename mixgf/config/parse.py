@@ -1,7 +1,7 @@
 """The configuration of a whole run: frozen dataclasses, dotted overrides, JSON, fingerprints.
 
 Nothing heavy is imported here, so that `--help`, `--print-config` and validation answer at once.
-A run is a `Config`; a recipe (`mixgf.recipes`) is a function that returns one; `--set a.b=c` replaces one field;
+A run is a `Config`; a recipe (`mixgf.config.recipes`) is a function that returns one; `--set a.b=c` replaces one field;
 the recorded JSON repeats the run. Units and special values stand under each field.
 """
 
@@ -22,6 +22,15 @@ from mixgf.config.run import Config
 from mixgf.errors import UserError
 
 T = TypeVar("T")
+
+RENAMED = {
+    "classify.fewer_seeds": "classify.seeds_per_model",
+    "objective.gather": "objective.gather_negatives",
+    "perturb.known": "perturb.reference_genes",
+    "perturb.mode": "perturb.test (honest is now donor, paper is published)",
+    "tune.judge": "tune.head",
+}
+"""Fields of earlier configs and what they are called now; an old name is refused with the new one."""
 
 
 # JSON, overrides, fingerprints
@@ -50,7 +59,9 @@ def from_dict(cls: type[T], data: dict[str, Any], path: str = "") -> T:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
     if unknown:
-        msg = f"{_join(path, unknown[0])}: unknown field; known here: {', '.join(sorted(hints))}"
+        name = _join(path, unknown[0])
+        now = f"is now {RENAMED[name]}" if name in RENAMED else f"unknown field; known here: {', '.join(sorted(hints))}"
+        msg = f"{name}: {now}"
         raise UserError(msg)
     try:
         return cls(**{k: _coerce(hints[k], v, _join(path, k)) for k, v in data.items()})
@@ -78,7 +89,12 @@ def override(config: Config, assignments: list[str]) -> Config:
             node = node[name]
         hints = typing.get_type_hints(cls)
         if leaf not in hints:
-            msg = f"--set {assignment}: no field {leaf!r}; known: {', '.join(sorted(hints))}"
+            now = RENAMED.get(path.strip())
+            msg = (
+                f"--set {assignment}: {path.strip()} is now {now}"
+                if now
+                else (f"--set {assignment}: no field {leaf!r}; known: {', '.join(sorted(hints))}")
+            )
             raise UserError(msg)
         node[leaf] = _parse(hints[leaf], text)
     return from_dict(Config, data)

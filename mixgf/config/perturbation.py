@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mixgf.config.checks import _one_of, _require
 
 GENE_TABLES = (".tsv", ".csv", ".txt", ".parquet", ".tsv.gz", ".csv.gz", ".txt.gz")
-"""Endings by which an entry of perturb.known is a table, not a gene."""
+"""Endings by which an entry of perturb.reference_genes is a table, not a gene."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +61,9 @@ class Perturb:
     """Most tokens in one forward pass. Changes speed and memory, no result."""
     num_permutations: int = 10_000
     """Sign flips of donors at most; fewer where there are not so many."""
-    mode: str = "honest"
-    """`honest`, or `paper`: the published rank-sum test against the pooled shifts, the gene itself included."""
-    known: tuple[str, ...] = ()
+    test: str = "donor"
+    """`donor`: effects must repeat over donors; `published`: the published rank-sum test against the pooled shifts, the gene itself included."""
+    reference_genes: tuple[str, ...] = ()
     """Genes known to drive the change, to be found again: Ensembl ids, symbols, or tables (.tsv, .csv, .txt, .parquet) with a
     column gene or symbol, and perhaps `hit` (a screen: true or false). Only read: another list needs no new perturbation."""
     published: str = ""
@@ -92,7 +92,7 @@ class Perturb:
         for operation in self.operations:
             _one_of("perturb.operations", operation, ("delete", "overexpress", "inhibit", "activate"))
         _one_of("perturb.variant", self.variant, ("remaining", "all", "cls"))
-        _one_of("perturb.mode", self.mode, ("honest", "paper"))
+        _one_of("perturb.test", self.test, ("donor", "published"))
         _one_of("perturb.published", self.published, ("", "dkd", "adpkd", "alzheimer"))
         _one_of("perturb.direction", self.direction, ("both", "towards", "away"))
         _require(

@@ -88,7 +88,7 @@ def paper_published_script() -> Config:
         recipe="paper_published_script",
         output="runs/paper_published_script",
         model=replace(base.model, attention_dropout=0.1),
-        objective=replace(base.objective, gather=False),
+        objective=replace(base.objective, gather_negatives=False),
         train=replace(base.train, lr=1e-3),
     )
 
@@ -123,7 +123,7 @@ def _experiment(name: str, species: str, goal: str, operation: str) -> Config:
             insert_absent=False,
             min_coverage=0.01,
             max_cells=1000,
-            mode="paper",
+            test="published",
             published=name,
         ),
     )
@@ -183,7 +183,7 @@ def cl_ablation() -> Config:
     """What the contrast is worth: on or off, its view, pooling, temperature, weight, and the choices beside it.
 
     Base: the paper's objective on a small model that two CPU cores sweep in under two hours. The paper's own model: the same
-    with --config and a larger model, batch and cluster. `objective.gather` matters with compute.num_workers above 1 only.
+    with --config and a larger model, batch and cluster. `objective.gather_negatives` matters with compute.num_workers above 1 only.
     """
     base = laptop()
     return replace(
@@ -234,7 +234,7 @@ def table() -> Config:
     """`mixgf classify`: the paper's Tables 1 to 3 and what a sceptic adds, on the labelled cells of a corpus.
 
     Every split, five seeds, every head, every baseline that is installed; at most 2,000 cells of a set. Two CPU cores take an hour
-    and a half for twelve sets, an hour of it for the paper's fine-tuning, which has one seed, as `tuned` and scVI have. Add encoders
+    and a half for twelve sets, an hour of it for the paper's fine-tuning, which has one seed, as `finetune_linear_start` and scVI have. Add encoders
     with classify.encoders and models on them; what is scored already is used again.
     """
     return Config(
@@ -244,9 +244,9 @@ def table() -> Config:
             max_cells=2000,
             splits=SPLITS,
             seeds=5,
-            fewer_seeds=("finetune=1", "tuned=1", "scvi=1"),
+            seeds_per_model=("finetune=1", "finetune_linear_start=1", "scvi=1"),
             models=(
-                *("finetune", "tuned", "knn", "probe", "centroid", "knn@untrained", "probe@untrained"),
+                *("finetune", "finetune_linear_start", "knn", "probe", "centroid", "knn@untrained", "probe@untrained"),
                 *("majority", "hvg_logreg", "pca_knn", "pseudobulk", "rank_pca", "scvi"),
             ),
             label_shares=(0.01, 0.05, 0.1),

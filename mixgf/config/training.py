@@ -59,7 +59,7 @@ class Objective:
     """Of the contrast (tau of eq. 3)."""
     pooling: str = "mean"
     """The cell vector of the contrast: `mean` over genes, `first` position (published code), `cls` (needs tokens.cls)."""
-    gather: bool = True
+    gather_negatives: bool = True
     """Take negatives from all workers, with gradients."""
     simcsepp_weight: float = 0.0
     """Dimension-wise SimCSE++ term; the published value is 0.1, temperature 5."""

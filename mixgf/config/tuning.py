@@ -29,7 +29,7 @@ class Tune:
     `none`: all arms are trained to the end."""
     keep: float = 0.5
     """Share of the arms that go on after a rung."""
-    judge: str = "knn"
+    head: str = "knn"
     """Head whose macro F1 decides (zero-shot): `knn`, `probe` or `centroid`; all three are kept."""
     splits: tuple[str, ...] = ("donor", "species")
     """On which splits, each with the same weight: `random`, `donor`, `dataset`, `species`."""
@@ -45,7 +45,7 @@ class Tune:
     def __post_init__(self) -> None:
         _one_of("tune.search", self.search, ("grid", "random"))
         _one_of("tune.stop", self.stop, ("halving", "asha", "none"))
-        _one_of("tune.judge", self.judge, HEADS)
+        _one_of("tune.head", self.head, HEADS)
         for split in self.splits:
             _one_of("tune.splits", split, SPLITS)
         _require(bool(self.splits), "tune.splits", self.splits, "at least one split")

@@ -30,7 +30,7 @@ class Batch:
     max_len: int
     """The longest cell."""
     keys_T: Tensor | None = None
-    """Dropout keys, int32, see `keyed.dropout_keys`; None = no dropout."""
+    """Dropout keys, int32, see `rng.dropout_keys`; None = no dropout."""
 
     @property
     def num_cells(self) -> int:
@@ -74,7 +74,7 @@ def pack(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64]
     Args:
         packs: tokens and offsets, one pack (a view) after the other; all of the same B cells.
         cells: their global numbers, (B,).
-        keys: of dropout, `keyed.hashed(seed, epoch, visits)`, (B,), to which a pack's number is added; None = no dropout.
+        keys: of dropout, `rng.hashed(seed, epoch, visits)`, (B,), to which a pack's number is added; None = no dropout.
     """
     cells_B = np.asarray(cells, dtype=np.int64)
     num_cells, num_tokens = len(cells_B), sum(len(tokens_T) for tokens_T, _ in packs)

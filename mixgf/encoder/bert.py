@@ -216,7 +216,7 @@ class Encoder(nn.Module):
             offsets_B1: where each cell begins, and T.
             positions_T: position of each token in its cell; None = 0, 1, 2, ...
             layers: how many layers to run; None = all, 0 = the embedding.
-            keys: dropout keys, int32 (T,), `keyed.dropout_keys`; None = no dropout.
+            keys: dropout keys, int32 (T,), `rng.dropout_keys`; None = no dropout.
             max_len: a bound of the longest cell, so that a GPU need not be asked; None = it is asked.
             queries: places in the pack, ascending (R,), whose states are wanted, and where each cell's begin among them
                 (B + 1,); None = all. They are the same states: the last layer just leaves the others out.

@@ -37,9 +37,9 @@ SMALLEST = 1e-12
 """Changes below this are rounding."""
 _PART = pa.schema([
     ("target", pa.int32()), ("column", pa.int32()), ("num_cells", pa.int32()), ("sum", pa.float64()), ("squares", pa.float64()),
-    ("num_still", pa.int32()), ("still", pa.float64()),
+    ("num_same_rank", pa.int32()), ("same_rank", pa.float64()),
 ])  # fmt: skip
-FIELDS = ("num_KR", "sum_KR", "squares_KR", "num_still_KR", "still_KR")
+FIELDS = ("num_KR", "sum_KR", "squares_KR", "num_same_rank_KR", "same_rank_KR")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +49,8 @@ class Sums:
     num_KR: NDArray[np.int64]
     sum_KR: Float64s
     squares_KR: Float64s
-    num_still_KR: NDArray[np.int64]
-    still_KR: Float64s
+    num_same_rank_KR: NDArray[np.int64]
+    same_rank_KR: Float64s
     """Number and sum over the cells in which the responding gene keeps its place."""
 
     @classmethod
@@ -58,7 +58,9 @@ class Sums:
         """Nothing yet."""
         shape = (num_targets, num_columns)
         num, total = np.zeros(shape, dtype=np.int64), np.zeros(shape)
-        return cls(num_KR=num, sum_KR=total, squares_KR=total.copy(), num_still_KR=num.copy(), still_KR=total.copy())
+        return cls(
+            num_KR=num, sum_KR=total, squares_KR=total.copy(), num_same_rank_KR=num.copy(), same_rank_KR=total.copy()
+        )
 
     def part(self, targets_K: Ints) -> pa.Table:
         """The pairs that occur, as a table: target (by its number), column, and the fields."""
@@ -135,7 +137,7 @@ def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
     """The matrix in long form: a row per operation, perturbed and responding gene that met in a cell.
 
     Columns: operation, gene, symbol, responding, responding_symbol, num_cells, change (mean of 1 - cos), sd (over cells,
-    NaN for one), num_still, change_still (mean over the cells in which the responding gene keeps its place). Parts are added in the given order, so that the sums do not depend on who finished first.
+    NaN for one), num_same_rank, change_same_rank (mean over the cells in which the responding gene keeps its place). Parts are added in the given order, so that the sums do not depend on who finished first.
     """
     tables = []
     for operation, found in parts.items():
@@ -149,7 +151,7 @@ def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
         mean = sums.sum_KR[k, r] / num
         with np.errstate(invalid="ignore", divide="ignore"):
             sd = np.sqrt(np.maximum(sums.squares_KR[k, r] - num * mean**2, 0) / (num - 1))
-            still = sums.still_KR[k, r] / sums.num_still_KR[k, r]
+            still = sums.same_rank_KR[k, r] / sums.num_same_rank_KR[k, r]
         names = {
             "gene": ([t.gene for t in plan.targets], k), "symbol": ([t.symbol for t in plan.targets], k),
             "responding": ([t.gene for t in plan.watched], r), "responding_symbol": ([t.symbol for t in plan.watched], r),
@@ -161,7 +163,7 @@ def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
         }
         columns |= {
             "num_cells": pa.array(num, pa.int32()), "change": pa.array(mean, pa.float32()), "sd": pa.array(sd, pa.float32()),
-            "num_still": pa.array(sums.num_still_KR[k, r], pa.int32()), "change_still": pa.array(still, pa.float32()),
+            "num_same_rank": pa.array(sums.num_same_rank_KR[k, r], pa.int32()), "change_same_rank": pa.array(still, pa.float32()),
         }  # fmt: skip
         tables.append(pa.table(columns))
     return pa.concat_tables(tables).unify_dictionaries()
@@ -173,8 +175,8 @@ def specific(frame: pd.DataFrame) -> pd.DataFrame:
     In general: the perturbed gene's median log change, plus the responding gene's median of what is left; all where the
     responding gene keeps its place.
     """
-    kept = frame[frame["num_still"] >= MIN_CELLS].copy()
-    logs = np.log2(np.maximum(kept["change_still"].astype(float), SMALLEST))
+    kept = frame[frame["num_same_rank"] >= MIN_CELLS].copy()
+    logs = np.log2(np.maximum(kept["change_same_rank"].astype(float), SMALLEST))
     left = logs - logs.groupby(kept["gene"].astype(str)).transform("median")
     kept["excess"] = left - left.groupby(kept["responding"].astype(str)).transform("median")
     return kept

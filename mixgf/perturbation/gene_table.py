@@ -2,7 +2,7 @@
 
 Beside every effect stand what its gene's rank alone predicts, how it ranks among genes like it, whether it repeats in other
 donors, what happens towards unrelated states, and how much the gene itself differs between the states (spec section 9).
-The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* (`stats.less_expected`) has
+The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* (`stats.residual_after_rank`) has
 a place among genes of like rank (`stats.normal_scores`) that repeats over donors (`stats.sign_flip`); cells without a donor's
 name (`classify.unlabelled`) take no part in it, and are one more cluster of the interval. `calibration` shows on the run's own
 shifts whether the tests keep their word.
@@ -247,7 +247,7 @@ def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Tab
         rank_G, rng = places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
         values_P, cluster_P = _values(plan, part), (part.target_P, donors.of_P)
         mean_GC, _ = cluster_means(values_P, *cluster_P, num_genes, donors.num)
-        expected_GC = mean_GC - rank_adjustment.less_expected(mean_GC, rank_G)
+        expected_GC = mean_GC - rank_adjustment.residual_after_rank(mean_GC, rank_G)
         known_GC = np.isfinite(expected_GC)
         kept_P = known_GC[cluster_P]
         target_P, of_P = (column[kept_P] for column in cluster_P)
@@ -321,12 +321,12 @@ def _tests(
 ) -> _Tests:
     """The two tests of every gene: over cells (as published in paper mode), and over donors with a name."""
     # the published test takes the whole pool and no correction for ties
-    paper = config.perturb.mode == "paper"
+    paper = config.perturb.test == "published"
     pool_G = np.ones_like(among_G) if paper else among_G
     p_cell_G = rank_sums(values_P, target_P, len(rank_G), among_G=pool_G, include_self=paper, correct_ties=not paper)[1]
     mean_GC, _ = cluster_means(values_P, target_P, donors.of_P, len(rank_G), max(1, donors.num))
     mean_GC = mean_GC[:, donors.named_C]
-    own_GC = rank_adjustment.less_expected(mean_GC, rank_G, among_G) if mean_GC.shape[1] else mean_GC
+    own_GC = rank_adjustment.residual_after_rank(mean_GC, rank_G, among_G) if mean_GC.shape[1] else mean_GC
     place_GC = rank_adjustment.normal_scores(own_GC, rank_G, among_G)
     return _Tests(
         mean_GC=mean_GC,

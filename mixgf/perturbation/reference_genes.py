@@ -39,7 +39,7 @@ SCORES = {
 
 
 def read(config: Config) -> tuple[set[str], set[str]]:
-    """Names (Ensembl ids or symbols) of `perturb.known`: those known to act, and those found not to.
+    """Names (Ensembl ids or symbols) of `perturb.reference_genes`: those known to act, and those found not to.
 
     The second set is empty for plain lists: then all other scored genes count as not known.
 
@@ -48,20 +48,20 @@ def read(config: Config) -> tuple[set[str], set[str]]:
     """
     known: set[str] = set()
     tested: set[str] = set()
-    for entry in config.perturb.known:
+    for entry in config.perturb.reference_genes:
         if not entry.lower().endswith(GENE_TABLES):
             known.add(entry.strip())
             continue
         frame = _table(entry)
         column = next((c for c in _COLUMNS if c in frame.columns), frame.columns[0] if frame.shape[1] == 1 else None)
         if column is None:
-            msg = f"perturb.known = {entry!r}: has columns {', '.join(map(str, frame.columns))}; must have one of {', '.join(_COLUMNS)}"
+            msg = f"perturb.reference_genes = {entry!r}: has columns {', '.join(map(str, frame.columns))}; must have one of {', '.join(_COLUMNS)}"
             raise UserError(msg)
         names = frame[column].astype(str).str.strip()
         if "hit" in frame.columns:
             words = frame["hit"].astype(str).str.lower()
             if not words.isin(["true", "false", "1", "0"]).all():
-                msg = f"perturb.known = {entry!r}: hit holds {sorted(set(words))[0]!r}; must be true or false (1 or 0)"
+                msg = f"perturb.reference_genes = {entry!r}: hit holds {sorted(set(words))[0]!r}; must be true or false (1 or 0)"
                 raise UserError(msg)
             yes = words.isin(["true", "1"])
             known |= set(names[yes])
@@ -73,7 +73,7 @@ def read(config: Config) -> tuple[set[str], set[str]]:
 
 def _table(uri: str) -> pd.DataFrame:
     if not files.exists(uri):
-        msg = f"perturb.known = {uri!r}: no such file; give gene names, or a table ({', '.join(GENE_TABLES)}) with a column gene or symbol"
+        msg = f"perturb.reference_genes = {uri!r}: no such file; give gene names, or a table ({', '.join(GENE_TABLES)}) with a column gene or symbol"
         raise UserError(msg)
     if uri.endswith(".parquet"):
         return tables.read_table(uri).to_pandas()
@@ -113,7 +113,7 @@ def score(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
     Returns:
         One row per operation, method, call and metric: columns operation, method (key of `SCORES`), call, num_genes,
         num_known, num_called, metric (ppv, npv, sensitivity, specificity, auroc), value, low, high (95 %). Empty without
-        `perturb.known`.
+        `perturb.reference_genes`.
 
     Raises:
         UserError: no known gene is among the scored ones, or no other gene is.
@@ -130,7 +130,7 @@ def score(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
             frame, known = frame[kept], known[kept]
         if not known.any() or known.all():
             what = "none of them is" if not known.any() else "all scored genes are among them:"
-            msg = f"perturb.known names {len(names):,} genes: {what} among the {len(frame):,} scored genes; score more genes (perturb.genes, perturb.min_coverage)"
+            msg = f"perturb.reference_genes names {len(names):,} genes: {what} among the {len(frame):,} scored genes; score more genes (perturb.genes, perturb.min_coverage)"
             raise UserError(msg)
         for method, values, call, called in _calls(frame, int(known.sum())):
             found = score_against(values, called, known)

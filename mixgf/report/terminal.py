@@ -23,27 +23,27 @@ def summary_rows(run: Run) -> list[tuple[str, ...]]:
         pair = {d.metric: d for d in found if (d.split, d.group, d.direction, d.model) == key}
         if len(pair) < 2:
             continue
-        duel, accuracy = pair["macro_f1"], pair["accuracy"]
+        comparison, accuracy = pair["macro_f1"], pair["accuracy"]
         verdict = {
             "ahead": "better",
             "behind": "WORSE",
-            "level": "lower, within error" if duel.lower else "higher, within error",
-        }[duel.verdict]
+            "level": "lower, within error" if comparison.lower else "higher, within error",
+        }[comparison.verdict]
         rows.append((
-            f"{verdicts.SPLIT_NAMES.get(duel.split, duel.split)}: {verdicts.task_label(*key[:3])}", verdicts.label(duel.model),
-            verdicts.share(accuracy.score[0]), verdicts.share(duel.score[0]), verdicts.label(duel.baseline),
-            verdicts.share(accuracy.baseline_score[0]), verdicts.share(duel.baseline_score[0]), verdict,
+            f"{verdicts.SPLIT_NAMES.get(comparison.split, comparison.split)}: {verdicts.task_label(*key[:3])}", verdicts.label(comparison.model),
+            verdicts.share(accuracy.score[0]), verdicts.share(comparison.score[0]), verdicts.label(comparison.baseline),
+            verdicts.share(accuracy.baseline_score[0]), verdicts.share(comparison.baseline_score[0]), verdict,
         ))  # fmt: skip
     return rows
 
 
-def _order(duel: verdicts.Duel) -> tuple[int, str, str, int]:
+def _order(comparison: verdicts.PairedComparison) -> tuple[int, str, str, int]:
     splits = list(verdicts.SPLITS)
     return (
-        splits.index(duel.split) if duel.split in splits else len(splits),
-        duel.group,
-        duel.direction,
-        verdicts.OWN.index(duel.model),
+        splits.index(comparison.split) if comparison.split in splits else len(splits),
+        comparison.group,
+        comparison.direction,
+        verdicts.OWN.index(comparison.model),
     )
 
 

@@ -22,7 +22,7 @@ UNTRAINED = "@untrained"
 """Ends the name of a control: the same model on an encoder with random weights. What it reaches is not pretraining's."""
 HEADS = {
     "finetune": "fine-tuned",
-    "tuned": "fine-tuned from a convex start",
+    "finetune_linear_start": "fine-tuned from a convex start",
     "lora": "LoRA from a convex start",
     "probe": "frozen + logistic probe",
     "knn": "frozen 5-NN (“zero-shot”)",
@@ -106,7 +106,7 @@ def is_baseline(model: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Duel:
+class PairedComparison:
     """One of our models against the best baseline of the same task and metric."""
 
     split: str
@@ -147,7 +147,7 @@ def duels(
     comparisons: pd.DataFrame | None = None,
     metrics: tuple[str, ...] = ("accuracy", "macro_f1"),
     models: Sequence[str] = OWN,
-) -> list[Duel]:
+) -> list[PairedComparison]:
     """Every model of ours against the best baseline, by task.
 
     Args:
@@ -161,14 +161,14 @@ def duels(
         for row in comparisons.to_dict("records"):
             key = (row["split"], row["group"], row["direction"] or "", row["metric"], row["model"])
             paired[key] = (row["baseline"], (row["difference"], row["low"], row["high"]))
-    found: list[Duel] = []
+    found: list[PairedComparison] = []
     for keys, task in table[table["metric"].isin(metrics)].groupby([*TASK, "metric"], sort=True):
         row_of = {str(row["model"]): row for row in task.to_dict("records")}
         rivals = sorted((m for m in row_of if is_baseline(m)), key=lambda m: (-row_of[m]["value"], m))
         split, group, direction, metric = keys
         for model in [m for m in models if m in row_of and rivals]:
             baseline, difference = paired.get((*keys, model), (rivals[0], None))
-            found.append(Duel(
+            found.append(PairedComparison(
                 split=split, group=group, direction=direction, metric=metric, model=model, score=_triple(row_of[model]),
                 baseline=baseline, baseline_score=_triple(row_of[baseline]), difference=difference,
             ))  # fmt: skip
@@ -188,7 +188,7 @@ def gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tuple[str, str, 
     return out
 
 
-def tally(found: list[Duel]) -> str:
+def tally(found: list[PairedComparison]) -> str:
     """`2 wins, 1 tie, 0 losses`."""
     count = {v: sum(d.verdict == v for d in found) for v in ("ahead", "level", "behind")}
     one = {"ahead": "win", "level": "tie", "behind": "loss"}
@@ -204,7 +204,7 @@ def task_label(split: str, group: str, direction: str) -> str:
     return " ".join(part for part in (group, f"({arrow})" if arrow else "") if part)
 
 
-def task_sentences(found: list[Duel]) -> list[tuple[str, str]]:
+def task_sentences(found: list[PairedComparison]) -> list[tuple[str, str]]:
     """(tone, sentence) for each task of one model's comparisons; a baseline that is better is said first and plainly."""
     out: list[tuple[str, str]] = []
     for split, group, direction in dict.fromkeys((d.split, d.group, d.direction) for d in found):
@@ -367,13 +367,13 @@ def mixing(vectors_ND: np.ndarray, species_N: np.ndarray, k: int = 15) -> tuple[
     return seen, expected
 
 
-def _spoken_of(found: list[Duel], head: str) -> str:
+def _spoken_of(found: list[PairedComparison], head: str) -> str:
     """The model of the headlines where it was scored, else the first of ours that was."""
     there = {d.model for d in found}
     return next((m for m in (head, *OWN) if m in there), "")
 
 
-def _tallies(found: list[Duel], model: str) -> str:
+def _tallies(found: list[PairedComparison], model: str) -> str:
     parts = [f"{lower(metric_label(m))} {tally([d for d in found if d.model == model and d.metric == m])}"
              for m in ("accuracy", "macro_f1")]  # fmt: skip
     return f"{label(model)}, against the best baseline of each task: {'; '.join(parts)}"

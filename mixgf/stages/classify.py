@@ -2,8 +2,8 @@
 
 First what many tasks share: raw counts of each source, vectors of blocks of cells. Then one task per (split, model), the
 longest first. A part that is there is not made again, so a run killed at any moment continues, and models, seeds and splits
-can be added to a finished one; only splits travel through Ray. All arithmetic is in `mixgf.evaluation`, `mixgf.classify`,
-`mixgf.baselines` and `mixgf.scores`.
+can be added to a finished one; only splits travel through Ray. All arithmetic is in `mixgf.classification.predict`, `mixgf.classification.finetune`,
+`mixgf.classification.baselines` and `mixgf.classification.metrics`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from mixgf.classification import intermediates, labels, predict, registry, splits, tables
 from mixgf.classification.baselines import BASELINES
-from mixgf.classification.intermediates import Places
+from mixgf.classification.intermediates import ArtifactPaths
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
 from mixgf.config.parse import fingerprint, to_dict
@@ -137,18 +137,18 @@ def _possible(config: Config) -> Config:
     return replace(config, classify=replace(config.classify, models=models, curve_models=curve))
 
 
-def _splits(config: Config, places: Places) -> tuple[Labelled, list[Split]]:
+def _splits(config: Config, places: ArtifactPaths) -> tuple[Labelled, list[Split]]:
     table = splits.capped(labels.labelled(Corpus(places.corpus), config.classify), config.classify, seed=config.seed)
     return table, splits.make(table, config.classify, seed=config.seed)
 
 
-def _clean(places: Places) -> None:
+def _clean(places: ArtifactPaths) -> None:
     """Remove the parts that no later model needs."""
     for kind in intermediates.SCRATCH:
         files.remove(files.join(places.parts, kind))
 
 
-def _plan(config: Config, uri: str) -> tuple[Places, Record]:
+def _plan(config: Config, uri: str) -> tuple[ArtifactPaths, Record]:
     """Inputs of the stage and the record of its artifact."""
     corpus_uri = config.inputs.corpus or files.join(config.output, "corpus")
     checkpoint_uri = config.inputs.checkpoint or files.join(config.output, "pretrain")
@@ -163,7 +163,7 @@ def _plan(config: Config, uri: str) -> tuple[Places, Record]:
     parents = {"corpus": corpus.fingerprint}
     parents |= {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}
     parents |= {"embeddings": embedded.fingerprint} if embedded is not None else {}
-    places = Places(corpus=corpus_uri, checkpoint=checkpoint_uri, output=uri, embeddings=embeddings)
+    places = ArtifactPaths(corpus=corpus_uri, checkpoint=checkpoint_uri, output=uri, embeddings=embeddings)
     return places, artifacts.plan("classification", SCHEMA, _content(config), parents)
 
 
@@ -210,7 +210,7 @@ def _extends(there: Record, record: Record) -> bool:
 class _Work:
     """The pieces of a run, and what they cost."""
 
-    def __init__(self, config: Config, places: Places, table: Labelled, made: Sequence[Split]) -> None:
+    def __init__(self, config: Config, places: ArtifactPaths, table: Labelled, made: Sequence[Split]) -> None:
         self.config, self.places, self.table, self.made = config, places, table, made
         heads, longest = any(m not in BASELINES for m in config.classify.models), 0
         if heads:
@@ -309,7 +309,7 @@ class _Work:
         return found
 
 
-def _speed(config: Config, places: Places, corpus: Corpus, table: Labelled) -> float:
+def _speed(config: Config, places: ArtifactPaths, corpus: Corpus, table: Labelled) -> float:
     """Tokens per second that a core of this machine passes forward, by a short look."""
     import torch
 
@@ -326,7 +326,7 @@ def _speed(config: Config, places: Places, corpus: Corpus, table: Labelled) -> f
 
 
 def _publish(
-    config: Config, places: Places, record: Record, table: Labelled, made: Sequence[Split]
+    config: Config, places: ArtifactPaths, record: Record, table: Labelled, made: Sequence[Split]
 ) -> dict[str, float]:
     """Put the parts together; returns the figures of the run."""
     uri = places.output
@@ -353,7 +353,7 @@ def _publish(
     return _figures(found["scores"])
 
 
-def _encoders(config: Config, places: Places) -> dict[str, dict[str, Any]]:
+def _encoders(config: Config, places: ArtifactPaths) -> dict[str, dict[str, Any]]:
     """What each encoder was trained to do, by its name in the tables."""
     found = registry.records(places.checkpoint, config, Corpus(places.corpus))
     return {registry.called(name): {"objective": one.details.get("objective")} for name, one in found.items()}
@@ -370,7 +370,7 @@ def _groups(table: Labelled) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def _audit(places: Places, table: Labelled) -> dict[str, Any]:
+def _audit(places: ArtifactPaths, table: Labelled) -> dict[str, Any]:
     """How many of the labelled cells the encoder was pretrained on, as plain data with one `line` for people."""
     mine, trained = artifacts.require(places.corpus, "corpus"), artifacts.require(places.checkpoint, "checkpoint")
     if trained.parents.get("corpus") == mine.fingerprint:  # one corpus: nothing to compare

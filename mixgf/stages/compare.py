@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from mixgf.classification import intermediates
 from mixgf.comparison import conserved_response, gene_networks, shift_selection, shift_tables, spaces, transfer
-from mixgf.comparison.encoders import Setting, World, worlds
+from mixgf.comparison.encoders import EncoderSet, Setting, encoder_sets
 from mixgf.config.checks import split_named
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
@@ -51,7 +51,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     """Answer every part; returns the artifact's URI. `spread` replaces Ray (`pieces.loop` in tests)."""
     uri = files.join(config.output, "compare")
     config = replace(config, tracking=replace(config.tracking, uri=mlflow_runs.uri(config)))
-    setting = Setting(config=config, uri=uri, worlds=worlds(config, uri))
+    setting = Setting(config=config, uri=uri, encoder_sets=encoder_sets(config, uri))
     _require(setting)
     if spread is not None:
         return _run(setting, spread)
@@ -63,9 +63,9 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
 
 def _run(setting: Setting, spread: Spread | None) -> str:
     config, uri = setting.config, setting.uri
-    for world in setting.worlds:
-        if world.classification == files.join(world.config.output, "classify"):
-            classify.run(world.config, spread=spread)
+    for encoder_set in setting.encoder_sets:
+        if encoder_set.classification == files.join(encoder_set.config.output, "classify"):
+            classify.run(encoder_set.config, spread=spread)
     record = _plan(setting)
     if not artifacts.begin(uri, record):
         say(f"compare: {uri} is already there")
@@ -78,11 +78,11 @@ def _run(setting: Setting, spread: Spread | None) -> str:
         checksums = artifacts.write_tables(
             uri, {n: pa.Table.from_pandas(f, preserve_index=False) for n, f in found.items()}
         )
-        for world in setting.worlds:
+        for encoder_set in setting.encoder_sets:
             for kind in intermediates.SCRATCH:
-                files.remove(files.join(world.places.parts, kind))
-        encoders = [w.called(e) for w in setting.worlds for e in w.encoders]
-        classifications = {w.called(""): w.classification for w in setting.worlds}
+                files.remove(files.join(encoder_set.places.parts, kind))
+        encoders = [w.called(e) for w in setting.encoder_sets for e in w.encoders]
+        classifications = {w.called(""): w.classification for w in setting.encoder_sets}
         artifacts.finish(
             uri, record, counts={name: len(frame) for name, frame in found.items()}, files=checksums,
             details={"encoders": encoders, "classifications": classifications},
@@ -96,21 +96,21 @@ def _require(setting: Setting) -> None:
     given = setting.config.inputs.classification
     if given:
         there = artifacts.require(given, "classification")
-        mine = artifacts.require(setting.worlds[0].places.corpus, "corpus").fingerprint
+        mine = artifacts.require(setting.encoder_sets[0].places.corpus, "corpus").fingerprint
         wrong = "of another corpus" if there.parents["corpus"] != mine else ""
         wrong = wrong or ("without splits between species" if "species" not in there.config["asked"]["splits"] else "")
         wrong = wrong or ("without measured spaces" if "integration" not in there.config["models"] else "")
         if wrong:
             msg = f"inputs.classification = {given}: {wrong}; make one with classify.splits=species, classify.integration_cells=3000, or leave it empty"
             raise UserError(msg)
-    for world in setting.worlds:
-        corpus = Corpus(world.places.corpus)
-        trained = artifacts.require(world.places.checkpoint, checkpoint.KIND, checkpoint.SCHEMA)
-        checkpoint.require_sentences(trained, corpus, f"compare: {world.places.checkpoint}")
+    for encoder_set in setting.encoder_sets:
+        corpus = Corpus(encoder_set.places.corpus)
+        trained = artifacts.require(encoder_set.places.checkpoint, checkpoint.KIND, checkpoint.SCHEMA)
+        checkpoint.require_sentences(trained, corpus, f"compare: {encoder_set.places.checkpoint}")
         if len(corpus.species) < 2:
             msg = f"compare: {corpus.uri} holds {corpus.species[0]} only; prepare a corpus of two species"
             raise UserError(msg)
-        world.shifts  # noqa: B018 (refuses wrong ones)
+        encoder_set.shifts  # noqa: B018 (refuses wrong ones)
     conserved_response.given(setting.config)
 
 
@@ -118,15 +118,15 @@ def _plan(setting: Setting) -> Record:
     config, parents = setting.config, dict[str, str]()
     for name, uri in map(split_named, config.compare.responses):
         parents[f"perturbation of {name}"] = artifacts.require(uri, "perturbation").fingerprint
-    for world in setting.worlds:
-        end = f" of {world.name}" if world.name else ""
+    for encoder_set in setting.encoder_sets:
+        end = f" of {encoder_set.name}" if encoder_set.name else ""
         for role, uri, kind in (
-            ("corpus", world.places.corpus, "corpus"), ("checkpoint", world.places.checkpoint, checkpoint.KIND),
-            ("classification", world.classification, "classification"),
+            ("corpus", encoder_set.places.corpus, "corpus"), ("checkpoint", encoder_set.places.checkpoint, checkpoint.KIND),
+            ("classification", encoder_set.classification, "classification"),
         ):  # fmt: skip
             parents[role + end] = artifacts.require(uri, kind).fingerprint
     content = {
-        "compare": to_dict(config.compare) | {"encoders": len(setting.worlds)},
+        "compare": to_dict(config.compare) | {"encoders": len(setting.encoder_sets)},
         "embed": to_dict(config.embed),
         "seed": config.seed,
     }
@@ -147,25 +147,25 @@ def _tables(setting: Setting, spread: Spread, meter: Meter) -> dict[str, pd.Data
 def _matching_pieces(setting: Setting) -> list[Piece]:
     """Vectors by every encoder, and counts of every source, of the cells of all shifts."""
     made: list[Piece] = []
-    for world in setting.worlds if setting.config.compare.shifts else ():
-        made += _of_world(setting, world)
+    for encoder_set in setting.encoder_sets if setting.config.compare.shifts else ():
+        made += _of_encoder_set(setting, encoder_set)
     return made
 
 
-def _of_world(setting: Setting, world: World) -> list[Piece]:
-    cells, made = shift_selection.cells_of(world.shifts), []
-    for encoder in world.encoders:
+def _of_encoder_set(setting: Setting, encoder_set: EncoderSet) -> list[Piece]:
+    cells, made = shift_selection.cells_of(encoder_set.shifts), []
+    for encoder in encoder_set.encoders:
         for number, start in enumerate(range(0, len(cells), intermediates.BLOCK_CELLS)):
             mine = cells[start : start + intermediates.BLOCK_CELLS]
-            made.append(Piece(uri=intermediates.vectors_part(world.places, encoder, number), call=intermediates.embed_block,
-                              args=(world.config, world.places, encoder, number, mine), cost=float(len(mine)) / 50,
+            made.append(Piece(uri=intermediates.vectors_part(encoder_set.places, encoder, number), call=intermediates.embed_block,
+                              args=(encoder_set.config, encoder_set.places, encoder, number, mine), cost=float(len(mine)) / 50,
                               threads=setting.config.train.threads, gpu=True))  # fmt: skip
-    if not world.name and setting.config.compare.controls:
-        sources = Corpus(world.places.corpus).obs(["source"])["source"].to_numpy().astype(np.str_)[cells]
+    if not encoder_set.name and setting.config.compare.controls:
+        sources = Corpus(encoder_set.places.corpus).obs(["source"])["source"].to_numpy().astype(np.str_)[cells]
         for source in np.unique(sources).tolist():
             mine = cells[sources == source]
-            made.append(Piece(uri=intermediates.counts_part(world.places, source), call=intermediates.read_counts,
-                              args=(world.config, world.places, source, mine), cost=len(mine) / 1000))  # fmt: skip
+            made.append(Piece(uri=intermediates.counts_part(encoder_set.places, source), call=intermediates.read_counts,
+                              args=(encoder_set.config, encoder_set.places, source, mine), cost=len(mine) / 1000))  # fmt: skip
     return made
 
 
@@ -175,7 +175,7 @@ PARTS: dict[str, Part] = {
     "matching": Part(tables=shift_tables.matched, pieces=_matching_pieces),
     "conserved": Part(tables=lambda s: conserved_response.tables(s.config)),
     "networks": Part(
-        tables=lambda s: gene_networks.networks(s.config, {n: p for w in s.worlds for n, p in w.trained.items()})
+        tables=lambda s: gene_networks.networks(s.config, {n: p for w in s.encoder_sets for n, p in w.trained.items()})
     ),
 }
 """Further parts are further entries."""

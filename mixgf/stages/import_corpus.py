@@ -28,7 +28,7 @@ from mixgf.errors import UserError
 from mixgf.genes import identify
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import artifacts, files
-from mixgf.storage.artifacts import nothing_left_of_a_refusal, whoever_makes
+from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
 from mixgf.storage.tables import write_table
 from mixgf.tracking import mlflow_runs
 
@@ -46,16 +46,16 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
         files.remove(files.join(uri, "work"))
         return uri
     params = {name: to_dict(getattr(config, name)) for name in ("vocab", "imports", "tokens")}
-    with nothing_left_of_a_refusal(uri), mlflow_runs.stage(config, "import", params, record.fingerprint) as tracked:
+    with remove_output_if_all_rejected(uri), mlflow_runs.stage(config, "import", params, record.fingerprint) as tracked:
         if spread is not None:
             work = _Import(given, uri, spread, Meter("import", tracked.id))
-            done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+            done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
         else:
             from mixgf.distributed.session import session
 
             with session(config), watch(config, "import", tracked, uri) as watched:
                 work = _Import(given, uri, ray_tasks(config), watched.meter)
-                done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+                done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
                 watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     files.remove(files.join(uri, "work"))

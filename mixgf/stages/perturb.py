@@ -29,7 +29,7 @@ from mixgf.errors import UserError
 from mixgf.perturbation import cost_estimate, gene_responses, gene_table, group_design, reference_genes, work_units
 from mixgf.perturbation.group_design import Design
 from mixgf.perturbation.work_units import Done, Scorer
-from mixgf.stages.perturb_phases import Campaign, Outcome, Runner, loop, part
+from mixgf.stages.perturb_phases import Outcome, Phases, Runner, loop, part
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import cost, mlflow_runs
@@ -77,9 +77,9 @@ def run(config: Config, *, local: bool = False) -> str:
     make = functools.partial(Scorer, config, corpus=source, weights=weights, folder=folder)
     with mlflow_runs.stage(config, "perturb", settings, record.fingerprint) as tracked:
         spend = cost.Spend(_limit(config), before=sum(cost.load(folder).values()))
-        campaign = Campaign(config=config, plan=plan, corpus=corpus, folder=folder, spend=spend)
+        phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=spend)
         if local:
-            outcome = campaign.complete(loop(make), Meter("perturb", tracked.id))
+            outcome = phases.complete(loop(make), Meter("perturb", tracked.id))
         else:
             size = Size(
                 min_actors=max(1, config.compute.min_workers),
@@ -93,9 +93,9 @@ def run(config: Config, *, local: bool = False) -> str:
                 Pool(make, size, retries=config.compute.max_failures) as pool,
             ):
                 spend.num_workers = lambda: pool.num_up  # an actor that waits for a node costs nothing
-                outcome = campaign.complete(_metered(pool, watched.meter), watched.meter)
+                outcome = phases.complete(_metered(pool, watched.meter), watched.meter)
                 watched.made(genes=len(outcome.scored), cells=len(plan.cells_N))
-        _publish(uri, record, campaign, outcome)
+        _publish(uri, record, phases, outcome)
         tracked.log({**outcome.figures, "genes": float(len(outcome.scored)), "cells": float(len(plan.cells_N))})
     for text in outcome.warnings:
         warn(f"perturb: {text}")
@@ -107,7 +107,7 @@ def run(config: Config, *, local: bool = False) -> str:
 
 def _say_known(uri: str, config: Config) -> None:
     """Print what is known of the genes beside what was found, where the config asks for it."""
-    if config.perturb.known or config.perturb.published:
+    if config.perturb.reference_genes or config.perturb.published:
         for line in reference_genes.text(read_table(files.join(uri, "genes.parquet")).to_pandas(), config).splitlines():
             say(line)
 
@@ -136,10 +136,10 @@ def _limit(config: Config) -> float:
     return min(hours, default=0.0) * cost.HOUR
 
 
-def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Outcome) -> None:
+def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcome) -> None:
     """Test, write the tables, finish the record."""
-    config, corpus, plan, folder = campaign.config, campaign.corpus, campaign.plan, campaign.folder
-    states, settings = outcome.states, campaign.config.perturb
+    config, corpus, plan, folder = phases.config, phases.corpus, phases.plan, phases.folder
+    states, settings = outcome.states, phases.config.perturb
     whole, all_scored = plan, len(outcome.scored) == len(plan.targets)
     pairs = {}
     for operation in settings.operations:
@@ -155,7 +155,7 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         if state.name in ("start", "goal")
     }
     chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
-    matrix = {"responses": _responses(campaign, outcome)} if whole.watched else {}
+    matrix = {"responses": _responses(phases, outcome)} if whole.watched else {}
     genes = gene_table.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
     nulls = gene_table.calibration(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
@@ -180,7 +180,7 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
         "variant": config.perturb.variant,
         "warnings": [*plan.warnings, *outcome.warnings],
         "screen": outcome.agreement,
-        "budget": {"limit_hours": campaign.spend.limit / cost.HOUR, "worker_hours": campaign.spend.total / cost.HOUR},
+        "budget": {"limit_hours": phases.spend.limit / cost.HOUR, "worker_hours": phases.spend.total / cost.HOUR},
         "states": {state.name: state.expression for state in plan.states},
         "parts": folder.removeprefix(uri).strip("/"),
         "differential_expression": "rank scores, 1 - rank / length, Welch's t over all cells of goal against start",
@@ -192,14 +192,14 @@ def _publish(uri: str, record: artifacts.Record, campaign: Campaign, outcome: Ou
     artifacts.finish(uri, record, counts=counts, files=checksums, details=details)
 
 
-def _responses(campaign: Campaign, outcome: Outcome) -> pa.Table:
+def _responses(phases: Phases, outcome: Outcome) -> pa.Table:
     """The matrix of perturbed by responding genes, of the operations' parts."""
-    folder = files.join(campaign.folder, work_units.RESPONSES)
+    folder = files.join(phases.folder, work_units.RESPONSES)
     keys = {
         operation: [key for key in outcome.parts if key.startswith(f"{operation}-")]
-        for operation in campaign.config.perturb.operations
+        for operation in phases.config.perturb.operations
     }
-    return gene_responses.table({name: [part(folder, key) for key in keys[name]] for name in keys}, campaign.plan)
+    return gene_responses.table({name: [part(folder, key) for key in keys[name]] for name in keys}, phases.plan)
 
 
 def _not_scored(plan: Design, outcome: Outcome, operations: tuple[str, ...]) -> pa.Table:

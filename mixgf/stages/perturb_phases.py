@@ -38,7 +38,7 @@ SAVE_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a campaign came to."""
+    """What a phases came to."""
 
     scored: Ints
     """Targets with exact shifts under every operation, ascending."""
@@ -59,7 +59,7 @@ class Outcome:
 
 
 @dataclass(kw_only=True, slots=True)
-class Campaign:
+class Phases:
     """One run's work, phase after phase; each computes the parts that are missing."""
 
     config: Config

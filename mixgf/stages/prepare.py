@@ -30,7 +30,7 @@ from mixgf.errors import UserError
 from mixgf.genes import identify, medians, species
 from mixgf.genes.vocabulary import Vocabulary, build, read_medians
 from mixgf.storage import artifacts, files
-from mixgf.storage.artifacts import nothing_left_of_a_refusal, whoever_makes
+from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs
 
@@ -51,16 +51,19 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
         files.remove(files.join(uri, "work"))
         return uri
     params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
-    with nothing_left_of_a_refusal(uri), mlflow_runs.stage(config, "prepare", params, record.fingerprint) as tracked:
+    with (
+        remove_output_if_all_rejected(uri),
+        mlflow_runs.stage(config, "prepare", params, record.fingerprint) as tracked,
+    ):
         if spread is not None:
             work = _Prepare(config, uri, sources, older, spread, Meter("prepare", tracked.id))
-            done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+            done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
         else:
             from mixgf.distributed.session import session
 
             with session(config), watch(config, "prepare", tracked, uri) as watched:
                 work = _Prepare(config, uri, sources, older, ray_tasks(config), watched.meter)
-                done = whoever_makes(uri, record, lambda: work.make(vocabulary, record))
+                done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
                 watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     files.remove(files.join(uri, "work"))
@@ -223,10 +226,10 @@ class _Prepare:
             metrics[i], samples[i] = prepare_passes.read_metrics(
                 self.work, [u.number for u in all_units if u.index == i]
             )
-        reasons = {i: qc.judge(m, rules) for i, m in metrics.items()}
+        reasons = {i: qc.filter_cells(m, rules) for i, m in metrics.items()}
         if rules.doublets:
             called = self._doublets(reasons, samples)
-            reasons = {i: qc.judge(m, rules, called[i]) for i, m in metrics.items()}
+            reasons = {i: qc.filter_cells(m, rules, called[i]) for i, m in metrics.items()}
         if rules.drop_duplicates:
             held = [self.older.hashes()] if self.older else []
             all_kept = [np.zeros(len(h.hash_a), dtype=np.int8) for h in held]

@@ -22,7 +22,7 @@ from mixgf.distributed.metrics import watch
 from mixgf.encoder import checkpoint
 from mixgf.errors import UserError
 from mixgf.stages import pretrain
-from mixgf.stages.tune_trials import RAY, SCHEMA, Engine, Search, Trial, judged, score
+from mixgf.stages.tune_trials import RAY, SCHEMA, Engine, Search, Trial, evaluation_cells, score
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs, model_card
@@ -110,7 +110,7 @@ def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict
     for arm in arms:
         corpus = opened[corpora[arm.key]]
         steps[arm.key] = tuple(search_space.rungs(config, Pretraining(arm.config, corpus).num_steps))
-    table, made = judged(arms[0].config, opened[corpora[arms[0].key]], config.seed)
+    table, made = evaluation_cells(arms[0].config, opened[corpora[arms[0].key]], config.seed)
     absent = [kind for kind in config.tune.splits if kind not in {split.kind for split in made}]
     if absent:
         warn(f"tune.splits: {', '.join(absent)} cannot be made of these cells, and counts nothing")

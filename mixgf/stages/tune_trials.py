@@ -102,7 +102,7 @@ class Search:
     meter: Meter
 
 
-def judged(config: Config, corpus: Corpus, seed: int) -> tuple[Labelled, list[Split]]:
+def evaluation_cells(config: Config, corpus: Corpus, seed: int) -> tuple[Labelled, list[Split]]:
     """The cells and splits that an arm is judged on."""
     settings = replace(config.classify, splits=config.tune.splits, seeds=1)
     table = evaluate.sample(labels.labelled(corpus, settings), config.tune.cells, seed)
@@ -130,7 +130,7 @@ def work(trial: Trial, rung: int, engine: Engine, parent: mlflow_runs.Run) -> fl
 
 def score(trial: Trial, rung: int, settings: Tune) -> float:
     """What decides about a trial that was judged at a rung."""
-    return evaluate.objective(tables.read_table(trial.part(rung)).to_pandas(), settings.splits, settings.judge)
+    return evaluate.objective(tables.read_table(trial.part(rung)).to_pandas(), settings.splits, settings.head)
 
 
 def _rung(
@@ -151,7 +151,7 @@ def _rung(
         return
     model = MaskedModel(config.model, corpus.vocabulary.size)
     checkpoints.load_step_weights(uri, step, model)
-    table, made = judged(config, corpus, trial.base_seed)
+    table, made = evaluation_cells(config, corpus, trial.base_seed)
     found = evaluate.zero_shot(model.encoder, corpus, table, made, run=config, seed=trial.base_seed)
     if rung == len(trial.steps) - 1 and config.tune.finetune:
         tuned = evaluate.finetuned(model.encoder, corpus, table, run=config, seed=trial.base_seed)
@@ -162,7 +162,7 @@ def _rung(
 
 def _figures(found: pd.DataFrame, config: Config) -> dict[str, float]:
     """What MLflow compares trials by."""
-    figures = {"score": evaluate.objective(found, config.tune.splits, config.tune.judge)}
+    figures = {"score": evaluate.objective(found, config.tune.splits, config.tune.head)}
     for (model, split, metric), part in found.groupby(["model", "split", "metric"], sort=True):
         figures[f"{model}/{split}/{metric}" if model != "space" else str(metric)] = float(part["value"].mean())
     return figures

@@ -17,7 +17,7 @@ SCORED_AMONG = 50
 """Genes of like rank among which a donor's value is placed before its sign is flipped."""
 
 
-def less_expected(mean_GC: Float64s, rank_G: Float64s, among_G: Bools | None = None) -> Float64s:
+def residual_after_rank(mean_GC: Float64s, rank_G: Float64s, among_G: Bools | None = None) -> Float64s:
     """Cluster means less what a gene's rank predicts in the same cluster, (G, C); `less_background` where ranks are too few.
 
     Where a perturbation's effect follows from the gene's rank, and differs by donor, all genes of high rank repeat over

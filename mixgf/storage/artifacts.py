@@ -200,7 +200,7 @@ def require(uri: str, kind: str, schema: int | None = None) -> Record:
 
 
 @contextlib.contextmanager
-def nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
+def remove_output_if_all_rejected(uri: str) -> Iterator[None]:
     """Where no source can be used there is nothing to continue: the next try may be another plan."""
     try:
         yield
@@ -210,7 +210,7 @@ def nothing_left_of_a_refusal(uri: str) -> Iterator[None]:
         raise
 
 
-def whoever_makes(uri: str, record: Record, make: Callable[[], Record]) -> Record:
+def build_or_reuse(uri: str, record: Record, make: Callable[[], Record]) -> Record:
     """What `make` makes, or what another driver of the same plan, at work at the same time, has made before it.
 
     Several drivers at one output help each other: parts are the same bytes whoever writes them. The first to end removes

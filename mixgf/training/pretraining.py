@@ -27,7 +27,7 @@ from mixgf.genes import species
 from mixgf.training.batch_plan import I64, Plan, Share, packing, parse_mix
 from mixgf.training.context import Group, autocast
 from mixgf.training.losses import alignment, dimension_contrast, nt_xent, uniformity
-from mixgf.training.views import Pools, Translator, looked_at, mask, thin
+from mixgf.training.views import Pools, Translator, looked_at, mask, subsample_genes
 
 
 def first_model(config: Config, corpus: Corpus) -> MaskedModel:
@@ -53,16 +53,16 @@ def part_of(num_cells: int, share: float) -> I64:
 
 
 @dataclass(frozen=True, slots=True)
-class Micro:
+class MicroBatch:
     """One forward pass of one worker: all views of some cells, packed view after view."""
 
     batch: Batch
     num_views: int
     masked_K: Tensor
-    """Places that are scored, all in the first view: in the pack, or among the queries where there are some."""
+    """ArtifactPaths that are scored, all in the first view: in the pack, or among the queries where there are some."""
     targets_K: Tensor
     slots_B: Tensor
-    """Places of the cells in the global batch."""
+    """ArtifactPaths of the cells in the global batch."""
     paired_B: Tensor
     """Which cells have an ortholog translation."""
     queries: tuple[Tensor, Tensor] | None = None
@@ -70,7 +70,7 @@ class Micro:
     firsts: Tensor | None = None
     """Place of every sentence's first token among the queries."""
 
-    def to(self, device: torch.device) -> Micro:
+    def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
         if device.type == "cpu":
             return self
@@ -78,7 +78,7 @@ class Micro:
         def move(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True)
 
-        return Micro(
+        return MicroBatch(
             self.batch.to(device), self.num_views, move(self.masked_K), move(self.targets_K), move(self.slots_B),
             move(self.paired_B), None if self.queries is None else (move(self.queries[0]), move(self.queries[1])),
             None if self.firsts is None else move(self.firsts),
@@ -89,7 +89,7 @@ class Micro:
 class Work:
     """A worker's share of a global batch, ready to run."""
 
-    micros: list[Micro]
+    micros: list[MicroBatch]
     batch_cells: int
     epoch: int
     num_cells: int
@@ -192,7 +192,7 @@ class Pretraining:
         cells, tokens = len(share.cells_B), int(sentences[1][-1])
         return Work(micros, share.batch_cells, share.epoch, cells, tokens, masked, flops)
 
-    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[Micro, I64, I64 | None]:
+    def _micro(self, share: Share, sentences: Packed, part: slice) -> tuple[MicroBatch, I64, I64 | None]:
         tokens, offsets = sentences
         span = offsets[part.start : part.stop + 1]
         few: Packed = (tokens[span[0] : span[-1]], span - span[0])
@@ -208,7 +208,9 @@ class Pretraining:
             elif name == "mask":
                 packs.append((mask(few, visits, codes, self.pools, fraction=fraction, key=(*key, number))[0], few[1]))
             elif name == "subsample":
-                packs.append(thin((inputs, few[1]), visits, self.objective.subsample_fraction, (*key, number)))
+                packs.append(
+                    subsample_genes((inputs, few[1]), visits, self.objective.subsample_fraction, (*key, number))
+                )
             else:
                 assert self.translate is not None
                 translated, paired = self.translate(few, visits, codes, (*key, number))
@@ -226,7 +228,7 @@ class Pretraining:
             places, masked, begun, bounds = looked_at(at, begins, all_offsets)
             firsts, counts = torch.from_numpy(begun), bounds[1:] - bounds[:-1]
             asked = (torch.from_numpy(places), torch.from_numpy(bounds))
-        micro = Micro(
+        micro = MicroBatch(
             batch, num_views, torch.from_numpy(masked), torch.from_numpy(targets), torch.from_numpy(share.slots_B[part]),
             torch.from_numpy(paired), asked, firsts,
         )  # fmt: skip
@@ -268,7 +270,7 @@ class Pretraining:
         loss = o.mlm_weight * total + figures.pop("terms", torch.zeros((), device=device))
         return {"loss": loss, "mlm": total, **figures}
 
-    def _hidden(self, model: MaskedModel, micro: Micro) -> Tensor:
+    def _hidden(self, model: MaskedModel, micro: MicroBatch) -> Tensor:
         b = micro.batch
         if b.num_cells == 0:  # a worker of a batch with fewer cells than workers
             return model.encoder.tokens.new_zeros((0, model.encoder.row.dim))
@@ -277,7 +279,7 @@ class Pretraining:
                 b.ids_T, b.offsets_B1, positions_T=b.positions_T, keys=b.keys_T, max_len=b.max_len, queries=micro.queries
             )  # fmt: skip
 
-    def _vectors(self, h_TD: Tensor, micro: Micro) -> Tensor:
+    def _vectors(self, h_TD: Tensor, micro: MicroBatch) -> Tensor:
         """Cell vectors by view, float32 (W, B, D)."""
         if micro.batch.num_cells == 0:
             return h_TD.new_zeros((micro.num_views, 0, h_TD.shape[1]), dtype=torch.float32)
@@ -288,7 +290,7 @@ class Pretraining:
         return z.view(micro.num_views, -1, z.shape[1])
 
     def _contrast(
-        self, vectors: list[Tensor], micros: list[Micro], batch_cells: int, group: Group
+        self, vectors: list[Tensor], micros: list[MicroBatch], batch_cells: int, group: Group
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient by cell vector (W, C, D) of all terms on vectors, and their figures.
 
@@ -302,7 +304,7 @@ class Pretraining:
         z_WCD[:, mine] = torch.cat(vectors, dim=1)
         paired_C[mine] = torch.cat([micro.paired_B for micro in micros]).float()
         share = 1.0 if group.rank == 0 else 0.0  # of the figures: every worker has all of them
-        if o.gather:
+        if o.gather_negatives:
             group.all_reduce(z_WCD)
             group.all_reduce(paired_C)
             rows, scale = torch.arange(batch_cells, device=group.device), 1.0

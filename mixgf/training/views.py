@@ -125,7 +125,7 @@ def looked_at(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64,
     return places[:number], of_at, of_begins, bounds
 
 
-def thin(sentences: Packed, visits_B: I64, fraction: float, key: tuple[int, ...]) -> Packed:
+def subsample_genes(sentences: Packed, visits_B: I64, fraction: float, key: tuple[int, ...]) -> Packed:
     """Keep each gene with probability `fraction`; specials and the first token stay."""
     tokens_T, offsets = sentences
     keep = rng.chance(rng.of_places(rng.hashed(*key, visits_B), offsets), _THIN, fraction)

@@ -47,7 +47,7 @@ def board(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
     rows = []
     for key, part in found.groupby(keys, sort=False):
         row = dict(zip(keys, key, strict=True))
-        row["score"] = evaluate.objective(part, settings.splits, settings.judge)
+        row["score"] = evaluate.objective(part, settings.splits, settings.head)
         for name, metric in (("finetuned", "accuracy"), ("finetuned_f1", "macro_f1")):
             row[name] = _mean(part, "finetune", metric)
         for metric in ("alignment", "uniformity"):

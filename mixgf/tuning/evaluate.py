@@ -128,7 +128,7 @@ class _Thinned:
 
     def tokens(self, cells: npt.ArrayLike) -> Packed:
         few = np.asarray(cells, dtype=np.int64)
-        return views.thin(self._corpus.tokens(few), few, SUBSAMPLE, (self._seed, _DRAW))
+        return views.subsample_genes(self._corpus.tokens(few), few, SUBSAMPLE, (self._seed, _DRAW))
 
 
 def objective(found: pd.DataFrame, kinds: Sequence[str], head: str) -> float:

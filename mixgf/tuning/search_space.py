@@ -21,7 +21,7 @@ from mixgf.errors import UserError
 
 _RANDOM = 0x54554E45
 """Key of the draw of `tune.search = random`."""
-_OF_CONTRAST = ("view", "temperature", "gather", "subsample_fraction", "pooling")
+_OF_CONTRAST = ("view", "temperature", "gather_negatives", "subsample_fraction", "pooling")
 """Fields of the objective that nothing looks at without a contrast."""
 BASE = "base"
 """Name of the arm that the others are compared with: the config as it is."""

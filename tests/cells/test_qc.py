@@ -65,36 +65,38 @@ def test_metrics_of_blocks_are_those_of_the_whole():
 def test_sd_rule_drops_both_tails_and_cells_without_genes_do_not_move_the_mean():
     depth = [100] * 50 + [102] * 50 + [1_000, 0]
     genes = [50] * 101 + [0]
-    reason = qc.judge(metrics_of(depth, genes), QC(method="sd"))
+    reason = qc.filter_cells(metrics_of(depth, genes), QC(method="sd"))
     assert [qc.REASONS[r] for r in reason[-2:]] == ["depth", "few_genes"]
     assert (reason[:-2] == qc.KEPT).all()
-    low = qc.judge(metrics_of([1_000] * 100 + [1]), QC(method="sd"))
+    low = qc.filter_cells(metrics_of([1_000] * 100 + [1]), QC(method="sd"))
     assert low[-1] == qc.DEPTH
-    assert (qc.judge(metrics_of(depth, genes), QC(method="none"))[:-1] == qc.KEPT).all()
+    assert (qc.filter_cells(metrics_of(depth, genes), QC(method="none"))[:-1] == qc.KEPT).all()
 
 
 def test_sd_rule_is_exact_at_the_bound():
     # 1 of 10 differs by d: its distance from the mean is .9 d = 3 sd exactly (sd = .3 d); within means kept
-    assert (qc.judge(metrics_of([7] * 9 + [107]), QC()) == qc.KEPT).all()
-    assert qc.judge(metrics_of([7] * 10 + [107]), QC())[-1] == qc.DEPTH
+    assert (qc.filter_cells(metrics_of([7] * 9 + [107]), QC()) == qc.KEPT).all()
+    assert qc.filter_cells(metrics_of([7] * 10 + [107]), QC())[-1] == qc.DEPTH
 
 
 def test_mad_rule_works_on_the_log_scale_and_a_mad_of_zero_drops_nothing():
     depth = [900, 1_000, 1_100, 950, 1_050, 1_000, 980, 60, 30_000]
-    reason = qc.judge(metrics_of(depth), QC(method="mad"))
+    reason = qc.filter_cells(metrics_of(depth), QC(method="mad"))
     assert np.flatnonzero(reason).tolist() == [7, 8]
-    same = qc.judge(metrics_of([1_000] * 9, n_mito=[0] * 8 + [400]), QC(method="mad"))
+    same = qc.filter_cells(metrics_of([1_000] * 9, n_mito=[0] * 8 + [400]), QC(method="mad"))
     assert (same == qc.KEPT).all()
 
 
 def test_mitochondrial_share_is_capped_beside_the_rule():
-    reason = qc.judge(metrics_of([1_000] * 4, n_mito=[10, 20, 30, 300]), QC(method="none", max_mito_fraction=0.2))
+    reason = qc.filter_cells(
+        metrics_of([1_000] * 4, n_mito=[10, 20, 30, 300]), QC(method="none", max_mito_fraction=0.2)
+    )
     assert [qc.REASONS[r] for r in reason] == ["kept", "kept", "kept", "mito"]
 
 
 def test_a_cell_gets_one_reason_the_first():
     metrics = metrics_of([5] * 2, n_genes=[3, 10], n_mito=[5, 5])
-    reason = qc.judge(metrics, QC(method="none", max_mito_fraction=0.5), np.asarray([True, True]))
+    reason = qc.filter_cells(metrics, QC(method="none", max_mito_fraction=0.5), np.asarray([True, True]))
     assert [qc.REASONS[r] for r in reason] == ["few_genes", "mito"]
 
 

@@ -40,18 +40,18 @@ def test_a_difference_has_the_interval_of_both_and_what_rank_predicts_is_no_find
         NAMES,
     )
     frame["rank_expected_ant"] = 0.1
-    found = conserved_response.judged(frame, NAMES)
+    found = conserved_response.verdicts_of(frame, NAMES)
     assert found["difference"].tolist() == pytest.approx([0.5, 0.1, 0.1, 0.1, 0.1])
     assert (found["difference_high"] - found["difference"]).tolist() == pytest.approx([0.05] * 5)  # 3, 4, 5
     assert found["fdr_differs"].le(0.05).tolist() == [True, False, False, False, False]
     assert found["p_differs"][1:].tolist() == pytest.approx([1.0] * 4)
     assert set(found["interval_by"]) == {"donors"}
-    few = conserved_response.judged(frame.assign(num_donors_bee=1), NAMES)
+    few = conserved_response.verdicts_of(frame.assign(num_donors_bee=1), NAMES)
     assert set(few["interval_by"]) == {"cells"}
-    vague = conserved_response.judged(frame.assign(rank_error_bee=0.2), NAMES)
+    vague = conserved_response.verdicts_of(frame.assign(rank_error_bee=0.2), NAMES)
     assert found["p_differs"][0] < 0.001
     assert vague["p_differs"][0] > 0.05  # what rank does in bees is hardly known
-    unknown = conserved_response.judged(frame.assign(rank_expected_bee=np.nan), NAMES)
+    unknown = conserved_response.verdicts_of(frame.assign(rank_expected_bee=np.nan), NAMES)
     assert unknown["p_differs"].isna().all()
 
 
@@ -59,13 +59,13 @@ def test_conserved_targets_go_towards_the_goal_in_both_and_the_weaker_side_decid
     a = table([0.2, 0.3, -0.1, 0.4], prefix="A", percentile=[99.0, 98.0, 1.0, 99.9], p=[0.01, 0.02, 0.01, 0.001])
     b = table([0.1, 0.2, -0.2, -0.1], prefix="B", percentile=[90.0, 97.0, 2.0, 10.0], p=[0.5, 0.03, 0.01, 0.001])
     b.loc[0, "warnings"] = "one donor carries it"
-    found = conserved_response.judged(conserved_response.pair(a, b, partners(4), NAMES), NAMES)
+    found = conserved_response.verdicts_of(conserved_response.pair(a, b, partners(4), NAMES), NAMES)
     assert found["direction"].tolist() == ["towards", "towards", "away", "opposite"]
     assert found["place"].tolist() == [2, 1, 0, 0]
     assert found["percentile_both"].tolist() == [90.0, 97.0, 1.0, 10.0]
     assert found["p_both"].tolist() == [0.5, 0.03, 0.01, 0.001]
     assert found["doubts"].tolist() == ["bee: one donor carries it", "", "", ""]
-    untested = conserved_response.judged(
+    untested = conserved_response.verdicts_of(
         conserved_response.pair(a, b.assign(p_donor=np.nan), partners(4), NAMES), NAMES
     )
     assert untested["p_both"].isna().all()  # one side without a test is no evidence from both
@@ -158,8 +158,8 @@ def test_response_profiles_are_what_is_specific_and_are_set_side_by_side_by_orth
     """Log2 changes of 0 and 3 for own pairs: what is left of a gene's and a responder's median is 3 where they meet."""
     pairs = [(p, r) for p in range(3) for r in range(3)]
     matrix = pd.DataFrame({
-        "operation": "delete", "gene": [f"A{p}" for p, _ in pairs], "responding": [f"A{r}" for _, r in pairs], "num_still": 9,
-        "change_still": [8.0 if p == r else 1.0 for p, r in pairs],
+        "operation": "delete", "gene": [f"A{p}" for p, _ in pairs], "responding": [f"A{r}" for _, r in pairs], "num_same_rank": 9,
+        "change_same_rank": [8.0 if p == r else 1.0 for p, r in pairs],
     })  # fmt: skip
     found = gene_networks.profiles(matrix, "delete")
     assert found.to_numpy().tolist() == [[3, 0, 0], [0, 3, 0], [0, 0, 3]]

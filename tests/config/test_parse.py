@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mixgf.config import recipes
-from mixgf.config.parse import difference, fingerprint, from_dict, override, to_dict
+from mixgf.config.parse import RENAMED, difference, fingerprint, from_dict, override, to_dict
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 
@@ -111,3 +111,14 @@ def test_config_and_cli_import_nothing_heavy():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_field_by_its_former_name_is_refused_with_the_present_one(old):
+    section, name = old.split(".")
+    now = RENAMED[old].split()[0]
+    with pytest.raises(UserError, match=f"^{old}: is now {now}"):
+        from_dict(Config, {section: {name: "1"}})
+    with pytest.raises(UserError, match=f"{old} is now {now}"):
+        override(Config(), [f"{old}=1"])
+    assert now.split(".")[1] in to_dict(Config())[section]

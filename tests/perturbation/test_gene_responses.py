@@ -66,13 +66,13 @@ def test_equals_the_plain_implementation(operation, lead, layers):
             values, still = np.array(expected.get((k, token), [(0.0, 0.0)])).T
             if (k, token) not in expected:
                 values = still = np.empty(0)
-            assert sums.num_still_KR[k, r] == still.sum()
-            assert sums.still_KR[k, r] == pytest.approx(values @ still, abs=1e-6)
+            assert sums.num_same_rank_KR[k, r] == still.sum()
+            assert sums.same_rank_KR[k, r] == pytest.approx(values @ still, abs=1e-6)
             assert sums.num_KR[k, r] == len(values)
             assert sums.sum_KR[k, r] == pytest.approx(values.sum(), abs=1e-6)
             assert sums.squares_KR[k, r] == pytest.approx((values**2).sum(), abs=1e-6)
     assert sums.sum_KR.max() > 1e-3  # the comparison can fail
-    assert 0 < sums.num_still_KR.sum() < sums.num_KR.sum()
+    assert 0 < sums.num_same_rank_KR.sum() < sums.num_KR.sum()
 
 
 def design(num_targets=3, num_watched=4):
@@ -100,9 +100,9 @@ def test_parts_add_up_to_means_by_hand():
         ["p2", "r0", 2],
     ]
     assert frame["change"].tolist() == pytest.approx([0.3, 0.2, 0.2])
-    assert frame["num_still"].tolist() == [1, 2, 0]
-    assert frame["change_still"].tolist()[:2] == pytest.approx([0.5, 0.15])
-    assert np.isnan(frame["change_still"][2])
+    assert frame["num_same_rank"].tolist() == [1, 2, 0]
+    assert frame["change_same_rank"].tolist()[:2] == pytest.approx([0.5, 0.15])
+    assert np.isnan(frame["change_same_rank"][2])
     assert frame["sd"].tolist() == pytest.approx([np.std([0.5, 0.1], ddof=1), 0.0, np.sqrt(0.02)], abs=1e-7)
 
 
@@ -111,11 +111,13 @@ def test_what_is_between_two_genes_is_what_neither_does_in_general():
     general = np.exp2(rng.normal(0, 2, (12, 1)) + rng.normal(0, 2, (1, 9)))
     general[4, 5] *= 8
     rows = [
-        {"gene": f"p{k}", "responding": f"r{r}", "num_still": 9, "change_still": general[k, r]}
+        {"gene": f"p{k}", "responding": f"r{r}", "num_same_rank": 9, "change_same_rank": general[k, r]}
         for k in range(12)
         for r in range(9)
     ]
-    rows.append({"gene": "p0", "responding": "r99", "num_still": gene_responses.MIN_CELLS - 1, "change_still": 1.0})
+    rows.append(
+        {"gene": "p0", "responding": "r99", "num_same_rank": gene_responses.MIN_CELLS - 1, "change_same_rank": 1.0}
+    )
     found = gene_responses.specific(pd.DataFrame(rows)).set_index(["gene", "responding"])["excess"]
     assert len(found) == 108
     assert found["p4", "r5"] == pytest.approx(3)
@@ -149,7 +151,7 @@ def test_a_matrix_needs_no_cells_of_its_own_and_names_the_most_frequent_genes(co
             row = value.loc[(plan.targets[k].symbol, symbols[token])]
             assert row["num_cells"] == len(changes)
             assert row["change"] == pytest.approx(np.mean([change for change, _ in changes]), abs=1e-6)
-            assert row["num_still"] == sum(still for _, still in changes)
+            assert row["num_same_rank"] == sum(still for _, still in changes)
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,7 @@ def test_orthologs_stand_beside_their_genes():
 
 def test_paper_mode_is_the_published_test():
     shift = np.random.default_rng(3).normal(size=(15, 6))
-    frame = table(design(15, [0, 1, 2, 0, 1, 2]), shift, mode="paper")
+    frame = table(design(15, [0, 1, 2, 0, 1, 2]), shift, test="published")
     for g in range(15):
         expected = scipy.stats.ranksums(shift[g], shift.ravel()).pvalue
         assert frame.loc[f"g{g}", "p_cell"] == pytest.approx(expected, rel=1e-9)

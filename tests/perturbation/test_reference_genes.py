@@ -33,7 +33,7 @@ def _genes(symbols, shift, **columns):
 
 
 def _config(*entries, published=""):
-    return Config(perturb=Perturb(known=entries, published=published))
+    return Config(perturb=Perturb(reference_genes=entries, published=published))
 
 
 def test_shifts_and_baselines_are_scored_by_hand_on_the_same_genes():
@@ -72,7 +72,7 @@ def test_a_gene_is_found_by_id_former_symbol_and_ortholog_and_a_screen_s_misses_
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("a\tb\nx\ty\n", r"perturb\.known = .*has columns a, b; must have one of ensembl_id, gene"),
+        ("a\tb\nx\ty\n", r"perturb\.reference_genes = .*has columns a, b; must have one of ensembl_id, gene"),
         ("gene\thit\nx\tmaybe\n", r"hit holds 'maybe'; must be true or false"),
     ],
     ids=["no gene column", "hit is no truth value"],

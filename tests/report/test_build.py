@@ -152,7 +152,7 @@ def config(tmp_path_factory):
     ids=["intervals apart, above", "intervals meet", "intervals apart, below"],
 )
 def test_a_verdict_needs_intervals_that_do_not_meet(score, verdict, lower):
-    duel = verdicts.Duel(split="random", group="g", direction="", metric="macro_f1", model="finetune", score=score,
+    duel = verdicts.PairedComparison(split="random", group="g", direction="", metric="macro_f1", model="finetune", score=score,
                          baseline="pca_knn", baseline_score=(0.85, 0.84, 0.87))  # fmt: skip
     assert (duel.verdict, duel.lower) == (verdict, lower)
 
@@ -310,7 +310,7 @@ def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(c
     rng = np.random.default_rng(5)
     rows = [
         {"operation": "delete", "gene": f"ENSG{k:05d}", "symbol": f"GENE{k}", "responding": f"ENSG{r:05d}", "responding_symbol": f"GENE{r}",
-         "num_cells": 40, "change": 0.5, "num_still": 20, "change_still": 0.01 * (k + 1) * (r + 1) * (16 if (k, r) == (3, 7) else 1) * np.exp(rng.normal(0, 0.05)), "sd": 0.0}
+         "num_cells": 40, "change": 0.5, "num_same_rank": 20, "change_same_rank": 0.01 * (k + 1) * (r + 1) * (16 if (k, r) == (3, 7) else 1) * np.exp(rng.normal(0, 0.05)), "sd": 0.0}
         for k in range(30) for r in range(12) if k != r
     ]  # fmt: skip
     with_pairs = dataclasses.replace(run, tables=run.tables | {"responses": pd.DataFrame(rows)})

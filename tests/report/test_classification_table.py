@@ -52,17 +52,17 @@ def text(section: elements.Section) -> str:
 def test_headlines_speak_of_the_training_that_validation_cells_prefer_whatever_the_test_cells_say() -> None:
     board = scores({
         ("random", g, "", m): v for g in ("baron", "jaitin")
-        for m, v in {"finetune": 0.9, "tuned": 0.6, "knn": 0.95, "hvg_logreg": 0.8}.items()
+        for m, v in {"finetune": 0.9, "finetune_linear_start": 0.6, "knn": 0.95, "hvg_logreg": 0.8}.items()
     })  # fmt: skip
     epochs = pd.DataFrame([
         {"split": "random", "group": g, "direction": "", "seed": 0, "model": m, "epoch": e, "loss": loss, "chosen": chosen}
-        for g in ("baron", "jaitin") for m, e, loss, chosen in (("finetune", 1, 0.1, False), ("finetune", 2, 0.5, True), ("tuned", 0, 0.4, True))
+        for g in ("baron", "jaitin") for m, e, loss, chosen in (("finetune", 1, 0.1, False), ("finetune", 2, 0.5, True), ("finetune_linear_start", 0, 0.4, True))
     ])  # fmt: skip
-    assert verdicts.best_own(board, epochs) == "tuned"
+    assert verdicts.best_own(board, epochs) == "finetune_linear_start"
     assert verdicts.best_own(board) == "finetune"
     alone = epochs[(epochs["model"] != "finetune") | (epochs["group"] == "jaitin")]  # on the splits of both only
-    alone = pd.concat([alone, epochs[epochs["model"] == "tuned"].assign(seed=1, loss=9.0)])
-    assert verdicts.best_own(board, alone) == "tuned"
+    alone = pd.concat([alone, epochs[epochs["model"] == "finetune_linear_start"].assign(seed=1, loss=9.0)])
+    assert verdicts.best_own(board, alone) == "finetune_linear_start"
     said = run(scores=board, epochs=epochs)
     assert (
         "0.60",

@@ -217,7 +217,7 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
     artifacts.finish(str(tmp_path / "embed"), record)
     assert intermediates.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
     assert intermediates.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
-    places = intermediates.Places(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
+    places = intermediates.ArtifactPaths(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
                                embeddings=str(tmp_path / "embed"))  # fmt: skip
     cells = np.array([200, 3, 77, 4])
     from_artifact = intermediates.vectors(places, "", cells)
@@ -231,10 +231,13 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
     ("changes", "message"),
     [
         ({"models": ("scgpt",)}, r"classify.models: 'scgpt' is not known; there are finetune, .*knn"),
-        ({"fewer_seeds": ("finetuned=1",)}, r"classify.fewer_seeds: 'finetuned' is not known; there are finetune, "),
         (
-            {"fewer_seeds": ("finetune=0",)},
-            r"classify.fewer_seeds: 'finetune=0' must be MODEL=NUMBER, the number at least 1",
+            {"seeds_per_model": ("finetuned=1",)},
+            r"classify.seeds_per_model: 'finetuned' is not known; there are finetune, ",
+        ),
+        (
+            {"seeds_per_model": ("finetune=0",)},
+            r"classify.seeds_per_model: 'finetune=0' must be MODEL=NUMBER, the number at least 1",
         ),
         ({"label": "celltype"}, r"classify.label = 'celltype': the corpus has no such column; it has .*cell_type"),
         ({"label": "organ"}, r"classify.splits = random, donor, species: none can be made"),
@@ -323,7 +326,7 @@ def noted(made: list[str]):
 def test_models_added_to_a_finished_classification_use_what_is_there(base: Config, tmp_path: Path) -> None:
     """More models, seeds, splits and an encoder: the same tables as if asked for at once, and nothing twice."""
     first, more = {"splits": ("random",), "models": ("knn", "majority", "probe")}, {
-        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "fewer_seeds": ("finetune=1", "majority=1"),
+        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "seeds_per_model": ("finetune=1", "majority=1"),
         "encoders": (f"again={base.output}/pretrain",), "label_shares": (0.2, 1.0), "unseen_types": 1, "curve_models": ("probe", "hvg_logreg"),
         "integration_cells": 150,
     }  # fmt: skip

@@ -110,13 +110,13 @@ def test_another_list_of_known_genes_needs_no_new_perturbation(made, tmp_path, c
     chosen = override(recipes.get("paper_alzheimer"), [*SMALL, *changes])
     perturb.run(chosen, local=True)
     caplog.clear()
-    perturb.run(override(chosen, ["perturb.known=HSPB1,S100B,HSP90AA1"]), local=True)
+    perturb.run(override(chosen, ["perturb.reference_genes=HSPB1,S100B,HSP90AA1"]), local=True)
     said = caplog.text
     assert "already there" in said
     assert "known genes, 1 of" in said
     assert "baseline: differential expression" in said
-    with pytest.raises(UserError, match=r"perturb\.known = 'none\.tsv': no such file"):
-        perturb.run(override(chosen, ["perturb.known=none.tsv", f"output={tmp_path}/other"]), local=True)
+    with pytest.raises(UserError, match=r"perturb\.reference_genes = 'none\.tsv': no such file"):
+        perturb.run(override(chosen, ["perturb.reference_genes=none.tsv", f"output={tmp_path}/other"]), local=True)
     assert not files.exists(f"{tmp_path}/other/perturb")
 
 

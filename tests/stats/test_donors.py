@@ -236,10 +236,10 @@ def test_rank_and_donor_together_explain_nothing_of_a_gene_s_own():
     slope = np.array([1.0, 2.0, 3.0])
     means = rank[:, None] * slope / 500
     means[7] += 0.4
-    own = rank_adjustment.less_expected(means, rank)
+    own = rank_adjustment.residual_after_rank(means, rank)
     assert own[7] == pytest.approx([0.4] * 3)
     assert np.abs(np.delete(own, 7, axis=0)).max() < 0.1
-    few = rank_adjustment.less_expected(means, np.where(np.arange(120) < 5, rank, np.nan))
+    few = rank_adjustment.residual_after_rank(means, np.where(np.arange(120) < 5, rank, np.nan))
     assert few == pytest.approx(less_background(means))
 
 
@@ -269,7 +269,7 @@ def test_nothing_is_found_as_often_as_chance_finds_it_however_skewed_the_effects
     for _ in range(10):
         by_rank = np.exp(-rank / 40)[:, None] * rng.normal(6, 2, donors)
         means = by_rank + rng.lognormal(0, 1, (genes, donors))
-        own = rank_adjustment.less_expected(means, rank)
+        own = rank_adjustment.residual_after_rank(means, rank)
         found.append(sign_flip(rank_adjustment.normal_scores(own, rank), 5000, rng))
         plain.append(sign_flip(own, 5000, rng))
         wide = means - np.stack(

@@ -183,7 +183,7 @@ def test_the_ortholog_term_has_gradients(corpus, uri):
 
 def test_negatives_of_all_workers_enter_unless_gather_is_off(corpus):
     one = run(corpus)
-    apart = run(corpus, workers=2, gather=False)
+    apart = run(corpus, workers=2, gather_negatives=False)
     assert apart[0]["contrast"] < one[0]["contrast"]
     assert apart[0]["mlm"] == pytest.approx(one[0]["mlm"], rel=1e-6)
 

@@ -64,7 +64,7 @@ def test_masks_are_keyed_by_seed_epoch_view_and_cell():
 def test_thinning_keeps_the_set_share_in_order_and_never_empties_a_cell():
     tokens = np.arange(3, 3 + 4000, dtype=np.int32)
     offsets = np.array([0, 1, 2000, 4000])
-    out, bounds = views.thin((tokens, offsets), np.arange(3), 0.8, (0, 0, 1))
+    out, bounds = views.subsample_genes((tokens, offsets), np.arange(3), 0.8, (0, 0, 1))
     assert (np.diff(out) > 0).all()
     assert np.diff(bounds)[0] == 1
     assert len(out) == pytest.approx(3200, abs=4 * math.sqrt(4000 * 0.16))

@@ -125,7 +125,7 @@ def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
     )
     listed = [
         [Cell(str(r["symbol"] or r["gene"]), strong=True), Cell(str(r["responding_symbol"] or r["responding"]), strong=True),
-         number(r["change_still"], ".2g"), number(r["excess"], "+.2f"), count(r["num_still"]), number(r["change"], ".2g"), count(r["num_cells"])]
+         number(r["change_same_rank"], ".2g"), number(r["excess"], "+.2f"), count(r["num_same_rank"]), number(r["change"], ".2g"), count(r["num_cells"])]
         for r in lead.to_dict("records")
     ]  # fmt: skip
     caption = (
