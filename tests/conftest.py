@@ -10,7 +10,11 @@ from pathlib import Path
 os.environ.update(
     RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", MLFLOW_DISABLE_TELEMETRY="true"
 )
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+# Ray workers and spawned processes import test modules as pytest names them (`tests.stages.test_x`) and helpers beside this file
+_ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(_ROOT), str(_ROOT / "tests"), os.environ.get("PYTHONPATH")))
+)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
