@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from botocore import exceptions as boto
-
 from mixgf.errors import AccessError, StorageError
 
 T = TypeVar("T")
@@ -52,6 +50,8 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
 
 def passes(error: Exception) -> bool:
     """Whether the same call may well succeed in a moment: its answer broke off, or the server is still busy."""
+    from botocore import exceptions as boto
+
     if isinstance(error, boto.ConnectionError):
         return False  # no connection at all: botocore has tried
     if isinstance(error, boto.HTTPClientError | boto.IncompleteReadError | TimeoutError | ConnectionError | EOFError):
@@ -73,6 +73,8 @@ def code(error: BaseException) -> str:
 
 def fault(uri: str, error: Exception) -> OSError | None:
     """The one line that callers see of an error; None for an error that is not of storage."""
+    from botocore import exceptions as boto
+
     text = " ".join(str(error).split()) or type(error).__name__
     refusal = _refusal(error)
     if refusal:
@@ -93,6 +95,8 @@ def fault(uri: str, error: Exception) -> OSError | None:
 
 def _refusal(error: Exception) -> tuple[str, str] | None:
     """What object storage will not do however often it is asked, and the way out."""
+    from botocore import exceptions as boto
+
     if isinstance(error, PermissionError) or code(error) in _DENIED:
         return "access denied", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and that key's rights"
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
 
-import botocore.config
-import botocore.session
 import fsspec
 
 from mixgf.errors import UserError
@@ -40,6 +38,9 @@ def _options() -> dict[str, Any]:
 
 @cache
 def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    import botocore.config
+    import botocore.session
+
     return botocore.session.get_session().create_client("s3", config=botocore.config.Config(**_options()))
 
 
