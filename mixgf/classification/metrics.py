@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy import sparse, stats
 
 from mixgf.arrays import Float64s, Ints
-from mixgf.stats.intervals import Interval, _interval, clusters, resample
+from mixgf.stats.intervals import Interval, bootstrap_counts, bootstrap_units, percentile_interval
 
 NUM_BINS = 15
 """Confidence bins of the calibration error (Guo et al. 2017)."""
@@ -71,7 +71,7 @@ def score(
         num_classes: C.
         rng: Draws the resamples.
     """
-    clusters_M, by = clusters(donors_M)
+    clusters_M, by = bootstrap_units(donors_M)
     bins_M = np.clip(np.ceil(confidence_M * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
     state_M = (true_M * num_classes + predicted_M) * NUM_BINS + bins_M
     states_E, entry_M = np.unique(state_M, return_inverse=True)
@@ -86,8 +86,8 @@ def score(
         return {**totals(table_RCC), "ece": gaps / np.maximum(counts_RE.sum(-1), 1)}
 
     exact = metrics(np.bincount(entry_M)[None, :])
-    drawn = metrics(resample(clusters_M, entry_M, len(states_E), rng=rng))
-    return {name: _interval(float(exact[name][0]), drawn[name]) for name in METRICS}, by
+    drawn = metrics(bootstrap_counts(clusters_M, entry_M, len(states_E), rng=rng))
+    return {name: percentile_interval(float(exact[name][0]), drawn[name]) for name in METRICS}, by
 
 
 ACCEPTED = 0.95
@@ -108,7 +108,7 @@ def rejection(
         donors_M: Donor of each cell.
         rng: Draws the resamples.
     """
-    clusters_M, by = clusters(donors_M)
+    clusters_M, by = bootstrap_units(donors_M)
     levels, level_M = np.unique(confidence_M, return_inverse=True)
     entry_M, size = level_M * 2 + unseen_M, 2 * len(levels)
 
@@ -125,8 +125,8 @@ def rejection(
         }
 
     exact = metrics(np.bincount(entry_M, minlength=size)[None, :])
-    drawn = metrics(resample(clusters_M, entry_M, size, rng=rng))
-    return {name: _interval(float(exact[name][0]), drawn[name]) for name in exact}, by
+    drawn = metrics(bootstrap_counts(clusters_M, entry_M, size, rng=rng))
+    return {name: percentile_interval(float(exact[name][0]), drawn[name]) for name in exact}, by
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def compare(
         num_classes: C.
         rng: Draws the resamples.
     """
-    clusters_M, by = clusters(donors_M)
+    clusters_M, by = bootstrap_units(donors_M)
     clusters_M = clusters_M if by == "donor" else np.unique(cells_M, return_inverse=True)[1]
     num_seeds = len(np.unique(seeds_M))
     seed_M = np.unique(seeds_M, return_inverse=True)[1]
@@ -183,14 +183,14 @@ def compare(
         return {name: (of_model[name] - of_baseline[name]).mean(-1) for name in ("accuracy", "macro_f1")}
 
     exact = differences(np.bincount(entry_M)[None, :])
-    drawn = differences(resample(clusters_M, entry_M, len(states_E), rng=rng))
+    drawn = differences(bootstrap_counts(clusters_M, entry_M, len(states_E), rng=rng))
     cell_M = np.unique(cells_M, return_inverse=True)[1]
     net = np.bincount(
         cell_M, weights=(true_M == model_M).astype(float) - (true_M == baseline_M)
     )  # of each cell, over its seeds
     return Comparison(
-        accuracy=_interval(float(exact["accuracy"][0]), drawn["accuracy"]),
-        macro_f1=_interval(float(exact["macro_f1"][0]), drawn["macro_f1"]),
+        accuracy=percentile_interval(float(exact["accuracy"][0]), drawn["accuracy"]),
+        macro_f1=percentile_interval(float(exact["macro_f1"][0]), drawn["macro_f1"]),
         p=mcnemar(int((net > 0).sum()), int((net < 0).sum())),
         by=by,
     )

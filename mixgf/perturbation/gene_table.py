@@ -39,7 +39,7 @@ from mixgf.stats.donors import (
     benjamini_hochberg,
     cluster_means,
     group_means,
-    mean_by,
+    means_by_group,
     rank_sums,
     sign_flip,
     welch,
@@ -184,7 +184,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
     expected_G = rank_adjustment.expected_by_rank(means.mean, place_G, among_G)
     percentile_G = rank_adjustment.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1), among_G)
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
-    towards = {plan.states[i].name: mean_by(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
+    towards = {plan.states[i].name: means_by_group(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
     other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
     de_G, fold_G = _differential(plan, expressed)
     orthologs = _orthologs(plan, config)
@@ -205,7 +205,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
         "shift": means.mean,
         "shift_low": means.low,
         "shift_high": means.high,
-        "response": mean_by(pairs.response_P, pairs.target_P, num_genes),
+        "response": means_by_group(pairs.response_P, pairs.target_P, num_genes),
         "p_cell": tests.p_cell_G,
         "fdr_cell": _discoveries(tests.p_cell_G, null_G, num_tests),
         "p_donor": tests.p_donor_G,
@@ -230,9 +230,9 @@ def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Tab
     """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor.
 
     A row per gene and exchange. Within every donor genes of like rank exchange what their cells have beyond the rank's
-    expectation (`stats.shuffled_neighbours`). Sizes, ranks, what rank does and the likeness of a donor's cells stay; no gene
+    expectation (`stats.permute_within_rank`). Sizes, ranks, what rank does and the likeness of a donor's cells stay; no gene
     has anything of its own that repeats over donors. p-values of a test that keeps its word are then uniform, but for the few
-    values that a sign flip over few donors has (`stats.attainable`). Without three named donors there is nothing to exchange
+    values that a sign flip over few donors has (`stats.attainable_level`). Without three named donors there is nothing to exchange
     between: no rows. Of chosen genes and those drawn for comparison only the latter exchange.
     """
     tables = []
@@ -254,7 +254,7 @@ def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Tab
         own_P = values_P[kept_P] - expected_GC[target_P, of_P]
         kept = replace(donors, of_P=of_P)
         for _ in range(max(1, min(8, 2000 // num_genes))):  # of few genes one exchange says little
-            shuffled_P = rank_adjustment.shuffled_neighbours(rank_G, known_GC, rng)[of_P, target_P]
+            shuffled_P = rank_adjustment.permute_within_rank(rank_G, known_GC, rng)[of_P, target_P]
             values_Q = own_P + expected_GC[shuffled_P, of_P]
             tests = _tests(values_Q, shuffled_P, rank_G, kept, config, among_G=among_G, rng=rng)
             columns = {"p_cell": tests.p_cell_G, "p_donor": tests.p_donor_G}
@@ -338,7 +338,7 @@ def _tests(
 def _mean_ranks(pairs: Pairs, num_genes: int) -> Float64s:
     """Mean rank, 1 = top, in the cells whose sentences hold the gene."""
     present_P = pairs.rank_P >= 0
-    return mean_by(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
+    return means_by_group(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
 
 
 def places(rank_G: Float64s) -> Float64s:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mixgf.perturbation import gene_table
 from mixgf.perturbation.reference_genes import LEVEL
-from mixgf.stats.donors import attainable, detectable, fewest_hits, smallest_p, spearman
+from mixgf.stats.donors import attainable_level, fewest_discoveries, smallest_detectable_effect, smallest_p, spearman
 
 
 def asked(genes: pd.DataFrame) -> pd.DataFrame:
@@ -112,9 +112,9 @@ def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
 
 def _power(donors: int, num_genes: int) -> str:
     """What so many donors can find at all."""
-    fewest = fewest_hits(donors, num_genes)
+    fewest = fewest_discoveries(donors, num_genes)
     text = (
-        f"Over {donors} donors, a gene of its own effect {detectable(donors):.1f} times the spread between donors is found in 80 % "
+        f"Over {donors} donors, a gene of its own effect {smallest_detectable_effect(donors):.1f} times the spread between donors is found in 80 % "
         "of cases at p ≤ 0.05, before correction"
     )
     if fewest > 1:
@@ -125,7 +125,7 @@ def _power(donors: int, num_genes: int) -> str:
 def calibration_sentence(nulls: pd.DataFrame, donors: int) -> tuple[str, str]:
     """(tone, sentence): what the two tests say where nothing can be found, over so many donors."""
     shares = {name: float((nulls[name].dropna() <= LEVEL).mean()) for name in ("p_cell", "p_donor")}
-    right = attainable(donors, LEVEL)
+    right = attainable_level(donors, LEVEL)
     text = (
         "When genes of like rank exchange what is their own within every donor, so that nothing is left to find, "
         f"{shares['p_donor']:.1%} of genes have a donor-level p of 0.05 or less ({right:.1%} would be right: p has few values over "

@@ -20,7 +20,7 @@ from mixgf.config.perturbation import GENE_TABLES
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 from mixgf.genes import species
-from mixgf.stats.intervals import Estimate, auroc, wilson
+from mixgf.stats.intervals import Interval, auroc, wilson
 from mixgf.storage import files, tables
 
 _COLUMNS = ("ensembl_id", "gene", "gene_id", "symbol", "gene_symbol", "human_symbol", "mouse_symbol")
@@ -163,7 +163,7 @@ def _calls(frame: pd.DataFrame, num: int) -> list[tuple[str, np.ndarray, str, np
 
 def score_against(
     score_G: NDArray[np.float64], hit_G: NDArray[np.bool_], known_G: NDArray[np.bool_]
-) -> dict[str, Estimate]:
+) -> dict[str, Interval]:
     """How well hits and scores find a list of known genes: PPV, NPV, sensitivity, specificity, AUROC, with intervals.
 
     Genes without a score (NaN) are left out. Higher scores mean more likely.

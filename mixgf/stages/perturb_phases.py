@@ -169,7 +169,7 @@ class Phases:
         for units in by_operation.values():
             table = pa.concat_tables([part(self.folder, unit.key) for unit in units])
             values, targets = table["estimate"].to_numpy().astype(np.float64), table["target"].to_numpy()
-            rows.append(donors.mean_by(values, targets.astype(np.int64), len(self.plan.targets)))
+            rows.append(donors.means_by_group(values, targets.astype(np.int64), len(self.plan.targets)))
         return np.stack(rows)
 
     def _agreement(
@@ -181,7 +181,7 @@ class Phases:
         for o, operation in enumerate(self.config.perturb.operations):
             table = pa.concat_tables([part(self.folder, unit.key) for unit in units if unit.operation == operation])
             shifts, targets = table[f"shift_{goal}"].to_numpy().astype(np.float64), table["target"].to_numpy()
-            exact_K = donors.mean_by(shifts, targets.astype(np.int64), len(self.plan.targets))
+            exact_K = donors.means_by_group(shifts, targets.astype(np.int64), len(self.plan.targets))
             found[operation] = screen_selection.agreement(estimate_OK[o, sample], exact_K[sample])
         return found
 

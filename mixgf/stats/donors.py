@@ -1,7 +1,9 @@
-"""Tests, intervals and nulls for effects measured on cells of several donors. Numpy and scipy only.
+"""Tests and intervals for effects measured on cells of several donors, over all genes at once.
 
-Values come flat: `values_P` with the group (gene) and the cluster (donor) of each. Letters: P values, G groups,
-C clusters, F features, R permutations. Everything is vectorised over groups, so that 20,000 genes take seconds.
+Input is flat: `values_P`, with the group (gene) and the cluster (donor) of each value. Everything is vectorised over
+groups, so that 20,000 genes take seconds.
+
+Letters: P values, G groups (genes), C clusters (donors), R sign patterns.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ MIN_BACKGROUND = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupMeans:
-    """Means of groups with intervals, all of shape (G,); NaN where a group has no values (or no spread to judge)."""
+    """Means of groups with their intervals, all of shape (G,); NaN where a group has no values, or too few for an interval."""
 
     mean: Float64s
     low: Float64s
@@ -41,19 +43,28 @@ def rank_sums(
     include_self: bool = False,
     correct_ties: bool = True,
 ) -> tuple[Float64s, Float64s]:
-    """Two-sided Wilcoxon rank-sum test of every group against the pooled values, z and p of shape (G,).
+    """Two-sided Wilcoxon rank-sum test of every group against pooled values; z and p, each of shape (G,).
 
-    Default: against the values of all *other* groups, equal to scipy's `mannwhitneyu(asymptotic, use_continuity=False)`
-    (to `ranksums` with `correct_ties=False`). `include_self` tests against the whole pool, the group itself included, as
-    the published statistics do; that equals `scipy.stats.ranksums(group, pool)`, which never corrects for ties. `among_G`
-    says whose values make the pool; None = everybody's.
-    The values are treated as independent: with cells of few donors p mostly tells how many cells there are.
+    The test treats values as independent: with many cells of few donors, p mostly reflects the number of cells.
+
+    Args:
+        values_P: finite values.
+        group_P: group of each value, 0 to G - 1.
+        num_groups: G.
+        among_G: groups whose values make the pool; None = all.
+        include_self: False: the pool leaves out the tested group; equal to
+            `scipy.stats.mannwhitneyu(method="asymptotic", use_continuity=False)`. True: the pool contains it, as in the
+            published statistics; equal to `scipy.stats.ranksums(group, pool)`, which never corrects for ties.
+        correct_ties: False: no correction for ties, equal to `scipy.stats.ranksums`.
+
+    Returns:
+        NaN for groups without values, or without values to compare with.
     """
     assert np.isfinite(values_P).all(), "rank_sums: values must be finite"
     pooled_G = np.ones(num_groups, dtype=bool) if among_G is None else among_G
     pool = np.sort(values_P[pooled_G[group_P]])
     size_G: Float64s = np.bincount(group_P, minlength=num_groups).astype(np.float64)
-    # U of a group against the whole pool: sum of (values below + half of the equal ones), itself included where it is there
+    # U of a group against the whole pool: sum of (values below + half of the equal ones), its own values included
     below_P = (np.searchsorted(pool, values_P, "left") + np.searchsorted(pool, values_P, "right")) / 2
     u_G: Float64s = np.bincount(group_P, weights=below_P, minlength=num_groups).astype(np.float64)
     other_G: Float64s = np.full(num_groups, float(len(pool)))
@@ -73,45 +84,46 @@ def rank_sums(
 
 
 def _ties(values_P: Float64s, group_P: Ints, pooled_G: Bools) -> Float64s:
-    """Sum of t^3 - t over the values that the pool and a group hold t times together, (G,)."""
+    """Tie term of the variance, (G,): sum of t^3 - t, where t counts each distinct value in the pool and the group."""
     code_P = np.unique(values_P, return_inverse=True)[1].astype(np.int64)
     size = int(code_P.max(initial=0)) + 1
     num_V = np.bincount(code_P[pooled_G[group_P]], minlength=size).astype(np.float64)
     ties_G = np.full(len(pooled_G), float((num_V**3 - num_V).sum()))
-    outside_P = ~pooled_G[group_P]  # their values come on top of the pool's
+    outside_P = ~pooled_G[group_P]  # the values of these groups add to those of the pool
     key, own = np.unique(group_P[outside_P] * size + code_P[outside_P], return_counts=True)
-    there, both = num_V[key % size], num_V[key % size] + own
-    np.add.at(ties_G, key // size, (both**3 - both) - (there**3 - there))
+    pooled, both = num_V[key % size], num_V[key % size] + own
+    np.add.at(ties_G, key // size, (both**3 - both) - (pooled**3 - pooled))
     return ties_G
 
 
 def benjamini_hochberg(p_G: Float64s, num_tests: int = 0) -> Float64s:
-    """False discovery rates; tests without a p-value (NaN) are not counted and stay NaN.
+    """False discovery rates (Benjamini and Hochberg 1995), (G,).
 
-    `num_tests` says how many tests there were where only the most promising are given: the others count as failed.
+    Args:
+        p_G: p-values; NaN = not tested, gets NaN and does not count.
+        num_tests: number of tests, where `p_G` holds only the smallest p-values; the others count as p = 1.
     """
+    tested_G = np.isfinite(p_G)
+    missing = max(0, num_tests - int(tested_G.sum()))
     fdr_G = np.full(len(p_G), np.nan)
-    tested = np.flatnonzero(np.isfinite(p_G))
-    if len(tested):
-        order = tested[np.argsort(p_G[tested], kind="stable")]
-        scaled = p_G[order] * max(len(order), num_tests) / np.arange(1, len(order) + 1)
-        fdr_G[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    fdr = stats.false_discovery_control(np.concatenate([p_G[tested_G], np.ones(missing)]))
+    fdr_G[tested_G] = fdr[: len(fdr) - missing]
     return fdr_G
 
 
 def cluster_means(
     values_P: Float64s, group_P: Ints, cluster_P: Ints, num_groups: int, num_clusters: int
 ) -> tuple[Float64s, Ints]:
-    """Mean and number of the values of every (group, cluster), each (G, C); NaN where there are none."""
-    cell_P = group_P * num_clusters + cluster_P
+    """Mean and number of the values of every (group, cluster), each (G, C); the mean of no values is NaN."""
+    pair_P = group_P * num_clusters + cluster_P
     size = num_groups * num_clusters
-    num = np.bincount(cell_P, minlength=size).reshape(num_groups, num_clusters)
-    total = np.bincount(cell_P, weights=values_P, minlength=size).reshape(num_groups, num_clusters)
+    num = np.bincount(pair_P, minlength=size).reshape(num_groups, num_clusters)
+    total = np.bincount(pair_P, weights=values_P, minlength=size).reshape(num_groups, num_clusters)
     with np.errstate(invalid="ignore"):
         return np.where(num > 0, total / num, np.nan), num
 
 
-def mean_by(values_P: NDArray[np.floating[Any]], group_P: Ints, num_groups: int) -> Float64s:
+def means_by_group(values_P: NDArray[np.floating[Any]], group_P: Ints, num_groups: int) -> Float64s:
     """Mean of each group's values, (G,); NaN where it has none."""
     with np.errstate(invalid="ignore"):
         return np.bincount(group_P, weights=values_P, minlength=num_groups) / np.bincount(group_P, minlength=num_groups)
@@ -120,11 +132,11 @@ def mean_by(values_P: NDArray[np.floating[Any]], group_P: Ints, num_groups: int)
 def group_means(
     values_P: Float64s, group_P: Ints, cluster_P: Ints, num_groups: int, num_clusters: int, *, confidence: float = 0.95
 ) -> GroupMeans:
-    """Means over all values of a group with t intervals that respect clusters (donors).
+    """Means over all values of each group, with t intervals that account for clusters (donors).
 
-    With at least `MIN_CLUSTERS` clusters the standard error is the cluster-robust one (CR1: sums of residuals by
-    cluster, times C / (C - 1)) with C - 1 degrees of freedom; one value per cluster gives the ordinary t interval.
-    With fewer, every value is a cluster of its own, and the interval tells nothing about other donors.
+    With at least `MIN_CLUSTERS` clusters the standard error is cluster-robust (CR1: squared sums of residuals by cluster,
+    times C / (C - 1)), with C - 1 degrees of freedom. One value per cluster then gives the ordinary t interval.
+    With fewer clusters every value counts as its own cluster: the interval does not hold for other donors.
     """
     num_G = np.bincount(group_P, minlength=num_groups)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -143,26 +155,32 @@ def group_means(
     return GroupMeans(mean=mean_G, low=mean_G - half_G, high=mean_G + half_G, num_values=num_G, num_clusters=clusters_G)
 
 
-def less_background(mean_GC: Float64s, among_G: Bools | None = None) -> Float64s:
-    """Cluster means less what the *other* groups have on average in the same cluster, (G, C).
+def subtract_background(mean_GC: Float64s, among_G: Bools | None = None) -> Float64s:
+    """Cluster means minus the mean of all *other* groups in the same cluster, (G, C).
 
-    Few things happen to one gene alone: a perturbation of any gene moves the cells of a donor somewhat. What is left is
-    the gene's own part. NaN where fewer than `MIN_BACKGROUND` other groups (of `among_G`; None = all) were measured there.
+    A perturbation of any gene moves the cells of a donor somewhat; the difference is the gene's own part.
+
+    Args:
+        mean_GC: mean of each group in each cluster; NaN = not measured.
+        among_G: groups that make the background; None = all.
+
+    Returns:
+        NaN where fewer than `MIN_BACKGROUND` other groups were measured in the cluster.
     """
-    known_GC = np.isfinite(mean_GC) & (np.ones(len(mean_GC), dtype=bool) if among_G is None else among_G)[:, None]
-    others_GC = known_GC.sum(axis=0, keepdims=True) - known_GC
-    value_GC = np.where(known_GC, mean_GC, 0.0)
+    measured_GC = np.isfinite(mean_GC) & (np.ones(len(mean_GC), dtype=bool) if among_G is None else among_G)[:, None]
+    others_GC = measured_GC.sum(axis=0, keepdims=True) - measured_GC
+    value_GC = np.where(measured_GC, mean_GC, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         background_GC = (value_GC.sum(axis=0, keepdims=True) - value_GC) / others_GC
     return np.where(others_GC >= MIN_BACKGROUND, mean_GC - background_GC, np.nan)
 
 
 def sign_flip(mean_GC: Float64s, num_permutations: int, rng: np.random.Generator) -> Float64s:
-    """Two-sided p-values (G,) that the cluster means are symmetric about 0: their signs are flipped at random.
+    """Two-sided sign-flip test that the cluster means of each group are symmetric about 0; p-values (G,).
 
-    All 2**C sign patterns where these are at most `num_permutations` (then exact), else that many random ones and
-    p = (1 + as extreme) / (1 + patterns). The smallest possible p is 2 / 2**C: 0.25 with 3 donors, 0.03 with 6.
-    NaN for groups seen in fewer than `MIN_CLUSTERS` clusters.
+    The test is exact where all 2**C sign patterns are at most `num_permutations`. Otherwise it draws `num_permutations`
+    patterns, and p = (1 + number as extreme) / (1 + number drawn). The smallest possible p is 2 / 2**C: 0.25 with 3
+    donors, 0.03 with 6. NaN for groups measured in fewer than `MIN_CLUSTERS` clusters.
     """
     num_groups, num_clusters = mean_GC.shape
     exact = num_clusters < 63 and 2**num_clusters <= num_permutations
@@ -171,7 +189,7 @@ def sign_flip(mean_GC: Float64s, num_permutations: int, rng: np.random.Generator
         signs_RC = 1.0 - 2.0 * bits
     else:
         signs_RC = rng.choice(np.array([-1.0, 1.0]), size=(num_permutations, num_clusters))
-    known_GC = np.isfinite(mean_GC)
+    measured_GC = np.isfinite(mean_GC)
     value_GC = np.nan_to_num(mean_GC)  # an absent cluster adds 0 under every pattern: p stays exact
     p_G = np.full(num_groups, np.nan)
     block = max(1, 20_000_000 // len(signs_RC))
@@ -182,16 +200,16 @@ def sign_flip(mean_GC: Float64s, num_permutations: int, rng: np.random.Generator
         flipped_RG = np.abs(signs_RC @ part_GC.T)
         extreme_G = (flipped_RG >= observed_G - slack_G).sum(axis=0)
         p_G[start : start + block] = extreme_G / len(signs_RC) if exact else (1 + extreme_G) / (1 + len(signs_RC))
-    return np.where(known_GC.sum(axis=1) >= MIN_CLUSTERS, p_G, np.nan)
+    return np.where(measured_GC.sum(axis=1) >= MIN_CLUSTERS, p_G, np.nan)
 
 
-def power(num_clusters: int, effect: float, *, level: float = 0.05, num_draws: int = 2000) -> float:
-    """Share of genes that the sign-flip test finds (p at most `level`), by simulation with a seed of its own.
+def sign_flip_power(num_clusters: int, effect: float, *, level: float = 0.05, num_draws: int = 2000) -> float:
+    """Power of the sign-flip test, by simulation with a fixed seed: share of genes with p at most `level`.
 
     Args:
         num_clusters: donors.
-        effect: the gene's effect, in standard deviations of donors' means (normal) about it.
-        level: largest p that counts as found, before any correction for many genes.
+        effect: the gene's true effect, in standard deviations of the donors' (normal) means.
+        level: significance level, before any correction for many genes.
         num_draws: simulated genes.
     """
     if num_clusters < MIN_CLUSTERS or smallest_p(num_clusters) > level:
@@ -201,34 +219,34 @@ def power(num_clusters: int, effect: float, *, level: float = 0.05, num_draws: i
     return float((sign_flip(mean_GC, 1 << 10, rng) <= level).mean())
 
 
-def detectable(num_clusters: int, *, level: float = 0.05, wanted: float = 0.8) -> float:
-    """Smallest effect, in standard deviations of donors' means, that is found with power `wanted`; infinite if none is."""
+def smallest_detectable_effect(num_clusters: int, *, level: float = 0.05, wanted: float = 0.8) -> float:
+    """Smallest effect, in standard deviations of donors' means, that the test finds with power `wanted`; inf if none."""
     low, high = 0.0, 8.0
-    if power(num_clusters, high, level=level) < wanted:
+    if sign_flip_power(num_clusters, high, level=level) < wanted:
         return float("inf")
     while high - low > 0.02:
         middle = (low + high) / 2
-        low, high = (low, middle) if power(num_clusters, middle, level=level) >= wanted else (middle, high)
+        low, high = (low, middle) if sign_flip_power(num_clusters, middle, level=level) >= wanted else (middle, high)
     return high
 
 
 def smallest_p(num_clusters: int) -> float:
-    """Smallest two-sided p that a sign-flip test over so many clusters can give."""
+    """Smallest two-sided p that a sign-flip test over `num_clusters` clusters can give."""
     return min(1.0, 2.0 ** (1 - num_clusters)) if num_clusters > 0 else 1.0
 
 
-def attainable(num_clusters: int, level: float = 0.05) -> float:
-    """Share of p-values at or below `level` that an exact sign-flip test gives where there is nothing: p has few values."""
+def attainable_level(num_clusters: int, level: float = 0.05) -> float:
+    """True size of an exact sign-flip test at `level`: its p-values are discrete, so this is at most `level`."""
     return np.floor(level / smallest_p(num_clusters) + 1e-9) * smallest_p(num_clusters)
 
 
-def fewest_hits(num_clusters: int, num_tests: int, *, level: float = 0.05) -> int:
-    """How many tests must reach the smallest possible p before any can pass Benjamini-Hochberg at `level`."""
+def fewest_discoveries(num_clusters: int, num_tests: int, *, level: float = 0.05) -> int:
+    """Fewest tests with the smallest possible p that can pass Benjamini-Hochberg at `level` together."""
     return max(1, int(np.ceil(smallest_p(num_clusters) * num_tests / level - 1e-9)))
 
 
 def spearman(a_G: Float64s, b_G: Float64s) -> float:
-    """Rank correlation over the groups that have both values; NaN with fewer than five of them, or where a side is constant."""
+    """Spearman correlation over the groups with both values; NaN with fewer than five, or where one side is constant."""
     both_G = np.isfinite(a_G) & np.isfinite(b_G)
     if both_G.sum() < 5:
         return float("nan")
@@ -238,9 +256,9 @@ def spearman(a_G: Float64s, b_G: Float64s) -> float:
 
 
 def welch(num_2G: Float64s, mean_2G: Float64s, variance_2G: Float64s) -> Float64s:
-    """Welch's t of the second row against the first, from numbers, means and unbiased variances of G groups each.
+    """Welch's t of the second row against the first, (G,), from sizes, means and unbiased variances, each (2, G).
 
-    NaN with fewer than 2 values on a side; infinite where constants differ.
+    NaN where a side has fewer than 2 values; infinite where both sides are constant and differ.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         error_G = np.sqrt((variance_2G / num_2G).sum(axis=0))

@@ -1,4 +1,10 @@
-"""What a gene rank alone predicts; matched nulls."""
+"""Perturbation effects beyond what the perturbed gene's rank predicts, and nulls among genes of similar rank.
+
+Deleting a gene that stands early in a cell's sentence moves the embedding more than deleting a late one, whatever the
+gene does. Effects are therefore compared with those of genes of similar mean rank.
+
+Letters as in `stats.donors`: G groups (genes), C clusters (donors), F features.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +13,65 @@ from scipy import special, stats
 from scipy.spatial import KDTree
 
 from mixgf.arrays import Bools, Float64s, Ints
-from mixgf.stats.donors import MIN_BACKGROUND, less_background
+from mixgf.stats.donors import MIN_BACKGROUND, subtract_background
 
 MAX_WINDOW = 401
 """Most neighbours in one local fit of `expected_by_rank`."""
 SPAN, ROUNDS = 0.15, 2
-"""Share of the genes in such a fit, and how often outliers among them are weighed down."""
+"""Share of all genes in one local fit, and number of reweighting rounds that lower the weight of outliers."""
 SCORED_AMONG = 50
-"""Genes of like rank among which a donor's value is placed before its sign is flipped."""
+"""Number of genes of similar rank among which `normal_scores` ranks a donor's value."""
 
 
 def residual_after_rank(mean_GC: Float64s, rank_G: Float64s, among_G: Bools | None = None) -> Float64s:
-    """Cluster means less what a gene's rank predicts in the same cluster, (G, C); `less_background` where ranks are too few.
+    """Cluster means minus `expected_by_rank` of the same cluster, (G, C).
 
-    Where a perturbation's effect follows from the gene's rank, and differs by donor, all genes of high rank repeat over
-    donors, and none of them means anything: only what is left is the gene's own part.
+    Where the effect of a perturbation follows from the gene's rank, all genes of high rank move alike in every donor.
+    The residual is the part that the gene's rank does not explain. Where too few genes have a rank for a fit,
+    `subtract_background` is used.
     """
     expected_GC = np.stack([expected_by_rank(column, rank_G, among_G) for column in mean_GC.T], axis=1)
-    return np.where(np.isfinite(expected_GC), mean_GC - expected_GC, less_background(mean_GC, among_G))
+    return np.where(np.isfinite(expected_GC), mean_GC - expected_GC, subtract_background(mean_GC, among_G))
 
 
 def normal_scores(
     own_GC: Float64s, rank_G: Float64s, among_G: Bools | None = None, *, num_matched: int = SCORED_AMONG
 ) -> Float64s:
-    """Each cluster's values as normal scores of their places among the groups of like rank, (G, C).
+    """Normal scores of each cluster's values within the groups of similar rank, (G, C).
 
-    A sign flip asks whether values are symmetric about 0. What genes do on their own is skewed, as a few do much: the mean
-    of nothing is then found significant too often (12 % at p <= 0.05 for log-normal effects and eight donors). A place among
-    others is symmetric whatever the others' distribution, and any one place is as likely as another where a donor gives
-    a gene its neighbours' luck. Normal, so that normal values keep their size and the stated power. NaN as in `matched_percentile`.
+    A sign-flip test assumes values that are symmetric about 0. Effects of genes are skewed, and the test would then reject
+    too often (12 % at p <= 0.05 for log-normal effects and eight donors). Percentiles among similar genes are uniform under
+    the null, so their normal scores are symmetric. Values that were normal keep their size, and the test its power.
+    NaN as in `matched_percentile`.
     """
     scores = np.full(own_GC.shape, np.nan)
-    company_G = np.isfinite(rank_G) if among_G is None else np.isfinite(rank_G) & among_G
+    candidate_G = np.isfinite(rank_G) if among_G is None else np.isfinite(rank_G) & among_G
     for c, column in enumerate(own_GC.T):
-        num = max(1, min(num_matched, int((company_G & np.isfinite(column)).sum()) - 1))
+        num = max(1, min(num_matched, int((candidate_G & np.isfinite(column)).sum()) - 1))
         share_G = matched_percentile(column, rank_G[:, None], among_G, num_matched=num_matched) / 100
         scores[:, c] = special.ndtri((share_G * num + 0.5) / (num + 1))
     return scores
 
 
-def shuffled_neighbours(rank_G: Float64s, known_GC: Bools, rng: np.random.Generator, *, window: int = 25) -> Ints:
-    """For each cluster a random exchange of groups of like rank, (C, G): group g's values go to group [c, g].
+def permute_within_rank(rank_G: Float64s, measured_GC: Bools, rng: np.random.Generator, *, window: int = 25) -> Ints:
+    """Random permutation of the groups within blocks of similar rank, one per cluster.
 
-    What is left is what groups of like rank have in common in a cluster: no group has anything of its own that repeats
-    over clusters. Tests of repetition must then give uniform p-values. Groups without a rank are exchanged among
-    themselves, groups that a cluster does not know keep their place there.
+    After it no group has an effect of its own that repeats over clusters, so a test of repetition must give uniform
+    p-values. Groups without a rank are permuted among themselves.
+
+    Args:
+        rank_G: mean rank of each group; NaN = none.
+        measured_GC: whether the cluster has a value of the group; groups without one keep their place.
+        rng: source of the permutations.
+        window: about how many groups make a block.
+
+    Returns:
+        int64 (C, G): values of group g go to group [c, g].
     """
     order = np.argsort(np.where(np.isfinite(rank_G), rank_G, np.inf), kind="stable")
-    to_CG = np.tile(np.arange(len(rank_G)), (known_GC.shape[1], 1))
-    for row, known_G in zip(to_CG, known_GC.T, strict=True):
-        present = order[known_G[order]]
+    to_CG = np.tile(np.arange(len(rank_G)), (measured_GC.shape[1], 1))
+    for row, measured_G in zip(to_CG, measured_GC.T, strict=True):
+        present = order[measured_G[order]]
         for block in np.array_split(present, max(1, len(present) // window)):
             row[block] = rng.permutation(block)
     return to_CG
@@ -65,21 +80,27 @@ def shuffled_neighbours(rank_G: Float64s, known_GC: Bools, rng: np.random.Genera
 def matched_percentile(
     effect_G: Float64s, features_GF: Float64s, among_G: Bools | None = None, *, num_matched: int = 100
 ) -> Float64s:
-    """Percentile (0 to 100) of each effect among those of the most similar other groups.
+    """Percentile (0 to 100) of each effect among those of the most similar other groups, (G,).
 
-    Similar means near in the ranks of the features (for genes: mean rank and coverage). Equal effects count half. `among_G`
-    says who may be compared with; None = everybody. NaN with fewer than `MIN_BACKGROUND` others, or without an effect.
+    Args:
+        effect_G: effects; NaN = none.
+        features_GF: similarity is nearness in the ranks of these (for genes: mean rank and coverage).
+        among_G: groups that others are compared with; None = all.
+        num_matched: number of similar groups.
+
+    Returns:
+        Percentiles, equal effects counted half; NaN without an effect, or with fewer than `MIN_BACKGROUND` other groups.
     """
     result_G = np.full(len(effect_G), np.nan)
     usable = np.flatnonzero(np.isfinite(effect_G) & np.isfinite(features_GF).all(axis=1))
-    company = np.arange(len(usable)) if among_G is None else np.flatnonzero(among_G[usable])
-    if len(company) <= MIN_BACKGROUND:
+    candidates = np.arange(len(usable)) if among_G is None else np.flatnonzero(among_G[usable])
+    if len(candidates) <= MIN_BACKGROUND:
         return result_G
     points = np.stack([stats.rankdata(column) for column in features_GF[usable].T], axis=1) / len(usable)
-    num = min(num_matched, len(company) - 1)
-    near = company[KDTree(points[company]).query(points, k=num + 1)[1]]
+    num = min(num_matched, len(candidates) - 1)
+    near = candidates[KDTree(points[candidates]).query(points, k=num + 1)[1]]
     itself = near == np.arange(len(usable))[:, None]
-    itself[~itself.any(axis=1), -1] = True  # not in the company, or lost among many equal points: drop the farthest
+    itself[~itself.any(axis=1), -1] = True  # not among the candidates, or one of many equal points: drop the farthest
     others = near[~itself].reshape(len(usable), num)
     effect, null = effect_G[usable][:, None], effect_G[usable][others]
     result_G[usable] = 100 * ((null < effect).mean(axis=1) + (null == effect).mean(axis=1) / 2)
@@ -89,23 +110,26 @@ def matched_percentile(
 def expected_by_rank(
     effect_G: Float64s, rank_G: Float64s, among_G: Bools | None = None, *, span: float = SPAN
 ) -> Float64s:
-    """The effect that a gene's mean rank alone predicts: a robust local linear fit over the genes of similar rank, (G,).
+    """Effect that a gene's mean rank predicts: a robust local linear fit (LOWESS, Cleveland 1979), (G,).
 
-    Tricube weights over the nearest `span` of the genes (at least 20, at most `MAX_WINDOW`; a wide window bends away from
-    what the first few ranks do, in every donor alike, and calls the top genes special); the gene itself has weight
-    0, so that a strong effect does not explain itself. `ROUNDS` of bisquare weights by the residuals (Cleveland 1979) keep
-    it from passing for ordinary among its neighbours, too. `among_G` says whose effects are fitted; None = everybody's.
-    NaN with fewer than `MIN_BACKGROUND` other genes.
+    The fit has tricube weights over the nearest `span` of the genes, at least 21 and at most `MAX_WINDOW`: a wider window
+    would be biased at the first ranks, in every donor alike. The gene itself has weight 0, so that a strong effect does
+    not explain itself. `ROUNDS` of bisquare weights keep strong effects from shifting their neighbours' fits.
+
+    Args:
+        effect_G: effects; NaN = none.
+        rank_G: mean rank of each gene; NaN = none.
+        among_G: genes whose effects are fitted; None = all. The others get a prediction, too.
+        span: share of the genes in one fit.
+
+    Returns:
+        NaN without an effect or a rank, or with fewer than `MIN_BACKGROUND` other genes.
     """
     return _rank_fit(effect_G, rank_G, among_G, span=span, errors=False)[0]
 
 
 def expectation_error(effect_G: Float64s, rank_G: Float64s, among_G: Bools | None = None) -> Float64s:
-    """Standard error of `expected_by_rank`, (G,).
-
-    An expectation is a weighted sum of the effects around it; it errs as these do, each by what it is away from its own
-    expectation (the sandwich of a regression).
-    """
+    """Standard error of `expected_by_rank`, (G,): the heteroscedasticity-robust (sandwich) error of the local line."""
     return _rank_fit(effect_G, rank_G, among_G, span=SPAN, errors=True)[1]
 
 
@@ -115,34 +139,34 @@ def _rank_fit(
     result_G, error_G = np.full(len(effect_G), np.nan), np.full(len(effect_G), np.nan)
     usable = np.isfinite(effect_G) & np.isfinite(rank_G)
     own_G = usable if among_G is None else usable & among_G
-    fitted, guests = np.flatnonzero(own_G), np.flatnonzero(usable & ~own_G)
+    fitted, outside = np.flatnonzero(own_G), np.flatnonzero(usable & ~own_G)
     num = len(fitted)
     if num <= MIN_BACKGROUND:
         return result_G, error_G
     fitted = fitted[np.argsort(rank_G[fitted], kind="stable")]
     x_N, y_N = rank_G[fitted], effect_G[fitted]
     width = min(num, MAX_WINDOW, max(2 * MIN_BACKGROUND + 1, round(span * num)))
-    asked = np.concatenate([x_N, rank_G[guests]])
-    place = np.concatenate([np.arange(num), np.searchsorted(x_N, rank_G[guests])])
-    own = np.concatenate([np.arange(num), np.full(len(guests), -1)])
+    query = np.concatenate([x_N, rank_G[outside]])
+    place = np.concatenate([np.arange(num), np.searchsorted(x_N, rank_G[outside])])
+    own = np.concatenate([np.arange(num), np.full(len(outside), -1)])
     left = np.clip(place - width // 2, 0, num - width)
-    predicted, error = np.empty(len(asked)), np.full(len(asked), np.nan)
+    predicted, error = np.empty(len(query)), np.full(len(query), np.nan)
     residual_N: Float64s | None = None
-    for turn in range(ROUNDS + 1):
-        for start in range(0, len(asked), 4096):
+    for iteration in range(ROUNDS + 1):
+        for start in range(0, len(query), 4096):
             rows = slice(start, start + 4096)
             window = left[rows, None] + np.arange(width)
-            dx = x_N[window] - asked[rows, None]
+            dx = x_N[window] - query[rows, None]
             far = np.abs(dx).max(axis=1, keepdims=True)
             near = np.abs(dx) / np.where(far > 0, far * (1 + 1e-9), 1.0)
             weight = (1 - near**3) ** 3 * (window != own[rows, None])
             if residual_N is not None:
                 weight = weight * _bisquare(np.abs(residual_N[window]))
             predicted[rows] = _local_line(weight, dx, y_N[window])
-            if errors and residual_N is not None and turn == ROUNDS:
+            if errors and residual_N is not None and iteration == ROUNDS:
                 error[rows] = _line_error(weight, dx, residual_N[window])
         residual_N = y_N - predicted[:num]
-    result_G[np.concatenate([fitted, guests])], error_G[np.concatenate([fitted, guests])] = predicted, error
+    result_G[np.concatenate([fitted, outside])], error_G[np.concatenate([fitted, outside])] = predicted, error
     return result_G, error_G
 
 
@@ -155,14 +179,14 @@ def _bisquare(residual_RW: Float64s) -> Float64s:
 
 
 def _moments(weight_RW: Float64s, dx_RW: Float64s) -> tuple[Float64s, Float64s, Float64s, Float64s, Bools]:
-    """Of each row's weighted points in x: sums of powers 0 to 2, the line's determinant, and whether they do not differ."""
+    """Per row: weighted sums of the powers 0 to 2 of x, the determinant of the line, and whether all x are equal."""
     s0, s1, s2 = weight_RW.sum(1), (weight_RW * dx_RW).sum(1), (weight_RW * dx_RW**2).sum(1)
     determinant = s0 * s2 - s1**2
     return s0, s1, s2, determinant, determinant <= 1e-9 * s0 * s2
 
 
 def _local_line(weight_RW: Float64s, dx_RW: Float64s, y_RW: Float64s) -> Float64s:
-    """Value at 0 of the weighted line through each row's points; their weighted mean where they do not differ in x."""
+    """Value at x = 0 of the weighted least-squares line of each row; the weighted mean where all x are equal."""
     s0, s1, s2, determinant, flat = _moments(weight_RW, dx_RW)
     t0, t1 = (weight_RW * y_RW).sum(1), (weight_RW * dx_RW * y_RW).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -170,7 +194,7 @@ def _local_line(weight_RW: Float64s, dx_RW: Float64s, y_RW: Float64s) -> Float64
 
 
 def _line_error(weight_RW: Float64s, dx_RW: Float64s, residual_RW: Float64s) -> Float64s:
-    """Standard error of `_local_line`'s values, where each y errs by its residual."""
+    """Standard error of the values of `_local_line`, from the residual of each y."""
     s0, s1, s2, determinant, flat = _moments(weight_RW, dx_RW)
     with np.errstate(invalid="ignore", divide="ignore"):
         line_RW = weight_RW * ((s2[:, None] - s1[:, None] * dx_RW) / determinant[:, None])

@@ -20,7 +20,7 @@ from mixgf.classification.registry import HEADS
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
 from mixgf.stats import donors
-from mixgf.stats.intervals import Estimate
+from mixgf.stats.intervals import Interval
 from mixgf.tuning import evaluate, search_space
 from mixgf.tuning.search_space import Arm
 
@@ -63,18 +63,18 @@ def _mean(part: pd.DataFrame, model: str, metric: str) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def paired(difference_S: Float64s) -> tuple[Estimate, float]:
+def paired(difference_S: Float64s) -> tuple[Interval, float]:
     """Mean of paired differences over S seeds with its 95 % t interval, and the p-value of the paired t test.
 
     One seed has no interval (NaN); seeds that do not differ at all give an interval of no width and p = 1 at a mean of 0.
     """
     number, mean = len(difference_S), float(np.mean(difference_S))
     if number < 2:
-        return Estimate(value=mean, low=float("nan"), high=float("nan")), float("nan")
+        return Interval(value=mean, low=float("nan"), high=float("nan")), float("nan")
     error = float(np.std(difference_S, ddof=1)) / np.sqrt(number)
     half = float(distributions.t.ppf(0.975, number - 1)) * error
     p = float(2 * distributions.t.sf(abs(mean) / error, number - 1)) if error > 0 else float(mean == 0)
-    return Estimate(value=mean, low=mean - half, high=mean + half), p
+    return Interval(value=mean, low=mean - half, high=mean + half), p
 
 
 def _values(found: pd.DataFrame, arm: str, rung: int, metric: str) -> pd.Series:

@@ -89,7 +89,7 @@ def test_donors_that_differ_widen_the_interval_and_are_named() -> None:
 def test_a_resample_draws_as_many_clusters_as_there_are_each_whole() -> None:
     clusters = np.array([0, 0, 0, 1, 1, 2])
     entries = np.array([0, 0, 1, 2, 2, 3])
-    drawn = intervals.resample(clusters, entries, 4, rng=np.random.default_rng(0), num_resamples=4000)
+    drawn = intervals.bootstrap_counts(clusters, entries, 4, rng=np.random.default_rng(0), num_resamples=4000)
     times = np.stack([drawn[:, 1], drawn[:, 2] // 2, drawn[:, 3]])  # how often each cluster was drawn
     assert (times.sum(0) == 3).all()
     assert (drawn[:, 0] == 2 * drawn[:, 1]).all()
@@ -98,7 +98,7 @@ def test_a_resample_draws_as_many_clusters_as_there_are_each_whole() -> None:
 
 
 def test_equal_clusters_are_drawn_with_the_same_law() -> None:
-    drawn = intervals.resample(
+    drawn = intervals.bootstrap_counts(
         np.arange(40), np.repeat([0, 1], [30, 10]), 2, rng=np.random.default_rng(0), num_resamples=4000
     )
     assert (drawn.sum(1) == 40).all()

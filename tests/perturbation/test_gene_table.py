@@ -10,7 +10,7 @@ import scipy.stats
 from mixgf.config import perturbation, run
 from mixgf.corpus.reader import Corpus
 from mixgf.perturbation import gene_table, group_design
-from mixgf.stats.donors import less_background, power, sign_flip
+from mixgf.stats.donors import sign_flip, sign_flip_power, subtract_background
 
 
 def design(num_genes, donor_of, states=("start", "goal"), donors=None):
@@ -111,7 +111,7 @@ def test_null_screens_give_uniform_p_values_over_donors_and_not_over_cells():
         p_donor.append(frame["p_donor"].to_numpy())
         p_cell.append(frame["p_cell"].to_numpy())
         means = np.stack([shift[:, donor_of == d].mean(axis=1) for d in range(12)], axis=1)
-        plain.append(sign_flip(less_background(means), 5000, rng))
+        plain.append(sign_flip(subtract_background(means), 5000, rng))
     p = np.concatenate(p_donor)
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
     assert 0.04 < (p <= 0.05).mean() < 0.06
@@ -149,7 +149,7 @@ def test_the_stated_power_is_reached_in_whole_screens(donors, effect):
         frame = table(design(400, donor_of), shift, num_permutations=5000)
         found += (frame.loc[[f"g{g}" for g in planted], "p_donor"] <= 0.05).tolist()
     # cells add a little noise to donors' means, and neighbours to the expectation: a little less than the formula says
-    assert np.mean(found) == pytest.approx(power(donors, effect), abs=0.12)
+    assert np.mean(found) == pytest.approx(sign_flip_power(donors, effect), abs=0.12)
 
 
 def test_calibration_shows_what_each_test_says_of_exchanged_genes():

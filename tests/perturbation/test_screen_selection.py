@@ -7,7 +7,7 @@ import pytest
 
 from mixgf.perturbation.screen_selection import STRATA, agreement, like
 from mixgf.perturbation.screen_selection import shortlist as whole_shortlist
-from mixgf.stats.donors import mean_by
+from mixgf.stats.donors import means_by_group
 
 NAN = math.nan
 
@@ -57,7 +57,7 @@ def test_genes_without_either_value_are_left_out_and_what_does_not_differ_never_
 
 
 def test_means_by_gene():
-    found = mean_by(np.array([1.0, 3, 5]), np.array([2, 2, 0]), 3)
+    found = means_by_group(np.array([1.0, 3, 5]), np.array([2, 2, 0]), 3)
     assert found[[0, 2]].tolist() == [5.0, 2.0]
     assert math.isnan(found[1])
 

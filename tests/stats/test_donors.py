@@ -7,17 +7,17 @@ from statsmodels.stats.multitest import multipletests
 
 from mixgf.stats import rank_adjustment
 from mixgf.stats.donors import (
-    attainable,
+    attainable_level,
     benjamini_hochberg,
     cluster_means,
-    detectable,
-    fewest_hits,
+    fewest_discoveries,
     group_means,
-    less_background,
-    power,
     rank_sums,
     sign_flip,
+    sign_flip_power,
+    smallest_detectable_effect,
     smallest_p,
+    subtract_background,
     welch,
 )
 
@@ -134,7 +134,7 @@ def test_sign_flip_of_a_missing_donor_equals_leaving_it_out():
 
 
 def test_under_the_null_donor_level_p_is_uniform_and_cell_level_p_is_not():
-    """Donors differ gene by gene, no gene has an effect: the pseudo-replicated test cries wolf, sign-flip does not."""
+    """Donors differ gene by gene, no gene has an effect: the pseudo-replicated test rejects too often, sign-flip does not."""
     rng = np.random.default_rng(5)
     genes, donors, cells = 600, 12, 15
     donor_effect = rng.normal(0, 1, (genes, donors))
@@ -142,7 +142,7 @@ def test_under_the_null_donor_level_p_is_uniform_and_cell_level_p_is_not():
     group = np.repeat(np.arange(genes), donors * cells)
     donor = np.tile(np.repeat(np.arange(donors), cells), genes)
     means, _ = cluster_means(values.ravel(), group, donor, genes, donors)
-    p_donor = sign_flip(less_background(means), 10_000, rng)
+    p_donor = sign_flip(subtract_background(means), 10_000, rng)
     assert scipy.stats.kstest(p_donor, "uniform").pvalue > 0.01
     assert 0.03 < (p_donor < 0.05).mean() < 0.07
     _, p_cell = rank_sums(values.ravel(), group, genes)
@@ -154,7 +154,7 @@ def test_planted_effects_are_found_at_donor_level():
     genes, planted, donors = 300, 30, 12
     effect = np.where(np.arange(genes) < planted, 1.5, 0.0)  # in donor standard deviations
     means = effect[:, None] + rng.normal(0, 1, (genes, donors))
-    fdr = benjamini_hochberg(sign_flip(less_background(means), 10_000, rng))
+    fdr = benjamini_hochberg(sign_flip(subtract_background(means), 10_000, rng))
     assert (fdr[:planted] < 0.1).mean() > 0.8
     assert (fdr[planted:] < 0.1).mean() < 0.05
 
@@ -163,12 +163,12 @@ def test_background_leaves_the_gene_itself_out():
     means = np.zeros((12, 3))
     means[:, 1] = 5.0  # a donor that moves with every gene
     means[4] += 1.1
-    clean = less_background(means)
+    clean = subtract_background(means)
     assert clean[4] == pytest.approx([1.1] * 3)
     assert clean[0] == pytest.approx([-0.1] * 3)
-    assert np.isnan(less_background(means[:10])).all()  # nine others are no background
+    assert np.isnan(subtract_background(means[:10])).all()  # nine others are no background
     means[2:, 2] = np.nan
-    assert np.isnan(less_background(means)[:, 2]).all()
+    assert np.isnan(subtract_background(means)[:, 2]).all()
 
 
 def test_percentile_is_taken_among_similar_genes_only():
@@ -183,7 +183,7 @@ def test_percentile_is_taken_among_similar_genes_only():
     assert rank_adjustment.matched_percentile(effect, features, num_matched=10)[45] == 100
     assert np.isnan(rank_adjustment.matched_percentile(effect[:10], features[:10])).all()
     same = rank_adjustment.matched_percentile(np.ones(40), np.ones((40, 2)), num_matched=10)
-    assert (same == 50).all()  # 40 equal points: nobody is compared with nothing
+    assert (same == 50).all()  # 40 equal points: every one is compared with ten others
 
 
 def test_rank_expectation_recovers_a_line_and_ignores_the_gene_itself():
@@ -210,19 +210,19 @@ def test_welch_equals_scipy():
 
 
 def test_power_is_what_the_test_reaches_and_too_few_donors_have_none():
-    assert power(5, 9.0) == 0.0  # the smallest p is 1/16
-    assert detectable(5) == np.inf
-    assert power(6, 0.0) == pytest.approx(2 / 2**6, abs=0.015)  # only the two extreme patterns reject
+    assert sign_flip_power(5, 9.0) == 0.0  # the smallest p is 1/16
+    assert smallest_detectable_effect(5) == np.inf
+    assert sign_flip_power(6, 0.0) == pytest.approx(2 / 2**6, abs=0.015)  # only the two extreme patterns reject
     # 6 donors: rejected where all six have one sign
-    assert power(6, 1.5) == pytest.approx(scipy.stats.norm.cdf(1.5) ** 6, abs=0.03)
-    effects = [detectable(n) for n in (6, 8, 12)]
+    assert sign_flip_power(6, 1.5) == pytest.approx(scipy.stats.norm.cdf(1.5) ** 6, abs=0.03)
+    effects = [smallest_detectable_effect(n) for n in (6, 8, 12)]
     assert effects == sorted(effects, reverse=True)
-    assert power(8, effects[1] + 0.1) > 0.8 > power(8, effects[1] - 0.1)
+    assert sign_flip_power(8, effects[1] + 0.1) > 0.8 > sign_flip_power(8, effects[1] - 0.1)
 
 
 def test_few_donors_and_many_genes_cannot_pass_alone():
     # 8 donors: the smallest p is 1/128; with 1,000 genes 157 of them must reach it, and no fewer
-    num = fewest_hits(8, 1000)
+    num = fewest_discoveries(8, 1000)
     p = np.ones(1000)
     p[: num - 1] = smallest_p(8)
     assert (benjamini_hochberg(p) > 0.05).all()
@@ -240,19 +240,19 @@ def test_rank_and_donor_together_explain_nothing_of_a_gene_s_own():
     assert own[7] == pytest.approx([0.4] * 3)
     assert np.abs(np.delete(own, 7, axis=0)).max() < 0.1
     few = rank_adjustment.residual_after_rank(means, np.where(np.arange(120) < 5, rank, np.nan))
-    assert few == pytest.approx(less_background(means))
+    assert few == pytest.approx(subtract_background(means))
 
 
 def test_genes_exchange_within_their_neighbourhood_only():
     rank = np.concatenate([np.arange(50.0), [np.nan] * 25])
     known = np.ones((75, 3), dtype=bool)
     known[:25:2, 2] = False
-    to = rank_adjustment.shuffled_neighbours(rank, known, np.random.default_rng(11))
+    to = rank_adjustment.permute_within_rank(rank, known, np.random.default_rng(11))
     for row in to:
         assert sorted(row.tolist()) == list(range(75))
     assert (to[:2] // 25 == np.arange(75) // 25).all()
     assert (to[0] != to[1]).any()
-    assert (to[2][~known[:, 2]] == np.flatnonzero(~known[:, 2])).all()  # who is not there has nothing to give
+    assert (to[2][~known[:, 2]] == np.flatnonzero(~known[:, 2])).all()  # groups without a value keep their place
     assert known[to[2][known[:, 2]], 2].all()
 
 
@@ -278,7 +278,7 @@ def test_nothing_is_found_as_often_as_chance_finds_it_however_skewed_the_effects
         stiff.append(sign_flip(rank_adjustment.normal_scores(wide, rank), 5000, rng)[:3])
     num = 10 * genes
     for level in (0.05, 0.2, 0.5):
-        expected = attainable(donors, level)
+        expected = attainable_level(donors, level)
         low, high = scipy.stats.binom.interval(0.999, num, expected)
         assert low <= (np.concatenate(found) <= level).sum() <= high
     assert (np.concatenate(plain) <= 0.5).sum() > scipy.stats.binom.interval(0.999, num, 0.5)[1]
@@ -297,7 +297,7 @@ def test_normal_scores_are_places_among_genes_of_like_rank():
 
 
 def test_few_values_of_p_give_less_than_the_level():
-    assert attainable(8) == 6 * 2 / 256
-    assert attainable(5) == 0
-    assert attainable(3, 0.25) == 0.25
-    assert attainable(40) == pytest.approx(0.05)
+    assert attainable_level(8) == 6 * 2 / 256
+    assert attainable_level(5) == 0
+    assert attainable_level(3, 0.25) == 0.25
+    assert attainable_level(40) == pytest.approx(0.05)
