@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import h5py
@@ -33,7 +33,7 @@ def _h5ad(uri: str, file: h5py.File, layer: str) -> Reader:
     index = _index(obs)
     if (length := _length(index)) != num_rows:
         raise _refuse(uri, f"obs has {length} rows, {where} has {num_rows}; the file is damaged")
-    read, scan = _matrix_reader(uri, matrix, num_rows, num_columns)
+    read, scan = matrix_reader(uri, matrix, num_rows, num_columns)
     return Reader(
         uri=uri,
         num_rows=num_rows,
@@ -67,23 +67,40 @@ def _length(column: h5py.Group | h5py.Dataset) -> int:
 def _h5ad_genes(uri: str, var: h5py.Group, column: str) -> np.ndarray:
     index = _index(var)
     length = _length(index)
-    symbols = _strings(index, 0, length)
-    names = column or next((n for n in ("ensembl_id", "gene_ids") if n in var), "")
+    named = (name for name in map(str, var) if not name.startswith("_"))  # the index may have a name, too
+    columns = list(dict.fromkeys([*map(str, var.attrs.get("column-order", [])), *named]))
+    return choose_gene_names(uri, _strings(index, 0, length), columns, lambda n: _column(var[n], 0, length), column)
+
+
+def choose_gene_names(
+    uri: str, symbols: np.ndarray, columns: Sequence[str], read: Callable[[str], np.ndarray], column: str
+) -> np.ndarray:
+    """Names (ids or symbols) of the genes of a `var` table; where the chosen column is empty, the index stands in.
+
+    Args:
+        uri: Of the file, for messages.
+        symbols: The index of var.
+        columns: Names of its columns.
+        read: Gives the values of one column.
+        column: The one to read; empty = `ensembl_id` or `gene_ids` where there is such a column, else the index.
+    """
+    names = column or next((n for n in ("ensembl_id", "gene_ids") if n in columns), "")
     if not names:
         return symbols
-    if names not in var:
-        have = ", ".join(str(n) for n in var.attrs.get("column-order", [])) or "none"
+    if names not in columns:
+        have = ", ".join(columns) or "none"
         raise _refuse(uri, f"genes = {names!r}: no such column of var; it has {have} (empty = the index)")
-    ids = _column(var[names], 0, length)
+    ids = read(names)
     return np.asarray([i if isinstance(i, str) and i else s for i, s in zip(ids, symbols, strict=True)], dtype=object)
 
 
 # matrices
 
 
-def _matrix_reader(
+def matrix_reader(
     uri: str, matrix: h5py.Group | h5py.Dataset, num_rows: int, num_columns: int
 ) -> tuple[Callable[[int, int, int], Iterator[RawBlock]], Callable[[], Iterator[Triples]] | None]:
+    """Readers of a matrix on disk: of row ranges, and, where it is column-major (CSC), of all entries in order."""
     if isinstance(matrix, h5py.Dataset):
         return lambda a, b, rows: _dense_blocks(matrix, a, b, rows), None
     encoding = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "")))

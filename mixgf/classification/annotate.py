@@ -9,25 +9,22 @@ Shapes: N cells of a block, C classes, G columns of the file, V vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.cells import counts
 from mixgf.cells.open import format_of, open_reader
+from mixgf.cells.reader import Reader
 from mixgf.classification import classifier
 from mixgf.classification.classifier import DOUBTED, EMPTY, Kept
 from mixgf.config import data, parse
 from mixgf.config.data import Source, SpeciesRow
-from mixgf.corpus import rank_value
-from mixgf.errors import UserError
-from mixgf.genes import identify
+from mixgf.corpus import sentences
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files, tables
 
@@ -54,20 +51,6 @@ class File:
     """Genes of the species' vocabulary that it measures."""
 
 
-@dataclass(frozen=True)
-class _Sentences:
-    """Sentences held in memory."""
-
-    lengths_N: npt.NDArray[np.int32]
-    tokens_T: npt.NDArray[np.int32]
-    offsets_N1: npt.NDArray[np.int64]
-    cls: bool
-
-    def tokens(self, cells: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        parts = [self.tokens_T[self.offsets_N1[i] : self.offsets_N1[i + 1]] for i in np.asarray(cells, dtype=np.int64)]
-        return np.concatenate(parts), np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
-
-
 def species_rows(kept: Kept, vocabulary: Vocabulary) -> list[SpeciesRow]:
     """The species that the model reads, as rows."""
     rows = [parse.from_dict(SpeciesRow, row) for row in kept.about["species_rows"]]
@@ -80,42 +63,33 @@ def look(source: Source, kept: Kept, vocabulary: Vocabulary) -> File:
     Raises:
         UserError: the file cannot be read, or knows none of the model's genes.
     """
-    rows = species_rows(kept, vocabulary)
-    asked = [row for row in rows if not source.species or row.name == source.species]
-    if not asked:
-        msg = f"{source.uri}: species = {source.species!r}: the model reads {', '.join(r.name for r in rows)}"
-        raise UserError(msg)
     with open_reader(source.uri, source.layer) as reader:
-        names, is_gene, num_cells = reader.gene_names(source.genes), reader.is_gene, reader.num_rows
-    found = []
-    for row in asked:
-        genes = vocabulary.of(row.name)
-        columns = identify.identify(
-            names, identify.known_genes(row), biotypes=(), vocabulary=frozenset(genes.genes.tolist()), is_gene=is_gene
-        )
-        position_G = genes.positions(columns["gene"].combine_chunks())
-        there = np.unique(position_G[position_G >= 0])
-        # a gene counts by how it is written, so that ids of one species are not read as aliases of another
-        written = sum(how in (identify.ID, identify.SYMBOL) for how in columns["how"].to_pylist())
-        found.append((written, len(there), row, genes.tokens[there], genes.tokens))
-    _, number, row, measured, all_tokens = max(found, key=lambda f: f[:2])
-    if not number or not num_cells:
-        shown = ", ".join(str(n) for n in names[:5])
-        msg = f"{source.uri}: {num_cells} cells, none of {len(names)} genes is known to the model; names are like {shown}: another species, or another column of var (--genes)?"
-        raise UserError(msg)
-    whole = float(kept.share_V[all_tokens].sum())
+        return describe(reader, source, kept, vocabulary)[0]
+
+
+def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary) -> tuple[File, sentences.Genes]:
+    """What must be known of a table of counts before a cell of it is labelled: its species, and its genes.
+
+    Raises:
+        UserError: it knows none of the model's genes.
+    """
+    rows = tuple(species_rows(kept, vocabulary))
+    genes = sentences.find_genes(reader, vocabulary, rows, species=source.species, column=source.genes)
+    whole = float(kept.share_V[genes.of_species.tokens].sum())
+    number = len(genes.measured)
     # a species without training cells: every gene counts alike
-    coverage = float(kept.share_V[measured].sum()) / whole if whole > 0 else number / len(all_tokens)
-    return File(source=replace(source, species=row.name), row=row, num_cells=num_cells, coverage=coverage, genes=number)
+    coverage = float(kept.share_V[genes.measured].sum()) / whole if whole > 0 else number / len(genes.of_species.tokens)
+    file = File(
+        source=replace(source, species=genes.row.name), row=genes.row, num_cells=reader.num_rows, coverage=coverage,
+        genes=number,
+    )  # fmt: skip
+    return file, genes
 
 
 def label(
     model: str, file: File, start: int, stop: int, to: str, *, block_cells: int = BLOCK_CELLS, device: str = "cpu"
 ) -> None:
-    """Label rows [start, stop) of a file and write them as a Parquet part.
-
-    Columns: `label`, `probability`, `second`, `second_probability`, `entropy` (nats), `distance` (in units of what is usual
-    for the type), `genes` (detected vocabulary genes), `doubt` (text, empty = none found), `p` (probability of every class).
+    """Label rows [start, stop) of a file and write them as a Parquet part, with the columns of `label_rows`.
 
     Args:
         model: URI of a classifier.
@@ -127,37 +101,42 @@ def label(
         device: Where the encoder computes.
     """
     kept, vocabulary, _ = classifier.load(model, device)
-    tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
-    genes = vocabulary.of(file.row.name)
-    frames = []
     with open_reader(file.source.uri, file.source.layer) as reader:
-        columns = identify.identify(
-            reader.gene_names(file.source.genes), identify.known_genes(file.row), biotypes=(),
-            vocabulary=frozenset(genes.genes.tolist()), is_gene=reader.is_gene,
-        )  # fmt: skip
-        own = columns["canonical"].to_numpy() == np.arange(columns.num_rows)
-        position_G = np.where(own, genes.positions(columns["gene"].combine_chunks()), -1).astype(np.int32)
-        encode = rank_value.Encoder(rank_value.Ranks.of(genes, tokens.scaling), position_G, tokens)
-        for block in counts.blocks(reader, columns, start, stop, rows=block_cells):
-            row_E = np.repeat(np.arange(len(block.indptr) - 1), np.diff(block.indptr))
-            counted_E = (block.data > 0) & (position_G[block.indices] >= 0)
-            genes_N = np.bincount(row_E[counted_E], minlength=len(block.indptr) - 1)
-            frames.append(_label_block(kept, tokens, encode, block, genes_N))
-    tables.write_table(to, pa.concat_tables(frames))
+        _, genes = describe(reader, file.source, kept, vocabulary)
+        parts = label_rows(reader, genes, kept, start, stop, block_cells=block_cells)
+        tables.write_table(to, pa.concat_tables(parts))
 
 
-def _label_block(
-    kept: Kept, tokens: data.Tokens, encode: rank_value.Encoder, block: counts.Block, genes_N: npt.NDArray[np.int64]
-) -> pa.Table:
+def label_rows(
+    reader: Reader, genes: sentences.Genes, kept: Kept, start: int, stop: int, *, block_cells: int = BLOCK_CELLS
+) -> Iterator[pa.Table]:
+    """Labels of rows [start, stop), of at most `block_cells` cells at a time.
+
+    Columns: `label`, `probability`, `second`, `second_probability`, `entropy` (nats), `distance` (in units of what is usual
+    for the type), `genes` (detected vocabulary genes), `doubt` (text, empty = none found), `p` (probability of every class).
+
+    Args:
+        reader: Of the counts.
+        genes: As `describe` found them in it.
+        kept: The classifier.
+        start: First row.
+        stop: Row after the last.
+        block_cells: Rows held in memory at a time.
+    """
+    tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
+    for block in sentences.blocks(reader, genes, tokens, start, stop, rows=block_cells):
+        yield _label_block(kept, block)
+
+
+def _label_block(kept: Kept, block: sentences.Sentences) -> pa.Table:
+    genes_N = block.genes_N
     num_cells, num_classes = len(genes_N), len(kept.classes)
-    tokens_T, offsets_N1 = encode(block.data, block.indices, block.indptr)
-    sentences = _Sentences(np.diff(offsets_N1).astype(np.int32), tokens_T, offsets_N1, tokens.cls)
     full = np.flatnonzero(genes_N > 0)
     p_NC = np.full((num_cells, num_classes), np.nan)
     distance_N = np.full(num_cells, np.nan)
     doubt = np.full(num_cells, EMPTY, dtype=object)
     if len(full):
-        vectors = kept.vectors(sentences, full)
+        vectors = kept.vectors(block, full)
         p_NC[full] = kept.probabilities(vectors)
         distance_N[full] = kept.distances(vectors, p_NC[full].argmax(1))
         doubt[full] = kept.doubts(p_NC[full], distance_N[full], genes_N[full])

@@ -34,8 +34,8 @@ from mixgf.corpus.shards import (
     RESERVED,
     ROW_GROUP_CELLS,
     SENTENCES,
-    _obs_array,
     facts_uri,
+    obs_array,
     part,
     shard_name,
     write_done,
@@ -189,7 +189,7 @@ def measure(work: str, unit: Unit, block_cells: int) -> None:
         table = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
         if unit.source.sample:
             values = reader.obs(unit.source.sample, unit.start, unit.stop)
-            table = table.append_column("sample", pc.fill_null(_obs_array(values, "str", len(values)), ""))
+            table = table.append_column("sample", pc.fill_null(obs_array(values, "str", len(values)), ""))
     write_table(part(work, "sums", unit.number), pa.table({"sum": sums_G}))
     write_table(part(work, "metrics", unit.number), table)
 
@@ -327,7 +327,7 @@ def encode(
             for name, kind in obs.items():
                 have = facts["obs"].get(name)
                 values = None if have is None else reader.obs(have, unit.start, unit.stop)[keep_N]
-                columns_[name] = _obs_array(values, kind, num)
+                columns_[name] = obs_array(values, kind, num)
             blocks = _blocks(reader, columns, unit, block_cells)
             for first, sentences in _sentences(encoder, blocks, keep_N, length):
                 rest = [column.slice(first, len(sentences)) for column in columns_.values()]

@@ -63,7 +63,7 @@ def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tupl
     )  # fmt: skip
 
 
-def _obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:
+def obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:
     wanted = _KINDS[kind]
     if values is None:
         return pa.nulls(num, wanted)

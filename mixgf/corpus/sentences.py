@@ -1,0 +1,235 @@
+"""Cell sentences held in memory: from any reader of counts, block by block, without a corpus on disk.
+
+A sentence here is the one that `mixgf prepare` writes for the same cell and vocabulary. Quality control is not applied:
+every row is given, a cell without any gene of the vocabulary with an empty sentence (or `<cls>` alone).
+
+Shapes: N cells, T packed tokens, G columns of the table of counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from mixgf.cells import counts, qc
+from mixgf.cells.reader import Reader
+from mixgf.config.data import SpeciesRow, Tokens
+from mixgf.config.parse import to_dict
+from mixgf.corpus import rank_value
+from mixgf.corpus.packed import I32, I64, offsets_of
+from mixgf.corpus.reader import Corpus
+from mixgf.corpus.shards import RESERVED, obs_array
+from mixgf.errors import UserError
+from mixgf.genes import identify
+from mixgf.genes.vocabulary import SpeciesGenes, Vocabulary
+from mixgf.storage import artifacts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Genes:
+    """What the columns of a table of counts are to a model: its species, and the genes of the vocabulary among them."""
+
+    row: SpeciesRow
+    columns: pa.Table
+    """As `identify.identify` gives it, one row per column of counts."""
+    position_G: npt.NDArray[np.int32]
+    """Place of each column in the species' genes; -1: not in the vocabulary, or added to an earlier column of its gene."""
+    measured: npt.NDArray[np.int32]
+    """Tokens of the vocabulary genes that the table measures, ascending."""
+    of_species: SpeciesGenes
+    """All genes of the species in the vocabulary."""
+
+
+def find_genes(
+    reader: Reader, vocabulary: Vocabulary, rows: tuple[SpeciesRow, ...], *, species: str = "", column: str = ""
+) -> Genes:
+    """Find out the species of a table of counts and which of its columns are genes of the vocabulary.
+
+    Args:
+        reader: Of the counts.
+        vocabulary: Of the model.
+        rows: The species that the model reads.
+        species: Name of one of them; empty = the one that most gene names belong to.
+        column: Column of var with Ensembl ids or symbols, as `Source.genes`.
+
+    Raises:
+        UserError: a species that the model does not read, or none of the genes is known to it.
+    """
+    rows = tuple(row for row in rows if row.name in vocabulary.species)
+    asked = [row for row in rows if not species or row.name == species]
+    if not asked:
+        msg = f"{reader.uri}: species = {species!r}: the model reads {', '.join(row.name for row in rows)}"
+        raise UserError(msg)
+    names = reader.gene_names(column)
+    found = []
+    for row in asked:
+        mine = vocabulary.of(row.name)
+        columns = identify.identify(
+            names, identify.known_genes(row), biotypes=(), vocabulary=frozenset(mine.genes.tolist()), is_gene=reader.is_gene
+        )  # fmt: skip
+        position_G = mine.positions(columns["gene"].combine_chunks())
+        there = np.unique(position_G[position_G >= 0])
+        own = columns["canonical"].to_numpy() == np.arange(columns.num_rows)  # the others were added to theirs
+        # a gene counts by how it is written, so that ids of one species are not read as aliases of another
+        written = sum(how in (identify.ID, identify.SYMBOL) for how in columns["how"].to_pylist())
+        genes = Genes(
+            row=row, columns=columns, position_G=np.where(own, position_G, -1).astype(np.int32),
+            measured=mine.tokens[there], of_species=mine,
+        )  # fmt: skip
+        found.append((written, len(there), genes))
+    _, number, genes = max(found, key=lambda one: one[:2])
+    if not number or not reader.num_rows:
+        shown = ", ".join(str(name) for name in names[:5])
+        msg = (
+            f"{reader.uri}: {reader.num_rows} cells, none of {len(names)} genes is known to the model; names are like "
+            f"{shown}: another species, or another column of var (--genes)?"
+        )
+        raise UserError(msg)
+    return genes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sentences:
+    """Sentences of consecutive cells, packed; what `mixgf.encoder.embed` reads."""
+
+    start: int
+    """Row of the first cell."""
+    tokens_T: I32
+    offsets_N1: I64
+    cls: bool
+    genes_N: npt.NDArray[np.int64]
+    """Detected genes of the vocabulary in each cell; 0: the sentence is empty."""
+    metrics: qc.Metrics | None = None
+
+    @property
+    def lengths_N(self) -> I32:
+        """Tokens of each cell."""
+        return np.diff(self.offsets_N1).astype(np.int32)
+
+    def tokens(self, cells: npt.ArrayLike) -> tuple[I32, I64]:
+        """Sentences of the given cells (0 = the first), packed in the given order, and their offsets."""
+        return take(self.tokens_T, self.offsets_N1, np.asarray(cells, dtype=np.int64))
+
+
+def take(tokens_T: I32, offsets_N1: I64, cells_B: I64, max_len: int = 0) -> tuple[I32, I64]:
+    """Some of many packed sentences, in the given order; longer ones are cut to `max_len` tokens, 0 = none is."""
+    lengths_B = offsets_N1[cells_B + 1] - offsets_N1[cells_B]
+    offsets_B1 = offsets_of(np.minimum(lengths_B, max_len) if max_len else lengths_B)
+    place_T = np.arange(offsets_B1[-1]) + np.repeat(offsets_N1[cells_B] - offsets_B1[:-1], np.diff(offsets_B1))
+    return tokens_T[place_T], offsets_B1
+
+
+def blocks(
+    reader: Reader, genes: Genes, tokens: Tokens, start: int, stop: int, *, rows: int, measure: bool = False
+) -> Iterator[Sentences]:
+    """Sentences of rows [start, stop), of at most `rows` cells at a time.
+
+    Args:
+        reader: Of the counts.
+        genes: As `find_genes` found them in it.
+        tokens: How sentences are made.
+        start: First row.
+        stop: Row after the last.
+        rows: Cells held in memory at a time.
+        measure: Work out the metrics of quality control, too.
+    """
+    encode = rank_value.Encoder(rank_value.Ranks.of(genes.of_species, tokens.scaling), genes.position_G, tokens)
+    masks = {f"{name}_G": genes.columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
+    sums_G = np.zeros(genes.columns.num_rows, dtype=np.int64)
+    for block in counts.blocks(reader, genes.columns, start, stop, rows=rows):
+        num_cells = len(block.indptr) - 1
+        row_E = np.repeat(np.arange(num_cells), np.diff(block.indptr))
+        counted_E = (block.data > 0) & (genes.position_G[block.indices] >= 0)
+        genes_N = np.bincount(row_E[counted_E], minlength=num_cells)
+        metrics = qc.measure(block.data, block.indices, block.indptr, **masks, sums_G=sums_G) if measure else None
+        tokens_T, offsets_N1 = encode(block.data, block.indices, block.indptr)
+        yield Sentences(
+            start=block.start,
+            tokens_T=tokens_T,
+            offsets_N1=offsets_N1,
+            cls=tokens.cls,
+            genes_N=genes_N,
+            metrics=metrics,
+        )
+
+
+class MemoryCorpus(Corpus):
+    """A whole table of counts as a corpus that is held in memory: 4 bytes a token, at most `tokens.max_len` tokens a cell.
+
+    Its columns are those that `mixgf prepare` would write, with `source` as the name of the table.
+    """
+
+    def __init__(
+        self, reader: Reader, genes: Genes, vocabulary: Vocabulary, tokens: Tokens, *, max_len: int = 0, source: str, rows: int = 512
+    ) -> None:  # fmt: skip
+        """Read all cells.
+
+        Args:
+            reader: Of the counts.
+            genes: As `find_genes` found them in it.
+            vocabulary: Of the model.
+            tokens: How sentences are made.
+            max_len: Longest sentence that is seen, as of a `Corpus`; 0 = as they are.
+            source: Name of the table, before the names of its cells.
+            rows: Cells whose counts are held at a time.
+        """
+        self.uri, self._tokens, self._max_len = reader.uri, tokens, max_len
+        parts = list(blocks(reader, genes, tokens, 0, reader.num_rows, rows=rows, measure=True))
+        empty = np.flatnonzero(np.concatenate([part.genes_N for part in parts]) == 0)
+        if len(empty):
+            name = reader.cell_names(int(empty[0]), int(empty[0]) + 1)[0]
+            msg = f"{reader.uri}: {len(empty)} cells hold no gene of the model, for instance {name} (row {empty[0]}); leave them out"
+            raise UserError(msg)
+        self._tokens_T = np.concatenate([part.tokens_T for part in parts])
+        self._stored_N = np.concatenate([part.lengths_N for part in parts])
+        self._offsets_N1 = offsets_of(self._stored_N)
+        self.lengths_N = np.minimum(self._stored_N, max_len).astype(np.int32) if max_len else self._stored_N
+        self.species = vocabulary.species
+        self.species_N = np.full(len(self.lengths_N), self.species.index(genes.row.name), dtype=np.int8)
+        self.vocabulary = vocabulary
+        self.record = artifacts.plan("corpus", 0, {"tokens": to_dict(tokens)}, {})
+        self.record.details.update({"max_len": tokens.max_len, "vocabulary": vocabulary.hash})
+        self._obs = self._columns(
+            reader, genes.row.name, source, qc.Metrics.merge([p.metrics for p in parts if p.metrics])
+        )
+
+    def _columns(self, reader: Reader, species: str, source: str, metrics: qc.Metrics) -> pd.DataFrame:
+        num = reader.num_rows
+        columns = {
+            "cell": pa.array([f"{source}:{name}" for name in reader.cell_names(0, num)], pa.string()),
+            "species": pa.array([species] * num, pa.string()),
+            "source": pa.array([source] * num, pa.string()),
+            "source_row": pa.array(np.arange(num), pa.int64()),
+            "length": pa.array(self._stored_N, pa.int32()),
+            "n_counts": pa.array(metrics.n_counts, pa.int64()),
+            "n_genes": pa.array(metrics.n_genes, pa.int32()),
+            "mito_fraction": pa.array(metrics.mito_fraction, pa.float64()),
+        }
+        for name in reader.obs_columns:
+            if name not in RESERVED:
+                found = reader.obs(name, 0, num)
+                kind = "str" if found.dtype == object else "float" if found.dtype.kind == "f" else "int"
+                columns[name] = obs_array(found, kind, num)
+        return pa.table(columns).to_pandas()
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of all columns, without the tokens."""
+        return frozenset(map(str, self._obs.columns))
+
+    def tokens(self, cells: npt.ArrayLike) -> tuple[I32, I64]:
+        """Sentences of the given cells, packed in the given order: tokens (T,) and offsets (B + 1,)."""
+        return take(self._tokens_T, self._offsets_N1, np.asarray(cells, dtype=np.int64), self._max_len)
+
+    def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """Everything but the tokens, one row per cell."""
+        missing = [name for name in columns or [] if name not in self._obs.columns]
+        if missing:
+            msg = f"{self.uri}: no column {missing[0]!r}; there are {', '.join(self._obs.columns)}"
+            raise UserError(msg)
+        return self._obs.copy() if columns is None else self._obs[columns].copy()
