@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 from scipy import sparse
 
 from mixgf import rng
@@ -27,6 +26,7 @@ from mixgf.corpus import raw_counts
 from mixgf.corpus.raw_counts import Counts
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed
+from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.storage import artifacts, files, tables
@@ -115,7 +115,7 @@ def vectors_part(places: ArtifactPaths, encoder: str, number: int) -> str:
 def embed_block(run: Config, places: ArtifactPaths, encoder: str, number: int, cells: Ints) -> None:
     """Keep vectors of these cells."""
     corpus = Corpus(places.corpus)
-    model = registry.load(places.checkpoint, encoder, run, corpus, device(run))
+    model = registry.load(places.checkpoint, encoder, run, corpus, pick_device(run.compute.gpus_per_worker))
     vectors_ND = embed.embed_cells(model, corpus, cells, run.embed.pooling, run.embed.layer, run.train.micro_tokens)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
     tables.write_table(vectors_part(places, encoder, number), pa.table({"cell": cells, "vector": flat}))
@@ -156,11 +156,6 @@ def vector_column(table: pa.Table) -> npt.NDArray[np.float32]:
     """The column `vector` of a table, (N, D)."""
     column = table["vector"].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1)
-
-
-def device(run: Config) -> torch.device:
-    """Where this process computes."""
-    return torch.device("cuda" if run.compute.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
 
 
 _LAST: dict[str, baselines.Problem] = {}

@@ -24,6 +24,7 @@ from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed
 from mixgf.encoder.bert import Encoder
+from mixgf.encoder.device import pick_device
 from mixgf.storage import artifacts, files, tables
 from mixgf.training.context import LocalContext
 
@@ -65,22 +66,19 @@ def _probabilities(
     if head in registry.HEADS:
         if head == "probe" and kept:
             corpus = Corpus(places.corpus)
-            _keep(run, places, corpus, table, split, model, _load(run, places, corpus, encoder), None)
+            weights = registry.load(places.checkpoint, encoder, run, corpus)  # only kept: nothing is computed with it
+            _keep(run, places, corpus, table, split, model, weights, None)
         train_ND, test_MD = (
             intermediates.vectors(places, encoder, table.cells[rows]) for rows in (split.train, split.test)
         )
         return probes.frozen(head, train_ND, test_MD, table=table, split=split, settings=run.classify), {}
-    corpus = Corpus(places.corpus)
-    start, context = _load(run, places, corpus, encoder), LocalContext(intermediates.device(run))
+    corpus, context = Corpus(places.corpus), LocalContext(pick_device(run.compute.gpus_per_worker))
+    start = registry.load(places.checkpoint, encoder, run, corpus, context.device)
     run = registry.recipe(run, model)
     tuned = finetune.finetune(start, corpus, table, split, run=run, context=context)
     if kept:
         _keep(run, places, corpus, table, split, model, tuned.model.encoder, tuned.model.linear())
     return tuned.probabilities, finetune.notes(tuned)
-
-
-def _load(run: Config, places: ArtifactPaths, corpus: Corpus, encoder: str) -> Encoder:
-    return registry.load(places.checkpoint, encoder, run, corpus, intermediates.device(run))
 
 
 def integrate(run: Config, places: ArtifactPaths, table: Labelled, space: str) -> None:

@@ -27,7 +27,7 @@ class Compute:
     cpus_per_worker: float = 1.0
     """CPUs that a worker asks Ray for."""
     gpus_per_worker: float = 0.0
-    """GPUs that a worker asks Ray for."""
+    """GPUs that a worker asks Ray for; below 1 = a share of one; 0 = the CPU computes. Where none is found, the run stops."""
     max_failures: int = 3
     """Times that a lost training worker group is started again."""
 

@@ -24,6 +24,7 @@ from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.distributed.progress_board import Board
+from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.tracking import mlflow_runs
 from mixgf.training.context import GroupContext, Row
@@ -57,17 +58,23 @@ class RayContext(GroupContext):
 def work(params: dict[str, Any]) -> None:
     """One worker of the group."""
     config = from_dict(Config, params["config"])
-    device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(config.train.threads)
-    context = RayContext(device, params["board"], params["tracked"])
     try:
+        device = _device(config.compute.gpus_per_worker)
+        if device.type == "cpu":
+            torch.set_num_threads(config.train.threads)
+        context = RayContext(device, params["board"], params["tracked"])
         corpus = Corpus(params["corpus"], max_len=config.model.max_positions)
         task = Pretraining(config, corpus)
         model = first_model(config, corpus)
         fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"])
     except UserError as error:  # every worker meets it alike; the driver raises it, and nobody starts again
         ray.get(params["board"].fail.remote(str(error)))
+
+
+def _device(gpus: float) -> torch.device:
+    """The CPU, or the GPU that Ray gave this worker: workers of one node see the GPUs of all of them."""
+    device = pick_device(gpus)
+    return get_device() if device.type == "cuda" else device
 
 
 def train(

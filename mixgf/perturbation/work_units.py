@@ -23,6 +23,7 @@ from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import forward_flops
+from mixgf.encoder.device import pick_device
 from mixgf.perturbation import gene_responses, operations, screen
 from mixgf.perturbation.group_design import Design, owned
 from mixgf.perturbation.shift import Engine, Original
@@ -181,9 +182,8 @@ class Scorer:
 
     def __init__(self, config: Config, *, corpus: str, weights: str, folder: str) -> None:
         torch.set_num_threads(config.train.threads)
-        device = "cuda" if config.compute.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
         self.settings, self.folder = config.perturb, folder
-        encoder, record = checkpoint.load_encoder(weights, device)
+        encoder, record = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
         self.corpus = Corpus(corpus, max_len=encoder.row.max_positions)
         checkpoint.require_sentences(record, self.corpus)
         self.engine = Engine(

@@ -20,6 +20,7 @@ from mixgf.distributed.actor_pool import Pool, Size
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.distributed.session import session
 from mixgf.encoder import checkpoint
+from mixgf.encoder.device import pick_device
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
 from mixgf.storage import artifacts, files, tables
@@ -89,7 +90,7 @@ def _worker(config: Config, corpus_uri: str, weights: str, uri: str) -> Callable
     def make() -> Callable[[int], int]:
         torch.set_num_threads(config.train.threads)
         corpus = Corpus(corpus_uri, cached_shards=1)
-        encoder, _ = checkpoint.load_encoder(weights, "cuda" if config.compute.gpus_per_worker > 0 else "cpu")
+        encoder, _ = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
 
         def embed(shard: int) -> int:
             cells = np.arange(corpus.starts[shard], corpus.starts[shard + 1])

@@ -8,6 +8,7 @@ from mixgf.config import data, perturbation, run, training
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
+from mixgf.errors import UserError
 from mixgf.perturbation import group_design, work_units
 from mixgf.storage import artifacts, tables
 
@@ -121,3 +122,24 @@ def test_state_parts_add_up_to_the_means_of_all_cells(corpus, weights, tmp_path,
         ]
         assert means[state] == pytest.approx(np.mean(vectors, axis=0), abs=1e-6)
     assert table["num_cells"].to_pylist() == [5, 5, 4, 4]
+
+
+def test_a_worker_computes_on_the_gpu_that_is_asked_for_or_stops(corpus, weights, monkeypatch):
+    asked = []
+
+    def load(uri, device="cpu"):
+        asked.append(torch.device(device))
+        return load_encoder(uri)
+
+    load_encoder = checkpoint.load_encoder
+    monkeypatch.setattr(checkpoint, "load_encoder", load)
+    for available, gpus in ((True, 1.0), (True, 0.0), (False, 0.0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        chosen = run.Config(compute=run.Compute(gpus_per_worker=gpus))
+        work_units.Scorer(chosen, corpus=corpus.uri, weights=weights, folder="")
+    assert asked == [torch.device(name) for name in ("cuda", "cpu", "cpu")]
+    with pytest.raises(UserError, match=r"^compute.gpus_per_worker = 1: no GPU here"):
+        work_units.Scorer(
+            run.Config(compute=run.Compute(gpus_per_worker=1.0)), corpus=corpus.uri, weights=weights, folder=""
+        )
+    assert len(asked) == 3

@@ -3,6 +3,7 @@ import dataclasses
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 
 from mixgf.config import data, run, training
 from mixgf.corpus import reader
@@ -84,3 +85,17 @@ def test_a_layer_the_model_does_not_have_and_foreign_sentences_are_refused(setti
         match=r"inputs.checkpoint: trained on sentences with tokens.cls = false, .* has true; prepare that with --set tokens.cls=false",
     ):
         embed.run(dataclasses.replace(settings, inputs=run.Inputs(corpus=with_cls)))
+
+
+def test_an_actor_computes_on_the_gpu_that_is_asked_for_or_stops(settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "load_encoder", lambda _, device: (asked.append(device), None))
+    weights = f"{settings.output}/pretrain"
+    for available, gpus in ((True, 1.0), (True, 0.0), (False, 0.0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        chosen = dataclasses.replace(settings, compute=run.Compute(gpus_per_worker=gpus))
+        embed._worker(chosen, settings.inputs.corpus, weights, "")()
+    assert asked == [torch.device(name) for name in ("cuda", "cpu", "cpu")]
+    chosen = dataclasses.replace(settings, compute=run.Compute(gpus_per_worker=1.0))
+    with pytest.raises(UserError, match=r"^compute.gpus_per_worker = 1: no GPU here"):
+        embed._worker(chosen, settings.inputs.corpus, weights, "")()

@@ -1,0 +1,54 @@
+"""What a training worker does before it trains, without Ray."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mixgf.config.parse import to_dict
+from mixgf.config.run import Compute, Config
+from mixgf.distributed import train_group
+
+CARD = torch.device("cuda:3")
+
+
+class Chosen(Exception):
+    pass
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the worker tells the driver's board."""
+    texts = []
+    monkeypatch.setattr(train_group, "get_device", lambda: CARD)
+    monkeypatch.setattr(train_group.ray, "get", lambda reference: reference)
+    return texts
+
+
+def work(said, gpus):
+    board = SimpleNamespace(fail=SimpleNamespace(remote=said.append))
+    config = Config(compute=Compute(gpus_per_worker=gpus))
+    train_group.work({"config": to_dict(config), "board": board, "tracked": None})
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1.0, CARD), (0.0, torch.device("cpu"))])
+def test_a_worker_trains_on_the_card_that_ray_gave_it_and_only_if_one_was_asked_for(said, monkeypatch, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = []
+
+    def context(device, board, tracked):
+        devices.append(device)
+        raise Chosen
+
+    monkeypatch.setattr(train_group, "RayContext", context)
+    with pytest.raises(Chosen):
+        work(said, gpus)
+    assert devices == [expected]
+    assert not said
+
+
+def test_a_worker_without_the_gpu_that_is_asked_for_tells_the_driver_and_does_not_train(said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    work(said, 1.0)
+    assert len(said) == 1
+    assert said[0].startswith("compute.gpus_per_worker = 1: no GPU here")
