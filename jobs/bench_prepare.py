@@ -31,7 +31,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 from measure import Figure, interleaved, rate
 
-from mixgf.cells.counts import blocks
+from mixgf.cells.counts import read_blocks
 from mixgf.cells.open import open_reader
 from mixgf.config import recipes
 from mixgf.config.data import HUMAN, QC, Source, Tokens
@@ -182,7 +182,7 @@ class _Case:
     def blocks(self) -> Iterator[Any]:
         """Checked count blocks, as every pass reads them."""
         with open_reader(str(self.path)) as reader:
-            yield from blocks(reader, self.columns, 0, self.num_cells, rows=self.rows)
+            yield from read_blocks(reader, self.columns, 0, self.num_cells, rows=self.rows)
 
     def sort(self) -> None:
         """The floor of ranking."""

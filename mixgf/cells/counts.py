@@ -1,7 +1,7 @@
-"""Sources to bounded row blocks of checked counts, with every column named by its gene.
+"""Checked raw counts of a file, in blocks of rows, with the columns of one gene summed.
 
-`resolve` expands what the user listed; `identify` says which gene each column of a file is (spec section 1);
-`blocks` yields int32 counts with the columns of one gene summed. Every refusal is one line: file, field, value, way out.
+Input: an open `Reader` and the table of `genes.identify`, which names the gene of each column. Output: int32 CSR blocks.
+A value that is no count is a `UserError` that names the file, the cell, the gene and the way out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from mixgf.cells.reader import RawBlock, Reader
 from mixgf.errors import UserError
 from mixgf.jit import jit
 
-# Checked counts
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Counts of consecutive rows: int32 CSR over the file's columns; counts above 0 name every gene at most once in a row."""
+    """Counts of consecutive rows: int32 CSR over the file's columns. In a row, at most one count above 0 belongs to a gene."""
 
     start: int
     data: np.ndarray
@@ -31,14 +29,15 @@ class Block:
 
 
 _FINITE, _NEGATIVE, _WHOLE, _LARGE = 1, 2, 3, 4
-_WRONG = {_FINITE: "not a finite number", _NEGATIVE: "negative", _WHOLE: "not a whole number", _LARGE: "above 2**31"}
+_INVALID = {_FINITE: "not a finite number", _NEGATIVE: "negative", _WHOLE: "not a whole number", _LARGE: "above 2**31"}
 
 
 @jit
 def _to_counts(data: np.ndarray, out: np.ndarray, most: Any) -> bool:
-    """Copy as int32; False where a value is no count. Without branches, so that it compiles to vector instructions.
+    """Copy `data` to `out` as int32; returns False if any value is not a count.
 
-    `most` is the largest count that the type of `data` can hold.
+    `most` is the largest count that the type of `data` can hold. The loop has no branches, so it compiles to vector
+    instructions.
     """
     good = True
     for i in range(data.shape[0]):
@@ -59,8 +58,8 @@ def _largest(dtype: np.dtype) -> Any:
     return dtype.type(min(limit, np.iinfo(dtype).max))
 
 
-def _first_wrong(data: np.ndarray) -> tuple[int, int]:
-    """What is wrong with the first value that is no count, and where it is."""
+def _first_invalid(data: np.ndarray) -> tuple[int, int]:
+    """Reason code and position of the first value that is not a count."""
     x = data.astype(np.float64)
     tests = {_FINITE: ~np.isfinite(x), _NEGATIVE: x < 0, _WHOLE: x != np.floor(x), _LARGE: x >= 2147483648.0}
     where = {what: int(np.argmax(mask)) for what, mask in tests.items() if mask.any()}
@@ -69,11 +68,14 @@ def _first_wrong(data: np.ndarray) -> tuple[int, int]:
 
 
 @jit
-def _canonical(  # noqa: PLR0917 (a compiled kernel)
+def _sum_columns(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, canonical: np.ndarray, total: np.ndarray,
     out: np.ndarray, out_indices: np.ndarray, out_indptr: np.ndarray,
 ) -> int:  # fmt: skip
-    """Sum equal columns of each row, in order of first appearance; `total` is zeros of int64[G] and ends so."""
+    """Sum the columns of one gene in each row, in order of first appearance; returns the number of entries, -1 if too large.
+
+    `canonical` gives the first column of each column's gene. `total` (int64, one per column) is all zeros before and after.
+    """
     n = 0
     for row in range(indptr.shape[0] - 1):
         begin = n
@@ -96,8 +98,8 @@ def _canonical(  # noqa: PLR0917 (a compiled kernel)
 
 
 @jit
-def _place(indices: np.ndarray, lo: int, hi: int, column: int) -> int:
-    """The first place in [lo, hi) of ascending columns that is not before `column`."""
+def _lower_bound(indices: np.ndarray, lo: int, hi: int, column: int) -> int:
+    """First position in [lo, hi) whose column is not below `column`; columns ascend."""
     while lo < hi:
         middle = (lo + hi) >> 1
         if indices[middle] < column:
@@ -108,28 +110,34 @@ def _place(indices: np.ndarray, lo: int, hi: int, column: int) -> int:
 
 
 @jit
-def _sum_moved(  # noqa: PLR0917 (a compiled kernel)
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, moved: np.ndarray, canonical: np.ndarray,
+def _sum_columns_in_place(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, duplicates: np.ndarray, canonical: np.ndarray,
     renamed: np.ndarray,
 ) -> bool:  # fmt: skip
-    """`_canonical` in place, for rows of ascending columns: counts of the few `moved` columns go to their gene's first column.
+    """`_sum_columns` in place, for rows with ascending columns and few duplicate columns; returns False if a sum is too large.
 
-    What was added elsewhere stays as a count of 0. False where a sum is too large. `moved` ascends; `canonical` is of each
-    of them; `renamed` is room for as many places.
+    A count that was added to another column stays as 0.
+
+    Args:
+        data: counts, changed.
+        indices: columns, changed where the gene's first column is not in the row.
+        indptr: row pointers.
+        duplicates: columns that are not the first of their gene, ascending.
+        canonical: first column of the gene of each of `duplicates`.
+        renamed: workspace of shape (len(duplicates), 2).
     """
     for row in range(indptr.shape[0] - 1):
         begin, end = indptr[row], indptr[row + 1]
         at, n = begin, 0
-        for m in range(moved.shape[0]):
-            at = _place(indices, at, end, moved[m])
+        for m in range(duplicates.shape[0]):
+            at = _lower_bound(indices, at, end, duplicates[m])
             if at == end:
                 break
-            if indices[at] != moved[m]:
+            if indices[at] != duplicates[m]:
                 continue
-            first = _place(indices, begin, at, canonical[m])
-            if (
-                indices[first] != canonical[m]
-            ):  # the gene's first column is not in this row: an earlier one may stand for it
+            first = _lower_bound(indices, begin, at, canonical[m])
+            if indices[first] != canonical[m]:
+                # the gene's first column is not in this row; an earlier duplicate may have taken its place
                 first = at
                 for k in range(n):
                     if canonical[renamed[k, 1]] == canonical[m]:
@@ -148,7 +156,7 @@ def _sum_moved(  # noqa: PLR0917 (a compiled kernel)
 
 
 @jit
-def _ascend(columns: np.ndarray) -> bool:
+def _is_ascending(columns: np.ndarray) -> bool:
     good = True
     for p in range(1, columns.shape[0]):
         good &= columns[p] > columns[p - 1]
@@ -156,12 +164,12 @@ def _ascend(columns: np.ndarray) -> bool:
 
 
 @jit
-def _is_sorted(indices: np.ndarray, indptr: np.ndarray, num_columns: int) -> int:
-    """2: strictly ascending columns within rows; 1: not; 0: a column outside the matrix."""
+def _column_order(indices: np.ndarray, indptr: np.ndarray, num_columns: int) -> int:
+    """2: columns ascend strictly within every row; 1: they do not; 0: a column lies outside the matrix."""
     order = 2
     for row in range(indptr.shape[0] - 1):
         columns = indices[indptr[row] : indptr[row + 1]]
-        if columns.shape[0] and not _ascend(columns):
+        if columns.shape[0] and not _is_ascending(columns):
             order = 1
             for c in columns:
                 if c < 0 or c >= num_columns:
@@ -171,54 +179,65 @@ def _is_sorted(indices: np.ndarray, indptr: np.ndarray, num_columns: int) -> int
     return order
 
 
-def blocks(reader: Reader, columns: pa.Table, start: int, stop: int, *, rows: int) -> Iterator[Block]:
-    """Checked counts of rows [start, stop) in blocks of at most `rows` rows; wrong values are a `UserError`.
+def read_blocks(reader: Reader, columns: pa.Table, start: int, stop: int, *, rows: int) -> Iterator[Block]:
+    """Checked counts of rows [start, stop), in blocks of at most `rows` rows.
 
-    A block's arrays are used again for the next one: copy what you keep.
+    Args:
+        reader: an open file.
+        columns: the table of `genes.identify` for the file's columns.
+        start: first row.
+        stop: end of the rows.
+        rows: most rows of a block.
+
+    Yields:
+        Blocks whose arrays are reused for the next block: copy what must last.
+
+    Raises:
+        UserError: a value is negative, fractional, infinite, NaN or above 2**31 - 1, or the file is damaged.
     """
     canonical = columns["canonical"].to_numpy()
-    moved = np.flatnonzero(canonical != np.arange(len(canonical)))
-    first, renamed = canonical[moved], np.empty((len(moved), 2), np.int64)
+    duplicates = np.flatnonzero(canonical != np.arange(len(canonical)))
+    first, renamed = canonical[duplicates], np.empty((len(duplicates), 2), np.int64)
     held = np.empty(0, dtype=np.int32)
     for raw in reader.read(start, stop, rows):
         if len(raw.data) > len(held):
             held = np.empty(len(raw.data), dtype=np.int32)
         data = held[: len(raw.data)]
         if not _to_counts(raw.data, data, _largest(raw.data.dtype)):
-            raise _bad_value(reader, columns, raw, *_first_wrong(raw.data))
-        order = _is_sorted(raw.indices, raw.indptr, reader.num_columns)
+            raise _bad_value(reader, columns, raw, *_first_invalid(raw.data))
+        order = _column_order(raw.indices, raw.indptr, reader.num_columns)
         if order == 0:
             msg = f"{reader.uri}: a column index outside the matrix near row {raw.start}: the file is damaged; fetch it again"
             raise UserError(msg)
         if order == 2:
-            if len(moved) and not _sum_moved(data, raw.indices, raw.indptr, moved, first, renamed):
+            if len(duplicates) and not _sum_columns_in_place(data, raw.indices, raw.indptr, duplicates, first, renamed):
                 raise _bad_value(reader, columns, raw, _LARGE, int(np.argmax(data)))
             yield Block(raw.start, data, raw.indices, raw.indptr)
             continue
         out, indices, indptr = np.empty_like(data), np.empty_like(raw.indices), np.zeros_like(raw.indptr)
         total = np.zeros(reader.num_columns, dtype=np.int64)
-        n = _canonical(data, raw.indices, raw.indptr, canonical, total, out, indices, indptr)
+        n = _sum_columns(data, raw.indices, raw.indptr, canonical, total, out, indices, indptr)
         if n < 0:
             raise _bad_value(reader, columns, raw, _LARGE, int(np.argmax(data)))
         yield Block(raw.start, out[:n], indices[:n], indptr)
 
 
-def _bad_value(reader: Reader, columns: pa.Table, raw: RawBlock, wrong: int, at: int) -> UserError:
+def _bad_value(reader: Reader, columns: pa.Table, raw: RawBlock, reason: int, at: int) -> UserError:
     row = int(np.searchsorted(raw.indptr, at, side="right")) - 1
     cell = reader.cell_names(raw.start + row, raw.start + row + 1)[0]
     where = f"cell {cell} (row {raw.start + row}), gene {columns['name'][int(raw.indices[at])].as_py()}"
-    msg = f"{reader.uri}: count {raw.data[at]} of {where} is {_WRONG[wrong]}; {_advice(raw, wrong)}"
+    msg = f"{reader.uri}: count {raw.data[at]} of {where} is {_INVALID[reason]}; {_advice(raw, reason)}"
     return UserError(msg)
 
 
-def _advice(raw: RawBlock, wrong: int) -> str:
+def _advice(raw: RawBlock, reason: int) -> str:
     with np.errstate(all="ignore"):
         for name, values in (("normalised", raw.data), ("log-normalised", np.expm1(raw.data.astype(np.float64)))):
             rows = np.repeat(np.arange(len(raw.indptr) - 1), np.diff(raw.indptr))
             sums = np.bincount(rows, weights=values, minlength=len(raw.indptr) - 1)
             sums = sums[sums > 0]
-            if wrong == _WHOLE and len(sums) and np.ptp(sums) < 1e-3 * sums.mean():
+            if reason == _WHOLE and len(sums) and np.ptp(sums) < 1e-3 * sums.mean():
                 return f"the matrix is already {name} (every cell sums to {sums.mean():,.0f}): give raw counts (sources[i].layer)"
-    if wrong == _NEGATIVE:
+    if reason == _NEGATIVE:
         return "the matrix looks scaled: give raw counts (sources[i].layer = 'raw' or a layer's name)"
     return "counts must be whole numbers from 0: give raw counts (sources[i].layer = 'raw' or a layer's name)"

@@ -1,4 +1,4 @@
-"""Moved here from mixgf/formats.py."""
+"""Reader of AnnData files (.h5ad): CSR, CSC or dense counts in X, raw or a layer, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -9,41 +9,43 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from mixgf.cells.hdf5 import _column, _Column1D, _csr_blocks, _strings
-from mixgf.cells.reader import SCAN_ENTRIES, RawBlock, Reader, Triples, _gather, _refuse, cut_rows
+from mixgf.cells.hdf5 import RangeReader, csr_blocks, read_column, read_strings
+from mixgf.cells.reader import SCAN_ENTRIES, RawBlock, Reader, Triples, cut_rows, file_error, gather_rows
 
 DENSE_BYTES = 64 << 20
-"""Most bytes of a dense matrix held at a time."""
+"""Most bytes of a dense matrix in memory at a time."""
 
 
-# .h5ad
+def open_h5ad(uri: str, file: h5py.File, layer: str) -> Reader:
+    """Reader of an open .h5ad file; `layer` is `X`, `raw` (raw/X) or the name of a layer.
 
-
-def _h5ad(uri: str, file: h5py.File, layer: str) -> Reader:
+    Raises:
+        UserError: no such layer, a matrix encoding that is not supported, or a damaged file.
+    """
     where = {"X": "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
     if where not in file:
         have = [*(k for k in ("X",) if k in file), *(["raw"] if "raw/X" in file else []), *file.get("layers", {})]
-        raise _refuse(uri, f"layer = {layer!r}: not in the file; it has {', '.join(have) or 'no counts'}")
+        raise file_error(uri, f"layer = {layer!r}: not in the file; it has {', '.join(have) or 'no counts'}")
     var = file["raw/var" if layer == "raw" else "var"]
     obs = file["obs"]
     if isinstance(obs, h5py.Dataset) or isinstance(var, h5py.Dataset):
-        raise _refuse(uri, "written by anndata before 0.7; read it with anndata and write it again")
+        raise file_error(uri, "written by anndata before 0.7; read it with anndata and write it again")
     matrix = file[where]
     num_rows, num_columns = (int(n) for n in _shape(matrix))
     index = _index(obs)
     if (length := _length(index)) != num_rows:
-        raise _refuse(uri, f"obs has {length} rows, {where} has {num_rows}; the file is damaged")
+        raise file_error(uri, f"obs has {length} rows, {where} has {num_rows}; the file is damaged")
     read, scan = matrix_reader(uri, matrix, num_rows, num_columns)
     return Reader(
         uri=uri,
         num_rows=num_rows,
         num_columns=num_columns,
-        gene_names=lambda column: _h5ad_genes(uri, var, column),
+        gene_names=lambda column: _gene_names(uri, var, column),
         read=read,
         scan=scan,
-        cell_names=lambda a, b: _strings(index, a, b),
+        cell_names=lambda a, b: read_strings(index, a, b),
         obs_columns=[str(name) for name in obs.attrs.get("column-order", [])],
-        obs=lambda name, a, b: _column(obs[name], a, b),
+        obs=lambda name, a, b: read_column(obs[name], a, b),
     )
 
 
@@ -56,7 +58,7 @@ def _shape(matrix: h5py.Group | h5py.Dataset) -> tuple[int, int]:
 
 
 def _index(frame: h5py.Group) -> h5py.Group | h5py.Dataset:
-    """A data frame's index: a column of strings, or, of a pandas CategoricalIndex, codes and categories."""
+    """Index of a data frame: a column of strings, or codes and categories (pandas CategoricalIndex)."""
     return frame[frame.attrs.get("_index", "_index")]
 
 
@@ -64,12 +66,14 @@ def _length(column: h5py.Group | h5py.Dataset) -> int:
     return int((column["codes"] if isinstance(column, h5py.Group) else column).shape[0])
 
 
-def _h5ad_genes(uri: str, var: h5py.Group, column: str) -> np.ndarray:
+def _gene_names(uri: str, var: h5py.Group, column: str) -> np.ndarray:
     index = _index(var)
     length = _length(index)
     named = (name for name in map(str, var) if not name.startswith("_"))  # the index may have a name, too
     columns = list(dict.fromkeys([*map(str, var.attrs.get("column-order", [])), *named]))
-    return choose_gene_names(uri, _strings(index, 0, length), columns, lambda n: _column(var[n], 0, length), column)
+    return choose_gene_names(
+        uri, read_strings(index, 0, length), columns, lambda n: read_column(var[n], 0, length), column
+    )
 
 
 def choose_gene_names(
@@ -89,7 +93,7 @@ def choose_gene_names(
         return symbols
     if names not in columns:
         have = ", ".join(columns) or "none"
-        raise _refuse(uri, f"genes = {names!r}: no such column of var; it has {have} (empty = the index)")
+        raise file_error(uri, f"genes = {names!r}: no such column of var; it has {have} (empty = the index)")
     ids = read(names)
     return np.asarray([i if isinstance(i, str) and i else s for i, s in zip(ids, symbols, strict=True)], dtype=object)
 
@@ -106,17 +110,17 @@ def matrix_reader(
     encoding = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "")))
     major = {"csr_matrix": num_rows, "csr": num_rows, "csc_matrix": num_columns, "csc": num_columns}.get(encoding)
     if major is None:
-        raise _refuse(uri, f"matrix encoding {encoding!r}: must be csr_matrix, csc_matrix or dense")
+        raise file_error(uri, f"matrix encoding {encoding!r}: must be csr_matrix, csc_matrix or dense")
     indptr = matrix["indptr"]
     if indptr.shape[0] != major + 1 or int(indptr[-1]) != matrix["data"].shape[0]:
-        raise _refuse(uri, "its row pointers do not fit its data: truncated or damaged; fetch it again")
+        raise file_error(uri, "its row pointers do not fit its data: truncated or damaged; fetch it again")
     if encoding.startswith("csr"):
-        return lambda a, b, rows: _csr_blocks(matrix, a, b, rows), None
+        return lambda a, b, rows: csr_blocks(matrix, a, b, rows), None
 
     def scan() -> Iterator[Triples]:
         return _csc_scan(matrix)
 
-    return lambda a, b, rows: _gather(scan(), a, b, rows, num_columns), scan
+    return lambda a, b, rows: gather_rows(scan(), a, b, rows, num_columns), scan
 
 
 def _dense_blocks(matrix: h5py.Dataset, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
@@ -128,7 +132,7 @@ def _dense_blocks(matrix: h5py.Dataset, start: int, stop: int, rows: int) -> Ite
 
 def _csc_scan(matrix: h5py.Group) -> Iterator[Triples]:
     indptr = matrix["indptr"][:].astype(np.int64)
-    columns = _Column1D(matrix["data"]), _Column1D(matrix["indices"])
+    columns = RangeReader(matrix["data"]), RangeReader(matrix["indices"])
     for lo in range(0, int(indptr[-1]), SCAN_ENTRIES):
         hi = min(lo + SCAN_ENTRIES, int(indptr[-1]))
         data, indices = (np.empty(hi - lo, column.dtype) for column in columns)

@@ -1,4 +1,4 @@
-"""Moved here from mixgf/formats.py."""
+"""HDF5 on local disk or object storage: columns of data frames, and blocks of CSR rows, read past HDF5 where possible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _CHUNK_CACHE = 32 << 20
 
 
 @contextmanager
-def _h5(uri: str) -> Iterator[h5py.File]:
+def open_hdf5(uri: str) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading; a file on object storage is read in ranges, not downloaded."""
     options: dict[str, Any] = {"rdcc_nbytes": _CHUNK_CACHE}
     if files.is_local(uri):
         with files.local_copy(uri) as path, h5py.File(path, "r", **options) as file:
@@ -27,9 +28,10 @@ def _h5(uri: str) -> Iterator[h5py.File]:
         yield file
 
 
-def _strings(column: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
+def read_strings(column: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a column as an object array of str."""
     if isinstance(column, h5py.Group):
-        values = _column(column, start, stop)
+        values = read_column(column, start, stop)
     elif h5py.check_string_dtype(column.dtype) is not None:
         return np.asarray(column.asstr()[start:stop], dtype=object)
     else:
@@ -37,23 +39,23 @@ def _strings(column: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.nda
     return np.asarray([str(v) for v in values], dtype=object)
 
 
-def _column(node: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
-    """One column of a data frame on disk as float64, int64, or str objects (None where missing)."""
+def read_column(node: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a column of a data frame: float64 (NaN = missing), int64, or objects (str or None)."""
     if isinstance(node, h5py.Dataset):
         if h5py.check_string_dtype(node.dtype) is not None:
-            return _strings(node, start, stop)
-        return _plain(node[start:stop])
+            return read_strings(node, start, stop)
+        return _widen(node[start:stop])
     if "codes" in node:
         codes = node["codes"][start:stop].astype(np.int64)
         categories = node["categories"]
-        values = _column(categories, 0, categories.shape[0])
+        values = read_column(categories, 0, categories.shape[0])
         last = np.asarray(
             [None if values.dtype == object else np.nan], dtype=object if values.dtype == object else float
         )
         if (codes < 0).any():
             values = np.concatenate([values, last])
         return cast("np.ndarray", values[codes])  # -1 takes the appended missing value
-    values = _column(node["values"], start, stop)  # nullable integer, boolean or string
+    values = read_column(node["values"], start, stop)  # nullable integer, boolean or string
     mask = node["mask"][start:stop].astype(bool)
     if not mask.any():
         return values
@@ -62,15 +64,15 @@ def _column(node: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarra
     return values
 
 
-def _plain(values: np.ndarray) -> np.ndarray:
+def _widen(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
 
 
-class _Column1D:
-    """Ranges of a 1-D dataset, read in order, straight into the caller's arrays.
+class RangeReader:
+    """Ascending ranges of a 1-D dataset, read into the caller's arrays.
 
-    Chunks that are not filtered, or by plain gzip, are read past HDF5 (libdeflate decompresses about twice as fast). One that
-    a range only begins is kept for the next range, so that none is decompressed twice.
+    Chunks without a filter, or with gzip alone, are read past HDF5: libdeflate decompresses about twice as fast.
+    The last chunk stays in memory, so that none is decompressed twice.
     """
 
     def __init__(self, dataset: h5py.Dataset) -> None:
@@ -78,13 +80,13 @@ class _Column1D:
         plist = dataset.id.get_create_plist()
         filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
         self._rows = dataset.chunks[0] if dataset.chunks else 0
-        self._plain = not filters
+        self._unfiltered = not filters
         plain_type = self.dtype.isnative and self.dtype.kind in "iuf"
         self._direct = bool(self._rows) and plain_type and filters in ([], [h5py.h5z.FILTER_DEFLATE])
         self._number, self._values = -1, np.empty(0, self.dtype)
 
     def read(self, lo: int, hi: int, out: np.ndarray) -> None:
-        """Values [lo, hi) into `out`, of that length and of this dataset's type."""
+        """Read values [lo, hi) into `out`, an array of that length and of the dataset's type."""
         if hi <= lo:
             return
         if not self._direct:
@@ -95,11 +97,11 @@ class _Column1D:
             begin = number * rows
             a, b = max(lo, begin), min(hi, begin + rows)
             to = out[a - lo : b - lo]
-            if not (self._plain and b - a == rows and self._stored(begin, to)):
+            if not (self._unfiltered and b - a == rows and self._stored(begin, to)):
                 to[:] = self._chunk(number)[a - begin : b - begin]
 
     def _stored(self, begin: int, out: np.ndarray | None = None) -> Any:
-        """The filter mask and bytes (in `out`, where given) of a chunk as stored; None for one that was never written."""
+        """Filter mask and stored bytes of a chunk (read into `out`, if given); None for a chunk that was never written."""
         try:
             return self._id.read_direct_chunk((begin,), out=None if out is None else out.view(np.uint8))
         except RuntimeError:
@@ -109,10 +111,10 @@ class _Column1D:
         if number != self._number:
             begin = number * self._rows
             stored = self._stored(begin)
-            if stored is None:  # it holds the fill value
+            if stored is None:  # never written: HDF5 gives the fill value
                 return cast("np.ndarray", self._dataset[begin : begin + self._rows])
             skipped, data = stored
-            if not (skipped or self._plain):
+            if not (skipped or self._unfiltered):
                 try:
                     data = deflate.zlib_decompress(data, self._rows * self.dtype.itemsize)
                 except deflate.DeflateError as error:
@@ -122,9 +124,10 @@ class _Column1D:
         return self._values
 
 
-def _csr_blocks(matrix: h5py.Group, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
+def csr_blocks(matrix: h5py.Group, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
+    """Rows [start, stop) of a CSR group (data, indices, indptr), in blocks of `rows` rows; the arrays are reused."""
     indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
-    columns = _Column1D(matrix["data"]), _Column1D(matrix["indices"])
+    columns = RangeReader(matrix["data"]), RangeReader(matrix["indices"])
     firsts = np.arange(start, stop, rows) - start
     room = int((indptr[np.minimum(firsts + rows, stop - start)] - indptr[firsts]).max(initial=0))
     held = [np.empty(room, column.dtype) for column in columns]

@@ -1,7 +1,7 @@
-"""Quality control (spec section 2): metrics of every cell, and one reason for every cell that is dropped.
+"""Quality control: metrics of every cell, and one reason for every cell that is dropped.
 
-A cell's metrics depend on that cell alone; the rules of a source are applied to the metrics of all its cells in row
-order, duplicates and caps to those of all sources. So neither blocks, nor work units, nor workers change what is kept.
+Depth and mitochondrial filters follow the paper's section 3.2. Metrics depend on one cell alone; filters see all cells of
+a source in row order; duplicates are found over all sources. So block size and number of workers do not change the result.
 A dropped cell gets the first reason, in the order of `REASONS`, that applies.
 
 Letters: N cells, G columns of the source.
@@ -30,12 +30,13 @@ class Metrics:
     n_counts: np.ndarray
     """int64: depth, the sum of all counts."""
     n_genes: np.ndarray
-    """int32: detected genes that may enter the vocabulary."""
+    """int32: detected genes that are candidates for the vocabulary."""
     n_mito: np.ndarray
     """int64: counts on mitochondrial genes."""
     hash_a: np.ndarray
-    """uint64: half of a hash of the counts of all known genes, whatever the order of genes."""
+    """uint64: first half of a hash of the counts of all identified genes; the order of genes does not matter."""
     hash_b: np.ndarray
+    """uint64: second half of that hash."""
 
     @property
     def mito_fraction(self) -> np.ndarray:
@@ -44,12 +45,12 @@ class Metrics:
 
     @staticmethod
     def merge(parts: Sequence[Metrics]) -> Metrics:
-        """The metrics of consecutive row ranges as one."""
+        """Metrics of consecutive row ranges as one table."""
         return Metrics(*(np.concatenate([getattr(p, f) for p in parts]) for f in Metrics.__slots__))
 
 
 @jit
-def _mix(x: np.uint64) -> np.uint64:  # the finaliser of splitmix64
+def _splitmix64(x: np.uint64) -> np.uint64:  # the finaliser of splitmix64
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -59,7 +60,7 @@ _COUNTED, _MITO, _CANDIDATE = 1, 2, 4
 
 
 @jit
-def _measure(  # noqa: PLR0917 (a compiled kernel)
+def _cell_metrics(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, flags: np.ndarray, key: np.ndarray, sums: np.ndarray,
     n_counts: np.ndarray, n_genes: np.ndarray, n_mito: np.ndarray, hash_a: np.ndarray, hash_b: np.ndarray,
 ) -> None:  # fmt: skip
@@ -76,17 +77,28 @@ def _measure(  # noqa: PLR0917 (a compiled kernel)
             mito += count * ((flag & _MITO) >> 1)
             genes += (flag & _CANDIDATE) >> 2
             if key[c] != 0:
-                x = _mix(key[c] + np.uint64(count) * np.uint64(0x9E3779B97F4A7C15))
+                x = _splitmix64(key[c] + np.uint64(count) * np.uint64(0x9E3779B97F4A7C15))
                 a += x
                 b += (x ^ (x >> np.uint64(29))) * np.uint64(0xD1B54A32D192ED03)
         n_counts[row], n_mito[row], n_genes[row], hash_a[row], hash_b[row] = depth, mito, genes, a, b
 
 
-def measure(
+def cell_metrics(
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, *, counted_G: np.ndarray, mito_G: np.ndarray,
     candidate_G: np.ndarray, key_G: np.ndarray, sums_G: np.ndarray,
 ) -> Metrics:  # fmt: skip
-    """Metrics of one CSR block; adds its counts by column to `sums_G` (int64)."""
+    """Metrics of the cells of one CSR block.
+
+    Args:
+        data: counts.
+        indices: columns.
+        indptr: row pointers.
+        counted_G: bool, columns that are genes.
+        mito_G: bool, mitochondrial genes.
+        candidate_G: bool, genes that may enter the vocabulary.
+        key_G: uint64, hash key of each column's gene; 0 = not identified, not hashed.
+        sums_G: int64, the block's counts by column are added to it.
+    """
     n = len(indptr) - 1
     out = Metrics(
         np.zeros(n, np.int64),
@@ -96,16 +108,24 @@ def measure(
         np.zeros(n, np.uint64),
     )
     flags = (counted_G * _COUNTED + mito_G * _MITO + candidate_G * _CANDIDATE).astype(np.uint8) * counted_G
-    _measure(data, indices, indptr, flags, key_G, sums_G, out.n_counts, out.n_genes, out.n_mito, out.hash_a, out.hash_b)
+    _cell_metrics(
+        data, indices, indptr, flags, key_G, sums_G, out.n_counts, out.n_genes, out.n_mito, out.hash_a, out.hash_b
+    )
     return out
 
 
 def filter_cells(metrics: Metrics, rules: QC, doublet_N: np.ndarray | None = None) -> np.ndarray:
-    """Reasons (int8[N], 0 = kept) by the rules that look at one source: all its cells, in row order.
+    """Reasons (int8[N], codes of `REASONS`, 0 = kept) by the filters within one source.
 
-    Mean and deviation are those of the source's cells with at least `min_genes` genes, so that empty droplets in a raw
-    matrix do not move them. `mad` works on log1p(depth) and on log1p of mitochondrial counts per 10,000; where the MAD
-    is 0 (no mitochondrial genes, say) it drops nothing.
+    Method `sd` drops cells beyond `num_sd` standard deviations of the mean depth or mitochondrial fraction. Method `mad`
+    uses the median and the median absolute deviation of log1p(depth) and of log1p(mitochondrial counts per 10,000); it
+    drops nothing where the MAD is 0. Both are computed over cells with at least `min_genes` genes, so that empty droplets
+    do not matter.
+
+    Args:
+        metrics: of all cells of the source, in row order.
+        rules: thresholds.
+        doublet_N: bool, cells called doublets; None = not looked for.
     """
     reason = np.zeros(len(metrics.n_counts), dtype=np.int8)
     reason[metrics.n_genes < rules.min_genes] = FEW_GENES
@@ -129,7 +149,7 @@ def _beyond_sd(values: np.ndarray, good: np.ndarray, times: float) -> np.ndarray
     x = values[good].tolist()
     if not x:
         return np.zeros_like(good)
-    mean = math.fsum(x) / len(x)  # fsum is exact: no processor or partition changes a verdict
+    mean = math.fsum(x) / len(x)  # fsum is exact: the same result on every processor
     sd = math.sqrt(math.fsum((v - mean) ** 2 for v in x) / len(x))
     return np.abs(values - mean) > times * sd * (1 + 1e-12) + 1e-15
 
@@ -142,10 +162,10 @@ def _beyond_mad(values: np.ndarray, good: np.ndarray, times: float) -> np.ndarra
     return np.abs(values - median) > times * mad if mad > 0 else np.zeros_like(good)
 
 
-def drop_duplicates(metrics: Sequence[Metrics], reasons: Sequence[np.ndarray]) -> None:
-    """Mark cells whose count vector an earlier kept cell has (in order of source, then row). Changes `reasons`.
+def mark_duplicates(metrics: Sequence[Metrics], reasons: Sequence[np.ndarray]) -> None:
+    """Mark cells with the same counts as an earlier kept cell, in order of source, then row. Changes `reasons`.
 
-    64 bits of the hash find the candidates, the other 64 confirm them. Memory: 24 bytes per kept cell.
+    Counts are compared by a 128-bit hash. Memory: 24 bytes per kept cell.
     """
     where = [np.flatnonzero(r == KEPT) for r in reasons]
     if not any(len(w) for w in where):
@@ -160,8 +180,16 @@ def drop_duplicates(metrics: Sequence[Metrics], reasons: Sequence[np.ndarray]) -
         reason[w[same[lo:hi]]] = DUPLICATE
 
 
-def cap(reason_N: np.ndarray, sample_N: np.ndarray | None, most: int, key: str, seed: int) -> None:
-    """Keep `most` kept cells of each sample, drawn with a key; `None` = one sample. Changes `reason_N`."""
+def cap_per_sample(reason_N: np.ndarray, sample_N: np.ndarray | None, most: int, key: str, seed: int) -> None:
+    """Keep at most `most` cells of each sample, drawn at random. Changes `reason_N`.
+
+    Args:
+        reason_N: reasons of one source's cells.
+        sample_N: sample of each cell; None = all cells are one sample.
+        most: cells kept of a sample.
+        key: name of the source; with `seed` and the sample's name it seeds the draw.
+        seed: of the run.
+    """
     rows = np.flatnonzero(reason_N == KEPT)
     samples = np.zeros(len(rows), dtype=object) if sample_N is None else sample_N[rows]
     names = np.asarray([str(s) for s in samples], dtype=object)
@@ -172,6 +200,6 @@ def cap(reason_N: np.ndarray, sample_N: np.ndarray | None, most: int, key: str, 
         reason_N[mine[order[most:]]] = CAP
 
 
-def count(reason_N: np.ndarray) -> dict[str, int]:
-    """Number of cells by reason; all reasons are named."""
+def count_reasons(reason_N: np.ndarray) -> dict[str, int]:
+    """Number of cells by reason, reasons without cells included."""
     return {name: int((reason_N == code).sum()) for code, name in enumerate(REASONS)}

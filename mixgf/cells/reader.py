@@ -1,4 +1,4 @@
-"""Moved here from mixgf/formats.py."""
+"""What every count file offers (`Reader`), and CSR blocks of rows made from entries in any order."""
 
 from __future__ import annotations
 
@@ -10,51 +10,53 @@ import numpy as np
 from mixgf.errors import UserError
 
 SCAN_ENTRIES = 4_000_000
-"""Counts held at a time while a column-major file is scanned."""
+"""Entries in memory at a time while a column-major file is scanned."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawBlock:
-    """Counts of consecutive rows as CSR; values as stored in the file."""
+    """Counts of consecutive rows as CSR, with the values and types of the file; not checked."""
 
     start: int
-    """Row in the file of the first row."""
+    """Row of the file that is the block's first row."""
     data: np.ndarray
     indices: np.ndarray
     indptr: np.ndarray
 
 
 Triples = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Row, column and value of some entries."""
+"""Row, column and value of entries, three arrays of one length."""
 
 
 @dataclass(kw_only=True)
 class Reader:
-    """One open file. `num_rows` cells x `num_columns` features."""
+    """One open count file: `num_rows` cells x `num_columns` features."""
 
     uri: str
     num_rows: int
     num_columns: int
     gene_names: Callable[[str], np.ndarray]
-    """Names (ids or symbols) of the columns, by `Source.genes`."""
+    """Names (ids or symbols) of the columns, from the column of var that the argument (`Source.genes`) names."""
     read: Callable[[int, int, int], Iterator[RawBlock]]
-    """Blocks of rows [start, stop), each of at most so many rows. The arrays of one may be used again for the next."""
+    """(start, stop, rows): rows [start, stop) in blocks of at most `rows` rows. Arrays may be reused for the next block."""
     cell_names: Callable[[int, int], np.ndarray]
+    """Names (barcodes) of rows [start, stop)."""
     obs_columns: list[str] = field(default_factory=list)
     obs: Callable[[str, int, int], np.ndarray] = lambda *_: np.empty(0)
-    """Values of one obs column: float64, int64, or objects that are str or None."""
+    """(column, start, stop): values of an obs column: float64, int64, or objects (str or None)."""
     is_gene: np.ndarray | None = None
-    """Which columns are genes, where the file holds other features too; the others are not read."""
+    """bool, one per column: which are genes, in files that hold other features (antibodies) too; None = all."""
     scan: Callable[[], Iterator[Triples]] | None = None
-    """Of column-major files: all entries, in the file's order. Reading a row range of one is a scan of the whole file."""
+    """Column-major files only: all entries, in the order of the file. There, `read` scans the whole file."""
 
 
-def _refuse(uri: str, what: str) -> UserError:
+def file_error(uri: str, what: str) -> UserError:
+    """The error to raise for a file that cannot be used."""
     return UserError(f"{uri}: {what}")
 
 
-def _gather(scan: Iterator[Triples], start: int, stop: int, rows: int, num_columns: int) -> Iterator[RawBlock]:
-    """Rows [start, stop) of a scan, as blocks."""
+def gather_rows(scan: Iterator[Triples], start: int, stop: int, rows: int, num_columns: int) -> Iterator[RawBlock]:
+    """Rows [start, stop) of a column-major file, in blocks; all of them are in memory at once."""
     kept: list[Triples] = []
     for row, column, value in scan:
         mask = (row >= start) & (row < stop)
@@ -72,7 +74,7 @@ def _gather(scan: Iterator[Triples], start: int, stop: int, rows: int, num_colum
 def by_row(
     row: np.ndarray, column: np.ndarray, value: np.ndarray, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Entries as CSR (data, int32 indices, int64 indptr): rows in order, and the entries of a row in the order given."""
+    """CSR (data, int32 indices, int64 indptr) of entries in any order; within a row they keep their order."""
     small = row.astype(np.uint16) if num_rows < 1 << 16 else row  # numpy sorts 16 bits by radix
     order = np.argsort(small, kind="stable")
     indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))]).astype(np.int64)
@@ -80,7 +82,7 @@ def by_row(
 
 
 def cut_rows(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, start: int, rows: int) -> Iterator[RawBlock]:
-    """A CSR matrix whose first row is row `start` of a file, in blocks of so many rows."""
+    """Blocks of `rows` rows of a CSR matrix whose first row is row `start` of the file."""
     for a in range(0, len(indptr) - 1, rows):
         p = indptr[a : a + rows + 1]
         yield RawBlock(start + a, data[p[0] : p[-1]], indices[p[0] : p[-1]], p - p[0])

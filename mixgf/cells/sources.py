@@ -1,4 +1,4 @@
-"""Moved here from mixgf/corpus.py."""
+"""The list of sources that a user gave, expanded to one file each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from mixgf.errors import UserError
 from mixgf.storage import files
 
 
-def resolve(sources: Iterable[Source]) -> tuple[Source, ...]:
-    """Expand globs and give every file a name of its own; a pattern without a match is a `UserError`."""
+def expand_sources(sources: Iterable[Source]) -> tuple[Source, ...]:
+    """One source per file: patterns (`*`, `?`, `[]`) are expanded, and every file gets a unique name.
+
+    Raises:
+        UserError: a pattern matches no file, two sources have one name, or there is no source.
+    """
     out: list[Source] = []
     for i, source in enumerate(sources):
         uris = files.glob(source.uri) if re.search(r"[*?\[]", source.uri) else [source.uri]

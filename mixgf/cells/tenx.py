@@ -1,4 +1,4 @@
-"""Moved here from mixgf/formats.py."""
+"""Readers of 10x Genomics files: Cell Ranger .h5 (versions 2 and 3), and Matrix Market folders."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from mixgf.cells.hdf5 import _csr_blocks, _strings
-from mixgf.cells.reader import Reader, Triples, _gather, _refuse
+from mixgf.cells.hdf5 import csr_blocks, read_strings
+from mixgf.cells.reader import Reader, Triples, file_error, gather_rows
 from mixgf.storage import files
 
 _EXPRESSION = "Gene Expression"
 
 
-# 10x
-
-
-def _tenx(uri: str, file: h5py.File, layer: str) -> Reader:
+def open_tenx_h5(uri: str, file: h5py.File, layer: str) -> Reader:
+    """Reader of an open 10x .h5 file; features that are not genes are marked in `is_gene`."""
     if layer != "X":
-        raise _refuse(uri, f"layer = {layer!r}: a 10x file has only 'X'")
+        raise file_error(uri, f"layer = {layer!r}: a 10x file has only 'X'")
     group = file.get("matrix")
     if group is None:  # Cell Ranger 2: one group per genome
         genomes = [name for name, node in file.items() if isinstance(node, h5py.Group) and "indptr" in node]
         if len(genomes) != 1:
-            raise _refuse(
+            raise file_error(
                 uri, f"holds {len(genomes)} genomes ({', '.join(genomes)}): must be one; give one file per species"
             )
         group = file[genomes[0]]
@@ -38,24 +36,25 @@ def _tenx(uri: str, file: h5py.File, layer: str) -> Reader:
     symbols = features["name"] if features is not None else group["gene_names"]
     is_gene = None
     if features is not None and "feature_type" in features:
-        is_gene = _strings(features["feature_type"], 0, ids.shape[0]) == _EXPRESSION
+        is_gene = read_strings(features["feature_type"], 0, ids.shape[0]) == _EXPRESSION
     num_columns, num_rows = (int(n) for n in group["shape"][:])
     if group["indptr"].shape[0] != num_rows + 1 or int(group["indptr"][-1]) != group["data"].shape[0]:
-        raise _refuse(uri, "its row pointers do not fit its data: truncated or damaged; fetch it again")
+        raise file_error(uri, "its row pointers do not fit its data: truncated or damaged; fetch it again")
     return Reader(
         uri=uri,
         num_rows=num_rows,
         num_columns=num_columns,
-        gene_names=lambda column: _strings(symbols if column == "name" else ids, 0, num_columns),
-        read=lambda a, b, rows: _csr_blocks(group, a, b, rows),  # genes x cells by column = cells by row
-        cell_names=lambda a, b: _strings(group["barcodes"], a, b),
+        gene_names=lambda column: read_strings(symbols if column == "name" else ids, 0, num_columns),
+        read=lambda a, b, rows: csr_blocks(group, a, b, rows),  # genes x cells by column = cells by row
+        cell_names=lambda a, b: read_strings(group["barcodes"], a, b),
         is_gene=is_gene,
     )
 
 
-def _mtx(uri: str, layer: str) -> Reader:
+def open_mtx(uri: str, layer: str) -> Reader:
+    """Reader of a Matrix Market folder (matrix.mtx, features.tsv or genes.tsv, barcodes.tsv; each may be .gz)."""
     if layer != "X":
-        raise _refuse(uri, f"layer = {layer!r}: a Matrix Market folder has only 'X'")
+        raise file_error(uri, f"layer = {layer!r}: a Matrix Market folder has only 'X'")
     folder = uri.rstrip("/").rsplit("/", 1)[0] if ".mtx" in uri.rstrip("/").rsplit("/", 1)[-1] else uri
     have = files.list_dir(folder)
 
@@ -63,7 +62,7 @@ def _mtx(uri: str, layer: str) -> Reader:
         for name in names:
             if name in have:
                 return files.join(folder, name)
-        raise _refuse(
+        raise file_error(
             folder, f"no {names[0]}; a Matrix Market folder has matrix.mtx, features.tsv (genes.tsv) and barcodes.tsv"
         )
 
@@ -73,7 +72,7 @@ def _mtx(uri: str, layer: str) -> Reader:
     skip, num_columns, num_rows, num_entries = _mtx_header(matrix)
     if (num_columns, num_rows) != (len(features), len(barcodes)):
         shapes = f"{num_columns} x {num_rows} but {len(features)} features and {len(barcodes)} barcodes"
-        raise _refuse(folder, f"matrix is {shapes}; the files do not belong together")
+        raise file_error(folder, f"matrix is {shapes}; the files do not belong together")
     genes = {"": 0, "id": 0, "name": 1}
 
     def scan() -> Iterator[Triples]:
@@ -87,7 +86,7 @@ def _mtx(uri: str, layer: str) -> Reader:
         gene_names=lambda column: np.asarray(
             [line[genes.get(column, 0) if len(line) > 1 else 0] for line in features], dtype=object
         ),
-        read=lambda a, b, rows: _gather(scan(), a, b, rows, num_columns),
+        read=lambda a, b, rows: gather_rows(scan(), a, b, rows, num_columns),
         scan=scan,
         cell_names=lambda a, b: barcodes[a:b],
         is_gene=kinds == _EXPRESSION,
@@ -110,17 +109,17 @@ def _lines(uri: str) -> list[list[str]]:
 
 
 def _mtx_header(uri: str) -> tuple[int, int, int, int]:
-    """Lines before the entries, then rows (genes), columns (cells) and entries of the file."""
+    """Number of lines before the entries, rows (genes), columns (cells) and entries of the file."""
     with _text(uri) as stream:
         first = stream.readline().decode("latin-1").lower().split()
         if first[:3] != ["%%matrixmarket", "matrix", "coordinate"]:
-            raise _refuse(uri, "not a coordinate Matrix Market file; give the matrix.mtx that Cell Ranger writes")
+            raise file_error(uri, "not a coordinate Matrix Market file; give the matrix.mtx that Cell Ranger writes")
         skip = 1
         while (line := stream.readline().decode("latin-1")).startswith("%"):
             skip += 1
         sizes = [int(n) for n in line.split()]
         if len(sizes) != 3:
-            raise _refuse(uri, "empty or truncated: no line of sizes; fetch it again")
+            raise file_error(uri, "empty or truncated: no line of sizes; fetch it again")
         return skip + 1, sizes[0], sizes[1], sizes[2]
 
 
@@ -145,4 +144,6 @@ def _mtx_scan(uri: str, skip: int, num_entries: int) -> Iterator[Triples]:
                 seen += len(gene)
                 yield cell - 1, gene - 1, count
     if seen != num_entries:
-        raise _refuse(uri, f"has {seen} of the {num_entries} entries that its header states: truncated; fetch it again")
+        raise file_error(
+            uri, f"has {seen} of the {num_entries} entries that its header states: truncated; fetch it again"
+        )

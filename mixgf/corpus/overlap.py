@@ -124,8 +124,8 @@ def of_file(source: Source, row: SpeciesRow) -> Cells:
         )
         masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
         sums_G = np.zeros(columns.num_rows, dtype=np.int64)
-        found = counts.blocks(reader, columns, 0, reader.num_rows, rows=BLOCK_CELLS)
-        parts = [qc.measure(b.data, b.indices, b.indptr, **masks, sums_G=sums_G) for b in found]
+        found = counts.read_blocks(reader, columns, 0, reader.num_rows, rows=BLOCK_CELLS)
+        parts = [qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G) for b in found]
         names = np.array([str(n) for n in reader.cell_names(0, reader.num_rows)], dtype=np.str_)
         obs = pd.DataFrame(
             {c: reader.obs(c, 0, reader.num_rows) for c in COLUMNS if c in reader.obs_columns}, index=range(len(names))

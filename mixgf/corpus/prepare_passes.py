@@ -151,23 +151,23 @@ def _columns(work: str, index: int) -> pa.Table:
     return read_table(part(work, "sources", index))
 
 
-def turn(work: str, index: int, source: Source) -> None:
-    """Turn a column-major file into rows (`mixgf.bands`), for the units to read."""
+def write_row_order(work: str, index: int, source: Source) -> None:
+    """Write a column-major source as rows (`cells.row_order`), which the later passes read."""
     with open_reader(source.uri, source.layer) as reader:
-        row_order.write(reader, _bands(work, index))
-        write_table(part(work, "rows", index), pa.table({"rows": [reader.num_rows]}))  # last: all bands are there
+        row_order.write_rows(reader, _row_order_folder(work, index))
+        write_table(part(work, "row_order", index), pa.table({"rows": [reader.num_rows]}))  # last: all rows are there
 
 
-def _bands(work: str, index: int) -> str:
-    return files.join(work, f"bands-{index:05d}")
+def _row_order_folder(work: str, index: int) -> str:
+    return files.join(work, f"row_order-{index:05d}")
 
 
 @contextmanager
 def _opened(work: str, index: int, source: Source) -> Iterator[Reader]:
-    """A source; one that was turned into rows is read from these."""
+    """Open a source; a column-major one is read from its rows (`write_row_order`), where they exist."""
     with open_reader(source.uri, source.layer) as reader:
-        if reader.scan is not None and files.exists(part(work, "rows", index)):
-            reader.read = partial(row_order.read, _bands(work, index))
+        if reader.scan is not None and files.exists(part(work, "row_order", index)):
+            reader.read = partial(row_order.read_rows, _row_order_folder(work, index))
         yield reader
 
 
@@ -182,8 +182,8 @@ def measure(work: str, unit: Unit, block_cells: int) -> None:
     with _opened(work, unit.index, unit.source) as reader:
         metrics = qc.Metrics.merge(
             [
-                qc.measure(b.data, b.indices, b.indptr, **masks, sums_G=sums_G)
-                for b in counts.blocks(reader, columns, unit.start, unit.stop, rows=block_cells)
+                qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G)
+                for b in counts.read_blocks(reader, columns, unit.start, unit.stop, rows=block_cells)
             ]
         )
         table = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
@@ -211,7 +211,7 @@ def doublets(
     wanted[rows] = True
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     with _opened(work, index, source) as reader:
-        for b in counts.blocks(reader, columns, int(rows[0]), int(rows[-1]) + 1, rows=block_cells):
+        for b in counts.read_blocks(reader, columns, int(rows[0]), int(rows[-1]) + 1, rows=block_cells):
             keep = wanted[b.start : b.start + len(b.indptr) - 1]
             entries = np.repeat(keep, np.diff(b.indptr))
             parts.append((b.data[entries], b.indices[entries], np.diff(b.indptr)[keep]))
@@ -252,7 +252,7 @@ def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_c
 
 
 def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterator[tuple[counts.Block, slice]]:
-    for block in counts.blocks(reader, columns, unit.start, unit.stop, rows=rows):
+    for block in counts.read_blocks(reader, columns, unit.start, unit.stop, rows=rows):
         first = block.start - unit.start
         yield block, slice(first, first + len(block.indptr) - 1)
 

@@ -59,7 +59,7 @@ def read(source: Source, row: SpeciesRow, genes: SpeciesGenes, rows: Ints, *, bl
             [place.get(gene, -1) if one else -1 for gene, one in zip(columns["gene"].to_pylist(), first, strict=True)]
         )
         start, stop = int(rows[0]), int(rows[-1]) + 1
-        for block in counts.blocks(reader, columns, start, stop, rows=block_cells):
+        for block in counts.read_blocks(reader, columns, start, stop, rows=block_cells):
             low, high = np.searchsorted(rows, [block.start, block.start + len(block.indptr) - 1])
             parts.append(_pick(block, to, rows[low:high] - block.start, len(genes.genes)))
     return sparse.csr_matrix(sparse.vstack(parts, format="csr"))

@@ -141,12 +141,12 @@ def blocks(
     encode = rank_value.Encoder(rank_value.Ranks.of(genes.of_species, tokens.scaling), genes.position_G, tokens)
     masks = {f"{name}_G": genes.columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
     sums_G = np.zeros(genes.columns.num_rows, dtype=np.int64)
-    for block in counts.blocks(reader, genes.columns, start, stop, rows=rows):
+    for block in counts.read_blocks(reader, genes.columns, start, stop, rows=rows):
         num_cells = len(block.indptr) - 1
         row_E = np.repeat(np.arange(num_cells), np.diff(block.indptr))
         counted_E = (block.data > 0) & (genes.position_G[block.indices] >= 0)
         genes_N = np.bincount(row_E[counted_E], minlength=num_cells)
-        metrics = qc.measure(block.data, block.indices, block.indptr, **masks, sums_G=sums_G) if measure else None
+        metrics = qc.cell_metrics(block.data, block.indices, block.indptr, **masks, sums_G=sums_G) if measure else None
         tokens_T, offsets_N1 = encode(block.data, block.indices, block.indptr)
         yield Sentences(
             start=block.start,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.cells.sources import resolve
+from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
@@ -74,7 +74,7 @@ def _sources(config: Config) -> tuple[Source, ...]:
     if config.tokens.scaling != "divide":
         msg = f"tokens.scaling = {config.tokens.scaling!r}: imported sentences are ranked already, by dividing; must be 'divide'"
         raise UserError(msg)
-    return resolve(config.sources)
+    return expand_sources(config.sources)
 
 
 @dataclass

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.cells import qc
-from mixgf.cells.sources import resolve
+from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
@@ -43,7 +43,7 @@ SKETCH_UNITS = 4
 
 def run(config: Config, *, spread: Spread | None = None) -> str:
     """Make the corpus and its vocabulary; returns the corpus' URI. `spread` replaces Ray (`loop` in tests)."""
-    sources = resolve(config.sources)
+    sources = expand_sources(config.sources)
     uri = files.join(config.output, "corpus")
     older = extend.find(config, sources)
     vocabulary, record = _plans(config, sources, older)
@@ -134,7 +134,7 @@ class _Prepare:
     def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
         allowed, given = self._given()
         self._describe(allowed)
-        self._turn()
+        self._write_row_order()
         all_units = prepare_passes.plan_units(
             {i: (self.sources[i], f["rows"]) for i, f in self.facts.items()}, self.config.prepare.shard_cells
         )
@@ -143,7 +143,7 @@ class _Prepare:
         self.passes.settled = True
         all_units = [u for u in all_units if u.index not in self.passes.refused]
         reasons = self._judge(all_units)
-        for reason, number in qc.count(np.concatenate(list(reasons.values()))).items():
+        for reason, number in qc.count_reasons(np.concatenate(list(reasons.values()))).items():
             if reason != "kept":
                 self.meter.add("cells_dropped", number, reason=reason)
         self.meter.add("cells_kept", sum(int((r == qc.KEPT).sum()) for r in reasons.values()))
@@ -183,10 +183,13 @@ class _Prepare:
     def _leave_out(self) -> None:
         self.facts = {i: f for i, f in self.facts.items() if i not in self.passes.refused}
 
-    def _turn(self) -> None:
+    def _write_row_order(self) -> None:
         columns = [i for i, f in sorted(self.facts.items()) if f["by_column"]]
-        jobs = {i: job(i, self.facts[i]["rows"], prepare_passes.turn, self.work, i, self.sources[i]) for i in columns}
-        self.passes.run("rows", "rows", jobs)
+        jobs = {
+            i: job(i, self.facts[i]["rows"], prepare_passes.write_row_order, self.work, i, self.sources[i])
+            for i in columns
+        }
+        self.passes.run("rows", "row_order", jobs)
         self._leave_out()
 
     def _measure(self, all_units: list[prepare_passes.Unit]) -> None:
@@ -233,9 +236,11 @@ class _Prepare:
         if rules.drop_duplicates:
             held = [self.older.hashes()] if self.older else []
             all_kept = [np.zeros(len(h.hash_a), dtype=np.int8) for h in held]
-            qc.drop_duplicates([*held, *metrics.values()], [*all_kept, *reasons.values()])
+            qc.mark_duplicates([*held, *metrics.values()], [*all_kept, *reasons.values()])
         for i in reasons if rules.max_cells_per_sample else ():
-            qc.cap(reasons[i], samples[i], rules.max_cells_per_sample, self.sources[i].name, self.config.seed)
+            qc.cap_per_sample(
+                reasons[i], samples[i], rules.max_cells_per_sample, self.sources[i].name, self.config.seed
+            )
         return reasons
 
     def _doublets(self, reasons: dict[int, np.ndarray], samples: dict[int, np.ndarray | None]) -> dict[int, np.ndarray]:
@@ -370,7 +375,7 @@ class _Prepare:
     # the end
 
     def _dropped(self, reasons: dict[int, np.ndarray]) -> str:
-        counts = qc.count(np.concatenate(list(reasons.values())))
+        counts = qc.count_reasons(np.concatenate(list(reasons.values())))
         return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n and name != "kept")
 
     def _publish(
@@ -379,7 +384,7 @@ class _Prepare:
     ) -> artifacts.Record:  # fmt: skip
         done = [shards.read_done(self.work, n) for n in range(self.first + len(kept))]
         tables = {"index": manifest.index(done[self.first :], [u.source.species for u in kept], made.species)}
-        counts = {i: qc.count(r) for i, r in reasons.items()}
+        counts = {i: qc.count_reasons(r) for i, r in reasons.items()}
         read = sum(len(r) for r in reasons.values())
         dropped = {name: sum(c[name] for c in counts.values()) for name in qc.REASONS if name != "kept"}
         assert tables["index"].num_rows + sum(dropped.values()) == read == sum(f["rows"] for f in self.facts.values())

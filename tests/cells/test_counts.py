@@ -13,7 +13,7 @@ from scipy import io as scipy_io
 from scipy import sparse
 
 from mixgf.cells import sources
-from mixgf.cells.counts import blocks
+from mixgf.cells.counts import read_blocks
 from mixgf.cells.open import open_reader
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.errors import UserError
@@ -104,7 +104,7 @@ def write(kind, path, x):
 def read(uri, layer, columns, start, stop, rows):  # noqa: PLR0917
     with open_reader(uri, layer) as reader:
         x: list[np.ndarray] = []
-        for b in blocks(reader, columns, start, stop, rows=rows):
+        for b in read_blocks(reader, columns, start, stop, rows=rows):
             assert b.data.dtype == np.int32
             assert len(b.indptr) - 1 <= rows
             assert b.start == start + sum(len(y) for y in x)
@@ -301,18 +301,18 @@ def test_truncated_matrix_market_is_refused(row, counts, tmp_path):
 def test_globs_expand_and_names_must_differ(tmp_path):
     for name in ("b.h5ad", "a.h5ad"):
         (tmp_path / name).touch()
-    found = sources.resolve(
+    found = sources.expand_sources(
         [Source(uri=f"{tmp_path}/*.h5ad", species="human", name="x"), Source(uri="resource:q.h5ad", species="human")]
     )
     assert [s.name for s in found] == ["x-a", "x-b", "q"]
     with pytest.raises(UserError, match="matches no file"):
-        sources.resolve([Source(uri=f"{tmp_path}/*.h5", species="human")])
+        sources.expand_sources([Source(uri=f"{tmp_path}/*.h5", species="human")])
     with pytest.raises(UserError, match=r"sources\.name = 'a': used by 2 sources"):
-        sources.resolve(
+        sources.expand_sources(
             [Source(uri=f"{tmp_path}/a.h5ad", species="human"), Source(uri="other/a.h5ad", species="human")]
         )
     with pytest.raises(UserError, match="must name at least one file"):
-        sources.resolve([])
+        sources.expand_sources([])
 
 
 def test_names_in_a_categorical_index_are_read_as_others(tmp_path):

@@ -16,7 +16,7 @@ def measure(counts_NG, mito=None, candidate=None, key=None):
     x = sparse.csr_array(np.asarray(counts_NG))
     n = x.shape[1]
     sums = np.zeros(n, dtype=np.int64)
-    metrics = qc.measure(
+    metrics = qc.cell_metrics(
         x.data.astype(np.int32), x.indices.astype(np.int32), x.indptr.astype(np.int64),
         counted_G=np.ones(n, bool), mito_G=np.zeros(n, bool) if mito is None else np.asarray(mito),
         candidate_G=np.ones(n, bool) if candidate is None else np.asarray(candidate),
@@ -106,7 +106,7 @@ def test_the_first_kept_copy_of_a_cell_stays_across_sources():
     a.hash_b[:], b.hash_b[:] = [1, 1, 1], [1, 1, 1, 2]
     reasons = [np.zeros(3, np.int8), np.zeros(4, np.int8)]
     reasons[0][1] = qc.DEPTH  # the earlier copy of hash 6 is dropped anyway, so the later one stays
-    qc.drop_duplicates([a, b], reasons)
+    qc.mark_duplicates([a, b], reasons)
     assert reasons[0].tolist() == [0, qc.DEPTH, qc.DUPLICATE]
     assert reasons[1].tolist() == [0, 0, 0, 0]  # 7 twice, but the second half of the hash differs
 
@@ -117,13 +117,21 @@ def test_caps_keep_so_many_per_sample_by_key_and_touch_only_kept_cells():
     reason[0] = qc.MITO
     first, again, other = reason.copy(), reason.copy(), reason.copy()
     for r, seed in ((first, 0), (again, 0), (other, 1)):
-        qc.cap(r, sample, 4, "source", seed)
+        qc.cap_per_sample(r, sample, 4, "source", seed)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     assert (first[:10] == qc.KEPT).sum() == 4
     assert (first[10:] == qc.KEPT).all()
     assert first[0] == qc.MITO
-    assert qc.count(first) == {"kept": 7, "few_genes": 0, "depth": 0, "mito": 1, "doublet": 0, "duplicate": 0, "cap": 5}
+    assert qc.count_reasons(first) == {
+        "kept": 7,
+        "few_genes": 0,
+        "depth": 0,
+        "mito": 1,
+        "doublet": 0,
+        "duplicate": 0,
+        "cap": 5,
+    }
 
 
 def test_scrublet_ranks_simulated_doublets_above_singlets():

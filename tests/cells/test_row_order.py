@@ -1,4 +1,4 @@
-"""Column-major files turned into rows: the same rows as the file's own, whatever the bands, ranges and blocks."""
+"""Column-major files written as rows: the same rows as the file's own, whatever the chunks, ranges and blocks."""
 
 import anndata
 import numpy as np
@@ -35,15 +35,15 @@ def shuffled_mtx(counts, path):
 
 
 @pytest.mark.parametrize("make", [csc, shuffled_mtx])
-@pytest.mark.parametrize("band_rows", [1, 7, 23, 100])
-def test_bands_hold_the_rows_of_the_file(make, band_rows, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr(row_order, "BAND_ROWS", band_rows)
+@pytest.mark.parametrize("chunk_rows", [1, 7, 23, 100])
+def test_chunks_hold_the_rows_of_the_file(make, chunk_rows, counts, tmp_path, monkeypatch):
+    monkeypatch.setattr(row_order, "CHUNK_ROWS", chunk_rows)
     monkeypatch.setattr(mixgf.cells.reader, "SCAN_ENTRIES", 5)
     with open_reader(make(counts, tmp_path)) as reader:
-        row_order.write(reader, str(tmp_path / "bands"))
+        row_order.write_rows(reader, str(tmp_path / "rows"))
     for start, stop, rows in [(0, 23, 4), (0, 23, 100), (6, 15, 3), (7, 14, 7), (22, 23, 1), (5, 5, 2)]:
         found, at = np.zeros((23, 11)), start
-        for b in row_order.read(str(tmp_path / "bands"), start, stop, rows):
+        for b in row_order.read_rows(str(tmp_path / "rows"), start, stop, rows):
             num = len(b.indptr) - 1
             assert b.start == at
             assert 1 <= num <= rows
@@ -53,7 +53,7 @@ def test_bands_hold_the_rows_of_the_file(make, band_rows, counts, tmp_path, monk
         assert np.array_equal(found[start:stop], counts[start:stop])
 
 
-def test_rows_of_row_major_files_need_no_turning(counts, tmp_path):
+def test_row_major_files_need_no_reordering(counts, tmp_path):
     anndata.AnnData(sparse.csr_matrix(counts.astype(np.float32))).write_h5ad(tmp_path / "a.h5ad")
     with open_reader(str(tmp_path / "a.h5ad")) as reader:
         assert reader.scan is None

@@ -231,7 +231,7 @@ def test_shared_tokens_caps_and_cls_reach_the_corpus(world, tmp_path):
 def test_a_column_major_source_gives_the_bytes_of_a_row_major_one(world, tmp_path, monkeypatch):
     config, _ = world
     expected = bytes_of(made(config, tmp_path, "rows"))
-    monkeypatch.setattr(row_order, "BAND_ROWS", 4)
+    monkeypatch.setattr(row_order, "CHUNK_ROWS", 4)
     for source in config.sources:
         cells = anndata.read_h5ad(source.uri)
         cells.X = sparse.csc_matrix(cells.X)
