@@ -38,14 +38,14 @@ def write(path, table, form, rows=4):
         writer.write_table(table, max_chunksize=rows)
 
 
-def write_dataset(folder, sentences, columns, *, form="stream", paths=2, kind=None):
+def write_dataset(folder, sentences, columns, *, form="stream", files=2, kind=None):
     """What save_to_disk writes: data-*.arrow, state.json, dataset_info.json."""
     folder.mkdir()
     lists = pa.array(sentences, pa.list_(pa.int16()) if kind is None else kind)
     lengths = pa.array([len(s) for s in sentences])
     table = pa.table({"input_ids": lists} | columns | ({} if "length" in columns else {"length": lengths}))
-    cuts = np.linspace(0, len(sentences), paths + 1).astype(int)
-    names = [f"data-{i:05d}-of-{paths:05d}.arrow" for i in range(paths)]
+    cuts = np.linspace(0, len(sentences), files + 1).astype(int)
+    names = [f"data-{i:05d}-of-{files:05d}.arrow" for i in range(files)]
     for name, a, b in zip(names, cuts[:-1], cuts[1:], strict=True):
         write(folder / name, table.slice(a, b - a), form)
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
