@@ -432,10 +432,11 @@ def main(argv: list[str] | None = None) -> int:
         error = getattr(error, "cause", None) or error  # what a Ray worker raised
         first = (str(error).strip() or repr(error)).split("\n")[0]
         if isinstance(error, AccessError):
-            print(f"mixgf: {first}", file=sys.stderr)
-            return 2
-        print(
-            f"mixgf: failed: {type(error).__name__}: {first[:500]} (the same command with --debug shows where)",
-            file=sys.stderr,
-        )
-        return 1
+            code, told = 2, first
+        elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mixgf"):
+            package = error.name.partition(".")[0]
+            code, told = 2, f"needs the package {package}, which is not installed; run: pip install mixgf"
+        else:
+            code, told = 1, f"failed: {type(error).__name__}: {first[:500]} (the same command with --debug shows where)"
+        print(f"mixgf: {told}", file=sys.stderr)
+        return code

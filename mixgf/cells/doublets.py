@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from mixgf.errors import require_package
+
 MIN_SCRUBLET = (50, 10)
 """Fewest cells and fewest highly variable genes of a sample; in smaller samples no doublets are called."""
+
+
+def require_scrublet() -> None:
+    """Check that scanpy and scikit-image are installed.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    for module in ("scanpy", "skimage"):
+        require_package(module, "qc.doublets=true", "mixgf[doublets]")
 
 
 def scrublet(

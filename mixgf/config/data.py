@@ -61,7 +61,7 @@ class QC:
     max_mito_fraction: float = 1.0
     """Hard cap on the mitochondrial share of counts, beside the rule above."""
     doublets: bool = False
-    """Remove doublets by Scrublet (scanpy's), per sample."""
+    """Remove doublets by Scrublet (scanpy's), per sample. Needs `pip install 'mixgf[doublets]'`."""
     doublet_rate: float = 0.06
     """Expected share of doublets, given to Scrublet."""
     drop_duplicates: bool = True

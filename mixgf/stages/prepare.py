@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.cells import qc
+from mixgf.cells import doublets, qc
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
@@ -43,6 +43,8 @@ SKETCH_UNITS = 4
 
 def run(config: Config, *, spread: Spread | None = None) -> str:
     """Make the corpus and its vocabulary; returns the corpus' URI. `spread` replaces Ray (`loop` in tests)."""
+    if config.qc.doublets:
+        doublets.require_scrublet()
     sources = expand_sources(config.sources)
     uri = files.join(config.output, "corpus")
     older = extend.find(config, sources)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import fsspec
 
-from mixgf.errors import UserError
+from mixgf.errors import UserError, require_package
 from mixgf.storage.retry import patiently
 
 T = TypeVar("T")
@@ -49,6 +49,7 @@ def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...]) 
     # keyed by process: connections do not survive a fork; no cached listings: other workers write too
     options: dict[str, Any] = {}
     if protocol == "s3":
+        require_package("s3fs", "s3://", "mixgf[s3]")
         options["config_kwargs"] = _options()
     try:
         fs = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **options)

@@ -1,0 +1,93 @@
+"""What is imported is declared in pyproject.toml, what is declared is imported, and a missing package is one line."""
+
+import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from mixgf import cli
+from mixgf.errors import UserError, require_package
+from mixgf.storage import files
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+INDIRECT = {
+    "polars": "the engine for tables that are joined, grouped and scanned",
+    "s3fs": "fsspec loads it for s3:// URIs",
+    "scikit-image": "scanpy's Scrublet imports it",
+}
+OPTIONAL = {"scvi": "scvi-tools", "scib_metrics": "scib-metrics"}
+"""Modules of extras that the tests do without, and their distributions."""
+
+
+def names(lines):
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def imported(folder, declared):
+    """Distributions that the Python files of a folder import, wherever in the file.
+
+    Where several install one module (mlflow, mlflow-skinny), the declared one.
+    """
+    modules = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module.partition(".")[0])
+    own = {path.stem for part in ("", "cluster", "dashboards", "jobs", "tests") for path in (ROOT / part).iterdir()}
+    where = packages_distributions()
+    found = set()
+    for name in modules - own - set(sys.stdlib_module_names):
+        candidates = {canonicalize_name(one) for one in where.get(name) or [OPTIONAL[name]]}
+        found |= candidates & declared or candidates
+    return found
+
+
+def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
+    declared = names([*PROJECT["dependencies"], *EXTRAS["s3"], *EXTRAS["doublets"], *EXTRAS["baselines"]])
+    found = imported("mixgf", declared)
+    assert found - declared == set(), "imported and not declared"
+    assert declared - found - set(INDIRECT) == set(), "declared and not imported"
+
+
+def test_tests_and_benchmarks_import_nothing_that_the_test_extra_lacks():
+    declared = names([*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)])
+    assert imported("tests", declared) | imported("jobs", declared) <= declared
+
+
+def test_a_missing_dependency_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert cli.main(["report", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "mixgf: needs the package jinja2, which is not installed; run: pip install mixgf\n"
+    )
+
+
+def test_doublets_without_scanpy_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scanpy", None)
+    file = tmp_path / "cells.h5ad"
+    arguments = ["prepare", f"human={file}", "--output", str(tmp_path / "run"), "--set", "qc.doublets=true"]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == (
+        "mixgf: qc.doublets=true: needs the package scanpy, which is not installed; run: pip install 'mixgf[doublets]'\n"
+    )
+
+
+def test_s3_without_s3fs_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setenv("AWS_REGION", "nowhere-1")  # other settings than any cached file system has
+    with pytest.raises(UserError, match=r"^s3://: needs the package s3fs, .* pip install 'mixgf\[s3\]'$"):
+        files.exists("s3://bucket/key")
+
+
+def test_an_installed_package_is_not_imported_by_the_check():
+    require_package("this", "poetry", "python")  # importing `this` prints and leaves it in sys.modules
+    assert "this" not in sys.modules
