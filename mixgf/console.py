@@ -35,6 +35,18 @@ def setup(stream: object = None, *, debug: bool = False) -> None:
     _log.propagate = False
 
 
+def setup_if_silent() -> None:
+    """Send mixgf's lines to stderr, unless somebody listens to them: what a notebook needs, called by the Python API."""
+    if not _log.hasHandlers():
+        setup()
+
+
+def in_notebook() -> bool:
+    """Whether stderr is a cell of a notebook, which draws a line again after a carriage return."""
+    kernel = sys.modules.get("ipykernel.iostream")
+    return kernel is not None and isinstance(sys.stderr, kernel.OutStream)
+
+
 def duration(seconds: float) -> str:
     """`59 s`, `3 min 20 s`, `2 h 05 min`."""
     s = round(seconds)
@@ -60,7 +72,7 @@ class Progress:
         self.what, self.total, self.unit = what, max(total, 1e-9), unit
         self._first = done
         self._start = self._shown = time.monotonic()
-        self._bar = sys.stderr.isatty() and _log.isEnabledFor(logging.INFO)
+        self._bar = (sys.stderr.isatty() or in_notebook()) and _log.isEnabledFor(logging.INFO)
         self._width = 0
         self._last = done - 1.0
 

@@ -9,7 +9,7 @@ Shapes: N cells of a block, C classes, G columns of the file, V vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,40 @@ def _label_block(kept: Kept, block: sentences.Sentences) -> pa.Table:
     })  # fmt: skip
 
 
+def frame(parts: Sequence[pa.Table]) -> pd.DataFrame:
+    """Labels of consecutive cells (`label_rows`) as one data frame; `p` holds an array per cell."""
+    whole = pa.concat_tables(parts)
+    p_NC = whole["p"].combine_chunks().flatten().to_numpy().reshape(whole.num_rows, -1)
+    return whole.drop_columns(["p"]).to_pandas().assign(p=list(p_NC))
+
+
 # What is said of the whole file
+
+
+def summary(uri: str, kept: Kept, file: File, table: pd.DataFrame) -> dict[str, Any]:
+    """Figures of a labelled file: cells, coverage of the model's genes, labels and reasons for doubt with their numbers.
+
+    Args:
+        uri: Of the classifier.
+        kept: The classifier.
+        file: As `look` found it.
+        table: Labels of all its cells.
+    """
+    trusted = table["doubt"] == ""
+    labels = table["label"].fillna("")
+    return {
+        "model": uri, "group": kept.about["group"], "kind": kept.about["model"], "species": file.row.name, "cells": len(table),
+        "coverage": file.coverage, "genes": file.genes, "trusted": int(trusted.sum()),
+        "labels": {str(k): [int(n), int((trusted & (labels == k)).sum())] for k, n in labels[labels != ""].value_counts().items()},
+        "doubts": {str(k): int(n) for k, n in table["doubt"].str.split("; ").explode().value_counts().items() if k},
+        "test": kept.about["test"], "verdicts": verdicts(kept, file, table),
+    }  # fmt: skip
+
+
+def facts(found: dict[str, Any]) -> dict[str, Any]:
+    """What of `summary` is kept with the labels, in `uns["mixgf_annotate"]`."""
+    named = {name: found[name] for name in ("model", "group", "species", "coverage")}
+    return named | {"verdicts": found["verdicts"] or [""]}
 
 
 def verdicts(kept: Kept, file: File, table: pd.DataFrame) -> list[str]:
@@ -201,6 +234,13 @@ def columns(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({PREFIX + name: out[name] for name in order})
 
 
+def probabilities(table: pd.DataFrame, classes: Iterable[str], names: Iterable[str]) -> pd.DataFrame:
+    """Probability of every class (columns) of every cell (rows, called `names`), float32."""
+    return pd.DataFrame(np.stack(table["p"].to_numpy()), index=pd.Index(names), columns=list(classes)).astype(
+        np.float32
+    )
+
+
 def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], about: dict[str, Any]) -> None:
     """Write the labels: into a copy of an .h5ad (everything in it stays, X is not read), or as .parquet or .csv.
 
@@ -220,7 +260,7 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
         else:
             tables.write_table(to, pa.Table.from_pandas(frame, preserve_index=False))
         return
-    probabilities = pd.DataFrame(np.stack(table["p"].to_numpy()), index=names, columns=list(classes)).astype(np.float32)
+    p_NC = probabilities(table, classes, names)
     with tempfile.TemporaryDirectory(prefix="mixgf-annotate-") as folder:
         path = Path(folder) / "cells.h5ad"
         if format_of(source.uri) == "h5ad":
@@ -233,8 +273,8 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
             ad.AnnData(obs=obs).write_h5ad(path)
         for name in added.columns:
             obs[name] = added[name].to_numpy() if added[name].dtype != "category" else added[name].array
-        probabilities.index = obs.index
+        p_NC.index = obs.index
         with h5py.File(path, "r+") as file:
-            for place, value in (("obs", obs), (f"obsm/{OBSM}", probabilities), ("uns/mixgf_annotate", about)):
+            for place, value in (("obs", obs), (f"obsm/{OBSM}", p_NC), ("uns/mixgf_annotate", about)):
                 ad.io.write_elem(file, place, value)
         files.upload(path, to)

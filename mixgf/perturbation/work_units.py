@@ -22,7 +22,7 @@ from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
-from mixgf.encoder.bert import forward_flops
+from mixgf.encoder.bert import Encoder, forward_flops
 from mixgf.encoder.device import pick_device
 from mixgf.perturbation import gene_responses, operations, screen
 from mixgf.perturbation.group_design import Design, owned
@@ -175,17 +175,21 @@ class Scorer:
 
     Args:
         config: the run's config.
-        corpus: URI of the corpus.
-        weights: URI of the checkpoint.
+        corpus: URI of the corpus; or an open one, cut to as many tokens as the encoder has positions.
+        weights: URI of the checkpoint; or an encoder, on the device that computes.
         folder: URI under which parts are written, `<key>.parquet` each.
     """
 
-    def __init__(self, config: Config, *, corpus: str, weights: str, folder: str) -> None:
+    def __init__(self, config: Config, *, corpus: str | Corpus, weights: str | Encoder, folder: str) -> None:
         torch.set_num_threads(config.train.threads)
         self.settings, self.folder = config.perturb, folder
-        encoder, record = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
-        self.corpus = Corpus(corpus, max_len=encoder.row.max_positions)
-        checkpoint.require_sentences(record, self.corpus)
+        if isinstance(weights, str):
+            encoder, record = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
+        else:
+            encoder, record = weights, None
+        self.corpus = Corpus(corpus, max_len=encoder.row.max_positions) if isinstance(corpus, str) else corpus
+        if record is not None:
+            checkpoint.require_sentences(record, self.corpus)
         self.engine = Engine(
             encoder=encoder.eval(),
             variant=self.settings.variant,

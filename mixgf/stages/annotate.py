@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pandas as pd
-import pyarrow as pa
-
 from mixgf.classification import annotate, classifier
 from mixgf.config import parse
 from mixgf.config.data import Source
@@ -69,17 +66,9 @@ def run(model: str, source: Source, to: str, settings: Config, *, spread: Spread
 
         with session(settings):
             _spread(jobs, file.num_cells, ray_tasks(settings))
-    whole = pa.concat_tables([tables.read_table(parts[s]) for s in starts])
-    table = (
-        whole.drop_columns(["p"])
-        .to_pandas()
-        .assign(p=list(whole["p"].combine_chunks().flatten().to_numpy().reshape(whole.num_rows, -1)))
-    )
-    found = _found(uri, kept, file, table)
-    about = {name: found[name] for name in ("model", "group", "species", "coverage")} | {
-        "verdicts": found["verdicts"] or [""]
-    }
-    annotate.write(to, file.source, table, kept.classes, about)
+    table = annotate.frame([tables.read_table(parts[s]) for s in starts])
+    found = annotate.summary(uri, kept, file, table)
+    annotate.write(to, file.source, table, kept.classes, annotate.facts(found))
     files.remove(work)
     return found | {"output": to}
 
@@ -92,15 +81,3 @@ def _spread(jobs: list[Any], total: int, spread: Spread) -> None:
                 raise UserError(why)
             done += jobs[i].weight
             progress.update(done)
-
-
-def _found(uri: str, kept: classifier.Kept, file: annotate.File, table: pd.DataFrame) -> dict[str, Any]:
-    trusted = table["doubt"] == ""
-    labels = table["label"].fillna("")
-    return {
-        "model": uri, "group": kept.about["group"], "kind": kept.about["model"], "species": file.row.name, "cells": len(table),
-        "coverage": file.coverage, "genes": file.genes, "trusted": int(trusted.sum()),
-        "labels": {str(k): [int(n), int((trusted & (labels == k)).sum())] for k, n in labels[labels != ""].value_counts().items()},
-        "doubts": {str(k): int(n) for k, n in table["doubt"].str.split("; ").explode().value_counts().items() if k},
-        "test": kept.about["test"], "verdicts": annotate.verdicts(kept, file, table),
-    }  # fmt: skip

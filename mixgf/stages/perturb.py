@@ -25,6 +25,7 @@ from mixgf.distributed.actor_pool import Pool, Size
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.distributed.session import session
 from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
 from mixgf.perturbation import cost_estimate, gene_responses, gene_table, group_design, reference_genes, work_units
 from mixgf.perturbation.group_design import Design
@@ -105,6 +106,26 @@ def run(config: Config, *, local: bool = False) -> str:
     return uri
 
 
+def in_memory(config: Config, corpus: Corpus, encoder: Encoder, folder: str) -> tuple[dict[str, pa.Table], list[str]]:
+    """Perturb the cells of an open corpus in this process.
+
+    Args:
+        config: its sections perturb, classify (for the label), train and the seed count.
+        corpus: the sentences.
+        encoder: trained, on the device that computes.
+        folder: an empty local folder for the parts.
+
+    Returns:
+        The tables that `run` publishes, by name, and the warnings.
+    """
+    reference_genes.read(config)
+    plan = group_design.design(corpus, config)
+    phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=cost.Spend(_limit(config)))
+    make = functools.partial(Scorer, config, corpus=corpus, weights=encoder, folder=folder)
+    outcome = phases.complete(loop(make), Meter("perturb", ""))
+    return tables_of(phases, outcome)[2], [*plan.warnings, *outcome.warnings]
+
+
 def _say_known(uri: str, config: Config) -> None:
     """Print what is known of the genes beside what was found, where the config asks for it."""
     if config.perturb.reference_genes or config.perturb.published:
@@ -136,8 +157,12 @@ def _limit(config: Config) -> float:
     return min(hours, default=0.0) * cost.HOUR
 
 
-def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcome) -> None:
-    """Test, write the tables, finish the record."""
+def tables_of(phases: Phases, outcome: Outcome) -> tuple[Design, dict[str, gene_table.Pairs], dict[str, pa.Table]]:
+    """The tested tables (`genes`, `states`, `calibration`, and those that the settings ask for) of the genes that were scored.
+
+    Returns:
+        The design of those genes, their shifts by operation, and the tables by name.
+    """
     config, corpus, plan, folder = phases.config, phases.corpus, phases.plan, phases.folder
     states, settings = outcome.states, phases.config.perturb
     whole, all_scored = plan, len(outcome.scored) == len(plan.targets)
@@ -164,6 +189,14 @@ def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcom
     tables = {"genes": genes, "states": vectors, "calibration": nulls} | matrix
     if not all_scored or outcome.estimate_OK is not None:
         tables["not_scored"] = _not_scored(whole, outcome, settings.operations)
+    return plan, pairs, tables
+
+
+def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcome) -> None:
+    """Test, write the tables, finish the record."""
+    config, corpus, folder = phases.config, phases.corpus, phases.folder
+    plan, pairs, tables = tables_of(phases, outcome)
+    matrix = [tables["responses"]] if "responses" in tables else []
     checksums = artifacts.write_tables(uri, tables)
     counts = {
         "cells": len(plan.cells_N),
@@ -173,7 +206,7 @@ def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcom
         "sentences": sum(len(p.target_P) for p in pairs.values()),
         "states": {state.name: len(state.cells) for state in plan.states},
         "parts": len(set(files.list_dir(folder)) - {"cost", work_units.RESPONSES}),
-        "responses": sum(table.num_rows for table in matrix.values()),
+        "responses": sum(table.num_rows for table in matrix),
     }
     details = {
         "vocabulary": corpus.vocabulary.hash,

@@ -1,0 +1,553 @@
+"""The Python API: an encoder or a classifier on AnnData, and the stages as functions.
+
+`import mixgf as mg` gives all of it. Numbers equal those of the commands: a cell's vector, label or shift on a CPU is the
+same to the bit. Nothing here starts Ray or MLflow unless it is asked for. Errors are one line (`UserError`).
+
+Every verb takes an AnnData in memory, one that is backed by a file, a view of either, or the path or URI of an `.h5ad`,
+10x `.h5` or 10x folder. Counts are read in blocks, so a backed file of any size needs the memory of one block and of the
+result.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import torch
+
+from mixgf import console
+from mixgf.classification import annotate, classifier
+from mixgf.config import parse
+from mixgf.config.data import HUMAN, MOUSE, Source, SpeciesRow, Tokens
+from mixgf.config.perturbation import Perturb
+from mixgf.config.run import Config
+from mixgf.config.training import Embed
+from mixgf.console import Progress, warn
+from mixgf.corpus import anndata, sentences
+from mixgf.encoder import bert, checkpoint, huggingface
+from mixgf.encoder.embed import embed_cells
+from mixgf.errors import UserError
+from mixgf.genes import species as species_tables
+from mixgf.genes import token_dictionaries, vocabulary
+from mixgf.genes.vocabulary import Vocabulary
+from mixgf.storage import artifacts, files
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    Cells: TypeAlias = AnnData | str | os.PathLike[str]
+    Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+EMBEDDING = "X_mixgf"
+"""Where `inplace=True` writes vectors: `adata.obsm[EMBEDDING]`."""
+BLOCK_CELLS = 512
+"""Cells whose counts and sentences are held at a time on a CPU."""
+GPU_BLOCK_CELLS = 4096
+"""The same on a GPU, where cells are packed together."""
+
+
+# Loading
+
+
+def load(
+    uri: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    vocabulary: str = "",
+    dictionary: str = "",
+    medians: str = "",
+) -> CellEncoder:
+    """Load a trained encoder.
+
+    Args:
+        uri: A run's folder, a checkpoint (`OUTPUT/pretrain`), or a Hugging Face folder with config.json and
+            model.safetensors or pytorch_model.bin; local or `s3://`.
+        device: Of torch, for example `cuda`; None = a GPU where torch finds one, else the CPU.
+        vocabulary: URI of the vocabulary that a checkpoint was trained on; empty = the one of the corpus beside it.
+        dictionary: For a Hugging Face folder: URI of its token dictionary (gene to id: pickle, JSON, Parquet or TSV);
+            empty = token_dictionary.json or .pkl in the folder.
+        medians: For a Hugging Face folder: URI of the median of each gene (the same formats), by which its sentences
+            are ranked.
+
+    Raises:
+        UserError: there is nothing to load, or its vocabulary, dictionary or medians are missing.
+
+    Examples:
+        >>> import mixgf as mg
+        >>> encoder = mg.load("runs/mine")
+        >>> encoder.species
+        ('human', 'mouse')
+    """
+    console.setup_if_silent()
+    uri = _uri(uri)
+    where = _device(device)
+    for place in (uri, files.join(uri, "pretrain")):
+        record = artifacts.find(place)
+        if record is not None and record.kind == checkpoint.KIND:
+            return _load_checkpoint(place, record, where, vocabulary)
+    if "config.json" in files.list_dir(uri):
+        return _load_huggingface(uri, where, dictionary, medians)
+    msg = f"{uri}: no run, checkpoint or Hugging Face folder there; `mixgf pretrain` makes OUTPUT/pretrain"
+    raise UserError(msg)
+
+
+def _load_checkpoint(uri: str, record: artifacts.Record, device: torch.device, given: str) -> CellEncoder:
+    model, _ = checkpoint.load_encoder(uri, device)
+    folder = uri.rstrip("/").rpartition("/")[0] or "."
+    places = [given] if given else [files.join(folder, name) for name in ("corpus", "vocabulary")]
+    wanted = record.details["vocabulary"]
+    for place in places:
+        if not given and not files.exists(files.join(place, "vocabulary.parquet")):
+            continue
+        found = Vocabulary.load(place).older(wanted)
+        if found is None:
+            continue
+        made = artifacts.find(place)
+        rows = made.config.get("species", []) if made is not None else []
+        return CellEncoder(
+            model, found, parse.from_dict(Tokens, record.details["tokens"]),
+            [parse.from_dict(SpeciesRow, row) for row in rows] or [HUMAN, MOUSE], uri=uri,
+        )  # fmt: skip
+    if given:
+        msg = f"vocabulary = {given!r}: not the one that {uri} was trained on ({wanted[:12]}); name that one"
+        raise UserError(msg)
+    msg = f"{uri}: its vocabulary is not beside it (in {' or '.join(places)}); pass vocabulary=URI of its vocabulary.parquet"
+    raise UserError(msg)
+
+
+def _load_huggingface(uri: str, device: torch.device, dictionary: str, medians: str) -> CellEncoder:
+    """Published weights, with a vocabulary made of their token dictionary and medians."""
+    published = huggingface.read(uri)
+    inside = [files.join(uri, name) for name in huggingface.DICTIONARIES if name in files.list_dir(uri)]
+    if not dictionary and not inside:
+        msg = (
+            f"{uri}: no {' or '.join(huggingface.DICTIONARIES)} in it; "
+            "pass dictionary=URI of the token dictionary (gene to id) of this model"
+        )
+        raise UserError(msg)
+    tokens_of = token_dictionaries.read_dictionary(dictionary or inside[0])
+    if not medians:
+        msg = f"{uri}: sentences are ranked by the median of each gene; pass medians=URI of the medians of this model"
+        raise UserError(msg)
+    median_of = token_dictionaries.read_medians(medians)
+    if median_of is None:
+        msg = f"medians = {medians!r}: no column median; give gene (or key) and median"
+        raise UserError(msg)
+    rows = (HUMAN, MOUSE)
+    known = {row.name: set(species_tables.gene_table(row)["gene"].to_pylist()) for row in rows}
+    by_species: dict[str, dict[str, float]] = {}
+    for row in rows:
+        genes = token_dictionaries.genes_of(tokens_of.genes, row.name, rows, known)
+        ranked = {
+            gene: median_of[name]
+            for name, gene in token_dictionaries.genes_of(median_of, row.name, rows, known).items()
+        }
+        mine = {gene: ranked[gene] for gene in genes.values() if gene in ranked}
+        if mine:
+            by_species[row.name] = mine
+    if not by_species:
+        msg = f"medians = {medians!r}: no gene of the dictionary {tokens_of.uri!r} has a median there; name the medians of this model"
+        raise UserError(msg)
+    tables = {row.name: species_tables.gene_table(row) for row in rows}
+    words = vocabulary.build(by_species, tables, sharing="separate", orthologs={})
+    model, _, _ = huggingface.moved(published, tokens_of, words, rows, seed=0)
+    tokens = Tokens(max_len=published.row.max_positions, cls="<cls>" in tokens_of.specials)
+    return CellEncoder(model.encoder.to(device).eval(), words, tokens, rows, uri=uri)
+
+
+def load_classifier(uri: str | os.PathLike[str], *, device: str | None = None) -> CellClassifier:
+    """Load a classifier that `mixgf classify` kept.
+
+    Args:
+        uri: The classifier's folder (`OUTPUT/classify/classifiers/GROUP`), or a classification or run with a single one.
+        device: As of `load`.
+
+    Raises:
+        UserError: there is none, or more than one.
+
+    Examples:
+        >>> import mixgf as mg
+        >>> model = mg.load_classifier("runs/mine/classify/classifiers/pancreas")
+        >>> model.classes
+        ('alpha cell', 'beta cell', 'ductal cell')
+    """
+    console.setup_if_silent()
+    found = classifier.find(_uri(uri))
+    kept, words, _ = classifier.load(found, _device(device))
+    return CellClassifier(kept, words, uri=found)
+
+
+def _uri(uri: str | os.PathLike[str]) -> str:
+    return os.fspath(uri).rstrip("/") or "/"
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        msg = f"device = {name!r}: {str(error).splitlines()[0]}"
+        raise UserError(msg) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        msg = f"device = {name!r}: torch finds no CUDA GPU here; use device='cpu'"
+        raise UserError(msg)
+    return device
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    """Sums of float32 depend on the number of threads: the commands use `train.threads`, 1 unless it is set."""
+    if number < 1:
+        msg = f"threads = {number}: must be at least 1"
+        raise UserError(msg)
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _target(data: Cells, *, inplace: bool, copy: bool) -> AnnData | None:
+    """The AnnData that receives a result; None where the result is returned."""
+    if not inplace and not copy:
+        return None
+    if inplace and copy:
+        msg = "inplace = True, copy = True: give one of them"
+        raise UserError(msg)
+    if not anndata.is_anndata(data):
+        msg = f"{'inplace' if inplace else 'copy'} = True: needs an AnnData; a path gives its result back"
+        raise UserError(msg)
+    assert not isinstance(data, str | os.PathLike)
+    if copy and data.isbacked:
+        msg = "copy = True: a backed AnnData cannot be copied in memory; give inplace=True, or use the result"
+        raise UserError(msg)
+    return data.copy() if copy else data
+
+
+# Encoder
+
+
+class CellEncoder:
+    """A trained encoder with all that turns raw counts into its sentences. Made by `load`.
+
+    Attributes:
+        model: The encoder, on its device, in evaluation mode.
+        vocabulary: Genes, tokens and medians.
+        tokens: How sentences are made.
+        species: Names of the species that it reads.
+        width: Numbers in a cell's vector.
+        uri: Where it was loaded from.
+    """
+
+    def __init__(
+        self, model: bert.Encoder, vocabulary: Vocabulary, tokens: Tokens, rows: Sequence[SpeciesRow], *, uri: str = ""
+    ) -> None:  # fmt: skip
+        self.model, self.vocabulary, self.tokens, self.uri = model, vocabulary, tokens, uri
+        self._rows = tuple(row for row in rows if row.name in vocabulary.species)
+        self.species, self.width = tuple(vocabulary.species), model.row.dim
+
+    def __repr__(self) -> str:
+        row = self.model.row
+        return (
+            f"CellEncoder({self.uri!r}: {row.num_layers} layers, width {row.dim}, {self.vocabulary.size:,} tokens, "
+            f"{' and '.join(self.species)}, on {self.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.tokens.device
+
+    @overload
+    def embed(
+        self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., pooling: str = ...,
+        hidden_layer: int = ..., inplace: Literal[False] = ..., copy: Literal[False] = ..., key_added: str = ...,
+        threads: int = ..., precision: str = ...,
+    ) -> npt.NDArray[np.float32]: ...  # fmt: skip
+    @overload
+    def embed(
+        self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., pooling: str = ...,
+        hidden_layer: int = ..., inplace: Literal[True], copy: Literal[False] = ..., key_added: str = ...,
+        threads: int = ..., precision: str = ...,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def embed(
+        self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., pooling: str = ...,
+        hidden_layer: int = ..., inplace: Literal[False] = ..., copy: Literal[True], key_added: str = ...,
+        threads: int = ..., precision: str = ...,
+    ) -> AnnData: ...  # fmt: skip
+    def embed(
+        self,
+        adata: Cells,
+        *,
+        layer: str = "X",
+        genes: str = "",
+        species: str = "",
+        pooling: str = "mean",
+        hidden_layer: int = -1,
+        inplace: bool = False,
+        copy: bool = False,
+        key_added: str = EMBEDDING,
+        threads: int = 1,
+        precision: str = "fp32",
+    ) -> npt.NDArray[np.float32] | AnnData | None:
+        """Vectors of all cells, as `mixgf embed` gives them.
+
+        No cell is left out. A cell that holds no gene of the vocabulary gets NaN, and a warning says how many there are.
+
+        Args:
+            adata: Cells with raw counts: AnnData (in memory, backed, a view), or a path or URI.
+            layer: Where the raw counts are: `X`, `raw`, or the name of a layer.
+            genes: Column of var with Ensembl ids or symbols; empty = `ensembl_id` or `gene_ids` where there is such a
+                column, else the index.
+            species: Of the cells; empty = found by the names of the genes.
+            pooling: `mean` over genes, `first` position, or `cls`.
+            hidden_layer: -1 = the last, -2 = the one before it; 0 = all side by side, the embedding first.
+            inplace: Write `adata.obsm[key_added]` and return None.
+            copy: Return a copy of `adata` with `obsm[key_added]`.
+            key_added: Name in obsm.
+            threads: Of torch, on a CPU. Another number than 1 changes the last bits.
+            precision: `fp32`, or `bf16` on a GPU.
+
+        Returns:
+            float32, (cells, width), in the order of the cells; or as `inplace` and `copy` say.
+
+        Raises:
+            UserError: no such layer or species, no known gene, or values that are no counts.
+
+        Examples:
+            >>> import mixgf as mg
+            >>> adata, encoder = mg.datasets.pancreas()[:20], mg.load("runs/mine")
+            >>> adata.obsm["X_mixgf"] = encoder.embed(adata)
+            >>> adata.obsm["X_mixgf"].shape
+            (20, 32)
+        """
+        console.setup_if_silent()
+        target = _target(adata, inplace=inplace, copy=copy)
+        chosen = parse.from_dict(Embed, {"pooling": pooling, "layer": hidden_layer}, "embed")
+        if chosen.layer < -1 - self.model.row.num_layers:
+            msg = f"hidden_layer = {hidden_layer}: the model has {self.model.row.num_layers} layers and an embedding"
+            raise UserError(msg)
+        if pooling == "cls" and not self.tokens.cls:
+            msg = "pooling = 'cls': this model was trained on sentences without <cls>; use 'mean' or 'first'"
+            raise UserError(msg)
+        rows = BLOCK_CELLS if self.device.type == "cpu" else GPU_BLOCK_CELLS
+        width = bert.width(self.model.row, chosen.layer)
+        with anndata.open_cells(adata, layer) as reader, _torch_threads(threads):
+            found = sentences.find_genes(reader, self.vocabulary, self._rows, species=species, column=genes)
+            out_ND = np.full((reader.num_rows, width), np.nan, dtype=np.float32)
+            empty = 0
+            with Progress("embed", reader.num_rows, "cells") as progress:
+                for block in sentences.blocks(reader, found, self.tokens, 0, reader.num_rows, rows=rows):
+                    full = np.flatnonzero(block.genes_N)
+                    empty += len(block.genes_N) - len(full)
+                    out_ND[block.start + full] = embed_cells(
+                        self.model, block, full, chosen.pooling, chosen.layer, precision=precision
+                    )
+                    progress.update(block.start + len(block.genes_N))
+        if empty:
+            warn(f"embed: {empty:,} of {len(out_ND):,} cells hold no gene of the model: their vectors are NaN")
+        if target is None:
+            return out_ND
+        target.obsm[key_added] = out_ND
+        return target if copy else None
+
+    def perturb(
+        self,
+        adata: Cells,
+        *,
+        start: str,
+        goal: str = "",
+        genes: Sequence[str] = (),
+        operations: Sequence[str] = ("delete", "overexpress"),
+        layer: str = "X",
+        gene_column: str = "",
+        species: str = "",
+        source: str = "adata",
+        label: str = "cell_type",
+        seed: int = 0,
+        threads: int = 1,
+        precision: str = "fp32",
+        **settings: Any,
+    ) -> pd.DataFrame:
+        """Perturb genes in silico; the table of genes that `mixgf perturb` writes.
+
+        All sentences are held in memory, 4 bytes a token. Every cell must hold a gene of the model.
+
+        Args:
+            adata: As of `embed`.
+            start: Cells that are perturbed: an expression over obs, and over `species` and the columns of quality control.
+            goal: Cells that define the goal state; empty = the shift is 1 - cos(original, perturbed).
+            genes: Ensembl ids or symbols; `+` joins genes that are perturbed together; empty = all detected genes.
+            operations: `delete`, `overexpress`, `inhibit`, `activate`.
+            layer: As of `embed`.
+            gene_column: As `genes` of `embed`.
+            species: As of `embed`.
+            source: Value of the column `source` for all cells.
+            label: Column of obs with cell types, for `unrelated` states.
+            seed: Of the draws of cells and genes.
+            threads: As of `embed`.
+            precision: As of `embed`.
+            settings: Further fields of the config's section `perturb`, for example `max_cells=100`
+                (`mixgf perturb --help` lists them).
+
+        Returns:
+            One row per gene, species and operation, in the order of the command's table. `attrs["warnings"]` lists what
+            speaks against trusting it.
+
+        Raises:
+            UserError: an expression that fits no cell, an unknown gene or setting, or cells that cannot be read.
+
+        Examples:
+            >>> import mixgf as mg
+            >>> adata, encoder = mg.datasets.pancreas(), mg.load("runs/mine")
+            >>> table = encoder.perturb(
+            ...     adata, start="cell_type == 'alpha cell'", goal="cell_type == 'beta cell'", genes=["INS"],
+            ...     operations=["delete"], max_cells=4, unrelated=0,
+            ... )
+            >>> table[["symbol", "operation"]].to_dict("records")
+            [{'symbol': 'INS', 'operation': 'delete'}]
+        """
+        from mixgf.stages import perturb  # noqa: PLC0415 (heavy)
+
+        console.setup_if_silent()
+        named = {"start": start, "goal": goal, "genes": _listed(genes), "operations": _listed(operations)}
+        chosen = parse.from_dict(Perturb, settings | named, "perturb")
+        base = Config(perturb=chosen, seed=seed, tokens=self.tokens)
+        config = replace(
+            base, train=replace(base.train, threads=threads, precision=precision),
+            classify=replace(base.classify, label=label),
+        )  # fmt: skip
+        with anndata.open_cells(adata, layer) as reader:
+            found = sentences.find_genes(reader, self.vocabulary, self._rows, species=species, column=gene_column)
+            corpus = sentences.MemoryCorpus(
+                reader, found, self.vocabulary, self.tokens, max_len=self.model.row.max_positions, source=source
+            )
+        with _torch_threads(threads), tempfile.TemporaryDirectory(prefix="mixgf-perturb-") as folder:
+            tables, warnings = perturb.in_memory(config, corpus, self.model, folder)
+        for text in warnings:
+            warn(f"perturb: {text}")
+        frame = tables["genes"].to_pandas()
+        frame.attrs["warnings"] = list(warnings)
+        return frame
+
+
+def _listed(texts: Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+# Classifier
+
+
+class CellClassifier:
+    """A classifier with its encoder, and the limits beyond which its labels are doubted. Made by `load_classifier`.
+
+    Attributes:
+        kept: Encoder, linear layer and limits.
+        vocabulary: Genes, tokens and medians.
+        classes: Names of the cell types.
+        about: Plain facts: model, species, scores on its test cells.
+        uri: Where it was loaded from.
+    """
+
+    def __init__(self, kept: classifier.Kept, vocabulary: Vocabulary, *, uri: str = "") -> None:
+        self.kept, self.vocabulary, self.uri = kept, vocabulary, uri
+        self.classes, self.about = kept.classes, kept.about
+
+    def __repr__(self) -> str:
+        species = " and ".join(self.about["species"])
+        return f"CellClassifier({self.uri!r}: {self.about['model']}, {len(self.classes)} cell types of {species} cells)"
+
+    @overload
+    def annotate(
+        self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., inplace: Literal[False] = ...,
+        copy: Literal[False] = ..., threads: int = ...,
+    ) -> pd.DataFrame: ...  # fmt: skip
+    @overload
+    def annotate(
+        self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., inplace: Literal[True],
+        copy: Literal[False] = ..., threads: int = ...,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def annotate(
+        self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., inplace: Literal[False] = ...,
+        copy: Literal[True], threads: int = ...,
+    ) -> AnnData: ...  # fmt: skip
+    def annotate(
+        self,
+        adata: Cells,
+        *,
+        layer: str = "X",
+        genes: str = "",
+        species: str = "",
+        inplace: bool = False,
+        copy: bool = False,
+        threads: int = 1,
+    ) -> pd.DataFrame | AnnData | None:
+        """Label all cells, as `mixgf annotate` does.
+
+        Args:
+            adata: As of `CellEncoder.embed`.
+            layer: As of `CellEncoder.embed`.
+            genes: As of `CellEncoder.embed`.
+            species: As of `CellEncoder.embed`.
+            inplace: Add the columns to `adata.obs`, the probability of every type to `obsm["mixgf_probabilities"]` and
+                facts of the whole to `uns["mixgf_annotate"]`, and return None.
+            copy: Return a copy of `adata` with all of these.
+            threads: Of torch, on a CPU. Another number than 1 changes the last bits.
+
+        Returns:
+            One row per cell: `mixgf_label`, `mixgf_probability`, `mixgf_second`, `mixgf_second_probability`,
+            `mixgf_entropy` (nats), `mixgf_distance`, `mixgf_genes`, `mixgf_trusted`, `mixgf_doubt`. Its `attrs["verdicts"]`
+            lists what speaks against trusting the labels as a whole. Or as `inplace` and `copy` say.
+
+        Raises:
+            UserError: no such layer or species, no known gene, or values that are no counts.
+
+        Examples:
+            >>> import mixgf as mg
+            >>> adata = mg.datasets.pancreas()[:20]
+            >>> labels = mg.load_classifier("runs/mine/classify/classifiers/pancreas").annotate(adata)
+            >>> list(labels.columns[:2])
+            ['mixgf_label', 'mixgf_probability']
+        """
+        from mixgf.stages.annotate import PART_CELLS  # noqa: PLC0415 (heavy)
+
+        console.setup_if_silent()
+        target = _target(adata, inplace=inplace, copy=copy)
+        name = adata if isinstance(adata, str) else anndata.NAME
+        source = Source(uri=str(name), species=species, layer=layer, genes=genes, name="mine")
+        with anndata.open_cells(adata, layer) as reader, _torch_threads(threads):
+            file, found = annotate.describe(reader, source, self.kept, self.vocabulary)
+            parts: list[pa.Table] = []
+            with Progress("annotate", file.num_cells, "cells") as progress:
+                for start in range(
+                    0, file.num_cells, PART_CELLS
+                ):  # the command's parts: products of matrices are the same
+                    stop = min(start + PART_CELLS, file.num_cells)
+                    parts += annotate.label_rows(reader, found, self.kept, start, stop)
+                    progress.update(stop)
+            names = reader.cell_names(0, file.num_cells)
+        table = annotate.frame(parts)
+        told = annotate.summary(self.uri, self.kept, file, table)
+        for text in told["verdicts"]:
+            warn(f"annotate: do not trust without a check: {text}")
+        added = annotate.columns(table).set_index(pd.Index(names) if target is None else target.obs_names)
+        if target is None:
+            added.attrs["verdicts"] = told["verdicts"]
+            return added
+        for column in added.columns:
+            target.obs[column] = added[column]
+        target.obsm[annotate.OBSM] = annotate.probabilities(table, self.classes, target.obs_names)
+        target.uns["mixgf_annotate"] = annotate.facts(told)
+        return target if copy else None
