@@ -137,7 +137,7 @@ class _Case:
         prepare.run(self.config, spread=tasks.loop)
         self.corpus = self.folder / "run" / "corpus"
         vocabulary = Vocabulary.load(str(self.corpus))
-        self.digest, genes = vocabulary.hash, vocabulary.of("human")
+        self.digest, genes = vocabulary.hash, vocabulary.species_genes("human")
         self.medians = dict(zip(genes.genes, genes.medians.tolist(), strict=True))
         self.ids = dict(zip(genes.genes, genes.tokens.tolist(), strict=True))
         self.work = str(self.folder / "work")

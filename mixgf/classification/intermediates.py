@@ -100,7 +100,7 @@ def read_counts(run: Config, places: ArtifactPaths, source: str, cells: Ints) ->
     )
     rows = corpus.obs(["source_row"])["source_row"].to_numpy()[cells]
     order = np.argsort(rows, kind="stable")
-    genes = corpus.vocabulary.of(entry["species"])
+    genes = corpus.vocabulary.species_genes(entry["species"])
     found = raw_counts.read(
         parse.from_dict(Source, entry), row_of, genes, rows[order], block_cells=run.prepare.block_cells
     )
@@ -189,7 +189,7 @@ def counts_of(run: Config, places: ArtifactPaths, table: Labelled, rows: Ints) -
     for source in np.unique(table.sources[rows]).tolist():
         mine = rows[table.sources[rows] == source]
         name = str(table.species[mine[0]])
-        genes = vocabulary.of(name).genes.astype(np.str_)
+        genes = vocabulary.species_genes(name).genes.astype(np.str_)
         cells, found = raw_counts.load(counts_part(places, source), len(genes))
         keep = np.isin(cells, table.cells[mine])
         numbers.append(cells[keep])

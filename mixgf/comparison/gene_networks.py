@@ -169,7 +169,7 @@ def _of_tokens(
             "why": "orthologs share an id, and so a vector",
         }
     first, second = (_vectors(corpus, s, vectors_VD, often[s]) for s in often)
-    share = [dict(zip(corpus.vocabulary.of(s).genes, often[s], strict=True)) for s in often]
+    share = [dict(zip(corpus.vocabulary.species_genes(s).genes, often[s], strict=True)) for s in often]
     a, b, genes = aligned(first, second, partners)
     features = np.array([[share[0][g], share[1][partners[g]]] for g in genes])
     return _row(config, space, (one, other), (a, b), features)
@@ -221,7 +221,9 @@ def _row(
 
 
 def _shared_ids(corpus: Corpus, one: str, other: str, partners: Mapping[str, str]) -> bool:
-    tokens = [dict(zip((g := corpus.vocabulary.of(s)).genes, g.tokens.tolist(), strict=True)) for s in (one, other)]
+    tokens = [
+        dict(zip((g := corpus.vocabulary.species_genes(s)).genes, g.tokens.tolist(), strict=True)) for s in (one, other)
+    ]
     return any(tokens[0][a] == tokens[1].get(b) for a, b in partners.items() if a in tokens[0])
 
 
@@ -229,13 +231,13 @@ def _frequency(corpus: Corpus, name: str, seed: int) -> Float64s:
     """Share of a species' cells (of a sample) whose sentences hold each of its genes, in the vocabulary's order."""
     cells = np.flatnonzero(corpus.species_N == corpus.species.index(name))
     if not len(cells):
-        return np.zeros(len(corpus.vocabulary.of(name).tokens))
+        return np.zeros(len(corpus.vocabulary.species_genes(name).tokens))
     cells = np.sort(cells[np.argsort(hashed(seed, 97, cells), kind="stable")][:SAMPLE])
     counts_V = np.bincount(corpus.tokens(cells)[0], minlength=corpus.vocabulary.size)
     return counts_V[corpus.vocabulary.species_tokens(name)] / len(cells)
 
 
 def _vectors(corpus: Corpus, name: str, vectors_VD: NDArray[np.floating], frequency_G: Float64s) -> pd.DataFrame:
-    genes = corpus.vocabulary.of(name)
+    genes = corpus.vocabulary.species_genes(name)
     known = frequency_G >= MIN_FREQUENCY
     return pd.DataFrame(vectors_VD[genes.tokens[known]], index=genes.genes[known])

@@ -59,7 +59,7 @@ class Given:
                 raise UserError(msg)
             self.dictionary_uris.append(uri)
         self.dictionaries = {
-            uri: token_dictionaries.read_dictionary(uri, "imports.dictionaries")
+            uri: token_dictionaries.read_token_dictionary(uri, "imports.dictionaries")
             for uri in dict.fromkeys(self.dictionary_uris)
         }
         self.known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
@@ -69,12 +69,12 @@ class Given:
         self.medians = {} if self.reused else {name: self._medians(name) for name in names}
         if self.reused is not None:
             for name in names:
-                self.reused.of(name)
+                self.reused.species_genes(name)
 
     def _genes(self, index: int) -> dict[str, str]:
         """Genes of the source's species in its dictionary, to Ensembl ids."""
         source, dictionary = self.sources[index], self.dictionaries[self.dictionary_uris[index]]
-        found = token_dictionaries.genes_of(dictionary.genes, source.species, self.rows.values(), self.known)
+        found = token_dictionaries.genes_of_species(dictionary.genes, source.species, self.rows.values(), self.known)
         if not found:
             shown = ", ".join(list(dictionary.genes)[:3]) or "nothing"
             msg = (
@@ -111,7 +111,9 @@ class Given:
             if table is None and need:
                 msg = f"{field} = {uri!r}: no column median; give gene (or key) and median"
                 raise UserError(msg)
-            for given, gene in token_dictionaries.genes_of(table or (), name, self.rows.values(), self.known).items():
+            for given, gene in token_dictionaries.genes_of_species(
+                table or (), name, self.rows.values(), self.known
+            ).items():
                 median = (table or {})[given]
                 if found.setdefault(gene, median) != median:
                     msg = f"imports.medians: {name} gene {gene} has medians {found[gene]} and {median}; give one table: {name}=URI"
@@ -144,7 +146,7 @@ class Given:
         """The vocabulary of all dictionaries."""
         tables = {name: species.gene_table(self.rows[name]) for name in self.medians}
         pairs = species.orthologs(self.config.vocab.orthologs)
-        return vocabulary.build(self.medians, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
+        return vocabulary.build_vocabulary(self.medians, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
 
 
 def _named(rules: Imports, field: str, known: set[str]) -> dict[str, str]:

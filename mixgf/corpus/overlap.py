@@ -119,8 +119,8 @@ def of_corpus(uri: str) -> Cells:
 def of_file(source: Source, row: SpeciesRow) -> Cells:
     """The cells of a file of raw counts, in bounded memory."""
     with open_reader(source.uri, source.layer) as reader:
-        columns = identify.identify(
-            reader.gene_names(source.genes), identify.known_genes(row), biotypes=(), is_gene=reader.is_gene
+        columns = identify.identify_columns(
+            reader.gene_names(source.genes), identify.gene_lookup(row), biotypes=(), is_gene=reader.is_gene
         )
         masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
         sums_G = np.zeros(columns.num_rows, dtype=np.int64)

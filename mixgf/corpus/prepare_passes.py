@@ -93,8 +93,10 @@ def describe(
             raise UserError(msg)
         names = reader.gene_names(source.genes)
         vocabulary = frozenset(allowed[source.species]) if allowed and source.species in allowed else None
-        known = identify.known_genes(row)
-        columns = identify.identify(names, known, biotypes=biotypes, vocabulary=vocabulary, is_gene=reader.is_gene)
+        known = identify.gene_lookup(row)
+        columns = identify.identify_columns(
+            names, known, biotypes=biotypes, vocabulary=vocabulary, is_gene=reader.is_gene
+        )
         num_known = sum(columns["candidate"].to_pylist())
         if num_known < rules.min_genes:
             shown = ", ".join(str(n) for n in names[:5])
@@ -240,7 +242,7 @@ def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_c
     listed = read_table(part(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
     depths = [read_metrics(work, [unit.number])[0].n_counts for unit, _ in parts]
     most = max(int(depth_N[keep_N].max()) for depth_N, (_, keep_N) in zip(depths, parts, strict=True))
-    filled = medians.Accumulator(len(listed), most)
+    filled = medians.SketchBuilder(len(listed), most)
     for depth, (unit, keep_N) in zip(depths, parts, strict=True):
         columns = _columns(work, unit.index)
         gene_G = pc.index_in(columns["gene"].combine_chunks(), value_set=listed)
@@ -267,9 +269,9 @@ def write_sketch(uri: str, found: medians.Sketch) -> None:
     write_table(uri, table, use_dictionary=False, column_encoding=delta, compression="none", write_statistics=False)
 
 
-def merge_sketches(uris: list[str], to: str) -> None:
+def merge_sketch_parts(uris: list[str], to: str) -> None:
     """Merge sketch parts, one at a time, into another part."""
-    write_sketch(to, medians.merge(read_sketch(uri) for uri in uris))
+    write_sketch(to, medians.merge_sketches(read_sketch(uri) for uri in uris))
 
 
 def read_sketch(uri: str) -> medians.Sketch:
@@ -371,4 +373,4 @@ def _ranks(vocabulary: str, digest: str, species: str, scaling: str) -> rank_val
     """Made once per process and vocabulary; `digest` keeps apart what a file of the same name held before."""
     found = Vocabulary.load(vocabulary)
     assert found.hash == digest, vocabulary
-    return rank_value.Ranks.of(found.of(species), scaling)
+    return rank_value.Ranks.of(found.species_genes(species), scaling)

@@ -51,7 +51,7 @@ def read(source: Source, row: SpeciesRow, genes: SpeciesGenes, rows: Ints, *, bl
         raise UserError(msg)
     parts: list[sparse.csr_matrix] = []
     with open_reader(source.uri, source.layer) as reader:
-        columns = identify.identify(reader.gene_names(source.genes), identify.known_genes(row), biotypes=(),
+        columns = identify.identify_columns(reader.gene_names(source.genes), identify.gene_lookup(row), biotypes=(),
                                   vocabulary=frozenset(genes.genes.tolist()), is_gene=reader.is_gene)  # fmt: skip
         place = {gene: i for i, gene in enumerate(genes.genes.tolist())}
         first = columns["canonical"].to_numpy() == np.arange(columns.num_rows)

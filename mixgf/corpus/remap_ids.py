@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixgf.genes.token_dictionaries import Dictionary
+from mixgf.genes.token_dictionaries import TokenDictionary
 from mixgf.genes.vocabulary import SpeciesGenes
 from mixgf.jit import jit
 
@@ -21,10 +21,10 @@ COUNTED = ("kept", "special", "unknown", "outside", "duplicate", "truncated")
 """What becomes of the ids of a sentence; every id is one of these."""
 
 
-def lookup(dictionary: Dictionary, names: Mapping[str, str], genes: SpeciesGenes) -> np.ndarray:
+def lookup(dictionary: TokenDictionary, names: Mapping[str, str], genes: SpeciesGenes) -> np.ndarray:
     """int32[K]: our token, or one of the codes above, for each id of a dictionary.
 
-    `names` are the dictionary's genes of the species (`genes_of`), `genes` the vocabulary's.
+    `names` are the dictionary's genes of the species (`genes_of_species`), `genes` the vocabulary's.
     """
     ids = [*dictionary.genes.values(), *dictionary.specials.values()]
     out = np.full(max(ids, default=-1) + 1, UNKNOWN, dtype=np.int32)

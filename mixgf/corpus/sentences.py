@@ -36,7 +36,7 @@ class Genes:
 
     row: SpeciesRow
     columns: pa.Table
-    """As `identify.identify` gives it, one row per column of counts."""
+    """As `identify.identify_columns` gives it, one row per column of counts."""
     position_G: npt.NDArray[np.int32]
     """Place of each column in the species' genes; -1: not in the vocabulary, or added to an earlier column of its gene."""
     measured: npt.NDArray[np.int32]
@@ -68,9 +68,9 @@ def find_genes(
     names = reader.gene_names(column)
     found = []
     for row in asked:
-        mine = vocabulary.of(row.name)
-        columns = identify.identify(
-            names, identify.known_genes(row), biotypes=(), vocabulary=frozenset(mine.genes.tolist()), is_gene=reader.is_gene
+        mine = vocabulary.species_genes(row.name)
+        columns = identify.identify_columns(
+            names, identify.gene_lookup(row), biotypes=(), vocabulary=frozenset(mine.genes.tolist()), is_gene=reader.is_gene
         )  # fmt: skip
         position_G = mine.positions(columns["gene"].combine_chunks())
         there = np.unique(position_G[position_G >= 0])

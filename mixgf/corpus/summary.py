@@ -262,7 +262,7 @@ def _coverage(record: artifacts.Record, vocabulary: Vocabulary, seen: dict[str, 
     biotypes = (record.config.get("vocab") or {}).get("biotypes") or ["protein_coding", "miRNA"]
     species = {}
     for name, found in seen.items():
-        genes = vocabulary.of(name) if name in vocabulary.species else None
+        genes = vocabulary.species_genes(name) if name in vocabulary.species else None
         cells_G = found.cells_V[genes.tokens] if genes is not None else np.zeros(0, np.int64)
         total = int(found.length_L.sum())
         species[name] = {

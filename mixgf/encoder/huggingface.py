@@ -23,7 +23,7 @@ from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.genes import species
-from mixgf.genes.token_dictionaries import PICKLE_ERRORS, Dictionary, genes_of, read_dictionary
+from mixgf.genes.token_dictionaries import PICKLE_ERRORS, TokenDictionary, genes_of_species, read_token_dictionary
 from mixgf.genes.vocabulary import CLS, MASK, PAD, SPECIALS, Vocabulary
 from mixgf.storage import files
 
@@ -174,7 +174,7 @@ def _row(folder: str) -> training.Model:
         raise UserError(msg) from None
 
 
-def find_dictionary(settings: Config, folder: str) -> Dictionary:
+def find_dictionary(settings: Config, folder: str) -> TokenDictionary:
     """The token dictionary of a model: the one of `imports.dictionaries`, or the one in its folder."""
     uris = list(dict.fromkeys(uri for _, uri in map(split_named, settings.imports.dictionaries)))
     if len(uris) > 1:
@@ -184,12 +184,12 @@ def find_dictionary(settings: Config, folder: str) -> Dictionary:
     if not uris + inside:
         msg = f"imports.dictionaries: none given and no {' or '.join(DICTIONARIES)} in {folder}; set it to the model's token dictionary"
         raise UserError(msg)
-    return read_dictionary((uris + inside)[0], "imports.dictionaries")
+    return read_token_dictionary((uris + inside)[0], "imports.dictionaries")
 
 
 def moved(
     published: Published,
-    dictionary: Dictionary,
+    dictionary: TokenDictionary,
     vocabulary: Vocabulary,
     rows: tuple[SpeciesRow, ...],
     seed: int,
@@ -212,8 +212,8 @@ def moved(
     known = {row.name: set(species.gene_table(row)["gene"].to_pylist()) for row in rows}
     counts = {}
     for name in vocabulary.species:
-        genes = vocabulary.of(name)
-        table = lookup(dictionary, genes_of(dictionary.genes, name, rows, known), genes)
+        genes = vocabulary.species_genes(name)
+        table = lookup(dictionary, genes_of_species(dictionary.genes, name, rows, known), genes)
         ids = np.flatnonzero(table >= 0)
         counts[name] = len(ids)
         fresh = ids[source[table[ids]] < 0]  # a token that two species share keeps the vector of the first

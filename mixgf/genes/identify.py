@@ -1,4 +1,4 @@
-"""Which gene is a column: Ensembl id, symbol, alias."""
+"""Which gene each column of a count file is: by Ensembl id, current symbol, previous symbol or alias."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ ID, SYMBOL, PREVIOUS, ALIAS, AMBIGUOUS, UNKNOWN, NOT_A_GENE = (
 _MADE_UNIQUE = re.compile(r"^(.+)[-.]\d{1,2}$")
 
 
-# Which gene is a column?
-
-
 @dataclass(frozen=True, slots=True)
-class KnownGenes:
-    """A species' gene table, ready for look-ups; names that mean several genes map to None."""
+class GeneLookup:
+    """Gene table of one species, indexed by name."""
 
     row: SpeciesRow
     biotype: dict[str, str]
+    """Biotype of every Ensembl id of the table."""
     mito: frozenset[str]
+    """Mitochondrial genes."""
     names: tuple[tuple[str, dict[str, str | None]], ...]
-    """(how, name to gene), in order of trust."""
+    """(kind, name to gene) of current symbols, previous symbols and aliases, in this order; None = the name is ambiguous."""
 
 
 @lru_cache(maxsize=16)
-def known_genes(row: SpeciesRow) -> KnownGenes:
-    """Read a species' gene table.
+def gene_lookup(row: SpeciesRow) -> GeneLookup:
+    """Read a species' gene table and index it.
 
-    A current symbol that several ids carry means the one of the primary assembly, protein-coding before others, then
-    the lowest id. A previous symbol or alias of several genes means none of them.
+    Several ids can have one current symbol. It then stands for a gene of the primary assembly before others, for a
+    protein-coding one before others, then for the lowest id. A previous symbol or alias of several genes is ambiguous.
     """
     table = species.gene_table(row)
     genes = table["gene"].to_pylist()
@@ -63,7 +62,7 @@ def known_genes(row: SpeciesRow) -> KnownGenes:
                 other.setdefault(name, []).append(gene)
         maps.append((how, {name: found[0] if len(set(found)) == 1 else None for name, found in other.items()}))
     mito = frozenset(g for g, m in zip(genes, table["is_mito"].to_pylist(), strict=True) if m)
-    return KnownGenes(row, biotype, mito, tuple(maps))
+    return GeneLookup(row, biotype, mito, tuple(maps))
 
 
 @lru_cache(maxsize=64)
@@ -71,36 +70,37 @@ def _id_pattern(prefix: str) -> re.Pattern[str]:
     return re.compile(rf"^({re.escape(prefix)}\d+)(\.\d+)?(_PAR_Y)?$")
 
 
-def identify(
-    names: Iterable[str], known: KnownGenes, *, biotypes: tuple[str, ...], vocabulary: frozenset[str] | None = None,
+def identify_columns(
+    names: Iterable[str], lookup: GeneLookup, *, biotypes: tuple[str, ...], vocabulary: frozenset[str] | None = None,
     is_gene: np.ndarray | None = None,
 ) -> pa.Table:  # fmt: skip
-    """What each column of a source is.
+    """Identify the gene of each column of a source.
 
     Args:
-        names: Ensembl ids (versions are stripped) or symbols.
-        known: the source's species.
-        biotypes: of genes that may enter the vocabulary.
-        vocabulary: where medians or a vocabulary are given: exactly these genes may enter it, whatever their biotype.
-        is_gene: False for columns of other kinds (antibodies), which are left out altogether.
+        names: Ensembl ids (versions are removed) or symbols, one per column.
+        lookup: genes of the source's species.
+        biotypes: biotypes of genes that may enter the vocabulary.
+        vocabulary: if given, exactly these genes may enter the vocabulary, whatever their biotype.
+        is_gene: False for other features (antibodies), which are ignored.
 
     Returns:
-        One row per column: name, gene (null where unknown), how, counted, mito, candidate, canonical (int32: first
-        column of the same gene), key (uint64: of the gene, 0 where unknown).
+        Table with one row per column: name; gene (Ensembl id, null = unknown); how (kind of the name); counted (a gene);
+        mito; candidate (may enter the vocabulary); canonical (int32, first column of the same gene); key (uint64, hash of
+        the gene, 0 = unknown).
     """
     names = list(names)
-    pattern = _id_pattern(known.row.gene_prefix)
+    pattern = _id_pattern(lookup.row.gene_prefix)
     rows: dict[str, list[Any]] = {n: [] for n in ("gene", "how", "counted", "mito", "candidate", "canonical", "key")}
     first: dict[str, int] = {}
     for i, name in enumerate(names):
         counted = is_gene is None or bool(is_gene[i])
-        gene, how = _resolve(name, known, pattern, vocabulary or frozenset()) if counted else (None, NOT_A_GENE)
+        gene, how = _resolve(name, lookup, pattern, vocabulary or frozenset()) if counted else (None, NOT_A_GENE)
         allowed = gene is not None and (
-            gene in vocabulary if vocabulary is not None else known.biotype.get(gene) in biotypes
+            gene in vocabulary if vocabulary is not None else lookup.biotype.get(gene) in biotypes
         )
         key = int.from_bytes(hashlib.blake2b(gene.encode(), digest_size=8).digest(), "little") if gene else 0
         canonical = first.setdefault(gene, i) if gene else i
-        values = (gene, how, counted, gene in known.mito, allowed, canonical, key)
+        values = (gene, how, counted, gene in lookup.mito, allowed, canonical, key)
         for column, value in zip(rows.values(), values, strict=True):
             column.append(value)
     types = (pa.string(), pa.string(), pa.bool_(), pa.bool_(), pa.bool_(), pa.int32(), pa.uint64())
@@ -109,14 +109,14 @@ def identify(
 
 
 def _resolve(
-    name: str, known: KnownGenes, pattern: re.Pattern[str], vocabulary: frozenset[str]
+    name: str, lookup: GeneLookup, pattern: re.Pattern[str], vocabulary: frozenset[str]
 ) -> tuple[str | None, str]:
     match = pattern.match(name)
     bare = match.group(1) if match else name
-    if bare in known.biotype or bare in vocabulary:
+    if bare in lookup.biotype or bare in vocabulary:
         return bare, ID
     for text in (name, unique.group(1) if (unique := _MADE_UNIQUE.match(name)) else None):
-        for how, genes in known.names if text else ():
+        for how, genes in lookup.names if text else ():
             if text in genes:
                 gene = genes[text]
                 return gene, how if gene else AMBIGUOUS
@@ -124,26 +124,35 @@ def _resolve(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mapping:
-    """The gene mapping report of one source."""
+class MappingReport:
+    """How the columns of one source map to genes."""
 
     columns: int
+    """Columns that are genes."""
     mapped: int
+    """Columns with a known gene."""
     renamed: int
     """Mapped by a previous symbol or an alias."""
     summed: int
     """Columns added to another column of the same gene."""
     unmapped: int
+    """Columns without a known gene."""
     counts_lost: float
-    """Share of the counts that lie on unmapped columns."""
+    """Share of all counts in unmapped columns, 0 to 1."""
     unmapped_names: list[str]
-    """The ten with the most counts."""
+    """The ten unmapped columns with the most counts."""
     cause: str
-    """Why columns are likely unmapped; empty when few counts are lost."""
+    """Likely reason why columns are unmapped; empty where at most 10 % of the counts are lost."""
 
 
-def report(columns: pa.Table, sums_G: np.ndarray, others: Iterable[KnownGenes]) -> Mapping:
-    """Summarise `identify` with the sum of counts of each column; `others` are the other species."""
+def report_mapping(columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneLookup]) -> MappingReport:
+    """Summarise the gene mapping of one source.
+
+    Args:
+        columns: from `identify_columns`.
+        sums_G: sum of counts of each column.
+        others: the other species, to recognise a wrong one.
+    """
     counted = columns["counted"].to_numpy()
     unknown = np.asarray([g is None for g in columns["gene"].to_pylist()]) & counted
     how = Counter(columns["how"].to_pylist())
@@ -152,7 +161,7 @@ def report(columns: pa.Table, sums_G: np.ndarray, others: Iterable[KnownGenes]) 
     lost = int(sums_G[unknown].sum()) / total if total else float(unknown.sum() / max(1, counted.sum()))
     names = columns["name"].to_pylist()
     worst = sorted(np.flatnonzero(unknown).tolist(), key=lambda i: (-int(sums_G[i]), names[i]))
-    return Mapping(
+    return MappingReport(
         columns=int(counted.sum()),
         mapped=int((counted & ~unknown).sum()),
         renamed=how[PREVIOUS] + how[ALIAS],
@@ -164,7 +173,7 @@ def report(columns: pa.Table, sums_G: np.ndarray, others: Iterable[KnownGenes]) 
     )
 
 
-def _cause(unmapped: list[str], others: Iterable[KnownGenes]) -> str:
+def _cause(unmapped: list[str], others: Iterable[GeneLookup]) -> str:
     for other in others:
         pattern = _id_pattern(other.row.gene_prefix)
         fits = sum(_resolve(name, other, pattern, frozenset())[0] is not None for name in unmapped)

@@ -1,9 +1,11 @@
-"""Medians of genes over all cells of a corpus: a sketch with update, merge and finish.
+"""Median of each gene over all cells of a corpus, from mergeable histograms (sketches).
 
-Medians (of count / depth * 10,000 over kept cells with count > 0, within the species; spec section 3) come from a histogram
-with 256 buckets per power of two. Its counts are whole numbers, so the result does not depend on the order or partition of
-the cells; a bucket is found by shifting the bits of the float64, so neither does it depend on the processor. Inside a
-bucket values are taken as evenly spread. Relative error: at most 1/256 = 0.39 %.
+The median is that of count / depth * 10,000 over the kept cells of the species in which the gene is detected. Rank value
+encoding divides by it (paper section 3.2). A histogram has 256 buckets per power of two; values are taken as evenly
+spread within a bucket. The relative error is at most 1/256 = 0.39 %.
+
+Bucket counts are whole numbers, and buckets are found from the bits of the float64. So the result depends neither on the
+order or partition of the cells nor on the processor.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _OCTAVES = 36  # up to 2**16, above the largest value, 10,000
 NUM_BUCKETS = _OCTAVES << SKETCH_BITS
 RELATIVE_ERROR = 2.0**-SKETCH_BITS
 _SMALL = 33
-"""The buckets of counts below this are looked up once per cell."""
+"""Buckets of counts below this are computed once per cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ EMPTY = Sketch(np.empty(0, np.uint32), np.empty(0, np.uint32))
 
 @jit
 def _bucket(count: int, depth: float, room: np.ndarray) -> int:
-    """The bucket of count / depth * 10,000; `room` is one float64 to see the bits of."""
+    """Bucket of count / depth * 10,000; `room` is workspace of one float64, whose bits are read."""
     room[0] = count / depth * 10000.0
     return min(max((room.view(np.int64)[0] >> (52 - 8)) - (1003 << 8), 0), 9215)
 
@@ -48,9 +50,9 @@ def _count(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, depth: np.ndarray, keep: np.ndarray, gene: np.ndarray,
     lowest: int, counts: np.ndarray,
 ) -> None:  # fmt: skip
-    """Count every gene's buckets from `lowest` on over the kept rows.
+    """Add the kept rows to the histogram `counts` (buckets from `lowest` on, genes).
 
-    `counts` is (buckets, genes): most counts of a cell are 1 or 2, and so go into neighbouring places in two rows.
+    Most counts of a cell are 1 or 2; with genes as columns they fall into neighbouring memory of two rows.
     """
     room, small = np.empty(1), np.zeros(_SMALL, np.int64)
     for row in range(indptr.shape[0] - 1):
@@ -66,8 +68,8 @@ def _count(  # noqa: PLR0917 (a compiled kernel)
 
 
 @jit
-def _gather(counts: np.ndarray, lowest: int, stop_G: np.ndarray, out_keys: np.ndarray, out_counts: np.ndarray) -> None:
-    """Move what was counted into keys in ascending order and their counts, and leave zeros; `stop_G`: each gene's first place."""
+def _collect(counts: np.ndarray, lowest: int, stop_G: np.ndarray, out_keys: np.ndarray, out_counts: np.ndarray) -> None:
+    """Move a histogram to ascending keys and their counts, and set it to 0; `stop_G` is the first position of each gene."""
     for bucket in range(counts.shape[0]):
         row = counts[bucket]
         for g in range(row.shape[0]):
@@ -78,7 +80,7 @@ def _gather(counts: np.ndarray, lowest: int, stop_G: np.ndarray, out_keys: np.nd
 
 
 @jit
-def _number(counts: np.ndarray, number_G: np.ndarray) -> None:
+def _count_filled(counts: np.ndarray, number_G: np.ndarray) -> None:
     """Add every gene's number of filled buckets to `number_G`."""
     for bucket in range(counts.shape[0]):
         row = counts[bucket]
@@ -87,7 +89,7 @@ def _number(counts: np.ndarray, number_G: np.ndarray) -> None:
 
 
 @jit
-def _merge(  # noqa: PLR0917 (a compiled kernel)
+def _merge_sorted(  # noqa: PLR0917 (a compiled kernel)
     keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, keys: np.ndarray,
     counts: np.ndarray,
 ) -> int:  # fmt: skip
@@ -107,15 +109,21 @@ def _merge(  # noqa: PLR0917 (a compiled kernel)
     return n
 
 
-class Accumulator:
-    """The sketch of some cells, filled block by block.
+class SketchBuilder:
+    """Builds the sketch of cells, block by block.
 
-    Memory: 2 bytes for every gene and every bucket from the least value that can be (one count in the deepest cell) to 10,000;
-    and the sketch.
+    Memory: the sketch, and 2 bytes for every gene and bucket. Buckets range from the least possible value (one count in
+    the deepest cell) to 10,000.
     """
 
     def __init__(self, num_genes: int, most_depth: int, *, most_cells: int = np.iinfo(np.uint16).max) -> None:
-        """`most_depth`: of the kept cells; `most_cells` are counted before the counts go into the sketch."""
+        """Start with no cells.
+
+        Args:
+            num_genes: genes.
+            most_depth: largest depth of a kept cell.
+            most_cells: cells that are counted in 16 bits before the counts move to the sketch.
+        """
         assert (SKETCH_BITS, _LOWEST, NUM_BUCKETS) == (8, 1003, 9216), "compiled into the kernels above"
         assert num_genes * NUM_BUCKETS < 1 << 32, num_genes
         assert 0 < most_cells <= np.iinfo(np.uint16).max, most_cells
@@ -135,7 +143,16 @@ class Accumulator:
         keep_N: np.ndarray,
         gene_G: np.ndarray,
     ) -> None:
-        """Add the kept rows of one CSR block; `gene_G` gives the gene of each column, -1 for none, and none of them twice."""
+        """Add the kept rows of one CSR block.
+
+        Args:
+            data: counts.
+            indices: columns.
+            indptr: row pointers.
+            depth_N: depth of each row.
+            keep_N: bool, rows to add.
+            gene_G: number of the gene of each column, -1 = none; no gene twice.
+        """
         depth = depth_N.astype(np.float64)
         first = 0
         while first < len(depth):
@@ -148,28 +165,28 @@ class Accumulator:
 
     def _flush(self) -> None:
         number_G = np.zeros(self._counts.shape[1], np.int32)
-        _number(self._counts, number_G)
+        _count_filled(self._counts, number_G)
         stop_G = np.cumsum(number_G, dtype=np.int64)
         n = int(stop_G[-1])
         found = Sketch(np.empty(n, np.uint32), np.empty(n, np.uint32))
-        _gather(self._counts, self._lowest, stop_G - number_G, found.keys, found.counts)
-        self._total, self._cells = merge([self._total, found]), 0
+        _collect(self._counts, self._lowest, stop_G - number_G, found.keys, found.counts)
+        self._total, self._cells = merge_sketches([self._total, found]), 0
 
     def finish(self) -> Sketch:
-        """The sketch of all that `update` brought."""
+        """Sketch of all cells so far."""
         self._flush()
         return self._total
 
 
 def _cut(keys: np.ndarray, counts: np.ndarray, n: int) -> Sketch:
-    """The first n of both, without holding them twice."""
+    """Sketch of the first n entries; the arrays are resized in place, not copied."""
     keys.resize(n, refcheck=False)
     counts.resize(n, refcheck=False)
     return Sketch(keys, counts)
 
 
-def merge(sketches: Iterable[Sketch]) -> Sketch:
-    """The sketch of all cells together; order and grouping do not matter."""
+def merge_sketches(sketches: Iterable[Sketch]) -> Sketch:
+    """Sketch of the cells of all sketches; neither order nor grouping changes it."""
     total = EMPTY
     for sketch in sketches:
         if not len(total.keys):
@@ -177,12 +194,12 @@ def merge(sketches: Iterable[Sketch]) -> Sketch:
             continue
         most = len(total.keys) + len(sketch.keys)
         keys, counts = np.empty(most, np.uint32), np.empty(most, np.uint32)
-        total = _cut(keys, counts, _merge(total.keys, total.counts, sketch.keys, sketch.counts, keys, counts))
+        total = _cut(keys, counts, _merge_sorted(total.keys, total.counts, sketch.keys, sketch.counts, keys, counts))
     return total
 
 
-def finish(sketch: Sketch) -> dict[int, float]:
-    """Medians by gene index, for genes seen at least once; relative error at most `RELATIVE_ERROR`."""
+def median_by_gene(sketch: Sketch) -> dict[int, float]:
+    """Median by gene number, for genes detected in at least one cell; relative error at most `RELATIVE_ERROR`."""
     if not len(sketch.keys):
         return {}
     genes = sketch.keys // NUM_BUCKETS
@@ -193,7 +210,7 @@ def finish(sketch: Sketch) -> dict[int, float]:
         ends = np.cumsum(counts)
         n = int(ends[-1])
         values = []
-        for rank in ((n - 1) // 2, n // 2):  # the two middle values; one and the same when n is odd
+        for rank in ((n - 1) // 2, n // 2):  # the two middle values, equal for odd n
             i = int(np.searchsorted(ends, rank, side="right"))
             bucket = int(sketch.keys[lo + i] % NUM_BUCKETS)
             left = np.ldexp(1 + (bucket & 255) / 256, (bucket >> SKETCH_BITS) - 20)

@@ -1,4 +1,4 @@
-"""Species as rows of data: gene tables and one-to-one orthologs (spec section 1)."""
+"""Gene tables of species, and one-to-one orthologs between them, from Parquet files that the config names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gene_table(row: SpeciesRow) -> pa.Table:
 def orthologs(uris: tuple[str, ...]) -> dict[tuple[str, str], dict[str, str]]:
     """One-to-one orthologs by ordered pair of species: gene of the first to gene of the second.
 
-    Every table has one column per species (named like it, holding Ensembl ids); empty cells mean: no partner.
+    Each table has one column per species, named after it, with Ensembl ids; an empty value means no ortholog.
 
     Raises:
         UserError: a table is missing, or a gene has two partners.

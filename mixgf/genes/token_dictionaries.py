@@ -1,7 +1,7 @@
-"""Published token and median dictionaries of the Geneformer family: gene to id, gene to median.
+"""Published token and median dictionaries of the Geneformer models: gene to token id, gene to median.
 
-They are pickles, read here and nowhere else, by a reader that builds numbers, text and dictionaries and calls nothing
-that the file names. JSON, Parquet and TSV are read as well.
+Most are pickles. They are read by an unpickler that builds only text, numbers and dictionaries, and that calls nothing
+which the file names. JSON, Parquet and TSV files are read as well.
 """
 
 from __future__ import annotations
@@ -47,15 +47,14 @@ class _Dtype:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds what a published dictionary holds: text, numbers, numpy scalars, dictionaries. Refuses every other global.
+    """Unpickler for text, numbers, numpy scalars and dictionaries; any other global in the file is an error.
 
-    The names that a pickle may use are bound to functions of ours, so nothing of numpy or Python is called that a file
-    could misuse. Functions are methods: a pickle cannot set their attributes.
+    The allowed names are bound to methods of this class, so a file cannot call functions of numpy or Python.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for an admitted global; anything else is refused by name."""
-        admitted = {
+        """Replacement for an allowed global; any other is an error that names it."""
+        allowed = {
             ("numpy", "dtype"): self._dtype,
             ("numpy.core.multiarray", "scalar"): self._scalar,
             ("numpy._core.multiarray", "scalar"): self._scalar,
@@ -63,15 +62,15 @@ class _Unpickler(pickle.Unpickler):
             ("collections", "OrderedDict"): OrderedDict,
             ("collections", "defaultdict"): defaultdict,
         }
-        admitted |= {(home, kind.__name__): kind for home in ("builtins", "__builtin__") for kind in (int, float)}
-        admitted["__builtin__", "long"] = int  # as protocols before 3 call it
-        if (module, name) not in admitted:
+        allowed |= {(home, kind.__name__): kind for home in ("builtins", "__builtin__") for kind in (int, float)}
+        allowed["__builtin__", "long"] = int  # as protocols before 3 call it
+        if (module, name) not in allowed:
             msg = f"it names the global {module}.{name}"
             raise pickle.UnpicklingError(msg)
-        return admitted[module, name]
+        return allowed[module, name]
 
     def persistent_load(self, _pid: Any) -> Any:
-        """Refuses references out of the file."""
+        """References to objects outside the file are an error."""
         msg = "it refers to something outside the file"
         raise pickle.UnpicklingError(msg)
 
@@ -104,11 +103,15 @@ PICKLE_ERRORS = (
 )  # fmt: skip
 
 
-def unpickle(data: bytes, where: str) -> dict[Any, Any]:
-    """The dictionary in a published pickle.
+def load_pickle(data: bytes, where: str) -> dict[Any, Any]:
+    """Read a pickled dictionary of text and numbers.
+
+    Args:
+        data: bytes of the pickle.
+        where: name of the file, for messages.
 
     Raises:
-        UserError: it holds anything but text, numbers and dictionaries (named), or is no pickled dictionary.
+        UserError: the pickle holds anything else, or is not a dictionary.
     """
     try:
         found = _Unpickler(io.BytesIO(data)).load()
@@ -124,8 +127,8 @@ def unpickle(data: bytes, where: str) -> dict[Any, Any]:
     return found
 
 
-def _pairs(uri: str, field: str, value: str) -> dict[str, Any] | None:
-    """Gene to `value` (token or median), from any of the formats; None for a table without that column."""
+def _read_mapping(uri: str, field: str, value: str) -> dict[str, Any] | None:
+    """Gene to `value` (token or median) from a file of any format; None for a table without that column."""
     where = f"{field} = {uri!r}"
     if not files.exists(uri) or files.is_folder(uri):
         msg = f"{where}: no such file; give a pickle, JSON, Parquet or TSV file of gene and {value}"
@@ -135,7 +138,7 @@ def _pairs(uri: str, field: str, value: str) -> dict[str, Any] | None:
         raise UserError(msg)
     found: Any
     if uri.endswith((".pkl", ".pickle")):
-        found = unpickle(files.read_bytes(uri), where)
+        found = load_pickle(files.read_bytes(uri), where)
     elif uri.endswith(".json"):
         try:
             found = files.read_json(uri)
@@ -184,23 +187,23 @@ def _table(uri: str, where: str) -> pa.Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Dictionary:
-    """A token dictionary."""
+class TokenDictionary:
+    """A token dictionary: genes and special tokens to ids."""
 
     uri: str
     genes: dict[str, int]
-    """Gene, as the dictionary spells it, to id."""
+    """Gene, as the dictionary spells it, to token id."""
     specials: dict[str, int]
-    """`<name>` to id."""
+    """Special token, such as `<pad>`, to token id."""
 
 
-def read_dictionary(uri: str, field: str = "dictionary") -> Dictionary:
+def read_token_dictionary(uri: str, field: str = "dictionary") -> TokenDictionary:
     """Read a token dictionary; `field` is the config field that names it, for messages.
 
     Raises:
         UserError: not a dictionary of names to distinct whole numbers from 0.
     """
-    found = _pairs(uri, field, "token")
+    found = _read_mapping(uri, field, "token")
     where = f"{field} = {uri!r}"
     if found is None:
         msg = f"{where}: no column token; give gene (or key) and token"
@@ -215,18 +218,19 @@ def read_dictionary(uri: str, field: str = "dictionary") -> Dictionary:
             raise UserError(msg)
     special = re.compile(r"<[^<>]*>")
     genes = {k: v for k, v in found.items() if not special.fullmatch(k)}
-    return Dictionary(uri, genes, {k: v for k, v in found.items() if k not in genes})
+    return TokenDictionary(uri, genes, {k: v for k, v in found.items() if k not in genes})
 
 
 def read_medians(uri: str, field: str = "medians") -> dict[str, float] | None:
-    """Read a median dictionary or table: gene to median above 0; entries without one are passed over.
+    """Read a median dictionary or table: gene to median above 0; entries without a median are left out.
 
-    None for a table without medians, such as a dictionary in TSV.
+    Returns:
+        None for a table without a column median, such as a token dictionary in TSV.
 
     Raises:
         UserError: a median that is not a number above 0.
     """
-    found = _pairs(uri, field, "median")
+    found = _read_mapping(uri, field, "median")
     if found is None:
         return None
     out = {}
@@ -240,14 +244,20 @@ def read_medians(uri: str, field: str = "medians") -> dict[str, float] | None:
     return out
 
 
-def genes_of(
+def genes_of_species(
     names: Iterable[str], species: str, rows: Iterable[SpeciesRow], known: Mapping[str, set[str]]
 ) -> dict[str, str]:
-    """The names that are genes of one species, to Ensembl ids without version.
+    """Names of genes of one species, to Ensembl ids without version.
 
-    A gene belongs to the species whose gene table (`known`) has it, else to the one with the longest fitting id prefix,
-    so retired ids of published dictionaries keep their species. ENSGR ids (the pseudoautosomal copies on Y, as old
-    releases call them) are genes of their own, as they are there.
+    A gene belongs to the species whose gene table has it, else to the species with the longest matching id prefix, so
+    that retired ids of published dictionaries keep their species. ENSGR ids (pseudoautosomal copies on Y in old Ensembl
+    releases) count as genes of their own.
+
+    Args:
+        names: genes as a dictionary spells them; names of other species are left out.
+        species: name of the species.
+        rows: all species.
+        known: Ensembl ids of each species' gene table, by the species' name.
     """
     ordered = sorted(rows, key=lambda row: -len(row.gene_prefix))
     prefixes = [(row.name, re.compile(re.escape(row.gene_prefix) + r"R?\d+")) for row in ordered]

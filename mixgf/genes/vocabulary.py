@@ -1,8 +1,8 @@
-"""The joint vocabulary: one table of genes by species with token ids and medians, and its hash.
+"""The joint vocabulary of all species: a table of genes with token ids and medians, and its hash.
 
-Special tokens are `<pad>` 0, `<mask>` 1, `<cls>` 2; genes follow from id 3, by species in the config's order, then by
-Ensembl id (spec section 3). A gene is in the vocabulary if its biotype is asked for and it has a median, that is, if at
-least one kept cell has it, or if the imported table names it.
+Special tokens are `<pad>` 0, `<mask>` 1 and `<cls>` 2. Genes follow from id 3 on, by species in the order of the config,
+then by Ensembl id. A gene is in the vocabulary if its biotype is selected and it has a median: at least one kept cell
+detects it, or an imported table of medians names it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SpeciesGenes:
     """float64[G], above 0."""
 
     def positions(self, genes: pa.Array) -> np.ndarray:
-        """int32: where each Ensembl id (string or null) stands in this table, -1 where it does not."""
+        """int32: position in this table of each Ensembl id (string or null), -1 = not in it."""
         found = pc.index_in(genes, value_set=pa.array(self.genes, pa.string()))
         return cast("np.ndarray", pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int32))
 
@@ -63,7 +63,7 @@ class Vocabulary:
     """The joint vocabulary; immutable.
 
     `table` has one row per (species, gene): token int32, gene, symbol, species, median float64, biotype. With
-    `sharing = "ortholog"` rows of two species may hold the same token.
+    `sharing = "ortholog"`, one-to-one orthologs of two species have the same token.
     """
 
     def __init__(self, table: pa.Table, *, species: tuple[str, ...], sharing: str) -> None:
@@ -79,7 +79,7 @@ class Vocabulary:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of what decides a sentence: tokens, genes, species, medians."""
+        """SHA-256 (hex) of everything that determines a sentence: tokens, genes, species, medians."""
         digest = hashlib.sha256(f"{self.sharing} {' '.join(self.species)}\n".encode())
         columns = (self.table[name].to_pylist() for name in ("token", "gene", "species", "median"))
         for token, gene, species, median in zip(*columns, strict=True):
@@ -95,31 +95,34 @@ class Vocabulary:
             out[name] = SpeciesGenes(genes, part["token"].to_numpy(), part["median"].to_numpy())
         return out
 
-    def of(self, species: str) -> SpeciesGenes:
-        """The genes of one species; a `UserError` for a species that the vocabulary does not know."""
+    def species_genes(self, species: str) -> SpeciesGenes:
+        """Genes of one species; a `UserError` for a species that is not in the vocabulary."""
         if species not in self._by_species:
             msg = f"species = {species!r}: not in the vocabulary, which has {', '.join(self.species)}; prepare the corpus with it"
             raise UserError(msg)
         return self._by_species[species]
 
     def species_tokens(self, species: str) -> np.ndarray:
-        """int32: the ids from which masked-gene replacements of that species are drawn."""
-        return self.of(species).tokens
+        """int32: token ids of the species' genes, from which random replacements of masked genes are drawn."""
+        return self.species_genes(species).tokens
 
     def ortholog_map(
         self, source: str, target: str, orthologs: Mapping[tuple[str, str], Mapping[str, str]]
     ) -> np.ndarray:
-        """int32[V]: the `target` token of each `source` token's one-to-one ortholog, -1 where there is none."""
+        """int32[V]: for each token of species `source`, the token of its ortholog in species `target`; -1 = none."""
         pairs = orthologs.get((source, target), {})
-        tokens = dict(zip(self.of(target).genes, self.of(target).tokens.tolist(), strict=True))
+        tokens = dict(zip(self.species_genes(target).genes, self.species_genes(target).tokens.tolist(), strict=True))
         out = np.full(self.size, -1, dtype=np.int32)
-        mine = self.of(source)
+        mine = self.species_genes(source)
         for gene, token in zip(mine.genes, mine.tokens, strict=True):
             out[token] = tokens.get(pairs.get(gene, ""), -1)
         return out
 
-    def older(self, hash_: str) -> Vocabulary | None:
-        """The vocabulary of this hash that this one was grown from, or is: its first species; None where there is none."""
+    def ancestor(self, hash_: str) -> Vocabulary | None:
+        """The vocabulary with this hash that was extended to this one (or is this one); None if there is none.
+
+        A vocabulary is extended by further species, so an ancestor holds the first species of this one.
+        """
         for num in range(len(self.species), 0, -1):
             names = self.species[:num]
             table = self.table.filter(pc.is_in(self.table["species"], pa.array(names)))
@@ -128,10 +131,15 @@ class Vocabulary:
                 return found
         return None
 
-    def models(self, old: Vocabulary, orthologs: Mapping[tuple[str, str], Mapping[str, str]]) -> np.ndarray:
-        """int64[V]: of every id the id of `old` (see `older`) whose vector it starts with, -1 where that is a random one.
+    def warm_start_ids(self, old: Vocabulary, orthologs: Mapping[tuple[str, str], Mapping[str, str]]) -> np.ndarray:
+        """For each id, the id of `old` whose embedding it starts from, int64[V]; -1 = a random embedding.
 
-        Old ids have their own. A new gene has that of its one-to-one ortholog, in the species with the most of these first.
+        Ids of `old` keep their own embedding. A new gene starts from its one-to-one ortholog; where several species have
+        one, from that of the species with the most orthologs.
+
+        Args:
+            old: from `ancestor`.
+            orthologs: (species_a, species_b) to pairs of genes, `genes.species.orthologs`.
         """
         out = np.full(self.size, -1, dtype=np.int64)
         out[: old.size] = np.arange(old.size)
@@ -157,8 +165,8 @@ class Vocabulary:
         return self._per_token("gene")
 
     def find(self, gene_or_symbol: str, species: str) -> int:
-        """Token of an Ensembl id or symbol of one species; a `UserError` if the vocabulary has no such gene."""
-        self.of(species)
+        """Token id of a gene, by Ensembl id or symbol, within one species; a `UserError` for an unknown gene."""
+        self.species_genes(species)
         part = self.table.filter(pc.equal(self.table["species"], species))
         for column in ("gene", "symbol"):
             found = part.filter(pc.equal(part[column], gene_or_symbol))
@@ -170,13 +178,17 @@ class Vocabulary:
         raise UserError(msg)
 
     def save(self, uri: str) -> tuple[int, str]:
-        """Write one Parquet file; returns (bytes, sha256)."""
+        """Write the vocabulary as one Parquet file; returns its size in bytes and its SHA-256."""
         meta = {"mixgf": json.dumps({"species": self.species, "sharing": self.sharing, "hash": self.hash})}
         return write_table(uri, self.table.replace_schema_metadata(meta))
 
     @classmethod
     def load(cls, uri: str) -> Vocabulary:
-        """Read a vocabulary file, or the file in a vocabulary artifact's folder."""
+        """Read a vocabulary from its file, or from the folder that holds vocabulary.parquet.
+
+        Raises:
+            UserError: no such file, not a vocabulary, or its content does not match its hash.
+        """
         uri = uri if uri.endswith(".parquet") else files.join(uri, "vocabulary.parquet")
         if not files.exists(uri):
             msg = f"{uri}: no such vocabulary; `mixgf prepare` makes one"
@@ -193,32 +205,33 @@ class Vocabulary:
         return found
 
 
-def build(
+def build_vocabulary(
     medians: Mapping[str, Mapping[str, float]],
     tables: Mapping[str, pa.Table],
     *,
     sharing: str,
     orthologs: Mapping[tuple[str, str], Mapping[str, str]],
-    older: Vocabulary | None = None,
+    base: Vocabulary | None = None,
 ) -> Vocabulary:
-    """Make the vocabulary.
+    """Assign token ids to the genes of all species.
 
     Args:
-        medians: by species, in the order in which ids are given out: Ensembl id to median.
-        tables: by species, its gene table (for symbols and biotypes; genes that it lacks have empty ones).
-        sharing: `separate`, or `ortholog`: a gene whose one-to-one ortholog in an earlier species has an id takes that id.
+        medians: Ensembl id to median, by species; ids are assigned in this order of species.
+        tables: gene table of each species, for symbols and biotypes.
+        sharing: `separate`: every gene has its own id. `ortholog`: a gene takes the id of its one-to-one ortholog in an
+            earlier species, if there is one.
         orthologs: (species_a, species_b) to pairs of genes.
-        older: a vocabulary of other species and the same sharing, which stays as it is; these come behind it.
+        base: a vocabulary of other species with the same sharing; its ids stay, the new ones follow.
     """
     rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     given: dict[tuple[str, str], int] = {}
     free, names = NUM_SPECIALS, list(medians)
-    if older is not None:
-        assert older.sharing == sharing, (older.sharing, sharing)
-        assert not set(older.species) & set(names), (older.species, names)
-        rows = older.table.to_pydict()
+    if base is not None:
+        assert base.sharing == sharing, (base.sharing, sharing)
+        assert not set(base.species) & set(names), (base.species, names)
+        rows = base.table.to_pydict()
         given = dict(zip(zip(rows["species"], rows["gene"], strict=True), rows["token"], strict=True))
-        free, names = older.size, [*older.species, *names]
+        free, names = base.size, [*base.species, *names]
     for i, species in enumerate(names):
         if species not in medians:
             continue
@@ -230,7 +243,7 @@ def build(
                 strict=True,
             )
         )
-        used: set[int] = set()  # with three species two genes could both claim one id; the second gets its own
+        used: set[int] = set()  # with three species, two genes may have orthologs with one id; the second gets a new id
         for gene in sorted(medians[species]):
             token = -1
             for earlier in names[:i] if sharing == "ortholog" else ():
@@ -252,11 +265,21 @@ def build(
     return Vocabulary(pa.table(rows, schema=SCHEMA), species=tuple(names), sharing=sharing)
 
 
-def read_medians(uri: str, species: Iterable[SpeciesRow], known: Mapping[str, set[str]]) -> dict[str, dict[str, float]]:
-    """Import a median table (Parquet, TSV or TSV.gz with columns gene (or key) and median), split by species.
+def read_median_table(
+    uri: str, species: Iterable[SpeciesRow], known: Mapping[str, set[str]]
+) -> dict[str, dict[str, float]]:
+    """Medians by species from one table (Parquet, TSV or TSV.gz with columns gene or key, and median).
 
-    A gene belongs to the species whose gene table names it, else to the one with the longest fitting id prefix; rows
-    without a median (special tokens of published tables) are passed over, genes of no species here as well.
+    A gene belongs to the species whose gene table has it, else to the species with the longest matching id prefix. Rows
+    without a median (special tokens) and genes of other species are left out.
+
+    Args:
+        uri: the table.
+        species: species to return.
+        known: Ensembl ids of each species' gene table, by the species' name.
+
+    Raises:
+        UserError: the table is missing, lacks a column, has a median that is not above 0, or no gene of the species.
     """
     if not files.exists(uri):
         msg = f"vocab.medians = {uri!r}: no such file; give a Parquet or TSV table with columns gene and median"

@@ -118,7 +118,7 @@ class _Import:
             return Vocabulary.load(uri)
         made = self.given.build()
         size, digest = made.save(files.join(uri, "vocabulary.parquet"))
-        genes = {name: len(made.of(name).tokens) for name in made.species}
+        genes = {name: len(made.species_genes(name).tokens) for name in made.species}
         artifacts.finish(
             uri, record, counts={"tokens": made.size, "genes": genes},
             files={"vocabulary.parquet": {"bytes": size, "sha256": digest}}, details={"hash": made.hash, "sharing": made.sharing},
@@ -139,7 +139,7 @@ class _Import:
                 self.passes.refuse(i, str(error))
                 continue
             dictionary = self.given.dictionaries[self.given.dictionary_uris[i]]
-            table = remap_ids.lookup(dictionary, self.given.genes[i], made.of(source.species))
+            table = remap_ids.lookup(dictionary, self.given.genes[i], made.species_genes(source.species))
             write_table(shards.part(self.work, "lookup", i), pa.table({"token": table}))
             lengths[i] = len(found)
             for f, uri in enumerate(found):
@@ -220,7 +220,7 @@ class _Import:
             genes = np.concatenate(self.genes[i])
             cells = {"cells_read": len(genes), "cells_kept": int((genes >= self.config.qc.min_genes).sum())}
             dictionary = self.given.dictionaries[self.given.dictionary_uris[i]]
-            ours = set(made.of(source.species).genes.tolist())
+            ours = set(made.species_genes(source.species).genes.tolist())
             mapped = sum(gene in ours for gene in self.given.genes[i].values())
             counts = self._counts(i)
             rows.append(
@@ -261,5 +261,5 @@ class _Import:
         return manifest.publish(self.uri, record, tables=tables, counts=totals, details=details)
 
 
-_MAPPING = tuple(identify.Mapping.__slots__)
+_MAPPING = tuple(identify.MappingReport.__slots__)
 """Columns of a prepared corpus' mapping.parquet; an imported corpus has no rows in it: the counts' genes are not known."""

@@ -43,7 +43,7 @@ def grow(settings: Config, folder: str) -> str:
     corpus = Corpus(settings.inputs.corpus or files.join(settings.output, "corpus"))
     model, made = checkpoint.load_model(folder)
     vocabulary = corpus.vocabulary
-    older = vocabulary.older(made.details["vocabulary"])
+    older = vocabulary.ancestor(made.details["vocabulary"])
     if older is None:
         msg = f"{folder}: its vocabulary is no beginning of that of {corpus.uri}; prepare that with vocab.reuse = the vocabulary of this checkpoint"
         raise UserError(msg)
@@ -56,7 +56,7 @@ def grow(settings: Config, folder: str) -> str:
         say(f"import-weights: {uri} is already there")
         return uri
     with mlflow_runs.stage(settings, "import-weights", chosen, record.fingerprint):
-        source = vocabulary.models(older, pairs)
+        source = vocabulary.warm_start_ids(older, pairs)
         tensors = {name: p.detach() for name, p in model.named_parameters()}
         grown = _placed(Published(model.encoder.row, tensors, ""), source, settings.seed)
         counts: dict[str, Any] = {"steps": 0}
@@ -103,7 +103,7 @@ def bring(settings: Config, folder: str) -> str:
         return uri
     with mlflow_runs.stage(settings, "import-weights", chosen, record.fingerprint) as tracked:
         for name, found in counts.items():
-            total = len(corpus.vocabulary.of(name).genes)
+            total = len(corpus.vocabulary.species_genes(name).genes)
             tracked.log({f"genes/{name}": found})
             tell = say if found > total / 2 else warn
             tell(

@@ -28,7 +28,7 @@ from mixgf.distributed.metrics import Meter, watch
 from mixgf.distributed.tasks import Job, Passes, Spread, job, ray_tasks
 from mixgf.errors import UserError
 from mixgf.genes import identify, medians, species
-from mixgf.genes.vocabulary import Vocabulary, build, read_medians
+from mixgf.genes.vocabulary import Vocabulary, build_vocabulary, read_median_table
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
 from mixgf.storage.tables import read_table
@@ -166,10 +166,10 @@ class _Prepare:
         """Genes of a species that alone may enter the vocabulary, and imported medians, where the config gives them."""
         if self.config.vocab.reuse:
             given = Vocabulary.load(self.config.vocab.reuse)
-            return {name: list(given.of(name).genes) for name in given.species}, None
+            return {name: list(given.species_genes(name).genes) for name in given.species}, None
         if self.config.vocab.medians:
             known = {name: set(species.gene_table(row)["gene"].to_pylist()) for name, row in self.rows.items()}
-            found = read_medians(self.config.vocab.medians, self.config.species, known)
+            found = read_median_table(self.config.vocab.medians, self.config.species, known)
             return {name: list(genes) for name, genes in found.items()}, found
         return None, None
 
@@ -200,7 +200,7 @@ class _Prepare:
         self.passes.run("metrics", "metrics", jobs, counter="cells_read")
         self._leave_out()
 
-    def _reports(self, all_units: list[prepare_passes.Unit]) -> dict[int, identify.Mapping]:
+    def _reports(self, all_units: list[prepare_passes.Unit]) -> dict[int, identify.MappingReport]:
         """Gene mapping of every source; refuses those of which too few counts are known."""
         out = {}
         for i in sorted(self.facts):
@@ -210,8 +210,8 @@ class _Prepare:
                 axis=0,
             )
             mine = self.sources[i].species
-            others = [identify.known_genes(row) for name, row in self.rows.items() if name != mine]
-            found = identify.report(read_table(shards.part(self.work, "sources", i)), sums, others)
+            others = [identify.gene_lookup(row) for name, row in self.rows.items() if name != mine]
+            found = identify.report_mapping(read_table(shards.part(self.work, "sources", i)), sums, others)
             out[i] = found
             if 1 - found.counts_lost < self.config.qc.min_mapped_fraction:
                 self.passes.refuse(i, (
@@ -282,9 +282,9 @@ class _Prepare:
         with_genes = {name: genes for name, genes in given.items() if genes}
         pairs = species.orthologs(self.config.vocab.orthologs)
         sharing = self.config.vocab.sharing if older is None else older.sharing
-        made = build(with_genes, tables, sharing=sharing, orthologs=pairs, older=older)
+        made = build_vocabulary(with_genes, tables, sharing=sharing, orthologs=pairs, base=older)
         size, digest = made.save(files.join(uri, "vocabulary.parquet"))
-        genes = {name: len(made.of(name).tokens) for name in made.species}
+        genes = {name: len(made.species_genes(name).tokens) for name in made.species}
         artifacts.finish(
             uri, record, counts={"tokens": made.size, "genes": genes},
             files={"vocabulary.parquet": {"bytes": size, "sha256": digest}}, details={"hash": made.hash, "sharing": made.sharing},
@@ -319,8 +319,8 @@ class _Prepare:
         self.passes.run("medians", "sketch", jobs)
         out = {}
         for name in present:
-            total = medians.merge(prepare_passes.read_sketch(p) for p in self._merged(name, sketches[name]))
-            out[name] = {genes[name][g]: median for g, median in medians.finish(total).items()}
+            total = medians.merge_sketches(prepare_passes.read_sketch(p) for p in self._merged(name, sketches[name]))
+            out[name] = {genes[name][g]: median for g, median in medians.median_by_gene(total).items()}
         return out
 
     def _merged(self, name: str, parts: list[str]) -> list[str]:
@@ -330,7 +330,7 @@ class _Prepare:
             groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
             parts = [shards.part(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
             pairs = zip(groups, parts, strict=True)
-            merges = {k: job(-1, len(g), prepare_passes.merge_sketches, g, to) for k, (g, to) in enumerate(pairs)}
+            merges = {k: job(-1, len(g), prepare_passes.merge_sketch_parts, g, to) for k, (g, to) in enumerate(pairs)}
             self.passes.run("merge", f"merge-{name}-{level}", merges, "parts")
             level += 1
         return parts
@@ -382,7 +382,7 @@ class _Prepare:
 
     def _publish(
         self, record: artifacts.Record, made: Vocabulary, kept: list[prepare_passes.Unit], reasons: dict[int, np.ndarray],
-        reports: dict[int, identify.Mapping],
+        reports: dict[int, identify.MappingReport],
     ) -> artifacts.Record:  # fmt: skip
         done = [shards.read_done(self.work, n) for n in range(self.first + len(kept))]
         tables = {"index": manifest.index(done[self.first :], [u.source.species for u in kept], made.species)}

@@ -114,7 +114,7 @@ def read(uri, layer, columns, start, stop, rows):  # noqa: PLR0917
 
 
 def plain_columns(row, names=NAMES):
-    return identify.identify(names, identify.known_genes(row), biotypes=("protein_coding",))
+    return identify.identify_columns(names, identify.gene_lookup(row), biotypes=("protein_coding",))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_ids_lose_their_version_and_symbols_resolve_by_trust(row):
         "nothing",
         "ENSYYYG9999",
     ]
-    found = identify.identify(names, identify.known_genes(row), biotypes=("protein_coding",))
+    found = identify.identify_columns(names, identify.gene_lookup(row), biotypes=("protein_coding",))
     assert list(zip(found["gene"].to_pylist(), found["how"].to_pylist(), strict=True)) == [
         ("ENSYYYG0003", "id"), ("ENSYYYG0004", "id"), ("ENSYYYG0001", "symbol"), ("ENSYYYG0000", "previous"), ("ENSYYYG0002", "alias"),
         (None, "ambiguous"), ("ENSYYYG0051", "symbol"), ("ENSYYYG0005", "symbol"), (None, "unknown"), (None, "unknown"),
@@ -173,11 +173,13 @@ def test_ids_lose_their_version_and_symbols_resolve_by_trust(row):
 
 
 def test_only_asked_biotypes_or_given_genes_may_enter_the_vocabulary(row):
-    known = identify.known_genes(row)
+    known = identify.gene_lookup(row)
     assert plain_columns(row)["candidate"].to_pylist() == [True] * 8 + [False]
-    assert identify.identify(NAMES, known, biotypes=("lncRNA",))["candidate"].to_pylist() == [False] * 8 + [True]
+    assert identify.identify_columns(NAMES, known, biotypes=("lncRNA",))["candidate"].to_pylist() == [False] * 8 + [
+        True
+    ]
     given = frozenset({"ENSYYYG0008", "ENSYYYG7777"})
-    found = identify.identify([*NAMES, "ENSYYYG7777"], known, biotypes=(), vocabulary=given)
+    found = identify.identify_columns([*NAMES, "ENSYYYG7777"], known, biotypes=(), vocabulary=given)
     assert found["candidate"].to_pylist() == [False] * 8 + [True, True]
     assert found["mito"].to_pylist() == [False] * 7 + [True, False, False]
 
@@ -192,7 +194,7 @@ def test_columns_of_one_gene_are_summed_and_other_columns_kept(row, counts, tmp_
     expected[:, 4] += counts[:, 5]
     expected[:, [1, 3, 5]] = 0
     assert np.array_equal(x, expected)
-    report = identify.report(columns, x.sum(0), [])
+    report = identify.report_mapping(columns, x.sum(0), [])
     assert (report.columns, report.mapped, report.renamed, report.summed, report.unmapped) == (9, 7, 2, 3, 2)
     assert report.counts_lost == pytest.approx(counts[:, [2, 7]].sum() / counts.sum())
     assert set(report.unmapped_names) == {"x", "y"}
@@ -201,7 +203,7 @@ def test_columns_of_one_gene_are_summed_and_other_columns_kept(row, counts, tmp_
 def test_the_report_names_the_likely_cause(row, tmp_path):
     table = pa.table({"gene": ["ENSQ1"], "symbol": ["Quail1"], "biotype": ["protein_coding"], "is_mito": [False]})
     pq.write_table(table, tmp_path / "q.parquet")
-    quail = identify.known_genes(
+    quail = identify.gene_lookup(
         SpeciesRow(name="quail", taxon=2, gene_prefix="ENSQ", genes=str(tmp_path / "q.parquet"))
     )
     for names, cause in {
@@ -210,14 +212,14 @@ def test_the_report_names_the_likely_cause(row, tmp_path):
         ("17", "Gen1"): "bare numbers",
         ("what", "Gen1"): "neither Ensembl ids nor known symbols",
     }.items():
-        assert cause in identify.report(plain_columns(row, names), np.asarray([9, 1]), [quail]).cause
+        assert cause in identify.report_mapping(plain_columns(row, names), np.asarray([9, 1]), [quail]).cause
 
 
 def test_antibodies_and_other_features_are_left_out(row, counts, tmp_path):
     write_tenx(tmp_path / "a.h5", counts, kinds=["Gene Expression"] * 7 + ["Antibody Capture"] * 2)
     with open_reader(str(tmp_path / "a.h5")) as reader:
-        found = identify.identify(
-            reader.gene_names(""), identify.known_genes(row), biotypes=("protein_coding",), is_gene=reader.is_gene
+        found = identify.identify_columns(
+            reader.gene_names(""), identify.gene_lookup(row), biotypes=("protein_coding",), is_gene=reader.is_gene
         )
     assert found["counted"].to_pylist() == [True] * 7 + [False] * 2
     assert found["gene"].to_pylist()[7:] == [None, None]

@@ -381,7 +381,7 @@ def two_species() -> tuple[Labelled, Split]:
 
 def test_another_species_is_read_by_the_ids_of_the_one_that_trains(corpus: Corpus) -> None:
     vocabulary = corpus.vocabulary
-    human, mouse = (vocabulary.of(name) for name in ("human", "mouse"))
+    human, mouse = (vocabulary.species_genes(name) for name in ("human", "mouse"))
     pairs = {("human", "mouse"): {human.genes[0]: mouse.genes[2], human.genes[3]: mouse.genes[1]}}
     pairs[("mouse", "human")] = {b: a for a, b in pairs[("human", "mouse")].items()}
     shared = species_alignment.shared_tokens(vocabulary, pairs, "human", "mouse")
@@ -433,7 +433,7 @@ def test_only_an_aligned_model_reads_orthologs(corpus: Corpus) -> None:
 def test_another_species_is_predicted_by_the_convex_start(corpus: Corpus) -> None:
     """Types that differ in genes with orthologs are carried over, though no token of the tested cells was ever trained on."""
     data, split = two_species()
-    human, mouse = (corpus.vocabulary.of(name).tokens[0] for name in ("human", "mouse"))
+    human, mouse = (corpus.vocabulary.species_genes(name).tokens[0] for name in ("human", "mouse"))
     has = np.array([bool({human, mouse} & set(corpus.tokens([i])[0].tolist())) for i in range(CELLS)])
     data = replace(data, labels=np.where(has, "a", "b"))
     run = replace(WARM, vocab=Vocab(orthologs=(f"{corpus.uri}/orthologs.parquet",)))

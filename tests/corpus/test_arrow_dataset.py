@@ -9,7 +9,7 @@ import pytest
 
 from mixgf.corpus import arrow_dataset, remap_ids
 from mixgf.errors import UserError
-from mixgf.genes.token_dictionaries import Dictionary
+from mixgf.genes.token_dictionaries import TokenDictionary
 from mixgf.genes.vocabulary import SpeciesGenes
 
 SENTENCES = [[7, 3, 5], [], [3, 9, 7, 5], [5], [9, 3], [7, 5]]
@@ -174,7 +174,9 @@ def test_attributes_become_text_and_numbers_and_class_labels_their_names(tmp_pat
 @pytest.fixture
 def ids():
     """A dictionary of four genes and its specials; `d` is not in the vocabulary, whose ids run the other way."""
-    dictionary = Dictionary("d", {"a": 4, "b": 5, "c": 9, "d": 11}, {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3})
+    dictionary = TokenDictionary(
+        "d", {"a": 4, "b": 5, "c": 9, "d": 11}, {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3}
+    )
     genes = SpeciesGenes(np.asarray(["c", "b", "a"], dtype=object), np.asarray([3, 6, 7], dtype=np.int32), np.ones(3))
     return remap_ids.lookup(dictionary, {name: name for name in "abcd"}, genes)
 

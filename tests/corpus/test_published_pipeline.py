@@ -20,7 +20,7 @@ from mixgf.config import data
 from mixgf.corpus import prepare_passes, shards
 from mixgf.genes import identify
 from mixgf.genes.species import gene_table
-from mixgf.genes.vocabulary import NUM_SPECIALS, build, read_medians
+from mixgf.genes.vocabulary import NUM_SPECIALS, build_vocabulary, read_median_table
 from mixgf.storage import files
 
 SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[3] / "shared")
@@ -43,12 +43,12 @@ def published():
 @pytest.fixture(scope="module")
 def vocabulary():
     table = gene_table(data.HUMAN)
-    medians = read_medians(str(TABLE), (data.HUMAN,), {"human": set(table["gene"].to_pylist())})
-    return build(medians, {"human": table}, sharing="separate", orthologs={})
+    medians = read_median_table(str(TABLE), (data.HUMAN,), {"human": set(table["gene"].to_pylist())})
+    return build_vocabulary(medians, {"human": table}, sharing="separate", orthologs={})
 
 
 def test_the_published_table_is_imported_gene_by_gene(published, vocabulary):
-    ours = vocabulary.of("human")
+    ours = vocabulary.species_genes("human")
     found = dict(zip(ours.genes, ours.medians.tolist(), strict=True))
     # 19 ids like ENSGR0000002586 name copies on Y of genes that the table has from X as well; Ensembl gave that form up
     retired = {g for g in published if re.fullmatch(r"ENSGR\d+", g)}
@@ -65,7 +65,7 @@ def sentences(path, vocabulary, tmp_path):
     """Genes of every cell's sentence by the functions of prepare: describe, measure, encode, a Parquet shard."""
     source, work = data.Source(uri=path, species="human", name="cells", genes="ensembl_id"), str(tmp_path / "work")
     vocabulary.save(str(tmp_path / "vocabulary.parquet"))
-    allowed = {"human": vocabulary.of("human").genes.tolist()}
+    allowed = {"human": vocabulary.species_genes("human").genes.tolist()}
     prepare_passes.describe(work, 0, source, row=data.HUMAN, rules=data.QC(), biotypes=(), allowed=allowed)
     rows = files.read_json(shards.facts_uri(work, 0))["rows"]
     (unit,) = prepare_passes.plan_units({0: (source, rows)}, rows)
@@ -83,8 +83,10 @@ def ensembl_ids(cells, published):
     names = cells.var["ensembl_id"].astype(str).to_numpy(dtype=object)
     others = np.flatnonzero([not re.fullmatch(r"ENSG\d+", n) for n in names])
     texts = [names[i] or cells.var_names[i] for i in others]
-    known = identify.known_genes(data.HUMAN)
-    names[others] = identify.identify(texts, known, biotypes=(), vocabulary=frozenset(published))["gene"].to_pylist()
+    known = identify.gene_lookup(data.HUMAN)
+    names[others] = identify.identify_columns(texts, known, biotypes=(), vocabulary=frozenset(published))[
+        "gene"
+    ].to_pylist()
     return names
 
 

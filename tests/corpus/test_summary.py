@@ -80,7 +80,7 @@ def test_every_figure_is_the_plain_count_over_the_sentences(corpus, monkeypatch)
         assert told["mean"] == pytest.approx(np.mean(lengths))
         assert told["histogram"] == np.histogram(lengths, bins=np.asarray(told["edges"]) - 0.5)[0].tolist()
         assert told["histogram"][-1] == sum(n == MAX_LEN for n in lengths) > 0
-        seen = {int(t): 0 for t in vocabulary.of(species).tokens}
+        seen = {int(t): 0 for t in vocabulary.species_genes(species).tokens}
         for cell in mine:
             for token in cell["tokens"]:
                 seen[token] += 1

@@ -168,9 +168,9 @@ def test_genes_that_a_model_does_not_know_are_counted_and_start_anew(small, tmp_
     tokens = checkpoint.load_model(uri)[0].encoder.tokens.detach()
     theirs = transformers.BertForMaskedLM.from_pretrained(small).get_input_embeddings().weight
     dictionary, genes = json.loads((small / "token_dictionary.json").read_text()), cells.vocabulary.genes()
-    for token in cells.vocabulary.of("human").tokens.tolist():
+    for token in cells.vocabulary.species_genes("human").tokens.tolist():
         assert torch.equal(tokens[token], theirs[dictionary[genes[token]]])
-    mouse = tokens[cells.vocabulary.of("mouse").tokens.tolist()]
+    mouse = tokens[cells.vocabulary.species_genes("mouse").tokens.tolist()]
     assert torch.equal(mouse, MaskedModel(checkpoint.load_model(uri)[0].encoder.row, len(genes)).encoder.tokens[-50:])
     before = files.sha256(f"{uri}/model.safetensors")
     assert import_weights.bring(settings(tmp_path, tracking_uri), str(small)) == uri

@@ -14,7 +14,7 @@ def fill(counts_NG, keep=None, most_cells=1000):
     rows, columns = np.nonzero(counts_NG)
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(counts_NG)))]).astype(np.int64)
     keep = np.ones(len(counts_NG), dtype=bool) if keep is None else keep
-    a = medians.Accumulator(counts_NG.shape[1], counts_NG.sum(1)[keep].max(initial=0), most_cells=most_cells)
+    a = medians.SketchBuilder(counts_NG.shape[1], counts_NG.sum(1)[keep].max(initial=0), most_cells=most_cells)
     a.update(
         counts_NG[rows, columns].astype(np.int32), columns.astype(np.int32), indptr,
         depth_N=counts_NG.sum(1), keep_N=keep, gene_G=np.arange(counts_NG.shape[1], dtype=np.int32),
@@ -32,7 +32,7 @@ def test_medians_are_within_the_stated_error_and_absent_genes_have_none(cells):
     rng = np.random.default_rng([1, cells])
     counts = rng.negative_binomial(0.3, rng.uniform(0.001, 0.5, (1, 60)), (cells, 60))
     counts[:, 7] = 0
-    found, true = medians.finish(fill(counts)), exact(counts)
+    found, true = medians.median_by_gene(fill(counts)), exact(counts)
     assert found.keys() == true.keys()
     assert 7 not in found
     assert medians.RELATIVE_ERROR <= 0.005
@@ -41,7 +41,7 @@ def test_medians_are_within_the_stated_error_and_absent_genes_have_none(cells):
 
 def test_the_error_bound_holds_from_the_smallest_share_to_the_whole_cell():
     for count, depth in [(1, 10**9), (1, 10**6), (1, 1), (999_999, 10**6), (1, 3)]:
-        a = medians.Accumulator(1, depth)
+        a = medians.SketchBuilder(1, depth)
         one = np.asarray([count], dtype=np.int32)
         a.update(
             one,
@@ -51,7 +51,9 @@ def test_the_error_bound_holds_from_the_smallest_share_to_the_whole_cell():
             keep_N=np.ones(1, bool),
             gene_G=np.zeros(1, np.int32),
         )
-        assert medians.finish(a.finish())[0] == pytest.approx(count / depth * 10_000, rel=medians.RELATIVE_ERROR)
+        assert medians.median_by_gene(a.finish())[0] == pytest.approx(
+            count / depth * 10_000, rel=medians.RELATIVE_ERROR
+        )
 
 
 def test_merging_in_any_order_and_grouping_gives_the_same_sketch():
@@ -63,8 +65,13 @@ def test_merging_in_any_order_and_grouping_gives_the_same_sketch():
         small = fill(counts, most_cells=most_cells)
         assert np.array_equal(small.keys, whole.keys)
         assert np.array_equal(small.counts, whole.counts)
-    for order in (parts, parts[::-1], [medians.merge(parts[3:]), medians.merge(parts[:3])], [medians.EMPTY, *parts]):
-        merged = medians.merge(order)
+    for order in (
+        parts,
+        parts[::-1],
+        [medians.merge_sketches(parts[3:]), medians.merge_sketches(parts[:3])],
+        [medians.EMPTY, *parts],
+    ):
+        merged = medians.merge_sketches(order)
         assert np.array_equal(merged.keys, whole.keys)
         assert np.array_equal(merged.counts, whole.counts)
 
@@ -79,16 +86,16 @@ def test_the_error_bound_and_the_order_hold_on_real_cells():
     parts = []
     for a in range(0, cells.n_obs, 1_100):
         part = counts[a : a + 1_100]
-        sketch = medians.Accumulator(num_genes, depth[a : a + 1_100].max())
+        sketch = medians.SketchBuilder(num_genes, depth[a : a + 1_100].max())
         sketch.update(
             part.data.astype(np.int32), part.indices.astype(np.int32), part.indptr.astype(np.int64),
             depth_N=depth[a : a + 1_100], keep_N=np.ones(part.shape[0], bool), gene_G=np.arange(num_genes, dtype=np.int32),
         )  # fmt: skip
         parts.append(sketch.finish())
-    forward, backward = medians.merge(parts), medians.merge(parts[::-1])
+    forward, backward = medians.merge_sketches(parts), medians.merge_sketches(parts[::-1])
     assert np.array_equal(forward.keys, backward.keys)
     assert np.array_equal(forward.counts, backward.counts)
-    found = medians.finish(forward)
+    found = medians.median_by_gene(forward)
     columns = (sparse.diags_array(10_000 / depth) @ counts).tocsc()
     assert len(found) > 3_500
     errors = []
@@ -110,7 +117,7 @@ def test_dropped_cells_do_not_count():
 def test_more_cells_than_a_counter_holds_are_counted():
     cells = 70_000  # in each, both genes have the same value
     data, indices = np.ones(2 * cells, np.int32), np.tile(np.arange(2, dtype=np.int32), cells)
-    a = medians.Accumulator(2, 2)
+    a = medians.SketchBuilder(2, 2)
     a.update(
         data, indices, np.arange(0, 2 * cells + 1, 2), depth_N=np.full(cells, 2), keep_N=np.ones(cells, bool),
         gene_G=np.arange(2, dtype=np.int32),

@@ -29,7 +29,7 @@ def test_a_pickled_dictionary_reads_as_whole_numbers_at_any_protocol_and_width(t
     for make in (dict, collections.OrderedDict, lambda items: collections.defaultdict(int, items)):
         path = tmp_path / "tokens.pkl"
         path.write_bytes(pickle.dumps(make({k: KINDS[kind](v) for k, v in TOKENS.items()}), protocol=protocol))
-        found = token_dictionaries.read_dictionary(str(path))
+        found = token_dictionaries.read_token_dictionary(str(path))
         assert found.genes | found.specials == TOKENS
         assert set(map(type, found.genes.values())) == {int}
         assert list(found.specials) == ["<pad>", "<mask>"]
@@ -40,7 +40,9 @@ def test_names_of_older_numpy_read_alike(tmp_path):
     new = pickle.dumps({"ENSG00000000003": np.int16(-2)}, protocol=0)
     assert b"numpy._core.multiarray" in new
     old = new.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    assert token_dictionaries.unpickle(old, "x") == token_dictionaries.unpickle(new, "x") == {"ENSG00000000003": -2}
+    assert (
+        token_dictionaries.load_pickle(old, "x") == token_dictionaries.load_pickle(new, "x") == {"ENSG00000000003": -2}
+    )
 
 
 def test_json_tsv_and_parquet_say_what_the_pickle_says(tmp_path):
@@ -56,7 +58,7 @@ def test_json_tsv_and_parquet_say_what_the_pickle_says(tmp_path):
     table = pa.table({"gene": list(TOKENS), "token": list(TOKENS.values()), "median": [medians.get(k) for k in TOKENS]})
     pq.write_table(table, tmp_path / "t.parquet")
     for name in ("t.json", "t.tsv.gz", "t.parquet"):
-        found = token_dictionaries.read_dictionary(str(tmp_path / name))
+        found = token_dictionaries.read_token_dictionary(str(tmp_path / name))
         assert found.genes | found.specials == TOKENS
     for name in ("m.json", "m.pkl", "t.tsv.gz", "t.parquet"):
         assert token_dictionaries.read_medians(str(tmp_path / name)) == medians
@@ -91,7 +93,7 @@ def test_a_malicious_pickle_is_refused_by_name_and_does_not_run(tmp_path, call, 
     path = tmp_path / "tokens.pkl"
     path.write_bytes(pickle.dumps({"ENSG00000000003": payload}, protocol=protocol))
     with pytest.raises(UserError, match=rf"dictionary = '.*tokens\.pkl': refused: .*{named}.*JSON or TSV") as caught:
-        token_dictionaries.read_dictionary(str(path))
+        token_dictionaries.read_token_dictionary(str(path))
     assert "\n" not in str(caught.value)
     assert not mark.exists()
     if call is os.system:  # the payload is a real one
@@ -119,7 +121,7 @@ def test_a_malformed_pickle_is_one_line(tmp_path, code):
     path = tmp_path / "tokens.pkl"
     path.write_bytes(code)
     with pytest.raises(UserError, match=r"refused: .* a pickled dictionary needs only text and numbers") as caught:
-        token_dictionaries.read_dictionary(str(path))
+        token_dictionaries.read_token_dictionary(str(path))
     assert "\n" not in str(caught.value)
 
 
@@ -139,7 +141,7 @@ def test_what_is_no_token_dictionary_is_refused(tmp_path, value, message):
     path = tmp_path / "tokens.pkl"
     path.write_bytes(pickle.dumps(value))
     with pytest.raises(UserError, match=message):
-        token_dictionaries.read_dictionary(str(path), "imports.dictionaries")
+        token_dictionaries.read_token_dictionary(str(path), "imports.dictionaries")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_what_is_no_token_dictionary_is_refused(tmp_path, value, message):
 def test_a_file_of_another_form_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        token_dictionaries.read_dictionary(str(tmp_path / name))
+        token_dictionaries.read_token_dictionary(str(tmp_path / name))
 
 
 def test_a_median_must_be_above_0_and_a_missing_file_is_named(tmp_path):
@@ -180,11 +182,11 @@ def test_genes_go_to_the_species_that_knows_them_and_lose_their_version():
         "TSPAN6",
         "ENSRNOG00000000001",
     ]
-    assert token_dictionaries.genes_of(names, "human", (HUMAN, MOUSE), known) == {
+    assert token_dictionaries.genes_of_species(names, "human", (HUMAN, MOUSE), known) == {
         "ENSG00000000003.15": "ENSG00000000003", "ENSG99999999999": "ENSG99999999999", "ODD.1": "ODD.1",
         "ENSGR0000002586": "ENSGR0000002586",
     }  # fmt: skip
-    assert list(token_dictionaries.genes_of(names, "mouse", (HUMAN, MOUSE), known)) == ["ENSMUSG00000000001"]
+    assert list(token_dictionaries.genes_of_species(names, "mouse", (HUMAN, MOUSE), known)) == ["ENSMUSG00000000001"]
 
 
 @pytest.mark.parametrize(
@@ -194,11 +196,11 @@ def test_the_published_table_survives_a_pickle_as_published(tmp_path, name):
     path = SHARED / "data" / "tables" / "geneformer" / name
     if not path.exists():
         pytest.skip(f"no {path}: set MIXGF_SHARED to a checkout of the shared data")
-    table, medians = token_dictionaries.read_dictionary(str(path)), token_dictionaries.read_medians(str(path))
+    table, medians = token_dictionaries.read_token_dictionary(str(path)), token_dictionaries.read_medians(str(path))
     numbers = table.genes | table.specials
     (tmp_path / "t.pkl").write_bytes(pickle.dumps({k: np.int16(v) for k, v in numbers.items()}, protocol=4))
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({k: np.float64(v) for k, v in medians.items()}, protocol=4))
-    again = token_dictionaries.read_dictionary(str(tmp_path / "t.pkl"))
+    again = token_dictionaries.read_token_dictionary(str(tmp_path / "t.pkl"))
     assert again.genes | again.specials == numbers
     assert token_dictionaries.read_medians(str(tmp_path / "m.pkl")) == medians
     if "v1" in name:

@@ -22,7 +22,7 @@ PAIRS = {("zebra", "ant"): {"Z2": "A1"}, ("ant", "zebra"): {"A1": "Z2"}}
 
 
 def build(sharing="separate", medians=MEDIANS):
-    return vocabulary.build(medians, TABLES, sharing=sharing, orthologs=PAIRS)
+    return vocabulary.build_vocabulary(medians, TABLES, sharing=sharing, orthologs=PAIRS)
 
 
 def test_ids_follow_the_specials_by_species_then_by_gene():
@@ -31,8 +31,8 @@ def test_ids_follow_the_specials_by_species_then_by_gene():
     assert v.symbols()[3:] == ["z1", "z2", "a1", "a2", "a3"]
     assert v.size == 8
     assert v.species == ("zebra", "ant")
-    assert v.of("ant").genes.tolist() == ["A1", "A2", "A3"]
-    assert v.of("ant").medians.tolist() == [3.0, 1.0, 1.5]
+    assert v.species_genes("ant").genes.tolist() == ["A1", "A2", "A3"]
+    assert v.species_genes("ant").medians.tolist() == [3.0, 1.0, 1.5]
     assert v.species_tokens("ant").tolist() == [5, 6, 7]
     assert v.ortholog_map("ant", "zebra", PAIRS).tolist() == [-1, -1, -1, -1, -1, 4, -1, -1]
 
@@ -40,17 +40,19 @@ def test_ids_follow_the_specials_by_species_then_by_gene():
 def test_one_to_one_orthologs_share_an_id_when_asked():
     v = build("ortholog")
     assert v.size == 7
-    assert v.of("zebra").tokens.tolist() == [3, 4]
-    assert v.of("ant").tokens.tolist() == [4, 5, 6]  # A1 is Z2
-    assert v.of("ant").medians.tolist() == [3.0, 1.0, 1.5]  # its own median all the same
+    assert v.species_genes("zebra").tokens.tolist() == [3, 4]
+    assert v.species_genes("ant").tokens.tolist() == [4, 5, 6]  # A1 is Z2
+    assert v.species_genes("ant").medians.tolist() == [3.0, 1.0, 1.5]  # its own median all the same
     assert v.genes()[4] == "Z2"
 
 
 def test_three_species_never_give_one_id_to_two_genes_of_a_species():
     medians = {"a": {"A1": 1.0}, "b": {"B1": 1.0}, "c": {"C1": 1.0, "C2": 1.0}}
     pairs = {("b", "a"): {"B1": "A1"}, ("c", "a"): {"C1": "A1"}, ("c", "b"): {"C2": "B1"}}
-    v = vocabulary.build(medians, {n: table(list(g)) for n, g in medians.items()}, sharing="ortholog", orthologs=pairs)
-    assert len(set(v.of("c").tokens.tolist())) == 2
+    v = vocabulary.build_vocabulary(
+        medians, {n: table(list(g)) for n, g in medians.items()}, sharing="ortholog", orthologs=pairs
+    )
+    assert len(set(v.species_genes("c").tokens.tolist())) == 2
 
 
 def test_a_gene_is_found_by_id_or_symbol_of_its_species_only():
@@ -88,14 +90,14 @@ def test_medians_are_imported_by_species_from_a_published_layout(tmp_path):
     text = "key\ttoken\tmedian\tname\n<pad>\t0\t\t\nENSG01\t2\t1.25\tA\nENSG02\t3\t2.5\tB\nENSMUSG07\t4\t0.5\tC\nX\t5\t1\tD\n"
     path = tmp_path / "m.tsv.gz"
     path.write_bytes(gzip.compress(text.encode()))
-    assert vocabulary.read_medians(str(path), rows, known) == {
+    assert vocabulary.read_median_table(str(path), rows, known) == {
         "human": {"ENSG01": 1.25, "ENSG02": 2.5},
         "mouse": {"ENSMUSG07": 0.5},
     }
     bad = tmp_path / "bad.tsv"
     bad.write_text("gene\tmedian\nENSG01\t-1\n")
     with pytest.raises(UserError, match="median of ENSG01 is -1"):
-        vocabulary.read_medians(str(bad), rows, known)
+        vocabulary.read_median_table(str(bad), rows, known)
     bad.write_text("name\tvalue\nENSG01\t-1\n")
     with pytest.raises(UserError, match="must have gene and median"):
-        vocabulary.read_medians(str(bad), rows, known)
+        vocabulary.read_median_table(str(bad), rows, known)

@@ -139,7 +139,7 @@ def test_every_cell_keeps_its_genes_in_order_under_our_ids(world, tmp_path, cls,
     assert record.counts == {"read": 57, "kept": 55, "dropped": {"few_genes": 2}}
     assert vocabulary.size == 3 + 2 * NUM_GENES - 10 * (sharing == "ortholog")
     for cell in table.to_pylist():
-        of = vocabulary.of(cell["species"])
+        of = vocabulary.species_genes(cell["species"])
         gene = dict(zip(of.tokens.tolist(), of.genes.tolist(), strict=True))
         row = cell["source_row"]
         assert [gene[t] for t in cell["tokens"][cls:]] == said[cell["species"]][row][: 20 - cls]
@@ -268,7 +268,7 @@ def test_what_is_wrong_is_refused_or_counted(world, tmp_path, spoil, found):
     counted = made(ruled(settings, **{field: "count"}), tmp_path, "counted", sources=(source,))
     (row,) = tables.read_table(f"{counted}/imported.parquet").to_pylist()
     assert row[counter] == 1
-    vocabulary = Vocabulary.load(counted).of("human")
+    vocabulary = Vocabulary.load(counted).species_genes("human")
     gene = dict(zip(vocabulary.tokens.tolist(), vocabulary.genes.tolist(), strict=True))
     for cell in shards(counted).to_pylist():
         assert [gene[t] for t in cell["tokens"]] == said["human"][cell["source_row"]][:20]
@@ -283,7 +283,7 @@ def test_genes_without_a_median_are_left_out_and_counted_or_refused(world, tmp_p
     (row,) = tables.read_table(f"{uri}/imported.parquet").to_pylist()
     assert row["ids_outside"] == sum(g in lost for s in said["human"] for g in s) > 0
     assert (row["dictionary_genes"], row["genes_in_vocabulary"]) == (40, 30)
-    assert Vocabulary.load(uri).of("human").genes.tolist() == [g for g in genes["human"] if g not in lost]
+    assert Vocabulary.load(uri).species_genes("human").genes.tolist() == [g for g in genes["human"] if g not in lost]
     with pytest.raises(
         UserError, match=r"is a gene that the human vocabulary does not have.*imports\.outside = 'count'"
     ):

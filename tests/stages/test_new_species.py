@@ -116,8 +116,8 @@ def test_old_ids_sentences_and_embeddings_stay_to_the_bit(grown):
     table = before.vocabulary.table
     assert after.vocabulary.table.slice(0, table.num_rows).equals(table)
     assert after.species == ("human", "mouse", "rat")
-    assert after.vocabulary.older(before.vocabulary.hash).table.equals(table)
-    assert after.vocabulary.older("no such hash") is None
+    assert after.vocabulary.ancestor(before.vocabulary.hash).table.equals(table)
+    assert after.vocabulary.ancestor("no such hash") is None
     for name in ("human", "mouse"):
         mine, theirs = (sentences(c, name)[1] for c in (before, after))
         assert all(map(np.array_equal, mine, theirs))
@@ -134,7 +134,9 @@ def test_old_ids_sentences_and_embeddings_stay_to_the_bit(grown):
 def test_a_new_gene_starts_as_its_ortholog_or_at_random_and_is_untrained(grown):
     corpus = Corpus(f"{grown.output}/corpus")
     model, record = checkpoint.load_model(grown.inputs.start)
-    rats, mice = (dict(zip((g := corpus.vocabulary.of(n)).genes, g.tokens, strict=True)) for n in ("rat", "mouse"))
+    rats, mice = (
+        dict(zip((g := corpus.vocabulary.species_genes(n)).genes, g.tokens, strict=True)) for n in ("rat", "mouse")
+    )
     partner = {rat_of(m): m for m in mice}
     names = sorted(gene_table(grown.species[2])["gene"].to_pylist())
     lonely = set(names[::10])
@@ -232,7 +234,7 @@ def test_shared_ids_stay_shared(rat, tmp_path):
         vocab=dataclasses.replace(rat.vocab, reuse=f"{shared.output}/vocabulary"),
     )  # fmt: skip
     found = Corpus(prepare.run(new, spread=tasks.loop)).vocabulary
-    rats, mice = (dict(zip((g := found.of(n)).genes, g.tokens, strict=True)) for n in ("rat", "mouse"))
+    rats, mice = (dict(zip((g := found.species_genes(n)).genes, g.tokens, strict=True)) for n in ("rat", "mouse"))
     size = Corpus(f"{shared.output}/corpus").vocabulary.size
     fresh = {t for t in rats.values() if t >= size}
     assert found.sharing == "ortholog"

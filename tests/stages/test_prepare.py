@@ -53,7 +53,7 @@ def test_three_invented_species_become_the_sentences_of_the_formula(world, tmp_p
     assert index["length"].to_pylist() == table["length"].to_pylist() == [len(t) for t in table["tokens"].to_pylist()]
     assert [record.details["species"][c] for c in index["species"].to_pylist()] == table["species"].to_pylist()
     for cell in table.to_pylist():
-        genes, row = vocabulary.of(cell["species"]), counts[cell["species"]][cell["source_row"]]
+        genes, row = vocabulary.species_genes(cell["species"]), counts[cell["species"]][cell["source_row"]]
         x = {int(t): int(row[int(g[4:])]) / m for g, t, m in zip(genes.genes, genes.tokens, genes.medians, strict=True)}
         expected = sorted((t for t in x if x[t] > 0), key=lambda t: (-x[t], t))[:20]
         assert cell["tokens"] == expected
@@ -66,7 +66,9 @@ def test_three_invented_species_become_the_sentences_of_the_formula(world, tmp_p
     for name in ("ant", "bee", "cow"):  # medians against numpy's, over kept cells
         kept = counts[name][[c["source_row"] for c in table.to_pylist() if c["species"] == name]]
         x = kept / kept.sum(1, keepdims=True) * 10_000
-        for gene, median in zip(vocabulary.of(name).genes, vocabulary.of(name).medians, strict=True):
+        for gene, median in zip(
+            vocabulary.species_genes(name).genes, vocabulary.species_genes(name).medians, strict=True
+        ):
             column = x[:, int(gene[4:])]
             assert median == pytest.approx(np.median(column[column > 0]), rel=0.005)
 
@@ -194,7 +196,7 @@ def test_a_given_vocabulary_is_used_unchanged_and_imported_medians_are_kept(worl
         config, tmp_path, "imported", vocab=imported, sources=config.sources[:1], qc=QC(method="none", min_genes=2)
     )
     vocabulary = Vocabulary.load(uri)
-    assert vocabulary.of("ant").medians.tolist() == [1.0 + i % 3 for i in range(12)]
+    assert vocabulary.species_genes("ant").medians.tolist() == [1.0 + i % 3 for i in range(12)]
     assert vocabulary.species == ("ant",)
 
 
