@@ -269,7 +269,7 @@ def _run_stage(name: str, config: Config) -> str:
         from mixgf.report import build
         from mixgf.storage import files
 
-        return build.write(config, files.join(config.output, "report.html"))
+        return build.build_report(config, files.join(config.output, "report.html"))
     if name == "export":
         from mixgf.stages import export
 
@@ -293,7 +293,7 @@ def _refused(uri: str) -> int:
 
 def _run_all(config: Config) -> int:
     from mixgf.distributed.session import session
-    from mixgf.report import terminal
+    from mixgf.report import run_text
     from mixgf.storage import files
     from mixgf.tracking import mlflow_runs
 
@@ -305,7 +305,7 @@ def _run_all(config: Config) -> int:
             uri = _run_stage(name, config)
             console.say(f"      {uri}  ({console.duration(time.monotonic() - began)})")
     print()
-    print(terminal.summary(config))
+    print(run_text.summary(config))
     print()
     print(f"report   {uri}")
     print(f"mlflow   {mlflow_runs.ui_command(config)}")
@@ -317,14 +317,14 @@ def _run_all(config: Config) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from mixgf.corpus import summary
     from mixgf.report import corpus_text
-    from mixgf.report.figures import corpus_overview
+    from mixgf.report.figures import corpus_inspection
 
     if args.plot:
-        corpus_overview.check_plot(args.plot, args.uri)  # before the counting, not after it
+        corpus_inspection.check_plot(args.plot, args.uri)  # before the counting, not after it
     found = summary.inspect(args.uri)
     print(json.dumps(found, allow_nan=False) if args.json else corpus_text.text(found))
     if args.plot:
-        corpus_overview.save(found, args.plot)
+        corpus_inspection.save(found, args.plot)
         console.say(f"figure: {args.plot}")
     elif not args.json:
         print(f"\nas a figure: mixgf inspect {args.uri} --plot corpus.png")

@@ -1,113 +1,168 @@
-"""Moved here from mixgf/report.py."""
+"""Read the artifacts of a run into `RunResults`."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow.parquet as pq
 
 from mixgf.config.run import Config
-from mixgf.report.elements import Run
-from mixgf.report.sections import species_comparison
+from mixgf.report.results import COMPARISON_PREFIX, RunResults
 from mixgf.storage import artifacts, files
+from mixgf.storage.artifacts import Record
 from mixgf.storage.tables import read_table
 
 MAX_PAIRS = 2_000_000
-"""Pairs of genes in a response matrix that is still read."""
+"""Most pairs of genes in a response matrix that is read."""
 MAX_CELLS = 4000
-"""Most cells in the map and its neighbour counts."""
+"""Most cells on the map of embeddings, which also count neighbours."""
 MAX_SHARDS = 64
-"""Most shards of embeddings that are read, drawn with a key."""
+"""Most shards from which these cells are drawn."""
+TABLES = {
+    "mapping": ("corpus", "mapping.parquet"),
+    "dropped": ("corpus", "dropped.parquet"),
+    "history": ("pretrain", "history.parquet"),
+    "scores": ("classify", "scores.parquet"),
+    "efficiency": ("classify", "efficiency.parquet"),
+    "rejection": ("classify", "rejection.parquet"),
+    "integration": ("classify", "integration.parquet"),
+    "centroids": ("classify", "centroids.parquet"),
+    "comparisons": ("classify", "comparisons.parquet"),
+    "epochs": ("classify", "epochs.parquet"),
+    "per_class": ("classify", "per_class.parquet"),
+    "confusion": ("classify", "confusion.parquet"),
+    "genes": ("perturb", "genes.parquet"),
+    "nulls": ("perturb", "calibration.parquet"),
+    "responses": ("perturb", "responses.parquet"),
+    "arms": ("tune", "arms.parquet"),
+    "effects": ("tune", "effects.parquet"),
+    "interactions": ("tune", "interactions.parquet"),
+}
+"""Table name to stage and file."""
+CELL_TABLES = {"predictions": ("classify", "predictions.parquet"), "maps": ("classify", "maps.parquet")}
+"""Tables with a row per cell, which the short summary leaves out."""
 
 
-def uris(config: Config) -> dict[str, str]:
-    """Where each stage's artifact is, or would be."""
-    given = config.inputs
-    places = {"corpus": given.corpus, "pretrain": given.checkpoint, "embed": given.embeddings, "classify": given.classification,
-              "perturb": given.perturbation, "tune": "", "compare": ""}  # fmt: skip
-    return {stage: uri or files.join(config.output, stage) for stage, uri in places.items()}
+def artifact_uris(config: Config) -> dict[str, str]:
+    """Stage to the URI where its artifact is, or would be."""
+    inputs = config.inputs
+    named = {
+        "corpus": inputs.corpus,
+        "pretrain": inputs.checkpoint,
+        "embed": inputs.embeddings,
+        "classify": inputs.classification,
+        "perturb": inputs.perturbation,
+        "tune": "",
+        "compare": "",
+    }
+    return {stage: uri or files.join(config.output, stage) for stage, uri in named.items()}
 
 
-def load(config: Config, *, light: bool = False) -> Run:
-    """Read what a run left behind; `light` leaves out cells and embeddings, which a large corpus has many of."""
-    places = uris(config)
-    records = {stage: record for stage, uri in places.items() if (record := artifacts.find(uri)) is not None}
-    wanted = {
-        "mapping": ("corpus", "mapping.parquet"), "dropped": ("corpus", "dropped.parquet"), "history": ("pretrain", "history.parquet"),
-        "scores": ("classify", "scores.parquet"), "efficiency": ("classify", "efficiency.parquet"), "rejection": ("classify", "rejection.parquet"),
-        "integration": ("classify", "integration.parquet"), "centroids": ("classify", "centroids.parquet"), "comparisons": ("classify", "comparisons.parquet"), "epochs": ("classify", "epochs.parquet"),
-        "per_class": ("classify", "per_class.parquet"),
-        "confusion": ("classify", "confusion.parquet"), "genes": ("perturb", "genes.parquet"), "nulls": ("perturb", "calibration.parquet"),
-        "arms": ("tune", "arms.parquet"), "effects": ("tune", "effects.parquet"), "interactions": ("tune", "interactions.parquet"),
-        "responses": ("perturb", "responses.parquet"),
-    }  # fmt: skip
-    if not light:
-        wanted |= {"predictions": ("classify", "predictions.parquet"), "maps": ("classify", "maps.parquet")}
-    tables: dict[str, pd.DataFrame] = {}
-    for name, (stage, file) in wanted.items():
-        uri = files.join(places[stage], file)
-        if name == "responses" and stage in records and records[stage].counts.get(name, 0) > MAX_PAIRS:
-            continue  # the section says so
-        if stage in records and files.exists(uri):
-            tables[name] = read_table(uri).to_pandas()
-    for file in records["compare"].files if "compare" in records else ():
-        stem = file.removesuffix(".parquet")
-        if not light and stem != file:
-            tables[species_comparison.PREFIX + stem] = read_table(files.join(places["compare"], file)).to_pandas()
+def load_results(config: Config, *, light: bool = False) -> RunResults:
+    """Read records and tables of a run.
+
+    Args:
+        config: Of the run.
+        light: Leave out tables of cells and embeddings, whose size grows with the corpus.
+    """
+    uris = artifact_uris(config)
+    records = {stage: record for stage, uri in uris.items() if (record := artifacts.find(uri)) is not None}
+    tables = _tables(uris, records, TABLES if light else TABLES | CELL_TABLES)
+    if light:
+        return RunResults(config=config, uris=uris, records=records, tables=tables)
+    tables |= _comparison_tables(uris, records)
     lengths: dict[str, np.ndarray] = {}
-    vectors, obs, total = None, None, 0
-    if not light and "corpus" in records:
-        tables["cells"], lengths = _cells(config, places["corpus"], records["corpus"])
+    vectors, obs, num_embedded = None, None, 0
+    if "corpus" in records:
+        tables["cells"], lengths = _cell_counts(config, uris["corpus"], records["corpus"])
         embedded = records.get("embed")
         if embedded is not None and embedded.parents.get("corpus") == records["corpus"].fingerprint:
-            vectors, obs, total = _embeddings(config, places, records["corpus"])
-    return Run(
-        config=config,
-        uris=places,
-        records=records,
-        tables=tables,
-        lengths=lengths,
-        vectors_ND=vectors,
-        obs=obs,
-        num_embedded=total,
+            vectors, obs, num_embedded = _embedding_sample(config, uris, records["corpus"])
+    return RunResults(
+        config=config, uris=uris, records=records, tables=tables, lengths=lengths, vectors_ND=vectors, obs=obs,
+        num_embedded=num_embedded,
+    )  # fmt: skip
+
+
+def _tables(
+    uris: dict[str, str], records: dict[str, Record], wanted: dict[str, tuple[str, str]]
+) -> dict[str, pd.DataFrame]:
+    """The wanted tables that are there; a response matrix of more than `MAX_PAIRS` rows is left out."""
+    tables: dict[str, pd.DataFrame] = {}
+    for name, (stage, file) in wanted.items():
+        if stage not in records or not files.exists(uri := files.join(uris[stage], file)):
+            continue
+        if name != "responses" or records[stage].counts.get(name, 0) <= MAX_PAIRS:
+            tables[name] = read_table(uri).to_pandas()
+    return tables
+
+
+def _comparison_tables(uris: dict[str, str], records: dict[str, Record]) -> dict[str, pd.DataFrame]:
+    """Every table of `mixgf compare`, named after its file."""
+    names = records["compare"].files if "compare" in records else ()
+    return {
+        COMPARISON_PREFIX + file.removesuffix(".parquet"): read_table(files.join(uris["compare"], file)).to_pandas()
+        for file in names
+        if file.endswith(".parquet")
+    }
+
+
+def _obs(config: Config, shard: str, extra: tuple[str, ...] = ()) -> pl.DataFrame:
+    """Columns species, source, type, donor and `extra` of a shard's cells.
+
+    `type` is empty where the label is missing or means "no label" (`classify.unlabelled`); `donor` is empty where it is missing.
+    """
+    with files.open_read(shard) as file:
+        present = set(pq.read_schema(file).names)
+    label, donor = config.classify.label, config.classify.donor
+    columns = [c for c in dict.fromkeys(("species", "source", label, donor, *extra)) if c in present]
+    frame = pl.DataFrame(read_table(shard, columns))
+    text = {
+        name: _text(pl.col(column), frame.schema[column]) if column in present else pl.lit("")
+        for name, column in (("type", label), ("donor", donor))
+    }
+    unlabelled = text["type"].is_in(list(config.classify.unlabelled))
+    return frame.select(
+        pl.col("species", "source").cast(pl.String),
+        pl.when(unlabelled).then(pl.lit("")).otherwise(text["type"]).alias("type"),
+        text["donor"].alias("donor"),
+        *extra,
     )
 
 
-def _columns(config: Config, shard: str, extra: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Species, source, type, donor (and more) of a shard's cells; a label that means "no label" is empty."""
-    with files.open_read(shard) as file:
-        there = set(pq.read_schema(file).names)
-    label, donor = config.classify.label, config.classify.donor
-    frame = read_table(
-        shard, [c for c in dict.fromkeys(("species", "source", label, donor, *extra)) if c in there]
-    ).to_pandas()
-    types = frame[label].astype(object).fillna("").astype(str) if label in there else pd.Series("", index=frame.index)
-    donors = frame[donor].astype(object).fillna("").astype(str) if donor in there else pd.Series("", index=frame.index)
-    return frame.assign(type=types.where(~types.isin(config.classify.unlabelled), ""), donor=donors)
+def _text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """A column as text, empty where a value is missing."""
+    return (column.fill_nan(None) if dtype.is_float() else column).cast(pl.String).fill_null("")
 
 
-def _cells(config: Config, corpus: str, record: artifacts.Record) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Numbers of cells by source, species, type and donor, and of cells by length, over all shards, one at a time."""
-    keys = ["source", "species", "type", "donor"]
-    counts: list[pd.DataFrame] = []
-    lengths: dict[str, np.ndarray] = {}
+def _cell_counts(config: Config, corpus: str, record: Record) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Number of cells by source, species, type and donor, and by species and sentence length.
+
+    Shards are counted one at a time, so memory holds one shard's columns and the counts.
+    """
+    groups, columns = ["source", "species", "type", "donor"], ["species", "length"]
+    cells, lengths = list[pl.DataFrame](), list[pl.DataFrame]()
     for shard in record.details["shards"]:
-        frame = _columns(config, files.join(corpus, "shards", shard["name"]), ("length",))
-        counts.append(frame.groupby(keys, observed=True).size().rename("cells").reset_index())
-        for species, part in frame.groupby("species", observed=True):
-            more = np.bincount(part["length"].to_numpy())
-            old = lengths.get(str(species), np.zeros(0, np.int64))
-            size = max(len(more), len(old))
-            lengths[str(species)] = np.pad(old, (0, size - len(old))) + np.pad(more, (0, size - len(more)))
-    if not counts:
-        return pd.DataFrame(columns=[*keys, "cells"]), lengths
-    return pd.concat(counts).groupby(keys)["cells"].sum().reset_index(), dict(sorted(lengths.items()))
+        obs = _obs(config, files.join(corpus, "shards", shard["name"]), ("length",))
+        cells.append(obs.group_by(groups).len("cells"))
+        lengths.append(obs.group_by(columns).len("cells"))
+    if not cells:
+        return pd.DataFrame(columns=[*groups, "cells"]), {}
+    by_length = pl.concat(lengths).group_by(columns).agg(pl.col("cells").sum()).sort(columns)
+    counts = {
+        str(species): np.bincount(part["length"], weights=part["cells"]).astype(np.int64)
+        for (species,), part in by_length.group_by("species", maintain_order=True)
+    }
+    table = pl.concat(cells).group_by(groups).agg(pl.col("cells").sum().cast(pl.Int64)).sort(groups)
+    return table.to_pandas(), counts
 
 
-def _embeddings(
-    config: Config, places: dict[str, str], record: artifacts.Record
-) -> tuple[np.ndarray, pd.DataFrame, int]:
-    """Vectors, and species and type, of a sample of the embedded cells that depends on the seed only."""
+def _embedding_sample(config: Config, uris: dict[str, str], record: Record) -> tuple[np.ndarray, pd.DataFrame, int]:
+    """Vectors, species and type of a sample of the embedded cells, and the number of embedded cells.
+
+    The sample depends on the seed only.
+    """
     shards = record.details["shards"]
     rng = np.random.default_rng([config.seed, 0x4D4150])
     chosen = sorted(rng.choice(len(shards), min(len(shards), MAX_SHARDS), replace=False).tolist())
@@ -118,7 +173,7 @@ def _embeddings(
         rows = picked[(picked >= start) & (picked < start + size)] - start
         start += size
         name = shards[i]["name"]
-        column = read_table(files.join(places["embed"], "shards", name), ["vector"])["vector"].combine_chunks()
+        column = read_table(files.join(uris["embed"], "shards", name), ["vector"])["vector"].combine_chunks()
         vectors.append(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)[rows])
-        frames.append(_columns(config, files.join(places["corpus"], "shards", name)).iloc[rows][["species", "type"]])
-    return np.concatenate(vectors), pd.concat(frames, ignore_index=True), sum(int(s["rows"]) for s in shards)
+        frames.append(_obs(config, files.join(uris["corpus"], "shards", name))[rows].select("species", "type"))
+    return np.concatenate(vectors), pl.concat(frames).to_pandas(), sum(int(s["rows"]) for s in shards)

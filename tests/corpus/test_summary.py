@@ -18,7 +18,7 @@ from mixgf.distributed import tasks
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.report import corpus_text
-from mixgf.report.figures import corpus_overview
+from mixgf.report.figures import corpus_inspection
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files
 
@@ -141,7 +141,7 @@ def test_what_a_corpus_does_not_record_is_null(make_corpus, tmp_path):
     assert found["vocabulary"]["species"]["human"]["of_table"] is None
     assert found["lengths"]["mouse"]["quantiles"]["50%"] == 7
     assert "kept; dropped: none" in corpus_text.text(found)
-    assert corpus_overview.draw(found, "svg").startswith(b"<?xml")
+    assert corpus_inspection.draw(found, "svg").startswith(b"<?xml")
     # an importer's columns of nulls, and cells without a type
     record = artifacts.require(uri, "corpus")
     for shard in record.details["shards"]:
@@ -173,10 +173,10 @@ def test_shared_ids_are_counted_for_the_species_whose_cell_it_is(make_corpus):
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_a_picture_is_the_same_bytes_again_and_names_every_source(corpus, tmp_path, kind):
     found = summary.inspect(corpus)
-    corpus_overview.save(found, str(tmp_path / f"a.{kind}"))
+    corpus_inspection.save(found, str(tmp_path / f"a.{kind}"))
     data = (tmp_path / f"a.{kind}").read_bytes()
     assert data.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind])
-    assert data == corpus_overview.draw(found, kind)
+    assert data == corpus_inspection.draw(found, kind)
     if kind == "svg":
         for word in ("human", "mouse", "kept, human", "dropped: depth", "cells read", "tokens", "log scale"):
             assert word in data.decode()
@@ -185,7 +185,7 @@ def test_a_picture_is_the_same_bytes_again_and_names_every_source(corpus, tmp_pa
 def test_sources_beyond_the_most_are_drawn_as_one():
     one = {"source": "a", "species": "human", "kept": 9, "read": 10, "dropped": {"depth": 1}}
     rows = [one | {"source": f"s{i}", "kept": i, "read": i + 1} for i in range(100)]
-    drawn = corpus_overview._drawn(rows)
+    drawn = corpus_inspection._drawn(rows)
     assert len(drawn) == corpus_text.MAX_SOURCES
     for key in ("kept", "read"):
         assert sum(s[key] for s in drawn) == sum(s[key] for s in rows)

@@ -2,28 +2,30 @@
 
 import dataclasses
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
+import mixgf
 from mixgf.classification import integration, metrics, umap
 from mixgf.config.classification import Classify
 from mixgf.config.parse import to_dict
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Inputs
 from mixgf.perturbation import hits
-from mixgf.report import build, elements, load, terminal, verdicts
-from mixgf.report.figures import plots
-from mixgf.report.sections import embedding, perturbation, summary, training
-from mixgf.report.sections.corpus import corpus as corpus_section
+from mixgf.report import build, elements, load, results, run_text, score_tables, verdicts, wording
+from mixgf.report.figures import cell_maps, curves
+from mixgf.report.sections import corpus, embedding_map, perturbation, pretraining, summary
 from mixgf.storage import artifacts, files, tables
 
 TYPES = ("alpha cell", "beta cell", "ductal cell")
 
 
-def _board(values, *, half=0.02, group="baron", split="random", direction=""):
+def _scores(values, *, half=0.02, group="baron", split="random", direction=""):
     """Scores of one task: model -> (accuracy, macro F1)."""
     rows = [
         {"group": group, "split": split, "direction": direction, "seed": 0, "model": model, "metric": metric, "value": value, "low": value - half,
@@ -51,8 +53,8 @@ def _text(section):
     parts = []
     for block in section.blocks:
         parts += [block.text] if isinstance(block, elements.Text) else []
-        parts += [block.caption] if isinstance(block, elements.Picture | elements.Grid) else []
-        parts += [cell.text for row in block.rows for cell in row] if isinstance(block, elements.Grid) else []
+        parts += [block.caption] if isinstance(block, elements.Figure | elements.Table) else []
+        parts += [cell.text for row in block.rows for cell in row] if isinstance(block, elements.Table) else []
     return "\n".join(parts)
 
 
@@ -88,7 +90,7 @@ def config(tmp_path_factory):
         centre = np.eye(8, dtype=np.float32)[kind] * 4 + (species == "mouse") * np.eye(8, dtype=np.float32)[5]
         vectors[name] = (centre + rng.normal(0, 0.3, (n, 8))).astype(np.float32)
     entries = [{"name": name, "rows": len(frame), "bytes": 1, "sha256": "0"} for name, frame in shards.items()]
-    corpus = _artifact(
+    corpus_record = _artifact(
         f"{root}/corpus", "corpus",
         {f"shards/{name}": frame for name, frame in shards.items()} | {
             "dropped.parquet": pd.DataFrame({"source": ["baron_human", "baron_human"], "reason": ["depth", "few_genes"], "cells": [4, 1]}),
@@ -97,7 +99,7 @@ def config(tmp_path_factory):
         counts={"read": 156, "kept": 151, "dropped": {"depth": 4, "few_genes": 1, "mito": 0}},
         details={"shards": entries, "max_len": 22, "species": list(sizes)},
     )  # fmt: skip
-    parents = {"corpus": corpus.fingerprint}
+    parents = {"corpus": corpus_record.fingerprint}
     _artifact(f"{root}/embed", "embeddings", {
         f"shards/{name}": pa.table({"vector": pa.FixedSizeListArray.from_arrays(pa.array(z.ravel()), 8)}) for name, z in vectors.items()
     }, parents=parents)  # fmt: skip
@@ -123,13 +125,13 @@ def config(tmp_path_factory):
                 key | {"true": np.array(TYPES)[true], "predicted": np.array(TYPES)[guess], "count": matrix[true, guess]}
             )
         )
-    board = _board(
+    means = _scores(
         {"finetune": (0.7, 0.68), "hvg_logreg": (1.0, 1.0), "knn@untrained": (0.5, 0.4)}, group="baron_human"
     )
     _artifact(
         f"{root}/classify",
         "classification",
-        {"scores.parquet": board} | {f"{k}.parquet": pd.concat(v) for k, v in rows.items()},
+        {"scores.parquet": means} | {f"{k}.parquet": pd.concat(v) for k, v in rows.items()},
         parents=parents,
     )
     genes = pd.concat([_genes(), _genes(seed=1, operation="overexpress")])
@@ -152,24 +154,24 @@ def config(tmp_path_factory):
     ids=["intervals apart, above", "intervals meet", "intervals apart, below"],
 )
 def test_a_verdict_needs_intervals_that_do_not_meet(score, verdict, lower):
-    duel = verdicts.PairedComparison(split="random", group="g", direction="", metric="macro_f1", model="finetune", score=score,
+    pair = verdicts.PairedComparison(split="random", group="g", direction="", metric="macro_f1", model="finetune", score=score,
                          baseline="pca_knn", baseline_score=(0.85, 0.84, 0.87))  # fmt: skip
-    assert (duel.verdict, duel.lower) == (verdict, lower)
+    assert (pair.verdict, pair.lower) == (verdict, lower)
 
 
 def test_a_paired_comparison_decides_where_there_is_one():
-    board = verdicts.board(_board({"finetune": (0.80, 0.80), "pca_knn": (0.82, 0.82)}))
+    means = score_tables.mean_scores(_scores({"finetune": (0.80, 0.80), "pca_knn": (0.82, 0.82)}))
     paired = pd.DataFrame([
         {"group": "baron", "split": "random", "direction": "", "model": "finetune", "baseline": "pca_knn", "metric": m, "difference": -0.02, "low": -0.03, "high": -0.01}
         for m in ("accuracy", "macro_f1")
     ])  # fmt: skip
-    assert {d.verdict for d in verdicts.duels(board)} == {"level"}
-    assert {d.verdict for d in verdicts.duels(board, paired)} == {"behind"}
+    assert {d.verdict for d in verdicts.paired_comparisons(means)} == {"level"}
+    assert {d.verdict for d in verdicts.paired_comparisons(means, paired)} == {"behind"}
 
 
 def test_the_best_baseline_is_neither_ours_nor_an_untrained_encoder():
-    board = verdicts.board(
-        _board(
+    means = score_tables.mean_scores(
+        _scores(
             {
                 "finetune": (0.9, 0.9),
                 "knn": (0.95, 0.95),
@@ -179,17 +181,17 @@ def test_the_best_baseline_is_neither_ours_nor_an_untrained_encoder():
             }
         )
     )
-    assert {d.baseline for d in verdicts.duels(board)} == {"pca_knn"}
-    assert verdicts.gain(board) == [("random", "knn", pytest.approx(0.01), 1)]
+    assert {d.baseline for d in verdicts.paired_comparisons(means)} == {"pca_knn"}
+    assert score_tables.pretraining_gain(means) == [("random", "knn", pytest.approx(0.01), 1)]
 
 
 def test_a_baseline_that_wins_is_named_in_the_summary_and_comes_first():
     scores_ = pd.concat([
-        _board({"finetune": (0.95, 0.95), "hvg_logreg": (0.80, 0.80)}, group="easy"),
-        _board({"finetune": (0.50, 0.45), "hvg_logreg": (0.90, 0.88)}, group="hard"),
+        _scores({"finetune": (0.95, 0.95), "hvg_logreg": (0.80, 0.80)}, group="easy"),
+        _scores({"finetune": (0.50, 0.45), "hvg_logreg": (0.90, 0.88)}, group="hard"),
     ])  # fmt: skip
-    run = elements.Run(config=Config(), uris={}, tables={"scores": scores_})
-    tones = [(b.tone, b.text) for b in summary.brief(run).blocks]
+    run = results.RunResults(config=Config(), uris={}, tables={"scores": scores_})
+    tones = [(b.tone, b.text) for b in summary.section(run).blocks]
     bad = [text for tone, text in tones if tone == "bad"]
     assert len(bad) == 1
     assert "hard" in bad[0]
@@ -200,8 +202,8 @@ def test_a_baseline_that_wins_is_named_in_the_summary_and_comes_first():
 
 
 def test_scores_of_several_seeds_are_averaged():
-    both = pd.concat([_board({"knn": (0.8, 0.6)}), _board({"knn": (0.9, 0.8)}).assign(seed=1)])
-    one = verdicts.board(both).set_index("metric")
+    both = pd.concat([_scores({"knn": (0.8, 0.6)}), _scores({"knn": (0.9, 0.8)}).assign(seed=1)])
+    one = score_tables.mean_scores(both).set_index("metric")
     assert one.loc["accuracy", "value"] == pytest.approx(0.85)
     assert one.loc["macro_f1", ["low", "high"]].tolist() == pytest.approx([0.68, 0.72])
     assert set(one["seeds"]) == {2}
@@ -209,8 +211,8 @@ def test_scores_of_several_seeds_are_averaged():
 
 def test_a_transfer_is_named_by_its_direction():
     for direction in ("human>mouse", "human->mouse"):
-        assert verdicts.task_label("species", "pancreas", direction) == "human → mouse (pancreas)"
-    assert verdicts.task_label("random", "baron_human", "") == "baron_human"
+        assert wording.task_label("species", "pancreas", direction) == "human → mouse (pancreas)"
+    assert wording.task_label("random", "baron_human", "") == "baron_human"
 
 
 def test_centroids_and_counterparts_on_a_case_by_hand():
@@ -220,12 +222,12 @@ def test_centroids_and_counterparts_on_a_case_by_hand():
 
     vectors = np.concatenate([at(0), at(90), at(10), at(80)])
     species, types = np.repeat(["a", "b"], 10), np.tile(np.repeat(["alpha", "beta"], 5), 2)
-    table = integration.centroid_table(verdicts.centroids(vectors, species, types), "a", "b")
+    table = integration.centroid_table(embedding_map.type_centroids(vectors, species, types), "a", "b")
     assert table.loc["alpha", "alpha"] == pytest.approx(1 - np.cos(np.radians(10)))
     assert table.loc["alpha", "beta"] == pytest.approx(1 - np.cos(np.radians(80)))
     assert integration.counterparts(table) == (2, 2)
     assert integration.counterparts(table[["beta", "alpha"]].set_axis(["alpha", "beta"], axis=1)) == (0, 2)
-    assert verdicts.centroids(vectors[1:], species[1:], types[1:]).keys() == {
+    assert embedding_map.type_centroids(vectors[1:], species[1:], types[1:]).keys() == {
         ("a", "beta"),
         ("b", "alpha"),
         ("b", "beta"),
@@ -235,8 +237,8 @@ def test_centroids_and_counterparts_on_a_case_by_hand():
 def test_species_apart_have_no_neighbours_of_the_other_kind():
     vectors = np.repeat(np.eye(2), 20, axis=0) + np.random.default_rng(0).normal(0, 0.01, (40, 2))
     apart = np.repeat(["a", "b"], 20)
-    assert verdicts.mixing(vectors, apart, k=5) == (0.0, pytest.approx(20 / 39))
-    seen, expected = verdicts.mixing(vectors, np.tile(["a", "b"], 20), k=19)
+    assert embedding_map.species_mixing(vectors, apart, k=5) == (0.0, pytest.approx(20 / 39))
+    seen, expected = embedding_map.species_mixing(vectors, np.tile(["a", "b"], 20), k=19)
     assert seen == pytest.approx(10 / 19)
     assert expected == pytest.approx(20 / 39)
 
@@ -296,9 +298,9 @@ def test_a_test_that_cries_wolf_on_nothing_is_named(config):
         r"[3-7]\.\d% of genes have a donor-level p of 0\.05 or less \(4\.7% would be right: p has few values over 8 donors\), and 5\d\.\d% a cell-level one",
         text,
     )
-    run = load.load(config, light=True)
+    run = load.load_results(config, light=True)
     with_nulls = perturbation.section(dataclasses.replace(run, tables=run.tables | {"nulls": nulls}))
-    pictures = [b.caption for b in with_nulls.blocks if isinstance(b, elements.Picture)]
+    pictures = [b.caption for b in with_nulls.blocks if isinstance(b, elements.Figure)]
     assert (
         sum("genes of like rank exchanged what is their own" in caption for caption in pictures) == 1
     )  # `delete` only
@@ -306,7 +308,7 @@ def test_a_test_that_cries_wolf_on_nothing_is_named(config):
 
 
 def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(config):
-    run = load.load(config, light=True)
+    run = load.load_results(config, light=True)
     rng = np.random.default_rng(5)
     rows = [
         {"operation": "delete", "gene": f"ENSG{k:05d}", "symbol": f"GENE{k}", "responding": f"ENSG{r:05d}", "responding_symbol": f"GENE{r}",
@@ -315,12 +317,12 @@ def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(c
     ]  # fmt: skip
     with_pairs = dataclasses.replace(run, tables=run.tables | {"responses": pd.DataFrame(rows)})
     section = perturbation.section(with_pairs)
-    grid = next(b for b in section.blocks if isinstance(b, elements.Grid) and b.head[0] == "Perturbed")
+    grid = next(b for b in section.blocks if isinstance(b, elements.Table) and b.head[0] == "Perturbed")
     assert [cell.text for cell in grid.rows[0][:2]] == ["GENE3", "GENE7"]
     assert grid.rows[0][3].order == pytest.approx(4, abs=0.3)
     assert "no evidence of regulation" in _text(section)
     assert (
-        sum("contextual embedding of each gene" in b.caption for b in section.blocks if isinstance(b, elements.Picture))
+        sum("contextual embedding of each gene" in b.caption for b in section.blocks if isinstance(b, elements.Figure))
         == 1
     )
     assert "responses of other genes" not in _text(perturbation.section(run))
@@ -330,9 +332,11 @@ def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(c
 
 
 def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
-    run = load.load(config, light=True)
+    run = load.load_results(config, light=True)
     genes = run.tables["genes"].assign(de_statistic=np.tile(np.arange(30.0), 2))
-    config = dataclasses.replace(run.config, perturb=Perturb(goal="x == 2", known=("GENE29", "GENE28", "GENE27")))
+    config = dataclasses.replace(
+        run.config, perturb=Perturb(goal="x == 2", reference_genes=("GENE29", "GENE28", "GENE27"))
+    )
     section = perturbation.section(dataclasses.replace(run, config=config, tables=run.tables | {"genes": genes}))
     assert any(
         block.tone == "bad" and "the best baseline (differential expression" in block.text
@@ -341,7 +345,7 @@ def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
     )
     grid = section.blocks[-1]
     assert "3 known genes are found among 30" in grid.caption
-    unknown = dataclasses.replace(config, perturb=Perturb(goal="x == 2", known=("NEVER",)))
+    unknown = dataclasses.replace(config, perturb=Perturb(goal="x == 2", reference_genes=("NEVER",)))
     assert "none of them is among the 30 scored genes" in _text(
         perturbation.section(dataclasses.replace(run, config=unknown))
     )
@@ -361,16 +365,16 @@ def test_shifts_that_rank_explains_are_called_so():
 
 def test_a_stage_that_has_not_run_is_said_plainly(tmp_path):
     config = Config(output=str(tmp_path / "none"))
-    html = files.read_bytes(build.write(config, str(tmp_path / "report.html"))).decode()
+    html = files.read_bytes(build.build_report(config, str(tmp_path / "report.html"))).decode()
     for stage in ("prepare", "pretrain", "embed", "classify", "perturb"):
         assert f"mixgf {stage} --output" in html
-    assert terminal.summary(config) == "nothing was made yet"
+    assert run_text.summary(config) == "nothing was made yet"
 
 
 def test_every_warning_stands_beside_its_gene(config):
-    run = load.load(config, light=True)
+    run = load.load_results(config, light=True)
     section = perturbation.section(run)
-    grids = [b for b in section.blocks if isinstance(b, elements.Grid)]
+    grids = [b for b in section.blocks if isinstance(b, elements.Table)]
     assert [g.sortable for g in grids] == [True, True]
     assert all(row[-1].text == "one donor carries it" for g in grids for row in g.rows)
     assert "FDR, cells (not replicated)" in grids[0].head
@@ -380,39 +384,39 @@ def test_every_warning_stands_beside_its_gene(config):
 
 
 def test_dropped_cells_and_mapping_are_in_the_cells_section(config):
-    text = _text(corpus_section(load.load(config)))
+    text = _text(corpus.section(load.load_results(config)))
     assert "151 of 156 cells were kept; dropped: 4 depth out of range, 1 too few genes." in text
     assert "3.10%" in text
     assert "A, B" in text
 
 
 def test_the_label_for_unknown_is_no_type(config):
-    cells = load.load(config).tables["cells"]
+    cells = load.load_results(config).tables["cells"]
     assert set(cells["type"]) == {"", *TYPES}
     assert cells["cells"].sum() == 151
 
 
 def test_embeddings_of_another_corpus_are_not_shown(config, tmp_path):
     _artifact(str(tmp_path), "embeddings", {}, parents={"corpus": "another"})
-    run = load.load(dataclasses.replace(config, inputs=Inputs(embeddings=str(tmp_path))))
+    run = load.load_results(dataclasses.replace(config, inputs=Inputs(embeddings=str(tmp_path))))
     assert run.vectors_ND is None
-    assert "made from another corpus" in _text(embedding.embedding(run))
+    assert "made from another corpus" in _text(embedding_map.section(run))
 
 
 def test_a_step_run_twice_counts_once():
     history = pd.DataFrame({"step": [1, 2, 2, 3], "epoch": 0, "name": "loss", "value": [4.0, 9.0, 3.0, 2.0]})
-    assert training.curve(history, "loss")["value"].tolist() == [4.0, 3.0, 2.0]
+    assert pretraining.curve(history, "loss")["value"].tolist() == [4.0, 3.0, 2.0]
 
 
 def test_figures_on_one_page_share_no_ids_and_text_stays_text():
     frame = pd.DataFrame({"step": [1, 2, 3], "value": [3.0, 2.0, 1.0]})
-    one, two = plots.curves({"Total loss": frame}, "one"), plots.curves({"Total loss": frame}, "two")
+    one, two = curves.panels({"Total loss": frame}, "one"), curves.panels({"Total loss": frame}, "two")
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (one, two)]
     assert ids[0]
     assert not ids[0] & ids[1]
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', one)) <= ids[0]
     assert ">Total loss<" in one
-    assert one == plots.curves({"Total loss": frame}, "one")
+    assert one == curves.panels({"Total loss": frame}, "one")
 
 
 @pytest.mark.slow  # numba compiles umap
@@ -436,13 +440,13 @@ def test_few_cells_are_shown_by_their_principal_components():
 
 
 def test_labels_are_pushed_apart():
-    at = plots._apart(np.zeros((6, 2)), 1.0)
+    at = cell_maps._push_apart(np.zeros((6, 2)), 1.0)
     gaps = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1))[np.triu_indices(6, 1)]
     assert gaps.min() > 0.8
 
 
 def test_the_report_is_one_file_that_asks_for_nothing_and_has_the_same_bytes_again(config, tmp_path):
-    uri = build.write(config, str(tmp_path / "report.html"))
+    uri = build.build_report(config, str(tmp_path / "report.html"))
     data = files.read_bytes(uri)
     html = data.decode()
     assert len(data) < 5_000_000
@@ -453,22 +457,41 @@ def test_the_report_is_one_file_that_asks_for_nothing_and_has_the_same_bytes_aga
         assert text in html, text
     for id_ in ("brief", "corpus", "training", "embedding", "classification", "perturbation", "provenance"):
         assert html.count(f'<section id="{id_}">') == 1
-    again = build.write(config, str(tmp_path / "again.html"))
+    again = build.build_report(config, str(tmp_path / "again.html"))
     assert files.read_bytes(again) == data
 
 
 def test_a_report_of_the_same_inputs_is_left_alone_and_of_others_is_made_again(tmp_path):
     config = Config(output=str(tmp_path / "none"))
-    uri = build.write(config, str(tmp_path / "report.html"))
+    uri = build.build_report(config, str(tmp_path / "report.html"))
     files.write_bytes(uri, files.read_bytes(uri) + b"<!-- mark -->")
-    build.write(config, uri)
+    build.build_report(config, uri)
     assert files.read_bytes(uri).endswith(b"<!-- mark -->")
-    build.write(dataclasses.replace(config, seed=1), uri)
+    build.build_report(dataclasses.replace(config, seed=1), uri)
+    assert not files.read_bytes(uri).endswith(b"<!-- mark -->")
+
+
+@pytest.mark.parametrize(
+    "changed", ["stats/donors.py", "perturbation/hits.py", "report/build.py", "resources/report.html.j2"]
+)
+def test_a_report_is_made_again_after_any_file_of_the_package_changes(tmp_path, monkeypatch, changed):
+    package = tmp_path / "mixgf"
+    shutil.copytree(Path(mixgf.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "*.h5ad"))
+    monkeypatch.setattr(mixgf, "__file__", str(package / "__init__.py"))
+    config = Config(output=str(tmp_path / "none"))
+    uri = build.build_report(config, str(tmp_path / "report.html"))
+    files.write_bytes(uri, files.read_bytes(uri) + b"<!-- mark -->")
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "a.pyc").write_bytes(b"compiled")
+    build.build_report(config, uri)
+    assert files.read_bytes(uri).endswith(b"<!-- mark -->"), "compiled files do not count"
+    (package / changed).write_bytes((package / changed).read_bytes() + b" ")
+    build.build_report(config, uri)
     assert not files.read_bytes(uri).endswith(b"<!-- mark -->")
 
 
 def test_text_from_the_data_is_escaped(config):
-    run = load.load(config, light=True)
+    run = load.load_results(config, light=True)
     genes = run.tables["genes"].assign(symbol="<script>alert(1)</script>", warnings="<b>bold</b>")
     html = build.render(dataclasses.replace(run, tables={"genes": genes}), "key")
     assert "<script>alert" not in html
@@ -477,7 +500,7 @@ def test_text_from_the_data_is_escaped(config):
 
 
 def test_the_summary_says_where_the_model_is_worse(config):
-    text = terminal.summary(config)
+    text = run_text.summary(config)
     assert "151 kept of 156" in text
     assert re.search(
         r"random cells: baron_human +mixgf, fine-tuned +0\.700 +0\.680 +variable genes \+ logistic regression +1\.000 +1\.000 +WORSE",

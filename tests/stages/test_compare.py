@@ -152,10 +152,10 @@ def test_again_does_nothing_and_a_classification_that_is_there_is_read(
 
 
 def test_the_report_shows_every_part(done: Config) -> None:
-    made = species_comparison.section(load.load(done))
+    made = species_comparison.section(load.load_results(done))
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
     assert headings == ["One space", "Labels carried to the other species", "Shifts that match", "Gene networks"]
-    assert "Shifts that match" in build.render(load.load(done), "key")
+    assert "Shifts that match" in build.render(load.load_results(done), "key")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_response_matrices_of_real_cells_give_networks(real: Config) -> None:
 
 
 def test_the_report_shows_responses_and_networks_or_why_there_are_none(real: Config) -> None:
-    loaded = load.load(real)
+    loaded = load.load_results(real)
     made = species_comparison.section(loaded)
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
     assert headings[-2:] == ["Conserved and divergent responses", "Gene networks"]

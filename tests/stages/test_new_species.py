@@ -24,8 +24,8 @@ from mixgf.encoder import checkpoint
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
 from mixgf.genes.species import gene_table
-from mixgf.report.elements import Run
-from mixgf.report.sections.training import training as training_section
+from mixgf.report.results import RunResults
+from mixgf.report.sections import pretraining
 from mixgf.stages import embed, import_weights, prepare, pretrain
 from mixgf.storage import artifacts, files, tables
 from mixgf.training import context, loop
@@ -149,7 +149,7 @@ def test_a_new_gene_starts_as_its_ortholog_or_at_random_and_is_untrained(grown):
     assert others.std().item() == pytest.approx(ROW.init_sd, rel=0.05)
     assert checkpoint.untrained(record).tolist() == sorted(rats.values())
     assert record.counts == {"steps": 0, "genes_rat": len(rats), "from_orthologs_rat": len(heirs)}
-    page = training_section(Run(config=grown, uris={}, records={"pretrain": record}))
+    page = pretraining.section(RunResults(config=grown, uris={}, records={"pretrain": record}))
     assert f"{len(rats):,} of {corpus.vocabulary.size:,} token ids are untrained" in page.blocks[1].text
 
 

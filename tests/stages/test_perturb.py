@@ -412,8 +412,8 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 def report_of(inputs, output):
     """What the report says of a run's perturbation, in its section and in brief."""
-    run = load.load(configure(inputs, output), light=True)
-    sections = (summary.brief(run), perturbation.section(run))
+    run = load.load_results(configure(inputs, output), light=True)
+    sections = (summary.section(run), perturbation.section(run))
     return "\n".join(str(block) for section in sections for block in section.blocks).lower()
 
 

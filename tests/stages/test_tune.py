@@ -136,7 +136,7 @@ def test_the_best_arm_is_a_config_that_pretrain_takes(undisturbed):
 
 def test_the_report_says_the_sentence_and_draws_the_effects(undisturbed):
     settings, uri = undisturbed
-    page = build.render(load.load(settings), "key")
+    page = build.render(load.load_results(settings), "key")
     sentence = artifacts.require(uri, "sweep").details["sentence"]
     assert sentence.split(" [")[0][1:] in page
     assert "with the contrast instead of without" in sentence

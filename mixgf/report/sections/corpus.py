@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, plural, title_case
-from mixgf.report.figures import plots
+from mixgf.report import wording
+from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell, not_run
+from mixgf.report.figures import cell_counts
+from mixgf.report.results import RunResults
 
 # corpus
 
@@ -27,44 +29,47 @@ def reason(name: str) -> str:
     return REASONS.get(name, name.replace("_", " "))
 
 
-def corpus(run: Run) -> Section:
+def section(results: RunResults) -> Section:
     """Cells by species, source and type; what was dropped and why; sentence lengths; gene mapping."""
-    record, cells = run.records.get("corpus"), run.tables.get("cells")
+    record, cells = results.records.get("corpus"), results.tables.get("cells")
     if record is None or cells is None:
-        return missing("corpus", "Cells", "prepare", run)
+        return not_run("corpus", "Cells", "prepare", results)
     kept, read = int(cells["cells"].sum()), int(record.counts.get("read", 0))
     reasons = {k: int(v) for k, v in record.counts.get("dropped", {}).items() if v}
     lost = ", ".join(f"{n:,} {reason(r)}" for r, n in reasons.items())
     blocks: list[Any] = [
-        Text(f"{kept:,} of {plural(read, 'cell')} were kept; " + (f"dropped: {lost}." if lost else "none was dropped."))
+        Text(
+            f"{kept:,} of {wording.plural(read, 'cell')} were kept; "
+            + (f"dropped: {lost}." if lost else "none was dropped.")
+        )
     ]
     blocks += [
         Text(f"{entry['name']} was refused: {entry['error']}", "refused") for entry in record.details.get("refused", [])
     ]
-    blocks.append(_sources(cells, run.tables.get("dropped"), list(reasons)))
+    blocks.append(_sources(cells, results.tables.get("dropped"), list(reasons)))
     named = cells[cells["type"] != ""]
     if len(named):
         counts = named.pivot_table(index="type", columns="species", values="cells", aggfunc="sum", fill_value=0)
         hidden = max(0, len(counts) - 40)
         blocks.append(
-            Picture(
-                plots.cells_by_type(counts),
-                f"Cells by type (column `{run.config.classify.label}`) and species, after "
+            Figure(
+                cell_counts.cells_by_type(counts),
+                f"Cells by type (column `{results.config.classify.label}`) and species, after "
                 f"quality control.{f' The {hidden} rarest types are left out.' if hidden else ''}",
             )
         )
-    if run.lengths:
-        longest = int(record.details.get("max_len", run.config.tokens.max_len))
-        full = sum(int(h[longest:].sum()) for h in run.lengths.values()) / max(
-            1, sum(int(h.sum()) for h in run.lengths.values())
+    if results.lengths:
+        longest = int(record.details.get("max_len", results.config.tokens.max_len))
+        full = sum(int(h[longest:].sum()) for h in results.lengths.values()) / max(
+            1, sum(int(h.sum()) for h in results.lengths.values())
         )
         words = f"{full:.1%} of the cells have {longest:,} genes or more, and their sentences end there."
         if full > 0.99:
             blocks.append(Text(f"Sentence lengths: {words}"))
         else:
             what = "Sentence lengths: how many genes of a cell, ranked by expression, the model sees."
-            blocks.append(Picture(plots.lengths(run.lengths, longest), f"{what} {words}"))
-    if len(mapping := run.tables.get("mapping", pd.DataFrame())):
+            blocks.append(Figure(cell_counts.sentence_lengths(results.lengths, longest), f"{what} {words}"))
+    if len(mapping := results.tables.get("mapping", pd.DataFrame())):
         shown = [
             c
             for c in mapping.columns
@@ -80,7 +85,7 @@ def corpus(run: Run) -> Section:
     return Section("corpus", "Cells", blocks)
 
 
-def _sources(cells: pd.DataFrame, dropped: pd.DataFrame | None, reasons: list[str]) -> Grid:
+def _sources(cells: pd.DataFrame, dropped: pd.DataFrame | None, reasons: list[str]) -> Table:
     """Per source: cells kept, types, donors, and the cells dropped by reason."""
     lost = pd.DataFrame()
     if dropped is not None and len(dropped):
@@ -89,14 +94,14 @@ def _sources(cells: pd.DataFrame, dropped: pd.DataFrame | None, reasons: list[st
     rows = []
     for (species, source), part in cells.groupby(["species", "source"], sort=True):
         donors = part.loc[part["donor"] != "", "donor"].nunique()
-        rows.append([Cell(str(source)), Cell(str(species)), count(part["cells"].sum()),
-                     *[count(lost.loc[source, r] if source in lost.index else 0) for r in reasons],
-                     count(part.loc[part["type"] != "", "type"].nunique()), count(donors) if donors else Cell("–", 0)])  # fmt: skip
+        rows.append([Cell(str(source)), Cell(str(species)), count_cell(part["cells"].sum()),
+                     *[count_cell(lost.loc[source, r] if source in lost.index else 0) for r in reasons],
+                     count_cell(part.loc[part["type"] != "", "type"].nunique()), count_cell(donors) if donors else Cell("–", 0)])  # fmt: skip
     head = ["Source", "Species", "Cells kept", *[f"Dropped: {reason(r)}" for r in reasons], "Cell types", "Donors"]
-    return Grid("Cells by source.", head, rows)
+    return Table("Cells by source.", head, rows)
 
 
-def _plain(frame: pd.DataFrame, caption: str) -> Grid:
+def _plain(frame: pd.DataFrame, caption: str) -> Table:
     """Any table as it stands, with shares as per cent."""
     rows = []
     for record in frame.to_dict("records"):
@@ -109,6 +114,6 @@ def _plain(frame: pd.DataFrame, caption: str) -> Grid:
             elif any(word in str(name) for word in ("share", "fraction", "lost")):
                 row.append(Cell("–" if not np.isfinite(value) else f"{value:.2%}", float(value)))
             else:
-                row.append(count(float(value)))
+                row.append(count_cell(float(value)))
         rows.append(row)
-    return Grid(caption, [title_case(str(c)) for c in frame.columns], rows)
+    return Table(caption, [wording.title_case(str(c)) for c in frame.columns], rows)

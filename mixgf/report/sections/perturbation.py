@@ -10,8 +10,9 @@ import pandas as pd
 
 from mixgf.errors import UserError
 from mixgf.perturbation import gene_responses, hits, reference_genes
-from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, number
+from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell, not_run, number_cell
 from mixgf.report.figures import screen
+from mixgf.report.results import RunResults
 from mixgf.stats import donors
 
 MAX_GENES = 40
@@ -21,11 +22,11 @@ MAX_ROWS, MAX_COLUMNS = 30, 40
 """Perturbed and responding genes in the report's matrix."""
 
 
-def section(run: Run) -> Section:
+def section(results: RunResults) -> Section:
     """Ranked genes by operation, with effect against test and rank, and what speaks against each hit."""
-    genes, config = run.tables.get("genes"), run.config.perturb
+    genes, config = results.tables.get("genes"), results.config.perturb
     if genes is None or genes.empty:
-        return missing("perturbation", "In silico perturbation", "perturb", run)
+        return not_run("perturbation", "In silico perturbation", "perturb", results)
     goal = bool(config.goal)
     toward = f" and compared with the state `{config.goal}`" if goal else ""
     variant = ", ".join(sorted(set(genes["variant"].astype(str))))
@@ -36,7 +37,7 @@ def section(run: Run) -> Section:
         Text("A shift is a prediction of this model about its own embedding. It becomes evidence only if it repeats over donors, "
              "exceeds what genes of the same rank do, and agrees with an experiment.", "warn"),
     ]  # fmt: skip
-    record = run.records.get("perturb")
+    record = results.records.get("perturb")
     screened = record.counts.get("screened_out", 0) if record else 0
     num_tests = genes["gene"].nunique() + screened if screened else 0
     blocks += _others(record.details.get("states", {})) if record else []
@@ -51,16 +52,16 @@ def section(run: Run) -> Section:
         tested = bool(np.isfinite(part["p_donor"]).any()) and donors.smallest_p(int(part["num_donors"].max())) <= 0.05
         p, title = ("p_donor", "over donors") if tested else ("p_cell", "over cells, not replicated")
         blocks.append(
-            Picture(
+            Figure(
                 screen.volcano(part, f"volcano-{operation}", p=p, title=title, goal=goal),
                 f"{str(operation).capitalize()}, {len(part):,} genes. Left: shift and p value {title}{'' if tested else ', so that height says little more than how many cells there were'}. Right: shift and mean rank of the "
                 "gene in the cells; the line is what rank alone predicts, so only the distance from it speaks of the gene; genes that no cell holds have no rank and are not drawn there.",
             )
         )
-        blocks += _calibrated(part, run.tables.get("nulls"), str(operation))
+        blocks += _calibrated(part, results.tables.get("nulls"), str(operation))
         blocks.append(_genes(hits.asked(part), str(operation), goal=goal))
-        blocks += _responses(run, str(operation), part)
-    blocks += _paper(genes, run) + _known(genes, run)
+        blocks += _responses(results, str(operation), part)
+    blocks += _paper(genes, results) + _known(genes, results)
     return Section("perturbation", "In silico perturbation", blocks)
 
 
@@ -76,7 +77,7 @@ def _calibrated(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) 
     tone, text = hits.calibration_sentence(mine, int(part["num_donors"].max()))
     return [
         Text(text, tone),
-        Picture(
+        Figure(
             screen.calibration(part, mine, f"calibration-{operation}"),
             "Every point is a gene, the smallest p to the right. Triangles: genes of like rank exchanged what is their own within each donor, so "
             "there is nothing to find and they should follow the dashed line; where they rise above it, the test calls noise significant. "
@@ -95,10 +96,10 @@ def _others(states: dict[str, str]) -> list[Any]:
                  "is no answer to the question: the cells merely change.")]  # fmt: skip
 
 
-def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
+def _responses(results: RunResults, operation: str, genes: pd.DataFrame) -> list[Any]:
     """What perturbing one gene does to the others, general strength and lability taken out."""
-    pairs = run.tables.get("responses")
-    record = run.records.get("perturb")
+    pairs = results.tables.get("responses")
+    record = results.records.get("perturb")
     if pairs is None:
         num = record.counts.get("responses", 0) if record else 0
         return [Text(f"The response matrix ({num:,} pairs) is too large for a page: responses.parquet.")] if num else []
@@ -125,7 +126,7 @@ def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
     )
     listed = [
         [Cell(str(r["symbol"] or r["gene"]), strong=True), Cell(str(r["responding_symbol"] or r["responding"]), strong=True),
-         number(r["change_same_rank"], ".2g"), number(r["excess"], "+.2f"), count(r["num_same_rank"]), number(r["change"], ".2g"), count(r["num_cells"])]
+         number_cell(r["change_same_rank"], ".2g"), number_cell(r["excess"], "+.2f"), count_cell(r["num_same_rank"]), number_cell(r["change"], ".2g"), count_cell(r["num_cells"])]
         for r in lead.to_dict("records")
     ]  # fmt: skip
     caption = (
@@ -140,36 +141,36 @@ def _responses(run: Run, operation: str, genes: pd.DataFrame) -> list[Any]:
     )
     return [
         Text(f"{operation.capitalize()}: responses of other genes", "heading"),
-        Picture(screen.responses(table, f"responses-{operation}"), caption),
+        Figure(screen.responses(table, f"responses-{operation}"), caption),
         Text(doubt, "warn"),
-        Grid("The pairs farthest from what both genes do in general.", ["Perturbed", "Responding", "Change (1 − cosine), place kept", "log₂ of expected", "Cells", "Change, all cells", "All cells"],
+        Table("The pairs farthest from what both genes do in general.", ["Perturbed", "Responding", "Change (1 − cosine), place kept", "log₂ of expected", "Cells", "Change, all cells", "All cells"],
              listed, sortable=True),
     ]  # fmt: skip
 
 
-def _paper(genes: pd.DataFrame, run: Run) -> list[Any]:
-    table = reference_genes.beside_paper(genes, run.config)
+def _paper(genes: pd.DataFrame, results: RunResults) -> list[Any]:
+    table = reference_genes.beside_paper(genes, results.config)
     if table.empty:
         return []
     rows = [
-        [Cell(r["symbol"], strong=True), Cell(r["operation"]), count(r["paper_rank"]), number(r["paper_shift"], ".4f"), number(r["paper_p"], ".2e"),
-         Cell(f"{r['rank']:,} of {r['of']:,}" if r["rank"] > 0 else "not scored", float(r["rank"])), number(r["shift"], "+.4f"),
-         number(r["p_cell"], ".2e"), number(r["p_donor"], ".2g"), number(r["null_percentile"], ".0f"), number(r["coverage"], ".1%"),
+        [Cell(r["symbol"], strong=True), Cell(r["operation"]), count_cell(r["paper_rank"]), number_cell(r["paper_shift"], ".4f"), number_cell(r["paper_p"], ".2e"),
+         Cell(f"{r['rank']:,} of {r['of']:,}" if r["rank"] > 0 else "not scored", float(r["rank"])), number_cell(r["shift"], "+.4f"),
+         number_cell(r["p_cell"], ".2e"), number_cell(r["p_donor"], ".2g"), number_cell(r["null_percentile"], ".0f"), number_cell(r["coverage"], ".1%"),
          Cell("; ".join(doubts(r["warnings"])) or NO_DOUBT)]
         for r in table.to_dict("records")
     ]  # fmt: skip
     head = ["Gene", "Operation", "Paper: rank", "Paper: shift", "Paper: p", "Rank here", "Shift here", "p, cells (as published)", "p, donors",
             "Null percentile", "Seen in", "Why it may be an artefact"]  # fmt: skip
     caption = (
-        f"Genes of the paper's Table 4 ({run.config.perturb.published}) in this run. The paper's p is a rank-sum test over cells; the same test stands "
+        f"Genes of the paper's Table 4 ({results.config.perturb.published}) in this run. The paper's p is a rank-sum test over cells; the same test stands "
         "beside it here, and the test over donors, which the paper does not have."
     )
-    return [Text("Beside the paper's Table 4", "heading"), Grid(caption, head, rows)]
+    return [Text("Beside the paper's Table 4", "heading"), Table(caption, head, rows)]
 
 
-def _known(genes: pd.DataFrame, run: Run) -> list[Any]:
+def _known(genes: pd.DataFrame, results: RunResults) -> list[Any]:
     try:
-        found = reference_genes.score(genes, run.config)
+        found = reference_genes.score(genes, results.config)
     except UserError as error:
         return [Text("Known genes", "heading"), Text(str(error), "warn")]
     if found.empty:
@@ -205,7 +206,7 @@ def _known(genes: pd.DataFrame, run: Run) -> list[Any]:
         "Sensitivity",
         "Specificity",
     ]
-    return [Text("Known genes", "heading"), *texts, Grid(caption, head, rows)]
+    return [Text("Known genes", "heading"), *texts, Table(caption, head, rows)]
 
 
 def _estimate(row: Any) -> Cell:
@@ -222,7 +223,7 @@ def doubts(value: Any) -> list[str]:
     return [str(part) for part in value] if isinstance(value, Iterable) else []
 
 
-def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Grid:
+def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Table:
     head = ["Gene", "Shift (95 % interval)", "Cells", "Donors", "Seen in", "Mean rank", "Rank alone predicts", "Excess",
             "Null percentile", "DE log fold", "p, donors", "FDR, donors", "FDR, cells (not replicated)", "Why it may be an artefact"]  # fmt: skip
     ordered = genes.sort_values(["shift", "gene"], ascending=[False, True])
@@ -235,15 +236,15 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Grid:
         rows.append([
             Cell(f"{gene['symbol'] or gene['gene']}", str(gene["symbol"] or gene["gene"]).upper(), strong=True, note=str(gene["ortholog_symbol"])),
             Cell(f"{gene['shift']:+.4f}", float(gene["shift"]), note=band),
-            count(gene["num_cells"]), count(gene["num_donors"]), number(gene["coverage"], ".0%"), number(gene["mean_rank"], ",.0f"),
-            number(gene["rank_expected"], "+.4f"), number(gene["shift_minus_rank_expected"], "+.4f"),
-            number(gene["null_percentile"], ".0f"), number(gene["de_log_fold"], "+.2f"), number(gene["p_donor"], ".2g"), number(gene["fdr_donor"], ".2g"),
-            number(gene["fdr_cell"], ".2g"), Cell("; ".join(why) or NO_DOUBT, len(why)),
+            count_cell(gene["num_cells"]), count_cell(gene["num_donors"]), number_cell(gene["coverage"], ".0%"), number_cell(gene["mean_rank"], ",.0f"),
+            number_cell(gene["rank_expected"], "+.4f"), number_cell(gene["shift_minus_rank_expected"], "+.4f"),
+            number_cell(gene["null_percentile"], ".0f"), number_cell(gene["de_log_fold"], "+.2f"), number_cell(gene["p_donor"], ".2g"), number_cell(gene["fdr_donor"], ".2g"),
+            number_cell(gene["fdr_cell"], ".2g"), Cell("; ".join(why) or NO_DOUBT, len(why)),
         ])  # fmt: skip
     which = f"the {len(few)} largest shifts" + (
         f" and the {len(shown) - len(few)} most negative" if len(shown) > len(few) else ""
     )
-    return Grid(
+    return Table(
         f"{operation.capitalize()}: {which} of {len(genes):,} genes; a click on a heading sorts. Excess: shift less what rank alone "
         "predicts. Null percentile: place among genes of like rank and detection (50 = ordinary). DE: differential "
         "expression of the goal against the start state, of rank scores. Seen in: share of cells whose sentence holds the gene."

@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from typing import Any
 
 from mixgf.config.parse import to_dict
-from mixgf.report.elements import Cell, Fold, Grid, Run, Section, Text
+from mixgf.report.elements import Cell, Fold, Section, Table, Text
+from mixgf.report.results import RunResults
 
-# provenance
+LIBRARIES = (
+    "anndata",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "polars",
+    "pyarrow",
+    "ray",
+    "scikit-learn",
+    "scipy",
+    "torch",
+    "umap-learn",
+)
 
 
-def provenance(run: Run, versions: dict[str, str]) -> Section:
+def library_versions() -> dict[str, str]:
+    """Installed version of each of `LIBRARIES`."""
+    return {name: metadata.version(name) for name in LIBRARIES}
+
+
+def section(results: RunResults) -> Section:
     """What made what: fingerprints, code, versions, the config, and the commands that repeat the run."""
     rows = [
         [Cell(stage), Cell(record.kind), Cell(record.fingerprint[:16]), Cell(record.code), Cell(record.created),
-         Cell(", ".join(f"{role} {parent[:8]}" for role, parent in sorted(record.parents.items())) or "–"), Cell(run.uris[stage])]
-        for stage, record in run.records.items()
+         Cell(", ".join(f"{role} {parent[:8]}" for role, parent in sorted(record.parents.items())) or "–"), Cell(results.uris[stage])]
+        for stage, record in results.records.items()
     ]  # fmt: skip
     blocks: list[Any] = []
     if rows:
         blocks.append(
-            Grid(
+            Table(
                 "Artifacts. Equal fingerprints mean equal inputs and settings.",
                 ["Stage", "Kind", "Fingerprint", "Code", "Planned at (UTC)", "Made from", "Where"],
                 rows,
             )
         )
-    blocks.append(Text("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."))
+    blocks.append(
+        Text("Versions: " + ", ".join(f"{name} {version}" for name, version in library_versions().items()) + ".")
+    )
     stages = "\n".join(
         f"mixgf {stage} --config config.json"
         for stage in ("prepare", "pretrain", "embed", "classify", "perturb", "report")
@@ -39,5 +61,5 @@ def provenance(run: Run, versions: dict[str, str]) -> Section:
             f"# or stage by stage\n{stages}",
         )
     )
-    blocks.append(Fold("Configuration (JSON)", json.dumps(to_dict(run.config), indent=1)))
+    blocks.append(Fold("Configuration (JSON)", json.dumps(to_dict(results.config), indent=1)))
     return Section("provenance", "Provenance", blocks)

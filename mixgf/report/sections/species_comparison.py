@@ -7,23 +7,26 @@ from typing import Any
 
 import pandas as pd
 
-from mixgf.report import verdicts
-from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, number, plural
-from mixgf.report.figures import plots
+from mixgf.report import wording
+from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell, number_cell
+from mixgf.report.figures import cell_maps, heatmap
+from mixgf.report.results import COMPARISON_PREFIX, RunResults
 from mixgf.report.sections import embedding_spaces
 
 TITLE = "Across species"
-PREFIX = "compare_"
-"""Before the names of the tables of a comparison in `Run.tables`."""
 MAX_FAILURES = 40
 SPACES = {"expression": "expression (one-to-one orthologs)", "ranks": "ranks of orthologs"}
 
 
-def section(run: Run) -> Section:
+def section(results: RunResults) -> Section:
     """Everything that `mixgf compare` found."""
-    if "compare" not in run.records:
+    if "compare" not in results.records:
         return Section("across", TITLE, [])
-    tables = {name.removeprefix(PREFIX): table for name, table in run.tables.items() if name.startswith(PREFIX)}
+    tables = {
+        name.removeprefix(COMPARISON_PREFIX): table
+        for name, table in results.tables.items()
+        if name.startswith(COMPARISON_PREFIX)
+    }
     blocks: list[Any] = []
     for block in BLOCKS:
         blocks += block(tables)
@@ -43,7 +46,7 @@ def one_space(tables: dict[str, pd.DataFrame]) -> list[Any]:
         shown = {name(str(s)): frame for s, frame in maps.groupby("space", sort=False)}
         caption = (f"{maps['map'].iloc[0]} of the same cells in each space; numbers name the types, one for each species. Axes mean nothing, and lengths in a map "
                    "are bent: the table below measures in the space itself.")  # fmt: skip
-        blocks.append(Picture(plots.side_by_side(shown), caption))
+        blocks.append(Figure(cell_maps.side_by_side(shown), caption))
         first = next(iter(shown))
         for column, what in (
             ("species", "by species"),
@@ -51,16 +54,16 @@ def one_space(tables: dict[str, pd.DataFrame]) -> list[Any]:
             ("group", "by data set"),
         ):
             again = {first: shown[first].assign(type=shown[first][column])}
-            blocks.append(Picture(plots.side_by_side(again, column), f"The first map again, {what}."))
+            blocks.append(Figure(cell_maps.side_by_side(again, column), f"The first map again, {what}."))
     if len(types):
         rows = []
         for (space, species, other), mine in types.groupby(["space", "species", "other_species"], sort=False):
             hit = int((mine["place"] == 1).sum())
             chance = float((1 / mine["num_types"]).sum())
-            rows.append([Cell(name(str(space))), Cell(f"{species} to {other}"), Cell(f"{hit} of {len(mine)}", hit), number(chance, ".1f"),
-                         number(float(mine["place"].median()), ".1f"), number(float(mine["distance"].median()), ".3f"),
-                         number(float(mine["map_distance"].median()), ".1f")])  # fmt: skip
-        blocks.append(Grid(
+            rows.append([Cell(name(str(space))), Cell(f"{species} to {other}"), Cell(f"{hit} of {len(mine)}", hit), number_cell(chance, ".1f"),
+                         number_cell(float(mine["place"].median()), ".1f"), number_cell(float(mine["distance"].median()), ".3f"),
+                         number_cell(float(mine["map_distance"].median()), ".1f")])  # fmt: skip
+        blocks.append(Table(
             "Types that both species have: for how many the nearest centroid of the other species (cosine, in the space itself) is the same "
             "type, how many chance would give, the median place of the counterpart (1 = nearest), and how far it lies.",
             ["Space", "Direction", "Nearest is the same type", "By chance", "Median place", "Median cosine distance", "In the map (its units)"], rows,
@@ -77,26 +80,28 @@ def carried(tables: dict[str, pd.DataFrame]) -> list[Any]:
     for (group, direction), mine in table.groupby(["group", "direction"], sort=False):
         wide = mine.set_index(["model", "metric"])
         sizes = mine.iloc[0]
-        rows.append([Cell(f"{group}, {str(direction).replace('>', ' → ')}: {plural(int(sizes['num_classes']), 'type')}, "
+        rows.append([Cell(f"{group}, {str(direction).replace('>', ' → ')}: {wording.plural(int(sizes['num_classes']), 'type')}, "
                           f"{int(sizes['num_test']):,} cells")])  # fmt: skip
-        for model in verdicts.order_models(list(dict.fromkeys(mine["model"]))):
+        for model in wording.order_models(list(dict.fromkeys(mine["model"]))):
             scores = [
                 wide.loc[(model, metric), ["value", "low", "high"]].astype(float) for metric in ("accuracy", "macro_f1")
             ]
-            rows.append([Cell(verdicts.label(model)), *(Cell(verdicts.interval(*s), float(s.iloc[0])) for s in scores)])
+            rows.append(
+                [Cell(wording.model_label(model)), *(Cell(wording.interval_text(*s), float(s.iloc[0])) for s in scores)]
+            )
     blocks: list[Any] = [
         Text("Labels carried to the other species", "heading"),
-        Grid("Learned from one species' labels, scored on the other's cells; types that both have. 95 % intervals over donors where there are, else "
+        Table("Learned from one species' labels, scored on the other's cells; types that both have. 95 % intervals over donors where there are, else "
              "over cells.", ["Model", "Accuracy", "Macro F1"], rows),
     ]  # fmt: skip
     if len(failed):
-        ours = [m for m in dict.fromkeys(failed["model"]) if not verdicts.is_baseline(m) and "untrained" not in m]
+        ours = [m for m in dict.fromkeys(failed["model"]) if not wording.is_baseline(m) and "untrained" not in m]
         bad = failed[failed["model"].isin(ours) & (failed["why"] != "")].sort_values(["num_test"], ascending=False)
-        rows = [[Cell(str(r.group)), Cell(str(r.direction).replace(">", " → ")), Cell(verdicts.label(str(r.model))), Cell(str(r.type)), count(r.num_test),
-                 Cell(verdicts.interval(r.recall, r.low, r.high), r.recall), Cell(f"{r.into} ({r.into_share:.0%})"), Cell(str(r.why))]
+        rows = [[Cell(str(r.group)), Cell(str(r.direction).replace(">", " → ")), Cell(wording.model_label(str(r.model))), Cell(str(r.type)), count_cell(r.num_test),
+                 Cell(wording.interval_text(r.recall, r.low, r.high), r.recall), Cell(f"{r.into} ({r.into_share:.0%})"), Cell(str(r.why))]
                 for r in bad.head(MAX_FAILURES).itertuples()]  # fmt: skip
         total = failed[failed["model"].isin(ours)]
-        blocks.append(Grid(
+        blocks.append(Table(
             f"Types that fail (fewer than half of their cells are found): {len(bad)} of {len(total)} type and model pairs; the largest "
             f"{min(len(bad), MAX_FAILURES)}. What they are called instead, and what the controls say about it.",
             ["Group", "Direction", "Model", "Type", "Cells", "Found", "Called instead", "First reason"], rows,
@@ -124,15 +129,15 @@ def alike(tables: dict[str, pd.DataFrame]) -> list[Any]:
                 [f"{v:.2f}{'★' if f <= 0.05 else ''}" for v, f in zip(*row, strict=True)]
                 for row in zip(values.to_numpy(), fdr.to_numpy(), strict=True)
             ]
-            blocks.append(Picture(
-                plots.heatmap(values.clip(0, 1), f"shifts-{space}-{one}", rows=str(one), columns=str(other), text=text),
+            blocks.append(Figure(
+                heatmap.heatmap(values.clip(0, 1), f"shifts-{space}-{one}", rows=str(one), columns=str(other), text=text),
                 f"{name(str(space))}: {int(best.to_numpy().sum())} pairs are each other's best match."))  # fmt: skip
-    blocks.append(Grid(
+    blocks.append(Table(
         "Shifts that are expected together, by tag: mean cosine of pairs of one tag and of pairs of two tags, the chance that one of the first "
         "is above one of the second, and its p when tags are exchanged among shifts (p cannot be smaller than the last column).",
         ["Space", "Tag", "Pairs", "Cosine", "Cosine of others", "AUROC", "p", "Smallest p"],
-        [[Cell(name(str(r.space))), Cell(str(r.tag)), count(r.num_pairs), number(r.cosine, ".2f"), number(r.cosine_others, ".2f"),
-          number(r.auroc, ".2f"), number(r.p, ".3f"), number(r.smallest_p, ".3f")] for r in tags.itertuples()]))  # fmt: skip
+        [[Cell(name(str(r.space))), Cell(str(r.tag)), count_cell(r.num_pairs), number_cell(r.cosine, ".2f"), number_cell(r.cosine_others, ".2f"),
+          number_cell(r.auroc, ".2f"), number_cell(r.p, ".3f"), number_cell(r.smallest_p, ".3f")] for r in tags.itertuples()]))  # fmt: skip
     first = shifts[shifts["space"] == shifts["space"].iloc[0]]
     reliable = shifts.pivot_table(index="shift", columns="space", values="reliability")
     rows = []
@@ -144,9 +149,9 @@ def alike(tables: dict[str, pd.DataFrame]) -> list[Any]:
             if r.donors_before and r.donors_after
             else "donors not known"
         )
-        rows.append([Cell(str(r.species)), Cell(str(r.shift)), count(r.num_before), count(r.num_after), number(r.log2_length, "+.2f"),
-                     *[number(float(reliable.loc[r.shift, s]), ".2f") for s in reliable.columns], number(r.smallest_p, ".3f"), Cell(alone)])  # fmt: skip
-    blocks.append(Grid(
+        rows.append([Cell(str(r.species)), Cell(str(r.shift)), count_cell(r.num_before), count_cell(r.num_after), number_cell(r.log2_length, "+.2f"),
+                     *[number_cell(float(reliable.loc[r.shift, s]), ".2f") for s in reliable.columns], number_cell(r.smallest_p, ".3f"), Cell(alone)])  # fmt: skip
+    blocks.append(Table(
         "The shifts: cells of either condition, how much longer sentences get (log2), the cosine of the shift in two halves of its own cells (no "
         "other shift can be expected to be nearer than its square root allows), and the smallest p that its permutations can give.",
         ["Species", "Shift", "Before", "After", "Length", *[f"Repeats: {name(str(s))}" for s in reliable.columns], "Smallest p", "Caution"], rows))  # fmt: skip
@@ -163,11 +168,11 @@ def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
         return []
     one, other = summary.loc[0, ["first", "second"]]
     alike_ = summary.reindex(columns=["whole", "spearman", "low", "high", "null", "null_low", "null_high", "p"])
-    rows = [[Cell(str(r.operation)), count(r.num_pairs), number(v["whole"], ".2f"), Cell(verdicts.interval(v["spearman"], v["low"], v["high"])),
-             Cell(verdicts.interval(v["null"], v["null_low"], v["null_high"])), number(v["p"], ".3f"), count(r.differ), count(r.towards), count(r.unusual),
-             count(r.replicated), Cell("donors" if r.by_donors else "cells of too few donors")]
+    rows = [[Cell(str(r.operation)), count_cell(r.num_pairs), number_cell(v["whole"], ".2f"), Cell(wording.interval_text(v["spearman"], v["low"], v["high"])),
+             Cell(wording.interval_text(v["null"], v["null_low"], v["null_high"])), number_cell(v["p"], ".3f"), count_cell(r.differ), count_cell(r.towards), count_cell(r.unusual),
+             count_cell(r.replicated), Cell("donors" if r.by_donors else "cells of too few donors")]
             for r, v in zip(summary.itertuples(), alike_.astype(float).to_dict("records"), strict=True)]  # fmt: skip
-    blocks: list[Any] = [Text("Conserved and divergent responses", "heading"), Grid(
+    blocks: list[Any] = [Text("Conserved and divergent responses", "heading"), Table(
         f"One-to-one orthologs perturbed in {one} and in {other}: rank correlation of shifts as they are, and of what is left beyond the gene's rank and coverage (95 % "
         "over genes), beside orthologs exchanged among genes of like rank and coverage; how many shifts differ (FDR 5 %, beyond what rank predicts), go towards "
         "the goal in both, are unusual for their rank in both, and repeat over donors in both.",
@@ -184,9 +189,9 @@ def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
             for n in (one, other)
         ]
         rows.append([Cell(f"{r[f'symbol_{one}']} / {r[f'symbol_{other}']}"), Cell(r["operation"]), *sides,
-                     *(number(r[f"null_percentile_{n}"], ".0f") for n in (one, other)), *(number(r[f"p_donor_{n}"], ".2g") for n in (one, other)),
+                     *(number_cell(r[f"null_percentile_{n}"], ".0f") for n in (one, other)), *(number_cell(r[f"p_donor_{n}"], ".2g") for n in (one, other)),
                      Cell(r["doubts"])])  # fmt: skip
-    blocks.append(Grid(
+    blocks.append(Table(
         "Conserved targets: perturbed, they move cells towards the goal in both species; by the weaker of their percentiles among genes of like rank and coverage.",
         ["Gene", "Operation", *(f"Shift, {n}" for n in (one, other)), *(f"Percentile, {n}" for n in (one, other)),
          *(f"p over donors, {n}" for n in (one, other)), "Doubts"], rows))  # fmt: skip
@@ -200,11 +205,11 @@ def networks(tables: dict[str, pd.DataFrame]) -> list[Any]:
         return []
     blocks: list[Any] = [Text("Gene networks", "heading")]
     known, none = table[table["why"] == ""], table[table["why"] != ""]
-    rows = [[Cell(str(r.space)), Cell(f"{r.first} and {r.second}"), count(r.num_genes), count(r.k), Cell(verdicts.interval(r.share, r.low, r.high)),
-             number(r.jaccard, ".3f"), Cell(verdicts.interval(r.null, r.null_low, r.null_high)), number(r.chance, ".3f"), number(r.p, ".3f")]
+    rows = [[Cell(str(r.space)), Cell(f"{r.first} and {r.second}"), count_cell(r.num_genes), count_cell(r.k), Cell(wording.interval_text(r.share, r.low, r.high)),
+             number_cell(r.jaccard, ".3f"), Cell(wording.interval_text(r.null, r.null_low, r.null_high)), number_cell(r.chance, ".3f"), number_cell(r.p, ".3f")]
             for r in known.itertuples()]  # fmt: skip
     if rows:
-        blocks.append(Grid(
+        blocks.append(Table(
             "Share of a gene's nearest genes in one species whose orthologs are nearest in the other (95 % over genes), beside orthologs exchanged among genes "
             "as frequent (responses: of like rank and coverage), and chance. A share within the exchanged ones' range is what that alone gives.",
             ["Space", "Species", "Orthologs", "Neighbours", "Shared", "Jaccard", "Exchanged", "Chance", "p"], rows))  # fmt: skip

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, number, plural
+from mixgf.report import wording
+from mixgf.report.elements import Cell, Figure, Section, Table, Text, number_cell
 from mixgf.report.figures import sweep_effects
+from mixgf.report.results import RunResults
 from mixgf.tuning import analysis, search_space
 
 LADDERS = {"train.cells_share": "cells trained on", "train.max_steps": "optimizer steps"}
@@ -17,16 +19,16 @@ POINT = 0.01
 """A gain of macro F1 that is worth having, for where to stop."""
 
 
-def section(run: Run) -> Section:
+def section(results: RunResults) -> Section:
     """Section on the sweep; empty of blocks where there is none."""
-    record = run.records.get("tune")
+    record = results.records.get("tune")
     if record is None:
         return Section("sweep", "Ablations", [])
-    board, effects = run.tables["arms"], run.tables["effects"]
+    arm_scores, effects = results.tables["arms"], results.tables["effects"]
     settings = record.config["tune"]
     sentence = str(record.details["sentence"])
     blocks: list[Any] = [
-        Text(f"{plural(record.counts['arms'], 'arm')} of {plural(settings['seeds'], 'seed')} each. "
+        Text(f"{wording.plural(record.counts['arms'], 'arm')} of {wording.plural(settings['seeds'], 'seed')} each. "
              f"{sentence[:1].upper()}{sentence[1:]}."),
         Text("Effects are differences from the base with the same seed, at the last rung that both reached; intervals (95 %, t) are "
              "over seeds, so they say what another training would give, not what other donors would. Arms that stopped early were "
@@ -38,28 +40,28 @@ def section(run: Run) -> Section:
     if len(effects):
         titles = {m: analysis.METRICS[m] for m in ("score", "finetuned", "uniformity")}
         blocks.append(
-            Picture(
+            Figure(
                 sweep_effects.forest(effects, titles, "sweep-effects"),
                 "What changes against the base, with 95 % intervals over seeds.",
             )
         )
-        blocks.append(_table(board, effects))
-    if (means := _means(board)) is not None:
+        blocks.append(_table(arm_scores, effects))
+    if (means := _means(arm_scores)) is not None:
         blocks.append(
-            Picture(
+            Figure(
                 sweep_effects.pareto(means, "sweep-pareto"),
                 "Zero-shot against fine-tuned, arms trained to the end. Diamonds: no arm is better in both; the table above has all.",
             )
         )
-    interactions = run.tables.get("interactions")
+    interactions = results.tables.get("interactions")
     if interactions is not None and len(interactions):
         blocks.append(_interactions(interactions))
-    blocks += _ladders(run, board)
+    blocks += _ladders(results, arm_scores)
     return Section("sweep", "Ablations", blocks)
 
 
-def _table(board: pd.DataFrame, effects: pd.DataFrame) -> Grid:
-    last = board.sort_values("rung").groupby(["arm", "seed"], sort=False).tail(1)
+def _table(arm_scores: pd.DataFrame, effects: pd.DataFrame) -> Table:
+    last = arm_scores.sort_values("rung").groupby(["arm", "seed"], sort=False).tail(1)
     rows = []
     for arm, part in last.groupby("arm", sort=False):
         name = str(part["name"].iloc[0])
@@ -69,7 +71,7 @@ def _table(board: pd.DataFrame, effects: pd.DataFrame) -> Grid:
         ]
         for metric in analysis.METRICS:
             values = part[metric].dropna()
-            cell = number(float(values.mean()) if len(values) else np.nan, ".3f")
+            cell = number_cell(float(values.mean()) if len(values) else np.nan, ".3f")
             one = effects[(effects["arm"] == arm) & (effects["metric"] == metric)]
             note = ""
             if len(one) and np.isfinite(one["low"].iloc[0]):
@@ -78,7 +80,7 @@ def _table(board: pd.DataFrame, effects: pd.DataFrame) -> Grid:
             cells.append(Cell(cell.text, cell.order, note=note))
         rows.append(cells)
     head = ["arm", "trained", *analysis.METRICS.values()]
-    return Grid(
+    return Table(
         "Means over seeds at the end of each arm; below, the paired difference from the base with its 95 % interval.",
         head,
         rows,
@@ -86,8 +88,8 @@ def _table(board: pd.DataFrame, effects: pd.DataFrame) -> Grid:
     )
 
 
-def _means(board: pd.DataFrame) -> pd.DataFrame | None:
-    ended = board[(board["rung"] == board["rung"].max()) & board["finetuned"].notna()]
+def _means(arm_scores: pd.DataFrame) -> pd.DataFrame | None:
+    ended = arm_scores[(arm_scores["rung"] == arm_scores["rung"].max()) & arm_scores["finetuned"].notna()]
     if ended["arm"].nunique() < 2:
         return None
     groups = ended.groupby("name", sort=False)
@@ -97,30 +99,30 @@ def _means(board: pd.DataFrame) -> pd.DataFrame | None:
     return out.reset_index()
 
 
-def _interactions(found: pd.DataFrame) -> Grid:
+def _interactions(found: pd.DataFrame) -> Table:
     rows = [
-        [Cell(f"{row.first} with {row.second}", str(row.first)), Cell(analysis.METRICS[str(row.metric)]), number(float(row.effect), "+.3f"),
-         Cell(f"[{row.low:+.3f}, {row.high:+.3f}]" if np.isfinite(row.low) else "one seed"), number(float(row.p), ".3f")]
+        [Cell(f"{row.first} with {row.second}", str(row.first)), Cell(analysis.METRICS[str(row.metric)]), number_cell(float(row.effect), "+.3f"),
+         Cell(f"[{row.low:+.3f}, {row.high:+.3f}]" if np.isfinite(row.low) else "one seed"), number_cell(float(row.p), ".3f")]
         for row in found.itertuples()
     ]  # fmt: skip
     caption = "Interactions: how much more the two changes do together than each alone (paired by seed)."
-    return Grid(caption, ["changes", "metric", "together minus apart", "95 % interval", "p"], rows, sortable=True)
+    return Table(caption, ["changes", "metric", "together minus apart", "95 % interval", "p"], rows, sortable=True)
 
 
-def _ladders(run: Run, board: pd.DataFrame) -> list[Any]:
+def _ladders(results: RunResults, arm_scores: pd.DataFrame) -> list[Any]:
     """Curves along `LADDERS`, and in words where to stop."""
-    record, blocks = run.records["tune"], []
+    record, blocks = results.records["tune"], []
     for field, axis in LADDERS.items():
         part, leaf = field.split(".")
-        base = float(getattr(getattr(run.config, part), leaf))
-        rungs = analysis.ladder(board, record.details["arms"], field, base)
+        base = float(getattr(getattr(results.config, part), leaf))
+        rungs = analysis.ladder(arm_scores, record.details["arms"], field, base)
         if rungs["x"].nunique() < 3 or rungs["x"].min() <= 0:
             continue
-        if field == "train.cells_share" and "corpus" in run.records:
-            rungs["x"] *= run.records["corpus"].counts["kept"]
+        if field == "train.cells_share" and "corpus" in results.records:
+            rungs["x"] *= results.records["corpus"].counts["kept"]
         most = float(rungs["x"].max())
         grid = np.geomspace(float(rungs["x"].min()), 10 * most, 60)
-        curve = analysis.forecast(rungs, np.append(grid, [most]), seed=run.config.seed)
+        curve = analysis.forecast(rungs, np.append(grid, [most]), seed=results.config.seed)
         here, ten = curve.iloc[-1], curve.iloc[-2]
         known = curve.iloc[:-1]
         enough = known[known["value"] >= here["value"] - POINT]
@@ -132,7 +134,7 @@ def _ladders(run: Run, board: pd.DataFrame) -> list[Any]:
             else ""
         )
         blocks += [
-            Picture(
+            Figure(
                 sweep_effects.ladder(rungs, known, axis, f"sweep-ladder-{leaf}"),
                 f"Zero-shot macro F1 by {axis}; a dot is a training, the band a 95 % interval of the fitted curve.",
             ),

@@ -7,65 +7,67 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf.report import verdicts
-from mixgf.report.elements import Cell, Grid, Picture, Run, Section, Text, count, missing, pair, plural, whisker
-from mixgf.report.figures import plots
-from mixgf.report.verdicts import _tallies
+from mixgf.report import score_tables, verdicts, wording
+from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell, not_run
+from mixgf.report.figures import heatmap, score_marks
+from mixgf.report.results import RunResults
 
 # classification
 
 
-def classification(run: Run) -> Section:
+def section(results: RunResults) -> Section:
     """One table per split, wins and losses, confusion and per-class scores."""
-    scores = run.tables.get("scores")
+    scores = results.tables.get("scores")
     if scores is None or scores.empty:
-        return missing("classification", "Cell types, task by task", "classify", run)
-    board = verdicts.board(scores)
-    found = verdicts.duels(board, run.tables.get("comparisons"))
+        return not_run("classification", "Cell types, task by task", "classify", results)
+    mean_scores = score_tables.mean_scores(scores)
+    found = verdicts.paired_comparisons(mean_scores, results.tables.get("comparisons"))
     blocks: list[Any] = []
-    splits = [s for s in verdicts.SPLITS if s in set(board["split"])]
+    splits = [s for s in wording.SPLITS if s in set(mean_scores["split"])]
     for split in splits:
-        part = board[board["split"] == split]
-        blocks.append(Text(verdicts.SPLITS[split], "heading"))
+        part = mean_scores[mean_scores["split"] == split]
+        blocks.append(Text(wording.SPLITS[split], "heading"))
         mine = [d for d in found if d.split == split]
-        blocks += [Text(f"{_tallies(mine, m)}.") for m in verdicts.OWN if m in {d.model for d in mine}]
-        blocks.append(_scores(part, verdicts.SPLITS[split]))
-    model = verdicts.best_own(board, run.tables.get("epochs"))
-    blocks += _per_class(run, board, model) + _confusions(run, model)
+        blocks += [
+            Text(f"{verdicts.tally_sentence(mine, m)}.") for m in wording.OWN_MODELS if m in {d.model for d in mine}
+        ]
+        blocks.append(_scores(part, wording.SPLITS[split]))
+    model = verdicts.best_own_model(mean_scores, results.tables.get("epochs"))
+    blocks += _per_class(results, mean_scores, model) + _confusions(results, model)
     return Section("classification", "Cell types, task by task", blocks)
 
 
-def _scores(board: pd.DataFrame, title: str) -> Grid:
+def _scores(mean_scores: pd.DataFrame, title: str) -> Table:
     """One split: for each task a heading row, then a row per model; the best baseline of each metric is marked."""
-    metrics = [m for m in ("accuracy", "macro_f1") if m in set(board["metric"])]
+    metrics = [m for m in ("accuracy", "macro_f1") if m in set(mean_scores["metric"])]
     rows: list[list[Cell]] = []
-    seeds, by = int(board["seeds"].max()), sorted(set(board["interval_by"].dropna().astype(str)))
-    for (split, group, direction), task in board.groupby(verdicts.TASK, sort=True):
+    seeds, by = int(mean_scores["seeds"].max()), sorted(set(mean_scores["interval_by"].dropna().astype(str)))
+    for (split, group, direction), task in mean_scores.groupby(verdicts.TASK, sort=True):
         one = task.iloc[0]
         rows.append(
             [
                 Cell(
-                    f"{verdicts.task_label(split, group, direction)}: {plural(round(one['num_classes']), 'type')}, trained on "
-                    f"{plural(round(one['num_train']), 'cell')}, scored on {plural(round(one['num_test']), 'cell')}"
+                    f"{wording.task_label(split, group, direction)}: {wording.plural(round(one['num_classes']), 'type')}, trained on "
+                    f"{wording.plural(round(one['num_train']), 'cell')}, scored on {wording.plural(round(one['num_test']), 'cell')}"
                 )
             ]
         )
         wide = {m: task[task["metric"] == m].set_index("model") for m in metrics}
-        best = {m: t.loc[[verdicts.is_baseline(str(i)) for i in t.index], "value"].max() for m, t in wide.items()}
+        best = {m: t.loc[[wording.is_baseline(str(i)) for i in t.index], "value"].max() for m, t in wide.items()}
         top = {m: t["value"].max() for m, t in wide.items()}
-        for model in verdicts.order_models(list(task["model"].unique())):
-            own, rival = model in verdicts.OWN, verdicts.is_baseline(model)
+        for model in wording.order_models(list(task["model"].unique())):
+            own, baseline = model in wording.OWN_MODELS, wording.is_baseline(model)
             own_seeds = int(task[task["model"] == model]["seeds"].max())
-            few = f" ({plural(own_seeds, 'seed')})" if own_seeds < seeds else ""
-            row = [Cell(("● " if own else "□ " if rival else "○ ") + verdicts.label(model) + few, strong=own)]
+            few = f" ({wording.plural(own_seeds, 'seed')})" if own_seeds < seeds else ""
+            row = [Cell(("● " if own else "□ " if baseline else "○ ") + wording.model_label(model) + few, strong=own)]
             for m in metrics:
                 if model not in wide[m].index:
                     row.append(Cell("–", -1.0))
                     continue
                 value, low, high = (float(wide[m].loc[model, c]) for c in ("value", "low", "high"))
                 mark = " ★" if value == top[m] else ""
-                mark += " ◄" if rival and value == best[m] else ""
-                row.append(Cell(verdicts.interval(value, low, high) + mark, value, whisker(value, low, high, own=own),
+                mark += " ◄" if baseline and value == best[m] else ""
+                row.append(Cell(wording.interval_text(value, low, high) + mark, value, score_marks.interval_mark(value, low, high, own=own),
                                 strong=value == top[m]))  # fmt: skip
             rows.append(row)
     unit = {"donor": "donors", "cell": "cells"}
@@ -75,15 +77,15 @@ def _scores(board: pd.DataFrame, title: str) -> Grid:
         if seeds > 1
         else ", one seed: the spread between training runs is not in the interval"
     )
-    return Grid(
+    return Table(
         f"{note}. ● the model, ○ the same on another encoder, □ baselines; all on the same cells, seed by seed. ★ highest, ◄ best baseline. Drawings run from 0 to 1.",
-        ["Model", *[verdicts.metric_label(m) for m in metrics]],
+        ["Model", *[wording.metric_label(m) for m in metrics]],
         rows,
     )
 
 
-def _per_class(run: Run, board: pd.DataFrame, model: str) -> list[Any]:
-    table = run.tables.get("per_class")
+def _per_class(results: RunResults, mean_scores: pd.DataFrame, model: str) -> list[Any]:
+    table = results.tables.get("per_class")
     if table is None or table.empty or not model:
         return []
     name = next(c for c in ("class", "label", "type", "cell_type") if c in table.columns)
@@ -92,28 +94,28 @@ def _per_class(run: Run, board: pd.DataFrame, model: str) -> list[Any]:
     frame = table.assign(direction=table["direction"].fillna(""))
     if "metric" in frame.columns:
         frame = frame[frame["metric"] == "f1"]
-    f1 = board[board["metric"] == "macro_f1"]
+    f1 = mean_scores[mean_scores["metric"] == "macro_f1"]
     for (split, group, direction), task in frame.groupby(verdicts.TASK, sort=False):
         others = f1[
             (f1["split"] == split)
             & (f1["group"] == group)
             & (f1["direction"] == direction)
-            & f1["model"].map(verdicts.is_baseline)
+            & f1["model"].map(wording.is_baseline)
         ]
-        rival = (
+        baseline = (
             str(others.sort_values(["value", "model"], ascending=[False, True]).iloc[0]["model"]) if len(others) else ""
         )
         means = task.groupby([name, "model"])[value].mean().unstack("model")
         if model not in means.columns:
             continue
-        against = f", against {verdicts.label(rival)}" if rival in means.columns else ""
+        against = f", against {wording.model_label(baseline)}" if baseline in means.columns else ""
         rows.append(
-            [Cell(f"{verdicts.SPLITS.get(split, split)}: {verdicts.task_label(split, group, direction)}{against}")]
+            [Cell(f"{wording.SPLITS.get(split, split)}: {wording.task_label(split, group, direction)}{against}")]
         )
         support = next((c for c in ("num_test", "support", "num_cells", "count") if c in task.columns), "")
         sizes = task[task["model"] == model].groupby(name)[support].mean() if support else pd.Series(dtype=float)
         for kind in means.sort_values(model, kind="stable").index:
-            mine, theirs = float(means.loc[kind, model]), float(means.loc[kind, rival]) if against else float("nan")
+            mine, theirs = float(means.loc[kind, model]), float(means.loc[kind, baseline]) if against else float("nan")
             sign = (
                 ""
                 if not np.isfinite(theirs)
@@ -124,11 +126,11 @@ def _per_class(run: Run, board: pd.DataFrame, model: str) -> list[Any]:
                 else " = equal"
             )
             rows.append([
-                Cell(str(kind)), count(float(sizes.get(kind, float("nan")))),
-                Cell("", mine, pair(mine, theirs)), Cell(verdicts.share(mine) + sign, mine), Cell(verdicts.share(theirs), theirs),
+                Cell(str(kind)), count_cell(float(sizes.get(kind, float("nan")))),
+                Cell("", mine, score_marks.pair_mark(mine, theirs)), Cell(wording.score_text(mine) + sign, mine), Cell(wording.score_text(theirs), theirs),
             ])  # fmt: skip
-    grid = Grid(
-        f"F1 of every type: {verdicts.label(model)} beside the baseline with the best macro F1 of that task. Types with few "
+    grid = Table(
+        f"F1 of every type: {wording.model_label(model)} beside the baseline with the best macro F1 of that task. Types with few "
         "test cells move a macro F1 much and are known badly.",
         ["Type", "Test cells", "0 to 1", "● Model", "□ Best baseline"],
         rows,
@@ -136,8 +138,8 @@ def _per_class(run: Run, board: pd.DataFrame, model: str) -> list[Any]:
     return [Text("Type by type", "heading"), grid] if rows else []
 
 
-def _confusions(run: Run, model: str) -> list[Any]:
-    table = run.tables.get("confusion")
+def _confusions(results: RunResults, model: str) -> list[Any]:
+    table = results.tables.get("confusion")
     if table is None or table.empty or not model:
         return []
     blocks: list[Any] = [Text("What is taken for what", "heading")]
@@ -153,11 +155,11 @@ def _confusions(run: Run, model: str) -> list[Any]:
         share.index = pd.Index([f"{t} ({n:,.0f})" for t, n in wide.sum(axis=1).items()])
         text = [["" if v < 0.005 else f"{100 * v:.0f}" for v in row] for row in share.to_numpy()]
         blocks.append(
-            Picture(
-                plots.heatmap(
+            Figure(
+                heatmap.heatmap(
                     share, f"confusion-{i}", rows="true type (test cells)", columns="predicted type", text=text
                 ),
-                f"{verdicts.label(model)}, {verdicts.SPLITS.get(split, split).lower()}: {verdicts.task_label(split, group, direction)}. Per "
+                f"{wording.model_label(model)}, {wording.SPLITS.get(split, split).lower()}: {wording.task_label(split, group, direction)}. Per "
                 "cent of each true type's test cells; what lies off the diagonal is wrong.",
             )
         )

@@ -26,7 +26,7 @@ def check_plot(plot: str, uri: str) -> str:
     return kind
 
 
-# Picture
+# Figure
 
 _REASONS = {
     "few_genes": ("#3B3B3B", "too few genes"),

@@ -4,41 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mixgf.classification import integration, umap
-from mixgf.report import verdicts
-from mixgf.report.elements import Picture, Run, Section, Text, missing, plural
-from mixgf.report.figures import plots
+from mixgf.report import wording
+from mixgf.report.elements import Figure, Section, Text, not_run
+from mixgf.report.figures import cell_maps, heatmap
+from mixgf.report.results import RunResults
 
 # embedding
 
 
-def embedding(run: Run) -> Section:
+def section(results: RunResults) -> Section:
     """The joint map of the species, and how near corresponding types lie."""
-    record, corpus_record = run.records.get("embed"), run.records.get("corpus")
+    record, corpus_record = results.records.get("embed"), results.records.get("corpus")
     if record is not None and corpus_record is not None and record.parents.get("corpus") != corpus_record.fingerprint:
         text = "Not shown: these embeddings were made from another corpus than the one above (inputs.embeddings, inputs.corpus)."
         return Section("embedding", "One space for all species", [Text(text, "missing")])
-    if run.vectors_ND is None or run.obs is None or len(run.vectors_ND) < 10:
-        return missing("embedding", "One space for all species", "embed", run)
-    species, types = run.obs["species"].to_numpy(str), run.obs["type"].to_numpy(str)
+    if results.vectors_ND is None or results.obs is None or len(results.vectors_ND) < 10:
+        return not_run("embedding", "One space for all species", "embed", results)
+    species, types = results.obs["species"].to_numpy(str), results.obs["type"].to_numpy(str)
     drawn = (
-        f"a keyed sample of {len(species):,} of {run.num_embedded:,}"
-        if len(species) < run.num_embedded
+        f"a keyed sample of {len(species):,} of {results.num_embedded:,}"
+        if len(species) < results.num_embedded
         else f"all {len(species):,}"
     )
-    xy, method = umap.layout(run.vectors_ND, run.config.seed)
+    xy, method = umap.layout(results.vectors_ND, results.config.seed)
     blocks: list[Any] = [
-        Picture(
-            plots.maps(xy, species, types),
+        Figure(
+            cell_maps.species_and_types(xy, species, types),
             f"{method} of {drawn} cells' frozen embeddings. The numbers on the right name the types below. Two dimensions bend "
             "distances: read neighbourhoods from them, not lengths; the distances that follow are in the original space.",
         )
     ]
     names = sorted(set(species))
     if len(names) > 1:
-        seen, expected = verdicts.mixing(run.vectors_ND, species)
+        seen, expected = species_mixing(results.vectors_ND, species)
         blocks.insert(
             0,
             Text(
@@ -53,7 +55,7 @@ def embedding(run: Run) -> Section:
                 )
             ),
         )
-    centres = verdicts.centroids(run.vectors_ND, species, types)
+    centres = type_centroids(results.vectors_ND, species, types)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             blocks += _centroid_blocks(integration.centroid_table(centres, first, second), first, second)
@@ -72,12 +74,12 @@ def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
     guess = 1 / max(table.shape[1], 1)
     return [
         Text(
-            f"{first} to {second}: for {matched} of {plural(shared, 'type')} found in both species, the nearest {second} centroid "
+            f"{first} to {second}: for {matched} of {wording.plural(shared, 'type')} found in both species, the nearest {second} centroid "
             f"is that of the same type (chance: {guess:.0%} of them).",
             "good" if shared and matched == shared else "plain",
         ),
-        Picture(
-            plots.heatmap(
+        Figure(
+            heatmap.heatmap(
                 table, f"centroids-{first}-{second}", rows=first, columns=second, text=text, outline="smallest"
             ),
             f"{unit} between the mean embeddings of each {first} type (row) and each {second} type (column), types "
@@ -85,3 +87,28 @@ def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
             "that perfect correspondence is boxes on the diagonal.",
         ),
     ]
+
+
+def type_centroids(
+    vectors_ND: np.ndarray, species_N: np.ndarray, types_N: np.ndarray
+) -> dict[tuple[str, str], np.ndarray]:
+    """Mean vector of each (species, type) with at least `MIN_TYPE_CELLS` cells."""
+    found = {}
+    for species in sorted(set(species_N)):
+        for kind in sorted(set(types_N[species_N == species])):
+            rows = (species_N == species) & (types_N == kind)
+            if kind and rows.sum() >= integration.MIN_TYPE_CELLS:
+                found[str(species), str(kind)] = vectors_ND[rows].mean(axis=0, dtype=np.float64)
+    return found
+
+
+def species_mixing(vectors_ND: np.ndarray, species_N: np.ndarray, k: int = 15) -> tuple[float, float]:
+    """Share of the k nearest neighbours (cosine) that are of another species, and the share under perfect mixing."""
+    distance = integration.cosine_distances(vectors_ND.astype(np.float32), vectors_ND.astype(np.float32))
+    np.fill_diagonal(distance, np.inf)
+    k = min(k, len(distance) - 1)
+    near = np.argpartition(distance, k - 1, axis=1)[:, :k]
+    seen = float((species_N[near] != species_N[:, None]).mean())
+    _, counts = np.unique(species_N, return_counts=True)
+    expected = float(np.sum(counts * (len(distance) - counts)) / (len(distance) * (len(distance) - 1)))
+    return seen, expected

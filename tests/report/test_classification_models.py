@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from mixgf.config.run import Config
-from mixgf.report import build, elements, published, verdicts
-from mixgf.report.sections import classification_table, embedding_spaces, summary
+from mixgf.report import build, elements, published_tables, results, score_tables, verdicts, wording
+from mixgf.report.sections import classification_models, embedding_spaces, summary
 from mixgf.storage import artifacts
 
 SIZES = {"num_train": 80, "num_test": 20, "num_classes": 3, "interval_by": "cell"}
@@ -31,17 +31,17 @@ GROUPS = {
 }
 
 
-def run(**tables: pd.DataFrame) -> elements.Run:
+def run(**tables: pd.DataFrame) -> results.RunResults:
     record = artifacts.plan("classification", 2, {}, {})
     record.details.update({"groups": GROUPS})
-    return elements.Run(config=Config(), uris={}, records={"classify": record}, tables=tables)
+    return results.RunResults(config=Config(), uris={}, records={"classify": record}, tables=tables)
 
 
-def grids(section: elements.Section) -> list[elements.Grid]:
-    return [b for b in section.blocks if isinstance(b, elements.Grid)]
+def grids(section: elements.Section) -> list[elements.Table]:
+    return [b for b in section.blocks if isinstance(b, elements.Table)]
 
 
-def row(grid: elements.Grid, start: str) -> list[str]:
+def row(grid: elements.Table, start: str) -> list[str]:
     return next([c.text for c in cells] for cells in grid.rows if cells[0].text.startswith(start))
 
 
@@ -58,17 +58,17 @@ def test_headlines_speak_of_the_training_that_validation_cells_prefer_whatever_t
         {"split": "random", "group": g, "direction": "", "seed": 0, "model": m, "epoch": e, "loss": loss, "chosen": chosen}
         for g in ("baron", "jaitin") for m, e, loss, chosen in (("finetune", 1, 0.1, False), ("finetune", 2, 0.5, True), ("finetune_linear_start", 0, 0.4, True))
     ])  # fmt: skip
-    assert verdicts.best_own(board, epochs) == "finetune_linear_start"
-    assert verdicts.best_own(board) == "finetune"
+    assert verdicts.best_own_model(board, epochs) == "finetune_linear_start"
+    assert verdicts.best_own_model(board) == "finetune"
     alone = epochs[(epochs["model"] != "finetune") | (epochs["group"] == "jaitin")]  # on the splits of both only
     alone = pd.concat([alone, epochs[epochs["model"] == "finetune_linear_start"].assign(seed=1, loss=9.0)])
-    assert verdicts.best_own(board, alone) == "finetune_linear_start"
+    assert verdicts.best_own_model(board, alone) == "finetune_linear_start"
     said = run(scores=board, epochs=epochs)
     assert (
         "0.60",
         "macro F1, random cells (mixgf, fine-tuned from a convex start); best baseline 0.80",
     ) in summary.tiles(said)
-    brief = text(summary.brief(said))
+    brief = text(summary.section(said))
     assert "mixgf, fine-tuned, against the best baseline of each task: accuracy 2 wins" in brief
     assert brief.count("a baseline beats the model") == 2
 
@@ -79,15 +79,17 @@ def test_published_figures_are_those_of_the_paper() -> None:
         pytest.skip("the paper's text is not here (MIXGF_SHARED)")
     lines = [line.split("\t") for line in source.read_text().splitlines() if line.count("\t") >= 5]
     found = {
-        (published.tissue(line[0]), tuple(float(v) for v in line[1:]))
+        (published_tables.tissue(line[0]), tuple(float(v) for v in line[1:]))
         for line in lines
         if re.fullmatch(r"\d+", line[1])
     }
     ours = {
-        (r.tissue, (float(r.num_types), *r.tuned, *r.zero_shot)) for _, rows in published.TABLES.values() for r in rows
+        (r.tissue, (float(r.num_types), *r.tuned, *r.zero_shot))
+        for _, rows in published_tables.TABLES.values()
+        for r in rows
     }
-    types = {r.tissue: r.num_types for r in published.TABLES["mouse"][1]}
-    ours |= {(tissue, (float(types[tissue]), *values)) for tissue, values in published.CONVENTIONAL.items()}
+    types = {r.tissue: r.num_types for r in published_tables.TABLES["mouse"][1]}
+    ours |= {(tissue, (float(types[tissue]), *values)) for tissue, values in published_tables.CONVENTIONAL.items()}
     assert ours == found
     assert len(ours) == 27
 
@@ -97,7 +99,7 @@ def test_ours_stand_in_the_papers_row_of_the_same_tissue_and_species() -> None:
         ("random", "baron", "", "finetune"): 0.876, ("random", "baron", "", "knn"): 0.5, ("random", "baron", "", "knn@mlm"): 0.25,
         ("random", "jaitin", "", "finetune"): 0.75, ("random", "jaitin", "", "scvi"): 0.625,
     })  # fmt: skip
-    section = classification_table.section(run(scores=board))
+    section = classification_models.section(run(scores=board))
     table1, table3, table2 = grids(section)[-3:]
     assert "Table 1" in table1.caption
     assert "Table 3" in table3.caption
@@ -136,12 +138,14 @@ def test_the_gap_is_taken_on_the_same_cells() -> None:
         ("species", "pancreas", "human>mouse", "knn"): 0.5,
     })  # fmt: skip
     gap = (
-        verdicts.leakage(verdicts.board(raw), GROUPS).set_index("split")[["tasks", "random", "harder", "gap"]].round(6)
+        score_tables.split_gaps(score_tables.mean_scores(raw), GROUPS)
+        .set_index("split")[["tasks", "random", "harder", "gap"]]
+        .round(6)
     )
     assert gap.loc["donor"].tolist() == [1, 0.9, 0.7, 0.2]
     assert gap.loc["dataset"].tolist() == [1, 0.2, 0.15, 0.05]
     assert gap.loc["species"].tolist() == [1, 0.8, 0.5, 0.3]
-    section = classification_table.section(run(scores=raw))
+    section = classification_models.section(run(scores=raw))
     assert row(grids(section)[1], "● mixgf, frozen 5-NN") == [
         "● mixgf, frozen 5-NN (“zero-shot”)",
         "0.900",
@@ -156,7 +160,7 @@ def test_averages_and_wins_ties_losses_by_hand() -> None:
         ("random", "a", "", "pca_knn"): 0.8, ("random", "b", "", "pca_knn"): 0.7, ("random", "c", "", "pca_knn"): 0.7,
         ("random", "a", "", "probe@mlm"): 0.1,
     })  # fmt: skip
-    section = classification_table.section(run(scores=pd.concat([board, board.assign(seed=1)])))
+    section = classification_models.section(run(scores=pd.concat([board, board.assign(seed=1)])))
     ours, other, baseline = (
         row(grids(section)[0], name) for name in ("● mixgf, frozen + log", "○ mlm encoder", "□ PCA")
     )
@@ -177,7 +181,7 @@ def test_labels_in_doubt_are_those_that_two_unlike_models_reject_alike() -> None
                       "predicted": predicted, "probability": 0.75})
         for model, predicted in says.items() for seed in (0, 1)
     ])  # fmt: skip
-    found = verdicts.disagreements(predictions, "probe", "hvg_logreg")
+    found = score_tables.label_disagreements(predictions, "probe", "hvg_logreg")
     assert found[["group", "label", "both_say", "cells", "of"]].to_numpy().tolist() == [["blood", "T", "NK", 4, 6]]
     board = scores(
         {
@@ -186,15 +190,15 @@ def test_labels_in_doubt_are_those_that_two_unlike_models_reject_alike() -> None
             ("random", "blood", "", "majority"): 0.1,
         }
     )
-    section = classification_table.section(run(scores=board, predictions=predictions))
+    section = classification_models.section(run(scores=board, predictions=predictions))
     assert row(grids(section)[-1], "blood") == ["blood", "T", "NK", "4", "67%", "0.75"]
-    none = classification_table.section(run(scores=board, predictions=predictions[predictions["cell"] > "c1"]))
+    none = classification_models.section(run(scores=board, predictions=predictions[predictions["cell"] > "c1"]))
     assert "Nowhere do mixgf, frozen + logistic probe and variable genes + logistic regression agree" in text(none)
 
 
 def test_models_stand_ours_first_then_other_encoders_then_baselines() -> None:
     models = ["pca_knn", "knn@untrained", "finetune", "probe@mlm", "knn@mlm", "majority", "knn"]
-    assert verdicts.order_models(models) == [
+    assert wording.order_models(models) == [
         "finetune",
         "knn",
         "knn@mlm",
@@ -213,12 +217,12 @@ def test_few_labels_and_unknown_types_are_said_in_words_and_numbers() -> None:
         {"group": "a", "seed": 0, "model": "probe", "unseen": kind, "metric": metric, "value": value}
         for kind, auroc, rejected in (("x", 0.9, 0.5), ("y", 0.7, 0.25)) for metric, value in (("auroc", auroc), ("rejected", rejected))
     ])  # fmt: skip
-    section = classification_table.section(run(scores=base, efficiency=curve, rejection=open_))
+    section = classification_models.section(run(scores=base, efficiency=curve, rejection=open_))
     assert (
         "With 1% of the labels mixgf, frozen + logistic probe scores highest: 0.600; with all of them variable genes + logistic regression: 0.950"
         in text(section)
     )
-    assert any("1 %" in b.svg and "100 %" in b.svg for b in section.blocks if isinstance(b, elements.Picture))
+    assert any("1 %" in b.svg and "100 %" in b.svg for b in section.blocks if isinstance(b, elements.Figure))
     assert row(grids(section)[-1], "●")[1:] == ["0.800 (0.70–0.90)", "38%"]
     assert "2 types left out of training" in grids(section)[-1].caption
 
@@ -257,14 +261,14 @@ def test_the_claim_of_one_unit_is_answered_as_drawn_and_turned() -> None:
     assert row(measures, "mlm encoder")[1:] == ["0.250", "0.500 (0.450–0.550)"]
     assert row(centroids, "mlm encoder")[1:] == ["4", "25%", "2.8", "75%", "0.6", "0.65", "0.100"]
     assert worst.rows[0][2].text == "alpha"
-    svg = next(b.svg for b in section.blocks if isinstance(b, elements.Picture))
+    svg = next(b.svg for b in section.blocks if isinstance(b, elements.Figure))
     assert "mlm encoder" in svg
     assert "1  alpha" in svg
 
 
 def test_what_was_not_measured_says_how() -> None:
-    assert "mixgf classify" in text(classification_table.section(elements.Run(config=Config(), uris={})))
-    assert "mixgf classify" in text(embedding_spaces.section(elements.Run(config=Config(), uris={})))
+    assert "mixgf classify" in text(classification_models.section(results.RunResults(config=Config(), uris={})))
+    assert "mixgf classify" in text(embedding_spaces.section(results.RunResults(config=Config(), uris={})))
     assert "classify.integration_cells=4000" in text(embedding_spaces.section(run()))
 
 
@@ -272,7 +276,7 @@ def test_the_page_holds_both_sections(monkeypatch) -> None:
     made = run(
         scores=scores({("random", "baron", "", "knn"): 0.5, ("random", "baron", "", "majority"): 0.1}), **frames()
     )
-    monkeypatch.setattr(build, "all_sections", lambda r: [classification_table.section(r), embedding_spaces.section(r)])
+    monkeypatch.setattr(build, "SECTIONS", (classification_models.section, embedding_spaces.section))
     html = build.render(made, "key")
     assert '<section id="models">' in html
     assert '<section id="spaces">' in html

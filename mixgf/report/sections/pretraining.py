@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from mixgf.encoder import checkpoint
-from mixgf.report import verdicts
-from mixgf.report.elements import Picture, Run, Section, Text, missing, plural, title_case
-from mixgf.report.figures import plots
+from mixgf.report import wording
+from mixgf.report.elements import Figure, Section, Text, not_run
+from mixgf.report.figures import curves
+from mixgf.report.results import RunResults
 from mixgf.storage.artifacts import Record
 
 # training
@@ -32,11 +33,11 @@ def curve(history: pd.DataFrame, name: str) -> pd.DataFrame:
     return part.drop_duplicates("step", keep="last").sort_values("step")[["step", "value"]]
 
 
-def training(run: Run) -> Section:
+def section(results: RunResults) -> Section:
     """Loss curves per term, throughput, and what was trained."""
-    history, record = run.tables.get("history"), run.records.get("pretrain")
+    history, record = results.tables.get("history"), results.records.get("pretrain")
     if record is None:
-        return missing("training", "Pretraining", "pretrain", run)
+        return not_run("training", "Pretraining", "pretrain", results)
     if history is None or history.empty:
         text = "The weights were brought in (mixgf import-weights); nothing was trained here."
         return Section("training", "Pretraining", [Text(text), *_untrained(record)])
@@ -49,22 +50,22 @@ def training(run: Run) -> Section:
     ends = []
     for name in losses:
         first, last = loss_ends(history, name)
-        ends.append(f"{verdicts.lower(CURVES.get(name, name))} {first:.3f} → {last:.3f}")
+        ends.append(f"{wording.lower_first(CURVES.get(name, name))} {first:.3f} → {last:.3f}")
     if ends:
         blocks.append(Text("From the first tenth of the steps to the last tenth, on average: " + "; ".join(ends) + "."))
         blocks.append(
-            Picture(
-                plots.curves({CURVES.get(n, n): curve(history, n) for n in losses}, "losses"),
+            Figure(
+                curves.panels({CURVES.get(n, n): curve(history, n) for n in losses}, "losses"),
                 "Training losses by optimizer step; thick line: running mean. They are measured on the training "
                 "cells and are comparable between runs only at equal vocabulary and sentence length.",
             )
         )
-    shown = {CURVES.get(n, title_case(n)): curve(history, n) for n in others[:9]}
+    shown = {CURVES.get(n, wording.title_case(n)): curve(history, n) for n in others[:9]}
     shown = {title: frame for title, frame in shown.items() if len(frame) > 1}
     if shown:
         blocks.append(
-            Picture(
-                plots.curves(shown, "throughput", zero=True),
+            Figure(
+                curves.panels(shown, "throughput", zero=True),
                 "Speed and state of training. Padding is never counted. Two views of a cell should lie near each other (low alignment) while "
                 "cells spread over the space (low uniformity).",
             )
@@ -97,7 +98,7 @@ def _trained(record: Record, history: pd.DataFrame) -> str:
     steps, epochs = int(history["step"].max()), int(history["epoch"].max())
     text = (f"An encoder of {model.get('num_layers', '?')} layers, width {model.get('dim', '?')} and "
             f"{model.get('num_heads', '?')} heads was trained from {'another checkpoint' if 'start' in record.parents else 'random weights'} "
-            f"for {plural(steps, 'step')}")  # fmt: skip
+            f"for {wording.plural(steps, 'step')}")  # fmt: skip
     text += f" (epoch {epochs + 1})" if epochs >= 0 else ""
     terms = [f"{objective.get('mlm_weight', 1):g} × masked genes"]
     if objective.get("contrast_weight", 0):

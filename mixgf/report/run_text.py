@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from mixgf.config.run import Config
 from mixgf.perturbation import hits
-from mixgf.report import verdicts
-from mixgf.report.elements import Run
-from mixgf.report.load import load
-from mixgf.report.sections import training
+from mixgf.report import score_tables, verdicts, wording
+from mixgf.report.load import load_results
+from mixgf.report.results import RunResults
+from mixgf.report.sections import pretraining
 
 # the table at the end of a run
 
 
-def summary_rows(run: Run) -> list[tuple[str, ...]]:
+def summary_rows(results: RunResults) -> list[tuple[str, ...]]:
     """One row per task and model of ours: task, model, accuracy, macro F1, best baseline, its scores, verdict."""
-    scores = run.tables.get("scores")
+    scores = results.tables.get("scores")
     if scores is None or scores.empty:
         return []
-    found = verdicts.duels(verdicts.board(scores), run.tables.get("comparisons"))
+    found = verdicts.paired_comparisons(score_tables.mean_scores(scores), results.tables.get("comparisons"))
     rows: list[tuple[str, ...]] = []
     for key in dict.fromkeys((d.split, d.group, d.direction, d.model) for d in sorted(found, key=_order)):
         pair = {d.metric: d for d in found if (d.split, d.group, d.direction, d.model) == key}
@@ -30,39 +30,42 @@ def summary_rows(run: Run) -> list[tuple[str, ...]]:
             "level": "lower, within error" if comparison.lower else "higher, within error",
         }[comparison.verdict]
         rows.append((
-            f"{verdicts.SPLIT_NAMES.get(comparison.split, comparison.split)}: {verdicts.task_label(*key[:3])}", verdicts.label(comparison.model),
-            verdicts.share(accuracy.score[0]), verdicts.share(comparison.score[0]), verdicts.label(comparison.baseline),
-            verdicts.share(accuracy.baseline_score[0]), verdicts.share(comparison.baseline_score[0]), verdict,
+            f"{wording.SPLIT_NAMES.get(comparison.split, comparison.split)}: {wording.task_label(*key[:3])}", wording.model_label(comparison.model),
+            wording.score_text(accuracy.score[0]), wording.score_text(comparison.score[0]), wording.model_label(comparison.baseline),
+            wording.score_text(accuracy.baseline_score[0]), wording.score_text(comparison.baseline_score[0]), verdict,
         ))  # fmt: skip
     return rows
 
 
 def _order(comparison: verdicts.PairedComparison) -> tuple[int, str, str, int]:
-    splits = list(verdicts.SPLITS)
+    splits = list(wording.SPLITS)
     return (
         splits.index(comparison.split) if comparison.split in splits else len(splits),
         comparison.group,
         comparison.direction,
-        verdicts.OWN.index(comparison.model),
+        wording.OWN_MODELS.index(comparison.model),
     )
 
 
 def summary(config: Config) -> str:
     """The end of a run as text: what was reached, the best baseline beside it, the top genes."""
-    run = load(config, light=True)
+    results = load_results(config, light=True)
     lines = []
-    if "corpus" in run.records:
-        counts = run.records["corpus"].counts
+    if "corpus" in results.records:
+        counts = results.records["corpus"].counts
         lines.append(f"cells      {counts.get('kept', 0):,} kept of {counts.get('read', 0):,}")
-    if (history := run.tables.get("history")) is not None and len(history):
-        ends = {name: training.loss_ends(history, name) for name in training.LOSSES if name in set(history["name"])}
+    if (history := results.tables.get("history")) is not None and len(history):
+        ends = {
+            name: pretraining.loss_ends(history, name) for name in pretraining.LOSSES if name in set(history["name"])
+        }
         said = [
-            f"{verdicts.lower(training.CURVES[name])} {first:.3f} -> {last:.3f}" for name, (first, last) in ends.items()
+            f"{wording.lower_first(pretraining.CURVES[name])} {first:.3f} -> {last:.3f}"
+            for name, (first, last) in ends.items()
         ]
         lines.append(f"training   {'; '.join(said)}")
-    if "classify" in run.records and (seen := run.records["classify"].details.get("audit")):
+    if "classify" in results.records and (seen := results.records["classify"].details.get("audit")):
         lines.append(f"audit      {seen['line']}")
-    if rows := summary_rows(run):
+    if rows := summary_rows(results):
         head = (
             "task",
             "model",
@@ -79,12 +82,12 @@ def summary(config: Config) -> str:
             *("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)),
             "",
         ]
-    if (genes := run.tables.get("genes")) is not None and len(genes):
+    if (genes := results.tables.get("genes")) is not None and len(genes):
         for operation, part in genes.groupby("operation", sort=False):
             top = " ".join(part.sort_values(["shift", "gene"], ascending=[False, True]).head(8)["symbol"])
             lines.append(
                 f"{operation:<10} {top}  ({len(hits.hits(part))} of {len(part):,} genes are hits: a donor-level FDR of 5 %, and unusual for their rank)"
             )
-        if left := run.records["perturb"].counts.get("not_scored", 0):
+        if left := results.records["perturb"].counts.get("not_scored", 0):
             lines.append(f"{'':<10} not complete: the budget was spent before {left:,} genes were scored")
     return "\n".join(lines) if lines else "nothing was made yet"

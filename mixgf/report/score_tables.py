@@ -1,0 +1,135 @@
+"""Classification scores, summarised: means over seeds and tasks, gaps between splits, doubtful labels.
+
+Pure functions over data frames in the layout of the classification artifact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixgf.report import verdicts, wording
+from mixgf.report.verdicts import TASK
+
+
+def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores as means over seeds: one row per task, metric and model; `seeds` counts them.
+
+    The interval of a mean over seeds is the mean of the seeds' interval ends: it speaks of the cells (or donors) that
+    were scored, not of the seeds.
+    """
+    keys = [*TASK, "metric", "model"]
+    numbers = ["value", "low", "high", "num_train", "num_test", "num_classes"]
+    frame = scores.assign(direction=scores["direction"].fillna(""))
+    out = frame.groupby(keys, sort=True, observed=True)[numbers].mean().reset_index()
+    extra = frame.groupby(keys, sort=True, observed=True).agg(
+        seeds=("seed", "nunique"), interval_by=("interval_by", "first")
+    )
+    return out.merge(extra.reset_index(), on=keys)
+
+
+def pretraining_gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tuple[str, str, float, int]]:
+    """What pretraining adds: (split, model, mean gain over the same model on an untrained encoder, tasks)."""
+    rows = table[table["metric"] == metric]
+    wide = rows.pivot_table(index=TASK, columns="model", values="value", observed=True)
+    out = []
+    for split in [s for s in wording.SPLITS if s in set(rows["split"])]:
+        for model in [m for m in wording.OWN_MODELS if m in wide and m + wording.UNTRAINED in wide]:
+            change = (wide[model] - wide[model + wording.UNTRAINED]).xs(split, level="split").dropna()
+            if len(change):
+                out.append((split, model, float(change.mean()), len(change)))
+    return out
+
+
+def split_gaps(table: pd.DataFrame, groups: dict[str, Any], metric: str = "macro_f1") -> pd.DataFrame:
+    """How much an easy split flatters: the same cells scored by a random split and by a harder one.
+
+    Args:
+        table: Rows of `mean_scores`.
+        groups: Group to its `species` and `tissues`, which say whose random splits a transfer between species is held against.
+        metric: Which.
+
+    Returns:
+        Columns model, split, tasks, random, harder, gap: means over the tasks that have both, the models in the order of
+        `order_models`.
+    """
+    wide = table[table["metric"] == metric].pivot_table(index=TASK, columns="model", values="value", observed=True)
+    known = set(wide.index.get_level_values("split"))
+    rows = []
+    for model in wording.order_models([str(m) for m in wide.columns]):
+        scored = wide[model].dropna()
+        easy = scored.xs("random", level="split").groupby("group").mean() if "random" in known else scored.iloc[:0]
+        for split in [s for s in wording.SPLITS if s != "random" and s in known]:
+            pairs = []
+            for (kind, group, direction), value in scored.items():
+                same = [g for g in _same_cells(split, group, direction, groups) if g in easy.index]
+                if kind == split and same:
+                    pairs.append((float(easy[same].mean()), float(value)))
+            if pairs:
+                one, other = np.mean(pairs, axis=0)
+                rows.append([model, split, len(pairs), one, other, one - other])
+    return pd.DataFrame(rows, columns=["model", "split", "tasks", "random", "harder", "gap"])
+
+
+def _same_cells(split: str, group: str, direction: str, groups: dict[str, Any]) -> list[str]:
+    """The groups of the random split whose cells a task of a harder split tests."""
+    if split == "donor":
+        return [group]
+    if split == "dataset":
+        return [direction]
+    target = direction.replace("->", ">").partition(">")[2]
+    return [name for name, about in groups.items() if about["species"] == [target] and about["tissues"] == [group]]
+
+
+def model_means(table: pd.DataFrame, comparisons: pd.DataFrame | None) -> pd.DataFrame:
+    """One row per split and model: mean of every metric over tasks, and wins, ties and losses in macro F1.
+
+    A win or loss is against the best baseline of the task, by the paired interval where there is one.
+    """
+    means = table.pivot_table(index=["split", "model"], columns="metric", values="value", aggfunc="mean", observed=True)
+    tasks = (
+        table[table["metric"] == "macro_f1"]
+        .groupby(["split", "model"], observed=True)
+        .agg(tasks=("value", "size"), seeds=("seeds", "max"))
+    )
+    out = means.join(tasks).reset_index()
+    found = verdicts.paired_comparisons(
+        table,
+        comparisons,
+        ("macro_f1",),
+        models=[str(m) for m in table["model"].unique() if not wording.is_baseline(str(m))],
+    )
+    for verdict in ("ahead", "level", "behind"):
+        out[verdict] = [
+            sum(d.split == row.split and d.model == row.model and d.verdict == verdict for d in found) for row in out.itertuples()
+        ]  # fmt: skip
+    return out
+
+
+def label_disagreements(predictions: pd.DataFrame, first: str, second: str, split: str = "random") -> pd.DataFrame:
+    """Cells whose given label two unlike models both reject for the same other type, by group, label and what they say.
+
+    Args:
+        predictions: Of all models, long.
+        first: One model.
+        second: Another one; best one that shares nothing with the first.
+        split: Which split; a cell that is tested in several seeds counts once.
+
+    Returns:
+        Columns group, label, both_say, cells, of (tested cells of the label), probability (mean of the first model's).
+    """
+    keys = ["group", "direction", "seed", "cell"]
+    mine = predictions[predictions["split"] == split]
+    one, two = (mine[mine["model"] == model].set_index(keys) for model in (first, second))
+    both = one.join(two[["predicted"]].rename(columns={"predicted": "other"}), how="inner").reset_index()
+    both = both.drop_duplicates(["group", "cell"])
+    total = both.groupby(["group", "true"])["cell"].size().rename("of")
+    agreed = both[(both["predicted"] == both["other"]) & (both["predicted"] != both["true"])]
+    found = agreed.groupby(["group", "true", "predicted"]).agg(
+        cells=("cell", "size"), probability=("probability", "mean")
+    )
+    found = found.reset_index().merge(total.reset_index(), on=["group", "true"])
+    found = found.rename(columns={"true": "label", "predicted": "both_say"})
+    return found.sort_values(["cells", "group", "label"], ascending=[False, True, True]).reset_index(drop=True)
