@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import published
 import torch
-from bench_train import _corpus, _embeddings
+from bench_train import _embeddings
 from measure import Figure, fast_bf16, forked, interleaved, peak_memory, rate
+from random_corpus import random_corpus
 from scipy import stats
 from torch import Tensor
 
@@ -52,14 +53,14 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
     yield _memory(row, lengths[1], batch=4 if quick else 8)
     with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
         sizes: dict[str, Any] = {"genes": 1000 if quick else 25_000, "shrink": 8 if quick else 1}
-        yield _embedding_memory(row, _corpus(files.join(folder, "longest"), num_cells=8, full=True, **sizes))
+        yield _embedding_memory(row, random_corpus(files.join(folder, "longest"), num_cells=8, full=True, **sizes))
         for length, num, batch, bars in (
             (lengths[0], 32, 32, ("2.7x", "7x with AMX")), (lengths[1], 8, 8, ("2.1x", "5.5x with AMX")),
         ):  # fmt: skip
             yield from _delete_all(row, length, num, batch=batch, repeats=1 if quick else 3, bars=bars)
             yield from _screened(row, length, num, repeats=1 if quick else 3)
         yield from _agreement(quick=quick)
-        yield from _embeddings(row, _corpus(files.join(folder, "mix"), num_cells=400, **sizes), quick=quick)
+        yield from _embeddings(row, random_corpus(files.join(folder, "mix"), num_cells=400, **sizes), quick=quick)
         yield from _actors(row, folder, quick=quick)
 
 
@@ -244,7 +245,7 @@ def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     length = 64 if quick else 512
-    corpus = _corpus(files.join(folder, "even"), num_cells=8, genes=600, longest=length, full=True)
+    corpus = random_corpus(files.join(folder, "even"), num_cells=8, genes=600, longest=length, full=True)
     weights = files.join(folder, "weights")
     record = artifacts.plan(checkpoint.KIND, 1, {}, {})
     artifacts.begin(weights, record)

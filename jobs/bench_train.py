@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import published
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from measure import Figure, fast_bf16, forked, interleaved, peak_memory, rate
+from random_corpus import random_corpus
 from torch import Tensor
 
 from mixgf.config import data, training
@@ -31,8 +31,7 @@ from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.embed import embed_cells
-from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
-from mixgf.storage import artifacts, files, tables
+from mixgf.storage import files
 from mixgf.training import batch_plan
 from mixgf.training.context import GroupContext, LocalContext
 from mixgf.training.loop import make_optimizer, measure_peak
@@ -49,8 +48,8 @@ def figures(*, quick: bool = False) -> list[Figure]:
     row = training.Model(num_layers=2, dim=64, ffn_dim=128) if quick else training.Model()
     with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
         sizes: dict[str, Any] = {"genes": 1000 if quick else 25_000, "shrink": 8 if quick else 1}
-        corpus = _corpus(files.join(folder, "mix"), num_cells=2000, **sizes)
-        longest = _corpus(files.join(folder, "longest"), num_cells=8, full=True, **sizes)
+        corpus = random_corpus(files.join(folder, "mix"), num_cells=2000, **sizes)
+        longest = random_corpus(files.join(folder, "longest"), num_cells=8, full=True, **sizes)
         # processes are forked first, before this one has used any thread or memory
         out = [*_memory(row, longest), *_workers(folder, quick=quick)]
         out += [*_steps(row, corpus, quick=quick), *_loader(row, corpus), *_embeddings(row, corpus, quick=quick)]
@@ -117,7 +116,7 @@ def _memory(row: training.Model, corpus: Corpus) -> list[Figure]:
 def _workers(folder: str, *, quick: bool) -> list[Figure]:
     """The loop's step in a group of one and of two processes (gloo), one thread each, on the `laptop` recipe's model."""
     row = get("laptop").model
-    corpus = _corpus(files.join(folder, "short"), num_cells=256, genes=25_000, longest=row.max_positions)
+    corpus = random_corpus(files.join(folder, "short"), num_cells=256, genes=25_000, longest=row.max_positions)
     settings = _settings(row, batch_cells=32, pooling="mean")
     repeats = 1 if quick else 3
 
@@ -239,39 +238,6 @@ def _settings(row: training.Model, *, batch_cells: int, **objective: Any) -> Con
     )
 
 
-def _corpus(
-    folder: str, *, num_cells: int, genes: int, shrink: int = 1, full: bool = False, longest: int = 2048
-) -> Corpus:
-    """A corpus of random sentences with the length mix of real cells: median 1,866 genes, 40 % cut at 2,048."""
-    rng = np.random.default_rng(0)
-    drawn = rng.lognormal(np.log(1866), 0.4, num_cells) if not full else np.full(num_cells, longest)
-    lengths = (np.clip(drawn, 200, longest) // shrink).astype(np.int32)
-    table = pa.table({
-        "token": pa.array(np.arange(2 * genes) + NUM_SPECIALS, pa.int32()),
-        "gene": [f"G{i:06d}" for i in range(2 * genes)], "symbol": [f"g{i}" for i in range(2 * genes)],
-        "species": ["human"] * genes + ["mouse"] * genes, "median": np.ones(2 * genes),
-        "biotype": ["protein_coding"] * (2 * genes),
-    })  # fmt: skip
-    vocabulary = Vocabulary(table, species=("human", "mouse"), sharing="separate")
-    vocabulary.save(files.join(folder, "vocabulary.parquet"))
-    species = (np.arange(num_cells) % 2).astype(np.int8)
-    sentences = [
-        rng.permutation(genes)[:n] + NUM_SPECIALS + genes * int(s) for n, s in zip(lengths, species, strict=True)
-    ]
-    shard = pa.table({"tokens": pa.array(sentences, pa.list_(pa.int32()))})
-    tables.write_table(files.join(folder, "shards", "00000.parquet"), shard)
-    tables.write_table(files.join(folder, "index.parquet"), pa.table({"length": lengths, "species": species}))
-    record = artifacts.plan("corpus", 1, {"tokens": {}}, {})
-    details = {
-        "species": ["human", "mouse"],
-        "vocabulary": vocabulary.hash,
-        "shards": [{"name": "00000.parquet", "rows": num_cells}],
-        "max_len": int(lengths.max()),
-    }
-    artifacts.finish(folder, record, details=details)
-    return Corpus(folder)
-
-
 def _ours(
     settings: Config,
     corpus: Corpus,
@@ -321,7 +287,7 @@ def _on_gpu(*, quick: bool) -> list[Figure]:
     out = []
     with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
         cells = 16 if quick else 128
-        corpus = _corpus(folder, num_cells=512, genes=25_000, full=True)
+        corpus = random_corpus(folder, num_cells=512, genes=25_000, full=True)
         for name, objective in {"MLM": {"contrast_weight": 0.0}, "MLM + SimCSE": {}}.items():
             settings = _settings(training.Model(), batch_cells=cells, **objective)
             settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="bf16"))

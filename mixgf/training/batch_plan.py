@@ -36,7 +36,7 @@ class Share:
     visits_B: I64
     cells_B: I64
     slots_B: I64
-    """ArtifactPaths of these cells in the global batch; the shares of all workers fill every place once."""
+    """Places of these cells in the global batch; the shares of all workers fill every place once."""
     batch_cells: int
     """Cells of the global batch."""
 

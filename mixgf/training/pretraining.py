@@ -59,10 +59,10 @@ class MicroBatch:
     batch: Batch
     num_views: int
     masked_K: Tensor
-    """ArtifactPaths that are scored, all in the first view: in the pack, or among the queries where there are some."""
+    """Places that are scored, all in the first view: in the pack, or among the queries where there are some."""
     targets_K: Tensor
     slots_B: Tensor
-    """ArtifactPaths of the cells in the global batch."""
+    """Places of the cells in the global batch."""
     paired_B: Tensor
     """Which cells have an ortholog translation."""
     queries: tuple[Tensor, Tensor] | None = None
