@@ -31,10 +31,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--json", action="store_true", help="one JSON object per figure")
-    parser.add_argument("--quick", action="store_true", help="small sizes and one repetition: does it run?")
+    parser.add_argument("--quick", "--tiny", action="store_true", help="small sizes and one repetition: does it run?")
+    of_gpu = parser.add_argument_group("stage gpu")
+    of_gpu.add_argument("--only", metavar="SECTION,...", help="these sections only")
+    of_gpu.add_argument("--seconds", type=float, help="sections that would begin later are left out (default: 340)")
     args = parser.parse_args()
+    options = {name: getattr(args, name) for name in ("only", "seconds") if getattr(args, name) is not None}
+    if options and args.stage != "gpu":
+        parser.error("--only and --seconds belong to the stage gpu")
     sys.path.insert(0, str(Path(__file__).parent))
-    figures = importlib.import_module(STAGES[args.stage]).figures(quick=args.quick)
+    figures = importlib.import_module(STAGES[args.stage]).figures(quick=args.quick, **options)
     try:
         _print(figures, as_json=args.json)
     except UserError as error:
