@@ -29,7 +29,7 @@ from mixgf.config import parse
 from mixgf.config.data import HUMAN, MOUSE, Source, SpeciesRow, Tokens
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
-from mixgf.config.training import Embed
+from mixgf.config.training import Embed, LayerChoice
 from mixgf.console import Progress, warn
 from mixgf.corpus import anndata, sentences
 from mixgf.encoder import bert, checkpoint, huggingface
@@ -271,19 +271,19 @@ class CellEncoder:
     @overload
     def embed(
         self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., pooling: str = ...,
-        hidden_layer: int = ..., inplace: Literal[False] = ..., copy: Literal[False] = ..., key_added: str = ...,
+        hidden_layer: LayerChoice = ..., inplace: Literal[False] = ..., copy: Literal[False] = ..., key_added: str = ...,
         threads: int = ..., precision: str = ...,
     ) -> npt.NDArray[np.float32]: ...  # fmt: skip
     @overload
     def embed(
         self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., pooling: str = ...,
-        hidden_layer: int = ..., inplace: Literal[True], copy: Literal[False] = ..., key_added: str = ...,
+        hidden_layer: LayerChoice = ..., inplace: Literal[True], copy: Literal[False] = ..., key_added: str = ...,
         threads: int = ..., precision: str = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def embed(
         self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., pooling: str = ...,
-        hidden_layer: int = ..., inplace: Literal[False] = ..., copy: Literal[True], key_added: str = ...,
+        hidden_layer: LayerChoice = ..., inplace: Literal[False] = ..., copy: Literal[True], key_added: str = ...,
         threads: int = ..., precision: str = ...,
     ) -> AnnData: ...  # fmt: skip
     def embed(
@@ -294,7 +294,7 @@ class CellEncoder:
         genes: str = "",
         species: str = "",
         pooling: str = "mean",
-        hidden_layer: int = -1,
+        hidden_layer: LayerChoice = -1,
         inplace: bool = False,
         copy: bool = False,
         key_added: str = EMBEDDING,
@@ -312,7 +312,7 @@ class CellEncoder:
                 column, else the index.
             species: Of the cells; empty = found by the names of the genes.
             pooling: `mean` over genes, `first` position, or `cls`.
-            hidden_layer: -1 = the last, -2 = the one before it; 0 = all side by side, the embedding first.
+            hidden_layer: -1 = the last, -2 = the one before it; "all" = all side by side, the embedding first.
             inplace: Write `adata.obsm[key_added]` and return None.
             copy: Return a copy of `adata` with `obsm[key_added]`.
             key_added: Name in obsm.
@@ -335,9 +335,7 @@ class CellEncoder:
         console.setup_if_silent()
         target = _target(adata, inplace=inplace, copy=copy)
         chosen = parse.from_dict(Embed, {"pooling": pooling, "layer": hidden_layer}, "embed")
-        if chosen.layer < -1 - self.model.row.num_layers:
-            msg = f"hidden_layer = {hidden_layer}: the model has {self.model.row.num_layers} layers and an embedding"
-            raise UserError(msg)
+        bert.require_layer(self.model.row, chosen.layer, "hidden_layer")
         if pooling == "cls" and not self.tokens.cls:
             msg = "pooling = 'cls': this model was trained on sentences without <cls>; use 'mean' or 'first'"
             raise UserError(msg)

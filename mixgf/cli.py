@@ -18,8 +18,8 @@ from typing import Any
 from mixgf import console
 from mixgf.config import recipes
 from mixgf.config.checks import split_named
+from mixgf.config.fields import absolute, sections_of, with_absolute_paths
 from mixgf.config.parse import from_dict, meanings, override, to_dict
-from mixgf.config.perturbation import GENE_TABLES
 from mixgf.config.run import Config
 from mixgf.errors import AccessError, UserError
 
@@ -173,17 +173,7 @@ def _more(commands: Any) -> None:
 
 def _fields(stage: str) -> str:
     """The config fields that a stage reads: default, and what it means, from the docstring behind it in `mixgf.config`."""
-    used = {
-        "prepare": ("qc", "vocab", "tokens", "prepare"),
-        "import": ("imports", "vocab", "tokens", "prepare"),
-        "pretrain": ("model", "objective", "train", "inputs"),
-        "embed": ("embed", "inputs"),
-        "classify": ("classify", "inputs"),
-        "compare": ("compare", "inputs"),
-        "tune": ("tune", "inputs"),
-        "perturb": ("perturb", "inputs"),
-        "report": ("inputs",),
-    }.get(stage, ())
+    used = sections_of(Config, stage)
     if not used:
         return ""
     data, meaning = to_dict(Config()), meanings()
@@ -231,36 +221,6 @@ def _config(args: argparse.Namespace) -> Config:
     if sources:
         changes.append(f"sources={json.dumps(sources)}")
     return override(config, changes)
-
-
-def _path(uri: str) -> str:
-    local = uri and "://" not in uri and not uri.startswith("resource:")
-    return str(Path(uri).expanduser().absolute()) if local else uri
-
-
-def _absolute(config: Config) -> Config:
-    """The same config with absolute local paths: workers have working folders of their own."""
-    data = to_dict(config)
-    data["output"] = _path(config.output)
-    data["prepare"]["extend"] = _path(config.prepare.extend)
-    data["inputs"] = {name: _path(uri) for name, uri in data["inputs"].items()}
-    encoders = [split_named(text) for text in config.classify.encoders]
-    data["classify"]["encoders"] = [f"{name}={_path(uri)}" for name, uri in encoders]
-    others = [split_named(text) for text in config.compare.encoders]
-    data["compare"]["encoders"] = [f"{name}={'@'.join(_path(u) for u in uri.split('@'))}" for name, uri in others]
-    pair = [split_named(text) for text in config.compare.responses]
-    data["compare"]["responses"] = [f"{name}={_path(uri)}" for name, uri in pair]
-    data["species"] = [row | {"genes": _path(row["genes"])} for row in data["species"]]
-    data["sources"] = [source | {"uri": _path(source["uri"])} for source in data["sources"]]
-    tables = {"medians": _path(config.vocab.medians), "reuse": _path(config.vocab.reuse)}
-    data["vocab"] |= tables | {"orthologs": [_path(uri) for uri in config.vocab.orthologs]}
-    data["perturb"]["reference_genes"] = [
-        _path(t) if t.lower().endswith(GENE_TABLES) else t for t in config.perturb.reference_genes
-    ]
-    for name in ("dictionaries", "medians"):
-        named = [split_named(text) for text in getattr(config.imports, name)]
-        data["imports"][name] = [f"{key}={_path(uri)}" if key else _path(uri) for key, uri in named]
-    return from_dict(Config, data)
 
 
 def _run_stage(name: str, config: Config) -> str:
@@ -340,10 +300,10 @@ def _annotate(args: argparse.Namespace) -> int:
 
     species, uri = split_named(args.file)
     stem = uri.rstrip("/").removesuffix(".h5ad").removesuffix(".h5")
-    to = _path(args.output or f"{stem}.annotated.h5ad")
-    source = Source(uri=_path(uri), species=species, layer=args.layer, genes=args.genes, name="mine")
+    to = absolute(args.output or f"{stem}.annotated.h5ad")
+    source = Source(uri=absolute(uri), species=species, layer=args.layer, genes=args.genes, name="mine")
     settings = replace(Config(), compute=Compute(num_workers=args.workers))
-    found = annotate.run(_path(args.model), source, to, settings)
+    found = annotate.run(absolute(args.model), source, to, settings)
     if args.json:
         print(json.dumps(found))
         return 0
@@ -370,9 +330,9 @@ def _annotate(args: argparse.Namespace) -> int:
 def _audit(args: argparse.Namespace) -> int:
     from mixgf.corpus import overlap
 
-    theirs = overlap.of_corpus(overlap.trained_on(_path(args.corpus)))
+    theirs = overlap.of_corpus(overlap.trained_on(absolute(args.corpus)))
     species, uri = split_named(args.evaluation)
-    mine = overlap.evaluation(f"{species}={_path(uri)}" if species else _path(uri), Config().species)
+    mine = overlap.evaluation(f"{species}={absolute(uri)}" if species else absolute(uri), Config().species)
     found = overlap.compare(mine, theirs)
     print(json.dumps(found.json()) if args.json else f"audit: {found.line}")
     return 0
@@ -389,18 +349,18 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.print_config:
         print(json.dumps(to_dict(config), indent=1))
     elif args.command in ("demo", "run"):
-        return _run_all(_absolute(config))
+        return _run_all(with_absolute_paths(config))
     elif getattr(args, "dry_run", False):
         import importlib
 
-        print(importlib.import_module(f"mixgf.stages.{args.command}").dry_run(_absolute(config)))
+        print(importlib.import_module(f"mixgf.stages.{args.command}").dry_run(with_absolute_paths(config)))
     else:
         if args.command == "import-weights":
             from mixgf.stages import import_weights
 
-            uri = import_weights.bring(_absolute(config), args.folder)
+            uri = import_weights.bring(with_absolute_paths(config), args.folder)
         else:
-            uri = _run_stage(args.command, _absolute(config))
+            uri = _run_stage(args.command, with_absolute_paths(config))
         print(f"{args.command}: {uri}")
         if args.command in _NEXT:
             print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")

@@ -72,7 +72,7 @@ def test_printed_config_is_the_run_again(tmp_path, capsys):
         (["prepare", "cells.h5ad"], "cells.h5ad: must look like SPECIES=URI, for example human=cells.h5ad"),
         (["prepare", "rat=cells.h5ad"], "sources[0].species = 'rat': must be one of 'human', 'mouse'"),
         (["pretrain", "--config", "missing.json"], "--config missing.json: no such file"),
-        (["pretrain", "--set", "train.lr=high"], "train.lr = 'high': must be float"),
+        (["pretrain", "--set", "train.lr=high"], "train.lr = 'high': must be a number"),
         (["pretrain", "--config", "x.json", "--recipe", "demo"], "cannot be given together with --recipe demo"),
         (["inspect", "nowhere"], "nowhere: no finished corpus (not there); run `mixgf prepare` first"),
     ],

@@ -25,6 +25,7 @@ from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
 from mixgf.config import parse, training
 from mixgf.config.run import Config
+from mixgf.config.training import LayerChoice
 from mixgf.corpus import packed
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint, embed
@@ -34,7 +35,7 @@ from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
 from mixgf.rng import hashed
 from mixgf.storage import artifacts, files
 
-KIND, SCHEMA = "classifier", 2
+KIND, SCHEMA = "classifier", 3
 FOLDER = "classifiers"
 """Beside the tables of a classification, one classifier per group of cells."""
 DOUBTED = 0.025
@@ -55,8 +56,8 @@ class Kept:
     bias_C: Floats
     classes: tuple[str, ...]
     pooling: str
-    layer: int
-    """Hidden layer that is pooled, counted from the last, -1; 0 = all side by side."""
+    layer: LayerChoice
+    """Hidden layer that is pooled, counted from the last, -1; `all` = all side by side."""
     genes_CV: Floats
     """Weights of tokens, for `convex.gene_rows`; no columns where there are none."""
     temperature: float = 1.0
@@ -118,7 +119,7 @@ def with_votes(
 
 
 def keep(
-    encoder: Encoder, head_CD: Floats, bias_C: Floats, genes_CV: Floats, *, classes: tuple[str, ...], pooling: str, layer: int, train_ND: Floats,
+    encoder: Encoder, head_CD: Floats, bias_C: Floats, genes_CV: Floats, *, classes: tuple[str, ...], pooling: str, layer: LayerChoice, train_ND: Floats,
     labels_N: Integers, genes_N: Integers, tokens_T: Integers, vocab_size: int, validation_ND: Floats, validation_labels: Integers,
     about: dict[str, Any],
 ) -> Kept:  # fmt: skip
@@ -189,7 +190,7 @@ def wanted(run: Config, split: Split) -> bool:
 
 def of_split(
     encoder: Encoder, head: tuple[Floats, Floats, Floats] | None, vectors: Callable[[Integers], Floats], *, model: str, corpus: Corpus,
-    table: Labelled, split: Split, run: Config, max_len: int, layer: int,
+    table: Labelled, split: Split, run: Config, max_len: int, layer: LayerChoice,
 ) -> Kept:  # fmt: skip
     """What is kept of a model trained on one split, with its own scores on the split's test cells.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,13 @@ from mixgf.classification.species_alignment import moved, shared_tokens
 from mixgf.classification.splits import Split
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
+from mixgf.config.training import LayerChoice
 from mixgf.console import warn
 from mixgf.corpus.packed import Packed, cut, select
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed, lora
 from mixgf.encoder.batch import Batch, micro_batches, pack
-from mixgf.encoder.bert import Encoder, Linear, forward_flops, pooled, width
+from mixgf.encoder.bert import Encoder, Linear, forward_flops, pooled, require_layer, width
 from mixgf.errors import UserError
 from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS
@@ -60,13 +61,11 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, num_classes: int, *, pooling: str, cls: bool, seed: int, layer: int = -1,
+        self, encoder: Encoder, num_classes: int, *, pooling: str, cls: bool, seed: int, layer: LayerChoice = -1,
         gene_weights: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        if layer < -1 - encoder.row.num_layers:
-            msg = f"classify.layer = {layer}: the encoder has {encoder.row.num_layers} layers and an embedding"
-            raise UserError(msg)
+        require_layer(encoder.row, layer, "classify.layer")
         self.encoder, self.pooling, self.cls, self.layer = encoder, pooling, cls, layer
         self.head = Linear(width(encoder.row, layer), num_classes)
         self.genes = nn.Parameter(torch.zeros(encoder.vocab_size, num_classes)) if gene_weights else None
@@ -116,15 +115,15 @@ class Classifier(nn.Module):
         if self.genes is not None:
             self.genes.copy_(torch.from_numpy(start.genes_CV.T))
 
-    def freeze(self, layers: int) -> None:
-        """Do not train the embedding and the first `layers` layers; 0 = train all, -1 = train the head only."""
+    def freeze(self, layers: int | Literal["all"]) -> None:
+        """Do not train the embedding and the first `layers` layers; 0 = train all, `all` = train the head only."""
         if layers == 0:
             return
         count = self.encoder.row.num_layers
-        if not -1 <= layers <= count:
-            msg = f"classify.freeze_layers = {layers}: must be between -1 and the encoder's {count} layers"
+        first = count if layers == "all" else layers
+        if first > count:
+            msg = f"classify.freeze_layers = {layers}: must be at most the encoder's {count} layers, or 'all'"
             raise UserError(msg)
-        first = count if layers == -1 else layers
         for part in (self.encoder.norm, *self.encoder.layers[:first]):
             part.requires_grad_(False)
         self.encoder.tokens.requires_grad = False
@@ -283,7 +282,7 @@ def finetune(
     num_steps = plan.steps_per_epoch * epochs
     optimisation = replace(
         run.train, epochs=epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
-        warmup_steps=min(settings.warmup_steps, num_steps // 4), species_mix=(), log_steps=max(1, plan.steps_per_epoch),
+        warmup_steps=min(settings.warmup_steps, num_steps // 4), species_mix={}, log_steps=max(1, plan.steps_per_epoch),
     )  # fmt: skip
     if optimisation.warmup_steps < settings.warmup_steps and not (
         settings.warm_start and sentences.shared_V is not None

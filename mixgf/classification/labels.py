@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -53,22 +53,24 @@ def labelled(corpus: Corpus, settings: Classify) -> Labelled:
     )  # fmt: skip
 
 
-def merged(labels_N: Names, entries: Sequence[str]) -> Names:
-    """Labels with those of each entry (`NAME=LABEL|LABEL`) under its name.
+def merged(labels_N: Names, merge: Mapping[str, Sequence[str]]) -> Names:
+    """Labels under their new names.
+
+    Args:
+        labels_N: The labels of all cells.
+        merge: New label to the labels that it replaces.
 
     Raises:
-        UserError: An entry is of another form, names a label that no cell has, or one that another entry has.
+        UserError: An entry names a label that no cell has, or one that another entry has.
     """
     to: dict[str, str] = {}
-    for entry in entries:
-        name, _, several = entry.partition("=")
-        parts = [part.strip() for part in several.split("|")]
-        known = set(np.unique(labels_N).tolist()) - {UNKNOWN}
-        bad = [part for part in parts if part not in known or part in to]
-        if bad or not name.strip():
-            msg = f"classify.merge: {entry!r} must be NAME=LABEL|LABEL with labels of cells, each once, not {bad[:1]}; there are {', '.join(sorted(known))}"
+    known = set(np.unique(labels_N).tolist()) - {UNKNOWN}
+    for name, labels in merge.items():
+        bad = [label for label in labels if label not in known or label in to]
+        if bad or not name:
+            msg = f"classify.merge: {name!r}: must replace labels of cells, each once, not {bad[:1]}; there are {', '.join(sorted(known))}"
             raise UserError(msg)
-        to |= dict.fromkeys(parts, name.strip())
+        to |= dict.fromkeys(labels, name)
     return np.array([to.get(label, label) for label in labels_N.tolist()], dtype=np.str_) if to else labels_N
 
 

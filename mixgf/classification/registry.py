@@ -17,6 +17,7 @@ from mixgf.classification import baselines, scvi
 from mixgf.classification.splits import Split
 from mixgf.config import classification, training
 from mixgf.config.classification import Classify
+from mixgf.config.fields import names
 from mixgf.config.parse import from_dict
 from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
@@ -28,7 +29,7 @@ from mixgf.storage.artifacts import Record
 
 HEADS = classification.HEADS
 _WARM = {
-    "layer": 0, "gene_weights": True, "warm_start": True, "align": True, "epochs": 2, "min_steps": 0, "warmup_steps": 20,
+    "layer": "all", "gene_weights": True, "warm_start": True, "align": True, "epochs": 2, "min_steps": 0, "warmup_steps": 20,
     "batch_cells": 16,
 }  # fmt: skip
 TUNINGS: dict[str, dict[str, Any]] = {
@@ -63,24 +64,21 @@ def named(settings: Classify) -> dict[str, str]:
     """`classify.encoders` as name to URI.
 
     Raises:
-        UserError: An entry is not NAME=URI, or a name is used twice or cannot be one.
+        UserError: A name cannot be used, or has no URI.
     """
-    found: dict[str, str] = {}
-    for entry in settings.encoders:
-        name, eq, uri = entry.partition("=")
-        if not (eq and uri and name.replace("_", "").isalnum()) or name in (*_RESERVED, *found):
-            msg = (f"classify.encoders: {entry!r} must be NAME=URI of a checkpoint, with a name of letters, digits and _ that "
-                   f"is used once and is none of {', '.join(_RESERVED)}")  # fmt: skip
+    for name, uri in settings.encoders.items():
+        if not (uri and name.replace("_", "").isalnum()) or name in _RESERVED:
+            msg = (f"classify.encoders: {name}={uri}: must be NAME=URI of a checkpoint, with a name of letters, digits and _ that "
+                   f"is none of {', '.join(_RESERVED)}")  # fmt: skip
             raise UserError(msg)
-        found[name] = uri
-    return found
+    return dict(settings.encoders)
 
 
 def require(settings: Classify) -> None:
     """Refuse what is not known in `classify.models` and `classify.seeds_per_model`."""
     for name in settings.models:
         _require_known(settings, "classify.models", name)
-    for name in _fewer(settings):
+    for name in settings.seeds_per_model:
         _require_known(settings, "classify.seeds_per_model", name)
 
 
@@ -120,20 +118,8 @@ def scored(settings: Classify, split: Split) -> tuple[str, ...]:
 
 def seeds(settings: Classify) -> dict[str, int]:
     """How many seeds each model has."""
-    fewer = _fewer(settings)
+    fewer = settings.seeds_per_model
     return {model: min(settings.seeds, fewer.get(model, settings.seeds)) for model in settings.models}
-
-
-def _fewer(settings: Classify) -> dict[str, int]:
-    """`classify.seeds_per_model` as model to number; a `UserError` for an entry that is not MODEL=NUMBER, at least 1."""
-    fewer: dict[str, int] = {}
-    for entry in settings.seeds_per_model:
-        name, _, number = entry.partition("=")
-        if not (number.isdecimal() and int(number)):
-            msg = f"classify.seeds_per_model: {entry!r} must be MODEL=NUMBER, the number at least 1, for example finetune=1"
-            raise UserError(msg)
-        fewer[name] = int(number)
-    return fewer
 
 
 def of_encoders(models: Iterable[str], heads: Iterable[str] = OWN) -> list[str]:
@@ -207,22 +193,16 @@ def reads(model: str, run: dict[str, Any]) -> dict[str, Any]:
     head, _ = parse(model)
     settings = run["classify"]
     if model in baselines.BASELINES:
-        return {name: settings[name] for name in ("num_hvgs", "knn")} | {"orthologs": run["vocab"]["orthologs"]}
+        return {name: settings[name] for name in names(Classify, role="heads")} | {
+            "orthologs": run["vocab"]["orthologs"]
+        }
     if head in HEADS:
         return {"knn": settings["knn"], "embed": run["embed"]}
     train = {name: run["train"][name] for name in ("schedule", "weight_decay", "clip", "precision")}
     tuning = settings | _tuning(head, settings["lora_rank"])
-    rest = {name: value for name, value in tuning.items() if name not in _OF_OTHERS}
+    rest = {name: tuning[name] for name in names(Classify, role="finetune")}
     return rest | {
         "embed": run["embed"],
         "train": train,
         "orthologs": run["vocab"]["orthologs"] if tuning["align"] else [],
     }
-
-
-_OF_OTHERS = (
-    "label", "cells", "merge", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
-    "validation_fraction", "splits", "seeds", "seeds_per_model", "models", "encoders", "knn", "num_hvgs", "keep", "label_shares",
-    "unseen_types", "curve_models", "integration_cells",
-)  # fmt: skip
-"""Fields of `classify` that fine-tuning does not read, or reads through the split only."""

@@ -17,7 +17,6 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from mixgf.arrays import Float64s, Ints
-from mixgf.config.checks import split_named
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 from mixgf.genes import species
@@ -243,7 +242,7 @@ def given(config: Config) -> dict[str, pd.DataFrame]:
         UserError: one is not there or not finished, or holds no gene of its species, or they have no ortholog in common.
     """
     found = {}
-    for name, uri in map(split_named, config.compare.responses):
+    for name, uri in config.compare.responses.items():
         artifacts.require(uri, "perturbation")
         frame = read_table(files.join(uri, "genes.parquet")).to_pandas()
         mine = frame[frame["species"] == name]

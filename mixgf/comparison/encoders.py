@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,11 +16,9 @@ from mixgf.classification.intermediates import ArtifactPaths
 from mixgf.classification.labels import UNKNOWN, names_of
 from mixgf.comparison.shift_matching import Shift
 from mixgf.comparison.shift_selection import chosen
-from mixgf.config.checks import split_named
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config, Inputs
 from mixgf.corpus.reader import Corpus
-from mixgf.errors import UserError
 from mixgf.storage import artifacts, files, tables
 
 
@@ -82,37 +81,30 @@ def encoder_sets(config: Config, uri: str) -> tuple[EncoderSet, ...]:
     """The run's corpus with every encoder of its vocabulary, then one encoder_set for each encoder with a corpus of its own.
 
     Raises:
-        UserError: An entry of `compare.encoders` is not NAME=CHECKPOINT or NAME=CHECKPOINT@CORPUS.
+        UserError: A name or a checkpoint of `compare.encoders` cannot be used.
     """
     given, settings = config.inputs, config.compare
     own = Inputs(
         corpus=given.corpus or files.join(config.output, "corpus"), embeddings=given.embeddings,
         checkpoint=given.checkpoint or files.join(config.output, "pretrain"),
     )  # fmt: skip
-    same, others = list[str](), dict[str, Inputs]()
-    for entry in settings.encoders:
-        name, where = split_named(entry)
-        weights, at, corpus = where.partition("@")
-        if not at:
-            same.append(f"{name}={weights}")
-            continue
-        registry.named(replace(config.classify, encoders=(f"{name}={weights}",)))  # the same rules for names
-        if not corpus or name in others:
-            msg = f"compare.encoders: {entry!r} must be NAME=CHECKPOINT or NAME=CHECKPOINT@CORPUS, each name once"
-            raise UserError(msg)
-        others[name] = Inputs(corpus=corpus, checkpoint=weights)
-    found = [_encoder_set(config, uri, "", own, tuple(same))]
+    registry.named(replace(config.classify, encoders=settings.encoders))  # the same rules for names
+    same = {name: weights for name, weights in settings.encoders.items() if name not in settings.corpora}
+    others = {
+        name: Inputs(corpus=corpus, checkpoint=settings.encoders[name]) for name, corpus in settings.corpora.items()
+    }
+    found = [_encoder_set(config, uri, "", own, same)]
     if config.inputs.classification:
         found = [replace(found[0], classification=config.inputs.classification)]
     elif _has(there := files.join(config.output, "classify"), found[0]):
         found = [replace(found[0], classification=there)]
     return (
         *found,
-        *(_encoder_set(config, files.join(uri, "encoders", name), name, inputs, ()) for name, inputs in others.items()),
+        *(_encoder_set(config, files.join(uri, "encoders", name), name, inputs, {}) for name, inputs in others.items()),
     )
 
 
-def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, encoders: tuple[str, ...]) -> EncoderSet:
+def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, encoders: Mapping[str, str]) -> EncoderSet:
     names = registry.named(replace(config.classify, encoders=encoders))
     heads = [
         f"{head}@{encoder}".rstrip("@")
@@ -135,7 +127,7 @@ def _has(uri: str, encoder_set: EncoderSet) -> bool:
     if there is None or "species" not in there.config["asked"]["splits"]:
         return False
     asked = to_dict(run.classify)
-    if any(asked[name] != value for name, value in ({"merge": []} | there.config["cells"]).items()):
+    if any(asked[name] != value for name, value in ({"merge": {}} | there.config["cells"]).items()):
         return False
     encoders = registry.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus))
     mine = {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}

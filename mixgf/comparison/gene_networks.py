@@ -21,7 +21,6 @@ from mixgf.comparison.conserved_response import (
     exchanged,
     given,
 )
-from mixgf.config.checks import split_named
 from mixgf.config.run import Config
 from mixgf.console import say
 from mixgf.corpus.reader import Corpus
@@ -177,7 +176,7 @@ def _of_tokens(
 
 def _of_responses(config: Config) -> list[dict[str, object]]:
     """The rows of the response matrices of `compare.responses`, by operation."""
-    both, uris = given(config), dict(map(split_named, config.compare.responses))
+    both, uris = given(config), config.compare.responses
     if not both:
         return []
     one, other = both

@@ -1,9 +1,9 @@
-"""Moved here from mixgf/comparison.py."""
+"""The shifts of `compare.shifts`: which cells are before, which after, and within which strata they are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,47 +12,13 @@ from mixgf.arrays import Bools, Ints, Names
 from mixgf.classification.labels import UNKNOWN, names_of
 from mixgf.classification.splits import keyed_order
 from mixgf.comparison.shift_matching import Shift
+from mixgf.config.comparison import ShiftSpec
 from mixgf.config.run import Config
 from mixgf.corpus import obs_query
 from mixgf.errors import UserError
 
 MIN_STRATUM = 3
 """Fewest cells of either condition of a stratum that takes part in a shift."""
-HALF = "half"
-
-
-# Model matching
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """An entry of `compare.shifts`."""
-
-    name: str
-    tag: str
-    before: str
-    after: str
-    whole: bool = False
-    """Compared as they are, not within strata."""
-
-
-def wanted(entries: Sequence[str]) -> list[Wanted]:
-    """`compare.shifts`, read.
-
-    Raises:
-        UserError: An entry is not NAME=BEFORE -> AFTER, or a name is there twice.
-    """
-    found: dict[str, Wanted] = {}
-    for entry in entries:
-        head, eq, rest = entry.partition("=")
-        whole = "=>" in rest
-        before, arrow, after = rest.partition("=>" if whole else "->")
-        name, _, tag = (part.strip() for part in head.partition("#"))
-        if not (eq and arrow and name and before.strip() and after.strip()) or name in found:
-            msg = f"compare.shifts: {entry!r} must be NAME=BEFORE -> AFTER, NAME#TAG=BEFORE -> AFTER or one of these with =>, each name once; give several as a JSON list"
-            raise UserError(msg)
-        found[name] = Wanted(name=name, tag=tag, before=before.strip(), after=after.strip(), whole=whole)
-    return list(found.values())
 
 
 def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
@@ -68,9 +34,9 @@ def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
         msg = f"compare.within: the corpus has no column {missing[0]!r}; it has {', '.join(map(str, obs.columns))}"
         raise UserError(msg)
     names = obs["cell"].to_numpy().astype(np.str_)
-    for one in wanted(settings.shifts):
+    for one in settings.shifts:
         species, both, after_N = _conditions(config, one, obs, names)
-        strata = _text(config, obs, both, () if one.whole else settings.within)
+        strata = _text(config, obs, both, settings.within if one.within else ())
         made = _shift(config, one, species, names[both], after_N, strata)
         if made is None:
             sizes = f"{int((~after_N).sum())} cells before and {int(after_N.sum())} after"
@@ -80,7 +46,7 @@ def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
         found.append(replace(made, rows_N=both[made.rows_N]))
         types = (
             _text(config, obs, both, (label,))
-            if settings.by_type and not one.whole and label in obs.columns
+            if settings.by_type and one.within and label in obs.columns
             else strata[:0]
         )
         for kind in np.unique(types[types != UNKNOWN]).tolist() if len(np.unique(types)) > 1 else ():
@@ -95,11 +61,11 @@ def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
     return found
 
 
-def _conditions(config: Config, one: Wanted, obs: pd.DataFrame, names: Names) -> tuple[str, Ints, Bools]:
+def _conditions(config: Config, one: ShiftSpec, obs: pd.DataFrame, names: Names) -> tuple[str, Ints, Bools]:
     """Species of a shift, rows of both conditions, and which of them are of the second."""
     field = f"compare.shifts: {one.name}"
     before = obs_query.select(obs, one.before, field)
-    if one.after == HALF:
+    if one.after is None:
         order = before[keyed_order(names[before], "half", config.seed, one.name)]
         before, after = np.sort(order[::2]), np.sort(order[1::2])
     else:
@@ -119,7 +85,7 @@ def _text(config: Config, obs: pd.DataFrame, rows: Ints, columns: Sequence[str])
     return np.array([" / ".join(row) for row in zip(*texts, strict=True)] or [""] * len(rows), dtype=np.str_)
 
 
-def _shift(config: Config, one: Wanted, species: str, names: Names, after_N: Bools, strata: Names) -> Shift | None:  # noqa: PLR0917 (columns)
+def _shift(config: Config, one: ShiftSpec, species: str, names: Names, after_N: Bools, strata: Names) -> Shift | None:  # noqa: PLR0917 (columns)
     """At most `shift_cells` cells of either condition, in strata that have both; None where too few are left."""
     settings = config.compare
     kinds, stratum_N = np.unique(strata, return_inverse=True)

@@ -1,18 +1,15 @@
-"""Moved here from mixgf/config.py."""
+"""One-line refusals of config values, and the NAME=URI form of command-line arguments."""
 
 from __future__ import annotations
 
 from mixgf.errors import UserError
 
 
-def _require(ok: bool, path: str, value: object, allowed: str) -> None:  # noqa: FBT001 (a predicate reads better first)
+def require(ok: bool, path: str, value: object, allowed: str) -> None:  # noqa: FBT001 (a condition reads better first)
+    """Raise a `UserError` that names the field, its value and what is allowed, unless `ok`."""
     if not ok:
         msg = f"{path} = {value!r}: must be {allowed}"
         raise UserError(msg)
-
-
-def _one_of(path: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, path, value, "one of " + ", ".join(repr(a) for a in allowed))
 
 
 def split_named(text: str) -> tuple[str, str]:

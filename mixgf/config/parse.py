@@ -1,8 +1,9 @@
-"""The configuration of a whole run: frozen dataclasses, dotted overrides, JSON, fingerprints.
+"""Configs as data: JSON, `--set a.b=c`, fingerprints, and the field meanings that `--help` prints.
 
 Nothing heavy is imported here, so that `--help`, `--print-config` and validation answer at once.
-A run is a `Config`; a recipe (`mixgf.config.recipes`) is a function that returns one; `--set a.b=c` replaces one field;
-the recorded JSON repeats the run. Units and special values stand under each field.
+
+`--set` has one grammar, `section.field=value`. The value is JSON where it parses as JSON. Two shorthands save quotes: a list may
+be `a,b,c`, and a mapping may be `name=value,name=value`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mixgf.config.checks import split_named
+from mixgf.config.fields import Facts, facts_of, required_names
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 
@@ -30,23 +33,34 @@ RENAMED = {
     "perturb.mode": "perturb.test (honest is now donor, paper is published)",
     "tune.judge": "tune.head",
 }
-"""Fields of earlier configs and what they are called now; an old name is refused with the new one."""
-
-
-# JSON, overrides, fingerprints
+"""Fields of earlier configs and their present names. An old name is refused with the present one."""
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+"""Types as a person calls them."""
 
 
 def meanings() -> dict[tuple[str, str], str]:
-    """Section and field of a config to what the field means: the docstring behind it in this file."""
-    sections = {part.type: part.name for part in dataclasses.fields(Config)}
+    """Section and field to what the field means: the docstring behind the field in this package, and the allowed values."""
+    parts = {part.type: part.name for part in dataclasses.fields(Config)}
+    classes = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
     found = {}
     code = "".join(p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("*.py")))
     for part in ast.parse(code).body:
-        if isinstance(part, ast.ClassDef) and part.name in sections:
+        if isinstance(part, ast.ClassDef) and part.name in parts:
+            section = parts[part.name]
+            facts = facts_of(classes[section])
             for one, after in pairwise(part.body):
                 if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
-                    found[sections[part.name], one.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+                    name = one.target.id
+                    text = " ".join(str(ast.literal_eval(after.value)).split())
+                    found[section, name] = text + _limits(facts[name])
     return found
+
+
+def _limits(facts: Facts) -> str:
+    """The allowed values and the unit of a field, as an ending of its description."""
+    known = [f"unit: {facts.unit}"] if facts.unit else []
+    known += [facts.allowed] if facts.allowed and not facts.choices else []
+    return f" [{'; '.join(known)}]" if known else ""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -55,7 +69,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], path: str = "") -> T:
-    """Build a config section from its JSON form; unknown or ill-typed fields are a `UserError`."""
+    """Build a config or a section from its JSON form.
+
+    Raises:
+        UserError: A field is unknown, missing or of the wrong type, or its value is not allowed.
+    """
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
     if unknown:
@@ -63,15 +81,19 @@ def from_dict(cls: type[T], data: dict[str, Any], path: str = "") -> T:
         now = f"is now {RENAMED[name]}" if name in RENAMED else f"unknown field; known here: {', '.join(sorted(hints))}"
         msg = f"{name}: {now}"
         raise UserError(msg)
-    try:
-        return cls(**{k: _coerce(hints[k], v, _join(path, k)) for k, v in data.items()})
-    except TypeError as error:  # a required field is missing; the constructor names it
-        msg = f"{path or cls.__name__}: {str(error).split('() ')[-1]}"
-        raise UserError(msg) from None
+    missing = [name for name in required_names(cls) if name not in data]
+    if missing:
+        msg = f"{path}.{missing[0]}: missing; an object here has the fields {', '.join(hints)}"
+        raise UserError(msg)
+    return cls(**{k: _coerce(hints[k], v, _join(path, k)) for k, v in data.items()})
 
 
 def override(config: Config, assignments: list[str]) -> Config:
-    """Apply `a.b=c` assignments; values are JSON where they parse as JSON, else plain text."""
+    """Apply `a.b=c` assignments to a config.
+
+    Raises:
+        UserError: An assignment names no field, or its value is not allowed there.
+    """
     data = to_dict(config)
     for assignment in assignments:
         path, eq, text = assignment.partition("=")
@@ -84,25 +106,31 @@ def override(config: Config, assignments: list[str]) -> Config:
             cls = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
             if not dataclasses.is_dataclass(cls):
                 where = ".".join(parents[: i + 1])
-                msg = f"--set {assignment}: {where!r} is no section; sections: {', '.join(sections())}"
+                msg = f"--set {assignment}: no section {where!r}; sections: {', '.join(sections())}"
                 raise UserError(msg)
             node = node[name]
         hints = typing.get_type_hints(cls)
         if leaf not in hints:
             now = RENAMED.get(path.strip())
-            msg = (
-                f"--set {assignment}: {path.strip()} is now {now}"
-                if now
-                else (f"--set {assignment}: no field {leaf!r}; known: {', '.join(sorted(hints))}")
-            )
+            known = f"no field {leaf!r}; known: {', '.join(sorted(hints))}"
+            msg = f"--set {assignment}: {path.strip()} is now {now}" if now else f"--set {assignment}: {known}"
             raise UserError(msg)
-        node[leaf] = _parse(hints[leaf], text)
+        node[leaf] = _read_value(hints[leaf], text, facts_of(cls)[leaf])
     return from_dict(Config, data)
 
 
 def sections() -> list[str]:
     """Names of the nested sections of `Config`."""
     return [k for k, t in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(t)]
+
+
+def by_field(config: Config) -> dict[str, Any]:
+    """Every field's plain value by dotted name, such as `train.lr`; a mapping is one value."""
+    parts = sections()
+    rows: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        rows |= {f"{name}.{field}": v for field, v in value.items()} if name in parts else {name: value}
+    return rows
 
 
 def flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -134,30 +162,75 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _parse(hint: Any, text: str) -> Any:
+def _read_value(hint: Any, text: str, facts: Facts) -> Any:
+    """The text of `--set` as plain data: JSON, or one of the shorthands for lists and mappings."""
     if hint is str:
         return text
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        # a bare list of words for tuple[str, ...]; a bare word elsewhere is refused by _coerce
-        return [part.strip() for part in text.split(",")] if typing.get_origin(hint) is tuple else text
+        parts = [part.strip() for part in text.split(",")]
+    if typing.get_origin(hint) is tuple:
+        return parts
+    return _read_pairs(hint, text, parts, facts) if typing.get_origin(hint) is Mapping else text
+
+
+def _read_pairs(hint: Any, text: str, parts: list[str], facts: Facts) -> Any:
+    """The shorthand `name=value,name=value` as a mapping; text of another form as it is, which `_coerce` refuses."""
+    if facts.shared_name:
+        pairs = [(name or facts.shared_name, value) for name, value in map(split_named, parts)]
+    else:
+        pairs = [(name.strip(), value.strip()) for name, eq, value in (part.partition("=") for part in parts) if eq]
+    value_hint = typing.get_args(hint)[1]
+    found = {name: _read_value(value_hint, value, Facts()) for name, value in pairs if name}
+    return found if len(found) == len(parts) else text
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:
+    """Plain JSON data as a value of the type `hint`; a `UserError` that says what is allowed where it is none."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            msg = f"{path} = {value!r}: must be an object with fields {', '.join(typing.get_type_hints(hint))}"
+            fields = ", ".join(typing.get_type_hints(hint))
+            msg = f"{path} = {value!r}: must be an object with fields {fields}"
             raise UserError(msg)
         return from_dict(typing.cast("type[Any]", hint), value, path)
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
+    if origin is tuple:
         values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_coerce(item, v, f"{path}[{i}]") for i, v in enumerate(values))
-    assert not isinstance(hint, types.UnionType), f"{path}: config fields have one type"
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return tuple(_coerce(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(values))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            msg = f"{path} = {value!r}: must be {_mapping_form(value, arguments[1])}"
+            raise UserError(msg)
+        return {str(name): _coerce(arguments[1], v, f"{path}[{name}]") for name, v in value.items()}
+    allowed = [
+        one for part in (arguments if origin in (types.UnionType, typing.Union) else (hint,)) for one in _options(part)
+    ]
+    for one in allowed:
+        if value == one if isinstance(one, str) else type(value) is one:
+            return value
+    if float in allowed and type(value) is int:
         return float(value)
-    if type(value) is not hint:
-        msg = f"{path} = {value!r}: must be {'true or false' if hint is bool else hint.__name__}"
-        raise UserError(msg)
-    return value
+    words = " or ".join(repr(one) if isinstance(one, str) else _WORDS[one] for one in allowed)
+    msg = f"{path} = {value!r}: must be {words}"
+    raise UserError(msg)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types and words of one part of a union."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else (hint,)
+
+
+def _mapping_form(value: Any, hint: Any) -> str:
+    """What a mapping looks like. A value in the form of earlier versions (NAME=VALUE, NAME=A|B, a=[1] x b=[2]) is translated."""
+    items = [part for item in (value if isinstance(value, list) else [value]) for part in str(item).split(" x ")]
+    pairs = [item.partition("=") for item in items]
+    if not all(eq for _, eq, _ in pairs):
+        return "a JSON object of names and values"
+    several = typing.get_origin(hint) is tuple
+    now = {
+        name.strip(): _read_value(hint, text.replace("|", ",") if several else text, Facts()) for name, _, text in pairs
+    }
+    return f"a JSON object of names and values, here {json.dumps(now)}"

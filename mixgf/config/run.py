@@ -1,13 +1,14 @@
-"""Config, the root; compute, inputs, tracking."""
+"""The config of a whole run: all sections, workers, inputs and tracking."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from mixgf.config.checks import _one_of, _require
+from mixgf.config.checks import require
 from mixgf.config.classification import Classify
 from mixgf.config.comparison import Compare
 from mixgf.config.data import HUMAN, MOUSE, QC, Imports, Prepare, Source, SpeciesRow, Tokens, Vocab
+from mixgf.config.fields import check, option, section
 from mixgf.config.perturbation import Perturb
 from mixgf.config.training import Embed, Model, Objective, Train
 from mixgf.config.tuning import Tune
@@ -15,100 +16,110 @@ from mixgf.config.tuning import Tune
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compute:
-    """Workers of the distributed stages. Where they run is Ray's business (RAY_ADDRESS)."""
+    """Workers of the stages. RAY_ADDRESS decides on which cluster they run."""
 
-    num_workers: int = 2
-    """Workers of a training; elsewhere, tasks or actors at a time."""
-    min_workers: int = 0
-    """Training goes on with as few workers as this when a node is lost; 0 = num_workers (not elastic)."""
-    resize_seconds: float = 60.0
-    """With `min_workers`: how often to look whether more workers can train now. A change of size starts the group again
-    from its latest checkpoint."""
-    cpus_per_worker: float = 1.0
-    """CPUs that a worker asks Ray for."""
-    gpus_per_worker: float = 0.0
-    """GPUs that a worker asks Ray for; below 1 = a share of one; 0 = the CPU computes. Where none is found, the run stops."""
-    max_failures: int = 3
-    """Times that a lost training worker group is started again."""
+    num_workers: int = option(2, least=1)
+    """Workers of a training; in other stages, tasks or actors at a time."""
+    min_workers: int = option(0, least=0)
+    """Training continues with as few workers as this when a node is lost. 0: always num_workers."""
+    resize_seconds: float = option(60.0, least=1, unit="s")
+    """With `min_workers`: time between two checks for room for more workers. On a change of size the group restarts from its
+    latest checkpoint."""
+    cpus_per_worker: float = option(1.0)
+    """CPUs that a worker reserves in Ray."""
+    gpus_per_worker: float = option(0.0)
+    """GPUs that a worker reserves in Ray; below 1, a share of one. 0: the CPU computes. A run stops if a GPU is missing."""
+    max_failures: int = option(3)
+    """Times that a lost group of training workers is restarted."""
 
     def __post_init__(self) -> None:
-        _require(self.num_workers >= 1, "compute.num_workers", self.num_workers, "at least 1")
-        _require(
-            0 <= self.min_workers <= self.num_workers,
+        check(self, "compute")
+        require(
+            self.min_workers <= self.num_workers,
             "compute.min_workers",
             self.min_workers,
-            "between 0 and num_workers",
+            f"at most compute.num_workers ({self.num_workers})",
         )
-        _require(self.resize_seconds >= 1, "compute.resize_seconds", self.resize_seconds, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Artifacts made by other runs; empty = the artifact of that stage under `output`."""
+    """Artifacts of other runs to read. Empty: the artifact of that stage under `output`."""
 
-    corpus: str = ""
-    """Of prepare or import."""
-    checkpoint: str = ""
-    """Of pretrain or import-weights."""
-    embeddings: str = ""
-    """Of embed."""
-    classification: str = ""
-    """Of classify."""
-    perturbation: str = ""
-    """Of perturb."""
-    start: str = ""
-    """A checkpoint on the corpus' vocabulary whose weights `pretrain` starts from (schedule and moments begin anew); empty =
-    random weights."""
+    corpus: str = option("", path=True)
+    """Corpus, made by prepare or import."""
+    checkpoint: str = option("", path=True)
+    """Checkpoint, made by pretrain or import-weights."""
+    embeddings: str = option("", path=True)
+    """Embeddings, made by embed."""
+    classification: str = option("", path=True)
+    """Classification, made by classify."""
+    perturbation: str = option("", path=True)
+    """Perturbation, made by perturb."""
+    start: str = option("", path=True)
+    """Checkpoint with the corpus' vocabulary whose weights `pretrain` starts from, with a new schedule and optimizer state.
+    Empty: random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
-    """MLflow."""
+    """Experiment tracking in MLflow."""
 
-    uri: str = ""
-    """Tracking server or database; empty = MLFLOW_TRACKING_URI, else SQLite under `output` (or under . for s3://)."""
-    experiment: str = "mixgf"
+    uri: str = option("")
+    """Tracking server or database. Empty: MLFLOW_TRACKING_URI, else SQLite under `output` (for s3://, under ./mlflow)."""
+    experiment: str = option("mixgf")
     """Name of the experiment in MLflow."""
-    prices: str = ""
-    """URI of a JSON object, node type to price per node-hour, for the cost ledger; empty = MIXGF_PRICES, else no prices."""
+    prices: str = option("")
+    """URI of a JSON object, node type to price per node-hour, for the costs of a run. Empty: MIXGF_PRICES, else no prices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """One run of mixgf, whole."""
+    """The config of one run. Sections of the role `corpus` decide the sentences of a corpus."""
 
-    recipe: str = "default"
-    output: str = "runs/default"
+    recipe: str = option("default", swept=False)
+    """Name of the recipe that it began as."""
+    output: str = option("runs/default", swept=False, path=True)
     """URI of the folder that receives every artifact of the run, local or s3://."""
-    seed: int = 0
-    species: tuple[SpeciesRow, ...] = (HUMAN, MOUSE)
-    sources: tuple[Source, ...] = ()
-    qc: QC = field(default_factory=QC)
-    vocab: Vocab = field(default_factory=Vocab)
-    tokens: Tokens = field(default_factory=Tokens)
-    prepare: Prepare = field(default_factory=Prepare)
-    imports: Imports = field(default_factory=Imports)
-    model: Model = field(default_factory=Model)
-    objective: Objective = field(default_factory=Objective)
-    train: Train = field(default_factory=Train)
-    embed: Embed = field(default_factory=Embed)
-    classify: Classify = field(default_factory=Classify)
-    perturb: Perturb = field(default_factory=Perturb)
-    compare: Compare = field(default_factory=Compare)
-    tune: Tune = field(default_factory=Tune)
-    compute: Compute = field(default_factory=Compute)
-    inputs: Inputs = field(default_factory=Inputs)
-    tracking: Tracking = field(default_factory=Tracking)
+    seed: int = option(0, swept=False)
+    """Seed of every random draw."""
+    species: tuple[SpeciesRow, ...] = option((HUMAN, MOUSE), role="corpus", swept=False)
+    sources: tuple[Source, ...] = option((), role="corpus", swept=False)
+    qc: QC = section(QC, role="corpus", stages=("prepare",))
+    vocab: Vocab = section(Vocab, role="corpus", stages=("prepare", "import"))
+    tokens: Tokens = section(Tokens, role="corpus", stages=("prepare", "import"))
+    prepare: Prepare = section(Prepare, role="corpus", stages=("prepare", "import"))
+    imports: Imports = section(Imports, stages=("import", "import-weights"))
+    model: Model = section(Model, stages=("pretrain",))
+    objective: Objective = section(Objective, stages=("pretrain",))
+    train: Train = section(Train, stages=("pretrain",))
+    embed: Embed = section(Embed, stages=("embed",))
+    classify: Classify = section(Classify, stages=("classify",))
+    perturb: Perturb = section(Perturb, swept=False, stages=("perturb",))
+    compare: Compare = section(Compare, stages=("compare",))
+    tune: Tune = section(Tune, swept=False, stages=("tune",))
+    compute: Compute = section(Compute, swept=False)
+    inputs: Inputs = section(
+        Inputs,
+        swept=False,
+        stages=("pretrain", "import-weights", "embed", "classify", "compare", "tune", "perturb", "report"),
+    )
+    tracking: Tracking = section(Tracking, swept=False)
 
     def __post_init__(self) -> None:
         names = tuple(row.name for row in self.species)
-        _require(len(set(names)) == len(names), "species", names, "rows with different names")
+        require(len(set(names)) == len(names), "species", names, "rows with different names")
         for i, source in enumerate(self.sources):
-            _one_of(f"sources[{i}].species", source.species, names)
-        _require(self.output.strip() != "", "output", self.output, "a folder or an s3:// URI")
+            require(
+                source.species in names,
+                f"sources[{i}].species",
+                source.species,
+                "one of " + ", ".join(map(repr, names)),
+            )
+        require(self.output.strip() != "", "output", self.output, "a folder or an s3:// URI")
         for path, pooling in (
             ("objective.pooling", self.objective.pooling),
             ("embed.pooling", self.embed.pooling),
             ("perturb.variant", self.perturb.variant),
         ):
-            _require(pooling != "cls" or self.tokens.cls, path, pooling, "used with tokens.cls = true")
+            require(pooling != "cls" or self.tokens.cls, path, pooling, "used with tokens.cls = true")

@@ -1,60 +1,58 @@
-"""Moved here from mixgf/config.py."""
+"""Settings of `mixgf tune`: which configs are trained, how they are scored and which are stopped early."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
-from mixgf.config.checks import _one_of, _require
+from mixgf.config.checks import require
 from mixgf.config.classification import HEADS, SPLITS
+from mixgf.config.fields import check, option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tune:
-    """A sweep: arms (this config with some fields changed) times seeds, each a pretraining that is judged as it goes."""
+    """A sweep: every arm (this config with some fields changed) is pretrained with several seeds and scored on the way."""
 
-    space: tuple[str, ...] = ()
-    """What is varied, one entry per factor: a dotted field, `=`, a JSON list of values. ` x ` between factors crosses them. The
-    arms are this config as it is (the base) and, entry by entry, every combination of the entry's values."""
-    search: str = "grid"
-    """`grid`: all arms; `random`: the base and `num_arms` of them, drawn with a key."""
-    num_arms: int = 12
+    space: tuple[Mapping[str, tuple[Any, ...]], ...] = option(())
+    """What is varied, as a JSON list of objects: dotted field to a list of values, for example [{"train.lr": [1e-4, 1e-3]}].
+    Fields in one object are crossed. The arms are this config as it is (the base) and every combination of each object."""
+    search: str = option("grid", choices=("grid", "random"))
+    """`grid`: all arms. `random`: the base and `num_arms` of the others, drawn at random."""
+    num_arms: int = option(12, least=1)
     """Arms that `random` draws beside the base."""
-    seeds: int = 3
-    """Trainings of an arm, with config.seed, config.seed + 1, ..."""
-    rungs: tuple[float, ...] = (0.3, 1.0)
-    """Shares of the training after which an arm is judged; the last is 1."""
-    stop: str = "halving"
-    """`halving`: after a rung only the better arms (by mean over seeds) go on, the base always; the same sweep always stops the
-    same arms. `asha`: Ray Tune's ASHA on single trainings, which waits for nobody; what it stops depends on who comes first.
+    seeds: int = option(3, least=1)
+    """Trainings of each arm, with the seeds config.seed, config.seed + 1, ..."""
+    rungs: tuple[float, ...] = option((0.3, 1.0), above=0, most=1)
+    """Shares of the training after which an arm is scored, rising. The last is 1."""
+    stop: str = option("halving", choices=("halving", "asha", "none"))
+    """`halving`: after each rung only the better arms continue (by mean over seeds), and always the base; the result is
+    reproducible. `asha`: Ray Tune's ASHA on single trainings, which does not wait; what it stops depends on timing.
     `none`: all arms are trained to the end."""
-    keep: float = 0.5
-    """Share of the arms that go on after a rung."""
-    head: str = "knn"
-    """Head whose macro F1 decides (zero-shot): `knn`, `probe` or `centroid`; all three are kept."""
-    splits: tuple[str, ...] = ("donor", "species")
-    """On which splits, each with the same weight: `random`, `donor`, `dataset`, `species`."""
-    cells: int = 3000
-    """Labelled cells that the arms are judged on, drawn with a key, as many of each group as can be; 0 = all."""
-    finetune: bool = True
-    """Fine-tune every finished training on random splits too, by `classify`: the second score."""
-    concurrent: int = 2
+    keep: float = option(0.5, above=0, most=1)
+    """Share of the arms that continue after a rung."""
+    head: str = option("knn", choices=HEADS)
+    """Head whose zero-shot macro F1 ranks the arms: `knn`, `probe` or `centroid`. All three are recorded."""
+    splits: tuple[str, ...] = option(("donor", "species"), choices=SPLITS)
+    """Splits that are scored, each with the same weight: `random`, `donor`, `dataset`, `species`."""
+    cells: int = option(3000, least=0)
+    """Labelled cells that arms are scored on, drawn at random, the same number of each group where possible. 0: all cells."""
+    finetune: bool = option(True)
+    """Also fine-tune every finished training on random splits, by the settings of `classify`: the second score."""
+    concurrent: int = option(2, result=False, least=1)
     """Trainings at a time, of compute.num_workers workers each."""
-    register: str = ""
-    """Name in MLflow's model registry under which the best arm is registered; empty = not registered."""
+    register: str = option("", result=False)
+    """Name in MLflow's model registry under which the best arm is registered. Empty: not registered."""
 
     def __post_init__(self) -> None:
-        _one_of("tune.search", self.search, ("grid", "random"))
-        _one_of("tune.stop", self.stop, ("halving", "asha", "none"))
-        _one_of("tune.head", self.head, HEADS)
-        for split in self.splits:
-            _one_of("tune.splits", split, SPLITS)
-        _require(bool(self.splits), "tune.splits", self.splits, "at least one split")
-        for name in ("num_arms", "seeds", "concurrent"):
-            _require(getattr(self, name) >= 1, f"tune.{name}", getattr(self, name), "at least 1")
-        _require(self.cells >= 0, "tune.cells", self.cells, "at least 0 (all)")
-        _require(0 < self.keep <= 1, "tune.keep", self.keep, "above 0, at most 1")
-        rising = all(a < b for a, b in zip(self.rungs, self.rungs[1:], strict=False))
-        _require(
-            bool(self.rungs) and rising and self.rungs[0] > 0 and self.rungs[-1] == 1, "tune.rungs", self.rungs,
+        check(self, "tune")
+        require(bool(self.splits), "tune.splits", self.splits, "at least one split")
+        rising = all(a < b for a, b in pairwise(self.rungs))
+        require(
+            bool(self.rungs) and rising and self.rungs[-1] == 1,
+            "tune.rungs",
+            self.rungs,
             "rising shares of the training, the last 1",
-        )  # fmt: skip
+        )

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixgf.config.checks import split_named
 from mixgf.config.data import Imports, Source, Tokens
+from mixgf.config.fields import content as content_of
+from mixgf.config.fields import facts_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.corpus import arrow_dataset, remap_ids, shards
@@ -32,6 +33,8 @@ NOT_KNOWN = {"n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.
 
 
 SCHEMA = 1
+ALL = facts_of(Imports)["dictionaries"].shared_name
+"""Name of the dictionary, or of the medians, that holds for all sources."""
 
 # What ids mean
 
@@ -50,10 +53,10 @@ class Given:
         by_name = _named(rules, "dictionaries", {s.name for s in self.sources} | set(self.rows))
         self.dictionary_uris: list[str] = []
         for i, source in enumerate(self.sources):
-            uri = by_name.get(source.name) or by_name.get(source.species) or by_name.get("")
+            uri = by_name.get(source.name) or by_name.get(source.species) or by_name.get(ALL)
             if uri is None:
                 msg = (
-                    f"imports.dictionaries = {list(rules.dictionaries)}: none for sources[{i}] ({source.name!r}, {source.species}); "
+                    f"imports.dictionaries = {dict(rules.dictionaries)}: none for sources[{i}] ({source.name!r}, {source.species}); "
                     f"add {source.species}=URI of the token dictionary that its ids belong to"
                 )
                 raise UserError(msg)
@@ -88,7 +91,7 @@ class Given:
         """Median of each dictionary gene of a species that has one."""
         mine = [i for i, s in enumerate(self.sources) if s.species == name]
         wanted = {gene for i in mine for gene in self.genes[i].values()}
-        uri = self.median_uris.get(name) or self.median_uris.get("")
+        uri = self.median_uris.get(name) or self.median_uris.get(ALL)
         # a pickle or JSON file is either a dictionary or medians; a table can be both
         tables = [u for u in (self.dictionary_uris[i] for i in mine) if not u.endswith((".pkl", ".pickle", ".json"))]
         found = self._read_medians(name, [uri] if uri else tables, "imports.medians", need=bool(uri))
@@ -97,7 +100,7 @@ class Given:
         out = {gene: median for gene, median in found.items() if gene in wanted}
         if not out:
             msg = (
-                f"imports.medians = {list(self.config.imports.medians)}: no median of any {name} gene of the dictionary; a vocabulary "
+                f"imports.medians = {dict(self.config.imports.medians)}: no median of any {name} gene of the dictionary; a vocabulary "
                 f"needs them to encode further cells: add {name}=URI of its median table, or name a vocabulary with vocab.reuse"
             )
             raise UserError(msg)
@@ -137,8 +140,8 @@ class Given:
             vocabulary = artifacts.plan("vocabulary", SCHEMA, content | {"imported": which}, {})
             parent = vocabulary.fingerprint
         whole = content | {
-            "sources": [asdict(s) | {"size": _size(s.uri)} for s in self.sources], "tokens": data["tokens"],
-            "qc": {"min_genes": self.config.qc.min_genes}, "prepare": {"shard_cells": self.config.prepare.shard_cells},
+            "sources": [content_of(s) | {"size": _size(s.uri)} for s in self.sources], "tokens": data["tokens"],
+            "qc": {"min_genes": self.config.qc.min_genes}, "prepare": content_of(self.config.prepare),
         }  # fmt: skip
         return vocabulary, artifacts.plan("corpus", SCHEMA, whole, {"vocabulary": parent})
 
@@ -150,8 +153,8 @@ class Given:
 
 
 def _named(rules: Imports, field: str, known: set[str]) -> dict[str, str]:
-    out = dict(split_named(text) for text in getattr(rules, field))
-    unknown = sorted(set(out) - known - {""})
+    out: dict[str, str] = dict(getattr(rules, field))
+    unknown = sorted(set(out) - known - {ALL})
     if unknown:
         msg = f"imports.{field} = {unknown[0]}={out[unknown[0]]}: no such source or species; must be one of {', '.join(sorted(known))}"
         raise UserError(msg)
@@ -258,16 +261,13 @@ def read_checked(work: str, index: int, number: int) -> tuple[np.ndarray, dict[s
 def _obs(schema: pa.Schema, source: Source, index: int, uri: str) -> tuple[dict[str, Attribute], list[str]]:
     """Attributes under their new names, and the columns that are left out."""
     found, left_out = arrow_dataset.attributes(schema)
-    if source.obs:
+    if source.obs or source.rename:
         chosen = {}
-        for item in source.obs:
-            new, _, old = item.partition("=")
-            if (old or new) not in found:
-                msg = (
-                    f"{uri}: sources[{index}].obs = {old or new!r}: no such column; it has {', '.join(found) or 'none'}"
-                )
+        for old, new in source.kept_columns(found).items():
+            if old not in found:
+                msg = f"{uri}: sources[{index}].obs = {old!r}: no such column; it has {', '.join(found) or 'none'}"
                 raise UserError(msg)
-            chosen[new] = found[old or new]
+            chosen[new] = found[old]
         return {new: a for new, a in chosen.items() if new not in shards.RESERVED}, []
     left_out += [name for name in found if name in shards.RESERVED]
     return {name: a for name, a in found.items() if name not in shards.RESERVED}, left_out

@@ -126,16 +126,11 @@ def _identity(uri: str) -> dict[str, Any]:
 
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:
     """New name to column of obs."""
-    if not source.obs:
-        return {name: name for name in reader.obs_columns}
-    out = {}
-    for item in source.obs:
-        new, _, old = item.partition("=")
-        old = old or new
+    kept = source.kept_columns(reader.obs_columns)
+    for old in kept:
         if old not in reader.obs_columns:
-            raise _no_column(reader, "sources.obs", old)
-        out[new] = old
-    return out
+            raise _no_column(reader, "sources.rename" if old in source.rename else "sources.obs", old)
+    return {new: old for old, new in kept.items()}
 
 
 def _no_column(reader: Reader, field: str, name: str) -> UserError:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mixgf import rng
 from mixgf.config import training
+from mixgf.errors import UserError
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits that exist at one time
@@ -260,7 +261,7 @@ def pooled(
     offsets_B1: Tensor,
     how: str,
     *,
-    layer: int = -1,
+    layer: training.LayerChoice = -1,
     cls: bool = False,
     positions_T: Tensor | None = None,
     keys: Tensor | None = None,
@@ -273,17 +274,16 @@ def pooled(
         ids_T: token ids of all cells, one cell after the other.
         offsets_B1: where each cell begins, and T.
         how: `mean`, `first` or `cls`, as in `pool`.
-        layer: -1 = the last, -2 = the one before it, ...; 0 = all, the embedding first.
+        layer: -1 = the last, -2 = the one before it, ...; `all` = all side by side, the embedding first.
         cls: sentences begin with <cls>.
         positions_T: position of each token in its cell; None = 0, 1, 2, ...
         keys: dropout keys; None = no dropout.
         max_len: a bound of the longest cell; None = a GPU is asked.
     """
     count = encoder.row.num_layers
-    if layer < 0:
+    if layer != "all":
         h_TD = encoder(ids_T, offsets_B1, positions_T=positions_T, layers=count + 1 + layer, keys=keys, max_len=max_len)
         return pool(h_TD, offsets_B1, how, cls=cls)
-    assert layer == 0, layer
     if positions_T is None:
         positions_T = positions(offsets_B1, ids_T.shape[0])
     h_TD, cells = encoder.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len)
@@ -294,9 +294,16 @@ def pooled(
     return torch.cat([part.float() for part in parts], 1)
 
 
-def width(row: training.Model, layer: int) -> int:
+def width(row: training.Model, layer: training.LayerChoice) -> int:
     """Size of a vector of `pooled`."""
-    return row.dim if layer < 0 else (row.num_layers + 1) * row.dim
+    return (row.num_layers + 1) * row.dim if layer == "all" else row.dim
+
+
+def require_layer(row: training.Model, layer: training.LayerChoice, field: str) -> None:
+    """Raise a `UserError` that names the config field, unless the encoder has the hidden layer."""
+    if layer != "all" and layer < -1 - row.num_layers:
+        msg = f"{field} = {layer}: must be {-1 - row.num_layers} (the embedding) to -1 (the last layer), or 'all'"
+        raise UserError(msg)
 
 
 def positions(offsets_B1: Tensor, num_tokens: int) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mixgf.config.training import LayerChoice
 from mixgf.corpus import packed
 from mixgf.encoder.batch import micro_batches, pack
 from mixgf.encoder.bert import Encoder, pooled, width
@@ -45,7 +46,7 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
     corpus: Sentences,
     cells: npt.ArrayLike,
     pooling: str = "mean",
-    layer: int = -1,
+    layer: LayerChoice = -1,
     micro_tokens: int = 65_536,
     *,
     max_len: int = 0,
@@ -58,7 +59,7 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
         corpus: where the sentences are.
         cells: global cell numbers.
         pooling: `mean` over genes, `first` or `cls`.
-        layer: -1 = the last hidden layer, -2 = the one before it, ...; 0 = all side by side, the embedding first.
+        layer: -1 = the last hidden layer, -2 = the one before it, ...; `all` = all side by side, the embedding first.
         micro_tokens: most tokens of one forward pass on a GPU.
         max_len: cut sentences to so many tokens; 0 = to as many as the encoder has positions, which is also the most.
         precision: `fp32`, or `bf16` (autocast).

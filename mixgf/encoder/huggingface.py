@@ -14,7 +14,6 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from mixgf.config import parse, training
-from mixgf.config.checks import split_named
 from mixgf.config.data import SpeciesRow
 from mixgf.config.run import Config
 from mixgf.console import warn
@@ -176,7 +175,7 @@ def _row(folder: str) -> training.Model:
 
 def find_dictionary(settings: Config, folder: str) -> TokenDictionary:
     """The token dictionary of a model: the one of `imports.dictionaries`, or the one in its folder."""
-    uris = list(dict.fromkeys(uri for _, uri in map(split_named, settings.imports.dictionaries)))
+    uris = list(dict.fromkeys(settings.imports.dictionaries.values()))
     if len(uris) > 1:
         msg = f"imports.dictionaries: {len(uris)} files; a model has one dictionary, give that one"
         raise UserError(msg)

@@ -48,8 +48,11 @@ def forecast(
     if settings.screen:
         genes_N = allowed_NW.sum(axis=1)
         parts += [_screened(name, settings, row, layers, length_N, one_N, genes_N) for name in settings.operations]
-    nulls = 100 if settings.null_genes < 0 else settings.null_genes
-    share = min(1.0, (settings.screen + settings.screen_sample + nulls) / len(plan.targets)) if settings.screen else 1.0
+    share = (
+        min(1.0, (settings.screen + settings.screen_sample + settings.num_nulls) / len(plan.targets))
+        if settings.screen
+        else 1.0
+    )
     for operation in settings.operations:
         sentences = tokens = flops = 0.0
         for w, width in enumerate(np.unique(width_K).tolist()):

@@ -191,7 +191,7 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
     if settings.genes:
         given = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
         named = list({(target.species, target.tokens): target for target in given}.values())  # each once
-        if settings.null_genes <= 0 or settings.screen:  # a screen draws its own, afterwards
+        if not settings.num_nulls or settings.screen:  # a screen draws its own, afterwards
             return named
         return named + [null for name in present for null in _nulls(corpus, settings, cells, named, name, seed=seed)]
     counts_V, _ = _occurrences(corpus, cells)
@@ -307,7 +307,7 @@ def _nulls(
     features_GF = np.stack([np.nan_to_num(rank_G, nan=float(len(counts_V))), counts_V[tokens_G]], axis=1)
     own = [target for target in named if target.species == species]
     wanted = np.flatnonzero(np.isin(tokens_G, [token for target in own for token in target.tokens])).tolist()
-    num = round(settings.null_genes * len(own) / len(named))
+    num = round(settings.num_nulls * len(own) / len(named))
     genes, symbols = _names(corpus, [species])
     return [
         Target(

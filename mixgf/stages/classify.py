@@ -23,6 +23,7 @@ from mixgf.classification.baselines import BASELINES
 from mixgf.classification.intermediates import ArtifactPaths
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
+from mixgf.config.fields import content
 from mixgf.config.parse import fingerprint, to_dict
 from mixgf.config.run import Config
 from mixgf.console import duration, say, warn
@@ -56,11 +57,6 @@ FEWEST_SECONDS = 0.1
 """Of any prediction, and of models that are not listed."""
 WHOLE_SECONDS, START_SECONDS = 10.0, 40.0
 """Of the measures and the map of an embedding, per 1,000 cells; and of a process that draws its first map (compilation)."""
-_CELLS = (
-    "label", "cells", "unlabelled", "group", "donor", "dataset", "transfer", "max_cells", "min_class_fraction", "test_fraction",
-    "validation_fraction",
-)  # fmt: skip
-"""Fields of `classify` that decide which cells train and test."""
 
 
 def run(config: Config, *, spread: Spread | None = None) -> str:
@@ -170,15 +166,14 @@ def _plan(config: Config, uri: str) -> tuple[ArtifactPaths, Record]:
 def _content(config: Config) -> dict[str, Any]:
     """What decides the artifact: the cells, what is asked of them, and the settings of each model."""
     data, settings = to_dict(config), config.classify
-    asked = {name: data["classify"][name] for name in ("splits", "label_shares", "unseen_types", "keep")}
+    asked = content(settings, role="asked")
     asked |= {f"seeds of {model}": number for model, number in registry.seeds(settings).items()}
     asked |= {"curve": list(registry.curve(settings)) if settings.label_shares or settings.unseen_types else []}
     models = {model: registry.reads(model, data) for model in settings.models}
     if settings.integration_cells:
         models["integration"] = {"cells": settings.integration_cells, "embed": data["embed"]}
     return {
-        "cells": {name: data["classify"][name] for name in _CELLS}
-        | ({"merge": list(settings.merge)} if settings.merge else {}),
+        "cells": content(settings, role="cells"),
         "asked": asked,
         "seed": config.seed,
         "models": models,

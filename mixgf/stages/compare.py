@@ -16,7 +16,7 @@ import pyarrow as pa
 from mixgf.classification import intermediates
 from mixgf.comparison import conserved_response, gene_networks, shift_selection, shift_tables, spaces, transfer
 from mixgf.comparison.encoders import EncoderSet, Setting, encoder_sets
-from mixgf.config.checks import split_named
+from mixgf.config.fields import content
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
@@ -116,7 +116,7 @@ def _require(setting: Setting) -> None:
 
 def _plan(setting: Setting) -> Record:
     config, parents = setting.config, dict[str, str]()
-    for name, uri in map(split_named, config.compare.responses):
+    for name, uri in config.compare.responses.items():
         parents[f"perturbation of {name}"] = artifacts.require(uri, "perturbation").fingerprint
     for encoder_set in setting.encoder_sets:
         end = f" of {encoder_set.name}" if encoder_set.name else ""
@@ -125,12 +125,12 @@ def _plan(setting: Setting) -> Record:
             ("classification", encoder_set.classification, "classification"),
         ):  # fmt: skip
             parents[role + end] = artifacts.require(uri, kind).fingerprint
-    content = {
-        "compare": to_dict(config.compare) | {"encoders": len(setting.encoder_sets)},
+    decides = {
+        "compare": content(config.compare) | {"encoders": len(setting.encoder_sets)},
         "embed": to_dict(config.embed),
         "seed": config.seed,
     }
-    return artifacts.plan(KIND, SCHEMA, content, parents)
+    return artifacts.plan(KIND, SCHEMA, decides, parents)
 
 
 def _tables(setting: Setting, spread: Spread, meter: Meter) -> dict[str, pd.DataFrame]:

@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mixgf.config.parse import to_dict
+from mixgf.config.parse import from_dict, to_dict
 from mixgf.config.run import Config
+from mixgf.config.training import Model
 from mixgf.console import Progress, say
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.actor_pool import Pool, Size
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.distributed.session import session
 from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import require_layer
 from mixgf.encoder.device import pick_device
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
@@ -37,9 +39,7 @@ def run(config: Config) -> str:
     weights = config.inputs.checkpoint or files.join(config.output, "pretrain")
     trained = artifacts.require(weights, checkpoint.KIND, checkpoint.SCHEMA)
     checkpoint.require_sentences(trained, corpus)
-    if config.embed.layer < -1 - int(trained.details["model"]["num_layers"]):
-        msg = f"embed.layer = {config.embed.layer}: the model has {trained.details['model']['num_layers']} layers and an embedding"
-        raise UserError(msg)
+    require_layer(from_dict(Model, trained.details["model"]), config.embed.layer, "embed.layer")
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": trained.fingerprint}
     record = artifacts.plan(KIND, SCHEMA, to_dict(config.embed), parents)
     if not artifacts.begin(uri, record):

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.config.parse import fingerprint, to_dict
+from mixgf.config.fields import content
+from mixgf.config.parse import fingerprint
 from mixgf.config.run import Config
 from mixgf.console import say, warn
 from mixgf.corpus.reader import Corpus
@@ -36,8 +37,6 @@ from mixgf.storage.tables import read_table
 from mixgf.tracking import cost, mlflow_runs
 
 KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 3
-_NO_RESULT = {"micro_tokens", "known", "published", "budget_hours", "budget_cost", "price", "worker_flops"}
-"""Settings that change no result and so stay out of the fingerprint."""
 
 
 def run(config: Config, *, local: bool = False) -> str:
@@ -53,7 +52,7 @@ def run(config: Config, *, local: bool = False) -> str:
     trained = artifacts.require(weights, checkpoint.KIND)
     corpus = Corpus(source, max_len=int(trained.details["model"]["max_positions"]))
     checkpoint.require_sentences(trained, corpus)
-    settings = {k: v for k, v in to_dict(config.perturb).items() if k not in _NO_RESULT}
+    settings = content(config.perturb)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": trained.fingerprint}
     record = artifacts.plan(
         KIND, SCHEMA, {"perturb": settings, "seed": config.seed, "precision": config.train.precision}, parents

@@ -92,7 +92,7 @@ class Phases:
             rng = np.random.default_rng([self.config.seed, 93])
             found = screen_selection.shortlist(
                 estimate_OK, group_design.features(corpus, plan), top=settings.screen, sample=settings.screen_sample,
-                nulls=100 if settings.null_genes < 0 else settings.null_genes, direction=settings.direction, rng=rng,
+                nulls=settings.num_nulls, direction=settings.direction, rng=rng,
             )  # fmt: skip
             blocks = [
                 block

@@ -20,6 +20,7 @@ import pyarrow as pa
 from mixgf.cells import doublets, qc
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
+from mixgf.config.fields import content as content_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
@@ -91,7 +92,7 @@ def _plans(
 ) -> tuple[artifacts.Record | None, artifacts.Record]:
     """Plans of the vocabulary (None where one is reused as it is) and of the corpus."""
     data = to_dict(config)
-    sized = [asdict(s) | {"size": _size(s.uri)} for s in sources]
+    sized = [content_of(s) | {"size": _size(s.uri)} for s in sources]
     content = {name: data[name] for name in ("species", "qc", "vocab", "seed")} | {"sources": sized}
     vocabulary, reused = None, {}
     if config.vocab.reuse:
@@ -99,7 +100,7 @@ def _plans(
     if not reused or not {s.species for s in sources} <= set(Vocabulary.load(config.vocab.reuse).species):
         vocabulary = artifacts.plan("vocabulary", SCHEMA, content, reused)
     parent = vocabulary.fingerprint if vocabulary is not None else reused["extends"]
-    whole = content | {"tokens": data["tokens"], "prepare": {"shard_cells": config.prepare.shard_cells}}
+    whole = content | {"tokens": data["tokens"], "prepare": content_of(config.prepare)}
     parents = {"vocabulary": parent} | ({"extends": older.record.fingerprint} if older else {})
     return vocabulary, artifacts.plan("corpus", SCHEMA, whole, parents)
 

@@ -11,6 +11,7 @@ import os
 import numpy as np
 import torch
 
+from mixgf.config.fields import content, names
 from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
 from mixgf.console import duration, number, say
@@ -27,7 +28,6 @@ from mixgf.training import checkpoints
 from mixgf.training.loop import measure_peak
 from mixgf.training.pretraining import Pretraining
 
-_SPEED = ("micro_tokens", "compile", "threads", "checkpoint_steps", "keep_checkpoints", "log_steps")
 USUAL_MFU = 0.3
 """Share of the GEMM peak that small recipes reached on two CPU cores through the command line (.22 to .38), for the estimate."""
 
@@ -69,7 +69,7 @@ def _start(config: Config, corpus: Corpus) -> artifacts.Record | None:
         return None
     record = artifacts.require(config.inputs.start, checkpoint.KIND, checkpoint.SCHEMA)
     checkpoint.require_vocabulary(record, corpus.vocabulary.hash, "the corpus", "inputs.start")
-    ours, free = to_dict(config.model), ("dropout", "attention_dropout", "init_sd")
+    ours, free = to_dict(config.model), names(config.model, role="training")
     changes = difference(record.details["model"], ours | {k: record.details["model"][k] for k in free}, "model")
     if changes:
         msg = f"inputs.start = {config.inputs.start!r}: a model of other sizes: {'; '.join(changes[:3])}; set the model's as there"
@@ -87,10 +87,12 @@ def planned(config: Config, corpus: Corpus) -> artifacts.Record:
     """The record of this training: all that decides the weights, nothing that only changes speed."""
     start = _start(config, corpus)
     data = to_dict(config)
-    settings = {k: v for k, v in data["train"].items() if k not in _SPEED}
-    if config.train.cells_share == 1:
-        del settings["cells_share"]
-    chosen = {"model": data["model"], "objective": data["objective"], "train": settings, "seed": config.seed}
+    chosen = {
+        "model": data["model"],
+        "objective": data["objective"],
+        "train": content(config.train),
+        "seed": config.seed,
+    }
     if config.objective.ortholog_weight > 0 or config.objective.view == "ortholog":
         chosen["orthologs"] = data["vocab"]["orthologs"]
     parents = {"corpus": corpus.record.fingerprint} | ({"start": start.fingerprint} if start is not None else {})

@@ -14,6 +14,8 @@ from dataclasses import replace
 import pandas as pd
 import pyarrow as pa
 
+from mixgf.config.fields import content as content_of
+from mixgf.config.fields import names
 from mixgf.config.parse import fingerprint, from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.console import say, warn
@@ -31,7 +33,7 @@ from mixgf.training.pretraining import Pretraining
 from mixgf.tuning import analysis, search_space
 from mixgf.tuning.search_space import Arm
 
-_TOKENS = ("qc", "vocab", "tokens", "prepare", "sources", "species")
+_TOKENS = names(Config, role="corpus")
 """Parts of the config that decide a corpus: an arm that changes one has a corpus of its own."""
 
 
@@ -93,9 +95,8 @@ def _corpus(config: Config, arm: Arm, own: str, engine: Engine) -> str:
 def _plan(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> artifacts.Record:
     """The record of this sweep: everything but how many trials run at a time."""
     data = to_dict(config)
-    content = {name: data[name] for name in ("tune", "classify", "embed", "seed")}
-    for name in ("concurrent", "register"):
-        del content["tune"][name]
+    content = {name: data[name] for name in ("classify", "embed", "seed")}
+    content["tune"] = content_of(config.tune)
     content["arms"] = {arm.key: dict(arm.changes) for arm in arms}
     parents = {}
     for arm in arms:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,14 +218,10 @@ def packing(lengths: npt.NDArray[np.int32], batch_cells: int, *, seed: int = 0) 
     return {"random": padded(order), "grouped": padded(grouped)}
 
 
-def parse_mix(entries: tuple[str, ...], species: tuple[str, ...]) -> dict[int, float]:
-    """`("human=0.5", "mouse=0.5")` as shares by species code."""
-    mix: dict[int, float] = {}
-    for entry in entries:
-        name, _, share = entry.partition("=")
-        try:
-            mix[species.index(name.strip())] = float(share)
-        except ValueError:
-            msg = f"train.species_mix: {entry!r} must look like name=share with a name among {', '.join(species)}"
-            raise UserError(msg) from None
-    return mix
+def shares_by_code(mix: Mapping[str, float], species: tuple[str, ...]) -> dict[int, float]:
+    """Shares of the species by their codes, which are positions in `species`, from shares by name (`train.species_mix`)."""
+    unknown = [name for name in mix if name not in species]
+    if unknown:
+        msg = f"train.species_mix: {unknown[0]!r}: must be a species of the corpus: {', '.join(species)}"
+        raise UserError(msg)
+    return {species.index(name): share for name, share in mix.items()}

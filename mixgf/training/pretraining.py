@@ -24,7 +24,7 @@ from mixgf.encoder import checkpoint
 from mixgf.encoder.batch import Batch, micro_batches, pack
 from mixgf.encoder.bert import MaskedModel, forward_flops, head_flops, pool
 from mixgf.genes import species
-from mixgf.training.batch_plan import I64, Plan, Share, packing, parse_mix
+from mixgf.training.batch_plan import I64, Plan, Share, packing, shares_by_code
 from mixgf.training.context import Group, autocast
 from mixgf.training.losses import alignment, dimension_contrast, nt_xent, uniformity
 from mixgf.training.views import Pools, Translator, looked_at, mask, subsample_genes
@@ -111,7 +111,7 @@ class Pretraining:
     def __init__(self, config: Config, corpus: Corpus) -> None:
         self.config, self.corpus = config, corpus
         self.objective: Objective = config.objective
-        mix = parse_mix(config.train.species_mix, corpus.species)
+        mix = shares_by_code(config.train.species_mix, corpus.species)
         self.cells_N: I64 | None = None
         """The cells that are trained on; None = all."""
         lengths_N, species_N, shard_rows = corpus.lengths_N, corpus.species_N, corpus.shard_rows

@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 
 from mixgf import rng
-from mixgf.config.parse import fingerprint, flat, override, to_dict
+from mixgf.config.fields import names
+from mixgf.config.parse import by_field, fingerprint, override, to_dict
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 
 _RANDOM = 0x54554E45
 """Key of the draw of `tune.search = random`."""
-_OF_CONTRAST = ("view", "temperature", "gather_negatives", "subsample_fraction", "pooling")
-"""Fields of the objective that nothing looks at without a contrast."""
 BASE = "base"
 """Name of the arm that the others are compared with: the config as it is."""
-OWN = ("tune", "compute", "tracking", "output", "recipe", "seed", "perturb", "sources", "species", "inputs")
+OWN = names(Config, swept=False)
 """Parts of the config that no arm changes."""
 
 
@@ -51,30 +50,24 @@ class Arm:
     """Fingerprint of all that an arm can change."""
 
 
-def entries(space: Sequence[str]) -> list[list[Factor]]:
+def entries(space: Sequence[Mapping[str, Sequence[Any]]]) -> list[list[Factor]]:
     """`tune.space` as factors: one list per entry.
 
     Raises:
-        UserError: An entry that is not `field=[value, ...]`, joined by ` x `, or a field that an arm may not change.
+        UserError: An entry or a list of values is empty, or an arm may not change the field.
     """
     found = []
-    for text in space:
-        factors = []
-        for part in text.split(" x "):
-            name, eq, values = part.partition("=")
-            try:
-                parsed = json.loads(values) if eq else None
-            except ValueError:
-                parsed = None
-            if not isinstance(parsed, list) or not parsed:
-                msg = f'tune.space: {part!r}: must be a dotted field, =, and a JSON list of values, for example objective.view=["dropout", "mask"]'
-                raise UserError(msg)
-            field = name.strip()
+    for entry in space:
+        empty = [field for field, values in entry.items() if not values]
+        if not entry or empty:
+            msg = (f'tune.space: {dict(entry)}: must give each field a list of values, '
+                   'for example {"objective.view": ["dropout", "mask"]}')  # fmt: skip
+            raise UserError(msg)
+        for field in entry:
             if field.split(".")[0] in OWN:
                 msg = f"tune.space: {field}: an arm cannot change it; vary a field of model, objective, train, vocab, tokens, qc, embed or classify"
                 raise UserError(msg)
-            factors.append(Factor(field, tuple(parsed)))
-        found.append(factors)
+        found.append([Factor(field, tuple(values)) for field, values in entry.items()])
     return found
 
 
@@ -110,7 +103,7 @@ def make(config: Config, changes: Mapping[str, Any]) -> Arm:
         msg = f"tune.space: {error}"
         raise UserError(msg) from None
     changed = _canonical(changed, config)
-    old, new = flat(to_dict(config)), flat(to_dict(changed))
+    old, new = by_field(config), by_field(changed)
     differing = tuple((field, new[field]) for field in sorted(new) if new[field] != old[field])
     name = ", ".join(f"{field.rsplit('.', 1)[1]}={_text(value)}" for field, value in differing) or BASE
     part = {name: value for name, value in to_dict(changed).items() if name not in OWN}
@@ -122,7 +115,7 @@ def _canonical(changed: Config, base: Config) -> Config:
     o = changed.objective
     if o.contrast_weight > 0 or o.simcsepp_weight > 0 or o.ortholog_weight > 0:
         return changed
-    kept = {name: getattr(base.objective, name) for name in _OF_CONTRAST}
+    kept = {name: getattr(base.objective, name) for name in names(base.objective, role="contrast")}
     return replace(changed, objective=replace(o, **kept))
 
 

@@ -137,8 +137,8 @@ def test_class_weights_count_every_class_alike(corpus: Corpus) -> None:
     assert found.history[0]["train_loss"] == pytest.approx(np.log(2), rel=0.1)
 
 
-@pytest.mark.parametrize(("layers", "trained"), [(0, {0, 1, "embedding"}), (1, {1}), (2, set()), (-1, set())])
-def test_frozen_layers_do_not_move(corpus: Corpus, layers: int, trained: set[object]) -> None:
+@pytest.mark.parametrize(("layers", "trained"), [(0, {0, 1, "embedding"}), (1, {1}), (2, set()), ("all", set())])
+def test_frozen_layers_do_not_move(corpus: Corpus, layers: int | str, trained: set[object]) -> None:
     encoder = Encoder(SMALL, corpus.vocabulary.size)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     run = replace(RUN, classify=replace(RUN.classify, freeze_layers=layers, epochs=1))
@@ -152,7 +152,9 @@ def test_frozen_layers_do_not_move(corpus: Corpus, layers: int, trained: set[obj
 
 def test_freezing_more_layers_than_there_are_is_refused(corpus: Corpus) -> None:
     run = replace(RUN, classify=replace(RUN.classify, freeze_layers=3))
-    with pytest.raises(UserError, match=r"classify.freeze_layers = 3: must be between -1 and the encoder's 2 layers"):
+    with pytest.raises(
+        UserError, match=r"classify.freeze_layers = 3: must be at most the encoder's 2 layers, or 'all'"
+    ):
         tuned(corpus, table(), only_split(table()), run)
 
 
@@ -294,7 +296,8 @@ def test_epochs_are_added_until_a_small_set_has_its_steps(corpus: Corpus) -> Non
 # Warm start, all layers, weights of genes, adapters
 
 WARM = replace(
-    RUN, classify=replace(RUN.classify, layer=0, gene_weights=True, warm_start=True, epochs=1, lr=1e-12, warmup_steps=1)
+    RUN,
+    classify=replace(RUN.classify, layer="all", gene_weights=True, warm_start=True, epochs=1, lr=1e-12, warmup_steps=1),
 )
 
 
@@ -305,7 +308,7 @@ def test_a_warm_start_is_epoch_0_and_predicts_when_training_adds_nothing(corpus:
     assert [row["epoch"] for row in found.history] == [0, 1]
     trained = np.setdiff1d(split.train, split.validation)
     encoder, size = Encoder(SMALL, corpus.vocabulary.size), corpus.vocabulary.size
-    vectors, tests = (embed.embed_cells(encoder, corpus, rows, layer=0) for rows in (trained, split.test))
+    vectors, tests = (embed.embed_cells(encoder, corpus, rows, layer="all") for rows in (trained, split.test))
     genes, test_genes = (linear_start.gene_rows(*corpus.tokens(rows), size) for rows in (trained, split.test))
     seed = int(hashed(RUN.seed, split.seed, 1)) & 0x7FFFFFFF
     start = linear_start.fit_best(vectors, genes, split.ids(data.labels[trained]), 2, seed=seed)
@@ -325,7 +328,7 @@ def test_a_linear_model_of_genes_tells_types_of_other_genes_apart(corpus: Corpus
 
 def test_weights_of_genes_are_summed_as_the_convex_start_has_them(corpus: Corpus) -> None:
     model = Classifier(
-        Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0, layer=0, gene_weights=True
+        Encoder(SMALL, corpus.vocabulary.size), 3, pooling="mean", cls=False, seed=0, layer="all", gene_weights=True
     )
     sentences, cells = finetune._Sentences(corpus, 7, 32), np.array([4, 9, 2])
     without = model(sentences.batch(cells))
@@ -353,7 +356,7 @@ def test_adapters_train_themselves_and_the_head_only(corpus: Corpus) -> None:
 
 def test_a_layer_that_the_encoder_does_not_have_is_refused(corpus: Corpus) -> None:
     run = replace(RUN, classify=replace(RUN.classify, layer=-4))
-    with pytest.raises(UserError, match=r"classify.layer = -4: the encoder has 2 layers and an embedding"):
+    with pytest.raises(UserError, match=r"classify.layer = -4: must be -3 (the embedding) to -1"):
         tuned(corpus, table(), only_split(table()), run)
 
 
@@ -361,7 +364,7 @@ def test_the_paper_s_way_is_what_finetune_means() -> None:
     settings = Classify()
     assert registry.recipe(Config(), "finetune").classify == settings
     assert (settings.lr, settings.warmup_steps, settings.batch_cells, settings.epochs) == (5e-5, 500, 8, 10)
-    assert registry.recipe(Config(), "tuned@untrained").classify.warm_start
+    assert registry.recipe(Config(), "finetune_linear_start@untrained").classify.warm_start
     assert registry.recipe(Config(), "lora").classify.lora_rank == registry.LORA_RANK
     mine = replace(Config(), classify=replace(settings, lora_rank=3))
     assert registry.recipe(mine, "lora").classify.lora_rank == 3

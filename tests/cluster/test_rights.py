@@ -77,7 +77,9 @@ def test_the_heads_policy_stops_only_its_own_nodes():
 def test_the_readme_names_files_that_are_there():
     text = (CLUSTER / "README.md").read_text()
     for path in set(
-        re.findall(r"(?<![\w./-])((?:cluster|dashboards|jobs|tests)/[\w./-]*\w\.(?:yaml|py|sh|json|md|example|txt))\b", text)
+        re.findall(
+            r"(?<![\w./-])((?:cluster|dashboards|jobs|tests)/[\w./-]*\w\.(?:yaml|py|sh|json|md|example|txt))\b", text
+        )
     ):
         made = {"cluster/mixgf.env", "cluster/my-aws.yaml", "cluster/my-gcp.yaml"}
         assert path in made or (ROOT / path).exists(), path

@@ -1,12 +1,15 @@
 """Laws of the tables of `mixgf compare`, on cases worked by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from mixgf.classification import integration
 from mixgf.classification.labels import merged
-from mixgf.comparison import shift_selection, transfer
+from mixgf.comparison import transfer
+from mixgf.config.comparison import Compare, ShiftSpec
 from mixgf.errors import UserError
 
 
@@ -57,18 +60,18 @@ def test_corresponding_types_by_hand():
     assert "a" not in set(few["type"])  # of the human's a only four cells are left
 
 
-def test_shifts_are_read():
-    one, two = shift_selection.wanted(["x#t=a == 'q' -> b == 1", "y=a == 'q' => half"])
-    assert (one.name, one.tag, one.before, one.after, one.whole) == ("x", "t", "a == 'q'", "b == 1", False)
-    assert (two.tag, two.after, two.whole) == ("", "half", True)
-    with pytest.raises(UserError, match="each name once"):
-        shift_selection.wanted(["x=a -> b", "x=a -> c"])
+def test_shifts_have_different_names_and_two_sets():
+    one = ShiftSpec(name="x", before="a == 'q'", after="b == 1")
+    with pytest.raises(UserError, match=r"compare.shifts = \['x', 'x'\]: must be shifts with different names"):
+        Compare(shifts=(one, replace(one, after=None)))
+    with pytest.raises(UserError, match=r"compare.shifts\[\].after = ' ': must be given"):
+        replace(one, after=" ")
 
 
 def test_labels_that_count_as_one():
     labels = np.array(["CD4 T", "CD8 T", "B", ""])
-    assert merged(labels, ["T=CD4 T|CD8 T"]).tolist() == ["T", "T", "B", ""]
-    assert merged(labels, []) is labels
-    for wrong in (["T=CD5 T"], ["CD4 T"], ["T=CD4 T", "U=CD4 T"]):
-        with pytest.raises(UserError, match="must be NAME=LABEL"):
+    assert merged(labels, {"T": ("CD4 T", "CD8 T")}).tolist() == ["T", "T", "B", ""]
+    assert merged(labels, {}) is labels
+    for wrong in ({"T": ("CD5 T",)}, {"": ("CD4 T",)}, {"T": ("CD4 T",), "U": ("CD4 T",)}):
+        with pytest.raises(UserError, match="must replace labels of cells, each once"):
             merged(labels, wrong)

@@ -68,17 +68,17 @@ def test_set_replaces_one_field_of_the_right_type():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("train.lr=fast", r"train\.lr = 'fast': must be float"),
-        ("train.epochs=1.5", r"train\.epochs = 1\.5: must be int"),
+        ("train.lr=fast", r"train\.lr = 'fast': must be a number"),
+        ("train.epochs=1.5", r"train\.epochs = 1\.5: must be a whole number"),
         ("tokens.cls=yes", r"tokens\.cls = 'yes': must be true or false"),
         ("train.learning_rate=1", r"no field 'learning_rate'; known: batch_cells"),
-        ("trian.lr=1", r"'trian' is no section; sections: qc"),
+        ("trian.lr=1", r"no section 'trian'; sections: qc"),
         ("train.lr", r"must look like section\.field=value"),
         ("qc.method=iqr", r"qc\.method = 'iqr': must be one of 'sd', 'mad', 'none'"),
         ("qc.num_sd=0", r"qc\.num_sd = 0(\.0)?: must be above 0"),
         ("qc.num_mads=-1.0", r"qc\.num_mads = -1\.0: must be above 0"),
-        ("qc.max_mito_fraction=20.0", r"qc\.max_mito_fraction = 20\.0: must be a share between 0 and 1"),
-        ("qc.min_mapped_fraction=-0.1", r"qc\.min_mapped_fraction = -0\.1: must be a share"),
+        ("qc.max_mito_fraction=20.0", r"qc\.max_mito_fraction = 20\.0: must be at least 0 and at most 1"),
+        ("qc.min_mapped_fraction=-0.1", r"qc\.min_mapped_fraction = -0\.1: must be at least 0 and at most 1"),
         ("qc.max_cells_per_sample=-1", r"qc\.max_cells_per_sample = -1: must be at least 0"),
         ("model.dim=250", r"model\.dim = 250: must be divisible by model\.num_heads \(4\)"),
         ("objective.pooling=cls", r"objective\.pooling = 'cls': must be used with tokens\.cls = true"),
@@ -86,7 +86,10 @@ def test_set_replaces_one_field_of_the_right_type():
             'sources=[{"uri": "a.h5ad", "species": "rat"}]',
             r"sources\[0\]\.species = 'rat': must be one of 'human', 'mouse'",
         ),
-        ('sources=[{"uri": "a.h5ad"}]', r"sources\[0\]: missing 1 required .*'species'"),
+        (
+            'sources=[{"uri": "a.h5ad"}]',
+            r"sources\[0\]\.species: missing; an object here has the fields uri, species, name",
+        ),
     ],
 )
 def test_a_bad_value_is_one_line_with_field_value_and_way_out(assignment, message):
@@ -122,3 +125,59 @@ def test_a_field_by_its_former_name_is_refused_with_the_present_one(old):
     with pytest.raises(UserError, match=f"{old} is now {now}"):
         override(Config(), [f"{old}=1"])
     assert now.split(".")[1] in to_dict(Config())[section]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("classify.seeds_per_model=finetune=1, scvi=2", {"finetune": 1, "scvi": 2}),
+        ('classify.seeds_per_model={"finetune": 1}', {"finetune": 1}),
+        ("classify.encoders=mlm=s3://b/a=b", {"mlm": "s3://b/a=b"}),
+        ('classify.merge={"T cell": ["CD4", "CD8"]}', {"T cell": ("CD4", "CD8")}),
+        ("train.species_mix=human=0.5,mouse=1", {"human": 0.5, "mouse": 1.0}),
+        ("imports.dictionaries=tokens.pkl", {"all": "tokens.pkl"}),
+        ("imports.dictionaries=human=a.pkl,b.pkl", {"human": "a.pkl", "all": "b.pkl"}),
+        ('tune.space=[{"train.lr": [0.1, 0.2]}]', ({"train.lr": (0.1, 0.2)},)),
+        ("embed.layer=all", "all"),
+        ("classify.freeze_layers=2", 2),
+        ("perturb.null_genes=null", None),
+        ("perturb.null_genes=0", 0),
+    ],
+)
+def test_set_reads_mappings_words_and_null(assignment, value):
+    section, field = assignment.partition("=")[0].split(".")
+    config = override(Config(), [assignment])
+    assert getattr(getattr(config, section), field) == value
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ('classify.seeds_per_model=["finetune=1"]', 'must be a JSON object of names and values, here {"finetune": 1}'),
+        ('classify.merge=["T=CD4|CD8", "B=B1"]', 'here {"T": ["CD4", "CD8"], "B": ["B1"]}'),
+        ('tune.space=["a.b=[1] x c.d=[2]"]', 'must be a JSON object of names and values, here {"a.b": [1], "c.d": [2]}'),
+        ("classify.seeds_per_model=finetune", "must be a JSON object of names and values"),
+        ("classify.seeds_per_model=finetune=1,finetune=2", "must be a JSON object of names and values"),
+        ("classify.seeds_per_model=finetune=0", "classify.seeds_per_model = 0: must be at least 1"),
+        ("classify.seeds_per_model=finetune=x", "classify.seeds_per_model[finetune] = 'x': must be a whole number"),
+        ('compare.shifts=["a=b -> c"]', "compare.shifts[0] = 'a=b -> c': must be an object with fields name, before, after"),
+        ('sources=[{"uri": "a", "species": "human", "obs": ["new=old"]}]', "a column's name; to rename it: rename = old=new"),
+        ("compare.corpora=x=y", "compare.corpora = 'x': must be the name of one of compare.encoders"),
+        ("embed.layer=0", "embed.layer = 0: must be below 0 or 'all'"),
+        ("embed.layer=last", "embed.layer = 'last': must be a whole number or 'all'"),
+        ("classify.freeze_layers=-1", "classify.freeze_layers = -1: must be at least 0 or 'all'"),
+        ("perturb.null_genes=-1", "perturb.null_genes = -1: must be at least 0 or null"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_form_is_refused_with_the_present_form(assignment, message):
+    with pytest.raises(UserError) as caught:
+        override(Config(), [assignment])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["models=knn,tuned", "curve_models=tuned@mlm", "seeds_per_model=tuned=1"])
+def test_a_model_by_its_former_name_is_refused_with_the_present_one(field):
+    with pytest.raises(UserError, match=r"must be 'finetune_linear_start(@mlm)?', its present name"):
+        override(Config(), [f"classify.{field}"])

@@ -232,12 +232,12 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
     [
         ({"models": ("scgpt",)}, r"classify.models: 'scgpt' is not known; there are finetune, .*knn"),
         (
-            {"seeds_per_model": ("finetuned=1",)},
+            {"seeds_per_model": {"finetuned": 1}},
             r"classify.seeds_per_model: 'finetuned' is not known; there are finetune, ",
         ),
         (
-            {"seeds_per_model": ("finetune=0",)},
-            r"classify.seeds_per_model: 'finetune=0' must be MODEL=NUMBER, the number at least 1",
+            {"seeds_per_model": {"finetune": 0}},
+            r"classify.seeds_per_model = 0: must be at least 1",
         ),
         ({"label": "celltype"}, r"classify.label = 'celltype': the corpus has no such column; it has .*cell_type"),
         ({"label": "organ"}, r"classify.splits = random, donor, species: none can be made"),
@@ -326,8 +326,8 @@ def noted(made: list[str]):
 def test_models_added_to_a_finished_classification_use_what_is_there(base: Config, tmp_path: Path) -> None:
     """More models, seeds, splits and an encoder: the same tables as if asked for at once, and nothing twice."""
     first, more = {"splits": ("random",), "models": ("knn", "majority", "probe")}, {
-        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "seeds_per_model": ("finetune=1", "majority=1"),
-        "encoders": (f"again={base.output}/pretrain",), "label_shares": (0.2, 1.0), "unseen_types": 1, "curve_models": ("probe", "hvg_logreg"),
+        "splits": ("random", "species"), "models": ("knn", "majority", "probe", "hvg_logreg", "knn@again", "finetune"), "seeds": 2, "seeds_per_model": {"finetune": 1, "majority": 1},
+        "encoders": {"again": f"{base.output}/pretrain"}, "label_shares": (0.2, 1.0), "unseen_types": 1, "curve_models": ("probe", "hvg_logreg"),
         "integration_cells": 150,
     }  # fmt: skip
     made: list[list[str]] = [[], [], []]
@@ -385,7 +385,7 @@ def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_p
         artifacts.begin(f"{other.output}/{name}", record)
         made = MaskedModel(replace(SMALL, num_layers=1), Corpus(f"{base.output}/corpus").vocabulary.size, seed=5)
         checkpoint.publish(f"{other.output}/{name}", record, made, vocabulary=vocabulary, tokens=base.tokens)
-    encoders = (f"same={base.output}/pretrain", f"small={other.output}/small")
+    encoders = {"same": f"{base.output}/pretrain", "small": f"{other.output}/small"}
     models = ("knn", "knn@same", "knn@small", "knn@untrained")
     run = at(base, tmp_path / "run", splits=("random",), models=models, encoders=encoders)
     classify.run(run, spread=classify.loop)
@@ -394,7 +394,11 @@ def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_p
     assert (found.loc["knn"] != found.loc["knn@small"]).any().any()
     assert (found.loc["knn@untrained"] != found.loc["knn@small"]).any().any()
     strange = at(
-        base, tmp_path / "strange", splits=("random",), models=("knn", "knn@x"), encoders=(f"x={other.output}/strange",)
+        base,
+        tmp_path / "strange",
+        splits=("random",),
+        models=("knn", "knn@x"),
+        encoders={"x": f"{other.output}/strange"},
     )
     with pytest.raises(
         UserError, match=r"^classify.encoders: x=.*/strange: made with vocabulary another, but the corpus has "
@@ -453,8 +457,8 @@ def test_a_dry_run_counts_and_makes_nothing(base: Config, tmp_path: Path) -> Non
     ("changes", "message"),
     [
         ({"models": ("knn@mlm",)}, r"classify.models: 'knn@mlm': no encoder 'mlm'; there are untrained; name it with classify.encoders=mlm=URI"),
-        ({"encoders": ("untrained=x",)}, r"classify.encoders: 'untrained=x' must be NAME=URI of a checkpoint"),
-        ({"encoders": ("runs/mlm",)}, r"classify.encoders: 'runs/mlm' must be NAME=URI of a checkpoint"),
+        ({"encoders": {"untrained": "x"}}, r"classify.encoders: untrained=x: must be NAME=URI of a checkpoint"),
+        ({"encoders": {"runs/mlm": ""}}, r"classify.encoders: runs/mlm=: must be NAME=URI of a checkpoint"),
     ],
     ids=["encoder not named", "reserved name", "no name"],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from mixgf.comparison import encoders, shift_selection, shift_tables
 from mixgf.config.classification import Classify
-from mixgf.config.comparison import Compare
+from mixgf.config.comparison import Compare, ShiftSpec
 from mixgf.config.data import QC, Source, Tokens, Vocab
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Inputs, Tracking
@@ -31,15 +31,21 @@ from mixgf.storage import artifacts, files, tables
 SMALL = Model(num_layers=1, dim=16, num_heads=2, ffn_dim=32, max_positions=32)
 SHIFTS = (
     *(
-        f"stimulus of {s}#immune=species == '{s}' and condition == 'rest' -> species == '{s}' and condition == 'stimulus'"
+        ShiftSpec(
+            name=f"stimulus of {s}", tag="immune", before=f"species == '{s}' and condition == 'rest'",
+            after=f"species == '{s}' and condition == 'stimulus'",
+        )
         for s in ("ant", "bee")
     ),
     *(
-        f"a to b of {s}#type=species == '{s}' and cell_type == 'a' => species == '{s}' and cell_type == 'b'"
+        ShiftSpec(
+            name=f"a to b of {s}", tag="type", before=f"species == '{s}' and cell_type == 'a'",
+            after=f"species == '{s}' and cell_type == 'b'", within=False,
+        )
         for s in ("ant", "bee")
     ),
-    "halves of ant=species == 'ant' and condition == 'rest' -> half",
-)
+    ShiftSpec(name="halves of ant", before="species == 'ant' and condition == 'rest'", after=None),
+)  # fmt: skip
 
 
 def write(path: Path, prefix: str, seed: int) -> None:
@@ -90,7 +96,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Config]:
 def done(runs: tuple[Config, Config]) -> Config:
     own, shared = runs
     run = replace(
-        own, compare=replace(own.compare, encoders=(f"shared={shared.output}/pretrain@{shared.output}/corpus",))
+        own,
+        compare=replace(
+            own.compare, encoders={"shared": f"{shared.output}/pretrain"}, corpora={"shared": f"{shared.output}/corpus"}
+        ),
     )
     compare.run(run, spread=pieces.loop)
     return run
@@ -159,21 +168,25 @@ def test_the_report_shows_every_part(done: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shifts", "said"),
+    ("before", "after", "said"),
     [
-        (("x=species == 'ant'",), "must be NAME=BEFORE -> AFTER"),
-        (("x=species == 'ant' -> species == 'bee'",), "cells of ant and bee"),
-        (("x=species == 'ant' -> condition == 'rest' and species == 'ant'",), "cells that are in both"),
-        (("x=species == 'ant' -> half",), "all are of ant"),
-        (("x=species == 'ant' and donor == 'nobody' -> half",), "donor has no value 'nobody'"),
+        ("species == 'ant'", "species == 'bee'", "cells of ant and bee"),
+        ("species == 'ant'", "condition == 'rest' and species == 'ant'", "cells that are in both"),
+        ("species == 'ant'", None, "all are of ant"),
+        ("species == 'ant' and donor == 'nobody'", None, "donor has no value 'nobody'"),
     ],
 )
 def test_a_wrong_shift_is_refused_before_anything_is_made(
-    runs: tuple[Config, Config], shifts: tuple[str, ...], said: str, tmp_path: Path
+    runs: tuple[Config, Config], before: str, after: str | None, said: str, tmp_path: Path
 ) -> None:
     own, _ = runs
     inputs = Inputs(corpus=f"{own.output}/corpus", checkpoint=f"{own.output}/pretrain")
-    run = replace(own, output=str(tmp_path / "run"), inputs=inputs, compare=replace(own.compare, shifts=shifts))
+    run = replace(
+        own,
+        output=str(tmp_path / "run"),
+        inputs=inputs,
+        compare=replace(own.compare, shifts=(ShiftSpec(name="x", before=before, after=after),)),
+    )
     with pytest.raises(UserError, match=said):
         compare.run(run, spread=pieces.loop)
     assert not (tmp_path / "run").exists()
@@ -191,9 +204,9 @@ def test_strata_keep_composition_out_of_a_shift(runs: tuple[Config, Config]) -> 
 
 
 def test_a_classification_of_other_cells_or_labels_is_not_taken_for_its_own(done: Config) -> None:
-    (world, _), uri = encoders.worlds(done, f"{done.output}/compare"), f"{done.output}/compare/classify"
+    (world, _), uri = encoders.encoder_sets(done, f"{done.output}/compare"), f"{done.output}/compare/classify"
     assert encoders._has(uri, world)
-    for change in ({"merge": ("x=a|b",)}, {"cells": "donor == 'ENSA0'"}, {"transfer": "donor"}):
+    for change in ({"merge": {"x": ("a", "b")}}, {"cells": "donor == 'ENSA0'"}, {"transfer": "donor"}):
         other = replace(world.config, classify=replace(world.config.classify, **change))
         assert not encoders._has(uri, replace(world, config=other)), change
 
@@ -237,7 +250,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Config:
         }
         asked = Perturb(**states, unrelated=0, max_cells=40, max_genes=80, response=80, num_permutations=100)
         perturb.run(replace(run, output=str(folder / name), inputs=inputs, perturb=asked), local=True)
-    responses = tuple(f"{name}={folder}/{name}/perturb" for name in cells)
+    responses = {name: f"{folder}/{name}/perturb" for name in cells}
     run = replace(run, compare=replace(run.compare, responses=responses))
     compare.run(run, spread=pieces.loop)
     return run

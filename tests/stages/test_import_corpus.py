@@ -96,14 +96,14 @@ def world(tmp_path, genes, tracking_uri):
         "mouse": {"cell_type": [f"m{i % 2}" for i in range(20)], "age": np.arange(20) / 2},
     }
     numbers = {name: [[ids[name][g] for g in cell] for cell in said[name]] for name in said}
-    write_dataset(tmp_path / "h.dataset", numbers["human"], columns["human"], files=3)
+    write_dataset(tmp_path / "h.dataset", numbers["human"], columns["human"], paths=3)
     kind = pa.large_list(pa.int32())
     write_dataset(tmp_path / "m.dataset", numbers["mouse"], columns["mouse"], form="file", kind=kind)
     settings = Config(
         output=str(tmp_path / "run"),
         sources=(Source(uri=str(tmp_path / "h.dataset"), species="human"), Source(uri=str(tmp_path / "m.dataset"), species="mouse")),
         imports=Imports(
-            dictionaries=tuple(f"{n}={tmp_path}/{n}_tokens.pkl" for n in ids), medians=tuple(f"{n}={tmp_path}/{n}_medians.pkl" for n in ids)
+            dictionaries={n: f"{tmp_path}/{n}_tokens.pkl" for n in ids}, medians={n: f"{tmp_path}/{n}_medians.pkl" for n in ids}
         ),
         tokens=Tokens(max_len=20), prepare=Prepare(shard_cells=5, block_cells=5), qc=QC(min_genes=5), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
@@ -297,7 +297,8 @@ def test_two_dictionaries_of_one_species_and_one_of_two(world, tmp_path, genes):
     (tmp_path / "joint.json").write_text(json.dumps(joint))
     write_dataset(tmp_path / "j.dataset", [[joint[g] for g in s] for s in said["human"]], {"cell_type": ["j"] * 37})
     again = Source(uri=str(tmp_path / "j.dataset"), species="human")
-    dictionaries = (f"{tmp_path}/joint.json", f"h={tmp_path}/human_tokens.pkl", f"mouse={tmp_path}/mouse_tokens.pkl")
+    joint_uri = f"{tmp_path}/joint.json"
+    dictionaries = {"all": joint_uri, "h": f"{tmp_path}/human_tokens.pkl", "mouse": f"{tmp_path}/mouse_tokens.pkl"}
     uri = made(ruled(settings, dictionaries=dictionaries), tmp_path, sources=(*settings.sources, again))
     table = shards(uri)
     tokens = {name: table.filter(pa.compute.equal(table["source"], name))["tokens"].to_pylist() for name in "hj"}
@@ -305,23 +306,27 @@ def test_two_dictionaries_of_one_species_and_one_of_two(world, tmp_path, genes):
     foreign = [*numbers["human"][:30], [joint[genes["mouse"][0]]], *numbers["human"][31:]]
     write_dataset(tmp_path / "f.dataset", foreign, {})
     with pytest.raises(UserError, match=r"gene that the human vocabulary does not have \(another species\?"):
-        made(ruled(settings, dictionaries=dictionaries[:1], outside="refuse"), tmp_path, "f",
+        made(ruled(settings, dictionaries={"all": joint_uri}, outside="refuse"), tmp_path, "f",
              sources=(Source(uri=str(tmp_path / "f.dataset"), species="human"),))  # fmt: skip
 
 
 def test_a_vocabulary_is_used_unchanged_and_a_table_brings_its_own_medians(world, tmp_path, genes):
     settings, _, _ = world
     first = made(settings, tmp_path, "first")
-    no_medians = ruled(settings, medians=())
+    no_medians = ruled(settings, medians={})
     again = made(no_medians, tmp_path, "again", vocab=Vocab(reuse=str(tmp_path / "first" / "vocabulary")))
     assert shards(again).equals(shards(first))
     assert not files.exists(str(tmp_path / "again" / "vocabulary"))
-    with pytest.raises(UserError, match=r"imports\.medians = \[\]: no median of any human gene .*vocab\.reuse"):
+    with pytest.raises(UserError, match=r"imports\.medians = \{\}: no median of any human gene .*vocab\.reuse"):
         made(no_medians, tmp_path, "none")
     lines = [f"{g}\t{2 + i}\t{1 + i / 8}\n" for i, g in enumerate(genes["human"])]
     (tmp_path / "table.tsv").write_text("key\ttoken\tmedian\n<pad>\t0\t\n<mask>\t1\t\n" + "".join(lines))
-    table = ruled(settings, medians=(), dictionaries=(str(tmp_path / "table.tsv"),))
-    both = {"first": settings, "table": table, "given": ruled(table, dictionaries=(f"{tmp_path}/human_tokens.pkl",))}
+    table = ruled(settings, medians={}, dictionaries={"all": str(tmp_path / "table.tsv")})
+    both = {
+        "first": settings,
+        "table": table,
+        "given": ruled(table, dictionaries={"all": f"{tmp_path}/human_tokens.pkl"}),
+    }
     given = dataclasses.replace(settings.vocab, medians=str(tmp_path / "table.tsv"))
     hashes = {
         name: Vocabulary.load(made(s, tmp_path, f"one-{name}", sources=settings.sources[:1], vocab=given if name == "given" else Vocab())).hash
@@ -333,15 +338,15 @@ def test_a_vocabulary_is_used_unchanged_and_a_table_brings_its_own_medians(world
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"imports": {"dictionaries": ()}}, r"imports\.dictionaries = \[\]: none for sources\[0\] \('h', human\); add human=URI"),
-        ({"imports": {"dictionaries": ("rat=x.pkl",)}}, r"imports\.dictionaries = rat=x\.pkl: no such source or species; must be one of h, human, m, mouse"),
-        ({"imports": {"dictionaries": ("x.pkl",)}}, r"imports\.dictionaries = 'x\.pkl': no such file"),
-        ({"imports": {"medians": ("human=x.pkl",)}}, r"imports\.medians = 'x\.pkl': no such file"),
-        ({"imports": {"dictionaries": ("{tmp}/mouse_tokens.pkl",)}}, r"none of its 40 genes is one of human \(source 'h'\); they are like ENSMUSG"),
+        ({"imports": {"dictionaries": {}}}, r"imports\.dictionaries = \{\}: none for sources\[0\] \('h', human\); add human=URI"),
+        ({"imports": {"dictionaries": {"rat": "x.pkl"}}}, r"imports\.dictionaries = rat=x\.pkl: no such source or species; must be one of h, human, m, mouse"),
+        ({"imports": {"dictionaries": {"all": "x.pkl"}}}, r"imports\.dictionaries = 'x\.pkl': no such file"),
+        ({"imports": {"medians": {"human": "x.pkl"}}}, r"imports\.medians = 'x\.pkl': no such file"),
+        ({"imports": {"dictionaries": {"all": "{tmp}/mouse_tokens.pkl"}}}, r"none of its 40 genes is one of human \(source 'h'\); they are like ENSMUSG"),
         ({"tokens": Tokens(max_len=20, scaling="multiply")}, r"tokens\.scaling = 'multiply': imported sentences are ranked already"),
         ({"sources": ()}, r"sources = \(\): must name at least one tokenised Arrow data set"),
         ({"sources": (Source(uri="x", species="human", layer="raw"),)}, r"sources\[0\]\.layer = 'raw': means nothing for tokenised data"),
-        ({"sources": (Source(uri="{tmp}/h.dataset", species="human", obs=("type=kind",)),)}, r"sources\[0\]\.obs = 'kind': no such column; it has cell_type, organ_major, age"),
+        ({"sources": (Source(uri="{tmp}/h.dataset", species="human", obs=("kind",)),)}, r"sources\[0\]\.obs = 'kind': no such column; it has cell_type, organ_major, age"),
         ({"sources": (Source(uri="no.dataset", species="human"),)}, r"no\.dataset: no such file or folder"),
         ({"qc": QC(min_genes=50)}, r"qc\.min_genes = 50: none of 57 cells"),
     ],
@@ -354,7 +359,7 @@ def test_what_is_given_wrongly_is_one_line(world, tmp_path, change, message):
         return value.replace("{tmp}", str(tmp_path))
 
     if "imports" in change:
-        settings = ruled(settings, **{k: tuple(map(filled, v)) for k, v in change["imports"].items()})
+        settings = ruled(settings, **{k: {n: filled(u) for n, u in v.items()} for k, v in change["imports"].items()})
         change = {}
     if "sources" in change:
         change = {"sources": tuple(dataclasses.replace(s, uri=filled(s.uri)) for s in change["sources"])}
@@ -370,7 +375,7 @@ def test_chosen_columns_get_new_names_and_ours_are_left_out(world, tmp_path):
     table = shards(made(settings, tmp_path, "all", sources=(source,)))
     assert {"cell_type", "organ"} < set(table.column_names)
     assert table["n_counts"].null_count == table.num_rows
-    chosen = dataclasses.replace(source, obs=("kind=cell_type", "depth=n_counts"))
+    chosen = dataclasses.replace(source, obs=("cell_type",), rename={"cell_type": "kind", "n_counts": "depth"})
     table = shards(made(settings, tmp_path, "some", sources=(chosen,)))
     assert "organ" not in table.column_names
     assert table["depth"].to_pylist() == table["source_row"].to_pylist()
@@ -400,7 +405,10 @@ def test_object_storage_gives_the_bytes_of_the_disk(world, tmp_path, bucket):
         return text.replace(str(tmp_path), bucket)
 
     remote = dataclasses.replace(
-        ruled(settings, dictionaries=tuple(map(moved, settings.imports.dictionaries)), medians=tuple(map(moved, settings.imports.medians))),
+        ruled(
+            settings, dictionaries={n: moved(uri) for n, uri in settings.imports.dictionaries.items()},
+            medians={n: moved(uri) for n, uri in settings.imports.medians.items()},
+        ),
         output=f"{bucket}/run", sources=tuple(dataclasses.replace(s, uri=moved(s.uri)) for s in settings.sources),
     )  # fmt: skip
     uri = import_corpus.run(remote, spread=tasks.loop)
@@ -494,17 +502,13 @@ def test_help_and_printed_config_show_the_section(capsys):
         == 0
     )
     printed = json.loads(capsys.readouterr().out)
-    assert printed["imports"]["dictionaries"] == ["human=s3://b/a=b.pkl", "x.pkl"]
-    assert [checks.split_named(t) for t in printed["imports"]["dictionaries"]] == [
-        ("human", "s3://b/a=b.pkl"),
-        ("", "x.pkl"),
-    ]
+    assert printed["imports"]["dictionaries"] == {"human": "s3://b/a=b.pkl", "all": "x.pkl"}
     assert checks.split_named("s3://b/a=b.pkl") == ("", "s3://b/a=b.pkl")
     with pytest.raises(UserError, match=r"imports\.outside = 'drop': must be one of 'refuse', 'count'"):
         Imports(outside="drop")
-    with pytest.raises(UserError, match=r"imports\.medians = .*must be one URI per name"):
-        Imports(medians=("human=a", "human=b"))
-    assert to_dict(Config())["imports"]["dictionaries"] == []
+    with pytest.raises(UserError, match=r"imports\.medians = 'human=a,human=b': must be a JSON object"):
+        parse.override(Config(), ["imports.medians=human=a,human=b"])
+    assert to_dict(Config())["imports"]["dictionaries"] == {}
 
 
 def test_the_published_table_gives_back_its_genes(tmp_path, tracking_uri):
@@ -516,7 +520,7 @@ def test_the_published_table_gives_back_its_genes(tmp_path, tracking_uri):
     write_dataset(tmp_path / "g.dataset", [s.tolist() for s in sentences], {"cell_type": ["x"] * 20})
     settings = Config(
         output=str(tmp_path / "run"), sources=(Source(uri=str(tmp_path / "g.dataset"), species="human"),),
-        imports=Imports(dictionaries=(str(path),), outside="refuse"), tracking=Tracking(uri=tracking_uri),
+        imports=Imports(dictionaries={"all": str(path)}, outside="refuse"), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
     uri = import_corpus.run(settings, spread=tasks.loop)
     vocabulary = Vocabulary.load(uri)

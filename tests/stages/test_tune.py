@@ -26,7 +26,7 @@ from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
-SPACE = ("objective.contrast_weight=[0.0]", 'objective.view=["mask"]', "train.lr=[1e30]")
+SPACE = ({"objective.contrast_weight": (0.0,)}, {"objective.view": ("mask",)}, {"train.lr": (1e30,)})
 
 
 def cells(name, folder, each):
@@ -194,8 +194,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp
     for changes, said in (
         ({"tune": replace(settings.tune, space=())}, "tune.space: empty"),
         ({"tune": replace(settings.tune, splits=("dataset",)), "sources": base.sources}, "none can be made"),
-        ({"tune": replace(settings.tune, space=("tokens.max_len=[16]",)), "sources": ()}, "needs a corpus of its own"),
-        ({"tune": replace(settings.tune, space=("model.num_heads=[3]",))}, "tune.space: model.dim"),
+        (
+            {"tune": replace(settings.tune, space=({"tokens.max_len": (16,)},)), "sources": ()},
+            "needs a corpus of its own",
+        ),
+        ({"tune": replace(settings.tune, space=({"model.num_heads": (3,)},))}, "tune.space: model.dim"),
     ):
         with pytest.raises(UserError, match=said):
             tune.run(replace(settings, **changes), engine=tune_trials.PLAIN)
@@ -205,7 +208,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp
 def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path):
     """And the base's corpus is prepared, too, where there is none."""
     settings = replace(at(base, tmp_path), inputs=Inputs())
-    other = replace(settings.tune, space=('tokens.scaling=["multiply"]',), seeds=1, rungs=(1.0,), finetune=False)
+    other = replace(settings.tune, space=({"tokens.scaling": ("multiply",)},), seeds=1, rungs=(1.0,), finetune=False)
     uri = tune.run(replace(settings, tune=other), engine=tune_trials.PLAIN)
     board = read_table(f"{uri}/arms.parquet").to_pandas()
     assert board["name"].tolist() == ["base", "scaling=multiply"]

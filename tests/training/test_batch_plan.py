@@ -89,9 +89,9 @@ def test_species_mix_sets_the_ratio_and_repeats_cells_evenly():
 def test_a_mix_that_cannot_be_kept_is_refused():
     with pytest.raises(errors.UserError, match=r"train.species_mix.*corpus has"):
         make(mix={0: 0.5, 5: 0.5})
-    with pytest.raises(errors.UserError, match=r"name=share.*human, mouse"):
-        batch_plan.parse_mix(("rat=0.5",), ("human", "mouse"))
-    assert batch_plan.parse_mix(("mouse=0.5", "human=1"), ("human", "mouse")) == {0: 1.0, 1: 0.5}
+    with pytest.raises(errors.UserError, match=r"'rat': must be a species of the corpus: human, mouse"):
+        batch_plan.shares_by_code({"rat": 0.5}, ("human", "mouse"))
+    assert batch_plan.shares_by_code({"mouse": 0.5, "human": 1}, ("human", "mouse")) == {0: 1.0, 1: 0.5}
 
 
 def test_micro_batches_keep_the_budget_and_lose_nothing():

@@ -9,7 +9,7 @@ from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
 from mixgf.tuning import analysis, search_space
 
-CONFIG = Config(tune=Tune(space=('objective.view=["mask"] x objective.pooling=["first"]',)))
+CONFIG = Config(tune=Tune(space=({"objective.view": ("mask",), "objective.pooling": ("first",)},)))
 ARMS = search_space.arms(CONFIG)
 
 
@@ -67,7 +67,7 @@ def test_effects_are_taken_at_the_last_rung_that_both_reached():
 
 
 def test_an_additive_pair_has_no_interaction_and_a_planted_one_is_found():
-    config = Config(tune=Tune(space=('objective.view=["dropout", "mask"] x objective.pooling=["mean", "first"]',)))
+    config = Config(tune=Tune(space=({"objective.view": ("dropout", "mask"), "objective.pooling": ("mean", "first")},)))
     arms = search_space.arms(config)
     keys = {arm.name: arm.key for arm in arms}
     for extra in (0.0, 0.2):
@@ -130,7 +130,7 @@ def test_the_interval_of_a_forecast_holds_the_truth_and_widens_beyond_the_data()
 
 
 def test_a_ladder_has_the_base_and_only_arms_that_change_its_field():
-    config = Config(tune=Tune(space=("train.cells_share=[0.1, 0.3]", "train.lr=[0.5]")))
+    config = Config(tune=Tune(space=({"train.cells_share": (0.1, 0.3)}, {"train.lr": (0.5,)})))
     arms = search_space.arms(config)
     rows = [{"arm": arm.key, "seed": s, "rung": 0, "score": i + s} for i, arm in enumerate(arms) for s in range(2)]
     details = [{"key": arm.key, "changes": dict(arm.changes)} for arm in arms]

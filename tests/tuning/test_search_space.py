@@ -10,7 +10,7 @@ from mixgf.config.tuning import Tune
 from mixgf.errors import UserError
 from mixgf.tuning import search_space
 
-BASE = Config(tune=Tune(space=("train.lr=[0.1]",)))
+BASE = Config(tune=Tune(space=({"train.lr": (0.1,)},)))
 
 
 def arms(*space, **settings):
@@ -19,7 +19,7 @@ def arms(*space, **settings):
 
 def test_the_base_comes_first_and_entries_are_crossed_within_and_added_between():
     found = arms(
-        'objective.view=["mask", "subsample"] x objective.pooling=["mean", "first"]', "train.lr=[0.001, 0.002]"
+        {"objective.view": ("mask", "subsample"), "objective.pooling": ("mean", "first")}, {"train.lr": (0.001, 0.002)}
     )
     assert [arm.name for arm in found] == [
         "base", "view=mask", "pooling=first, view=mask", "view=subsample", "pooling=first, view=subsample", "lr=0.001", "lr=0.002",
@@ -31,9 +31,11 @@ def test_the_base_comes_first_and_entries_are_crossed_within_and_added_between()
 
 
 def test_without_a_contrast_what_only_the_contrast_looks_at_makes_no_arm_of_its_own():
-    space = (
-        'objective.contrast_weight=[0.0, 1.0] x objective.view=["dropout", "mask"] x objective.temperature=[0.05, 0.5]'
-    )
+    space = {
+        "objective.contrast_weight": (0.0, 1.0),
+        "objective.view": ("dropout", "mask"),
+        "objective.temperature": (0.05, 0.5),
+    }
     names = [arm.name for arm in arms(space)]
     assert names == ["base", "contrast_weight=0.0", "temperature=0.5", "view=mask", "temperature=0.5, view=mask"]
 
@@ -42,15 +44,15 @@ def test_a_contrast_by_ortholog_weight_alone_still_has_a_temperature():
     names = [
         arm.name
         for arm in arms(
-            "objective.contrast_weight=[0.0] x objective.ortholog_weight=[0.1] x objective.temperature=[0.5]"
+            {"objective.contrast_weight": (0.0,), "objective.ortholog_weight": (0.1,), "objective.temperature": (0.5,)}
         )
     ]
     assert names == ["base", "contrast_weight=0.0, ortholog_weight=0.1, temperature=0.5"]
 
 
 def test_a_random_search_draws_the_same_arms_from_the_product_whatever_the_order_of_entries():
-    a = arms("train.lr=[0.1, 0.2, 0.3]", "train.clip=[0.5, 2.0]", search="random", num_arms=3)
-    b = arms("train.clip=[2.0, 0.5]", "train.lr=[0.3, 0.1, 0.2]", search="random", num_arms=3)
+    a = arms({"train.lr": (0.1, 0.2, 0.3)}, {"train.clip": (0.5, 2.0)}, search="random", num_arms=3)
+    b = arms({"train.clip": (2.0, 0.5)}, {"train.lr": (0.3, 0.1, 0.2)}, search="random", num_arms=3)
     assert len(a) == 4
     assert a[0].name == "base"
     assert {arm.key for arm in a} == {arm.key for arm in b}
@@ -61,13 +63,12 @@ def test_a_random_search_draws_the_same_arms_from_the_product_whatever_the_order
     ("space", "said"),
     [
         ((), "tune.space: empty"),
-        (("train.lr",), "must be a dotted field, =, and a JSON list"),
-        (("train.lr=0.1",), "must be a dotted field, =, and a JSON list"),
-        (("train.lr=[]",), "must be a dotted field, =, and a JSON list"),
-        (("train.speed=[1]",), "tune.space: --set train.speed=1: no field 'speed'"),
-        (('train.lr=["fast"]',), "tune.space: train.lr = 'fast': must be float"),
-        (('objective.view=["mirror"]',), "tune.space: objective.view = 'mirror': must be one of"),
-        (("compute.num_workers=[4]",), "tune.space: compute.num_workers: an arm cannot change it"),
+        (({},), "must give each field a list of values"),
+        (({"train.lr": ()},), "must give each field a list of values"),
+        (({"train.speed": (1,)},), "tune.space: --set train.speed=1: no field 'speed'"),
+        (({"train.lr": ("fast",)},), "tune.space: train.lr = 'fast': must be a number"),
+        (({"objective.view": ("mirror",)},), "tune.space: objective.view = 'mirror': must be one of"),
+        (({"compute.num_workers": (4,)},), "tune.space: compute.num_workers: an arm cannot change it"),
     ],
 )
 def test_a_wrong_space_is_refused_in_one_line(space, said):
