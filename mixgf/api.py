@@ -107,7 +107,7 @@ def _load_checkpoint(uri: str, record: artifacts.Record, device: torch.device, g
     for place in places:
         if not given and not files.exists(files.join(place, "vocabulary.parquet")):
             continue
-        found = Vocabulary.load(place).older(wanted)
+        found = Vocabulary.load(place).ancestor(wanted)
         if found is None:
             continue
         made = artifacts.find(place)
@@ -133,7 +133,7 @@ def _load_huggingface(uri: str, device: torch.device, dictionary: str, medians: 
             "pass dictionary=URI of the token dictionary (gene to id) of this model"
         )
         raise UserError(msg)
-    tokens_of = token_dictionaries.read_dictionary(dictionary or inside[0])
+    tokens_of = token_dictionaries.read_token_dictionary(dictionary or inside[0])
     if not medians:
         msg = f"{uri}: sentences are ranked by the median of each gene; pass medians=URI of the medians of this model"
         raise UserError(msg)
@@ -145,10 +145,10 @@ def _load_huggingface(uri: str, device: torch.device, dictionary: str, medians: 
     known = {row.name: set(species_tables.gene_table(row)["gene"].to_pylist()) for row in rows}
     by_species: dict[str, dict[str, float]] = {}
     for row in rows:
-        genes = token_dictionaries.genes_of(tokens_of.genes, row.name, rows, known)
+        genes = token_dictionaries.genes_of_species(tokens_of.genes, row.name, rows, known)
         ranked = {
             gene: median_of[name]
-            for name, gene in token_dictionaries.genes_of(median_of, row.name, rows, known).items()
+            for name, gene in token_dictionaries.genes_of_species(median_of, row.name, rows, known).items()
         }
         mine = {gene: ranked[gene] for gene in genes.values() if gene in ranked}
         if mine:
@@ -157,7 +157,7 @@ def _load_huggingface(uri: str, device: torch.device, dictionary: str, medians: 
         msg = f"medians = {medians!r}: no gene of the dictionary {tokens_of.uri!r} has a median there; name the medians of this model"
         raise UserError(msg)
     tables = {row.name: species_tables.gene_table(row) for row in rows}
-    words = vocabulary.build(by_species, tables, sharing="separate", orthologs={})
+    words = vocabulary.build_vocabulary(by_species, tables, sharing="separate", orthologs={})
     model, _, _ = huggingface.moved(published, tokens_of, words, rows, seed=0)
     tokens = Tokens(max_len=published.row.max_positions, cls="<cls>" in tokens_of.specials)
     return CellEncoder(model.encoder.to(device).eval(), words, tokens, rows, uri=uri)

@@ -356,7 +356,7 @@ def test_adapters_train_themselves_and_the_head_only(corpus: Corpus) -> None:
 
 def test_a_layer_that_the_encoder_does_not_have_is_refused(corpus: Corpus) -> None:
     run = replace(RUN, classify=replace(RUN.classify, layer=-4))
-    with pytest.raises(UserError, match=r"classify.layer = -4: must be -3 (the embedding) to -1"):
+    with pytest.raises(UserError, match=r"classify.layer = -4: must be -3 \(the embedding\) to -1"):
         tuned(corpus, table(), only_split(table()), run)
 
 
