@@ -55,9 +55,9 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
     """Score one file as prepare does, `sample` being the obs column of its samples ("" = the file is one)."""
     source = Source(uri=str(path), species="human", name=path.stem, sample=sample)
     with tempfile.TemporaryDirectory() as work:
-        prepare_passes.describe(work, 0, source, row=HUMAN, rules=rules, biotypes=Vocab().biotypes, allowed=None)
+        prepare_passes.describe_source(work, 0, source, row=HUMAN, rules=rules, biotypes=Vocab().biotypes, allowed=None)
         rows = int(files.read_json(shards.facts_uri(work, 0))["rows"])
-        prepare_passes.measure(work, prepare_passes.plan_units({0: (source, rows)}, rows)[0], 2_048)
+        prepare_passes.measure_cells(work, prepare_passes.plan_row_ranges({0: (source, rows)}, rows)[0], 2_048)
         metrics, samples = prepare_passes.read_metrics(work, [0])
         kept = np.flatnonzero(qc.filter_cells(metrics, rules) == qc.KEPT)
         sample_N = np.full(len(kept), "", dtype=object) if samples is None else samples[kept]
@@ -65,10 +65,10 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
         for k, name in enumerate(sorted(set(sample_N.tolist()))):
             mine = sample_N == name
             part = f"00000-{k:05d}"
-            prepare_passes.doublets(
+            prepare_passes.find_doublets(
                 work, part, source, 0, kept[mine], block_cells=2_048, rate=rules.doublet_rate, seed=seed
             )
-            table = tables.read_table(shards.part(work, "doublets", part))
+            table = tables.read_table(shards.part_uri(work, "doublets", part))
             score_N[mine], verdict_N[mine] = table["score"].to_numpy(), table["doublet"].to_numpy()
     truth = anndata.read_h5ad(path, backed="r").obs["is_doublet"].astype(str).isin(["True", "1"]).to_numpy()
     return Scored(truth[kept], metrics.n_counts[kept], sample_N, score_N, verdict_N)

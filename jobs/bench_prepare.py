@@ -142,15 +142,15 @@ class _Case:
         self.ids = dict(zip(genes.genes, genes.tokens.tolist(), strict=True))
         self.work = str(self.folder / "work")
         source = self.config.sources[0]
-        prepare_passes.describe(
+        prepare_passes.describe_source(
             self.work, 0, source, row=HUMAN, rules=QC(), biotypes=self.config.vocab.biotypes, allowed=None
         )
-        prepare_passes.number_genes(self.work, "human", [0])
-        self.unit = prepare_passes.plan_units({0: (source, num_cells)}, num_cells)[0]
+        prepare_passes.list_genes(self.work, "human", [0])
+        self.unit = prepare_passes.plan_row_ranges({0: (source, num_cells)}, num_cells)[0]
         self.keep = np.ones(num_cells, dtype=bool)
         self.measure()
         self.depth_N = prepare_passes.read_metrics(self.work, [0])[0].n_counts
-        self.columns = tables.read_table(shards.part(self.work, "sources", 0))
+        self.columns = tables.read_table(shards.part_uri(self.work, "sources", 0))
         own = self.columns["canonical"].to_numpy() == np.arange(self.columns.num_rows)
         position_G = np.where(own, genes.positions(self.columns["gene"].combine_chunks()), -1).astype(np.int32)
         self.encoder = Encoder(Ranks.of(genes, "divide"), position_G, TOKENS)
@@ -196,15 +196,15 @@ class _Case:
 
     def measure(self) -> None:
         """The first pass."""
-        prepare_passes.measure(self.work, self.unit, self.rows)
+        prepare_passes.measure_cells(self.work, self.unit, self.rows)
 
     def sketch(self) -> None:
         """The second pass."""
-        prepare_passes.sketch(self.work, 0, [(self.unit, self.keep)], self.rows)
+        prepare_passes.sketch_medians(self.work, 0, [(self.unit, self.keep)], self.rows)
 
     def sentences(self) -> None:
         """The third pass, file to file: what the published tokenizer does, with medians given."""
-        prepare_passes.encode(
+        prepare_passes.encode_shard(
             self.work, self.unit, self.keep, 0, to=str(self.folder / "out"), tokens=TOKENS, obs={}, digest=self.digest,
             vocabulary=str(self.corpus / "vocabulary.parquet"), block_cells=self.rows,
         )  # fmt: skip
@@ -301,11 +301,13 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
         )
         work = str(folder / "work")
         source = config.sources[0]
-        prepare_passes.describe(work, 0, source, row=HUMAN, rules=QC(), biotypes=config.vocab.biotypes, allowed=None)
-        all_units = prepare_passes.plan_units({0: (source, num_cells)}, config.prepare.shard_cells)
+        prepare_passes.describe_source(
+            work, 0, source, row=HUMAN, rules=QC(), biotypes=config.vocab.biotypes, allowed=None
+        )
+        all_units = prepare_passes.plan_row_ranges({0: (source, num_cells)}, config.prepare.shard_cells)
         spread = tasks.ray_tasks(config)
         for _ in spread(
-            [tasks.job(0, 1, prepare_passes.measure, work, u, config.prepare.block_cells) for u in all_units]
+            [tasks.job(0, 1, prepare_passes.measure_cells, work, u, config.prepare.block_cells) for u in all_units]
         ):
             pass
         options = {
@@ -313,7 +315,7 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
             "block_cells": config.prepare.block_cells, "to": str(folder / "shards"),
         }  # fmt: skip
         jobs = [
-            tasks.job(0, 1, prepare_passes.encode, work, u, np.ones(u.stop - u.start, bool), u.number, **options)
+            tasks.job(0, 1, prepare_passes.encode_shard, work, u, np.ones(u.stop - u.start, bool), u.number, **options)
             for u in all_units
         ]
         with multiprocessing.get_context("spawn").Pool(workers) as pool:

@@ -281,7 +281,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     if args.plot:
         corpus_inspection.check_plot(args.plot, args.uri)  # before the counting, not after it
-    found = summary.inspect(args.uri)
+    found = summary.summarise_corpus(args.uri)
     print(json.dumps(found, allow_nan=False) if args.json else corpus_text.text(found))
     if args.plot:
         corpus_inspection.save(found, args.plot)
@@ -330,10 +330,10 @@ def _annotate(args: argparse.Namespace) -> int:
 def _audit(args: argparse.Namespace) -> int:
     from mixgf.corpus import overlap
 
-    theirs = overlap.of_corpus(overlap.trained_on(absolute(args.corpus)))
+    theirs = overlap.corpus_cells(overlap.training_corpus(absolute(args.corpus)))
     species, uri = split_named(args.evaluation)
-    mine = overlap.evaluation(f"{species}={absolute(uri)}" if species else absolute(uri), Config().species)
-    found = overlap.compare(mine, theirs)
+    mine = overlap.evaluation_cells(f"{species}={absolute(uri)}" if species else absolute(uri), Config().species)
+    found = overlap.compare_cells(mine, theirs)
     print(json.dumps(found.json()) if args.json else f"audit: {found.line}")
     return 0
 

@@ -114,7 +114,7 @@ def with_votes(
     """The encoder's vectors (N, D), and behind them the summed weights of the cells' genes (N, C), where genes have any."""
     if not genes_CV.shape[1]:
         return vectors_ND
-    few = packed.cut(*sentences.tokens(cells), max_len)
+    few = packed.truncate(*sentences.tokens(cells), max_len)
     return np.hstack([vectors_ND, linear_start.gene_rows(*few, genes_CV.shape[1]) @ genes_CV.T])
 
 
@@ -221,7 +221,7 @@ def of_split(
         head = (*probe(train_ND, labels[0], len(split.classes)), np.zeros((len(split.classes), 0)))
     about = {
         "model": model, "group": split.group, "split": split.kind, "seed": split.seed, "max_len": max_len,
-        "tokens": parse.to_dict(corpus.tokenised), "species": sorted(set(table.species[trained].tolist())),
+        "tokens": parse.to_dict(corpus.token_settings), "species": sorted(set(table.species[trained].tolist())),
         "species_rows": corpus.record.config.get("species", []), "label": run.classify.label, "training_cells": len(trained),
         "sources": sorted(set(table.sources[trained].tolist())),
     }  # fmt: skip

@@ -28,7 +28,7 @@ from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 from mixgf.config.training import LayerChoice
 from mixgf.console import warn
-from mixgf.corpus.packed import Packed, cut, select
+from mixgf.corpus.packed import Packed, keep_tokens, truncate
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed, lora
 from mixgf.encoder.batch import Batch, micro_batches, pack
@@ -178,8 +178,8 @@ class _Sentences:
             read_T = self.shared_V[tokens_T]
             some_B = np.add.reduceat(np.append(read_T >= NUM_SPECIALS, False), offsets[:-1]) > 0
             some_T = np.repeat(some_B & (np.diff(offsets) > 0), np.diff(offsets))
-            packed = select((np.where(some_T, read_T, tokens_T), offsets), (read_T >= 0) | ~some_T)
-        return cut(*packed, self.max_len)
+            packed = keep_tokens((np.where(some_T, read_T, tokens_T), offsets), (read_T >= 0) | ~some_T)
+        return truncate(*packed, self.max_len)
 
     def batch(self, cells: Ints, keys: tuple[int, int, Ints] | None = None) -> Batch:
         """Cells in the given order; `keys` = (seed, epoch, visits) adds dropout."""

@@ -101,10 +101,10 @@ def read_counts(run: Config, places: ArtifactPaths, source: str, cells: Ints) ->
     rows = corpus.obs(["source_row"])["source_row"].to_numpy()[cells]
     order = np.argsort(rows, kind="stable")
     genes = corpus.vocabulary.species_genes(entry["species"])
-    found = raw_counts.read(
+    found = raw_counts.read_counts(
         parse.from_dict(Source, entry), row_of, genes, rows[order], block_cells=run.prepare.block_cells
     )
-    raw_counts.save(counts_part(places, source), cells[order], found)
+    raw_counts.save_counts(counts_part(places, source), cells[order], found)
 
 
 def vectors_part(places: ArtifactPaths, encoder: str, number: int) -> str:
@@ -190,12 +190,12 @@ def counts_of(run: Config, places: ArtifactPaths, table: Labelled, rows: Ints) -
         mine = rows[table.sources[rows] == source]
         name = str(table.species[mine[0]])
         genes = vocabulary.species_genes(name).genes.astype(np.str_)
-        cells, found = raw_counts.load(counts_part(places, source), len(genes))
+        cells, found = raw_counts.load_counts(counts_part(places, source), len(genes))
         keep = np.isin(cells, table.cells[mine])
         numbers.append(cells[keep])
         blocks.append(Counts(matrix=found[keep], genes=genes, species=name))
     orthologs = species.orthologs(run.vocab.orthologs) if len({b.species for b in blocks}) > 1 else {}
-    matrices, _ = raw_counts.shared_space(blocks, orthologs)
+    matrices, _ = raw_counts.shared_gene_space(blocks, orthologs)
     whole, have = sparse.vstack(matrices, format="csr"), np.concatenate(numbers)
     order = np.argsort(have)
     return sparse.csr_matrix(whole[order[np.searchsorted(have[order], table.cells[rows])]])

@@ -40,7 +40,7 @@ def labelled(corpus: Corpus, settings: Classify) -> Labelled:
     chosen = np.ones(len(labels), dtype=bool)
     if settings.cells:
         chosen[:] = False
-        chosen[obs_query.select(corpus.obs(), settings.cells, "classify.cells")] = True
+        chosen[obs_query.select_cells(corpus.obs(), settings.cells, "classify.cells")] = True
     rows = np.flatnonzero((labels != UNKNOWN) & chosen)
     if not len(rows):
         msg = f"classify.label = {settings.label!r}: none of {chosen.sum():,} cells has a label; name another column of obs"

@@ -51,7 +51,7 @@ class Start:
 
 def gene_rows(tokens_T: npt.NDArray[np.int32], offsets_N1: npt.NDArray[np.int64], vocab_size: int) -> sparse.csr_matrix:
     """Which tokens each sentence has, and how high: rows (N, V) of length 1, `rank_weight` before they are scaled."""
-    weights_T = rank_weight(packed.positions(offsets_N1))
+    weights_T = rank_weight(packed.token_positions(offsets_N1))
     rows_NV = sparse.csr_matrix((weights_T, tokens_T, offsets_N1), shape=(len(offsets_N1) - 1, vocab_size))
     lengths_N = np.sqrt(np.asarray(rows_NV.multiply(rows_NV).sum(1)).ravel())
     return sparse.csr_matrix(sparse.diags(1 / np.maximum(lengths_N, 1e-9)) @ rows_NV)

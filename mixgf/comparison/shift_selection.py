@@ -64,12 +64,12 @@ def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
 def _conditions(config: Config, one: ShiftSpec, obs: pd.DataFrame, names: Names) -> tuple[str, Ints, Bools]:
     """Species of a shift, rows of both conditions, and which of them are of the second."""
     field = f"compare.shifts: {one.name}"
-    before = obs_query.select(obs, one.before, field)
+    before = obs_query.select_cells(obs, one.before, field)
     if one.after is None:
         order = before[keyed_order(names[before], "half", config.seed, one.name)]
         before, after = np.sort(order[::2]), np.sort(order[1::2])
     else:
-        after = obs_query.select(obs, one.after, field)
+        after = obs_query.select_cells(obs, one.after, field)
     both = np.concatenate([before, after])
     kinds = sorted(set(obs["species"].iloc[both].astype(str)))
     if len(kinds) > 1 or len(np.intersect1d(before, after)):

@@ -1,9 +1,8 @@
-"""Tokenised Hugging Face Arrow data sets in: their files, their cells, and their ids in our vocabulary.
+"""Reader of tokenised Hugging Face Arrow data sets (Genecorpus-30M, Mouse-Genecorpus-20M).
 
-Layout (Genecorpus-30M, Mouse-Genecorpus-20M; written by save_to_disk of `datasets`): a folder with state.json, which lists
-data-*.arrow in order, and dataset_info.json. Each .arrow file is an Arrow IPC stream (or file) with the columns input_ids
-(list of integers, best gene first), length, and attributes of the cell. Ids are those of a dictionary beside it
-(`mixgf.dictionaries`).
+`save_to_disk` of the library `datasets` writes a folder with dataset_info.json and state.json, which lists data-*.arrow
+in order. Each .arrow file is an Arrow IPC stream (or file) with the columns input_ids (list of integers, highest-ranked
+gene first), length, and attributes of the cell. A token dictionary (`genes.token_dictionaries`) says what an id means.
 
 Letters: N cells, T ids of all of them, K the dictionary's highest id + 1.
 """
@@ -20,11 +19,9 @@ import pyarrow as pa
 from mixgf.errors import UserError
 from mixgf.storage import files
 
-# Arrow data sets
-
 
 def data_files(uri: str) -> list[str]:
-    """The .arrow files of a data set, in order: those that state.json lists, or all of a folder, or the one file."""
+    """URIs of the .arrow files of a data set, in order: those that state.json lists, all of a folder, or one file."""
     if not files.is_folder(uri):
         if not files.exists(uri) or not uri.endswith(".arrow"):
             state = "not an .arrow file" if files.exists(uri) else "no such file or folder"
@@ -61,7 +58,7 @@ def data_files(uri: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the record batches of an Arrow file lie, so that any of them is read alone."""
+    """Positions of the record batches of an Arrow file, so that each can be read alone."""
 
     start: int
     """First byte of the schema."""
@@ -75,8 +72,8 @@ _MAGIC = b"ARROW1"
 _MARK = b"\xff\xff\xff\xff"
 
 
-def layout(file: pa.NativeFile, uri: str) -> Layout:
-    """Find the messages of an Arrow IPC file or stream; one that was cut short is a `UserError`."""
+def find_batches(file: pa.NativeFile, uri: str) -> Layout:
+    """Find the record batches of an Arrow IPC file or stream; a truncated file is a `UserError`."""
     size = file.size()
     file.seek(0)
     is_file = file.read(8)[:6] == _MAGIC
@@ -88,7 +85,7 @@ def layout(file: pa.NativeFile, uri: str) -> Layout:
     file.seek(start)
     batches: list[tuple[int, int]] = []
     head = 0
-    with _reading(uri):
+    with _arrow_errors(uri):
         reader = pa.ipc.MessageReader.open_stream(file)
         while True:
             begin = file.tell()
@@ -112,24 +109,24 @@ def layout(file: pa.NativeFile, uri: str) -> Layout:
 
 
 def read_batch(file: pa.NativeFile, where: Layout, number: int, uri: str) -> pa.RecordBatch:
-    """One record batch."""
+    """Read one record batch."""
     pieces = []
     for begin, size in ((where.start, where.head), where.batches[number]):
         file.seek(begin)
         pieces.append(file.read_buffer(size))
-    with _reading(uri):
+    with _arrow_errors(uri):
         return pa.ipc.open_stream(pa.BufferReader(b"".join(pieces))).read_next_batch()
 
 
 def read_schema(file: pa.NativeFile, where: Layout, uri: str) -> pa.Schema:
-    """The columns, with Hugging Face's metadata."""
+    """Read the schema, with the metadata of Hugging Face."""
     file.seek(where.start)
-    with _reading(uri):
+    with _arrow_errors(uri):
         return pa.ipc.open_stream(pa.BufferReader(file.read(where.head))).schema
 
 
-class _reading:
-    """Arrow's own errors as one line of ours."""
+class _arrow_errors:
+    """Context that turns Arrow's errors into a `UserError` of one line."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -148,10 +145,13 @@ def _damaged(uri: str, why: str) -> UserError:
     return UserError(f"{uri}: truncated or not an Arrow file ({why}); fetch it again")
 
 
-def sentences(batch: pa.RecordBatch, uri: str, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """`input_ids` of a batch: ids (T,) of the width they are stored in, and offsets int64 (N + 1,).
+def read_ids(batch: pa.RecordBatch, uri: str, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """`input_ids` of a batch: ids (T,) of the stored integer type, and offsets int64 (N + 1,).
 
-    `row` is that of the batch's first cell, for messages.
+    Args:
+        batch: a record batch.
+        uri: of the file, for messages.
+        row: row in the file of the batch's first cell, for messages.
     """
     column = batch.column("input_ids")
     if column.null_count:
@@ -167,7 +167,7 @@ def sentences(batch: pa.RecordBatch, uri: str, row: int) -> tuple[np.ndarray, np
 
 
 def check_schema(schema: pa.Schema, uri: str) -> None:
-    """Require `input_ids`, a list of integers, and a whole-number `length` where there is one."""
+    """Check that `input_ids` is a list of integers, and `length`, if present, an integer; a `UserError` otherwise."""
     if "input_ids" not in schema.names:
         msg = f"{uri}: no column input_ids; it has {', '.join(schema.names) or 'none'}: not a tokenised data set"
         raise UserError(msg)
@@ -183,16 +183,16 @@ def check_schema(schema: pa.Schema, uri: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """A column that becomes a column of obs."""
+    """A column of the data set that becomes a column of obs."""
 
     column: str
     kind: str
     """`str`, `float` or `int`."""
     labels: tuple[str, ...] = ()
-    """Names of the values of a Hugging Face ClassLabel."""
+    """Class names, where the column is a Hugging Face ClassLabel."""
 
     def read(self, batch: pa.RecordBatch) -> pa.Array:
-        """Its values as string, float64 or int64."""
+        """Values of the column as string, float64 or int64."""
         values = batch.column(self.column)
         if self.labels:
             wanted = np.asarray([*self.labels, None], dtype=object)
@@ -204,8 +204,8 @@ class Attribute:
         return values.cast({"str": pa.string(), "float": pa.float64(), "int": pa.int64()}[self.kind])
 
 
-def attributes(schema: pa.Schema) -> tuple[dict[str, Attribute], list[str]]:
-    """The columns that can be kept, by name, and the names of those that cannot (lists, structs, times, bytes)."""
+def find_attributes(schema: pa.Schema) -> tuple[dict[str, Attribute], list[str]]:
+    """Columns that can be kept, by name, and names of those that cannot (lists, structs, times, bytes)."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     except (TypeError, LookupError, ValueError):
@@ -229,7 +229,7 @@ def attributes(schema: pa.Schema) -> tuple[dict[str, Attribute], list[str]]:
     return found, left_out
 
 
-def batches(file: pa.NativeFile, where: Layout, uri: str) -> Iterator[pa.RecordBatch]:
-    """All record batches in order."""
+def read_batches(file: pa.NativeFile, where: Layout, uri: str) -> Iterator[pa.RecordBatch]:
+    """Read all record batches in order."""
     for number in range(len(where.batches)):
         yield read_batch(file, where, number, uri)

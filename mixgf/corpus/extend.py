@@ -1,8 +1,7 @@
-"""What a corpus takes over from another one, so that added sources alone are read.
+"""Extend a finished corpus by new sources: only these are read, and the shards of the old corpus are copied.
 
-Sentences depend on the vocabulary, so it must be the same; what is kept of a source depends on the rules, so they must be
-the same too. Then the shards of the older corpus stand in the new one as they are, under the same names, and cells of the
-new sources that they already hold are dropped as duplicates.
+The vocabulary and all settings of quality control and encoding must be those of the old corpus. Its shards keep their
+names. Cells of new sources that the old corpus already holds are dropped as duplicates.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from mixgf.cells import qc
 from mixgf.config.data import Source
 from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
-from mixgf.corpus.shards import write_done
+from mixgf.corpus.shards import write_shard_info
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import artifacts, files, tables
 
 
 @dataclass(frozen=True)
-class Older:
+class BaseCorpus:
     """The finished corpus that is extended."""
 
     uri: str
@@ -33,11 +32,11 @@ class Older:
 
     @property
     def num_shards(self) -> int:
-        """Shards taken over; those of new sources are numbered from here."""
+        """Number of shards to copy; shards of new sources are numbered from here."""
         return len(self.record.details["shards"])
 
     def table(self, name: str) -> pa.Table:
-        """Its index, mapping, dropped or hashes table."""
+        """One of the corpus' tables: `index`, `mapping`, `dropped` or `hashes`."""
         return tables.read_table(files.join(self.uri, f"{name}.parquet"))
 
     def shards(self) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -48,14 +47,18 @@ class Older:
             start += entry["rows"]
 
     def hashes(self) -> qc.Metrics:
-        """Metrics that hold nothing but the hashes of the kept cells (hashes.parquet: uint64 a and b, in cell order)."""
+        """Hashes of the kept cells as `Metrics` whose other columns are 0 (hashes.parquet: uint64 a and b, in cell order)."""
         table = self.table("hashes")
         none = np.zeros(table.num_rows, np.int64)
         return qc.Metrics(none, none.astype(np.int32), none, table["a"].to_numpy(), table["b"].to_numpy())
 
 
-def find(config: Config, sources: Sequence[Source]) -> Older | None:
-    """The corpus that `prepare.extend` names, None where it names none; a `UserError` where it cannot be extended so."""
+def find_base_corpus(config: Config, sources: Sequence[Source]) -> BaseCorpus | None:
+    """The corpus that `prepare.extend` names; None if it is empty.
+
+    Raises:
+        UserError: the corpus was made with another vocabulary or other settings, or has a source of the same name.
+    """
     uri = config.prepare.extend
     if not uri:
         return None
@@ -72,7 +75,7 @@ def find(config: Config, sources: Sequence[Source]) -> Older | None:
         raise UserError(msg)
     data = to_dict(config)
     known = {row["name"] for row in record.config["species"]}
-    data["species"] = [row for row in data["species"] if row["name"] in known]  # others may come in addition
+    data["species"] = [row for row in data["species"] if row["name"] in known]  # new species are allowed
     for name in ("species", "qc", "tokens", "seed"):
         changes = difference(record.config.get(name), data[name], name)
         if changes:
@@ -86,14 +89,14 @@ def find(config: Config, sources: Sequence[Source]) -> Older | None:
     if config.qc.drop_duplicates and not files.exists(files.join(uri, "hashes.parquet")):
         msg = f"{what}: has no hashes.parquet, so cells that it already holds would not be found; --set qc.drop_duplicates=false does without"
         raise UserError(msg)
-    return Older(uri, record)
+    return BaseCorpus(uri, record)
 
 
-def take(work: str, number: int, older: str, *, entry: dict[str, Any], length_N: np.ndarray, to: str) -> None:
-    """Copy one shard of the corpus `older` to the folder `to`, and write the part that says so."""
+def copy_shard(work: str, number: int, older: str, *, entry: dict[str, Any], length_N: np.ndarray, to: str) -> None:
+    """Copy one shard of the corpus `older` to the folder `to`, then write its information to the work folder."""
     uri = files.join(to, entry["name"])
     files.copy(files.join(older, "shards", entry["name"]), uri)
     if files.size(uri) != entry["bytes"]:
         msg = f"{older}: shard {entry['name']} has {files.size(uri)} bytes, its record says {entry['bytes']}: damaged; restore it"
         raise UserError(msg)
-    write_done(work, number, length_N, entry)
+    write_shard_info(work, number, length_N, entry)

@@ -1,8 +1,10 @@
-"""What the ids of tokenised data sets mean, and the work units of `import`; no Ray here.
+"""The two passes of `import`: check every Arrow file of tokenised data sets, then write its sentences as shards.
 
-A unit is one Arrow file to be checked, or one row range of one file to be written. As in `mixgf.units`, a part file is written atomically and holds the same bytes whoever made it. Layout of the work folder:
-lookup/I (our token for each id of source I's dictionary), files/I-F (file F of source I: genes of every cell, and what
-was found, as JSON), done/N (shard N). A source that cannot be used raises `UserError`.
+A task checks one file (`check_file`) or writes one row range (`write_sentences`). It writes its part file atomically, and
+the bytes do not depend on the worker, so a task can be repeated. A source that cannot be used raises `UserError`.
+
+Part files in the work folder: lookup/I (token of each id of the dictionary of source I), files/I-F (file F of source I:
+number of genes of each cell, and facts as JSON), done/N (information on shard N).
 """
 
 from __future__ import annotations
@@ -28,20 +30,21 @@ from mixgf.genes.vocabulary import CLS
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table, write_table
 
-NOT_KNOWN = {"n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64()}
-"""Columns of a prepared corpus that sentences cannot tell: null in an imported one."""
-
+UNKNOWN_COLUMNS = {"n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64()}
+"""Columns of a prepared corpus that cannot be computed from sentences: null in an imported corpus."""
 
 SCHEMA = 1
 ALL = facts_of(Imports)["dictionaries"].shared_name
 """Name of the dictionary, or of the medians, that holds for all sources."""
 
-# What ids mean
-
 
 @dataclass
-class Given:
-    """What the vocabulary and the ids mean: dictionaries and medians, found for each source and species."""
+class ImportInputs:
+    """Token dictionaries and medians of all sources, read and checked; from them the vocabulary and the fingerprints.
+
+    Raises:
+        UserError: a source has no dictionary, a species has no medians, or two tables disagree.
+    """
 
     config: Config
     sources: tuple[Source, ...]
@@ -75,7 +78,7 @@ class Given:
                 self.reused.species_genes(name)
 
     def _genes(self, index: int) -> dict[str, str]:
-        """Genes of the source's species in its dictionary, to Ensembl ids."""
+        """Genes of a source's species in its dictionary (as spelled there), to Ensembl ids."""
         source, dictionary = self.sources[index], self.dictionaries[self.dictionary_uris[index]]
         found = token_dictionaries.genes_of_species(dictionary.genes, source.species, self.rows.values(), self.known)
         if not found:
@@ -88,7 +91,7 @@ class Given:
         return found
 
     def _medians(self, name: str) -> dict[str, float]:
-        """Median of each dictionary gene of a species that has one."""
+        """Medians of a species, for the genes of its dictionaries."""
         mine = [i for i, s in enumerate(self.sources) if s.species == name]
         wanted = {gene for i in mine for gene in self.genes[i].values()}
         uri = self.median_uris.get(name) or self.median_uris.get(ALL)
@@ -107,7 +110,7 @@ class Given:
         return out
 
     def _read_medians(self, name: str, uris: list[str], field: str, *, need: bool) -> dict[str, float]:
-        """Medians of a species' genes over several tables, which must agree."""
+        """Medians of a species from several tables, which must agree."""
         found: dict[str, float] = {}
         for uri in dict.fromkeys(uris):
             table = token_dictionaries.read_medians(uri, field)
@@ -124,7 +127,7 @@ class Given:
         return found
 
     def plans(self) -> tuple[artifacts.Record | None, artifacts.Record]:
-        """Plans of the vocabulary (None where one is reused) and of the corpus."""
+        """Planned records of the vocabulary (None if one is reused) and of the corpus."""
         data = to_dict(self.config)
         uris = [*self.dictionary_uris, *self.median_uris.values()]
         uris += [self.config.vocab.medians] if self.config.vocab.medians and self.reused is None else []
@@ -146,7 +149,7 @@ class Given:
         return vocabulary, artifacts.plan("corpus", SCHEMA, whole, {"vocabulary": parent})
 
     def build(self) -> vocabulary.Vocabulary:
-        """The vocabulary of all dictionaries."""
+        """Build the vocabulary of all dictionary genes with a median."""
         tables = {name: species.gene_table(self.rows[name]) for name in self.medians}
         pairs = species.orthologs(self.config.vocab.orthologs)
         return vocabulary.build_vocabulary(self.medians, tables, sharing=self.config.vocab.sharing, orthologs=pairs)
@@ -162,36 +165,33 @@ def _named(rules: Imports, field: str, known: set[str]) -> dict[str, str]:
 
 
 def _size(uri: str) -> int:
-    """Bytes of a data set's Arrow files; -1 where it cannot be listed (it is refused later, with the reason)."""
+    """Bytes of a data set's Arrow files; -1 if they cannot be listed (a later check reports why)."""
     try:
         return sum(files.size(file) for file in arrow_dataset.data_files(uri))
     except UserError:
         return -1
 
 
-# Work units
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rules:
-    """What is checked and kept; equal for all sources."""
+class ImportRules:
+    """What is checked and kept; the same for all sources."""
 
     imports: Imports
     min_genes: int
     """Fewest vocabulary genes of a kept cell."""
     tokens: Tokens
     size: int
-    """Number of ids of the vocabulary."""
+    """Number of token ids of the vocabulary."""
 
     @property
     def longest(self) -> int:
-        """Most genes in a sentence."""
+        """Most genes of a sentence."""
         return self.tokens.max_len - int(self.tokens.cls)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """Rows [start, stop) of file `file` of source `index`; the file's first row is row `first` of the source."""
+class RowRange:
+    """Rows [start, stop) of file number `file` of source number `index`; its first row is row `first` of the source."""
 
     index: int
     file: int
@@ -202,26 +202,38 @@ class Unit:
 
 
 def file_part(index: int, file: int) -> str:
-    """Name of the part of a checked file."""
+    """Name of the part file of a checked Arrow file."""
     return f"{index:05d}-{file:05d}"
 
 
-def check(work: str, index: int, number: int, source: Source, uri: str, *, dictionary: str, rules: Rules) -> None:
-    """Read one Arrow file from end to end: hash it, find its batches, and see what its ids are."""
-    table = read_table(shards.part(work, "lookup", index))["token"].to_numpy()
+def check_file(
+    work: str, index: int, number: int, source: Source, uri: str, *, dictionary: str, rules: ImportRules
+) -> None:
+    """Read one Arrow file whole: hash it, find its record batches, check its ids, and write what was found as a part file.
+
+    Args:
+        work: URI of the work folder.
+        index: number of the source.
+        number: number of the file within the source.
+        source: the source.
+        uri: the Arrow file.
+        dictionary: URI of the source's token dictionary, for messages.
+        rules: what is checked.
+    """
+    table = read_table(shards.part_uri(work, "lookup", index))["token"].to_numpy()
     counts = dict.fromkeys((*remap_ids.COUNTED, "in_dropped_cells", "wrong_length"), 0)
     genes: list[np.ndarray] = [np.empty(0, np.int32)]
     rows: list[int] = []
     with files.local_copy(uri) as path, files.open_arrow(str(path)) as file:
-        where = arrow_dataset.layout(file, uri)
+        where = arrow_dataset.find_batches(file, uri)
         schema = arrow_dataset.read_schema(file, where, uri)
         arrow_dataset.check_schema(schema, uri)
         obs, left_out = _obs(schema, source, index, uri)
-        for batch in arrow_dataset.batches(file, where, uri):
+        for batch in arrow_dataset.read_batches(file, where, uri):
             row = sum(rows)
-            ids, offsets = arrow_dataset.sentences(batch, uri, row)
-            found = remap_ids.reid(ids, offsets, table, size=rules.size, longest=rules.longest)
-            _refuse(
+            ids, offsets = arrow_dataset.read_ids(batch, uri, row)
+            found = remap_ids.remap_ids(ids, offsets, table, size=rules.size, longest=rules.longest)
+            _check_ids(
                 found,
                 ids,
                 offsets,
@@ -231,7 +243,7 @@ def check(work: str, index: int, number: int, source: Source, uri: str, *, dicti
                 species_name=source.species,
                 rules=rules.imports,
             )
-            counts["wrong_length"] += _lengths(batch, offsets, uri, row, rules.imports)
+            counts["wrong_length"] += _count_wrong_lengths(batch, offsets, uri, row, rules.imports)
             kept = np.minimum(found.genes_N, rules.longest)
             lost = int(kept[found.genes_N < rules.min_genes].sum())
             for name, value in found.counts.items():
@@ -247,20 +259,20 @@ def check(work: str, index: int, number: int, source: Source, uri: str, *, dicti
         }  # fmt: skip
     part = pa.table({"genes": pa.array(np.concatenate(genes), pa.int32())})
     write_table(
-        shards.part(work, "files", file_part(index, number)),
+        shards.part_uri(work, "files", file_part(index, number)),
         part.replace_schema_metadata({"facts": json.dumps(facts, sort_keys=True)}),
     )
 
 
 def read_checked(work: str, index: int, number: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Vocabulary genes of every cell of a checked file, and its facts."""
-    table = read_table(shards.part(work, "files", file_part(index, number)))
+    """Number of vocabulary genes of each cell of a checked file (int32), and its facts."""
+    table = read_table(shards.part_uri(work, "files", file_part(index, number)))
     return table["genes"].to_numpy(), json.loads(table.schema.metadata[b"facts"])
 
 
 def _obs(schema: pa.Schema, source: Source, index: int, uri: str) -> tuple[dict[str, Attribute], list[str]]:
-    """Attributes under their new names, and the columns that are left out."""
-    found, left_out = arrow_dataset.attributes(schema)
+    """Columns to keep as obs, by their new names, and the names of columns that are left out."""
+    found, left_out = arrow_dataset.find_attributes(schema)
     if source.obs or source.rename:
         chosen = {}
         for old, new in source.kept_columns(found).items():
@@ -273,7 +285,7 @@ def _obs(schema: pa.Schema, source: Source, index: int, uri: str) -> tuple[dict[
     return {name: a for name, a in found.items() if name not in shards.RESERVED}, left_out
 
 
-def _refuse(
+def _check_ids(
     found: remap_ids.Sentences, ids: np.ndarray, offsets: np.ndarray, *, uri: str, row: int, dictionary: str, species_name: str, rules: Imports
 ) -> None:  # fmt: skip
     kinds = {
@@ -289,8 +301,8 @@ def _refuse(
             raise UserError(msg)
 
 
-def _lengths(batch: pa.RecordBatch, offsets: np.ndarray, uri: str, row: int, rules: Imports) -> int:
-    """Number of cells whose `length` is wrong."""
+def _count_wrong_lengths(batch: pa.RecordBatch, offsets: np.ndarray, uri: str, row: int, rules: Imports) -> int:
+    """Number of cells whose column `length` differs from the number of ids."""
     if "length" not in batch.schema.names:
         return 0
     said = batch.column("length").fill_null(-1).to_numpy(zero_copy_only=False)
@@ -305,68 +317,76 @@ def _lengths(batch: pa.RecordBatch, offsets: np.ndarray, uri: str, row: int, rul
     return len(wrong)
 
 
-def write(work: str, unit: Unit, shard: int, *, to: str, rules: Rules, obs: dict[str, str]) -> None:
-    """Write the unit's shard of cell sentences, and then the part that says so (`units.read_done`).
+def write_sentences(
+    work: str, row_range: RowRange, shard: int, *, to: str, rules: ImportRules, obs: dict[str, str]
+) -> None:
+    """Write one row range as a shard of cell sentences, then its information to the work folder.
 
     Args:
         work: URI of the work folder.
-        unit: the rows; at least one is kept.
+        row_range: the rows; at least one is kept.
         shard: number of the shard.
         to: URI of the folder of shards.
-        rules: as in `check`.
-        obs: kind of every obs column of the corpus; a file that lacks one has nulls.
+        rules: as in `check_file`.
+        obs: kind (`str`, `float`, `int`) of every obs column of the corpus; null where a file lacks one.
     """
-    genes, facts = read_checked(work, unit.index, unit.file)
-    table = read_table(shards.part(work, "lookup", unit.index))["token"].to_numpy()
-    keep = genes[unit.start : unit.stop] >= rules.min_genes
-    where = Layout(**facts["layout"] | {"batches": tuple(tuple(b) for b in facts["layout"]["batches"])})
-    attributes = {name: Attribute(**a | {"labels": tuple(a["labels"])}) for name, a in facts["obs"].items()}
-    values: dict[str, list[pa.Array]] = {name: [] for name in obs}
-    tokens: list[np.ndarray] = []
-    starts = np.concatenate([[0], np.cumsum(facts["batch_rows"])])
-    first, last = np.searchsorted(starts, [unit.start, unit.stop - 1], side="right") - 1
-    with files.open_arrow(facts["uri"]) as file:
-        for number in range(int(first), int(last) + 1):
-            begin = max(unit.start, int(starts[number]))
-            batch = arrow_dataset.read_batch(file, where, number, facts["uri"])
-            batch = batch.slice(begin - int(starts[number]), min(unit.stop, int(starts[number + 1])) - begin)
-            mask = keep[begin - unit.start : begin - unit.start + batch.num_rows]
-            if not mask.all():
-                batch = batch.filter(pa.array(mask))
-            ids, offsets = arrow_dataset.sentences(batch, facts["uri"], begin)
-            tokens.append(remap_ids.reid(ids, offsets, table, size=rules.size, longest=rules.longest).tokens)
-            for name in obs:
-                if name in attributes:
-                    values[name].append(attributes[name].read(batch))
+    genes, facts = read_checked(work, row_range.index, row_range.file)
+    table = read_table(shards.part_uri(work, "lookup", row_range.index))["token"].to_numpy()
+    keep = genes[row_range.start : row_range.stop] >= rules.min_genes
+    packed, values = _read_rows(facts, row_range, keep, table=table, rules=rules, obs=obs)
     num = int(keep.sum())
-    length = np.minimum(genes[unit.start : unit.stop][keep], rules.longest)
-    packed = np.concatenate(tokens)
+    length = np.minimum(genes[row_range.start : row_range.stop][keep], rules.longest)
     if rules.tokens.cls:
         packed = np.insert(packed, np.concatenate([[0], np.cumsum(length[:-1])]), np.int32(CLS))
         length += 1
     offsets_N1 = np.concatenate([[0], np.cumsum(length)])
-    assert offsets_N1[-1] == len(packed), (unit, offsets_N1[-1], len(packed))
-    rows = np.flatnonzero(keep) + unit.start + unit.first
+    assert offsets_N1[-1] == len(packed), (row_range, offsets_N1[-1], len(packed))
+    rows = np.flatnonzero(keep) + row_range.start + row_range.first
+    sentences = pa.ListArray.from_arrays(
+        pa.array(offsets_N1, pa.int32()), pa.array(packed, pa.int32()), shards.SENTENCES.type
+    )
     done = pa.table(
         {
-            "tokens": pa.ListArray.from_arrays(
-                pa.array(offsets_N1, pa.int32()), pa.array(packed, pa.int32()), shards.SENTENCES.type
-            ),
-            "cell": pa.array([f"{unit.source.name}:{row}" for row in rows], pa.string()),
-            "species": pa.array([unit.source.species] * num, pa.string()),
-            "source": pa.array([unit.source.name] * num, pa.string()),
+            "tokens": sentences,
+            "cell": pa.array([f"{row_range.source.name}:{row}" for row in rows], pa.string()),
+            "species": pa.array([row_range.source.species] * num, pa.string()),
+            "source": pa.array([row_range.source.name] * num, pa.string()),
             "source_row": pa.array(rows, pa.int64()),
             "length": pa.array(length, pa.int32()),
         }
-        | {name: pa.nulls(num, kind) for name, kind in NOT_KNOWN.items()}
+        | {name: pa.nulls(num, kind) for name, kind in UNKNOWN_COLUMNS.items()}
         | {name: _column(values[name], kind, num) for name, kind in obs.items()}
     )
     done = done.cast(done.schema.set(0, shards.SENTENCES))
     name = shards.shard_name(shard)
     size, digest = shards.write_shard(files.join(to, name), done.schema, [done])
-    entry = {"name": name, "rows": num, "bytes": size, "sha256": digest}
-    lengths = pa.table({"length": pa.array(length, pa.int32())})
-    write_table(shards.part(work, "done", shard), lengths.replace_schema_metadata({"shard": json.dumps(entry)}))
+    shards.write_shard_info(work, shard, length, {"name": name, "rows": num, "bytes": size, "sha256": digest})
+
+
+def _read_rows(
+    facts: dict[str, Any], row_range: RowRange, keep: np.ndarray, *, table: np.ndarray, rules: ImportRules, obs: dict[str, str]
+) -> tuple[np.ndarray, dict[str, list[pa.Array]]]:  # fmt: skip
+    """Tokens (packed, without <cls>) and obs values, batch by batch, of the kept rows of a row range."""
+    where = Layout(**facts["layout"] | {"batches": tuple(tuple(b) for b in facts["layout"]["batches"])})
+    attributes = {name: Attribute(**a | {"labels": tuple(a["labels"])}) for name, a in facts["obs"].items()}
+    values: dict[str, list[pa.Array]] = {name: [] for name in obs}
+    tokens: list[np.ndarray] = []
+    starts = np.concatenate([[0], np.cumsum(facts["batch_rows"])])
+    first, last = np.searchsorted(starts, [row_range.start, row_range.stop - 1], side="right") - 1
+    with files.open_arrow(facts["uri"]) as file:
+        for number in range(int(first), int(last) + 1):
+            begin = max(row_range.start, int(starts[number]))
+            batch = arrow_dataset.read_batch(file, where, number, facts["uri"])
+            batch = batch.slice(begin - int(starts[number]), min(row_range.stop, int(starts[number + 1])) - begin)
+            mask = keep[begin - row_range.start : begin - row_range.start + batch.num_rows]
+            if not mask.all():
+                batch = batch.filter(pa.array(mask))
+            ids, offsets = arrow_dataset.read_ids(batch, facts["uri"], begin)
+            tokens.append(remap_ids.remap_ids(ids, offsets, table, size=rules.size, longest=rules.longest).tokens)
+            for name in obs:
+                if name in attributes:
+                    values[name].append(attributes[name].read(batch))
+    return np.concatenate(tokens), values
 
 
 def _column(values: list[pa.Array], kind: str, num: int) -> pa.Array:

@@ -1,4 +1,4 @@
-"""The end of a corpus: its index, its reports, and last of all its record, which makes it visible."""
+"""The last step of a corpus: its index and report tables, then its record, which makes the corpus visible."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import pyarrow as pa
 from mixgf.storage import artifacts
 
 
-def index(done: Sequence[tuple[np.ndarray, dict[str, Any]]], species: Sequence[str], known: Sequence[str]) -> pa.Table:
-    """Length (int32) and species (int8, its place in `known`) of every cell, in order.
+def build_index(
+    done: Sequence[tuple[np.ndarray, dict[str, Any]]], species: Sequence[str], all_species: Sequence[str]
+) -> pa.Table:
+    """Index of a corpus: length (int32) and species (int8, position in `all_species`) of every cell, in order.
 
     Args:
-        done: lengths and manifest entry of every shard, as `units.read_done` gives them.
-        species: of every shard.
-        known: the vocabulary's species.
+        done: lengths and manifest entry of every shard, from `shards.read_shard_info`.
+        species: species of every shard.
+        all_species: species of the vocabulary.
     """
-    codes = [known.index(name) for name in species]
+    codes = [all_species.index(name) for name in species]
     lengths = [np.asarray(lengths) for lengths, _ in done]
     return pa.table({
         "length": pa.array(np.concatenate(lengths), pa.int32()),
@@ -27,7 +29,7 @@ def index(done: Sequence[tuple[np.ndarray, dict[str, Any]]], species: Sequence[s
     })  # fmt: skip
 
 
-def publish(
+def publish_corpus(
     uri: str, record: artifacts.Record, *, tables: dict[str, pa.Table], counts: dict[str, Any], details: dict[str, Any]
 ) -> artifacts.Record:
     """Write the tables (as NAME.parquet) beside the shards, then the record."""

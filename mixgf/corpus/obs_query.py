@@ -1,4 +1,4 @@
-"""Moved here from mixgf/selection.py."""
+"""Choose cells by an expression over their metadata (obs)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from mixgf.arrays import Ints
 from mixgf.errors import UserError
 
 
-def select(obs: pd.DataFrame, expression: str, field: str) -> Ints:
-    """Numbers of the cells that fit an expression over `obs` (pandas query syntax); empty = all cells.
+def select_cells(obs: pd.DataFrame, expression: str, field: str) -> Ints:
+    """Numbers of the cells for which an expression over `obs` is true, int64, ascending.
+
+    Args:
+        obs: one row per cell.
+        expression: in pandas query syntax, for example `cell_type == 'alpha cell'`; empty = all cells.
+        field: config field that holds the expression, for messages.
 
     Raises:
-        UserError: an unknown column, a value that its column does not hold, broken syntax, or no cell at all.
+        UserError: an unknown column, a value that does not occur in its column, wrong syntax, or no matching cell.
     """
     if not expression.strip():
         return np.arange(len(obs), dtype=np.int64)
@@ -43,7 +48,7 @@ def select(obs: pd.DataFrame, expression: str, field: str) -> Ints:
 
 
 def _check_values(obs: pd.DataFrame, expression: str, field: str) -> None:
-    """A misspelt value silently selects nothing: every text compared with == or in must occur in its column."""
+    """Raise if a string compared by == or in does not occur in its column: a typing error would match no cell."""
     for node in ast.walk(ast.parse(expression, mode="eval")):
         if not (isinstance(node, ast.Compare) and isinstance(node.left, ast.Name)):
             continue
@@ -51,9 +56,9 @@ def _check_values(obs: pd.DataFrame, expression: str, field: str) -> None:
         if column not in obs.columns or not isinstance(operator, ast.Eq | ast.In):
             continue
         parts = right.elts if isinstance(right, ast.List | ast.Tuple) else [right]
-        known = set(obs[column].dropna().astype(str))
+        present = set(obs[column].dropna().astype(str))
         for part in parts:
-            if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value not in known:
-                near = get_close_matches(part.value, known, n=3) or sorted(known)[:8]
+            if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value not in present:
+                near = get_close_matches(part.value, present, n=3) or sorted(present)[:8]
                 msg = f"{field}: {column} has no value {part.value!r}; did you mean one of {', '.join(near)}?"
                 raise UserError(msg)

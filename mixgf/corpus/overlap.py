@@ -1,8 +1,8 @@
-"""How much of an evaluation was in the corpus that a model was trained on: cells, donors, data sets.
+"""Data leakage: which cells, donors and data sets of an evaluation were in the corpus that a model was trained on.
 
-Cells are compared by the hash of their counts (over genes, not columns, so a file with other columns in another order is the
-same cell); where a corpus holds no hashes (imported ones), by their sentences, if the vocabulary is the same; and by name
-within a data set of the same name, which also finds cells that were counted anew. Labels are never looked at.
+Cells are compared in two ways. First, by a hash of their counts over genes, whatever the order of columns. Imported
+corpora hold no hashes; there sentences are compared, if the vocabulary is the same. Second, by name within a data set of
+the same name, which also finds cells that were aligned again. Labels are not used.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mixgf.genes import identify
 from mixgf.storage import artifacts, files, tables
 
 COLUMNS = ("dataset", "donor")
-"""Metadata that is compared, where both sides have it."""
+"""Metadata that is compared, if both sides have it."""
 BLOCK_CELLS = 4_096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
-    """What an evaluation shares with a training corpus. A pair is (shared, all of the evaluation); None = not known."""
+    """What an evaluation shares with a training corpus. A pair is (shared, all of the evaluation); None = unknown."""
 
     cells: tuple[int, int] | None
     """Cells with the same counts (or sentence)."""
@@ -43,13 +43,13 @@ class Overlap:
     names: tuple[int, int] | None
     """Cells of the same name in a data set of the same name."""
     metadata: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By column, distinct values (donors within their data set)."""
+    """Shared values by kind of metadata (donors are compared within their data set)."""
     same: bool = False
-    """The evaluation is the training corpus itself."""
+    """Whether the evaluation is the training corpus itself."""
 
     @property
     def line(self) -> str:
-        """One sentence for people, the same in the terminal and in every report."""
+        """One sentence for the terminal and for reports."""
         if self.cells is None:
             said = "cells could not be compared (no hashes of counts, and another vocabulary)"
         else:
@@ -63,46 +63,47 @@ class Overlap:
         return "; ".join(parts) + (" (the encoder saw these very cells, without labels)" if self.same else "")
 
     def json(self) -> dict[str, Any]:
-        """As plain data."""
+        """As a dictionary for JSON."""
         return asdict(self) | {"line": self.line}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Cells:
-    """One side of an audit."""
+class AuditedCells:
+    """One side of the comparison: the evaluation, or the training corpus."""
 
     hashes: npt.NDArray[np.void] | None
-    """Of counts, one per cell."""
+    """Hash of the counts of each cell; None = not stored."""
     names: Names
-    """Without the name of the source."""
+    """Names of the cells, without that of the source."""
     obs: pd.DataFrame
     corpus: Corpus | None = None
+    """The corpus, if the cells are from one."""
 
-    def only(self, rows: npt.NDArray[np.int64]) -> Cells:
-        """Some of the cells, by number."""
+    def only(self, rows: npt.NDArray[np.int64]) -> AuditedCells:
+        """The cells with the given numbers."""
         hashes = None if self.hashes is None else self.hashes[rows]
-        return Cells(hashes=hashes, names=self.names[rows], obs=self.obs.iloc[rows], corpus=self.corpus)
+        return AuditedCells(hashes=hashes, names=self.names[rows], obs=self.obs.iloc[rows], corpus=self.corpus)
 
 
-def evaluation(uri: str, rows: Sequence[SpeciesRow]) -> Cells:
-    """The evaluation side: a corpus, or `SPECIES=FILE` of raw counts.
+def evaluation_cells(uri: str, rows: Sequence[SpeciesRow]) -> AuditedCells:
+    """Cells of an evaluation.
 
     Args:
-        uri: A corpus folder, or a file with its species.
-        rows: Known species.
+        uri: A corpus folder, or `SPECIES=FILE` for a file of raw counts.
+        rows: Species that the config knows.
     """
     species, path = checks.split_named(uri)
     if not species and artifacts.find(path) is not None:
-        return of_corpus(path)
+        return corpus_cells(path)
     row = next((r for r in rows if r.name == species), None)
     if row is None:
         msg = f"{uri}: neither a finished corpus nor SPECIES=FILE with one of {', '.join(r.name for r in rows)}"
         raise UserError(msg)
-    return of_file(Source(uri=path, species=species), row)
+    return file_cells(Source(uri=path, species=species), row)
 
 
-def of_corpus(uri: str) -> Cells:
-    """The cells of a finished corpus."""
+def corpus_cells(uri: str) -> AuditedCells:
+    """Cells of a finished corpus."""
     found = Corpus(uri)
     obs = found.obs()
     names = np.array(
@@ -113,11 +114,11 @@ def of_corpus(uri: str) -> Cells:
         table = tables.read_table(files.join(uri, "hashes.parquet"))
         hashes = _pairs(table["a"].to_numpy(), table["b"].to_numpy())
         assert len(hashes) == len(obs), "one hash per cell"
-    return Cells(hashes=hashes, names=names, obs=obs.assign(cell_row=np.arange(len(obs))), corpus=found)
+    return AuditedCells(hashes=hashes, names=names, obs=obs.assign(cell_row=np.arange(len(obs))), corpus=found)
 
 
-def of_file(source: Source, row: SpeciesRow) -> Cells:
-    """The cells of a file of raw counts, in bounded memory."""
+def file_cells(source: Source, row: SpeciesRow) -> AuditedCells:
+    """Cells of a file of raw counts, read block by block."""
     with open_reader(source.uri, source.layer) as reader:
         columns = identify.identify_columns(
             reader.gene_names(source.genes), identify.gene_lookup(row), biotypes=(), is_gene=reader.is_gene
@@ -131,16 +132,16 @@ def of_file(source: Source, row: SpeciesRow) -> Cells:
             {c: reader.obs(c, 0, reader.num_rows) for c in COLUMNS if c in reader.obs_columns}, index=range(len(names))
         )
     metrics = qc.Metrics.merge(parts)
-    return Cells(hashes=_pairs(metrics.hash_a, metrics.hash_b), names=names, obs=obs)
+    return AuditedCells(hashes=_pairs(metrics.hash_a, metrics.hash_b), names=names, obs=obs)
 
 
-def trained_on(uri: str) -> str:
-    """The corpus behind what a user names: itself, or the one that a checkpoint was trained on.
+def training_corpus(uri: str) -> str:
+    """URI of the training corpus, given the corpus itself, a run that holds one, or a checkpoint.
 
-    A checkpoint knows its corpus by fingerprint; it is looked for beside the checkpoint.
+    The corpus of a checkpoint must lie beside it, with the fingerprint that the checkpoint records.
 
     Raises:
-        UserError: no corpus there.
+        UserError: no such corpus.
     """
     for place in (uri, files.join(uri, "corpus")):
         record = artifacts.find(place)
@@ -158,34 +159,36 @@ def trained_on(uri: str) -> str:
     raise UserError(msg)
 
 
-def compare(mine: Cells, theirs: Cells) -> Overlap:
-    """What `mine` (the evaluation) shares with `theirs` (the training corpus)."""
+def compare_cells(evaluated: AuditedCells, trained: AuditedCells) -> Overlap:
+    """What the evaluation shares with the training corpus."""
     same = (
-        mine.corpus is not None
-        and theirs.corpus is not None
-        and mine.corpus.record.fingerprint == theirs.corpus.record.fingerprint
+        evaluated.corpus is not None
+        and trained.corpus is not None
+        and evaluated.corpus.record.fingerprint == trained.corpus.record.fingerprint
     )
     cells, by = None, ""
-    if mine.hashes is not None and theirs.hashes is not None:
-        cells, by = (int(np.isin(mine.hashes, theirs.hashes).sum()), len(mine.hashes)), "counts"
+    if evaluated.hashes is not None and trained.hashes is not None:
+        cells, by = (int(np.isin(evaluated.hashes, trained.hashes).sum()), len(evaluated.hashes)), "counts"
     elif (
-        mine.corpus is not None
-        and theirs.corpus is not None
-        and mine.corpus.vocabulary.hash == theirs.corpus.vocabulary.hash
+        evaluated.corpus is not None
+        and trained.corpus is not None
+        and evaluated.corpus.vocabulary.hash == trained.corpus.vocabulary.hash
     ):
-        have = set(_sentences(theirs))
-        found = _sentences(mine)
+        have = set(_sentences(trained))
+        found = _sentences(evaluated)
         cells, by = (sum(s in have for s in found), len(found)), "sentences"
     metadata: dict[str, tuple[int, int]] = {}
     names = None
-    if "dataset" in mine.obs and "dataset" in theirs.obs:
-        sets = [_text(side.obs["dataset"]) for side in (mine, theirs)]
+    if "dataset" in evaluated.obs and "dataset" in trained.obs:
+        sets = [_text(side.obs["dataset"]) for side in (evaluated, trained)]
         metadata["data set"] = _shared(*sets)
-        keys = [np.char.add(np.char.add(d, "\x1f"), side.names) for d, side in zip(sets, (mine, theirs), strict=True)]
+        keys = [
+            np.char.add(np.char.add(d, "\x1f"), side.names) for d, side in zip(sets, (evaluated, trained), strict=True)
+        ]
         known = sets[0] != ""
-        names = (int(np.isin(keys[0][known], keys[1]).sum()), len(mine.names))
-        if "donor" in mine.obs and "donor" in theirs.obs:
-            donors = [_text(side.obs["donor"]) for side in (mine, theirs)]
+        names = (int(np.isin(keys[0][known], keys[1]).sum()), len(evaluated.names))
+        if "donor" in evaluated.obs and "donor" in trained.obs:
+            donors = [_text(side.obs["donor"]) for side in (evaluated, trained)]
             pairs = [
                 np.where(d == "", "", np.char.add(np.char.add(s, "\x1f"), d)) for s, d in zip(sets, donors, strict=True)
             ]
@@ -194,13 +197,13 @@ def compare(mine: Cells, theirs: Cells) -> Overlap:
 
 
 def _pairs(a: npt.NDArray[np.uint64], b: npt.NDArray[np.uint64]) -> npt.NDArray[np.void]:
-    """Both halves of each hash as one comparable value."""
+    """Both halves of each hash as one 16-byte value."""
     out = np.empty((len(a), 2), dtype=np.uint64)
     out[:, 0], out[:, 1] = a, b
     return out.view(np.dtype((np.void, 16))).ravel()
 
 
-def _sentences(side: Cells) -> list[bytes]:
+def _sentences(side: AuditedCells) -> list[bytes]:
     assert side.corpus is not None
     cells = side.obs["cell_row"].to_numpy()
     out: list[bytes] = []
@@ -217,6 +220,6 @@ def _text(column: pd.Series) -> Names:
     return values.replace({"nan": "", "None": "", "unknown": ""}).to_numpy(dtype=np.str_)
 
 
-def _shared(mine: Names, theirs: Names) -> tuple[int, int]:
-    values = np.unique(mine[mine != ""])
-    return int(np.isin(values, theirs).sum()), len(values)
+def _shared(evaluated: Names, trained: Names) -> tuple[int, int]:
+    values = np.unique(evaluated[evaluated != ""])
+    return int(np.isin(values, trained).sum()), len(values)

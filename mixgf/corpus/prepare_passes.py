@@ -1,12 +1,12 @@
-"""Work units of `prepare`: a row range of one source each, which reads its own rows and writes its own part file.
+"""The three passes of `prepare`: metrics of cells, medians of genes, shards of sentences; one task per row range.
 
-No Ray here: a driver, a test or a plain loop calls these functions in any order, any number of times. A part file is
-written atomically and holds the same bytes whoever made it, so whatever was killed is simply made again. A source that
-cannot be used raises `UserError`.
+A task reads the rows of its range and writes its own part file. Tasks run in any order and any number of times: a part
+file is written atomically and its bytes do not depend on the worker, so a killed task is repeated. A source that cannot
+be used raises `UserError`.
 
-Layout of the work folder, all Parquet unless said otherwise: sources/I.json and sources/I.parquet (facts and columns
-of source I), rows/I after bands-I (column-major sources turned into rows), metrics/U (cells of unit U) after sums/U (counts by column), doublets/I-S (sample S), genes/SPECIES,
-sketch/U, done/N (shard N).
+Part files in the work folder (Parquet, but for the .json): sources/I.json and sources/I (facts and columns of source I),
+row_order-I and row_order/I (column-major sources as rows), sums/R and metrics/R (counts by column, and cells, of row range
+R), doublets/I-S (sample S), genes/SPECIES, sketch/N, done/N (information on shard N).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
 from mixgf.corpus import rank_value
 from mixgf.corpus.shards import (
-    _COMPUTED,
-    _KINDS,
+    COMPUTED_COLUMNS,
+    OBS_TYPES,
     RESERVED,
     ROW_GROUP_CELLS,
     SENTENCES,
     facts_uri,
     obs_array,
-    part,
+    part_uri,
     shard_name,
-    write_done,
     write_shard,
+    write_shard_info,
 )
 from mixgf.errors import UserError
 from mixgf.genes import identify, medians
@@ -49,8 +49,8 @@ from mixgf.storage.tables import read_table, write_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """Rows [start, stop) of source number `index`."""
+class RowRange:
+    """Rows [start, stop) of source number `index`: what one task reads, and at most one shard."""
 
     number: int
     index: int
@@ -59,20 +59,17 @@ class Unit:
     stop: int
 
 
-def plan_units(sources: dict[int, tuple[Source, int]], shard_cells: int) -> list[Unit]:
-    """Cut sources (index to source and number of rows) into units, in order."""
+def plan_row_ranges(sources: dict[int, tuple[Source, int]], shard_cells: int) -> list[RowRange]:
+    """Cut sources (number to source and its number of rows) into row ranges of at most `shard_cells` rows, in order."""
     ranges = [
         (i, source, a, min(a + shard_cells, rows))
         for i, (source, rows) in sorted(sources.items())
         for a in range(0, rows, shard_cells)
     ]
-    return [Unit(number=n, index=i, source=s, start=a, stop=b) for n, (i, s, a, b) in enumerate(ranges)]
+    return [RowRange(number=n, index=i, source=s, start=a, stop=b) for n, (i, s, a, b) in enumerate(ranges)]
 
 
-# Sources
-
-
-def describe(
+def describe_source(
     work: str,
     index: int,
     source: Source,
@@ -82,10 +79,19 @@ def describe(
     biotypes: tuple[str, ...],
     allowed: dict[str, list[str]] | None,
 ) -> None:
-    """Open one source, identify its genes and obs columns, hash its bytes; write its facts.
+    """Open one source, identify its genes and obs columns, hash its bytes; write the facts as part files.
 
-    `allowed` names the genes of a species that alone may enter the vocabulary, where there are such (imported medians, a
-    given vocabulary).
+    Args:
+        work: URI of the work folder.
+        index: number of the source.
+        source: the source.
+        row: its species.
+        rules: quality control.
+        biotypes: biotypes of genes that may enter the vocabulary.
+        allowed: by species, the only genes that may enter it (from imported medians or a given vocabulary); None = any.
+
+    Raises:
+        UserError: the file cannot be read, is empty, lacks a column, or too few of its genes are known.
     """
     with open_reader(source.uri, source.layer) as reader:
         if reader.num_rows == 0 or reader.num_columns == 0:
@@ -114,7 +120,7 @@ def describe(
     facts = {"rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column}
     facts |= _identity(source.uri)
     files.write_json(facts_uri(work, index), facts)
-    write_table(part(work, "sources", index), columns)  # last: its presence says that the source is described
+    write_table(part_uri(work, "sources", index), columns)  # written last: it marks the source as done
 
 
 def _identity(uri: str) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def _identity(uri: str) -> dict[str, Any]:
 
 
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:
-    """New name to column of obs."""
+    """Obs columns to keep: new name to name in the file."""
     kept = source.kept_columns(reader.obs_columns)
     for old in kept:
         if old not in reader.obs_columns:
@@ -144,15 +150,17 @@ def _kind(reader: Reader, name: str) -> str:
     return "str" if values.dtype == object else "float" if values.dtype.kind == "f" else "int"
 
 
-def _columns(work: str, index: int) -> pa.Table:
-    return read_table(part(work, "sources", index))
+def _gene_columns(work: str, index: int) -> pa.Table:
+    return read_table(part_uri(work, "sources", index))
 
 
 def write_row_order(work: str, index: int, source: Source) -> None:
     """Write a column-major source as rows (`cells.row_order`), which the later passes read."""
     with open_reader(source.uri, source.layer) as reader:
         row_order.write_rows(reader, _row_order_folder(work, index))
-        write_table(part(work, "row_order", index), pa.table({"rows": [reader.num_rows]}))  # last: all rows are there
+        write_table(
+            part_uri(work, "row_order", index), pa.table({"rows": [reader.num_rows]})
+        )  # last: all rows are there
 
 
 def _row_order_folder(work: str, index: int) -> str:
@@ -160,10 +168,10 @@ def _row_order_folder(work: str, index: int) -> str:
 
 
 @contextmanager
-def _opened(work: str, index: int, source: Source) -> Iterator[Reader]:
+def _open_source(work: str, index: int, source: Source) -> Iterator[Reader]:
     """Open a source; a column-major one is read from its rows (`write_row_order`), where they exist."""
     with open_reader(source.uri, source.layer) as reader:
-        if reader.scan is not None and files.exists(part(work, "row_order", index)):
+        if reader.scan is not None and files.exists(part_uri(work, "row_order", index)):
             reader.read = partial(row_order.read_rows, _row_order_folder(work, index))
         yield reader
 
@@ -171,43 +179,54 @@ def _opened(work: str, index: int, source: Source) -> Iterator[Reader]:
 # Pass 1: metrics
 
 
-def measure(work: str, unit: Unit, block_cells: int) -> None:
-    """Metrics of the unit's cells, their samples, and the sum of counts by column."""
-    columns = _columns(work, unit.index)
+def measure_cells(work: str, row_range: RowRange, block_cells: int) -> None:
+    """Pass 1: write the metrics of a row range's cells, their samples, and the sum of counts by column."""
+    columns = _gene_columns(work, row_range.index)
     masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
     sums_G = np.zeros(columns.num_rows, dtype=np.int64)
-    with _opened(work, unit.index, unit.source) as reader:
+    with _open_source(work, row_range.index, row_range.source) as reader:
         metrics = qc.Metrics.merge(
             [
                 qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G)
-                for b in counts.read_blocks(reader, columns, unit.start, unit.stop, rows=block_cells)
+                for b in counts.read_blocks(reader, columns, row_range.start, row_range.stop, rows=block_cells)
             ]
         )
         table = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
-        if unit.source.sample:
-            values = reader.obs(unit.source.sample, unit.start, unit.stop)
+        if row_range.source.sample:
+            values = reader.obs(row_range.source.sample, row_range.start, row_range.stop)
             table = table.append_column("sample", pc.fill_null(obs_array(values, "str", len(values)), ""))
-    write_table(part(work, "sums", unit.number), pa.table({"sum": sums_G}))
-    write_table(part(work, "metrics", unit.number), table)
+    write_table(part_uri(work, "sums", row_range.number), pa.table({"sum": sums_G}))
+    write_table(part_uri(work, "metrics", row_range.number), table)
 
 
 def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, np.ndarray | None]:
-    """Metrics (and samples) of consecutive units."""
-    tables = [read_table(part(work, "metrics", n)) for n in numbers]
+    """Metrics, and samples if there are any, of consecutive row ranges."""
+    tables = [read_table(part_uri(work, "metrics", n)) for n in numbers]
     table = pa.concat_tables(tables)
     sample = np.asarray(table["sample"].to_pylist(), dtype=object) if "sample" in table.column_names else None
     return qc.Metrics(*(table[name].to_numpy() for name in qc.Metrics.__slots__)), sample
 
 
-def doublets(
+def find_doublets(
     work: str, name: str, source: Source, index: int, rows: np.ndarray, *, block_cells: int, rate: float, seed: int
 ) -> None:
-    """Scrublet over one sample: `rows` (ascending) of a source, all held in memory."""
-    columns = _columns(work, index)
+    """Find doublets of one sample by Scrublet; all its counts are in memory.
+
+    Args:
+        work: URI of the work folder.
+        name: name of the part file to write.
+        source: the source.
+        index: its number.
+        rows: rows of the sample's cells, ascending.
+        block_cells: rows read at a time.
+        rate: expected doublet rate.
+        seed: of the simulated doublets.
+    """
+    columns = _gene_columns(work, index)
     wanted = np.zeros(int(rows[-1]) + 1, dtype=bool)
     wanted[rows] = True
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    with _opened(work, index, source) as reader:
+    with _open_source(work, index, source) as reader:
         for b in counts.read_blocks(reader, columns, int(rows[0]), int(rows[-1]) + 1, rows=block_cells):
             keep = wanted[b.start : b.start + len(b.indptr) - 1]
             entries = np.repeat(keep, np.diff(b.indptr))
@@ -215,42 +234,49 @@ def doublets(
     data, indices, lengths = (np.concatenate(p) for p in zip(*parts, strict=True))
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     score, verdict = scrublet(data, indices, indptr, columns.num_rows, rate=rate, seed=seed)
-    write_table(part(work, "doublets", name), pa.table({"row": rows, "score": score, "doublet": verdict}))
+    write_table(part_uri(work, "doublets", name), pa.table({"row": rows, "score": score, "doublet": verdict}))
 
 
 # Pass 2: medians
 
 
-def number_genes(work: str, species: str, indices: list[int]) -> list[str]:
-    """Candidate genes of a species over its sources, in ascending order; written for the units to read."""
+def list_genes(work: str, species: str, indices: list[int]) -> list[str]:
+    """Candidate genes of a species over its sources, ascending; also written as a part file."""
     found: set[str] = set()
     for index in indices:
-        columns = _columns(work, index)
+        columns = _gene_columns(work, index)
         found.update(columns.filter(columns["candidate"])["gene"].to_pylist())
     genes = sorted(found)
-    write_table(part(work, "genes", species), pa.table({"gene": pa.array(genes, pa.string())}))
+    write_table(part_uri(work, "genes", species), pa.table({"gene": pa.array(genes, pa.string())}))
     return genes
 
 
-def sketch(work: str, number: int, parts: list[tuple[Unit, np.ndarray]], block_cells: int) -> None:
-    """Median sketch number `number`: kept cells (unit, bool[rows]) of one species, over the genes of `number_genes`."""
-    listed = read_table(part(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
-    depths = [read_metrics(work, [unit.number])[0].n_counts for unit, _ in parts]
+def sketch_medians(work: str, number: int, parts: list[tuple[RowRange, np.ndarray]], block_cells: int) -> None:
+    """Pass 2: write median sketch number `number`, over the genes of `list_genes`.
+
+    Args:
+        work: URI of the work folder.
+        number: of the sketch.
+        parts: row ranges of one species, each with bool (rows,): which cells are kept.
+        block_cells: rows read at a time.
+    """
+    listed = read_table(part_uri(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
+    depths = [read_metrics(work, [row_range.number])[0].n_counts for row_range, _ in parts]
     most = max(int(depth_N[keep_N].max()) for depth_N, (_, keep_N) in zip(depths, parts, strict=True))
     filled = medians.SketchBuilder(len(listed), most)
-    for depth, (unit, keep_N) in zip(depths, parts, strict=True):
-        columns = _columns(work, unit.index)
+    for depth, (row_range, keep_N) in zip(depths, parts, strict=True):
+        columns = _gene_columns(work, row_range.index)
         gene_G = pc.index_in(columns["gene"].combine_chunks(), value_set=listed)
         gene_G = np.where(columns["candidate"].to_numpy(), pc.fill_null(gene_G, -1).to_numpy(), -1).astype(np.int32)
-        with _opened(work, unit.index, unit.source) as reader:
-            for b, rows in _blocks(reader, columns, unit, block_cells):
+        with _open_source(work, row_range.index, row_range.source) as reader:
+            for b, rows in _blocks(reader, columns, row_range, block_cells):
                 filled.update(b.data, b.indices, b.indptr, depth_N=depth[rows], keep_N=keep_N[rows], gene_G=gene_G)
-    write_sketch(part(work, "sketch", number), filled.finish())
+    write_sketch(part_uri(work, "sketch", number), filled.finish())
 
 
-def _blocks(reader: Reader, columns: pa.Table, unit: Unit, rows: int) -> Iterator[tuple[counts.Block, slice]]:
-    for block in counts.read_blocks(reader, columns, unit.start, unit.stop, rows=rows):
-        first = block.start - unit.start
+def _blocks(reader: Reader, columns: pa.Table, row_range: RowRange, rows: int) -> Iterator[tuple[counts.Block, slice]]:
+    for block in counts.read_blocks(reader, columns, row_range.start, row_range.stop, rows=rows):
+        first = block.start - row_range.start
         yield block, slice(first, first + len(block.indptr) - 1)
 
 
@@ -258,19 +284,19 @@ _SKETCH = pa.schema([pa.field(name, pa.uint32(), nullable=False) for name in ("k
 
 
 def write_sketch(uri: str, found: medians.Sketch) -> None:
-    """Write a sketch part."""
+    """Write a sketch as a part file."""
     delta = {"key": "DELTA_BINARY_PACKED", "count": "DELTA_BINARY_PACKED"}
     table = pa.Table.from_arrays([pa.array(found.keys), pa.array(found.counts)], schema=_SKETCH)
     write_table(uri, table, use_dictionary=False, column_encoding=delta, compression="none", write_statistics=False)
 
 
 def merge_sketch_parts(uris: list[str], to: str) -> None:
-    """Merge sketch parts, one at a time, into another part."""
+    """Merge the sketches of several part files, one at a time, into one part file."""
     write_sketch(to, medians.merge_sketches(read_sketch(uri) for uri in uris))
 
 
 def read_sketch(uri: str) -> medians.Sketch:
-    """Read a sketch part."""
+    """Read a sketch from its part file."""
     table = read_table(uri)
     return medians.Sketch(table["key"].to_numpy(), table["count"].to_numpy())
 
@@ -278,44 +304,46 @@ def read_sketch(uri: str) -> medians.Sketch:
 # Pass 3: sentences
 
 
-def encode(
-    work: str, unit: Unit, keep_N: np.ndarray, shard: int, *, to: str, vocabulary: str, digest: str, tokens: Tokens,
+def encode_shard(
+    work: str, row_range: RowRange, keep_N: np.ndarray, shard: int, *, to: str, vocabulary: str, digest: str, tokens: Tokens,
     obs: dict[str, str], block_cells: int,
 ) -> None:  # fmt: skip
-    """Write the unit's shard of cell sentences, and then the part that says so (lengths, bytes, sha256).
+    """Pass 3: write the sentences of a row range's kept cells as a shard, then its information to the work folder.
 
     Args:
         work: URI of the work folder.
-        unit: the source's rows.
-        keep_N: bool, which of the unit's rows are kept; at least one is.
+        row_range: rows of one source.
+        keep_N: bool, which rows are kept; at least one.
         shard: number of the shard.
         to: URI of the folder of shards.
         vocabulary: URI of the vocabulary's file.
-        digest: its hash.
-        tokens: how to encode.
-        obs: kind (`str`, `float`, `int`) of every obs column of the corpus; a source that lacks one has nulls.
+        digest: hash of the vocabulary.
+        tokens: settings of the encoding.
+        obs: kind (`str`, `float`, `int`) of every obs column of the corpus; null where a source lacks one.
         block_cells: rows in memory at a time.
     """
-    columns = _columns(work, unit.index)
-    ranks = _ranks(vocabulary, digest, unit.source.species, tokens.scaling)
-    own = columns["canonical"].to_numpy() == np.arange(columns.num_rows)  # the others were added to theirs
+    columns = _gene_columns(work, row_range.index)
+    ranks = _ranks(vocabulary, digest, row_range.source.species, tokens.scaling)
+    own = columns["canonical"].to_numpy() == np.arange(
+        columns.num_rows
+    )  # counts of the other columns were added to these
     position_G = ranks.genes.positions(columns["gene"].combine_chunks())
     encoder = rank_value.Encoder(ranks, np.where(own, position_G, -1).astype(np.int32), tokens)
-    facts = files.read_json(facts_uri(work, unit.index))
-    metrics, _ = read_metrics(work, [unit.number])
+    facts = files.read_json(facts_uri(work, row_range.index))
+    metrics, _ = read_metrics(work, [row_range.number])
     length = np.minimum(metrics.n_genes[keep_N], tokens.max_len - int(tokens.cls)) + int(tokens.cls)
     assert length.min() > int(tokens.cls), "a kept cell without vocabulary genes"
-    schema = pa.schema([SENTENCES, *_COMPUTED.items(), *((name, _KINDS[kind]) for name, kind in obs.items())])
-    num, source = len(length), unit.source
+    schema = pa.schema([SENTENCES, *COMPUTED_COLUMNS.items(), *((name, OBS_TYPES[kind]) for name, kind in obs.items())])
+    num, source = len(length), row_range.source
 
     def row_groups() -> Iterator[pa.Table]:
-        with _opened(work, unit.index, source) as reader:
-            names = reader.cell_names(unit.start, unit.stop)[keep_N]
+        with _open_source(work, row_range.index, source) as reader:
+            names = reader.cell_names(row_range.start, row_range.stop)[keep_N]
             columns_ = {
                 "cell": pa.array([f"{source.name}:{name}" for name in names], pa.string()),
                 "species": pa.array([source.species] * num, pa.string()),
                 "source": pa.array([source.name] * num, pa.string()),
-                "source_row": pa.array(np.flatnonzero(keep_N) + unit.start, pa.int64()),
+                "source_row": pa.array(np.flatnonzero(keep_N) + row_range.start, pa.int64()),
                 "length": pa.array(length, pa.int32()),
                 "n_counts": pa.array(metrics.n_counts[keep_N], pa.int64()),
                 "n_genes": pa.array(metrics.n_genes[keep_N], pa.int32()),
@@ -323,9 +351,9 @@ def encode(
             }
             for name, kind in obs.items():
                 have = facts["obs"].get(name)
-                values = None if have is None else reader.obs(have, unit.start, unit.stop)[keep_N]
+                values = None if have is None else reader.obs(have, row_range.start, row_range.stop)[keep_N]
                 columns_[name] = obs_array(values, kind, num)
-            blocks = _blocks(reader, columns, unit, block_cells)
+            blocks = _blocks(reader, columns, row_range, block_cells)
             for first, sentences in _sentences(encoder, blocks, keep_N, length):
                 rest = [column.slice(first, len(sentences)) for column in columns_.values()]
                 yield pa.Table.from_arrays([sentences, *rest], schema=schema)
@@ -333,15 +361,21 @@ def encode(
     name = shard_name(shard)
     size, digest = write_shard(files.join(to, name), schema, row_groups())
     done = {"name": name, "rows": num, "bytes": size, "sha256": digest}
-    write_done(work, shard, length, done)
+    write_shard_info(work, shard, length, done)
 
 
 def _sentences(
     encoder: rank_value.Encoder, blocks: Iterable[tuple[counts.Block, slice]], keep_N: np.ndarray, length_K: np.ndarray
 ) -> Iterator[tuple[int, pa.ListArray]]:
-    """Sentences of the kept cells, of known lengths, one row group at a time: (first cell, its tokens and those that follow).
+    """Sentences of the kept cells, one row group at a time: (number of the first cell, tokens of all cells of the group).
 
-    The tokens' array is used again for the next row group.
+    The tokens' array is reused for the next row group.
+
+    Args:
+        encoder: of the source.
+        blocks: blocks of counts, each with its rows within the row range.
+        keep_N: bool, rows that are kept.
+        length_K: length of each kept cell's sentence.
     """
     offsets_K1 = np.concatenate([[0], np.cumsum(length_K, dtype=np.int64)])
     edges = [*range(0, len(length_K), ROW_GROUP_CELLS), len(length_K)]
@@ -365,7 +399,7 @@ def _sentences(
 
 @lru_cache(maxsize=8)
 def _ranks(vocabulary: str, digest: str, species: str, scaling: str) -> rank_value.Ranks:
-    """Made once per process and vocabulary; `digest` keeps apart what a file of the same name held before."""
+    """Rank table of a vocabulary file, cached per process; the hash tells apart former contents of the same file."""
     found = Vocabulary.load(vocabulary)
     assert found.hash == digest, vocabulary
     return rank_value.Ranks.of(found.species_genes(species), scaling)

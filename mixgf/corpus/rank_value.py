@@ -1,12 +1,11 @@
-"""Rank value encoding of one block of counts (paper section 3.2, spec section 3): pure, compiled, no Ray.
+"""Rank value encoding (paper section 3.2): raw counts of cells to cell sentences, the genes from highest to lowest value.
 
-A cell's genes are sorted by count / median (float64), descending; equal values by ascending token id, exactly. Depth
-and the factor 10,000 are the same for all genes of a cell and are left out: they do not change the order.
+A gene's value is count / median (float64); equal values are ordered by ascending token id. The paper first divides by the
+cell's depth and multiplies by 10,000. Both are the same for all genes of a cell, so they do not change the order.
 
-Nearly all counts of a cell are small, and there are only so many pairs of a small count and a gene: `Ranks` orders them
-all once per vocabulary. A cell is then a set of whole numbers, which numpy sorts with the processor's vector
-instructions. The few counts beyond the table are sorted by a merge sort that compares value, then token, and are merged
-in. Every comparison is one of float64 values or whole numbers, so no processor and no block size changes a sentence.
+Nearly all counts are small. `Ranks` therefore sorts all pairs of a small count and a gene once per vocabulary. A cell is
+then a set of integers, which numpy sorts with vector instructions. The few larger counts are sorted by value and token,
+and merged in. Only float64 values and integers are compared, so neither processor nor block size changes a sentence.
 
 Letters: N cells, G columns of the source, C counts of the table, V genes of the species, K ranks of a cell, T tokens of
 the block.
@@ -23,32 +22,33 @@ from mixgf.genes.vocabulary import CLS, SpeciesGenes
 from mixgf.jit import jit
 
 TABLE_COUNTS = 32
-"""Counts 1 to this are looked up: over 99 % of the counts of UMI data."""
+"""Largest count in the table of ranks: over 99 % of the counts of UMI data are at most this."""
 _RUN = 8
-"""Values put in order by insertion before runs are merged."""
+"""Length of the runs that insertion sort orders before they are merged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The order of all pairs (count up to `TABLE_COUNTS`, gene of the species): rank 0 has the largest value."""
+    """Ranks of all pairs (count up to `TABLE_COUNTS`, gene of the species); rank 0 has the largest value."""
 
     genes: SpeciesGenes
     divide: bool
+    """True: value = count / median, as in the paper; False: count * median."""
     rank_CV: np.ndarray
-    """int32: rank of each pair (count, gene); the row of count 0 and the last column, no gene, hold the number of pairs."""
+    """int32: rank of each pair (count, gene). The row of count 0 and the last column (no gene) hold the number of pairs."""
     token: np.ndarray
-    """int32, by rank."""
+    """int32: token id by rank."""
     value: np.ndarray
-    """float64, by rank: falling."""
+    """float64: value by rank, descending."""
 
     @classmethod
     def of(cls, genes: SpeciesGenes, scaling: str) -> Ranks:
-        """Order the pairs of one species' genes; `scaling` as in `Tokens.scaling`."""
+        """Rank the pairs of one species' genes; `scaling` is `divide` or `multiply`, as in `Tokens.scaling`."""
         divide = scaling == "divide"
         counts_C = np.arange(1, TABLE_COUNTS + 1, dtype=np.float64)
         medians_V = genes.medians[:, None]
         value_VC = counts_C / medians_V if divide else counts_C * medians_V
-        order = np.argsort(-value_VC, axis=None, kind="stable")  # genes ascend in token id: so do equal values
+        order = np.argsort(-value_VC, axis=None, kind="stable")  # genes ascend in token id, so equal values do
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order), dtype=np.int32)
         rank_CV = np.full((TABLE_COUNTS + 1, len(genes.tokens) + 1), len(order), dtype=np.int32)
@@ -65,7 +65,7 @@ def _before(value_a: float, token_a: int, value_b: float, token_b: int) -> bool:
 
 @jit
 def _sort(value: np.ndarray, token: np.ndarray, other_value: np.ndarray, other_token: np.ndarray, n: int) -> None:
-    """Sort n pairs in place by falling value, then rising token; the others are room to work in."""
+    """Sort n pairs in place by descending value, then ascending token; `other_value` and `other_token` are workspace."""
     for start in range(0, n, _RUN):
         for i in range(start + 1, min(start + _RUN, n)):
             v, t, j = value[i], token[i], i - 1
@@ -95,9 +95,19 @@ def _look_up(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, start_N: np.ndarray, stop_N: np.ndarray, rank_P: np.ndarray, none: int,
     rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray,
 ) -> None:  # fmt: skip
-    """Ranks of all counts of some rows, `none` for what has none; places in `data` of the counts that are not in the table.
+    """Ranks of all counts of some rows (`none` for counts without a rank), and positions of counts beyond the table.
 
-    `rank_P` is the table by count and column as one array; `stop_K` and `stop_L` get the end of each row's entries.
+    Args:
+        data: counts.
+        indices: columns.
+        start_N: first entry of each row.
+        stop_N: end of each row's entries.
+        rank_P: table of ranks by count and column, flattened.
+        none: value for counts without a rank.
+        rank_K: output, ranks.
+        stop_K: output, end of each row's ranks.
+        large_L: output, positions in `data` of counts above `TABLE_COUNTS`.
+        stop_L: output, end of each row's large counts.
     """
     num_columns, k, n = np.uint64(rank_P.shape[0] // (TABLE_COUNTS + 1)), 0, 0
     for row in range(start_N.shape[0]):
@@ -114,12 +124,31 @@ def _look_up(  # noqa: PLR0917 (a compiled kernel)
 
 
 @jit
-def _spell(  # noqa: PLR0912, PLR0917 (a compiled kernel)
+def _write_sentences(  # noqa: PLR0912, PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, position_G: np.ndarray, tokens_V: np.ndarray, medians_V: np.ndarray, divide: int,
     rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray, rank_token: np.ndarray,
     rank_value: np.ndarray, cls: int, most: int, out: np.ndarray, out_offsets: np.ndarray,
 ) -> None:  # fmt: skip
-    """Tokens of rows whose ranks are sorted, with the large counts between them."""
+    """Write the sentences of rows whose ranks are sorted, and merge the large counts in.
+
+    Args:
+        data: counts.
+        indices: columns.
+        position_G: position of each column's gene in the species' genes, -1 = none.
+        tokens_V: token id of each gene of the species.
+        medians_V: median of each gene of the species.
+        divide: 1: value = count / median; 0: count * median.
+        rank_K: sorted ranks of each row, from `_look_up`.
+        stop_K: end of each row's ranks.
+        large_L: positions in `data` of counts beyond the table.
+        stop_L: end of each row's large counts.
+        rank_token: token id by rank.
+        rank_value: value by rank.
+        cls: id of <cls>, -1 = none.
+        most: most genes of a sentence.
+        out: output, tokens.
+        out_offsets: output, offsets of the sentences; the first is 0.
+    """
     room, none = medians_V.shape[0], rank_token.shape[0]
     value, token = np.empty(room, np.float64), np.empty(room, np.int32)
     other_value, other_token = np.empty(room, np.float64), np.empty(room, np.int32)
@@ -144,7 +173,7 @@ def _spell(  # noqa: PLR0912, PLR0917 (a compiled kernel)
             n += 1
         end = n + most
         for large in range(num_large):
-            # the first rank that does not come before this one: leaps of 1, 2, 4, … and then halves
+            # first rank that does not precede this count: exponential, then binary search
             upto, leap = done, 1
             while upto < k and _before(rank_value[rank_K[upto]], rank_token[rank_K[upto]], value[large], token[large]):
                 upto, leap = upto + leap, 2 * leap
@@ -171,12 +200,12 @@ def _spell(  # noqa: PLR0912, PLR0917 (a compiled kernel)
 
 
 class Encoder:
-    """Makes cell sentences of the blocks of one source.
+    """Rank value encoder of one source: CSR blocks of counts to cell sentences.
 
     Args:
-        ranks: of the vocabulary genes of the source's species, made with `tokens.scaling`.
-        position_G: int32, the position in `ranks.genes` of each column, -1 for none; no position twice.
-        tokens: longest sentence, `<cls>`.
+        ranks: of the source's species, made with `tokens.scaling`.
+        position_G: int32, position in `ranks.genes` of each column, -1 = none; no position twice.
+        tokens: length limit, and whether sentences begin with <cls>.
     """
 
     def __init__(self, ranks: Ranks, position_G: np.ndarray, tokens: Tokens) -> None:
@@ -192,11 +221,11 @@ class Encoder:
         """Cell sentences of one CSR block.
 
         Args:
-            data: int32 counts; those above 0 name each column at most once in a row (`mixgf.corpus.blocks` sees to that).
+            data: int32 counts; a row has at most one count above 0 per column (as `counts.read_blocks` gives them).
             indices: int32 columns.
             indptr: int64.
             rows_N: rows to encode; None = all.
-            out: int32, where the tokens are written, with room for all of them; None = a new array.
+            out: int32 array for the tokens, large enough for all; None = a new array.
 
         Returns:
             (tokens_T int32, offsets int64[N+1]): the sentence of `rows_N[i]` is tokens_T[offsets[i] : offsets[i + 1]].
@@ -219,7 +248,7 @@ class Encoder:
             rank_K[start:stop].sort()
             start = stop
         out_offsets = np.zeros(num_rows + 1, dtype=np.int64)
-        _spell(
+        _write_sentences(
             data, indices, self._position_G, ranks.genes.tokens, ranks.genes.medians, int(ranks.divide), rank_K, stop_K,
             large_L, stop_L, ranks.token, ranks.value, CLS if cls else -1, most, out, out_offsets,
         )  # fmt: skip

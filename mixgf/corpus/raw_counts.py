@@ -1,6 +1,6 @@
-"""Raw counts of chosen cells, for methods that do not read sentences, and one gene space for several species.
+"""Raw counts of chosen cells, for baselines that read counts, and a shared gene space for several species.
 
-Counts are read once per source, over the genes of the vocabulary, and kept as a Parquet part that many tasks share.
+Counts are read once per source, over the genes of the vocabulary, and cached as Parquet.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ class Counts:
     species: str
 
 
-def read(source: Source, row: SpeciesRow, genes: SpeciesGenes, rows: Ints, *, block_cells: int) -> sparse.csr_matrix:
+def read_counts(
+    source: Source, row: SpeciesRow, genes: SpeciesGenes, rows: Ints, *, block_cells: int
+) -> sparse.csr_matrix:
     """Raw counts of some cells of a source over the genes of the vocabulary.
 
     Args:
-        source: The file.
-        row: Its species.
+        source: The file of counts.
+        row: The file's species.
         genes: The vocabulary's genes of that species; columns of the result are in their order.
         rows: Rows in the file, ascending.
         block_cells: Rows of the file held in memory at a time.
@@ -77,16 +79,16 @@ def _pick(block: counts.Block, to: Ints, rows: Ints, num_genes: int) -> sparse.c
     )
 
 
-def save(uri: str, cells: Ints, matrix: sparse.csr_matrix) -> None:
-    """Keep counts as Parquet: cell (global number), gene columns and counts as lists."""
+def save_counts(uri: str, cells: Ints, matrix: sparse.csr_matrix) -> None:
+    """Write counts as Parquet: cell (global number), and lists of gene columns and counts."""
     offsets = pa.array(matrix.indptr.astype(np.int32), pa.int32())
     lists = {"genes": matrix.indices.astype(np.int32), "counts": matrix.data.astype(np.int32)}
     columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
     tables.write_table(uri, pa.table({"cell": pa.array(cells, pa.int64()), **columns}), row_group_size=2_500)
 
 
-def load(uri: str, num_genes: int) -> tuple[Ints, sparse.csr_matrix]:
-    """What `save` kept: global cell numbers and their counts as float32."""
+def load_counts(uri: str, num_genes: int) -> tuple[Ints, sparse.csr_matrix]:
+    """Read what `save_counts` wrote: global cell numbers, and their counts as float32 (cells, genes)."""
     table = tables.read_table(uri).combine_chunks()
     lists = [table[name].combine_chunks() for name in ("genes", "counts")]
     genes, values = (one.chunk(0) if isinstance(one, pa.ChunkedArray) else one for one in lists)
@@ -97,13 +99,13 @@ def load(uri: str, num_genes: int) -> tuple[Ints, sparse.csr_matrix]:
     return table["cell"].to_numpy(), matrix
 
 
-def shared_space(
+def shared_gene_space(
     blocks: Sequence[Counts], orthologs: Mapping[tuple[str, str], Mapping[str, str]]
 ) -> tuple[list[sparse.csr_matrix], Names]:
     """Counts of several blocks in one gene space.
 
-    One species: the union of its blocks' genes, absent genes 0. More: the genes of the first species (by name) that have a
-    one-to-one ortholog in each of the others, where both were measured.
+    With one species it is the union of the blocks' genes; absent genes are 0. With several it is the genes of the first
+    species (by name) that have a measured one-to-one ortholog in each of the others.
 
     Args:
         blocks: Counts of one species each.

@@ -1,6 +1,6 @@
-"""The reader of a token corpus: index, shards, packed sentences; and the thread that reads ahead.
+"""Reader of a corpus: sentences of any cells, packed, and their metadata (obs).
 
-Shapes: N cells of the corpus, B cells asked for, T packed tokens.
+Shapes: N cells of the corpus, B requested cells, T packed tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mixgf.storage import artifacts, files, tables
 from mixgf.storage.artifacts import Record
 
 CACHED_SHARDS = 6
-"""As many as the plan mixes with each other (`plan.WINDOW_SHARDS`): an epoch then reads every shard once."""
+"""Shards in memory: as many as `training.batch_plan.WINDOW_SHARDS`, so that an epoch reads every shard once."""
 
 
 class Corpus:
@@ -33,8 +33,8 @@ class Corpus:
 
     Args:
         uri: the artifact's folder.
-        max_len: longest sentence that is seen, longer ones are cut to their first tokens (the highest ranks); 0 = as they are.
-        cached_shards: shards held in memory; the least recently used one goes first.
+        max_len: sentences are cut to this many tokens (the highest ranks); 0 = not cut.
+        cached_shards: shards held in memory; the least recently used one is dropped first.
     """
 
     def __init__(self, uri: str, *, max_len: int = 0, cached_shards: int = CACHED_SHARDS) -> None:
@@ -62,12 +62,12 @@ class Corpus:
 
     @property
     def num_cells(self) -> int:
-        """N."""
+        """Number of cells (N)."""
         return len(self.lengths_N)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary the tokens belong to; a copy lies in the corpus."""
+        """Vocabulary of the tokens; the corpus holds a copy."""
         vocabulary = Vocabulary.load(self.uri)
         if vocabulary.hash != self.record.details["vocabulary"]:
             msg = f"{self.uri}: its vocabulary.parquet is not the one its tokens were made with; restore it"
@@ -77,21 +77,21 @@ class Corpus:
     @property
     def cls(self) -> bool:
         """Whether sentences begin with <cls>."""
-        return self.tokenised.cls
+        return self.token_settings.cls
 
     @property
-    def tokenised(self) -> data.Tokens:
-        """How its sentences were made."""
+    def token_settings(self) -> data.Tokens:
+        """Settings with which the sentences were made."""
         return parse.from_dict(data.Tokens, self.record.config["tokens"], "corpus.tokens")
 
     def tokens(self, cells: npt.ArrayLike) -> tuple[I32, I64]:
-        """Sentences of the given cells, packed in the given order: tokens (T,) and offsets (B + 1,)."""
+        """Sentences of the given cells (B,), packed in the given order: tokens (T,) and offsets (B + 1,)."""
         cells_B = np.asarray(cells, dtype=np.int64)
         lengths_B = self.lengths_N[cells_B].astype(np.int64)
         offsets_B1 = offsets_of(lengths_B)
         tokens_T = np.empty(offsets_B1[-1], dtype=np.int32)
         shard_B = np.searchsorted(self.starts, cells_B, side="right") - 1
-        # first the shards that are held, before new ones take their place
+        # cached shards first, before others replace them
         for shard in sorted(set(shard_B.tolist()), key=lambda shard: (shard not in self._cache, shard)):
             _gather(*self._shard(shard), cells_B - self.starts[shard], shard_B == shard, offsets_B1, tokens_T)
         return tokens_T, offsets_B1
@@ -116,7 +116,7 @@ class Corpus:
         return read
 
     def table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
-        """One shard's table."""
+        """Table of one shard, with the given columns; None = all."""
         return tables.read_table(files.join(self.uri, "shards", self._file(shard)), columns)
 
     def _file(self, shard: int) -> str:
@@ -125,7 +125,7 @@ class Corpus:
 
     @cached_property
     def columns(self) -> frozenset[str]:
-        """Names of all columns of any shard, without the tokens."""
+        """Names of the columns of all shards, without the tokens."""
         names: set[str] = set()
         for shard in range(len(self.shards)):
             with files.open_read(files.join(self.uri, "shards", self._file(shard))) as file:
@@ -133,7 +133,11 @@ class Corpus:
         return frozenset(names - {"tokens"})
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
-        """Everything but the tokens, one row per cell in cell order; columns missing in a shard are empty there."""
+        """Metadata, one row per cell in cell order; a column that a shard lacks is empty there.
+
+        Raises:
+            UserError: a requested column is in no shard.
+        """
         frames, seen = [], dict[str, None]()
         for shard in range(len(self.shards)):
             uri = files.join(self.uri, "shards", self._file(shard))
@@ -155,7 +159,7 @@ class Corpus:
 def _gather(  # noqa: PLR0917 (compiled)
     values: I32, bounds: I64, rows_B: I64, mine_B: npt.NDArray[np.bool_], offsets_B1: I64, tokens_T: I32
 ) -> None:
-    """Copy the sentences of one shard, or as much of each as there is room for, to their places."""
+    """Copy the sentences of one shard to the output; each is cut to the length that its offsets allow."""
     for i in range(len(rows_B)):
         if mine_B[i]:
             begin, start, stop = bounds[rows_B[i]], offsets_B1[i], offsets_B1[i + 1]

@@ -1,4 +1,7 @@
-"""Moved here from mixgf/interop.py."""
+"""Translate the token ids of a published dictionary to those of the vocabulary.
+
+Letters: N cells, T ids of all cells, K the dictionary's highest id + 1.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,16 @@ from mixgf.genes.token_dictionaries import TokenDictionary
 from mixgf.genes.vocabulary import SpeciesGenes
 from mixgf.jit import jit
 
-# Ids into our vocabulary
-
 UNKNOWN, FRONT, END, OUTSIDE = -1, -2, -3, -4
-"""What an id is that is no vocabulary gene: not in the dictionary (or a special that no sentence may hold); a special of
-the sentence's front or of its end; a gene that the vocabulary does not have."""
+"""Codes of ids that are not vocabulary genes: not in the dictionary (or a special token that sentences must not hold); a
+special token of the front or of the end of a sentence; a gene that is not in the vocabulary."""
 _PLACES = {"<cls>": FRONT, "<bos>": FRONT, "<pad>": END, "<eos>": END, "<sep>": END}
 COUNTED = ("kept", "special", "unknown", "outside", "duplicate", "truncated")
-"""What becomes of the ids of a sentence; every id is one of these."""
+"""What becomes of the ids of a sentence; every id counts as one of these."""
 
 
-def lookup(dictionary: TokenDictionary, names: Mapping[str, str], genes: SpeciesGenes) -> np.ndarray:
-    """int32[K]: our token, or one of the codes above, for each id of a dictionary.
+def token_of_id(dictionary: TokenDictionary, names: Mapping[str, str], genes: SpeciesGenes) -> np.ndarray:
+    """Token of the vocabulary, or one of the codes above, for each id of a dictionary: int32[K].
 
     `names` are the dictionary's genes of the species (`genes_of_species`), `genes` the vocabulary's.
     """
@@ -37,7 +38,7 @@ def lookup(dictionary: TokenDictionary, names: Mapping[str, str], genes: Species
 
 
 @jit
-def _reid(  # noqa: PLR0917 (a compiled kernel)
+def _remap_ids(  # noqa: PLR0917 (a compiled kernel)
     ids: np.ndarray,
     offsets: np.ndarray,
     table: np.ndarray,
@@ -89,33 +90,33 @@ def _reid(  # noqa: PLR0917 (a compiled kernel)
 
 @dataclass(frozen=True, slots=True)
 class Sentences:
-    """Sentences in our ids, packed."""
+    """Packed sentences in token ids of the vocabulary."""
 
     tokens: np.ndarray
     """int32: the first `longest` genes of each cell, one cell after the other."""
     genes_N: np.ndarray
-    """int32: different vocabulary genes of each cell, before it is cut."""
+    """int32: number of distinct vocabulary genes of each cell, before it is cut."""
     counts: dict[str, int]
-    """Ids by what became of them (`COUNTED`)."""
+    """Number of ids of each kind of `COUNTED`."""
     first: dict[str, int]
-    """Position among the T ids of the first that is left out as each kind, -1 for none."""
+    """Position among the T ids of the first of each kind that is left out, -1 = none."""
 
 
-def reid(ids_T: np.ndarray, offsets_N1: np.ndarray, table_K: np.ndarray, *, size: int, longest: int) -> Sentences:
-    """Translate sentences into our ids; order is kept, and of a gene that comes again the first place.
+def remap_ids(ids_T: np.ndarray, offsets_N1: np.ndarray, table_K: np.ndarray, *, size: int, longest: int) -> Sentences:
+    """Translate sentences to token ids of the vocabulary; the order stays, and a repeated gene keeps its first position.
 
     Args:
-        ids_T: the dictionary's ids, integers of any width.
-        offsets_N1: int64, where each cell begins, and T.
-        table_K: from `lookup`.
-        size: our vocabulary's number of ids.
-        longest: genes kept of a cell.
+        ids_T: ids of the dictionary, integers of any width.
+        offsets_N1: int64 offsets of the cells.
+        table_K: from `token_of_id`.
+        size: number of token ids of the vocabulary.
+        longest: most genes kept of a cell.
     """
     out = np.empty(len(ids_T), dtype=np.int32)
     genes = np.empty(len(offsets_N1) - 1, dtype=np.int32)
     counts, first = np.zeros(len(COUNTED), dtype=np.int64), np.full(len(COUNTED), -1, dtype=np.int64)
     seen = np.zeros(size, dtype=np.int32)
-    n = _reid(ids_T, offsets_N1, table_K, longest, seen, out, genes, counts, first)
+    n = _remap_ids(ids_T, offsets_N1, table_K, longest, seen, out, genes, counts, first)
     return Sentences(
         out[:n],
         genes,

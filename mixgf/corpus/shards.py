@@ -1,4 +1,4 @@
-"""Moved here from mixgf/units.py."""
+"""Shards of a corpus (Parquet files of sentences and metadata), and the part files of the work folder."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from mixgf.storage.tables import read_table, write_table, write_tables
 
 ROW_GROUP_CELLS = 2_500
 SENTENCES = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
-_COMPUTED = {
+COMPUTED_COLUMNS = {
     "cell": pa.string(), "species": pa.string(), "source": pa.string(), "source_row": pa.int64(), "length": pa.int32(),
     "n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64(),
 }  # fmt: skip
-RESERVED = (SENTENCES.name, *_COMPUTED)
+RESERVED = (SENTENCES.name, *COMPUTED_COLUMNS)
 """Columns that mixgf computes; an obs column of the same name is left out."""
-_KINDS = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}
+OBS_TYPES = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}
 
 
-def part(work: str, kind: str, name: int | str) -> str:
+def part_uri(work: str, kind: str, name: int | str) -> str:
     """URI of a part file."""
     return files.join(work, kind, f"{name:05d}.parquet" if isinstance(name, int) else f"{name}.parquet")
 
 
 def facts_uri(work: str, index: int) -> str:
-    """URI of what is known of a source."""
+    """URI of the facts of a source (JSON)."""
     return files.join(work, "sources", f"{index:05d}.json")
 
 
@@ -38,22 +38,22 @@ def shard_name(shard: int) -> str:
     return f"{shard:05d}.parquet"
 
 
-def write_done(work: str, shard: int, length_N: np.ndarray, entry: dict[str, Any]) -> None:
-    """Write the part that says that a shard is there: its lengths and manifest entry."""
+def write_shard_info(work: str, shard: int, length_N: np.ndarray, entry: dict[str, Any]) -> None:
+    """Write the information on a finished shard: lengths (int32[N]) and manifest entry. It marks the shard as done."""
     table = pa.table({"length": pa.array(length_N, pa.int32())})
-    write_table(part(work, "done", shard), table.replace_schema_metadata({"shard": json.dumps(entry)}))
+    write_table(part_uri(work, "done", shard), table.replace_schema_metadata({"shard": json.dumps(entry)}))
 
 
-def read_done(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:
+def read_shard_info(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Lengths (int32[N]) and manifest entry of a finished shard."""
-    table = read_table(part(work, "done", shard))
+    table = read_table(part_uri(work, "done", shard))
     return table["length"].to_numpy(), json.loads(table.schema.metadata[b"shard"])
 
 
 def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tuple[int, str]:
-    """Write one shard: tokens byte-stream split, zstd, row groups of 2,500 cells (a table ends with one).
+    """Write one shard (zstd, tokens byte-stream split, row groups of `ROW_GROUP_CELLS`); returns its bytes and SHA-256.
 
-    Tokens are declared never null: a third of the writing time would go into saying of each that it is there.
+    The tokens are declared non-nullable, which saves a third of the writing time.
     """
     text = [f.name for f in schema if pa.types.is_string(f.type) and f.name != "cell"]
     sums = [f.name for f in schema if f.name not in ("tokens", "cell")]
@@ -64,7 +64,7 @@ def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tupl
 
 
 def obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:
-    wanted = _KINDS[kind]
+    wanted = OBS_TYPES[kind]
     if values is None:
         return pa.nulls(num, wanted)
     if kind == "str":

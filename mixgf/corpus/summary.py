@@ -1,7 +1,7 @@
-"""What is in a corpus: cells by species, source and type, lengths, reasons of dropping, coverage of the vocabulary.
+"""Summary of a corpus: cells by species, source and type, lengths, dropped cells, coverage of the vocabulary.
 
-Shards are read row group by row group and only counted, so memory is bounded by the vocabulary and the longest sentence,
-not by the corpus. What a corpus does not record (an imported one has no mapping report, perhaps no counts) is null.
+Shards are read row group by row group, so memory does not grow with the corpus. What a corpus does not record is null:
+an imported corpus has no mapping report, and may have no counts.
 
 Letters: V token ids, L lengths (0 to the longest sentence).
 """
@@ -27,24 +27,24 @@ from mixgf.storage import artifacts, files, tables
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARES = (0.001, 0.01, 0.1, 0.5)
-"""Shares of a species' cells at which genes are counted as seen."""
+"""Genes are counted that at least these shares of a species' cells detect."""
 BATCH_CELLS = 2_500
 _MEANS = ("n_counts", "n_genes", "mito_fraction")
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What one species' sentences hold."""
+class _SpeciesCounts:
+    """Counts over the sentences of one species."""
 
     cells_V: np.ndarray
-    """int64: cells that have the token."""
+    """int64: cells whose sentence holds the token."""
     length_L: np.ndarray
-    """int64: cells by length."""
+    """int64: cells by length of the sentence."""
     types: Counter[str | None] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
-class _Kept:
+class _SourceSums:
     """Sums over one source's kept cells."""
 
     species: str
@@ -54,14 +54,20 @@ class _Kept:
     """Cells in which a column of `sums` is not null."""
 
 
-def inspect(uri: str) -> dict[str, Any]:
+def summarise_corpus(uri: str) -> dict[str, Any]:
     """Figures of a finished corpus, ready for JSON.
 
-    Keys: uri, created, code, fingerprint; cells (read, kept, dropped by reason); sources (one row each, with cells read,
-    kept, dropped by reason, share of counts on known genes, means over kept cells); refused; cell_types by species
-    (null where a corpus has no such column); unlabelled by species; columns (share of cells that have a value); lengths
-    by species (quantiles in tokens, share at max_len, histogram: bins between its edges, the last of cells at max_len); vocabulary (by species:
-    genes, seen at all, never, by share of cells; share of the gene table; histogram `by_cells`); tokens, shards, bytes.
+    | key | holds |
+    |---|---|
+    | uri, created, code, fingerprint | identity |
+    | cells | read, kept, dropped by reason |
+    | sources | by source: cells read, kept, dropped by reason, share of counts on known genes, means over kept cells |
+    | refused | sources that could not be used |
+    | cell_types, unlabelled | by species; null without a column cell_type |
+    | columns | share of cells with a value |
+    | lengths | by species: quantiles (tokens), share at max_len, histogram with its edges (last bin: cells at max_len) |
+    | vocabulary | by species: genes, detected, never detected, by share of cells; share of the gene table; `by_cells` |
+    | tokens, shards, bytes | totals |
 
     Raises:
         UserError: `uri` is not a finished corpus, or a shard is missing or damaged.
@@ -100,7 +106,7 @@ def inspect(uri: str) -> dict[str, Any]:
 
 
 def _require(uri: str) -> artifacts.Record:
-    """The corpus' record, or an error for whoever named something else."""
+    """Record of a corpus; a `UserError` that says what the URI holds instead."""
     record = artifacts.find(uri)
     if record is not None and record.kind == "corpus":
         return record
@@ -127,14 +133,14 @@ def _require(uri: str) -> artifacts.Record:
 
 def _count(
     uri: str, record: artifacts.Record, num_tokens: int
-) -> tuple[dict[str, _Seen], dict[str, _Kept], dict[str, int]]:
-    """Count every shard, a row group at a time: by species, by source, and values by further column."""
+) -> tuple[dict[str, _SpeciesCounts], dict[str, _SourceSums], dict[str, int]]:
+    """Counts over all shards: by species, by source, and number of values by column."""
     longest = int(record.details["max_len"])
     seen = {
-        name: _Seen(np.zeros(num_tokens, np.int64), np.zeros(longest + 1, np.int64))
+        name: _SpeciesCounts(np.zeros(num_tokens, np.int64), np.zeros(longest + 1, np.int64))
         for name in record.details["species"]
     }
-    kept: dict[str, _Kept] = {}
+    kept: dict[str, _SourceSums] = {}
     filled: Counter[str] = Counter()
     shards = record.details["shards"]
     done = 0
@@ -148,7 +154,7 @@ def _count(
 
 
 def _batches(where: str, filled: Counter[str]) -> Iterator[pa.Table]:
-    """A shard's columns that are counted; the footer says how many values the others have."""
+    """Read the needed columns of a shard in batches; for all columns, add the number of values (from the footer) to `filled`."""
     wanted = ("tokens", "species", "source", "length", "cell_type", *_MEANS)
     if not files.exists(where):
         msg = f"{where}: a shard of the corpus is missing; restore it, or make the corpus again with `mixgf prepare`"
@@ -172,7 +178,7 @@ def _batches(where: str, filled: Counter[str]) -> Iterator[pa.Table]:
         raise UserError(msg) from None
 
 
-def _add(batch: pa.Table, seen: dict[str, _Seen], kept: dict[str, _Kept]) -> None:
+def _add(batch: pa.Table, seen: dict[str, _SpeciesCounts], kept: dict[str, _SourceSums]) -> None:
     lists = batch["tokens"].combine_chunks()
     lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
     length = np.diff(lists.offsets.to_numpy())
@@ -191,7 +197,7 @@ def _add(batch: pa.Table, seen: dict[str, _Seen], kept: dict[str, _Kept]) -> Non
         [([], "count_all"), *((name, how) for name in have for how in ("sum", "count"))]
     )
     for row in found.to_pylist():
-        source = kept.setdefault(row["source"], _Kept(row["species"]))
+        source = kept.setdefault(row["source"], _SourceSums(row["species"]))
         source.cells += row["count_all"]
         for name in have:
             source.sums[name] = source.sums.get(name, 0.0) + (row[f"{name}_sum"] or 0)
@@ -206,7 +212,7 @@ def _rows(uri: str, name: str) -> list[dict[str, Any]]:
     return tables.read_table(where).to_pylist() if files.exists(where) else []
 
 
-def _sources(uri: str, record: artifacts.Record, kept: dict[str, _Kept]) -> list[dict[str, Any]]:
+def _sources(uri: str, record: artifacts.Record, kept: dict[str, _SourceSums]) -> list[dict[str, Any]]:
     """One row per source, those without a kept cell included."""
     named = {s["name"]: s for s in record.details.get("sources") or []}
     mapping = {m["source"]: m for m in _rows(uri, "mapping.parquet")}
@@ -239,7 +245,7 @@ def _sources(uri: str, record: artifacts.Record, kept: dict[str, _Kept]) -> list
 
 
 def _lengths(length_L: np.ndarray, max_len: int) -> dict[str, Any]:
-    """Quantiles (the smallest length that so many cells do not exceed), share at the limit, 50 bins and one for the limit."""
+    """Quantiles of the length, share of cells at the limit, and a histogram of 50 bins and one for the limit."""
     total = int(length_L.sum())
     ends = np.cumsum(length_L)
     quantiles = {
@@ -256,8 +262,8 @@ def _lengths(length_L: np.ndarray, max_len: int) -> dict[str, Any]:
     }
 
 
-def _coverage(record: artifacts.Record, vocabulary: Vocabulary, seen: dict[str, _Seen]) -> dict[str, Any]:
-    """The vocabulary, and how many cells have each of its genes in their sentence."""
+def _coverage(record: artifacts.Record, vocabulary: Vocabulary, seen: dict[str, _SpeciesCounts]) -> dict[str, Any]:
+    """Facts of the vocabulary, and numbers of cells whose sentences hold its genes."""
     rows = {row["name"]: row for row in record.config.get("species") or []}
     biotypes = (record.config.get("vocab") or {}).get("biotypes") or ["protein_coding", "miRNA"]
     species = {}
@@ -286,7 +292,7 @@ def _coverage(record: artifacts.Record, vocabulary: Vocabulary, seen: dict[str, 
 
 
 def _of_table(row: dict[str, Any] | None, biotypes: list[str], genes: set[str]) -> dict[str, Any] | None:
-    """Share of the species' gene table (genes of the asked biotypes) that the vocabulary has; null without the table."""
+    """Share of the species' gene table (selected biotypes) that is in the vocabulary; None if the table cannot be read."""
     try:
         table = gene_table(SpeciesRow(**row)) if row else None
     except UserError:  # the table lies where the corpus was made

@@ -91,7 +91,7 @@ class Passes:
     def run(self, what: str, kind: str, jobs: Mapping[Any, Job], unit: str = "cells", counter: str = "") -> None:
         """Do the jobs (by name of their part) whose part is not there; `counter` is the metric that counts their weight."""
         have = set(files.list_dir(files.join(self.work, kind)))
-        todo = [j for name, j in jobs.items() if shards.part("", kind, name).rsplit("/", 1)[-1] not in have]
+        todo = [j for name, j in jobs.items() if shards.part_uri("", kind, name).rsplit("/", 1)[-1] not in have]
         total = sum(j.weight for j in jobs.values())
         done = total - sum(j.weight for j in todo)
         with Progress(f"{self.stage}: {what}", total, unit, done=done) as progress:

@@ -150,7 +150,7 @@ def require_sentences(record: Record, corpus: Corpus, field: str = "inputs.check
 
 def require_tokens(record: Record, corpus: Corpus, subject: str) -> None:
     """The same, whatever the vocabulary; the line begins with `subject`."""
-    theirs, ours = record.details["tokens"], parse.to_dict(corpus.tokenised)
+    theirs, ours = record.details["tokens"], parse.to_dict(corpus.token_settings)
     for name in ("cls", "scaling"):
         if theirs[name] != ours[name]:
             know, here = json.dumps(theirs[name]), json.dumps(ours[name])

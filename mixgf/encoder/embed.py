@@ -83,7 +83,7 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
         tokens_T, offsets = corpus.tokens(cells_N[chunk])
         for run in runs:
             part = slice(int(offsets[run.start]), int(offsets[run.stop]))
-            few = packed.cut(tokens_T[part], offsets[run.start : run.stop + 1] - offsets[run.start], max_len)
+            few = packed.truncate(tokens_T[part], offsets[run.start : run.stop + 1] - offsets[run.start], max_len)
             batch = pack([few], cells_N[chunk[run]]).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 v_BD = pooled(

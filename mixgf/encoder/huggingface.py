@@ -17,7 +17,7 @@ from mixgf.config import parse, training
 from mixgf.config.data import SpeciesRow
 from mixgf.config.run import Config
 from mixgf.console import warn
-from mixgf.corpus.remap_ids import lookup
+from mixgf.corpus.remap_ids import token_of_id
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
@@ -212,7 +212,7 @@ def moved(
     counts = {}
     for name in vocabulary.species:
         genes = vocabulary.species_genes(name)
-        table = lookup(dictionary, genes_of_species(dictionary.genes, name, rows, known), genes)
+        table = token_of_id(dictionary, genes_of_species(dictionary.genes, name, rows, known), genes)
         ids = np.flatnonzero(table >= 0)
         counts[name] = len(ids)
         fresh = ids[source[table[ids]] < 0]  # a token that two species share keeps the vector of the first

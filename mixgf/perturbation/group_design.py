@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixgf.arrays import Float64s, Ints
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
-from mixgf.corpus.obs_query import select
+from mixgf.corpus.obs_query import select_cells
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.perturbation import operations
@@ -100,7 +100,7 @@ def design(corpus: Corpus, config: Config) -> Design:
     others = settings.alternatives or _unrelated(corpus, config, obs)
     wanted += [(f"alternative_{i}", text) for i, text in enumerate(others)]
     states = tuple(
-        State(name=name, expression=text, cells=select(obs, text, f"perturb.{name}"))
+        State(name=name, expression=text, cells=select_cells(obs, text, f"perturb.{name}"))
         for name, text in wanted
         if name == "start" or text.strip()
     )
@@ -131,8 +131,8 @@ def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, 
     if not (settings.unrelated and settings.goal.strip() and label in obs.columns):
         return ()
     asked = np.zeros(len(obs), dtype=bool)
-    start = select(obs, settings.start, "perturb.start")
-    asked[start], asked[select(obs, settings.goal, "perturb.goal")] = True, True
+    start = select_cells(obs, settings.start, "perturb.start")
+    asked[start], asked[select_cells(obs, settings.goal, "perturb.goal")] = True, True
     value_N = obs[label].astype(str)
     free_N = ~value_N.isin([*value_N[asked].unique(), *config.classify.unlabelled]).to_numpy()
     free_N &= np.isin(corpus.species_N, np.unique(corpus.species_N[start]))

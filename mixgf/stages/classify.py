@@ -373,11 +373,11 @@ def _audit(places: ArtifactPaths, table: Labelled) -> dict[str, Any]:
             cells=(len(table), len(table)), by="the corpus' fingerprint", names=None, same=True
         ).json()
     try:
-        theirs = overlap.of_corpus(overlap.trained_on(places.checkpoint))
+        theirs = overlap.corpus_cells(overlap.training_corpus(places.checkpoint))
     except UserError:
         line = "not known how many evaluation cells were in the pretraining corpus, which does not lie beside the checkpoint: mixgf audit EVAL CORPUS"
         return {"line": line, "cells": None}
-    return overlap.compare(overlap.of_corpus(places.corpus).only(table.cells), theirs).json()
+    return overlap.compare_cells(overlap.corpus_cells(places.corpus).only(table.cells), theirs).json()
 
 
 def _figures(scores: pd.DataFrame) -> dict[str, float]:

@@ -40,7 +40,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     """Make a corpus of tokenised data sets; returns its URI. `spread` replaces Ray (`dispatch.loop` in tests)."""
     sources = _sources(config)
     uri = files.join(config.output, "corpus")
-    given = import_passes.Given(config, sources)
+    given = import_passes.ImportInputs(config, sources)
     vocabulary, record = given.plans()
     if not artifacts.begin(uri, record):
         files.remove(files.join(uri, "work"))
@@ -79,7 +79,7 @@ def _sources(config: Config) -> tuple[Source, ...]:
 
 @dataclass
 class _Import:
-    given: import_passes.Given
+    given: import_passes.ImportInputs
     uri: str
     spread: Spread
     meter: Meter
@@ -97,7 +97,7 @@ class _Import:
     def make(self, vocabulary: artifacts.Record | None, record: artifacts.Record) -> artifacts.Record:
         made = self._vocabulary(vocabulary)
         made.save(files.join(self.uri, "vocabulary.parquet"))
-        self.rules = import_passes.Rules(
+        self.rules = import_passes.ImportRules(
             imports=self.config.imports, min_genes=self.config.qc.min_genes, tokens=self.config.tokens, size=made.size
         )
         self._check(made)
@@ -139,13 +139,15 @@ class _Import:
                 self.passes.refuse(i, str(error))
                 continue
             dictionary = self.given.dictionaries[self.given.dictionary_uris[i]]
-            table = remap_ids.lookup(dictionary, self.given.genes[i], made.species_genes(source.species))
-            write_table(shards.part(self.work, "lookup", i), pa.table({"token": table}))
+            table = remap_ids.token_of_id(dictionary, self.given.genes[i], made.species_genes(source.species))
+            write_table(shards.part_uri(self.work, "lookup", i), pa.table({"token": table}))
             lengths[i] = len(found)
             for f, uri in enumerate(found):
                 args = (self.work, i, f, source, uri)
                 options = {"dictionary": dictionary.uri, "rules": self.rules}
-                jobs[import_passes.file_part(i, f)] = job(i, files.size(uri), import_passes.check, *args, **options)
+                jobs[import_passes.file_part(i, f)] = job(
+                    i, files.size(uri), import_passes.check_file, *args, **options
+                )
         self.passes.run("files", "files", jobs, "bytes")
         for i, number in lengths.items():
             if i in self.passes.refused:
@@ -173,10 +175,10 @@ class _Import:
         counts = [f["counts"] for f in self.facts[index]]
         return {name: sum(f[name] for f in counts) for name in counts[0]}
 
-    def _keep(self, unit: import_passes.Unit) -> np.ndarray:
+    def _keep(self, unit: import_passes.RowRange) -> np.ndarray:
         return self.genes[unit.index][unit.file][unit.start : unit.stop] >= self.config.qc.min_genes
 
-    def _units(self) -> list[import_passes.Unit]:
+    def _units(self) -> list[import_passes.RowRange]:
         """Row ranges with kept cells, in order."""
         out = []
         step = self.config.prepare.shard_cells
@@ -186,12 +188,14 @@ class _Import:
                 for start in range(0, len(genes), step):
                     stop = min(start + step, len(genes))
                     out.append(
-                        import_passes.Unit(index=i, file=f, source=self.sources[i], start=start, stop=stop, first=first)
+                        import_passes.RowRange(
+                            index=i, file=f, source=self.sources[i], start=start, stop=stop, first=first
+                        )
                     )
                 first += len(genes)
         return [u for u in out if self._keep(u).any()]
 
-    def _write(self, kept: Sequence[import_passes.Unit]) -> None:
+    def _write(self, kept: Sequence[import_passes.RowRange]) -> None:
         kinds: dict[str, set[str]] = {}
         for facts in self.facts.values():
             for name, attribute in (item for f in facts for item in f["obs"].items()):
@@ -199,7 +203,7 @@ class _Import:
         obs = {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
         options: dict[str, Any] = {"to": files.join(self.uri, "shards"), "rules": self.rules, "obs": obs}
         jobs = {
-            n: job(u.index, u.stop - u.start, import_passes.write, self.work, u, n, **options)
+            n: job(u.index, u.stop - u.start, import_passes.write_sentences, self.work, u, n, **options)
             for n, u in enumerate(kept)
         }
         self.passes.run("sentences", "done", jobs, "cells", counter="cells_encoded")
@@ -208,10 +212,10 @@ class _Import:
     # the end
 
     def _publish(
-        self, record: artifacts.Record, made: Vocabulary, kept: Sequence[import_passes.Unit]
+        self, record: artifacts.Record, made: Vocabulary, kept: Sequence[import_passes.RowRange]
     ) -> artifacts.Record:
-        done = [shards.read_done(self.work, n) for n in range(len(kept))]
-        index = manifest.index(done, [u.source.species for u in kept], made.species)
+        done = [shards.read_shard_info(self.work, n) for n in range(len(kept))]
+        index = manifest.build_index(done, [u.source.species for u in kept], made.species)
         rows: list[dict[str, Any]] = []
         sources: list[dict[str, Any]] = []
         for i, source in enumerate(self.sources):
@@ -258,7 +262,7 @@ class _Import:
             f"corpus: {read:,} cells imported, {num_kept:,} kept ({dropped['few_genes']:,} few_genes), {len(done)} shards"
         )
         totals = {"read": read, "kept": num_kept, "dropped": dropped}
-        return manifest.publish(self.uri, record, tables=tables, counts=totals, details=details)
+        return manifest.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)
 
 
 _MAPPING = tuple(identify.MappingReport.__slots__)

@@ -70,7 +70,13 @@ def grow(settings: Config, folder: str) -> str:
             )
         untrained = np.concatenate([checkpoint.untrained(made), np.arange(older.size, vocabulary.size)])
         checkpoint.publish(
-            uri, record, grown, vocabulary=vocabulary.hash, tokens=corpus.tokenised, counts=counts, untrained=untrained
+            uri,
+            record,
+            grown,
+            vocabulary=vocabulary.hash,
+            tokens=corpus.token_settings,
+            counts=counts,
+            untrained=untrained,
         )
     return uri
 
@@ -110,7 +116,7 @@ def bring(settings: Config, folder: str) -> str:
                 f"import-weights: {name}: {found:,} of {total:,} genes have the model's vectors, the others random ones"
             )
         checkpoint.publish(
-            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised,
+            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings,
             counts={"steps": 0, **{f"genes_{name}": found for name, found in counts.items()}},
             untrained=untrained[untrained >= NUM_SPECIALS],
         )  # fmt: skip

@@ -48,7 +48,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
         doublets.require_scrublet()
     sources = expand_sources(config.sources)
     uri = files.join(config.output, "corpus")
-    older = extend.find(config, sources)
+    older = extend.find_base_corpus(config, sources)
     vocabulary, record = _plans(config, sources, older)
     if not _begin(uri, record):
         files.remove(files.join(uri, "work"))
@@ -88,7 +88,7 @@ def _begin(uri: str, record: artifacts.Record) -> bool:
 
 
 def _plans(
-    config: Config, sources: Sequence[Source], older: extend.Older | None
+    config: Config, sources: Sequence[Source], older: extend.BaseCorpus | None
 ) -> tuple[artifacts.Record | None, artifacts.Record]:
     """Plans of the vocabulary (None where one is reused as it is) and of the corpus."""
     data = to_dict(config)
@@ -117,7 +117,7 @@ class _Prepare:
     config: Config
     uri: str
     sources: tuple[Source, ...]
-    older: extend.Older | None
+    older: extend.BaseCorpus | None
     spread: Spread
     meter: Meter
 
@@ -138,7 +138,7 @@ class _Prepare:
         allowed, given = self._given()
         self._describe(allowed)
         self._write_row_order()
-        all_units = prepare_passes.plan_units(
+        all_units = prepare_passes.plan_row_ranges(
             {i: (self.sources[i], f["rows"]) for i, f in self.facts.items()}, self.config.prepare.shard_cells
         )
         self._measure(all_units)
@@ -177,7 +177,7 @@ class _Prepare:
     def _describe(self, allowed: dict[str, list[str]] | None) -> None:
         options: dict[str, Any] = {"rules": self.config.qc, "biotypes": self.config.vocab.biotypes, "allowed": allowed}
         jobs = {
-            i: job(i, 1, prepare_passes.describe, self.work, i, s, row=self.rows[s.species], **options)
+            i: job(i, 1, prepare_passes.describe_source, self.work, i, s, row=self.rows[s.species], **options)
             for i, s in enumerate(self.sources)
         }
         self.passes.run("sources", "sources", jobs, "files")
@@ -195,24 +195,27 @@ class _Prepare:
         self.passes.run("rows", "row_order", jobs)
         self._leave_out()
 
-    def _measure(self, all_units: list[prepare_passes.Unit]) -> None:
+    def _measure(self, all_units: list[prepare_passes.RowRange]) -> None:
         rows = self.config.prepare.block_cells
-        jobs = {u.number: job(u.index, u.stop - u.start, prepare_passes.measure, self.work, u, rows) for u in all_units}
+        jobs = {
+            u.number: job(u.index, u.stop - u.start, prepare_passes.measure_cells, self.work, u, rows)
+            for u in all_units
+        }
         self.passes.run("metrics", "metrics", jobs, counter="cells_read")
         self._leave_out()
 
-    def _reports(self, all_units: list[prepare_passes.Unit]) -> dict[int, identify.MappingReport]:
+    def _reports(self, all_units: list[prepare_passes.RowRange]) -> dict[int, identify.MappingReport]:
         """Gene mapping of every source; refuses those of which too few counts are known."""
         out = {}
         for i in sorted(self.facts):
             numbers = [u.number for u in all_units if u.index == i]
             sums = np.sum(
-                [read_table(shards.part(self.work, "sums", n))["sum"].to_numpy() for n in numbers],
+                [read_table(shards.part_uri(self.work, "sums", n))["sum"].to_numpy() for n in numbers],
                 axis=0,
             )
             mine = self.sources[i].species
             others = [identify.gene_lookup(row) for name, row in self.rows.items() if name != mine]
-            found = identify.report_mapping(read_table(shards.part(self.work, "sources", i)), sums, others)
+            found = identify.report_mapping(read_table(shards.part_uri(self.work, "sources", i)), sums, others)
             out[i] = found
             if 1 - found.counts_lost < self.config.qc.min_mapped_fraction:
                 self.passes.refuse(i, (
@@ -223,7 +226,7 @@ class _Prepare:
         self._leave_out()
         return out
 
-    def _judge(self, all_units: list[prepare_passes.Unit]) -> dict[int, np.ndarray]:
+    def _judge(self, all_units: list[prepare_passes.RowRange]) -> dict[int, np.ndarray]:
         """Reasons of all cells, by source."""
         rules = self.config.qc
         metrics = self.metrics
@@ -256,18 +259,18 @@ class _Prepare:
             for k, name in enumerate(sorted(set(names.tolist()))):
                 mine, part = rows[names == name], f"{i:05d}-{k:05d}"
                 args = (self.work, part, self.sources[i], i, mine)
-                jobs[part] = job(i, len(mine), prepare_passes.doublets, *args, rate=rules.doublet_rate, **options)
+                jobs[part] = job(i, len(mine), prepare_passes.find_doublets, *args, rate=rules.doublet_rate, **options)
         self.passes.run("doublets", "doublets", jobs)
         called = {i: np.zeros(len(r), dtype=bool) for i, r in reasons.items()}
         for part, one in jobs.items():
-            table = read_table(shards.part(self.work, "doublets", part))
+            table = read_table(shards.part_uri(self.work, "doublets", part))
             called[one.source][table["row"].to_numpy()] = table["doublet"].to_numpy()
         return called
 
     def _vocabulary(
         self,
         record: artifacts.Record | None,
-        kept: list[prepare_passes.Unit],
+        kept: list[prepare_passes.RowRange],
         keeps: dict[int, np.ndarray],
         given: dict[str, dict[str, float]] | None,
     ) -> Vocabulary:
@@ -294,14 +297,12 @@ class _Prepare:
         return made
 
     def _medians(
-        self, kept: list[prepare_passes.Unit], keeps: dict[int, np.ndarray], known: tuple[str, ...]
+        self, kept: list[prepare_passes.RowRange], keeps: dict[int, np.ndarray], known: tuple[str, ...]
     ) -> dict[str, dict[str, float]]:
         """Medians by species, in the config's order, from a tree of sketch merges; not of the `known` species."""
         present = [name for name in self.rows if name not in known and any(u.source.species == name for u in kept)]
         genes = {
-            name: prepare_passes.number_genes(
-                self.work, name, [i for i in self.facts if self.sources[i].species == name]
-            )
+            name: prepare_passes.list_genes(self.work, name, [i for i in self.facts if self.sources[i].species == name])
             for name in present
         }
         rows = self.config.prepare.block_cells
@@ -312,10 +313,10 @@ class _Prepare:
             each = max(1, min(SKETCH_UNITS, len(mine) // 64))
             for k in range(0, len(mine), each):
                 group = [(u, keeps[u.number]) for u in mine[k : k + each]]
-                sketches[name].append(shards.part(self.work, "sketch", len(jobs)))
+                sketches[name].append(shards.part_uri(self.work, "sketch", len(jobs)))
                 weight = sum(u.stop - u.start for u, _ in group)
                 jobs[len(jobs)] = job(
-                    group[0][0].index, weight, prepare_passes.sketch, self.work, len(jobs), group, rows
+                    group[0][0].index, weight, prepare_passes.sketch_medians, self.work, len(jobs), group, rows
                 )
         self.passes.run("medians", "sketch", jobs)
         out = {}
@@ -329,7 +330,7 @@ class _Prepare:
         level = 0
         while len(parts) > MERGE_FAN_IN:
             groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
-            parts = [shards.part(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
+            parts = [shards.part_uri(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
             pairs = zip(groups, parts, strict=True)
             merges = {k: job(-1, len(g), prepare_passes.merge_sketch_parts, g, to) for k, (g, to) in enumerate(pairs)}
             self.passes.run("merge", f"merge-{name}-{level}", merges, "parts")
@@ -343,7 +344,7 @@ class _Prepare:
                 n: job(
                     -1,
                     e["rows"],
-                    extend.take,
+                    extend.copy_shard,
                     self.work,
                     n,
                     self.older.uri,
@@ -355,13 +356,13 @@ class _Prepare:
             }
             self.passes.run("cells taken over", "done", jobs)
 
-    def _encode(self, digest: str, kept: list[prepare_passes.Unit], keeps: dict[int, np.ndarray]) -> None:
+    def _encode(self, digest: str, kept: list[prepare_passes.RowRange], keeps: dict[int, np.ndarray]) -> None:
         options: dict[str, Any] = {
             "to": self.shards, "vocabulary": files.join(self.uri, "vocabulary.parquet"), "digest": digest,
             "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
         }  # fmt: skip
         jobs = {
-            n: job(u.index, u.stop - u.start, prepare_passes.encode, self.work, u, keeps[u.number], n, **options)
+            n: job(u.index, u.stop - u.start, prepare_passes.encode_shard, self.work, u, keeps[u.number], n, **options)
             for n, u in enumerate(kept, self.first)
         }
         self.passes.run("sentences", "done", jobs, counter="cells_encoded")
@@ -382,11 +383,11 @@ class _Prepare:
         return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n and name != "kept")
 
     def _publish(
-        self, record: artifacts.Record, made: Vocabulary, kept: list[prepare_passes.Unit], reasons: dict[int, np.ndarray],
+        self, record: artifacts.Record, made: Vocabulary, kept: list[prepare_passes.RowRange], reasons: dict[int, np.ndarray],
         reports: dict[int, identify.MappingReport],
     ) -> artifacts.Record:  # fmt: skip
-        done = [shards.read_done(self.work, n) for n in range(self.first + len(kept))]
-        tables = {"index": manifest.index(done[self.first :], [u.source.species for u in kept], made.species)}
+        done = [shards.read_shard_info(self.work, n) for n in range(self.first + len(kept))]
+        tables = {"index": manifest.build_index(done[self.first :], [u.source.species for u in kept], made.species)}
         counts = {i: qc.count_reasons(r) for i, r in reasons.items()}
         read = sum(len(r) for r in reasons.values())
         dropped = {name: sum(c[name] for c in counts.values()) for name in qc.REASONS if name != "kept"}
@@ -422,4 +423,4 @@ class _Prepare:
             f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
         )
         totals = {"read": read, "kept": tables["index"].num_rows, "dropped": dropped}
-        return manifest.publish(self.uri, record, tables=tables, counts=totals, details=details)
+        return manifest.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)

@@ -55,7 +55,7 @@ def run(config: Config) -> str:
         epochs = task.num_steps / task.steps_per_epoch
         watched.made(cells=task.plan.num_cells * epochs, epochs=epochs)
         done = checkpoints.promote(
-            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.tokenised, objective=config.objective,
+            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings, objective=config.objective,
             counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": task.plan.num_cells},
             untrained=untrained(config, task),
         )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixgf import rng
-from mixgf.corpus.packed import Packed, select
+from mixgf.corpus.packed import Packed, keep_tokens
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import MASK, NUM_SPECIALS, Vocabulary
 from mixgf.jit import jit
@@ -130,7 +130,7 @@ def subsample_genes(sentences: Packed, visits_B: I64, fraction: float, key: tupl
     tokens_T, offsets = sentences
     keep = rng.chance(rng.of_places(rng.hashed(*key, visits_B), offsets), _THIN, fraction)
     keep[offsets[:-1][np.diff(offsets) > 0]] = True
-    return select(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
+    return keep_tokens(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
 
 
 class Translator:
@@ -170,4 +170,4 @@ class Translator:
         genes = np.concatenate([[0], np.cumsum((out_T >= 0) & (tokens_T >= NUM_SPECIALS))])[offsets]
         found = np.diff(genes) > 0
         keep = (out_T >= 0) | ~np.repeat(found, np.diff(offsets))
-        return select((np.where(out_T >= 0, out_T, tokens_T), offsets), keep), found
+        return keep_tokens((np.where(out_T >= 0, out_T, tokens_T), offsets), keep), found

@@ -61,7 +61,7 @@ def within() -> tuple[Problem, np.ndarray]:
 @pytest.fixture(scope="module")
 def between() -> tuple[Problem, np.ndarray]:
     (human, human_labels), (mouse, mouse_labels) = pancreas("human", 3), pancreas("mouse", 2)
-    (a, b), _ = raw_counts.shared_space([human, mouse], species.orthologs(ORTHOLOGS))
+    (a, b), _ = raw_counts.shared_gene_space([human, mouse], species.orthologs(ORTHOLOGS))
     labels = np.concatenate([human_labels, mouse_labels])
     table = labelled(labels, np.repeat(["human", "mouse"], [len(human_labels), len(mouse_labels)]))
     split = make(table, Classify(splits=("species",)), seed=0)[0]

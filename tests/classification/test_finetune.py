@@ -335,7 +335,7 @@ def test_weights_of_genes_are_summed_as_the_convex_start_has_them(corpus: Corpus
     with torch.no_grad():
         model.genes.copy_(torch.randn(model.genes.shape, generator=torch.Generator().manual_seed(0)))
     added = (model(sentences.batch(cells)) - without).detach().numpy()
-    rows = linear_start.gene_rows(*packed.cut(*corpus.tokens(cells), 7), corpus.vocabulary.size)
+    rows = linear_start.gene_rows(*packed.truncate(*corpus.tokens(cells), 7), corpus.vocabulary.size)
     np.testing.assert_allclose(added, rows @ model.linear()[2].T, atol=1e-5)
 
 

@@ -31,10 +31,10 @@ def tokenised(kind=None, sentences=SENTENCES, **columns):
 
 def read(uri):
     with arrow_dataset.files.open_arrow(uri) as file:
-        where = arrow_dataset.layout(file, uri)
+        where = arrow_dataset.find_batches(file, uri)
         schema = arrow_dataset.read_schema(file, where, uri)
         arrow_dataset.check_schema(schema, uri)
-        return schema, list(arrow_dataset.batches(file, where, uri))
+        return schema, list(arrow_dataset.read_batches(file, where, uri))
 
 
 def unpacked(values, offsets):
@@ -52,9 +52,9 @@ def unpacked(values, offsets):
 def test_any_form_width_and_cut_gives_the_same_sentences(tmp_path, form, rows, kind):
     _, found = read(write(tmp_path / "a.arrow", tokenised(kind), form, rows))
     assert len(found) == -(-len(SENTENCES) // rows)
-    assert list(chain.from_iterable(unpacked(*arrow_dataset.sentences(b, "a", 0)) for b in found)) == SENTENCES
+    assert list(chain.from_iterable(unpacked(*arrow_dataset.read_ids(b, "a", 0)) for b in found)) == SENTENCES
     sliced = found[0].slice(1) if rows > 1 else found[2]
-    assert unpacked(*arrow_dataset.sentences(sliced, "a", 0))[0] == SENTENCES[1 if rows > 1 else 2]
+    assert unpacked(*arrow_dataset.read_ids(sliced, "a", 0))[0] == SENTENCES[1 if rows > 1 else 2]
 
 
 @pytest.mark.parametrize("form", ["stream", "file"])
@@ -66,10 +66,10 @@ def test_every_batch_is_read_alone_with_its_dictionaries_and_compression(tmp_pat
         writer.write_table(table, max_chunksize=2)
     uri = str(tmp_path / "a.arrow")
     with arrow_dataset.files.open_arrow(uri) as file:
-        where = arrow_dataset.layout(file, uri)
+        where = arrow_dataset.find_batches(file, uri)
         last = arrow_dataset.read_batch(file, where, 2, uri)  # without the ones before it
-        attribute = arrow_dataset.attributes(arrow_dataset.read_schema(file, where, uri))[0]["cell_types"]
-    assert unpacked(*arrow_dataset.sentences(last, uri, 4)) == SENTENCES[4:]
+        attribute = arrow_dataset.find_attributes(arrow_dataset.read_schema(file, where, uri))[0]["cell_types"]
+    assert unpacked(*arrow_dataset.read_ids(last, uri, 4)) == SENTENCES[4:]
     assert attribute.read(last).to_pylist() == ["b", "c"]
 
 
@@ -144,7 +144,7 @@ def test_what_is_no_data_set_is_refused(tmp_path, files, message):
 def test_columns_of_another_kind_are_refused(tmp_path, table, message):
     def use():
         _, found = read(write(tmp_path / "a.arrow", table))
-        arrow_dataset.sentences(found[0], "a", 0)
+        arrow_dataset.read_ids(found[0], "a", 0)
 
     with pytest.raises(UserError, match=message):
         use()
@@ -157,7 +157,7 @@ def test_attributes_become_text_and_numbers_and_class_labels_their_names(tmp_pat
         cell_types=list("abcdef"), healthy=[True, False, None, True, True, True], spots=[[1]] * 6,
     ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})  # fmt: skip
     schema, (batch,) = read(write(tmp_path / "a.arrow", table, rows=100))
-    found, left_out = arrow_dataset.attributes(schema)
+    found, left_out = arrow_dataset.find_attributes(schema)
     assert left_out == ["spots"]
     values = {name: a.read(batch).to_pylist() for name, a in found.items()}
     assert values == {
@@ -165,7 +165,7 @@ def test_attributes_become_text_and_numbers_and_class_labels_their_names(tmp_pat
         "cell_types": list("abcdef"), "healthy": ["true", "false", None, "true", "true", "true"],
     }  # fmt: skip
     for broken in (b"{", b"[]", b'{"info": null}'):
-        assert arrow_dataset.attributes(schema.with_metadata({b"huggingface": broken}))[0]["organ"].kind == "int"
+        assert arrow_dataset.find_attributes(schema.with_metadata({b"huggingface": broken}))[0]["organ"].kind == "int"
 
 
 # Ids
@@ -178,13 +178,13 @@ def ids():
         "d", {"a": 4, "b": 5, "c": 9, "d": 11}, {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3}
     )
     genes = SpeciesGenes(np.asarray(["c", "b", "a"], dtype=object), np.asarray([3, 6, 7], dtype=np.int32), np.ones(3))
-    return remap_ids.lookup(dictionary, {name: name for name in "abcd"}, genes)
+    return remap_ids.token_of_id(dictionary, {name: name for name in "abcd"}, genes)
 
 
 def translate(table, sentences, longest=10, kind=np.int16):
     values = np.asarray(list(chain.from_iterable(sentences)), dtype=kind)
     offsets = np.concatenate([[0], np.cumsum([len(s) for s in sentences])]).astype(np.int64)
-    found = remap_ids.reid(values, offsets, table, size=8, longest=longest)
+    found = remap_ids.remap_ids(values, offsets, table, size=8, longest=longest)
     kept = np.minimum(found.genes_N, longest)
     assert sum(found.counts.values()) == len(values)
     assert found.counts["kept"] == kept.sum() == len(found.tokens)

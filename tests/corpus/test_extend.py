@@ -44,9 +44,11 @@ def test_an_added_source_alone_is_read_and_the_corpus_is_that_of_all_together(ru
     older, new, together = runs
     expected = prepare.run(together, spread=tasks.loop)
     read = []
-    measure = prepare_passes.measure
+    measure = prepare_passes.measure_cells
     monkeypatch.setattr(
-        prepare_passes, "measure", lambda work, unit, rows: (read.append(unit.source.name), measure(work, unit, rows))
+        prepare_passes,
+        "measure_cells",
+        lambda work, unit, rows: (read.append(unit.source.name), measure(work, unit, rows)),
     )
     before = contents(older)
     uri = prepare.run(new, spread=tasks.loop)

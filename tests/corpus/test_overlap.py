@@ -33,16 +33,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return prepare.run(run, spread=tasks.loop)
 
 
-def mine(path: Path, data: anndata.AnnData) -> overlap.Cells:
+def mine(path: Path, data: anndata.AnnData) -> overlap.AuditedCells:
     data.write_h5ad(path)
-    return overlap.evaluation(f"human={path}", Config().species)
+    return overlap.evaluation_cells(f"human={path}", Config().species)
 
 
 def test_cells_are_found_by_their_counts_in_any_order_of_columns(corpus: str, tmp_path: Path) -> None:
     data = cells(slice(40, 90))
     turned = data[:, np.random.default_rng(0).permutation(data.n_vars)].copy()
     turned.obs_names = [f"other{i}" for i in range(turned.n_obs)]
-    found = overlap.compare(mine(tmp_path / "a.h5ad", turned), overlap.of_corpus(corpus))
+    found = overlap.compare_cells(mine(tmp_path / "a.h5ad", turned), overlap.corpus_cells(corpus))
     assert found.cells == (20, 50)
     assert found.names == (0, 50)
     assert "20 of 50 evaluation cells (40.0%) were in the pretraining corpus, by counts" in found.line
@@ -53,7 +53,7 @@ def test_one_count_more_is_another_cell_but_has_its_name(corpus: str, tmp_path: 
     x = data.X.tolil()
     x[3, 7] += 1
     data.X = sparse.csr_matrix(x)
-    found = overlap.compare(mine(tmp_path / "a.h5ad", data), overlap.of_corpus(corpus))
+    found = overlap.compare_cells(mine(tmp_path / "a.h5ad", data), overlap.corpus_cells(corpus))
     assert found.cells == (9, 10)
     assert found.names == (10, 10)
     assert "10 by name within a data set of the same name" in found.line
@@ -63,22 +63,22 @@ def test_donors_and_data_sets(corpus: str, tmp_path: Path) -> None:
     data = cells(slice(60, 80))
     known = data.obs["donor"].iloc[0]
     data.obs["donor"] = [known] * 10 + ["new"] * 10
-    found = overlap.compare(mine(tmp_path / "a.h5ad", data), overlap.of_corpus(corpus))
+    found = overlap.compare_cells(mine(tmp_path / "a.h5ad", data), overlap.corpus_cells(corpus))
     assert found.metadata == {"data set": (1, 1), "donor": (1, 2)}
     data.obs["dataset"] = "elsewhere"
-    found = overlap.compare(mine(tmp_path / "a.h5ad", data), overlap.of_corpus(corpus))
+    found = overlap.compare_cells(mine(tmp_path / "a.h5ad", data), overlap.corpus_cells(corpus))
     assert found.metadata == {"data set": (0, 1), "donor": (0, 2)}
     assert found.cells == (0, 20)
 
 
 def test_a_corpus_against_itself_by_hash_and_by_sentence(corpus: str) -> None:
-    one = overlap.of_corpus(corpus)
-    found = overlap.compare(one, one)
+    one = overlap.corpus_cells(corpus)
+    found = overlap.compare_cells(one, one)
     assert found.same
     assert found.cells == (60, 60)
-    by_sentence = overlap.compare(replace(one, hashes=None), one)
+    by_sentence = overlap.compare_cells(replace(one, hashes=None), one)
     assert (by_sentence.by, by_sentence.cells) == ("sentences", (60, 60))
-    assert overlap.compare(replace(one, hashes=None, corpus=None), one).cells is None
+    assert overlap.compare_cells(replace(one, hashes=None, corpus=None), one).cells is None
 
 
 def test_a_checkpoint_stands_for_the_corpus_beside_it(corpus: str, tmp_path: Path) -> None:
@@ -88,13 +88,13 @@ def test_a_checkpoint_stands_for_the_corpus_beside_it(corpus: str, tmp_path: Pat
         record = artifacts.plan("checkpoint", 1, {}, {"corpus": parent})
         artifacts.begin(uri, record)
         artifacts.finish(uri, record)
-    assert overlap.trained_on(beside) == corpus
-    assert overlap.trained_on(corpus.rsplit("/", 1)[0]) == corpus
+    assert overlap.training_corpus(beside) == corpus
+    assert overlap.training_corpus(corpus.rsplit("/", 1)[0]) == corpus
     with pytest.raises(
         UserError, match=r"a checkpoint, whose corpus \(fingerprint .*\) does not lie beside it; name the corpus"
     ):
-        overlap.trained_on(str(tmp_path / "pretrain"))
+        overlap.training_corpus(str(tmp_path / "pretrain"))
     with pytest.raises(UserError, match="neither a finished corpus nor a checkpoint beside its corpus"):
-        overlap.trained_on(str(tmp_path))
+        overlap.training_corpus(str(tmp_path))
     with pytest.raises(UserError, match="neither a finished corpus nor SPECIES=FILE with one of human, mouse"):
-        overlap.evaluation(str(tmp_path / "x.h5ad"), Config().species)
+        overlap.evaluation_cells(str(tmp_path / "x.h5ad"), Config().species)

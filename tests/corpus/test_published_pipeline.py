@@ -66,11 +66,11 @@ def sentences(path, vocabulary, tmp_path):
     source, work = data.Source(uri=path, species="human", name="cells", genes="ensembl_id"), str(tmp_path / "work")
     vocabulary.save(str(tmp_path / "vocabulary.parquet"))
     allowed = {"human": vocabulary.species_genes("human").genes.tolist()}
-    prepare_passes.describe(work, 0, source, row=data.HUMAN, rules=data.QC(), biotypes=(), allowed=allowed)
+    prepare_passes.describe_source(work, 0, source, row=data.HUMAN, rules=data.QC(), biotypes=(), allowed=allowed)
     rows = files.read_json(shards.facts_uri(work, 0))["rows"]
-    (unit,) = prepare_passes.plan_units({0: (source, rows)}, rows)
-    prepare_passes.measure(work, unit, 500)
-    prepare_passes.encode(
+    (unit,) = prepare_passes.plan_row_ranges({0: (source, rows)}, rows)
+    prepare_passes.measure_cells(work, unit, 500)
+    prepare_passes.encode_shard(
         work, unit, np.ones(rows, dtype=bool), 0, to=str(tmp_path), vocabulary=str(tmp_path / "vocabulary.parquet"),
         digest=vocabulary.hash, tokens=data.Tokens(max_len=MAX_LEN), obs={}, block_cells=500,
     )  # fmt: skip

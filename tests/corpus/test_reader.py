@@ -50,7 +50,7 @@ def test_a_cut_batch_is_the_batch_of_the_cut_sentences():
     tokens_T, offsets = np.arange(9, dtype=np.int32), np.array([0, 2, 7, 9])
     keys = np.array([5, 6, 7], dtype=np.uint64)
     cut = pack([(tokens_T, offsets)], range(3), keys).cut(3)
-    same = pack([packed.cut(tokens_T, offsets, 3)], range(3), keys)
+    same = pack([packed.truncate(tokens_T, offsets, 3)], range(3), keys)
     for name in ("ids_T", "offsets_B1", "positions_T", "cells_B", "keys_T"):
         assert torch.equal(getattr(cut, name), getattr(same, name)), name
     assert cut.max_len == same.max_len == 3
@@ -100,7 +100,7 @@ def test_pack_and_cut_by_hand():
     assert batch.positions_T.tolist() == [0, 1, 2, 0]
     assert (batch.max_len, batch.num_cells, batch.num_tokens) == (3, 2, 4)
     assert batch.keys_T is None
-    few, bounds = packed.cut(tokens, offsets, 2)
+    few, bounds = packed.truncate(tokens, offsets, 2)
     assert few.tolist() == [10, 11, 20]
     assert bounds.tolist() == [0, 2, 3]
 

@@ -51,7 +51,7 @@ def cells_of(uri):
 
 
 def test_every_figure_is_the_plain_count_over_the_sentences(corpus, monkeypatch):
-    found = summary.inspect(corpus)
+    found = summary.summarise_corpus(corpus)
     json.dumps(found, allow_nan=False)
     cells, record, vocabulary = cells_of(corpus), artifacts.require(corpus, "corpus"), Vocabulary.load(corpus)
     assert found["cells"] == {"read": 240, "kept": len(cells), "dropped": record.counts["dropped"]}
@@ -96,7 +96,7 @@ def test_every_figure_is_the_plain_count_over_the_sentences(corpus, monkeypatch)
         assert share == pytest.approx(np.mean([c[name] is not None for c in cells])), name
     assert min(found["columns"].values()) < 1 == max(found["columns"].values())
     monkeypatch.setattr(summary, "BATCH_CELLS", 7)
-    assert _close(summary.inspect(corpus), found)
+    assert _close(summary.summarise_corpus(corpus), found)
 
 
 def _close(one, two):
@@ -109,7 +109,7 @@ def _close(one, two):
 
 
 def test_the_text_says_what_was_found(corpus):
-    found = summary.inspect(corpus)
+    found = summary.summarise_corpus(corpus)
     text = corpus_text.text(found)
     kept = found["cells"]["kept"]
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in found["cells"]["dropped"].items() if n)
@@ -134,7 +134,7 @@ def test_shares_are_never_rounded_to_all_or_nothing():
 
 def test_what_a_corpus_does_not_record_is_null(make_corpus, tmp_path):
     uri = make_corpus([5, 9, 7, 3, 40], [0, 0, 1, 1, 1], [3, 2])  # no sources, no mapping, no counts
-    found = summary.inspect(uri)
+    found = summary.summarise_corpus(uri)
     assert [(r["source"], r["read"], r["kept"], r["counts_known"], r["mean_counts"]) for r in found["sources"]] == [
         ("source", None, 5, None, None)
     ]
@@ -150,7 +150,7 @@ def test_what_a_corpus_does_not_record_is_null(make_corpus, tmp_path):
         table = table.append_column("n_counts", pa.nulls(table.num_rows, pa.int64()))
         table = table.set_column(table.column_names.index("cell_type"), "cell_type", pa.nulls(table.num_rows, pa.string()))  # fmt: skip
         pq.write_table(table, where)
-    found = summary.inspect(uri)
+    found = summary.summarise_corpus(uri)
     assert found["cell_types"] is None
     assert found["sources"][0]["mean_counts"] is None
     assert found["columns"]["n_counts"] == 0
@@ -165,14 +165,14 @@ def test_shared_ids_are_counted_for_the_species_whose_cell_it_is(make_corpus):
     shard = pq.read_table(f"{uri}/shards/00000.parquet")
     tokens = pa.array([[3, 4, 5, 6], [3, 4, 5, 6, 7, 8]], pa.list_(pa.int32()))
     pq.write_table(shard.set_column(0, "tokens", tokens), f"{uri}/shards/00000.parquet")
-    words = summary.inspect(uri)["vocabulary"]
+    words = summary.summarise_corpus(uri)["vocabulary"]
     assert (words["size"], words["shared_tokens"]) == (43, 40)
     assert {n: p["seen"] for n, p in words["species"].items()} == {"human": 4, "mouse": 6}
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_a_picture_is_the_same_bytes_again_and_names_every_source(corpus, tmp_path, kind):
-    found = summary.inspect(corpus)
+    found = summary.summarise_corpus(corpus)
     corpus_inspection.save(found, str(tmp_path / f"a.{kind}"))
     data = (tmp_path / f"a.{kind}").read_bytes()
     assert data.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind])
@@ -226,7 +226,7 @@ def test_whoever_names_something_else_is_told_what_to_name(corpus, make_corpus, 
     (first, second) = (f"{uri}/shards/0000{i}.parquet" for i in (0, 1))
     files.remove(second)
     with pytest.raises(UserError, match=r"00001\.parquet: a shard of the corpus is missing; restore it"):
-        summary.inspect(uri)
+        summary.summarise_corpus(uri)
     files.write_bytes(first, files.read_bytes(first)[:-9])
     with pytest.raises(UserError, match=r"00000\.parquet: cannot be read \(.*\); restore it"):
-        summary.inspect(uri)
+        summary.summarise_corpus(uri)

@@ -28,7 +28,7 @@ OBS = pd.DataFrame(
     ],
 )
 def test_expressions_select_cells(expression, cells):
-    assert obs_query.select(OBS, expression, "perturb.start").tolist() == cells
+    assert obs_query.select_cells(OBS, expression, "perturb.start").tolist() == cells
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_expressions_select_cells(expression, cells):
 )
 def test_what_cannot_be_meant_is_said(expression, message):
     with pytest.raises(UserError, match=message):
-        obs_query.select(OBS, expression, "perturb.start")
+        obs_query.select_cells(OBS, expression, "perturb.start")
 
 
 def test_a_sample_is_balanced_over_donors_repeatable_and_independent_of_the_other_cells():

@@ -246,7 +246,7 @@ def test_a_column_major_source_gives_the_bytes_of_a_row_major_one(world, tmp_pat
 
 def test_units_cover_every_row_once():
     source = Source(uri="a", species="b")
-    found = prepare_passes.plan_units({0: (source, 25), 2: (source, 10), 3: (source, 1)}, 10)
+    found = prepare_passes.plan_row_ranges({0: (source, 25), 2: (source, 10), 3: (source, 1)}, 10)
     assert [(u.number, u.index, u.start, u.stop) for u in found] == [
         (0, 0, 0, 10),
         (1, 0, 10, 20),

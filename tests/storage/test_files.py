@@ -95,8 +95,8 @@ def test_a_corpus_on_s3_is_inspected_like_one_on_disk(s3, make_corpus):
     there = f"{s3}/inspected/corpus"
     for name in ("record.json", "vocabulary.parquet", "shards/00000.parquet", "shards/00001.parquet"):
         files.upload(Path(uri) / name, f"{there}/{name}")
-    assert summary.inspect(there) == summary.inspect(uri) | {"uri": there}
+    assert summary.summarise_corpus(there) == summary.summarise_corpus(uri) | {"uri": there}
     with pytest.raises(
         UserError, match=rf"{s3}/inspected: the folder of a whole run, not a corpus; its corpus is {there}"
     ):
-        summary.inspect(f"{s3}/inspected")
+        summary.summarise_corpus(f"{s3}/inspected")

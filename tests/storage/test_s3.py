@@ -183,13 +183,13 @@ def test_a_work_unit_reads_its_ranges_and_not_the_file(proxy, bucket, tmp_path, 
     source = Source(uri=f"{ROOT}/big.h5ad", species="ant")
     work = f"s3://{s3_world.BUCKET}/ranges/work"
     row = world.config.species[0]
-    prepare_passes.describe(
+    prepare_passes.describe_source(
         work, 0, source, row=row, rules=world.config.qc, biotypes=world.config.vocab.biotypes, allowed=None
     )
-    every_unit = prepare_passes.plan_units({0: (source, 120_000)}, 5_000)
+    every_unit = prepare_passes.plan_row_ranges({0: (source, 120_000)}, 5_000)
     for unit in (every_unit[0], every_unit[11], every_unit[23]):
         proxy.fresh()
-        prepare_passes.measure(work, unit, 2_000)
+        prepare_passes.measure_cells(work, unit, 2_000)
         gets = [p for p in proxy.passed if p.what.startswith("GET") and "big.h5ad" in p.what]
         assert all(p.range for p in gets)
         assert proxy.body_bytes("big.h5ad") < 2 * size / len(every_unit) + (
