@@ -268,8 +268,9 @@ def _run_all(config: Config) -> int:
     print(run_text.summary(config))
     print()
     print(f"report   {uri}")
-    print(f"mlflow   {mlflow_runs.ui_command(config)}")
-    print(f"         then open {mlflow_runs.page(config)}")
+    if mlflow_runs.uri(config) != mlflow_runs.OFF:
+        print(f"mlflow   {mlflow_runs.ui_command(config)}")
+        print(f"         then open {mlflow_runs.page(config)}")
     print(f"time     {console.duration(time.monotonic() - start)}")
     return _refused(files.join(config.output, "corpus"))
 

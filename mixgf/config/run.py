@@ -66,7 +66,7 @@ class Tracking:
     """Experiment tracking in MLflow."""
 
     uri: str = option("")
-    """Tracking server or database. Empty: MLFLOW_TRACKING_URI, else SQLite under `output` (for s3://, under ./mlflow)."""
+    """Tracking server or database. Empty: MLFLOW_TRACKING_URI, else SQLite under `output` (for s3://, under ./mlflow). `off`: none."""
     experiment: str = option("mixgf")
     """Name of the experiment in MLflow."""
     prices: str = option("")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mixgf.config.parse import flat
 from mixgf.config.run import Config
 from mixgf.console import say
+from mixgf.errors import UserError
 from mixgf.storage import files
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ os.environ.setdefault(
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
 )  # two lines for every child; `stage` says its own
 _FINGERPRINT = "mixgf.fingerprint"
+OFF = "off"
+"""Value of `tracking.uri` without tracking: MLflow is not imported, and figures are not logged."""
 _KEY, _PARENT = "mixgf.key", "mlflow.parentRunId"
 
 
@@ -44,7 +47,7 @@ def _client(where: str) -> MlflowClient:
 
 
 def uri(config: Config) -> str:
-    """Where the run is tracked: `tracking.uri`, MLFLOW_TRACKING_URI, or SQLite beside the artifacts."""
+    """Where the run is tracked: `tracking.uri`, MLFLOW_TRACKING_URI, or SQLite beside the artifacts; `OFF` = nowhere."""
     chosen = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if chosen:
         return chosen
@@ -71,7 +74,7 @@ def page(config: Config, server: str = "http://127.0.0.1:5000") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A tracked run, safe to send to other processes."""
+    """A tracked run, safe to send to other processes; where `uri` is `OFF`, nothing is logged."""
 
     uri: str
     id: str
@@ -82,6 +85,8 @@ class Run:
 
     def log_many(self, rows: list[tuple[int, str, float]]) -> None:
         """Log (step, name, value) rows in batches; values that are not finite are left out."""
+        if self.uri == OFF:
+            return
         finite = _metrics(rows)
         client = _client(self.uri)
         for i in range(0, len(finite), 1000):
@@ -89,6 +94,8 @@ class Run:
 
     def log_missing(self, rows: list[tuple[int, str, float]]) -> None:
         """Log those (step, name, value) rows whose name has nothing yet at their step."""
+        if self.uri == OFF:
+            return
         client = _client(self.uri)
         names = dict.fromkeys(name for _, name, _ in rows)
         have = {(m.step, name) for name in names for m in client.get_metric_history(self.id, name)}
@@ -96,6 +103,8 @@ class Run:
 
     def children(self) -> set[str]:
         """Keys of the runs under this one (`child`)."""
+        if self.uri == OFF:
+            return set()
         client, found, token = _client(self.uri), set(), None
         ident = client.get_run(self.id).info.experiment_id
         while True:
@@ -114,6 +123,8 @@ class Run:
             params: Flat or nested.
             metrics: Values that are not finite are left out.
         """
+        if self.uri == OFF:
+            return
         client = _client(self.uri)
         ident = client.get_run(self.id).info.experiment_id
         halves = client.search_runs(
@@ -129,6 +140,8 @@ class Run:
 
     def artifact(self, path: str) -> None:
         """Keep a local file with the run."""
+        if self.uri == OFF:
+            return
         _client(self.uri).log_artifact(self.id, path)
 
     def register(self, name: str, contents: Mapping[str, bytes], text: str) -> str:
@@ -139,6 +152,9 @@ class Run:
             contents: File name to content: weights, config, card.
             text: The version's description.
         """
+        if self.uri == OFF:
+            msg = "tune.register: a model is registered in MLflow, and tracking.uri = 'off'; set tracking.uri, or no tune.register"
+            raise UserError(msg)
         from mlflow.exceptions import MlflowException
 
         client = _client(self.uri)
@@ -167,6 +183,9 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
         parent: id of the run that this one belongs under.
     """
     where = uri(config)
+    if where == OFF:
+        yield Run(OFF, "")
+        return
     client = _client(where)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is not None:
