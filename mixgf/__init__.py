@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from mixgf.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["CellClassifier", "CellEncoder", "UserError", "datasets", "load", "load_classifier"]
+__all__ = [
+    "CellClassifier",
+    "CellEncoder",
+    "UserError",
+    "datasets",
+    "load",
+    "load_classifier",
+]
 
 _HOMES = dict.fromkeys(__all__, "mixgf.api") | {"UserError": "mixgf.errors", "datasets": "mixgf.datasets"}
 

@@ -64,6 +64,7 @@ def load(
     vocabulary: str = "",
     dictionary: str = "",
     medians: str = "",
+    cls: bool | None = None,
 ) -> CellEncoder:
     """Load a trained encoder.
 
@@ -76,6 +77,7 @@ def load(
             empty = token_dictionary.json or .pkl in the folder.
         medians: For a Hugging Face folder: URI of the median of each gene (the same formats), by which its sentences
             are ranked.
+        cls: For a Hugging Face folder: whether sentences begin with <cls>; None = where the dictionary has one.
 
     Raises:
         UserError: there is nothing to load, or its vocabulary, dictionary or medians are missing.
@@ -94,7 +96,7 @@ def load(
         if record is not None and record.kind == checkpoint.KIND:
             return _load_checkpoint(place, record, where, vocabulary)
     if "config.json" in files.list_dir(uri):
-        return _load_huggingface(uri, where, dictionary, medians)
+        return _load_huggingface(uri, where, dictionary, medians, cls)
     msg = f"{uri}: no run, checkpoint or Hugging Face folder there; `mixgf pretrain` makes OUTPUT/pretrain"
     raise UserError(msg)
 
@@ -123,7 +125,13 @@ def _load_checkpoint(uri: str, record: artifacts.Record, device: torch.device, g
     raise UserError(msg)
 
 
-def _load_huggingface(uri: str, device: torch.device, dictionary: str, medians: str) -> CellEncoder:
+def _load_huggingface(
+    uri: str,
+    device: torch.device,
+    dictionary: str,
+    medians: str,
+    cls: bool | None,  # noqa: FBT001
+) -> CellEncoder:
     """Published weights, with a vocabulary made of their token dictionary and medians."""
     published = huggingface.read(uri)
     inside = [files.join(uri, name) for name in huggingface.DICTIONARIES if name in files.list_dir(uri)]
@@ -159,7 +167,11 @@ def _load_huggingface(uri: str, device: torch.device, dictionary: str, medians: 
     tables = {row.name: species_tables.gene_table(row) for row in rows}
     words = vocabulary.build_vocabulary(by_species, tables, sharing="separate", orthologs={})
     model, _, _ = huggingface.moved(published, tokens_of, words, rows, seed=0)
-    tokens = Tokens(max_len=published.row.max_positions, cls="<cls>" in tokens_of.specials)
+    known_cls = "<cls>" in tokens_of.specials
+    if cls and not known_cls:
+        msg = "cls = True: this model knows no <cls>; leave it out"
+        raise UserError(msg)
+    tokens = Tokens(max_len=published.row.max_positions, cls=known_cls if cls is None else cls)
     return CellEncoder(model.encoder.to(device).eval(), words, tokens, rows, uri=uri)
 
 
@@ -327,7 +339,7 @@ class CellEncoder:
 
         Examples:
             >>> import mixgf as mg
-            >>> adata, encoder = mg.datasets.pancreas()[:20], mg.load("runs/mine")
+            >>> adata, encoder = mg.datasets.pancreas()[:20].copy(), mg.load("runs/mine")
             >>> adata.obsm["X_mixgf"] = encoder.embed(adata)
             >>> adata.obsm["X_mixgf"].shape
             (20, 32)

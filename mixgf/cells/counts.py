@@ -226,18 +226,20 @@ def _bad_value(reader: Reader, columns: pa.Table, raw: RawBlock, reason: int, at
     row = int(np.searchsorted(raw.indptr, at, side="right")) - 1
     cell = reader.cell_names(raw.start + row, raw.start + row + 1)[0]
     where = f"cell {cell} (row {raw.start + row}), gene {columns['name'][int(raw.indices[at])].as_py()}"
-    msg = f"{reader.uri}: count {raw.data[at]} of {where} is {_INVALID[reason]}; {_advice(raw, reason)}"
+    msg = f"{reader.uri}: count {raw.data[at]} of {where} is {_INVALID[reason]}; {_advice(raw, reason, reader.layer_option)}"
     return UserError(msg)
 
 
-def _advice(raw: RawBlock, reason: int) -> str:
+def _advice(raw: RawBlock, reason: int, option: str) -> str:
     with np.errstate(all="ignore"):
         for name, values in (("normalised", raw.data), ("log-normalised", np.expm1(raw.data.astype(np.float64)))):
             rows = np.repeat(np.arange(len(raw.indptr) - 1), np.diff(raw.indptr))
             sums = np.bincount(rows, weights=values, minlength=len(raw.indptr) - 1)
             sums = sums[sums > 0]
             if reason == _WHOLE and len(sums) and np.ptp(sums) < 1e-3 * sums.mean():
-                return f"the matrix is already {name} (every cell sums to {sums.mean():,.0f}): give raw counts (sources[i].layer)"
+                return (
+                    f"the matrix is already {name} (every cell sums to {sums.mean():,.0f}): give raw counts ({option})"
+                )
     if reason == _NEGATIVE:
-        return "the matrix looks scaled: give raw counts (sources[i].layer = 'raw' or a layer's name)"
-    return "counts must be whole numbers from 0: give raw counts (sources[i].layer = 'raw' or a layer's name)"
+        return f"the matrix looks scaled: give raw counts ({option} = 'raw' or a layer's name)"
+    return f"counts must be whole numbers from 0: give raw counts ({option} = 'raw' or a layer's name)"

@@ -48,6 +48,8 @@ class Reader:
     """bool, one per column: which are genes, in files that hold other features (antibodies) too; None = all."""
     scan: Callable[[], Iterator[Triples]] | None = None
     """Column-major files only: all entries, in the order of the file. There, `read` scans the whole file."""
+    layer_option: str = "sources[i].layer"
+    """How the user names the layer with the counts; for messages."""
 
 
 def file_error(uri: str, what: str) -> UserError:

@@ -102,6 +102,7 @@ def label(
     """
     kept, vocabulary, _ = classifier.load(model, device)
     with open_reader(file.source.uri, file.source.layer) as reader:
+        reader.layer_option = "--layer"
         _, genes = describe(reader, file.source, kept, vocabulary)
         parts = label_rows(reader, genes, kept, start, stop, block_cells=block_cells)
         tables.write_table(to, pa.concat_tables(parts))

@@ -53,6 +53,7 @@ def open_cells(data: AnnData | str | os.PathLike[str], layer: str = "X") -> Iter
         yield _reader(data, layer)
     elif isinstance(data, str | os.PathLike):
         with open_reader(os.fspath(data), layer) as reader:
+            reader.layer_option = "layer"
             yield reader
     else:
         msg = f"{NAME} is {type(data).__name__}: must be an AnnData, or the path or URI of an .h5ad, 10x .h5 or 10x folder"
@@ -65,6 +66,7 @@ def _reader(adata: Any, layer: str) -> Reader:
     read, scan = _rows(adata, layer)
     return Reader(
         uri=NAME,
+        layer_option="layer",
         num_rows=adata.n_obs,
         num_columns=len(var),
         gene_names=lambda column: choose_gene_names(

@@ -87,7 +87,7 @@ def find_genes(
         shown = ", ".join(str(name) for name in names[:5])
         msg = (
             f"{reader.uri}: {reader.num_rows} cells, none of {len(names)} genes is known to the model; names are like "
-            f"{shown}: another species, or another column of var (--genes)?"
+            f"{shown}: another species, or another column of var (genes)?"
         )
         raise UserError(msg)
     return genes
