@@ -57,7 +57,7 @@ def without(blocked, code):
     ("packages", "blocked"),
     [
         (("mixgf.encoder", "mixgf.training", "mixgf.perturbation"), (*SERVICES, *OTHERS)),
-        (("mixgf.classification",), SERVICES),
+        (("mixgf.classification", "mixgf.api"), SERVICES),
     ],
 )
 def test_computation_imports_without_cluster_tracking_and_object_storage(packages, blocked):
@@ -75,12 +75,15 @@ def test_a_blocked_package_cannot_be_imported():
     assert "No module named 'botocore'" in result.stderr
 
 
-def test_local_files_are_read_and_written_without_object_storage(tmp_path):
+def test_local_files_and_errors_of_other_storage_need_no_s3(tmp_path):
     code = f"""
 from mixgf.storage import files
 files.write_bytes({str(tmp_path / "a")!r}, b"x")
 assert files.read_bytes({str(tmp_path / "a")!r}) == b"x"
 files.remove({str(tmp_path)!r})
+from mixgf.storage import retry
+assert retry.passes(TimeoutError()) and not retry.passes(PermissionError("no"))
+assert "access denied" in str(retry.fault("gs://bucket/a", PermissionError("no")))
 """
     result = without(SERVICES, code)
     assert result.returncode == 0, result.stderr

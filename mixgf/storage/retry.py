@@ -50,15 +50,13 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
 
 def passes(error: Exception) -> bool:
     """Whether the same call may well succeed in a moment: its answer broke off, or the server is still busy."""
-    from botocore import exceptions as boto
-
-    if isinstance(error, boto.ConnectionError):
+    if _of_botocore(error, "ConnectionError"):
         return False  # no connection at all: botocore has tried
-    if isinstance(error, boto.HTTPClientError | boto.IncompleteReadError | TimeoutError | ConnectionError | EOFError):
+    if isinstance(error, TimeoutError | ConnectionError | EOFError) or _of_aiohttp(error):
         return True
-    if isinstance(error, boto.ClientError) and int(error.response["ResponseMetadata"]["HTTPStatusCode"]) >= 500:
+    if _of_botocore(error, "HTTPClientError", "IncompleteReadError"):
         return True
-    if _of_aiohttp(error):
+    if _of_botocore(error, "ClientError") and _status(error) >= 500:
         return True
     if code(error) == "NoSuchUpload":
         return True  # a completed upload whose answer was lost, or one cleaned away: write the whole again
@@ -73,8 +71,6 @@ def code(error: BaseException) -> str:
 
 def fault(uri: str, error: Exception) -> OSError | None:
     """The one line that callers see of an error; None for an error that is not of storage."""
-    from botocore import exceptions as boto
-
     text = " ".join(str(error).split()) or type(error).__name__
     refusal = _refusal(error)
     if refusal:
@@ -84,9 +80,13 @@ def fault(uri: str, error: Exception) -> OSError | None:
     where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     if code(error) in ("412", "PreconditionFailed"):
         text = f"{uri}: was written anew while it was read; start again"
-    elif isinstance(error, boto.ConnectionError):
+    elif _of_botocore(error, "ConnectionError"):
         text = f"{uri}: no connection to {where}; check AWS_ENDPOINT_URL and the network ({text})"
-    elif isinstance(error, OSError | EOFError | boto.BotoCoreError | boto.ClientError) or _of_aiohttp(error):
+    elif (
+        isinstance(error, OSError | EOFError)
+        or _of_botocore(error, "BotoCoreError", "ClientError")
+        or _of_aiohttp(error)
+    ):
         text = f"{uri}: {where} did not answer as it should ({text}); the same command tries again"
     else:
         return None
@@ -95,15 +95,23 @@ def fault(uri: str, error: Exception) -> OSError | None:
 
 def _refusal(error: Exception) -> tuple[str, str] | None:
     """What object storage will not do however often it is asked, and the way out."""
-    from botocore import exceptions as boto
-
     if isinstance(error, PermissionError) or code(error) in _DENIED:
         return "access denied", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and that key's rights"
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+    if _of_botocore(error, "NoCredentialsError", "PartialCredentialsError"):
         return "no keys", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    if isinstance(error, boto.ParamValidationError):
+    if _of_botocore(error, "ParamValidationError"):
         return "not an address that can be", "an S3 address is s3://BUCKET/KEY"
     return None
+
+
+def _of_botocore(error: Exception, *names: str) -> bool:
+    """Whether an error is of these classes of botocore, by their names: botocore may be missing where no S3 is used."""
+    return any(c.__module__ == "botocore.exceptions" and c.__name__ in names for c in type(error).__mro__)
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status of botocore's `ClientError`."""
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])  # type: ignore[attr-defined]
 
 
 def _of_aiohttp(error: Exception) -> bool:
