@@ -250,7 +250,9 @@ def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure
     record = artifacts.plan(checkpoint.KIND, 1, {}, {})
     artifacts.begin(weights, record)
     model = MaskedModel(row, corpus.vocabulary.size)
-    checkpoint.publish(weights, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=length))
+    checkpoint.publish_checkpoint(
+        weights, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=length)
+    )
     settings = run.Config(
         output=folder,
         compute=run.Compute(num_workers=3),  # room for both pools

@@ -133,7 +133,7 @@ def _load_huggingface(
     cls: bool | None,  # noqa: FBT001
 ) -> CellEncoder:
     """Published weights, with a vocabulary made of their token dictionary and medians."""
-    published = huggingface.read(uri)
+    published = huggingface.read_pretrained(uri)
     inside = [files.join(uri, name) for name in huggingface.DICTIONARIES if name in files.list_dir(uri)]
     if not dictionary and not inside:
         msg = (
@@ -166,12 +166,12 @@ def _load_huggingface(
         raise UserError(msg)
     tables = {row.name: species_tables.gene_table(row) for row in rows}
     words = vocabulary.build_vocabulary(by_species, tables, sharing="separate", orthologs={})
-    model, _, _ = huggingface.moved(published, tokens_of, words, rows, seed=0)
+    model, _, _ = huggingface.remap_to_vocabulary(published, tokens_of, words, rows, seed=0)
     known_cls = "<cls>" in tokens_of.specials
     if cls and not known_cls:
         msg = "cls = True: this model knows no <cls>; leave it out"
         raise UserError(msg)
-    tokens = Tokens(max_len=published.row.max_positions, cls=known_cls if cls is None else cls)
+    tokens = Tokens(max_len=published.sizes.max_positions, cls=known_cls if cls is None else cls)
     return CellEncoder(model.encoder.to(device).eval(), words, tokens, rows, uri=uri)
 
 
@@ -266,10 +266,10 @@ class CellEncoder:
     ) -> None:  # fmt: skip
         self.model, self.vocabulary, self.tokens, self.uri = model, vocabulary, tokens, uri
         self._rows = tuple(row for row in rows if row.name in vocabulary.species)
-        self.species, self.width = tuple(vocabulary.species), model.row.dim
+        self.species, self.width = tuple(vocabulary.species), model.sizes.dim
 
     def __repr__(self) -> str:
-        row = self.model.row
+        row = self.model.sizes
         return (
             f"CellEncoder({self.uri!r}: {row.num_layers} layers, width {row.dim}, {self.vocabulary.size:,} tokens, "
             f"{' and '.join(self.species)}, on {self.device})"
@@ -347,12 +347,12 @@ class CellEncoder:
         console.setup_if_silent()
         target = _target(adata, inplace=inplace, copy=copy)
         chosen = parse.from_dict(Embed, {"pooling": pooling, "layer": hidden_layer}, "embed")
-        bert.require_layer(self.model.row, chosen.layer, "hidden_layer")
+        bert.require_layer(self.model.sizes, chosen.layer, "hidden_layer")
         if pooling == "cls" and not self.tokens.cls:
             msg = "pooling = 'cls': this model was trained on sentences without <cls>; use 'mean' or 'first'"
             raise UserError(msg)
         rows = BLOCK_CELLS if self.device.type == "cpu" else GPU_BLOCK_CELLS
-        width = bert.width(self.model.row, chosen.layer)
+        width = bert.vector_width(self.model.sizes, chosen.layer)
         with anndata.open_cells(adata, layer) as reader, _torch_threads(threads):
             found = sentences.find_genes(reader, self.vocabulary, self._rows, species=species, column=genes)
             out_ND = np.full((reader.num_rows, width), np.nan, dtype=np.float32)
@@ -441,7 +441,7 @@ class CellEncoder:
         with anndata.open_cells(adata, layer) as reader:
             found = sentences.find_genes(reader, self.vocabulary, self._rows, species=species, column=gene_column)
             corpus = sentences.MemoryCorpus(
-                reader, found, self.vocabulary, self.tokens, max_len=self.model.row.max_positions, source=source
+                reader, found, self.vocabulary, self.tokens, max_len=self.model.sizes.max_positions, source=source
             )
         with _torch_threads(threads), tempfile.TemporaryDirectory(prefix="mixgf-perturb-") as folder:
             tables, warnings = perturb.in_memory(config, corpus, self.model, folder)

@@ -78,4 +78,4 @@ def untrained_checkpoint(run, model):
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {"corpus": corpus.record.fingerprint})
     artifacts.begin(uri, record)
     made = MaskedModel(model, corpus.vocabulary.size)
-    checkpoint.publish(uri, record, made, vocabulary=corpus.vocabulary.hash, tokens=run.tokens)
+    checkpoint.publish_checkpoint(uri, record, made, vocabulary=corpus.vocabulary.hash, tokens=run.tokens)

@@ -75,7 +75,7 @@ class Kept:
     about: dict[str, Any] = field(default_factory=dict)
     """Plain facts: model, group, split, species and tokens of training, species rows, scores on the test cells."""
 
-    def vectors(self, sentences: embed.Sentences, cells: Integers) -> Floats:
+    def vectors(self, sentences: embed.SentenceSource, cells: Integers) -> Floats:
         """Vectors of some cells, as the other methods want them."""
         made = embed.embed_cells(
             self.encoder, sentences, cells, self.pooling, self.layer, max_len=int(self.about["max_len"])
@@ -109,7 +109,7 @@ class Kept:
 
 
 def with_votes(
-    vectors_ND: Floats, genes_CV: Floats, sentences: embed.Sentences, cells: Integers, max_len: int
+    vectors_ND: Floats, genes_CV: Floats, sentences: embed.SentenceSource, cells: Integers, max_len: int
 ) -> Floats:
     """The encoder's vectors (N, D), and behind them the summed weights of the cells' genes (N, C), where genes have any."""
     if not genes_CV.shape[1]:
@@ -271,7 +271,7 @@ def save(uri: str, kept: Kept, vocabulary: Vocabulary) -> None:
     checkpoint.write_tensors(files.join(uri, _WEIGHTS), weights)
     vocabulary.save(files.join(uri, _VOCABULARY))
     facts = {name: getattr(kept, name) for name in _NUMBERS} | {
-        "classes": list(kept.classes), "encoder": parse.to_dict(kept.encoder.row), "vocabulary": vocabulary.hash, "about": kept.about,
+        "classes": list(kept.classes), "encoder": parse.to_dict(kept.encoder.sizes), "vocabulary": vocabulary.hash, "about": kept.about,
     }  # fmt: skip
     files.write_json(files.join(uri, _FACTS), facts)
 

@@ -31,8 +31,8 @@ from mixgf.console import warn
 from mixgf.corpus.packed import Packed, keep_tokens, truncate
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed, lora
-from mixgf.encoder.batch import Batch, micro_batches, pack
-from mixgf.encoder.bert import Encoder, Linear, forward_flops, pooled, require_layer, width
+from mixgf.encoder.batch import Batch, pack_batch, split_micro_batches
+from mixgf.encoder.bert import Encoder, Linear, cell_vectors, forward_flops, require_layer, vector_width
 from mixgf.errors import UserError
 from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS
@@ -65,23 +65,23 @@ class Classifier(nn.Module):
         gene_weights: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        require_layer(encoder.row, layer, "classify.layer")
+        require_layer(encoder.sizes, layer, "classify.layer")
         self.encoder, self.pooling, self.cls, self.layer = encoder, pooling, cls, layer
-        self.head = Linear(width(encoder.row, layer), num_classes)
+        self.head = Linear(vector_width(encoder.sizes, layer), num_classes)
         self.genes = nn.Parameter(torch.zeros(encoder.vocab_size, num_classes)) if gene_weights else None
         with torch.no_grad():
             generator = torch.Generator().manual_seed(seed)
-            self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=generator) * encoder.row.init_sd)
+            self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=generator) * encoder.sizes.init_sd)
             self.head.bias.zero_()
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C); dropout only where the batch carries keys."""
-        read = batch.cut(self.encoder.row.max_positions)
-        z_BD = pooled(
+        read = batch.truncate(self.encoder.sizes.max_positions)
+        z_BD = cell_vectors(
             self.encoder, read.ids_T, read.offsets_B1, self.pooling, layer=self.layer, cls=self.cls,
             positions_T=read.positions_T, keys=read.keys_T, max_len=read.max_len,
         )  # fmt: skip
-        p = self.encoder.row.dropout
+        p = self.encoder.sizes.dropout
         if batch.keys_T is not None and p > 0:
             chance16 = round(p * 65536)
             keys_B = batch.keys_T[batch.offsets_B1[:-1].long()]
@@ -119,7 +119,7 @@ class Classifier(nn.Module):
         """Do not train the embedding and the first `layers` layers; 0 = train all, `all` = train the head only."""
         if layers == 0:
             return
-        count = self.encoder.row.num_layers
+        count = self.encoder.sizes.num_layers
         first = count if layers == "all" else layers
         if first > count:
             msg = f"classify.freeze_layers = {layers}: must be at most the encoder's {count} layers, or 'all'"
@@ -183,7 +183,7 @@ class _Sentences:
 
     def batch(self, cells: Ints, keys: tuple[int, int, Ints] | None = None) -> Batch:
         """Cells in the given order; `keys` = (seed, epoch, visits) adds dropout."""
-        return pack([self.tokens(cells)], cells, None if keys is None else rng.hashed(*keys))
+        return pack_batch([self.tokens(cells)], cells, None if keys is None else rng.hashed(*keys))
 
     def lengths(self, cells: Ints) -> npt.NDArray[np.int32]:
         """Tokens that the encoder reads, at most."""
@@ -196,7 +196,7 @@ def _sentences(encoder: Encoder, corpus: Corpus, table: Labelled, split: Split, 
     shared_V = None
     if run.classify.align and len(trains) == len(tested) == 1 and trains != tested:
         shared_V = shared_tokens(corpus.vocabulary, orthologs(run.vocab.orthologs), trains[0], tested[0])
-    return _Sentences(corpus, longest(encoder, run.classify), encoder.row.max_positions, shared_V)
+    return _Sentences(corpus, longest(encoder, run.classify), encoder.sizes.max_positions, shared_V)
 
 
 @dataclass
@@ -271,7 +271,7 @@ def finetune(
     )  # fmt: skip
     model.freeze(settings.freeze_layers)
     if settings.lora_rank:
-        lora.adapt(encoder, settings.lora_rank, settings.lora_alpha, seed=seed)
+        lora.add_adapters(encoder, settings.lora_rank, settings.lora_alpha, seed=seed)
     sentences = _sentences(encoder, corpus, table, split, run)
     trained = np.setdiff1d(split.train, split.validation)
     cells, labels = table.cells[trained], split.ids(table.labels[trained])
@@ -298,9 +298,9 @@ def finetune(
 
     def batches(step: int, rank: int, world_size: int) -> loop.BatchWork:
         share = plan.share(step, rank, world_size)
-        runs = micro_batches(lengths[share.cells_B], run.train.micro_tokens)
+        runs = split_micro_batches(lengths[share.cells_B], run.train.micro_tokens)
         made = [sentences.batch(cells[share.cells_B[r]], (seed, share.epoch, share.visits_B[r])) for r in runs]
-        flops = 3 * forward_flops(encoder.row, lengths[share.cells_B].tolist())
+        flops = 3 * forward_flops(encoder.sizes, lengths[share.cells_B].tolist())
         return loop.BatchWork(made, share.batch_cells, share.epoch, flops)
 
     def loss(model: Classifier, batch: Batch) -> dict[str, Tensor]:
@@ -326,7 +326,7 @@ def finetune(
         for name, parameter in model.named_parameters():
             if name in task.best:
                 parameter.copy_(task.best[name])
-    lora.merge(encoder)
+    lora.merge_adapters(encoder)
     predicted = probabilities(model, sentences, table.cells[split.test], run.train.micro_tokens)
     if sentences.shared_V is not None:
         predicted = moved(predicted, probabilities(model, sentences, cells, run.train.micro_tokens), labels)
@@ -367,12 +367,14 @@ def probabilities(model: Classifier, sentences: _Sentences, cells: Ints, micro_t
 
 
 def _runs(lengths: npt.NDArray[np.int32], micro_tokens: int) -> Iterator[slice]:
-    yield from micro_batches(lengths, micro_tokens) if micro_tokens else (slice(i, i + 1) for i in range(len(lengths)))
+    yield from (
+        split_micro_batches(lengths, micro_tokens) if micro_tokens else (slice(i, i + 1) for i in range(len(lengths)))
+    )
 
 
 def longest(encoder: Encoder, settings: Classify) -> int:
     """Longest sentence that is read, 0 = all: `classify.max_len`, without weights of genes no more than the encoder's positions."""
-    most = encoder.row.max_positions
+    most = encoder.sizes.max_positions
     return settings.max_len if settings.gene_weights else min(settings.max_len or most, most)
 
 

@@ -1,4 +1,7 @@
-"""Moved here from mixgf/dataset.py, mixgf/plan.py."""
+"""Packed sentences as tensors for the encoder: no padding, one cell after the other.
+
+Shapes: T packed tokens, B cells.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +25,28 @@ class Batch:
     ids_T: Tensor
     """Token ids, int64."""
     offsets_B1: Tensor
-    """Where each cell begins, and T, int32."""
+    """Offsets of the cells, int32: cell i has tokens [offsets[i], offsets[i + 1])."""
     positions_T: Tensor
     """Position of each token in its cell, int64."""
     cells_B: Tensor
     """Global cell numbers, int64."""
     max_len: int
-    """The longest cell."""
+    """Tokens of the longest cell."""
     keys_T: Tensor | None = None
-    """Dropout keys, int32, see `rng.dropout_keys`; None = no dropout."""
+    """Key of each token's random dropout, int32 (T,); None = no dropout."""
 
     @property
     def num_cells(self) -> int:
-        """B."""
+        """Number of cells (B)."""
         return len(self.cells_B)
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens (T)."""
         return len(self.ids_T)
 
-    def cut(self, max_len: int) -> Batch:
-        """The first `max_len` tokens of every cell."""
+    def truncate(self, max_len: int) -> Batch:
+        """Batch with the first `max_len` tokens of every cell."""
         if self.max_len <= max_len:
             return self
         kept_T = self.positions_T < max_len
@@ -55,7 +58,7 @@ class Batch:
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device; from pinned memory the copy does not block."""
+        """Batch on a device; copies to a GPU are asynchronous, from pinned memory."""
         if torch.device(device).type == "cpu":
             return self
 
@@ -68,13 +71,14 @@ class Batch:
         )  # fmt: skip
 
 
-def pack(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64] | None = None) -> Batch:
-    """A `Batch` of packed sentences.
+def pack_batch(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64] | None = None) -> Batch:
+    """Join packed sentences to one `Batch`.
 
     Args:
-        packs: tokens and offsets, one pack (a view) after the other; all of the same B cells.
-        cells: their global numbers, (B,).
-        keys: of dropout, `rng.hashed(seed, epoch, visits)`, (B,), to which a pack's number is added; None = no dropout.
+        packs: tokens and offsets; several packs are several views of the same B cells, one after the other.
+        cells: global numbers of the cells, (B,).
+        keys: dropout key of each cell, `rng.hashed(seed, epoch, visits)`, (B,); the number of the pack is mixed in.
+            None = no dropout.
     """
     cells_B = np.asarray(cells, dtype=np.int64)
     num_cells, num_tokens = len(cells_B), sum(len(tokens_T) for tokens_T, _ in packs)
@@ -83,7 +87,7 @@ def pack(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64]
     keys_T = np.empty(num_tokens if keys is not None else 0, dtype=np.int32)
     max_len, keys_B = 1, np.empty(0, dtype=np.uint64) if keys is None else keys
     for number, (tokens_T, offsets) in enumerate(packs):
-        longest = _lay(tokens_T, offsets, keys_B, number, ids_T, positions_T, offsets_B1, keys_T)
+        longest = _append_pack(tokens_T, offsets, keys_B, number, ids_T, positions_T, offsets_B1, keys_T)
         max_len = max(max_len, int(longest))
     return Batch(
         ids_T=torch.from_numpy(ids_T),
@@ -96,7 +100,7 @@ def pack(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64]
 
 
 @jit
-def _lay(  # noqa: PLR0917 (compiled)
+def _append_pack(  # noqa: PLR0917 (compiled)
     tokens_T: I32,
     offsets: I64,
     keys_B: npt.NDArray[np.uint64],
@@ -106,7 +110,7 @@ def _lay(  # noqa: PLR0917 (compiled)
     offsets_B1: I32,
     keys_T: I32,
 ) -> np.int64:
-    """Write one pack behind those of smaller number; returns its longest cell."""
+    """Write pack number `number` behind the packs before it; returns the length of its longest cell."""
     num_cells = len(offsets) - 1
     base, longest = np.int64(offsets_B1[number * num_cells]), np.int64(1)
     for i in range(num_cells):
@@ -124,8 +128,11 @@ def _lay(  # noqa: PLR0917 (compiled)
     return longest
 
 
-def micro_batches(lengths: npt.NDArray[np.int32], max_tokens: int) -> list[slice]:
-    """Cut cells into runs of at most `max_tokens` tokens (a longer cell is alone); at least one, maybe empty, run."""
+def split_micro_batches(lengths: npt.NDArray[np.int32], max_tokens: int) -> list[slice]:
+    """Cut consecutive cells into micro batches of at most `max_tokens` tokens.
+
+    A longer cell is a micro batch of its own. There is at least one slice, which is empty without cells.
+    """
     cuts, used = [0], 0
     for i, length in enumerate(lengths.tolist()):
         if used and used + length > max_tokens:

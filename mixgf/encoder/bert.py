@@ -1,7 +1,7 @@
-"""The encoder of paper section 3.3 over packed cells, and its masked-gene head. One file, as in the paper's figure 1.
+"""The encoder (paper section 3.1, figure 1) and its masked-gene head: BERT over packed cells.
 
-BERT: learned positions, post-norm blocks, no padding anywhere. All cells of a batch lie one after the other; element-wise
-operations and matrix products see [T, D], only attention knows where a cell ends.
+BERT has learned positions and post-norm blocks. All cells of a batch lie one after the other, without padding:
+element-wise operations and matrix products work on [T, D], and only attention needs the ends of cells.
 
 Shapes: T packed tokens, B cells, D width, H heads, E width of a head, K scored positions, V vocabulary, L tokens of a cell.
 """
@@ -23,57 +23,57 @@ from mixgf.config import training
 from mixgf.errors import UserError
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits that exist at one time
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # largest number of logits in memory at a time
 
 
 class Linear(nn.Linear):
-    """A linear layer whose initialisation is left to `Encoder.reset`."""
+    """Linear layer without initialisation of its own: `Encoder.initialise` draws the weights."""
 
     def reset_parameters(self) -> None:
-        """Do nothing; no global random state is touched."""
+        """Do nothing, so that torch's global random state is not used."""
 
 
 class Layer(nn.Module):
     """One post-norm transformer block."""
 
-    def __init__(self, row: training.Model) -> None:
+    def __init__(self, sizes: training.Model) -> None:
         super().__init__()
-        self.row = row
-        self.qkv = Linear(row.dim, 3 * row.dim)
-        self.out = Linear(row.dim, row.dim)
-        self.norm_attention = nn.LayerNorm(row.dim, eps=row.norm_eps)
-        self.up = Linear(row.dim, row.ffn_dim)
-        self.down = Linear(row.ffn_dim, row.dim)
-        self.norm_ffn = nn.LayerNorm(row.dim, eps=row.norm_eps)
+        self.sizes = sizes
+        self.qkv = Linear(sizes.dim, 3 * sizes.dim)
+        self.out = Linear(sizes.dim, sizes.dim)
+        self.norm_attention = nn.LayerNorm(sizes.dim, eps=sizes.norm_eps)
+        self.up = Linear(sizes.dim, sizes.ffn_dim)
+        self.down = Linear(sizes.ffn_dim, sizes.dim)
+        self.norm_ffn = nn.LayerNorm(sizes.dim, eps=sizes.norm_eps)
 
     def forward(self, h_TD: Tensor, cells: Cells, keys_T: Tensor | None, site: int, queries: Queries | None) -> Tensor:
-        row = self.row
-        T, H, E = h_TD.shape[0], row.num_heads, row.dim // row.num_heads
+        sizes = self.sizes
+        T, H, E = h_TD.shape[0], sizes.num_heads, sizes.dim // sizes.num_heads
         if queries is None:
             q_RHE, k_THE, v_THE = self.qkv(h_TD).view(T, 3, H, E).unbind(1)
-            asked = cells
+            query_cells = cells
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            k_THE, v_THE = F.linear(h_TD, weight[row.dim :], bias[row.dim :]).view(T, 2, H, E).unbind(1)
-            at_R, asked = queries.at_R, queries.cells
+            k_THE, v_THE = F.linear(h_TD, weight[sizes.dim :], bias[sizes.dim :]).view(T, 2, H, E).unbind(1)
+            at_R, query_cells = queries.at_R, queries.cells
             h_TD, keys_T = h_TD.index_select(0, at_R), None if keys_T is None else keys_T.index_select(0, at_R)
-            q_RHE = F.linear(h_TD, weight[: row.dim], bias[: row.dim]).view(-1, H, E)
-        if keys_T is not None and row.attention_dropout > 0:
-            a_RD = _attend_dropout(q_RHE, k_THE, v_THE, asked, cells, keys_T, site, row.attention_dropout)
+            q_RHE = F.linear(h_TD, weight[: sizes.dim], bias[: sizes.dim]).view(-1, H, E)
+        if keys_T is not None and sizes.attention_dropout > 0:
+            a_RD = _attend_with_dropout(q_RHE, k_THE, v_THE, query_cells, cells, keys_T, site, sizes.attention_dropout)
         else:
-            a_RD = attend(q_RHE, k_THE, v_THE, asked, cells)
-        return self.finish(h_TD, a_RD, keys_T, site)
+            a_RD = attend(q_RHE, k_THE, v_THE, query_cells, cells)
+        return self.after_attention(h_TD, a_RD, keys_T, site)
 
-    def finish(self, h_TD: Tensor, a_RD: Tensor, keys_T: Tensor | None = None, site: int = 0) -> Tensor:
-        """What follows attention: the layer's output from its input and what attention brought, heads side by side."""
-        row = self.row
-        h_TD = self.norm_attention(_drop_add(h_TD, self.out(a_RD), row.dropout, keys_T, site + 1))
-        f_TD = self.down(_ACTIVATIONS[row.activation](self.up(h_TD)))
-        return self.norm_ffn(_drop_add(h_TD, f_TD, row.dropout, keys_T, site + 2))
+    def after_attention(self, h_TD: Tensor, a_RD: Tensor, keys_T: Tensor | None = None, site: int = 0) -> Tensor:
+        """Output of the block, from its input (T, D) and the output of attention (T, D), heads concatenated."""
+        sizes = self.sizes
+        h_TD = self.norm_attention(_drop_add(h_TD, self.out(a_RD), sizes.dropout, keys_T, site + 1))
+        f_TD = self.down(_ACTIVATIONS[sizes.activation](self.up(h_TD)))
+        return self.norm_ffn(_drop_add(h_TD, f_TD, sizes.dropout, keys_T, site + 2))
 
 
 class Cells:
-    """Where cells begin and end in a packed batch, on the device and, where a path needs it, on the host."""
+    """Offsets of the cells of a packed batch, on the device and, if needed, as lengths on the host."""
 
     def __init__(self, offsets_B1: Tensor, max_len: int | None = None) -> None:
         self.offsets_B1 = offsets_B1.to(torch.int32)
@@ -82,54 +82,56 @@ class Cells:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each cell. Waits for the device."""
+        """Tokens of each cell; waits for the device."""
         if self._lengths is None:
             self._lengths = torch.diff(self.offsets_B1).tolist()
         return self._lengths
 
     @property
     def max_len(self) -> int:
-        """A bound of the longest cell."""
+        """Upper bound of the tokens of a cell."""
         return self._max_len if self._max_len is not None else max(self.lengths, default=1)
 
 
 class Queries:
-    """The only tokens whose last hidden state somebody looks at: the last layer computes no other.
+    """Tokens whose last hidden state is needed (R); the last layer computes only these.
 
     Args:
-        at_R: their places in the pack, ascending.
-        offsets_B1: where each cell's begin among them, and R.
-        max_len: a bound of the longest cell.
+        at_R: positions of these tokens among the T packed tokens, ascending.
+        offsets_B1: offsets of each cell's queries among the R.
+        max_len: upper bound of the queries of a cell.
     """
 
     def __init__(self, at_R: Tensor, offsets_B1: Tensor, max_len: int | None = None) -> None:
         self.at_R, self.cells = at_R, Cells(offsets_B1, max_len)
 
 
-def attend(q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cells) -> Tensor:
+def attend(q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, query_cells: Cells, cells: Cells) -> Tensor:
     """Attention of every query to the tokens of its own cell, (R, H * E).
 
-    CUDA in half precision: torch's variable-length flash attention. Elsewhere: scaled_dot_product_attention over runs of
-    cells of equal length, which needs no padding and no mask.
+    In half precision on CUDA it uses torch's variable-length flash attention. Otherwise it uses
+    `scaled_dot_product_attention` over consecutive cells of equal length, which needs neither padding nor mask.
 
     Args:
-        q_RHE: queries, cell after cell; all tokens, or fewer.
+        q_RHE: queries, cell after cell; of all tokens, or of fewer.
         k_THE: keys of all tokens.
         v_THE: values of all tokens.
-        asked: where the cells' queries begin.
-        cells: where the cells' tokens begin.
+        query_cells: offsets of the cells' queries.
+        cells: offsets of the cells' tokens.
     """
     R, H, E = q_RHE.shape
-    if R == 0:  # nobody asks: masked genes only, and none was chosen
+    if R == 0:  # no query: only masked genes are needed, and none was chosen
         return q_RHE.reshape(0, H * E)
     if q_RHE.is_cuda and q_RHE.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (needs a CUDA build)
 
-        out = varlen_attn(q_RHE, k_THE, v_THE, asked.offsets_B1, cells.offsets_B1, asked.max_len, cells.max_len)
+        out = varlen_attn(
+            q_RHE, k_THE, v_THE, query_cells.offsets_B1, cells.offsets_B1, query_cells.max_len, cells.max_len
+        )
         assert isinstance(out, Tensor)
         return out.reshape(R, H * E)
     parts, q0, k0 = [], 0, 0
-    for (queries, length), group in groupby(zip(asked.lengths, cells.lengths, strict=True)):
+    for (queries, length), group in groupby(zip(query_cells.lengths, cells.lengths, strict=True)):
         n = len(list(group))
         q1, k1 = q0 + n * queries, k0 + n * length
         q = q_RHE[q0:q1].view(n, queries, H, E).transpose(1, 2)
@@ -140,14 +142,14 @@ def attend(q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cel
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _attend_dropout(  # noqa: PLR0917 (as `attend`, and what dropout needs)
-    q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, asked: Cells, cells: Cells, keys_R: Tensor, site: int, p: float
+def _attend_with_dropout(  # noqa: PLR0917 (as `attend`, and what dropout needs)
+    q_RHE: Tensor, k_THE: Tensor, v_THE: Tensor, query_cells: Cells, cells: Cells, keys_R: Tensor, site: int, p: float
 ) -> Tensor:
-    """Attention with keyed dropout on its weights: explicit scores, one cell at a time (slow, exact)."""
+    """Attention with reproducible dropout on its weights: explicit scores, one cell at a time (slow, exact)."""
     _, H, E = q_RHE.shape
     chance16 = round(p * 65536)
     parts = []
-    few, many = asked.lengths, cells.lengths
+    few, many = query_cells.lengths, cells.lengths
     pieces = (torch.split(q_RHE, few), torch.split(keys_R, few), torch.split(k_THE, many), torch.split(v_THE, many))
     for q, keys, k, v in zip(*pieces, strict=True):
         R, L = q.shape[0], k.shape[0]
@@ -168,25 +170,25 @@ def _drop_add(residual_TD: Tensor, x_TD: Tensor, p: float, keys_T: Tensor | None
 
 
 class Encoder(nn.Module):
-    """Genes of packed cells to vectors.
+    """Encoder: token ids of packed cells to hidden states.
 
     Args:
-        row: sizes.
+        sizes: sizes, activation and dropout.
         vocab_size: V.
-        seed: key of the initial weights.
+        seed: of the initial weights.
     """
 
-    def __init__(self, row: training.Model, vocab_size: int, *, seed: int = 0) -> None:
+    def __init__(self, sizes: training.Model, vocab_size: int, *, seed: int = 0) -> None:
         super().__init__()
-        self.row = row
+        self.sizes = sizes
         self.vocab_size = vocab_size
-        self.tokens = nn.Parameter(torch.empty(vocab_size, row.dim))
-        self.positions = nn.Parameter(torch.empty(row.max_positions, row.dim))
-        self.norm = nn.LayerNorm(row.dim, eps=row.norm_eps)
-        self.layers = nn.ModuleList(Layer(row) for _ in range(row.num_layers))
-        self.reset(seed)
+        self.tokens = nn.Parameter(torch.empty(vocab_size, sizes.dim))
+        self.positions = nn.Parameter(torch.empty(sizes.max_positions, sizes.dim))
+        self.norm = nn.LayerNorm(sizes.dim, eps=sizes.norm_eps)
+        self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.num_layers))
+        self.initialise(seed)
 
-    def reset(self, seed: int) -> None:
+    def initialise(self, seed: int) -> None:
         """Draw all weights.
 
         | what | distribution |
@@ -195,7 +197,7 @@ class Encoder(nn.Module):
         | biases | 0 |
         | layer norms | weight 1, bias 0 |
         """
-        _reset(self, self.row.init_sd, seed)
+        _initialise(self, self.sizes.init_sd, seed)
         with torch.no_grad():
             self.tokens[0].zero_()
 
@@ -210,35 +212,39 @@ class Encoder(nn.Module):
         max_len: int | None = None,
         queries: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states of all tokens, (T, D), or of those asked for, (R, D).
+        """Hidden states of all tokens, (T, D), or of the queries, (R, D).
 
         Args:
             ids_T: token ids of all cells, one cell after the other.
-            offsets_B1: where each cell begins, and T.
+            offsets_B1: offsets of the cells.
             positions_T: position of each token in its cell; None = 0, 1, 2, ...
-            layers: how many layers to run; None = all, 0 = the embedding.
-            keys: dropout keys, int32 (T,), `rng.dropout_keys`; None = no dropout.
-            max_len: a bound of the longest cell, so that a GPU need not be asked; None = it is asked.
-            queries: places in the pack, ascending (R,), whose states are wanted, and where each cell's begin among them
-                (B + 1,); None = all. They are the same states: the last layer just leaves the others out.
+            layers: number of layers to run; None = all, 0 = the embedding alone.
+            keys: dropout key of each token, int32 (T,); None = no dropout.
+            max_len: upper bound of the tokens of a cell; None = it is read from the device, which takes a wait.
+            queries: tokens whose states are needed: positions among the T, ascending (R,), and the offsets of each cell's
+                queries among the R (B + 1,); None = all tokens. The last layer skips the other tokens.
         """
         if positions_T is None:
-            positions_T = positions(offsets_B1, ids_T.shape[0])
-        asked = None if queries is None else Queries(*queries, max_len)
-        return self.run(
-            self.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len), layers=layers, keys=keys, queries=asked
+            positions_T = token_positions(offsets_B1, ids_T.shape[0])
+        query_cells = None if queries is None else Queries(*queries, max_len)
+        return self.run_layers(
+            self.embed_tokens(ids_T, positions_T, keys),
+            Cells(offsets_B1, max_len),
+            layers=layers,
+            keys=keys,
+            queries=query_cells,
         )
 
-    def embed(self, ids_T: Tensor, positions_T: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The input of the first layer, (T, D)."""
+    def embed_tokens(self, ids_T: Tensor, positions_T: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Input of the first layer, (T, D): token and position embeddings, normalised."""
         x_TD = self.norm(F.embedding(ids_T, self.tokens) + F.embedding(positions_T, self.positions))
-        if keys is None or self.row.dropout == 0:
+        if keys is None or self.sizes.dropout == 0:
             return x_TD
-        chance16 = round(self.row.dropout * 65536)
-        drop_TD = rng.dropped(keys, 0, self.row.dim, chance16)
+        chance16 = round(self.sizes.dropout * 65536)
+        drop_TD = rng.dropped(keys, 0, self.sizes.dim, chance16)
         return x_TD.masked_fill(drop_TD, 0.0) * (1 / (1 - chance16 / 65536))
 
-    def run(
+    def run_layers(
         self,
         h_TD: Tensor,
         cells: Cells,
@@ -247,15 +253,15 @@ class Encoder(nn.Module):
         keys: Tensor | None = None,
         queries: Queries | None = None,
     ) -> Tensor:
-        """The first `layers` layers on given inputs (T, D), the last of them only at the queries."""
-        num_layers = self.row.num_layers if layers is None else layers
-        assert 0 <= num_layers <= self.row.num_layers, f"layers = {layers} of {self.row.num_layers}"
+        """Run the first `layers` layers on inputs (T, D); the last of them computes only the queries."""
+        num_layers = self.sizes.num_layers if layers is None else layers
+        assert 0 <= num_layers <= self.sizes.num_layers, f"layers = {layers} of {self.sizes.num_layers}"
         for i in range(num_layers):
             h_TD = self.layers[i](h_TD, cells, keys, 3 * i + 1, queries if i == num_layers - 1 else None)
         return h_TD if queries is None or num_layers else h_TD.index_select(0, queries.at_R)
 
 
-def pooled(
+def cell_vectors(
     encoder: Encoder,
     ids_T: Tensor,
     offsets_B1: Tensor,
@@ -267,60 +273,60 @@ def pooled(
     keys: Tensor | None = None,
     max_len: int | None = None,
 ) -> Tensor:
-    """One vector per cell: of one hidden layer, (B, D), or of all of them side by side, (B, (num_layers + 1) * D).
+    """One vector per cell: of one hidden layer, (B, D), or of all layers concatenated, (B, (num_layers + 1) * D).
 
     Args:
-        encoder: makes the hidden states.
+        encoder: the encoder.
         ids_T: token ids of all cells, one cell after the other.
-        offsets_B1: where each cell begins, and T.
-        how: `mean`, `first` or `cls`, as in `pool`.
-        layer: -1 = the last, -2 = the one before it, ...; `all` = all side by side, the embedding first.
+        offsets_B1: offsets of the cells.
+        how: `mean`, `first` or `cls`, as in `pool_tokens`.
+        layer: -1 = the last, -2 = the one before it, ...; `all` = all concatenated, the embedding first.
         cls: sentences begin with <cls>.
         positions_T: position of each token in its cell; None = 0, 1, 2, ...
-        keys: dropout keys; None = no dropout.
-        max_len: a bound of the longest cell; None = a GPU is asked.
+        keys: dropout key of each token; None = no dropout.
+        max_len: upper bound of the tokens of a cell; None = it is read from the device.
     """
-    count = encoder.row.num_layers
+    count = encoder.sizes.num_layers
     if layer != "all":
         h_TD = encoder(ids_T, offsets_B1, positions_T=positions_T, layers=count + 1 + layer, keys=keys, max_len=max_len)
-        return pool(h_TD, offsets_B1, how, cls=cls)
+        return pool_tokens(h_TD, offsets_B1, how, cls=cls)
     if positions_T is None:
-        positions_T = positions(offsets_B1, ids_T.shape[0])
-    h_TD, cells = encoder.embed(ids_T, positions_T, keys), Cells(offsets_B1, max_len)
-    parts = [pool(h_TD, offsets_B1, how, cls=cls)]
+        positions_T = token_positions(offsets_B1, ids_T.shape[0])
+    h_TD, cells = encoder.embed_tokens(ids_T, positions_T, keys), Cells(offsets_B1, max_len)
+    parts = [pool_tokens(h_TD, offsets_B1, how, cls=cls)]
     for i in range(count):
         h_TD = encoder.layers[i](h_TD, cells, keys, 3 * i + 1, None)
-        parts.append(pool(h_TD, offsets_B1, how, cls=cls))
+        parts.append(pool_tokens(h_TD, offsets_B1, how, cls=cls))
     return torch.cat([part.float() for part in parts], 1)
 
 
-def width(row: training.Model, layer: training.LayerChoice) -> int:
-    """Size of a vector of `pooled`."""
-    return (row.num_layers + 1) * row.dim if layer == "all" else row.dim
+def vector_width(sizes: training.Model, layer: training.LayerChoice) -> int:
+    """Length of a vector of `cell_vectors`."""
+    return (sizes.num_layers + 1) * sizes.dim if layer == "all" else sizes.dim
 
 
-def require_layer(row: training.Model, layer: training.LayerChoice, field: str) -> None:
+def require_layer(sizes: training.Model, layer: training.LayerChoice, field: str) -> None:
     """Raise a `UserError` that names the config field, unless the encoder has the hidden layer."""
-    if layer != "all" and layer < -1 - row.num_layers:
-        msg = f"{field} = {layer}: must be {-1 - row.num_layers} (the embedding) to -1 (the last layer), or 'all'"
+    if layer != "all" and layer < -1 - sizes.num_layers:
+        msg = f"{field} = {layer}: must be {-1 - sizes.num_layers} (the embedding) to -1 (the last layer), or 'all'"
         raise UserError(msg)
 
 
-def positions(offsets_B1: Tensor, num_tokens: int) -> Tensor:
-    """Position of every packed token in its cell, int64 (T,)."""
+def token_positions(offsets_B1: Tensor, num_tokens: int) -> Tensor:
+    """Position of each packed token in its cell, int64 (T,)."""
     starts_B = offsets_B1[:-1].long()
     lengths_B = torch.diff(offsets_B1).long()
     starts_T = torch.repeat_interleave(starts_B, lengths_B, output_size=num_tokens)
     return torch.arange(num_tokens, device=offsets_B1.device) - starts_T
 
 
-def pool(h_TD: Tensor, offsets_B1: Tensor, how: str, *, cls: bool = False) -> Tensor:
-    """One vector per cell, (B, D).
+def pool_tokens(h_TD: Tensor, offsets_B1: Tensor, how: str, *, cls: bool = False) -> Tensor:
+    """Pool hidden states to one vector per cell, (B, D).
 
     Args:
         h_TD: hidden states.
-        offsets_B1: where each cell begins, and T.
-        how: `mean` over the genes, `first` position or `cls` (which is the first position of a sentence with <cls>).
+        offsets_B1: offsets of the cells.
+        how: `mean` over the genes; `first` or `cls`: the first position, which is <cls> if sentences have it.
         cls: sentences begin with <cls>; the mean leaves it out.
     """
     starts_B = offsets_B1[:-1].long()
@@ -337,33 +343,33 @@ def pool(h_TD: Tensor, offsets_B1: Tensor, how: str, *, cls: bool = False) -> Te
 class MaskedModel(nn.Module):
     """Encoder and masked-gene head (dense, activation, layer norm, decoder tied to the token embedding, bias)."""
 
-    def __init__(self, row: training.Model, vocab_size: int, *, seed: int = 0) -> None:
+    def __init__(self, sizes: training.Model, vocab_size: int, *, seed: int = 0) -> None:
         super().__init__()
-        self.encoder = Encoder(row, vocab_size, seed=seed)
-        self.dense = Linear(row.dim, row.dim)
-        self.norm = nn.LayerNorm(row.dim, eps=row.norm_eps)
+        self.encoder = Encoder(sizes, vocab_size, seed=seed)
+        self.dense = Linear(sizes.dim, sizes.dim)
+        self.norm = nn.LayerNorm(sizes.dim, eps=sizes.norm_eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         for part, key in ((self.dense, seed + 1), (self.norm, seed + 1)):
-            _reset(part, row.init_sd, key)
+            _initialise(part, sizes.init_sd, key)
 
     def transform(self, h_KD: Tensor) -> Tensor:
-        """What the decoder sees, (K, D)."""
-        return self.norm(_ACTIVATIONS[self.encoder.row.activation](self.dense(h_KD)))
+        """Input of the decoder, (K, D)."""
+        return self.norm(_ACTIVATIONS[self.encoder.sizes.activation](self.dense(h_KD)))
 
     def logits(self, h_KD: Tensor) -> Tensor:
-        """Scores of the whole vocabulary at the given positions, (K, V). For few positions; training uses `loss`."""
+        """Logits over the vocabulary at the given positions, (K, V); for few positions, as training uses `loss`."""
         return F.linear(self.transform(h_KD), self.encoder.tokens, self.bias)
 
     def loss(self, h_KD: Tensor, targets_K: Tensor) -> Tensor:
-        """Sum over the given positions of the cross entropy of the true gene; logits exist one chunk at a time."""
+        """Paper eq. 2: sum of -log P(true gene) over the K masked positions; `training.losses` takes its mean."""
         return chunked_cross_entropy(self.transform(h_KD), self.encoder.tokens, self.bias, targets_K)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Hidden states, as `Encoder.forward`."""
+        """Hidden states; arguments as `Encoder.forward`."""
         return self.encoder(*args, **kwargs)
 
 
-def _reset(module: nn.Module, init_sd: float, seed: int) -> None:
+def _initialise(module: nn.Module, init_sd: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -376,9 +382,10 @@ def _reset(module: nn.Module, init_sd: float, seed: int) -> None:
 
 
 def chunked_cross_entropy(x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_K: Tensor) -> Tensor:
-    """Sum of cross entropies of `x @ weight.T + bias`; the (K, V) logits never exist at once.
+    """Sum over K positions of the cross entropy of the logits `x @ weight.T + bias`, computed in chunks of positions.
 
-    The gradients are computed chunk by chunk beside the loss, so nothing is computed twice.
+    The (K, V) logits are never in memory at once. Gradients are computed in the forward pass, chunk by chunk, so that
+    no logits are computed twice.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(x_KD, weight_VD, bias_V, targets_K)  # type: ignore[no-untyped-call]
     return loss
@@ -428,25 +435,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def forward_flops(
-    row: training.Model, lengths: list[int] | Any, *, layers: int | None = None, queries: list[int] | Any = None
+    sizes: training.Model, lengths: list[int] | Any, *, layers: int | None = None, queries: list[int] | Any = None
 ) -> float:
-    """Floating point operations of one forward pass of the encoder over cells of these lengths (a multiply-add is 2).
+    """FLOP of one forward pass of the encoder (a multiply-add counts as 2).
 
-    `queries` is how many tokens of each cell the last layer computes; None = all.
+    Args:
+        sizes: of the encoder.
+        lengths: tokens of each cell.
+        layers: number of layers; None = all.
+        queries: tokens of each cell that the last layer computes; None = all.
     """
-    num_layers = row.num_layers if layers is None else layers
+    num_layers = sizes.num_layers if layers is None else layers
     if not num_layers:
         return 0.0
     lengths_B = np.asarray(lengths, dtype=np.float64)
     counts_B = lengths_B if queries is None else np.asarray(queries, dtype=np.float64)
-    tokens, asked = float(lengths_B.sum()), float(counts_B.sum())
-    pairs, pairs_asked = float(lengths_B @ lengths_B), float(counts_B @ lengths_B)
-    kv, rest = 2 * row.dim**2, 2 * row.dim**2 + 2 * row.dim * row.ffn_dim  # multiply-adds per token
-    return (num_layers - 1) * (tokens * 2 * (kv + rest) + pairs * 4 * row.dim) + (
-        tokens * 2 * kv + asked * 2 * rest + pairs_asked * 4 * row.dim
+    tokens, query_tokens = float(lengths_B.sum()), float(counts_B.sum())
+    pairs, query_pairs = float(lengths_B @ lengths_B), float(counts_B @ lengths_B)
+    kv, rest = 2 * sizes.dim**2, 2 * sizes.dim**2 + 2 * sizes.dim * sizes.ffn_dim  # multiply-adds per token
+    return (num_layers - 1) * (tokens * 2 * (kv + rest) + pairs * 4 * sizes.dim) + (
+        tokens * 2 * kv + query_tokens * 2 * rest + query_pairs * 4 * sizes.dim
     )
 
 
-def head_flops(row: training.Model, vocab_size: int, num_positions: float) -> float:
-    """Floating point operations of one forward pass of the masked-gene head at so many positions."""
-    return 2.0 * num_positions * (row.dim**2 + row.dim * vocab_size)
+def head_flops(sizes: training.Model, vocab_size: int, num_positions: float) -> float:
+    """FLOP of one forward pass of the masked-gene head at `num_positions` positions."""
+    return 2.0 * num_positions * (sizes.dim**2 + sizes.dim * vocab_size)

@@ -1,7 +1,7 @@
-"""Weights and training state in storage: safetensors and JSON, never pickle.
+"""Weights of a trained model on storage: safetensors for tensors, JSON for the rest, no pickle.
 
-A resumable checkpoint is a folder `steps/<NNNNNNNN>`: model and optimizer as safetensors, then `state.json`, written last,
-which makes it count. A checkpoint with a state that cannot be read is an error, never a silent start from step 0.
+The artifact `checkpoint` holds the weights, sizes, hash of the vocabulary and settings of the sentences. Training state
+to resume from is in `training.checkpoints`.
 """
 
 from __future__ import annotations
@@ -31,30 +31,31 @@ WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 
 
 def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write tensors as one safetensors file; returns its bytes and SHA-256."""
+    """Write tensors as one safetensors file; returns its size in bytes and its SHA-256."""
     data = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     files.write_bytes(uri, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def read_tensors(uri: str, expected: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, after a check of its hash where one is known."""
+    """Read a safetensors file; if `expected` is given, its SHA-256 is checked. A damaged file is a `UserError`."""
     try:
         data = files.read_bytes(uri)
         if expected is not None and hashlib.sha256(data).hexdigest() != expected["sha256"]:
             msg = f"{uri}: not the bytes that were written"
-            raise UserError(_lost(msg, uri))
+            raise UserError(restore_hint(msg, uri))
         return load_tensors(data)
     except (FileNotFoundError, safetensors.SafetensorError) as error:
-        raise UserError(_lost(f"{uri}: {error}", uri)) from None
+        raise UserError(restore_hint(f"{uri}: {error}", uri)) from None
 
 
-def _lost(what: str, uri: str) -> str:
+def restore_hint(what: str, uri: str) -> str:
+    """Message for a damaged file of a checkpoint."""
     return f"{what}. Restore it, or remove the folder {uri.rsplit('/', 1)[0]} to go on from what lies before it"
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into a model's parameters; names and shapes must be the same."""
+    """Copy tensors into a model's parameters; other names or shapes are a `UserError`. `where` names the source."""
     parameters = dict(model.named_parameters())
     differing = sorted(set(parameters) ^ set(tensors)) or [
         f"{k} {tuple(tensors[k].shape)} instead of {tuple(p.shape)}"
@@ -69,7 +70,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             parameter.copy_(tensors[name])
 
 
-def publish(
+def publish_checkpoint(
     uri: str,
     record: Record,
     model: MaskedModel,
@@ -85,20 +86,20 @@ def publish(
 
     Args:
         uri: the artifact's folder, already begun.
-        record: its plan.
+        record: the artifact's planned record.
         model: encoder and head.
         vocabulary: hash of the vocabulary.
-        tokens: how its sentences are made.
-        objective: what it was trained with, if it was.
+        tokens: settings of the sentences.
+        objective: of the training; None = the weights were imported.
         counts: counts of the record.
         checksums: bytes and SHA-256 of further files that were written.
-        untrained: ids, ascending, that nothing was ever trained on (see `untrained`).
+        untrained: ids, ascending, without training data (see `untrained_ids`).
     """
     checksums = (checksums or {}) | {WEIGHTS: write_tensors(files.join(uri, WEIGHTS), dict(model.named_parameters()))}
     details = {
         "vocabulary": vocabulary,
         "vocab_size": model.encoder.vocab_size,
-        "model": parse.to_dict(model.encoder.row),
+        "model": parse.to_dict(model.encoder.sizes),
         "tokens": parse.to_dict(tokens),
         "objective": parse.to_dict(objective) if objective is not None else None,
     }
@@ -108,8 +109,8 @@ def publish(
     return artifacts.finish(uri, record, counts=counts, files=checksums, details=details)
 
 
-def untrained(record: Record) -> np.ndarray:
-    """Ids of a checkpoint's vocabulary, ascending, whose vectors come from elsewhere and were never trained."""
+def untrained_ids(record: Record) -> np.ndarray:
+    """Ids of a checkpoint's vocabulary whose embeddings were initialised but never trained, ascending."""
     runs = [np.arange(start, stop) for start, stop in record.details.get("untrained", ())]
     return np.concatenate([np.empty(0, dtype=np.int64), *runs])
 
@@ -117,20 +118,20 @@ def untrained(record: Record) -> np.ndarray:
 def load_model(uri: str, device: torch.device | str = "cpu") -> tuple[MaskedModel, Record]:
     """Encoder and masked-gene head of a checkpoint artifact, in evaluation mode."""
     record = artifacts.require(uri, KIND, SCHEMA)
-    row = parse.from_dict(training.Model, record.details["model"])
-    model = MaskedModel(row, int(record.details["vocab_size"]))
+    sizes = parse.from_dict(training.Model, record.details["model"])
+    model = MaskedModel(sizes, int(record.details["vocab_size"]))
     load_weights(model, read_tensors(files.join(uri, WEIGHTS), record.files.get(WEIGHTS)), uri)
     return model.to(device).eval(), record
 
 
 def load_encoder(uri: str, device: torch.device | str = "cpu") -> tuple[Encoder, Record]:
-    """The encoder of a checkpoint artifact, in evaluation mode, and the artifact's record."""
+    """Encoder of a checkpoint artifact, in evaluation mode, and the artifact's record."""
     model, record = load_model(uri, device)
     return model.encoder, record
 
 
 def require_vocabulary(record: Record, vocabulary: str, what: str, field: str = "inputs.checkpoint") -> None:
-    """Refuse to use a checkpoint, named by a field of the config, on tokens of another vocabulary."""
+    """Raise a `UserError` if a checkpoint has another vocabulary; `what` and `field` name both sides in the message."""
     if record.details["vocabulary"] != vocabulary:
         msg = (
             f"{field}: made with vocabulary {record.details['vocabulary'][:12]}, but {what} has {vocabulary[:12]}; "
@@ -140,16 +141,16 @@ def require_vocabulary(record: Record, vocabulary: str, what: str, field: str = 
 
 
 def require_sentences(record: Record, corpus: Corpus, field: str = "inputs.checkpoint") -> None:
-    """Refuse to read a corpus with a checkpoint, named by a field of the config, that was trained on other sentences.
+    """Raise a `UserError` if a checkpoint was trained on sentences of another kind than those of a corpus.
 
-    Other are another vocabulary, `<cls>` where it knows none, and another scaling by medians. Their length may differ.
+    The vocabulary, the use of `<cls>` and the scaling by medians must be the same; the length of sentences may differ.
     """
     require_vocabulary(record, corpus.vocabulary.hash, "the corpus", field)
     require_tokens(record, corpus, f"{field}:")
 
 
 def require_tokens(record: Record, corpus: Corpus, subject: str) -> None:
-    """The same, whatever the vocabulary; the line begins with `subject`."""
+    """`require_sentences` without the vocabulary; the message begins with `subject`."""
     theirs, ours = record.details["tokens"], parse.to_dict(corpus.token_settings)
     for name in ("cls", "scaling"):
         if theirs[name] != ours[name]:

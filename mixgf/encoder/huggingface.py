@@ -1,4 +1,4 @@
-"""Moved here from mixgf/checkpoint.py, mixgf/weights.py."""
+"""Weights of Hugging Face BERT models (published Geneformer models): import and export of names, ids and tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ from mixgf.genes.token_dictionaries import PICKLE_ERRORS, TokenDictionary, genes
 from mixgf.genes.vocabulary import CLS, MASK, PAD, SPECIALS, Vocabulary
 from mixgf.storage import files
 
-# Hugging Face BERT names
-
 _LAYER = {
     "out": "attention.output.dense", "norm_attention": "attention.output.LayerNorm", "up": "intermediate.dense",
     "down": "output.dense", "norm_ffn": "output.LayerNorm",
@@ -36,9 +34,9 @@ _HEAD = {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.tr
 
 
 def to_bert(model: MaskedModel) -> dict[str, Tensor]:
-    """The state dict of an equal Hugging Face `BertForMaskedLM` (one token type, a zero vector)."""
+    """State dict of the equivalent Hugging Face `BertForMaskedLM` (one token type, with a zero embedding)."""
     own = {k: v.detach() for k, v in model.named_parameters()}
-    dim = model.encoder.row.dim
+    dim = model.encoder.sizes.dim
     out = {
         "bert.embeddings.word_embeddings.weight": own["encoder.tokens"],
         "bert.embeddings.position_embeddings.weight": own["encoder.positions"],
@@ -51,7 +49,7 @@ def to_bert(model: MaskedModel) -> dict[str, Tensor]:
         out[f"bert.embeddings.LayerNorm.{kind}"] = own[f"encoder.norm.{kind}"]
         for ours, theirs in _HEAD.items():
             out[f"{theirs}.{kind}"] = own[f"{ours}.{kind}"]
-        for i in range(model.encoder.row.num_layers):
+        for i in range(model.encoder.sizes.num_layers):
             layer = f"bert.encoder.layer.{i}"
             parts = own[f"encoder.layers.{i}.qkv.{kind}"].chunk(3)
             for name, part in zip(("query", "key", "value"), parts, strict=True):
@@ -61,10 +59,10 @@ def to_bert(model: MaskedModel) -> dict[str, Tensor]:
     return out
 
 
-def from_bert(state: Mapping[str, Tensor], row: training.Model) -> dict[str, Tensor]:
-    """Our parameters from the state dict of a Hugging Face `BertForMaskedLM` (or `BertModel`, then without a head).
+def from_bert(state: Mapping[str, Tensor], sizes: training.Model) -> dict[str, Tensor]:
+    """Parameters of a `MaskedModel` from the state dict of a Hugging Face `BertForMaskedLM` or `BertModel` (no head).
 
-    The first token-type vector is added to every position. Names may carry the prefix `bert.` or not.
+    The first token-type embedding is added to every position. Names may have the prefix `bert.` or not.
     """
     given = {k.removeprefix("bert."): v.float() for k, v in state.items()}
     try:
@@ -75,7 +73,7 @@ def from_bert(state: Mapping[str, Tensor], row: training.Model) -> dict[str, Ten
         }
         for kind in ("weight", "bias"):
             out[f"encoder.norm.{kind}"] = given[f"embeddings.LayerNorm.{kind}"]
-            for i in range(row.num_layers):
+            for i in range(sizes.num_layers):
                 layer = f"encoder.layer.{i}"
                 parts = [given[f"{layer}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
                 out[f"encoder.layers.{i}.qkv.{kind}"] = torch.cat(parts)
@@ -85,7 +83,7 @@ def from_bert(state: Mapping[str, Tensor], row: training.Model) -> dict[str, Ten
                 if f"{theirs}.{kind}" in given:
                     out[f"{ours}.{kind}"] = given[f"{theirs}.{kind}"]
     except KeyError as error:
-        msg = f"weights without {error.args[0]!r}: need a BERT with at least {row.num_layers} layers"
+        msg = f"weights without {error.args[0]!r}: need a BERT with at least {sizes.num_layers} layers"
         raise UserError(msg) from None
     if "cls.predictions.bias" in given:
         out["bias"] = given["cls.predictions.bias"]
@@ -100,30 +98,30 @@ _FIELDS = {
     "max_positions": "max_position_embeddings", "activation": "hidden_act", "dropout": "hidden_dropout_prob",
     "norm_eps": "layer_norm_eps", "init_sd": "initializer_range",
 }  # fmt: skip
-"""Ours by Hugging Face's name. Attention dropout is not imported: fused kernels want 0 (`model.attention_dropout`)."""
+"""Fields of `training.Model` and their Hugging Face names. Attention dropout is not imported: fused kernels need 0."""
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """A Hugging Face BERT as its folder has it, in our names and its ids."""
+class PretrainedBert:
+    """A Hugging Face BERT from its folder, with the names of `MaskedModel` and its own token ids."""
 
-    row: training.Model
+    sizes: training.Model
     tensors: dict[str, Tensor]
-    """Our parameters, float32; those of the masked-gene head only if it has them."""
+    """Parameters, float32; without those of the masked-gene head if the model has none."""
     sha256: str
-    """Of the weights' file."""
+    """SHA-256 of the weights' file."""
 
 
-def read(folder: str) -> Published:
+def read_pretrained(folder: str) -> PretrainedBert:
     """Read a folder that Hugging Face's `save_pretrained` wrote.
 
     Raises:
-        UserError: it is not there, no BERT that the encoder can hold, or damaged.
+        UserError: no such folder, not a BERT with absolute positions and tied embeddings, or a damaged file.
     """
     if not files.is_folder(folder) or "config.json" not in files.list_dir(folder):
         msg = f"{folder}: no folder with a config.json; give one with config.json and {' or '.join(_FILES)}"
         raise UserError(msg)
-    row = _row(folder)
+    sizes = _read_sizes(folder)
     names = [name for name in _FILES if name in files.list_dir(folder)]
     if not names:
         msg = f"{folder}: no weights in it; there must be {' or '.join(_FILES)} (several files: save it again as one)"
@@ -142,14 +140,14 @@ def read(folder: str) -> Published:
     if tied is not None and decoder is not None and not torch.equal(tied, decoder):
         msg = f"{uri}: its decoder is not tied to its embedding; only tied ones can be imported"
         raise UserError(msg)
-    tensors = from_bert(state, row)
-    if tensors[TOKENS].shape[1:] != (row.dim,):
-        msg = f"{uri}: vectors of width {tensors[TOKENS].shape[-1]}, config.json says {row.dim}; they are of different models"
+    tensors = from_bert(state, sizes)
+    if tensors[TOKENS].shape[1:] != (sizes.dim,):
+        msg = f"{uri}: vectors of width {tensors[TOKENS].shape[-1]}, config.json says {sizes.dim}; they are of different models"
         raise UserError(msg)
-    return Published(row, tensors, files.sha256(uri))
+    return PretrainedBert(sizes, tensors, files.sha256(uri))
 
 
-def _row(folder: str) -> training.Model:
+def _read_sizes(folder: str) -> training.Model:
     where = files.join(folder, "config.json")
     try:
         given: Any = files.read_json(where)
@@ -174,7 +172,7 @@ def _row(folder: str) -> training.Model:
 
 
 def find_dictionary(settings: Config, folder: str) -> TokenDictionary:
-    """The token dictionary of a model: the one of `imports.dictionaries`, or the one in its folder."""
+    """Token dictionary of a model: the one of `imports.dictionaries`, else the one in its folder."""
     uris = list(dict.fromkeys(settings.imports.dictionaries.values()))
     if len(uris) > 1:
         msg = f"imports.dictionaries: {len(uris)} files; a model has one dictionary, give that one"
@@ -186,21 +184,31 @@ def find_dictionary(settings: Config, folder: str) -> TokenDictionary:
     return read_token_dictionary((uris + inside)[0], "imports.dictionaries")
 
 
-def moved(
-    published: Published,
+def remap_to_vocabulary(
+    pretrained: PretrainedBert,
     dictionary: TokenDictionary,
     vocabulary: Vocabulary,
     rows: tuple[SpeciesRow, ...],
     seed: int,
 ) -> tuple[MaskedModel, dict[str, int], np.ndarray]:
-    """The model with the vectors of its genes at the vocabulary's ids, how many genes of each species it knew, and the other ids.
+    """Model with the pretrained embeddings at the ids of another vocabulary.
 
-    A gene that it did not know has a random vector of the key `seed`, as a new model has.
+    A gene that the pretrained model lacks has a random embedding, drawn with `seed` as for a new model.
+
+    Args:
+        pretrained: the pretrained model.
+        dictionary: its token dictionary.
+        vocabulary: the vocabulary of the result.
+        rows: all species.
+        seed: of the random embeddings.
+
+    Returns:
+        The model, the number of genes with a pretrained embedding by species, and the ids without one.
 
     Raises:
-        UserError: the dictionary is of another model, or shares no gene with the vocabulary.
+        UserError: the dictionary belongs to another model, or shares no gene with the vocabulary.
     """
-    theirs = published.tensors[TOKENS]
+    theirs = pretrained.tensors[TOKENS]
     largest = max([*dictionary.genes.values(), *dictionary.specials.values()])
     if largest >= len(theirs):
         msg = f"imports.dictionaries = {dictionary.uri!r}: ids up to {largest:,}, but the model has {len(theirs):,}; name its own dictionary"
@@ -220,22 +228,22 @@ def moved(
     if not any(counts.values()):
         msg = f"imports.dictionaries = {dictionary.uri!r}: none of its genes is in the corpus' vocabulary; another species?"
         raise UserError(msg)
-    return _placed(published, source, seed), counts, np.flatnonzero(source < 0)
+    return place_embeddings(pretrained, source, seed), counts, np.flatnonzero(source < 0)
 
 
-def _placed(published: Published, source_V: np.ndarray, seed: int) -> MaskedModel:
-    """The model with vectors and biases of its ids `source_V`; where that is -1, random ones of the key `seed`."""
-    model = MaskedModel(published.row, len(source_V), seed=seed)
-    theirs, bias = published.tensors[TOKENS], published.tensors.get("bias")
+def place_embeddings(pretrained: PretrainedBert, source_V: np.ndarray, seed: int) -> MaskedModel:
+    """Model whose id v has the embedding and bias of pretrained id `source_V[v]`; -1 = random, drawn with `seed`."""
+    model = MaskedModel(pretrained.sizes, len(source_V), seed=seed)
+    theirs, bias = pretrained.tensors[TOKENS], pretrained.tensors.get("bias")
     at = np.flatnonzero(source_V >= 0)
     own = dict(model.named_parameters())
     tensors = {name: own[name].detach().clone() for name in (TOKENS, "bias")}
     tensors[TOKENS][at] = theirs[source_V[at]]
     if bias is not None:
         tensors["bias"][at] = bias[source_V[at]]
-    heads = {name for name in own if not name.startswith("encoder.")} - published.tensors.keys()
+    heads = {name for name in own if not name.startswith("encoder.")} - pretrained.tensors.keys()
     if heads:
         warn("import-weights: these weights have no masked-gene head; it starts untrained")
     untrained = {name: own[name] for name in heads}
-    checkpoint.load_weights(model, untrained | published.tensors | tensors, "import-weights")
+    checkpoint.load_weights(model, untrained | pretrained.tensors | tensors, "import-weights")
     return model

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2022): fine-tuning changes every matrix of the encoder by a product of two thin ones.
+"""Low-rank adapters (LoRA, Hu et al. 2022) for fine-tuning the encoder.
 
-W becomes W + (alpha / rank) B A, for the attention's and the feed-forward network's matrices of every layer. A is drawn, B
-begins at zero, so an adapted encoder begins as the encoder it was. `merge` writes the sums into the matrices: what is kept
-afterwards is an ordinary encoder.
+The matrices W of attention and feed-forward network become W + (alpha / rank) B A in every layer. A is random and B is
+zero at the start, so the adapted encoder first computes the same as before. `merge_adapters` adds the products to the
+matrices; the result is an ordinary encoder.
 
 Shapes: W (out, in), A (rank, in), B (out, rank).
 """
@@ -16,17 +16,17 @@ from torch.nn.utils import parametrize
 from mixgf.encoder.bert import Encoder
 
 MATRICES = ("qkv", "out", "up", "down")
-"""Of `model.Layer`."""
+"""Adapted matrices of `bert.Layer`."""
 
 
 class LowRank(nn.Module):
-    """What a matrix becomes.
+    """Parametrization of one matrix: W + scale * B A.
 
     Args:
-        shape: Of W.
-        rank: Of B A.
+        shape: Shape of W.
+        rank: Rank of B A.
         scale: alpha / rank.
-        generator: A is drawn by it, normal with the variance 1 / in.
+        generator: Draws A, normal with variance 1 / in.
     """
 
     def __init__(self, shape: torch.Size, rank: int, scale: float, generator: torch.Generator) -> None:
@@ -40,8 +40,8 @@ class LowRank(nn.Module):
         return torch.addmm(weight, self.b, self.a, alpha=self.scale)
 
 
-def adapt(encoder: Encoder, rank: int, alpha: float, *, seed: int) -> None:
-    """Give every layer's matrices adapters, in place; nothing else of the encoder is trained from now on."""
+def add_adapters(encoder: Encoder, rank: int, alpha: float, *, seed: int) -> None:
+    """Add adapters to the matrices of every layer, in place; all other parameters of the encoder are frozen."""
     encoder.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in encoder.layers:
@@ -51,8 +51,8 @@ def adapt(encoder: Encoder, rank: int, alpha: float, *, seed: int) -> None:
             parametrize.register_parametrization(linear, "weight", low)
 
 
-def merge(encoder: Encoder) -> None:
-    """Write the adapters into the matrices and take them off, in place."""
+def merge_adapters(encoder: Encoder) -> None:
+    """Add the adapters' products to the matrices and remove the adapters, in place."""
     for layer in encoder.layers:
         for name in MATRICES:
             linear = getattr(layer, name)
@@ -60,4 +60,4 @@ def merge(encoder: Encoder) -> None:
                 parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
                 bias = linear.bias
                 del linear.bias
-                linear.bias = bias  # behind the weight again, where it was
+                linear.bias = bias  # registered after the weight again, as before

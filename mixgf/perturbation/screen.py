@@ -151,7 +151,7 @@ def _between(knots_R: Tensor, values_R: Tensor, at_K: Tensor) -> Tensor:
 def _trace(engine: Engine, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _Trace:
     """One forward and one backward pass of a cell."""
     encoder = engine.encoder
-    num_layers = encoder.row.num_layers if engine.layers is None else engine.layers
+    num_layers = encoder.sizes.num_layers if engine.layers is None else engine.layers
     log_weight_L = torch.zeros(len(ids_L), device=ids_L.device, requires_grad=True)
     kept = []
     with torch.enable_grad(), engine.autocast():
@@ -161,7 +161,7 @@ def _trace(engine: Engine, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _
             q, k, v = _heads(encoder, layer.qkv(h_LD))
             a = _weighted(q, k, v, log_weight_L)
             kept.append([q, k, v, a])
-            h_LD = layer.finish(h_LD, a.transpose(0, 1).reshape(len(ids_L), -1).to(h_LD.dtype))
+            h_LD = layer.after_attention(h_LD, a.transpose(0, 1).reshape(len(ids_L), -1).to(h_LD.dtype))
         offsets = torch.tensor([0, len(ids_L)], device=ids_L.device)
         sum_1D, count_1 = engine.sums(h_LD, offsets)
         cosine = _cosine(sum_1D, goal_D).sum()
@@ -186,7 +186,7 @@ def _layers(encoder: Encoder) -> list[Layer]:
 
 def _heads(encoder: Encoder, x_T3D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values by head, (H, T, E) each."""
-    q, k, v = x_T3D.view(len(x_T3D), 3, encoder.row.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
+    q, k, v = x_T3D.view(len(x_T3D), 3, encoder.sizes.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
     return q, k, v
 
 
@@ -213,7 +213,7 @@ def _inserted(engine: Engine, cell: _Trace, genes_K: Tensor) -> tuple[Tensor, Te
     """
     encoder, lead = engine.encoder, engine.lead
     total_K = torch.zeros(len(genes_K), dtype=torch.float64, device=genes_K.device)
-    h_KD = encoder.embed(genes_K, torch.full_like(genes_K, lead))
+    h_KD = encoder.embed_tokens(genes_K, torch.full_like(genes_K, lead))
     H, L, E = cell.attention[0][0].shape if cell.attention else (1, 1, 1)
     rows = max(1, _PROBE_ELEMENTS // (H * L))
     parts = [list(range(a, b)) for a, b in pairwise([*range(0, len(genes_K), rows), len(genes_K)])]
@@ -230,5 +230,5 @@ def _inserted(engine: Engine, cell: _Trace, genes_K: Tensor) -> tuple[Tensor, Te
             odds = torch.exp(pk[:, span] @ q.transpose(1, 2) / math.sqrt(E) - log_sum[:, None])
             share = odds / (1 + odds)
             total_K[span] += ((share @ grad * pv[:, span]).sum(2) - (share @ worth)[..., 0]).sum(0).double()
-        h_KD = layer.finish(h_KD, torch.cat(read, 1).transpose(0, 1).reshape(len(genes_K), H * E))
+        h_KD = layer.after_attention(h_KD, torch.cat(read, 1).transpose(0, 1).reshape(len(genes_K), H * E))
     return total_K, h_KD.double()

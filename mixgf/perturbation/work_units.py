@@ -187,15 +187,15 @@ class Scorer:
             encoder, record = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
         else:
             encoder, record = weights, None
-        self.corpus = Corpus(corpus, max_len=encoder.row.max_positions) if isinstance(corpus, str) else corpus
+        self.corpus = Corpus(corpus, max_len=encoder.sizes.max_positions) if isinstance(corpus, str) else corpus
         if record is not None:
             checkpoint.require_sentences(record, self.corpus)
         self.engine = Engine(
             encoder=encoder.eval(),
             variant=self.settings.variant,
-            layers=encoder.row.num_layers + 1 + self.settings.layer,
+            layers=encoder.sizes.num_layers + 1 + self.settings.layer,
             lead=int(self.corpus.cls),
-            max_len=min(int(self.corpus.record.details["max_len"]), encoder.row.max_positions),
+            max_len=min(int(self.corpus.record.details["max_len"]), encoder.sizes.max_positions),
             rank_share=self.settings.rank_share,
             micro_tokens=self.settings.micro_tokens,
             precision=config.train.precision,
@@ -225,14 +225,14 @@ class Scorer:
         length, device = len(ids_T), self.engine.device
         genes_S1 = original.ids_T[self.engine.lead :][:PROBE_GENES, None]
         cells_S = torch.zeros(len(genes_S1), dtype=torch.int64, device=device)
-        states = torch.ones(1, self.engine.encoder.row.dim)
+        states = torch.ones(1, self.engine.encoder.sizes.dim)
         num, start = -1, 0.0
         while num < 1 or time.perf_counter() - start < PROBE_SECONDS:
             self.engine.score(original, cells_S, genes_S1, "delete", states)
             num += 1
             start = start if num else time.perf_counter()
         lengths = [length - 1] * len(genes_S1)
-        flops = forward_flops(self.engine.encoder.row, lengths, layers=self.engine.layers)
+        flops = forward_flops(self.engine.encoder.sizes, lengths, layers=self.engine.layers)
         return Done(cost=num * flops / (time.perf_counter() - start), sentences=0)
 
     def estimate(self, unit: Unit, states: Float64s | None) -> pa.Table:

@@ -28,7 +28,7 @@ def export(settings: Config) -> str:
     if not artifacts.begin(uri, record):
         say(f"export: {uri} is already there")
         return uri
-    row = model.encoder.row
+    row = model.encoder.sizes
     sizes = {theirs: to_dict(row)[ours] for ours, theirs in _FIELDS.items()} | {
         "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": model.encoder.vocab_size, "pad_token_id": PAD,
         "attention_probs_dropout_prob": row.attention_dropout, "type_vocab_size": 1, "tie_word_embeddings": True,

@@ -1,9 +1,9 @@
-"""Published BERT checkpoints in (`mixgf import-weights`), ours out (`mixgf export`): Hugging Face folders on either side.
+"""PretrainedBert BERT checkpoints in (`mixgf import-weights`), ours out (`mixgf export`): Hugging Face folders on either side.
 
 And our own checkpoints, grown to a vocabulary with more species (`grow`).
 
 A folder is config.json and model.safetensors, or a pytorch_model.bin, which is read by torch's restricted reader (tensors
-only). Published models of the family (Geneformer V1 and V2, Mouse-Geneformer) have ids of their own, given by a token
+only). PretrainedBert models of the family (Geneformer V1 and V2, Mouse-Geneformer) have ids of their own, given by a token
 dictionary; the vectors of their genes move to the ids of a corpus' vocabulary. A corpus that was prepared with their medians
 (`vocab.medians`) and `tokens.cls` as they had it then gives them the sentences they know, with one exception: sentences here
 have no <eos>, which Geneformer V2 has at their ends.
@@ -20,7 +20,13 @@ from mixgf.config.run import Config
 from mixgf.console import say, warn
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
-from mixgf.encoder.huggingface import Published, _placed, find_dictionary, moved, read
+from mixgf.encoder.huggingface import (
+    PretrainedBert,
+    find_dictionary,
+    place_embeddings,
+    read_pretrained,
+    remap_to_vocabulary,
+)
 from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.genes.vocabulary import NUM_SPECIALS
@@ -58,7 +64,7 @@ def grow(settings: Config, folder: str) -> str:
     with mlflow_runs.stage(settings, "import-weights", chosen, record.fingerprint):
         source = vocabulary.warm_start_ids(older, pairs)
         tensors = {name: p.detach() for name, p in model.named_parameters()}
-        grown = _placed(Published(model.encoder.row, tensors, ""), source, settings.seed)
+        grown = place_embeddings(PretrainedBert(model.encoder.sizes, tensors, ""), source, settings.seed)
         counts: dict[str, Any] = {"steps": 0}
         for name in vocabulary.species[len(older.species) :]:
             tokens = vocabulary.species_tokens(name)
@@ -68,8 +74,8 @@ def grow(settings: Config, folder: str) -> str:
                 f"import-weights: {name}: {len(tokens):,} genes; {len(tokens) - len(own):,} share an id, {counts[f'from_orthologs_{name}']:,} "
                 f"start with their ortholog's vector, {int((source[own] < 0).sum()):,} with a random one"
             )
-        untrained = np.concatenate([checkpoint.untrained(made), np.arange(older.size, vocabulary.size)])
-        checkpoint.publish(
+        untrained = np.concatenate([checkpoint.untrained_ids(made), np.arange(older.size, vocabulary.size)])
+        checkpoint.publish_checkpoint(
             uri,
             record,
             grown,
@@ -90,7 +96,7 @@ def bring(settings: Config, folder: str) -> str:
         return grow(settings, folder)
     uri = files.join(settings.output, "pretrain")
     corpus = Corpus(settings.inputs.corpus or files.join(settings.output, "corpus"))
-    published, dictionary = read(folder), find_dictionary(settings, folder)
+    published, dictionary = read_pretrained(folder), find_dictionary(settings, folder)
     if corpus.cls and "<cls>" not in dictionary.specials:
         msg = "tokens.cls = true: this model knows no <cls>; prepare the corpus with --set tokens.cls=false"
         raise UserError(msg)
@@ -100,10 +106,12 @@ def bring(settings: Config, folder: str) -> str:
         )
     chosen = {
         "weights": published.sha256, "dictionary": files.sha256(dictionary.uri), "seed": settings.seed,
-        "model": to_dict(published.row),
+        "model": to_dict(published.sizes),
     }  # fmt: skip
     record = artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, {"corpus": corpus.record.fingerprint})
-    model, counts, untrained = moved(published, dictionary, corpus.vocabulary, settings.species, settings.seed)
+    model, counts, untrained = remap_to_vocabulary(
+        published, dictionary, corpus.vocabulary, settings.species, settings.seed
+    )
     if not artifacts.begin(uri, record):
         say(f"import-weights: {uri} is already there")
         return uri
@@ -115,7 +123,7 @@ def bring(settings: Config, folder: str) -> str:
             tell(
                 f"import-weights: {name}: {found:,} of {total:,} genes have the model's vectors, the others random ones"
             )
-        checkpoint.publish(
+        checkpoint.publish_checkpoint(
             uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings,
             counts={"steps": 0, **{f"genes_{name}": found for name, found in counts.items()}},
             untrained=untrained[untrained >= NUM_SPECIALS],

@@ -265,11 +265,11 @@ def dry_run(config: Config, *, local: bool = False) -> str:
     source = config.inputs.corpus or files.join(config.output, "corpus")
     weights = config.inputs.checkpoint or files.join(config.output, "pretrain")
     encoder, trained = checkpoint.load_encoder(weights)
-    corpus = Corpus(source, max_len=encoder.row.max_positions)
+    corpus = Corpus(source, max_len=encoder.sizes.max_positions)
     checkpoint.require_sentences(trained, corpus)
     plan = group_design.design(corpus, config)
-    max_len = min(int(corpus.record.details["max_len"]), encoder.row.max_positions)
-    parts = cost_estimate.forecast(plan, corpus, config.perturb, encoder.row, max_len)
+    max_len = min(int(corpus.record.details["max_len"]), encoder.sizes.max_positions)
+    parts = cost_estimate.forecast(plan, corpus, config.perturb, encoder.sizes, max_len)
     rate, how = config.perturb.worker_flops, "as perturb.worker_flops says"
     if not rate:
         make = functools.partial(Scorer, config, corpus=source, weights=weights, folder="")

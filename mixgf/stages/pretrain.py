@@ -80,7 +80,7 @@ def _start(config: Config, corpus: Corpus) -> artifacts.Record | None:
 def untrained(config: Config, task: Pretraining) -> np.ndarray:
     """Ids that neither the start's training nor this one saw, ascending; none where it starts from random weights."""
     start = _start(config, task.corpus)
-    return np.empty(0, dtype=np.int64) if start is None else task.never_seen(checkpoint.untrained(start))
+    return np.empty(0, dtype=np.int64) if start is None else task.never_seen(checkpoint.untrained_ids(start))
 
 
 def planned(config: Config, corpus: Corpus) -> artifacts.Record:

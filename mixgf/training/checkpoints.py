@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from mixgf.console import warn
 from mixgf.encoder.bert import MaskedModel
-from mixgf.encoder.checkpoint import MOMENTS, WEIGHTS, _lost, load_weights, publish, read_tensors, write_tensors
+from mixgf.encoder.checkpoint import (
+    MOMENTS,
+    WEIGHTS,
+    load_weights,
+    publish_checkpoint,
+    read_tensors,
+    restore_hint,
+    write_tensors,
+)
 from mixgf.errors import UserError
 from mixgf.storage import files
 from mixgf.storage.artifacts import Record
@@ -173,7 +181,7 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
         state = files.read_json(where)
         step, checksums, details = int(state["step"]), dict(state["files"]), dict(state["details"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(_lost(f"{where}: not a readable state ({error!r})", where)) from None
+        raise UserError(restore_hint(f"{where}: not a readable state ({error!r})", where)) from None
     load_weights(model, read_tensors(files.join(folder, WEIGHTS), checksums[WEIGHTS]), folder)
     moments = read_tensors(files.join(folder, MOMENTS), checksums[MOMENTS])
     names = {id(p): name for name, p in model.named_parameters()}
@@ -188,7 +196,7 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
 def promote(uri: str, record: Record, model: MaskedModel, **about: Any) -> Record:
     """Make the weights of the latest complete checkpoint under `uri`/steps the artifact's; arguments as `publish`."""
     load_step_weights(uri, complete_steps(uri)[-1], model)
-    return publish(uri, record, model, **about)
+    return publish_checkpoint(uri, record, model, **about)
 
 
 def load_step_weights(uri: str, step: int, model: MaskedModel) -> None:

@@ -21,8 +21,8 @@ from mixgf.config.training import Objective
 from mixgf.corpus.packed import Packed
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
-from mixgf.encoder.batch import Batch, micro_batches, pack
-from mixgf.encoder.bert import MaskedModel, forward_flops, head_flops, pool
+from mixgf.encoder.batch import Batch, pack_batch, split_micro_batches
+from mixgf.encoder.bert import MaskedModel, forward_flops, head_flops, pool_tokens
 from mixgf.genes import species
 from mixgf.training.batch_plan import I64, Plan, Share, packing, shares_by_code
 from mixgf.training.context import Group, autocast
@@ -183,7 +183,7 @@ class Pretraining:
         lengths = self.corpus.lengths_N[share.cells_B]
         micros, flops, masked = [], 0.0, 0
         row = self.config.model
-        for part in micro_batches(lengths * len(self.views), self.config.train.micro_tokens):
+        for part in split_micro_batches(lengths * len(self.views), self.config.train.micro_tokens):
             micro, view_lengths, queries = self._micro(share, sentences, part)
             micros.append(micro)
             masked += len(micro.targets_K)
@@ -218,7 +218,7 @@ class Pretraining:
         num_views, keys = len(self.views), None
         if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
             keys = rng.hashed(visits, after=rng.of_numbers(*key))
-        batch = pack(packs, cells, keys)
+        batch = pack_batch(packs, cells, keys)
         all_offsets = batch.offsets_B1.numpy()
         lengths = all_offsets[1:] - all_offsets[:-1]
         asked: tuple[Tensor, Tensor] | None = None
@@ -273,7 +273,7 @@ class Pretraining:
     def _hidden(self, model: MaskedModel, micro: MicroBatch) -> Tensor:
         b = micro.batch
         if b.num_cells == 0:  # a worker of a batch with fewer cells than workers
-            return model.encoder.tokens.new_zeros((0, model.encoder.row.dim))
+            return model.encoder.tokens.new_zeros((0, model.encoder.sizes.dim))
         with autocast(b.ids_T.device, self.config.train.precision):
             return model(
                 b.ids_T, b.offsets_B1, positions_T=b.positions_T, keys=b.keys_T, max_len=b.max_len, queries=micro.queries
@@ -286,7 +286,7 @@ class Pretraining:
         if micro.firsts is not None:
             z = h_TD.index_select(0, micro.firsts).float()
         else:
-            z = pool(h_TD, micro.batch.offsets_B1, self.objective.pooling, cls=self.corpus.cls).float()
+            z = pool_tokens(h_TD, micro.batch.offsets_B1, self.objective.pooling, cls=self.corpus.cls).float()
         return z.view(micro.num_views, -1, z.shape[1])
 
     def _contrast(

@@ -68,7 +68,7 @@ def zero_shot(
         of its genes; 0 is best) and `uniformity` (Wang and Isola 2020; lower is more uniform).
     """
 
-    def embedded(sentences: embed.Sentences) -> npt.NDArray[np.float32]:
+    def embedded(sentences: embed.SentenceSource) -> npt.NDArray[np.float32]:
         return embed.embed_cells(
             encoder, sentences, table.cells, run.embed.pooling, run.embed.layer, run.train.micro_tokens
         )  # fmt: skip

@@ -265,7 +265,7 @@ def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {})
     uri = str(tmp_path / "pretrain")
     artifacts.begin(uri, record)
-    checkpoint.publish(
+    checkpoint.publish_checkpoint(
         uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=Tokens()
     )
     trained, untrained = (registry.load(uri, name, RUN, corpus) for name in ("", "untrained"))

@@ -76,7 +76,7 @@ def test_a_killed_extension_continues_and_a_second_one_does_nothing(runs):
 
     with pytest.raises(KeyboardInterrupt):
         prepare.run(new, spread=dying)
-    assert "take" in calls or "measure" in calls
+    assert {"copy_shard", "measure_cells"} & set(calls)
     uri = prepare.run(new, spread=tasks.loop)
     assert contents(uri) == expected
 

@@ -7,7 +7,7 @@ import torch
 
 from mixgf import errors
 from mixgf.corpus import packed, reader
-from mixgf.encoder.batch import pack
+from mixgf.encoder.batch import pack_batch
 from mixgf.rng import dropout_keys, hashed
 from mixgf.storage import files
 from mixgf.training import batch_plan, prefetch
@@ -49,8 +49,8 @@ def test_a_corpus_opened_with_a_bound_has_the_first_tokens_of_every_sentence(mak
 def test_a_cut_batch_is_the_batch_of_the_cut_sentences():
     tokens_T, offsets = np.arange(9, dtype=np.int32), np.array([0, 2, 7, 9])
     keys = np.array([5, 6, 7], dtype=np.uint64)
-    cut = pack([(tokens_T, offsets)], range(3), keys).cut(3)
-    same = pack([packed.truncate(tokens_T, offsets, 3)], range(3), keys)
+    cut = pack_batch([(tokens_T, offsets)], range(3), keys).truncate(3)
+    same = pack_batch([packed.truncate(tokens_T, offsets, 3)], range(3), keys)
     for name in ("ids_T", "offsets_B1", "positions_T", "cells_B", "keys_T"):
         assert torch.equal(getattr(cut, name), getattr(same, name)), name
     assert cut.max_len == same.max_len == 3
@@ -96,7 +96,7 @@ def test_a_shard_that_does_not_fit_the_index_is_refused(make_corpus):
 
 def test_pack_and_cut_by_hand():
     tokens, offsets = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 4])
-    batch = pack([(tokens, offsets)], [7, 9])
+    batch = pack_batch([(tokens, offsets)], [7, 9])
     assert batch.positions_T.tolist() == [0, 1, 2, 0]
     assert (batch.max_len, batch.num_cells, batch.num_tokens) == (3, 2, 4)
     assert batch.keys_T is None
@@ -109,7 +109,7 @@ def test_packs_of_several_views_lie_one_after_the_other_with_the_plain_dropout_k
     first = np.array([10, 11, 12, 20], dtype=np.int32), np.array([0, 3, 3, 4])
     second = np.array([11, 20, 21], dtype=np.int32), np.array([0, 1, 1, 3])
     visits = np.array([7, 8, 10**12])
-    batch = pack([first, second], [7, 8, 9], hashed(3, 1, visits))
+    batch = pack_batch([first, second], [7, 8, 9], hashed(3, 1, visits))
     assert batch.ids_T.tolist() == [10, 11, 12, 20, 11, 20, 21]
     assert batch.offsets_B1.tolist() == [0, 3, 3, 4, 5, 5, 7]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 0, 1]
@@ -117,7 +117,7 @@ def test_packs_of_several_views_lie_one_after_the_other_with_the_plain_dropout_k
     assert batch.max_len == 3
     visit_T, view_T = np.array([7, 7, 7, 10**12, 7, 10**12, 10**12]), np.array([0, 0, 0, 0, 1, 1, 1])
     assert torch.equal(batch.keys_T, dropout_keys(3, 1, visit_T, view_T, batch.positions_T.numpy()))
-    none = pack([(first[0][:0], np.array([0]))], [])
+    none = pack_batch([(first[0][:0], np.array([0]))], [])
     assert (none.num_cells, none.num_tokens, none.max_len) == (0, 0, 1)
 
 

@@ -15,7 +15,7 @@ from mixgf.encoder.bert import (
     chunked_cross_entropy,
     forward_flops,
     head_flops,
-    pool,
+    pool_tokens,
 )
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=24, dropout=0.25, init_sd=0.2)
@@ -173,14 +173,14 @@ def test_chunked_cross_entropy_of_no_positions_is_zero_with_zero_gradients():
 def test_pooling_by_hand():
     h = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 9.0]])
     offsets = torch.tensor([0, 3, 4], dtype=torch.int32)
-    assert pool(h, offsets, "mean").tolist() == [[3.0, 4.0], [7.0, 9.0]]
-    assert pool(h, offsets, "first").tolist() == [[1.0, 2.0], [7.0, 9.0]]
-    assert pool(h, offsets, "mean", cls=True).tolist() == [[4.0, 5.0], [0.0, 0.0]]
+    assert pool_tokens(h, offsets, "mean").tolist() == [[3.0, 4.0], [7.0, 9.0]]
+    assert pool_tokens(h, offsets, "first").tolist() == [[1.0, 2.0], [7.0, 9.0]]
+    assert pool_tokens(h, offsets, "mean", cls=True).tolist() == [[4.0, 5.0], [0.0, 0.0]]
 
 
 def test_pooling_has_the_gradient_of_a_mean():
     h = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    pool(h, torch.tensor([0, 3, 4], dtype=torch.int32), "mean").sum().backward()
+    pool_tokens(h, torch.tensor([0, 3, 4], dtype=torch.int32), "mean").sum().backward()
     assert torch.allclose(h.grad, torch.tensor([[1 / 3] * 2] * 3 + [[1.0] * 2]))
 
 

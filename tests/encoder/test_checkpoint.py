@@ -90,7 +90,7 @@ def test_a_published_model_is_loaded_whole(tmp_path):
     artifacts.begin(uri, record)
     with pytest.raises(UserError, match="no finished checkpoint"):
         checkpoint.load_encoder(uri)
-    checkpoint.publish(uri, record, model, vocabulary="abc", tokens=Tokens(), objective=training.Objective())
+    checkpoint.publish_checkpoint(uri, record, model, vocabulary="abc", tokens=Tokens(), objective=training.Objective())
     encoder, found = checkpoint.load_encoder(uri)
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
     assert not encoder.training

@@ -5,7 +5,7 @@ import torch
 from mixgf.config import training
 from mixgf.corpus import reader
 from mixgf.encoder import embed
-from mixgf.encoder.bert import Encoder, pool
+from mixgf.encoder.bert import Encoder, pool_tokens
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40)
 
@@ -30,16 +30,16 @@ def test_vectors_are_the_pooled_states_of_the_layer_asked_for(corpus):
     for layer, layers in ((-1, 2), (-2, 1), (-3, 0)):
         h = encoder(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(offsets), layers=layers)
         for pooling in ("mean", "first"):
-            expected = pool(h, torch.from_numpy(offsets), pooling).detach().numpy()
+            expected = pool_tokens(h, torch.from_numpy(offsets), pooling).detach().numpy()
             assert np.array_equal(embed.embed_cells(encoder, corpus, [5], pooling, layer), expected)
 
 
-def test_layer_0_is_all_layers_side_by_side(corpus):
+def test_layer_all_is_all_layers_side_by_side(corpus):
     encoder = Encoder(ROW, corpus.vocabulary.size)
     cells = [5, 0, 7]
     for pooling in ("mean", "first"):
         parts = [embed.embed_cells(encoder, corpus, cells, pooling, layer) for layer in (-3, -2, -1)]
-        assert np.array_equal(embed.embed_cells(encoder, corpus, cells, pooling, 0), np.hstack(parts))
+        assert np.array_equal(embed.embed_cells(encoder, corpus, cells, pooling, "all"), np.hstack(parts))
 
 
 def test_embedding_leaves_the_encoder_as_it_was(corpus):

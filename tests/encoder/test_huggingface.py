@@ -171,7 +171,7 @@ def test_genes_that_a_model_does_not_know_are_counted_and_start_anew(small, tmp_
     for token in cells.vocabulary.species_genes("human").tokens.tolist():
         assert torch.equal(tokens[token], theirs[dictionary[genes[token]]])
     mouse = tokens[cells.vocabulary.species_genes("mouse").tokens.tolist()]
-    assert torch.equal(mouse, MaskedModel(checkpoint.load_model(uri)[0].encoder.row, len(genes)).encoder.tokens[-50:])
+    assert torch.equal(mouse, MaskedModel(checkpoint.load_model(uri)[0].encoder.sizes, len(genes)).encoder.tokens[-50:])
     before = files.sha256(f"{uri}/model.safetensors")
     assert import_weights.bring(settings(tmp_path, tracking_uri), str(small)) == uri
     assert files.sha256(f"{uri}/model.safetensors") == before

@@ -19,7 +19,7 @@ OFFSETS = torch.tensor([0, 2, 6], dtype=torch.int32)
 
 def adapted(rank: int = 4) -> Encoder:
     encoder = Encoder(SMALL, 12)
-    lora.adapt(encoder, rank, 16.0, seed=1)
+    lora.add_adapters(encoder, rank, 16.0, seed=1)
     return encoder
 
 
@@ -41,14 +41,14 @@ def test_merged_adapters_compute_what_they_computed_before() -> None:
     encoder = with_products(adapted())
     before = encoder(IDS, OFFSETS)
     assert (before - Encoder(SMALL, 12)(IDS, OFFSETS)).abs().max() > 1e-2  # so that a merge that forgets is seen
-    lora.merge(encoder)
+    lora.merge_adapters(encoder)
     torch.testing.assert_close(encoder(IDS, OFFSETS), before, atol=1e-6, rtol=0)
     assert [n for n, _ in encoder.named_parameters()] == [n for n, _ in Encoder(SMALL, 12).named_parameters()]
 
 
 def test_a_merged_matrix_is_the_matrix_and_a_product_of_the_rank() -> None:
     encoder = with_products(adapted(rank=3))
-    lora.merge(encoder)
+    lora.merge_adapters(encoder)
     plain = Encoder(SMALL, 12)
     for mine, old in zip(encoder.layers, plain.layers, strict=True):
         for name in lora.MATRICES:
@@ -70,7 +70,7 @@ def test_only_adapters_are_trained() -> None:
 
 def test_merging_an_encoder_without_adapters_leaves_it() -> None:
     encoder = Encoder(SMALL, 12)
-    lora.merge(encoder)
+    lora.merge_adapters(encoder)
     assert all(
         np.array_equal(a.detach(), b.detach())
         for a, b in zip(encoder.parameters(), Encoder(SMALL, 12).parameters(), strict=True)

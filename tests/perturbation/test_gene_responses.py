@@ -167,7 +167,7 @@ def corpus_and_run(make_corpus, tmp_path_factory):
     artifacts.begin(uri, record)
     row = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16, init_sd=0.3)
     model = MaskedModel(row, corpus.vocabulary.size, seed=5)
-    checkpoint.publish(uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=16))
+    checkpoint.publish_checkpoint(uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=16))
     settings = perturbation.Perturb(
         max_cells=6, min_coverage=0.01, response=5, block_cells=2, block_genes=7, micro_tokens=40
     )

@@ -28,7 +28,7 @@ def weights(corpus, tmp_path_factory):
     record = artifacts.plan("checkpoint", 1, {}, {})
     artifacts.begin(uri, record)
     model = MaskedModel(ROW, corpus.vocabulary.size, seed=5)
-    checkpoint.publish(uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=16))
+    checkpoint.publish_checkpoint(uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=data.Tokens(max_len=16))
     return uri
 
 

@@ -286,7 +286,7 @@ def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tm
     seen = Corpus(f"{old.output}/corpus")
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {"other": 1}, {"corpus": seen.record.fingerprint})
     artifacts.begin(f"{old.output}/pretrain", record)
-    checkpoint.publish(
+    checkpoint.publish_checkpoint(
         f"{old.output}/pretrain",
         record,
         MaskedModel(SMALL, seen.vocabulary.size),
@@ -384,7 +384,7 @@ def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_p
         record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {name: 1}, {})
         artifacts.begin(f"{other.output}/{name}", record)
         made = MaskedModel(replace(SMALL, num_layers=1), Corpus(f"{base.output}/corpus").vocabulary.size, seed=5)
-        checkpoint.publish(f"{other.output}/{name}", record, made, vocabulary=vocabulary, tokens=base.tokens)
+        checkpoint.publish_checkpoint(f"{other.output}/{name}", record, made, vocabulary=vocabulary, tokens=base.tokens)
     encoders = {"same": f"{base.output}/pretrain", "small": f"{other.output}/small"}
     models = ("knn", "knn@same", "knn@small", "knn@untrained")
     run = at(base, tmp_path / "run", splits=("random",), models=models, encoders=encoders)

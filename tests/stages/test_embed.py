@@ -26,7 +26,9 @@ def settings(make_corpus, tmp_path_factory):
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {})
     artifacts.begin(f"{output}/pretrain", record)
     model = MaskedModel(ROW, vocabulary.size)
-    checkpoint.publish(f"{output}/pretrain", record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=40))
+    checkpoint.publish_checkpoint(
+        f"{output}/pretrain", record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=40)
+    )
     return run.Config(output=output, inputs=run.Inputs(corpus=uri), compute=run.Compute(num_workers=2))
 
 

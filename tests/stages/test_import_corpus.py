@@ -96,7 +96,7 @@ def world(tmp_path, genes, tracking_uri):
         "mouse": {"cell_type": [f"m{i % 2}" for i in range(20)], "age": np.arange(20) / 2},
     }
     numbers = {name: [[ids[name][g] for g in cell] for cell in said[name]] for name in said}
-    write_dataset(tmp_path / "h.dataset", numbers["human"], columns["human"], paths=3)
+    write_dataset(tmp_path / "h.dataset", numbers["human"], columns["human"], files=3)
     kind = pa.large_list(pa.int32())
     write_dataset(tmp_path / "m.dataset", numbers["mouse"], columns["mouse"], form="file", kind=kind)
     settings = Config(

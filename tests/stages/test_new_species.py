@@ -147,7 +147,7 @@ def test_a_new_gene_starts_as_its_ortholog_or_at_random_and_is_untrained(grown):
     assert torch.equal(bias[[rats[g] for g in heirs]], bias[[mice[partner[g]] for g in heirs]])
     others = weight[[rats[g] for g in sorted(lonely & set(rats))]].detach()
     assert others.std().item() == pytest.approx(ROW.init_sd, rel=0.05)
-    assert checkpoint.untrained(record).tolist() == sorted(rats.values())
+    assert checkpoint.untrained_ids(record).tolist() == sorted(rats.values())
     assert record.counts == {"steps": 0, "genes_rat": len(rats), "from_orthologs_rat": len(heirs)}
     page = pretraining.section(RunResults(config=grown, uris={}, records={"pretrain": record}))
     assert f"{len(rats):,} of {corpus.vocabulary.size:,} token ids are untrained" in page.blocks[1].text
@@ -172,9 +172,9 @@ def test_training_goes_on_from_there_and_makes_ids_trained_and_embeds(grown, ray
     assert record.parents["start"] == start.fingerprint
     corpus = Corpus(f"{grown.output}/corpus")
     seen = np.unique(corpus.tokens(range(corpus.num_cells))[0])
-    left = np.setdiff1d(checkpoint.untrained(start), seen)
-    assert checkpoint.untrained(record).tolist() == left.tolist()
-    assert 0 < len(left) < len(checkpoint.untrained(start))
+    left = np.setdiff1d(checkpoint.untrained_ids(start), seen)
+    assert checkpoint.untrained_ids(record).tolist() == left.tolist()
+    assert 0 < len(left) < len(checkpoint.untrained_ids(start))
     history = tables.read_table(f"{uri}/history.parquet").to_pandas()
     first = history[(history["name"] == "mlm") & (history["step"] == 1)]["value"].item()
     fresh = dataclasses.replace(grown, output=f"{grown.output}-fresh", inputs=Inputs(corpus=corpus.uri))
@@ -187,7 +187,7 @@ def test_training_goes_on_from_there_and_makes_ids_trained_and_embeds(grown, ray
     assert first < history[(history["name"] == "mlm") & (history["step"] == 1)]["value"].item()
     few = dataclasses.replace(grown, output=f"{grown.output}-few", train=dataclasses.replace(grown.train, max_steps=1))
     few = dataclasses.replace(few, inputs=Inputs(corpus=corpus.uri, start=grown.inputs.start))
-    assert set(left) < set(checkpoint.untrained(artifacts.require(pretrain.run(few), "checkpoint")))
+    assert set(left) < set(checkpoint.untrained_ids(artifacts.require(pretrain.run(few), "checkpoint")))
     vectors = embed.load(embed.run(grown))
     assert vectors.shape == (corpus.num_cells, ROW.dim)
     before = files.read_bytes(f"{uri}/record.json")

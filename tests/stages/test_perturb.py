@@ -50,7 +50,7 @@ def inputs(make_corpus, tmp_path_factory):
     record = artifacts.plan("checkpoint", 1, {}, {})
     artifacts.begin(weights, record)
     model = MaskedModel(ROW, vocabulary.size, seed=5)
-    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=20))
+    checkpoint.publish_checkpoint(weights, record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=20))
     return Inputs(corpus=corpus, checkpoint=weights)
 
 
@@ -361,7 +361,7 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
     record = artifacts.plan("checkpoint", 1, {}, {})
     artifacts.begin(weights, record)
     model = MaskedModel(ROW, vocabulary.size, seed=5)
-    checkpoint.publish(weights, record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=20))
+    checkpoint.publish_checkpoint(weights, record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=20))
     mine = Inputs(corpus=corpus, checkpoint=weights)
     chosen = {
         "screen": 6,

@@ -146,7 +146,7 @@ def test_a_bad_source_does_not_lose_the_run_unless_strict(world, tmp_path):
         ({"species": "bee"}, r"species = 'bee': only 0 of 30 genes are known .*ENSA00000.*wrong species"),
         ({"uri": "no.h5ad"}, r"no\.h5ad: no such file"),
         ({"sample": "batch"}, r"sources\[0\]\.sample = 'batch': no such column of obs; it has cell_type, score, donor"),
-        ({"obs": ("type=kind",)}, r"sources\.obs = 'kind': no such column of obs"),
+        ({"obs": ("kind",)}, r"sources\.obs = 'kind': no such column of obs"),
         ({"layer": "raw"}, r"layer = 'raw': not in the file; it has X"),
     ],
     ids=["species", "missing", "sample", "obs", "layer"],

@@ -62,7 +62,9 @@ def made(ray_local, tmp_path_factory):
     artifacts.begin(f"{folder}/weights", record)
     row = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=128, init_sd=0.3)
     model = MaskedModel(row, vocabulary.size, seed=5)
-    checkpoint.publish(f"{folder}/weights", record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=128))
+    checkpoint.publish_checkpoint(
+        f"{folder}/weights", record, model, vocabulary=vocabulary.hash, tokens=data.Tokens(max_len=128)
+    )
     return corpus, f"{folder}/weights"
 
 

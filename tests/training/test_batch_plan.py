@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mixgf import errors
-from mixgf.encoder.batch import micro_batches
+from mixgf.encoder.batch import split_micro_batches
 from mixgf.training import batch_plan
 
 ROWS = [10, 1, 33, 7, 20, 2, 28]  # 101 cells, sizes that divide nothing
@@ -96,9 +96,9 @@ def test_a_mix_that_cannot_be_kept_is_refused():
 
 def test_micro_batches_keep_the_budget_and_lose_nothing():
     lengths = np.array([5, 5, 1, 30, 2, 2], dtype=np.int32)
-    runs = micro_batches(lengths, 10)
+    runs = split_micro_batches(lengths, 10)
     assert [lengths[r].tolist() for r in runs] == [[5, 5], [1], [30], [2, 2]]
-    assert [(r.start, r.stop) for r in micro_batches(lengths[:0], 10)] == [(0, 0)]
+    assert [(r.start, r.stop) for r in split_micro_batches(lengths[:0], 10)] == [(0, 0)]
 
 
 def test_packing_by_hand():

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from mixgf.config import data, run, training
 from mixgf.corpus import reader
-from mixgf.encoder.batch import pack
-from mixgf.encoder.bert import Encoder, MaskedModel, pool
+from mixgf.encoder.batch import pack_batch
+from mixgf.encoder.bert import Encoder, MaskedModel, pool_tokens
 from mixgf.errors import UserError
 from mixgf.storage import tables
 from mixgf.training import checkpoints, loop
@@ -199,10 +199,10 @@ def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
 
     def batches(step, rank, world_size):
         tokens, offsets = corpus.tokens(range(23))
-        return loop.BatchWork([pack([(tokens, offsets)], range(23))], 23)
+        return loop.BatchWork([pack_batch([(tokens, offsets)], range(23))], 23)
 
     def loss(model, batch):
-        z = pool(model.encoder(batch.ids_T, batch.offsets_B1), batch.offsets_B1, "mean")
+        z = pool_tokens(model.encoder(batch.ids_T, batch.offsets_B1), batch.offsets_B1, "mean")
         scores, true = model.head(z), labels[batch.cells_B]
         return {
             "loss": F.cross_entropy(scores, true, reduction="sum"),

@@ -74,7 +74,7 @@ def section(results: RunResults) -> Section:
 
 
 def _untrained(record: Record) -> list[Text]:
-    num, size = len(checkpoint.untrained(record)), int(record.details.get("vocab_size", 0))
+    num, size = len(checkpoint.untrained_ids(record)), int(record.details.get("vocab_size", 0))
     if not num:
         return []
     text = (
