@@ -1,4 +1,4 @@
-"""Moved here from mixgf/overview.py."""
+"""What `mixgf inspect` prints: sources, cell types, sentence lengths and vocabulary of a corpus."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 
 MAX_SOURCES = 40
-"""Most sources that are listed one by one; the text says how many more there are."""
+"""Most sources that are listed. The text gives the number of the others."""
 MAX_TYPES = 20
 """Most cell types listed per species."""
 TEXT_BINS = 12
+"""Most bins of the histogram of sentence lengths."""
 BAR = 24
-"""Characters of the longest bar."""
+"""Length of the longest bar, in characters."""
 
 
-# Text
-
-
-def _percent(share: float | None) -> str:
-    """Never 100 % of what is less, nor 0 % of what is more."""
+def percent(share: float | None) -> str:
+    """A share in per cent. A share below 1 is at most 99.9 %, and a share above 0 is never 0.0 %."""
     if share is None:
         return "–"
     if 0 < share < 0.0005:
@@ -41,8 +39,8 @@ def _number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def _short(text: str, width: int) -> str:
-    """Cut in the middle: names of files differ at either end."""
+def shorten(text: str, width: int) -> str:
+    """Cut a text to `width` characters by leaving out its middle, since file names differ at the ends."""
     half = width // 2
     return text if len(text) <= width else f"{text[:half]}…{text[half + 1 - width :]}"
 
@@ -52,7 +50,7 @@ def _why(dropped: dict[str, int]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Columns as wide as their content, numbers to the right."""
+    """Lines of a table whose columns are as wide as their content; columns in `left` are aligned to the left."""
     rows = [list(row) for row in rows]
     widths = [max(len(r[i]) for r in [list(head), *rows]) for i in range(len(head))]
     return [
@@ -62,10 +60,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[in
 
 
 def text(found: dict[str, Any]) -> str:
-    """What `inspect` found, for a terminal of 100 or more columns."""
+    """The result of `mixgf.corpus.summary.inspect` as text for a terminal of at least 100 columns."""
     cells, words = found["cells"], found["vocabulary"]
     read = cells["read"]
-    of = f" of {read:,} read ({_percent(cells['kept'] / read)})" if read else ""
+    of = f" of {read:,} read ({percent(cells['kept'] / read)})" if read else ""
     per_token = f"{_number(found['bytes_per_token'], 2)} bytes per token, {_number(found['bytes_per_cell'])} per cell"
     lines = [
         f"corpus {found['uri']}",
@@ -95,8 +93,8 @@ def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
     )
     rows = [
         (
-            _short(s["source"], 34), s["species"] or "–", _number(s["read"]), _number(s["kept"]), _percent(s["counts_known"]),
-            _number(s["mean_genes"]), _number(s["mean_counts"]), _percent(s["mean_mito_fraction"]), _why(s["dropped"]) or "–",
+            shorten(s["source"], 34), s["species"] or "–", _number(s["read"]), _number(s["kept"]), percent(s["counts_known"]),
+            _number(s["mean_genes"]), _number(s["mean_counts"]), percent(s["mean_mito_fraction"]), _why(s["dropped"]) or "–",
         )
         for s in sources[:MAX_SOURCES]
     ]  # fmt: skip
@@ -108,7 +106,7 @@ def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
             f"  … {len(rest):,} more sources with {sum(s['kept'] for s in rest):,} kept cells (--json has all)"
         )
     return lines + [
-        f"  doubt    {s['source']}: {_percent(1 - s['counts_known'])} of the counts on unknown names; {s['cause']}"
+        f"  doubt    {s['source']}: {percent(1 - s['counts_known'])} of the counts on unknown names; {s['cause']}"
         for s in sources
         if s["cause"]
     ]
@@ -126,7 +124,7 @@ def _type_lines(found: dict[str, Any]) -> list[str]:
         shown = list(types.items())[:MAX_TYPES]
         lines += _table(
             ("", "", ""),
-            [(_short(k, 40), f"{n:,}", "#" * max(1, round(BAR * n / most))) for k, n in shown],
+            [(shorten(k, 40), f"{n:,}", "#" * max(1, round(BAR * n / most))) for k, n in shown],
             left=(0, 2),
         )[1:]
         if rest := list(types.values())[MAX_TYPES:]:
@@ -143,7 +141,7 @@ def _length_lines(found: dict[str, Any]) -> list[str]:
     words = {"0%": "shortest", "50%": "median", "100%": "longest"}
     head = ("", *(words.get(q, q.replace("%", " %")) for q in quantiles), "mean", "at the limit")
     rows = [
-        (n, *(_number(v) for v in p["quantiles"].values()), _number(p["mean"]), _percent(p["at_max_len"])) for n, p in lengths.items()
+        (n, *(_number(v) for v in p["quantiles"].values()), _number(p["mean"]), percent(p["at_max_len"])) for n, p in lengths.items()
     ]  # fmt: skip
     lines += _table(head, rows)
     edges = next(iter(lengths.values()))["edges"]  # one and the same for all species
@@ -155,7 +153,7 @@ def _length_lines(found: dict[str, Any]) -> list[str]:
     lines += _table(
         ("tokens", *(f"share of {n} cells" for n in bins)),
         [
-            (f"{edges[i]:,}–{end - 1:,}" if end - 1 > edges[i] else f"{edges[i]:,}", *(f"{_percent(float(b[k])):>7} {'#' * round(BAR * b[k] / most)}" for b in bins.values()))
+            (f"{edges[i]:,}–{end - 1:,}" if end - 1 > edges[i] else f"{edges[i]:,}", *(f"{percent(float(b[k])):>7} {'#' * round(BAR * b[k] / most)}" for b in bins.values()))
             for k, (i, end) in enumerate(zip(coarse, ends, strict=True))
         ],
         left=range(len(bins) + 1),
@@ -173,7 +171,7 @@ def _vocabulary_lines(words: dict[str, Any], lengths: dict[str, Any]) -> list[st
     rows = []
     for name, part in words["species"].items():
         table = part["of_table"]
-        known = "–" if table is None else f"{_percent(table['share'])} of {table['genes']:,}"
+        known = "–" if table is None else f"{percent(table['share'])} of {table['genes']:,}"
         seen = [_number(n) for n in part["seen_in"].values()]
         rows.append((f"{name} ({lengths[name]['cells']:,} cells)", _number(part["genes"]), known, _number(part["seen"]), *seen, _number(part["never"]), _number(part["median_cells"])))  # fmt: skip
     return lines + _table(head, rows)
@@ -182,12 +180,12 @@ def _vocabulary_lines(words: dict[str, Any], lengths: dict[str, Any]) -> list[st
 def _column_lines(columns: dict[str, float]) -> list[str]:
     ours = {"tokens", "cell", "species", "source", "source_row", "length", "n_counts", "n_genes", "mito_fraction"}
     full = [name for name, share in columns.items() if name not in ours and share == 1]
-    part = [f"{name} {_percent(share)}" for name, share in columns.items() if name not in ours and share < 1]
+    part = [f"{name} {percent(share)}" for name, share in columns.items() if name not in ours and share < 1]
     lines = [*_wrapped("columns of every cell: ", full), *_wrapped("columns of some cells: ", part)]
     return lines or ["no columns but mixgf's own"]
 
 
 def _wrapped(head: str, items: list[str]) -> list[str]:
-    whole = head + ", ".join(item.replace(" %", "\0%") for item in items)  # a number keeps its sign
+    whole = head + ", ".join(item.replace(" %", "\0%") for item in items)  # no line break before a per cent sign
     lines = textwrap.wrap(whole, 110, subsequent_indent="  ", break_on_hyphens=False) if items else []
     return [line.replace("\0", " ") for line in lines]

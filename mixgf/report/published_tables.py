@@ -1,7 +1,7 @@
 """The paper's classification results as data: Tables 1 to 3 (section 4.4), accuracy in per cent.
 
-One seed, a random split of the cells, no interval. Large intestine by Mouse-Geneformer is 94.3 in Table 1 and 93.1 in
-Table 2; kidney is 95.6 in the tables and 95.8 in the abstract.
+One seed, a random split of the cells, no intervals. The paper gives two values in two cases: large intestine by
+Mouse-Geneformer is 94.3 in Table 1 and 93.1 in Table 2; kidney is 95.6 in the tables and 95.8 in the abstract.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ class Row:
 
     tissue: str
     num_types: int
-    tuned: tuple[float, float, float]
+    fine_tuned: tuple[float, float, float]
     zero_shot: tuple[float, float, float]
 
 
 COLUMNS = ("{}-Geneformer", "Mix-Geneformer", "Mix-Geneformer without contrast")
-"""Of `tuned` and of `zero_shot`; the first names the species."""
+"""Columns of `fine_tuned` and of `zero_shot`; the name of the species goes into the first."""
 
 TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "mouse": ("Table 1", (
@@ -57,5 +57,5 @@ CONVENTIONAL: dict[str, tuple[float, float, float, float]] = {
 
 
 def tissue(name: str) -> str:
-    """A tissue's name as the tables of this module write it."""
+    """Name of a tissue as in the tables of this module."""
     return name.strip().lower().replace("_", " ")

@@ -1,4 +1,4 @@
-"""Moved here from mixgf/report.py."""
+"""The short summary that `mixgf run` prints at its end."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from mixgf.report.load import load_results
 from mixgf.report.results import RunResults
 from mixgf.report.sections import pretraining
 
-# the table at the end of a run
-
 
 def summary_rows(results: RunResults) -> list[tuple[str, ...]]:
-    """One row per task and model of ours: task, model, accuracy, macro F1, best baseline, its scores, verdict."""
+    """Rows of (task, model, accuracy, macro F1, best baseline, its accuracy, its macro F1, verdict), one per task and own model."""
     scores = results.tables.get("scores")
     if scores is None or scores.empty:
         return []
@@ -48,7 +46,7 @@ def _order(comparison: verdicts.PairedComparison) -> tuple[int, str, str, int]:
 
 
 def summary(config: Config) -> str:
-    """The end of a run as text: what was reached, the best baseline beside it, the top genes."""
+    """Cells, training losses, scores beside the best baseline, and the genes with the largest shifts, as text."""
     results = load_results(config, light=True)
     lines = []
     if "corpus" in results.records:
@@ -90,4 +88,4 @@ def summary(config: Config) -> str:
             )
         if left := results.records["perturb"].counts.get("not_scored", 0):
             lines.append(f"{'':<10} not complete: the budget was spent before {left:,} genes were scored")
-    return "\n".join(lines) if lines else "nothing was made yet"
+    return "\n".join(lines) if lines else "no stage has been run yet"

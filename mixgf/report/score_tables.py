@@ -1,6 +1,6 @@
-"""Classification scores, summarised: means over seeds and tasks, gaps between splits, doubtful labels.
+"""Summaries of classification scores: means over seeds and tasks, gaps between splits, labels that two models reject.
 
-Pure functions over data frames in the layout of the classification artifact.
+Pure functions of data frames in the layout of the classification artifact.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import pandas as pd
 
 from mixgf.report import verdicts, wording
 from mixgf.report.verdicts import TASK
+from mixgf.storage.artifacts import Record
 
 
 def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores as means over seeds: one row per task, metric and model; `seeds` counts them.
+    """Means over seeds: one row per task, metric and model. Column `seeds` is the number of seeds.
 
-    The interval of a mean over seeds is the mean of the seeds' interval ends: it speaks of the cells (or donors) that
-    were scored, not of the seeds.
+    The interval is the mean of the seeds' intervals. It covers the choice of test cells (or donors), not the spread between seeds.
     """
     keys = [*TASK, "metric", "model"]
     numbers = ["value", "low", "high", "num_train", "num_test", "num_classes"]
@@ -31,7 +31,7 @@ def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def pretraining_gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tuple[str, str, float, int]]:
-    """What pretraining adds: (split, model, mean gain over the same model on an untrained encoder, tasks)."""
+    """Gain by pretraining: rows of (split, model, mean difference to the same model on an untrained encoder, number of tasks)."""
     rows = table[table["metric"] == metric]
     wide = rows.pivot_table(index=TASK, columns="model", values="value", observed=True)
     out = []
@@ -43,17 +43,23 @@ def pretraining_gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tupl
     return out
 
 
+def groups_of(record: Record | None) -> dict[str, Any]:
+    """Groups of cells of a classification: name to `species` and `tissues`; none where there is no classification."""
+    return dict(record.details.get("groups", {})) if record is not None else {}
+
+
 def split_gaps(table: pd.DataFrame, groups: dict[str, Any], metric: str = "macro_f1") -> pd.DataFrame:
-    """How much an easy split flatters: the same cells scored by a random split and by a harder one.
+    """Difference between the score on a random split and on a harder split of the same cells.
 
     Args:
         table: Rows of `mean_scores`.
-        groups: Group to its `species` and `tissues`, which say whose random splits a transfer between species is held against.
-        metric: Which.
+        groups: Group to its `species` and `tissues`. A transfer between species is compared with the random splits of the target
+            species and tissue.
+        metric: Name of the metric.
 
     Returns:
-        Columns model, split, tasks, random, harder, gap: means over the tasks that have both, the models in the order of
-        `order_models`.
+        Columns model, split, tasks, random, harder, gap (random less harder). Values are means over the tasks that have both splits;
+        models are in the order of `wording.order_models`.
     """
     wide = table[table["metric"] == metric].pivot_table(index=TASK, columns="model", values="value", observed=True)
     known = set(wide.index.get_level_values("split"))
@@ -74,7 +80,7 @@ def split_gaps(table: pd.DataFrame, groups: dict[str, Any], metric: str = "macro
 
 
 def _same_cells(split: str, group: str, direction: str, groups: dict[str, Any]) -> list[str]:
-    """The groups of the random split whose cells a task of a harder split tests."""
+    """Groups of the random split that hold the test cells of a task of a harder split."""
     if split == "donor":
         return [group]
     if split == "dataset":
@@ -84,9 +90,9 @@ def _same_cells(split: str, group: str, direction: str, groups: dict[str, Any]) 
 
 
 def model_means(table: pd.DataFrame, comparisons: pd.DataFrame | None) -> pd.DataFrame:
-    """One row per split and model: mean of every metric over tasks, and wins, ties and losses in macro F1.
+    """One row per split and model: mean of every metric over tasks, and numbers of wins, ties and losses in macro F1.
 
-    A win or loss is against the best baseline of the task, by the paired interval where there is one.
+    Wins and losses are against the best baseline of the task (`verdicts.PairedComparison.verdict`).
     """
     means = table.pivot_table(index=["split", "model"], columns="metric", values="value", aggfunc="mean", observed=True)
     tasks = (
@@ -109,16 +115,17 @@ def model_means(table: pd.DataFrame, comparisons: pd.DataFrame | None) -> pd.Dat
 
 
 def label_disagreements(predictions: pd.DataFrame, first: str, second: str, split: str = "random") -> pd.DataFrame:
-    """Cells whose given label two unlike models both reject for the same other type, by group, label and what they say.
+    """Test cells for which two models predict the same type, and that type is not the cell's label.
 
     Args:
-        predictions: Of all models, long.
-        first: One model.
-        second: Another one; best one that shares nothing with the first.
-        split: Which split; a cell that is tested in several seeds counts once.
+        predictions: One row per model and test cell.
+        first: Name of a model.
+        second: Name of another model, best one with other inputs than the first.
+        split: Name of the split. A cell that is tested with several seeds counts once.
 
     Returns:
-        Columns group, label, both_say, cells, of (tested cells of the label), probability (mean of the first model's).
+        Columns group, label, both_say (the predicted type), cells, of (test cells with that label), probability (mean over the cells,
+        of the first model). Most cells first.
     """
     keys = ["group", "direction", "seed", "cell"]
     mine = predictions[predictions["split"] == split]

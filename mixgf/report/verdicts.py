@@ -1,4 +1,8 @@
-"""Comparisons with the best baseline, and the sentences that state them."""
+"""Comparisons of a model with the best baseline of a task, and sentences that state the results.
+
+A model is ahead where the 95 % interval of the paired difference lies above 0, and behind where it lies below 0. Without a
+paired difference it is ahead or behind where the intervals of the two scores do not overlap. Otherwise the two are level.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ TASK = ["split", "group", "direction"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedComparison:
-    """One of our models against the best baseline of the same task and metric."""
+    """A model and the best baseline of the same task, in one metric."""
 
     split: str
     group: str
@@ -28,11 +32,11 @@ class PairedComparison:
     baseline: str
     baseline_score: tuple[float, float, float]
     difference: tuple[float, float, float] | None = None
-    """Model less baseline on the same cells, where that was worked out."""
+    """Model less baseline on the same test cells (value, low, high), if it was computed."""
 
     @property
     def verdict(self) -> str:
-        """`ahead`, `behind` or `level`."""
+        """`ahead`, `behind` or `level`; see the module."""
         if self.difference is not None:
             _, low, high = self.difference
             return "ahead" if low > 0 else "behind" if high < 0 else "level"
@@ -43,7 +47,7 @@ class PairedComparison:
 
     @property
     def lower(self) -> bool:
-        """Whether the baseline's value is the higher one, whatever the intervals."""
+        """Whether the score is below that of the baseline, regardless of intervals."""
         return self.score[0] < self.baseline_score[0]
 
 
@@ -57,13 +61,14 @@ def paired_comparisons(
     metrics: tuple[str, ...] = ("accuracy", "macro_f1"),
     models: Sequence[str] = wording.OWN_MODELS,
 ) -> list[PairedComparison]:
-    """Every model of ours against the best baseline, by task.
+    """Compare each model with the best baseline, task by task.
 
     Args:
         table: Rows of `mean_scores`.
-        comparisons: Paired comparisons, which also name the baseline; without them it is the one with the highest value.
-        metrics: Which.
-        models: Which.
+        comparisons: Paired differences (comparisons.parquet), which also name the baseline. Without them it is the baseline with the
+            highest value.
+        metrics: Names of the metrics.
+        models: Names of the models.
     """
     paired: dict[tuple[str, ...], tuple[str, tuple[float, float, float]]] = {}
     if comparisons is not None:
@@ -93,13 +98,14 @@ def tally(found: list[PairedComparison]) -> str:
 
 
 def tally_sentence(found: list[PairedComparison], model: str) -> str:
+    """Wins, ties and losses of a model in accuracy and macro F1, as a clause without a full stop."""
     parts = [f"{wording.lower_first(wording.metric_label(m))} {tally([d for d in found if d.model == model and d.metric == m])}"
              for m in ("accuracy", "macro_f1")]  # fmt: skip
     return f"{wording.model_label(model)}, against the best baseline of each task: {'; '.join(parts)}"
 
 
 def task_sentences(found: list[PairedComparison]) -> list[tuple[str, str]]:
-    """(tone, sentence) for each task of one model's comparisons; a baseline that is better is said first and plainly."""
+    """(tone, sentence) for each task of one model's comparisons. The tone is bad, warn, good or plain."""
     out: list[tuple[str, str]] = []
     for split, group, direction in dict.fromkeys((d.split, d.group, d.direction) for d in found):
         mine = [d for d in found if (d.split, d.group, d.direction) == (split, group, direction)]
@@ -122,14 +128,14 @@ def task_sentences(found: list[PairedComparison]) -> list[tuple[str, str]]:
 
 
 def best_own_model(table: pd.DataFrame, epochs: pd.DataFrame | None = None) -> str:
-    """The model of ours that headlines speak of, chosen without any test cell.
+    """The own model that headlines report, chosen without test cells.
 
-    Of those that train the encoder it is the one with the lowest mean loss on the validation cells, over the splits that all
-    of them have; else the first there is.
+    Among the models that train the encoder: the one with the lowest mean loss on validation cells, over the splits that all of
+    them have. Without such models: the first of `wording.OWN_MODELS` that has scores; empty if none has.
 
     Args:
-        table: Rows with a `model`.
-        epochs: What each training reached on its validation cells.
+        table: Rows with a column `model`.
+        epochs: Loss on validation cells by model and epoch (epochs.parquet).
     """
     models = set(table["model"])
     if epochs is not None and len(epochs):
@@ -140,7 +146,7 @@ def best_own_model(table: pd.DataFrame, epochs: pd.DataFrame | None = None) -> s
     return next((m for m in wording.OWN_MODELS if m in models), "")
 
 
-def headline_model(found: list[PairedComparison], head: str) -> str:
-    """The model of the headlines where it was scored, else the first of ours that was."""
-    there = {d.model for d in found}
-    return next((m for m in (head, *wording.OWN_MODELS) if m in there), "")
+def headline_model(found: list[PairedComparison], preferred: str) -> str:
+    """`preferred` if it has comparisons, else the first own model that has; empty if none has."""
+    compared = {d.model for d in found}
+    return next((m for m in (preferred, *wording.OWN_MODELS) if m in compared), "")

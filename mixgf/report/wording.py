@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 ENCODER_SEPARATOR = "@"
-"""In the name of a model on another encoder (`probe@mlm`)."""
+"""Between head and encoder in the name of a model on another encoder: `probe@mlm`."""
 
 UNTRAINED = "@untrained"
-"""Ends the name of a control: the same model on an encoder with random weights. What it reaches is not pretraining's."""
+"""End of the name of a control: the same head on an encoder with random weights. The difference between the two is the effect of
+pretraining."""
 
 HEADS = {
     "finetune": "fine-tuned",
@@ -20,10 +21,10 @@ HEADS = {
 }
 
 OWN_MODELS = tuple(HEADS)
-"""Models built on the encoder under test, the paper's first; every other model is a control or a baseline."""
+"""Models on the run's own encoder, the paper's first. All others are controls or baselines."""
 
 PAPER_MODEL = "finetune"
-"""The paper's own way."""
+"""The model of the paper: the whole encoder is fine-tuned (section 4.4)."""
 
 BASELINES = {
     "majority": "majority class",
@@ -52,7 +53,7 @@ SPLIT_NAMES = {"random": "random cells", "donor": "new donors", "dataset": "new 
 
 
 def model_label(model: str) -> str:
-    """A model's name for readers."""
+    """Name of a model for readers: `knn@mlm` is "mlm encoder, frozen 5-NN"."""
     head, other, encoder = model.partition(ENCODER_SEPARATOR)
     if head in HEADS:
         return f"{f'{encoder} encoder' if other else 'mixgf'}, {HEADS[head]}"
@@ -60,12 +61,12 @@ def model_label(model: str) -> str:
 
 
 def metric_label(metric: str) -> str:
-    """A metric's name for readers."""
+    """Name of a metric for readers."""
     return METRICS.get(metric, metric.replace("_", " "))
 
 
 def task_label(split: str, group: str, direction: str) -> str:
-    """A task's name for readers: the group and, for a transfer, its direction."""
+    """Name of a task for readers: the group of cells and, for a transfer between species, its direction."""
     arrow = direction.replace("->", ">").replace(">", " → ")
     if split == "species":
         return arrow if group in ("", "all", "species") or arrow in group else f"{arrow} ({group})" if group else arrow
@@ -73,28 +74,28 @@ def task_label(split: str, group: str, direction: str) -> str:
 
 
 def is_baseline(model: str) -> bool:
-    """Whether a model makes no use of an encoder."""
+    """Whether a model uses no encoder."""
     return model not in OWN_MODELS and ENCODER_SEPARATOR not in model
 
 
 def order_models(models: list[str]) -> list[str]:
-    """Ours first, in the order of `OWN_MODELS`; then models on other encoders, encoder by encoder; then baselines by name."""
+    """Own models in the order of `OWN_MODELS`, then models on other encoders by encoder, then baselines by name."""
     others = sorted({m for m in models if ENCODER_SEPARATOR in m}, key=lambda m: (m.partition(ENCODER_SEPARATOR)[2], m))
     return [m for m in OWN_MODELS if m in models] + others + sorted(m for m in set(models) if is_baseline(m))
 
 
 def score_text(value: float) -> str:
-    """A score between 0 and 1 with three decimals; a dash where there is none."""
+    """A score with three decimals; a dash for NaN."""
     return "–" if not np.isfinite(value) else f"{value:.3f}"
 
 
 def interval_text(value: float, low: float, high: float) -> str:
-    """A score with its interval."""
+    """A score with its interval: `0.954 (0.826–0.987)`."""
     return score_text(value) if not (np.isfinite(low) and np.isfinite(high)) else f"{value:.3f} ({low:.3f}–{high:.3f})"
 
 
 def lower_first(text: str) -> str:
-    """A label inside a sentence: its first letter small, unless the word is a name or an abbreviation."""
+    """A label in the middle of a sentence: a small first letter, except in abbreviations."""
     return text if len(text) > 1 and text[1].isupper() else text[:1].lower() + text[1:]
 
 
@@ -104,7 +105,7 @@ def plural(n: int, one: str, many: str = "") -> str:
 
 
 def title_case(name: str) -> str:
-    """A column's name for readers."""
+    """Name of a column for readers."""
     known = {"num_cells": "cells", "p_cell": "p (cells)", "mito_fraction": "mitochondrial share"}
     text = known.get(name, name.replace("_", " "))
     return text[:1].upper() + text[1:]

@@ -200,7 +200,7 @@ def _said(row: pd.Series, sign: int, name: str) -> str:
 # ladders
 
 
-def ladder(
+def scores_along(
     found: pd.DataFrame, arms: Sequence[dict[str, Any]], field: str, base: float, metric: str = "score"
 ) -> pd.DataFrame:
     """Scores along one numeric field at the last rung: x, seed, value; the base included.
@@ -243,7 +243,7 @@ def forecast(rungs: pd.DataFrame, at: Float64s, *, seed: int = 0) -> pd.DataFram
     """The fitted curve at given x with a 95 % interval: seeds are resampled at every x, and the curve fitted again.
 
     Args:
-        rungs: `ladder`; at least three different x.
+        rungs: `scores_along`; at least three different x.
         at: Where to read the curve, in units of x; beyond the largest x it is an extrapolation.
         seed: Of the resampling.
 

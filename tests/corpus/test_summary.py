@@ -129,7 +129,7 @@ def test_the_text_says_what_was_found(corpus):
 
 def test_shares_are_never_rounded_to_all_or_nothing():
     shares = (0, 1e-6, 0.5, 0.99999, 1)
-    assert [corpus_text._percent(x) for x in shares] == ["0.0 %", "<0.1 %", "50.0 %", "99.9 %", "100.0 %"]
+    assert [corpus_text.percent(x) for x in shares] == ["0.0 %", "<0.1 %", "50.0 %", "99.9 %", "100.0 %"]
 
 
 def test_what_a_corpus_does_not_record_is_null(make_corpus, tmp_path):
@@ -216,7 +216,7 @@ def test_whoever_names_something_else_is_told_what_to_name(corpus, make_corpus, 
         ([str(tmp_path)], "no finished corpus (a folder without a record)"),
         ([corpus, "--plot", "a.gif"], "--plot a.gif: must end in .png, .svg or .pdf"),
         ([corpus, "--plot", "plot"], "--plot plot: must end in .png, .svg or .pdf"),
-        ([corpus, "--plot", f"{corpus}/a.png"], "lies inside the corpus, which stays as it was made"),
+        ([corpus, "--plot", f"{corpus}/a.png"], "lies inside the corpus, to which nothing may be added"),
     ):
         assert cli.main(["inspect", *argv]) == 2
         err = capsys.readouterr().err

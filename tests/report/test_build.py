@@ -302,7 +302,7 @@ def test_a_test_that_cries_wolf_on_nothing_is_named(config):
     with_nulls = perturbation.section(dataclasses.replace(run, tables=run.tables | {"nulls": nulls}))
     pictures = [b.caption for b in with_nulls.blocks if isinstance(b, elements.Figure)]
     assert (
-        sum("genes of like rank exchanged what is their own" in caption for caption in pictures) == 1
+        sum("the residuals of genes of similar rank were permuted" in caption for caption in pictures) == 1
     )  # `delete` only
     assert "could not be checked" in _text(with_nulls)  # `overexpress`
 
@@ -322,13 +322,17 @@ def test_responses_show_what_is_between_two_genes_and_that_it_is_no_regulation(c
     assert grid.rows[0][3].order == pytest.approx(4, abs=0.3)
     assert "no evidence of regulation" in _text(section)
     assert (
-        sum("contextual embedding of each gene" in b.caption for b in section.blocks if isinstance(b, elements.Figure))
+        sum(
+            "change of the contextual embedding of a gene" in b.caption
+            for b in section.blocks
+            if isinstance(b, elements.Figure)
+        )
         == 1
     )
     assert "responses of other genes" not in _text(perturbation.section(run))
     many = dataclasses.replace(run.records["perturb"], counts=run.records["perturb"].counts | {"responses": 9_000_000})
     large = dataclasses.replace(run, records=run.records | {"perturb": many})
-    assert "9,000,000 pairs) is too large for a page" in _text(perturbation.section(large))
+    assert "9,000,000 pairs) is too large for this page" in _text(perturbation.section(large))
 
 
 def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
@@ -344,7 +348,7 @@ def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
         if isinstance(block, elements.Text)
     )
     grid = section.blocks[-1]
-    assert "3 known genes are found among 30" in grid.caption
+    assert "3 reference genes among 30 scored genes" in grid.caption
     unknown = dataclasses.replace(config, perturb=Perturb(goal="x == 2", reference_genes=("NEVER",)))
     assert "none of them is among the 30 scored genes" in _text(
         perturbation.section(dataclasses.replace(run, config=unknown))
@@ -368,7 +372,7 @@ def test_a_stage_that_has_not_run_is_said_plainly(tmp_path):
     html = files.read_bytes(build.build_report(config, str(tmp_path / "report.html"))).decode()
     for stage in ("prepare", "pretrain", "embed", "classify", "perturb"):
         assert f"mixgf {stage} --output" in html
-    assert run_text.summary(config) == "nothing was made yet"
+    assert run_text.summary(config) == "no stage has been run yet"
 
 
 def test_every_warning_stands_beside_its_gene(config):
@@ -400,7 +404,7 @@ def test_embeddings_of_another_corpus_are_not_shown(config, tmp_path):
     _artifact(str(tmp_path), "embeddings", {}, parents={"corpus": "another"})
     run = load.load_results(dataclasses.replace(config, inputs=Inputs(embeddings=str(tmp_path))))
     assert run.vectors_ND is None
-    assert "made from another corpus" in _text(embedding_map.section(run))
+    assert "of another corpus" in _text(embedding_map.section(run))
 
 
 def test_a_step_run_twice_counts_once():
@@ -452,10 +456,10 @@ def test_the_report_is_one_file_that_asks_for_nothing_and_has_the_same_bytes_aga
     assert len(data) < 5_000_000
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', html), "nothing outside the file is referred to"
     assert not re.findall(r"url\((?!#)|@import|fetch\(|XMLHttpRequest", html)
-    for text in ("In brief", "One space for all species", "Baseline better:", "best baseline", "variable genes + logistic regression",
+    for text in ("Summary", "Embedding map", "Baseline better:", "best baseline", "variable genes + logistic regression",
                  "Why it may be an artefact", "GENE0", "Configuration (JSON)", "By cell type", "true type (test cells)"):  # fmt: skip
         assert text in html, text
-    for id_ in ("brief", "corpus", "training", "embedding", "classification", "perturbation", "provenance"):
+    for id_ in ("summary", "corpus", "pretraining", "embedding", "classification", "perturbation", "provenance"):
         assert html.count(f'<section id="{id_}">') == 1
     again = build.build_report(config, str(tmp_path / "again.html"))
     assert files.read_bytes(again) == data

@@ -163,8 +163,8 @@ def test_again_does_nothing_and_a_classification_that_is_there_is_read(
 def test_the_report_shows_every_part(done: Config) -> None:
     made = species_comparison.section(load.load_results(done))
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
-    assert headings == ["One space", "Labels carried to the other species", "Shifts that match", "Gene networks"]
-    assert "Shifts that match" in build.render(load.load_results(done), "key")
+    assert headings == ["Corresponding types", "Label transfer to the other species", "Matched shifts", "Gene networks"]
+    assert "Matched shifts" in build.render(load.load_results(done), "key")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_the_report_shows_responses_and_networks_or_why_there_are_none(real: Con
     none = pd.DataFrame(
         [{"space": "responses", "first": "human", "second": "mouse", "num_genes": 0, "why": "no matrix"}]
     )
-    (_, told) = species_comparison.networks({"networks": none})
+    (_, told) = species_comparison.gene_networks({"networks": none})
     assert (told.text, told.tone) == ("responses, human and mouse: not compared. no matrix.", "missing")
 
 

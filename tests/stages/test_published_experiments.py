@@ -95,7 +95,7 @@ def test_a_recipe_of_the_paper_prints_its_genes_beside_table_4(made, tmp_path, c
     assert f"paper's Table 4 ({name}) | this run:" in said
     assert ("not scored" in said) == (scored != set(table.index))
     html = build.render(load.load_results(chosen, light=True), "key")
-    assert "Beside the paper" in html
+    assert "Table 4 of the paper" in html
     caplog.clear()
     perturb.run(chosen, local=True)  # nothing is computed again, and the table is printed again
     said = caplog.text

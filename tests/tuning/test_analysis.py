@@ -134,6 +134,6 @@ def test_a_ladder_has_the_base_and_only_arms_that_change_its_field():
     arms = search_space.arms(config)
     rows = [{"arm": arm.key, "seed": s, "rung": 0, "score": i + s} for i, arm in enumerate(arms) for s in range(2)]
     details = [{"key": arm.key, "changes": dict(arm.changes)} for arm in arms]
-    found = analysis.ladder(pd.DataFrame(rows), details, "train.cells_share", 1.0)
+    found = analysis.scores_along(pd.DataFrame(rows), details, "train.cells_share", 1.0)
     assert found["x"].tolist() == [0.1, 0.1, 0.3, 0.3, 1.0, 1.0]
     assert found["value"].tolist() == [1, 2, 2, 3, 0, 1]

@@ -14,7 +14,7 @@ from mixgf.report.figures.style import (
 
 
 def cells_by_type(counts: pd.DataFrame) -> str:
-    """Bars of cells by type (rows, largest first) and species (columns), on a log scale."""
+    """Bars of the number of cells by type (rows, largest first) and species (columns), on a log scale."""
     counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index[:40]]
     bar = 0.8 / max(counts.shape[1], 1)
     with canvas("types", 7.2, 0.7 + len(counts) * max(0.24, 0.15 * counts.shape[1])) as (figure, out):
@@ -48,7 +48,7 @@ def cells_by_type(counts: pd.DataFrame) -> str:
 
 
 def sentence_lengths(histogram: dict[str, np.ndarray], max_len: int) -> str:
-    """Sentence lengths by species; `histogram[species][n]` is the number of cells with n tokens."""
+    """Histogram of sentence lengths by species; `histogram[species][n]` is the number of cells with n tokens."""
     with canvas("lengths", 7.2, 2.5) as (figure, out):
         axes = figure.subplots()
         longest = max((int(np.flatnonzero(h).max()) for h in histogram.values() if h.any()), default=1)

@@ -17,11 +17,11 @@ from mixgf.report.figures.style import (
 )
 
 MAX_TYPES = 30
-"""Most types with a number of their own in a map; the rarer ones are drawn grey."""
+"""Most types with a colour and number on a map; rarer types are grey."""
 
 
 def species_and_types(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndarray) -> str:
-    """The map twice: by species, and by cell type with a number on the cells of each type and species."""
+    """A map twice: coloured by species, and by cell type with a number on the cells of each type and species."""
     kinds, counts = np.unique(types_N, return_counts=True)
     order = [str(k) for k in kinds[np.argsort(-counts, kind="stable")] if k][:MAX_TYPES]
     size = float(np.clip(22_000 / max(len(xy_N2), 1), 4, 16))
@@ -73,9 +73,9 @@ def species_and_types(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndar
 
 
 def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
-    """One map per embedding of the same cells (columns x, y, species, type), with the same colours.
+    """One map per embedding of the same cells (columns x, y, species, type), with the same colours on all maps.
 
-    A number stands on the cells of each type and species. `key` names the figure.
+    Numbers mark the cells of each type and species. `key` is the name of the figure.
     """
     first = next(iter(maps_.values()))
     order = [str(k) for k in first["type"].value_counts().index if k][:MAX_TYPES]
@@ -136,7 +136,7 @@ def _span(xy_N2: np.ndarray) -> float:
 
 
 def _numbers(axes: Any, clouds: list[tuple[int, np.ndarray]], gap: float, *, size: float, halo: float) -> None:
-    """A number on each cloud of cells, `gap` apart at least; `size` of its letters and `halo` around them in points."""
+    """Write a number on each cloud of cells, at least `gap` apart; `size` of the digits and `halo` around them are in points."""
     from matplotlib.patheffects import withStroke
 
     if not clouds:
@@ -148,13 +148,13 @@ def _numbers(axes: Any, clouds: list[tuple[int, np.ndarray]], gap: float, *, siz
 
 
 def _middle(xy_N2: np.ndarray) -> tuple[float, float]:
-    """The cell nearest to the median, so that a number lies on cells even where a type has two clouds."""
+    """Position of the cell nearest to the median: there are cells under the number even if a type has two clouds."""
     x, y = xy_N2[np.argmin(((xy_N2 - np.median(xy_N2, axis=0)) ** 2).sum(axis=1))]
     return float(x), float(y)
 
 
 def _push_apart(at_K2: np.ndarray, gap: float) -> np.ndarray:
-    """Push labels that lie nearer than `gap` apart, a little at a time."""
+    """Move positions (K, 2) apart, step by step, until all distances are at least `gap` (or 60 steps are done)."""
     at_K2 = at_K2 + 1e-6 * np.arange(len(at_K2))[:, None]
     for _ in range(60):
         step_K2 = np.zeros_like(at_K2)

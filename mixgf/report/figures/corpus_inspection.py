@@ -1,4 +1,4 @@
-"""An inspected corpus for people: text for a terminal, and one picture. Both show what `mixgf.inspection.inspect` found."""
+"""The figure of `mixgf inspect --plot`: cells by source, sentence lengths, genes by share of cells."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixgf.errors import UserError
-from mixgf.report.corpus_text import MAX_SOURCES, _percent, _short
+from mixgf.report.corpus_text import MAX_SOURCES, percent, shorten
 from mixgf.report.figures import style
 from mixgf.storage import files
 
@@ -15,13 +15,17 @@ FORMATS = ("png", "svg", "pdf")
 
 
 def check_plot(plot: str, uri: str) -> str:
-    """The format of a picture's file name; a `UserError` for another one, or for a place inside the corpus."""
+    """Format of a figure's file name.
+
+    Raises:
+        UserError: The name does not end in .png, .svg or .pdf, or lies inside the corpus.
+    """
     kind = plot.rsplit(".", 1)[-1].lower() if "." in plot.rsplit("/", 1)[-1] else ""
     if kind not in FORMATS:
-        msg = f"--plot {plot}: must end in .png, .svg or .pdf, which says what to draw; for example --plot corpus.png"
+        msg = f"--plot {plot}: must end in .png, .svg or .pdf; for example --plot corpus.png"
         raise UserError(msg)
     if plot.startswith(uri.rstrip("/") + "/"):
-        msg = f"--plot {plot}: lies inside the corpus, which stays as it was made; name a file elsewhere"
+        msg = f"--plot {plot}: lies inside the corpus, to which nothing may be added; give a file elsewhere"
         raise UserError(msg)
     return kind
 
@@ -39,7 +43,7 @@ _REASONS = {
 
 
 def draw(found: dict[str, Any], kind: str) -> bytes:
-    """One picture (png, svg or pdf): cells by source with reasons of dropping, lengths, and how many cells show a gene."""
+    """The figure as png, svg or pdf: cells by source with dropped cells by reason, sentence lengths, genes by share of cells."""
     sources = _drawn(found["sources"])
     height = max(5.2, 1.7 + 0.27 * len(sources))
     with style.sheet("corpus", 11.0, height, kind=kind, wspace=0.04, hspace=0.06) as (figure, paths):
@@ -51,19 +55,19 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
         cells = found["cells"]
         read = f" of {cells['read']:,} read" if cells["read"] else ""
         figure.suptitle(
-            f"{_short(_name(found['uri']), 60)}: {cells['kept']:,} cells{read}, {found['tokens']:,} tokens",
+            f"{shorten(_name(found['uri']), 60)}: {cells['kept']:,} cells{read}, {found['tokens']:,} tokens",
             x=0.008, ha="left", fontsize=11.5, fontweight="bold",
         )  # fmt: skip
     return paths[0]
 
 
 def _name(uri: str) -> str:
-    """The last two parts of a URI: `runs/demo/corpus` is `demo/corpus`."""
+    """The last two parts of a URI: `demo/corpus` for `runs/demo/corpus`."""
     return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
 def _drawn(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sources by species, most cells first, the smallest beyond `MAX_SOURCES` as one."""
+    """Sources by species, most cells first. Beyond `MAX_SOURCES` the smallest are summed in one entry."""
 
     def size(s: dict[str, Any]) -> int:
         return int(s["read"] or s["kept"])
@@ -110,7 +114,7 @@ def _draw_sources(axes: Any, sources: list[dict[str, Any]], species: list[str]) 
         label = f"{s['kept']:,}" + (f"  −{lost:,}" if lost else "")
         axes.text(max(left[k], s["kept"]) + 0.012 * most, k, label, va="center", fontsize=7, color=style.SOFT)
     axes.set(
-        title="Cells by source", xlabel="cells read", yticks=y, yticklabels=[_short(s["source"], 30) for s in sources],
+        title="Cells by source", xlabel="cells read", yticks=y, yticklabels=[shorten(s["source"], 30) for s in sources],
         ylim=(len(sources) - 0.4, -0.6), xlim=(0, most * 1.2),
     )  # fmt: skip
     axes.tick_params(axis="y", length=0, labelsize=8)
@@ -130,7 +134,7 @@ def _draw_lengths(axes: Any, found: dict[str, Any]) -> None:
         if part["cells"]:
             axes.stairs(
                 np.asarray(part["histogram"])[:-1] / part["cells"], part["edges"][:-1], color=style.SPECIES_COLORS[i % 6], linewidth=1.6,
-                linestyle=("-", "--", ":", "-.")[i % 4], label=f"{name}: median {part['quantiles']['50%']:,}, {_percent(part['at_max_len'])} at the limit",
+                linestyle=("-", "--", ":", "-.")[i % 4], label=f"{name}: median {part['quantiles']['50%']:,}, {percent(part['at_max_len'])} at the limit",
             )  # fmt: skip
     axes.axvline(found["max_len"], color=style.SOFT, linewidth=0.8, linestyle=":")
     axes.set(
@@ -143,7 +147,7 @@ def _draw_lengths(axes: Any, found: dict[str, Any]) -> None:
 
 
 def _draw_genes(axes: Any, found: dict[str, Any]) -> None:
-    """Number of genes that at least so large a share of the species' cells show."""
+    """Number of genes that are in at least a share of the species' cells, by that share."""
     for i, (name, part) in enumerate(found["vocabulary"]["species"].items()):
         total = found["lengths"][name]["cells"]
         curve = np.asarray(part["by_cells"], dtype=float)
@@ -165,5 +169,5 @@ def _draw_genes(axes: Any, found: dict[str, Any]) -> None:
 
 
 def save(found: dict[str, Any], plot: str) -> None:
-    """Draw the picture and write it; the file name's ending chooses png, svg or pdf."""
+    """Draw the figure and write it in the format of the file name (png, svg or pdf)."""
     files.write_bytes(plot, draw(found, check_plot(plot, found["uri"])))

@@ -15,7 +15,7 @@ from mixgf.report.figures.style import (
 
 
 def panels(series: dict[str, pd.DataFrame], name: str, *, zero: bool = False) -> str:
-    """Small multiples: one panel per curve, `series[title]` with columns step and value; thin raw, thick smoothed."""
+    """One panel per curve. `series[title]` has columns step and value; thin lines are raw values, thick lines running means."""
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
     with canvas(name, 3.05 * columns + 0.2, 2.0 * rows + 0.1) as (figure, out):

@@ -17,7 +17,7 @@ from mixgf.report.figures.style import (
 def heatmap(
     table: pd.DataFrame, name: str, *, rows: str, columns: str, text: Sequence[Sequence[str]], outline: str = ""
 ) -> str:
-    """A table of values as shades with the text in each cell; `outline` boxes each row's `smallest` value."""
+    """Values as shades with `text` in each cell. With `outline="smallest"` a box marks the smallest value of each row."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 

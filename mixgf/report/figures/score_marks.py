@@ -8,7 +8,7 @@ _BLUE, _GREY, _PALE = "#0072B2", "#52606d", "#cbd2d9"
 
 
 def interval_mark(value: float, low: float, high: float, *, own: bool) -> str:
-    """A score between 0 and 1 with its interval as a small drawing; ours is a filled dot, a baseline a hollow square."""
+    """A score between 0 and 1 with its interval: a filled dot for own models, a hollow square for others."""
     if not np.isfinite(value):
         return ""
     x = [
@@ -24,7 +24,7 @@ def interval_mark(value: float, low: float, high: float, *, own: bool) -> str:
 
 
 def pair_mark(ours: float, theirs: float) -> str:
-    """Two scores between 0 and 1 on one scale: ours a filled dot, the baseline's a hollow square."""
+    """Two scores between 0 and 1 on one scale: the model a filled dot, the baseline a hollow square."""
     a, b = (5 + 80 * min(max(v, 0.0), 1.0) if np.isfinite(v) else float("nan") for v in (ours, theirs))
     out = _scale()
     if np.isfinite(b):

@@ -1,4 +1,4 @@
-"""Drawings of a perturbation screen: effect against test and rank, and what the tests say where nothing can be found."""
+"""Figures of a perturbation screen: shifts against p values and ranks, calibration of the tests, responses of genes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixgf.report.figures.style import FAINT, SOFT, SPECIES_COLORS, canvas
 
 
 def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -> str:
-    """Shift against -log10 p, and shift against mean rank with what rank alone predicts; the strongest genes named."""
+    """Shift against -log10 p, and mean rank against shift with the shift that rank alone predicts; the strongest genes are named."""
     from matplotlib.patheffects import withStroke
 
     frame = genes[np.isfinite(genes["shift"])].sort_values(["shift", "gene"], ascending=[False, True])
@@ -22,10 +22,10 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
         floor = np.clip(frame[p].to_numpy(float), 1e-300, 1)
         for axes, x, y in ((left, frame["shift"], -np.log10(floor)), (right, frame["mean_rank"], frame["shift"])):
             null = frame["reference"].to_numpy(bool) if "reference" in frame else np.zeros(len(frame), dtype=bool)
-            null &= not null.all()  # crosses: drawn for comparison; none where all are compared with all
+            null &= not null.all()  # crosses: genes sampled as controls; none where every gene is a control
             points = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
             axes.scatter(points[0][null], points[1][null], s=14, marker="x", c=FAINT, linewidths=0.9, rasterized=True,
-                         label="drawn for comparison" if null.any() else None)  # fmt: skip
+                         label="sampled as control" if null.any() else None)  # fmt: skip
             axes.scatter(
                 points[0][~null],
                 points[1][~null],
@@ -73,9 +73,9 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
 
 
 def _name(axes: Any, symbol: str, at: tuple[float, float], *, taken: list[tuple[float, float]], halo: Any) -> None:
-    """Write a gene's name beside its point, unless an earlier name is in the way (the tables hold every gene)."""
+    """Write the name of a gene beside its point, unless an earlier name is there already. The tables name every gene."""
     if not taken:
-        axes.figure.draw_without_rendering()  # lays out the axes, so that points have places
+        axes.figure.draw_without_rendering()  # computes the layout, which the pixel positions below need
     px, py = axes.transData.transform(at)
     if all(abs(px - a) > 45 or abs(py - b) > 11 for a, b in taken):
         axes.annotate(symbol, at, xytext=(5, 4), textcoords="offset points", fontsize=8, path_effects=[halo])
@@ -83,7 +83,7 @@ def _name(axes: Any, symbol: str, at: tuple[float, float], *, taken: list[tuple[
 
 
 def responses(table: pd.DataFrame, name: str) -> str:
-    """Perturbed (rows) by responding genes (columns), log2 of what both do in general: blue less, orange more."""
+    """Perturbed (rows) by responding genes (columns), log2 of observed over expected change: blue less, orange more."""
     from matplotlib.colors import LinearSegmentedColormap
 
     ends = (SPECIES_COLORS[0], "#f7f7f5", SPECIES_COLORS[1])
@@ -104,12 +104,12 @@ def responses(table: pd.DataFrame, name: str) -> str:
         axes.tick_params(length=0, labelsize=7)
         axes.invert_yaxis()
         axes.spines[:].set_visible(False)
-        figure.colorbar(drawn, ax=axes, label="log₂ of expected", shrink=0.8, pad=0.02)
+        figure.colorbar(drawn, ax=axes, label="log₂ of observed / expected", shrink=0.8, pad=0.02)
     return out[0]
 
 
 def calibration(observed: pd.DataFrame, nulls: pd.DataFrame, name: str) -> str:
-    """p-values against those of nothing at all, over cells and over donors: observed, and with genes exchanged."""
+    """Quantiles of p over cells and over donors against uniform ones: observed, and with residuals of genes permuted."""
     with canvas(name, 7.6, 3.5, wspace=0.06) as (figure, out):
         panels = figure.subplots(1, 2)
         for axes, column, title in zip(
@@ -118,7 +118,7 @@ def calibration(observed: pd.DataFrame, nulls: pd.DataFrame, name: str) -> str:
             top = 1.0
             series = (
                 ("this screen", observed, "o", SPECIES_COLORS[0]),
-                ("genes exchanged: nothing to find", nulls, "^", SPECIES_COLORS[1]),
+                ("genes permuted: no effect", nulls, "^", SPECIES_COLORS[1]),
             )
             for label, frame, marker, color in series:
                 p = np.sort(frame[column].dropna().to_numpy(float))
@@ -136,7 +136,7 @@ def calibration(observed: pd.DataFrame, nulls: pd.DataFrame, name: str) -> str:
                     label=label,
                     rasterized=True,
                 )
-            axes.plot([0, top], [0, top], color=SOFT, linewidth=1, linestyle="--", label="a test that keeps its word")
+            axes.plot([0, top], [0, top], color=SOFT, linewidth=1, linestyle="--", label="calibrated test")
             axes.set(title=title, xlabel="−log₁₀ p expected by chance", ylabel="−log₁₀ p")
             axes.set_ylim(bottom=-0.05 * max(axes.get_ylim()[1], 0.1))
         panels[0].legend(loc="upper left", fontsize=8)

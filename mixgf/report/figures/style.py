@@ -1,4 +1,9 @@
-"""Moved here from mixgf/figures.py."""
+"""Colours, markers and the canvas that all figures share.
+
+Text in an SVG stays text; dense point clouds are embedded as images. No information is given by colour alone: species also
+differ by marker or hatching, cell types have numbers, heat maps have values. The colours are those of Okabe and Ito. Equal
+input gives equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +34,10 @@ _STYLE: dict[str, Any] = {
 def sheet(
     name: str, width: float, height: float, *, kind: str = "svg", **layout: Any
 ) -> Iterator[tuple[Any, list[bytes]]]:
-    """A figure of `width` x `height` inches; the list receives its file (svg, or png or pdf on white) at the end."""
+    """A matplotlib figure of `width` x `height` inches.
+
+    The list receives the file at the end of the block: svg, or png or pdf on white.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -48,7 +56,7 @@ def sheet(
 
 @contextmanager
 def canvas(name: str, width: float, height: float, **layout: Any) -> Iterator[tuple[Any, list[str]]]:
-    """A figure of the report; the list receives its SVG element when the block ends."""
+    """A figure of the report; the list receives its SVG element at the end of the block."""
     out: list[str] = []
     with sheet(name, width, height, **layout) as (figure, files):
         yield figure, out
@@ -56,7 +64,7 @@ def canvas(name: str, width: float, height: float, **layout: Any) -> Iterator[tu
 
 
 def _inline(svg: str, name: str, width: float) -> str:
-    """Cut an SVG file down to its element; ids get the figure's name, so that figures on one page cannot mix."""
+    """The SVG element of a file. Ids get the name of the figure as prefix, since ids must differ within a page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)

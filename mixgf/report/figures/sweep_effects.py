@@ -1,4 +1,4 @@
-"""Drawings of a sweep: effects with their intervals, zero-shot against fine-tuned, curves of ladders."""
+"""Figures of a sweep: effects with intervals, zero-shot against fine-tuned scores, scaling curves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def forest(effects: pd.DataFrame, titles: dict[str, str], name: str) -> str:
     """Effect of each arm against the base with its 95 % interval, one panel per metric.
 
     Args:
-        effects: `ablation.effects`.
+        effects: Result of `tuning.analysis.effects`.
         titles: Metric to the panel's title, in order.
-        name: Of the drawing on its page.
+        name: Name of the figure on the page.
     """
     shown = [m for m in titles if (effects["metric"] == m).any()]
     order = effects[effects["metric"] == shown[0]].sort_values(["effect", "name"])["name"].tolist()
@@ -38,11 +38,13 @@ def forest(effects: pd.DataFrame, titles: dict[str, str], name: str) -> str:
 
 
 def pareto(means: pd.DataFrame, name: str) -> str:
-    """Zero-shot against fine-tuned, one point per arm with its range over seeds; those that no other beats in both, and the base, are named.
+    """Zero-shot against fine-tuned score, one point per arm with its range over seeds.
+
+    Names are given to the base and to arms than which no other is better in both scores.
 
     Args:
-        means: name, score, finetuned, and score_low, score_high, finetuned_low, finetuned_high (range over seeds).
-        name: Of the drawing on its page.
+        means: Columns name, score, finetuned, and score_low, score_high, finetuned_low, finetuned_high (range over seeds).
+        name: Name of the figure on the page.
     """
     x, y = means["score"].to_numpy(float), means["finetuned"].to_numpy(float)
     front = np.array([not np.any((x >= a) & (y >= b) & ((x > a) | (y > b))) for a, b in zip(x, y, strict=True)])
@@ -62,20 +64,20 @@ def pareto(means: pd.DataFrame, name: str) -> str:
     return out[0]
 
 
-def ladder(rungs: pd.DataFrame, curve: pd.DataFrame | None, axis: str, name: str) -> str:
-    """Score along one field: every training a dot, the fitted curve with its interval, dashed where it extrapolates.
+def scaling_curve(points: pd.DataFrame, curve: pd.DataFrame | None, axis: str, name: str) -> str:
+    """Score along one field: a dot per training, and the fitted curve with its interval, dashed where it extrapolates.
 
     Args:
-        rungs: `ablation.ladder`.
-        curve: `ablation.forecast`, ascending; None with too few points.
-        axis: What x is.
-        name: Of the drawing on its page.
+        points: Result of `tuning.analysis.scores_along`.
+        curve: Result of `tuning.analysis.forecast`, ascending; None with too few points.
+        axis: Label of x.
+        name: Name of the figure on the page.
     """
     with canvas(name, 5.2, 3.2) as (figure, out):
         axes = figure.subplots()
-        axes.plot(rungs["x"], rungs["value"], "o", color=SPECIES_COLORS[0], markersize=4, alpha=0.8)
+        axes.plot(points["x"], points["value"], "o", color=SPECIES_COLORS[0], markersize=4, alpha=0.8)
         if curve is not None:
-            x, known = curve["x"].to_numpy(float), curve["x"].to_numpy(float) <= rungs["x"].max()
+            x, known = curve["x"].to_numpy(float), curve["x"].to_numpy(float) <= points["x"].max()
             axes.fill_between(x, curve["low"], curve["high"], color=SPECIES_COLORS[5], alpha=0.25, linewidth=0)
             axes.plot(x[known], curve["value"][known], color=SPECIES_COLORS[0], linewidth=1.4)
             beyond = np.flatnonzero(~known)

@@ -1,4 +1,4 @@
-"""Moved here from mixgf/scorecard.py."""
+"""Classification, task by task: scores of every model, F1 by cell type, confusion matrices."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell
 from mixgf.report.figures import heatmap, score_marks
 from mixgf.report.results import RunResults
 
-# classification
+TITLE = "Classification: results by task"
+MAX_MATRICES, MAX_TRUE, MAX_PREDICTED = 6, 30, 34
+"""Most confusion matrices, and most true and predicted types in each."""
 
 
 def section(results: RunResults) -> Section:
-    """One table per split, wins and losses, confusion and per-class scores."""
+    """For each split wins and losses and a table of scores; then F1 by cell type and confusion matrices."""
     scores = results.tables.get("scores")
     if scores is None or scores.empty:
-        return not_run("classification", "Cell types, task by task", "classify", results)
+        return not_run("classification", TITLE, "classify", results)
     mean_scores = score_tables.mean_scores(scores)
     found = verdicts.paired_comparisons(mean_scores, results.tables.get("comparisons"))
     blocks: list[Any] = []
@@ -33,12 +35,12 @@ def section(results: RunResults) -> Section:
         ]
         blocks.append(_scores(part, wording.SPLITS[split]))
     model = verdicts.best_own_model(mean_scores, results.tables.get("epochs"))
-    blocks += _per_class(results, mean_scores, model) + _confusions(results, model)
-    return Section("classification", "Cell types, task by task", blocks)
+    blocks += _f1_by_type(results, mean_scores, model) + _confusions(results, model)
+    return Section("classification", TITLE, blocks)
 
 
 def _scores(mean_scores: pd.DataFrame, title: str) -> Table:
-    """One split: for each task a heading row, then a row per model; the best baseline of each metric is marked."""
+    """Scores of one split: a heading row per task, then a row per model. Marks: ★ best model, ◄ best baseline."""
     metrics = [m for m in ("accuracy", "macro_f1") if m in set(mean_scores["metric"])]
     rows: list[list[Cell]] = []
     seeds, by = int(mean_scores["seeds"].max()), sorted(set(mean_scores["interval_by"].dropna().astype(str)))
@@ -75,16 +77,18 @@ def _scores(mean_scores: pd.DataFrame, title: str) -> Table:
     note += (
         f", mean over {seeds} seeds"
         if seeds > 1
-        else ", one seed: the spread between training runs is not in the interval"
+        else ", one seed, so the interval does not cover the spread between trainings"
     )
     return Table(
-        f"{note}. ● the model, ○ the same on another encoder, □ baselines; all on the same cells, seed by seed. ★ highest, ◄ best baseline. Drawings run from 0 to 1.",
+        f"{note}. ● models on the encoder of this run, ○ the same on another encoder, □ baselines. All are trained and tested on the same "
+        "cells with the same seeds. ★ highest, ◄ best baseline. The scale of the drawings is 0 to 1.",
         ["Model", *[wording.metric_label(m) for m in metrics]],
         rows,
     )
 
 
-def _per_class(results: RunResults, mean_scores: pd.DataFrame, model: str) -> list[Any]:
+def _f1_by_type(results: RunResults, mean_scores: pd.DataFrame, model: str) -> list[Any]:
+    """F1 of a model for every type of every task, beside the best baseline of the task."""
     table = results.tables.get("per_class")
     if table is None or table.empty or not model:
         return []
@@ -130,27 +134,27 @@ def _per_class(results: RunResults, mean_scores: pd.DataFrame, model: str) -> li
                 Cell("", mine, score_marks.pair_mark(mine, theirs)), Cell(wording.score_text(mine) + sign, mine), Cell(wording.score_text(theirs), theirs),
             ])  # fmt: skip
     grid = Table(
-        f"F1 of every type: {wording.model_label(model)} beside the baseline with the best macro F1 of that task. Types with few "
-        "test cells move a macro F1 much and are known badly.",
+        f"F1 of every type: {wording.model_label(model)} and the baseline with the best macro F1 of that task. The F1 of a type with few "
+        "test cells is uncertain, but has the same weight in the macro F1.",
         ["Type", "Test cells", "0 to 1", "● Model", "□ Best baseline"],
         rows,
     )
-    return [Text("Type by type", "heading"), grid] if rows else []
+    return [Text("F1 by cell type", "heading"), grid] if rows else []
 
 
 def _confusions(results: RunResults, model: str) -> list[Any]:
+    """Confusion matrices of a model."""
     table = results.tables.get("confusion")
     if table is None or table.empty or not model:
         return []
-    blocks: list[Any] = [Text("What is taken for what", "heading")]
+    blocks: list[Any] = [Text("Confusion matrices", "heading")]
     frame = table.assign(direction=table["direction"].fillna(""))
-    for i, ((split, group, direction), part) in enumerate(
-        frame[frame["model"] == model].groupby(verdicts.TASK, sort=False)
-    ):
+    tasks = list(frame[frame["model"] == model].groupby(verdicts.TASK, sort=False))[:MAX_MATRICES]
+    for i, ((split, group, direction), part) in enumerate(tasks):
         wide = part.pivot_table(index="true", columns="predicted", values="count", aggfunc="sum", fill_value=0)
-        order = list(wide.sum(axis=1).sort_values(ascending=False, kind="stable").index)[:30]
+        order = list(wide.sum(axis=1).sort_values(ascending=False, kind="stable").index)[:MAX_TRUE]
         columns = order + [t for t in wide.columns if t not in order]
-        wide = wide.reindex(index=order, columns=columns[:34], fill_value=0)
+        wide = wide.reindex(index=order, columns=columns[:MAX_PREDICTED], fill_value=0)
         share = wide.div(wide.sum(axis=1).clip(lower=1), axis=0)
         share.index = pd.Index([f"{t} ({n:,.0f})" for t, n in wide.sum(axis=1).items()])
         text = [["" if v < 0.005 else f"{100 * v:.0f}" for v in row] for row in share.to_numpy()]
@@ -160,9 +164,7 @@ def _confusions(results: RunResults, model: str) -> list[Any]:
                     share, f"confusion-{i}", rows="true type (test cells)", columns="predicted type", text=text
                 ),
                 f"{wording.model_label(model)}, {wording.SPLITS.get(split, split).lower()}: {wording.task_label(split, group, direction)}. Per "
-                "cent of each true type's test cells; what lies off the diagonal is wrong.",
+                "cent of the test cells of each true type; off the diagonal are wrong predictions.",
             )
         )
-        if i == 5:
-            break
     return blocks

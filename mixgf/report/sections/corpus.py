@@ -1,7 +1,4 @@
-"""Sections of the report on cells, training, embedding and provenance: from the loaded tables of a run to blocks.
-
-A section whose stage has not run says so and names the command. What the words claim is worked out in `findings`.
-"""
+"""Corpus: cells by source, species and type, dropped cells, sentence lengths, genes that were matched."""
 
 from __future__ import annotations
 
@@ -15,9 +12,7 @@ from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell
 from mixgf.report.figures import cell_counts
 from mixgf.report.results import RunResults
 
-# corpus
-
-
+TITLE = "Corpus: cells and genes"
 REASONS = {
     "few_genes": "too few genes", "depth": "depth out of range", "mito": "mitochondrial share out of range", "doublet": "doublets",
     "duplicate": "duplicates of other cells", "cap": "over the cap per sample",
@@ -25,15 +20,15 @@ REASONS = {
 
 
 def reason(name: str) -> str:
-    """Why a cell was dropped, for readers."""
+    """Reason for dropping cells, for readers."""
     return REASONS.get(name, name.replace("_", " "))
 
 
 def section(results: RunResults) -> Section:
-    """Cells by species, source and type; what was dropped and why; sentence lengths; gene mapping."""
+    """Cells by source, species and type; dropped cells by reason; sentence lengths; matched genes."""
     record, cells = results.records.get("corpus"), results.tables.get("cells")
     if record is None or cells is None:
-        return not_run("corpus", "Cells", "prepare", results)
+        return not_run("corpus", TITLE, "prepare", results)
     kept, read = int(cells["cells"].sum()), int(record.counts.get("read", 0))
     reasons = {k: int(v) for k, v in record.counts.get("dropped", {}).items() if v}
     lost = ", ".join(f"{n:,} {reason(r)}" for r, n in reasons.items())
@@ -63,11 +58,11 @@ def section(results: RunResults) -> Section:
         full = sum(int(h[longest:].sum()) for h in results.lengths.values()) / max(
             1, sum(int(h.sum()) for h in results.lengths.values())
         )
-        words = f"{full:.1%} of the cells have {longest:,} genes or more, and their sentences end there."
+        words = f"{full:.1%} of the cells have {longest:,} genes or more; their sentences are cut at {longest:,}."
         if full > 0.99:
             blocks.append(Text(f"Sentence lengths: {words}"))
         else:
-            what = "Sentence lengths: how many genes of a cell, ranked by expression, the model sees."
+            what = "Sentence lengths: the number of genes of a cell that the model reads, from the highest rank down."
             blocks.append(Figure(cell_counts.sentence_lengths(results.lengths, longest), f"{what} {words}"))
     if len(mapping := results.tables.get("mapping", pd.DataFrame())):
         shown = [
@@ -78,15 +73,15 @@ def section(results: RunResults) -> Section:
         blocks.append(
             _plain(
                 mapping[shown],
-                "Genes of each source, matched to Ensembl identifiers. Renamed: found under a previous symbol "
-                "or an alias. Summed: added to another column of the same gene. Counts on unmapped genes are lost.",
+                "Genes of each source, matched to Ensembl identifiers. Renamed: found by a previous symbol "
+                "or an alias. Summed: added to another column of the same gene. Counts of unmapped genes are lost.",
             )
         )
-    return Section("corpus", "Cells", blocks)
+    return Section("corpus", TITLE, blocks)
 
 
 def _sources(cells: pd.DataFrame, dropped: pd.DataFrame | None, reasons: list[str]) -> Table:
-    """Per source: cells kept, types, donors, and the cells dropped by reason."""
+    """By source: cells kept, cells dropped by reason, cell types, donors."""
     lost = pd.DataFrame()
     if dropped is not None and len(dropped):
         lost = dropped.pivot_table(index="source", columns="reason", values="cells", aggfunc="sum", fill_value=0)
@@ -102,7 +97,7 @@ def _sources(cells: pd.DataFrame, dropped: pd.DataFrame | None, reasons: list[st
 
 
 def _plain(frame: pd.DataFrame, caption: str) -> Table:
-    """Any table as it stands, with shares as per cent."""
+    """A data frame as a table, with shares in per cent."""
     rows = []
     for record in frame.to_dict("records"):
         row = []

@@ -1,4 +1,4 @@
-"""Moved here from mixgf/sections.py."""
+"""Embedding map: all species on one map, and distances between the mean embeddings of cell types."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mixgf.report.elements import Figure, Section, Text, not_run
 from mixgf.report.figures import cell_maps, heatmap
 from mixgf.report.results import RunResults
 
-# embedding
+TITLE = "Embedding map"
 
 
 def section(results: RunResults) -> Section:
-    """The joint map of the species, and how near corresponding types lie."""
+    """The map of cells of all species, how much species mix, and distances between types of two species."""
     record, corpus_record = results.records.get("embed"), results.records.get("corpus")
     if record is not None and corpus_record is not None and record.parents.get("corpus") != corpus_record.fingerprint:
-        text = "Not shown: these embeddings were made from another corpus than the one above (inputs.embeddings, inputs.corpus)."
-        return Section("embedding", "One space for all species", [Text(text, "missing")])
+        text = "Not shown: these embeddings are of another corpus than the one above. Check inputs.embeddings and inputs.corpus."
+        return Section("embedding", TITLE, [Text(text, "missing")])
     if results.vectors_ND is None or results.obs is None or len(results.vectors_ND) < 10:
-        return not_run("embedding", "One space for all species", "embed", results)
+        return not_run("embedding", TITLE, "embed", results)
     species, types = results.obs["species"].to_numpy(str), results.obs["type"].to_numpy(str)
     drawn = (
-        f"a keyed sample of {len(species):,} of {results.num_embedded:,}"
+        f"a random sample of {len(species):,} of {results.num_embedded:,}"
         if len(species) < results.num_embedded
         else f"all {len(species):,}"
     )
@@ -34,8 +34,8 @@ def section(results: RunResults) -> Section:
     blocks: list[Any] = [
         Figure(
             cell_maps.species_and_types(xy, species, types),
-            f"{method} of {drawn} cells' frozen embeddings. The numbers on the right name the types below. Two dimensions bend "
-            "distances: read neighbourhoods from them, not lengths; the distances that follow are in the original space.",
+            f"{method} of the frozen embeddings of {drawn} cells. Numbers on the right panel refer to the types below it. A map in two "
+            "dimensions shows neighbourhoods, not distances. The distances in the next figure are those of the embedding itself.",
         )
     ]
     names = sorted(set(species))
@@ -44,14 +44,14 @@ def section(results: RunResults) -> Section:
         blocks.insert(
             0,
             Text(
-                f"Of a cell's 15 nearest neighbours, {seen:.1%} are of another species; if species played no part, it would be "
+                f"{seen:.1%} of the 15 nearest neighbours of a cell are of another species. With perfectly mixed species it would be "
                 f"{expected:.1%}. "
                 + (
-                    "The species lie largely apart."
+                    "The species are largely separate."
                     if seen < 0.2 * expected
-                    else "The species mix in part."
+                    else "The species are partly mixed."
                     if seen < 0.8 * expected
-                    else "The species mix."
+                    else "The species are mixed."
                 )
             ),
         )
@@ -59,7 +59,7 @@ def section(results: RunResults) -> Section:
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             blocks += _centroid_blocks(integration.centroid_table(centres, first, second), first, second)
-    return Section("embedding", "One space for all species", blocks)
+    return Section("embedding", TITLE, blocks)
 
 
 def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
@@ -75,7 +75,7 @@ def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
     return [
         Text(
             f"{first} to {second}: for {matched} of {wording.plural(shared, 'type')} found in both species, the nearest {second} centroid "
-            f"is that of the same type (chance: {guess:.0%} of them).",
+            f"is that of the same type (by chance: {guess:.0%}).",
             "good" if shared and matched == shared else "plain",
         ),
         Figure(
@@ -83,8 +83,8 @@ def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
                 table, f"centroids-{first}-{second}", rows=first, columns=second, text=text, outline="smallest"
             ),
             f"{unit} between the mean embeddings of each {first} type (row) and each {second} type (column), types "
-            f"with at least {integration.MIN_TYPE_CELLS} cells. The box marks each row's nearest type; shared types come first, so "
-            "that perfect correspondence is boxes on the diagonal.",
+            f"with at least {integration.MIN_TYPE_CELLS} cells. A box marks the nearest type of each row. Types of both species come first: "
+            "if all of them correspond, the boxes are on the diagonal.",
         ),
     ]
 
@@ -92,7 +92,7 @@ def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
 def type_centroids(
     vectors_ND: np.ndarray, species_N: np.ndarray, types_N: np.ndarray
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Mean vector of each (species, type) with at least `MIN_TYPE_CELLS` cells."""
+    """Mean vector (D,) of each (species, type) with at least `integration.MIN_TYPE_CELLS` cells."""
     found = {}
     for species in sorted(set(species_N)):
         for kind in sorted(set(types_N[species_N == species])):
@@ -103,7 +103,7 @@ def type_centroids(
 
 
 def species_mixing(vectors_ND: np.ndarray, species_N: np.ndarray, k: int = 15) -> tuple[float, float]:
-    """Share of the k nearest neighbours (cosine) that are of another species, and the share under perfect mixing."""
+    """Share of the k nearest neighbours (cosine) that are of another species, and its expectation under perfect mixing."""
     distance = integration.cosine_distances(vectors_ND.astype(np.float32), vectors_ND.astype(np.float32))
     np.fill_diagonal(distance, np.inf)
     k = min(k, len(distance) - 1)

@@ -1,4 +1,4 @@
-"""The report's section on perturbation: genes by operation, what speaks against each, what is known of them."""
+"""In silico perturbation: ranked genes by operation with their tests, controls, and comparison with reference genes."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from mixgf.report.figures import screen
 from mixgf.report.results import RunResults
 from mixgf.stats import donors
 
+TITLE = "In silico perturbation"
 MAX_GENES = 40
-"""Genes of one operation in the report's table; the artifact holds all."""
-NO_DOUBT = "none of the checks objects"
+"""Most rows in the table of an operation; genes.parquet holds all genes."""
+NO_DOUBT = "no check failed"
 MAX_ROWS, MAX_COLUMNS = 30, 40
-"""Perturbed and responding genes in the report's matrix."""
+"""Most perturbed and responding genes in the matrix of responses."""
 
 
 def section(results: RunResults) -> Section:
-    """Ranked genes by operation, with effect against test and rank, and what speaks against each hit."""
+    """For each operation its result in sentences, figures of effects and tests, the ranked genes, and responses of other genes."""
     genes, config = results.tables.get("genes"), results.config.perturb
     if genes is None or genes.empty:
-        return not_run("perturbation", "In silico perturbation", "perturb", results)
+        return not_run("perturbation", TITLE, "perturb", results)
     goal = bool(config.goal)
     toward = f" and compared with the state `{config.goal}`" if goal else ""
     variant = ", ".join(sorted(set(genes["variant"].astype(str))))
     blocks: list[Any] = [
-        Text(f"Genes were changed one by one in the sentences of cells with `{config.start or 'all cells'}`{toward}; the shift is "
-             + ("how much nearer the goal's mean embedding a cell came (cosine)" if goal else "1 − cosine of the cell before and after")
-             + f", embedding variant `{variant}`."),
-        Text("A shift is a prediction of this model about its own embedding. It becomes evidence only if it repeats over donors, "
-             "exceeds what genes of the same rank do, and agrees with an experiment.", "warn"),
+        Text(f"Genes were perturbed one at a time in the sentences of cells with `{config.start or 'all cells'}`{toward}. The shift is "
+             + ("the increase of a cell's cosine similarity to the mean embedding of the goal state" if goal else "1 − cosine similarity of the cell before and after")
+             + f" (embedding variant `{variant}`)."),
+        Text("A shift is a property of this model's embedding. It is evidence of biology only if it is replicated over donors, "
+             "exceeds the shifts of genes of the same rank, and agrees with an experiment.", "warn"),
     ]  # fmt: skip
     record = results.records.get("perturb")
     screened = record.counts.get("screened_out", 0) if record else 0
     num_tests = genes["gene"].nunique() + screened if screened else 0
-    blocks += _others(record.details.get("states", {})) if record else []
+    blocks += _alternatives(record.details.get("states", {})) if record else []
     blocks += [
         Text(f"{str(text)[:1].upper()}{str(text)[1:]}.", "warn")
         for text in (record.details.get("warnings", []) if record else [])
@@ -54,24 +55,24 @@ def section(results: RunResults) -> Section:
         blocks.append(
             Figure(
                 screen.volcano(part, f"volcano-{operation}", p=p, title=title, goal=goal),
-                f"{str(operation).capitalize()}, {len(part):,} genes. Left: shift and p value {title}{'' if tested else ', so that height says little more than how many cells there were'}. Right: shift and mean rank of the "
-                "gene in the cells; the line is what rank alone predicts, so only the distance from it speaks of the gene; genes that no cell holds have no rank and are not drawn there.",
+                f"{str(operation).capitalize()}, {len(part):,} genes. Left: shift and p value {title}{'' if tested else ', which depends mostly on the number of cells'}. Right: shift and mean rank of the "
+                "gene in the cells; the line is the shift that rank alone predicts. Only the distance from the line is specific to the gene. Genes in no cell have no rank and are not drawn.",
             )
         )
-        blocks += _calibrated(part, results.tables.get("nulls"), str(operation))
+        blocks += _calibration(part, results.tables.get("nulls"), str(operation))
         blocks.append(_genes(hits.asked(part), str(operation), goal=goal))
         blocks += _responses(results, str(operation), part)
-    blocks += _paper(genes, results) + _known(genes, results)
-    return Section("perturbation", "In silico perturbation", blocks)
+    blocks += _published_genes(genes, results) + _reference_genes(genes, results)
+    return Section("perturbation", TITLE, blocks)
 
 
-def _calibrated(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) -> list[Any]:
-    """Whether the tests keep their word on this run's own shifts."""
+def _calibration(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) -> list[Any]:
+    """Calibration of the tests on permuted shifts of this run, where nothing can be found."""
     mine = nulls[nulls["operation"] == operation] if nulls is not None else pd.DataFrame()
     if not len(mine) or not np.isfinite(mine["p_donor"]).any():
         return [
             Text(
-                "The tests could not be checked against exchanged genes: that needs three named donors and some twenty genes."
+                "The calibration of the tests could not be checked: that needs three named donors and about twenty genes."
             )
         ]
     tone, text = hits.calibration_sentence(mine, int(part["num_donors"].max()))
@@ -79,30 +80,33 @@ def _calibrated(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) 
         Text(text, tone),
         Figure(
             screen.calibration(part, mine, f"calibration-{operation}"),
-            "Every point is a gene, the smallest p to the right. Triangles: genes of like rank exchanged what is their own within each donor, so "
-            "there is nothing to find and they should follow the dashed line; where they rise above it, the test calls noise significant. "
-            "Only circles that leave the triangles behind are evidence. Steps in the right panel are the few values that p can "
-            "take with so few donors.",
+            "Every point is a gene, the smallest p on the right. Triangles: the residuals of genes of similar rank were permuted within each "
+            "donor, so there is no effect, and the triangles should follow the dashed line. Above the line the test calls noise significant. "
+            "Only circles above the triangles are evidence. Steps in the right panel: with few donors p has few possible values.",
         ),
     ]
 
 
-def _others(states: dict[str, str]) -> list[Any]:
-    """Which states an effect should leave alone."""
+def _alternatives(states: dict[str, str]) -> list[Any]:
+    """States other than the goal, towards which cells should not move."""
     names = [text for name, text in states.items() if name.startswith("alternative")]
     if not names:
         return []
-    return [Text(f"Other states, for comparison: {'; '.join(f'`{name}`' for name in names)}. A perturbation that moves cells towards these as well "
-                 "is no answer to the question: the cells merely change.")]  # fmt: skip
+    return [Text(f"Alternative states, for comparison: {'; '.join(f'`{name}`' for name in names)}. A perturbation that moves cells towards these too "
+                 "is not specific to the goal.")]  # fmt: skip
 
 
 def _responses(results: RunResults, operation: str, genes: pd.DataFrame) -> list[Any]:
-    """What perturbing one gene does to the others, general strength and lability taken out."""
+    """Responses of other genes to the perturbation of a gene, relative to what both genes do in general."""
     pairs = results.tables.get("responses")
     record = results.records.get("perturb")
     if pairs is None:
         num = record.counts.get("responses", 0) if record else 0
-        return [Text(f"The response matrix ({num:,} pairs) is too large for a page: responses.parquet.")] if num else []
+        return (
+            [Text(f"The response matrix ({num:,} pairs) is too large for this page. See responses.parquet.")]
+            if num
+            else []
+        )
     found = gene_responses.specific(pairs[pairs["operation"].astype(str) == operation])
     found = found[found["gene"].astype(str) != found["responding"].astype(str)]
     if found.empty:
@@ -130,25 +134,25 @@ def _responses(results: RunResults, operation: str, genes: pd.DataFrame) -> list
         for r in lead.to_dict("records")
     ]  # fmt: skip
     caption = (
-        f"{operation.capitalize()}: how far the contextual embedding of each gene (column) moves when another (row) is perturbed, in cells where its place stays, as log₂ of "
-        "what the two do in general: 1 = twice as far as one would expect of a perturbation so strong and a gene so easily moved. "
-        f"The {len(table)} genes of the largest shifts, and the {table.shape[1]} responding genes that stand out most; grey: fewer than {gene_responses.MIN_CELLS} cells."
+        f"{operation.capitalize()}: change of the contextual embedding of a gene (column) when another gene (row) is perturbed, in cells where its rank stays the same. "
+        "Values are log₂ of the change over its expectation from the general strength of the perturbation and the general responsiveness of the gene: 1 = twice the expected change. "
+        f"Rows: the {len(table)} genes with the largest shifts. Columns: the {table.shape[1]} genes with the most specific responses. Grey: fewer than {gene_responses.MIN_CELLS} cells."
     )
     doubt = (
-        "A response is what the model's attention makes of two genes in one sentence. Neighbours in rank move each other, and genes that are "
-        "expressed together do: it is no evidence of regulation, and has no test over donors. Cells in which the perturbation moves the "
-        "responding gene to another rank are left out: there, the new place is nearly all of the change."
+        "A response shows how the model's attention connects two genes in one sentence. Genes of neighbouring ranks and co-expressed genes "
+        "respond to each other. It is no evidence of regulation, and it is not tested over donors. Cells in which the perturbation changes the "
+        "rank of the responding gene are left out, because there the new rank causes nearly all of the change."
     )
     return [
         Text(f"{operation.capitalize()}: responses of other genes", "heading"),
         Figure(screen.responses(table, f"responses-{operation}"), caption),
         Text(doubt, "warn"),
-        Table("The pairs farthest from what both genes do in general.", ["Perturbed", "Responding", "Change (1 − cosine), place kept", "log₂ of expected", "Cells", "Change, all cells", "All cells"],
+        Table("Pairs with the most specific responses.", ["Perturbed", "Responding", "Change (1 − cosine), same rank", "log₂ of observed / expected", "Cells", "Change, all cells", "All cells"],
              listed, sortable=True),
     ]  # fmt: skip
 
 
-def _paper(genes: pd.DataFrame, results: RunResults) -> list[Any]:
+def _published_genes(genes: pd.DataFrame, results: RunResults) -> list[Any]:
     table = reference_genes.beside_paper(genes, results.config)
     if table.empty:
         return []
@@ -162,17 +166,17 @@ def _paper(genes: pd.DataFrame, results: RunResults) -> list[Any]:
     head = ["Gene", "Operation", "Paper: rank", "Paper: shift", "Paper: p", "Rank here", "Shift here", "p, cells (as published)", "p, donors",
             "Null percentile", "Seen in", "Why it may be an artefact"]  # fmt: skip
     caption = (
-        f"Genes of the paper's Table 4 ({results.config.perturb.published}) in this run. The paper's p is a rank-sum test over cells; the same test stands "
-        "beside it here, and the test over donors, which the paper does not have."
+        f"Genes of the paper's Table 4 ({results.config.perturb.published}) in this run. The paper's p is of a rank-sum test over cells. The table has the same "
+        "test for this run, and the test over donors, which the paper does not report."
     )
-    return [Text("Beside the paper's Table 4", "heading"), Table(caption, head, rows)]
+    return [Text("Table 4 of the paper", "heading"), Table(caption, head, rows)]
 
 
-def _known(genes: pd.DataFrame, results: RunResults) -> list[Any]:
+def _reference_genes(genes: pd.DataFrame, results: RunResults) -> list[Any]:
     try:
         found = reference_genes.score(genes, results.config)
     except UserError as error:
-        return [Text("Known genes", "heading"), Text(str(error), "warn")]
+        return [Text("Reference genes", "heading"), Text(str(error), "warn")]
     if found.empty:
         return []
     rows: list[list[Cell]] = []
@@ -193,12 +197,12 @@ def _known(genes: pd.DataFrame, results: RunResults) -> list[Any]:
             said = f"{str(operation).capitalize()}: the model's best score has AUROC {a['value']:.2f}, the best baseline ({reference_genes.SCORES[b['method']].removeprefix('baseline: ')}) {b['value']:.2f}."
             texts.append(Text(said, "good" if a["low"] > b["high"] else "bad" if a["value"] < b["value"] else "warn"))
     caption = (
-        f"How well the {first['num_known']} known genes are found among {first['num_genes']:,} scored ones, with 95 % intervals. Positive predictive value: share "
-        "of called genes that are known. AUROC 0.5 is chance; below it, known genes move cells away from the goal."
+        f"Recovery of the {first['num_known']} reference genes among {first['num_genes']:,} scored genes, with 95 % intervals. Positive predictive value: share "
+        "of reference genes among the called genes. An AUROC of 0.5 is chance; below 0.5, reference genes move cells away from the goal."
     )
     head = [
         "Operation",
-        "Ordered by",
+        "Ranked by",
         "Called",
         "AUROC",
         "Positive predictive value",
@@ -206,18 +210,18 @@ def _known(genes: pd.DataFrame, results: RunResults) -> list[Any]:
         "Sensitivity",
         "Specificity",
     ]
-    return [Text("Known genes", "heading"), *texts, Table(caption, head, rows)]
+    return [Text("Reference genes", "heading"), *texts, Table(caption, head, rows)]
 
 
 def _estimate(row: Any) -> Cell:
     if not np.isfinite(row["value"]):
         return Cell("–", "")
-    band = f"{row['low']:.2f} to {row['high']:.2f}" if np.isfinite(row["low"]) else ""
-    return Cell(f"{row['value']:.2f}", float(row["value"]), note=band)
+    interval = f"{row['low']:.2f} to {row['high']:.2f}" if np.isfinite(row["low"]) else ""
+    return Cell(f"{row['value']:.2f}", float(row["value"]), note=interval)
 
 
 def doubts(value: Any) -> list[str]:
-    """A gene's warnings as a list; the artifact joins them with `; `."""
+    """Warnings of a gene as a list; genes.parquet joins them with `; `."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(";") if part.strip()]
     return [str(part) for part in value] if isinstance(value, Iterable) else []
@@ -231,11 +235,11 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Table:
     rows = []
     shown = pd.concat([few, ordered.iloc[len(few) :].tail(10)]) if goal and len(ordered) > len(few) else few
     for gene in shown.to_dict("records"):
-        band = f"{gene['shift_low']:+.4f} to {gene['shift_high']:+.4f}" if np.isfinite(gene["shift_low"]) else ""
+        interval = f"{gene['shift_low']:+.4f} to {gene['shift_high']:+.4f}" if np.isfinite(gene["shift_low"]) else ""
         why = doubts(gene["warnings"])
         rows.append([
             Cell(f"{gene['symbol'] or gene['gene']}", str(gene["symbol"] or gene["gene"]).upper(), strong=True, note=str(gene["ortholog_symbol"])),
-            Cell(f"{gene['shift']:+.4f}", float(gene["shift"]), note=band),
+            Cell(f"{gene['shift']:+.4f}", float(gene["shift"]), note=interval),
             count_cell(gene["num_cells"]), count_cell(gene["num_donors"]), number_cell(gene["coverage"], ".0%"), number_cell(gene["mean_rank"], ",.0f"),
             number_cell(gene["rank_expected"], "+.4f"), number_cell(gene["shift_minus_rank_expected"], "+.4f"),
             number_cell(gene["null_percentile"], ".0f"), number_cell(gene["de_log_fold"], "+.2f"), number_cell(gene["p_donor"], ".2g"), number_cell(gene["fdr_donor"], ".2g"),
@@ -245,9 +249,9 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Table:
         f" and the {len(shown) - len(few)} most negative" if len(shown) > len(few) else ""
     )
     return Table(
-        f"{operation.capitalize()}: {which} of {len(genes):,} genes; a click on a heading sorts. Excess: shift less what rank alone "
-        "predicts. Null percentile: place among genes of like rank and detection (50 = ordinary). DE: differential "
-        "expression of the goal against the start state, of rank scores. Seen in: share of cells whose sentence holds the gene."
+        f"{operation.capitalize()}: {which} of {len(genes):,} genes; click a heading to sort. Excess: shift less the shift that rank alone "
+        "predicts. Null percentile: position among genes of similar rank and detection (50 = ordinary). DE: differential "
+        "expression between goal and start state, from rank scores. Seen in: share of cells with the gene in the sentence."
         if goal
         else f"{operation.capitalize()}: {which} of {len(genes):,} genes.",
         head,

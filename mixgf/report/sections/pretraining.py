@@ -1,4 +1,4 @@
-"""Moved here from mixgf/sections.py."""
+"""Pretraining: the model, the objective, and curves of losses, speed and state."""
 
 from __future__ import annotations
 
@@ -14,33 +14,30 @@ from mixgf.report.figures import curves
 from mixgf.report.results import RunResults
 from mixgf.storage.artifacts import Record
 
-# training
-
-
 CURVES = {
     "loss": "Total loss", "mlm": "Masked genes (MLM)", "contrast": "Contrast (SimCSE)", "simcsepp": "SimCSE++",
     "ortholog": "Orthologs", "lr": "Learning rate", "cells_per_s": "Cells per second", "tokens_per_s": "Tokens per second",
-    "wait_share": "Share of time waiting for data", "mfu": "Share of peak FLOPs", "grad_norm": "Norm of the gradient",
-    "alignment": "Alignment of two views", "uniformity": "Uniformity of the space", "memory_gb": "Memory (GB)",
+    "wait_share": "Share of time waiting for data", "mfu": "Share of peak FLOPs", "grad_norm": "Gradient norm",
+    "alignment": "Alignment of two views", "uniformity": "Uniformity of embeddings", "memory_gb": "Memory (GB)",
 }  # fmt: skip
-"""Curves of the training history with a reader's name; others keep their own."""
+"""Name of a training curve in the history to its name for readers. Other curves keep their own name."""
 LOSSES = ("loss", "mlm", "contrast", "simcsepp", "ortholog")
 
 
 def curve(history: pd.DataFrame, name: str) -> pd.DataFrame:
-    """One curve of the long history, by step; of a step that was run twice (after a restart) the last value."""
+    """One curve of the history by step. Of a step that was repeated after a restart, the last value counts."""
     part = history[(history["name"] == name) & np.isfinite(history["value"])]
     return part.drop_duplicates("step", keep="last").sort_values("step")[["step", "value"]]
 
 
 def section(results: RunResults) -> Section:
-    """Loss curves per term, throughput, and what was trained."""
+    """Model and objective in a sentence, loss curves by term, and curves of speed and state."""
     history, record = results.tables.get("history"), results.records.get("pretrain")
     if record is None:
-        return not_run("training", "Pretraining", "pretrain", results)
+        return not_run("pretraining", "Pretraining", "pretrain", results)
     if history is None or history.empty:
-        text = "The weights were brought in (mixgf import-weights); nothing was trained here."
-        return Section("training", "Pretraining", [Text(text), *_untrained(record)])
+        text = "The weights were imported (`mixgf import-weights`). This run did not train them."
+        return Section("pretraining", "Pretraining", [Text(text), *_untrained(record)])
     present = [str(name) for name in history["name"].unique()]
     losses = [n for n in LOSSES if n in present] + [n for n in present if n not in LOSSES and "loss" in n]
     others = [n for n in CURVES if n in present and n not in losses] + [
@@ -52,12 +49,14 @@ def section(results: RunResults) -> Section:
         first, last = loss_ends(history, name)
         ends.append(f"{wording.lower_first(CURVES.get(name, name))} {first:.3f} → {last:.3f}")
     if ends:
-        blocks.append(Text("From the first tenth of the steps to the last tenth, on average: " + "; ".join(ends) + "."))
+        blocks.append(
+            Text("Mean over the first tenth of the steps → mean over the last tenth: " + "; ".join(ends) + ".")
+        )
         blocks.append(
             Figure(
                 curves.panels({CURVES.get(n, n): curve(history, n) for n in losses}, "losses"),
-                "Training losses by optimizer step; thick line: running mean. They are measured on the training "
-                "cells and are comparable between runs only at equal vocabulary and sentence length.",
+                "Training losses by optimizer step (thick line: running mean). They are measured on the training "
+                "cells. Compare them only between runs with the same vocabulary and sentence length.",
             )
         )
     shown = {CURVES.get(n, wording.title_case(n)): curve(history, n) for n in others[:9]}
@@ -66,11 +65,11 @@ def section(results: RunResults) -> Section:
         blocks.append(
             Figure(
                 curves.panels(shown, "throughput", zero=True),
-                "Speed and state of training. Padding is never counted. Two views of a cell should lie near each other (low alignment) while "
-                "cells spread over the space (low uniformity).",
+                "Speed and state of training. Speeds do not count padding. Low alignment: two views of a cell lie near each other. Low "
+                "uniformity: cells spread over the embedding space.",
             )
         )
-    return Section("training", "Pretraining", blocks)
+    return Section("pretraining", "Pretraining", blocks)
 
 
 def _untrained(record: Record) -> list[Text]:
@@ -78,8 +77,8 @@ def _untrained(record: Record) -> list[Text]:
     if not num:
         return []
     text = (
-        f"{num:,} of {size:,} token ids are untrained: no sentence that the model was trained on holds them. Their vectors are those of "
-        "one-to-one orthologs, or random; `mixgf pretrain` with inputs.start trains them."
+        f"{num:,} of {size:,} token ids are untrained, because they are in no training sentence. Their vectors are copies of "
+        "one-to-one orthologs, or random. `mixgf pretrain` with inputs.start trains them."
     )
     return [Text(text, "warn")]
 

@@ -1,4 +1,4 @@
-"""Moved here from mixgf/sections.py."""
+"""Provenance: artifacts with their fingerprints, library versions, the configuration, and commands to repeat the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def library_versions() -> dict[str, str]:
 
 
 def section(results: RunResults) -> Section:
-    """What made what: fingerprints, code, versions, the config, and the commands that repeat the run."""
+    """Artifacts and what they were made from, library versions, commands to repeat the run, and the configuration."""
     rows = [
         [Cell(stage), Cell(record.kind), Cell(record.fingerprint[:16]), Cell(record.code), Cell(record.created),
          Cell(", ".join(f"{role} {parent[:8]}" for role, parent in sorted(record.parents.items())) or "–"), Cell(results.uris[stage])]
@@ -42,8 +42,8 @@ def section(results: RunResults) -> Section:
     if rows:
         blocks.append(
             Table(
-                "Artifacts. Equal fingerprints mean equal inputs and settings.",
-                ["Stage", "Kind", "Fingerprint", "Code", "Planned at (UTC)", "Made from", "Where"],
+                "Artifacts. Two artifacts with one fingerprint have the same inputs and settings.",
+                ["Stage", "Kind", "Fingerprint", "Code", "Started at (UTC)", "Made from", "URI"],
                 rows,
             )
         )

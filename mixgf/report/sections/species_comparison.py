@@ -1,4 +1,4 @@
-"""Section of the report on species: one space, labels carried over, shifts that match. Each of `BLOCKS` lays out one part."""
+"""Comparison of species (`mixgf compare`): one function per part, listed in `PARTS`."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from mixgf.report.figures import cell_maps, heatmap
 from mixgf.report.results import COMPARISON_PREFIX, RunResults
 from mixgf.report.sections import embedding_spaces
 
-TITLE = "Across species"
+TITLE = "Species compared"
 MAX_FAILURES = 40
+"""Most rows in the table of types that fail."""
 SPACES = {"expression": "expression (one-to-one orthologs)", "ranks": "ranks of orthologs"}
 
 
 def section(results: RunResults) -> Section:
-    """Everything that `mixgf compare` found."""
+    """All tables of `mixgf compare`; empty where it has not been run."""
     if "compare" not in results.records:
-        return Section("across", TITLE, [])
+        return Section("species", TITLE, [])
     tables = {
         name.removeprefix(COMPARISON_PREFIX): table
         for name, table in results.tables.items()
         if name.startswith(COMPARISON_PREFIX)
     }
     blocks: list[Any] = []
-    for block in BLOCKS:
-        blocks += block(tables)
-    return Section("across", TITLE, blocks)
+    for part in PARTS:
+        blocks += part(tables)
+    return Section("species", TITLE, blocks)
 
 
 def name(space: str) -> str:
-    """A space's name for readers."""
+    """Name of a space for readers."""
     return SPACES.get(space, embedding_spaces.name(space))
 
 
-def one_space(tables: dict[str, pd.DataFrame]) -> list[Any]:
-    """Maps by species, type and donor, and how near corresponding types lie."""
+def corresponding_types(tables: dict[str, pd.DataFrame]) -> list[Any]:
+    """Maps by type, species, donor and data set, and distances between corresponding types."""
     maps, types = tables.get("maps", pd.DataFrame()), tables.get("corresponding", pd.DataFrame())
-    blocks: list[Any] = [Text("One space", "heading")]
+    blocks: list[Any] = [Text("Corresponding types", "heading")]
     if len(maps):
         shown = {name(str(s)): frame for s, frame in maps.groupby("space", sort=False)}
-        caption = (f"{maps['map'].iloc[0]} of the same cells in each space; numbers name the types, one for each species. Axes mean nothing, and lengths in a map "
-                   "are bent: the table below measures in the space itself.")  # fmt: skip
+        caption = (f"{maps['map'].iloc[0]} of the same cells in each space. Numbers refer to the types, one per species. The axes of a map have no meaning, and "
+                   "distances on it are distorted; the table below measures distances in the space itself.")  # fmt: skip
         blocks.append(Figure(cell_maps.side_by_side(shown), caption))
         first = next(iter(shown))
         for column, what in (
@@ -64,15 +65,15 @@ def one_space(tables: dict[str, pd.DataFrame]) -> list[Any]:
                          number_cell(float(mine["place"].median()), ".1f"), number_cell(float(mine["distance"].median()), ".3f"),
                          number_cell(float(mine["map_distance"].median()), ".1f")])  # fmt: skip
         blocks.append(Table(
-            "Types that both species have: for how many the nearest centroid of the other species (cosine, in the space itself) is the same "
-            "type, how many chance would give, the median place of the counterpart (1 = nearest), and how far it lies.",
-            ["Space", "Direction", "Nearest is the same type", "By chance", "Median place", "Median cosine distance", "In the map (its units)"], rows,
+            "Types of both species: number of types whose nearest centroid of the other species (cosine distance in the space) is the same "
+            "type, the number expected by chance, the median rank of the same type (1 = nearest), and its median distance.",
+            ["Space", "Direction", "Nearest is the same type", "By chance", "Median rank", "Median cosine distance", "Distance on the map"], rows,
         ))  # fmt: skip
     return blocks
 
 
-def carried(tables: dict[str, pd.DataFrame]) -> list[Any]:
-    """Labels carried to the other species, and what fails."""
+def label_transfer(tables: dict[str, pd.DataFrame]) -> list[Any]:
+    """Scores of labels that are transferred to the other species, and types for which this fails."""
     table, failed = tables.get("transfer", pd.DataFrame()), tables.get("failures", pd.DataFrame())
     if table.empty:
         return []
@@ -90,9 +91,9 @@ def carried(tables: dict[str, pd.DataFrame]) -> list[Any]:
                 [Cell(wording.model_label(model)), *(Cell(wording.interval_text(*s), float(s.iloc[0])) for s in scores)]
             )
     blocks: list[Any] = [
-        Text("Labels carried to the other species", "heading"),
-        Table("Learned from one species' labels, scored on the other's cells; types that both have. 95 % intervals over donors where there are, else "
-             "over cells.", ["Model", "Accuracy", "Macro F1"], rows),
+        Text("Label transfer to the other species", "heading"),
+        Table("Trained on the labels of one species and tested on cells of the other; types of both species. 95 % intervals over donors, or over "
+             "cells where donors are not known.", ["Model", "Accuracy", "Macro F1"], rows),
     ]  # fmt: skip
     if len(failed):
         ours = [m for m in dict.fromkeys(failed["model"]) if not wording.is_baseline(m) and "untrained" not in m]
@@ -102,23 +103,23 @@ def carried(tables: dict[str, pd.DataFrame]) -> list[Any]:
                 for r in bad.head(MAX_FAILURES).itertuples()]  # fmt: skip
         total = failed[failed["model"].isin(ours)]
         blocks.append(Table(
-            f"Types that fail (fewer than half of their cells are found): {len(bad)} of {len(total)} type and model pairs; the largest "
-            f"{min(len(bad), MAX_FAILURES)}. What they are called instead, and what the controls say about it.",
-            ["Group", "Direction", "Model", "Type", "Cells", "Found", "Called instead", "First reason"], rows,
+            f"Types that fail (fewer than half of their cells are found): {len(bad)} of {len(total)} pairs of type and model, the largest "
+            f"{min(len(bad), MAX_FAILURES)} shown. The last columns name the type that is predicted instead, and a first reason.",
+            ["Group", "Direction", "Model", "Type", "Cells", "Recall", "Predicted instead", "First reason"], rows,
         ))  # fmt: skip
     return blocks
 
 
-def alike(tables: dict[str, pd.DataFrame]) -> list[Any]:
-    """Which shift of one species is like which of the other."""
+def matched_shifts(tables: dict[str, pd.DataFrame]) -> list[Any]:
+    """Similarity of shifts between two species."""
     pairs, shifts, tags = (tables.get(k, pd.DataFrame()) for k in ("pairs", "shifts", "together"))
-    blocks: list[Any] = [Text("Shifts that match", "heading")]
+    blocks: list[Any] = [Text("Matched shifts", "heading")]
     if pairs.empty:
-        return [*blocks, Text("No shifts were named (compare.shifts), so none were matched.", "missing")]
+        return [*blocks, Text("No shifts were matched, because `compare.shifts` names none.", "missing")]
     blocks.append(Text(
-        "A shift is the difference of mean vectors of two conditions of one species, within types; a cell of the figure is the cosine of two "
-        "shifts. ★ marks pairs at a false discovery rate of 5 % over permuted labels: both shifts are real and point the same way. It does not say that "
-        "the pair is alike more than others; the place among all shifts says that, and is 1 for a pair in bold outline."))  # fmt: skip
+        "A shift is the difference of mean vectors of two conditions of one species, within types. The figure shows the cosine of each pair of "
+        "shifts. ★ marks pairs with a false discovery rate of 5 % by permuted labels: both shifts are real and point in similar directions. It does "
+        "not mean that the pair is more similar than other pairs."))  # fmt: skip
     for space, mine in pairs.groupby("space", sort=False):
         for (one, other), part in mine.groupby(["species", "other_species"], sort=False):
             values, fdr, best = (
@@ -131,10 +132,10 @@ def alike(tables: dict[str, pd.DataFrame]) -> list[Any]:
             ]
             blocks.append(Figure(
                 heatmap.heatmap(values.clip(0, 1), f"shifts-{space}-{one}", rows=str(one), columns=str(other), text=text),
-                f"{name(str(space))}: {int(best.to_numpy().sum())} pairs are each other's best match."))  # fmt: skip
+                f"{name(str(space))}: in {int(best.to_numpy().sum())} pairs each shift is the best match of the other."))  # fmt: skip
     blocks.append(Table(
-        "Shifts that are expected together, by tag: mean cosine of pairs of one tag and of pairs of two tags, the chance that one of the first "
-        "is above one of the second, and its p when tags are exchanged among shifts (p cannot be smaller than the last column).",
+        "Shifts that are expected to match, by tag: mean cosine of pairs with one tag and of pairs with two tags; AUROC, the probability that a pair "
+        "of the first kind has the higher cosine; and its p by permuting tags among shifts (the last column is the smallest p possible).",
         ["Space", "Tag", "Pairs", "Cosine", "Cosine of others", "AUROC", "p", "Smallest p"],
         [[Cell(name(str(r.space))), Cell(str(r.tag)), count_cell(r.num_pairs), number_cell(r.cosine, ".2f"), number_cell(r.cosine_others, ".2f"),
           number_cell(r.auroc, ".2f"), number_cell(r.p, ".3f"), number_cell(r.smallest_p, ".3f")] for r in tags.itertuples()]))  # fmt: skip
@@ -142,27 +143,28 @@ def alike(tables: dict[str, pd.DataFrame]) -> list[Any]:
     reliable = shifts.pivot_table(index="shift", columns="space", values="reliability")
     rows = []
     for r in first.itertuples():
-        alone = (
+        caution = (
             ""
             if r.donors_shared
-            else "condition and donor cannot be told apart"
+            else "condition and donor are confounded"
             if r.donors_before and r.donors_after
-            else "donors not known"
+            else "donors unknown"
         )
         rows.append([Cell(str(r.species)), Cell(str(r.shift)), count_cell(r.num_before), count_cell(r.num_after), number_cell(r.log2_length, "+.2f"),
-                     *[number_cell(float(reliable.loc[r.shift, s]), ".2f") for s in reliable.columns], number_cell(r.smallest_p, ".3f"), Cell(alone)])  # fmt: skip
+                     *[number_cell(float(reliable.loc[r.shift, s]), ".2f") for s in reliable.columns], number_cell(r.smallest_p, ".3f"), Cell(caution)])  # fmt: skip
     blocks.append(Table(
-        "The shifts: cells of either condition, how much longer sentences get (log2), the cosine of the shift in two halves of its own cells (no "
-        "other shift can be expected to be nearer than its square root allows), and the smallest p that its permutations can give.",
-        ["Species", "Shift", "Before", "After", "Length", *[f"Repeats: {name(str(s))}" for s in reliable.columns], "Smallest p", "Caution"], rows))  # fmt: skip
+        "The shifts: cells of each condition, change of the sentence length (log₂), cosine of the shift in two random halves of its cells (its "
+        "square root is an upper limit for the cosine with another shift), and the smallest p that its permutations can give.",
+        ["Species", "Shift", "Before", "After", "Length", *[f"Reliability: {name(str(s))}" for s in reliable.columns], "Smallest p", "Caution"], rows))  # fmt: skip
     return blocks
 
 
 MAX_TARGETS = 25
+"""Most rows in the table of conserved targets."""
 
 
-def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
-    """Responses of orthologs side by side, those that differ, and targets that hold in both species."""
+def conserved_responses(tables: dict[str, pd.DataFrame]) -> list[Any]:
+    """Shifts of orthologs in two species: similarity, differences, and targets of both species."""
     summary, genes = tables.get("conserved_summary", pd.DataFrame()), tables.get("conserved", pd.DataFrame())
     if summary.empty or genes.empty:
         return []
@@ -170,16 +172,16 @@ def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
     alike_ = summary.reindex(columns=["whole", "spearman", "low", "high", "null", "null_low", "null_high", "p"])
     rows = [[Cell(str(r.operation)), count_cell(r.num_pairs), number_cell(v["whole"], ".2f"), Cell(wording.interval_text(v["spearman"], v["low"], v["high"])),
              Cell(wording.interval_text(v["null"], v["null_low"], v["null_high"])), number_cell(v["p"], ".3f"), count_cell(r.differ), count_cell(r.towards), count_cell(r.unusual),
-             count_cell(r.replicated), Cell("donors" if r.by_donors else "cells of too few donors")]
+             count_cell(r.replicated), Cell("donors" if r.by_donors else "cells (too few donors)")]
             for r, v in zip(summary.itertuples(), alike_.astype(float).to_dict("records"), strict=True)]  # fmt: skip
     blocks: list[Any] = [Text("Conserved and divergent responses", "heading"), Table(
-        f"One-to-one orthologs perturbed in {one} and in {other}: rank correlation of shifts as they are, and of what is left beyond the gene's rank and coverage (95 % "
-        "over genes), beside orthologs exchanged among genes of like rank and coverage; how many shifts differ (FDR 5 %, beyond what rank predicts), go towards "
-        "the goal in both, are unusual for their rank in both, and repeat over donors in both.",
-        ["Operation", "Orthologs", "As they are", "Beyond both", "Exchanged", "p", "Differ", "Towards in both", "Unusual in both", "Repeat in both",
+        f"One-to-one orthologs perturbed in {one} and in {other}: rank correlation of the shifts, and of their residuals after rank and coverage of the gene (95 % "
+        "interval over genes). The control permutes orthologs among genes of similar rank and coverage. Then numbers of orthologs: shifts that differ (FDR 5 %, "
+        "after rank), go towards the goal in both species, are unusual for their rank in both, and are replicated over donors in both.",
+        ["Operation", "Orthologs", "Correlation", "Of residuals", "Permuted orthologs", "p", "Differ", "Towards in both", "Unusual in both", "Replicated in both",
          "Intervals over"], rows)]  # fmt: skip
     if not summary["by_donors"].all():
-        text = "At least one species has too few donors for a test: differences and targets below may be those of the donors, not of the species."
+        text = "At least one species has too few donors for a test: differences and targets below may be due to the donors, not to the species."
         blocks.append(Text(text, "warn"))
     best = genes[genes["place"] > 0].sort_values(["place", "operation"]).head(MAX_TARGETS)
     rows = []
@@ -192,14 +194,14 @@ def conserved(tables: dict[str, pd.DataFrame]) -> list[Any]:
                      *(number_cell(r[f"null_percentile_{n}"], ".0f") for n in (one, other)), *(number_cell(r[f"p_donor_{n}"], ".2g") for n in (one, other)),
                      Cell(r["doubts"])])  # fmt: skip
     blocks.append(Table(
-        "Conserved targets: perturbed, they move cells towards the goal in both species; by the weaker of their percentiles among genes of like rank and coverage.",
+        "Conserved targets: genes whose perturbation moves cells towards the goal in both species, by the lower of their two percentiles among genes of similar rank and coverage.",
         ["Gene", "Operation", *(f"Shift, {n}" for n in (one, other)), *(f"Percentile, {n}" for n in (one, other)),
          *(f"p over donors, {n}" for n in (one, other)), "Doubts"], rows))  # fmt: skip
     return blocks
 
 
-def networks(tables: dict[str, pd.DataFrame]) -> list[Any]:
-    """Whether orthologs have the same neighbours."""
+def gene_networks(tables: dict[str, pd.DataFrame]) -> list[Any]:
+    """Overlap of the neighbours of orthologs in two species."""
     table = tables.get("networks", pd.DataFrame())
     if table.empty:
         return []
@@ -210,13 +212,19 @@ def networks(tables: dict[str, pd.DataFrame]) -> list[Any]:
             for r in known.itertuples()]  # fmt: skip
     if rows:
         blocks.append(Table(
-            "Share of a gene's nearest genes in one species whose orthologs are nearest in the other (95 % over genes), beside orthologs exchanged among genes "
-            "as frequent (responses: of like rank and coverage), and chance. A share within the exchanged ones' range is what that alone gives.",
-            ["Space", "Species", "Orthologs", "Neighbours", "Shared", "Jaccard", "Exchanged", "Chance", "p"], rows))  # fmt: skip
+            "Share of a gene's nearest genes in one species whose orthologs are also nearest in the other (95 % interval over genes). Control: orthologs permuted among "
+            "genes of similar frequency (responses: of similar rank and coverage). A share within the range of the control is explained by frequency or rank alone.",
+            ["Space", "Species", "Orthologs", "Neighbours", "Shared", "Jaccard", "Permuted orthologs", "Chance", "p"], rows))  # fmt: skip
     return blocks + [
         Text(f"{r.space}, {r.first} and {r.second}: not compared. {r.why}.", "missing") for r in none.itertuples()
     ]
 
 
-BLOCKS: tuple[Callable[[dict[str, pd.DataFrame]], list[Any]], ...] = (one_space, carried, alike, conserved, networks)
-"""Each takes the comparison's tables by name and gives blocks, none where its tables are not there."""
+PARTS: tuple[Callable[[dict[str, pd.DataFrame]], list[Any]], ...] = (
+    corresponding_types,
+    label_transfer,
+    matched_shifts,
+    conserved_responses,
+    gene_networks,
+)
+"""Each takes the tables of the comparison by name and returns elements; none where its tables are missing."""

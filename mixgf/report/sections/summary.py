@@ -1,7 +1,4 @@
-"""Sections of the report that judge: the summary in sentences, classification against baselines.
-
-What the words claim is worked out in `findings`; here it is only laid out.
-"""
+"""Summary: what the run holds, what the model reaches, and where a baseline is better."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ from mixgf.report.results import RunResults
 
 
 def section(results: RunResults) -> Section:
-    """What was results, on what, what it reaches, and where a baseline beats it, in sentences."""
+    """Cells, classification against baselines, overlap with the pretraining cells, and perturbation, in sentences."""
     blocks: list[Any] = [Text(_scope(results))]
     scores = results.tables.get("scores")
     if scores is not None and len(scores):
         blocks += _verdicts(results, score_tables.mean_scores(scores))
-        blocks.append(_seen(results))
+        blocks.append(_audit(results))
     genes = results.tables.get("genes")
     if genes is not None and len(genes):
         for operation, part in genes.groupby("operation", sort=False):
@@ -34,63 +31,61 @@ def section(results: RunResults) -> Section:
             blocks.append(
                 Text(
                     f"Perturbation is not complete: its budget was spent before {wording.plural(left, 'gene')} were scored.",
-                    "bad",
+                    "warn",
                 )
             )
     done = {"corpus": "prepare", "pretrain": "pretrain", "embed": "embed", "classify": "classify", "perturb": "perturb"}
     if absent := [stage for key, stage in done.items() if key not in results.records]:
-        blocks.append(Text(f"Not run: {', '.join(absent)}. The sections say which command makes each.", "missing"))
-    return Section("brief", "In brief", blocks)
+        blocks.append(Text(f"Not run yet: {', '.join(absent)}. Each section names the command.", "missing"))
+    return Section("summary", "Summary", blocks)
 
 
-def _seen(results: RunResults) -> Text:
-    """How much of the evaluation the encoder was pretrained on, in every report."""
+def _audit(results: RunResults) -> Text:
+    """How many of the evaluation cells are in the pretraining corpus."""
     record = results.records.get("classify")
     found = record.details.get("audit") if record is not None else None
     if not found:
         return Text(
-            "Audit: not made; `mixgf audit EVAL CORPUS` counts the evaluation cells in a pretraining corpus.", "warn"
+            "It was not checked whether evaluation cells are in the pretraining corpus. `mixgf audit EVAL CORPUS` counts them.",
+            "warn",
         )
     clean = found["cells"] is not None and found["cells"][0] == 0
     line = str(found["line"])
-    return Text(f"Audit: {line}.", "plain" if clean else "warn")
+    return Text(f"Evaluation cells used in pretraining: {line}.", "plain" if clean else "warn")
 
 
 def _scope(results: RunResults) -> str:
+    """Cells, donors, sources and types of the corpus in a sentence."""
     cells, record = results.tables.get("cells"), results.records.get("corpus")
     if cells is None or record is None or cells.empty:
-        return "No cells were prepared yet."
+        return "There is no corpus yet."
     parts = []
     for species, part in cells.groupby("species", sort=True):
         donors = part.loc[part["donor"] != "", ["source", "donor"]].drop_duplicates().shape[0]
         whose = f" of {wording.plural(donors, 'donor')}" if donors else ""
         parts.append(f"{wording.plural(int(part['cells'].sum()), f'{species} cell')}{whose}")
     kinds = cells.loc[cells["type"] != "", "type"].nunique()
-    text = f"This run works on {' and '.join(parts)}, from {wording.plural(cells['source'].nunique(), 'source')}"
+    text = f"This run has {' and '.join(parts)} from {wording.plural(cells['source'].nunique(), 'source')}"
     text += f", with {wording.plural(kinds, 'labelled cell type')}." if kinds else ", without cell type labels."
-    return (
-        text
-        if "pretrain" not in results.records
-        else f"{text} One encoder was pretrained on the cells of all species together."
-    )
+    return text if "pretrain" not in results.records else f"{text} One encoder was pretrained on all of them together."
 
 
 def _verdicts(results: RunResults, mean_scores: pd.DataFrame) -> list[Text]:
-    """What the model of the headlines reaches; every task in which a baseline scores higher is named first."""
+    """Scores of the headline model against the best baseline. Tasks in which a baseline scores higher come first."""
     found = verdicts.paired_comparisons(mean_scores, results.tables.get("comparisons"))
-    head = verdicts.best_own_model(mean_scores, results.tables.get("epochs"))
+    preferred = verdicts.best_own_model(mean_scores, results.tables.get("epochs"))
     tone_order = {"bad": 0, "warn": 1, "plain": 2, "good": 3}
     blocks: list[Text] = []
     for split in [s for s in wording.SPLITS if s in set(mean_scores["split"])]:
         mine = [d for d in found if d.split == split]
-        model = verdicts.headline_model(mine, head)
+        model = verdicts.headline_model(mine, preferred)
         lines = sorted(
             verdicts.task_sentences([d for d in mine if d.model == model]), key=lambda line: tone_order[line[0]]
         )
         if len(lines) > 1:
             blocks.append(
                 Text(
-                    f"{wording.SPLITS[split]}. {verdicts.tally_sentence(mine, model)} (tie: within the 95 % margin of error)."
+                    f"{wording.SPLITS[split]}. {verdicts.tally_sentence(mine, model)} (a tie is a difference within the 95 % interval)."
                 )
             )
         if model != wording.PAPER_MODEL and any(d.model == wording.PAPER_MODEL for d in mine):
@@ -101,7 +96,7 @@ def _verdicts(results: RunResults, mean_scores: pd.DataFrame) -> list[Text]:
         none = [v for *_, v, _ in gains if v <= 0]
         blocks.append(
             Text(
-                "What pretraining adds, as mean macro F1 over the same classifier on an untrained encoder: "
+                "Gain by pretraining, as the difference in mean macro F1 to the same classifier on an untrained encoder: "
                 f"{'; '.join(parts)}.",
                 "warn" if none else "plain",
             )
@@ -110,7 +105,7 @@ def _verdicts(results: RunResults, mean_scores: pd.DataFrame) -> list[Text]:
 
 
 def tiles(results: RunResults) -> list[tuple[str, str]]:
-    """A few large figures for the head of the page: (figure, what it is)."""
+    """Numbers in large type at the head of the page: (number, what it is)."""
     out: list[tuple[str, str]] = []
     cells, history, scores = (results.tables.get(k) for k in ("cells", "history", "scores"))
     if cells is not None and len(cells):
@@ -121,10 +116,10 @@ def tiles(results: RunResults) -> list[tuple[str, str]]:
     if scores is not None and len(scores):
         mean_scores = score_tables.mean_scores(scores)
         found = verdicts.paired_comparisons(mean_scores, results.tables.get("comparisons"), ("macro_f1",))
-        head = verdicts.best_own_model(mean_scores, results.tables.get("epochs"))
+        preferred = verdicts.best_own_model(mean_scores, results.tables.get("epochs"))
         for split in ("random", "species"):
             part = [d for d in found if d.split == split]
-            model = verdicts.headline_model(part, head)
+            model = verdicts.headline_model(part, preferred)
             part = [d for d in part if d.model == model]
             if part:
                 ours, base = np.mean([d.score[0] for d in part]), np.mean([d.baseline_score[0] for d in part])

@@ -1,4 +1,4 @@
-"""The report's section on a sweep: what each factor is worth, what goes with what, and where more cells stop paying."""
+"""Tuning: effects of settings with intervals over seeds, interactions, and scores along a field such as the number of cells."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from mixgf.report.figures import sweep_effects
 from mixgf.report.results import RunResults
 from mixgf.tuning import analysis, search_space
 
-LADDERS = {"train.cells_share": "cells trained on", "train.max_steps": "optimizer steps"}
-"""Fields along which a curve is fitted, and their name for readers."""
-POINT = 0.01
-"""A gain of macro F1 that is worth having, for where to stop."""
+TITLE = "Ablations and tuning"
+SCALING_FIELDS = {"train.cells_share": "cells trained on", "train.max_steps": "optimizer steps"}
+"""Fields along which a scaling curve is fitted, and their names for readers."""
+TOLERANCE = 0.01
+"""Loss of macro F1 that is accepted when the text names a sufficient amount."""
 
 
 def section(results: RunResults) -> Section:
-    """Section on the sweep; empty of blocks where there is none."""
+    """Effects, means, interactions and scaling curves of a sweep; empty where there is none."""
     record = results.records.get("tune")
     if record is None:
-        return Section("sweep", "Ablations", [])
+        return Section("tuning", TITLE, [])
     arm_scores, effects = results.tables["arms"], results.tables["effects"]
     settings = record.config["tune"]
     sentence = str(record.details["sentence"])
     blocks: list[Any] = [
         Text(f"{wording.plural(record.counts['arms'], 'arm')} of {wording.plural(settings['seeds'], 'seed')} each. "
              f"{sentence[:1].upper()}{sentence[1:]}."),
-        Text("Effects are differences from the base with the same seed, at the last rung that both reached; intervals (95 %, t) are "
-             "over seeds, so they say what another training would give, not what other donors would. Arms that stopped early were "
-             "judged early."),
+        Text("An effect is the difference from the base with the same seed, at the last rung that both reached. Intervals (95 %, t) are "
+             "over seeds: they cover the spread between trainings, not between donors. Arms that stopped early are compared at an "
+             "early rung."),
     ]  # fmt: skip
     if record.details["failed"]:
         why = "; ".join(f"{name}: {text}" for name, text in record.details["failed"].items())
-        blocks.append(Text(f"Could not be trained: {why}.", "warn"))
+        blocks.append(Text(f"Failed trainings: {why}.", "warn"))
     if len(effects):
         titles = {m: analysis.METRICS[m] for m in ("score", "finetuned", "uniformity")}
         blocks.append(
             Figure(
                 sweep_effects.forest(effects, titles, "sweep-effects"),
-                "What changes against the base, with 95 % intervals over seeds.",
+                "Effects against the base, with 95 % intervals over seeds.",
             )
         )
         blocks.append(_table(arm_scores, effects))
@@ -50,14 +51,14 @@ def section(results: RunResults) -> Section:
         blocks.append(
             Figure(
                 sweep_effects.pareto(means, "sweep-pareto"),
-                "Zero-shot against fine-tuned, arms trained to the end. Diamonds: no arm is better in both; the table above has all.",
+                "Zero-shot against fine-tuned score of arms that were trained to the end. Diamonds: no other arm is better in both.",
             )
         )
     interactions = results.tables.get("interactions")
     if interactions is not None and len(interactions):
         blocks.append(_interactions(interactions))
-    blocks += _ladders(results, arm_scores)
-    return Section("sweep", "Ablations", blocks)
+    blocks += _scaling_curves(results, arm_scores)
+    return Section("tuning", TITLE, blocks)
 
 
 def _table(arm_scores: pd.DataFrame, effects: pd.DataFrame) -> Table:
@@ -79,9 +80,9 @@ def _table(arm_scores: pd.DataFrame, effects: pd.DataFrame) -> Table:
                 note = f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
             cells.append(Cell(cell.text, cell.order, note=note))
         rows.append(cells)
-    head = ["arm", "trained", *analysis.METRICS.values()]
+    head = ["Arm", "Trained", *analysis.METRICS.values()]
     return Table(
-        "Means over seeds at the end of each arm; below, the paired difference from the base with its 95 % interval.",
+        "Means over seeds at the last rung of each arm; in small type the paired difference from the base with its 95 % interval.",
         head,
         rows,
         sortable=True,
@@ -105,38 +106,38 @@ def _interactions(found: pd.DataFrame) -> Table:
          Cell(f"[{row.low:+.3f}, {row.high:+.3f}]" if np.isfinite(row.low) else "one seed"), number_cell(float(row.p), ".3f")]
         for row in found.itertuples()
     ]  # fmt: skip
-    caption = "Interactions: how much more the two changes do together than each alone (paired by seed)."
-    return Table(caption, ["changes", "metric", "together minus apart", "95 % interval", "p"], rows, sortable=True)
+    caption = "Interactions: effect of both changes together less the sum of their single effects (paired by seed)."
+    return Table(caption, ["Changes", "Metric", "Together less sum", "95 % interval", "p"], rows, sortable=True)
 
 
-def _ladders(results: RunResults, arm_scores: pd.DataFrame) -> list[Any]:
-    """Curves along `LADDERS`, and in words where to stop."""
+def _scaling_curves(results: RunResults, arm_scores: pd.DataFrame) -> list[Any]:
+    """Fitted curves along `SCALING_FIELDS`, and a sentence on the amount that is sufficient."""
     record, blocks = results.records["tune"], []
-    for field, axis in LADDERS.items():
+    for field, axis in SCALING_FIELDS.items():
         part, leaf = field.split(".")
         base = float(getattr(getattr(results.config, part), leaf))
-        rungs = analysis.ladder(arm_scores, record.details["arms"], field, base)
-        if rungs["x"].nunique() < 3 or rungs["x"].min() <= 0:
+        points = analysis.scores_along(arm_scores, record.details["arms"], field, base)
+        if points["x"].nunique() < 3 or points["x"].min() <= 0:
             continue
         if field == "train.cells_share" and "corpus" in results.records:
-            rungs["x"] *= results.records["corpus"].counts["kept"]
-        most = float(rungs["x"].max())
-        grid = np.geomspace(float(rungs["x"].min()), 10 * most, 60)
-        curve = analysis.forecast(rungs, np.append(grid, [most]), seed=results.config.seed)
+            points["x"] *= results.records["corpus"].counts["kept"]
+        most = float(points["x"].max())
+        grid = np.geomspace(float(points["x"].min()), 10 * most, 60)
+        curve = analysis.forecast(points, np.append(grid, [most]), seed=results.config.seed)
         here, ten = curve.iloc[-1], curve.iloc[-2]
         known = curve.iloc[:-1]
-        enough = known[known["value"] >= here["value"] - POINT]
-        said = (f"{axis[:1].upper()}{axis[1:]}: at {most:,.0f} the fitted score is {here['value']:.3f}; ten times more would give "
-                f"{ten['value']:.3f} [{ten['low']:.3f}, {ten['high']:.3f}], {ten['value'] - here['value']:+.3f}, an extrapolation. ")  # fmt: skip
+        enough = known[known["value"] >= here["value"] - TOLERANCE]
+        said = (f"{axis[:1].upper()}{axis[1:]}: at {most:,.0f} the fitted score is {here['value']:.3f}. By extrapolation, ten times as many would give "
+                f"{ten['value']:.3f} [{ten['low']:.3f}, {ten['high']:.3f}], a change of {ten['value'] - here['value']:+.3f}. ")  # fmt: skip
         said += (
-            f"{float(enough['x'].iloc[0]):,.0f} are within {POINT:.2f} of what {most:,.0f} reach."
+            f"{float(enough['x'].iloc[0]):,.0f} are sufficient for a score within {TOLERANCE:.2f} of that at {most:,.0f}."
             if len(enough)
             else ""
         )
         blocks += [
             Figure(
-                sweep_effects.ladder(rungs, known, axis, f"sweep-ladder-{leaf}"),
-                f"Zero-shot macro F1 by {axis}; a dot is a training, the band a 95 % interval of the fitted curve.",
+                sweep_effects.scaling_curve(points, known, axis, f"sweep-curve-{leaf}"),
+                f"Zero-shot macro F1 by {axis}. Dots are trainings; the shaded area is the 95 % interval of the fitted curve.",
             ),
             Text(said),
         ]
