@@ -26,7 +26,7 @@ import torch
 from mixgf import console
 from mixgf.classification import annotate, classifier
 from mixgf.config import parse
-from mixgf.config.data import HUMAN, MOUSE, Source, SpeciesRow, Tokens
+from mixgf.config.data import HUMAN, MOUSE, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
 from mixgf.config.training import Embed, LayerChoice
@@ -113,10 +113,11 @@ def _load_checkpoint(uri: str, record: artifacts.Record, device: torch.device, g
         if found is None:
             continue
         made = artifacts.find(place)
-        rows = made.config.get("species", []) if made is not None else []
+        config = made.config if made is not None else {}
+        rows = [parse.from_dict(SpeciesRow, row) for row in config.get("species", [])]
         return CellEncoder(
-            model, found, parse.from_dict(Tokens, record.details["tokens"]),
-            [parse.from_dict(SpeciesRow, row) for row in rows] or [HUMAN, MOUSE], uri=uri,
+            model, found, parse.from_dict(Tokens, record.details["tokens"]), rows or [HUMAN, MOUSE], uri=uri,
+            orthologs=config.get("vocab", {}).get("orthologs"),
         )  # fmt: skip
     if given:
         msg = f"vocabulary = {given!r}: not the one that {uri} was trained on ({wanted[:12]}); name that one"
@@ -262,11 +263,13 @@ class CellEncoder:
     """
 
     def __init__(
-        self, model: bert.Encoder, vocabulary: Vocabulary, tokens: Tokens, rows: Sequence[SpeciesRow], *, uri: str = ""
+        self, model: bert.Encoder, vocabulary: Vocabulary, tokens: Tokens, rows: Sequence[SpeciesRow], *, uri: str = "",
+        orthologs: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.vocabulary, self.tokens, self.uri = model, vocabulary, tokens, uri
         self._rows = tuple(row for row in rows if row.name in vocabulary.species)
         self.species, self.width = tuple(vocabulary.species), model.sizes.dim
+        self._orthologs = Vocab().orthologs if orthologs is None else tuple(orthologs)
 
     def __repr__(self) -> str:
         row = self.model.sizes
@@ -433,7 +436,9 @@ class CellEncoder:
         console.setup_if_silent()
         named = {"start": start, "goal": goal, "genes": _listed(genes), "operations": _listed(operations)}
         chosen = parse.from_dict(Perturb, settings | named, "perturb")
-        base = Config(perturb=chosen, seed=seed, tokens=self.tokens)
+        base = Config(
+            perturb=chosen, seed=seed, tokens=self.tokens, species=self._rows, vocab=Vocab(orthologs=self._orthologs)
+        )  # fmt: skip
         config = replace(
             base, train=replace(base.train, threads=threads, precision=precision),
             classify=replace(base.classify, label=label),
@@ -557,7 +562,7 @@ class CellClassifier:
             added.attrs["verdicts"] = told["verdicts"]
             return added
         for column in added.columns:
-            target.obs[column] = added[column]
+            target.obs[column] = added[column].array  # by place: names of cells may repeat
         target.obsm[annotate.OBSM] = annotate.probabilities(table, self.classes, target.obs_names)
         target.uns["mixgf_annotate"] = annotate.facts(told)
         return target if copy else None

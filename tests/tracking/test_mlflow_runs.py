@@ -7,6 +7,7 @@ from mlflow.tracking import MlflowClient
 
 from mixgf.config import recipes
 from mixgf.config.parse import override
+from mixgf.errors import UserError
 from mixgf.tracking import mlflow_runs
 
 
@@ -93,3 +94,17 @@ def test_runs_under_a_run_are_known_by_their_keys_and_one_that_died_half_logged_
     assert found["k1"].data.params == {"model.knn": "5"}
     with mlflow_runs.stage(config, "classify", {}, "another") as other:
         assert other.children() == set()
+
+
+def test_without_tracking_nothing_is_logged_and_nothing_is_written(config, tmp_path):
+    off = override(config, ["tracking.uri=off"])
+    with mlflow_runs.stage(off, "pretrain", {"train": {"lr": 1e-3}}, "abc") as run:
+        run.log({"loss": 9.0})
+        run.log_missing([(1, "loss", 8.0)])
+        run.child("a", "key", {}, {"loss": 1.0})
+        run.artifact(__file__)
+        assert run.children() == set()
+        with pytest.raises(UserError, match=r"tune.register: .* tracking.uri = 'off'; set tracking.uri"):
+            run.register("model", {}, "")
+    assert mlflow_runs.uri(off) == "off"
+    assert not list(tmp_path.iterdir())
