@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 INDIRECT = {
-    "polars": "the engine for tables that are joined, grouped and scanned",
     "s3fs": "fsspec loads it for s3:// URIs",
     "scikit-image": "scanpy's Scrublet imports it",
 }
