@@ -169,12 +169,17 @@ def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries()
 
 
+FORMER_COLUMNS = {"num_still": "num_same_rank", "change_still": "change_same_rank"}
+"""Columns of response matrices of earlier versions, and their present names."""
+
+
 def specific(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of one operation's rows those with `MIN_CELLS` still cells, with `excess`: log2 of the change over what the two do in general.
+    """Of one operation's rows those with at least `MIN_CELLS` cells of the same rank, with `excess`: log2 of the change over what the two do in general.
 
     In general: the perturbed gene's median log change, plus the responding gene's median of what is left; all where the
     responding gene keeps its place.
     """
+    frame = frame.rename(columns=FORMER_COLUMNS)
     kept = frame[frame["num_same_rank"] >= MIN_CELLS].copy()
     logs = np.log2(np.maximum(kept["change_same_rank"].astype(float), SMALLEST))
     left = logs - logs.groupby(kept["gene"].astype(str)).transform("median")

@@ -118,7 +118,10 @@ def test_what_is_between_two_genes_is_what_neither_does_in_general():
     rows.append(
         {"gene": "p0", "responding": "r99", "num_same_rank": gene_responses.MIN_CELLS - 1, "change_same_rank": 1.0}
     )
-    found = gene_responses.specific(pd.DataFrame(rows)).set_index(["gene", "responding"])["excess"]
+    frame = pd.DataFrame(rows)
+    found = gene_responses.specific(frame).set_index(["gene", "responding"])["excess"]
+    former = frame.rename(columns={"num_same_rank": "num_still", "change_same_rank": "change_still"})
+    pd.testing.assert_frame_equal(gene_responses.specific(former), gene_responses.specific(frame))
     assert len(found) == 108
     assert found["p4", "r5"] == pytest.approx(3)
     assert found.drop(("p4", "r5")).abs().max() == pytest.approx(0, abs=1e-9)
