@@ -1,183 +1,208 @@
-"""`mixgf STAGE --recipe|--config --set a.b=c`: one command per stage, and `mixgf demo` for all of them on bundled cells.
+"""The command line: `mixgf COMMAND`, one command per stage.
 
-Nothing heavy is imported before a stage runs. Exit codes: 0 done, 1 failed (a fault of ours or of the machine),
-2 something that was given cannot be used, 3 done without the sources that were refused.
+Nothing heavy is imported before a command runs. Exit codes:
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | failed: an error of the program or of the machine |
+| 2 | the input cannot be used; one line says why and what to do |
+| 3 | done, but some sources were rejected |
+| 130 | stopped with Ctrl-C |
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mixgf import console
 from mixgf.config import recipes
-from mixgf.config.checks import split_named
+from mixgf.config.checks import did_you_mean, split_named
+from mixgf.config.data import Source
 from mixgf.config.fields import absolute, sections_of, with_absolute_paths
 from mixgf.config.parse import from_dict, meanings, override, to_dict
-from mixgf.config.run import Config
+from mixgf.config.run import Compute, Config
 from mixgf.errors import AccessError, UserError
 
 STAGES = {
-    "prepare": "raw counts -> cell sentences: checks, QC, vocabulary, rank value encoding",
-    "pretrain": "cell sentences -> encoder: masked genes + SimCSE contrast",
-    "embed": "encoder -> a vector per cell (AnnData .obsm)",
-    "classify": "cell types: fine-tuning, frozen probes, transfer between species, baselines",
-    "perturb": "in silico perturbation: genes ranked by how they move cells to a goal state",
-    "report": "one HTML file from whatever stages are done",
+    "prepare": "raw counts to a corpus: quality control, gene vocabulary, one ranked gene sentence per cell",
+    "pretrain": "corpus to an encoder: masked genes and a contrastive loss",
+    "embed": "a vector per cell, also as AnnData .obsm",
+    "classify": "cell types: fine-tuning, frozen heads, transfer between species, and baselines",
+    "perturb": "in silico perturbation: genes ranked by how they move cells towards a goal state",
+    "report": "one HTML file of all stages that are done",
 }
-IMPORT = "tokenised Arrow data sets (Genecorpus-30M, Mouse-Genecorpus-20M) -> the corpus that prepare makes"
-IMPORT_WEIGHTS = (
-    "a published BERT checkpoint (Geneformer, Mouse-Geneformer), or one of mixgf -> the run's encoder, for its corpus"
-)
-TUNE = "a sweep: arms x seeds of pretrainings, judged zero-shot as they go (ablations, data ladders)"
-COMPARE = "across species: one space, transfer both ways, which shift of one species is like which of the other"
-EXPORT = "the run's encoder -> a folder that transformers loads as BertForMaskedLM"
+"""The stages of a run, in order, and what each does."""
+_GROUPS = {
+    "stages of a run, in order": STAGES,
+    "all stages at once": {
+        "demo": "on bundled human and mouse pancreas cells, in minutes",
+        "run": "on your own config",
+    },
+    "further analyses": {
+        "compare": "species side by side: label transfer both ways, matching shifts, conserved responses",
+        "tune": "a sweep: settings and seeds pretrained, scored on the way and compared (ablations, data ladders)",
+    },
+    "models and corpora from elsewhere": {
+        "import": "a corpus from tokenised Arrow data sets (Genecorpus-30M, Mouse-Genecorpus-20M)",
+        "import-weights": "an encoder from a published BERT checkpoint (Geneformer, Mouse-Geneformer), or from mixgf",
+        "export": "the run's encoder as a folder that transformers loads as BertForMaskedLM",
+    },
+    "your own files": {
+        "inspect": "what is in a corpus",
+        "annotate": "cell types of your own cells, with a warning where they are doubtful",
+        "audit": "how much of an evaluation set was in a pretraining corpus",
+    },
+}
+COMMANDS = {name: text for group in _GROUPS.values() for name, text in group.items()}
+"""Every command and what it does."""
 _NEXT = {
-    "import-weights": "embed, classify or perturb",
     "prepare": "pretrain",
     "import": "pretrain",
+    "import-weights": "embed, classify or perturb",
     "pretrain": "embed, classify or perturb",
     "embed": "report",
     "classify": "report",
+    "perturb": "report",
     "compare": "report",
     "tune": "report",
-    "perturb": "report",
 }
+"""What usually comes after a command."""
 _EPILOG = """examples:
-  mixgf demo                                            every stage on bundled human and mouse pancreas cells
+  mixgf demo
   mixgf prepare human=pbmc.h5ad mouse=spleen.h5ad --recipe laptop --output runs/mine
-  mixgf import human=human.dataset mouse=mouse.dataset --output runs/mine \
-      --set imports.dictionaries=human=tokens_h.pkl,mouse=tokens_m.pkl --set imports.medians=human=medians_h.pkl,mouse=medians_m.pkl
   mixgf pretrain --recipe laptop --output runs/mine
-  mixgf import-weights Geneformer --output runs/mine --set imports.dictionaries=token_dictionary.pkl
   mixgf classify --output runs/mine --set classify.label=cell_type --set classify.seeds=5
-  mixgf tune human=pbmc.h5ad mouse=spleen.h5ad --recipe cl_ablation --output runs/sweep
-  mixgf compare  --output runs/mine
   mixgf perturb  --output runs/mine --set "perturb.start=cell_type == 'alpha cell'" --set "perturb.goal=cell_type == 'beta cell'"
-  mixgf pretrain --recipe paper --print-config > mine.json; mixgf pretrain --config mine.json
+  mixgf report   --output runs/mine
 
-A stage finds its inputs under --output (or --set inputs.corpus=URI ...), and does nothing twice.
-With RAY_ADDRESS it runs on that cluster, with s3:// in object storage, with MLFLOW_TRACKING_URI it is tracked there."""
+A command reads its inputs under --output, or from --set inputs.corpus=URI and the like. A finished command does nothing when it is
+given again; a stopped one continues. `mixgf COMMAND --help` lists the command's settings.
+RAY_ADDRESS names a cluster, s3:// object storage, and MLFLOW_TRACKING_URI a tracking server; none of them is needed."""
+_COUNTS = (
+    "raw counts with their species, for example human=pbmc.h5ad: .h5ad, 10x .h5, a 10x folder, a pattern, or s3://"
+)
+_ARROW = "tokenised data with their species: a folder that save_to_disk wrote, .arrow files, a pattern, or s3://"
 
 
-class _Stage(argparse.ArgumentParser):
-    """The parser of a command; what its fields mean is looked up when it is asked for help, not at every start."""
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and that looks up the settings of a command when help is asked for."""
 
     def format_help(self) -> str:
-        """The help, with the fields."""
-        self.epilog = _fields(self.prog.split()[-1])
+        """The help of a command, with its settings."""
+        self.epilog = self.epilog or _settings_text(self.prog.split()[-1])
         return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        if message.startswith("unrecognized arguments"):
+            message += "; settings are changed with --set section.field=value"
+        self.exit(2, f"mixgf: {message}; see `{self.prog} --help`\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    groups = "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {name:<16}{text}" for name, text in group.items())])
+        for title, group in _GROUPS.items()
+    )
+    parser = _Parser(
         prog="mixgf",
-        description="One encoder for human and mouse single cells: corpus, pretraining, classification, perturbation.",
+        usage="mixgf COMMAND [options]",
+        description=f"One encoder for human and mouse single cells.\n\n{groups}",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Stage)
-    for name, text in {
-        "demo": "all stages on bundled real cells, in minutes",
-        "run": "all stages on your own config",
-        **STAGES,
-        "compare": COMPARE,
-        "tune": TUNE,
-        "import": IMPORT,
-        "import-weights": IMPORT_WEIGHTS,
-        "export": EXPORT,
-    }.items():
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=f"mixgf {name}: {text}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if name in ("prepare", "run", "import", "tune"):
-            counts = "raw counts: .h5ad, 10x .h5 or 10x folder; path, glob or s3://"
-            arrow = "a folder that save_to_disk wrote, a folder of .arrow files, or one of them; path, glob or s3://"
-            wanted = arrow if name == "import" else counts
-            command.add_argument("sources", nargs="*", metavar="SPECIES=URI", help=wanted)
-        if name == "import-weights":
-            command.add_argument(
-                "folder",
-                metavar="FOLDER",
-                help="config.json and model.safetensors or pytorch_model.bin; or a checkpoint whose vocabulary the corpus' was grown from",
-            )
-        if name != "demo":
-            command.add_argument("--recipe", default="", help=f"a named config: {', '.join(recipes.RECIPES)}")
-        command.add_argument("--config", default="", metavar="FILE", help="a JSON config, as --print-config prints it")
-        command.add_argument(
-            "--output", default="", metavar="URI", help="folder of the run's artifacts (default: the recipe's)"
-        )
-        command.add_argument(
-            "--set", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated"
-        )
-        command.add_argument("--print-config", action="store_true", help="print the whole config as JSON and stop")
-        if name in ("classify", "perturb"):
-            told = "sentences, FLOP, time and cost" if name == "perturb" else "splits, predictions and time"
-            command.add_argument("--dry-run", action="store_true", help=f"print {told}, and stop")
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
-    inspect = commands.add_parser(
-        "inspect",
-        help="what is in a corpus",
-        description="mixgf inspect: cells by species, source and type, why cells were dropped, lengths, vocabulary",
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, prog="mixgf", help=argparse.SUPPRESS
     )
-    inspect.add_argument("uri", metavar="URI", help="a corpus, for example runs/demo/corpus or s3://bucket/run/corpus")
-    inspect.add_argument("--json", action="store_true", help="one JSON object with every figure")
-    inspect.add_argument("--plot", default="", metavar="FILE", help="draw it as well: FILE.png, FILE.svg or FILE.pdf")
-    inspect.add_argument("--debug", action="store_true", help="show tracebacks")
-    _more(commands)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(
+            name, description=f"mixgf {name}: {text}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name in _OWN_ARGUMENTS:
+            _OWN_ARGUMENTS[name](command)
+        else:
+            _stage_arguments(command, name)
+        command.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return parser
 
 
-def _more(commands: Any) -> None:
-    """The commands on files of a user's own: annotate, audit."""
-    annotate = commands.add_parser(
-        "annotate",
-        help="cell types of your own cells, and when not to trust them",
-        description="mixgf annotate: labels cells of either species with a classifier that `mixgf classify` kept; the input stays as it is",
+def _stage_arguments(command: argparse.ArgumentParser, name: str) -> None:
+    """Arguments of the commands that work on a config."""
+    if name in ("prepare", "run", "import", "tune"):
+        wanted = _ARROW if name == "import" else _COUNTS
+        command.add_argument("sources", nargs="*", metavar="SPECIES=URI", help=wanted)
+    if name == "import-weights":
+        command.add_argument(
+            "folder",
+            metavar="FOLDER",
+            help="a Hugging Face folder (config.json with model.safetensors or pytorch_model.bin), or a mixgf checkpoint whose "
+            "vocabulary the corpus extends",
+        )
+    if name != "demo":
+        command.add_argument("--recipe", default="", help=f"a named config: {', '.join(recipes.RECIPES)}")
+    command.add_argument("--config", default="", metavar="FILE", help="a JSON config, as --print-config prints it")
+    command.add_argument("--output", default="", metavar="URI", help="folder of the run (default: the recipe's)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="change one setting; may be repeated (list below)"
     )
-    annotate.add_argument(
+    command.add_argument("--print-config", action="store_true", help="print the whole config as JSON and stop")
+    if name in ("classify", "perturb"):
+        printed = "sentences, FLOP, time and cost" if name == "perturb" else "splits, predictions and time"
+        command.add_argument("--dry-run", action="store_true", help=f"print the expected {printed}, and stop")
+
+
+def _inspect_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("uri", metavar="URI", help="a corpus, for example runs/demo/corpus or s3://bucket/run/corpus")
+    command.add_argument("--json", action="store_true", help="print one JSON object with every number")
+    command.add_argument("--plot", default="", metavar="FILE", help="also draw it: FILE.png, FILE.svg or FILE.pdf")
+
+
+def _annotate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "file",
         metavar="[SPECIES=]FILE",
-        help="raw counts: .h5ad, 10x .h5 or 10x folder; the species is found by gene names",
+        help="raw counts: .h5ad, 10x .h5 or a 10x folder; it is not changed. The species is found by gene names if not given",
     )
-    annotate.add_argument(
+    command.add_argument(
         "--model", required=True, metavar="URI", help="a classifier, or the run or classification that kept one"
     )
-    annotate.add_argument(
-        "--output", default="", metavar="FILE", help=".h5ad, .parquet or .csv (default: FILE.annotated.h5ad)"
+    command.add_argument(
+        "--output", default="", metavar="FILE", help=".h5ad, .parquet or .csv (default: NAME.annotated.h5ad)"
     )
-    annotate.add_argument("--layer", default="X", help="where the counts are: X, raw, or a layer's name")
-    annotate.add_argument("--genes", default="", metavar="COLUMN", help="column of var with Ensembl ids or symbols")
-    annotate.add_argument("--workers", type=int, default=2, metavar="N", help="Ray tasks at a time (default: 2)")
-    annotate.add_argument("--json", action="store_true", help="one JSON object with every figure")
-    annotate.add_argument("--debug", action="store_true", help="show tracebacks")
-    audit = commands.add_parser(
-        "audit",
-        help="how much of an evaluation was in a pretraining corpus",
-        description="mixgf audit: cells (by hash of their counts), donors and data sets of an evaluation that the model was pretrained on",
-    )
-    audit.add_argument("evaluation", metavar="EVAL", help="a corpus, or SPECIES=FILE of raw counts")
-    audit.add_argument("corpus", metavar="CORPUS", help="a corpus, or a checkpoint beside its corpus")
-    audit.add_argument("--json", action="store_true", help="one JSON object with every figure")
-    audit.add_argument("--debug", action="store_true", help="show tracebacks")
+    command.add_argument("--layer", default="X", help="where the counts are: X, raw, or a layer's name")
+    command.add_argument("--genes", default="", metavar="COLUMN", help="column of var with Ensembl ids or symbols")
+    command.add_argument("--workers", type=int, default=2, metavar="N", help="Ray tasks at a time (default: 2)")
+    command.add_argument("--json", action="store_true", help="print one JSON object with every number")
 
 
-def _fields(stage: str) -> str:
-    """The config fields that a stage reads: default, and what it means, from the docstring behind it in `mixgf.config`."""
-    used = sections_of(Config, stage)
+def _audit_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("evaluation", metavar="EVAL", help="a corpus, or SPECIES=FILE of raw counts")
+    command.add_argument("corpus", metavar="CORPUS", help="a corpus, or a checkpoint beside its corpus")
+    command.add_argument("--json", action="store_true", help="print one JSON object with every number")
+
+
+_OWN_ARGUMENTS = {"inspect": _inspect_arguments, "annotate": _annotate_arguments, "audit": _audit_arguments}
+"""Commands that work on files, not on a config."""
+
+
+def _settings_text(command: str) -> str:
+    """The settings that a command reads: default and meaning."""
+    used = sections_of(Config, command)
     if not used:
         return ""
     data, meaning = to_dict(Config()), meanings()
-    lines = ["fields for --set, and their defaults:"]
+    lines = ["settings for --set, and their defaults:"]
     for section in (*used, "compute", "tracking"):
         for name, value in data[section].items():
             lines.append(f"  {section}.{name} = {json.dumps(value)}")
@@ -185,42 +210,53 @@ def _fields(stage: str) -> str:
     return "\n".join(lines)
 
 
+# Configs
+
+
 def _config(args: argparse.Namespace) -> Config:
+    """The config of a command: recipe or file, then --output, sources and --set."""
     recipe = "demo" if args.command == "demo" else args.recipe
-    if args.config:
-        if recipe and args.command != "demo":
-            msg = f"--config {args.config}: cannot be given together with --recipe {recipe}; choose one and use --set for changes"
-            raise UserError(msg)
-        path = Path(args.config)
-        if not path.is_file():
-            msg = (
-                f"--config {args.config}: no such file; write one with `mixgf {args.command} --print-config > my.json`"
-            )
-            raise UserError(msg)
-        try:
-            data = json.loads(path.read_text())
-        except ValueError as error:
-            msg = f"--config {args.config}: not JSON ({error}); write one with --print-config"
-            raise UserError(msg) from None
-        if not isinstance(data, dict):
-            msg = f"--config {args.config}: must be a JSON object, as --print-config prints it"
-            raise UserError(msg)
-        config = from_dict(Config, data)
-    else:
+    if not args.config:
         config = recipes.get(recipe or "default")
+    elif recipe and args.command != "demo":
+        msg = f"--config {args.config}: cannot be given together with --recipe {recipe}; choose one and use --set for changes"
+        raise UserError(msg)
+    else:
+        config = _read_config(args.config, args.command)
     changes = list(args.set)
     if args.output:
         changes.append(f"output={args.output}")
-    sources = []
-    for text in getattr(args, "sources", []):
-        species, eq, uri = text.partition("=")
-        if not eq:
-            msg = f"{text}: must look like SPECIES=URI, for example human={text}"
-            raise UserError(msg)
-        sources.append({"species": species, "uri": uri})
+    sources = [_source(text) for text in getattr(args, "sources", [])]
     if sources:
         changes.append(f"sources={json.dumps(sources)}")
     return override(config, changes)
+
+
+def _read_config(file: str, command: str) -> Config:
+    path = Path(file)
+    if not path.is_file():
+        msg = f"--config {file}: no such file; write one with `mixgf {command} --print-config > my.json`"
+        raise UserError(msg)
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        msg = f"--config {file}: not JSON ({error}); write one with --print-config"
+        raise UserError(msg) from None
+    if not isinstance(data, dict):
+        msg = f"--config {file}: must be a JSON object, as --print-config prints it"
+        raise UserError(msg)
+    return from_dict(Config, data)
+
+
+def _source(text: str) -> dict[str, str]:
+    species, eq, uri = text.partition("=")
+    if not (eq and species and uri):
+        msg = f"{text}: must look like SPECIES=URI, for example human={text if not eq else 'cells.h5ad'}"
+        raise UserError(msg)
+    return {"species": species, "uri": uri}
+
+
+# Commands
 
 
 def _run_stage(name: str, config: Config) -> str:
@@ -234,24 +270,23 @@ def _run_stage(name: str, config: Config) -> str:
         from mixgf.stages import export
 
         return export.export(config)
-    import importlib
-
     driver = importlib.import_module(f"mixgf.stages.{'import_corpus' if name == 'import' else name}")
     return str(driver.run(config))
 
 
-def _refused(uri: str) -> int:
-    """Name the sources that a corpus was made without; returns the exit code."""
+def _rejected_sources(uri: str) -> int:
+    """Print the sources that a corpus was made without; returns the exit code."""
     from mixgf.storage import artifacts
 
     record = artifacts.find(uri)
-    refused = record.details.get("refused", []) if record is not None else []
-    for source in refused:
-        console.warn(f"refused: {source['error']}")
-    return 3 if refused else 0
+    rejected = record.details.get("refused", []) if record is not None else []
+    for source in rejected:
+        console.warn(f"rejected: {source['error']}")
+    return 3 if rejected else 0
 
 
 def _run_all(config: Config) -> int:
+    """All stages of a run, then the short summary."""
     from mixgf.distributed.session import session
     from mixgf.report import run_text
     from mixgf.storage import files
@@ -264,15 +299,13 @@ def _run_all(config: Config) -> int:
             console.say(f"[{i}/{len(STAGES)}] {name}: {STAGES[name]}")
             uri = _run_stage(name, config)
             console.say(f"      {uri}  ({console.duration(time.monotonic() - began)})")
-    print()
-    print(run_text.summary(config))
-    print()
+    print(f"\n{run_text.summary(config)}\n")
     print(f"report   {uri}")
     if mlflow_runs.uri(config) != mlflow_runs.OFF:
         print(f"mlflow   {mlflow_runs.ui_command(config)}")
         print(f"         then open {mlflow_runs.page(config)}")
     print(f"time     {console.duration(time.monotonic() - start)}")
-    return _refused(files.join(config.output, "corpus"))
+    return _rejected_sources(files.join(config.output, "corpus"))
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -281,7 +314,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from mixgf.report.figures import corpus_inspection
 
     if args.plot:
-        corpus_inspection.check_plot(args.plot, args.uri)  # before the counting, not after it
+        corpus_inspection.check_plot(args.plot, args.uri)  # an unusable file name is found before the counting
     found = summary.summarise_corpus(args.uri)
     print(json.dumps(found, allow_nan=False) if args.json else corpus_text.text(found))
     if args.plot:
@@ -293,10 +326,6 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _annotate(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from mixgf.config.data import Source
-    from mixgf.config.run import Compute
     from mixgf.stages import annotate
 
     species, uri = split_named(args.file)
@@ -308,24 +337,31 @@ def _annotate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
         return 0
-    print(f"{found['cells']:,} {found['species']} cells by the {found['kind']} of {found['group']}: {found['trusted']:,} labels trusted, "
-          f"{found['cells'] - found['trusted']:,} doubted")  # fmt: skip
-    print(
-        f"{found['genes']:,} of the model's genes measured, {found['coverage']:.1%} of what training sentences are made of"
-    )
-    width = max((len(name) for name in found["labels"]), default=0)
-    for name, (number, trusted) in found["labels"].items():
-        print(f"  {name:<{width}}  {number:>7,}  {trusted:>7,} trusted")
-    for name, number in found["doubts"].items():
-        print(f"  doubted: {name:<{width}}  {number:,}")
-    test = found["test"]
-    print(
-        f"on its own test cells: accuracy {test['accuracy']:.3f}, calibration error {test['ece']:.3f}, {test['doubted']:.1%} doubted"
-    )
+    for line in _annotation_lines(found):
+        print(line)
     for text in found["verdicts"]:
         console.warn(f"do not trust without a check: {text}")
     print(f"annotate: {found['output']}")
     return 0
+
+
+def _annotation_lines(found: dict[str, Any]) -> list[str]:
+    """What `annotate` found, for people."""
+    doubted, test = found["cells"] - found["trusted"], found["test"]
+    width = max((len(name) for name in found["labels"]), default=0)
+    return [
+        (
+            f"{found['cells']:,} {found['species']} cells by the {found['kind']} of {found['group']}: "
+            f"{found['trusted']:,} labels trusted, {doubted:,} doubted"
+        ),
+        f"{found['genes']:,} of the model's genes measured, {found['coverage']:.1%} of the tokens of training sentences",
+        *(f"  {name:<{width}}  {num:>7,}  {ok:>7,} trusted" for name, (num, ok) in found["labels"].items()),
+        *(f"  doubted: {name:<{width}}  {num:,}" for name, num in found["doubts"].items()),
+        (
+            f"on the model's test cells: accuracy {test['accuracy']:.3f}, calibration error {test['ece']:.3f}, "
+            f"{test['doubted']:.1%} doubted"
+        ),
+    ]
 
 
 def _audit(args: argparse.Namespace) -> int:
@@ -339,65 +375,72 @@ def _audit(args: argparse.Namespace) -> int:
     return 0
 
 
+_OWN_COMMANDS = {"inspect": _inspect, "annotate": _annotate, "audit": _audit}
+
+
 def _dispatch(args: argparse.Namespace) -> int:
-    if args.command == "inspect":
-        return _inspect(args)
-    if args.command == "annotate":
-        return _annotate(args)
-    if args.command == "audit":
-        return _audit(args)
+    """Run the command; returns the exit code."""
+    if args.command in _OWN_COMMANDS:
+        return _OWN_COMMANDS[args.command](args)
     config = _config(args)
     if args.print_config:
         print(json.dumps(to_dict(config), indent=1))
-    elif args.command in ("demo", "run"):
-        return _run_all(with_absolute_paths(config))
-    elif getattr(args, "dry_run", False):
-        import importlib
+        return 0
+    work = with_absolute_paths(config)
+    if args.command in ("demo", "run"):
+        return _run_all(work)
+    if getattr(args, "dry_run", False):
+        print(importlib.import_module(f"mixgf.stages.{args.command}").dry_run(work))
+        return 0
+    if args.command == "import-weights":
+        from mixgf.stages import import_weights
 
-        print(importlib.import_module(f"mixgf.stages.{args.command}").dry_run(with_absolute_paths(config)))
+        uri = import_weights.bring(work, args.folder)
     else:
-        if args.command == "import-weights":
-            from mixgf.stages import import_weights
-
-            uri = import_weights.bring(with_absolute_paths(config), args.folder)
-        else:
-            uri = _run_stage(args.command, with_absolute_paths(config))
-        print(f"{args.command}: {uri}")
-        if args.command in _NEXT:
-            print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")
-        if args.command in ("prepare", "import"):
-            return _refused(uri)
-    return 0
+        uri = _run_stage(args.command, work)
+    print(f"{args.command}: {uri}")
+    if args.command in _NEXT:
+        print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")
+    return _rejected_sources(uri) if args.command in ("prepare", "import") else 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if not words:
+        parser.print_help()
+        return 0
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        print(f"mixgf: {words[0]}: no such command; {did_you_mean(words[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    args = parser.parse_args(words)
     console.setup(debug=args.debug)
     try:
         return _dispatch(args)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"mixgf: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("mixgf: stopped; the same command continues where it stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if args.debug:
             raise
-        error = getattr(error, "cause", None) or error  # what a Ray worker raised
-        first = (str(error).strip() or repr(error)).split("\n")[0]
-        if isinstance(error, AccessError):
-            code, told = 2, first
-        elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mixgf"):
-            package = error.name.partition(".")[0]
-            code, told = 2, f"needs the package {package}, which is not installed; run: pip install mixgf"
-        else:
-            code, told = 1, f"failed: {type(error).__name__}: {first[:500]} (the same command with --debug shows where)"
+        code, told = _explain(error)
         print(f"mixgf: {told}", file=sys.stderr)
         return code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and one line for an error."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    error = getattr(error, "cause", None) or error  # an error of a Ray worker holds the original one
+    first = (str(error).strip() or repr(error)).split("\n")[0]
+    if isinstance(error, AccessError):
+        return 2, first
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mixgf"):
+        package = error.name.partition(".")[0]
+        return 2, f"needs the package {package}, which is not installed; run: pip install mixgf"
+    return 1, f"failed: {type(error).__name__}: {first[:500]} (the same command with --debug shows where)"

@@ -31,7 +31,7 @@ def expand_sources(sources: Iterable[Source]) -> tuple[Source, ...]:
             name = source.name if source.name and len(uris) == 1 else "-".join(filter(None, (source.name, stem)))
             out.append(replace(source, uri=uri, name=name))
     if not out:
-        msg = "sources = (): must name at least one file of counts (.h5ad, 10x .h5, 10x folder), with its species"
+        msg = "sources = (): must name at least one file of counts with its species, for example: mixgf prepare human=cells.h5ad"
         raise UserError(msg)
     for name, times in Counter(s.name for s in out).items():
         if times > 1:

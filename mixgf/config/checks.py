@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mixgf.errors import UserError
 
 
@@ -16,3 +18,12 @@ def split_named(text: str) -> tuple[str, str]:
     """`name=URI` or a bare `URI` as (name or "", URI)."""
     name, eq, uri = text.partition("=")
     return (name.strip(), uri.strip()) if eq and not set(name) & set("/:\\") else ("", text.strip())
+
+
+def did_you_mean(name: str, known: Iterable[str], title: str = "there are") -> str:
+    """The closest of the known names, where one is close, and all of them."""
+    from difflib import get_close_matches  # noqa: PLC0415 (a wrong name is rare, and this takes time to import)
+
+    names = list(known)
+    close = get_close_matches(name, names, 1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"{title} {', '.join(names)}"

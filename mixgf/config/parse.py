@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mixgf.config.checks import split_named
+from mixgf.config.checks import did_you_mean, split_named
 from mixgf.config.fields import Facts, facts_of, required_names
 from mixgf.config.run import Config
 from mixgf.errors import UserError
@@ -78,7 +78,11 @@ def from_dict(cls: type[T], data: dict[str, Any], path: str = "") -> T:
     unknown = sorted(set(data) - set(hints))
     if unknown:
         name = _join(path, unknown[0])
-        now = f"is now {RENAMED[name]}" if name in RENAMED else f"unknown field; known here: {', '.join(sorted(hints))}"
+        now = (
+            f"is now {RENAMED[name]}"
+            if name in RENAMED
+            else f"unknown field; {did_you_mean(unknown[0], sorted(hints), 'known:')}"
+        )
         msg = f"{name}: {now}"
         raise UserError(msg)
     missing = [name for name in required_names(cls) if name not in data]
@@ -106,13 +110,13 @@ def override(config: Config, assignments: list[str]) -> Config:
             cls = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
             if not dataclasses.is_dataclass(cls):
                 where = ".".join(parents[: i + 1])
-                msg = f"--set {assignment}: no section {where!r}; sections: {', '.join(sections())}"
+                msg = f"--set {assignment}: no section {where!r}; {did_you_mean(name, sections(), 'sections:')}"
                 raise UserError(msg)
             node = node[name]
         hints = typing.get_type_hints(cls)
         if leaf not in hints:
             now = RENAMED.get(path.strip())
-            known = f"no field {leaf!r}; known: {', '.join(sorted(hints))}"
+            known = f"no field {leaf!r}; {did_you_mean(leaf, sorted(hints), 'known:')}"
             msg = f"--set {assignment}: {path.strip()} is now {now}" if now else f"--set {assignment}: {known}"
             raise UserError(msg)
         node[leaf] = _read_value(hints[leaf], text, facts_of(cls)[leaf])

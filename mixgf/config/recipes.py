@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from mixgf.config.checks import did_you_mean
 from mixgf.config.classification import SPLITS, Classify
 from mixgf.config.data import Source, Tokens, Vocab
 from mixgf.config.perturbation import Perturb
@@ -285,6 +286,6 @@ RECIPES: dict[str, Callable[[], Config]] = {
 def get(name: str) -> Config:
     """The config of a recipe by name."""
     if name not in RECIPES:
-        msg = f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}"
+        msg = f"--recipe {name}: no such recipe; {did_you_mean(name, RECIPES)}"
         raise UserError(msg)
     return RECIPES[name]()

@@ -72,7 +72,7 @@ def test_set_replaces_one_field_of_the_right_type():
         ("train.epochs=1.5", r"train\.epochs = 1\.5: must be a whole number"),
         ("tokens.cls=yes", r"tokens\.cls = 'yes': must be true or false"),
         ("train.learning_rate=1", r"no field 'learning_rate'; known: batch_cells"),
-        ("trian.lr=1", r"no section 'trian'; sections: qc"),
+        ("trian.lr=1", r"no section 'trian'; did you mean 'train'\? sections: qc"),
         ("train.lr", r"must look like section\.field=value"),
         ("qc.method=iqr", r"qc\.method = 'iqr': must be one of 'sd', 'mad', 'none'"),
         ("qc.num_sd=0", r"qc\.num_sd = 0(\.0)?: must be above 0"),
