@@ -66,7 +66,7 @@ def _means(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
                 ]
             )
     grid = Table(
-        "Means over tasks; ★ best of the split. Macro F1 gives every type the same weight, however rare. The calibration error is the "
+        "Means over tasks. ● models on the encoder of this run, ○ the same on another encoder, □ baselines; ★ best of the split. Macro F1 gives every type the same weight, however rare. The calibration error is the "
         "difference between the predicted probability and the share of correct predictions (0 is best). Wins, ties and losses count "
         "tasks, in macro F1 against the best baseline of the task, by the 95 % interval of the paired difference. The last column "
         "tells over how many tasks and seeds a mean is taken.",

@@ -83,11 +83,8 @@ def _verdicts(results: RunResults, mean_scores: pd.DataFrame) -> list[Text]:
             verdicts.task_sentences([d for d in mine if d.model == model]), key=lambda line: tone_order[line[0]]
         )
         if len(lines) > 1:
-            blocks.append(
-                Text(
-                    f"{wording.SPLITS[split]}. {verdicts.tally_sentence(mine, model)} (a tie is a difference within the 95 % interval)."
-                )
-            )
+            note = "" if blocks else " (a tie is a difference within the 95 % interval)"
+            blocks.append(Text(f"{wording.SPLITS[split]}. {verdicts.tally_sentence(mine, model)}{note}."))
         if model != wording.PAPER_MODEL and any(d.model == wording.PAPER_MODEL for d in mine):
             blocks.append(Text(f"{verdicts.tally_sentence(mine, wording.PAPER_MODEL)}."))
         blocks += [Text(text, tone) for tone, text in lines[:6]]
