@@ -16,7 +16,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from mixgf.arrays import Float64s, Ints
+from mixgf.arrays import Float64s
+from mixgf.comparison.matched_null import (
+    MIN_PAIRS,
+    permutation_p,
+    permute_within_bins,
+    quantile_interval,
+    rank_sums,
+    similar_gene_bins,
+)
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 from mixgf.genes import species
@@ -27,8 +35,6 @@ from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 
 LEVEL = 0.05
-BIN = 8
-"""Fewest genes that exchange places."""
 EVIDENCE = (
     "gene", "symbol", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low", "shift_high", "p_cell", "fdr_cell",
     "p_donor", "fdr_donor", "null_percentile", "rank_expected", "rank_error", "de_statistic", "warnings",
@@ -36,36 +42,6 @@ EVIDENCE = (
 """Columns of a perturbation's table, and of `with_errors`, that stand on either side."""
 FREE = 2 * MIN_BACKGROUND - 1
 """Degrees of freedom of a rank's expectation: the fewest genes of its fit less its two parameters."""
-
-
-def alike_bins(features_GF: Float64s, size: int = BIN) -> Ints:
-    """Bins of genes that are alike: halves by one feature after the other, while both halves hold `size` genes."""
-    ranks = np.stack([scipy_stats.rankdata(column, method="ordinal") for column in features_GF.T], axis=1)
-    open_, done = [(np.arange(len(ranks)), 0)], []
-    while open_:
-        rows, turn = open_.pop()
-        if len(rows) < 2 * size:
-            done.append(rows)
-            continue
-        order = rows[np.argsort(ranks[rows, turn % ranks.shape[1]], kind="stable")]
-        open_ += [(half, turn + 1) for half in (order[len(order) // 2 :], order[: len(order) // 2])]
-    bins_G = np.empty(len(ranks), dtype=np.int64)
-    for number, rows in enumerate(done):
-        bins_G[rows] = number
-    return bins_G
-
-
-def exchanged(bins_G: Ints, rng: np.random.Generator) -> Ints:
-    """A random exchange of places within bins, (G,)."""
-    order = np.lexsort((rng.random(len(bins_G)), bins_G))
-    out_G = np.empty(len(bins_G), dtype=np.int64)
-    out_G[np.argsort(bins_G, kind="stable")] = order
-    return out_G
-
-
-def _interval(draws: list[float]) -> tuple[float, float]:
-    low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else (np.nan, np.nan)
-    return float(low), float(high)
 
 
 def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
@@ -80,7 +56,7 @@ def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found)
 
 
-def pair(
+def pair_orthologs(
     one: pd.DataFrame,
     other: pd.DataFrame,
     partners: Mapping[str, str],
@@ -119,7 +95,7 @@ def _error(frame: pd.DataFrame, name: str) -> tuple[Float64s, Float64s]:
     return half_G / scipy_stats.t.ppf(0.975, np.maximum(free_G, 1)), free_G
 
 
-def verdicts_of(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
+def compare_shifts(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
     """Paired rows of one operation with the difference of their shifts, and how well both reverse the state.
 
     Added: `difference` (first less second species) with its interval (Zou and Donner 2008, from either side's), `p_differs`
@@ -166,7 +142,9 @@ def verdicts_of(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
     return out.assign(place=place).drop(columns=[f"warnings_{n}" for n in names])
 
 
-def response(frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.random.Generator) -> dict[str, object]:
+def shift_similarity(
+    frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.random.Generator
+) -> dict[str, object]:
     """How alike the shifts of one operation are: Spearman, its bootstrap interval over genes, and the matched null.
 
     `whole` is of the shifts as they are. The rest is of what is left of them beyond what a gene's rank and then its coverage predict in
@@ -178,15 +156,15 @@ def response(frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.rand
     rank_2G = [gene_table.places(frame[f"mean_rank_{n}"].to_numpy(float)) for n in names]
     coverage_2G = [frame[f"coverage_{n}"].to_numpy(float) for n in names]
     a_G, b_G = (_beyond(*several) for several in zip(shift_2G, rank_2G, coverage_2G, strict=True))
-    bins_G = alike_bins(_between([rank_2G, coverage_2G]))
+    bins_G = similar_gene_bins(rank_sums([rank_2G, coverage_2G]))
     value = spearman(a_G, b_G)
     draws = [spearman(a_G[rows], b_G[rows]) for rows in rng.integers(0, len(a_G), (num, len(a_G)))]
-    nulls = [spearman(a_G, b_G[exchanged(bins_G, rng)]) for _ in range(num)]
-    low, high = _interval(draws)
-    null_low, null_high = _interval(nulls)
+    nulls = [spearman(a_G, b_G[permute_within_bins(bins_G, rng)]) for _ in range(num)]
+    low, high = quantile_interval(draws)
+    null_low, null_high = quantile_interval(nulls)
     return {
         "num_genes": len(frame), "whole": spearman(*shift_2G), "spearman": value, "low": low, "high": high, "null": float(np.mean(nulls)),
-        "null_low": null_low, "null_high": null_high, "p": _p(value, nulls), "median_difference": float(np.median(shift_2G[0] - shift_2G[1])),
+        "null_low": null_low, "null_high": null_high, "p": permutation_p(value, nulls), "median_difference": float(np.median(shift_2G[0] - shift_2G[1])),
     }  # fmt: skip
 
 
@@ -197,31 +175,19 @@ def _beyond(shift_G: Float64s, *features: Float64s) -> Float64s:
     return shift_G
 
 
-def _between(features: Sequence[Sequence[Float64s]]) -> Float64s:
-    """Features of both species as one, (G, F): sums of a gene's places."""
-    return np.stack([sum(map(scipy_stats.rankdata, both)) for both in features], axis=1)
-
-
-def _p(value: float, nulls: list[float]) -> float:
-    """How often nothing gives as much, the value itself counted; NaN where there is no value."""
-    return (1 + sum(n >= value for n in nulls)) / (1 + len(nulls)) if np.isfinite(value) else float("nan")
-
-
-MIN_PAIRS = 2 * BIN
-"""Fewest pairs of orthologs of which anything is said."""
-
-
 def conserved(
     one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str], *, num: int, seed: int
 ) -> dict[str, pd.DataFrame]:
     """Tables `conserved` (a row per operation and pair, see `judged`) and `conserved_summary` (see `response`)."""
     rows, summaries = [], []
-    for number, (operation, frame) in enumerate(pair(one, other, partners, names).groupby("operation", sort=True)):
-        rows.append(verdicts_of(frame.reset_index(drop=True), names))
+    for number, (operation, frame) in enumerate(
+        pair_orthologs(one, other, partners, names).groupby("operation", sort=True)
+    ):
+        rows.append(compare_shifts(frame.reset_index(drop=True), names))
         found = rows[-1]
         summary: dict[str, object] = {"operation": operation, "first": names[0], "second": names[1]}
         if len(frame) >= MIN_PAIRS:
-            summary |= response(frame, names, num, np.random.default_rng([seed, number, 95]))
+            summary |= shift_similarity(frame, names, num, np.random.default_rng([seed, number, 95]))
         usual = found["percentile_both"] > gene_table.ORDINARY[1]
         summary |= {
             "num_pairs": len(frame), "differ": int((found["fdr_differs"] <= LEVEL).sum()), "towards": int((found["direction"] == "towards").sum()),
@@ -235,7 +201,7 @@ def conserved(
     }
 
 
-def given(config: Config) -> dict[str, pd.DataFrame]:
+def load_perturbations(config: Config) -> dict[str, pd.DataFrame]:
     """Table of genes of either perturbation of `compare.responses`, by species; none where none are given.
 
     Raises:
@@ -253,23 +219,23 @@ def given(config: Config) -> dict[str, pd.DataFrame]:
     if not found:
         return found
     one, other = found
-    if pair(found[one], found[other], _partners(config, one, other), (one, other), ("gene",)).empty:
+    if pair_orthologs(found[one], found[other], ortholog_partners(config, one, other), (one, other), ("gene",)).empty:
         msg = (f"compare.responses: {' and '.join(found)} share no operation on a one-to-one ortholog; perturb the orthologs of one species' "
                "genes in the other (perturb.genes), and see vocab.orthologs")  # fmt: skip
         raise UserError(msg)
     return found
 
 
-def _partners(config: Config, one: str, other: str) -> Mapping[str, str]:
+def ortholog_partners(config: Config, one: str, other: str) -> Mapping[str, str]:
     """One-to-one orthologs of two species."""
     return species.orthologs(config.vocab.orthologs).get((one, other), {})
 
 
 def tables(config: Config) -> dict[str, pd.DataFrame]:
     """Conserved and divergent responses, and conserved targets (`conserved`), of the perturbations that the config names."""
-    both = given(config)
+    both = load_perturbations(config)
     if not both:
         return {}
     (first, one), (second, other) = ((name, with_errors(genes)) for name, genes in both.items())
-    partners = _partners(config, first, second)
+    partners = ortholog_partners(config, first, second)
     return conserved(one, other, partners, (first, second), num=config.compare.num_permutations, seed=config.seed)

@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 
 from mixgf.arrays import Float64s, Ints
 from mixgf.classification.intermediates import ArtifactPaths
-from mixgf.comparison.conserved_response import (
+from mixgf.comparison.conserved_response import load_perturbations, ortholog_partners
+from mixgf.comparison.matched_null import (
     MIN_PAIRS,
-    _between,
-    _interval,
-    _p,
-    _partners,
-    alike_bins,
-    exchanged,
-    given,
+    permutation_p,
+    permute_within_bins,
+    quantile_interval,
+    rank_sums,
+    similar_gene_bins,
 )
 from mixgf.config.run import Config
 from mixgf.console import say
@@ -53,14 +52,14 @@ def neighbours(vectors_GD: NDArray[np.floating], k: int, rng: np.random.Generato
     return found
 
 
-def near(neighbours_GK: Ints) -> NDArray[np.bool_]:
+def adjacency(neighbours_GK: Ints) -> NDArray[np.bool_]:
     """Whether a gene is among another's neighbours, (G, G)."""
     out_GG = np.zeros((len(neighbours_GK),) * 2, dtype=bool)
     np.put_along_axis(out_GG, neighbours_GK, values=True, axis=1)
     return out_GG
 
 
-def shared(near_GG: NDArray[np.bool_], other_GK: Ints, place_G: Ints) -> Float64s:
+def shared_neighbours(near_GG: NDArray[np.bool_], other_GK: Ints, place_G: Ints) -> Float64s:
     """Share of each gene's neighbours in the first species whose orthologs are neighbours in the second, (G,).
 
     `place_G` says which gene of the second is taken for the ortholog of each of the first (a permutation).
@@ -84,15 +83,15 @@ def overlap(
     genes of like `features_GF` (how frequent they are in either species), as like as `BIN` to twice as many genes can be.
     """
     ours_GK, theirs_GK = (neighbours(v, k, rng) for v in (one_GD, other_GD))
-    own, bins_G, near_GG = np.arange(len(one_GD)), alike_bins(features_GF), near(ours_GK)
-    share_G = shared(near_GG, theirs_GK, own)
-    low, high = _interval([float(share_G[rows].mean()) for rows in rng.integers(0, len(own), (num, len(own)))])
-    nulls = [float(shared(near_GG, theirs_GK, exchanged(bins_G, rng)).mean()) for _ in range(num)]
-    null_low, null_high = _interval(nulls)
+    own, bins_G, near_GG = np.arange(len(one_GD)), similar_gene_bins(features_GF), adjacency(ours_GK)
+    share_G = shared_neighbours(near_GG, theirs_GK, own)
+    low, high = quantile_interval([float(share_G[rows].mean()) for rows in rng.integers(0, len(own), (num, len(own)))])
+    nulls = [float(shared_neighbours(near_GG, theirs_GK, permute_within_bins(bins_G, rng)).mean()) for _ in range(num)]
+    null_low, null_high = quantile_interval(nulls)
     return {
         "num_genes": len(own), "k": k, "share": float(share_G.mean()), "low": low, "high": high, "jaccard": float((share_G / (2 - share_G)).mean()),
         "null": float(np.mean(nulls)), "null_low": null_low, "null_high": null_high, "chance": k / (len(own) - 1),
-        "p": _p(float(share_G.mean()), nulls),
+        "p": permutation_p(float(share_G.mean()), nulls),
     }  # fmt: skip
 
 
@@ -107,7 +106,7 @@ def profiles(matrix: pd.DataFrame, operation: str) -> pd.DataFrame:
     return table[(table != 0).any(axis=1)]
 
 
-def aligned(
+def align_orthologs(
     one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str]
 ) -> tuple[Float64s, Float64s, list[str]]:
     """Rows of both frames (indexed by gene) that are orthologs, in one order, and the first species' genes."""
@@ -136,16 +135,14 @@ def networks(config: Config, encoders: Mapping[str, ArtifactPaths]) -> dict[str,
         return {}
     rows: list[dict[str, object]] = []
     often: dict[tuple[str, str], Float64s] = {}
-    for name, places in encoders.items():
-        corpus, (encoder, _) = Corpus(places.corpus), checkpoint.load_encoder(places.checkpoint)
+    for name, paths in encoders.items():
+        corpus, (encoder, _) = Corpus(paths.corpus), checkpoint.load_encoder(paths.checkpoint)
         for s in corpus.species:
-            if (places.corpus, s) not in often:
-                often[places.corpus, s] = _frequency(corpus, s, config.seed)
+            if (paths.corpus, s) not in often:
+                often[paths.corpus, s] = _frequency(corpus, s, config.seed)
         vectors_VD = encoder.tokens.detach().numpy()
         for one, other in combinations(corpus.species, 2):
-            rows.append(
-                _of_tokens(config, name, corpus, vectors_VD, {s: often[places.corpus, s] for s in (one, other)})
-            )
+            rows.append(_of_tokens(config, name, corpus, vectors_VD, {s: often[paths.corpus, s] for s in (one, other)}))
     rows += _of_responses(config)
     for row in rows:
         if row["why"]:
@@ -158,7 +155,7 @@ def _of_tokens(
 ) -> dict[str, object]:
     """The row of an encoder's token vectors and two species, by the share of their cells that hold each gene."""
     one, other = often
-    partners, space = _partners(config, one, other), f"{encoder}: token vectors"
+    partners, space = ortholog_partners(config, one, other), f"{encoder}: token vectors"
     if _shared_ids(corpus, one, other, partners):
         return {
             "space": space,
@@ -169,14 +166,14 @@ def _of_tokens(
         }
     first, second = (_vectors(corpus, s, vectors_VD, often[s]) for s in often)
     share = [dict(zip(corpus.vocabulary.species_genes(s).genes, often[s], strict=True)) for s in often]
-    a, b, genes = aligned(first, second, partners)
+    a, b, genes = align_orthologs(first, second, partners)
     features = np.array([[share[0][g], share[1][partners[g]]] for g in genes])
     return _row(config, space, (one, other), (a, b), features)
 
 
 def _of_responses(config: Config) -> list[dict[str, object]]:
     """The rows of the response matrices of `compare.responses`, by operation."""
-    both, uris = given(config), config.compare.responses
+    both, uris = load_perturbations(config), config.compare.responses
     if not both:
         return []
     one, other = both
@@ -186,13 +183,13 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
         why = f"{' and '.join(lacking)} perturbed without a response matrix (perturb.response)"
         return [{"space": "responses", "first": one, "second": other, "num_genes": 0, "why": why}]
     matrices = [read_table(file).to_pandas() for file in paths.values()]
-    partners, rows = _partners(config, one, other), []
+    partners, rows = ortholog_partners(config, one, other), []
     for operation in sorted(set(matrices[0]["operation"]) & set(matrices[1]["operation"])):
         first, second = (profiles(matrix, str(operation)) for matrix in matrices)
-        a, b, genes = aligned(first, second, partners)
+        a, b, genes = align_orthologs(first, second, partners)
         tables = [both[s][both[s]["operation"] == operation].set_index("gene") for s in both]
         mine = [tables[0].loc[genes], tables[1].loc[[partners[g] for g in genes]]]
-        features = _between(
+        features = rank_sums(
             [
                 [gene_table.places(t["mean_rank"].to_numpy(float)) for t in mine],
                 [t["coverage"].to_numpy(float) for t in mine],

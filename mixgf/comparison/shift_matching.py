@@ -48,7 +48,7 @@ class Shift:
     """Differences are taken within strata, each of which has cells of both conditions."""
 
 
-def contrast(after_N: Bools, strata_N: Ints) -> Floats:
+def contrast_weights(after_N: Bools, strata_N: Ints) -> Floats:
     """Weights (N,) whose sum with the vectors is the shift: within each stratum mean after - mean before.
 
     Strata count by ab / (a + b), a cells before and b after, so that large balanced ones count most (the estimate of least
@@ -66,7 +66,7 @@ def contrast(after_N: Bools, strata_N: Ints) -> Floats:
     return out_N / total
 
 
-def permuted(weights_N: Floats, strata_N: Ints, num: int, rng: np.random.Generator) -> Floats:
+def permuted_weights(weights_N: Floats, strata_N: Ints, num: int, rng: np.random.Generator) -> Floats:
     """Weights (R, N) of shifts whose condition labels are exchanged within each stratum."""
     out_RN = np.tile(weights_N, (num, 1))
     for stratum in np.unique(strata_N):
@@ -75,7 +75,7 @@ def permuted(weights_N: Floats, strata_N: Ints, num: int, rng: np.random.Generat
     return out_RN
 
 
-def resampled(weights_N: Floats, after_N: Bools, strata_N: Ints, num: int, rng: np.random.Generator) -> Floats:
+def bootstrap_weights(weights_N: Floats, after_N: Bools, strata_N: Ints, num: int, rng: np.random.Generator) -> Floats:
     """Weights (R, N) of shifts of cells drawn with replacement within each stratum and condition."""
     out_RN = np.zeros((num, len(weights_N)))
     for mine in _sides(after_N, strata_N):
@@ -83,7 +83,7 @@ def resampled(weights_N: Floats, after_N: Bools, strata_N: Ints, num: int, rng: 
     return out_RN
 
 
-def halves(after_N: Bools, strata_N: Ints, rng: np.random.Generator) -> tuple[Floats, Floats] | None:
+def half_weights(after_N: Bools, strata_N: Ints, rng: np.random.Generator) -> tuple[Floats, Floats] | None:
     """Weights of the same shift in two random halves of its cells; None where no stratum has two cells on either side."""
     first_N = np.zeros(len(after_N), dtype=bool)
     for mine in _sides(after_N, strata_N):
@@ -95,7 +95,7 @@ def halves(after_N: Bools, strata_N: Ints, rng: np.random.Generator) -> tuple[Fl
         if not len(rows):
             return None
         weights_N = np.zeros(len(after_N))
-        weights_N[rows] = contrast(after_N[rows], strata_N[rows])
+        weights_N[rows] = contrast_weights(after_N[rows], strata_N[rows])
         found.append(weights_N)
     return found[0], found[1]
 
@@ -152,17 +152,17 @@ def match(
     num = len(shifts)
     rng = np.random.default_rng([seed, 0x4D41])
     seen = np.ones((num, vectors_ND.shape[1]), dtype=bool) if seen_KD is None else seen_KD
-    weights = [contrast(s.after_N, s.strata_N) for s in shifts]
+    weights = [contrast_weights(s.after_N, s.strata_N) for s in shifts]
     cells = [vectors_ND[s.rows_N].astype(np.float32) for s in shifts]
     found_KD = np.stack([w @ v for w, v in zip(weights, cells, strict=True)])
     drawn = [
-        (resampled(w, s.after_N, s.strata_N, NUM_RESAMPLES, rng) @ v).astype(np.float32)
+        (bootstrap_weights(w, s.after_N, s.strata_N, NUM_RESAMPLES, rng) @ v).astype(np.float32)
         for s, w, v in zip(shifts, weights, cells, strict=True)
     ]
     p_KK = np.full((num, num), np.nan)
     cosine_KK = cosines(found_KD, found_KD, seen, seen)
     for k, (shift, w, v) in enumerate(zip(shifts, weights, cells, strict=True)):
-        null_RD = (permuted(w, shift.strata_N, num_permutations, rng) @ v).astype(np.float32)
+        null_RD = (permuted_weights(w, shift.strata_N, num_permutations, rng) @ v).astype(np.float32)
         null_RK = cosines(null_RD, found_KD, np.broadcast_to(seen[k], null_RD.shape), seen)
         p_KK[k] = (1 + (null_RK >= cosine_KK[k] - 1e-9).sum(0)) / (num_permutations + 1)
     least = [smallest_p(s.after_N, s.strata_N, num_permutations) for s in shifts]
@@ -198,14 +198,14 @@ def _reliability(shift: Shift, vectors_ND: Floats, seen_D: Bools, rng: np.random
     """Mean cosine of a shift in two random halves of its cells; NaN where there are no halves."""
     found = []
     for _ in range(NUM_HALVES):
-        pair = halves(shift.after_N, shift.strata_N, rng)
+        pair = half_weights(shift.after_N, shift.strata_N, rng)
         if pair is not None:
             one_D, two_D = (w @ vectors_ND * seen_D for w in pair)
             found.append(float(cosines(one_D[None], two_D[None])[0, 0]))
     return float(np.mean(found)) if found else float("nan")
 
 
-def together(pairs: pd.DataFrame, *, num_permutations: int, seed: int) -> pd.DataFrame:
+def tag_agreement(pairs: pd.DataFrame, *, num_permutations: int, seed: int) -> pd.DataFrame:
     """Whether pairs of one tag are more alike than pairs of different tags, tag by tag and for `all` tags together.
 
     Pairs without a tag on both sides take no part. `auroc`: chance that a pair of the tag has a higher cosine than a pair of

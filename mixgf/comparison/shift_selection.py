@@ -21,7 +21,7 @@ MIN_STRATUM = 3
 """Fewest cells of either condition of a stratum that takes part in a shift."""
 
 
-def chosen(config: Config, obs: pd.DataFrame) -> list[Shift]:
+def select_shifts(config: Config, obs: pd.DataFrame) -> list[Shift]:
     """The shifts that are asked for, as rows of `obs` (all cells of a corpus).
 
     Raises:

@@ -18,7 +18,7 @@ from mixgf.arrays import Bools, Floats, Ints
 from mixgf.classification import baselines, intermediates
 from mixgf.classification.labels import UNKNOWN, Labelled
 from mixgf.comparison import shift_matching
-from mixgf.comparison.encoders import EncoderSet, Setting, _donors
+from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, donors_of
 from mixgf.comparison.shift_matching import Shift
 from mixgf.comparison.shift_selection import cells_of
 from mixgf.corpus.reader import Corpus
@@ -29,7 +29,7 @@ MIN_DETECTED = 0.01
 """Genes in a smaller share of a shift's cells do not count in spaces of genes."""
 
 
-def table_of(encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints) -> Labelled:
+def cell_table(encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints) -> Labelled:
     """Cells as `parts.counts_of` wants them."""
     few = obs.iloc[cells]
     none = np.full(len(few), UNKNOWN)
@@ -39,39 +39,39 @@ def table_of(encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints) -> Labelle
     )  # fmt: skip
 
 
-def matched(setting: Setting) -> dict[str, pd.DataFrame]:
+def match_shifts(context: ComparisonContext) -> dict[str, pd.DataFrame]:
     """`pairs`, `shifts` and `together` (`mixgf.matching`) in every space: each encoder, expression and ranks of one-to-one orthologs."""
     found: dict[str, list[pd.DataFrame]] = {"pairs": [], "shifts": [], "together": []}
-    if not setting.config.compare.shifts:
+    if not context.config.compare.shifts:
         return {}
-    settings, seed = setting.config.compare, setting.config.seed
-    for encoder_set in setting.encoder_sets:
-        corpus = Corpus(encoder_set.places.corpus)
+    settings, seed = context.config.compare, context.config.seed
+    for encoder_set in context.encoder_sets:
+        corpus = Corpus(encoder_set.paths.corpus)
         obs, shifts = corpus.obs(), encoder_set.shifts
         cells = cells_of(shifts)
         placed = [replace(s, rows_N=np.searchsorted(cells, s.rows_N)) for s in shifts]
         about = pd.DataFrame([_about(encoder_set, obs, corpus.lengths_N, s) for s in shifts])
-        for space, vectors_ND, seen_KD in _spaces(setting, encoder_set, obs, cells, placed):
+        for space, vectors_ND, seen_KD in _spaces(context, encoder_set, obs, cells, placed):
             pairs, table = shift_matching.match(
                 placed, vectors_ND, num_permutations=settings.num_permutations, seed=seed, seen_KD=seen_KD
             )
             table = table.merge(about, on="shift")
-            tags = shift_matching.together(pairs, num_permutations=settings.num_permutations, seed=seed)
+            tags = shift_matching.tag_agreement(pairs, num_permutations=settings.num_permutations, seed=seed)
             for name, frame in (("pairs", pairs), ("shifts", table), ("together", tags)):
                 found[name].append(frame.assign(space=space))
     return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
 
 
 def _spaces(
-    setting: Setting, encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints, shifts: Sequence[Shift]
+    context: ComparisonContext, encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints, shifts: Sequence[Shift]
 ) -> Iterator[tuple[str, Floats, Bools | None]]:
     """Name, vectors (N, D) and columns that count for each shift, space by space."""
     for encoder in encoder_set.encoders:
-        yield encoder_set.called(encoder), intermediates.vectors(encoder_set.places, encoder, cells), None
-    if encoder_set.name or not setting.config.compare.controls:
+        yield encoder_set.space_name(encoder), intermediates.vectors(encoder_set.paths, encoder, cells), None
+    if encoder_set.name or not context.config.compare.controls:
         return
     counts = intermediates.counts_of(
-        encoder_set.config, encoder_set.places, table_of(encoder_set, obs, cells), np.arange(len(cells))
+        encoder_set.config, encoder_set.paths, cell_table(encoder_set, obs, cells), np.arange(len(cells))
     )
     detected = [np.asarray((counts[s.rows_N] > 0).mean(0)).ravel() >= MIN_DETECTED for s in shifts]
     genes = np.flatnonzero(np.any(detected, axis=0))
@@ -84,9 +84,9 @@ def _about(
     encoder_set: EncoderSet, obs: pd.DataFrame, lengths_N: npt.NDArray[np.int32], shift: Shift
 ) -> dict[str, object]:
     """What may explain a shift beside its name: donors of either side, and how much longer sentences get."""
-    known = _donors(encoder_set, obs.iloc[shift.rows_N])
+    known = donors_of(encoder_set, obs.iloc[shift.rows_N])
     before, after = (set(known[shift.after_N == side].tolist()) - {UNKNOWN} for side in (False, True))
-    weights_N = shift_matching.contrast(shift.after_N, shift.strata_N)
+    weights_N = shift_matching.contrast_weights(shift.after_N, shift.strata_N)
     return {
         "shift": shift.name, "donors_before": len(before), "donors_after": len(after), "donors_shared": len(before & after),
         "log2_length": float(weights_N @ np.log2(lengths_N[shift.rows_N])),

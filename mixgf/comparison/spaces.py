@@ -6,26 +6,26 @@ import numpy as np
 import pandas as pd
 
 from mixgf.classification import integration, intermediates
-from mixgf.comparison.encoders import EncoderSet, Setting, _donors, _read
+from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, donors_of, read_classification
 from mixgf.corpus.reader import Corpus
 from mixgf.storage import files, tables
 
 # Spaces
 
 
-def spaces(setting: Setting) -> dict[str, pd.DataFrame]:
+def spaces(context: ComparisonContext) -> dict[str, pd.DataFrame]:
     """`integration`: measures of every space; `maps`: two coordinates of every cell with its donor; `corresponding`: types of both species."""
     measures, maps, types = [], [], []
-    for encoder_set in setting.encoder_sets:
-        table = _read(encoder_set, "integration")
+    for encoder_set in context.encoder_sets:
+        table = read_classification(encoder_set, "integration")
         if encoder_set.name:
             table = table[table["space"] != intermediates.EXPRESSION]
-        measures.append(table.assign(space=[encoder_set.called(s) for s in table["space"]]))
-        obs = Corpus(encoder_set.places.corpus).obs()
-        of_cell = dict(zip(obs["cell"], _donors(encoder_set, obs), strict=True))
-        found = _read(encoder_set, "maps")
+        measures.append(table.assign(space=[encoder_set.space_name(s) for s in table["space"]]))
+        obs = Corpus(encoder_set.paths.corpus).obs()
+        of_cell = dict(zip(obs["cell"], donors_of(encoder_set, obs), strict=True))
+        found = read_classification(encoder_set, "maps")
         for space, frame in found.groupby("space", sort=False):
-            called = encoder_set.called(str(space))
+            called = encoder_set.space_name(str(space))
             if encoder_set.name and space == intermediates.EXPRESSION:
                 continue
             maps.append(frame.assign(space=called, donor=[of_cell[c] for c in frame["cell"]]))

@@ -6,7 +6,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from mixgf.classification.baselines import BASELINES
-from mixgf.comparison.encoders import Setting, _read
+from mixgf.comparison.encoder_sets import ComparisonContext, read_classification
 
 FAILED = 0.5
 """Recall below which a type is said to fail."""
@@ -17,14 +17,14 @@ FEW = 20
 # Transfer, and what fails in it
 
 
-def transfer(setting: Setting) -> dict[str, pd.DataFrame]:
+def transfer(context: ComparisonContext) -> dict[str, pd.DataFrame]:
     """`transfer`: scores of every model by task and direction; `failures`: every type of every direction, and into what it goes."""
     found: dict[str, list[pd.DataFrame]] = {"scores": [], "per_class": [], "confusion": []}
-    for encoder_set in setting.encoder_sets:
+    for encoder_set in context.encoder_sets:
         for name, several in found.items():
-            frame = _read(encoder_set, name)
+            frame = read_classification(encoder_set, name)
             frame = frame[frame["split"] == "species"]
-            several.append(frame.assign(model=[encoder_set.model(m) for m in frame["model"]]))
+            several.append(frame.assign(model=[encoder_set.model_name(m) for m in frame["model"]]))
     scores, per_class, confusion = (pd.concat(several, ignore_index=True) for several in found.values())
     keys = ["group", "direction", "model", "metric"]
     means = scores.groupby(keys, sort=False)[["value", "low", "high"]].mean()

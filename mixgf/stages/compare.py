@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from mixgf.classification import intermediates
 from mixgf.comparison import conserved_response, gene_networks, shift_selection, shift_tables, spaces, transfer
-from mixgf.comparison.encoders import EncoderSet, Setting, encoder_sets
+from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, encoder_sets
 from mixgf.config.fields import content
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
@@ -33,7 +33,7 @@ from mixgf.tracking import mlflow_runs
 KIND, SCHEMA = "comparison", 1
 
 
-def _no_pieces(_: Setting) -> list[Piece]:
+def _no_pieces(_: ComparisonContext) -> list[Piece]:
     return []
 
 
@@ -41,9 +41,9 @@ def _no_pieces(_: Setting) -> list[Piece]:
 class Part:
     """One question of the comparison."""
 
-    tables: Callable[[Setting], dict[str, pd.DataFrame]]
+    tables: Callable[[ComparisonContext], dict[str, pd.DataFrame]]
     """Its tables by name; each becomes NAME.parquet, and `compare_NAME` in `page.Run.tables`."""
-    pieces: Callable[[Setting], list[Piece]] = _no_pieces
+    pieces: Callable[[ComparisonContext], list[Piece]] = _no_pieces
     """What is computed first, in parallel."""
 
 
@@ -51,22 +51,22 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     """Answer every part; returns the artifact's URI. `spread` replaces Ray (`pieces.loop` in tests)."""
     uri = files.join(config.output, "compare")
     config = replace(config, tracking=replace(config.tracking, uri=mlflow_runs.uri(config)))
-    setting = Setting(config=config, uri=uri, encoder_sets=encoder_sets(config, uri))
-    _require(setting)
+    context = ComparisonContext(config=config, uri=uri, encoder_sets=encoder_sets(config, uri))
+    _require(context)
     if spread is not None:
-        return _run(setting, spread)
+        return _run(context, spread)
     from mixgf.distributed.session import session
 
     with session(config):
-        return _run(setting, None)
+        return _run(context, None)
 
 
-def _run(setting: Setting, spread: Spread | None) -> str:
-    config, uri = setting.config, setting.uri
-    for encoder_set in setting.encoder_sets:
+def _run(context: ComparisonContext, spread: Spread | None) -> str:
+    config, uri = context.config, context.uri
+    for encoder_set in context.encoder_sets:
         if encoder_set.classification == files.join(encoder_set.config.output, "classify"):
             classify.run(encoder_set.config, spread=spread)
-    record = _plan(setting)
+    record = _plan(context)
     if not artifacts.begin(uri, record):
         say(f"compare: {uri} is already there")
         return uri
@@ -74,15 +74,15 @@ def _run(setting: Setting, spread: Spread | None) -> str:
         mlflow_runs.stage(config, "compare", to_dict(config.compare), record.fingerprint) as tracked,
         watch(config, "compare", tracked, uri) as watched,
     ):
-        found = _tables(setting, spread or ray_tasks(config), watched.meter)
+        found = _tables(context, spread or ray_tasks(config), watched.meter)
         checksums = artifacts.write_tables(
             uri, {n: pa.Table.from_pandas(f, preserve_index=False) for n, f in found.items()}
         )
-        for encoder_set in setting.encoder_sets:
+        for encoder_set in context.encoder_sets:
             for kind in intermediates.SCRATCH:
-                files.remove(files.join(encoder_set.places.parts, kind))
-        encoders = [w.called(e) for w in setting.encoder_sets for e in w.encoders]
-        classifications = {w.called(""): w.classification for w in setting.encoder_sets}
+                files.remove(files.join(encoder_set.paths.parts, kind))
+        encoders = [w.space_name(e) for w in context.encoder_sets for e in w.encoders]
+        classifications = {w.space_name(""): w.classification for w in context.encoder_sets}
         artifacts.finish(
             uri, record, counts={name: len(frame) for name, frame in found.items()}, files=checksums,
             details={"encoders": encoders, "classifications": classifications},
@@ -91,88 +91,88 @@ def _run(setting: Setting, spread: Spread | None) -> str:
     return uri
 
 
-def _require(setting: Setting) -> None:
+def _require(context: ComparisonContext) -> None:
     """Refuse what cannot be compared, before anything is made."""
-    given = setting.config.inputs.classification
+    given = context.config.inputs.classification
     if given:
         there = artifacts.require(given, "classification")
-        mine = artifacts.require(setting.encoder_sets[0].places.corpus, "corpus").fingerprint
+        mine = artifacts.require(context.encoder_sets[0].paths.corpus, "corpus").fingerprint
         wrong = "of another corpus" if there.parents["corpus"] != mine else ""
         wrong = wrong or ("without splits between species" if "species" not in there.config["asked"]["splits"] else "")
         wrong = wrong or ("without measured spaces" if "integration" not in there.config["models"] else "")
         if wrong:
             msg = f"inputs.classification = {given}: {wrong}; make one with classify.splits=species, classify.integration_cells=3000, or leave it empty"
             raise UserError(msg)
-    for encoder_set in setting.encoder_sets:
-        corpus = Corpus(encoder_set.places.corpus)
-        trained = artifacts.require(encoder_set.places.checkpoint, checkpoint.KIND, checkpoint.SCHEMA)
-        checkpoint.require_sentences(trained, corpus, f"compare: {encoder_set.places.checkpoint}")
+    for encoder_set in context.encoder_sets:
+        corpus = Corpus(encoder_set.paths.corpus)
+        trained = artifacts.require(encoder_set.paths.checkpoint, checkpoint.KIND, checkpoint.SCHEMA)
+        checkpoint.require_sentences(trained, corpus, f"compare: {encoder_set.paths.checkpoint}")
         if len(corpus.species) < 2:
             msg = f"compare: {corpus.uri} holds {corpus.species[0]} only; prepare a corpus of two species"
             raise UserError(msg)
         encoder_set.shifts  # noqa: B018 (refuses wrong ones)
-    conserved_response.given(setting.config)
+    conserved_response.load_perturbations(context.config)
 
 
-def _plan(setting: Setting) -> Record:
-    config, parents = setting.config, dict[str, str]()
+def _plan(context: ComparisonContext) -> Record:
+    config, parents = context.config, dict[str, str]()
     for name, uri in config.compare.responses.items():
         parents[f"perturbation of {name}"] = artifacts.require(uri, "perturbation").fingerprint
-    for encoder_set in setting.encoder_sets:
+    for encoder_set in context.encoder_sets:
         end = f" of {encoder_set.name}" if encoder_set.name else ""
         for role, uri, kind in (
-            ("corpus", encoder_set.places.corpus, "corpus"), ("checkpoint", encoder_set.places.checkpoint, checkpoint.KIND),
+            ("corpus", encoder_set.paths.corpus, "corpus"), ("checkpoint", encoder_set.paths.checkpoint, checkpoint.KIND),
             ("classification", encoder_set.classification, "classification"),
         ):  # fmt: skip
             parents[role + end] = artifacts.require(uri, kind).fingerprint
     decides = {
-        "compare": content(config.compare) | {"encoders": len(setting.encoder_sets)},
+        "compare": content(config.compare) | {"encoders": len(context.encoder_sets)},
         "embed": to_dict(config.embed),
         "seed": config.seed,
     }
     return artifacts.plan(KIND, SCHEMA, decides, parents)
 
 
-def _tables(setting: Setting, spread: Spread, meter: Meter) -> dict[str, pd.DataFrame]:
+def _tables(context: ComparisonContext, spread: Spread, meter: Meter) -> dict[str, pd.DataFrame]:
     """Tables of all parts, after their pieces."""
-    pieces.make("compare", [piece for part in PARTS.values() for piece in part.pieces(setting)], spread, meter)
+    pieces.make("compare", [piece for part in PARTS.values() for piece in part.pieces(context)], spread, meter)
     found: dict[str, pd.DataFrame] = {}
     for part in PARTS.values():
-        made = part.tables(setting)
+        made = part.tables(context)
         assert not set(made) & set(found), "every table has one part"
         found |= made
     return found
 
 
-def _matching_pieces(setting: Setting) -> list[Piece]:
+def _matching_pieces(context: ComparisonContext) -> list[Piece]:
     """Vectors by every encoder, and counts of every source, of the cells of all shifts."""
     made: list[Piece] = []
-    for encoder_set in setting.encoder_sets if setting.config.compare.shifts else ():
-        made += _of_encoder_set(setting, encoder_set)
+    for encoder_set in context.encoder_sets if context.config.compare.shifts else ():
+        made += _of_encoder_set(context, encoder_set)
     return made
 
 
-def _of_encoder_set(setting: Setting, encoder_set: EncoderSet) -> list[Piece]:
+def _of_encoder_set(context: ComparisonContext, encoder_set: EncoderSet) -> list[Piece]:
     cells, made = shift_selection.cells_of(encoder_set.shifts), []
     for encoder in encoder_set.encoders:
         for number, start in enumerate(range(0, len(cells), intermediates.BLOCK_CELLS)):
             mine = cells[start : start + intermediates.BLOCK_CELLS]
-            made.append(Piece(uri=intermediates.vectors_part(encoder_set.places, encoder, number), call=intermediates.embed_block,
-                              args=(encoder_set.config, encoder_set.places, encoder, number, mine), cost=float(len(mine)) / 50,
-                              threads=setting.config.train.threads, gpu=True))  # fmt: skip
-    if not encoder_set.name and setting.config.compare.controls:
-        sources = Corpus(encoder_set.places.corpus).obs(["source"])["source"].to_numpy().astype(np.str_)[cells]
+            made.append(Piece(uri=intermediates.vectors_part(encoder_set.paths, encoder, number), call=intermediates.embed_block,
+                              args=(encoder_set.config, encoder_set.paths, encoder, number, mine), cost=float(len(mine)) / 50,
+                              threads=context.config.train.threads, gpu=True))  # fmt: skip
+    if not encoder_set.name and context.config.compare.controls:
+        sources = Corpus(encoder_set.paths.corpus).obs(["source"])["source"].to_numpy().astype(np.str_)[cells]
         for source in np.unique(sources).tolist():
             mine = cells[sources == source]
-            made.append(Piece(uri=intermediates.counts_part(encoder_set.places, source), call=intermediates.read_counts,
-                              args=(encoder_set.config, encoder_set.places, source, mine), cost=len(mine) / 1000))  # fmt: skip
+            made.append(Piece(uri=intermediates.counts_part(encoder_set.paths, source), call=intermediates.read_counts,
+                              args=(encoder_set.config, encoder_set.paths, source, mine), cost=len(mine) / 1000))  # fmt: skip
     return made
 
 
 PARTS: dict[str, Part] = {
     "transfer": Part(tables=transfer.transfer),
     "spaces": Part(tables=spaces.spaces),
-    "matching": Part(tables=shift_tables.matched, pieces=_matching_pieces),
+    "matching": Part(tables=shift_tables.match_shifts, pieces=_matching_pieces),
     "conserved": Part(tables=lambda s: conserved_response.tables(s.config)),
     "networks": Part(
         tables=lambda s: gene_networks.networks(s.config, {n: p for w in s.encoder_sets for n, p in w.trained.items()})

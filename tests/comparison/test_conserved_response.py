@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixgf.comparison import conserved_response, gene_networks
+from mixgf.comparison import conserved_response, gene_networks, matched_null
 
 NAMES = ("ant", "bee")
 
@@ -27,31 +27,31 @@ def partners(num):
 def test_only_orthologs_that_both_scored_under_one_operation_are_paired():
     a, b = table([1, 2, 3], prefix="A"), table([5, 6, 7], prefix="B")
     b.loc[1, "num_cells"] = 0
-    found = conserved_response.pair(a, b, {"A0": "B2", "A1": "B1", "A2": "B9"}, NAMES)
+    found = conserved_response.pair_orthologs(a, b, {"A0": "B2", "A1": "B1", "A2": "B9"}, NAMES)
     assert found[["gene_ant", "gene_bee", "shift_ant", "shift_bee"]].values.tolist() == [["A0", "B2", 1.0, 7.0]]
-    assert conserved_response.pair(a, b.assign(operation="overexpress"), partners(3), NAMES).empty
+    assert conserved_response.pair_orthologs(a, b.assign(operation="overexpress"), partners(3), NAMES).empty
 
 
 def test_a_difference_has_the_interval_of_both_and_what_rank_predicts_is_no_finding():
-    frame = conserved_response.pair(
+    frame = conserved_response.pair_orthologs(
         table([0.5, 0.1, 0.1, 0.1, 0.1], prefix="A", half=0.03),
         table([0.0] * 5, prefix="B", half=0.04),
         partners(5),
         NAMES,
     )
     frame["rank_expected_ant"] = 0.1
-    found = conserved_response.verdicts_of(frame, NAMES)
+    found = conserved_response.compare_shifts(frame, NAMES)
     assert found["difference"].tolist() == pytest.approx([0.5, 0.1, 0.1, 0.1, 0.1])
     assert (found["difference_high"] - found["difference"]).tolist() == pytest.approx([0.05] * 5)  # 3, 4, 5
     assert found["fdr_differs"].le(0.05).tolist() == [True, False, False, False, False]
     assert found["p_differs"][1:].tolist() == pytest.approx([1.0] * 4)
     assert set(found["interval_by"]) == {"donors"}
-    few = conserved_response.verdicts_of(frame.assign(num_donors_bee=1), NAMES)
+    few = conserved_response.compare_shifts(frame.assign(num_donors_bee=1), NAMES)
     assert set(few["interval_by"]) == {"cells"}
-    vague = conserved_response.verdicts_of(frame.assign(rank_error_bee=0.2), NAMES)
+    vague = conserved_response.compare_shifts(frame.assign(rank_error_bee=0.2), NAMES)
     assert found["p_differs"][0] < 0.001
     assert vague["p_differs"][0] > 0.05  # what rank does in bees is hardly known
-    unknown = conserved_response.verdicts_of(frame.assign(rank_expected_bee=np.nan), NAMES)
+    unknown = conserved_response.compare_shifts(frame.assign(rank_expected_bee=np.nan), NAMES)
     assert unknown["p_differs"].isna().all()
 
 
@@ -59,24 +59,24 @@ def test_conserved_targets_go_towards_the_goal_in_both_and_the_weaker_side_decid
     a = table([0.2, 0.3, -0.1, 0.4], prefix="A", percentile=[99.0, 98.0, 1.0, 99.9], p=[0.01, 0.02, 0.01, 0.001])
     b = table([0.1, 0.2, -0.2, -0.1], prefix="B", percentile=[90.0, 97.0, 2.0, 10.0], p=[0.5, 0.03, 0.01, 0.001])
     b.loc[0, "warnings"] = "one donor carries it"
-    found = conserved_response.verdicts_of(conserved_response.pair(a, b, partners(4), NAMES), NAMES)
+    found = conserved_response.compare_shifts(conserved_response.pair_orthologs(a, b, partners(4), NAMES), NAMES)
     assert found["direction"].tolist() == ["towards", "towards", "away", "opposite"]
     assert found["place"].tolist() == [2, 1, 0, 0]
     assert found["percentile_both"].tolist() == [90.0, 97.0, 1.0, 10.0]
     assert found["p_both"].tolist() == [0.5, 0.03, 0.01, 0.001]
     assert found["doubts"].tolist() == ["bee: one donor carries it", "", "", ""]
-    untested = conserved_response.verdicts_of(
-        conserved_response.pair(a, b.assign(p_donor=np.nan), partners(4), NAMES), NAMES
+    untested = conserved_response.compare_shifts(
+        conserved_response.pair_orthologs(a, b.assign(p_donor=np.nan), partners(4), NAMES), NAMES
     )
     assert untested["p_both"].isna().all()  # one side without a test is no evidence from both
 
 
 def test_bins_hold_genes_alike_and_an_exchange_stays_within_them():
     features = np.stack([np.arange(64), np.zeros(64)], axis=1).astype(float)
-    bins = conserved_response.alike_bins(features, size=8)
+    bins = matched_null.similar_gene_bins(features, size=8)
     assert sorted(np.bincount(bins)) == [8] * 8
     assert all(np.ptp(np.flatnonzero(bins == b)) <= 31 for b in range(8))
-    place = conserved_response.exchanged(bins, np.random.default_rng(0))
+    place = matched_null.permute_within_bins(bins, np.random.default_rng(0))
     assert sorted(place) == list(range(64))
     assert (bins[place] == bins).all()
     assert (place != np.arange(64)).any()
@@ -124,10 +124,20 @@ def test_neighbours_and_their_overlap_by_hand():
     for block in (4, 3, 1):
         assert gene_networks.neighbours(vectors, 1, rng, block=block).ravel().tolist() == [1, 0, 3, 2]
     one, other = np.array([[1], [0], [3], [2]]), np.array([[1], [2], [3], [2]])
-    assert gene_networks.shared(gene_networks.near(one), other, np.arange(4)).tolist() == [1, 0, 1, 1]
+    assert gene_networks.shared_neighbours(gene_networks.adjacency(one), other, np.arange(4)).tolist() == [1, 0, 1, 1]
     # the second species' genes under each other's names: 0 is called 1 and 1 is called 0
-    assert gene_networks.shared(gene_networks.near(one), one, np.array([1, 0, 2, 3])).tolist() == [1, 1, 1, 1]
-    assert gene_networks.shared(gene_networks.near(one), one, np.array([2, 1, 0, 3])).tolist() == [0, 0, 0, 0]
+    assert gene_networks.shared_neighbours(gene_networks.adjacency(one), one, np.array([1, 0, 2, 3])).tolist() == [
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert gene_networks.shared_neighbours(gene_networks.adjacency(one), one, np.array([2, 1, 0, 3])).tolist() == [
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_genes_that_are_equally_near_are_no_neighbourhood_in_common():
@@ -164,7 +174,7 @@ def test_response_profiles_are_what_is_specific_and_are_set_side_by_side_by_orth
     found = gene_networks.profiles(matrix, "delete")
     assert found.to_numpy().tolist() == [[3, 0, 0], [0, 3, 0], [0, 0, 3]]
     other = found.rename(index={"A0": "B2", "A1": "B0", "A2": "B1"})
-    a, b, genes = gene_networks.aligned(found, other, {"A0": "B0", "A2": "B9", "A1": "B1"})
+    a, b, genes = gene_networks.align_orthologs(found, other, {"A0": "B0", "A2": "B9", "A1": "B1"})
     assert genes == ["A0", "A1"]
     assert a.tolist() == [[3, 0, 0], [0, 3, 0]]
     assert b.tolist() == [[0, 3, 0], [0, 0, 3]]

@@ -19,7 +19,7 @@ def test_a_shift_within_strata_by_hand():
     """Two strata: (1 before, 1 after) differs by 2, (2 before, 2 after) by 5; weights 1/2 and 1 give (1 + 5) / 1.5 = 4."""
     after, strata = np.array([0, 1, 0, 0, 1, 1], bool), np.array([0, 0, 1, 1, 1, 1])
     values = np.array([10.0, 12, 0, 2, 5, 7])
-    assert shift_matching.contrast(after, strata) @ values == pytest.approx((0.5 * 2 + 1 * 5) / 1.5)
+    assert shift_matching.contrast_weights(after, strata) @ values == pytest.approx((0.5 * 2 + 1 * 5) / 1.5)
 
 
 def test_a_change_of_composition_is_no_shift():
@@ -27,14 +27,14 @@ def test_a_change_of_composition_is_no_shift():
     strata = np.array([0, 0, 0, 1, 0, 1, 1, 1])
     after = np.array([0, 0, 0, 0, 1, 1, 1, 1], bool)
     values = 9.0 * strata
-    assert shift_matching.contrast(after, strata) @ values == pytest.approx(0)
-    assert shift_matching.contrast(after, np.zeros(8, np.int64)) @ values == pytest.approx(4.5)
+    assert shift_matching.contrast_weights(after, strata) @ values == pytest.approx(0)
+    assert shift_matching.contrast_weights(after, np.zeros(8, np.int64)) @ values == pytest.approx(4.5)
 
 
 def test_a_constant_of_the_species_cancels():
     rng = np.random.default_rng(0)
     vectors, after = rng.normal(size=(40, 5)), np.arange(40) % 2 == 1
-    weights = shift_matching.contrast(after, np.zeros(40, np.int64))
+    weights = shift_matching.contrast_weights(after, np.zeros(40, np.int64))
     np.testing.assert_allclose(weights @ (vectors + 100), weights @ vectors, atol=1e-10)
 
 
@@ -56,8 +56,8 @@ def test_the_smallest_p_is_that_of_all_labellings():
 
 def test_labels_are_exchanged_within_strata_only():
     after, strata = np.array([0, 1, 0, 0, 1, 1], bool), np.array([0, 0, 1, 1, 1, 1])
-    weights = shift_matching.contrast(after, strata)
-    drawn = shift_matching.permuted(weights, strata, 200, np.random.default_rng(0))
+    weights = shift_matching.contrast_weights(after, strata)
+    drawn = shift_matching.permuted_weights(weights, strata, 200, np.random.default_rng(0))
     for s in (0, 1):
         np.testing.assert_allclose(np.sort(drawn[:, strata == s]), np.tile(np.sort(weights[strata == s]), (200, 1)))
     assert len(np.unique(drawn.round(9), axis=0)) == 12
@@ -115,7 +115,7 @@ def frame(cosine, tags, other_tags):
 
 def test_tags_together_by_hand():
     """Same-tag cosines .9 and .1; others .5 and .3: of four comparisons .9 wins two and .1 none, so AUROC is .5."""
-    found = shift_matching.together(
+    found = shift_matching.tag_agreement(
         frame([[0.9, 0.5], [0.3, 0.1]], ["x", "y"], ["x", "y"]), num_permutations=199, seed=0
     )
     every = found.set_index("tag").loc["all"]
@@ -125,5 +125,7 @@ def test_tags_together_by_hand():
 
 
 def test_untagged_shifts_take_no_part_in_tags():
-    found = shift_matching.together(frame([[0.9, 0.5], [0.3, 0.1]], ["x", ""], ["x", ""]), num_permutations=9, seed=0)
+    found = shift_matching.tag_agreement(
+        frame([[0.9, 0.5], [0.3, 0.1]], ["x", ""], ["x", ""]), num_permutations=9, seed=0
+    )
     assert found.empty  # one pair of a tag, none of two

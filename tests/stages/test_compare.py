@@ -13,7 +13,7 @@ import pytest
 from invented import NUM_GENES, species, untrained_checkpoint
 from scipy import sparse
 
-from mixgf.comparison import encoders, shift_selection, shift_tables
+from mixgf.comparison import encoder_sets, shift_selection, shift_tables
 from mixgf.config.classification import Classify
 from mixgf.config.comparison import Compare, ShiftSpec
 from mixgf.config.data import QC, Source, Tokens, Vocab
@@ -196,7 +196,7 @@ def test_strata_keep_composition_out_of_a_shift(runs: tuple[Config, Config]) -> 
     own, _ = runs
     obs = shift_tables.Corpus(f"{own.output}/corpus").obs()
     within = replace(own, compare=replace(own.compare, within=("cell_type",), min_cells=5, shifts=SHIFTS[:2]))
-    for shift in shift_selection.chosen(within, obs):
+    for shift in shift_selection.select_shifts(within, obs):
         types = obs["cell_type"].to_numpy()[shift.rows_N]
         for stratum in np.unique(shift.strata_N):
             assert len(set(types[shift.strata_N == stratum])) == 1
@@ -204,11 +204,11 @@ def test_strata_keep_composition_out_of_a_shift(runs: tuple[Config, Config]) -> 
 
 
 def test_a_classification_of_other_cells_or_labels_is_not_taken_for_its_own(done: Config) -> None:
-    (world, _), uri = encoders.encoder_sets(done, f"{done.output}/compare"), f"{done.output}/compare/classify"
-    assert encoders._has(uri, world)
+    (world, _), uri = encoder_sets.encoder_sets(done, f"{done.output}/compare"), f"{done.output}/compare/classify"
+    assert encoder_sets._has(uri, world)
     for change in ({"merge": {"x": ("a", "b")}}, {"cells": "donor == 'ENSA0'"}, {"transfer": "donor"}):
         other = replace(world.config, classify=replace(world.config.classify, **change))
-        assert not encoders._has(uri, replace(world, config=other)), change
+        assert not encoder_sets._has(uri, replace(world, config=other)), change
 
 
 # two perturbations of real cells

@@ -15,7 +15,7 @@ from mixgf.classification.baselines import BASELINES
 from mixgf.classification.intermediates import ArtifactPaths
 from mixgf.classification.labels import UNKNOWN, names_of
 from mixgf.comparison.shift_matching import Shift
-from mixgf.comparison.shift_selection import chosen
+from mixgf.comparison.shift_selection import select_shifts
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config, Inputs
 from mixgf.corpus.reader import Corpus
@@ -32,7 +32,7 @@ class EncoderSet:
     """Of its classification; `inputs` names the corpus and the checkpoint."""
     classification: str
     """URI."""
-    places: ArtifactPaths
+    paths: ArtifactPaths
     """Of the parts that this comparison makes of it."""
 
     @property
@@ -44,30 +44,30 @@ class EncoderSet:
     def trained(self) -> dict[str, ArtifactPaths]:
         """Trained encoders by their names in the tables."""
         others = registry.named(self.config.classify)
-        uris = {registry.CHECKPOINT: self.places.checkpoint} | others
-        return {self.called(name): replace(self.places, checkpoint=uri) for name, uri in uris.items()}
+        uris = {registry.CHECKPOINT: self.paths.checkpoint} | others
+        return {self.space_name(name): replace(self.paths, checkpoint=uri) for name, uri in uris.items()}
 
     @cached_property
     def shifts(self) -> list[Shift]:
-        """`chosen` among its cells."""
-        return chosen(self.config, Corpus(self.places.corpus).obs())
+        """`select_shifts` among its cells."""
+        return select_shifts(self.config, Corpus(self.paths.corpus).obs())
 
-    def called(self, encoder: str) -> str:
+    def space_name(self, encoder: str) -> str:
         """An encoder's name in the tables."""
         if not self.name or encoder in (self.name, intermediates.EXPRESSION):
             return registry.called(encoder)
         return f"{self.name}_{encoder}" if encoder and encoder != registry.called("") else self.name
 
-    def model(self, name: str) -> str:
+    def model_name(self, name: str) -> str:
         """A model's name in the tables."""
         head, encoder = registry.parse(name)
         if name in BASELINES or not self.name:
             return name
-        return f"{head}@{self.called(encoder)}"
+        return f"{head}@{self.space_name(encoder)}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ComparisonContext:
     """What the parts of a comparison work on."""
 
     config: Config
@@ -116,9 +116,9 @@ def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, encoder
         config.classify, splits=("species",), models=(*heads, *controls), encoders=encoders, label_shares=(), unseen_types=0,
         curve_models=(), integration_cells=config.compare.cells, keep=False,
     )  # fmt: skip
-    places = ArtifactPaths(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder, embeddings="")
+    paths = ArtifactPaths(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder, embeddings="")
     run = replace(config, output=folder, inputs=inputs, classify=asked)
-    return EncoderSet(name=name, config=run, classification=files.join(folder, "classify"), places=places)
+    return EncoderSet(name=name, config=run, classification=files.join(folder, "classify"), paths=paths)
 
 
 def _has(uri: str, encoder_set: EncoderSet) -> bool:
@@ -136,11 +136,11 @@ def _has(uri: str, encoder_set: EncoderSet) -> bool:
     ) and mine.items() <= there.parents.items()
 
 
-def _read(encoder_set: EncoderSet, name: str) -> pd.DataFrame:
+def read_classification(encoder_set: EncoderSet, name: str) -> pd.DataFrame:
     return tables.read_table(files.join(encoder_set.classification, f"{name}.parquet")).to_pandas()
 
 
-def _donors(encoder_set: EncoderSet, obs: pd.DataFrame) -> Names:
+def donors_of(encoder_set: EncoderSet, obs: pd.DataFrame) -> Names:
     """The donor of every row of `obs`."""
     settings = encoder_set.config.classify
     if settings.donor not in obs:
