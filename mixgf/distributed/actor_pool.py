@@ -27,6 +27,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from mixgf.distributed.session import require_gpus
 from mixgf.errors import UserError
 
 
@@ -91,6 +92,7 @@ class Pool:
         """Most actors that were up at a time."""
         self.num_deaths = 0
         """Actors lost with their work, or before they were up."""
+        require_gpus(size.gpus)
         self._make = ray.put(make)
         self._actors: list[_Actor] = []
         self._starting: dict[Any, _Actor] = {}

@@ -12,6 +12,7 @@ import ray
 
 from mixgf.config.run import Config
 from mixgf.console import say, warn
+from mixgf.errors import UserError
 
 # before ray is imported: settings are read once
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -82,3 +83,20 @@ def cpus() -> float:
 def gpus() -> float:
     """GPUs of the cluster."""
     return float(ray.cluster_resources().get("GPU", 0))
+
+
+def require_gpus(wanted: float) -> None:
+    """Check that a Ray which this process started has the GPUs that one worker asks for; a cluster may still grow.
+
+    Args:
+        wanted: `compute.gpus_per_worker`.
+
+    Raises:
+        UserError: it has fewer; a worker would wait for ever.
+    """
+    if wanted > 0 and not os.environ.get("RAY_ADDRESS") and gpus() < wanted:
+        msg = (
+            f"compute.gpus_per_worker = {wanted:g}: Ray finds {gpus():g} GPUs on this machine; set compute.gpus_per_worker=0 "
+            f"to compute on the CPU, or RAY_ADDRESS to a cluster with GPUs"
+        )
+        raise UserError(msg)

@@ -24,6 +24,7 @@ from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.distributed.progress_board import Board
+from mixgf.distributed.session import require_gpus
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.tracking import mlflow_runs
@@ -86,6 +87,7 @@ def train(
         UserError: it cannot be trained, for example because a loss is not finite.
     """
     compute = config.compute
+    require_gpus(compute.gpus_per_worker)
     gpu = compute.gpus_per_worker > 0
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(

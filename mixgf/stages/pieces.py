@@ -46,6 +46,8 @@ def ray_tasks(config: Config) -> Spread:
     import ray
     import torch
 
+    from mixgf.distributed.session import require_gpus
+
     def make(call: Callable[..., None], threads: int, *args: Any) -> None:
         torch.set_num_threads(threads)
         call(*args)
@@ -54,6 +56,7 @@ def ray_tasks(config: Config) -> Spread:
     cpus, gpus = config.compute.cpus_per_worker, config.compute.gpus_per_worker
 
     def spread(pieces: Sequence[Piece]) -> Iterator[int]:
+        require_gpus(gpus if any(piece.gpu for piece in pieces) else 0)
         shared: dict[int, Any] = {}  # what many pieces carry is put into the object store once
 
         def reference(value: Any) -> Any:

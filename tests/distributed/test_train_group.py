@@ -1,4 +1,4 @@
-"""What a training worker does before it trains, without Ray."""
+"""Where training computes, and GPUs that are not there."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,10 @@ import torch
 
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Compute, Config
-from mixgf.distributed import train_group
+from mixgf.distributed import session, train_group
+from mixgf.distributed.actor_pool import Pool, Size
+from mixgf.errors import UserError
+from mixgf.stages import pieces
 
 CARD = torch.device("cuda:3")
 
@@ -52,3 +55,30 @@ def test_a_worker_without_the_gpu_that_is_asked_for_tells_the_driver_and_does_no
     work(said, 1.0)
     assert len(said) == 1
     assert said[0].startswith("compute.gpus_per_worker = 1: no GPU here")
+
+
+NONE_HERE = r"^compute.gpus_per_worker = 1: Ray finds 0 GPUs on this machine; set compute.gpus_per_worker=0 "
+
+
+@pytest.mark.ray
+def test_a_local_ray_without_gpus_ends_a_run_that_would_wait_for_one(ray_local):
+    config = Config(compute=Compute(gpus_per_worker=1.0))
+    spread = pieces.ray_tasks(config)
+    piece = pieces.Piece(uri="a", call=print, args=(), cost=1.0, gpu=True)
+    starts = (
+        lambda: Pool(lambda: None, Size(gpus=1.0)),
+        lambda: next(spread([piece])),
+        lambda: train_group.train(config, "", "", "", num_steps=1, tracked=None),
+    )
+    for start in starts:
+        with pytest.raises(UserError, match=NONE_HERE):
+            start()
+
+
+@pytest.mark.ray
+def test_tasks_that_need_no_gpu_run_and_a_cluster_may_still_grow(ray_local, monkeypatch):
+    spread = pieces.ray_tasks(Config(compute=Compute(gpus_per_worker=1.0)))
+    assert list(spread([pieces.Piece(uri="a", call=print, args=(), cost=1.0)])) == [0]
+    session.require_gpus(0)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    session.require_gpus(1.0)
