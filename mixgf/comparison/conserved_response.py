@@ -1,11 +1,10 @@
-"""What one-to-one orthologs do alike in two species, and what they do not (spec section 10).
+"""Perturbation of one-to-one orthologs in two species: similarity and differences of their shifts.
 
-Two finished perturbations, one per species, are joined gene by gene. A correlation of their shifts is not yet conservation: a
-shift follows much from a gene's rank and coverage, which orthologs share. So it stands beside the same correlation after
-orthologs were exchanged among genes of like rank and coverage. Neighbourhoods of genes (in an encoder's token vectors, in
-response matrices) are compared in the same way.
+Two finished perturbations, one per species, are joined gene by gene. A correlation of their shifts is not evidence of
+conservation by itself: shifts depend on rank and coverage of a gene, and orthologs are similar in both. So the correlation is
+compared with that after permuting orthologs among genes of similar rank and coverage (`matched_null`).
 
-Letters: G pairs of orthologs, D width, K neighbours.
+Letters: G pairs of orthologs.
 """
 
 from __future__ import annotations
@@ -35,17 +34,18 @@ from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 
 LEVEL = 0.05
+"""False discovery rate of the counts in the summary."""
 EVIDENCE = (
     "gene", "symbol", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low", "shift_high", "p_cell", "fdr_cell",
     "p_donor", "fdr_donor", "null_percentile", "rank_expected", "rank_error", "de_statistic", "warnings",
 )  # fmt: skip
-"""Columns of a perturbation's table, and of `with_errors`, that stand on either side."""
+"""Columns of a perturbation table (after `with_errors`) that the joined table has for each species."""
 FREE = 2 * MIN_BACKGROUND - 1
-"""Degrees of freedom of a rank's expectation: the fewest genes of its fit less its two parameters."""
+"""Degrees of freedom of the expectation by rank: smallest number of genes in its fit, less two parameters."""
 
 
 def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
-    """A perturbation's table with `rank_error`, the standard error of `rank_expected`."""
+    """A perturbation table with the further column `rank_error`, the standard error of `rank_expected`."""
     found = []
     for _, part in genes.sort_values("gene").groupby("operation"):
         among_G = part["reference"].to_numpy(bool) if "reference" in part else None
@@ -63,17 +63,16 @@ def pair_orthologs(
     names: tuple[str, str],
     evidence: Sequence[str] = EVIDENCE,
 ) -> pd.DataFrame:
-    """A row per operation and pair of orthologs that both perturbations scored; columns of either end in its species.
+    """One row per operation and pair of orthologs with cells in both perturbations; column names end in the species.
 
-    Rows are by gene: a perturbation's table is by falling shift, and whatever goes by order where genes are equal (coverage often is)
-    would see it.
+    Rows are sorted by gene, so that ties (in coverage, for example) are not broken by the order of shifts.
 
     Args:
-        one: table of genes of a perturbation of the first species.
-        other: of the second.
-        partners: one-to-one orthologs, first to second species.
-        names: the species.
-        evidence: the columns, `gene` among them.
+        one: Table of genes of the first species' perturbation.
+        other: Table of genes of the second species' perturbation.
+        partners: One-to-one orthologs, first to second species.
+        names: The two species.
+        evidence: Columns to keep, `gene` among them.
     """
     a, b = (frame[frame["num_cells"] > 0] for frame in (one, other))
     a = a.assign(partner=a["gene"].map(partners)).dropna(subset="partner")
@@ -88,7 +87,7 @@ def pair_orthologs(
 
 
 def _error(frame: pd.DataFrame, name: str) -> tuple[Float64s, Float64s]:
-    """Standard error of the shift of either side, from its t interval, and its degrees of freedom."""
+    """Standard error of the shifts of a species, from their t intervals, and its degrees of freedom; (G,) each."""
     donors, cells = frame[f"num_donors_{name}"].to_numpy(float), frame[f"num_cells_{name}"].to_numpy(float)
     free_G = np.where(donors >= MIN_CLUSTERS, donors, cells) - 1
     half_G = (frame[f"shift_high_{name}"] - frame[f"shift_low_{name}"]).to_numpy(float) / 2
@@ -96,15 +95,21 @@ def _error(frame: pd.DataFrame, name: str) -> tuple[Float64s, Float64s]:
 
 
 def compare_shifts(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
-    """Paired rows of one operation with the difference of their shifts, and how well both reverse the state.
+    """Add to paired rows of one operation the difference of the two shifts and the evidence that both go towards the goal.
 
-    Added: `difference` (first less second species) with its interval (Zou and Donner 2008, from either side's), `p_differs`
-    of the difference less the one that the gene's rank predicts in either species (`rank_expected`; perturbing anything may move one
-    species' cells more), Welch's t with the errors of both shifts and of both expectations (NaN without these), with its `fdr_differs`;
-    `interval_by` (donors, or cells, which says nothing about other donors); `direction` (towards, away, opposite);
-    `percentile_both`, the smaller of the percentiles among genes of like rank and coverage; `p_both`, the larger donor-level p
-    (both must hold), `fdr_both`; `doubts`, either side's warnings; `place`, 1 = the best of those that go towards the goal in both
-    species, by `percentile_both`, then by the smaller shift; 0 = it does not.
+    Columns added:
+
+    - `difference`, `difference_low`, `difference_high`: first less second species, with its 95 % interval from the intervals of
+      both shifts (Zou and Donner 2008).
+    - `p_differs`, `fdr_differs`: Welch's t test of the difference less the difference that rank predicts (`rank_expected`), since
+      any perturbation may move the cells of one species more. Its error includes those of both shifts and both expectations; NaN
+      without them.
+    - `interval_by`: donors, or cells if a species has too few donors; intervals over cells do not cover other donors.
+    - `direction`: towards (both shifts positive), away (both negative) or opposite.
+    - `percentile_both`: the smaller of the two percentiles among genes of similar rank and coverage.
+    - `p_both`, `fdr_both`: the larger of the two donor-level p values, since both must hold.
+    - `doubts`: warnings of both species.
+    - `place`: 1 = first of the rows with direction towards, by `percentile_both`, then by the smaller shift; 0 = other directions.
     """
     a, b = names
     shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
@@ -145,17 +150,22 @@ def compare_shifts(frame: pd.DataFrame, names: tuple[str, str]) -> pd.DataFrame:
 def shift_similarity(
     frame: pd.DataFrame, names: tuple[str, str], num: int, rng: np.random.Generator
 ) -> dict[str, object]:
-    """How alike the shifts of one operation are: Spearman, its bootstrap interval over genes, and the matched null.
+    """Spearman correlation of the shifts of one operation, with a bootstrap interval over genes and the matched null.
 
-    `whole` is of the shifts as they are. The rest is of what is left of them beyond what a gene's rank and then its coverage predict in
-    its own species (`stats.expected_by_rank` among these genes). The null exchanges orthologs among genes of like rank and coverage (in
-    the mean of both species): `null` is its mean, `p` how often it is at least as high. Intervals over genes say nothing
-    about other donors.
+    `whole` is the correlation of the shifts themselves. The others are of residuals: shifts less their expectation by rank, then
+    by coverage, in the same species. The null permutes orthologs among genes of similar rank and coverage: `null` is its mean and
+    `p` the share of draws that are at least as high. Intervals over genes do not cover other donors.
+
+    Args:
+        frame: Result of `compare_shifts`.
+        names: The two species.
+        num: Number of bootstrap draws and of permutations.
+        rng: Random numbers of both.
     """
     shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
     rank_2G = [gene_table.places(frame[f"mean_rank_{n}"].to_numpy(float)) for n in names]
     coverage_2G = [frame[f"coverage_{n}"].to_numpy(float) for n in names]
-    a_G, b_G = (_beyond(*several) for several in zip(shift_2G, rank_2G, coverage_2G, strict=True))
+    a_G, b_G = (_residuals(*several) for several in zip(shift_2G, rank_2G, coverage_2G, strict=True))
     bins_G = similar_gene_bins(rank_sums([rank_2G, coverage_2G]))
     value = spearman(a_G, b_G)
     draws = [spearman(a_G[rows], b_G[rows]) for rows in rng.integers(0, len(a_G), (num, len(a_G)))]
@@ -168,8 +178,8 @@ def shift_similarity(
     }  # fmt: skip
 
 
-def _beyond(shift_G: Float64s, *features: Float64s) -> Float64s:
-    """What is left of shifts beyond what one feature after the other predicts."""
+def _residuals(shift_G: Float64s, *features: Float64s) -> Float64s:
+    """Residuals (G,) of shifts after the expectation by each feature in turn."""
     for feature_G in features:
         shift_G = shift_G - rank_adjustment.expected_by_rank(shift_G, feature_G)
     return shift_G
@@ -178,7 +188,7 @@ def _beyond(shift_G: Float64s, *features: Float64s) -> Float64s:
 def conserved(
     one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str], names: tuple[str, str], *, num: int, seed: int
 ) -> dict[str, pd.DataFrame]:
-    """Tables `conserved` (a row per operation and pair, see `judged`) and `conserved_summary` (see `response`)."""
+    """Tables `conserved` (one row per operation and pair, see `compare_shifts`) and `conserved_summary` (see `shift_similarity`)."""
     rows, summaries = [], []
     for number, (operation, frame) in enumerate(
         pair_orthologs(one, other, partners, names).groupby("operation", sort=True)
@@ -202,10 +212,10 @@ def conserved(
 
 
 def load_perturbations(config: Config) -> dict[str, pd.DataFrame]:
-    """Table of genes of either perturbation of `compare.responses`, by species; none where none are given.
+    """Species to the table of genes of its perturbation in `compare.responses`; empty where none is given.
 
     Raises:
-        UserError: one is not there or not finished, or holds no gene of its species, or they have no ortholog in common.
+        UserError: A perturbation is missing or unfinished, has no gene of its species, or the two have no orthologs in common.
     """
     found = {}
     for name, uri in config.compare.responses.items():
@@ -232,7 +242,7 @@ def ortholog_partners(config: Config, one: str, other: str) -> Mapping[str, str]
 
 
 def tables(config: Config) -> dict[str, pd.DataFrame]:
-    """Conserved and divergent responses, and conserved targets (`conserved`), of the perturbations that the config names."""
+    """Tables `conserved` and `conserved_summary` of the perturbations in `compare.responses`; none where none is given."""
     both = load_perturbations(config)
     if not both:
         return {}

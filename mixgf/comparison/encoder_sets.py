@@ -1,4 +1,4 @@
-"""Moved here from mixgf/comparison.py."""
+"""Encoders that a comparison uses, with their corpora and classifications."""
 
 from __future__ import annotations
 
@@ -24,42 +24,46 @@ from mixgf.storage import artifacts, files, tables
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSet:
-    """Encoders on one corpus."""
+    """The encoders of one corpus, and the classification in which they are compared."""
 
     name: str
-    """Of its first encoder; empty = the run's own corpus and checkpoint."""
+    """Name of its encoder; empty for the run's own corpus and checkpoint."""
     config: Config
-    """Of its classification; `inputs` names the corpus and the checkpoint."""
+    """Config of its classification; `inputs` has the corpus and the checkpoint."""
     classification: str
-    """URI."""
+    """URI of its classification."""
     paths: ArtifactPaths
-    """Of the parts that this comparison makes of it."""
+    """Paths of its corpus, checkpoint and intermediate results."""
 
     @property
     def encoders(self) -> list[str]:
-        """Names by which `registry.load` knows them."""
+        """Names of its encoders for `registry.load`."""
         return registry.of_encoders(self.config.classify.models, registry.HEADS)
 
     @property
     def trained(self) -> dict[str, ArtifactPaths]:
-        """Trained encoders by their names in the tables."""
+        """Trained encoders: name in the tables to paths."""
         others = registry.named(self.config.classify)
         uris = {registry.CHECKPOINT: self.paths.checkpoint} | others
         return {self.space_name(name): replace(self.paths, checkpoint=uri) for name, uri in uris.items()}
 
     @cached_property
     def shifts(self) -> list[Shift]:
-        """`select_shifts` among its cells."""
+        """The shifts of `compare.shifts` among the cells of its corpus.
+
+        Raises:
+            UserError: A shift cannot be used (`select_shifts`).
+        """
         return select_shifts(self.config, Corpus(self.paths.corpus).obs())
 
     def space_name(self, encoder: str) -> str:
-        """An encoder's name in the tables."""
+        """Name of an encoder or space in the tables."""
         if not self.name or encoder in (self.name, intermediates.EXPRESSION):
             return registry.called(encoder)
         return f"{self.name}_{encoder}" if encoder and encoder != registry.called("") else self.name
 
     def model_name(self, name: str) -> str:
-        """A model's name in the tables."""
+        """Name of a model in the tables."""
         head, encoder = registry.parse(name)
         if name in BASELINES or not self.name:
             return name
@@ -68,17 +72,17 @@ class EncoderSet:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonContext:
-    """What the parts of a comparison work on."""
+    """What every part of a comparison gets."""
 
     config: Config
     uri: str
-    """The artifact's folder."""
+    """URI of the comparison."""
     encoder_sets: tuple[EncoderSet, ...]
-    """The run's own first."""
+    """The run's own set is first."""
 
 
 def encoder_sets(config: Config, uri: str) -> tuple[EncoderSet, ...]:
-    """The run's corpus with every encoder of its vocabulary, then one encoder_set for each encoder with a corpus of its own.
+    """The run's corpus with all encoders of its vocabulary, then one set for each encoder with a corpus of its own.
 
     Raises:
         UserError: A name or a checkpoint of `compare.encoders` cannot be used.
@@ -96,7 +100,7 @@ def encoder_sets(config: Config, uri: str) -> tuple[EncoderSet, ...]:
     found = [_encoder_set(config, uri, "", own, same)]
     if config.inputs.classification:
         found = [replace(found[0], classification=config.inputs.classification)]
-    elif _has(there := files.join(config.output, "classify"), found[0]):
+    elif _is_sufficient(there := files.join(config.output, "classify"), found[0]):
         found = [replace(found[0], classification=there)]
     return (
         *found,
@@ -105,6 +109,7 @@ def encoder_sets(config: Config, uri: str) -> tuple[EncoderSet, ...]:
 
 
 def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, encoders: Mapping[str, str]) -> EncoderSet:
+    """A set whose classification, with splits between species only, is made in `folder`."""
     names = registry.named(replace(config.classify, encoders=encoders))
     heads = [
         f"{head}@{encoder}".rstrip("@")
@@ -121,8 +126,8 @@ def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, encoder
     return EncoderSet(name=name, config=run, classification=files.join(folder, "classify"), paths=paths)
 
 
-def _has(uri: str, encoder_set: EncoderSet) -> bool:
-    """Whether a finished classification there has everything that a encoder_set's would, of the same cells."""
+def _is_sufficient(uri: str, encoder_set: EncoderSet) -> bool:
+    """Whether a finished classification at `uri` has the models and encoders of the set, on the same cells."""
     there, run = artifacts.find(uri), encoder_set.config
     if there is None or "species" not in there.config["asked"]["splits"]:
         return False
@@ -137,11 +142,12 @@ def _has(uri: str, encoder_set: EncoderSet) -> bool:
 
 
 def read_classification(encoder_set: EncoderSet, name: str) -> pd.DataFrame:
+    """A table of the set's classification."""
     return tables.read_table(files.join(encoder_set.classification, f"{name}.parquet")).to_pandas()
 
 
 def donors_of(encoder_set: EncoderSet, obs: pd.DataFrame) -> Names:
-    """The donor of every row of `obs`."""
+    """Donor of every row of `obs`, (N,); `labels.UNKNOWN` where it is not given."""
     settings = encoder_set.config.classify
     if settings.donor not in obs:
         return np.full(len(obs), UNKNOWN)

@@ -1,4 +1,9 @@
-"""Moved here from mixgf/conserved.py."""
+"""Overlap of the neighbourhoods of orthologs in two species.
+
+The neighbours of a gene are its nearest genes by cosine: of token vectors of an encoder, or of its responses to perturbations.
+
+Letters: G pairs of orthologs, D width, K neighbours, V token ids.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +35,14 @@ from mixgf.storage import files
 from mixgf.storage.tables import read_table
 
 TIE = np.float32(1e-6)
-"""Cosines nearer than this are as good as equal."""
-
-
-# networks
+"""Cosines that differ by less are treated as equal."""
 
 
 def neighbours(vectors_GD: NDArray[np.floating], k: int, rng: np.random.Generator, *, block: int = 1024) -> Ints:
     """The `k` nearest other genes of every gene by cosine, (G, K), in no order.
 
-    Equally near ones (profiles with nothing in common) are drawn: taken by number they would be the same in two species.
+    Ties (profiles without common entries) are broken at random. Broken by position they would agree between species by
+    construction.
     """
     unit = vectors_GD / np.maximum(np.linalg.norm(vectors_GD, axis=1, keepdims=True), 1e-12)
     found = np.empty((len(unit), k), dtype=np.int64)
@@ -53,18 +56,18 @@ def neighbours(vectors_GD: NDArray[np.floating], k: int, rng: np.random.Generato
 
 
 def adjacency(neighbours_GK: Ints) -> NDArray[np.bool_]:
-    """Whether a gene is among another's neighbours, (G, G)."""
+    """Whether a gene (column) is a neighbour of another (row), (G, G)."""
     out_GG = np.zeros((len(neighbours_GK),) * 2, dtype=bool)
     np.put_along_axis(out_GG, neighbours_GK, values=True, axis=1)
     return out_GG
 
 
 def shared_neighbours(near_GG: NDArray[np.bool_], other_GK: Ints, place_G: Ints) -> Float64s:
-    """Share of each gene's neighbours in the first species whose orthologs are neighbours in the second, (G,).
+    """Share of each gene's neighbours in the first species whose orthologs are its neighbours in the second, (G,).
 
-    `place_G` says which gene of the second is taken for the ortholog of each of the first (a permutation).
+    `place_G` is the position in the second species of the ortholog of each gene of the first (a permutation).
     """
-    back_G = np.argsort(place_G)  # names of the second species' genes
+    back_G = np.argsort(place_G)  # position in the first species of each gene of the second
     return near_GG[np.arange(len(near_GG))[:, None], back_G[other_GK[place_G]]].mean(axis=1)
 
 
@@ -77,10 +80,10 @@ def overlap(
     num: int,
     rng: np.random.Generator,
 ) -> dict[str, object]:
-    """How much of the neighbourhoods of orthologs is the same: mean share of `k`, Jaccard, interval, and the matched null.
+    """Overlap of the neighbourhoods of orthologs: mean share of the `k` neighbours, mean Jaccard index, interval, and matched null.
 
-    The interval is a bootstrap over genes (which share neighbours, so it is somewhat narrow). The null exchanges orthologs among
-    genes of like `features_GF` (how frequent they are in either species), as like as `BIN` to twice as many genes can be.
+    The interval is a bootstrap over genes. Genes share neighbours, so it is somewhat too narrow. The null permutes orthologs among
+    genes with similar `features_GF` (`matched_null.similar_gene_bins`).
     """
     ours_GK, theirs_GK = (neighbours(v, k, rng) for v in (one_GD, other_GD))
     own, bins_G, near_GG = np.arange(len(one_GD)), similar_gene_bins(features_GF), adjacency(ours_GK)
@@ -96,9 +99,9 @@ def overlap(
 
 
 def profiles(matrix: pd.DataFrame, operation: str) -> pd.DataFrame:
-    """Perturbed genes by what is specific in the responses of other genes (`responses.specific`), 0 where that is not known.
+    """Perturbed genes (rows) by specific responses of other genes (columns; `gene_responses.specific`), 0 where not measured.
 
-    Genes of which nothing specific is known are left out.
+    Genes without any specific response are left out.
     """
     found = gene_responses.specific(matrix[matrix["operation"] == operation])
     frame = pd.DataFrame({c: found[c].astype(str) for c in ("gene", "responding")}).assign(excess=found["excess"])
@@ -109,27 +112,25 @@ def profiles(matrix: pd.DataFrame, operation: str) -> pd.DataFrame:
 def align_orthologs(
     one: pd.DataFrame, other: pd.DataFrame, partners: Mapping[str, str]
 ) -> tuple[Float64s, Float64s, list[str]]:
-    """Rows of both frames (indexed by gene) that are orthologs, in one order, and the first species' genes."""
+    """Rows of both frames (indexed by gene) for genes with an ortholog in the other, in the same order, and the first species' genes."""
     there = set(other.index)
     genes = [g for g in one.index if partners.get(g) in there]
     return one.loc[genes].to_numpy(float), other.loc[[partners[g] for g in genes]].to_numpy(float), genes
 
 
-# from artifacts
-
 SAMPLE = 2000
-"""Cells of a species by which a gene's frequency is judged."""
+"""Cells of a species in which the frequency of genes is counted."""
 MIN_FREQUENCY = 0.01
-"""Genes in fewer of these cells have hardly been trained."""
+"""Share of these cells that a gene must be in; vectors of rarer genes are hardly trained."""
 RESAMPLED = 200
-"""Exchanges and bootstrap draws of a network."""
+"""Permutations and bootstrap draws of a network."""
 
 
 def networks(config: Config, encoders: Mapping[str, ArtifactPaths]) -> dict[str, pd.DataFrame]:
-    """Table `networks`: overlap of orthologs' neighbourhoods by pair of species and space (`overlap`), or `why` there is none.
+    """Table `networks`: `overlap` by pair of species and space, or the reason `why` it is missing.
 
-    Spaces: the token vectors of every trained encoder, and the responses that the perturbations of `compare.responses` measured
-    (`perturb.response`). None with `compare.neighbours` = 0.
+    Spaces are the token vectors of every trained encoder, and the responses that the perturbations of `compare.responses`
+    measured (`perturb.response`). No table with `compare.neighbours` = 0.
     """
     if not config.compare.neighbours:
         return {}
@@ -153,7 +154,7 @@ def networks(config: Config, encoders: Mapping[str, ArtifactPaths]) -> dict[str,
 def _of_tokens(
     config: Config, encoder: str, corpus: Corpus, vectors_VD: NDArray[np.floating], often: dict[str, Float64s]
 ) -> dict[str, object]:
-    """The row of an encoder's token vectors and two species, by the share of their cells that hold each gene."""
+    """The row of an encoder's token vectors and two species. `often` has the share of cells with each gene, by species."""
     one, other = often
     partners, space = ortholog_partners(config, one, other), f"{encoder}: token vectors"
     if _shared_ids(corpus, one, other, partners):
@@ -162,7 +163,7 @@ def _of_tokens(
             "first": one,
             "second": other,
             "num_genes": 0,
-            "why": "orthologs share an id, and so a vector",
+            "why": "orthologs share a token id, and so a vector",
         }
     first, second = (_vectors(corpus, s, vectors_VD, often[s]) for s in often)
     share = [dict(zip(corpus.vocabulary.species_genes(s).genes, often[s], strict=True)) for s in often]
@@ -172,7 +173,7 @@ def _of_tokens(
 
 
 def _of_responses(config: Config) -> list[dict[str, object]]:
-    """The rows of the response matrices of `compare.responses`, by operation."""
+    """The rows of the response matrices of `compare.responses`, one per operation."""
     both, uris = load_perturbations(config), config.compare.responses
     if not both:
         return []
@@ -197,7 +198,7 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
         )
         row = _row(config, f"responses to {operation}", (one, other), (a, b), features)
         if row["why"]:
-            few = f"known is what {gene_responses.MIN_CELLS} cells show in which the responding gene kept its place: perturb more cells (perturb.max_cells)"
+            few = f"a response needs {gene_responses.MIN_CELLS} cells in which the responding gene keeps its rank: perturb more cells (perturb.max_cells)"
             row["why"] = f"{row['why']}; {few}"
         rows.append(row)
     return rows
@@ -206,11 +207,11 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
 def _row(
     config: Config, space: str, names: tuple[str, str], vectors: tuple[Float64s, Float64s], features_GF: Float64s
 ) -> dict[str, object]:
-    """The row of one space; why there is none where too few orthologs are in it."""
+    """The row of one space; with too few orthologs it has the reason only."""
     num = len(features_GF)
     row: dict[str, object] = {"space": space, "first": names[0], "second": names[1], "num_genes": num, "why": ""}
     if num < MIN_PAIRS:
-        return row | {"why": f"{num} orthologs are known in both species, {MIN_PAIRS} are needed"}
+        return row | {"why": f"{num} orthologs have vectors in both species, {MIN_PAIRS} are needed"}
     rng = np.random.default_rng([config.seed, num, 96])
     k = min(config.compare.neighbours, num // 5)
     return row | overlap(*vectors, features_GF, k=k, num=RESAMPLED, rng=rng)
@@ -224,7 +225,7 @@ def _shared_ids(corpus: Corpus, one: str, other: str, partners: Mapping[str, str
 
 
 def _frequency(corpus: Corpus, name: str, seed: int) -> Float64s:
-    """Share of a species' cells (of a sample) whose sentences hold each of its genes, in the vocabulary's order."""
+    """Share of a sample of a species' cells with each of its genes in the sentence, in the order of the vocabulary, (G,)."""
     cells = np.flatnonzero(corpus.species_N == corpus.species.index(name))
     if not len(cells):
         return np.zeros(len(corpus.vocabulary.species_genes(name).tokens))

@@ -1,4 +1,7 @@
-"""Null distribution for orthologs: exchange them among genes of similar rank, coverage or frequency."""
+"""Null distribution for a similarity of orthologs: permute them among genes of similar rank, coverage or frequency.
+
+Letters: G pairs of orthologs, F features.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from scipy import stats as scipy_stats
 from mixgf.arrays import Float64s, Ints
 
 BIN = 8
-"""Fewest genes that exchange paths."""
+"""Fewest genes in a bin."""
 
 MIN_PAIRS = 2 * BIN
-"""Fewest pairs of orthologs of which anything is said."""
+"""Fewest pairs of orthologs for which a result is reported."""
 
 
 def similar_gene_bins(features_GF: Float64s, size: int = BIN) -> Ints:
-    """Bins of genes that are alike: halves by one feature after the other, while both halves hold `size` genes."""
+    """Number of each gene's bin, (G,): genes are halved by one feature after the other while both halves have `size` genes."""
     ranks = np.stack([scipy_stats.rankdata(column, method="ordinal") for column in features_GF.T], axis=1)
     open_, done = [(np.arange(len(ranks)), 0)], []
     while open_:
@@ -34,7 +37,7 @@ def similar_gene_bins(features_GF: Float64s, size: int = BIN) -> Ints:
 
 
 def permute_within_bins(bins_G: Ints, rng: np.random.Generator) -> Ints:
-    """A random exchange of places within bins, (G,)."""
+    """A random permutation of the genes within their bins, (G,)."""
     order = np.lexsort((rng.random(len(bins_G)), bins_G))
     out_G = np.empty(len(bins_G), dtype=np.int64)
     out_G[np.argsort(bins_G, kind="stable")] = order
@@ -42,15 +45,16 @@ def permute_within_bins(bins_G: Ints, rng: np.random.Generator) -> Ints:
 
 
 def quantile_interval(draws: list[float]) -> tuple[float, float]:
+    """95 % interval by quantiles of the draws; NaN where all draws are NaN."""
     low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else (np.nan, np.nan)
     return float(low), float(high)
 
 
 def rank_sums(features: Sequence[Sequence[Float64s]]) -> Float64s:
-    """Features of both species as one, (G, F): sums of a gene's paths."""
+    """Features of both species as one, (G, F): sums over species of the rank of each gene."""
     return np.stack([sum(map(scipy_stats.rankdata, both)) for both in features], axis=1)
 
 
 def permutation_p(value: float, nulls: list[float]) -> float:
-    """How often nothing gives as much, the value itself counted; NaN where there is no value."""
+    """One-sided p: share of null values at least as high, the value itself counted; NaN for a value of NaN."""
     return (1 + sum(n >= value for n in nulls)) / (1 + len(nulls)) if np.isfinite(value) else float("nan")

@@ -1,12 +1,15 @@
-"""Which shift of one species is like which shift of another: model matching (paper section 3.4, spec section 10).
+"""Similarity of shifts between species: which shift of one species resembles which of the other (paper section 3.4).
 
-A shift is the difference of the mean vectors of two conditions of one species, taken within strata (cell types, donors) and
-averaged over them, so that a change of composition is no shift. What is added to every cell of a species cancels in it; the
-cosine of two shifts of different species asks the rest. A cosine is weighed in three ways: against permuted condition
-labels (is there a shift in either species at all?), against the same shift in the two halves of its cells (how large a
-cosine could be), and against the other pairs (is this one like that one more than like the others?). Only the last is
-about the match: any two real shifts that share a nuisance, such as sequencing depth, have a cosine that no permutation of
-cells explains.
+A shift is the difference of the mean vectors of two conditions of one species. It is taken within strata (cell types, donors)
+and averaged over them, so a change of composition is not a shift. Offsets between species cancel in the difference. The cosine
+of two shifts of different species is evaluated in three ways:
+
+- against permuted condition labels: is there a shift in each species at all?
+- against the cosine of the same shift in two halves of its cells (reliability): how large can a cosine be?
+- against the other pairs: is this pair more similar than the others?
+
+Only the third shows a match. Two real shifts that share a nuisance, such as a change of sequencing depth, also have a cosine
+that permuted labels do not explain.
 
 Shapes: N cells of a shift, D width, S strata, K and M shifts of two species, R draws.
 """
@@ -26,10 +29,11 @@ from mixgf.arrays import Bools, Floats, Ints
 from mixgf.stats import donors
 
 NUM_RESAMPLES = 200
-"""Draws of an interval."""
+"""Bootstrap draws of an interval."""
 NUM_HALVES = 20
-"""Divisions into halves of which a shift's reliability is the mean."""
+"""Random divisions into halves over which a reliability is averaged."""
 LEVEL = 0.05
+"""One less the coverage of intervals."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,21 +42,21 @@ class Shift:
 
     name: str
     tag: str
-    """Shifts of one tag are expected to be alike; empty = nothing is expected."""
+    """Shifts with the same tag are expected to match; empty: no expectation."""
     species: str
     rows_N: Ints
-    """Of the vectors."""
+    """Rows of the vectors."""
     after_N: Bools
     """Whether a cell is of the second condition."""
     strata_N: Ints
-    """Differences are taken within strata, each of which has cells of both conditions."""
+    """Number of each cell's stratum. Every stratum has cells of both conditions."""
 
 
 def contrast_weights(after_N: Bools, strata_N: Ints) -> Floats:
-    """Weights (N,) whose sum with the vectors is the shift: within each stratum mean after - mean before.
+    """Weights (N,) of the cells, so that weights @ vectors is the shift: mean after less mean before, within strata.
 
-    Strata count by ab / (a + b), a cells before and b after, so that large balanced ones count most (the estimate of least
-    variance where cells vary alike; that of a regression on condition and stratum).
+    A stratum with a cells before and b after has weight ab / (a + b). This is the estimate of a regression on condition and
+    stratum; it has the least variance if all cells have the same variance.
     """
     out_N = np.zeros(len(after_N))
     total = 0.0
@@ -67,7 +71,7 @@ def contrast_weights(after_N: Bools, strata_N: Ints) -> Floats:
 
 
 def permuted_weights(weights_N: Floats, strata_N: Ints, num: int, rng: np.random.Generator) -> Floats:
-    """Weights (R, N) of shifts whose condition labels are exchanged within each stratum."""
+    """Weights (R, N) of shifts with condition labels permuted within each stratum."""
     out_RN = np.tile(weights_N, (num, 1))
     for stratum in np.unique(strata_N):
         mine = np.flatnonzero(strata_N == stratum)
@@ -84,7 +88,7 @@ def bootstrap_weights(weights_N: Floats, after_N: Bools, strata_N: Ints, num: in
 
 
 def half_weights(after_N: Bools, strata_N: Ints, rng: np.random.Generator) -> tuple[Floats, Floats] | None:
-    """Weights of the same shift in two random halves of its cells; None where no stratum has two cells on either side."""
+    """Weights (N,) of the shift in two random halves of its cells; None if no stratum has two cells of each condition."""
     first_N = np.zeros(len(after_N), dtype=bool)
     for mine in _sides(after_N, strata_N):
         first_N[rng.permutation(mine)[: (len(mine) + int(rng.integers(2))) // 2]] = True
@@ -101,6 +105,7 @@ def half_weights(after_N: Bools, strata_N: Ints, rng: np.random.Generator) -> tu
 
 
 def _sides(after_N: Bools, strata_N: Ints) -> Iterator[Ints]:
+    """Cells of every stratum and condition."""
     for stratum in np.unique(strata_N):
         for side in (False, True):
             mine = np.flatnonzero((strata_N == stratum) & (after_N == side))
@@ -109,7 +114,7 @@ def _sides(after_N: Bools, strata_N: Ints) -> Iterator[Ints]:
 
 
 def smallest_p(after_N: Bools, strata_N: Ints, num: int) -> float:
-    """The smallest p-value that `num` permutations can give: 1 / (num + 1), or 1 / the number of labellings if these are fewer."""
+    """The smallest p-value that `num` permutations can give: 1 / (num + 1), or 1 / the number of possible labellings, if larger."""
     logs = 0.0
     for stratum in np.unique(strata_N):
         mine = after_N[strata_N == stratum]
@@ -119,7 +124,7 @@ def smallest_p(after_N: Bools, strata_N: Ints, num: int) -> float:
 
 
 def cosines(first_KD: Floats, second_MD: Floats, seen_KD: Bools | None = None, seen_MD: Bools | None = None) -> Floats:
-    """Cosines of every row with every other (K, M), over the columns that both rows have seen; 0 where a row is 0."""
+    """Cosines of every row with every other (K, M), over the columns that both rows use; 0 where a row is 0."""
     if seen_KD is None or seen_MD is None:
         seen_KD, seen_MD = (np.ones_like(rows, dtype=bool) for rows in (first_KD, second_MD))
     a_KD, b_MD = first_KD * seen_KD, second_MD * seen_MD
@@ -132,14 +137,14 @@ def cosines(first_KD: Floats, second_MD: Floats, seen_KD: Bools | None = None, s
 def match(
     shifts: Sequence[Shift], vectors_ND: Floats, *, num_permutations: int, seed: int, seen_KD: Bools | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every shift of one species against every shift of another, in one space.
+    """Compare every shift of one species with every shift of another, in one space.
 
     Args:
-        shifts: Of two species or more.
-        vectors_ND: Of all cells; `Shift.rows_N` says which are a shift's.
-        num_permutations: R.
-        seed: Of the draws.
-        seen_KD: Columns that count for each shift, such as genes that its cells have; None = all.
+        shifts: Shifts of two species or more.
+        vectors_ND: Vectors of all cells; `Shift.rows_N` are the rows of a shift.
+        num_permutations: Number of permutations R.
+        seed: Seed of permutations and draws.
+        seen_KD: Columns that are used for each shift, such as genes that its cells express; None = all.
 
     Returns:
         `pairs`: species, shift, other_species, other_shift, same_tag, cosine with its 95 % interval (cells drawn anew within stratum and
@@ -166,9 +171,31 @@ def match(
         null_RK = cosines(null_RD, found_KD, np.broadcast_to(seen[k], null_RD.shape), seen)
         p_KK[k] = (1 + (null_RK >= cosine_KK[k] - 1e-9).sum(0)) / (num_permutations + 1)
     least = [smallest_p(s.after_N, s.strata_N, num_permutations) for s in shifts]
+    pairs = _pairs(shifts, drawn, cosine_KK=cosine_KK, p_KK=p_KK, least=least, seen_KD=seen)
+    of_shifts = [
+        {"shift": s.name, "tag": s.tag, "species": s.species, "num_before": int((~s.after_N).sum()),
+         "num_after": int(s.after_N.sum()), "num_strata": len(np.unique(s.strata_N)), "size": float(np.linalg.norm(found_KD[k])),
+         "reliability": _reliability(s, cells[k], seen[k], rng), "smallest_p": least[k]}
+        for k, s in enumerate(shifts)
+    ]  # fmt: skip
+    return pairs, pd.DataFrame(of_shifts)
+
+
+def _pairs(
+    shifts: Sequence[Shift],
+    drawn: Sequence[Floats],
+    *,
+    cosine_KK: Floats,
+    p_KK: Floats,
+    least: Sequence[float],
+    seen_KD: Bools,
+) -> pd.DataFrame:
+    """The table `pairs` of `match`. `drawn` has bootstrap draws (R, D) of each shift, `least` its smallest p."""
     rows = []
-    for i, j in [(i, j) for i in range(num) for j in range(num) if shifts[i].species < shifts[j].species]:
-        one_RD, two_RD = (drawn[k] * (seen[i] & seen[j]) for k in (i, j))
+    for i, j in [
+        (i, j) for i in range(len(shifts)) for j in range(len(shifts)) if shifts[i].species < shifts[j].species
+    ]:
+        one_RD, two_RD = (drawn[k] * (seen_KD[i] & seen_KD[j]) for k in (i, j))
         lengths_R = np.linalg.norm(one_RD, axis=1) * np.linalg.norm(two_RD, axis=1)
         low, high = np.quantile((one_RD * two_RD).sum(1) / np.maximum(lengths_R, 1e-12), [LEVEL / 2, 1 - LEVEL / 2])
         rows.append({
@@ -185,17 +212,11 @@ def match(
         back = pairs.groupby(["other_species", "other_shift", "species"])["cosine"].rank(ascending=False, method="min")
         pairs["place"], pairs["place_back"] = place.astype(int), back.astype(int)
         pairs["best"] = (place == 1) & (back == 1)
-    of_shifts = [
-        {"shift": s.name, "tag": s.tag, "species": s.species, "num_before": int((~s.after_N).sum()),
-         "num_after": int(s.after_N.sum()), "num_strata": len(np.unique(s.strata_N)), "size": float(np.linalg.norm(found_KD[k])),
-         "reliability": _reliability(s, cells[k], seen[k], rng), "smallest_p": least[k]}
-        for k, s in enumerate(shifts)
-    ]  # fmt: skip
-    return pairs, pd.DataFrame(of_shifts)
+    return pairs
 
 
 def _reliability(shift: Shift, vectors_ND: Floats, seen_D: Bools, rng: np.random.Generator) -> float:
-    """Mean cosine of a shift in two random halves of its cells; NaN where there are no halves."""
+    """Mean cosine of a shift between two random halves of its cells; NaN where it cannot be halved."""
     found = []
     for _ in range(NUM_HALVES):
         pair = half_weights(shift.after_N, shift.strata_N, rng)
@@ -206,11 +227,16 @@ def _reliability(shift: Shift, vectors_ND: Floats, seen_D: Bools, rng: np.random
 
 
 def tag_agreement(pairs: pd.DataFrame, *, num_permutations: int, seed: int) -> pd.DataFrame:
-    """Whether pairs of one tag are more alike than pairs of different tags, tag by tag and for `all` tags together.
+    """Whether pairs of one tag have higher cosines than pairs of two tags, for each tag and for `all` tags together.
 
-    Pairs without a tag on both sides take no part. `auroc`: chance that a pair of the tag has a higher cosine than a pair of
-    two tags, one of which is the tag. Its p exchanges the tags among the shifts of the second species, whole shifts at a time; with few shifts
-    few exchanges differ, and `smallest_p` is the share of those that leave the tags as they are.
+    Pairs in which a shift has no tag are left out. `auroc` is the probability that a pair of the tag has a higher cosine than a
+    pair of two tags, one of which is the tag. `p` permutes the tags among the shifts of the second species. With few shifts few
+    permutations differ: `smallest_p` is the share of permutations that leave the tags unchanged.
+
+    Args:
+        pairs: Result of `match`.
+        num_permutations: Number of permutations R.
+        seed: Seed of the permutations.
     """
     known = pairs[(pairs["tag"] != "") & (pairs["other_tag"] != "")]
     columns = ["tag", "num_pairs", "num_others", "cosine", "cosine_others", "auroc", "p", "smallest_p"]
@@ -238,7 +264,7 @@ def tag_agreement(pairs: pd.DataFrame, *, num_permutations: int, seed: int) -> p
 
 
 def _kinds(tags_K: npt.NDArray[np.str_], tags_M: npt.NDArray[np.str_], tag: str) -> tuple[Bools, Bools]:
-    """Pairs of the tag (or of any one tag), and pairs of two tags of which one is the tag (or of any two)."""
+    """Which pairs (K, M) are of the tag, and which are of two tags, one of them the tag; for `all`: of any one, of any two."""
     same_KM = tags_K[:, None] == tags_M[None, :]
     if tag == "all":
         return same_KM, ~same_KM

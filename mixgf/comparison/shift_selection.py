@@ -1,4 +1,4 @@
-"""The shifts of `compare.shifts`: which cells are before, which after, and within which strata they are compared."""
+"""The cells of the shifts in `compare.shifts`: the two conditions, and the strata within which they are compared."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mixgf.corpus import obs_query
 from mixgf.errors import UserError
 
 MIN_STRATUM = 3
-"""Fewest cells of either condition of a stratum that takes part in a shift."""
+"""Fewest cells of each condition in a stratum that is used."""
 
 
 def select_shifts(config: Config, obs: pd.DataFrame) -> list[Shift]:
-    """The shifts that are asked for, as rows of `obs` (all cells of a corpus).
+    """The shifts of `compare.shifts`, as rows of `obs` (all cells of a corpus).
 
     Raises:
         UserError: An expression chooses nothing, cells of two species, or cells of both conditions; a condition is too small; or all
@@ -62,7 +62,7 @@ def select_shifts(config: Config, obs: pd.DataFrame) -> list[Shift]:
 
 
 def _conditions(config: Config, one: ShiftSpec, obs: pd.DataFrame, names: Names) -> tuple[str, Ints, Bools]:
-    """Species of a shift, rows of both conditions, and which of them are of the second."""
+    """Species of a shift, rows of both conditions (N,), and which of them are of the second condition (N,)."""
     field = f"compare.shifts: {one.name}"
     before = obs_query.select_cells(obs, one.before, field)
     if one.after is None:
@@ -80,13 +80,13 @@ def _conditions(config: Config, one: ShiftSpec, obs: pd.DataFrame, names: Names)
 
 
 def _text(config: Config, obs: pd.DataFrame, rows: Ints, columns: Sequence[str]) -> Names:
-    """Values of some columns as one text a row."""
+    """Values of some columns joined to one text per row."""
     texts = [names_of(obs[c].iloc[rows].tolist(), unknown=config.classify.unlabelled) for c in columns]
     return np.array([" / ".join(row) for row in zip(*texts, strict=True)] or [""] * len(rows), dtype=np.str_)
 
 
 def _shift(config: Config, one: ShiftSpec, species: str, names: Names, after_N: Bools, strata: Names) -> Shift | None:  # noqa: PLR0917 (columns)
-    """At most `shift_cells` cells of either condition, in strata that have both; None where too few are left."""
+    """A shift with at most `shift_cells` cells of each condition, in strata that have both; None if too few cells are left."""
     settings = config.compare
     kinds, stratum_N = np.unique(strata, return_inverse=True)
     sizes = np.stack([np.bincount(stratum_N[after_N == side], minlength=len(kinds)) for side in (False, True)])
@@ -106,5 +106,5 @@ def _shift(config: Config, one: ShiftSpec, species: str, names: Names, after_N: 
 
 
 def cells_of(shifts: Sequence[Shift]) -> Ints:
-    """All cells of some shifts, ascending."""
+    """All cells of some shifts, each once, ascending."""
     return np.unique(np.concatenate([s.rows_N for s in shifts])) if shifts else np.empty(0, dtype=np.int64)

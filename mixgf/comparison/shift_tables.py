@@ -1,9 +1,4 @@
-"""Tables of `mixgf compare`: transfer between species and what fails in it, corresponding types in each space, matched shifts.
-
-Transfer and spaces are read from a classification of the same cells (`mixgf.evaluation`, `mixgf.integration`), never worked out
-again. An encoder of another vocabulary has a corpus and a classification of its own, a `EncoderSet`; tables hold all encoder_sets, and
-an encoder's name says which is which.
-"""
+"""Tables of matched shifts, in every space: encoders, expression, and ranks of one-to-one orthologs."""
 
 from __future__ import annotations
 
@@ -26,11 +21,11 @@ from mixgf.corpus.reader import Corpus
 RANKS = "ranks"
 """The space of within-cell rank scores of one-to-one orthologs."""
 MIN_DETECTED = 0.01
-"""Genes in a smaller share of a shift's cells do not count in spaces of genes."""
+"""Share of a shift's cells that must express a gene; rarer genes are left out for that shift."""
 
 
 def cell_table(encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints) -> Labelled:
-    """Cells as `parts.counts_of` wants them."""
+    """Cells in the form that `intermediates.counts_of` takes, without labels."""
     few = obs.iloc[cells]
     none = np.full(len(few), UNKNOWN)
     return Labelled(
@@ -40,7 +35,7 @@ def cell_table(encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints) -> Label
 
 
 def match_shifts(context: ComparisonContext) -> dict[str, pd.DataFrame]:
-    """`pairs`, `shifts` and `together` (`mixgf.matching`) in every space: each encoder, expression and ranks of one-to-one orthologs."""
+    """Tables `pairs`, `shifts` (`shift_matching.match`) and `together` (`shift_matching.tag_agreement`) of all spaces."""
     found: dict[str, list[pd.DataFrame]] = {"pairs": [], "shifts": [], "together": []}
     if not context.config.compare.shifts:
         return {}
@@ -65,7 +60,7 @@ def match_shifts(context: ComparisonContext) -> dict[str, pd.DataFrame]:
 def _spaces(
     context: ComparisonContext, encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints, shifts: Sequence[Shift]
 ) -> Iterator[tuple[str, Floats, Bools | None]]:
-    """Name, vectors (N, D) and columns that count for each shift, space by space."""
+    """Name, vectors (N, D), and columns used for each shift (K, D; None = all), space by space."""
     for encoder in encoder_set.encoders:
         yield encoder_set.space_name(encoder), intermediates.vectors(encoder_set.paths, encoder, cells), None
     if encoder_set.name or not context.config.compare.controls:
@@ -83,7 +78,7 @@ def _spaces(
 def _about(
     encoder_set: EncoderSet, obs: pd.DataFrame, lengths_N: npt.NDArray[np.int32], shift: Shift
 ) -> dict[str, object]:
-    """What may explain a shift beside its name: donors of either side, and how much longer sentences get."""
+    """Possible confounders of a shift: donors of each condition, and the change of sentence length (log2)."""
     known = donors_of(encoder_set, obs.iloc[shift.rows_N])
     before, after = (set(known[shift.after_N == side].tolist()) - {UNKNOWN} for side in (False, True))
     weights_N = shift_matching.contrast_weights(shift.after_N, shift.strata_N)

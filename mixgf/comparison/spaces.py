@@ -1,4 +1,4 @@
-"""Moved here from mixgf/comparison.py."""
+"""Tables of embedding spaces: measures, maps, and distances between corresponding types."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, donors_
 from mixgf.corpus.reader import Corpus
 from mixgf.storage import files, tables
 
-# Spaces
-
 
 def spaces(context: ComparisonContext) -> dict[str, pd.DataFrame]:
-    """`integration`: measures of every space; `maps`: two coordinates of every cell with its donor; `corresponding`: types of both species."""
+    """Tables of all spaces, from the classifications.
+
+    `integration` has the measures, `maps` the coordinates and donor of every cell, `corresponding` the types of both species.
+    """
     measures, maps, types = [], [], []
     for encoder_set in context.encoder_sets:
         table = read_classification(encoder_set, "integration")
@@ -37,7 +38,7 @@ def spaces(context: ComparisonContext) -> dict[str, pd.DataFrame]:
 
 
 def _drawn(encoder_set: EncoderSet, space: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors and map coordinates of a classification's sample in one space, in the order of its `maps`."""
+    """Vectors (N, D) and map coordinates (N, 2) of a classification's sample in one space, in the order of its `maps`."""
     folder = files.join(encoder_set.classification, "parts", "integration")
     names = [n for n in files.list_dir(folder) if n.rpartition("-")[0] == space]
     sizes = [int(n.rpartition("-")[2].removesuffix(".parquet")) for n in names]

@@ -1,4 +1,4 @@
-"""Moved here from mixgf/comparison.py."""
+"""Tables of label transfer between species: scores, and types for which it fails."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from mixgf.classification.baselines import BASELINES
 from mixgf.comparison.encoder_sets import ComparisonContext, read_classification
 
 FAILED = 0.5
-"""Recall below which a type is said to fail."""
+"""A type fails if its recall is below this."""
 FEW = 20
-"""Training cells below which a type's failure is put down to their number."""
-
-
-# Transfer, and what fails in it
+"""Below this number of training cells, the number is given as the reason of a failure."""
 
 
 def transfer(context: ComparisonContext) -> dict[str, pd.DataFrame]:
-    """`transfer`: scores of every model by task and direction; `failures`: every type of every direction, and into what it goes."""
+    """Tables `transfer` (scores by model, task and direction) and `failures` (see `failures`), from the classifications."""
     found: dict[str, list[pd.DataFrame]] = {"scores": [], "per_class": [], "confusion": []}
     for encoder_set in context.encoder_sets:
         for name, several in found.items():
@@ -36,18 +33,17 @@ def transfer(context: ComparisonContext) -> dict[str, pd.DataFrame]:
 
 
 def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
-    """Each type that is carried over: its recall, the type that most of the missed cells are called, and a first reason.
+    """Every transferred type: its recall, the type that most missed cells are predicted as, and a first reason for a failure.
 
     Args:
-        per_class: `results.tables`' one, of splits between species.
-        confusion: The same.
+        per_class: Table per_class of a classification, splits between species only.
+        confusion: Table confusion of the same.
 
     Returns:
-        group, direction, model, type, num_train, num_test, recall over all seeds with Wilson's 95 % interval (cells count as
-        independent, and once however many seeds test them), `into`
-        and `into_share` (of all cells of the type; empty and 0 where none is missed), `best_control` and
-        `control_f1` (the baseline with the highest F1 of this type; one that calls every cell so tells nothing), and `why`: in words,
-        empty unless it fails.
+        Columns group, direction, model, type, num_train, num_test; recall over all seeds, low and high (Wilson's 95 % interval; cells
+        count as independent, and once even if several seeds test them); `into` and `into_share`, the most frequent wrong type and
+        its share of all cells of the type (empty and 0 if no cell is missed); `best_control` and `control_f1`, the baseline with the
+        highest F1 of the type; and `why`, a reason in words, empty unless the type fails.
     """
     keys = ["group", "direction", "model"]
     right = confusion["true"] == confusion["predicted"]
@@ -85,13 +81,13 @@ def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
 
 
 def _why(model: str, recall: float, best: tuple[float, str], num_train: int) -> str:
-    """What the other models and the number of cells say about a type that fails."""
+    """A reason for a failure, from the number of training cells and the best baseline; empty if the type does not fail."""
     if recall >= FAILED:
         return ""
     if num_train < FEW:
         return f"only {num_train} training cells"
     if model in BASELINES or not best[1]:
-        return "not said: a control itself" if model in BASELINES else "not said: no control was scored"
+        return "unknown: this is a baseline" if model in BASELINES else "unknown: no baseline was scored"
     if best[0] >= FAILED:
-        return f"the genes tell it ({best[1]}: F1 {best[0]:.2f}), this model does not"
-    return f"every control fails too (best {best[1]}: F1 {best[0]:.2f}): labels, markers or states differ between the data sets"
+        return f"a baseline finds it ({best[1]}: F1 {best[0]:.2f}), this model does not"
+    return f"all baselines fail too (best {best[1]}: F1 {best[0]:.2f}): labels, markers or states may differ between the data sets"

@@ -36,13 +36,13 @@ def test_what_a_failed_type_is_called_and_why():
     )
     assert 0.017 < a["low"] < 0.019  # Wilson's interval of 1 in 10: .0179 to .4042
     assert 0.404 < a["high"] < 0.405
-    assert a["why"] == "the genes tell it (hvg_logreg: F1 0.78), this model does not"
+    assert a["why"] == "a baseline finds it (hvg_logreg: F1 0.78), this model does not"
     assert found.loc[("knn", "b"), "why"] == found.loc[("knn", "b"), "into"] == ""
     assert found.loc[("knn", "c"), "why"] == "only 5 training cells"
     twice = transfer.failures(per_class, pd.concat([confusion, confusion.assign(seed=1)])).set_index(["model", "type"])
     pd.testing.assert_frame_equal(twice, found)  # the same cells again are no more cells
     few = transfer.failures(per_class.assign(num_train=90), confusion).set_index(["model", "type"])
-    assert few.loc[("knn", "c"), "why"].startswith("every control fails too (best majority: F1 0.00)")
+    assert few.loc[("knn", "c"), "why"].startswith("all baselines fail too (best majority: F1 0.00)")
 
 
 def test_corresponding_types_by_hand():
