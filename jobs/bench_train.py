@@ -221,7 +221,7 @@ def _embeddings(row: training.Model, corpus: Corpus, *, quick: bool) -> list[Fig
 
 def _packing(corpus: Corpus) -> list[Figure]:
     """Tokens that padded batches of 8 would compute, by token that is there."""
-    made = batch_plan.packing(corpus.lengths_N, 8)
+    made = batch_plan.padding_ratios(corpus.lengths_N, 8)
     return [
         Figure(figure=f"tokens of padded batches of 8, {how} / packed", value=value, unit="tokens per token")
         for how, value in made.items()

@@ -20,7 +20,7 @@ from torch import Tensor
 from mixgf.config import training
 from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
-from mixgf.training.losses import nt_xent
+from mixgf.training.losses import simcse_loss
 from mixgf.training.pretraining import Pretraining
 
 Step = Callable[[], object]
@@ -81,7 +81,7 @@ def step(settings: Config, corpus: Corpus, number: int, *, attention_dropout: fl
         passes = [model(input_ids=inputs, attention_mask=real, output_hidden_states=True) for _ in range(2)]
         first, second = (out.hidden_states[-1][:, 0] for out in passes)
         mlm = F.cross_entropy(passes[0].logits.flatten(0, 1), labels.flatten())
-        (mlm + nt_xent(first, second, o.temperature)).backward()  # type: ignore[no-untyped-call]
+        (mlm + simcse_loss(first, second, o.temperature)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return run

@@ -37,7 +37,7 @@ from mixgf.errors import UserError
 from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS
 from mixgf.training import loop
-from mixgf.training.batch_plan import Plan
+from mixgf.training.batch_plan import BatchPlan
 from mixgf.training.context import Context, Group
 
 _HEAD_SITE = 1 << 20
@@ -277,7 +277,9 @@ def finetune(
     cells, labels = table.cells[trained], split.ids(table.labels[trained])
     of_cell = dict(zip(cells.tolist(), labels.tolist(), strict=True))
     lengths = sentences.lengths(cells)
-    plan = Plan(lengths, np.zeros(len(cells), dtype=np.int8), [len(cells)], seed=seed, batch_cells=settings.batch_cells)
+    plan = BatchPlan(
+        lengths, np.zeros(len(cells), dtype=np.int8), [len(cells)], seed=seed, batch_cells=settings.batch_cells
+    )
     epochs = max(settings.epochs, -(-settings.min_steps // plan.steps_per_epoch))
     num_steps = plan.steps_per_epoch * epochs
     optimisation = replace(

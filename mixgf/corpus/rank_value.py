@@ -14,6 +14,7 @@ the block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -90,103 +91,116 @@ def _sort(value: np.ndarray, token: np.ndarray, other_value: np.ndarray, other_t
         width *= 2
 
 
+class _RowRanks(NamedTuple):
+    """Ranks of all counts of some rows, and positions of the counts beyond the table of ranks."""
+
+    rank_K: np.ndarray
+    """int32: ranks, row after row."""
+    stop_K: np.ndarray
+    """int64: end of each row's ranks."""
+    large_L: np.ndarray
+    """int64: positions in `data` of counts above `TABLE_COUNTS`."""
+    stop_L: np.ndarray
+    """int64: end of each row's large counts."""
+
+
+class _GeneValues(NamedTuple):
+    """What tokens and values of counts follow from."""
+
+    position_G: np.ndarray
+    """int32: position of each column's gene in the species' genes, -1 = none."""
+    tokens_V: np.ndarray
+    """int32: token id of each gene of the species."""
+    medians_V: np.ndarray
+    """float64: median of each gene of the species."""
+    divide: int
+    """1: value = count / median; 0: count * median."""
+    rank_token: np.ndarray
+    """int32: token id by rank."""
+    rank_value: np.ndarray
+    """float64: value by rank, descending."""
+
+
 @jit
 def _look_up(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, start_N: np.ndarray, stop_N: np.ndarray, rank_P: np.ndarray, none: int,
-    rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray,
+    found: _RowRanks,
 ) -> None:  # fmt: skip
-    """Ranks of all counts of some rows (`none` for counts without a rank), and positions of counts beyond the table.
+    """Fill `found` with the ranks of rows [start, stop), `none` for counts without one.
 
-    Args:
-        data: counts.
-        indices: columns.
-        start_N: first entry of each row.
-        stop_N: end of each row's entries.
-        rank_P: table of ranks by count and column, flattened.
-        none: value for counts without a rank.
-        rank_K: output, ranks.
-        stop_K: output, end of each row's ranks.
-        large_L: output, positions in `data` of counts above `TABLE_COUNTS`.
-        stop_L: output, end of each row's large counts.
+    `rank_P` is the table of ranks by count and column, flattened.
     """
     num_columns, k, n = np.uint64(rank_P.shape[0] // (TABLE_COUNTS + 1)), 0, 0
     for row in range(start_N.shape[0]):
         for p in range(start_N[row], stop_N[row]):
             count = np.uint64(data[p])
             if count <= TABLE_COUNTS:
-                rank_K[k] = rank_P[count * num_columns + np.uint64(indices[p])]
+                found.rank_K[k] = rank_P[count * num_columns + np.uint64(indices[p])]
             else:
-                rank_K[k] = none
-                large_L[n] = p
+                found.rank_K[k] = none
+                found.large_L[n] = p
                 n += 1
             k += 1
-        stop_K[row], stop_L[row] = k, n
+        found.stop_K[row], found.stop_L[row] = k, n
 
 
 @jit
-def _write_sentences(  # noqa: PLR0912, PLR0917 (a compiled kernel)
-    data: np.ndarray, indices: np.ndarray, position_G: np.ndarray, tokens_V: np.ndarray, medians_V: np.ndarray, divide: int,
-    rank_K: np.ndarray, stop_K: np.ndarray, large_L: np.ndarray, stop_L: np.ndarray, rank_token: np.ndarray,
-    rank_value: np.ndarray, cls: int, most: int, out: np.ndarray, out_offsets: np.ndarray,
+def _end_before(  # noqa: PLR0917 (a compiled kernel)
+    rank_K: np.ndarray, start: int, stop: int, genes: _GeneValues, value: float, token: int
+) -> int:  # fmt: skip
+    """End of the sorted ranks from `start` that precede (value, token), by exponential, then binary search."""
+    upto, leap = start, 1
+    while upto < stop and _before(genes.rank_value[rank_K[upto]], genes.rank_token[rank_K[upto]], value, token):
+        upto, leap = upto + leap, 2 * leap
+    above = min(upto, stop)
+    upto = min(above, upto - (leap >> 1) + 1)
+    while upto < above:
+        middle = (upto + above) >> 1
+        if _before(genes.rank_value[rank_K[middle]], genes.rank_token[rank_K[middle]], value, token):
+            upto = middle + 1
+        else:
+            above = middle
+    return upto
+
+
+@jit
+def _write_sentences(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, rows: _RowRanks, genes: _GeneValues, cls: int, most: int, out: np.ndarray,
+    out_offsets: np.ndarray,
 ) -> None:  # fmt: skip
     """Write the sentences of rows whose ranks are sorted, and merge the large counts in.
 
-    Args:
-        data: counts.
-        indices: columns.
-        position_G: position of each column's gene in the species' genes, -1 = none.
-        tokens_V: token id of each gene of the species.
-        medians_V: median of each gene of the species.
-        divide: 1: value = count / median; 0: count * median.
-        rank_K: sorted ranks of each row, from `_look_up`.
-        stop_K: end of each row's ranks.
-        large_L: positions in `data` of counts beyond the table.
-        stop_L: end of each row's large counts.
-        rank_token: token id by rank.
-        rank_value: value by rank.
-        cls: id of <cls>, -1 = none.
-        most: most genes of a sentence.
-        out: output, tokens.
-        out_offsets: output, offsets of the sentences; the first is 0.
+    `cls` is the id of <cls>, -1 = none; `most` the most genes of a sentence; the first of `out_offsets` is 0.
     """
-    room, none = medians_V.shape[0], rank_token.shape[0]
+    rank_K, none = rows.rank_K, genes.rank_token.shape[0]
+    room = genes.medians_V.shape[0]
     value, token = np.empty(room, np.float64), np.empty(room, np.int32)
     other_value, other_token = np.empty(room, np.float64), np.empty(room, np.int32)
     n, next_k, next_l = out_offsets[0], 0, 0
-    for row in range(stop_K.shape[0]):
-        done, k = next_k, stop_K[row]
+    for row in range(rows.stop_K.shape[0]):
+        done, k = next_k, rows.stop_K[row]
         next_k = k
         while k > done and rank_K[k - 1] == none:
             k -= 1
         num_large = 0
-        for at in range(next_l, stop_L[row]):
-            p = large_L[at]
-            position = position_G[indices[p]]
+        for at in range(next_l, rows.stop_L[row]):
+            p = rows.large_L[at]
+            position = genes.position_G[indices[p]]
             if position >= 0:
-                value[num_large] = data[p] / medians_V[position] if divide else data[p] * medians_V[position]
-                token[num_large] = tokens_V[position]
+                median = genes.medians_V[position]
+                value[num_large] = data[p] / median if genes.divide else data[p] * median
+                token[num_large] = genes.tokens_V[position]
                 num_large += 1
-        next_l = stop_L[row]
+        next_l = rows.stop_L[row]
         _sort(value, token, other_value, other_token, num_large)
         if cls >= 0:
             out[n] = cls
             n += 1
         end = n + most
         for large in range(num_large):
-            # first rank that does not precede this count: exponential, then binary search
-            upto, leap = done, 1
-            while upto < k and _before(rank_value[rank_K[upto]], rank_token[rank_K[upto]], value[large], token[large]):
-                upto, leap = upto + leap, 2 * leap
-            above = min(upto, k)
-            upto = min(above, upto - (leap >> 1) + 1)
-            while upto < above:
-                middle = (upto + above) >> 1
-                if _before(rank_value[rank_K[middle]], rank_token[rank_K[middle]], value[large], token[large]):
-                    upto = middle + 1
-                else:
-                    above = middle
+            upto = _end_before(rank_K, done, k, genes, value[large], token[large])
             for i in range(done, min(upto, done + end - n)):
-                out[n] = rank_token[rank_K[i]]
+                out[n] = genes.rank_token[rank_K[i]]
                 n += 1
             done = upto
             if n >= end:
@@ -194,7 +208,7 @@ def _write_sentences(  # noqa: PLR0912, PLR0917 (a compiled kernel)
             out[n] = token[large]
             n += 1
         for i in range(done, min(k, done + end - n)):
-            out[n] = rank_token[rank_K[i]]
+            out[n] = genes.rank_token[rank_K[i]]
             n += 1
         out_offsets[row + 1] = n
 
@@ -210,7 +224,10 @@ class Encoder:
 
     def __init__(self, ranks: Ranks, position_G: np.ndarray, tokens: Tokens) -> None:
         assert ranks.divide == (tokens.scaling == "divide"), tokens.scaling
-        self._ranks, self._position_G, self._tokens = ranks, position_G, tokens
+        self._ranks, self._tokens = ranks, tokens
+        self._values = _GeneValues(
+            position_G, ranks.genes.tokens, ranks.genes.medians, int(ranks.divide), ranks.token, ranks.value
+        )
         self._rank_P = ranks.rank_CV[:, position_G].ravel()  # column -1 is no gene
         self._rank_K, self._large_L = np.empty(0, np.int32), np.empty(0, np.int64)
 
@@ -240,16 +257,12 @@ class Encoder:
             out = np.empty(int(np.minimum(length_N, most).sum()) + num_rows * int(cls), dtype=np.int32)
         if num_ranks > len(self._rank_K):
             self._rank_K, self._large_L = np.empty(num_ranks, np.int32), np.empty(num_ranks, np.int64)
-        rank_K, large_L = self._rank_K, self._large_L
-        stop_K, stop_L = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
-        _look_up(data, indices, start_N, stop_N, self._rank_P, len(ranks.token), rank_K, stop_K, large_L, stop_L)
+        rows = _RowRanks(self._rank_K, np.empty(num_rows, np.int64), self._large_L, np.empty(num_rows, np.int64))
+        _look_up(data, indices, start_N, stop_N, self._rank_P, len(ranks.token), rows)
         start = 0
-        for stop in stop_K.tolist():
-            rank_K[start:stop].sort()
+        for stop in rows.stop_K.tolist():
+            rows.rank_K[start:stop].sort()
             start = stop
         out_offsets = np.zeros(num_rows + 1, dtype=np.int64)
-        _write_sentences(
-            data, indices, self._position_G, ranks.genes.tokens, ranks.genes.medians, int(ranks.divide), rank_K, stop_K,
-            large_L, stop_L, ranks.token, ranks.value, CLS if cls else -1, most, out, out_offsets,
-        )  # fmt: skip
+        _write_sentences(data, indices, rows, self._values, CLS if cls else -1, most, out, out_offsets)
         return out[: out_offsets[-1]], out_offsets

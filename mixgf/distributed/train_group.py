@@ -28,9 +28,9 @@ from mixgf.distributed.session import require_gpus
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.tracking import mlflow_runs
-from mixgf.training.context import GroupContext, Row
+from mixgf.training.context import GroupContext, MetricRow
 from mixgf.training.loop import fit
-from mixgf.training.pretraining import Pretraining, first_model
+from mixgf.training.pretraining import Pretraining, initial_model
 
 _SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
 
@@ -47,11 +47,11 @@ class RayContext(GroupContext):
         self._board.report.remote(step, figures)
         Meter("pretrain", self._tracked.id).figures(step, figures)
 
-    def commit(self, rows: list[Row]) -> None:
+    def commit(self, rows: list[MetricRow]) -> None:
         """Log to the tracker."""
         self._tracked.log_many([(step, name, value) for step, _, name, value in rows])
 
-    def recover(self, rows: list[Row]) -> None:
+    def recover(self, rows: list[MetricRow]) -> None:
         """Log to the tracker what it lacks."""
         self._tracked.log_missing([(step, name, value) for step, _, name, value in rows])
 
@@ -66,7 +66,7 @@ def work(params: dict[str, Any]) -> None:
         context = RayContext(device, params["board"], params["tracked"])
         corpus = Corpus(params["corpus"], max_len=config.model.max_positions)
         task = Pretraining(config, corpus)
-        model = first_model(config, corpus)
+        model = initial_model(config, corpus)
         fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"])
     except UserError as error:  # every worker meets it alike; the driver raises it, and nobody starts again
         ray.get(params["board"].fail.remote(str(error)))

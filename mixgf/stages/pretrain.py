@@ -54,7 +54,7 @@ def run(config: Config) -> str:
         train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
         epochs = task.num_steps / task.steps_per_epoch
         watched.made(cells=task.plan.num_cells * epochs, epochs=epochs)
-        done = checkpoints.promote(
+        done = checkpoints.publish_latest(
             uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings, objective=config.objective,
             counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": task.plan.num_cells},
             untrained=untrained(config, task),
@@ -80,7 +80,7 @@ def _start(config: Config, corpus: Corpus) -> artifacts.Record | None:
 def untrained(config: Config, task: Pretraining) -> np.ndarray:
     """Ids that neither the start's training nor this one saw, ascending; none where it starts from random weights."""
     start = _start(config, task.corpus)
-    return np.empty(0, dtype=np.int64) if start is None else task.never_seen(checkpoint.untrained_ids(start))
+    return np.empty(0, dtype=np.int64) if start is None else task.unseen_ids(checkpoint.untrained_ids(start))
 
 
 def planned(config: Config, corpus: Corpus) -> artifacts.Record:

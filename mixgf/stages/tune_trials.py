@@ -226,7 +226,7 @@ def train_here(
 ) -> None:
     """`drivers.pretrain.train` in this process."""
     found = Corpus(corpus, max_len=config.model.max_positions)
-    model = pretraining.first_model(config, found)
+    model = pretraining.initial_model(config, found)
     fit(model, Pretraining(config, found), config.train, LocalContext(), uri=uri, identity=identity, until=until)
 
 

@@ -1,10 +1,10 @@
-"""Which cells form which global batch: a pure function of the index, the seed and the epoch (design.md, training input).
+"""Which cells form which global batch: a pure function of the corpus' index, the seed and the step.
 
-The order does not depend on the number of workers. Every cell comes once per epoch (or at a set ratio of species). Cells
-are drawn from windows of a few shards, so that object storage is read in whole shards; inside a window batches are
-grouped by length. A worker's share of a batch is balanced by tokens. To resume is one integer: the step.
+The order does not depend on the number of workers, and to resume only the step is needed. Every cell comes once per
+epoch, or species come in a set ratio. Cells are drawn from windows of a few shards, so that whole shards are read from
+storage; within a window batches are grouped by length. Workers get shares of a batch with about equal numbers of tokens.
 
-A visit is a cell plus its repetition in the epoch, `cell + repetition * num_cells`; all randomness is keyed by it.
+A visit is a cell and its repetition in the epoch, `cell + repetition * num_cells`; it is the key of all random draws.
 
 Shapes: N cells of the corpus, S shards, P species, B cells of a global batch.
 """
@@ -25,12 +25,12 @@ I64 = npt.NDArray[np.int64]
 
 WINDOW_SHARDS = 6
 GROUP_BATCHES = 50
-"""Batches that are sorted by length together."""
+"""Number of batches whose cells are sorted by length together."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """One worker's part of one global batch."""
+class WorkerShare:
+    """One worker's cells of one global batch."""
 
     step: int
     epoch: int
@@ -39,20 +39,20 @@ class Share:
     slots_B: I64
     """Places of these cells in the global batch; the shares of all workers fill every place once."""
     batch_cells: int
-    """Cells of the global batch."""
+    """Number of cells of the global batch."""
 
 
-class Plan:
-    """The global order of batches of all epochs.
+class BatchPlan:
+    """Order of all cells and batches over all epochs.
 
     Args:
         lengths: tokens per cell, (N,).
         species: species code per cell, (N,).
         shard_rows: cells per shard, in corpus order.
         seed: of the order.
-        batch_cells: cells of a global batch; an epoch's last batch may be smaller.
-        species_mix: share of the epoch by species code; empty = every cell once. An epoch stays N cells long.
-        window_shards: shards that are mixed with each other.
+        batch_cells: cells of a global batch; the last batch of an epoch may be smaller.
+        species_mix: share of an epoch by species code; empty = every cell once. An epoch always has N visits.
+        window_shards: number of shards whose cells are mixed.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Plan:
         self._whole_P, self._extra_SP = self._quotas(species_mix or {})
         self._epoch = -1
         self._window: tuple[int, int, I64] | None = None
-        self._units: list[tuple[int, int]] = []
+        self._passes: list[tuple[int, int]] = []
         self._bounds: I64 = np.zeros(1, dtype=np.int64)
 
     def _quotas(self, mix: dict[int, float]) -> tuple[I64, I64]:
-        """Whole visits of every cell by species, and how many cells of each shard are visited once more."""
+        """By species, how often every cell is visited; by shard and species, how many cells are visited once more."""
         totals_P = self._counts_SP.sum(0)
         if not mix:
             return np.ones_like(totals_P), np.zeros_like(self._counts_SP)
@@ -102,13 +102,13 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
+        """Number of batches of one epoch."""
         return -(-self.num_cells // self.batch_cells)
 
     def batch(self, step: int) -> I64:
-        """Visits of a global batch, (B,)."""
+        """Visits of the global batch of a step, (B,)."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        self._open(epoch)
+        self._order_epoch(epoch)
         start, stop = index * self.batch_cells, min((index + 1) * self.batch_cells, self.num_cells)
         parts = []
         while start < stop:
@@ -118,57 +118,59 @@ class Plan:
             start = min(stop, last)
         return np.concatenate(parts)
 
-    def share(self, step: int, rank: int = 0, world_size: int = 1) -> Share:
-        """One worker's part of a global batch, balanced by tokens: longest first, dealt out there and back."""
+    def share(self, step: int, rank: int = 0, world_size: int = 1) -> WorkerShare:
+        """One worker's share of a global batch, balanced by tokens: cells by length, assigned to workers in serpentine order."""
         visits = self.batch(step)
         order = np.argsort(-self.lengths[visits % self.num_cells], kind="stable")
-        slots = order[_dealt(len(visits), rank, world_size)]
+        slots = order[_worker_cells(len(visits), rank, world_size)]
         mine = visits[slots]
-        return Share(step, step // self.steps_per_epoch, mine, mine % self.num_cells, slots, len(visits))
+        return WorkerShare(step, step // self.steps_per_epoch, mine, mine % self.num_cells, slots, len(visits))
 
-    def _open(self, epoch: int) -> None:
-        """Order the units (shard, repetition) of an epoch, species interleaved, and cut them into windows."""
+    def _order_epoch(self, epoch: int) -> None:
+        """Order the passes (shard, repetition) of an epoch, species interleaved, and cut them into windows."""
         if epoch == self._epoch:
             return
         rng = np.random.default_rng([self.seed, epoch, 0])
-        units, sizes, kinds = [], [], []
+        passes, sizes, kinds = [], [], []
         for shard, counts_P in enumerate(self._counts_SP):
             for repetition in range(int(self._whole_P.max()) + 1):
-                unit_P = np.where(repetition < self._whole_P, counts_P, 0)
-                unit_P = unit_P + np.where(repetition == self._whole_P, self._extra_SP[shard], 0)
-                if unit_P.sum():
-                    units.append((shard, repetition))
-                    sizes.append(int(unit_P.sum()))
-                    kinds.append(int(unit_P.argmax()))
-        kind, place = np.array(kinds, dtype=np.int64), np.empty(len(units))
+                visits_P = np.where(repetition < self._whole_P, counts_P, 0)
+                visits_P = visits_P + np.where(repetition == self._whole_P, self._extra_SP[shard], 0)
+                if visits_P.sum():
+                    passes.append((shard, repetition))
+                    sizes.append(int(visits_P.sum()))
+                    kinds.append(int(visits_P.argmax()))
+        kind, place = np.array(kinds, dtype=np.int64), np.empty(len(passes))
         for k in np.unique(kind):
             of_kind = rng.permutation(np.flatnonzero(kind == k))
             place[of_kind] = (np.arange(len(of_kind)) + rng.random(len(of_kind))) / len(of_kind)
         order = np.argsort(place, kind="stable")
-        self._units = [units[i] for i in order]
+        self._passes = [passes[i] for i in order]
         ends = np.cumsum(np.array(sizes, dtype=np.int64)[order])
         last = np.minimum(
-            np.arange(self.window_shards, len(units) + self.window_shards, self.window_shards), len(units)
+            np.arange(self.window_shards, len(passes) + self.window_shards, self.window_shards), len(passes)
         )
         self._bounds = np.concatenate([[0], ends[last - 1]])
         self._epoch, self._window = epoch, None
 
     def window_shards_of(self, step: int) -> list[int]:
-        """Shards that the batch of this step is drawn from, first needed first."""
+        """Shards from which the batch of a step is drawn, in the order of use."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        self._open(epoch)
+        self._order_epoch(epoch)
         w = int(np.searchsorted(self._bounds, index * self.batch_cells, side="right")) - 1
-        return list(dict.fromkeys(shard for shard, _ in self._units_of(w)))
+        return list(dict.fromkeys(shard for shard, _ in self._passes_of(w)))
 
-    def _units_of(self, w: int) -> list[tuple[int, int]]:
-        return self._units[w * self.window_shards : (w + 1) * self.window_shards]
+    def _passes_of(self, w: int) -> list[tuple[int, int]]:
+        return self._passes[w * self.window_shards : (w + 1) * self.window_shards]
 
     def _visits(self, epoch: int, w: int) -> I64:
-        """All visits of a window in order: rest of the last window's open batch, whole batches by length, a new rest."""
+        """Visits of window `w` in order: the rest of the batch that the window before began, whole batches, a new rest."""
         if self._window is not None and self._window[:2] == (epoch, w):
             return self._window[2]
         rng = np.random.default_rng([self.seed, epoch, 1, w])
-        visits = rng.permutation(np.concatenate([self._unit(epoch, *unit) for unit in self._units_of(w)]))
+        visits = rng.permutation(
+            np.concatenate([self._pass_visits(epoch, *one_pass) for one_pass in self._passes_of(w)])
+        )
         b = self.batch_cells
         head = min(int(-self._bounds[w]) % b, len(visits))
         num_batches = (len(visits) - head) // b
@@ -181,8 +183,8 @@ class Plan:
         self._window = (epoch, w, ordered)
         return ordered
 
-    def _unit(self, epoch: int, shard: int, repetition: int) -> I64:
-        """Visits of one shard in one repetition, in corpus order."""
+    def _pass_visits(self, epoch: int, shard: int, repetition: int) -> I64:
+        """Visits of one shard in one repetition, in the order of the corpus."""
         cells = np.arange(self.starts[shard], self.starts[shard + 1])
         codes = self.species[cells]
         keep = repetition < self._whole_P[codes]
@@ -194,16 +196,16 @@ class Plan:
 
 
 @functools.cache
-def _dealt(num_cells: int, rank: int, world_size: int) -> I64:
-    """Which of the cells in falling order of length are a worker's."""
-    turn, place = np.divmod(np.arange(num_cells), world_size)
-    return np.flatnonzero(np.where(turn % 2 == 0, place, world_size - 1 - place) == rank)
+def _worker_cells(num_cells: int, rank: int, world_size: int) -> I64:
+    """Numbers of a worker's cells, among cells in descending order of length."""
+    round_, place = np.divmod(np.arange(num_cells), world_size)
+    return np.flatnonzero(np.where(round_ % 2 == 0, place, world_size - 1 - place) == rank)
 
 
-def packing(lengths: npt.NDArray[np.int32], batch_cells: int, *, seed: int = 0) -> dict[str, float]:
-    """Tokens that padding would compute by token that is there: batches in random order, and grouped by length.
+def padding_ratios(lengths: npt.NDArray[np.int32], batch_cells: int, *, seed: int = 0) -> dict[str, float]:
+    """Tokens computed per real token if batches were padded: with cells in `random` order, and `grouped` by length.
 
-    Packed batches compute 1. Groups are `GROUP_BATCHES` batches, as the plan's.
+    Packed batches, as used here, compute 1. Groups are of `GROUP_BATCHES` batches, as in the plan.
     """
     order = np.random.default_rng(seed).permutation(len(lengths))
 

@@ -1,4 +1,8 @@
-"""Moved here from mixgf/checkpoint.py."""
+"""Training state to resume from: one folder `steps/<NNNNNNNN>` per checkpoint, written while training goes on.
+
+A folder holds the weights and the optimizer's moments as safetensors, and `state.json`, which is written last and makes
+the checkpoint complete. A complete checkpoint that cannot be read is an error; training does not start from step 0 again.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +32,24 @@ from mixgf.storage.artifacts import Record
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What training needs beside the weights to go on as if nothing had happened."""
+    """State of a resumed run, beside weights and moments."""
 
     step: int
     """Optimizer steps done."""
     details: dict[str, Any]
+    """What `CheckpointWriter.save` was given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Training state on the host, by name: a training step that follows does not change it."""
+    """Copy of the training state on the host, by name of the parameter."""
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, into: Snapshot | None = None) -> Snapshot:
-    """Copies on the host of all weights and moments as they are now; `into` gives its memory to be used again."""
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, into: Snapshot | None = None) -> Snapshot:
+    """Copy all weights and moments to the host; the memory of `into` is reused."""
     names = {id(p): name for name, p in model.named_parameters()}
     moments = {
         f"{names[id(p)]}/{key}": value
@@ -67,12 +72,12 @@ def _copies(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> dict[s
 
 
 def step_folder(uri: str, step: int) -> str:
-    """Where the checkpoint of one step lies."""
+    """URI of the checkpoint of one step."""
     return files.join(uri, "steps", f"{step:08d}")
 
 
 def write_step(uri: str, step: int, taken: Snapshot, details: dict[str, Any]) -> str:
-    """Publish a resumable checkpoint under `uri`/steps; returns its folder."""
+    """Write a snapshot as the checkpoint of a step under `uri`/steps; returns its folder."""
     folder = step_folder(uri, step)
     checksums = {
         WEIGHTS: write_tensors(files.join(folder, WEIGHTS), taken.weights),
@@ -84,19 +89,19 @@ def write_step(uri: str, step: int, taken: Snapshot, details: dict[str, Any]) ->
 
 
 def save_step(uri: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, details: dict[str, Any]) -> str:
-    """Publish a resumable checkpoint of this moment and wait for it; returns its folder."""
-    return write_step(uri, step, snapshot(model, optimizer), details)
+    """Write a checkpoint of the present state and wait until it is complete; returns its folder."""
+    return write_step(uri, step, take_snapshot(model, optimizer), details)
 
 
-class Saver:
-    """Publishes checkpoints while training goes on: a copy at once, the writing in a background thread, one at a time.
+class CheckpointWriter:
+    """Writes checkpoints in a background thread while training goes on, one at a time.
 
-    `save` waits for the checkpoint before it, so that memory holds one copy and checkpoints appear in order; what went
-    wrong in the thread is raised there, or by `close`. Use as a context manager: leaving it finishes the last checkpoint.
+    `save` copies the state and returns. It first waits for the checkpoint before, so that memory holds one copy and
+    checkpoints appear in order. Errors of the thread are raised by the next `save`, `wait`, or at the end of the context.
 
     Args:
-        uri: folder of the checkpoints.
-        keep: how many complete checkpoints stay.
+        uri: folder of the run.
+        keep: number of complete checkpoints to keep.
     """
 
     def __init__(self, uri: str, *, keep: int) -> None:
@@ -115,29 +120,29 @@ class Saver:
         before: Callable[[], None],
         after: Callable[[], None],
     ) -> None:
-        """Begin to publish a checkpoint of this moment.
+        """Start to write a checkpoint of the present state.
 
         Args:
             step: optimizer steps done.
-            model: its weights.
-            optimizer: its moments.
-            details: what else `load_step` gives back.
-            before: called in the thread before the checkpoint is written: what must be there when it counts.
-            after: called in the thread when it counts.
+            model: the model.
+            optimizer: the optimizer.
+            details: further state, which `load_step` returns.
+            before: called in the thread before the checkpoint is written.
+            after: called in the thread when the checkpoint is complete.
         """
         self.wait()
-        taken = self._taken = snapshot(model, optimizer, self._taken)
+        taken = self._taken = take_snapshot(model, optimizer, self._taken)
 
         def publish() -> None:
             before()
             write_step(self.uri, step, taken, details)
             after()
-            prune(self.uri, self.keep)
+            remove_old_steps(self.uri, self.keep)
 
         self._open = self._thread.submit(publish)
 
     def wait(self) -> None:
-        """Wait until the latest checkpoint is there."""
+        """Wait until the latest checkpoint is complete."""
         if self._open is not None:
             begun, self._open = self._open, None
             begun.result()
@@ -167,10 +172,10 @@ def complete_steps(uri: str) -> list[int]:
 
 
 def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
-    """Restore the latest complete checkpoint under `uri`/steps in place; None when there is none.
+    """Restore model and optimizer, in place, from the latest complete checkpoint under `uri`/steps; None without one.
 
     Raises:
-        UserError: there is one, but it cannot be read or is of another model.
+        UserError: the checkpoint cannot be read, or belongs to another model.
     """
     steps = complete_steps(uri)
     if not steps:
@@ -193,24 +198,24 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
     return State(step, details)
 
 
-def promote(uri: str, record: Record, model: MaskedModel, **about: Any) -> Record:
-    """Make the weights of the latest complete checkpoint under `uri`/steps the artifact's; arguments as `publish`."""
+def publish_latest(uri: str, record: Record, model: MaskedModel, **about: Any) -> Record:
+    """Publish the weights of the latest complete checkpoint as the artifact; arguments as `publish_checkpoint`."""
     load_step_weights(uri, complete_steps(uri)[-1], model)
     return publish_checkpoint(uri, record, model, **about)
 
 
 def load_step_weights(uri: str, step: int, model: MaskedModel) -> None:
-    """Copy the weights of the complete checkpoint of one step under `uri`/steps into a model."""
+    """Copy the weights of the complete checkpoint of a step into a model."""
     folder = step_folder(uri, step)
     checksums = files.read_json(files.join(folder, "state.json"))["files"]
     load_weights(model, read_tensors(files.join(folder, WEIGHTS), checksums[WEIGHTS]), folder)
 
 
-def prune(uri: str, keep: int) -> None:
-    """Remove all but the latest `keep` complete checkpoints, and what a killed writer left before them."""
+def remove_old_steps(uri: str, keep: int) -> None:
+    """Remove all but the latest `keep` complete checkpoints, and incomplete ones before them."""
     kept = complete_steps(uri)[-keep:]
     for step in _steps(uri):
         if kept and step < kept[0]:
             folder = step_folder(uri, step)
-            files.remove(files.join(folder, "state.json"))  # first, so that no half-removed checkpoint counts
+            files.remove(files.join(folder, "state.json"))  # first, so that a partly removed checkpoint is incomplete
             files.remove(folder)

@@ -1,4 +1,4 @@
-"""Moved here from mixgf/objectives.py, mixgf/train.py."""
+"""The group of workers that train one model: sums over workers, and where metrics go."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """What an objective needs to know of the other workers."""
+    """A worker's place in its group, and the sum over the group."""
 
     @property
     def rank(self) -> int: ...
@@ -24,55 +24,55 @@ class Group(Protocol):
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward pass in `train.precision`; weights stay float32."""
+    """Autocast context for `train.precision` (`fp32` or `bf16`); weights stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-Row = tuple[int, int, str, float]
-"""A figure: steps done, epoch, name, value."""
+MetricRow = tuple[int, int, str, float]
+"""A metric: steps done, epoch, name, value."""
 
 
 class Context(Group, Protocol):
-    """Where the loop runs: one worker of a group, and somebody who listens."""
+    """A worker of a group, with a place to report metrics to."""
 
     def barrier(self) -> None:
         """Wait for all workers."""
 
     def report(self, step: int, figures: dict[str, float]) -> None:
-        """Figures of one step, on rank 0, now and then; after a restart steps may come again."""
+        """Report the metrics of a logged step, on rank 0; after a restart a step may be reported again."""
 
-    def commit(self, rows: list[Row]) -> None:
-        """Figures since the last checkpoint, on rank 0, in a background thread; no step comes twice."""
+    def commit(self, rows: list[MetricRow]) -> None:
+        """Record the metrics since the last checkpoint, on rank 0, in a background thread; each step is recorded once."""
 
-    def recover(self, rows: list[Row]) -> None:
-        """Figures up to the checkpoint that training goes on from, on rank 0, before it does.
+    def recover(self, rows: list[MetricRow]) -> None:
+        """Receive the metrics up to the checkpoint that training resumes from, on rank 0, before it resumes.
 
-        A worker that died between that checkpoint and the end of `commit` has left some of them uncommitted.
+        If the worker died before the end of `commit`, some of them were not recorded.
         """
 
 
 @dataclass
 class LocalContext:
-    """The loop alone in this process."""
+    """A group of one worker, in this process; metrics are not reported."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world_size: int = 1
 
     def all_reduce(self, x: Tensor) -> None:
-        """Nothing to add."""
+        """Nothing to sum."""
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """No other workers."""
 
     def report(self, step: int, figures: dict[str, float]) -> None:
-        """Nobody listens."""
+        """Do nothing."""
 
-    def commit(self, rows: list[Row]) -> None:
-        """Nobody listens."""
+    def commit(self, rows: list[MetricRow]) -> None:
+        """Do nothing."""
 
-    def recover(self, rows: list[Row]) -> None:
-        """Nobody listens."""
+    def recover(self, rows: list[MetricRow]) -> None:
+        """Do nothing."""
 
 
 class GroupContext(LocalContext):

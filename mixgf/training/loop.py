@@ -1,9 +1,9 @@
-"""One training loop in plain PyTorch, for pretraining and fine-tuning, against a small `Context`.
+"""The training loop, for pretraining and fine-tuning, in plain PyTorch.
 
-A `Task` says which work a step is and adds its gradients; the loop owns order, schedule, optimizer, reduction over the
-workers, figures and checkpoints. All gradients live in one flat buffer with the step's figures at its end: one reduction
-per step, one wait for the device per step. Losses are sums divided by counts over all workers, so they do not depend on
-how a batch is split.
+A `TrainingTask` gives the work of a step and computes its gradients. The loop does the rest: schedule, optimizer,
+reduction over workers, metrics and checkpoints. All gradients are views of one buffer, with the step's metrics at its
+end, so that a step has one reduction and one wait for the device. Losses are sums over all workers divided by global
+counts, so they do not depend on how a batch is split.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from mixgf.encoder.batch import Batch
 from mixgf.errors import UserError
 from mixgf.storage import files, tables
 from mixgf.training import checkpoints
-from mixgf.training.context import Context, Group, Row, autocast
+from mixgf.training.context import Context, Group, MetricRow, autocast
 from mixgf.training.prefetch import Prefetch
 
-W = TypeVar("W", bound="Workload")
+W = TypeVar("W", bound="StepWork")
 M_contra = TypeVar("M_contra", bound=nn.Module, contravariant=True)
 
 
-class Workload(Protocol):
+class StepWork(Protocol):
     """A worker's share of one step."""
 
     @property
@@ -47,22 +47,22 @@ class Workload(Protocol):
     def flops(self) -> float: ...
 
 
-class Task(Protocol[M_contra, W]):
-    """What is trained on."""
+class TrainingTask(Protocol[M_contra, W]):
+    """What `fit` trains on: the work of each step, and its gradients."""
 
     @property
     def num_steps(self) -> int: ...
 
     def work(self, step: int, rank: int, world_size: int) -> W:
-        """A worker's share of a step: a pure function, called in a background thread."""
+        """A worker's share of a step; a pure function, called in a background thread."""
 
     def backward(self, model: M_contra, work: W, group: Group) -> dict[str, Tensor]:
-        """Add gradients; returns scalars, `loss` among them, whose sums over the workers are the global figures."""
+        """Add gradients to the model; returns scalars, among them `loss`, whose sums over workers are the metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchWork:
-    """The work of a `LossTask`: micro batches, and the number that the sums of all workers are divided by."""
+    """Work of a `LossTask`: micro batches, and the count by which the sums of all workers are divided."""
 
     batches: list[Batch]
     count: float
@@ -71,23 +71,23 @@ class BatchWork:
 
     @property
     def num_cells(self) -> int:
-        """Cells of this worker."""
+        """Number of cells of this worker."""
         return sum(batch.num_cells for batch in self.batches)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this worker."""
+        """Number of tokens of this worker."""
         return sum(batch.num_tokens for batch in self.batches)
 
 
 @dataclass(frozen=True)
 class LossTask(Generic[M_contra]):
-    """A task from two functions, for fine-tuning.
+    """A training task made of two functions, for fine-tuning.
 
     Args:
-        num_steps: optimizer steps in all.
-        batches: (step, rank, world_size) to the worker's micro batches and the global count; pure.
-        loss: (model, batch) to sums over the batch's cells, `loss` among them; each is divided by the count.
+        num_steps: total number of optimizer steps.
+        batches: (step, rank, world_size) to the worker's micro batches and the global count; a pure function.
+        loss: (model, batch) to sums over the batch's cells, among them `loss`; each is divided by the count.
         precision: `fp32` or `bf16`.
     """
 
@@ -101,7 +101,7 @@ class LossTask(Generic[M_contra]):
         return self.batches(step, rank, world_size)
 
     def backward(self, model: M_contra, work: BatchWork, group: Group) -> dict[str, Tensor]:
-        """Gradients of the mean loss, summed over micro batches."""
+        """Add the gradients of the mean loss over micro batches; returns the metrics."""
         figures: dict[str, Tensor] = {"loss": torch.zeros((), device=group.device)}
         for batch in work.batches:
             with autocast(group.device, self.precision):
@@ -113,7 +113,7 @@ class LossTask(Generic[M_contra]):
 
 
 def learning_rate(settings: training.Train, step: int, num_steps: int) -> float:
-    """Learning rate of a step counted from 0: linear warm-up, then `train.schedule` down to zero at the end."""
+    """Learning rate of a step (counted from 0): linear warm-up, then `train.schedule` to the end of training."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
@@ -122,7 +122,7 @@ def learning_rate(settings: training.Train, step: int, num_steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: training.Train) -> torch.optim.AdamW:
-    """AdamW; biases and layer norms do not decay."""
+    """AdamW over the trainable parameters; no weight decay for biases and layer norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -132,7 +132,7 @@ def make_optimizer(model: nn.Module, settings: training.Train) -> torch.optim.Ad
 
 
 def measure_peak(device: torch.device, precision: str, *, seconds: float = 0.2) -> float:
-    """Best FLOP/s of a square matrix product in this precision, here and now; what MFU is a share of."""
+    """Measure the peak FLOP/s of a square matrix product on a device; MFU is a share of it."""
     size = 8192 if device.type == "cuda" else 768
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.ones(size, size, dtype=dtype, device=device)
@@ -148,11 +148,11 @@ def measure_peak(device: torch.device, precision: str, *, seconds: float = 0.2) 
 
 
 class History:
-    """Figures of a run in long form, kept beside its checkpoints so that no step appears twice after a restart."""
+    """Metrics of a run, stored beside its checkpoints (history.parquet) so that no step appears twice after a restart."""
 
     def __init__(self, uri: str = "", step: int = 0) -> None:
         self.uri = files.join(uri, "history.parquet") if uri else ""
-        self.rows: list[Row] = []
+        self.rows: list[MetricRow] = []
         self.committed = 0
         if step and files.exists(self.uri):
             columns = tables.read_table(self.uri).to_pydict()
@@ -161,15 +161,15 @@ class History:
             self.committed = len(self.rows)
 
     def add(self, step: int, epoch: int, figures: dict[str, float]) -> None:
-        """Figures of one step."""
+        """Add the metrics of one step."""
         self.rows += [(step, epoch, name, value) for name, value in figures.items()]
 
-    def take(self) -> tuple[list[Row], list[Row]]:
-        """All rows so far, and those since the last call."""
+    def drain(self) -> tuple[list[MetricRow], list[MetricRow]]:
+        """All rows, and the rows since the last call."""
         new, self.committed = self.rows[self.committed :], len(self.rows)
         return list(self.rows), new
 
-    def write(self, rows: list[Row]) -> None:
+    def write_rows(self, rows: list[MetricRow]) -> None:
         """Write rows to history.parquet."""
         step, epoch, name, value = zip(*rows, strict=True) if rows else ((), (), (), ())
         table = {
@@ -179,8 +179,8 @@ class History:
         tables.write_table(self.uri, pa.table(table))
 
 
-class _Flat:
-    """All gradients as views of one buffer, with room for a few figures behind them."""
+class _FlatGradients:
+    """All gradients as views of one buffer, with 16 values behind them for metrics."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -195,13 +195,14 @@ class _Flat:
             start += p.numel()
 
     def reduce(self, figures: dict[str, Tensor], context: Context) -> dict[str, float]:
-        """Sum gradients and figures over the workers; returns the figures and the norm of the gradient."""
+        """Sum gradients and metrics over the workers; returns the metrics and the norm of the gradient."""
         tail = torch.stack([v.detach().float().reshape(()) for v in figures.values()])
         assert len(tail) <= 16, "more figures than the buffer has room for"
         self.buffer[self.size : self.size + len(tail)] = tail
         context.all_reduce(self.buffer)
         norm = torch.linalg.vector_norm(self.buffer[: self.size])
-        values = torch.cat([self.buffer[self.size : self.size + len(tail)], norm[None]]).tolist()  # the step's one wait
+        # the step waits for the device only here
+        values = torch.cat([self.buffer[self.size : self.size + len(tail)], norm[None]]).tolist()
         return dict(zip([*figures, "grad_norm"], values, strict=True))
 
     def clip(self, norm: float, largest: float) -> None:
@@ -211,57 +212,46 @@ class _Flat:
 
 def fit(
     model: Any,
-    task: Task[Any, Any],
+    task: TrainingTask[Any, Any],
     settings: training.Train,
     context: Context,
     *,
     uri: str = "",
     identity: str = "",
     until: int = 0,
-) -> list[Row]:
+) -> list[MetricRow]:
     """Train a model in place.
 
     Args:
-        model: its parameters with `requires_grad` are trained.
+        model: parameters with `requires_grad` are trained.
         task: what to train on.
-        settings: optimisation; epochs and batches are the task's business.
+        settings: optimisation and logging; the task decides on epochs and batches.
         context: this worker.
-        uri: folder of checkpoints (`steps/`) and history; training goes on from the latest one there. Empty = none.
-        identity: fingerprint of what is trained; a checkpoint of another one is refused.
-        until: stop after this step, which is then a checkpoint's; a later call goes on as if there had been no stop. 0 = the end.
+        uri: folder of checkpoints (`steps/`) and history; training resumes from the latest checkpoint. Empty = none.
+        identity: fingerprint of the training; a checkpoint with another one is an error.
+        until: stop after this step, with a checkpoint; a later call resumes exactly. 0 = the end of training.
 
     Returns:
-        All figures logged, earlier sessions' included.
+        All logged metrics, those before a restart included.
 
     Raises:
-        UserError: a loss or gradient is not finite (it names the step), or a checkpoint cannot be used.
+        UserError: a loss or gradient is not finite (the message names the step), or a checkpoint cannot be used.
     """
     device, num_steps = context.device, task.num_steps
     last = min(until or num_steps, num_steps)
     model.to(device).train()
-    optimizer, flat = make_optimizer(model, settings), _Flat(model, device)
-    state = checkpoints.load_step(uri, model, optimizer) if uri else None
-    if state is not None and state.details.get("identity") != identity:
-        msg = f"{uri}/steps: checkpoints of another run; choose another output, or remove {uri} to start again"
-        raise UserError(msg)
-    start = state.step if state is not None else 0
-    starts = torch.tensor([float(start)], device=device)
-    context.all_reduce(starts)
-    if starts.item() != start * context.world_size:
-        msg = f"{uri}/steps changed while the workers read it: another run is writing there"
-        raise RuntimeError(msg)
+    optimizer, flat = make_optimizer(model, settings), _FlatGradients(model, device)
+    start = _resume(uri, identity, model, optimizer, context)
     history = History(uri, start)
     if context.rank == 0 and history.rows:
         context.recover(history.rows)
-    if context.rank == 0 and settings.warmup_steps >= num_steps > start:
-        warn(
-            f"train.warmup_steps = {settings.warmup_steps}: the run has {num_steps} steps, so train.lr is never reached"
-        )
+    if context.rank == 0 and (warmup := settings.warmup_steps) >= num_steps > start:
+        warn(f"train.warmup_steps = {warmup}: the run has {num_steps} steps, so train.lr is never reached")
     if settings.compile:
         model.compile(dynamic=True)
-    clock = _Clock(measure_peak(device, settings.precision) * context.world_size)
+    clock = _RateMeter(measure_peak(device, settings.precision) * context.world_size)
     with (
-        checkpoints.Saver(uri, keep=settings.keep_checkpoints) as saver,
+        checkpoints.CheckpointWriter(uri, keep=settings.keep_checkpoints) as writer,
         Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, max(start, last)) as ahead,
     ):
         for step, work in enumerate(ahead, start):
@@ -270,13 +260,8 @@ def fit(
                 group["lr"] = lr
             flat.zero()
             figures = task.backward(model, work, context)
-            sums = {name: torch.tensor(float(getattr(work, name)), device=device) for name in _Clock.COUNTS}
-            values = flat.reduce(figures | sums, context)
-            counted = {name: values.pop(name) for name in _Clock.COUNTS}
-            if not all(map(math.isfinite, values.values())):
-                bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
-                msg = f"step {step + 1} (epoch {work.epoch}): {bad}; lower train.lr, or set train.clip or more warm-up"
-                raise UserError(msg)
+            values, counted = _reduce_step(flat, figures, work, context)
+            _require_finite(values, step, work.epoch)
             flat.clip(values["grad_norm"], settings.clip)
             optimizer.step()
             done = step + 1
@@ -288,18 +273,51 @@ def fit(
                     context.report(done, row)
             if uri and (done % settings.checkpoint_steps == 0 or done == last):
                 if context.rank == 0:
-                    rows, new = history.take()
-                    saver.save(
-                        done, model, optimizer, {"identity": identity, "epoch": work.epoch},
-                        before=partial(history.write, rows), after=partial(context.commit, new),
-                    )  # fmt: skip
+                    rows, new = history.drain()
+                    before, after = partial(history.write_rows, rows), partial(context.commit, new)
+                    details = {"identity": identity, "epoch": work.epoch}
+                    writer.save(done, model, optimizer, details, before=before, after=after)
                 clock.pause(ahead.waited)
     context.barrier()
     return history.rows
 
 
-class _Clock:
-    """Rates between two logged steps."""
+def _resume(
+    uri: str, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer, context: Context
+) -> int:  # fmt: skip
+    """Restore the latest checkpoint, if there is one; returns the number of steps done, which all workers must agree on."""
+    state = checkpoints.load_step(uri, model, optimizer) if uri else None
+    if state is not None and state.details.get("identity") != identity:
+        msg = f"{uri}/steps: checkpoints of another run; choose another output, or remove {uri} to start again"
+        raise UserError(msg)
+    start = state.step if state is not None else 0
+    starts = torch.tensor([float(start)], device=context.device)
+    context.all_reduce(starts)
+    if starts.item() != start * context.world_size:
+        msg = f"{uri}/steps changed while the workers read it: another run is writing there"
+        raise RuntimeError(msg)
+    return start
+
+
+def _reduce_step(
+    flat: _FlatGradients, figures: dict[str, Tensor], work: StepWork, context: Context
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sum gradients over the workers; returns the metrics of the step, and its cells, tokens and FLOP."""
+    sums = {name: torch.tensor(float(getattr(work, name)), device=context.device) for name in _RateMeter.COUNTS}
+    values = flat.reduce(figures | sums, context)
+    counted = {name: values.pop(name) for name in _RateMeter.COUNTS}
+    return values, counted
+
+
+def _require_finite(values: dict[str, float], step: int, epoch: int) -> None:
+    if not all(map(math.isfinite, values.values())):
+        bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
+        msg = f"step {step + 1} (epoch {epoch}): {bad}; lower train.lr, or set train.clip or more warm-up"
+        raise UserError(msg)
+
+
+class _RateMeter:
+    """Rates between two logged steps: cells, tokens and FLOP per second, share of time spent waiting, memory."""
 
     COUNTS = ("num_cells", "num_tokens", "flops")
 
@@ -313,7 +331,7 @@ class _Clock:
             self.sums[name] += value
 
     def pause(self, waited: float) -> None:
-        """Begin anew after a checkpoint, whose own time is no training time."""
+        """Start a new interval; the time of a checkpoint is not counted as training time."""
         self.began, self.waited = time.perf_counter(), waited
         self.sums = dict.fromkeys(self.COUNTS, 0.0)
 
@@ -331,7 +349,7 @@ class _Clock:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Largest memory so far in GB: of the GPU, or of this process."""
+    """Peak memory in GB, of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,15 @@
-"""SimCSE contrast (eq. 3), SimCSE++, alignment, uniformity."""
+"""Losses of pretraining (paper section 3.3) and figures of the embedding space.
+
+| paper | function | what it is |
+|---|---|---|
+| eq. 1 | `total_loss` | weighted sum of the masked-gene loss and the losses on cell vectors |
+| eq. 2 | `masked_gene_loss` | masked language modelling: cross entropy of the true genes at masked positions |
+| eq. 3 | `simcse_loss` | contrast of two views of a cell (SimCSE, NT-Xent) |
+| not in the paper | `dimension_loss` | contrast of the dimensions of two views (SimCSE++) |
+| not in the paper | `alignment`, `uniformity` | figures that describe cell vectors on the unit sphere; not trained on |
+
+Shapes: B cells, K masked positions, D width.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# losses
+from mixgf.encoder.bert import MaskedModel
 
 
-def nt_xent(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
-    """Paper eq. 3 as a mean over the 2B anchors: cosine, the anchor itself excluded, the other view is the positive."""
+def total_loss(masked_gene: Tensor, on_vectors: Tensor, *, masked_gene_weight: float) -> Tensor:
+    """Paper eq. 1: the masked-gene loss plus the losses on cell vectors, which are weighted already (1 and 1 in the paper)."""
+    return masked_gene_weight * masked_gene + on_vectors
+
+
+def masked_gene_loss(model: MaskedModel, h_KD: Tensor, targets_K: Tensor, num_masked: Tensor) -> Tensor:
+    """Paper eq. 2, divided by the number of masked positions: the mean of -log P(true gene).
+
+    Args:
+        model: its masked-gene head gives the probabilities.
+        h_KD: hidden states at the masked positions of a micro batch.
+        targets_K: true token ids there.
+        num_masked: masked positions of the whole global batch, so that the losses of all micro batches add up to the mean.
+    """
+    return model.loss(h_KD, targets_K) / num_masked
+
+
+def simcse_loss(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
+    """Paper eq. 3, as the mean over the 2B vectors of two views (NT-Xent).
+
+    Similarity is the cosine over `temperature`. The positive of a vector is the other view of its cell; the negatives are
+    all other vectors of both views, without the vector itself.
+    """
     num = a_BD.shape[0]
     z = F.normalize(torch.cat([a_BD, b_BD]).float(), dim=1)
     scores = z @ z.t() / temperature
@@ -18,8 +50,8 @@ def nt_xent(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(scores, torch.arange(2 * num, device=z.device).roll(num))
 
 
-def dimension_contrast(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
-    """SimCSE++'s dimension-wise term: each dimension of one view finds itself among those of the other, mean over D."""
+def dimension_loss(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
+    """Dimension-wise term of SimCSE++, mean over D: each dimension of one view is to match the same one of the other."""
     scores = a_BD.float().t() @ b_BD.float() / temperature
     return F.cross_entropy(scores, torch.arange(a_BD.shape[1], device=a_BD.device))
 
@@ -32,7 +64,7 @@ def alignment(a_BD: Tensor, b_BD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def uniformity(a_BD: Tensor) -> Tensor:
-    """Log of the mean over pairs of cells of exp(-2 distance^2); lower is more uniform. 0 when there is no pair."""
+    """Log of the mean over pairs of cells of exp(-2 distance^2) (Wang and Isola 2020); lower is better, 0 without pairs."""
     num = a_BD.shape[0]
     if num < 2:
         return torch.zeros((), device=a_BD.device)

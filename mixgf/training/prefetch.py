@@ -1,4 +1,4 @@
-"""Moved here from mixgf/dataset.py."""
+"""Prepare the input of the next training steps in a background thread."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Prefetch(Generic[T_co]):
-    """Calls `make(step)` for a range of steps in a background thread, a few steps ahead.
+    """Iterator over `make(step)` for a range of steps, computed up to `depth` steps ahead in a background thread.
 
-    `waited` is the time in seconds that the consumer spent waiting. Use as a context manager; the thread ends with it.
+    An exception of `make` is raised in the consumer. Use as a context manager, which ends the thread. `waited` is the
+    time in seconds that the consumer has waited.
     """
 
     def __init__(self, make: Callable[[int], T_co], start: int, stop: int, *, depth: int = 4) -> None:

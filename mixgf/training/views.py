@@ -1,4 +1,6 @@
-"""Masked inputs and second views of cells, on packed sentences in numpy; every draw is keyed (paper section 3.3, spec section 6).
+"""Masked inputs and second views of cells (paper section 3.3), on packed sentences.
+
+Every random draw is a function of the seed, the epoch, the visit of the cell and the position in it.
 
 Shapes: T packed tokens, B cells, K masked positions.
 """
@@ -18,53 +20,62 @@ from mixgf.jit import jit
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-_SELECT, _ACTION, _GENE, _THIN, _TARGET = range(5)  # streams of keyed draws
+_SELECT, _ACTION, _GENE, _SUBSAMPLE, _TARGET = range(5)  # streams of keyed draws
 
 
-class Pools(NamedTuple):
-    """Genes of every species, from which replacements are drawn."""
+class ReplacementGenes(NamedTuple):
+    """Token ids of the genes of every species, from which random replacements of masked genes are drawn."""
 
     genes: I32
-    """Those of the first species, of the second, ..."""
+    """Ids of all species, one species after the other."""
     starts: I64
-    """Where those of each species code begin, and how many there are."""
+    """Offsets of each species code in `genes`."""
 
     @classmethod
-    def of(cls, genes: list[I32]) -> Pools:
-        """From the genes by species code."""
+    def by_species(cls, genes: list[I32]) -> ReplacementGenes:
+        """Join the token ids of each species, in the order of the species codes."""
         return cls(np.concatenate(genes), np.cumsum([0, *map(len, genes)]))
 
 
-def mask(
+def mask_genes(
     sentences: Packed,
     visits_B: I64,
     species_B: npt.NDArray[np.int8],
-    pools: Pools,
+    replacements: ReplacementGenes,
     *,
     fraction: float,
     key: tuple[int, ...],
 ) -> tuple[I32, I64, I64]:
-    """Mask sentences: each gene is chosen with probability `fraction`; 80 % <mask>, 10 % a random gene, 10 % left.
+    """Mask sentences: each gene is chosen with probability `fraction`, then replaced as in BERT.
+
+    80 % of the chosen genes become <mask>, 10 % a random gene of the species, 10 % stay.
 
     Args:
         sentences: tokens (T,) and offsets.
-        visits_B: keys of the cells.
+        visits_B: visits of the cells, part of the random key.
         species_B: species code of each cell.
-        pools: from which replacements are drawn.
-        fraction: share of genes chosen; specials never are.
-        key: further parts of the key (seed, epoch, view).
+        replacements: genes for random replacements.
+        fraction: probability of a gene to be chosen; special tokens never are.
+        key: further parts of the random key (seed, epoch, view).
 
     Returns:
-        The input tokens (T,), the chosen positions (K,), and the true genes there (K,), int64.
+        Input tokens (T,), chosen positions (K,), and the true genes there (K,), int64.
     """
     tokens_T, offsets = sentences
-    return _mask(
-        tokens_T, offsets, rng.of_numbers(*key), visits_B, species_B, pools.genes, pools.starts, rng.limit(fraction)
+    return _mask_genes(
+        tokens_T,
+        offsets,
+        rng.of_numbers(*key),
+        visits_B,
+        species_B,
+        replacements.genes,
+        replacements.starts,
+        rng.limit(fraction),
     )
 
 
 @jit
-def _mask(  # noqa: PLR0917 (compiled)
+def _mask_genes(  # noqa: PLR0917 (compiled)
     tokens_T: I32,
     offsets: I64,
     after: Any,
@@ -79,9 +90,9 @@ def _mask(  # noqa: PLR0917 (compiled)
     for cell in range(len(species_B)):
         start, stop, key = offsets[cell], offsets[cell + 1], rng.mixed(after, np.uint64(visits_B[cell]))
         cell_L, drawn_L, places, chosen = inputs[start:stop], drawn[start:stop], at[number:], np.uint64(0)
-        for t in range(len(drawn_L)):  # a loop of its own, so that it becomes vector instructions
+        for t in range(len(drawn_L)):  # a separate loop, which compiles to vector instructions
             drawn_L[t] = rng.draw53(rng.mixed(key, np.uint64(t)), np.uint64(_SELECT)) < limit
-        for t in range(len(drawn_L)):  # no branch: which genes are chosen cannot be foreseen
+        for t in range(len(drawn_L)):  # no branch, as it would be mispredicted
             places[chosen] = start + t
             chosen += np.uint64(drawn_L[t] & (cell_L[t] >= NUM_SPECIALS))
         first = starts[species_B[cell]]
@@ -101,8 +112,18 @@ def _mask(  # noqa: PLR0917 (compiled)
 
 
 @jit
-def looked_at(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64, I32]:
-    """The union of two ascending lists of places, ascending; the places in it of either; and where each cell's begin in it."""
+def merge_query_positions(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64, I32]:
+    """Positions whose last hidden state is needed: masked tokens and first tokens of cells.
+
+    Args:
+        at_K: positions of masked tokens, ascending.
+        begins_B: positions of first tokens, ascending.
+        offsets_B1: offsets of the cells.
+
+    Returns:
+        The union of both, ascending (R,); the index in it of each masked token (K,) and of each first token (B,); and the
+        offsets of the cells in it (B + 1,).
+    """
     places = np.empty(len(at_K) + len(begins_B), dtype=np.int64)
     of_at, of_begins = np.empty_like(at_K), np.empty(len(begins_B), dtype=np.int64)
     number, i, j = 0, 0, 0
@@ -126,19 +147,19 @@ def looked_at(at_K: I64, begins_B: I32, offsets_B1: I32) -> tuple[I64, I64, I64,
 
 
 def subsample_genes(sentences: Packed, visits_B: I64, fraction: float, key: tuple[int, ...]) -> Packed:
-    """Keep each gene with probability `fraction`; specials and the first token stay."""
+    """Keep each gene with probability `fraction`; special tokens and the first token always stay."""
     tokens_T, offsets = sentences
-    keep = rng.chance(rng.of_places(rng.hashed(*key, visits_B), offsets), _THIN, fraction)
+    keep = rng.chance(rng.of_places(rng.hashed(*key, visits_B), offsets), _SUBSAMPLE, fraction)
     keep[offsets[:-1][np.diff(offsets) > 0]] = True
     return keep_tokens(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
 
 
 class Translator:
-    """Sentences gene by gene into another species, through one-to-one orthologs (spec section 6).
+    """Translates sentences gene by gene to another species, by one-to-one orthologs.
 
     Args:
         vocabulary: of the corpus.
-        orthologs: `species.orthologs`.
+        orthologs: (species_a, species_b) to pairs of genes, `genes.species.orthologs`.
     """
 
     def __init__(self, vocabulary: Vocabulary, orthologs: dict[tuple[str, str], dict[str, str]]) -> None:
@@ -157,7 +178,12 @@ class Translator:
     def __call__(
         self, sentences: Packed, visits_B: I64, species_B: npt.ArrayLike, key: tuple[int, ...]
     ) -> tuple[Packed, npt.NDArray[np.bool_]]:
-        """Translations, and which cells have one. Genes without a partner are left out; others stay untranslated."""
+        """Translate sentences; with several target species one is drawn for each cell.
+
+        Returns:
+            Packed sentences, and bool (B,): which cells have a translation. Genes without an ortholog are left out; cells
+            without any stay as they are.
+        """
         tokens_T, offsets = sentences
         codes, out_T = np.asarray(species_B), np.full(len(tokens_T), -1, dtype=np.int32)
         code_T, draw_B = np.repeat(codes, np.diff(offsets)), rng.uniform(*key, visits_B, _TARGET)

@@ -62,7 +62,7 @@ def test_an_epoch_reads_every_shard_once_and_holds_a_window_of_them(make_corpus,
     rng = np.random.default_rng(0)
     rows = [3, 0, 17, 9, 1, 30, 12, 8, 0, 22, 5, 14, 19, 2, 11, 6]
     corpus = reader.Corpus(make_corpus(rng.integers(2, 9, sum(rows)), np.arange(sum(rows)) % 2, rows))
-    order = batch_plan.Plan(corpus.lengths_N, corpus.species_N, rows, seed=0, batch_cells=40)
+    order = batch_plan.BatchPlan(corpus.lengths_N, corpus.species_N, rows, seed=0, batch_cells=40)
     read, table = [], corpus.table
     monkeypatch.setattr(corpus, "table", lambda shard, columns: read.append(shard) or table(shard, columns))
     for step in range(order.steps_per_epoch):

@@ -80,7 +80,7 @@ def test_pruning_keeps_the_latest(tmp_path):
     model, optimizer = trained()
     for step in (1, 2, 3):
         checkpoints.save_step(str(tmp_path), step, model, optimizer, {})
-    checkpoints.prune(str(tmp_path), 2)
+    checkpoints.remove_old_steps(str(tmp_path), 2)
     assert files.list_dir(f"{tmp_path}/steps") == ["00000002", "00000003"]
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_however_late_it_is_writt
     model, optimizer = trained()
     then = {name: p.detach().clone() for name, p in model.named_parameters()}
     go_on, counted = threading.Event(), []
-    with checkpoints.Saver(str(tmp_path), keep=2) as saver:
+    with checkpoints.CheckpointWriter(str(tmp_path), keep=2) as saver:
         save(saver, 2, model, optimizer, before=lambda: go_on.wait(60), after=lambda: counted.append(2))
         sum((p**2).sum() for p in model.parameters()).backward()
         optimizer.step()  # training goes on while the checkpoint is not written yet
@@ -124,7 +124,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_however_late_it_is_writt
 
 def test_checkpoints_appear_in_order_and_use_the_same_memory_again(tmp_path):
     model, optimizer = trained()
-    with checkpoints.Saver(str(tmp_path), keep=2) as saver:
+    with checkpoints.CheckpointWriter(str(tmp_path), keep=2) as saver:
         places = set()
         for step in range(1, 6):
             save(saver, step, model, optimizer)
@@ -137,9 +137,12 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_at_the_next_one_or_at_t
     model, optimizer = trained()
     blocked = tmp_path / "file"
     blocked.touch()
-    with pytest.raises(NotADirectoryError, match="file"), checkpoints.Saver(f"{blocked}/run", keep=2) as saver:
+    with (
+        pytest.raises(NotADirectoryError, match="file"),
+        checkpoints.CheckpointWriter(f"{blocked}/run", keep=2) as saver,
+    ):
         save(saver, 1, model, optimizer)
-    saver = checkpoints.Saver(f"{blocked}/run", keep=2)
+    saver = checkpoints.CheckpointWriter(f"{blocked}/run", keep=2)
     save(saver, 1, model, optimizer)
     with pytest.raises(NotADirectoryError, match="file"):
         save(saver, 2, model, optimizer)
@@ -151,5 +154,5 @@ def test_pruning_removes_what_a_killed_writer_left_before_the_kept_checkpoints_a
         folder = checkpoints.save_step(str(tmp_path), step, model, optimizer, {})
         if step in (1, 4):
             files.remove(f"{folder}/state.json")
-    checkpoints.prune(str(tmp_path), 1)
+    checkpoints.remove_old_steps(str(tmp_path), 1)
     assert files.list_dir(f"{tmp_path}/steps") == ["00000003", "00000004"]

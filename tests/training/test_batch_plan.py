@@ -12,7 +12,7 @@ def make(batch_cells=8, mix=None, window_shards=3, seed=0, rows=ROWS):
     n = sum(rows)
     rng = np.random.default_rng(0)
     species = np.repeat(np.arange(len(rows)) % 2, rows).astype(np.int8)
-    return batch_plan.Plan(
+    return batch_plan.BatchPlan(
         rng.integers(1, 60, n).astype(np.int32), species, rows,
         seed=seed, batch_cells=batch_cells, species_mix=mix, window_shards=window_shards,
     )  # fmt: skip
@@ -102,17 +102,17 @@ def test_micro_batches_keep_the_budget_and_lose_nothing():
 
 
 def test_packing_by_hand():
-    assert batch_plan.packing(np.array([4, 4, 4, 4], dtype=np.int32), 2) == {"random": 1.0, "grouped": 1.0}
+    assert batch_plan.padding_ratios(np.array([4, 4, 4, 4], dtype=np.int32), 2) == {"random": 1.0, "grouped": 1.0}
     lengths = np.array([1, 3, 1, 3, 2], dtype=np.int32)
     # grouped: (1, 1), (2, 3), (3): 2 + 6 + 3 tokens for 10 that are there
-    made = batch_plan.packing(lengths, 2)
+    made = batch_plan.padding_ratios(lengths, 2)
     assert made["grouped"] == pytest.approx(1.1)
     assert made["random"] >= made["grouped"]
-    assert batch_plan.packing(lengths, 5)["random"] == pytest.approx(1.5)
+    assert batch_plan.padding_ratios(lengths, 5)["random"] == pytest.approx(1.5)
 
 
 def test_shards_are_counted_by_species_with_empty_ones_among_them():
     species = np.array([0, 2, 2, 0, 1, 2], dtype=np.int8)
-    made = batch_plan.Plan(np.ones(6, np.int32), species, [0, 3, 0, 0, 2, 1, 0], seed=0, batch_cells=2)
+    made = batch_plan.BatchPlan(np.ones(6, np.int32), species, [0, 3, 0, 0, 2, 1, 0], seed=0, batch_cells=2)
     assert made._counts_SP.tolist() == [[0, 0, 0], [1, 0, 2], [0, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
-    assert batch_plan.Plan(np.ones(0, np.int32), species[:0], [0], seed=0, batch_cells=2).steps_per_epoch == 0
+    assert batch_plan.BatchPlan(np.ones(0, np.int32), species[:0], [0], seed=0, batch_cells=2).steps_per_epoch == 0

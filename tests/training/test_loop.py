@@ -17,7 +17,7 @@ from mixgf.errors import UserError
 from mixgf.storage import tables
 from mixgf.training import checkpoints, loop
 from mixgf.training.context import GroupContext, LocalContext
-from mixgf.training.pretraining import Pretraining, part_of
+from mixgf.training.pretraining import Pretraining, subset_cells
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
 SETTINGS = training.Train(
@@ -178,7 +178,7 @@ def test_biases_and_norms_do_not_decay():
 
 def test_gradients_are_clipped_to_the_set_norm():
     model = torch.nn.Linear(2, 1, bias=False)
-    flat = loop._Flat(model, torch.device("cpu"))
+    flat = loop._FlatGradients(model, torch.device("cpu"))
     flat.zero()
     (model(torch.tensor([[3.0, 4.0]]))).sum().backward()
     values = flat.reduce({"loss": torch.tensor(2.0)}, LocalContext())
@@ -263,13 +263,13 @@ def test_a_training_that_stops_at_a_step_and_goes_on_equals_one_that_never_stopp
 
 
 def test_a_share_of_the_cells_is_part_of_every_larger_share_and_each_is_seen_once_per_epoch(uri):
-    assert set(part_of(1000, 0.1)) < set(part_of(1000, 0.3)) < set(part_of(1000, 1.0))
-    assert [len(part_of(1000, share)) for share in (0.0001, 0.1, 1.0)] == [1, 100, 1000]
+    assert set(subset_cells(1000, 0.1)) < set(subset_cells(1000, 0.3)) < set(subset_cells(1000, 1.0))
+    assert [len(subset_cells(1000, share)) for share in (0.0001, 0.1, 1.0)] == [1, 100, 1000]
     some = dataclasses.replace(CONFIG, train=dataclasses.replace(SETTINGS, cells_share=0.5))
     task = Pretraining(some, reader.Corpus(uri))
     assert (task.steps_per_epoch, task.num_steps) == (2, 6)
     for epoch in range(3):
         works = [task.work(2 * epoch + step, 0, 1) for step in (0, 1)]
         seen = {c for work in works for micro in work.micros for c in micro.batch.cells_B.tolist()}
-        assert sorted(seen) == part_of(23, 0.5).tolist()
+        assert sorted(seen) == subset_cells(23, 0.5).tolist()
         assert sum(work.num_cells for work in works) == len(seen) == 12

@@ -19,24 +19,24 @@ def test_nt_xent_by_hand():
     a = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     b = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     expected = -math.log(math.exp(1 / 0.5) / (math.exp(1 / 0.5) + 2))
-    assert losses.nt_xent(a, b, 0.5).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.simcse_loss(a, b, 0.5).item() == pytest.approx(expected, rel=1e-6)
     # one pair turned by 90 degrees: its anchors see the positive at 0; worked term by term
     c = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     e = math.e
     terms = [1 / (1 + 1 + 1), e / (1 + e + e), 1 / (1 + e + e), e / (1 + e + e)]  # anchors a0, a1, c0, c1
     expected = -sum(map(math.log, terms)) / 4
-    assert losses.nt_xent(torch.eye(2), c, 1.0).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.simcse_loss(torch.eye(2), c, 1.0).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_single_pair_has_no_negatives_and_no_loss():
-    assert losses.nt_xent(torch.ones(1, 3), torch.ones(1, 3), 0.05).item() == 0
+    assert losses.simcse_loss(torch.ones(1, 3), torch.ones(1, 3), 0.05).item() == 0
 
 
 def test_dimension_contrast_by_hand():
     a, b = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     # a.T @ b = [[1, 1], [0, 2]]; temperature 2
     expected = -(math.log(0.5) + math.log(math.e / (1 + math.e))) / 2
-    assert losses.dimension_contrast(a, b, 2.0).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.dimension_loss(a, b, 2.0).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_alignment_and_uniformity_by_hand():

@@ -28,9 +28,11 @@ def masked(*, num_cells=3000, seed=0, epoch=0, view=0, visits=None, fraction=0.1
     tokens = np.stack([np.full(num_cells, CLS), 3 + 2 * kinds, 4 + 2 * kinds], 1).astype(np.int32).reshape(-1)
     offsets = np.arange(num_cells + 1) * 3
     visits = np.arange(num_cells) if visits is None else visits
-    pools = views.Pools.of([np.array([3, 4], dtype=np.int32), np.array([5, 6], dtype=np.int32)])
-    inputs, at, _ = views.mask(
-        (tokens, offsets), visits, kinds.astype(np.int8), pools, fraction=fraction, key=(seed, epoch, view)
+    replacements = views.ReplacementGenes.by_species(
+        [np.array([3, 4], dtype=np.int32), np.array([5, 6], dtype=np.int32)]
+    )
+    inputs, at, _ = views.mask_genes(
+        (tokens, offsets), visits, kinds.astype(np.int8), replacements, fraction=fraction, key=(seed, epoch, view)
     )
     return tokens, inputs, at, np.repeat(kinds, 3)
 
@@ -89,7 +91,7 @@ def test_orthologs_without_a_table_that_fits_are_refused(corpus, make_corpus):
 
 
 def test_masks_are_the_plain_ones_draw_by_draw():
-    """The compiled pass against the law written out with the public hashes; empty and one-token cells, uneven pools."""
+    """The compiled pass against the law written out with the public hashes; empty and one-token cells, uneven replacements."""
     lengths, kinds, visits = (
         np.array([40, 0, 1, 300]),
         np.array([0, 1, 1, 0], dtype=np.int8),
@@ -98,7 +100,9 @@ def test_masks_are_the_plain_ones_draw_by_draw():
     offsets = packed.offsets_of(lengths)
     genes = [np.arange(3, 50, dtype=np.int32), np.arange(50, 57, dtype=np.int32)]
     tokens = np.random.default_rng(0).integers(0, 50, offsets[-1]).astype(np.int32)
-    inputs, at, true = views.mask((tokens, offsets), visits, kinds, views.Pools.of(genes), fraction=0.3, key=(5, 6, 1))
+    inputs, at, true = views.mask_genes(
+        (tokens, offsets), visits, kinds, views.ReplacementGenes.by_species(genes), fraction=0.3, key=(5, 6, 1)
+    )
     cell, place = np.repeat(np.arange(4), lengths), np.concatenate([np.arange(n) for n in lengths])
     chosen, action, gene = (rng.uniform(5, 6, 1, visits[cell], place, stream) for stream in range(3))
     expected = tokens.copy()
@@ -114,11 +118,11 @@ def test_masks_are_the_plain_ones_draw_by_draw():
 
 def test_places_looked_at_by_hand():
     at, begins, offsets = np.array([0, 3, 9]), np.array([0, 5, 9, 12], np.int32), np.array([0, 5, 9, 12, 14], np.int32)
-    places, of_at, of_begins, bounds = views.looked_at(at, begins, offsets)
+    places, of_at, of_begins, bounds = views.merge_query_positions(at, begins, offsets)
     assert places.tolist() == [0, 3, 5, 9, 12]
     assert of_at.tolist() == [0, 1, 3]
     assert of_begins.tolist() == [0, 2, 3, 4]
     assert bounds.tolist() == [0, 2, 3, 4, 5]
-    found = views.looked_at(at, begins[:0], offsets)
+    found = views.merge_query_positions(at, begins[:0], offsets)
     assert [x.tolist() for x in found] == [[0, 3, 9], [0, 1, 2], [], [0, 2, 2, 3, 3]]
-    assert [len(x) for x in views.looked_at(at[:0], begins[:0], offsets[:1])] == [0, 0, 0, 1]
+    assert [len(x) for x in views.merge_query_positions(at[:0], begins[:0], offsets[:1])] == [0, 0, 0, 1]
