@@ -1,9 +1,6 @@
-"""Cell types from the encoder: fine-tuning (paper section 4.3), and simple classifiers on frozen vectors.
+"""Fine-tuning: an encoder and a class head, trained on labelled cells (paper section 4.3).
 
-`predict` answers one question: given a split and a model's name, what are the class probabilities of the test cells? It is a
-pure function of artifacts; which cells it may look at for what is decided by the split (`mixgf.splits`).
-
-Shapes: N training cells, M test cells, B cells of a batch, T packed tokens, D width, C classes.
+Shapes: N training cells, M cells to predict, B cells of a batch, T packed tokens, D width, C classes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,12 +18,11 @@ from torch import Tensor, nn
 from mixgf import rng
 from mixgf.arrays import Floats, Ints
 from mixgf.classification import linear_start
-from mixgf.classification.labels import Labelled
+from mixgf.classification.model import Problem, SentenceSet
 from mixgf.classification.species_alignment import moved, shared_tokens
-from mixgf.classification.splits import Split
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
-from mixgf.config.training import LayerChoice
+from mixgf.config.training import LayerChoice, Train
 from mixgf.console import warn
 from mixgf.corpus.packed import Packed, keep_tokens, truncate
 from mixgf.corpus.reader import Corpus
@@ -41,23 +37,20 @@ from mixgf.training.batch_plan import BatchPlan
 from mixgf.training.context import Context, Group
 
 _HEAD_SITE = 1 << 20
-"""Place of the class head in the stream of dropout keys, beyond every layer."""
-
-
-# Fine-tuning
+"""Number of the class head in the stream of dropout keys, beyond every layer."""
 
 
 class Classifier(nn.Module):
-    """Encoder, pooled vector, dropout, one linear layer; perhaps a weight per token and class beside it.
+    """Encoder, pooled vector, dropout, one linear layer; with `gene_weights` also a weight per token and class.
 
     Args:
-        encoder: Trained or not; it is changed by training.
+        encoder: Trained or not; training changes it.
         num_classes: C.
         pooling: `mean`, `first` or `cls`.
         cls: Sentences begin with <cls>.
         seed: Key of the head's initial weights.
         layer: Hidden layer that is pooled, as `embed.layer`.
-        gene_weights: The sentence's tokens have weights, as `convex.gene_rows`; they begin at 0.
+        gene_weights: Tokens of the sentence have weights (`linear_start.gene_rows`), at first 0.
     """
 
     def __init__(
@@ -100,7 +93,7 @@ class Classifier(nn.Module):
         return y_BC + sums_BC / squares_B.clamp(min=1e-18).sqrt()[:, None]
 
     def linear(self) -> tuple[Floats, Floats, Floats]:
-        """Weights (C, D) and bias (C,) of the linear layer, and weights of tokens (C, V), without columns where there are none."""
+        """Weights (C, D) and bias (C,) of the linear layer, and weights of tokens (C, V), or no columns."""
         genes_VC = self.head.weight.new_zeros(0, self.head.out_features) if self.genes is None else self.genes
         weight, bias, genes = (
             x.detach().cpu().numpy() for x in (self.head.weight, self.head.bias, genes_VC.T.contiguous())
@@ -109,7 +102,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def begin(self, start: linear_start.Start) -> None:
-        """Take over a head."""
+        """Set the head's weights."""
         self.head.weight.copy_(torch.from_numpy(start.head_CD))
         self.head.bias.copy_(torch.from_numpy(start.bias_C))
         if self.genes is not None:
@@ -131,34 +124,16 @@ class Classifier(nn.Module):
 
 
 @dataclass
-class Tuned:
-    """What fine-tuning ended with."""
-
-    probabilities: Floats
-    """Of the test cells (M, C), by the weights of the chosen epoch."""
-    epoch: int
-    """The chosen epoch, counted from 1; 0 = the warm start."""
-    history: list[dict[str, float]]
-    """Per epoch: epoch, loss and accuracy on the validation cells, mean training loss."""
-    share: float
-    """Of the encoder's vector in the warm start, see `convex`; 0 = there was none."""
-    warmup_steps: int
-    num_steps: int
-    model: Classifier
-    """With the weights of the chosen epoch."""
-
-
-@dataclass
 class _Sentences:
     """Sentences of a corpus as the model reads them, by themselves and as packed batches."""
 
     corpus: Corpus
     max_len: int
-    """Cut to so many tokens; 0 = as they are."""
+    """Cut to so many tokens; 0 = not cut."""
     read: int
     """Tokens of a sentence that the encoder reads at most."""
     shared_V: npt.NDArray[np.int32] | None = None
-    """The token that each token is read as, -1 = it is left out; None = as they are."""
+    """The token that each token is read as, -1 = it is left out; None = all are read as they are."""
 
     @property
     def lengths_N(self) -> npt.NDArray[np.int32]:
@@ -190,20 +165,62 @@ class _Sentences:
         return np.minimum(self.lengths_N[cells], min(self.max_len or self.read, self.read)).astype(np.int32)
 
 
-def _sentences(encoder: Encoder, corpus: Corpus, table: Labelled, split: Split, run: Config) -> _Sentences:
-    """What a fine-tuning reads: with `classify.align` another species is read as the one that trains."""
-    trains, tested = (np.unique(table.species[rows]).tolist() for rows in (split.train, split.test))
+def _sentences(encoder: Encoder, problem: Problem[SentenceSet], config: Config) -> _Sentences:
+    """Sentences that a fine-tuning reads: with `classify.align`, another species is read as the one that trains."""
+    corpus = problem.train.x.corpus
+    trains, tested = (np.unique(cells.species).tolist() for cells in (problem.train, problem.target))
     shared_V = None
-    if run.classify.align and len(trains) == len(tested) == 1 and trains != tested:
-        shared_V = shared_tokens(corpus.vocabulary, orthologs(run.vocab.orthologs), trains[0], tested[0])
-    return _Sentences(corpus, longest(encoder, run.classify), encoder.sizes.max_positions, shared_V)
+    if config.classify.align and len(trains) == len(tested) == 1 and trains != tested:
+        shared_V = shared_tokens(corpus.vocabulary, orthologs(config.vocab.orthologs), trains[0], tested[0])
+    return _Sentences(corpus, longest_read(encoder, config.classify), encoder.sizes.max_positions, shared_V)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tuned:
+    """The result of a fine-tuning."""
+
+    model: Classifier
+    """With the weights of the chosen epoch."""
+    epoch: int
+    """The chosen epoch, counted from 1; 0 = the linear start."""
+    history: list[dict[str, float]]
+    """Per epoch: epoch, loss and accuracy on the validation cells, mean training loss."""
+    share: float
+    """Share of the encoder's vector in the linear start (`linear_start`); 0 = there was none."""
+    warmup_steps: int
+    num_steps: int
+    sentences: _Sentences
+    cells: Ints
+    """Cells on which weights were trained (N,)."""
+    labels: Ints
+    """Their class ids (N,)."""
+    micro_tokens: int
+    """Most tokens of a forward pass on a GPU."""
+
+    def predict(self, cells: Ints) -> Floats:
+        """Class probabilities (M, C) of cells of the corpus; between species they are shifted (`species_alignment.moved`)."""
+        predicted_MC = probabilities(self.model, self.sentences, cells, self.micro_tokens)
+        if self.sentences.shared_V is None:
+            return predicted_MC
+        own_NC = probabilities(self.model, self.sentences, self.cells, self.micro_tokens)
+        return moved(predicted_MC, own_NC, self.labels)
+
+    def notes(self) -> dict[str, Any]:
+        """Plain facts that are stored beside the predictions."""
+        return {
+            "epoch": self.epoch,
+            "share": self.share,
+            "history": self.history,
+            "warmup_steps": self.warmup_steps,
+            "num_steps": self.num_steps,
+        }
 
 
 @dataclass
 class _Selecting:
-    """The fine-tuning task of `train.fit`; at the end of every epoch it looks at the validation cells.
+    """The task of `loop.fit` for fine-tuning: validation cells are scored at the end of every epoch.
 
-    An epoch has ended when the first step of the next one is about to be made, or training has.
+    An epoch ends when the first step of the next one is about to be made, or when training ends.
     """
 
     inner: loop.LossTask[Classifier]
@@ -242,56 +259,82 @@ class _Selecting:
             self.chosen = epoch
         self.history.append({"epoch": float(epoch)} | figures)
 
+    def restore(self, model: Classifier) -> None:
+        """Give the model the weights with the lowest validation loss."""
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in self.best:
+                    parameter.copy_(self.best[name])
 
-def finetune(
-    encoder: Encoder, corpus: Corpus, table: Labelled, split: Split, *, run: Config, context: Context
-) -> Tuned:
-    """Fine-tune all weights (or the upper layers, or adapters) on the training cells and predict the test cells (paper section 4.3).
 
-    AdamW, linear warm-up to the peak rate, cosine to zero; batches grouped by length. The epoch with the lowest loss on the
-    validation cells, which are part of the training cells and not trained on, predicts. The published code selects on the
-    test cells instead.
+def finetune(encoder: Encoder, problem: Problem[SentenceSet], *, config: Config, context: Context) -> Tuned:
+    """Train all weights (or the upper layers, or adapters) and a class head on the training cells (paper section 4.3).
 
-    With `classify.align` and `classify.warm_start` another species is predicted by the beginning: no validation cell says whether
-    what steps on one species add is true of the other.
+    AdamW, linear warm-up to the peak rate, cosine to zero; batches grouped by length. Weights are those of the epoch with the
+    lowest loss on the validation cells, which are not trained on. The published code selects on the test cells instead.
+
+    With `classify.align` and `classify.warm_start`, another species is predicted by the linear start without further steps:
+    validation cells are of the training species and cannot show whether steps help the other one.
 
     Args:
         encoder: Where to start; it is changed.
-        corpus: The sentences.
-        table: The labelled cells.
-        split: Which of them train, select and are tested. Labels of test cells are not looked at.
-        run: The whole config; `classify` has the recipe, `train` precision, weight decay, clip and schedule, `vocab` orthologs.
+        problem: The cells.
+        config: The whole config; `classify` has the recipe, `train` precision, weight decay, clip and schedule, `vocab` orthologs.
         context: Where the loop runs.
     """
-    settings, num_classes = run.classify, len(split.classes)
-    seed = int(rng.hashed(run.seed, split.seed, 1)) & 0x7FFFFFFF
+    settings, seed = config.classify, problem.seed(1)
     model = Classifier(
-        encoder, num_classes, pooling=run.embed.pooling, cls=corpus.cls, seed=seed, layer=settings.layer,
-        gene_weights=settings.gene_weights,
+        encoder, problem.num_classes, pooling=config.embed.pooling, cls=problem.train.x.corpus.cls, seed=seed,
+        layer=settings.layer, gene_weights=settings.gene_weights,
     )  # fmt: skip
     model.freeze(settings.freeze_layers)
     if settings.lora_rank:
         lora.add_adapters(encoder, settings.lora_rank, settings.lora_alpha, seed=seed)
-    sentences = _sentences(encoder, corpus, table, split, run)
-    trained = np.setdiff1d(split.train, split.validation)
-    cells, labels = table.cells[trained], split.ids(table.labels[trained])
-    of_cell = dict(zip(cells.tolist(), labels.tolist(), strict=True))
-    lengths = sentences.lengths(cells)
+    sentences = _sentences(encoder, problem, config)
+    cells, labels = problem.learning.x.cells, problem.labels[~problem.is_validation]
     plan = BatchPlan(
-        lengths, np.zeros(len(cells), dtype=np.int8), [len(cells)], seed=seed, batch_cells=settings.batch_cells
-    )
-    epochs = max(settings.epochs, -(-settings.min_steps // plan.steps_per_epoch))
-    num_steps = plan.steps_per_epoch * epochs
-    optimisation = replace(
-        run.train, epochs=epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
-        warmup_steps=min(settings.warmup_steps, num_steps // 4), species_mix={}, log_steps=max(1, plan.steps_per_epoch),
+        sentences.lengths(cells), np.zeros(len(cells), dtype=np.int8), [len(cells)], seed=seed,
+        batch_cells=settings.batch_cells,
     )  # fmt: skip
-    if optimisation.warmup_steps < settings.warmup_steps and not (
-        settings.warm_start and sentences.shared_V is not None
-    ):
+    optimisation = _optimisation(config, plan)
+    inner = _loss_task(problem, sentences, plan, encoder=encoder, config=config, context=context)
+    trains = not (settings.warm_start and sentences.shared_V is not None)
+    if trains and optimisation.warmup_steps < settings.warmup_steps:
         warn(
-            f"{split.name}: {num_steps} steps, so the warm-up is {optimisation.warmup_steps} steps, not {settings.warmup_steps}"
+            f"{problem.name}: {inner.num_steps} steps, so the warm-up is {optimisation.warmup_steps} steps, not {settings.warmup_steps}"
         )
+
+    def evaluate(model: Classifier) -> dict[str, float]:
+        true = problem.labels[problem.is_validation]
+        p = probabilities(model, sentences, problem.validation.x.cells, config.train.micro_tokens)
+        of_true = p[np.arange(len(true)), true].clip(1e-12)
+        return {"loss": float(-np.log(of_true).mean()), "accuracy": float((p.argmax(1) == true).mean())}
+
+    task, share = _Selecting(inner, evaluate), 0.0
+    if settings.warm_start:
+        start = start_linear(model, sentences, cells, labels, seed=seed)
+        share = start.share
+        task.score(model.to(context.device), 0, start.loss)
+    if trains:
+        loop.fit(model, task, optimisation, context)
+        task.epoch_ended(model)
+    task.restore(model)
+    lora.merge_adapters(encoder)
+    return Tuned(
+        model=model, epoch=task.chosen, history=task.history, share=share, warmup_steps=optimisation.warmup_steps,
+        num_steps=inner.num_steps, sentences=sentences, cells=cells, labels=labels,
+        micro_tokens=config.train.micro_tokens,
+    )  # fmt: skip
+
+
+def _loss_task(
+    problem: Problem[SentenceSet], sentences: _Sentences, plan: BatchPlan, *, encoder: Encoder, config: Config, context: Context
+) -> loop.LossTask[Classifier]:  # fmt: skip
+    """Batches of the training cells in the order of `plan`, and their cross entropy."""
+    settings, seed, num_classes = config.classify, problem.seed(1), problem.num_classes
+    cells, labels = problem.learning.x.cells, problem.labels[~problem.is_validation]
+    class_of = dict(zip(cells.tolist(), labels.tolist(), strict=True))
+    lengths = sentences.lengths(cells)
     weights_C = torch.ones(num_classes)
     if settings.class_weights:
         counts = np.bincount(labels, minlength=num_classes)
@@ -300,53 +343,45 @@ def finetune(
 
     def batches(step: int, rank: int, world_size: int) -> loop.BatchWork:
         share = plan.share(step, rank, world_size)
-        runs = split_micro_batches(lengths[share.cells_B], run.train.micro_tokens)
+        runs = split_micro_batches(lengths[share.cells_B], config.train.micro_tokens)
         made = [sentences.batch(cells[share.cells_B[r]], (seed, share.epoch, share.visits_B[r])) for r in runs]
         flops = 3 * forward_flops(encoder.sizes, lengths[share.cells_B].tolist())
         return loop.BatchWork(made, share.batch_cells, share.epoch, flops)
 
     def loss(model: Classifier, batch: Batch) -> dict[str, Tensor]:
-        target_B = torch.tensor([of_cell[c] for c in batch.cells_B.tolist()], device=batch.ids_T.device)
+        target_B = torch.tensor([class_of[c] for c in batch.cells_B.tolist()], device=batch.ids_T.device)
         return {"loss": F.cross_entropy(model(batch).float(), target_B, weight=weights_C, reduction="none").sum()}
 
-    def evaluate(model: Classifier) -> dict[str, float]:
-        true = split.ids(table.labels[split.validation])
-        p = probabilities(model, sentences, table.cells[split.validation], run.train.micro_tokens)
-        of_true = p[np.arange(len(true)), true].clip(1e-12)
-        return {"loss": float(-np.log(of_true).mean()), "accuracy": float((p.argmax(1) == true).mean())}
+    num_steps = plan.steps_per_epoch * _epochs(settings, plan)
+    return loop.LossTask(num_steps, batches, loss, config.train.precision)
 
-    task = _Selecting(loop.LossTask(num_steps, batches, loss, run.train.precision), evaluate)
-    share = 0.0
-    if settings.warm_start:
-        begin = warm_start(model, sentences, cells, labels, seed=seed)
-        share = begin.share
-        task.score(model.to(context.device), 0, begin.loss)
-    if not (settings.warm_start and sentences.shared_V is not None):
-        loop.fit(model, task, optimisation, context)
-        task.epoch_ended(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in task.best:
-                parameter.copy_(task.best[name])
-    lora.merge_adapters(encoder)
-    predicted = probabilities(model, sentences, table.cells[split.test], run.train.micro_tokens)
-    if sentences.shared_V is not None:
-        predicted = moved(predicted, probabilities(model, sentences, cells, run.train.micro_tokens), labels)
-    return Tuned(
-        probabilities=predicted, epoch=task.chosen,
-        history=task.history, share=share, warmup_steps=optimisation.warmup_steps, num_steps=num_steps, model=model,
+
+def _epochs(settings: Classify, plan: BatchPlan) -> int:
+    """`classify.epochs`, or more to reach `classify.min_steps`."""
+    return max(settings.epochs, -(-settings.min_steps // plan.steps_per_epoch))
+
+
+def _optimisation(config: Config, plan: BatchPlan) -> Train:
+    """Settings of the training loop; the warm-up is at most a quarter of the steps."""
+    settings, epochs = config.classify, _epochs(config.classify, plan)
+    return replace(
+        config.train, epochs=epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
+        warmup_steps=min(settings.warmup_steps, plan.steps_per_epoch * epochs // 4), species_mix={},
+        log_steps=max(1, plan.steps_per_epoch),
     )  # fmt: skip
 
 
-def warm_start(model: Classifier, sentences: _Sentences, cells: Ints, labels: Ints, *, seed: int) -> linear_start.Start:
-    """Give a model the best convex head for its encoder, in place."""
+def start_linear(
+    model: Classifier, sentences: _Sentences, cells: Ints, labels: Ints, *, seed: int
+) -> linear_start.Start:
+    """Fit the class head to the untouched encoder by logistic regression (`linear_start`) and put it into the model."""
     vectors_ND = embed.embed_cells(
         model.encoder, sentences, cells, model.pooling, model.layer, max_len=sentences.max_len
     )
     genes_NV = (
         None if model.genes is None else linear_start.gene_rows(*sentences.tokens(cells), model.encoder.vocab_size)
     )
-    # cells of the training species cannot say how much of the encoder carries over to another one: the least
+    # training cells cannot show how much of the encoder's vector helps for another species: the smallest share is taken
     shares = linear_start.SHARES if sentences.shared_V is None else linear_start.SHARES[-1:]
     start = linear_start.fit_best(vectors_ND, genes_NV, labels, model.head.out_features, seed=seed, shares=shares)
     model.begin(start)
@@ -374,18 +409,10 @@ def _runs(lengths: npt.NDArray[np.int32], micro_tokens: int) -> Iterator[slice]:
     )
 
 
-def longest(encoder: Encoder, settings: Classify) -> int:
-    """Longest sentence that is read, 0 = all: `classify.max_len`, without weights of genes no more than the encoder's positions."""
+def longest_read(encoder: Encoder, settings: Classify) -> int:
+    """Longest sentence that is read, in tokens; 0 = all.
+
+    `classify.max_len`, and without weights of genes no more than the encoder has positions.
+    """
     most = encoder.sizes.max_positions
     return settings.max_len if settings.gene_weights else min(settings.max_len or most, most)
-
-
-def notes(tuned: Tuned) -> dict[str, Any]:
-    """What is kept of a fine-tuning beside its predictions, as plain data."""
-    return {
-        "epoch": tuned.epoch,
-        "share": tuned.share,
-        "history": tuned.history,
-        "warmup_steps": tuned.warmup_steps,
-        "num_steps": tuned.num_steps,
-    }

@@ -20,7 +20,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.neighbors import NearestNeighbors
 
 from mixgf.arrays import Floats, Ints, Names
-from mixgf.classification import baselines, metrics
+from mixgf.classification import heads, metrics
+from mixgf.classification.features import Scale
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import keyed_order
 from mixgf.stats.intervals import Interval
@@ -141,10 +142,9 @@ def _read(
     guess_N = np.empty(len(label_N), dtype=np.int64)
     for fold in np.unique(fold_N):
         out = fold_N == fold
-        train, test = baselines.standardise(
-            vectors_ND[~out], vectors_ND[out], *baselines.one_group(vectors_ND[~out], vectors_ND[out])
-        )
-        guess_N[out] = baselines.logistic(train, label_N[~out], test, len(species)).argmax(1)
+        scale = Scale.fit(vectors_ND[~out])
+        probe = heads.logistic_regression(scale(vectors_ND[~out]), label_N[~out], len(species))
+        guess_N[out] = probe(scale(vectors_ND[out])).argmax(1)
     found, by = metrics.score(
         label_N.astype(np.int64), guess_N, np.ones(len(label_N)), clusters_N, len(species), rng=rng
     )
@@ -183,7 +183,7 @@ def centroids(values_ND: Floats, kinds_N: Names, kinds: Names) -> Floats:
 
 def profiles(vectors_ND: Floats, kinds_N: Names, kinds: Names) -> Floats:
     """Cosine distances between the centroids of kinds (T, T), in the space itself."""
-    unit_TD = baselines.unit(centroids(vectors_ND.astype(np.float64), kinds_N, kinds))
+    unit_TD = heads.unit(centroids(vectors_ND.astype(np.float64), kinds_N, kinds))
     return 1 - unit_TD @ unit_TD.T
 
 

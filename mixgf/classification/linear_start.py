@@ -20,7 +20,7 @@ from scipy import optimize, sparse, special
 from torch import Tensor
 
 from mixgf.arrays import Floats, Integers
-from mixgf.classification import baselines
+from mixgf.classification.heads import logistic_layer
 from mixgf.corpus import packed
 
 STRENGTH = 1000.0
@@ -88,7 +88,7 @@ def fit(
         spread = np.asarray(mine.multiply(mine).mean(0) - np.square(mine.mean(0))).sum()
         by_genes = (STRENGTH / max(float(spread), 1e-9)) ** 0.5
         features = sparse.hstack([sparse.csr_matrix(features), mine * by_genes], format="csr")
-    weights, bias_C = baselines.logistic_layer(features, labels_N.astype(np.int64), num_classes)
+    weights, bias_C = logistic_layer(features, labels_N.astype(np.int64), num_classes)
     head_CD = weights[:, :D] * by_D
     genes_CV = np.zeros((num_classes, 0 if genes_NV is None else genes_NV.shape[1]))
     genes_CV[:, used] = weights[:, D:] * by_genes

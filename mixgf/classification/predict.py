@@ -1,7 +1,7 @@
-"""One prediction at a time: a model on a split, scored and kept, and the classifiers that users get.
+"""One prediction at a time: a model on a split, scored and written, and the classifiers that users get.
 
-A piece reads artifacts, computes one thing and writes one part file, atomically, so that pieces can run anywhere, in any
-order, any number of times. `mixgf.classification.intermediates` has what pieces share, `mixgf.classification.tables` puts them together.
+Each task reads artifacts and intermediate files, computes one thing and writes one file, atomically. Tasks can run anywhere, in any
+order, any number of times. `mixgf.classification.tables` makes the tables from their files.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.arrays import Floats, Ints
-from mixgf.classification import classifier, finetune, integration, intermediates, metrics, probes, registry, umap
-from mixgf.classification.baselines import BASELINES
-from mixgf.classification.intermediates import ArtifactPaths
-from mixgf.classification.labels import Labelled
+from mixgf.classification import classifier, integration, metrics, registry, umap
+from mixgf.classification.encoders import CHECKPOINT, EXPRESSION
+from mixgf.classification.model import Model, Needs
+from mixgf.classification.paths import group_folder
 from mixgf.classification.splits import Split
-from mixgf.config.run import Config
-from mixgf.corpus.reader import Corpus
-from mixgf.encoder import embed
-from mixgf.encoder.bert import Encoder
-from mixgf.encoder.device import pick_device
+from mixgf.classification.workspace import Workspace, as_column
+from mixgf.genes import species
 from mixgf.storage import artifacts, files, tables
-from mixgf.training.context import LocalContext
 
 
-def predict(run: Config, places: ArtifactPaths, table: Labelled, split: Split, model: str) -> None:
-    """Keep predictions of one model on the test cells of one split, with their scores."""
+def predict(workspace: Workspace, split: Split, model: Model) -> None:
+    """Write predictions of one model on the test cells of one split, with their scores."""
     began = time.perf_counter()
-    probabilities_MC, details = _probabilities(run, places, table, split, model)
+    config, table = workspace.config, workspace.table
+    problem = workspace.problem(split, model)
+    fitted = model.fit(problem)
+    probabilities_MC = fitted.predict(problem.target)
+    if fitted.linear is not None and model.encoder == CHECKPOINT and classifier.wanted(config, split):
+        kept = classifier.of_split(workspace, split, model.name, fitted.linear())
+        classifier.save(workspace.paths.classifier(split.group, model.name), kept, workspace.corpus.vocabulary)
     labels_M, classes = table.labels[split.test], np.asarray(split.classes)
     predicted_M, confidence_M = probabilities_MC.argmax(1).astype(np.int64), probabilities_MC.max(1).astype(np.float64)
-    rng = np.random.default_rng([run.seed, split.seed, 7])
+    rng = np.random.default_rng([config.seed, split.seed, 7])
     donors_M = table.donors[split.test]
     if split.unseen:
         found, by = metrics.rejection(confidence_M, labels_M == split.unseen, donors_M, rng=rng)
@@ -46,98 +47,54 @@ def predict(run: Config, places: ArtifactPaths, table: Labelled, split: Split, m
         "cell": table.cells[split.test], "true": labels_M, "predicted": classes[predicted_M],
         "probability": confidence_M.astype(np.float32),
     })  # fmt: skip
-    meta = details | {
+    facts = fitted.notes | {
         "seconds": time.perf_counter() - began, "interval_by": by,
         "scores": {name: [one.value, one.low, one.high] for name, one in found.items()},
     }  # fmt: skip
     tables.write_table(
-        intermediates.prediction_part(places, split, model), made.replace_schema_metadata({"mixgf": json.dumps(meta)})
+        workspace.paths.prediction(split, model.name), made.replace_schema_metadata({"mixgf": json.dumps(facts)})
     )
 
 
-def _probabilities(
-    run: Config, places: ArtifactPaths, table: Labelled, split: Split, model: str
-) -> tuple[Floats, dict[str, Any]]:
-    """Class probabilities of the test cells (M, C), and what is kept beside them; a wanted classifier becomes a part."""
-    if model in BASELINES:
-        return BASELINES[model](intermediates.problem(run, places, table, split)), {}
-    head, encoder = registry.parse(model)
-    kept = encoder == registry.CHECKPOINT and split.whole and classifier.wanted(run, split)
-    if head in registry.HEADS:
-        if head == "probe" and kept:
-            corpus = Corpus(places.corpus)
-            weights = registry.load(places.checkpoint, encoder, run, corpus)  # only kept: nothing is computed with it
-            _keep(run, places, corpus, table, split, model, weights, None)
-        train_ND, test_MD = (
-            intermediates.vectors(places, encoder, table.cells[rows]) for rows in (split.train, split.test)
-        )
-        return probes.frozen(head, train_ND, test_MD, table=table, split=split, settings=run.classify), {}
-    corpus, context = Corpus(places.corpus), LocalContext(pick_device(run.compute.gpus_per_worker))
-    start = registry.load(places.checkpoint, encoder, run, corpus, context.device)
-    run = registry.recipe(run, model)
-    tuned = finetune.finetune(start, corpus, table, split, run=run, context=context)
-    if kept:
-        _keep(run, places, corpus, table, split, model, tuned.model.encoder, tuned.model.linear())
-    return tuned.probabilities, finetune.notes(tuned)
+def integrate(workspace: Workspace, space: str) -> None:
+    """Write what is known of one embedding as a whole: map coordinates and vectors of a sample of cells, and its measures."""
+    table, seed, rows = workspace.table, workspace.config.seed, workspace.sample()
+    vectors_ND = np.asarray(workspace.space_vectors(space, rows), dtype=np.float32)
+    found = integration.measure(vectors_ND, table.only(rows), seed=seed)
+    xy_N2, method = umap.layout(vectors_ND, seed)
+    made = pa.table({
+        "cell": table.cells[rows], "x": xy_N2[:, 0], "y": xy_N2[:, 1], "vector": as_column(vectors_ND),
+    })  # fmt: skip
+    facts = {"map": method, "measures": {name: [one.value, one.low, one.high, by] for name, (one, by) in found.items()}}
+    tables.write_table(workspace.integration_uri(space), made.replace_schema_metadata({"mixgf": json.dumps(facts)}))
 
 
-def integrate(run: Config, places: ArtifactPaths, table: Labelled, space: str) -> None:
-    """Keep what is known of one embedding as a whole: map coordinates and vectors of a sample of cells, and its measures."""
-    rows = intermediates.sample(run, table)
-    vectors_ND = np.asarray(intermediates.space_vectors(run, places, table, space, rows), dtype=np.float32)
-    found = integration.measure(vectors_ND, table.only(rows), seed=run.seed)
-    xy_N2, method = umap.layout(vectors_ND, run.seed)
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
-    made = pa.table({"cell": table.cells[rows], "x": xy_N2[:, 0], "y": xy_N2[:, 1], "vector": flat})
-    meta = {"map": method, "measures": {name: [one.value, one.low, one.high, by] for name, (one, by) in found.items()}}
-    uri = intermediates.integration_part(run, places, space)
-    tables.write_table(uri, made.replace_schema_metadata({"mixgf": json.dumps(meta)}))
+def measured_spaces(workspace: Workspace) -> list[str]:
+    """The embeddings that are measured as a whole, none with `classify.integration_cells` = 0.
+
+    Every encoder whose vectors a model reads and, where baselines run, expression itself (`encoders.EXPRESSION`).
+    """
+    config = workspace.config
+    if not config.classify.integration_cells:
+        return []
+    models = registry.models(config.classify)
+    kinds = sorted(set(workspace.table.species.tolist()))
+    pairs = species.orthologs(config.vocab.orthologs) if len(kinds) > 1 else {}
+    comparable = all((kinds[0], other) in pairs for other in kinds[1:])
+    counted = comparable and any(model.needs is Needs.COUNTS for model in models)
+    return registry.encoders_of(models, [Needs.VECTORS]) + [EXPRESSION] * counted
 
 
-def _keep(  # noqa: PLR0917 (as `predict`, which calls it)
-    run: Config, places: ArtifactPaths, corpus: Corpus, table: Labelled, split: Split, model: str, encoder: Encoder,
-    head: tuple[Floats, Floats, Floats] | None,
-) -> None:  # fmt: skip
-    """Write a trained classifier as a part. A tuned head pools `classify.layer`, a probe `embed.layer`."""
-    frozen = head is None
-    max_len = 0 if frozen else finetune.longest(encoder, run.classify)
-    layer = run.embed.layer if frozen else run.classify.layer
-
-    def of_cells(cells: Ints) -> Floats:
-        if frozen:  # those that the probe is scored on are there already
-            return intermediates.vectors(places, registry.CHECKPOINT, cells)
-        return embed.embed_cells(
-            encoder, corpus, cells, run.embed.pooling, layer, run.train.micro_tokens, max_len=max_len
-        )
-
-    made = classifier.of_split(
-        encoder,
-        head,
-        of_cells,
-        model=model,
-        corpus=corpus,
-        table=table,
-        split=split,
-        run=run,
-        max_len=max_len,
-        layer=layer,
-    )
-    classifier.save(intermediates.classifier_part(places, split.group, model), made, corpus.vocabulary)
-
-
-def keep_best(
-    run: Config, places: ArtifactPaths, splits: Sequence[Split], parents: dict[str, str]
-) -> list[dict[str, Any]]:
+def keep_best(workspace: Workspace, splits: Sequence[Split], parents: dict[str, str]) -> list[dict[str, Any]]:
     """Publish the classifier with the lowest validation loss of each group; returns what is known of each.
 
-    One that is already published stays unless a new one (of a model that was added since) is better.
+    A classifier that is already published stays, unless a new one (of a model that was added since) is better.
     """
+    config, paths = workspace.config, workspace.paths
     kept = []
-    for split in [s for s in splits if s.whole and classifier.wanted(run, s)]:
-        uri = files.join(places.output, classifier.FOLDER, intermediates.named(split.group, splits))
-        candidates = [
-            intermediates.classifier_part(places, split.group, model) for model in registry.scored(run.classify, split)
-        ]
+    for split in [s for s in splits if classifier.wanted(config, s)]:
+        uri = files.join(paths.output, classifier.FOLDER, group_folder(split.group, splits))
+        candidates = [paths.classifier(split.group, model.name) for model in registry.scored(config.classify, split)]
         candidates = [c for c in candidates if files.list_dir(c)]
         there = artifacts.find(uri) is not None
         if not candidates and not there:

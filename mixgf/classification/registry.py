@@ -1,81 +1,71 @@
-"""What is scored: the names in `classify.models`, and the encoders that they may ask for.
+"""All classification models, and the ones that a config asks for.
 
-A model is a baseline (`hvg_logreg`), or a head on the run's checkpoint (`probe`), or a head on another encoder
-(`probe@mlm`). Other encoders are named in `classify.encoders` (`mlm=URI of a checkpoint`); `untrained` is always there: the
-shape of the run's checkpoint with random weights.
+This is the only module that takes a model's name apart. A name is HEAD (`hvg_logreg`, `probe`) or HEAD@ENCODER (`probe@mlm`), where
+ENCODER is `untrained` or a name in `classify.encoders`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
-import torch
-
-from mixgf.classification import baselines, scvi
+from mixgf.classification.baselines import HvgLogisticRegression, Majority, PcaNeighbours, Pseudobulk, RankPca
+from mixgf.classification.encoders import CHECKPOINT, UNTRAINED, named_uris
+from mixgf.classification.finetuned import Finetune, FinetuneLinearStart, Lora
+from mixgf.classification.frozen import Centroid, Neighbours, Probe
+from mixgf.classification.model import EncoderModel, Model, Needs
+from mixgf.classification.scvi import Scvi
 from mixgf.classification.splits import Split
-from mixgf.config import classification, training
 from mixgf.config.classification import Classify
-from mixgf.config.fields import names
-from mixgf.config.parse import from_dict
-from mixgf.config.run import Config
-from mixgf.corpus.reader import Corpus
-from mixgf.encoder import checkpoint
-from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
-from mixgf.storage import artifacts
-from mixgf.storage.artifacts import Record
 
-HEADS = classification.HEADS
-_WARM = {
-    "layer": "all", "gene_weights": True, "warm_start": True, "align": True, "epochs": 2, "min_steps": 0, "warmup_steps": 20,
-    "batch_cells": 16,
-}  # fmt: skip
-TUNINGS: dict[str, dict[str, Any]] = {
-    "finetune": {},
-    "finetune_linear_start": _WARM | {"lr": 3e-4},
-    "lora": _WARM | {"lr": 1e-3},
+MODELS: dict[str, type[Model]] = {
+    kind.head: kind
+    for kind in (
+        *(Finetune, FinetuneLinearStart, Lora),
+        *(Probe, Neighbours, Centroid),
+        *(Majority, HvgLogisticRegression, PcaNeighbours, RankPca, Pseudobulk, Scvi),
+    )
 }
-"""Models that train the encoder, and the fields of `config.Classify` that each sets: `finetune` none, so it is the paper's by
-default.
+"""Class of each head, in the order of reports. A new model is one more class here."""
 
-The others begin at the convex optimum (`convex`), so two epochs suffice: where more genes than cells leave no training error,
-the steps that follow change little, and where they raise the validation loss, the beginning predicts.
-"""
-LORA_RANK = 8
-"""Of `lora`, where `classify.lora_rank` gives none."""
-OWN = (*TUNINGS, *HEADS)
-CHECKPOINT, UNTRAINED = "", "untrained"
-"""Names of the run's own encoder and of the one with random weights."""
-_OWN_NAME = "trained"
-"""How the run's own encoder is called where it needs a name."""
-_RESERVED = (UNTRAINED, _OWN_NAME, "expression")
-"""Not for other encoders; `expression` is the space that encoders are measured against."""
+OWN = tuple(head for head, kind in MODELS.items() if issubclass(kind, EncoderModel))
+"""Names of models on the run's own encoder, in the order of reports."""
+BASELINES = tuple(head for head in MODELS if head not in OWN)
+"""Names of models that use no encoder, in the order of reports."""
 
 
-def parse(model: str) -> tuple[str, str]:
-    """Head and encoder of a model: `probe@mlm` is (probe, mlm), `probe` is (probe, "")."""
-    head, _, encoder = model.partition("@")
-    return head, encoder
+def find(name: str) -> Model | None:
+    """The model of a name; None where there is no such head, or the head takes no encoder."""
+    head, at, encoder = name.partition("@")
+    kind = MODELS.get(head)
+    if kind is None:
+        return None
+    if issubclass(kind, EncoderModel):
+        return kind(encoder) if encoder or not at else None
+    return None if at else kind()
 
 
-def named(settings: Classify) -> dict[str, str]:
-    """`classify.encoders` as name to URI.
+def parse(name: str) -> Model:
+    """The model of a name that was checked (`require`)."""
+    model = find(name)
+    assert model is not None, name
+    return model
 
-    Raises:
-        UserError: A name cannot be used, or has no URI.
-    """
-    for name, uri in settings.encoders.items():
-        if not (uri and name.replace("_", "").isalnum()) or name in _RESERVED:
-            msg = (f"classify.encoders: {name}={uri}: must be NAME=URI of a checkpoint, with a name of letters, digits and _ that "
-                   f"is none of {', '.join(_RESERVED)}")  # fmt: skip
-            raise UserError(msg)
-    return dict(settings.encoders)
+
+def on_encoder(model: Model, encoder: str) -> Model:
+    """The same head on another encoder."""
+    assert isinstance(model, EncoderModel), model.name
+    return replace(model, encoder=encoder)
+
+
+def models(settings: Classify) -> tuple[Model, ...]:
+    """The models of `classify.models`, in its order."""
+    return tuple(parse(name) for name in settings.models)
 
 
 def require(settings: Classify) -> None:
-    """Refuse what is not known in `classify.models` and `classify.seeds_per_model`."""
+    """Raise a `UserError` for an unknown model in `classify.models` or `classify.seeds_per_model`."""
     for name in settings.models:
         _require_known(settings, "classify.models", name)
     for name in settings.seeds_per_model:
@@ -83,126 +73,81 @@ def require(settings: Classify) -> None:
 
 
 def _require_known(settings: Classify, where: str, name: str) -> None:
-    encoders = (CHECKPOINT, UNTRAINED, *named(settings))
-    head, encoder = parse(name)
-    if name in baselines.BASELINES or (head in OWN and encoder in encoders):
-        return
-    if head in OWN:
-        msg = f"{where}: {name!r}: no encoder {encoder!r}; there are {', '.join(encoders[1:])}; name it with classify.encoders={encoder}=URI"
+    model, encoders = find(name), (CHECKPOINT, UNTRAINED, *named_uris(settings))
+    if model is None:
+        msg = f"{where}: {name!r} is not known; there are {', '.join(MODELS)}, and HEAD@ENCODER"
         raise UserError(msg)
-    msg = f"{where}: {name!r} is not known; there are {', '.join((*OWN, *baselines.BASELINES))}, and HEAD@ENCODER"
-    raise UserError(msg)
+    if model.encoder is not None and model.encoder not in encoders:
+        msg = f"{where}: {name!r}: no encoder {model.encoder!r}; there are {', '.join(encoders[1:])}; name it with classify.encoders={model.encoder}=URI"
+        raise UserError(msg)
 
 
 def skipped(names: Iterable[str]) -> dict[str, str]:
-    """Models that are asked for and cannot run here, with the reason: another project's package is not installed."""
-    return {name: why for name in names if (why := scvi.missing(name))}
+    """Models among `names` that cannot run here, with the reason: an optional package is not installed."""
+    return {name: why for name in names if (why := parse(name).skipped)}
 
 
-def called(encoder: str) -> str:
-    """An encoder's name where it must have one, such as a folder's."""
-    return encoder or _OWN_NAME
+def curve(settings: Classify) -> tuple[Model, ...]:
+    """Models of the label-efficiency curve and of the types that are left out of training."""
+    if settings.curve_models:
+        return tuple(parse(name) for name in settings.curve_models)
+    return tuple(model for model in models(settings) if not model.trains_encoder)
 
 
-def curve(settings: Classify) -> tuple[str, ...]:
-    """Models of the label-efficiency curve and of the left out types."""
-    return settings.curve_models or tuple(m for m in settings.models if not is_tuned(m))
-
-
-def scored(settings: Classify, split: Split) -> tuple[str, ...]:
+def scored(settings: Classify, split: Split) -> tuple[Model, ...]:
     """The models that are scored on a split."""
-    models = settings.models if split.whole else curve(settings)
     number = seeds(settings)
-    return tuple(m for m in models if split.seed < number[m] and (not is_tuned(m) or len(split.validation)))
+    return tuple(
+        model
+        for model in (models(settings) if split.whole else curve(settings))
+        if split.seed < number[model.name] and (not model.trains_encoder or len(split.validation))
+    )
 
 
 def seeds(settings: Classify) -> dict[str, int]:
-    """How many seeds each model has."""
+    """How many seeds each model has, by its name."""
     fewer = settings.seeds_per_model
-    return {model: min(settings.seeds, fewer.get(model, settings.seeds)) for model in settings.models}
+    return {name: min(settings.seeds, fewer.get(name, settings.seeds)) for name in settings.models}
 
 
-def of_encoders(models: Iterable[str], heads: Iterable[str] = OWN) -> list[str]:
-    """The encoders that models with one of these heads need, each once, in the order of their names."""
-    pairs = [parse(m) for m in models]
-    return sorted({encoder for head, encoder in pairs if head in tuple(heads)})
+def encoders_of(several: Iterable[Model], needs: Iterable[Needs] = (Needs.VECTORS, Needs.ENCODER)) -> list[str]:
+    """Names of the encoders that models with one of these needs use, sorted, each once."""
+    wanted = tuple(needs)
+    return sorted({m.encoder for m in several if m.needs in wanted and m.encoder is not None})
 
 
-def is_tuned(model: str) -> bool:
-    """Whether a model trains the encoder."""
-    return parse(model)[0] in TUNINGS
+# Names in tables, which may come from other versions or other runs
 
 
-def recipe(run: Config, model: str) -> Config:
-    """The config that a model that trains the encoder works by."""
-    return replace(run, classify=replace(run.classify, **_tuning(parse(model)[0], run.classify.lora_rank)))
+def is_baseline(name: str) -> bool:
+    """Whether a model, by its name in a table, uses no encoder. Unknown models count as baselines."""
+    model = find(name)
+    return model is None or model.encoder is None
 
 
-def _tuning(head: str, lora_rank: int) -> dict[str, Any]:
-    """Fields of `config.Classify` that a model that trains the encoder sets."""
-    return TUNINGS[head] | ({"lora_rank": lora_rank or LORA_RANK, "freeze_layers": 0} if head == "lora" else {})
+def is_own(name: str) -> bool:
+    """Whether a model, by its name in a table, uses the run's own encoder."""
+    model = find(name)
+    return model is not None and model.encoder == CHECKPOINT
 
 
-def records(checkpoint_uri: str, run: Config, corpus: Corpus) -> dict[str, Record]:
-    """Records of the run's checkpoint ("") and of every named encoder that a model asks for.
-
-    Raises:
-        UserError: A checkpoint is not there, or was trained on other sentences than the corpus has.
-    """
-    uris = {CHECKPOINT: checkpoint_uri} | named(run.classify)
-    wanted = {CHECKPOINT, *of_encoders(run.classify.models)} & set(uris)
-    found: dict[str, Record] = {}
-    for name in sorted(wanted):
-        found[name] = artifacts.require(uris[name], checkpoint.KIND, checkpoint.SCHEMA)
-        checkpoint.require_sentences(found[name], corpus, _field(name, uris[name]))
-    return found
+def is_untrained(name: str) -> bool:
+    """Whether a model, by its name in a table, uses an encoder with random weights."""
+    model = find(name)
+    return model is not None and (model.encoder or "").endswith(UNTRAINED)
 
 
-def _field(name: str, uri: str) -> str:
-    return f"classify.encoders: {name}={uri}" if name else "inputs.checkpoint"
+def encoder_of(name: str) -> str:
+    """The encoder of a model by its name in a table; empty for the run's own and for baselines."""
+    model = find(name)
+    return "" if model is None else model.encoder or ""
 
 
-def load(checkpoint_uri: str, encoder: str, run: Config, corpus: Corpus, device: torch.device | str = "cpu") -> Encoder:
-    """An encoder by name.
-
-    Args:
-        checkpoint_uri: The run's checkpoint.
-        encoder: "", `untrained` or a name in `classify.encoders`.
-        run: The whole config.
-        corpus: The cells that it will read.
-        device: Where its weights are.
-
-    Raises:
-        UserError: The checkpoint was trained on other sentences than the corpus has.
-    """
-    others = named(run.classify)
-    uri = others.get(encoder, checkpoint_uri)
-    made, record = checkpoint.load_encoder(uri, device)
-    checkpoint.require_sentences(record, corpus, _field(encoder if encoder in others else "", uri))
-    if encoder != UNTRAINED:
-        return made
-    shape = from_dict(training.Model, record.details["model"])
-    return Encoder(shape, made.vocab_size, seed=run.seed + 1_000_003).to(device)
-
-
-def reads(model: str, run: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config, as plain data, that decides what a model predicts on a given split.
-
-    Beside it stand the split and, as parents, the corpus and the encoder.
-    """
-    head, _ = parse(model)
-    settings = run["classify"]
-    if model in baselines.BASELINES:
-        return {name: settings[name] for name in names(Classify, role="heads")} | {
-            "orthologs": run["vocab"]["orthologs"]
-        }
-    if head in HEADS:
-        return {"knn": settings["knn"], "embed": run["embed"]}
-    train = {name: run["train"][name] for name in ("schedule", "weight_decay", "clip", "precision")}
-    tuning = settings | _tuning(head, settings["lora_rank"])
-    rest = {name: tuning[name] for name in names(Classify, role="finetune")}
-    return rest | {
-        "embed": run["embed"],
-        "train": train,
-        "orthologs": run["vocab"]["orthologs"] if tuning["align"] else [],
-    }
+def label(name: str) -> str:
+    """A model's name for readers."""
+    model = find(name)
+    if model is None:
+        return name.replace("_", " ")
+    if model.encoder is None:
+        return model.label
+    return f"{f'{model.encoder} encoder' if model.encoder else 'mixgf'}, {model.label}"

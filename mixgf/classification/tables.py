@@ -1,4 +1,4 @@
-"""From the parts of a classification to its tables, and to AnnData.
+"""Tables of a classification, from the files of its predictions, and an AnnData file.
 
 Every table is in long form; its first columns name the task: group, split, direction, seed.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,43 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mixgf.classification import integration, intermediates, metrics, registry
-from mixgf.classification.baselines import BASELINES
-from mixgf.classification.intermediates import ArtifactPaths, prediction_part
+from mixgf.classification import encoders, integration, metrics, registry
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
-from mixgf.config.run import Config
+from mixgf.classification.workspace import Workspace, vector_column
 from mixgf.storage import files
 from mixgf.storage.tables import read_table
 
 
-def tables(
-    run: Config, places: ArtifactPaths, table: Labelled, splits: Sequence[Split], names: Iterable[str]
-) -> dict[str, pd.DataFrame]:
-    """All parts as tables, by file name.
+def tables(workspace: Workspace, splits: Sequence[Split], spaces: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """All tables, by file name.
 
     Args:
-        run: The whole config.
-        places: Where the parts are.
-        table: The labelled cells.
+        workspace: Of the classification; all its predictions are there.
         splits: All splits.
-        names: Name of each labelled cell in the corpus.
+        spaces: Embeddings that were measured as a whole.
 
     Returns:
         `scores`, `per_class`, `confusion`, `predictions`, `comparisons` (against the best baseline of each task), `epochs`
-        (of fine-tunings), `splits` (which cell was what), `efficiency` (scores by share of the training labels) and
-        `rejection` (of types that were left out of training), in long form; and where embeddings are measured as a whole
-        `integration` (their measures), `maps` (two coordinates per cell) and `centroids` (of each species and type in every
-        space, against the run's own encoder).
+        (of fine-tunings), `splits` (role of every cell), `efficiency` (scores by share of the training labels) and `rejection`
+        (of types that were left out of training). With `spaces` also `integration` (their measures), `maps` (two coordinates
+        per cell) and `centroids` (of each species and type in every space, against the run's own encoder).
     """
-    name_of = dict(zip(table.cells.tolist(), names, strict=True))
+    settings, table = workspace.config.classify, workspace.table
+    name_of = dict(zip(table.cells.tolist(), table.names.tolist(), strict=True))
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("scores", "epochs", "efficiency", "rejection")}
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in ("per_class", "confusion", "predictions", "splits")}
-    on_curve = registry.curve(run.classify) if run.classify.label_shares else ()
+    on_curve = registry.curve(settings) if settings.label_shares else ()
     for split in splits:
         if split.whole:
             frames["splits"] += _members(table, split, name_of)
-        for model in registry.scored(run.classify, split):
-            part = read_table(prediction_part(places, split, model))
-            meta = json.loads(part.schema.metadata[b"mixgf"])
-            mine: dict[str, Any] = {**split.task, "model": model}
+        for model in registry.scored(settings, split):
+            made = read_table(workspace.paths.prediction(split, model.name))
+            meta = json.loads(made.schema.metadata[b"mixgf"])
+            mine: dict[str, Any] = {**split.task, "model": model.name}
             scored = _scores(split, mine, meta)
             if split.unseen:
-                more = {"unseen": split.unseen, "num_unseen": int((part["true"].to_numpy() == split.unseen).sum())}
+                more = {"unseen": split.unseen, "num_unseen": int((made["true"].to_numpy() == split.unseen).sum())}
                 rows["rejection"] += [row | more for row in scored]
                 continue
             if model in on_curve and split.kind == "random":
@@ -68,7 +62,7 @@ def tables(
             rows["epochs"] += [
                 mine | epoch | {"chosen": epoch["epoch"] == meta["epoch"]} for epoch in meta.get("history", [])
             ]
-            frame = part.to_pandas()
+            frame = made.to_pandas()
             for name, found in _by_class(table, split, mine, frame).items():
                 frames[name].append(found)
             frames["predictions"].append(frame.assign(number=frame["cell"], cell=frame["cell"].map(name_of), **mine))
@@ -76,16 +70,13 @@ def tables(
     out |= {name: pd.DataFrame(found) for name, found in rows.items()}
     order = ["group", "split", "direction", "seed", "model", "cell", "number", "true", "predicted", "probability"]
     out["predictions"] = out["predictions"][order]
-    out["comparisons"] = comparisons(run, table, splits, out)
-    return out | _spaces(run, places, table, name_of)
+    out["comparisons"] = comparisons(table, splits, out, workspace.config.seed)
+    return out | (_spaces(workspace, spaces, name_of) if spaces else {})
 
 
-def _spaces(run: Config, places: ArtifactPaths, table: Labelled, name_of: dict[int, str]) -> dict[str, pd.DataFrame]:
+def _spaces(workspace: Workspace, names: Sequence[str], name_of: dict[int, str]) -> dict[str, pd.DataFrame]:
     """The tables of whole embeddings."""
-    names = intermediates.spaces(run, table)
-    if not names:
-        return {}
-    rows = intermediates.sample(run, table)
+    table, rows = workspace.table, workspace.sample()
     base = pd.DataFrame({
         "cell": [name_of[c] for c in table.cells[rows].tolist()], "species": table.species[rows], "group": table.groups[rows],
         "type": table.labels[rows],
@@ -93,16 +84,16 @@ def _spaces(run: Config, places: ArtifactPaths, table: Labelled, name_of: dict[i
     measures: list[dict[str, Any]] = []
     maps, spaces = [], {}
     for name in names:
-        uri = intermediates.integration_part(run, places, name)
-        part = read_table(uri)
-        known, called = facts(uri), registry.called(name)
+        uri = workspace.integration_uri(name)
+        made = read_table(uri)
+        known, called = facts(uri), encoders.space_name(name)
         measures += [
             {"space": called, "metric": metric, "value": value, "low": low, "high": high, "interval_by": by, "num_cells": len(rows)}
             for metric, (value, low, high, by) in known["measures"].items()
         ]  # fmt: skip
-        xy = part.select(["x", "y"]).to_pandas()
+        xy = made.select(["x", "y"]).to_pandas()
         maps.append(base.assign(space=called, x=xy["x"], y=xy["y"], map=known["map"]))
-        spaces[called] = (xy.to_numpy(), intermediates.vector_column(part))
+        spaces[called] = (xy.to_numpy(), vector_column(made))
     kinds_N = np.char.add(np.char.add(table.species[rows], "\x1f"), table.labels[rows])
     return {
         "integration": pd.DataFrame(measures),
@@ -112,11 +103,11 @@ def _spaces(run: Config, places: ArtifactPaths, table: Labelled, name_of: dict[i
 
 
 def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame:
-    """Each type's centroid against its place in the space of the run's own encoder, in maps and in the spaces themselves.
+    """Each type's centroid against its position in the space of the run's own encoder, in maps and in the spaces themselves.
 
-    `umap` takes both maps as they are drawn, `umap_aligned` turns the other one onto ours first.
+    `umap` takes both maps as they are drawn; `umap_aligned` first rotates the other map onto that of the run's own encoder.
     """
-    own = registry.called(registry.CHECKPOINT)
+    own = encoders.space_name(encoders.CHECKPOINT)
     kinds, counts = np.unique(kinds_N, return_counts=True)
     enough = counts >= integration.MIN_CELLS
     kinds, counts = kinds[enough], counts[enough]
@@ -151,13 +142,13 @@ def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame
 
 
 def facts(uri: str) -> dict[str, Any]:
-    """What stands beside the predictions of one part: scores, what was resampled, seconds, epochs of a fine-tuning."""
+    """Facts stored in a file of predictions: scores, what was resampled, seconds, epochs of a fine-tuning."""
     with files.open_read(uri) as file:
         return dict(json.loads(pq.read_schema(file).metadata[b"mixgf"]))
 
 
 def figures(found: dict[str, Any]) -> dict[str, float]:
-    """The facts of one part as metrics: each score with the ends of its interval, and seconds."""
+    """`facts` as metrics: each score with the ends of its interval, and seconds."""
     ends = {
         f"{name}_{end}": value
         for name, (_, *both) in found["scores"].items()
@@ -167,7 +158,7 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
 
 
 def _members(table: Labelled, split: Split, name_of: dict[int, str]) -> list[pd.DataFrame]:
-    """Which cell trains, selects and is tested."""
+    """Role of each cell: train, validation or test."""
     members = {"train": np.setdiff1d(split.train, split.validation), "validation": split.validation, "test": split.test}
     return [
         pd.DataFrame({**split.task, "part": part, "cell": [name_of[c] for c in table.cells[rows].tolist()]})
@@ -203,11 +194,19 @@ def _by_class(table: Labelled, split: Split, mine: dict[str, Any], frame: pd.Dat
 TASK = ["group", "split", "direction"]
 
 
-def comparisons(run: Config, table: Labelled, splits: Sequence[Split], found: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def comparisons(
+    table: Labelled, splits: Sequence[Split], found: dict[str, pd.DataFrame], seed: int
+) -> pd.DataFrame:  # fmt: skip
     """Every model of an encoder against the best baseline of each task, on the same cells, over the seeds that both have.
 
-    The best baseline is the one with the highest mean macro F1 on the test cells, less the model's over the same seeds, which
-    favours the baselines.
+    The best baseline is chosen on the test cells, which favours baselines: it has the highest mean difference of its macro F1
+    to the model's, over the seeds that both have.
+
+    Args:
+        table: The labelled cells.
+        splits: All splits.
+        found: `scores` and `predictions`.
+        seed: Of the bootstrap resamples.
     """
     macro = found["scores"][found["scores"]["metric"] == "macro_f1"]
     donor_of = dict(zip(table.cells.tolist(), table.donors.tolist(), strict=True))
@@ -217,67 +216,65 @@ def comparisons(run: Config, table: Labelled, splits: Sequence[Split], found: di
     rows = []
     for task, part in macro.groupby(TASK, sort=False):
         by_seed = part.pivot(index="seed", columns="model", values="value")[part["model"].unique()]
-        rivals = [m for m in by_seed if m in BASELINES]
-        if not rivals:
+        baselines = [m for m in by_seed if registry.is_baseline(m)]
+        if not baselines:
             continue
         here = found["predictions"]
         here = here[(here["group"] == task[0]) & (here["split"] == task[1]) & (here["direction"] == task[2])]
         by_model = {m: frame.sort_values(["seed", "number"]) for m, frame in here.groupby("model", sort=False)}
         code = {name: i for i, name in enumerate(sorted(classes[task]))}
-        for model in [m for m in by_seed if m not in BASELINES]:
-            ahead = by_seed[rivals].sub(by_seed[model], axis=0).mean().dropna()
+        for model in [m for m in by_seed if m not in baselines]:
+            ahead = by_seed[baselines].sub(by_seed[model], axis=0).mean().dropna()
             if ahead.empty:  # no seed in common
                 continue
             baseline = max(ahead.index, key=lambda m: (ahead[m], m))
-            seeds = by_seed.index[by_seed[[model, baseline]].notna().all(axis=1)]  # dear ones have fewer
+            seeds = by_seed.index[by_seed[[model, baseline]].notna().all(axis=1)]  # expensive models have fewer
             mine, rival = (one[one["seed"].isin(seeds)] for one in (by_model[model], by_model[baseline]))
-            duel = metrics.compare(
+            paired = metrics.compare(
                 true_M=mine["true"].map(code).to_numpy(np.int64), model_M=mine["predicted"].map(code).to_numpy(np.int64),
                 baseline_M=rival["predicted"].map(code).to_numpy(np.int64), cells_M=mine["number"].to_numpy(np.int64),
                 donors_M=np.array([donor_of[c] for c in mine["number"]], dtype=np.str_), seeds_M=mine["seed"].to_numpy(np.int64),
-                num_classes=len(code), rng=np.random.default_rng([run.seed, 11]),
+                num_classes=len(code), rng=np.random.default_rng([seed, 11]),
             )  # fmt: skip
             rows += [
                 dict(zip(TASK, task, strict=True)) | {
                     "model": model, "baseline": baseline, "metric": metric, "difference": one.value, "low": one.low,
-                    "high": one.high, "p": duel.p, "outcome": duel.outcome, "seeds": mine["seed"].nunique(), "interval_by": duel.by,
+                    "high": one.high, "p": paired.p, "outcome": paired.outcome, "seeds": mine["seed"].nunique(), "interval_by": paired.by,
                 }
-                for metric, one in (("accuracy", duel.accuracy), ("macro_f1", duel.macro_f1))
+                for metric, one in (("accuracy", paired.accuracy), ("macro_f1", paired.macro_f1))
             ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def write_cells(uri: str, run: Config, table: Labelled, found: dict[str, pd.DataFrame], names: Sequence[str]) -> str:
-    """AnnData of the labelled cells with what the best model of the encoder predicts for the test cells of seed 0.
+def write_cells(uri: str, workspace: Workspace, found: dict[str, pd.DataFrame]) -> str:
+    """Write an AnnData of the labelled cells, with predictions for the test cells of seed 0.
+
+    Predictions are of the model of the run's own encoder with the highest mean macro F1 on the first kind of split.
 
     Returns:
         The model's name; empty when none of the encoder's models was scored.
     """
     import anndata  # noqa: PLC0415 (slow to import)
 
-    board = found["scores"]
-    easy = board[
-        (board["metric"] == "macro_f1")
-        & (board["split"] == run.classify.splits[0])
-        & ~board["model"].isin(list(BASELINES))
-    ]
-    easy = easy[~easy["model"].str.contains("@")]
+    settings, table, board = workspace.config.classify, workspace.table, found["scores"]
+    easy = board[(board["metric"] == "macro_f1") & (board["split"] == settings.splits[0])]
+    easy = easy[easy["model"].map(registry.is_own).astype(bool)]
     if easy.empty:
         return ""
     model = str(easy.groupby("model")["value"].mean().sort_values().index[-1])
     one = found["predictions"]
-    one = one[(one["model"] == model) & (one["seed"] == 0) & (one["split"] == run.classify.splits[0])].drop_duplicates(
+    one = one[(one["model"] == model) & (one["seed"] == 0) & (one["split"] == settings.splits[0])].drop_duplicates(
         "number"
     )
     obs = pd.DataFrame(
-        {"species": table.species, "source": table.sources, run.classify.label: table.labels},
-        index=pd.Index(list(names), dtype=str),
+        {"species": table.species, "source": table.sources, settings.label: table.labels},
+        index=pd.Index(table.names.tolist(), dtype=str),
     )
     place = one.set_index("cell")
     obs["predicted"] = place["predicted"].reindex(obs.index).astype("category")
     obs["probability"] = place["probability"].reindex(obs.index)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.h5ad"
-        anndata.AnnData(obs=obs, uns={"mixgf": {"model": model, "split": run.classify.splits[0]}}).write_h5ad(path)
+        anndata.AnnData(obs=obs, uns={"mixgf": {"model": model, "split": settings.splits[0]}}).write_h5ad(path)
         files.upload(path, uri)
     return model

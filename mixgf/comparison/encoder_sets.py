@@ -9,11 +9,13 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from mixgf.arrays import Names
-from mixgf.classification import intermediates, registry
-from mixgf.classification.baselines import BASELINES
-from mixgf.classification.intermediates import ArtifactPaths
-from mixgf.classification.labels import UNKNOWN, names_of
+from mixgf.arrays import Ints, Names
+from mixgf.classification import encoders, registry
+from mixgf.classification.encoders import CHECKPOINT, EXPRESSION, UNTRAINED, named_uris
+from mixgf.classification.labels import UNKNOWN, Labelled, names_of
+from mixgf.classification.model import Needs
+from mixgf.classification.paths import ArtifactPaths
+from mixgf.classification.workspace import Workspace
 from mixgf.comparison.shift_matching import Shift
 from mixgf.comparison.shift_selection import select_shifts
 from mixgf.config.parse import to_dict
@@ -37,14 +39,13 @@ class EncoderSet:
 
     @property
     def encoders(self) -> list[str]:
-        """Names of its encoders for `registry.load`."""
-        return registry.of_encoders(self.config.classify.models, registry.HEADS)
+        """Names of the encoders whose vectors are compared, for `encoders.load`."""
+        return registry.encoders_of(registry.models(self.config.classify), [Needs.VECTORS])
 
     @property
     def trained(self) -> dict[str, ArtifactPaths]:
         """Trained encoders: name in the tables to paths."""
-        others = registry.named(self.config.classify)
-        uris = {registry.CHECKPOINT: self.paths.checkpoint} | others
+        uris = {CHECKPOINT: self.paths.checkpoint} | named_uris(self.config.classify)
         return {self.space_name(name): replace(self.paths, checkpoint=uri) for name, uri in uris.items()}
 
     @cached_property
@@ -58,16 +59,26 @@ class EncoderSet:
 
     def space_name(self, encoder: str) -> str:
         """Name of an encoder or space in the tables."""
-        if not self.name or encoder in (self.name, intermediates.EXPRESSION):
-            return registry.called(encoder)
-        return f"{self.name}_{encoder}" if encoder and encoder != registry.called("") else self.name
+        if not self.name or encoder in (self.name, EXPRESSION):
+            return encoders.space_name(encoder)
+        return f"{self.name}_{encoder}" if encoder and encoder != encoders.space_name(CHECKPOINT) else self.name
 
     def model_name(self, name: str) -> str:
         """Name of a model in the tables."""
-        head, encoder = registry.parse(name)
-        if name in BASELINES or not self.name:
+        model = registry.parse(name)
+        if model.encoder is None or not self.name:
             return name
-        return f"{head}@{self.space_name(encoder)}"
+        return registry.on_encoder(model, self.space_name(model.encoder)).name
+
+    def workspace(self, cells: Ints) -> Workspace:
+        """Some cells of the corpus, with the intermediate files of the comparison."""
+        few = Corpus(self.paths.corpus).obs().iloc[cells]
+        none = np.full(len(few), UNKNOWN)
+        table = Labelled(
+            cells=cells, names=few["cell"].to_numpy().astype(np.str_), labels=none, species=few["species"].to_numpy().astype(np.str_),
+            groups=none, donors=none, datasets=none, transfer=none, sources=few["source"].to_numpy().astype(np.str_),
+        )  # fmt: skip
+        return Workspace(config=self.config, paths=self.paths, table=table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +103,7 @@ def encoder_sets(config: Config, uri: str) -> tuple[EncoderSet, ...]:
         corpus=given.corpus or files.join(config.output, "corpus"), embeddings=given.embeddings,
         checkpoint=given.checkpoint or files.join(config.output, "pretrain"),
     )  # fmt: skip
-    registry.named(replace(config.classify, encoders=settings.encoders))  # the same rules for names
+    named_uris(replace(config.classify, encoders=settings.encoders))  # the same rules for names
     same = {name: weights for name, weights in settings.encoders.items() if name not in settings.corpora}
     others = {
         name: Inputs(corpus=corpus, checkpoint=settings.encoders[name]) for name, corpus in settings.corpora.items()
@@ -108,20 +119,20 @@ def encoder_sets(config: Config, uri: str) -> tuple[EncoderSet, ...]:
     )
 
 
-def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, encoders: Mapping[str, str]) -> EncoderSet:
+def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, others: Mapping[str, str]) -> EncoderSet:
     """A set whose classification, with splits between species only, is made in `folder`."""
-    names = registry.named(replace(config.classify, encoders=encoders))
+    names = named_uris(replace(config.classify, encoders=others))
     heads = [
-        f"{head}@{encoder}".rstrip("@")
-        for encoder in ("", registry.UNTRAINED, *names)
+        registry.on_encoder(registry.parse(head), encoder).name
+        for encoder in (CHECKPOINT, UNTRAINED, *names)
         for head in config.compare.models
     ]
     controls = () if name else config.compare.controls
     asked = replace(
-        config.classify, splits=("species",), models=(*heads, *controls), encoders=encoders, label_shares=(), unseen_types=0,
+        config.classify, splits=("species",), models=(*heads, *controls), encoders=others, label_shares=(), unseen_types=0,
         curve_models=(), integration_cells=config.compare.cells, keep=False,
     )  # fmt: skip
-    paths = ArtifactPaths(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder, embeddings="")
+    paths = ArtifactPaths(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder)
     run = replace(config, output=folder, inputs=inputs, classify=asked)
     return EncoderSet(name=name, config=run, classification=files.join(folder, "classify"), paths=paths)
 
@@ -134,8 +145,9 @@ def _is_sufficient(uri: str, encoder_set: EncoderSet) -> bool:
     asked = to_dict(run.classify)
     if any(asked[name] != value for name, value in ({"merge": {}} | there.config["cells"]).items()):
         return False
-    encoders = registry.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus))
-    mine = {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in encoders.items()}
+    used = registry.encoders_of(registry.models(run.classify))
+    found = encoders.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus), used)
+    mine = {f"encoder {name}" if name else "checkpoint": one.fingerprint for name, one in found.items()}
     return {*run.classify.models, "integration"} <= set(
         there.config["models"]
     ) and mine.items() <= there.parents.items()

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mixgf.arrays import Float64s, Ints
-from mixgf.classification.intermediates import ArtifactPaths
+from mixgf.classification.paths import ArtifactPaths
 from mixgf.comparison.conserved_response import load_perturbations, ortholog_partners
 from mixgf.comparison.matched_null import (
     MIN_PAIRS,

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from mixgf.arrays import Bools, Floats, Ints
-from mixgf.classification import baselines, intermediates
-from mixgf.classification.labels import UNKNOWN, Labelled
+from mixgf.classification import features
+from mixgf.classification.encoders import EXPRESSION
+from mixgf.classification.labels import UNKNOWN
 from mixgf.comparison import shift_matching
 from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, donors_of
 from mixgf.comparison.shift_matching import Shift
@@ -22,16 +23,6 @@ RANKS = "ranks"
 """The space of within-cell rank scores of one-to-one orthologs."""
 MIN_DETECTED = 0.01
 """Share of a shift's cells that must express a gene; rarer genes are left out for that shift."""
-
-
-def cell_table(encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints) -> Labelled:
-    """Cells in the form that `intermediates.counts_of` takes, without labels."""
-    few = obs.iloc[cells]
-    none = np.full(len(few), UNKNOWN)
-    return Labelled(
-        cells=cells, names=few["cell"].to_numpy().astype(np.str_), labels=none, species=few["species"].to_numpy().astype(np.str_),
-        groups=none, donors=none, datasets=none, transfer=none, sources=few["source"].to_numpy().astype(np.str_),
-    )  # fmt: skip
 
 
 def match_shifts(context: ComparisonContext) -> dict[str, pd.DataFrame]:
@@ -46,7 +37,7 @@ def match_shifts(context: ComparisonContext) -> dict[str, pd.DataFrame]:
         cells = cells_of(shifts)
         placed = [replace(s, rows_N=np.searchsorted(cells, s.rows_N)) for s in shifts]
         about = pd.DataFrame([_about(encoder_set, obs, corpus.lengths_N, s) for s in shifts])
-        for space, vectors_ND, seen_KD in _spaces(context, encoder_set, obs, cells, placed):
+        for space, vectors_ND, seen_KD in _spaces(context, encoder_set, cells, placed):
             pairs, table = shift_matching.match(
                 placed, vectors_ND, num_permutations=settings.num_permutations, seed=seed, seen_KD=seen_KD
             )
@@ -58,21 +49,20 @@ def match_shifts(context: ComparisonContext) -> dict[str, pd.DataFrame]:
 
 
 def _spaces(
-    context: ComparisonContext, encoder_set: EncoderSet, obs: pd.DataFrame, cells: Ints, shifts: Sequence[Shift]
+    context: ComparisonContext, encoder_set: EncoderSet, cells: Ints, shifts: Sequence[Shift]
 ) -> Iterator[tuple[str, Floats, Bools | None]]:
     """Name, vectors (N, D), and columns used for each shift (K, D; None = all), space by space."""
+    workspace = encoder_set.workspace(cells)
     for encoder in encoder_set.encoders:
-        yield encoder_set.space_name(encoder), intermediates.vectors(encoder_set.paths, encoder, cells), None
+        yield encoder_set.space_name(encoder), workspace.vectors(encoder, cells), None
     if encoder_set.name or not context.config.compare.controls:
         return
-    counts = intermediates.counts_of(
-        encoder_set.config, encoder_set.paths, cell_table(encoder_set, obs, cells), np.arange(len(cells))
-    )
+    counts = workspace.counts(np.arange(len(cells)))
     detected = [np.asarray((counts[s.rows_N] > 0).mean(0)).ravel() >= MIN_DETECTED for s in shifts]
     genes = np.flatnonzero(np.any(detected, axis=0))
     seen_KD = np.stack(detected)[:, genes]
-    yield intermediates.EXPRESSION, baselines.log_normalise(counts)[:, genes].toarray(), seen_KD
-    yield RANKS, baselines.rank_scores(counts, genes), seen_KD
+    yield EXPRESSION, features.log_normalise(counts)[:, genes].toarray(), seen_KD
+    yield RANKS, features.rank_scores(counts, genes), seen_KD
 
 
 def _about(

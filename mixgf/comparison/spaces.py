@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mixgf.classification import integration, intermediates
+from mixgf.classification import integration
+from mixgf.classification.encoders import EXPRESSION
+from mixgf.classification.workspace import vector_column
 from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, donors_of, read_classification
 from mixgf.corpus.reader import Corpus
 from mixgf.storage import files, tables
@@ -20,14 +22,14 @@ def spaces(context: ComparisonContext) -> dict[str, pd.DataFrame]:
     for encoder_set in context.encoder_sets:
         table = read_classification(encoder_set, "integration")
         if encoder_set.name:
-            table = table[table["space"] != intermediates.EXPRESSION]
+            table = table[table["space"] != EXPRESSION]
         measures.append(table.assign(space=[encoder_set.space_name(s) for s in table["space"]]))
         obs = Corpus(encoder_set.paths.corpus).obs()
         of_cell = dict(zip(obs["cell"], donors_of(encoder_set, obs), strict=True))
         found = read_classification(encoder_set, "maps")
         for space, frame in found.groupby("space", sort=False):
             called = encoder_set.space_name(str(space))
-            if encoder_set.name and space == intermediates.EXPRESSION:
+            if encoder_set.name and space == EXPRESSION:
                 continue
             maps.append(frame.assign(space=called, donor=[of_cell[c] for c in frame["cell"]]))
             vectors_ND, xy_N2 = _drawn(encoder_set, str(space))
@@ -43,4 +45,4 @@ def _drawn(encoder_set: EncoderSet, space: str) -> tuple[np.ndarray, np.ndarray]
     names = [n for n in files.list_dir(folder) if n.rpartition("-")[0] == space]
     sizes = [int(n.rpartition("-")[2].removesuffix(".parquet")) for n in names]
     part = tables.read_table(files.join(folder, names[int(np.argmax(sizes))]))
-    return intermediates.vector_column(part), part.select(["x", "y"]).to_pandas().to_numpy()
+    return vector_column(part), part.select(["x", "y"]).to_pandas().to_numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from scipy.stats import binomtest
 
-from mixgf.classification.baselines import BASELINES
+from mixgf.classification import registry
 from mixgf.comparison.encoder_sets import ComparisonContext, read_classification
 
 FAILED = 0.5
@@ -54,11 +54,12 @@ def failures(per_class: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
     into = first.set_index([*keys, "true"])[["predicted", "count"]]
     seeds = confusion.groupby(keys)["seed"].nunique()
     sizes = per_class.groupby([*keys, "class"])[["num_train", "num_test"]].max()
+    controls = [str(m) for m in confusion["model"].unique() if registry.is_baseline(str(m))]
     called = confusion.groupby([*keys, "predicted"])["count"].sum()
     f1 = {key: 2 * float(hit.get(key, 0)) / (float(cells) + float(called.get(key, 0))) for key, cells in count.items()}
     control = {
         (group, direction, kind): max(
-            ((f1[group, direction, m, kind], m) for m in BASELINES if (group, direction, m, kind) in f1), default=(float("nan"), "")
+            ((f1[group, direction, m, kind], m) for m in controls if (group, direction, m, kind) in f1), default=(float("nan"), "")
         )
         for group, direction, _, kind in count.index
     }  # fmt: skip
@@ -86,8 +87,10 @@ def _why(model: str, recall: float, best: tuple[float, str], num_train: int) -> 
         return ""
     if num_train < FEW:
         return f"only {num_train} training cells"
-    if model in BASELINES or not best[1]:
-        return "unknown: this is a baseline" if model in BASELINES else "unknown: no baseline was scored"
+    if registry.is_baseline(model):
+        return "unknown: this is a baseline"
+    if not best[1]:
+        return "unknown: no baseline was scored"
     if best[0] >= FAILED:
         return f"a baseline finds it ({best[1]}: F1 {best[0]:.2f}), this model does not"
     return f"all baselines fail too (best {best[1]}: F1 {best[0]:.2f}): labels, markers or states may differ between the data sets"

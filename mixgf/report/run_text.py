@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixgf.classification import registry
 from mixgf.config.run import Config
 from mixgf.perturbation import hits
 from mixgf.report import score_tables, verdicts, wording
@@ -28,8 +29,8 @@ def summary_rows(results: RunResults) -> list[tuple[str, ...]]:
             "level": "lower, within error" if comparison.lower else "higher, within error",
         }[comparison.verdict]
         rows.append((
-            f"{wording.SPLIT_NAMES.get(comparison.split, comparison.split)}: {wording.task_label(*key[:3])}", wording.model_label(comparison.model),
-            wording.score_text(accuracy.score[0]), wording.score_text(comparison.score[0]), wording.model_label(comparison.baseline),
+            f"{wording.SPLIT_NAMES.get(comparison.split, comparison.split)}: {wording.task_label(*key[:3])}", registry.label(comparison.model),
+            wording.score_text(accuracy.score[0]), wording.score_text(comparison.score[0]), registry.label(comparison.baseline),
             wording.score_text(accuracy.baseline_score[0]), wording.score_text(comparison.baseline_score[0]), verdict,
         ))  # fmt: skip
     return rows
@@ -41,7 +42,7 @@ def _order(comparison: verdicts.PairedComparison) -> tuple[int, str, str, int]:
         splits.index(comparison.split) if comparison.split in splits else len(splits),
         comparison.group,
         comparison.direction,
-        wording.OWN_MODELS.index(comparison.model),
+        registry.OWN.index(comparison.model),
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixgf.classification import registry
+from mixgf.classification.encoders import UNTRAINED
 from mixgf.report import verdicts, wording
 from mixgf.report.verdicts import TASK
 from mixgf.storage.artifacts import Record
@@ -36,8 +38,11 @@ def pretraining_gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tupl
     wide = rows.pivot_table(index=TASK, columns="model", values="value", observed=True)
     out = []
     for split in [s for s in wording.SPLITS if s in set(rows["split"])]:
-        for model in [m for m in wording.OWN_MODELS if m in wide and m + wording.UNTRAINED in wide]:
-            change = (wide[model] - wide[model + wording.UNTRAINED]).xs(split, level="split").dropna()
+        for model in [m for m in registry.OWN if m in wide]:
+            control = registry.on_encoder(registry.parse(model), UNTRAINED).name
+            if control not in wide:
+                continue
+            change = (wide[model] - wide[control]).xs(split, level="split").dropna()
             if len(change):
                 out.append((split, model, float(change.mean()), len(change)))
     return out
@@ -105,7 +110,7 @@ def model_means(table: pd.DataFrame, comparisons: pd.DataFrame | None) -> pd.Dat
         table,
         comparisons,
         ("macro_f1",),
-        models=[str(m) for m in table["model"].unique() if not wording.is_baseline(str(m))],
+        models=[str(m) for m in table["model"].unique() if not registry.is_baseline(str(m))],
     )
     for verdict in ("ahead", "level", "behind"):
         out[verdict] = [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from mixgf.classification import registry
 from mixgf.report import wording
 
 TASK = ["split", "group", "direction"]
@@ -59,7 +60,7 @@ def paired_comparisons(
     table: pd.DataFrame,
     comparisons: pd.DataFrame | None = None,
     metrics: tuple[str, ...] = ("accuracy", "macro_f1"),
-    models: Sequence[str] = wording.OWN_MODELS,
+    models: Sequence[str] = registry.OWN,
 ) -> list[PairedComparison]:
     """Compare each model with the best baseline, task by task.
 
@@ -78,7 +79,7 @@ def paired_comparisons(
     found: list[PairedComparison] = []
     for keys, task in table[table["metric"].isin(metrics)].groupby([*TASK, "metric"], sort=True):
         row_of = {str(row["model"]): row for row in task.to_dict("records")}
-        baselines = sorted((m for m in row_of if wording.is_baseline(m)), key=lambda m: (-row_of[m]["value"], m))
+        baselines = sorted((m for m in row_of if registry.is_baseline(m)), key=lambda m: (-row_of[m]["value"], m))
         split, group, direction, metric = keys
         for model in [m for m in models if m in row_of and baselines]:
             baseline, difference = paired.get((*keys, model), (baselines[0], None))
@@ -101,7 +102,7 @@ def tally_sentence(found: list[PairedComparison], model: str) -> str:
     """Wins, ties and losses of a model in accuracy and macro F1, as a clause without a full stop."""
     parts = [f"{wording.lower_first(wording.metric_label(m))} {tally([d for d in found if d.model == model and d.metric == m])}"
              for m in ("accuracy", "macro_f1")]  # fmt: skip
-    return f"{wording.model_label(model)}, against the best baseline of each task: {'; '.join(parts)}"
+    return f"{registry.label(model)}, against the best baseline of each task: {'; '.join(parts)}"
 
 
 def task_sentences(found: list[PairedComparison]) -> list[tuple[str, str]]:
@@ -118,12 +119,12 @@ def task_sentences(found: list[PairedComparison]) -> list[tuple[str, str]]:
         else:
             tone, said = "plain", "the model scores highest, within the margin of error"
         parts = [
-            f"{wording.lower_first(wording.metric_label(d.metric))} {wording.interval_text(*d.score)} against {wording.interval_text(*d.baseline_score)} of {wording.model_label(d.baseline)}"
+            f"{wording.lower_first(wording.metric_label(d.metric))} {wording.interval_text(*d.score)} against {wording.interval_text(*d.baseline_score)} of {registry.label(d.baseline)}"
             for d in mine
         ]
         where = f"{wording.SPLIT_NAMES.get(split, split)}, {wording.task_label(split, group, direction)}"
         where = where[:1].upper() + where[1:]
-        out.append((tone, f"{where}: {said}. {wording.model_label(mine[0].model)}: {'; '.join(parts)}."))
+        out.append((tone, f"{where}: {said}. {registry.label(mine[0].model)}: {'; '.join(parts)}."))
     return out
 
 
@@ -131,7 +132,7 @@ def best_own_model(table: pd.DataFrame, epochs: pd.DataFrame | None = None) -> s
     """The own model that headlines report, chosen without test cells.
 
     Among the models that train the encoder: the one with the lowest mean loss on validation cells, over the splits that all of
-    them have. Without such models: the first of `wording.OWN_MODELS` that has scores; empty if none has.
+    them have. Without such models: the first of `registry.OWN` that has scores; empty if none has.
 
     Args:
         table: Rows with a column `model`.
@@ -139,14 +140,14 @@ def best_own_model(table: pd.DataFrame, epochs: pd.DataFrame | None = None) -> s
     """
     models = set(table["model"])
     if epochs is not None and len(epochs):
-        kept = epochs[epochs["chosen"] & epochs["model"].isin(models & set(wording.OWN_MODELS))]
+        kept = epochs[epochs["chosen"] & epochs["model"].isin(models & set(registry.OWN))]
         loss = kept.pivot_table(index=[*TASK, "seed"], columns="model", values="loss").dropna()
         if len(loss):
             return str(loss.mean().idxmin())
-    return next((m for m in wording.OWN_MODELS if m in models), "")
+    return next((m for m in registry.OWN if m in models), "")
 
 
 def headline_model(found: list[PairedComparison], preferred: str) -> str:
     """`preferred` if it has comparisons, else the first own model that has; empty if none has."""
     compared = {d.model for d in found}
-    return next((m for m in (preferred, *wording.OWN_MODELS) if m in compared), "")
+    return next((m for m in (preferred, *registry.OWN) if m in compared), "")

@@ -4,36 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-ENCODER_SEPARATOR = "@"
-"""Between head and encoder in the name of a model on another encoder: `probe@mlm`."""
+from mixgf.classification import registry
+from mixgf.classification.finetuned import Finetune
 
-UNTRAINED = "@untrained"
-"""End of the name of a control: the same head on an encoder with random weights. The difference between the two is the effect of
-pretraining."""
-
-HEADS = {
-    "finetune": "fine-tuned",
-    "finetune_linear_start": "fine-tuned from a convex start",
-    "lora": "LoRA from a convex start",
-    "probe": "frozen + logistic probe",
-    "knn": "frozen 5-NN (“zero-shot”)",
-    "centroid": "frozen, nearest centroid",
-}
-
-OWN_MODELS = tuple(HEADS)
-"""Models on the run's own encoder, the paper's first. All others are controls or baselines."""
-
-PAPER_MODEL = "finetune"
-"""The model of the paper: the whole encoder is fine-tuned (section 4.4)."""
-
-BASELINES = {
-    "majority": "majority class",
-    "hvg_logreg": "variable genes + logistic regression",
-    "pca_knn": "PCA + 5-NN",
-    "rank_pca": "rank z-scores + PCA",
-    "pseudobulk": "nearest pseudobulk",
-    "scvi": "scVI",
-}
+PAPER_MODEL = Finetune.head
+"""The model of the paper."""
 
 METRICS = {
     "accuracy": "Accuracy",
@@ -52,14 +27,6 @@ SPLITS = {
 SPLIT_NAMES = {"random": "random cells", "donor": "new donors", "dataset": "new data sets", "species": "across species"}
 
 
-def model_label(model: str) -> str:
-    """Name of a model for readers: `knn@mlm` is "mlm encoder, frozen 5-NN"."""
-    head, other, encoder = model.partition(ENCODER_SEPARATOR)
-    if head in HEADS:
-        return f"{f'{encoder} encoder' if other else 'mixgf'}, {HEADS[head]}"
-    return BASELINES.get(model, model.replace("_", " "))
-
-
 def metric_label(metric: str) -> str:
     """Name of a metric for readers."""
     return METRICS.get(metric, metric.replace("_", " "))
@@ -73,15 +40,10 @@ def task_label(split: str, group: str, direction: str) -> str:
     return " ".join(part for part in (group, f"({arrow})" if arrow else "") if part)
 
 
-def is_baseline(model: str) -> bool:
-    """Whether a model uses no encoder."""
-    return model not in OWN_MODELS and ENCODER_SEPARATOR not in model
-
-
 def order_models(models: list[str]) -> list[str]:
-    """Own models in the order of `OWN_MODELS`, then models on other encoders by encoder, then baselines by name."""
-    others = sorted({m for m in models if ENCODER_SEPARATOR in m}, key=lambda m: (m.partition(ENCODER_SEPARATOR)[2], m))
-    return [m for m in OWN_MODELS if m in models] + others + sorted(m for m in set(models) if is_baseline(m))
+    """Models of the run's own encoder, in the order of `registry.OWN`, then of other encoders by encoder, then baselines by name."""
+    others = sorted({m for m in models if registry.encoder_of(m)}, key=lambda m: (registry.encoder_of(m), m))
+    return [m for m in registry.OWN if m in models] + others + sorted(m for m in set(models) if registry.is_baseline(m))
 
 
 def score_text(value: float) -> str:

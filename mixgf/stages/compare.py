@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.classification import intermediates
+from mixgf.classification.paths import SCRATCH
+from mixgf.classification.workspace import BLOCK_CELLS, Workspace
 from mixgf.comparison import conserved_response, gene_networks, shift_selection, shift_tables, spaces, transfer
 from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, encoder_sets
 from mixgf.config.fields import content
@@ -79,8 +80,8 @@ def _run(context: ComparisonContext, spread: Spread | None) -> str:
             uri, {n: pa.Table.from_pandas(f, preserve_index=False) for n, f in found.items()}
         )
         for encoder_set in context.encoder_sets:
-            for kind in intermediates.SCRATCH:
-                files.remove(files.join(encoder_set.paths.parts, kind))
+            for kind in SCRATCH:
+                files.remove(files.join(encoder_set.paths.intermediates, kind))
         encoders = [w.space_name(e) for w in context.encoder_sets for e in w.encoders]
         classifications = {w.space_name(""): w.classification for w in context.encoder_sets}
         artifacts.finish(
@@ -154,18 +155,19 @@ def _matching_pieces(context: ComparisonContext) -> list[Piece]:
 
 def _of_encoder_set(context: ComparisonContext, encoder_set: EncoderSet) -> list[Piece]:
     cells, made = shift_selection.cells_of(encoder_set.shifts), []
+    workspace, paths = encoder_set.workspace(cells), encoder_set.paths
     for encoder in encoder_set.encoders:
-        for number, start in enumerate(range(0, len(cells), intermediates.BLOCK_CELLS)):
-            mine = cells[start : start + intermediates.BLOCK_CELLS]
-            made.append(Piece(uri=intermediates.vectors_part(encoder_set.paths, encoder, number), call=intermediates.embed_block,
-                              args=(encoder_set.config, encoder_set.paths, encoder, number, mine), cost=float(len(mine)) / 50,
+        for number, start in enumerate(range(0, len(cells), BLOCK_CELLS)):
+            mine = cells[start : start + BLOCK_CELLS]
+            made.append(Piece(uri=paths.vectors_block(encoder, number), call=Workspace.write_vectors,
+                              args=(workspace, encoder, number, mine), cost=float(len(mine)) / 50,
                               threads=context.config.train.threads, gpu=True))  # fmt: skip
     if not encoder_set.name and context.config.compare.controls:
-        sources = Corpus(encoder_set.paths.corpus).obs(["source"])["source"].to_numpy().astype(np.str_)[cells]
+        sources = workspace.table.sources
         for source in np.unique(sources).tolist():
             mine = cells[sources == source]
-            made.append(Piece(uri=intermediates.counts_part(encoder_set.paths, source), call=intermediates.read_counts,
-                              args=(encoder_set.config, encoder_set.paths, source, mine), cost=len(mine) / 1000))  # fmt: skip
+            made.append(Piece(uri=paths.counts(source), call=Workspace.write_counts,
+                              args=(workspace, source, mine), cost=len(mine) / 1000))  # fmt: skip
     return made
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
+from mixgf.classification.workspace import Workspace
 from mixgf.config.run import Config
 from mixgf.console import Progress
 from mixgf.distributed.metrics import Meter
@@ -60,7 +60,7 @@ def ray_tasks(config: Config) -> Spread:
         shared: dict[int, Any] = {}  # what many pieces carry is put into the object store once
 
         def reference(value: Any) -> Any:
-            if not isinstance(value, (Labelled, Split)):
+            if not isinstance(value, (Workspace, Split)):
                 return value
             if id(value) not in shared:
                 shared[id(value)] = ray.put(value)

@@ -16,7 +16,8 @@ import pandas as pd
 from scipy import stats as distributions
 
 from mixgf.arrays import Float64s
-from mixgf.classification.registry import HEADS
+from mixgf.classification.finetuned import Finetune
+from mixgf.config.classification import HEADS
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
 from mixgf.stats import donors
@@ -49,7 +50,7 @@ def board(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
         row = dict(zip(keys, key, strict=True))
         row["score"] = evaluate.objective(part, settings.splits, settings.head)
         for name, metric in (("finetuned", "accuracy"), ("finetuned_f1", "macro_f1")):
-            row[name] = _mean(part, "finetune", metric)
+            row[name] = _mean(part, Finetune.head, metric)
         for metric in ("alignment", "uniformity"):
             row[metric] = _mean(part, "space", metric)
         for head, kind in itertools.product(HEADS, settings.splits):

@@ -16,10 +16,12 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from mixgf.classification import finetune, metrics, probes, splits
+from mixgf.classification import finetune, metrics, registry, splits
+from mixgf.classification.finetuned import Finetune
 from mixgf.classification.labels import Labelled
-from mixgf.classification.registry import HEADS
+from mixgf.classification.model import SentenceSet, problem_of
 from mixgf.classification.splits import Split
+from mixgf.config.classification import HEADS
 from mixgf.config.run import Config
 from mixgf.corpus.packed import Packed
 from mixgf.corpus.reader import Corpus
@@ -78,9 +80,9 @@ def zero_shot(
     figures = {"alignment": losses.alignment(a_ND, b_ND), "uniformity": losses.uniformity(a_ND)}
     rows: list[tuple[object, ...]] = [("all", "", "", "space", name, float(value)) for name, value in figures.items()]
     for split in made:
-        train_ND, test_MD = vectors_ND[split.train], vectors_ND[split.test]
+        problem = problem_of(table, split, run, vectors_ND[split.train], vectors_ND[split.test])
         for head in HEADS:
-            p_MC = probes.frozen(head, train_ND, test_MD, table=table, split=split, settings=run.classify)
+            p_MC = registry.parse(head).fit(problem).predict(problem.target)
             rows += _scored(split, head, table, p_MC)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -99,8 +101,10 @@ def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, *, run: Config,
     start = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     for split in splits.make(table, replace(run.classify, splits=("random",), seeds=1), seed=seed):
         encoder.load_state_dict(start)
-        tuned = finetune.finetune(encoder, corpus, table, split, run=run, context=LocalContext())
-        rows += _scored(split, "finetune", table, tuned.probabilities)
+        train, tested = (SentenceSet(corpus, table.cells[rows_]) for rows_ in (split.train, split.test))
+        problem = problem_of(table, split, run, train, tested)
+        tuned = finetune.finetune(encoder, problem, config=run, context=LocalContext())
+        rows += _scored(split, Finetune.head, table, tuned.predict(tested.cells))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

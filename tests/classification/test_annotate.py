@@ -10,7 +10,9 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse, special
 
-from mixgf.classification import baselines, classifier
+from mixgf.classification import classifier, heads
+from mixgf.classification.features import Scale
+from mixgf.classification.model import LinearClassifier
 from mixgf.config.classification import Classify
 from mixgf.config.data import Source, Tokens
 from mixgf.config.run import Config, Tracking
@@ -170,7 +172,7 @@ def test_a_head_with_weights_of_genes_is_kept_whole(tmp_path_factory: pytest.Tem
     untrained_checkpoint(run, SMALL)
     classify.run(run, spread=classify.loop)
     kept, _, _ = classifier.load(f"{run.output}/classify/classifiers/human")
-    assert kept.layer == 0
+    assert kept.layer == "all"
     assert kept.genes_CV.shape[1] == kept.encoder.vocab_size
     _, out = label(run, cells("human", 25), tmp_path)
     said = tables.read_table(f"{run.output}/classify/predictions.parquet").to_pandas()
@@ -186,9 +188,9 @@ def test_a_probe_is_a_linear_layer(num_classes: int) -> None:
     train, test = rng.normal(3, 5, (90, 6)), rng.normal(3, 5, (20, 6))
     labels = np.arange(90) % num_classes
     train[:, 0] += 9 * labels
-    weights, bias = classifier.probe(train, labels, num_classes)
-    scaled = baselines.standardise(train, test, *baselines.one_group(train, test))
-    expected = baselines.logistic(scaled[0], labels, scaled[1], num_classes)
+    weights, bias = heads.scaled_logistic_layer(train, labels, num_classes)
+    scale = Scale.fit(train)
+    expected = heads.logistic_regression(scale(train), labels, num_classes)(scale(test))
     np.testing.assert_allclose(special.softmax(test @ weights.T + bias, axis=1), expected, atol=1e-9)
 
 
@@ -197,8 +199,10 @@ def test_limits_doubt_the_stated_share_of_validation_cells_and_far_cells() -> No
     labels = np.arange(400) % 2
     vectors = (np.eye(8)[labels] * 5 + rng.normal(size=(400, 8)) * 2).astype(np.float32)
     head = np.eye(8)[:2] - np.eye(8)[:2].mean(0)
+    linear = LinearClassifier(encoder=None, head_CD=head, bias_C=np.zeros(2), genes_CV=np.zeros((2, 0)), layer=-1, max_len=0,
+                              vectors_ND=vectors)  # fmt: skip
     kept = classifier.keep(
-        None, head, np.zeros(2), np.zeros((2, 0)), classes=("a", "b"), pooling="mean", layer=-1, train_ND=vectors[:200], labels_N=labels[:200],
+        linear, classes=("a", "b"), pooling="mean", train_ND=vectors[:200], labels_N=labels[:200],
         genes_N=np.arange(200), tokens_T=np.array([3, 3, 4]), vocab_size=6, validation_ND=vectors[200:], validation_labels=labels[200:], about={},
     )  # fmt: skip
     p = kept.probabilities(vectors[200:])

@@ -1,18 +1,19 @@
 """Fine-tuning and frozen classifiers: test cells decide nothing, dropout is keyed, freezing freezes, hand-worked heads."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from scipy import special
 
-from mixgf.classification import finetune, linear_start, probes, registry, species_alignment
-from mixgf.classification.finetune import Classifier
+from mixgf.classification import encoders, finetune, finetuned, linear_start, registry, species_alignment
+from mixgf.classification.finetune import Classifier, Tuned
 from mixgf.classification.labels import Labelled, labelled
+from mixgf.classification.model import Problem, SentenceSet, problem_of
 from mixgf.classification.splits import Split, make
-from mixgf.config.classification import Classify
+from mixgf.config.classification import HEADS, Classify
 from mixgf.config.data import Tokens, Vocab
 from mixgf.config.run import Config
 from mixgf.config.training import Model, Train
@@ -55,41 +56,57 @@ def only_split(data: Labelled) -> Split:
     return make(data, RUN.classify, seed=0)[0]
 
 
-def tuned(corpus: Corpus, data: Labelled, split: Split, run: Config = RUN) -> finetune.Tuned:
-    encoder = Encoder(SMALL, corpus.vocabulary.size)
-    return finetune.finetune(encoder, corpus, data, split, run=run, context=context.LocalContext())
+def problem(corpus: Corpus, data: Labelled, split: Split, run: Config = RUN) -> Problem[SentenceSet]:
+    train, target = (SentenceSet(corpus, data.cells[rows]) for rows in (split.train, split.test))
+    return problem_of(data, split, run, train, target)
+
+
+@dataclass
+class Found:
+    """A fine-tuning and its probabilities of the test cells."""
+
+    tuned: Tuned
+    probabilities: np.ndarray
+
+
+def tuned(
+    corpus: Corpus, data: Labelled, split: Split, run: Config = RUN, encoder: Encoder | None = None
+) -> Found:  # fmt: skip
+    made, encoder = problem(corpus, data, split, run), encoder or Encoder(SMALL, corpus.vocabulary.size)
+    found = finetune.finetune(encoder, made, config=run, context=context.LocalContext())
+    return Found(found, found.predict(made.target.x.cells))
 
 
 @pytest.fixture(scope="module")
-def base(corpus: Corpus) -> finetune.Tuned:
+def base(corpus: Corpus) -> Found:
     return tuned(corpus, table(), only_split(table()))
 
 
-def test_fine_tuning_learns_types_that_can_be_told_apart(base: finetune.Tuned) -> None:
+def test_fine_tuning_learns_types_that_can_be_told_apart(base: Found) -> None:
     split = only_split(table())
     true = split.ids(table().labels[split.test])
     assert base.probabilities.shape == (len(split.test), 2)
     np.testing.assert_allclose(base.probabilities.sum(1), 1, atol=1e-9)
     assert (base.probabilities.argmax(1) == true).mean() >= 0.9
-    assert [row["epoch"] for row in base.history] == [1, 2, 3]
-    assert base.history[-1]["train_loss"] < base.history[0]["train_loss"]
+    assert [row["epoch"] for row in base.tuned.history] == [1, 2, 3]
+    assert base.tuned.history[-1]["train_loss"] < base.tuned.history[0]["train_loss"]
 
 
-def test_labels_of_test_cells_decide_nothing(corpus: Corpus, base: finetune.Tuned) -> None:
+def test_labels_of_test_cells_decide_nothing(corpus: Corpus, base: Found) -> None:
     data, split = table(), only_split(table())
     labels = data.labels.copy()
     labels[split.test] = labels[np.random.default_rng(5).permutation(split.test)]
     assert (labels != data.labels).any()
     other = tuned(corpus, replace(data, labels=labels), split)
-    assert (other.epoch, other.history) == (base.epoch, base.history)
+    assert (other.tuned.epoch, other.tuned.history) == (base.tuned.epoch, base.tuned.history)
     np.testing.assert_array_equal(other.probabilities, base.probabilities)
 
 
-def test_which_cells_are_tested_decides_nothing(corpus: Corpus, base: finetune.Tuned) -> None:
+def test_which_cells_are_tested_decides_nothing(corpus: Corpus, base: Found) -> None:
     split = only_split(table())
     few = replace(split, test=split.test[::3])
     other = tuned(corpus, table(), few)
-    assert other.history == base.history
+    assert other.tuned.history == base.tuned.history
     np.testing.assert_array_equal(other.probabilities, base.probabilities[::3])
 
 
@@ -103,8 +120,8 @@ OVERFITS = replace(RUN, classify=replace(RUN.classify, epochs=5, lr=0.01))
 
 def test_the_epoch_with_the_lowest_validation_loss_is_chosen(corpus: Corpus) -> None:
     found = tuned(corpus, noise(), only_split(noise()), OVERFITS)
-    assert found.epoch == int(np.argmin([row["loss"] for row in found.history])) + 1
-    assert found.epoch < 5  # so that the choice can be seen at all
+    assert found.tuned.epoch == int(np.argmin([row["loss"] for row in found.tuned.history])) + 1
+    assert found.tuned.epoch < 5  # so that the choice can be seen at all
 
 
 def test_the_chosen_weights_predict(corpus: Corpus) -> None:
@@ -113,17 +130,17 @@ def test_the_chosen_weights_predict(corpus: Corpus) -> None:
     found = tuned(corpus, data, replace(split, test=split.validation), OVERFITS)
     true = split.ids(data.labels[split.validation])
     loss = -np.log(found.probabilities[np.arange(len(true)), true].clip(1e-12)).mean()
-    assert loss == pytest.approx(min(row["loss"] for row in found.history), abs=1e-12)
+    assert loss == pytest.approx(min(row["loss"] for row in found.tuned.history), abs=1e-12)
 
 
-def test_warm_up_is_at_most_a_quarter_of_the_steps(corpus: Corpus, base: finetune.Tuned) -> None:
-    assert (base.warmup_steps, base.num_steps) == (5, 3 * 8)  # 64 training cells in batches of 8
+def test_warm_up_is_at_most_a_quarter_of_the_steps(corpus: Corpus, base: Found) -> None:
+    assert (base.tuned.warmup_steps, base.tuned.num_steps) == (5, 3 * 8)  # 64 training cells in batches of 8
     run = replace(RUN, classify=replace(RUN.classify, epochs=1, warmup_steps=500))
     found = tuned(corpus, table(), only_split(table()), run)
-    assert (found.warmup_steps, found.num_steps) == (2, 8)
+    assert (found.tuned.warmup_steps, found.tuned.num_steps) == (2, 8)
 
 
-def test_another_seed_gives_another_model(corpus: Corpus, base: finetune.Tuned) -> None:
+def test_another_seed_gives_another_model(corpus: Corpus, base: Found) -> None:
     other = tuned(corpus, table(), only_split(table()), replace(RUN, seed=1))
     assert not np.array_equal(other.probabilities, base.probabilities)
 
@@ -134,7 +151,7 @@ def test_class_weights_count_every_class_alike(corpus: Corpus) -> None:
     data = table(labels)
     run = replace(RUN, classify=replace(RUN.classify, class_weights=True, epochs=1, lr=1e-9))
     found = tuned(corpus, data, only_split(data), run)
-    assert found.history[0]["train_loss"] == pytest.approx(np.log(2), rel=0.1)
+    assert found.tuned.history[0]["train_loss"] == pytest.approx(np.log(2), rel=0.1)
 
 
 @pytest.mark.parametrize(("layers", "trained"), [(0, {0, 1, "embedding"}), (1, {1}), (2, set()), ("all", set())])
@@ -142,7 +159,7 @@ def test_frozen_layers_do_not_move(corpus: Corpus, layers: int | str, trained: s
     encoder = Encoder(SMALL, corpus.vocabulary.size)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     run = replace(RUN, classify=replace(RUN.classify, freeze_layers=layers, epochs=1))
-    finetune.finetune(encoder, corpus, table(), only_split(table()), run=run, context=context.LocalContext())
+    tuned(corpus, table(), only_split(table()), run, encoder)
     moved: set[object] = set()
     for name, p in encoder.named_parameters():
         if not torch.equal(p, before[name]):
@@ -191,15 +208,15 @@ def test_sentences_are_cut_to_max_len(corpus: Corpus) -> None:
 def test_sentences_longer_than_the_encoder_has_positions_are_cut(corpus: Corpus) -> None:
     assert corpus.lengths_N.max() > 8
     encoder = Encoder(replace(SMALL, max_positions=8), corpus.vocabulary.size)
-    found = finetune.finetune(encoder, corpus, table(), only_split(table()), run=RUN, context=context.LocalContext())
+    found = tuned(corpus, table(), only_split(table()), RUN, encoder)
     assert np.isfinite(found.probabilities).all()
-    assert [finetune.longest(encoder, Classify(max_len=n)) for n in (0, 5, 9)] == [8, 5, 8]
+    assert [finetune.longest_read(encoder, Classify(max_len=n)) for n in (0, 5, 9)] == [8, 5, 8]
 
 
 def test_weights_of_genes_read_the_whole_sentence_and_the_encoder_its_positions(corpus: Corpus) -> None:
     encoder = Encoder(replace(SMALL, max_positions=8), corpus.vocabulary.size)
     settings = Classify(gene_weights=True)
-    assert [finetune.longest(encoder, replace(settings, max_len=n)) for n in (0, 5, 9)] == [0, 5, 9]
+    assert [finetune.longest_read(encoder, replace(settings, max_len=n)) for n in (0, 5, 9)] == [0, 5, 9]
     model = finetune.Classifier(encoder, 3, pooling="mean", cls=False, seed=1, gene_weights=True).eval()
     whole = finetune._Sentences(corpus, 0, 8)
     cells = np.flatnonzero(corpus.lengths_N > 8)[:6]
@@ -231,20 +248,20 @@ def two_groups(*, across: bool) -> tuple[Labelled, Split]:
 TRAIN = np.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
 
 
-@pytest.mark.parametrize("head", registry.HEADS)
+@pytest.mark.parametrize("head", HEADS)
 def test_heads_tell_two_directions_apart(head: str) -> None:
     data, split = two_groups(across=False)
-    found = probes.frozen(
-        head, TRAIN, np.array([[5.0, 0.0], [-5.0, 0.0]]), table=data, split=split, settings=Classify(knn=2)
-    )
+    made = problem_of(data, split, Config(classify=Classify(knn=2)), TRAIN, np.array([[5.0, 0.0], [-5.0, 0.0]]))
+    found = registry.parse(head).fit(made).predict(made.target)
     assert found.argmax(1).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("head", registry.HEADS)
+@pytest.mark.parametrize("head", HEADS)
 def test_between_species_an_offset_of_all_cells_of_a_species_does_not_matter(head: str) -> None:
     data, split = two_groups(across=True)
     shifted = np.array([[105.0, 3.0], [95.0, 3.0]])  # the mouse cells lie elsewhere, types apart in the same direction
-    found = probes.frozen(head, TRAIN, shifted, table=data, split=split, settings=Classify(knn=2))
+    made = problem_of(data, split, Config(classify=Classify(knn=2)), TRAIN, shifted)
+    found = registry.parse(head).fit(made).predict(made.target)
     assert found.argmax(1).tolist() == [0, 1]
 
 
@@ -268,12 +285,12 @@ def test_an_untrained_encoder_has_the_shape_of_the_checkpoint_and_other_weights(
     checkpoint.publish_checkpoint(
         uri, record, MaskedModel(SMALL, corpus.vocabulary.size), vocabulary=corpus.vocabulary.hash, tokens=Tokens()
     )
-    trained, untrained = (registry.load(uri, name, RUN, corpus) for name in ("", "untrained"))
-    assert trained.row == untrained.row
+    trained, untrained = (encoders.load(uri, name, RUN, corpus) for name in ("", "untrained"))
+    assert trained.sizes == untrained.sizes
     assert not torch.equal(trained.tokens, untrained.tokens)
     assert torch.equal(trained.tokens, Encoder(SMALL, corpus.vocabulary.size).tokens)
     with pytest.raises(UserError, match="made with vocabulary"):
-        registry.load(uri, "", RUN, Corpus(make_corpus([5], [0], [1], genes=50)))
+        encoders.load(uri, "", RUN, Corpus(make_corpus([5], [0], [1], genes=50)))
 
 
 def test_keys_of_the_head_are_not_those_of_a_layer() -> None:
@@ -289,8 +306,8 @@ def test_epochs_are_added_until_a_small_set_has_its_steps(corpus: Corpus) -> Non
     split = only_split(data)
     steps = -(-len(np.setdiff1d(split.train, split.validation)) // RUN.classify.batch_cells)
     found = tuned(corpus, data, split, replace(RUN, classify=replace(RUN.classify, epochs=1, min_steps=4 * steps + 1)))
-    assert len(found.history) == 5
-    assert found.num_steps == 5 * steps
+    assert len(found.tuned.history) == 5
+    assert found.tuned.num_steps == 5 * steps
 
 
 # Warm start, all layers, weights of genes, adapters
@@ -305,7 +322,7 @@ def test_a_warm_start_is_epoch_0_and_predicts_when_training_adds_nothing(corpus:
     """At no learning rate worth the name every probability is that of the convex head, through the module and its storage."""
     data, split = table(), only_split(table())
     found = tuned(corpus, data, split, WARM)
-    assert [row["epoch"] for row in found.history] == [0, 1]
+    assert [row["epoch"] for row in found.tuned.history] == [0, 1]
     trained = np.setdiff1d(split.train, split.validation)
     encoder, size = Encoder(SMALL, corpus.vocabulary.size), corpus.vocabulary.size
     vectors, tests = (embed.embed_cells(encoder, corpus, rows, layer="all") for rows in (trained, split.test))
@@ -313,8 +330,8 @@ def test_a_warm_start_is_epoch_0_and_predicts_when_training_adds_nothing(corpus:
     seed = int(hashed(RUN.seed, split.seed, 1)) & 0x7FFFFFFF
     start = linear_start.fit_best(vectors, genes, split.ids(data.labels[trained]), 2, seed=seed)
     np.testing.assert_allclose(found.probabilities, special.softmax(start.logits(tests, test_genes), axis=1), atol=1e-5)
-    assert found.share == start.share
-    assert found.history[0]["train_loss"] == start.loss
+    assert found.tuned.share == start.share
+    assert found.tuned.history[0]["train_loss"] == start.loss
 
 
 def test_a_linear_model_of_genes_tells_types_of_other_genes_apart(corpus: Corpus) -> None:
@@ -343,7 +360,7 @@ def test_adapters_train_themselves_and_the_head_only(corpus: Corpus) -> None:
     """Of the encoder the embedding and the norms stay; every matrix moves by a product of the rank, merged when it is over."""
     encoder, before = (Encoder(SMALL, corpus.vocabulary.size) for _ in range(2))
     run = replace(RUN, classify=replace(RUN.classify, lora_rank=2, epochs=8, lr=0.01))
-    found = finetune.finetune(encoder, corpus, table(), only_split(table()), run=run, context=context.LocalContext())
+    found = tuned(corpus, table(), only_split(table()), run, encoder)
     moved = {
         n for (n, p), q in zip(encoder.named_parameters(), before.parameters(), strict=True) if not torch.equal(p, q)
     }
@@ -362,12 +379,12 @@ def test_a_layer_that_the_encoder_does_not_have_is_refused(corpus: Corpus) -> No
 
 def test_the_paper_s_way_is_what_finetune_means() -> None:
     settings = Classify()
-    assert registry.recipe(Config(), "finetune").classify == settings
+    assert finetuned.Finetune().recipe(Config()).classify == settings
     assert (settings.lr, settings.warmup_steps, settings.batch_cells, settings.epochs) == (5e-5, 500, 8, 10)
-    assert registry.recipe(Config(), "finetune_linear_start@untrained").classify.warm_start
-    assert registry.recipe(Config(), "lora").classify.lora_rank == registry.LORA_RANK
+    assert finetuned.FinetuneLinearStart("untrained").recipe(Config()).classify.warm_start
+    assert finetuned.Lora().recipe(Config()).classify.lora_rank == finetuned.LORA_RANK
     mine = replace(Config(), classify=replace(settings, lora_rank=3))
-    assert registry.recipe(mine, "lora").classify.lora_rank == 3
+    assert finetuned.Lora().recipe(mine).classify.lora_rank == 3
 
 
 # Between species
@@ -428,9 +445,9 @@ def test_only_an_aligned_model_reads_orthologs(corpus: Corpus) -> None:
     encoder = Encoder(SMALL, corpus.vocabulary.size)
     for align in (False, True):
         run = replace(RUN, classify=replace(RUN.classify, align=align))
-        assert (finetune._sentences(encoder, corpus, data, split, run).shared_V is not None) == align
+        assert (finetune._sentences(encoder, problem(corpus, data, split, run), run).shared_V is not None) == align
     within = replace(split, test=split.validation)
-    assert finetune._sentences(encoder, corpus, data, within, run).shared_V is None
+    assert finetune._sentences(encoder, problem(corpus, data, within, run), run).shared_V is None
 
 
 def test_another_species_is_predicted_by_the_convex_start(corpus: Corpus) -> None:
@@ -442,8 +459,8 @@ def test_another_species_is_predicted_by_the_convex_start(corpus: Corpus) -> Non
     run = replace(WARM, vocab=Vocab(orthologs=(f"{corpus.uri}/orthologs.parquet",)))
     run = replace(run, classify=replace(run.classify, align=True))
     found = tuned(corpus, data, split, run)
-    assert [row["epoch"] for row in found.history] == [0]
-    assert found.share == linear_start.SHARES[-1]
+    assert [row["epoch"] for row in found.tuned.history] == [0]
+    assert found.tuned.share == linear_start.SHARES[-1]
     true = split.ids(data.labels[split.test])
     assert (found.probabilities.argmax(1) == true).mean() > max(true.mean(), 1 - true.mean()) + 0.15
     unaligned = tuned(corpus, data, split, replace(run, classify=replace(run.classify, align=False)))

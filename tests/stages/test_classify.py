@@ -12,8 +12,11 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse
 
-from mixgf.classification import intermediates, registry, scvi
+from mixgf.classification import encoders, labels, registry
+from mixgf.classification.paths import ArtifactPaths
+from mixgf.classification.scvi import Scvi
 from mixgf.classification.tables import comparisons
+from mixgf.classification.workspace import Workspace, find_embeddings
 from mixgf.config import parse
 from mixgf.config.classification import Classify
 from mixgf.config.data import Source, Tokens
@@ -206,25 +209,25 @@ def test_the_embeddings_artifact_is_used_where_it_fits(base: Config, tmp_path: P
     corpus, encoder = Corpus(base.output + "/corpus"), artifacts.require(base.output + "/pretrain", "checkpoint")
     run = replace(at(base, tmp_path), inputs=Inputs(embeddings=str(tmp_path / "embed")))
     with pytest.raises(UserError, match=r"inputs.embeddings = .*embed: not of this corpus, checkpoint and embed"):
-        intermediates.embeddings(run, corpus.record, encoder)
+        find_embeddings(run, corpus.record, encoder)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": encoder.fingerprint}
     record = artifacts.plan("embeddings", 1, parse.to_dict(run.embed), parents)
-    model = registry.load(base.output + "/pretrain", "", base, corpus)
+    model = encoders.load(base.output + "/pretrain", "", base, corpus)
     for shard, start in enumerate(corpus.starts[:-1].tolist()):
         vectors = embed.embed_cells(model, corpus, np.arange(start, corpus.starts[shard + 1]), "mean", -1)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         tables.write_table(str(tmp_path / "embed" / "shards" / f"{shard:05d}.parquet"), pa.table({"vector": column}))
     artifacts.finish(str(tmp_path / "embed"), record)
-    assert intermediates.embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
-    assert intermediates.embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
-    places = intermediates.ArtifactPaths(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
-                               embeddings=str(tmp_path / "embed"))  # fmt: skip
+    assert find_embeddings(run, corpus.record, encoder)[0] == str(tmp_path / "embed")
+    assert find_embeddings(at(base, tmp_path / "elsewhere"), corpus.record, encoder) == ("", None)
+    paths = ArtifactPaths(corpus=base.output + "/corpus", checkpoint=base.output + "/pretrain", output=str(tmp_path / "classify"),
+                          embeddings=str(tmp_path / "embed"))  # fmt: skip
+    workspace = Workspace(config=base, paths=paths, table=labels.labelled(corpus, base.classify))
     cells = np.array([200, 3, 77, 4])
-    from_artifact = intermediates.vectors(places, "", cells)
-    made_here = replace(places, embeddings="")
+    made_here = replace(workspace, paths=replace(paths, embeddings=""))
     for number, block in enumerate(np.array_split(np.arange(corpus.num_cells), 2)):
-        intermediates.embed_block(base, made_here, "", number, block)
-    np.testing.assert_array_equal(from_artifact, intermediates.vectors(made_here, "", cells))
+        made_here.write_vectors("", number, block)
+    np.testing.assert_array_equal(workspace.vectors("", cells), made_here.vectors("", cells))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +308,7 @@ def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tm
 def test_a_model_whose_package_is_not_there_is_left_out_with_its_reason(
     base: Config, tmp_path: Path, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setitem(scvi.PACKAGES, "scvi", "no_such_package_of_anyone")
+    monkeypatch.setattr(Scvi, "package", "no_such_package_of_anyone")
     run = at(base, tmp_path, splits=("random",), models=("majority", "scvi"))
     with caplog.at_level("WARNING"):
         classify.run(run, spread=classify.loop)
@@ -362,9 +365,8 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     # a best baseline of fewer seeds: over those that both have
     predicted = {name: table(grown, name) for name in ("scores", "predictions")}
     fewer = {name: one[(one["model"] != "hvg_logreg") | (one["seed"] == 0)] for name, one in predicted.items()}
-    paired = comparisons(
-        at_once, *classify._splits(at_once, classify._plan(at_once, f"{at_once.output}/classify")[0]), fewer
-    )
+    workspace, splits = classify._splits(at_once, classify._plan(at_once, f"{at_once.output}/classify")[0])
+    paired = comparisons(workspace.table, splits, fewer, at_once.seed)
     assert set(paired["baseline"]) == {"hvg_logreg"}
     assert set(paired["seeds"]) == {1}
     for kept in artifacts.require(f"{run.output}/classify", "classification").details["classifiers"]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from mixgf.classification import registry
 from mixgf.report import score_tables, wording
 from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell, not_run, number_cell
 from mixgf.report.figures import curves
@@ -54,12 +55,12 @@ def _means(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
                 for m in metrics
             ]
             against = (
-                "–" if wording.is_baseline(model) else f"{row['ahead']:.0f} / {row['level']:.0f} / {row['behind']:.0f}"
+                "–" if registry.is_baseline(model) else f"{row['ahead']:.0f} / {row['level']:.0f} / {row['behind']:.0f}"
             )
             tested = Cell(f"{row['tasks']:.0f} × {row['seeds']:.0f}", float(row["tasks"]))
             rows.append(
                 [
-                    Cell(_mark(model) + wording.model_label(model), strong=model in wording.OWN_MODELS),
+                    Cell(_mark(model) + registry.label(model), strong=model in registry.OWN),
                     *scored,
                     Cell(against, ""),
                     tested,
@@ -77,7 +78,7 @@ def _means(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
 
 
 def _mark(model: str) -> str:
-    return "● " if model in wording.OWN_MODELS else "□ " if wording.is_baseline(model) else "○ "
+    return "● " if model in registry.OWN else "□ " if registry.is_baseline(model) else "○ "
 
 
 def _split_gaps(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
@@ -95,7 +96,7 @@ def _split_gaps(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
             ]
         )
         rows += [
-            [Cell(_mark(r.model) + wording.model_label(r.model)), number_cell(r.random, ".3f"), number_cell(r.harder, ".3f"), number_cell(r.gap, "+.3f")]
+            [Cell(_mark(r.model) + registry.label(r.model)), number_cell(r.random, ".3f"), number_cell(r.harder, ".3f"), number_cell(r.gap, "+.3f")]
             for r in mine.itertuples()
         ]  # fmt: skip
     grid = Table(
@@ -120,7 +121,7 @@ def _label_efficiency(results: RunResults) -> list[Any]:
         .mean()
     )
     models = wording.order_models(list(f1.index.get_level_values("model").unique()))
-    lines = {wording.model_label(m): f1[m] for m in models}
+    lines = {registry.label(m): f1[m] for m in models}
     least, top = float(table["share"].min()), {m: line.iloc[0] for m, line in lines.items()}
     winner = max(top, key=lambda m: top[m])
     caption = (
@@ -143,7 +144,7 @@ def _unseen_types(results: RunResults) -> list[Any]:
     rows = []
     for model in wording.order_models(list(wide.index)):
         auroc, low, high = (wide.loc[model, (how, "auroc")] for how in ("mean", "min", "max"))
-        rows.append([Cell(_mark(model) + wording.model_label(model)), Cell(f"{auroc:.3f} ({low:.2f}–{high:.2f})", float(auroc)),
+        rows.append([Cell(_mark(model) + registry.label(model)), Cell(f"{auroc:.3f} ({low:.2f}–{high:.2f})", float(auroc)),
                      Cell(f"{wide.loc[model, ('mean', 'rejected')]:.0%}", float(wide.loc[model, ("mean", "rejected")]))])  # fmt: skip
     cases = len(table[["group", "unseen"]].drop_duplicates())
     grid = Table(
@@ -165,13 +166,13 @@ def _doubtful_labels(mean_scores: pd.DataFrame, results: RunResults) -> list[Any
         .groupby("model", observed=True)["value"]
         .mean()
     )
-    pairs = ([m for m in f1.index if m in wording.OWN_MODELS], [m for m in f1.index if wording.is_baseline(m)])
+    pairs = ([m for m in f1.index if m in registry.OWN], [m for m in f1.index if registry.is_baseline(m)])
     if not all(pairs):
         return []
     first, second = (max(models, key=lambda m: (f1[m], m)) for models in pairs)
     found = score_tables.label_disagreements(predictions, first, second)
     found = found[found["cells"] >= MIN_DISAGREEMENTS].head(NUM_DISAGREEMENTS)
-    names = f"{wording.model_label(first)} and {wording.model_label(second)}"
+    names = f"{registry.label(first)} and {registry.label(second)}"
     if found.empty:
         return [
             Text("Labels that may be wrong", "heading"),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixgf.classification import registry
 from mixgf.report import score_tables, verdicts, wording
 from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell, not_run
 from mixgf.report.figures import heatmap, score_marks
@@ -30,9 +31,7 @@ def section(results: RunResults) -> Section:
         part = mean_scores[mean_scores["split"] == split]
         blocks.append(Text(wording.SPLITS[split], "heading"))
         mine = [d for d in found if d.split == split]
-        blocks += [
-            Text(f"{verdicts.tally_sentence(mine, m)}.") for m in wording.OWN_MODELS if m in {d.model for d in mine}
-        ]
+        blocks += [Text(f"{verdicts.tally_sentence(mine, m)}.") for m in registry.OWN if m in {d.model for d in mine}]
         blocks.append(_scores(part, wording.SPLITS[split]))
     model = verdicts.best_own_model(mean_scores, results.tables.get("epochs"))
     blocks += _f1_by_type(results, mean_scores, model) + _confusions(results, model)
@@ -55,13 +54,13 @@ def _scores(mean_scores: pd.DataFrame, title: str) -> Table:
             ]
         )
         wide = {m: task[task["metric"] == m].set_index("model") for m in metrics}
-        best = {m: t.loc[[wording.is_baseline(str(i)) for i in t.index], "value"].max() for m, t in wide.items()}
+        best = {m: t.loc[[registry.is_baseline(str(i)) for i in t.index], "value"].max() for m, t in wide.items()}
         top = {m: t["value"].max() for m, t in wide.items()}
         for model in wording.order_models(list(task["model"].unique())):
-            own, baseline = model in wording.OWN_MODELS, wording.is_baseline(model)
+            own, baseline = model in registry.OWN, registry.is_baseline(model)
             own_seeds = int(task[task["model"] == model]["seeds"].max())
             few = f" ({wording.plural(own_seeds, 'seed')})" if own_seeds < seeds else ""
-            row = [Cell(("● " if own else "□ " if baseline else "○ ") + wording.model_label(model) + few, strong=own)]
+            row = [Cell(("● " if own else "□ " if baseline else "○ ") + registry.label(model) + few, strong=own)]
             for m in metrics:
                 if model not in wide[m].index:
                     row.append(Cell("–", -1.0))
@@ -104,7 +103,7 @@ def _f1_by_type(results: RunResults, mean_scores: pd.DataFrame, model: str) -> l
             (f1["split"] == split)
             & (f1["group"] == group)
             & (f1["direction"] == direction)
-            & f1["model"].map(wording.is_baseline)
+            & f1["model"].map(registry.is_baseline)
         ]
         baseline = (
             str(others.sort_values(["value", "model"], ascending=[False, True]).iloc[0]["model"]) if len(others) else ""
@@ -112,7 +111,7 @@ def _f1_by_type(results: RunResults, mean_scores: pd.DataFrame, model: str) -> l
         means = task.groupby([name, "model"])[value].mean().unstack("model")
         if model not in means.columns:
             continue
-        against = f", against {wording.model_label(baseline)}" if baseline in means.columns else ""
+        against = f", against {registry.label(baseline)}" if baseline in means.columns else ""
         rows.append(
             [Cell(f"{wording.SPLITS.get(split, split)}: {wording.task_label(split, group, direction)}{against}")]
         )
@@ -134,7 +133,7 @@ def _f1_by_type(results: RunResults, mean_scores: pd.DataFrame, model: str) -> l
                 Cell("", mine, score_marks.pair_mark(mine, theirs)), Cell(wording.score_text(mine) + sign, mine), Cell(wording.score_text(theirs), theirs),
             ])  # fmt: skip
     grid = Table(
-        f"F1 of every type: {wording.model_label(model)} and the baseline with the best macro F1 of that task. The F1 of a type with few "
+        f"F1 of every type: {registry.label(model)} and the baseline with the best macro F1 of that task. The F1 of a type with few "
         "test cells is uncertain, but has the same weight in the macro F1.",
         ["Type", "Test cells", "0 to 1", "● Model", "□ Best baseline"],
         rows,
@@ -163,7 +162,7 @@ def _confusions(results: RunResults, model: str) -> list[Any]:
                 heatmap.heatmap(
                     share, f"confusion-{i}", rows="true type (test cells)", columns="predicted type", text=text
                 ),
-                f"{wording.model_label(model)}, {wording.SPLITS.get(split, split).lower()}: {wording.task_label(split, group, direction)}. Per "
+                f"{registry.label(model)}, {wording.SPLITS.get(split, split).lower()}: {wording.task_label(split, group, direction)}. Per "
                 "cent of the test cells of each true type; off the diagonal are wrong predictions.",
             )
         )

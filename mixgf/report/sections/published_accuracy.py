@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf.report import published_tables, score_tables, wording
+from mixgf.classification import registry
+from mixgf.classification.finetuned import Finetune
+from mixgf.classification.frozen import Neighbours
+from mixgf.classification.scvi import Scvi
+from mixgf.report import published_tables, score_tables
 from mixgf.report.elements import Cell, Section, Table, Text, count_cell
 from mixgf.report.results import RunResults
 
@@ -77,12 +81,8 @@ def _transformers(species: str, groups: list[tuple[str, str]], own: pd.DataFrame
     """Table 1 (mouse) or 3 (human): models of the paper and of this run."""
     name, printed = published_tables.TABLES[species]
     row_of = {row.tissue: row for row in printed}
-    encoders = {m.partition(wording.ENCODER_SEPARATOR)[2] for m in own.columns if wording.ENCODER_SEPARATOR in m}
-    names = [
-        head + wording.ENCODER_SEPARATOR * bool(encoder) + encoder
-        for head in ("finetune", "knn")
-        for encoder in ("", *sorted(encoders))
-    ]
+    encoders = sorted({"", *(registry.encoder_of(str(m)) for m in own.columns)})
+    names = [kind(encoder).name for kind in (Finetune, Neighbours) for encoder in encoders]
     models = [m for m in names if m in own.columns]
     rows = []
     for tissue, group in _rows(list(row_of), groups):
@@ -98,7 +98,7 @@ def _transformers(species: str, groups: list[tuple[str, str]], own: pd.DataFrame
         ])  # fmt: skip
     columns = [c.format(species.capitalize()) for c in published_tables.COLUMNS]
     head = ["Tissue (our group)", "Types", *(f"{c}, {how}" for how in ("fine-tuned", "zero-shot") for c in columns),
-            "Our types", *map(wording.model_label, models)]  # fmt: skip
+            "Our types", *map(registry.label, models)]  # fmt: skip
     caption = (
         f"The paper's {name}: accuracy in per cent on {species} tissues as published, then of this run on random cells. A dash: not in "
         "the paper, or not in this run."
@@ -108,7 +108,7 @@ def _transformers(species: str, groups: list[tuple[str, str]], own: pd.DataFrame
 
 def _conventional_models(groups: list[tuple[str, str]], own: pd.DataFrame, num_types: pd.Series) -> Table:
     """Table 2 (mouse): models without a transformer, beside the baselines of this run."""
-    models = [m for m in dict.fromkeys(("finetune", "scvi", *wording.BASELINES)) if m in own.columns]
+    models = [m for m in dict.fromkeys((Finetune.head, Scvi.head, *registry.BASELINES)) if m in own.columns]
     rows = []
     for tissue, group in _rows(list(published_tables.CONVENTIONAL), groups):
         published = published_tables.CONVENTIONAL.get(tissue)
@@ -117,7 +117,7 @@ def _conventional_models(groups: list[tuple[str, str]], own: pd.DataFrame, num_t
             [_tissue(tissue, group), *values, _num_types(group, num_types), *(_percent(own, group, m) for m in models)]
         )
     head = ["Tissue (our group)", "Mouse-Geneformer", "Mix-Geneformer", "scDeepSort", "scVAE", "Our types",
-            *map(wording.model_label, models)]  # fmt: skip
+            *map(registry.label, models)]  # fmt: skip
     caption = (
         "The paper's Table 2: accuracy in per cent on mouse tissues as published, then of this run on random cells. scVI is a "
         "variational autoencoder of counts, like scVAE. No model here corresponds to scDeepSort, a graph network."

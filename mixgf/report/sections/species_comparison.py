@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from mixgf.classification import registry
 from mixgf.report import wording
 from mixgf.report.elements import Cell, Figure, Section, Table, Text, count_cell, number_cell
 from mixgf.report.figures import cell_maps, heatmap
@@ -88,7 +89,7 @@ def label_transfer(tables: dict[str, pd.DataFrame]) -> list[Any]:
                 wide.loc[(model, metric), ["value", "low", "high"]].astype(float) for metric in ("accuracy", "macro_f1")
             ]
             rows.append(
-                [Cell(wording.model_label(model)), *(Cell(wording.interval_text(*s), float(s.iloc[0])) for s in scores)]
+                [Cell(registry.label(model)), *(Cell(wording.interval_text(*s), float(s.iloc[0])) for s in scores)]
             )
     blocks: list[Any] = [
         Text("Label transfer to the other species", "heading"),
@@ -96,9 +97,11 @@ def label_transfer(tables: dict[str, pd.DataFrame]) -> list[Any]:
              "cells where donors are not known.", ["Model", "Accuracy", "Macro F1"], rows),
     ]  # fmt: skip
     if len(failed):
-        ours = [m for m in dict.fromkeys(failed["model"]) if not wording.is_baseline(m) and "untrained" not in m]
+        ours = [
+            m for m in dict.fromkeys(failed["model"]) if not registry.is_baseline(m) and not registry.is_untrained(m)
+        ]
         bad = failed[failed["model"].isin(ours) & (failed["why"] != "")].sort_values(["num_test"], ascending=False)
-        rows = [[Cell(str(r.group)), Cell(str(r.direction).replace(">", " → ")), Cell(wording.model_label(str(r.model))), Cell(str(r.type)), count_cell(r.num_test),
+        rows = [[Cell(str(r.group)), Cell(str(r.direction).replace(">", " → ")), Cell(registry.label(str(r.model))), Cell(str(r.type)), count_cell(r.num_test),
                  Cell(wording.interval_text(r.recall, r.low, r.high), r.recall), Cell(f"{r.into} ({r.into_share:.0%})"), Cell(str(r.why))]
                 for r in bad.head(MAX_FAILURES).itertuples()]  # fmt: skip
         total = failed[failed["model"].isin(ours)]

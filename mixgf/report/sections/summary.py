@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixgf.classification import registry
 from mixgf.perturbation import hits
 from mixgf.report import score_tables, verdicts, wording
 from mixgf.report.elements import Section, Text
@@ -89,7 +90,7 @@ def _verdicts(results: RunResults, mean_scores: pd.DataFrame) -> list[Text]:
             blocks.append(Text(f"{verdicts.tally_sentence(mine, wording.PAPER_MODEL)}."))
         blocks += [Text(text, tone) for tone, text in lines[:6]]
     if gains := score_tables.pretraining_gain(mean_scores):
-        parts = [f"{wording.model_label(m)} {v:+.3f} ({wording.SPLIT_NAMES.get(s, s)})" for s, m, v, _ in gains]
+        parts = [f"{registry.label(m)} {v:+.3f} ({wording.SPLIT_NAMES.get(s, s)})" for s, m, v, _ in gains]
         none = [v for *_, v, _ in gains if v <= 0]
         blocks.append(
             Text(
@@ -121,7 +122,5 @@ def tiles(results: RunResults) -> list[tuple[str, str]]:
             if part:
                 ours, base = np.mean([d.score[0] for d in part]), np.mean([d.baseline_score[0] for d in part])
                 what = "random cells" if split == "random" else "across species"
-                out.append(
-                    (f"{ours:.2f}", f"macro F1, {what} ({wording.model_label(model)}); best baseline {base:.2f}")
-                )
+                out.append((f"{ours:.2f}", f"macro F1, {what} ({registry.label(model)}); best baseline {base:.2f}"))
     return out

@@ -1,0 +1,224 @@
+"""One classification's config, files and labelled cells, and the inputs that many models share: counts, vectors, encoders.
+
+A `Workspace` is plain data (config, paths, table): it travels to any process. Each process opens the corpus for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from scipy import sparse
+
+from mixgf.arrays import Floats, Ints
+from mixgf.classification import encoders, features
+from mixgf.classification.labels import Labelled
+from mixgf.classification.model import Model, Needs, Problem, SentenceSet, problem_of
+from mixgf.classification.paths import ArtifactPaths
+from mixgf.classification.splits import Split, keyed_order
+from mixgf.config import parse
+from mixgf.config.data import Source, SpeciesRow
+from mixgf.config.run import Config
+from mixgf.corpus import raw_counts
+from mixgf.corpus.raw_counts import Counts
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import embed
+from mixgf.encoder.bert import Encoder
+from mixgf.encoder.device import pick_device
+from mixgf.errors import UserError
+from mixgf.genes import species
+from mixgf.storage import artifacts, files, tables
+
+BLOCK_CELLS = 2_000
+"""Cells whose vectors are one file."""
+
+_SPLIT_COUNTS: dict[str, tuple[sparse.csr_matrix, sparse.csr_matrix]] = {}
+"""Counts of the split that this process used last. Baselines of one split often run one after the other.
+
+A module global: every Ray task unpickles a `Workspace` of its own, and all tasks of a process share this.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Workspace:
+    """What every task of a classification needs."""
+
+    config: Config
+    paths: ArtifactPaths
+    table: Labelled
+    """The labelled cells; splits hold row numbers into it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open corpus, which holds a lock."""
+        return {"config": self.config, "paths": self.paths, "table": self.table}
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The sentences, opened at first use."""
+        return Corpus(self.paths.corpus)
+
+    def load_encoder(self, encoder: str, device: torch.device) -> Encoder:
+        """A copy of an encoder by name (`encoders.load`)."""
+        return encoders.load(self.paths.checkpoint, encoder, self.config, self.corpus, device)
+
+    def problem(self, split: Split, model: Model) -> Problem[Any]:
+        """A split with the inputs that a model needs, from intermediate files."""
+        encoder = model.encoder
+        cells = [self.table.cells[rows] for rows in (split.train, split.test)]
+        device = torch.device("cpu")  # tasks that do not train an encoder have no GPU
+        train: Any
+        target: Any
+        if model.needs is Needs.COUNTS:
+            train, target = self._split_counts(split)
+        elif model.needs is Needs.VECTORS:
+            assert encoder is not None, "vectors are of an encoder"
+            train, target = (self.vectors(encoder, some) for some in cells)
+        else:
+            device = pick_device(self.config.compute.gpus_per_worker)
+            train, target = (SentenceSet(self.corpus, some) for some in cells)
+        return problem_of(
+            self.table, split, self.config, train, target, load_encoder=lambda: self.load_encoder(encoder or "", device),
+            device=device,
+        )  # fmt: skip
+
+    # Raw counts
+
+    def write_counts(self, source: str, cells: Ints) -> None:
+        """Write raw counts of these cells (numbers in the corpus, ascending), all of one source."""
+        corpus = self.corpus
+        entry = next(dict(s) for s in corpus.record.config["sources"] if s["name"] == source)
+        entry.pop("size", None)
+        row_of = next(
+            parse.from_dict(SpeciesRow, s) for s in corpus.record.config["species"] if s["name"] == entry["species"]
+        )
+        rows = corpus.obs(["source_row"])["source_row"].to_numpy()[cells]
+        order = np.argsort(rows, kind="stable")
+        genes = corpus.vocabulary.species_genes(entry["species"])
+        found = raw_counts.read_counts(
+            parse.from_dict(Source, entry), row_of, genes, rows[order], block_cells=self.config.prepare.block_cells
+        )
+        raw_counts.save_counts(self.paths.counts(source), cells[order], found)
+
+    def counts(self, rows: Ints) -> sparse.csr_matrix:
+        """Raw counts (N, G) of rows of the table, in their order, in one gene space (`raw_counts.shared_gene_space`)."""
+        table, vocabulary = self.table, self.corpus.vocabulary
+        blocks, numbers = [], []
+        for source in np.unique(table.sources[rows]).tolist():
+            mine = rows[table.sources[rows] == source]
+            name = str(table.species[mine[0]])
+            genes = vocabulary.species_genes(name).genes.astype(np.str_)
+            cells, found = raw_counts.load_counts(self.paths.counts(source), len(genes))
+            keep = np.isin(cells, table.cells[mine])
+            numbers.append(cells[keep])
+            blocks.append(Counts(matrix=found[keep], genes=genes, species=name))
+        several = len({b.species for b in blocks}) > 1
+        orthologs = species.orthologs(self.config.vocab.orthologs) if several else {}
+        matrices, _ = raw_counts.shared_gene_space(blocks, orthologs)
+        whole, have = sparse.vstack(matrices, format="csr"), np.concatenate(numbers)
+        order = np.argsort(have)
+        return sparse.csr_matrix(whole[order[np.searchsorted(have[order], table.cells[rows])]])
+
+    def _split_counts(self, split: Split) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """Raw counts of the training and of the tested cells, in one gene space."""
+        key = self.paths.prediction(split, "")
+        if key not in _SPLIT_COUNTS:
+            _SPLIT_COUNTS.clear()
+            whole, number = self.counts(np.concatenate([split.train, split.test])), len(split.train)
+            _SPLIT_COUNTS[key] = sparse.csr_matrix(whole[:number]), sparse.csr_matrix(whole[number:])
+        return _SPLIT_COUNTS[key]
+
+    # Vectors
+
+    def write_vectors(self, encoder: str, number: int, cells: Ints) -> None:
+        """Write vectors of these cells (numbers in the corpus) as block `number`."""
+        settings = self.config.embed
+        vectors_ND = embed.embed_cells(
+            self.load_encoder(encoder, pick_device(self.config.compute.gpus_per_worker)), self.corpus, cells, settings.pooling, settings.layer,
+            self.config.train.micro_tokens,
+        )  # fmt: skip
+        tables.write_table(
+            self.paths.vectors_block(encoder, number), pa.table({"cell": cells, "vector": as_column(vectors_ND)})
+        )
+
+    def vectors(self, encoder: str, cells: Ints) -> npt.NDArray[np.float32]:
+        """Frozen vectors (N, D) of these cells (numbers in the corpus), in their order."""
+        if encoder == encoders.CHECKPOINT and self.paths.embeddings:
+            return self._vectors_of_artifact(cells)
+        folder = self.paths.vectors(encoder)
+        found: list[tuple[Ints, npt.NDArray[np.float32]]] = []
+        for name in files.list_dir(folder):
+            table = tables.read_table(files.join(folder, name))
+            mine = np.isin(table["cell"].to_numpy(), cells)
+            if mine.any():
+                found.append((table["cell"].to_numpy()[mine], vector_column(table)[mine]))
+        have = np.concatenate([c for c, _ in found])
+        order = np.argsort(have)
+        return np.concatenate([v for _, v in found])[order][np.searchsorted(have[order], cells)]
+
+    def _vectors_of_artifact(self, cells: Ints) -> npt.NDArray[np.float32]:
+        """Vectors from the shards of an embeddings artifact."""
+        corpus, folder = self.corpus, files.join(self.paths.embeddings, "shards")
+        names = files.list_dir(folder)
+        assert len(names) == len(corpus.shards), "embeddings lie beside the shards of their corpus"
+        by_shard: dict[int, npt.NDArray[np.float32]] = {}
+        shard_of = np.searchsorted(corpus.starts, cells, side="right") - 1
+        for shard in np.unique(shard_of).tolist():
+            matrix = vector_column(tables.read_table(files.join(folder, names[shard]), ["vector"]))
+            by_shard[shard] = matrix[cells[shard_of == shard] - corpus.starts[shard]]
+        out = np.empty((len(cells), next(iter(by_shard.values())).shape[1]), dtype=np.float32)
+        for shard, matrix in by_shard.items():
+            out[shard_of == shard] = matrix
+        return out
+
+    # Whole embeddings
+
+    def sample(self) -> Ints:
+        """The rows of the table on which whole embeddings are measured, ascending."""
+        order = keyed_order(self.table.names, "integration", self.config.seed)
+        return np.sort(order[: self.config.classify.integration_cells])
+
+    def integration_uri(self, space: str) -> str:
+        """File of the map and measures of one embedding."""
+        return self.paths.integration(space, self.config.classify.integration_cells)
+
+    def space_vectors(self, space: str, rows: Ints) -> Floats:
+        """Vectors of rows of the table by an encoder, or in the space `encoders.EXPRESSION`."""
+        if space != encoders.EXPRESSION:
+            return self.vectors(space, self.table.cells[rows])
+        return features.expression_space(self.counts(rows), self.config.classify.num_hvgs, self.config.seed)
+
+
+def as_column(vectors_ND: Floats) -> pa.FixedSizeListArray:
+    """Vectors (N, D) as a column of a table."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
+
+
+def vector_column(table: pa.Table) -> npt.NDArray[np.float32]:
+    """The column `vector` of a table, (N, D)."""
+    column = table["vector"].combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), -1)
+
+
+def find_embeddings(
+    run: Config, corpus: artifacts.Record, checkpoint: artifacts.Record
+) -> tuple[str, artifacts.Record | None]:
+    """URI and record of the embeddings artifact of this corpus and checkpoint; ("", None) where there is none.
+
+    Raises:
+        UserError: `inputs.embeddings` is of another corpus, checkpoint or `embed` settings.
+    """
+    uri = run.inputs.embeddings or files.join(run.output, "embed")
+    record = artifacts.find(uri)
+    parents = {corpus.fingerprint, checkpoint.fingerprint}
+    if record is not None and record.config == parse.to_dict(run.embed) and parents <= set(record.parents.values()):
+        return uri, record
+    if run.inputs.embeddings:
+        msg = (f"inputs.embeddings = {uri}: not of this corpus, checkpoint and embed.* settings; make them with `mixgf embed`, "
+               "or leave inputs.embeddings empty")  # fmt: skip
+        raise UserError(msg)
+    return "", None
