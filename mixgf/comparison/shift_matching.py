@@ -147,12 +147,15 @@ def match(
         seen_KD: Columns that are used for each shift, such as genes that its cells express; None = all.
 
     Returns:
-        `pairs`: species, shift, other_species, other_shift, same_tag, cosine with its 95 % interval (cells drawn anew within stratum and
-        condition; noise pulls a cosine to 0, so an interval may lie below its estimate), p of either shift's labels, their
-        larger one `p` (a match needs two shifts), `fdr` over all pairs (Benjamini and Hochberg), `smallest_p`, `place` of the
-        other shift among all of its species by cosine (1 = the most alike), `best` (whether each is the other's first).
-        `shifts`: name, tag, species, cells, strata, size (length of the shift), reliability (mean cosine of the shift in two
-        random halves of its cells), smallest_p.
+        `pairs` and `shifts`.
+
+        `pairs` has species, shift, other_species, other_shift, same_tag; cosine, low, high (95 % bootstrap interval: noise moves a
+        cosine towards 0, so an interval may lie below its estimate); p_shift and p_other by permuted labels of each shift, p (the
+        larger of the two, since a match needs two shifts), fdr over all pairs (Benjamini-Hochberg), smallest_p; place, the rank of
+        the other shift among all of its species by cosine (1 = highest); best, whether each is first for the other.
+
+        `shifts` has shift, tag, species, numbers of cells and strata, size (length of the shift vector), reliability (mean cosine
+        between two random halves of its cells), smallest_p.
     """
     num = len(shifts)
     rng = np.random.default_rng([seed, 0x4D41])

@@ -206,24 +206,24 @@ def _publish(
         msg = f"tune: not one training could be done; the first: {first[0]}: {first[1]}"
         raise UserError(msg)
     found = pd.concat(frames, ignore_index=True)
-    board = analysis.board(found, config.tune)
+    arm_scores = analysis.arm_scores(found, config.tune)
     tables = {
         "trials": found,
-        "arms": board,
-        "effects": analysis.effects(board),
-        "interactions": analysis.interactions(board, arms, config),
+        "arms": arm_scores,
+        "effects": analysis.effects(arm_scores),
+        "interactions": analysis.interactions(arm_scores, arms, config),
     }
     checksums = artifacts.write_tables(
         uri, {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in tables.items()}
     )
-    best = analysis.best(board)
+    best = analysis.best(arm_scores)
     winner = next(arm for arm in arms if arm.key == best)
     chosen = to_dict(replace(winner.config, output=config.output, tune=type(config.tune)()))
     files.write_bytes(files.join(uri, "best.json"), (json.dumps(chosen, indent=1) + "\n").encode())
     checksums |= artifacts.summed(uri, ["best.json"])
     details = {
         "arms": [{"key": a.key, "name": a.name, "changes": dict(a.changes)} for a in arms], "best": best, "failed": failed,
-        "sentence": analysis.sentence(tables["effects"], board),
+        "sentence": analysis.sentence(tables["effects"], arm_scores),
     }  # fmt: skip
     artifacts.finish(
         uri,
@@ -236,9 +236,11 @@ def _publish(
     say(
         f"tune: best arm: {winner.name}; train it whole: mixgf pretrain --config {files.join(uri, 'best.json')} --output ..."
     )
-    tracked.log({"best_score": float(board.loc[board["arm"] == best, "score"].max())})
+    tracked.log({"best_score": float(arm_scores.loc[arm_scores["arm"] == best, "score"].max())})
     if config.tune.register:
-        version = _register(config, winner, trials, board=board, tracked=tracked, sentence=str(details["sentence"]))
+        version = _register(
+            config, winner, trials, arm_scores=arm_scores, tracked=tracked, sentence=str(details["sentence"])
+        )
         say(f"tune: registered in MLflow as {config.tune.register}, version {version}")
 
 
@@ -255,7 +257,7 @@ def _register(
     winner: Arm,
     trials: Sequence[Trial],
     *,
-    board: pd.DataFrame,
+    arm_scores: pd.DataFrame,
     tracked: mlflow_runs.Run,
     sentence: str,
 ) -> str:
@@ -264,7 +266,7 @@ def _register(
         trial for trial in trials if trial.arm == winner.key and files.exists(trial.part(len(trial.steps) - 1))
     )
     corpus = artifacts.require(trial.config["inputs"]["corpus"], "corpus")
-    mine = board[(board["arm"] == winner.key) & (board["rung"] == board["rung"].max())]
+    mine = arm_scores[(arm_scores["arm"] == winner.key) & (arm_scores["rung"] == arm_scores["rung"].max())]
     lines = [
         f"{title}: {mine[name].mean():.3f} (mean of {mine[name].notna().sum()} seeds; {', '.join(f'{v:.3f}' for v in mine[name])})"
         for name, title in analysis.METRICS.items() if mine[name].notna().any()

@@ -1,8 +1,10 @@
-"""What a sweep says: effects of factors with intervals over seeds, interactions, and the curve of a ladder (spec section 8).
+"""Results of a sweep: effects of settings with intervals over seeds, interactions, and scaling curves.
 
-All comparisons are paired by seed: two arms with one seed start from the same weights (where their shapes are the same) and
-see the same cells in the same order, so the seed's own luck cancels. The intervals are over seeds only: they say what another
-training of the same cells would give, not what other donors would.
+All comparisons are paired by seed. Two arms with the same seed start from the same weights (where shapes are equal) and see the
+same cells in the same order, so the variation between seeds cancels. Intervals are over seeds: they cover the spread between
+trainings on the same cells, not between donors.
+
+Letters: S seeds, R draws, P points of a curve.
 """
 
 from __future__ import annotations
@@ -33,15 +35,16 @@ METRICS = {
     "alignment": "alignment",
     "uniformity": "uniformity",
 }
-"""Columns of the board that arms are compared by, and their names for readers."""
+"""Columns of `arm_scores` by which arms are compared, and their names for readers."""
 NUM_DRAWS = 2000
+"""Bootstrap draws of a forecast."""
 
 
-def board(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
-    """One row per training and rung: arm, name, seed, rung, share, step, and the scores of `METRICS` (NaN where not made).
+def arm_scores(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
+    """One row per training and rung: arm, name, seed, rung, share, step, and the scores of `METRICS` (NaN where not computed).
 
     Args:
-        found: Rows of `judge.zero_shot` and of fine-tuning, with arm, name, seed, rung, share and step.
+        found: Rows of `evaluate.zero_shot` and `evaluate.finetuned`, with arm, name, seed, rung, share and step.
         settings: `config.tune`.
     """
     keys = ["arm", "name", "seed", "rung", "share", "step"]
@@ -67,7 +70,7 @@ def _mean(part: pd.DataFrame, model: str, metric: str) -> float:
 def paired(difference_S: Float64s) -> tuple[Interval, float]:
     """Mean of paired differences over S seeds with its 95 % t interval, and the p-value of the paired t test.
 
-    One seed has no interval (NaN); seeds that do not differ at all give an interval of no width and p = 1 at a mean of 0.
+    One seed gives no interval (NaN). Equal differences give an interval of width 0, and p = 1 if they are 0.
     """
     number, mean = len(difference_S), float(np.mean(difference_S))
     if number < 2:
@@ -84,7 +87,7 @@ def _values(found: pd.DataFrame, arm: str, rung: int, metric: str) -> pd.Series:
 
 
 def _latest(found: pd.DataFrame, keys: Sequence[str], metric: str) -> tuple[int, list[pd.Series]] | None:
-    """The last rung that all these arms reached with one seed at least, and their values on the seeds they share."""
+    """The last rung that all these arms reached with at least one common seed, and their values for the common seeds."""
     for rung in sorted(found["rung"].unique(), reverse=True):
         series = [_values(found, key, rung, metric) for key in keys]
         shared = set.intersection(*(set(s.index) for s in series))
@@ -94,10 +97,10 @@ def _latest(found: pd.DataFrame, keys: Sequence[str], metric: str) -> tuple[int,
 
 
 def effects(found: pd.DataFrame) -> pd.DataFrame:
-    """Each arm minus the base, by metric, at the last rung that both reached.
+    """Difference of each arm from the base, by metric, at the last rung that both reached.
 
     Args:
-        found: `board`.
+        found: Result of `arm_scores`.
 
     Returns:
         arm, name, metric, rung, share, num_seeds, effect, low, high (95 %, t over seeds), p (paired t), q (Benjamini-Hochberg
@@ -129,7 +132,7 @@ def effects(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def interactions(found: pd.DataFrame, arms: Sequence[Arm], config: Config) -> pd.DataFrame:
-    """Whether the effect of one factor depends on the level of another, for factors that are crossed in `tune.space`.
+    """Interactions of factors that are crossed in `tune.space`: does the effect of one depend on the value of the other?
 
     The difference of differences: (both changed − second changed) − (first changed − base), paired by seed.
 
@@ -163,18 +166,18 @@ def interactions(found: pd.DataFrame, arms: Sequence[Arm], config: Config) -> pd
 
 
 def best(found: pd.DataFrame) -> str:
-    """Key of the arm with the best mean score among those that were trained to the end; of equal ones the first."""
+    """Key of the arm with the best mean score among those trained to the end; among equals the first."""
     finished = found[found["rung"] == found["rung"].max()]
     means = finished.groupby("arm", sort=False)["score"].mean()
     return str(means.idxmax())
 
 
 def sentence(found: pd.DataFrame, table: pd.DataFrame) -> str:
-    """What a reader may quote, with its uncertainty: about the contrast where it was varied, else about the largest effect.
+    """The main result as a clause with its uncertainty: the effect of the contrast where it was varied, else the largest effect.
 
     Args:
-        found: `effects`.
-        table: `board`.
+        found: Result of `effects`.
+        table: Result of `arm_scores`.
     """
     mine = found[found["metric"] == "score"]
     off = mine[mine["name"] == "contrast_weight=0.0"]
@@ -186,32 +189,29 @@ def sentence(found: pd.DataFrame, table: pd.DataFrame) -> str:
     for metric in ("score", "finetuned"):
         one = found[(found["arm"] == row["arm"]) & (found["metric"] == metric)]
         if len(one):
-            parts.append(_said(one.iloc[0], sign, METRICS[metric]))
+            parts.append(_change(one.iloc[0], sign, METRICS[metric]))
     return f"{what}, {'; '.join(parts)}"
 
 
-def _said(row: pd.Series, sign: int, name: str) -> str:
+def _change(row: pd.Series, sign: int, name: str) -> str:
     value, ends = sign * row["effect"], sorted((sign * row["low"], sign * row["high"]))
     if not np.isfinite(row["low"]):
-        return f"{name} changes by {value:+.3f} (one seed, so nobody knows)"
-    verdict = "higher" if ends[0] > 0 else "lower" if ends[1] < 0 else "not told apart from no change"
+        return f"{name} changes by {value:+.3f} (one seed, no interval)"
+    verdict = "higher" if ends[0] > 0 else "lower" if ends[1] < 0 else "not different from 0"
     return f"{name} changes by {value:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}], {int(row['num_seeds'])} seeds: {verdict}"
-
-
-# ladders
 
 
 def scores_along(
     found: pd.DataFrame, arms: Sequence[dict[str, Any]], field: str, base: float, metric: str = "score"
 ) -> pd.DataFrame:
-    """Scores along one numeric field at the last rung: x, seed, value; the base included.
+    """Scores along one numeric field at the last rung, the base included: columns x, seed, value.
 
     Args:
-        found: `board`.
-        arms: `key` and `changes` of each arm (the record's details).
+        found: Result of `arm_scores`.
+        arms: `key` and `changes` of each arm (from the record's details).
         field: Dotted field, for example train.cells_share.
         base: Its value in the base.
-        metric: Column of the board.
+        metric: Column of `arm_scores`.
     """
     at = {a["key"]: a["changes"].get(field, base) for a in arms if set(a["changes"]) <= {field}}
     last = found[(found["rung"] == found["rung"].max()) & found["arm"].isin(list(at))]
@@ -220,10 +220,10 @@ def scores_along(
 
 
 def saturation(x_P: Float64s, value_RP: Float64s) -> Float64s:
-    """Least-squares (a, b, c) of value = a - b x^-c with b >= 0 and c in [.05, 2], for each of R rows: (R, 3).
+    """Least-squares fit of value = a - b x^-c with b >= 0 and c in [0.05, 2] for each row: (a, b, c), (R, 3).
 
-    a is where the curve ends. For each c the rest is a line, so c is searched on a grid: no start values, one answer; of equal
-    ones the smallest c. A falling score is called flat (b = 0).
+    a is the limit for large x. Given c the fit is linear, so c is searched on a grid, and the smallest of equal c is taken. A
+    falling score gives b = 0.
     """
     number = len(value_RP)
     answer, least = np.zeros((number, 3)), np.full(number, np.inf)
@@ -240,20 +240,20 @@ def saturation(x_P: Float64s, value_RP: Float64s) -> Float64s:
     return answer
 
 
-def forecast(rungs: pd.DataFrame, at: Float64s, *, seed: int = 0) -> pd.DataFrame:
-    """The fitted curve at given x with a 95 % interval: seeds are resampled at every x, and the curve fitted again.
+def forecast(points: pd.DataFrame, at: Float64s, *, seed: int = 0) -> pd.DataFrame:
+    """The fitted curve at given x with a 95 % bootstrap interval: seeds are resampled at every x.
 
     Args:
-        rungs: `scores_along`; at least three different x.
-        at: Where to read the curve, in units of x; beyond the largest x it is an extrapolation.
-        seed: Of the resampling.
+        points: Result of `scores_along` with at least three different x.
+        at: Values of x; beyond the largest x of `points` the curve is an extrapolation.
+        seed: Seed of the resampling.
 
     Returns:
         x, value, low, high.
     """
-    xs = np.unique(rungs["x"].to_numpy(float))
-    assert len(xs) >= 3, "a curve of three numbers wants three points"
-    groups = [rungs.loc[rungs["x"] == x, "value"].to_numpy(float) for x in xs]
+    xs = np.unique(points["x"].to_numpy(float))
+    assert len(xs) >= 3, "a curve of three parameters needs three points"
+    groups = [points.loc[points["x"] == x, "value"].to_numpy(float) for x in xs]
     rng = np.random.default_rng([seed, 0x4C4144])
     drawn_RP = np.stack([rng.choice(g, (NUM_DRAWS, len(g))).mean(1) for g in groups], axis=1)
     means_RP = np.concatenate([[[g.mean() for g in groups]], drawn_RP])

@@ -1,9 +1,9 @@
-"""What an encoder is worth while it is being trained: zero-shot scores, and how its cells lie (spec section 8).
+"""Evaluation of an encoder during and after its training: zero-shot scores, fine-tuned scores, alignment and uniformity.
 
-Every arm of a sweep is judged on the same cells, the same splits and with the same draws, so that differences between arms
-are differences between encoders.
+All arms of a sweep are evaluated on the same cells and splits with the same random draws, so differences between arms are
+differences between encoders.
 
-Shapes: N judged cells, D width.
+Shapes: N evaluation cells, M test cells, C classes, D width.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from mixgf.training import losses, views
 from mixgf.training.context import LocalContext
 
 COLUMNS = ["split", "group", "direction", "model", "metric", "value"]
+"""Columns of a table of scores."""
 SUBSAMPLE = 0.8
-"""Share of its genes that the second view of a cell keeps, for the alignment."""
+"""Share of the genes of a cell in its second view, for the alignment."""
 _DRAW = 0x4A554447
+"""Key of the random draws of cells and genes."""
 
 
 def sample(table: Labelled, number: int, seed: int) -> Labelled:
-    """At most `number` of the labelled cells, drawn with a key: as many of each group as can be; 0 = all."""
+    """At most `number` of the labelled cells (0 = all), drawn at random, with groups of equal size as far as possible."""
     if not number or number >= len(table):
         return table
     left, rows = number, []
@@ -54,20 +56,20 @@ def sample(table: Labelled, number: int, seed: int) -> Labelled:
 def zero_shot(
     encoder: Encoder, corpus: Corpus, table: Labelled, made: Sequence[Split], *, run: Config, seed: int
 ) -> pd.DataFrame:
-    """Scores of the encoder's frozen vectors on every split, and where the vectors lie.
+    """Scores of classifiers on the frozen vectors for every split, and alignment and uniformity of the vectors.
 
     Args:
-        encoder: In any state of training; it is left as it was.
-        corpus: The sentences.
-        table: The judged cells.
-        made: Splits of them.
-        run: The arm's config: `embed` says which vectors, `classify` how heads are made.
-        seed: Of the second view; the same for all arms.
+        encoder: The encoder in any state of training; it is not changed.
+        corpus: Corpus with the sentences of the cells.
+        table: The evaluation cells.
+        made: Splits of these cells.
+        run: Config of the arm: `embed` for the vectors, `classify` for the heads.
+        seed: Seed of the second view, the same for all arms.
 
     Returns:
-        One row per figure: split, group, direction, model (a head, or `space`), metric, value. Of the heads `macro_f1` and
-        `accuracy`; of the space `alignment` (mean squared distance on the unit sphere of a cell and the same cell with 80 %
-        of its genes; 0 is best) and `uniformity` (Wang and Isola 2020; lower is more uniform).
+        One row per value: split, group, direction, model (a head, or `space`), metric, value. Metrics of a head are
+        `macro_f1` and `accuracy`. Metrics of `space` are `alignment` (mean squared distance on the unit sphere between a cell and the
+        same cell with 80 % of its genes; 0 is best) and `uniformity` (Wang and Isola 2020; lower is more uniform).
     """
 
     def embedded(sentences: embed.SentenceSource) -> npt.NDArray[np.float32]:
@@ -76,7 +78,7 @@ def zero_shot(
         )  # fmt: skip
 
     vectors_ND = embedded(corpus)
-    a_ND, b_ND = torch.from_numpy(vectors_ND), torch.from_numpy(embedded(_Thinned(corpus, seed)))
+    a_ND, b_ND = torch.from_numpy(vectors_ND), torch.from_numpy(embedded(_GeneSubsample(corpus, seed)))
     figures = {"alignment": losses.alignment(a_ND, b_ND), "uniformity": losses.uniformity(a_ND)}
     rows: list[tuple[object, ...]] = [("all", "", "", "space", name, float(value)) for name, value in figures.items()]
     for split in made:
@@ -88,14 +90,14 @@ def zero_shot(
 
 
 def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, *, run: Config, seed: int) -> pd.DataFrame:
-    """Scores of the encoder fine-tuned by `classify` on random splits, in the layout of `zero_shot`; the encoder is changed.
+    """Scores after fine-tuning on random splits, in the layout of `zero_shot`. The encoder is changed.
 
     Args:
-        encoder: Where each fine-tuning starts.
-        corpus: The sentences.
-        table: The judged cells.
-        run: The arm's config.
-        seed: Of the splits; the same for all arms.
+        encoder: The encoder from which each fine-tuning starts.
+        corpus: Corpus with the sentences of the cells.
+        table: The evaluation cells.
+        run: Config of the arm; `classify` for the fine-tuning.
+        seed: Seed of the splits, the same for all arms.
     """
     rows = []
     start = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
@@ -116,8 +118,8 @@ def _scored(split: Split, model: str, table: Labelled, p_MC: npt.NDArray[np.floa
     return [(*key, name, float(totals[name])) for name in ("macro_f1", "accuracy")]
 
 
-class _Thinned:
-    """Sentences of a corpus without some of their genes; the same ones at every call."""
+class _GeneSubsample:
+    """Sentences of a corpus without some of their genes; the same genes at every call."""
 
     def __init__(self, corpus: Corpus, seed: int) -> None:
         self._corpus, self._seed = corpus, seed
@@ -136,11 +138,11 @@ class _Thinned:
 
 
 def objective(found: pd.DataFrame, kinds: Sequence[str], head: str) -> float:
-    """The one figure that decides: macro F1 of a head, mean over the tasks of a kind of split, then over kinds.
+    """The score by which arms are ranked: macro F1 of a head, mean over tasks of a kind of split, then over kinds.
 
     Args:
         found: Rows of `zero_shot`.
-        kinds: Kinds of splits that count; one that could not be made counts nothing.
+        kinds: Kinds of splits to use; kinds without tasks are left out.
         head: `knn`, `probe` or `centroid`.
     """
     mine = found[(found["model"] == head) & (found["metric"] == "macro_f1") & found["split"].isin(kinds)]

@@ -1,7 +1,7 @@
-"""The arms of a sweep: which configs a space means, which of them go on after a rung. Pure; nothing is trained here.
+"""The arms of a sweep: the configs of a search space, and those that go on after a rung. Pure functions.
 
-An entry of `tune.space` is one factor, or several that are crossed with each other. Arms that differ only in what their
-objective does not look at (the temperature of a contrast of weight 0) are one arm.
+An entry of `tune.space` is one factor, or several factors that are crossed. Arms that differ only in a field without effect
+(such as the temperature of a contrast of weight 0) are one arm.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mixgf.config.run import Config
 from mixgf.errors import UserError
 
 _RANDOM = 0x54554E45
-"""Key of the draw of `tune.search = random`."""
+"""Key of the random draw of arms (`tune.search = random`)."""
 BASE = "base"
-"""Name of the arm that the others are compared with: the config as it is."""
+"""Name of the arm with the config as it is. The other arms are compared with it."""
 OWN = names(Config, swept=False)
-"""Parts of the config that no arm changes."""
+"""Parts of the config that an arm may not change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,17 @@ class Arm:
     """One config of a sweep."""
 
     name: str
-    """What differs from the base, for people; `base` for the base."""
+    """Changes to the base, as text; `base` for the base."""
     changes: tuple[tuple[str, Any], ...]
     """Dotted field and value."""
     config: Config
-    """With the changes; its seed, output and inputs are the base's."""
+    """The config with the changes. Seed, output and inputs are those of the base."""
     key: str
-    """Fingerprint of all that an arm can change."""
+    """Fingerprint of the parts that an arm may change."""
 
 
 def entries(space: Sequence[Mapping[str, Sequence[Any]]]) -> list[list[Factor]]:
-    """`tune.space` as factors: one list per entry.
+    """Read `tune.space`: one list of factors per entry.
 
     Raises:
         UserError: An entry or a list of values is empty, or an arm may not change the field.
@@ -72,7 +72,7 @@ def entries(space: Sequence[Mapping[str, Sequence[Any]]]) -> list[list[Factor]]:
 
 
 def arms(config: Config) -> list[Arm]:
-    """The arms of a sweep, the base first, each once.
+    """The arms of a sweep, each once, the base first.
 
     Raises:
         UserError: `tune.space` is empty or wrong, or a value is not allowed where it stands.
@@ -96,7 +96,11 @@ def arms(config: Config) -> list[Arm]:
 
 
 def make(config: Config, changes: Mapping[str, Any]) -> Arm:
-    """The arm of some changes to the base."""
+    """The arm with the given changes (dotted field to value).
+
+    Raises:
+        UserError: A field or value is not allowed.
+    """
     try:
         changed = override(config, [f"{field}={_text(value)}" for field, value in changes.items()])
     except UserError as error:
@@ -111,7 +115,7 @@ def make(config: Config, changes: Mapping[str, Any]) -> Arm:
 
 
 def _canonical(changed: Config, base: Config) -> Config:
-    """Without a contrast, what only the contrast looks at is as in the base."""
+    """Without a contrast, set the fields that only the contrast uses to those of the base."""
     o = changed.objective
     if o.contrast_weight > 0 or o.simcsepp_weight > 0 or o.ortholog_weight > 0:
         return changed
@@ -124,20 +128,20 @@ def _text(value: Any) -> str:
 
 
 def rungs(config: Config, num_steps: int) -> list[int]:
-    """Steps after which a training of `num_steps` steps is judged, ascending, the last one the end."""
+    """Steps after which a training of `num_steps` steps is evaluated, ascending; the last is `num_steps`."""
     return sorted({max(1, round(share * num_steps)) for share in config.tune.rungs})
 
 
 def survivors(scores: Mapping[str, Sequence[float]], keep: float, seeds: int) -> list[str]:
-    """Arms that go on after a rung: the base, and the best share of all arms by mean score over seeds.
+    """Arms that go on after a rung: the base, and the best arms by mean score over seeds.
 
     Args:
-        scores: Arm key to its scores at the rung, one per seed that got there, the base first.
-        keep: Share of the arms, rounded up.
-        seeds: Trainings of an arm; one that has fewer scores failed, and does not go on.
+        scores: Arm key to its scores at the rung, one per seed that reached it; the base first.
+        keep: Share of all arms that go on, rounded up.
+        seeds: Number of trainings of an arm. An arm with fewer scores has failed and does not go on.
 
     Returns:
-        Keys, in the order of `scores`; of equal arms the earlier is better.
+        Keys in the order of `scores`. Among equal arms the earlier is preferred.
     """
     base, *_ = scores
     whole = [key for key, values in scores.items() if len(values) == seeds]

@@ -98,9 +98,9 @@ def test_the_sentence_has_the_sign_of_the_contrast_and_says_when_nothing_can_be_
         assert text.startswith(f"with the contrast instead of without, zero-shot macro F1 changes by {gain:+.3f} [")
         assert text.endswith(f", 3 seeds: {verdict}")
     table = board({("base", 0): [0.5, 0.6, 0.7], (off, 0): [0.6, 0.5, 0.7]})
-    assert "not told apart" in analysis.sentence(analysis.effects(table), table)
+    assert "not different from 0" in analysis.sentence(analysis.effects(table), table)
     table = board({("base", 0): [0.5], (off, 0): [0.6]})
-    assert "one seed, so nobody knows" in analysis.sentence(analysis.effects(table), table)
+    assert "one seed, no interval" in analysis.sentence(analysis.effects(table), table)
 
 
 def test_a_planted_curve_is_found_again_and_a_flat_one_promises_nothing():
