@@ -1,7 +1,7 @@
-"""Draws the boards as pictures, NAME.png each, from a Prometheus that has read a run: `python dashboards/draw.py URL FOLDER`.
+"""Draw the dashboards as NAME.png from a Prometheus with data of a run: `python dashboards/draw.py URL FOLDER`.
 
-For who has no Grafana, and to see what a board shows: the same queries, titles, units and places, in plain matplotlib. A stage's
-board is drawn over the time in which the stage was metered, the overview over that of all stages.
+This needs no Grafana: the same queries, titles, units and layout are drawn with matplotlib. The dashboard of a stage covers the
+time in which the stage was measured, the overview that of all stages.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from panels import BOARDS, Panel
+from panels import DASHBOARDS, Panel
 from PIL import Image
 
 from mixgf.distributed.metrics import METRICS
 
 COLUMNS = 3
 CROWD = 8
-"""More series than this are drawn without those that are 0 throughout."""
+"""With more series than this, series that are always 0 are left out."""
 SHOWN = {
     "s": (1, "s"), "h": (1, "h"), "cps": (1, ""), "percent": (1, "%"), "percentunit": (0.01, "%"), "bytes": (1e6, "MB"),
     "decmbytes": (1, "MB"), "decgbytes": (1, "GB"),
 }  # fmt: skip
-"""Grafana's units that are drawn as another: what a value is divided by, and the name."""
+"""Grafana unit to the divisor of values and the name of the unit that is drawn."""
 
 
 def series(url: str, query: str, begin: float, end: float) -> list[tuple[dict[str, str], list[float], list[float]]]:
-    """Labels, times and values of every series that a query gives over a time range, some 200 points each."""
+    """Labels, times and values of every series of a query over a time range, about 200 points each."""
     step = max(1.0, (end - begin) / 200)
     for name, value in {
         "$__rate_interval": f"{max(10, round(4 * step))}s",
@@ -59,7 +59,7 @@ Line = tuple[str, list[datetime], list[float]]
 
 
 def read(panel: Panel, url: str, begin: float, end: float) -> list[Line]:
-    """What a panel's queries give over a time range."""
+    """Series of all queries of a panel over a time range."""
     divisor, _ = SHOWN.get(panel.unit, (1, ""))
     return [
         (legend(text, labels), [datetime.fromtimestamp(t) for t in times], [v / divisor for v in values])
@@ -69,7 +69,7 @@ def read(panel: Panel, url: str, begin: float, end: float) -> list[Line]:
 
 
 def draw(axes: Any, panel: Panel, lines: list[Line], begin: float, end: float) -> None:
-    """One panel; `no data` where it has none."""
+    """Draw one panel, or `no data`."""
     from matplotlib import dates
 
     divisor, unit = SHOWN.get(panel.unit, (1, ""))
@@ -84,7 +84,7 @@ def draw(axes: Any, panel: Panel, lines: list[Line], begin: float, end: float) -
     if len(lines) > CROWD:
         lines = [line for line in lines if any(line[2])] or lines[:1]
     for name, times, values in lines:
-        for i in range(len(times) - 1, 0, -1):  # nothing is drawn over a minute without data, as on the boards
+        for i in range(len(times) - 1, 0, -1):  # nothing is drawn over a minute without data, as on the dashboards
             if (times[i] - times[i - 1]).total_seconds() > 60:
                 times.insert(i, times[i])
                 values.insert(i, math.nan)
@@ -103,19 +103,19 @@ def draw(axes: Any, panel: Panel, lines: list[Line], begin: float, end: float) -
 
 
 def times(url: str, name: str, begin: float, end: float) -> tuple[float, float]:
-    """From when to when a board's stage (of the overview: any) was metered within a time range; all of it where none was."""
+    """Part of a time range in which a dashboard's stage (overview: any stage) was measured; the whole range if none was."""
     which = "" if name == "overview" else f'{{stage="{name}"}}'
     found = series(url, METRICS["nodes"].exported + which, begin, end)
     at = [t for _, moments, _ in found for t in moments]
     return (min(at) - 10, max(at) + 10) if at else (begin, end)
 
 
-def board(url: str, name: str, begin: float, end: float) -> bytes:
-    """A board as a PNG of few colours; GPU panels are left out where there is no GPU."""
+def dashboard(url: str, name: str, begin: float, end: float) -> bytes:
+    """A dashboard as a PNG with a small palette; GPU panels without data are left out."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    title, panels = BOARDS[name]
+    title, panels = DASHBOARDS[name]
     begin, end = times(url, name, begin, end)
     shown = [(panel, lines) for panel in panels if (lines := read(panel, url, begin, end)) or not panel.needs]
     rows = -(-len(shown) // COLUMNS)
@@ -134,17 +134,17 @@ def board(url: str, name: str, begin: float, end: float) -> bytes:
 
 
 def main() -> None:
-    """Draw all boards."""
+    """Draw all dashboards."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("url", metavar="URL", help="of Prometheus, for example http://127.0.0.1:9090")
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--boards", nargs="+", choices=BOARDS, help="these alone")
+    parser.add_argument("--dashboards", nargs="+", choices=DASHBOARDS, help="draw only these")
     parser.add_argument("--minutes", type=float, default=60.0, help="time range, up to now")
     args = parser.parse_args()
     now = time.time()
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name in args.boards or BOARDS:
-        (args.folder / f"{name}.png").write_bytes(board(args.url.rstrip("/"), name, now - 60 * args.minutes, now))
+    for name in args.dashboards or DASHBOARDS:
+        (args.folder / f"{name}.png").write_bytes(dashboard(args.url.rstrip("/"), name, now - 60 * args.minutes, now))
 
 
 if __name__ == "__main__":

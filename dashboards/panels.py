@@ -1,7 +1,7 @@
-"""The panels of every board, as data: a title, its PromQL, and what the reader should see in it.
+"""The panels of every dashboard as data: title, PromQL queries, and a description.
 
-Names come from `mixgf.distributed.metrics`, so a renamed metric cannot leave a board behind. Counters are summed over
-processes, gauges of a driver taken by their maximum.
+Names of metrics come from `mixgf.distributed.metrics`, so dashboards follow a renamed metric. Counters are summed over processes.
+For gauges of a driver the maximum is taken.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ WINDOW = "$__rate_interval"
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One panel: queries with their legends, and how they are shown."""
+    """One panel: queries with their legends, and their display."""
 
     title: str
     queries: tuple[tuple[str, str], ...]
     """(PromQL, legend) pairs."""
     unit: str = "short"
-    """Grafana's name of the unit."""
+    """Unit, by its name in Grafana."""
     text: str
-    """What the reader should see in it."""
+    """Description: what the panel shows, and what to do about unusual values."""
     kind: str = "timeseries"
     """`timeseries` or `stat`."""
     top: float | None = None
-    """Largest value of the axis."""
+    """Upper end of the axis; None: automatic."""
     log: bool = False
     """A logarithmic axis."""
     needs: str = ""
-    """`gpu`: empty on a cluster without GPUs."""
+    """`gpu` for panels without data on a cluster without GPUs."""
 
 
 def pick(name: str, stage: str = "", **tags: str) -> str:
-    """The selector of one of our metrics; tags whose value starts with `~` are regular expressions."""
+    """PromQL selector of a metric. Values of tags that start with `~` are regular expressions."""
     parts = [f'stage="{stage}"'] if stage else []
     parts.append('run=~"$run"')
     parts += [f'{k}=~"{v[1:]}"' if v.startswith("~") else f'{k}="{v}"' for k, v in tags.items()]
@@ -43,44 +43,44 @@ def pick(name: str, stage: str = "", **tags: str) -> str:
 
 
 def rate(name: str, stage: str, by: str = "", **tags: str) -> str:
-    """Growth of a counter per second, over all processes."""
+    """Increase of a counter per second, summed over processes."""
     return f"sum{f' by ({by})' if by else ''} (rate({pick(name, stage, **tags)}[{WINDOW}]))"
 
 
 def top(name: str, stage: str = "", by: str = "run", **tags: str) -> str:
-    """A gauge, the largest over processes: a restarted driver's old series is not added to the new one's."""
+    """Maximum of a gauge over processes, so that the old series of a restarted driver is not added to the new one."""
     return f"max by ({by}) ({pick(name, stage, **tags)})"
 
 
 def units(stage: str) -> list[Panel]:
-    """State of a stage's work units, and the time they will take."""
+    """Panels of a stage's work units and remaining time."""
     left = f"sum(max by (run, state) ({pick('units', stage, state='~waiting|running')}))"
     speed = f"sum(max by (run) (deriv({pick('units', stage, state='done')}[10m])))"
     return [
         Panel(
             title="Work units",
             queries=((f"sum by (state) ({top('units', stage, 'run, state')})", "{{state}}"),),
-            text="Waiting goes down, done goes up. Failed should stay at 0: the stage's log names each.",
+            text="Waiting falls and done rises. Failed should stay at 0; the log of the stage names every failed unit.",
         ),
         Panel(
             title="Time left",
             queries=((f"{left} / ({speed} > 0)", "left"),),
             unit="s",
             kind="stat",
-            text="Units left over the speed of the last 10 minutes; empty while nothing is finished.",
+            text="Remaining units divided by the rate of the last 10 minutes. No data until the first unit is finished.",
         ),
     ]
 
 
 def machines() -> list[Panel]:
-    """The cluster under a stage."""
+    """Panels of the machines of the cluster."""
     return [
         Panel(
             title="CPU",
             queries=(("avg by (ip) (ray_node_cpu_utilization)", "{{ip}}"),),
             unit="percent",
             top=100,
-            text="Per node. Low while units wait: too few workers, or storage is slow.",
+            text="Per node. A low value while units wait means too few workers or slow storage.",
         ),
         Panel(
             title="Memory",
@@ -92,7 +92,7 @@ def machines() -> list[Panel]:
             ),
             unit="percentunit",
             top=1,
-            text="Share per node. Ray kills workers above 0.95.",
+            text="Used share per node. Above 0.95 Ray stops workers.",
         ),
         Panel(
             title="GPU use",
@@ -100,32 +100,32 @@ def machines() -> list[Panel]:
             unit="percent",
             top=100,
             needs="gpu",
-            text="Per GPU. Empty on a cluster without GPUs.",
+            text="Per GPU. No data on a cluster without GPUs.",
         ),
         Panel(
             title="GPU memory used",
             queries=(("max by (ip, GpuIndex) (ray_node_gram_used)", "{{ip}} {{GpuIndex}}"),),
             unit="decmbytes",
             needs="gpu",
-            text="Per GPU.",
+            text="Per GPU. No data on a cluster without GPUs.",
         ),
     ]
 
 
 def money(stage: str = "") -> list[Panel]:
-    """What the runs have cost so far."""
+    """Panels of the cost of runs."""
     total = f"sum(max by (run) (max_over_time({pick('cost', stage)}[$__range])))"
     return [
         Panel(
             title="Cost in this range",
             queries=((total, "cost"),),
             kind="stat",
-            text="Of the runs seen in the time range, in the price table's currency. Empty without prices (tracking.prices).",
+            text="Cost of the runs in the time range, in the currency of the price table. No data without a price table (tracking.prices).",
         ),
         Panel(
             title="Cost per hour",
             queries=((f"sum by (run) (max by (run) (deriv({pick('cost', stage)}[5m]))) * 3600", "{{run}}"),),
-            text="Speed at which money is spent, by run.",
+            text="Current cost per hour, by run.",
         ),
     ]
 
@@ -138,18 +138,18 @@ OVERVIEW = [
             (f"max by (node_type) ({pick('nodes')})", "{{node_type}}"),
             ("max(autoscaler_pending_nodes)", "pending"),
         ),
-        text="Up, by type, while a run is metered; pending = asked of the cloud and not there yet.",
+        text="Nodes that are up, by type, while a run is measured. Pending: requested from the cloud and not started yet.",
     ),
     Panel(
         title="Node-hours of running runs",
         queries=((f"sum by (node_type) ({top('node_seconds', '', 'run, node_type')}) / 3600", "{{node_type}}"),),
         unit="h",
-        text="What the cost is made of.",
+        text="Hours of nodes by type, from which the cost is computed.",
     ),
     Panel(
         title="Work units by stage",
         queries=((f"sum by (stage, state) ({top('units', '', 'run, stage, state')})", "{{stage}} {{state}}"),),
-        text="All stages that are running.",
+        text="Work units of all running stages, by state.",
     ),
     Panel(
         title="Cells per second by stage",
@@ -161,7 +161,7 @@ OVERVIEW = [
             (f"sum by (stage) ({top('cells_per_second', '', 'run, stage')})", "{{stage}}"),
         ),
         unit="cps",
-        text="Encoded in prepare and embed, trained on in pretrain.",
+        text="Cells that are encoded (prepare, embed) or trained on (pretrain).",
     ),
     *machines(),
     Panel(
@@ -169,13 +169,13 @@ OVERVIEW = [
         queries=(("max by (ip) (ray_node_disk_utilization_percentage)", "{{ip}}"),),
         unit="percent",
         top=100,
-        text="Per node. Shards go to object storage; a disk fills with logs and spilled objects.",
+        text="Used share per node. Shards go to object storage, so a disk fills with logs and spilled objects.",
     ),
     Panel(
         title="Object store",
         queries=(("sum(ray_object_store_used_memory)", "used"), ("sum(ray_object_store_available_memory)", "free")),
         unit="bytes",
-        text="mixgf sends little through it; growth here is a fault.",
+        text="Memory of Ray's object store. mixgf uses little of it; steady growth is a fault.",
     ),
 ]
 
@@ -184,13 +184,13 @@ PREPARE = [
         title="Cells per second",
         queries=((rate("cells_read", "prepare"), "read"), (rate("cells_encoded", "prepare"), "encoded")),
         unit="cps",
-        text="Three passes read the same cells: metrics, medians, sentences.",
+        text="Cells read and encoded. Three passes read the same cells: quality metrics, medians, sentences.",
     ),
     *units("prepare"),
     Panel(
         title="Cells dropped",
         queries=((f"sum by (reason) ({pick('cells_dropped', 'prepare')})", "{{reason}}"),),
-        text="By reason, so far. A reason that suddenly grows is a source of another kind.",
+        text="Total by reason. A reason that rises suddenly points to a source of a different kind.",
     ),
     Panel(
         title="Share of cells kept",
@@ -204,12 +204,12 @@ PREPARE = [
         ),
         unit="percentunit",
         kind="stat",
-        text="Kept over kept and dropped.",
+        text="Kept cells divided by kept and dropped cells.",
     ),
     Panel(
         title="Shards written",
         queries=((f"sum({pick('shards_written', 'prepare')})", "shards"),),
-        text="Published Parquet shards of this session.",
+        text="Finished Parquet shards of this session.",
     ),
     *money("prepare"),
     *machines(),
@@ -220,56 +220,56 @@ PRETRAIN = [
         title="Loss",
         queries=((top("loss", "pretrain", "run, term"), "{{term}} {{run}}"),),
         log=True,
-        text="Total and terms. MLflow has every step; this is the latest logged one.",
+        text="Total loss and its terms at the latest logged step. MLflow has every step.",
     ),
     Panel(
         title="Tokens per second",
         queries=((top("tokens_per_second", "pretrain"), "{{run}}"),),
         unit="cps",
-        text="Padding not counted, all workers.",
+        text="Sum over all workers, without padding.",
     ),
     Panel(
         title="Cells per second",
         queries=((top("cells_per_second", "pretrain"), "{{run}}"),),
         unit="cps",
-        text="All workers.",
+        text="Sum over all workers.",
     ),
     Panel(
         title="MFU",
         queries=((top("mfu", "pretrain"), "{{run}}"),),
         unit="percentunit",
         top=1,
-        text="Share of the matrix-product peak measured on the same device.",
+        text="Model FLOPs utilisation: share of the peak of matrix products measured on the same device.",
     ),
     Panel(
         title="Waiting for data",
         queries=((top("data_wait_share", "pretrain"), "{{run}}"),),
         unit="percentunit",
         top=1,
-        text="Above 0.1: storage or the loader is the limit, not the GPU.",
+        text="Share of time that training waits for data. Above 0.1, storage or the loader limits the speed, not the GPU.",
     ),
     Panel(
         title="Step",
         queries=((top("train_step", "pretrain"), "{{run}}"),),
-        text="Goes back after a restart: to the last checkpoint.",
+        text="Optimizer step. After a restart it goes back to the last checkpoint.",
     ),
     Panel(
         title="Learning rate",
         queries=((top("learning_rate", "pretrain"), "{{run}}"),),
         unit="sci",
-        text="Warm-up, then the schedule.",
+        text="Learning rate: warm-up, then the schedule.",
     ),
     Panel(
         title="Gradient norm",
         queries=((top("grad_norm", "pretrain"), "{{run}}"),),
         log=True,
-        text="Before clipping. A rise of tenfold comes before a loss that is not finite.",
+        text="Gradient norm before clipping. A tenfold rise often comes before a loss that is not finite.",
     ),
     Panel(
         title="Memory of a worker",
         queries=((top("memory_gigabytes", "pretrain"), "{{run}}"),),
         unit="decgbytes",
-        text="Largest so far: the GPU's, or on CPU the process's.",
+        text="Largest use so far: GPU memory, or memory of the process on CPU.",
     ),
     *money("pretrain"),
     *machines(),
@@ -280,13 +280,13 @@ EMBED = [
         title="Cells per second",
         queries=((rate("cells_encoded", "embed"), "embedded"),),
         unit="cps",
-        text="Over all workers.",
+        text="Cells embedded, sum over all workers.",
     ),
     *units("embed"),
     Panel(
         title="Shards written",
         queries=((f"sum({pick('shards_written', 'embed')})", "shards"),),
-        text="Of this session.",
+        text="Finished Parquet shards of this session.",
     ),
     *money("embed"),
     *machines(),
@@ -297,13 +297,13 @@ CLASSIFY = [
     Panel(
         title="Tasks done per hour",
         queries=((f"sum(max by (run) (deriv({pick('units', 'classify', state='done')}[10m]))) * 3600", "tasks"),),
-        text="A task is one model on one split of one group with one seed.",
+        text="Finished tasks per hour. A task is one model on one split of one group with one seed.",
     ),
     Panel(
         title="Failed tasks",
         queries=((f"sum({top('units', 'classify', 'run', state='failed')})", "failed"),),
         kind="stat",
-        text="Each is named in the stage's log; the same command tries them again.",
+        text="The log of the stage names every failed task. Run the same command to try them again.",
     ),
     *money("classify"),
     *machines(),
@@ -315,24 +315,24 @@ PERTURB = [
         title="Sentences per second",
         queries=((rate("sentences_scored", "perturb"), "sentences"),),
         unit="cps",
-        text="Perturbed sentences through the encoder, all actors.",
+        text="Perturbed sentences that pass the encoder, sum over all actors.",
     ),
     Panel(
         title="Actors",
         queries=((f"sum by (state) ({top('actors', 'perturb', 'run, state')})", "{{state}}"),),
-        text="Wanted above up for long: the cloud has no nodes of that type, or max_workers is reached.",
+        text="If wanted stays above up, the cloud has no nodes of that type, or max_workers is reached.",
     ),
     Panel(
         title="Failed units",
         queries=((f"sum({top('units', 'perturb', 'run', state='failed')})", "failed"),),
         kind="stat",
-        text="Dead letters. The same command tries them again.",
+        text="Units that failed after all retries. Run the same command to try them again.",
     ),
     *money("perturb"),
     *machines(),
 ]
 
-BOARDS: dict[str, tuple[str, list[Panel]]] = {
+DASHBOARDS: dict[str, tuple[str, list[Panel]]] = {
     "overview": ("mixgf: overview and cost", OVERVIEW),
     "prepare": ("mixgf: prepare", PREPARE),
     "pretrain": ("mixgf: pretrain", PRETRAIN),

@@ -1,4 +1,4 @@
-"""The alert rules, as data."""
+"""The alert rules as data."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 from panels import pick
 
 COST_LIMIT = 1000
-"""Default of the cost alert, in the price table's currency; `build.py --cost-limit` changes it."""
-BOOK = "cluster/README.md"
+"""Default limit of the cost alert, in the currency of the price table; `build.py --cost-limit` changes it."""
+RUNBOOK = "cluster/README.md"
+"""The document whose sections the alerts refer to."""
 
 
 def _all(name: str, **tags: str) -> str:
-    """As `pick`, for rules: no board variables."""
+    """Selector of a metric over all runs: `pick` without the variables of dashboards."""
     return pick(name, **tags).replace('run=~"$run",', "").replace('{run=~"$run"}', "")
 
 
@@ -25,15 +26,15 @@ def alerts(cost_limit: float = COST_LIMIT) -> dict[str, Any]:
             f"sum by (stage, run) ({waiting}) > 0 unless on (stage, run) sum by (stage, run) (changes({done}[30m])) > 0",
             "30m",
             "critical",
-            "{{ $labels.stage }} has work and finished no unit for 30 minutes",
+            "{{ $labels.stage }} has work units left and finished none for 30 minutes",
             "no-progress",
         ),
         (
-            "MixgfTrainingStands",
+            "MixgfTrainingStalled",
             f"max by (run) ({_all('train_step')}) unless on (run) max by (run) (changes({_all('train_step')}[30m])) > 0",
             "15m",
             "critical",
-            "training run {{ $labels.run }} made no step for 30 minutes",
+            "training run {{ $labels.run }} has made no step for 30 minutes",
             "no-progress",
         ),
         (
@@ -45,7 +46,7 @@ def alerts(cost_limit: float = COST_LIMIT) -> dict[str, Any]:
             "failed-units",
         ),
         (
-            "MixgfWaitsForData",
+            "MixgfTrainingWaitsForData",
             f"max by (run) ({_all('data_wait_share')}) > 0.2",
             "15m",
             "warning",
@@ -57,7 +58,7 @@ def alerts(cost_limit: float = COST_LIMIT) -> dict[str, Any]:
             f"max by (stage, run) ({_all('actors', state='wanted')}) - max by (stage, run) ({_all('actors', state='up')}) > 0",
             "30m",
             "warning",
-            "{{ $labels.stage }} still waits for {{ $value }} actors",
+            "{{ $labels.stage }} has waited for {{ $value }} actors for 30 minutes",
             "no-nodes-come-up",
         ),
         (
@@ -65,7 +66,7 @@ def alerts(cost_limit: float = COST_LIMIT) -> dict[str, Any]:
             f"sum(max by (run) ({_all('cost')})) > {cost_limit:g}",
             "1m",
             "critical",
-            f"running runs have cost {{{{ $value }}}}, the limit is {cost_limit:g}",
+            f"the cost of running runs is {{{{ $value }}}}, above the limit of {cost_limit:g}",
             "cost",
         ),
         (
@@ -73,7 +74,7 @@ def alerts(cost_limit: float = COST_LIMIT) -> dict[str, Any]:
             f"count by (run) ({_all('node_seconds')}) unless on (run) {_all('cost')}",
             "15m",
             "info",
-            "run {{ $labels.run }} has no cost: a node type has no price, or no price table is set",
+            "the cost of run {{ $labels.run }} is unknown: no price table is set, or it lacks a node type",
             "cost",
         ),
         (
@@ -89,7 +90,7 @@ def alerts(cost_limit: float = COST_LIMIT) -> dict[str, Any]:
             "max by (ip) (ray_node_disk_utilization_percentage) > 90",
             "5m",
             "warning",
-            "node {{ $labels.ip }} has a disk that is {{ $value }} % full",
+            "the disk of node {{ $labels.ip }} is {{ $value }} % full",
             "disk-full",
         ),
         (
@@ -97,7 +98,7 @@ def alerts(cost_limit: float = COST_LIMIT) -> dict[str, Any]:
             'up{job="ray"} == 0',
             "5m",
             "warning",
-            "Prometheus cannot read {{ $labels.instance }}: the node is gone, or its port is closed",
+            "Prometheus cannot reach {{ $labels.instance }}: the node is lost, or its port is closed",
             "a-node-is-lost",
         ),
         (
@@ -115,7 +116,7 @@ def alerts(cost_limit: float = COST_LIMIT) -> dict[str, Any]:
             "expr": expr,
             "for": wait,
             "labels": {"severity": severity},
-            "annotations": {"summary": summary, "runbook": f"{BOOK}#{anchor}"},
+            "annotations": {"summary": summary, "runbook": f"{RUNBOOK}#{anchor}"},
         }
         for name, expr, wait, severity, summary, anchor in rows
     ]

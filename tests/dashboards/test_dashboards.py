@@ -1,4 +1,4 @@
-"""Boards and alerts: made by their generator, over metrics that exist, and alive on a real Prometheus that reads a real Ray."""
+"""Dashboards and alerts: made by their generator, over metrics that exist, and alive on a real Prometheus that reads a real Ray."""
 
 import json
 import os
@@ -17,10 +17,10 @@ import yaml
 from mixgf.distributed.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
-BOARDS_DIR = ROOT / "dashboards"
-sys.path.insert(0, str(BOARDS_DIR))
+DASHBOARDS_DIR = ROOT / "dashboards"
+sys.path.insert(0, str(DASHBOARDS_DIR))
 import build
-from panels import BOARDS
+from panels import DASHBOARDS
 from rules import alerts
 
 EXPORTED = {metric.exported for metric in METRICS.values()}
@@ -29,7 +29,7 @@ STAGES = {"overview", "prepare", "pretrain", "embed", "classify", "perturb"}
 
 
 def plain(expr):
-    """An expression with the board's variables put in."""
+    """An expression with the dashboard's variables put in."""
     for name, value in VARIABLES.items():
         expr = expr.replace(name, value)
     assert "$" not in expr, expr
@@ -38,7 +38,7 @@ def plain(expr):
 
 QUERIES = [
     pytest.param(name, panel, expr, id=f"{name}: {panel.title} [{legend}]")
-    for name, (_, panels) in BOARDS.items()
+    for name, (_, panels) in DASHBOARDS.items()
     for panel in panels
     for expr, legend in panel.queries
 ]
@@ -46,23 +46,23 @@ QUERIES = [
 
 def test_files_are_what_the_generator_makes():
     made = build.files()
-    assert set(made) == {p.name for p in BOARDS_DIR.iterdir() if p.suffix in {".json", ".yaml"}}
+    assert set(made) == {p.name for p in DASHBOARDS_DIR.iterdir() if p.suffix in {".json", ".yaml"}}
     for name, text in made.items():
-        assert (BOARDS_DIR / name).read_text() == text, f"{name}: run python dashboards/build.py"
+        assert (DASHBOARDS_DIR / name).read_text() == text, f"{name}: run python dashboards/build.py"
 
 
-def test_there_is_a_board_for_every_stage():
+def test_there_is_a_dashboard_for_every_stage():
     from mixgf.cli import STAGES as commands
 
-    assert set(BOARDS) == STAGES == {"overview", *(set(commands) - {"report"})}
+    assert set(DASHBOARDS) == STAGES == {"overview", *(set(commands) - {"report"})}
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))
-def test_a_board_has_what_grafana_needs(name):
-    board = json.loads((BOARDS_DIR / f"{name}.json").read_text())
-    assert board["uid"] == f"mixgf-{name}"
-    assert [v["name"] for v in board["templating"]["list"]] == ["source", "run"]
-    panels = board["panels"]
+def test_a_dashboard_has_what_grafana_needs(name):
+    dashboard = json.loads((DASHBOARDS_DIR / f"{name}.json").read_text())
+    assert dashboard["uid"] == f"mixgf-{name}"
+    assert [v["name"] for v in dashboard["templating"]["list"]] == ["source", "run"]
+    panels = dashboard["panels"]
     assert len({p["id"] for p in panels}) == len(panels)
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels]
     assert len(set(places)) == len(places), "no panel lies on another"
@@ -88,8 +88,8 @@ def test_a_query_parses_and_its_metrics_exist(name, panel, expr):
         assert set(re.findall(r"(\w+)=", inner)) <= {"stage", "run", *row.tags}, expr
 
 
-def test_every_metric_is_on_some_board():
-    text = " ".join(expr for _, panels in BOARDS.values() for panel in panels for expr, _ in panel.queries)
+def test_every_metric_is_on_some_dashboard():
+    text = " ".join(expr for _, panels in DASHBOARDS.values() for panel in panels for expr, _ in panel.queries)
     assert {name for name in EXPORTED if name not in text} == set()
 
 
@@ -102,7 +102,7 @@ def test_a_parser_that_accepts_anything_would_be_noticed():
 
 def test_rules_parse_are_unique_and_lead_into_the_book():
     parser = pytest.importorskip("promql_parser", reason="promql-parser (test extra)")
-    rules = yaml.safe_load((BOARDS_DIR / "alerts.yaml").read_text())["groups"][0]["rules"]
+    rules = yaml.safe_load((DASHBOARDS_DIR / "alerts.yaml").read_text())["groups"][0]["rules"]
     assert len({r["alert"] for r in rules}) == len(rules)
     headings = re.findall(r"^#+ (.+)$", (ROOT / "cluster" / "README.md").read_text(), re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
@@ -155,36 +155,36 @@ tests:
       - {{eval_time: 20m, alertname: MixgfNoProgress, exp_alerts: []}}
       - eval_time: 90m
         alertname: MixgfNoProgress
-        exp_alerts: [{{exp_labels: {{severity: critical, stage: perturb, run: stuck}}, exp_annotations: {{summary: "perturb has work and finished no unit for 30 minutes", runbook: "cluster/README.md#no-progress"}}}}]
-      - {{eval_time: 50m, alertname: MixgfTrainingStands, exp_alerts: []}}
+        exp_alerts: [{{exp_labels: {{severity: critical, stage: perturb, run: stuck}}, exp_annotations: {{summary: "perturb has work units left and finished none for 30 minutes", runbook: "cluster/README.md#no-progress"}}}}]
+      - {{eval_time: 50m, alertname: MixgfTrainingStalled, exp_alerts: []}}
       - eval_time: 110m
-        alertname: MixgfTrainingStands
-        exp_alerts: [{{exp_labels: {{severity: critical, run: stands}}, exp_annotations: {{summary: "training run stands made no step for 30 minutes", runbook: "cluster/README.md#no-progress"}}}}]
+        alertname: MixgfTrainingStalled
+        exp_alerts: [{{exp_labels: {{severity: critical, run: stands}}, exp_annotations: {{summary: "training run stands has made no step for 30 minutes", runbook: "cluster/README.md#no-progress"}}}}]
       - {{eval_time: 50m, alertname: MixgfUnitsFailed, exp_alerts: []}}
       - eval_time: 90m
         alertname: MixgfUnitsFailed
         exp_alerts: [{{exp_labels: {{severity: warning, stage: perturb, run: lively}}, exp_annotations: {{summary: "perturb has 2 failed work units", runbook: "cluster/README.md#failed-units"}}}}]
-      - {{eval_time: 50m, alertname: MixgfWaitsForData, exp_alerts: []}}
+      - {{eval_time: 50m, alertname: MixgfTrainingWaitsForData, exp_alerts: []}}
       - eval_time: 90m
-        alertname: MixgfWaitsForData
+        alertname: MixgfTrainingWaitsForData
         exp_alerts: [{{exp_labels: {{severity: warning, run: moves}}, exp_annotations: {{summary: "training waits for data 50% of the time", runbook: "cluster/README.md#training-waits-for-data"}}}}]
       - eval_time: 90m
         alertname: MixgfActorsMissing
-        exp_alerts: [{{exp_labels: {{severity: warning, stage: perturb, run: lively}}, exp_annotations: {{summary: "perturb still waits for 5 actors", runbook: "cluster/README.md#no-nodes-come-up"}}}}]
+        exp_alerts: [{{exp_labels: {{severity: warning, stage: perturb, run: lively}}, exp_annotations: {{summary: "perturb has waited for 5 actors for 30 minutes", runbook: "cluster/README.md#no-nodes-come-up"}}}}]
       - {{eval_time: 79m, alertname: MixgfCostLimit, exp_alerts: []}}
       - eval_time: 90m
         alertname: MixgfCostLimit
-        exp_alerts: [{{exp_labels: {{severity: critical}}, exp_annotations: {{summary: "running runs have cost 1050, the limit is 1000", runbook: "cluster/README.md#cost"}}}}]
+        exp_alerts: [{{exp_labels: {{severity: critical}}, exp_annotations: {{summary: "the cost of running runs is 1050, above the limit of 1000", runbook: "cluster/README.md#cost"}}}}]
       - eval_time: 90m
         alertname: MixgfCostUnknown
-        exp_alerts: [{{exp_labels: {{severity: info, run: free}}, exp_annotations: {{summary: "run free has no cost: a node type has no price, or no price table is set", runbook: "cluster/README.md#cost"}}}}]
+        exp_alerts: [{{exp_labels: {{severity: info, run: free}}, exp_annotations: {{summary: "the cost of run free is unknown: no price table is set, or it lacks a node type", runbook: "cluster/README.md#cost"}}}}]
       - eval_time: 90m
         alertname: RayNodeMemory
         exp_alerts: [{{exp_labels: {{severity: warning, ip: a}}, exp_annotations: {{summary: "node a uses 95% of its memory", runbook: "cluster/README.md#out-of-memory"}}}}]
       - {{eval_time: 50m, alertname: RayTargetDown, exp_alerts: []}}
       - eval_time: 90m
         alertname: RayTargetDown
-        exp_alerts: [{{exp_labels: {{severity: warning, job: ray, instance: "b:8090"}}, exp_annotations: {{summary: "Prometheus cannot read b:8090: the node is gone, or its port is closed", runbook: "cluster/README.md#a-node-is-lost"}}}}]
+        exp_alerts: [{{exp_labels: {{severity: warning, job: ray, instance: "b:8090"}}, exp_annotations: {{summary: "Prometheus cannot reach b:8090: the node is lost, or its port is closed", runbook: "cluster/README.md#a-node-is-lost"}}}}]
       - eval_time: 90m
         alertname: RayNodesPending
         exp_alerts: [{{exp_labels: {{severity: warning}}, exp_annotations: {{summary: "2 nodes have been pending for 30 minutes", runbook: "cluster/README.md#no-nodes-come-up"}}}}]
@@ -194,11 +194,11 @@ tests:
 def test_alerts_fire_when_they_should_and_stay_quiet_before(tmp_path):
     (promtool,) = needs("promtool")
     checked = subprocess.run(
-        [promtool, "check", "rules", BOARDS_DIR / "alerts.yaml"], capture_output=True, text=True, check=False
+        [promtool, "check", "rules", DASHBOARDS_DIR / "alerts.yaml"], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stderr
     path = tmp_path / "tests.yaml"
-    path.write_text(RULE_TESTS.format(rules=BOARDS_DIR / "alerts.yaml"))
+    path.write_text(RULE_TESTS.format(rules=DASHBOARDS_DIR / "alerts.yaml"))
     done = subprocess.run([promtool, "test", "rules", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -253,7 +253,7 @@ ray.shutdown()
 
 
 class Prometheus:
-    """A real server on loopback, and the questions a board asks it."""
+    """A real server on loopback, and the questions a dashboard asks it."""
 
     def __init__(self, address):
         self.address = address
@@ -292,7 +292,7 @@ def test_every_panel_has_data_on_a_real_prometheus_reading_a_real_ray(tmp_path):
     port = 20000 + os.getpid() % 20000
     config = {
         "global": {"scrape_interval": "2s", "evaluation_interval": "2s"},
-        "rule_files": [str(BOARDS_DIR / "alerts.yaml")],
+        "rule_files": [str(DASHBOARDS_DIR / "alerts.yaml")],
         "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(found)], "refresh_interval": "2s"}]}],
     }
     (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
