@@ -1,6 +1,6 @@
-"""What a person sees while mixgf works: lines of text, and progress with rate and time left.
+"""Messages and progress for the user, on stderr.
 
-On a terminal progress is one line that is redrawn; in a job's log it is a line now and then.
+On a terminal, progress is one line that is redrawn. In the log of a job, it is a line every `LOG_SECONDS`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Self
 
 _log = logging.getLogger("mixgf")
 LOG_SECONDS = 20.0
-"""Seconds between two progress lines where the output is no terminal."""
+"""Seconds between two progress lines where the output is not a terminal."""
 
 
 def say(text: str) -> None:
-    """Tell the user one line."""
+    """Print one line."""
     _log.info(text)
 
 
 def warn(text: str) -> None:
-    """Tell the user one line that deserves attention."""
+    """Print one line as a warning."""
     _log.warning(text)
 
 
 def setup(stream: object = None, *, debug: bool = False) -> None:
-    """Send mixgf's lines to stderr, bare; called once by an entry point."""
+    """Send messages to stderr without prefix; called once, by the command line."""
     handler = logging.StreamHandler(stream or sys.stderr)  # type: ignore[arg-type]
     handler.setFormatter(logging.Formatter("%(message)s"))
     _log.handlers[:] = [handler]
@@ -36,7 +36,7 @@ def setup(stream: object = None, *, debug: bool = False) -> None:
 
 
 def setup_if_silent() -> None:
-    """Send mixgf's lines to stderr, unless somebody listens to them: what a notebook needs, called by the Python API."""
+    """Send messages to stderr unless a log handler receives them; called by the Python API, for notebooks."""
     if not _log.hasHandlers():
         setup()
 
@@ -56,16 +56,20 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """A figure in few characters: 12,345 or 0.123 or 4.2."""
+    """A number in few characters: 12,345 or 0.123 or 4.2."""
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
 class Progress:
-    """Progress of one piece of work: share done, rate, time left, and a few figures.
+    """Progress of one piece of work: share done, rate, time left, and a few numbers.
 
-    `done` counts in `unit` and may start above zero when work is resumed: the rate counts only this session's work.
+    Args:
+        what: Title of the line.
+        total: Amount of work, in `unit`.
+        unit: Of `total`, for the rate.
+        done: Work of earlier sessions, which the rate leaves out.
     """
 
     def __init__(self, what: str, total: float, unit: str = "", done: float = 0) -> None:
@@ -77,7 +81,7 @@ class Progress:
         self._last = done - 1.0
 
     def update(self, done: float, **figures: float) -> None:
-        """Show that `done` of `total` is finished, with figures such as loss=8.1."""
+        """Show that `done` of `total` is finished, with numbers such as loss=8.1."""
         now = time.monotonic()
         if now - self._shown < (0.2 if self._bar else LOG_SECONDS) and (done < self.total or done == self._last):
             return

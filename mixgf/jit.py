@@ -1,4 +1,4 @@
-"""How kernels are compiled: once per machine, kept on disk, without Python's lock while they run."""
+"""The numba decorator of all compiled functions: cached on disk, and run without Python's global lock."""
 
 from __future__ import annotations
 

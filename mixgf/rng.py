@@ -1,7 +1,8 @@
-"""Keyed randomness: stateless integer hashes, in numpy for data and in plain torch operations for dropout.
+"""Counter-based random numbers: hashes of integers, in numpy for data and in torch for dropout.
 
-A draw is a pure function of its key (seed, epoch, visit of a cell, view, place), never of what was drawn before. So a cell
-gets the same mask and the same dropout in any batch, on any worker, at any world size, and after any restart.
+A random number is a function of its key (seed, epoch, visit of a cell, view, position) and does not depend on earlier draws. A
+cell therefore gets the same mask and the same dropout in any batch, on any worker, with any number of workers, and after a
+restart.
 
 Shapes: T packed tokens, B cells, C channels.
 """
@@ -27,9 +28,9 @@ _M2 = np.uint64(0x94D049BB133111EB)
 
 
 def hashed(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> U64:
-    """Hash integers (broadcast against each other) to 64 well mixed bits; the finaliser of splitmix64 per part.
+    """64-bit hashes of integers, which are broadcast against each other; one finaliser of splitmix64 per part.
 
-    `hashed(*a, *b)` is `hashed(*b, after=hashed(*a))`.
+    `hashed(*a, *b)` equals `hashed(*b, after=hashed(*a))`.
     """
     h: U64 = np.asarray(after, dtype=np.uint64)
     for part in parts:
@@ -39,7 +40,7 @@ def hashed(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> U64:
 
 @functools.lru_cache(4096)
 def of_numbers(*numbers: int) -> U64:
-    """`hashed` of plain numbers, remembered."""
+    """`hashed` of plain integers, cached."""
     return hashed(*numbers)
 
 
@@ -49,7 +50,7 @@ def uniform(*parts: npt.ArrayLike, after: npt.ArrayLike = 0) -> npt.NDArray[np.f
 
 
 def of_places(cells_B: U64, offsets_B1: npt.NDArray[np.int64]) -> U64:
-    """`hashed(*key of the cell, place in the cell)` of every packed token, (T,), from `hashed(*key of the cell)` (B,)."""
+    """`hashed(*key, position)` of every packed token (T,), from the cells' `hashed(*key)` (B,) and offsets (B + 1,)."""
     return _of_places(cells_B, offsets_B1)
 
 
@@ -64,7 +65,7 @@ def dropout_keys(*parts: npt.ArrayLike) -> Tensor:
 
 
 def limit(fraction: float) -> np.uint64:
-    """A bound in whole numbers: `draw53` of a key is below it where `uniform` of that key is below `fraction`."""
+    """The integer limit for `draw53` that corresponds to `uniform(...) < fraction`."""
     return np.uint64(math.ceil(fraction * 2.0**53))
 
 
@@ -113,10 +114,15 @@ def _chance(hashes: U64, stream: np.uint64, fraction: float) -> npt.NDArray[np.b
 
 
 def dropped(keys_T: Tensor, site: int, num_channels: int, chance16: int) -> Tensor:
-    """Which of C channels of every token are dropped at one site of the network, as bool (T, C).
+    """The channels of every token that are dropped at one site of the network, bool (T, C).
 
-    Each 32-bit hash serves two channels with 16 bits each. `chance16` is the probability in units of 2**-16.
-    Integer arithmetic wraps around; torch.compile fuses all of it.
+    Each 32-bit hash serves two channels with 16 bits each. Integer arithmetic wraps around.
+
+    Args:
+        keys_T: Of the tokens, from `dropout_keys`.
+        site: Number of the dropout layer.
+        num_channels: C.
+        chance16: Probability in units of 2**-16.
     """
     half = (num_channels + 1) // 2
     token = _mix(keys_T ^ _int32(site * 0x632BE5AB + 0x2545F491))
@@ -135,5 +141,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _int32(value: int) -> int:
-    """The signed form of the low 32 bits, because torch scalars of int32 are signed."""
+    """The low 32 bits as a signed integer, since torch has signed int32 only."""
     return (value & 0xFFFFFFFF) - (1 << 32) * ((value >> 31) & 1)

@@ -1,9 +1,9 @@
 """Laws of the command line: instant help, one-line refusals with exit code 2, printed configs that repeat the run."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,12 +23,13 @@ def test_help_names_every_stage_and_imports_fast():
     mixgf("--help")  # warm the page cache
     seconds = []
     for _ in range(3):
-        start = time.monotonic()
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = mixgf("--help")
-        seconds.append(time.monotonic() - start)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
     assert done.returncode == 0
     assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
-    assert min(seconds) < 0.5
+    assert min(seconds) < 0.4  # of a processor: other work on the machine does not count
 
 
 @pytest.mark.parametrize("stage", list(cli.STAGES))

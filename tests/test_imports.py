@@ -82,8 +82,8 @@ files.write_bytes({str(tmp_path / "a")!r}, b"x")
 assert files.read_bytes({str(tmp_path / "a")!r}) == b"x"
 files.remove({str(tmp_path)!r})
 from mixgf.storage import retry
-assert retry.passes(TimeoutError()) and not retry.passes(PermissionError("no"))
-assert "access denied" in str(retry.fault("gs://bucket/a", PermissionError("no")))
+assert retry.is_transient(TimeoutError()) and not retry.is_transient(PermissionError("no"))
+assert "access denied" in str(retry.storage_error("gs://bucket/a", PermissionError("no")))
 """
     result = without(SERVICES, code)
     assert result.returncode == 0, result.stderr

@@ -272,7 +272,7 @@ def publish(uri: str, folder: str, parents: dict[str, str]) -> None:
     names = (_WEIGHTS, _VOCABULARY, _FACTS)
     for name in names:
         files.copy(files.join(folder, name), files.join(uri, name))
-    artifacts.finish(uri, record, counts={"classes": len(facts["classes"])}, files=artifacts.summed(uri, names), details={"vocabulary": facts["vocabulary"], "classes": facts["classes"]} | facts["about"])  # fmt: skip
+    artifacts.finish(uri, record, counts={"classes": len(facts["classes"])}, files=artifacts.checksums_of(uri, names), details={"vocabulary": facts["vocabulary"], "classes": facts["classes"]} | facts["about"])  # fmt: skip
 
 
 def facts(uri: str) -> dict[str, Any]:

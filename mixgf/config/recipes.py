@@ -1,4 +1,4 @@
-"""Named configs: a recipe is a function that returns a whole `Config`; variants change two lines of another one."""
+"""Recipes: named configs. A recipe is a function that returns a `Config`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mixgf.errors import UserError
 
 
 def default() -> Config:
-    """The model of the paper with a recipe that suits a few GPUs; bring your own sources."""
+    """The paper's model with settings for a few GPUs. Needs sources."""
     return Config()
 
 
 def demo() -> Config:
-    """Every stage on the bundled Baron pancreas cells, small enough for two CPU cores and a few minutes.
+    """All stages on the bundled pancreas cells (Baron et al. 2016), in a few minutes on two CPU cores.
 
-    One-to-one orthologs share one id: three thousand cells are too few for the separate ids of the paper to meet.
+    One-to-one orthologs share one token id: 3,000 cells are too few to align the separate ids of the paper.
     """
     return Config(
         recipe="demo",
@@ -56,10 +56,11 @@ def demo() -> Config:
 
 
 def paper() -> Config:
-    """Paper section 3.3: 6 layers, 4 heads, width 256, SiLU, 2,048 tokens, MLM + SimCSE, lr 1e-4 cosine, 8 per GPU, 10 epochs.
+    """The model and training of paper section 3.3.
 
-    The paper is silent on pooling and attention dropout: the vector of the first position, as in the published code, and
-    no dropout on attention weights, which fused kernels need (`paper_published_script` has it).
+    6 layers, 4 heads, width 256, SiLU, 2,048 tokens, MLM + SimCSE, learning rate 1e-4 (cosine), 8 cells per GPU, 10 epochs. The
+    paper does not give pooling and attention dropout. Pooling is the first position, as in the published code. There is no
+    dropout on attention weights, which fused kernels do not support (`paper_published_script` has it).
     """
     return Config(
         recipe="paper",
@@ -71,7 +72,7 @@ def paper() -> Config:
 
 
 def paper_mlm_only() -> Config:
-    """The paper's ablation without the contrastive loss (Tables 1 and 3, w/o CL)."""
+    """The paper's ablation without the contrastive loss (paper Tables 1 and 3, w/o CL)."""
     base = paper()
     return replace(
         base,
@@ -82,7 +83,10 @@ def paper_mlm_only() -> Config:
 
 
 def paper_published_script() -> Config:
-    """What the published training script says instead of the paper: lr 1e-3, attention dropout 0.1, negatives of one worker."""
+    """The settings of the published training script where they differ from the paper.
+
+    Learning rate 1e-3, attention dropout 0.1, negatives of one worker.
+    """
     base = paper()
     return replace(
         base,
@@ -95,20 +99,20 @@ def paper_published_script() -> Config:
 
 
 def human_only() -> Config:
-    """The paper's model on human cells alone: give it human sources; MLM only, as Geneformer."""
+    """The paper's model on human cells only, without the contrastive loss, as Geneformer. Needs human sources."""
     return replace(paper_mlm_only(), recipe="human_only", output="runs/human_only")
 
 
 def mouse_only() -> Config:
-    """The paper's model on mouse cells alone: give it mouse sources; MLM only, as Mouse-Geneformer."""
+    """The paper's model on mouse cells only, without the contrastive loss, as Mouse-Geneformer. Needs mouse sources."""
     return replace(paper_mlm_only(), recipe="mouse_only", output="runs/mouse_only")
 
 
 def _experiment(name: str, species: str, goal: str, operation: str) -> Config:
-    """One of the paper's perturbation experiments (section 4.5) with the published test, on columns as in CELLxGENE files.
+    """One of the paper's perturbation experiments (section 4.5), with the published test and column names of CELLxGENE.
 
-    Published code: only genes that a cell holds, the second to last layer, the mean over the remaining genes. The paper
-    does not say how many cells; 1,000 is the published notebook's number.
+    As in the published code: genes detected in a cell only, second to last layer, mean over the remaining genes. The paper does
+    not give the number of cells; 1,000 is that of the published notebook.
     """
     return replace(
         paper(),
@@ -131,22 +135,22 @@ def _experiment(name: str, species: str, goal: str, operation: str) -> Config:
 
 
 def paper_dkd() -> Config:
-    """Healthy mouse kidney towards diabetic kidney disease, overexpression: give it the cells and `inputs.checkpoint`."""
+    """Healthy mouse kidney towards diabetic kidney disease, overexpression. Needs the cells and `inputs.checkpoint`."""
     return _experiment("dkd", "mouse", "diabetic kidney disease", "overexpress")
 
 
 def paper_adpkd() -> Config:
-    """Healthy mouse kidney towards polycystic kidney disease, deletion: give it the cells and `inputs.checkpoint`."""
+    """Healthy mouse kidney towards polycystic kidney disease, deletion. Needs the cells and `inputs.checkpoint`."""
     return _experiment("adpkd", "mouse", "autosomal dominant polycystic kidney disease", "delete")
 
 
 def paper_alzheimer() -> Config:
-    """Healthy human cortex towards Alzheimer's disease, overexpression: give it the cells and `inputs.checkpoint`."""
+    """Healthy human cortex towards Alzheimer's disease, overexpression. Needs the cells and `inputs.checkpoint`."""
     return _experiment("alzheimer", "human", "Alzheimer disease", "overexpress")
 
 
 def gpu_smoke() -> Config:
-    """The demo's cells and the paper's model on one GPU: does this machine work?"""
+    """The demo's cells and the paper's model on one GPU, to check that a machine works."""
     base = demo()
     return replace(
         base,
@@ -161,10 +165,10 @@ def gpu_smoke() -> Config:
 
 
 def laptop() -> Config:
-    """A model that two CPU cores train on 20,000 cells within an hour: narrower, shallower, and it reads 256 genes of a cell.
+    """A small model that two CPU cores train on 20,000 cells within an hour. Needs sources.
 
-    Nearly every cell has more than 256 genes, so nearly every sentence is cut to 256: one shape, and flat memory. The corpus
-    keeps 2,048, which weights of genes (`classify.gene_weights`) read.
+    The encoder reads the first 256 tokens of a sentence. Sentences in the corpus have up to 2,048, which the gene weights of
+    classifiers read (`classify.gene_weights`).
     """
     base = demo()
     return replace(
@@ -176,15 +180,15 @@ def laptop() -> Config:
         model=Model(num_layers=4, dim=128, num_heads=4, ffn_dim=256, max_positions=256),
         vocab=Vocab(),
         train=replace(base.train, epochs=2, batch_cells=32, lr=1e-3, warmup_steps=100),
-        perturb=Perturb(max_cells=100),  # the demo's question is about its own cells
+        perturb=Perturb(max_cells=100),  # without the demo's start and goal
     )
 
 
 def cl_ablation() -> Config:
-    """What the contrast is worth: on or off, its view, pooling, temperature, weight, and the choices beside it.
+    """A sweep over the contrastive loss: on or off, view, pooling, temperature, weight, and related settings.
 
-    Base: the paper's objective on a small model that two CPU cores sweep in under two hours. The paper's own model: the same
-    with --config and a larger model, batch and cluster. `objective.gather_negatives` matters with compute.num_workers above 1 only.
+    The base is the paper's objective on a small model; two CPU cores need less than two hours. For the paper's own model, change
+    model, batch size and workers with --config. `objective.gather_negatives` matters only with several workers.
     """
     base = laptop()
     return replace(
@@ -219,7 +223,7 @@ def cl_ablation() -> Config:
 
 
 def data_ladder() -> Config:
-    """What more cells and more steps buy: shares of the corpus at the same number of steps, and steps on all of it."""
+    """A sweep over the amount of data: shares of the corpus with the same number of steps, and numbers of steps on all of it."""
     base = cl_ablation()
     return replace(
         base,
@@ -235,11 +239,11 @@ def data_ladder() -> Config:
 
 
 def table() -> Config:
-    """`mixgf classify`: the paper's Tables 1 to 3 and what a sceptic adds, on the labelled cells of a corpus.
+    """The paper's Tables 1 to 3, with further splits and baselines, on the labelled cells of a corpus (`mixgf classify`).
 
-    Every split, five seeds, every head, every baseline that is installed; at most 2,000 cells of a set. Two CPU cores take an hour
-    and a half for twelve sets, an hour of it for the paper's fine-tuning, which has one seed, as `finetune_linear_start` and scVI have. Add encoders
-    with classify.encoders and models on them; what is scored already is used again.
+    All splits, five seeds, all heads and all installed baselines, on at most 2,000 cells of a data set. `finetune`,
+    `finetune_linear_start` and scVI have one seed, because they take most of the time. Encoders that are added later with
+    classify.encoders reuse the finished scores.
     """
     return Config(
         recipe="table",

@@ -54,7 +54,7 @@ def run(config: Config) -> str:
         watched.made(cells=corpus.num_cells)
         dim = _assemble(corpus, uri)
         names = [f"shards/{_name(i)}" for i in range(len(corpus.shards))] + ["cells.h5ad"]
-        checksums = artifacts.summed(uri, names)
+        checksums = artifacts.checksums_of(uri, names)
         details = {"vocabulary": corpus.vocabulary.hash, "dim": dim, "obsm": OBSM}
         artifacts.finish(uri, record, counts={"cells": corpus.num_cells}, files=checksums, details=details)
         tracked.log({"cells": float(corpus.num_cells), "dim": float(dim)})

@@ -44,5 +44,5 @@ def export(settings: Config) -> str:
     genes = zip(vocabulary.table["gene"].to_pylist(), vocabulary.table["token"].to_pylist(), strict=True)
     files.write_json(files.join(uri, DICTIONARIES[0]), {name: i for i, name in enumerate(SPECIALS)} | dict(genes))
     files.write_json(files.join(uri, "config.json"), sizes)
-    artifacts.finish(uri, record, files=artifacts.summed(uri, (_FILES[0], DICTIONARIES[0], "config.json")))
+    artifacts.finish(uri, record, files=artifacts.checksums_of(uri, (_FILES[0], DICTIONARIES[0], "config.json")))
     return uri

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
+from mixgf.config.fields import sections_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say, warn
@@ -45,7 +46,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     if not artifacts.begin(uri, record):
         files.remove(files.join(uri, "work"))
         return uri
-    params = {name: to_dict(getattr(config, name)) for name in ("vocab", "imports", "tokens")}
+    params = {name: to_dict(getattr(config, name)) for name in sections_of(Config, "import")}
     with remove_output_if_all_rejected(uri), mlflow_runs.stage(config, "import", params, record.fingerprint) as tracked:
         if spread is not None:
             work = _Import(given, uri, spread, Meter("import", tracked.id))

@@ -21,6 +21,7 @@ from mixgf.cells import doublets, qc
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
 from mixgf.config.fields import content as content_of
+from mixgf.config.fields import sections_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
@@ -53,7 +54,7 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     if not _begin(uri, record):
         files.remove(files.join(uri, "work"))
         return uri
-    params = {name: record.config[name] for name in ("qc", "vocab", "tokens")}
+    params = {name: record.config[name] for name in sections_of(Config, "prepare")}
     with (
         remove_output_if_all_rejected(uri),
         mlflow_runs.stage(config, "prepare", params, record.fingerprint) as tracked,

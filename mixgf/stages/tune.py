@@ -220,7 +220,7 @@ def _publish(
     winner = next(arm for arm in arms if arm.key == best)
     chosen = to_dict(replace(winner.config, output=config.output, tune=type(config.tune)()))
     files.write_bytes(files.join(uri, "best.json"), (json.dumps(chosen, indent=1) + "\n").encode())
-    checksums |= artifacts.summed(uri, ["best.json"])
+    checksums |= artifacts.checksums_of(uri, ["best.json"])
     details = {
         "arms": [{"key": a.key, "name": a.name, "changes": dict(a.changes)} for a in arms], "best": best, "failed": failed,
         "sentence": analysis.sentence(tables["effects"], arm_scores),

@@ -1,9 +1,10 @@
-"""Records of artifacts: an output without its record does not exist.
+"""Artifacts: output folders with a record of what they hold and what they were made from.
 
-An artifact is a folder. Its files are written one by one, each atomically; `record.json` is written last and makes it
-visible. Until then `plan.json` says what is being made, so that a killed run is continued by the same plan only. The
-fingerprint covers kind, schema, the config that matters and the parents' fingerprints: equal means nothing to do,
-unequal is an error that lists the differing fields. Nothing is recomputed or overwritten silently.
+Files are written one by one, each atomically. `record.json` is written last: without it, an artifact counts as missing. Until
+then `plan.json` says what is being made, so that only the same plan continues a killed run.
+
+The fingerprint covers kind, schema, the config fields that decide the content, and the parents' fingerprints. If it is equal,
+there is nothing to do. If it differs, an error lists the differing fields. Nothing is overwritten without being asked for.
 """
 
 from __future__ import annotations
@@ -41,17 +42,19 @@ _MAKERS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What an artifact is and where it comes from."""
+    """What an artifact holds and what it was made from."""
 
     kind: str
     schema: int
+    """Version of the kind's file layout and config."""
     fingerprint: str
+    """SHA-256 (hex) of kind, schema, config and parents."""
     config: dict[str, Any]
-    """The part of the config that decides the artifact's content."""
+    """The part of the config that decides the content."""
     parents: dict[str, str]
-    """Role to fingerprint of the artifacts it was made from."""
+    """Role to fingerprint of each artifact that it was made from."""
     code: str
-    """Version, and commit where there is one, of the code that made it."""
+    """Version of the code that made it, with the commit if known."""
     created: str
     """UTC time at which the plan was made."""
     counts: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +65,7 @@ class Record:
 
 @cache
 def code_version() -> str:
-    """The package's version and, in a checkout, its commit."""
+    """The package's version, with the commit in a git checkout."""
     root = Path(mixgf.__file__).parent.parent
     if not (root / ".git").exists():
         return mixgf.__version__
@@ -72,11 +75,11 @@ def code_version() -> str:
 
 
 def plan(kind: str, schema: int, config: dict[str, Any], parents: dict[str, str]) -> Record:
-    """The record of an artifact yet to be made."""
-    print_ = fingerprint({"kind": kind, "schema": schema, "config": config, "parents": parents})
+    """The record of an artifact that is to be made."""
+    digest = fingerprint({"kind": kind, "schema": schema, "config": config, "parents": parents})
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Record(
-        kind=kind, schema=schema, fingerprint=print_, config=config, parents=parents, code=code_version(), created=now
+        kind=kind, schema=schema, fingerprint=digest, config=config, parents=parents, code=code_version(), created=now
     )
 
 
@@ -92,7 +95,7 @@ def _read(uri: str, name: str) -> Record | None:
 
 
 def find(uri: str) -> Record | None:
-    """The record of a finished artifact, if there is one."""
+    """The record of a finished artifact; None if there is none."""
     return _read(uri, "record.json")
 
 
@@ -102,42 +105,42 @@ def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lamb
     Args:
         uri: The folder.
         record: The plan.
-        replaces: Whether the plan may take the place of what is there because it holds all of that and more. The old record
-            stays until the new files are written: see `reopen`.
+        replaces: Whether the plan may replace the given record, because it contains all of it and more. The old record stays
+            until the new files are written; see `reopen`.
 
     Returns:
-        True when there is work to do (fresh, or the same plan left unfinished); False when the artifact is finished.
+        True if there is work to do (a new plan, or the same plan unfinished); False if the artifact is finished.
 
     Raises:
-        UserError: the folder holds another artifact, finished or not.
+        UserError: The folder holds another artifact, finished or not.
     """
     plan_uri = join(uri, "plan.json")
     finished, planned = (_read(uri, name) for name in ("record.json", "plan.json"))
     if finished is not None and (finished.fingerprint == record.fingerprint or not replaces(finished)):
-        _same(uri, finished, record)
+        _require_same(uri, finished, record)
         return False
     if planned is not None and (planned.fingerprint == record.fingerprint or not replaces(planned)):
-        _same(uri, planned, record)
+        _require_same(uri, planned, record)
         return True
     if finished is not None or planned is not None:
         write_json(plan_uri, asdict(record))
     elif not create_bytes(plan_uri, json_bytes(asdict(record))):
-        there = _read(uri, "plan.json")  # another run was faster, by a moment
+        there = _read(uri, "plan.json")  # another run claimed the folder in the meantime
         if there is not None:
-            _same(uri, there, record)
+            _require_same(uri, there, record)
     return True
 
 
 def reopen(uri: str) -> None:
-    """Take back the record of a finished artifact that is about to be replaced; its plan must be there (`begin`)."""
-    assert exists(join(uri, "plan.json")), "planned"
+    """Remove the record of a finished artifact that is about to be replaced; `begin` must have written the plan."""
+    assert exists(join(uri, "plan.json")), f"{uri}: no plan"
     remove(join(uri, "record.json"))
 
 
-def _same(uri: str, there: Record, record: Record) -> None:
+def _require_same(uri: str, there: Record, record: Record) -> None:
     if there.fingerprint == record.fingerprint:
         return
-    changes = _changes(there, record)
+    changes = _differences(there, record)
     more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
     msg = (
         f"{uri} holds another {there.kind}: {'; '.join(changes[:5])}{more}. "
@@ -146,20 +149,20 @@ def _same(uri: str, there: Record, record: Record) -> None:
     raise UserError(msg)
 
 
-def _changes(old: Record, new: Record) -> list[str]:
+def _differences(old: Record, new: Record) -> list[str]:
     keys = ("kind", "schema", "parents", "config")
     a, b = ({k: getattr(r, k) for k in keys} for r in (old, new))
     return [line[:120] for line in difference(a, b)]
 
 
-def summed(uri: str, names: Iterable[str]) -> dict[str, Any]:
-    """Bytes and SHA-256 of files of an artifact, as `finish` takes them."""
+def checksums_of(uri: str, names: Iterable[str]) -> dict[str, Any]:
+    """Bytes and SHA-256 of an artifact's files, in the form that `finish` takes."""
     uris = {name: join(uri, name) for name in names}
     return {name: {"bytes": size(at), "sha256": sha256(at)} for name, at in uris.items()}
 
 
 def write_tables(uri: str, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
-    """Write tables of an artifact as NAME.parquet; returns their bytes and SHA-256, as `finish` takes them."""
+    """Write tables of an artifact as NAME.parquet; returns their bytes and SHA-256, in the form that `finish` takes."""
     files = {}
     for name, table in tables.items():
         length, digest = write_table(join(uri, f"{name}.parquet"), table)
@@ -175,7 +178,7 @@ def finish(
     files: dict[str, Any] | None = None,
     details: dict[str, Any] | None = None,
 ) -> Record:
-    """Make an artifact visible: write its record, last of all its files."""
+    """Write the record of an artifact, after all of its files."""
     done = replace(record, counts=counts or {}, files=files or {}, details=details or {})
     write_json(join(uri, "record.json"), asdict(done))
     remove(join(uri, "plan.json"))
@@ -183,12 +186,16 @@ def finish(
 
 
 def require(uri: str, kind: str, schema: int | None = None) -> Record:
-    """The record of a finished artifact of one kind, or a `UserError` that says how to get it."""
+    """The record of a finished artifact of a kind.
+
+    Raises:
+        UserError: There is none, or it is of another kind or schema. The message names the command that makes it.
+    """
     record = find(uri)
     maker = _MAKERS.get(kind, "the stage that makes it")
     if record is None:
         state = "unfinished" if _read(uri, "plan.json") else "not there"
-        msg = f"{uri}: no finished {kind} ({state}); run `{maker}` first, or name one with --set inputs.…=URI"
+        msg = f"{uri}: no finished {kind} ({state}); run `{maker}` first, or name another with --set inputs.NAME=URI"
         raise UserError(msg)
     if record.kind != kind:
         msg = f"{uri}: holds a {record.kind}, not a {kind}; name a {kind}, made by `{maker}`"
@@ -201,20 +208,25 @@ def require(uri: str, kind: str, schema: int | None = None) -> Record:
 
 @contextlib.contextmanager
 def remove_output_if_all_rejected(uri: str) -> Iterator[None]:
-    """Where no source can be used there is nothing to continue: the next try may be another plan."""
+    """Remove an unfinished artifact if all of its sources were rejected, so that another plan can use the folder."""
     try:
         yield
     except UserError:
-        if find(uri) is None:  # else another run of the same plan has finished meanwhile
+        if find(uri) is None:  # otherwise another run of the same plan has finished it
             remove(uri)
         raise
 
 
 def build_or_reuse(uri: str, record: Record, make: Callable[[], Record]) -> Record:
-    """What `make` makes, or what another driver of the same plan, at work at the same time, has made before it.
+    """Build the artifact, or reuse it if another process finished it first.
 
-    Several drivers at one output help each other: parts are the same bytes whoever writes them. The first to end removes
-    them, and then the others miss them.
+    Several processes may work on one plan: every part has the same bytes, whichever process writes it. The first that finishes
+    removes the parts, so the others then fail to find them; they take its artifact instead.
+
+    Args:
+        uri: The folder.
+        record: The plan.
+        make: Builds the artifact and returns its record.
     """
     try:
         return make()
@@ -222,5 +234,5 @@ def build_or_reuse(uri: str, record: Record, make: Callable[[], Record]) -> Reco
         there = find(uri)
         if there is None or there.fingerprint != record.fingerprint:
             raise
-        say(f"{uri}: another run of the same plan has finished it meanwhile")
+        say(f"{uri}: another run of the same plan has finished it")
         return there

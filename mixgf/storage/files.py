@@ -1,11 +1,10 @@
-"""The only home of file systems: local paths, `s3://` URIs and `resource:` files inside the package.
+"""Files by URI: local paths, `s3://` URIs and `resource:` files inside the package.
 
-Every write is atomic: a reader sees the old object, the new one, or none, whatever kills the writer. Locally that is a
-temporary file in the same folder and a rename; on object storage one PUT, or one completed multipart upload from 100 MB.
+Every write is atomic: a reader sees the old file, the new one, or none, even if the writer is killed. Local files are written
+beside their place and renamed. On object storage a write is one PUT, or from 100 MB one multipart upload.
 
-Object storage is asked patiently (`mixgf.patience`). What fails all the same is a `StorageError`, never the error of a
-damaged file, so that readers can tell a fault of the network from one of the file. Endpoint, region and keys are those of
-any AWS client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...); an endpoint of one's own is addressed by path.
+Requests to object storage are repeated after transient errors (`mixgf.storage.retry`). What still fails is a `StorageError`,
+which readers can tell from the error of a damaged file.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from mixgf.errors import AccessError
-from mixgf.storage.retry import code
-from mixgf.storage.s3 import _BUFFER, _ask, _fetcher, _Ranges, _remote
+from mixgf.storage.retry import error_code
+from mixgf.storage.s3 import BUFFER_BYTES, RangeFile, filesystem_and_key, range_reader, request
 
-# most stores that are not AWS refuse the newer default checksums (HTTP 411 on UploadPart)
+# most other stores than AWS reject the newer default checksums (HTTP 411 on UploadPart)
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-# every request: 4 attempts, in 7 s at most beyond the server's own time
+# every request: 4 attempts, with at most 7 s of pauses
 os.environ.setdefault("AWS_RETRY_MODE", "standard")
 os.environ.setdefault("AWS_MAX_ATTEMPTS", "4")
 PART_BYTES = 50 << 20
-"""Of a multipart upload, which objects of twice that size and more go by."""
+"""Size of a part of a multipart upload; files of twice this size and more are uploaded in parts."""
 _TEMPORARY = ".writing-"
 _REMOVALS = 5
-"""Times that a local folder is removed while another process writes there."""
+"""Attempts to remove a local folder into which another process writes."""
 
 
 def _resource(uri: str) -> str:
@@ -68,33 +67,35 @@ def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     if is_local(uri):
         return local_path(uri).exists()
-    return _ask(uri, lambda fs, key: bool(fs.exists(key)))
+    return request(uri, lambda fs, key: bool(fs.exists(key)))
 
 
 def is_folder(uri: str) -> bool:
     """Whether a folder is there, not a file."""
     if is_local(uri):
         return local_path(uri).is_dir()
-    return _ask(uri, lambda fs, key: bool(fs.isdir(key)))
+    return request(uri, lambda fs, key: bool(fs.isdir(key)))
 
 
 def size(uri: str) -> int:
     """Bytes of a file."""
     if is_local(uri):
         return local_path(uri).stat().st_size
-    return _ask(uri, lambda fs, key: int(fs.size(key)))
+    return request(uri, lambda fs, key: int(fs.size(key)))
 
 
 def list_dir(uri: str) -> list[str]:
-    """Names of what lies directly in a folder, sorted; empty when there is no such folder."""
+    """Names of the files and folders directly in a folder, sorted; empty if there is no such folder."""
     if is_local(uri):
         path = local_path(uri)
         return sorted(p.name for p in path.iterdir() if not p.name.startswith(_TEMPORARY)) if path.is_dir() else []
     try:
-        found = _ask(uri, lambda fs, key: fs.ls(key, detail=False))
+        found = request(uri, lambda fs, key: fs.ls(key, detail=False))
     except FileNotFoundError:
         return []
-    itself = uri.partition("://")[2].rstrip("/")  # as a file, or as the empty object that some tools make of a folder
+    itself = uri.partition("://")[2].rstrip(
+        "/"
+    )  # the folder itself may be listed: some tools make an empty object of it
     return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found if str(name).rstrip("/") != itself)
 
 
@@ -111,25 +112,25 @@ def glob(uri: str) -> list[str]:
     if exists(uri):
         return [uri]
     protocol = uri.partition("://")[0]
-    return sorted(f"{protocol}://{found}" for found in _ask(uri, lambda fs, key: fs.glob(key)))
+    return sorted(f"{protocol}://{found}" for found in request(uri, lambda fs, key: fs.glob(key)))
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole of a file."""
     if is_local(uri):
         return local_path(uri).read_bytes()
-    return cast("bytes", _ask(uri, lambda fs, key: fs.cat_file(key)))
+    return cast("bytes", request(uri, lambda fs, key: fs.cat_file(key)))
 
 
 def open_read(uri: str, block_size: int = 4 << 20) -> BinaryIO:
     """A seekable binary file; on object storage it reads ranges, up to `block_size` bytes ahead."""
     if is_local(uri):
         return cast("BinaryIO", local_path(uri).open("rb"))
-    facts = _ask(uri, lambda fs, key: fs.info(key))
+    facts = request(uri, lambda fs, key: fs.info(key))
     if facts["type"] != "file":
         raise FileNotFoundError(uri)
     return io.BufferedReader(
-        _Ranges(uri, _fetcher(uri, facts.get("ETag", "")), int(facts["size"]), block_size), _BUFFER
+        RangeFile(uri, range_reader(uri, facts.get("ETag", "")), int(facts["size"]), block_size), BUFFER_BYTES
     )
 
 
@@ -145,8 +146,8 @@ def open_arrow(uri: str) -> Iterator[pa.NativeFile]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when all went well."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that replaces it on success and is removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
@@ -159,7 +160,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a file atomically."""
     if is_local(uri):
-        with _replacing(local_path(uri)) as temporary, temporary.open("wb") as file:
+        with replacing(local_path(uri)) as temporary, temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -174,21 +175,24 @@ def _part_bytes(total: int) -> int:
 
 def _put(uri: str, call: Callable[[Any, str], Any]) -> None:
     try:
-        _ask(uri, call)
+        request(uri, call)
     except FileNotFoundError as error:
         msg = f"{uri}: cannot be written ({error}); make the bucket first"
         raise AccessError(msg) from None
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file that is not there yet; of several writers at once one succeeds.
+    """Write a file that does not exist yet; of several writers at once, one succeeds.
 
-    Object storage decides by the condition `If-None-Match: *`. A store that ignores it takes every writer's: read back
-    what stands there. `data` should be the writer's own (hold a time, a name): it tells whether a PUT whose answer was lost
-    had arrived.
+    On object storage the request has the condition `If-None-Match: *`. Some stores ignore it, and the answer to a PUT can be lost,
+    so the file is read back and compared.
+
+    Args:
+        uri: Of the file.
+        data: Its content, different for every writer (with a time or a name).
 
     Returns:
-        Whether the file is now this one; False when another one is there.
+        Whether the file has this content; False if another writer's file is there.
     """
     if is_local(uri):
         path = local_path(uri)
@@ -203,18 +207,18 @@ def create_bytes(uri: str, data: bytes) -> bool:
             temporary.unlink(missing_ok=True)
         return True
     with suppress(FileExistsError):
-        _put(uri, _create(data))
+        _put(uri, _create_request(data))
     return read_bytes(uri) == data
 
 
-def _create(data: bytes) -> Callable[[Any, str], None]:
+def _create_request(data: bytes) -> Callable[[Any, str], None]:
     def call(fs: Any, key: str) -> None:
         try:
             fs.pipe_file(key, data, mode="create")
         except OSError as error:
-            if code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+            if error_code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
                 raise FileExistsError(str(error)) from None
-            if code(error) not in ("NotImplemented", "501"):
+            if error_code(error) not in ("NotImplemented", "501"):
                 raise
             fs.pipe_file(key, data)
 
@@ -224,7 +228,7 @@ def _create(data: bytes) -> Callable[[Any, str], None]:
 def upload(path: Path, uri: str) -> None:
     """Publish one local file atomically."""
     if is_local(uri):
-        with _replacing(local_path(uri)) as temporary:
+        with replacing(local_path(uri)) as temporary:
             shutil.copyfile(path, temporary)
         return
     _put(uri, lambda fs, key: fs.put_file(str(path), key, chunksize=_part_bytes(path.stat().st_size)))
@@ -233,10 +237,10 @@ def upload(path: Path, uri: str) -> None:
 def copy(uri: str, to: str) -> None:
     """Copy one file atomically: a hard link on one disk, a copy by the server within object storage."""
     if is_local(uri) and is_local(to):
-        with _replacing(local_path(to)) as temporary:
+        with replacing(local_path(to)) as temporary:
             try:
                 temporary.hardlink_to(local_path(uri))
-            except OSError:  # another disk, or one without links
+            except OSError:  # another disk, or a file system without hard links
                 shutil.copyfile(local_path(uri), temporary)
     elif is_local(uri):
         upload(local_path(uri), to)
@@ -244,7 +248,7 @@ def copy(uri: str, to: str) -> None:
         with local_copy(uri) as path:
             upload(path, to)
     else:
-        _ask(uri, lambda fs, key: fs.cp_file(key, _remote(to)[1]))
+        request(uri, lambda fs, key: fs.cp_file(key, filesystem_and_key(to)[1]))
 
 
 @contextmanager
@@ -255,12 +259,12 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="mixgf-") as folder:
         path = Path(folder) / uri.rsplit("/", 1)[-1]
-        _ask(uri, lambda fs, key: fs.get_file(key, str(path)))
+        request(uri, lambda fs, key: fs.get_file(key, str(path)))
         yield path
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a folder with all it holds; nothing there is fine, and so is another process that writes or deletes there."""
+    """Delete a file, or a folder with its content. A missing file is no error; other processes may write or delete there."""
     if is_local(uri):
         path = local_path(uri)
         if not path.is_dir():
@@ -268,7 +272,7 @@ def remove(uri: str) -> None:
             return
         for attempt in range(_REMOVALS):
             try:
-                shutil.rmtree(path, onerror=_not_there_is_fine)
+                shutil.rmtree(path, onerror=_ignore_missing)
             except OSError as error:
                 if error.errno != errno.ENOTEMPTY or attempt == _REMOVALS - 1:
                     raise
@@ -276,10 +280,10 @@ def remove(uri: str) -> None:
                 return
         return
     if exists(uri):
-        _ask(uri, lambda fs, key: fs.rm(key, recursive=True))
+        request(uri, lambda fs, key: fs.rm(key, recursive=True))
 
 
-def _not_there_is_fine(_: object, __: object, error: tuple[Any, Any, Any]) -> None:
+def _ignore_missing(_: object, __: object, error: tuple[Any, Any, Any]) -> None:
     if not isinstance(error[1], FileNotFoundError):
         raise error[1]
 

@@ -1,7 +1,7 @@
-"""What of object storage's errors passes when one asks again, and what callers see of the rest.
+"""Retries of object storage requests, and one-line errors for what still fails.
 
-botocore repeats requests that are not answered (no connection, a time limit, 429, 5xx). It leaves what happens after the
-first byte of an answer, and servers that stay busy for longer. Those are tried again here, and what remains becomes a
+botocore itself repeats requests without an answer (no connection, timeout, 429, 5xx). Two kinds of errors are left, and are
+repeated here: an answer that breaks off, and a server that stays busy for longer. What fails after all retries becomes a
 `StorageError` of one line. Tested against s3fs 2026.9 and aiobotocore 3.10, by `tests/storage/test_s3.py`.
 """
 
@@ -18,18 +18,22 @@ from mixgf.errors import AccessError, StorageError
 T = TypeVar("T")
 
 PAUSES = (0.2, 1.0, 3.0)
-"""Seconds before each further try."""
+"""Seconds before each retry."""
 _BUSY = {errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO)}  # what s3fs makes of 503 and of 500
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 
 
-def patiently(uri: str, call: Callable[[], T]) -> T:
-    """Make a call of object storage, again where that may help.
+def with_retries(uri: str, call: Callable[[], T]) -> T:
+    """Make a request to object storage, with retries after transient errors.
+
+    Args:
+        uri: Of the file, for messages.
+        call: Makes the request.
 
     Raises:
-        FileNotFoundError, FileExistsError: as local files do.
-        AccessError: keys, rights or the bucket's name are wrong: asking again would not help.
-        StorageError: anything else that object storage, or the way to it, did not do.
+        FileNotFoundError, FileExistsError: As with local files.
+        AccessError: Keys, rights or the bucket's name are wrong; a retry would not help.
+        StorageError: Any other failure of object storage or of the network.
     """
     for pause in (*PAUSES, None):
         try:
@@ -37,10 +41,10 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
         except StorageError:
             raise
         except Exception as error:
-            if isinstance(error, FileNotFoundError | FileExistsError) and code(error) != "NoSuchUpload":
+            if isinstance(error, FileNotFoundError | FileExistsError) and error_code(error) != "NoSuchUpload":
                 raise
-            if pause is None or not passes(error):
-                known = fault(uri, error)
+            if pause is None or not is_transient(error):
+                known = storage_error(uri, error)
                 if known is None:
                     raise
                 raise known from error
@@ -48,38 +52,38 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def passes(error: Exception) -> bool:
-    """Whether the same call may well succeed in a moment: its answer broke off, or the server is still busy."""
+def is_transient(error: Exception) -> bool:
+    """Whether a retry may succeed: the answer broke off, or the server is busy."""
     if _of_botocore(error, "ConnectionError"):
-        return False  # no connection at all: botocore has tried
+        return False  # no connection: botocore has retried already
     if isinstance(error, TimeoutError | ConnectionError | EOFError) or _of_aiohttp(error):
         return True
     if _of_botocore(error, "HTTPClientError", "IncompleteReadError"):
         return True
     if _of_botocore(error, "ClientError") and _status(error) >= 500:
         return True
-    if code(error) == "NoSuchUpload":
-        return True  # a completed upload whose answer was lost, or one cleaned away: write the whole again
+    if error_code(error) == "NoSuchUpload":
+        return True  # the answer to a completed upload was lost, or the upload was removed: write the whole file again
     return isinstance(error, OSError) and error.errno in _BUSY
 
 
-def code(error: BaseException) -> str:
-    """The S3 error code of an error, of botocore or s3fs; "" if there is none."""
+def error_code(error: BaseException) -> str:
+    """The S3 error code of an error of botocore or s3fs; "" if it has none."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
 
-def fault(uri: str, error: Exception) -> OSError | None:
-    """The one line that callers see of an error; None for an error that is not of storage."""
+def storage_error(uri: str, error: Exception) -> OSError | None:
+    """The error with a one-line message that callers see; None for an error that is not of storage."""
     text = " ".join(str(error).split()) or type(error).__name__
-    refusal = _refusal(error)
+    refusal = _permanent(error)
     if refusal:
         return AccessError(f"{uri}: {refusal[0]} ({text}); {refusal[1]}")
-    if code(error) in ("404", "NoSuchKey", "NoSuchBucket"):
+    if error_code(error) in ("404", "NoSuchKey", "NoSuchBucket"):
         return FileNotFoundError(f"{uri}: {text}")
     where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    if code(error) in ("412", "PreconditionFailed"):
-        text = f"{uri}: was written anew while it was read; start again"
+    if error_code(error) in ("412", "PreconditionFailed"):
+        text = f"{uri}: was written again while it was read; start again"
     elif _of_botocore(error, "ConnectionError"):
         text = f"{uri}: no connection to {where}; check AWS_ENDPOINT_URL and the network ({text})"
     elif (
@@ -87,20 +91,20 @@ def fault(uri: str, error: Exception) -> OSError | None:
         or _of_botocore(error, "BotoCoreError", "ClientError")
         or _of_aiohttp(error)
     ):
-        text = f"{uri}: {where} did not answer as it should ({text}); the same command tries again"
+        text = f"{uri}: the request to {where} failed ({text}); the same command tries again"
     else:
         return None
     return StorageError(text)
 
 
-def _refusal(error: Exception) -> tuple[str, str] | None:
-    """What object storage will not do however often it is asked, and the way out."""
-    if isinstance(error, PermissionError) or code(error) in _DENIED:
+def _permanent(error: Exception) -> tuple[str, str] | None:
+    """Reason and way out of an error that no retry can mend; None for another error."""
+    if isinstance(error, PermissionError) or error_code(error) in _DENIED:
         return "access denied", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and that key's rights"
     if _of_botocore(error, "NoCredentialsError", "PartialCredentialsError"):
         return "no keys", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if _of_botocore(error, "ParamValidationError"):
-        return "not an address that can be", "an S3 address is s3://BUCKET/KEY"
+        return "not a valid address", "an S3 address is s3://BUCKET/KEY"
     return None
 
 

@@ -1,4 +1,8 @@
-"""Moved here from mixgf/storage.py."""
+"""Requests to object storage, and remote files that are read by ranges.
+
+Endpoint, region and keys are those of any AWS client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...). s3fs and botocore
+are imported at the first request, since local runs need neither.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,19 @@ from typing import Any, TypeVar, cast
 import fsspec
 
 from mixgf.errors import UserError, require_package
-from mixgf.storage.retry import patiently
+from mixgf.storage.retry import with_retries
 
 T = TypeVar("T")
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
-"""Longest silence of a server before a request is given up and made again."""
-_BUFFER = 64 << 10
-_FIRST, _BLOCKS = 128 << 10, 8
+"""Longest wait for a server's answer before the request is repeated."""
+BUFFER_BYTES = 64 << 10
+FIRST_BYTES, NUM_BLOCKS = 128 << 10, 8
+"""First read-ahead, and blocks that a file keeps."""
 
 
-def _remote(uri: str) -> tuple[Any, str]:
+def filesystem_and_key(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI, and the file's key in it."""
     protocol, _, key = uri.partition("://")
     return _filesystem(protocol, os.getpid(), _settings()), key
 
@@ -31,7 +37,7 @@ def _settings() -> tuple[tuple[str, str], ...]:
 
 
 def _options() -> dict[str, Any]:
-    """Options of `botocore.config.Config`. Of the two names for the region botocore itself reads AWS_DEFAULT_REGION only."""
+    """Options of `botocore.config.Config`. botocore itself reads the region from AWS_DEFAULT_REGION only."""
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
     return {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS, "region_name": region}
 
@@ -46,7 +52,7 @@ def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
 
 @cache
 def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
-    # keyed by process: connections do not survive a fork; no cached listings: other workers write too
+    # one per process, since connections do not survive a fork; no cached listings, since other workers write too
     options: dict[str, Any] = {}
     if protocol == "s3":
         require_package("s3fs", "s3://", "mixgf[s3]")
@@ -61,25 +67,29 @@ def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...]) 
 
 
 def forget_connections() -> None:
-    """Open new connections from here on, with the settings of the environment."""
+    """Open new connections from now on, with the present settings of the environment."""
     _filesystem.cache_clear()
     _client.cache_clear()
 
 
-def _ask(uri: str, call: Callable[[Any, str], T]) -> T:
-    """Make a call of the file system with a key of it; raises what `patiently` does."""
-    fs, key = _remote(uri)
-    return patiently(uri, lambda: call(fs, key))
+def request(uri: str, call: Callable[[Any, str], T]) -> T:
+    """Call `call(file system, key)` with retries; raises what `with_retries` raises."""
+    fs, key = filesystem_and_key(uri)
+    return with_retries(uri, lambda: call(fs, key))
 
 
-def _fetcher(uri: str, etag: str) -> Callable[[int, int], bytes]:
-    """What gets bytes [start, stop) of a remote file, in the calling thread.
+def range_reader(uri: str, etag: str) -> Callable[[int, int], bytes]:
+    """A function that returns bytes [start, stop) of a remote file, read in the calling thread.
 
-    HDF5 reads while it holds h5py's lock. A file of s3fs waits meanwhile for a thread of its own, and that thread waits for the
-    lock for ever when Python's garbage collector runs there and finds an HDF5 object (seen with h5py 3.16). So ranges are read
-    by a plain client.
+    s3fs reads in a thread of its own, which can deadlock with h5py: HDF5 holds h5py's lock while it waits for the bytes. If
+    Python's garbage collector frees an HDF5 object in the reading thread, that thread waits for the lock (seen with h5py 3.16).
+    A plain botocore client has no such thread.
+
+    Args:
+        uri: Of the file.
+        etag: Of its content: a file that was written again meanwhile is an error. "" = no check.
     """
-    fs, key = _remote(uri)
+    fs, key = filesystem_and_key(uri)
     if not uri.startswith("s3://"):
         return lambda start, stop: fs.cat_file(key, start=start, end=stop)
     bucket, name, _ = fs.split_path(key)
@@ -96,18 +106,18 @@ def _fetcher(uri: str, etag: str) -> Callable[[int, int], bytes]:
     return fetch
 
 
-class _Ranges(io.RawIOBase):
-    """A remote file read by ranges, each whole or not at all.
+class RangeFile(io.RawIOBase):
+    """A remote file that is read by ranges.
 
-    Reading ahead begins small and doubles, up to `most` bytes, where one read follows another; a few places are followed at once,
-    because HDF5 jumps between its parts.
+    Read-ahead starts at `FIRST_BYTES` and doubles, up to `most` bytes, while reads follow each other. `NUM_BLOCKS` blocks are
+    kept, because HDF5 alternates between several places of a file.
     """
 
     def __init__(self, uri: str, fetch: Callable[[int, int], bytes], num_bytes: int, most: int) -> None:
         self.uri, self.fetch, self.num_bytes, self.most = uri, fetch, num_bytes, most
         self.position = 0
         self.blocks: list[tuple[int, bytes]] = []
-        """Start and bytes, the last used at the end."""
+        """Start and bytes of the kept blocks, the last used one at the end."""
 
     def readable(self) -> bool:
         return True
@@ -141,9 +151,11 @@ class _Ranges(io.RawIOBase):
                 self.blocks.append(self.blocks.pop(i))
                 break
         else:
-            ahead = max((2 * len(data) for at, data in self.blocks if at <= start <= at + len(data)), default=_FIRST)
+            ahead = max(
+                (2 * len(data) for at, data in self.blocks if at <= start <= at + len(data)), default=FIRST_BYTES
+            )
             wanted = max(stop, min(start + min(ahead, self.most), self.num_bytes))
-            self.blocks = [*self.blocks[1 - _BLOCKS :], (start, self._get(start, wanted))]
+            self.blocks = [*self.blocks[1 - NUM_BLOCKS :], (start, self._get(start, wanted))]
         at, data = self.blocks[-1]
         return memoryview(data)[start - at : stop - at]
 
@@ -151,8 +163,8 @@ class _Ranges(io.RawIOBase):
         def get() -> bytes:
             data = self.fetch(start, stop)
             if len(data) != stop - start:
-                msg = f"{len(data)} of {stop - start} bytes came"
+                msg = f"the answer broke off after {len(data)} of {stop - start} bytes"
                 raise EOFError(msg)
             return data
 
-        return patiently(self.uri, get)
+        return with_retries(self.uri, get)

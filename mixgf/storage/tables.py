@@ -1,4 +1,4 @@
-"""Moved here from mixgf/storage.py."""
+"""Parquet tables by URI: read whole, and written atomically with byte count and SHA-256."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mixgf.storage.files import _replacing, is_local, local_path, open_read, write_bytes
+from mixgf.storage.files import is_local, local_path, open_read, replacing, write_bytes
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
@@ -20,8 +20,8 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(file, columns=columns, use_threads=False)
 
 
-class _Summed(io.RawIOBase):
-    """Writes to a file, and knows length and SHA-256 of what was written."""
+class _HashingFile(io.RawIOBase):
+    """A file that counts the bytes written to it and computes their SHA-256."""
 
     def __init__(self, file: io.RawIOBase) -> None:
         self.file, self.num_bytes, self.digest = file, 0, hashlib.sha256()
@@ -43,27 +43,38 @@ class _Summed(io.RawIOBase):
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> tuple[int, str]:
-    """Write a Parquet file atomically; the same table and options give the same bytes. Returns (bytes, sha256)."""
+    """Write a Parquet file atomically; returns its bytes and SHA-256. The same table and options give the same file."""
     return write_tables(uri, table.schema, [table], **options)
 
 
 def write_tables(
     uri: str, schema: pa.Schema, tables: Iterable[pa.Table], *, row_group_size: int | None = None, **options: Any
 ) -> tuple[int, str]:
-    """`write_table` of several tables, one after the other, each in row groups of its own: nothing is held but the present one."""
+    """Write several tables of one schema as one Parquet file, each in its own row groups.
+
+    Args:
+        uri: Of the file.
+        schema: Of all tables.
+        tables: One is held in memory at a time; for object storage, the whole file is.
+        row_group_size: Most rows of a row group.
+        options: Of pyarrow's `ParquetWriter`; zstd compression if not given.
+
+    Returns:
+        Bytes and SHA-256 (hex) of the file.
+    """
 
     def write(sink: pa.NativeFile) -> None:
         with pq.ParquetWriter(sink, schema, **({"compression": "zstd"} | options)) as writer:
             for table in tables:
                 writer.write_table(table, row_group_size=row_group_size)
 
-    if is_local(uri):  # past memory: what is written is never held as a whole
-        with _replacing(local_path(uri)) as temporary, temporary.open("wb", buffering=0) as file:
-            summed = _Summed(file)
-            with pa.PythonFile(summed, mode="w") as sink:
+    if is_local(uri):  # the file is never held in memory as a whole
+        with replacing(local_path(uri)) as temporary, temporary.open("wb", buffering=0) as file:
+            hashing = _HashingFile(file)
+            with pa.PythonFile(hashing, mode="w") as sink:
                 write(sink)
             os.fsync(file.fileno())
-        return summed.num_bytes, summed.digest.hexdigest()
+        return hashing.num_bytes, hashing.digest.hexdigest()
     stream = pa.BufferOutputStream()
     write(stream)
     data = stream.getvalue()

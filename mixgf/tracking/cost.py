@@ -1,8 +1,7 @@
-"""What a run costs: node-seconds by node type, times a price table.
+"""Cost of a run: node-seconds by node type, times a price table.
 
-The ledger is additive: every session of a run (one per submission, killed ones included) adds a file of node-seconds
-under `cost/` of the artifact it makes, and the bill is their sum. Prices come from the user, never from here: they change,
-and they are the user's contract. Without a price for a type that was used there is no total, only node-hours.
+Every session of a run (one per submission, killed ones included) adds a file of node-seconds under `cost/` of its artifact. The
+cost is their sum. The user gives the prices. Without a price for a used node type there is no total, only node-hours.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ LOCAL = "local"
 
 
 def merge(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Node-seconds of several sessions, added by node type, in the types' order."""
+    """Node-seconds of several sessions, summed by node type and sorted by it."""
     total: dict[str, float] = {}
     for part in parts:
         for node_type, seconds in part.items():
@@ -33,32 +32,32 @@ def merge(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bill:
-    """Node-seconds of a run, its prices, and what was made for the money."""
+    """Node-seconds of a run, its prices, and the work done."""
 
     seconds: dict[str, float]
-    """Node type to seconds, summed over its nodes."""
+    """Node type to seconds, summed over nodes."""
     prices: dict[str, float] = field(default_factory=dict)
     """Node type to price of one node for one hour, in the price table's currency."""
     cells: float = 0.0
-    """Cells worked on; 0 = not a figure of this stage. So below."""
+    """Cells processed; 0 if the stage does not count them. The same holds for the fields below."""
     epochs: float = 0.0
     genes: float = 0.0
-    """Genes (and operations) screened."""
+    """Perturbations scored: genes times operations."""
 
     @property
     def unpriced(self) -> list[str]:
-        """Node types that were used and have no price."""
+        """Used node types without a price."""
         return [t for t, s in self.seconds.items() if s > 0 and t not in self.prices]
 
     @property
     def total(self) -> float | None:
-        """The whole price; None where a price is missing: a partial sum would look like a total."""
+        """The total price; None if a price is missing."""
         if self.unpriced:
             return None
         return sum(s / HOUR * self.prices[t] for t, s in self.seconds.items() if s > 0)
 
     def figures(self) -> dict[str, float]:
-        """Flat figures for MLflow and the report: node-hours always, prices where they are known."""
+        """Numbers by name for MLflow and the report: node-hours, and prices where they are known."""
         out = {f"cost/node_hours/{node_type}": seconds / HOUR for node_type, seconds in self.seconds.items()}
         total = self.total
         if total is None:
@@ -71,7 +70,7 @@ class Bill:
 
 
 def prices(config: Config) -> dict[str, float]:
-    """The price table of `tracking.prices`, or of MIXGF_PRICES; empty where neither is set."""
+    """The price table of `tracking.prices`, or else of MIXGF_PRICES; empty if neither is set."""
     uri = config.tracking.prices or os.environ.get("MIXGF_PRICES", "")
     return load_prices(uri) if uri else {}
 
@@ -80,7 +79,7 @@ def load_prices(uri: str) -> dict[str, float]:
     """Read a price table: a JSON object, node type to price per node-hour.
 
     Raises:
-        UserError: it is not there, or not such an object.
+        UserError: The file is missing, or no such object.
     """
     if not files.exists(uri):
         msg = f"tracking.prices = {uri!r}: no such file; give a JSON object, node type to price per node-hour"
@@ -103,12 +102,12 @@ def load_prices(uri: str) -> dict[str, float]:
 
 
 def save(uri: str, session: str, seconds: Mapping[str, float]) -> None:
-    """Write one session's node-seconds so far beside the artifact that it makes; a later call replaces an earlier one."""
+    """Write a session's node-seconds so far under its artifact; a later call replaces an earlier one."""
     files.write_json(files.join(uri, "cost", f"{session}.json"), dict(seconds))
 
 
 def load(uri: str, *, without: str = "") -> dict[str, float]:
-    """Node-seconds of all sessions of an artifact, one session left out if named."""
+    """Node-seconds of all sessions of an artifact, except the session `without`."""
     folder = files.join(uri, "cost")
     names = [n for n in files.list_dir(folder) if n.endswith(".json")]
     return merge(files.read_json(files.join(folder, n)) for n in names if n != f"{without}.json")
@@ -116,10 +115,10 @@ def load(uri: str, *, without: str = "") -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Projection:
-    """What an amount of work takes at a measured rate."""
+    """Expected time and cost of an amount of work."""
 
     hours: float
-    """From start to end."""
+    """Wall time."""
     node_hours: float
     cost: float | None
     """In the price table's currency; None without a price."""
@@ -129,10 +128,10 @@ def project(amount: float, *, rate: float, num_nodes: int, price: float | None =
     """Scale a measured rate to an amount of work.
 
     Args:
-        amount: of work, for example cells.
-        rate: measured, of one node, per second.
-        num_nodes: nodes that share the work; the rate is taken to scale with them.
-        price: of one node-hour.
+        amount: Of work, for example cells.
+        rate: Measured for one node, per second.
+        num_nodes: Nodes that share the work; the rate is assumed to scale with them.
+        price: Of one node-hour.
     """
     assert rate > 0, f"rate {rate}: must be above 0"
     assert num_nodes >= 1, f"{num_nodes} nodes: must be at least 1"
@@ -143,13 +142,13 @@ def project(amount: float, *, rate: float, num_nodes: int, price: float | None =
 
 
 class Spend:
-    """Worker time of a run against its budget. What earlier sessions spent counts.
+    """Worker time of a run, over all sessions, against its budget.
 
     Args:
-        limit: worker-seconds; 0 = no bound.
-        before: worker-seconds of earlier sessions.
-        num_workers: asked whenever time is counted.
-        clock: seconds.
+        limit: Worker-seconds; 0 = no limit.
+        before: Worker-seconds of earlier sessions.
+        num_workers: Returns the present number of workers.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -170,14 +169,22 @@ class Spend:
         return self.before + self.session
 
     def update(self, *, finished: int = 0) -> None:
-        """Count the time since the last call; some work units may have been finished in it."""
+        """Add the time since the last call.
+
+        Args:
+            finished: Work units that were finished in it.
+        """
         now = self._clock()
         self.session += (now - self._at) * self.num_workers()
         self._at = now
         self.num_finished += finished
 
     def enough(self, in_hand: int) -> bool:
-        """Whether to start nothing more: what is in hand will use up the rest, at the mean time of a unit so far."""
+        """Whether the units in progress will use up the budget, at the mean time of a unit so far.
+
+        Args:
+            in_hand: Units in progress.
+        """
         if not self.limit:
             return False
         self.update()

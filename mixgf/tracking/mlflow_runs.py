@@ -1,7 +1,8 @@
-"""The only home of MLflow: one run per stage, logged by whoever holds its id.
+"""Runs in MLflow, one per stage.
 
-The driver opens the run; training workers log to it by id through `Run.log`, at checkpoints only, so that replayed steps
-never appear twice; what a dead worker did not get to log is made up for from history.parquet. Without MLFLOW_TRACKING_URI the store is SQLite beside the artifacts.
+The driver opens the run of a stage. Training workers log to it by its id, at checkpoints only: steps that are repeated after a
+failure are then logged once. Metrics that a lost worker had not logged are added from history.parquet. Without
+MLFLOW_TRACKING_URI the store is SQLite under the run's output.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,20 +30,19 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault(
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
-)  # two lines for every child; `stage` says its own
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `stage` prints the one line that is useful
 _FINGERPRINT = "mixgf.fingerprint"
 OFF = "off"
-"""Value of `tracking.uri` without tracking: MLflow is not imported, and figures are not logged."""
+"""Value of `tracking.uri` without tracking: MLflow is not imported, and nothing is logged."""
 _KEY, _PARENT = "mixgf.key", "mlflow.parentRunId"
+_NOT_ALLOWED = re.compile(r"[^\w\-. /]")  # in names of parameters
 
 
 def _client(where: str) -> MlflowClient:
-    """MLflow's client; MLflow is imported here, because that takes seconds and most workers never log."""
+    """MLflow's client. MLflow is imported here, because the import takes seconds and most workers never log."""
     from mlflow.tracking import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # after the import, which sets them up to be heard
+    for name in ("mlflow", "alembic"):  # after the import, which sets their levels
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(where)
 
@@ -61,12 +62,12 @@ def uri(config: Config) -> str:
 
 
 def ui_command(config: Config) -> str:
-    """The command that opens MLflow's pages for this run."""
+    """The command that starts MLflow's web pages for this run."""
     return f"mlflow ui --backend-store-uri {uri(config)} --port 5000"
 
 
 def page(config: Config, server: str = "http://127.0.0.1:5000") -> str:
-    """The page of the runs on MLflow's server, in its view for training (it opens on chat traces otherwise)."""
+    """URL of the experiment's runs on MLflow's server, in the view for model training."""
     experiment = _client(uri(config)).get_experiment_by_name(config.tracking.experiment)
     where = f"/experiments/{experiment.experiment_id}/runs" if experiment is not None else "/experiments"
     return f"{server}/#{where}?workflowType=machine_learning"
@@ -80,7 +81,7 @@ class Run:
     id: str
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Log figures at one step."""
+        """Log metrics at one step."""
         self.log_many([(step, name, value) for name, value in metrics.items()])
 
     def log_many(self, rows: list[tuple[int, str, float]]) -> None:
@@ -93,7 +94,7 @@ class Run:
             client.log_batch(self.id, metrics=finite[i : i + 1000])
 
     def log_missing(self, rows: list[tuple[int, str, float]]) -> None:
-        """Log those (step, name, value) rows whose name has nothing yet at their step."""
+        """Log the (step, name, value) rows whose metric has no value yet at their step."""
         if self.uri == OFF:
             return
         client = _client(self.uri)
@@ -115,12 +116,12 @@ class Run:
                 return found
 
     def child(self, name: str, key: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Log something finished as a run of its own under this one.
+        """Log a finished piece of work as a run of its own under this one.
 
         Args:
             name: Shown as the run's name.
-            key: What the caller knows it by; a run that died while it was logged is logged again under the same key, over it.
-            params: Flat or nested.
+            key: Identifies it for the caller. A run that was only partly logged is completed under the same key.
+            params: Flat or nested; nested ones get dotted names.
             metrics: Values that are not finite are left out.
         """
         if self.uri == OFF:
@@ -139,26 +140,34 @@ class Run:
         client.set_terminated(run_id)
 
     def artifact(self, path: str) -> None:
-        """Keep a local file with the run."""
+        """Store a local file with the run."""
         if self.uri == OFF:
             return
         _client(self.uri).log_artifact(self.id, path)
 
     def register(self, name: str, contents: Mapping[str, bytes], text: str) -> str:
-        """Keep files with the run and register them as a version of a model; a second call finds the first one's version.
+        """Store files with the run and register them as a version of a model, once.
 
         Args:
-            name: Of the model in MLflow's registry; made if it is not there.
+            name: Of the model in MLflow's registry; created if it does not exist.
             contents: File name to content: weights, config, card.
             text: The version's description.
+
+        Returns:
+            The version; that of the first call if the run is registered already.
+
+        Raises:
+            UserError: Tracking is off.
         """
         if self.uri == OFF:
-            msg = "tune.register: a model is registered in MLflow, and tracking.uri = 'off'; set tracking.uri, or no tune.register"
+            msg = (
+                "tune.register: needs MLflow, but tracking.uri = 'off'; set tracking.uri, or leave tune.register empty"
+            )
             raise UserError(msg)
         from mlflow.exceptions import MlflowException
 
         client = _client(self.uri)
-        with contextlib.suppress(MlflowException):  # it is there; a registry that cannot be reached fails below
+        with contextlib.suppress(MlflowException):  # it exists; an unreachable registry fails below
             client.create_registered_model(name)
         for version in client.search_model_versions(f"run_id='{self.id}'"):
             if version.name == name:
@@ -176,11 +185,11 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
     """Open the run of one stage, or continue the unfinished run of the same fingerprint.
 
     Args:
-        config: the whole run's config (for the place and the experiment).
-        name: stage, shown as the run's name.
-        params: flat or nested parameters; nested ones get dotted names.
-        fingerprint: of the artifact that the stage makes; a restart with the same one continues its run.
-        parent: id of the run that this one belongs under.
+        config: The whole config, for the tracking server and the experiment.
+        name: Of the stage, shown as the run's name.
+        params: Flat or nested parameters; nested ones get dotted names.
+        fingerprint: Of the artifact that the stage makes; a restart with the same one continues the run.
+        parent: Id of the run above this one.
     """
     where = uri(config)
     if where == OFF:
@@ -213,7 +222,7 @@ def stage(config: Config, name: str, params: dict[str, Any], fingerprint: str, p
 
 
 def _page(where: str, experiment: str, run: str) -> str:
-    """The page of a run on a tracking server, without the name and password that its address may hold; "" for a file."""
+    """URL of a run's page on a tracking server, without user name and password; "" for a local store."""
     scheme, _, address = where.partition("://")
     return (
         f"{scheme}://{address.rpartition('@')[2].rstrip('/')}/#/experiments/{experiment}/runs/{run}"
@@ -223,14 +232,15 @@ def _page(where: str, experiment: str, run: str) -> str:
 
 
 def _params(params: dict[str, Any]) -> list[Param]:
-    """MLflow's parameters; nested ones get dotted names."""
+    """MLflow's parameters. Nested ones get dotted names; characters that MLflow does not allow in names become `_`."""
     from mlflow.entities import Param
 
-    return [Param(name, str(value)[:6000]) for name, value in flat(params).items()]
+    named = {_NOT_ALLOWED.sub("_", name): str(value)[:6000] for name, value in flat(params).items()}
+    return [Param(name, value) for name, value in named.items()]
 
 
 def _metrics(rows: Iterable[tuple[int, str, float]]) -> list[Metric]:
-    """MLflow's metrics, of now, from (step, name, value) rows; values that are not finite are left out."""
+    """MLflow's metrics with the present time, from (step, name, value) rows; values that are not finite are left out."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -238,7 +248,7 @@ def _metrics(rows: Iterable[tuple[int, str, float]]) -> list[Metric]:
 
 
 def _artifacts(where: str) -> str | None:
-    """Beside a SQLite store, a folder of its own; a server has its own."""
+    """Folder for files beside a SQLite store; None for a server, which has its own."""
     return (
         f"{where.removeprefix('sqlite:///').removesuffix('.db')}-artifacts" if where.startswith("sqlite:///") else None
     )

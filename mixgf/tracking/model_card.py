@@ -1,4 +1,4 @@
-"""The card of a registered model: data, recipe, scores, limits, as Markdown."""
+"""The model card of a registered model, as Markdown: data, recipe, scores, limits."""
 
 from __future__ import annotations
 
@@ -19,22 +19,20 @@ def write(
     """The model card, as Markdown.
 
     Args:
-        name: Of the arm.
+        name: Of the model.
         corpus: Counts and sources of the corpus.
-        changes: Fields that differ from the sweep's base.
-        scores: One line per figure.
+        changes: Config fields that differ from the sweep's base, and their values.
+        scores: One line per metric.
         sentence: What the sweep found.
         config: The model's whole config.
-        untrained: Token ids that no sentence of its training holds.
+        untrained: Number of token ids that occur in no training sentence.
     """
     sources = ", ".join(corpus["sources"]) or "not recorded"
     changed = (
         "\n".join(f"- `{field}` = `{json.dumps(value)}`" for field, value in changes.items()) or "- none: the base"
     )
     shown = "\n".join(f"- {line}" for line in scores)
-    left = (
-        f" {untrained:,} token ids are untrained: no sentence that it was trained on holds them." if untrained else ""
-    )
+    left = f" {untrained:,} token ids are untrained: they occur in no training sentence." if untrained else ""
     o, m = config["objective"], config["model"]
     return f"""# {name}
 
@@ -52,6 +50,6 @@ Masked genes ({o["mlm_fraction"]:.0%}), contrast of weight {o["contrast_weight"]
 The sweep: {sentence}.
 
 ## Limits
-Scores are of cells whose sentences (never their labels) may have been pretrained on. Intervals are over seeds: other donors,
-tissues and protocols can differ by more. A model trained in a sweep has seen only as many steps as the sweep gave it.{left}
+The model may have been pretrained on the sentences of the scored cells, but not on their labels. Intervals are over seeds:
+other donors, tissues and protocols can differ by more. A model of a sweep is trained only for the sweep's number of steps.{left}
 """

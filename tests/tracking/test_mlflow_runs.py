@@ -18,7 +18,8 @@ def config(tmp_path):
 
 def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
     def killed():
-        with mlflow_runs.stage(config, "pretrain", {"train": {"lr": 1e-3}}, "abc") as run:
+        params = {"train": {"lr": 1e-3}, "classify": {"merge": {"CD14+ monocyte": ["a", "b"]}}}
+        with mlflow_runs.stage(config, "pretrain", params, "abc") as run:
             run.log({"loss/mlm": 9.5}, step=1)
             seen.append(run.id)
             raise RuntimeError("killed")
@@ -35,6 +36,7 @@ def test_a_run_is_continued_by_fingerprint_and_its_state_is_told(config):
     done = client.get_run(seen[0])
     assert done.info.status == "FINISHED"
     assert done.data.params["train.lr"] == "0.001"
+    assert done.data.params["classify.merge.CD14_ monocyte"] == "['a', 'b']"  # MLflow takes no + in a name
     assert [(m.step, m.value) for m in client.get_metric_history(seen[0], "loss/mlm")] == [(1, 9.5), (2, 9.0), (3, 8.5)]
     assert "bad" not in done.data.metrics
     assert mlflow_runs.page(config).endswith(
