@@ -30,8 +30,10 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder, MaskedModel, forward_flops
 from mixgf.encoder.embed import embed_cells
+from mixgf.execution import Task
 from mixgf.perturbation import group_design, screen, work_units
 from mixgf.perturbation.shift import Engine, Original
+from mixgf.stages import perturb_phases
 from mixgf.storage import artifacts, files
 from mixgf.training.loop import measure_peak
 
@@ -240,7 +242,7 @@ def _embedding_memory(row: training.Model, corpus: Corpus) -> Figure:
 
 def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure]:
     """The stage's own work units on a pool of one and of two Ray actors, one thread each, model and corpus loaded before."""
-    from mixgf.distributed.actor_pool import Pool, Size
+    from mixgf.distributed.actor_pool import ActorPool, Size
     from mixgf.distributed.session import session
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -262,10 +264,10 @@ def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure
     units = [unit for unit in work_units.units(plan, corpus, settings.perturb) if unit.operation != "embed"]
     states = np.ones((len(plan.states), row.dim))
     sentences = round(sum(unit.cost for unit in units) / length)
-    items = {unit.key: (unit, states) for unit in units}
+    tasks = [Task(part=unit.key, function=perturb_phases.score, args=(unit, states)) for unit in units]
 
-    def pool(size: int) -> Pool:
-        return Pool(
+    def pool(size: int) -> ActorPool:
+        return ActorPool(
             partial(
                 work_units.Scorer, settings, corpus=corpus.uri, weights=weights, folder=files.join(folder, str(size))
             ),
@@ -275,9 +277,9 @@ def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure
     with session(settings), pool(1) as one, pool(2) as two:
         for made, size in ((one, 1), (two, 2)):
             while made.num_up < size:  # until all are loaded
-                made.run(items, lambda *_: None)
+                list(made.run(tasks))
         works: dict[str, Callable[[], object]] = {
-            "one": lambda: one.run(items, lambda *_: None), "two": lambda: two.run(items, lambda *_: None),
+            "one": lambda: list(one.run(tasks)), "two": lambda: list(two.run(tasks)),
         }  # fmt: skip
         times = interleaved(works, repeats=1 if quick else 3)
     yield rate(

@@ -39,7 +39,9 @@ from mixgf.config.parse import override
 from mixgf.config.run import Config
 from mixgf.corpus import prepare_passes, shards
 from mixgf.corpus.rank_value import Encoder, Ranks
-from mixgf.distributed import session, tasks
+from mixgf.distributed import session
+from mixgf.distributed.executor import RayExecutor
+from mixgf.execution import LocalExecutor, Task, attempt
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
 from mixgf.storage import files, tables
@@ -134,7 +136,7 @@ class _Case:
         self.num_cells, self.gzip = num_cells, gzip
         self.config = _config(self.path, self.folder / "run", shard_cells=num_cells)
         self.rows = self.config.prepare.block_cells
-        prepare.run(self.config, spread=tasks.loop)
+        prepare.run(self.config, executor=LocalExecutor())
         self.corpus = self.folder / "run" / "corpus"
         vocabulary = Vocabulary.load(str(self.corpus))
         self.digest, genes = vocabulary.hash, vocabulary.species_genes("human")
@@ -305,23 +307,27 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
             work, 0, source, row=HUMAN, rules=QC(), biotypes=config.vocab.biotypes, allowed=None
         )
         all_units = prepare_passes.plan_row_ranges({0: (source, num_cells)}, config.prepare.shard_cells)
-        spread = tasks.ray_tasks(config)
-        for _ in spread(
-            [tasks.job(0, 1, prepare_passes.measure_cells, work, u, config.prepare.block_cells) for u in all_units]
-        ):
-            pass
+        executor = RayExecutor(config)
+        block_cells = config.prepare.block_cells
+        measures = [
+            Task(part="", function=prepare_passes.measure_cells, args=(work, u, block_cells)) for u in all_units
+        ]
+        assert not any(receipt.error for receipt in executor.run(measures))
         options = {
             "tokens": TOKENS, "obs": {}, "digest": Vocabulary.load(uri).hash, "vocabulary": f"{uri}/vocabulary.parquet",
             "block_cells": config.prepare.block_cells, "to": str(folder / "shards"),
         }  # fmt: skip
-        jobs = [
-            tasks.job(0, 1, prepare_passes.encode_shard, work, u, np.ones(u.stop - u.start, bool), u.number, **options)
+        encodes = [
+            Task(
+                part="", function=prepare_passes.encode_shard, args=(work, u, np.ones(u.stop - u.start, bool), u.number),
+                kwargs=options,
+            )
             for u in all_units
-        ]
+        ]  # fmt: skip
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             works: dict[str, Callable[[], object]] = {
-                "ray": lambda: list(spread(jobs)),
-                "pool": lambda: pool.map(tasks.attempt, jobs, chunksize=1),
+                "ray": lambda: list(executor.run(encodes)),
+                "pool": lambda: pool.starmap(attempt, enumerate(encodes), chunksize=1),
             }
             times = interleaved(works, repeats=repeats)
     ratio = statistics.median(r / p for r, p in zip(times["ray"], times["pool"], strict=True))

@@ -10,7 +10,6 @@ from scipy import sparse
 from mixgf.config.data import Prepare, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.run import Config, Tracking
 from mixgf.corpus import reader
-from mixgf.distributed import tasks
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.storage import artifacts
@@ -57,19 +56,6 @@ def make(tmp_path, tracking_uri):
         prepare=Prepare(shard_cells=10, block_cells=4), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
     return config, counts
-
-
-def dying(after, calls):
-    """A spread that notes the names of the functions it called in `calls`, and dies when there are so many."""
-
-    def spread(jobs):
-        for i, call in enumerate(jobs):
-            if len(calls) >= after:
-                raise KeyboardInterrupt
-            calls.append(call.function.__name__)
-            yield i, tasks.attempt(call)
-
-    return spread
 
 
 def untrained_checkpoint(run, model):

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from mixgf.config.data import Prepare, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.run import Config, Tracking
-from mixgf.distributed import tasks
+from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files
 
@@ -117,7 +117,7 @@ def make(folder: Path) -> World:
         tokens=Tokens(max_len=20), prepare=Prepare(shard_cells=15, block_cells=4),
         tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
     )  # fmt: skip
-    return World(folder, config, contents(prepare.run(config, spread=tasks.loop)))
+    return World(folder, config, contents(prepare.run(config, executor=LocalExecutor())))
 
 
 def client(url: str, key: str = "testkey", secret: str = "testsecret") -> object:

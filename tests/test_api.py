@@ -24,7 +24,7 @@ from mixgf.config.data import QC, Source, Tokens
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Tracking
 from mixgf.config.training import Model, Train
-from mixgf.distributed import tasks
+from mixgf.execution import LocalExecutor
 from mixgf.stages import annotate, classify, embed, export, perturb, prepare
 from mixgf.storage import files, tables
 
@@ -62,9 +62,9 @@ def run(folder):
         ),
         classify=Classify(group="source", splits=("random",), models=("probe", "finetune"), epochs=1),
     )  # fmt: skip
-    prepare.run(made, spread=tasks.loop)
+    prepare.run(made, executor=LocalExecutor())
     untrained_checkpoint(made, SMALL)
-    classify.run(made, spread=classify.loop)
+    classify.run(made, executor=LocalExecutor())
     return made
 
 
@@ -230,7 +230,7 @@ def test_labels_are_those_of_the_command_to_the_bit(run, cells, folder, tmp_path
         Source(uri=str(path), species=""),
         str(tmp_path / "out.h5ad"),
         Config(),
-        spread=tasks.loop,
+        executor=LocalExecutor(),
     )
     expected = ad.read_h5ad(told["output"])
     model = mg.load_classifier(model_uri(run), device="cpu")
@@ -266,7 +266,7 @@ def test_the_table_of_genes_is_that_of_the_command_to_the_bit(run, cells, encode
         run, output=str(tmp_path), perturb=Perturb(start=start + where, goal=goal + where, **settings),
         inputs=replace(run.inputs, corpus=f"{run.output}/corpus", checkpoint=f"{run.output}/pretrain"),
     )  # fmt: skip
-    expected = tables.read_table(f"{perturb.run(chosen, local=True)}/genes.parquet").to_pandas()
+    expected = tables.read_table(f"{perturb.run(chosen, executor=LocalExecutor())}/genes.parquet").to_pandas()
     found = encoder.perturb(cells, start=start + where, goal=goal + where, source="pancreas", **settings)
     assert len(found)
     pd.testing.assert_frame_equal(found, expected, check_exact=True)

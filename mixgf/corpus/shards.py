@@ -1,15 +1,15 @@
-"""Shards of a corpus (Parquet files of sentences and metadata), and the part files of the work folder."""
+"""The files of a corpus: parts while it is made, shards of sentences, and at the end its index and its record."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mixgf.storage import files
+from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table, write_table, write_tables
 
 ROW_GROUP_CELLS = 2_500
@@ -70,3 +70,29 @@ def obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:
     if kind == "str":
         return pa.array([None if v is None or v != v else str(v) for v in values], wanted)  # noqa: PLR0124 (NaN)
     return pa.array([None if v != v else v for v in values.tolist()], wanted)  # noqa: PLR0124 (NaN)
+
+
+def build_index(
+    done: Sequence[tuple[np.ndarray, dict[str, Any]]], species: Sequence[str], all_species: Sequence[str]
+) -> pa.Table:
+    """Index of a corpus: length (int32) and species (int8, position in `all_species`) of every cell, in order.
+
+    Args:
+        done: lengths and manifest entry of every shard, from `read_shard_info`.
+        species: species of every shard.
+        all_species: species of the vocabulary.
+    """
+    codes = [all_species.index(name) for name in species]
+    lengths = [np.asarray(lengths) for lengths, _ in done]
+    return pa.table({
+        "length": pa.array(np.concatenate(lengths), pa.int32()),
+        "species": pa.array(np.repeat(codes, [len(x) for x in lengths]), pa.int8()),
+    })  # fmt: skip
+
+
+def publish_corpus(
+    uri: str, record: artifacts.Record, *, tables: dict[str, pa.Table], counts: dict[str, Any], details: dict[str, Any]
+) -> artifacts.Record:
+    """Write the tables (as NAME.parquet) beside the shards, then the record."""
+    checksums = artifacts.write_tables(uri, tables)
+    return artifacts.finish(uri, record, counts=counts, files=checksums, details=details)

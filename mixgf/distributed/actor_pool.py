@@ -1,18 +1,18 @@
-"""An elastic pool of Ray actors over a list of work items.
+"""An elastic pool of Ray actors that run tasks: the `WorkerPool` of `RayExecutor`.
 
 Ray's own pools lose a run with one dead actor (`ActorPool`) or ramp up actor by actor and never reach zero (Ray Data). This
 one is a loop over `ray.wait`:
 
 - it asks at once for as many actors as there is work, up to a maximum: those the cluster has no room for stay pending, and
   pending actors are what the cluster's autoscaler sees as demand. Work goes only to actors that are up;
-- each actor builds its worker (loads the model) once and keeps it; a second item waits in its queue, so that it never idles;
-- an item that fails, or whose actor dies with it, is tried again elsewhere, a few times; then it goes to the dead letter,
-  and the rest goes on. An actor that dies with two items in hand does not say which of them killed it (the answer to the
-  first may have died with it): neither is blamed, and each is then worked on alone, where guilt is plain;
+- each actor builds its worker (loads the model) once and keeps it; a second task waits in its queue, so that it never idles;
+- a task that fails, or whose actor dies with it, is tried again elsewhere, a few times; then its receipt has the error, and
+  the rest goes on. An actor that dies with two tasks in hand does not say which of them killed it (the answer to the first
+  may have died with it): neither failure counts, and each of the two then runs alone on an actor, which shows the cause;
 - actors beyond the minimum that have nothing to do, or are not up yet, are given back after a while, and all at the end. One
-  that still loads when a list is done is there for the next.
+  that still loads when a list of tasks is done is there for the next.
 
-Results are handed to the caller one by one, in the order in which they come; keys say which is which.
+Receipts come one by one, in the order in which tasks end; their numbers say which is which.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from mixgf.distributed.session import require_gpus
 from mixgf.errors import UserError
+from mixgf.execution import Receipt, Receipts, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,38 +49,66 @@ class Size:
 class _Actor:
     handle: Any
     up: bool = False
-    queue: deque[Any] = field(default_factory=deque)
-    """Item keys given to it, oldest (the one it works on) first."""
+    queue: deque[int] = field(default_factory=deque)
+    """Numbers of the tasks given to it, oldest (the one it works on) first."""
     idle_since: float = 0.0
+
+
+class _Run:
+    """What is left of one call of `ActorPool.run`."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+        self.waiting = deque(range(len(tasks)))
+        """Numbers of tasks, the next one first."""
+        self.flying: dict[Any, tuple[_Actor, int]] = {}
+        """Tasks given to an actor, by the reference of their answer."""
+        self.alone: set[int] = set()
+        """Tasks that were in hand when an actor died with two: no other task shares an actor with one of them."""
+        self._failures: dict[int, int] = {}
+
+    def goes_on(self, stop: Callable[[int], bool] | None) -> bool:
+        """Whether anything is left to do; after a stop, no more than what is in hand."""
+        if self.waiting and stop is not None and stop(len(self.flying)):
+            self.waiting.clear()
+        return bool(self.waiting or self.flying)
+
+    def failed(self, number: int, reason: str, retries: int) -> list[Receipt]:
+        """Count a failure: the task waits again, or its last receipt is returned."""
+        self._failures[number] = self._failures.get(number, 0) + 1
+        if self._failures[number] > retries:
+            return [Receipt(number, error=reason)]
+        self.waiting.append(number)
+        return []
 
 
 class _Host:
     """Holds one worker in its own process."""
 
-    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
-        self.work = make()
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.worker = make()
 
-    def run(self, item: Any) -> Any:
-        return self.work(item)
+    def run(self, task: Task) -> Any:
+        return task.call(self.worker)
 
 
 _RemoteHost: Any = ray.remote(max_restarts=0, max_task_retries=0)(_Host)
 
 
-class Pool:
-    """Open with `with Pool(make, size) as pool`, then `pool.run(items, done)` any number of times.
+class ActorPool:
+    """Open with `with ActorPool(make, size) as pool`, then `pool.run(tasks)` any number of times.
 
     Args:
-        make: builds a worker, a function of one item; called once in every actor. It and the items must be serialisable.
+        make: builds a worker; called once in every actor. It and the tasks must be serialisable.
         size: bounds and needs.
-        retries: times that a failed item is tried again.
+        retries: times that a failed task is tried again.
         idle_seconds: how long an actor beyond the minimum may be without work, or on its way without being needed.
-        max_failed_starts: actors that may die before they are up, in a row, until the pool gives up.
+        max_failed_starts: actors that may die before they are up, in a row, until the pool raises `UserError`.
     """
 
     def __init__(
         self,
-        make: Callable[[], Callable[[Any], Any]],
+        make: Callable[[], Any],
         size: Size,
         *,
         retries: int = 2,
@@ -117,77 +146,59 @@ class Pool:
         """Actors that are up."""
         return sum(actor.up for actor in self._actors)
 
-    def run(
-        self,
-        items: Mapping[str, Any],
-        done: Callable[[str, Any], None],
-        stop: Callable[[int], bool] = lambda _: False,
-    ) -> dict[str, str]:
-        """Work through all items, first to last as far as possible.
+    def run(self, tasks: Sequence[Task], *, stop: Callable[[int], bool] | None = None) -> Receipts:
+        """Run all tasks, first to last as far as possible.
 
         Args:
-            items: key to item.
-            done: called in this process with every key and result.
-            stop: asked, with the number of items in hand, before more are given out: true = those are the last.
+            tasks: what to run; functions receive the worker as first argument.
+            stop: called with the number of tasks in hand before more are given out; true = no more are given out.
 
-        Returns:
-            The dead letter: key to reason of the items that failed every time.
+        Yields:
+            A receipt of each task; one that failed every time has the reason as its error.
         """
-        waiting = deque(items)
-        alone: set[str] = set()
-        failures: dict[str, int] = {}
-        dead: dict[str, str] = {}
-        flying: dict[Any, tuple[_Actor, str]] = {}
-        self._all_busy()
-
-        def lost(actor: _Actor, reason: str) -> None:
-            """An actor died: blame its item, or put back two suspects, each to be worked on alone."""
-            self._give_back([actor])  # it may only be out of reach: it must not keep its place
-            self.num_deaths += 1
-            for ref in [ref for ref, (owner, _) in flying.items() if owner is actor]:
-                del flying[ref]
-            if len(actor.queue) == 1:
-                failed(actor.queue[0], reason)
-            else:
-                alone.update(actor.queue)
-                waiting.extendleft(reversed(actor.queue))
-
-        def failed(key: str, reason: str) -> None:
-            failures[key] = failures.get(key, 0) + 1
-            if failures[key] > self.retries:
-                dead[key] = reason
-            else:
-                waiting.append(key)
-
-        while _go_on(waiting, len(flying), stop):
-            self._scale(len(waiting) + len(flying))
-            self._feed(waiting, items, flying, alone)
-            for ref in _ready([*flying, *self._starting]):
-                if ref in self._starting:
-                    self._started(ref, self._starting.pop(ref))
-                    continue
-                if ref not in flying:
-                    continue  # of an actor that died a moment ago
-                actor, key = flying[ref]
-                try:
-                    result = ray.get(ref)
-                except RayTaskError as error:
-                    failed(key, _reason(error))
-                except RayActorError as error:
-                    lost(actor, f"its actor died: {_first_line(error)}")
-                    continue
-                except RayError as error:
-                    failed(key, _first_line(error))
-                else:
-                    done(key, result)
-                del flying[ref]
-                actor.queue.remove(key)
-                actor.idle_since = time.monotonic()
-        return dead
-
-    def _all_busy(self) -> None:
+        state = _Run(tasks)
         for actor in self._actors:
             actor.idle_since = time.monotonic()
+        try:
+            while state.goes_on(stop):
+                self._scale(len(state.waiting) + len(state.flying))
+                self._feed(state)
+                for ref in _ready([*state.flying, *self._starting]):
+                    if ref in self._starting:
+                        self._started(ref, self._starting.pop(ref))
+                    elif ref in state.flying:  # else of an actor that died a moment ago
+                        yield from self._ended(ref, state)
+        finally:
+            for actor in self._actors:
+                actor.queue.clear()
+
+    def _ended(self, ref: Any, state: _Run) -> list[Receipt]:
+        """Take the answer to one task: its receipt, or none where it is tried again."""
+        actor, number = state.flying[ref]
+        try:
+            result = ray.get(ref)
+        except RayActorError as error:
+            return self._lost(actor, state, f"its actor died: {_first_line(error)}")
+        except RayError as error:
+            found = state.failed(number, _reason(error), self.retries)
+        else:
+            found = [Receipt(number, result=result)]
+        del state.flying[ref]
+        actor.queue.remove(number)
+        actor.idle_since = time.monotonic()
+        return found
+
+    def _lost(self, actor: _Actor, state: _Run, reason: str) -> list[Receipt]:
+        """An actor died: its only task failed; of two, each waits again and then runs alone."""
+        self._give_back([actor])  # it may only be out of reach: it must not keep its place
+        self.num_deaths += 1
+        for ref in [ref for ref, (owner, _) in state.flying.items() if owner is actor]:
+            del state.flying[ref]
+        if len(actor.queue) == 1:
+            return state.failed(actor.queue[0], reason, self.retries)
+        state.alone.update(actor.queue)
+        state.waiting.extendleft(reversed(actor.queue))
+        return []
 
     def _give_back(self, actors: Iterable[_Actor]) -> None:
         for actor in list(actors):
@@ -195,9 +206,9 @@ class Pool:
             self._actors.remove(actor)
             self._starting = {ref: one for ref, one in self._starting.items() if one is not actor}
 
-    def _scale(self, num_items: int) -> None:
+    def _scale(self, num_tasks: int) -> None:
         """Ask for actors up to the work there is; give back those beyond it that have none, first those that are not up."""
-        wanted = max(self.size.min_actors, min(self.size.max_actors, num_items))
+        wanted = max(self.size.min_actors, min(self.size.max_actors, num_tasks))
         while len(self._actors) < wanted:
             options = {"num_cpus": self.size.cpus, "num_gpus": self.size.gpus, "resources": self.size.resources}
             handle = _RemoteHost.options(**options).remote(self._make)
@@ -208,20 +219,18 @@ class Pool:
         idle = [actor for actor in self._actors if not actor.queue and now - actor.idle_since >= self.idle_seconds]
         self._give_back(sorted(idle, key=lambda actor: actor.up)[: max(0, len(self._actors) - wanted)])
 
-    def _feed(
-        self, waiting: deque[str], items: Mapping[str, Any], flying: dict[Any, tuple[_Actor, str]], alone: set[str]
-    ) -> None:
-        """Give each actor an item to work on, and one to have ready unless others would go without or one is suspected."""
-        ups = [actor for actor in self._actors if actor.up]
+    def _feed(self, state: _Run) -> None:
+        """Give each actor a task, and one to have ready unless others would go without or one of the two must run alone."""
+        waiting, ups = state.waiting, [actor for actor in self._actors if actor.up]
         for depth in (1, 2):
             for actor in ups:
                 if depth == 2 and len(waiting) <= len(self._actors):
-                    return  # towards the end one item in hand is enough
-                suspected = waiting and actor.queue and not alone.isdisjoint((waiting[0], actor.queue[0]))
-                if waiting and len(actor.queue) < depth and not suspected:
-                    key = waiting.popleft()
-                    actor.queue.append(key)
-                    flying[actor.handle.run.remote(items[key])] = (actor, key)
+                    return  # towards the end one task in hand is enough
+                apart = waiting and actor.queue and not state.alone.isdisjoint((waiting[0], actor.queue[0]))
+                if waiting and len(actor.queue) < depth and not apart:
+                    number = waiting.popleft()
+                    actor.queue.append(number)
+                    state.flying[actor.handle.run.remote(state.tasks[number])] = (actor, number)
 
     def _started(self, ref: Any, actor: _Actor) -> None:
         try:
@@ -249,15 +258,8 @@ def _ready(refs: list[Any]) -> list[Any]:
     return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
 
 
-def _go_on(waiting: deque[str], in_hand: int, stop: Callable[[int], bool]) -> bool:
-    """Whether anything is left to do; on a stop, no more than what is in hand."""
-    if waiting and stop(in_hand):
-        waiting.clear()
-    return bool(waiting or in_hand)
-
-
-def _reason(error: RayTaskError) -> str:
-    cause = getattr(error, "cause", None)
+def _reason(error: RayError) -> str:
+    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
     return f"{type(cause).__name__}: {cause}" if cause is not None else _first_line(error)
 
 

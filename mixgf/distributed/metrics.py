@@ -82,6 +82,9 @@ _FIGURES = {
 }
 """Figures of the training loop with a metric of their own; all others are terms of the loss."""
 
+SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
+"""Figures of the training loop that a progress line shows."""
+
 _made: dict[str, Any] = {}
 
 
@@ -134,6 +137,28 @@ class Meter:
                 self.set(_FIGURES[name], value)
             else:
                 self.set("loss", value, term=name)
+
+
+class Board:
+    """What the workers of a training tell their driver: the latest figures, and an error that ends the training.
+
+    It lives in an actor, and in this module so that the actor does not import torch.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.figures, self.error = 0, dict[str, float](), ""
+
+    def report(self, step: int, figures: dict[str, float]) -> None:
+        """Figures of a step."""
+        self.step, self.figures = step, figures
+
+    def fail(self, error: str) -> None:
+        """An error that another start of the workers would meet again."""
+        self.error = error
+
+    def read(self) -> tuple[int, dict[str, float], str]:
+        """Step, figures, error."""
+        return self.step, self.figures, self.error
 
 
 def node_type(node: Mapping[str, Any]) -> str:

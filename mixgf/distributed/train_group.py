@@ -22,8 +22,7 @@ from mixgf.config.parse import from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed.metrics import Meter
-from mixgf.distributed.progress_board import Board
+from mixgf.distributed.metrics import SHOWN, Board, Meter
 from mixgf.distributed.session import require_gpus
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
@@ -31,8 +30,6 @@ from mixgf.tracking import mlflow_runs
 from mixgf.training.context import GroupContext, MetricRow
 from mixgf.training.loop import fit
 from mixgf.training.pretraining import Pretraining, initial_model
-
-_SHOWN = ("loss", "mlm", "contrast", "cells_per_s")
 
 
 class RayContext(GroupContext):
@@ -138,7 +135,7 @@ def _watch(board: Any, num_steps: int) -> Iterator[None]:
             step, figures, _ = ray.get(board.read.remote())
             if step:
                 progress = progress or Progress("pretrain", num_steps, "steps", done=step)
-                progress.update(step, **{k: figures[k] for k in _SHOWN if k in figures})
+                progress.update(step, **{k: figures[k] for k in SHOWN if k in figures})
         if progress is not None:
             progress.close()
 

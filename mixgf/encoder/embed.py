@@ -12,12 +12,18 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
+from mixgf.config.run import Config
 from mixgf.config.training import LayerChoice
 from mixgf.corpus import packed
+from mixgf.corpus.reader import Corpus
+from mixgf.encoder import checkpoint
 from mixgf.encoder.batch import pack_batch, split_micro_batches
 from mixgf.encoder.bert import Encoder, cell_vectors, vector_width
+from mixgf.encoder.device import pick_device
+from mixgf.storage import tables
 
 _FETCH_CELLS = 4096
 
@@ -93,3 +99,30 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
             out_ND[chunk[run]] = v_BD.float().cpu().numpy()
     encoder.train(was_training)
     return out_ND
+
+
+class ShardEmbedder:
+    """A worker that embeds shards of a corpus: it holds the encoder on its device, and one open shard.
+
+    Args:
+        config: `embed`, `train` (threads, precision, tokens per batch) and whether workers have GPUs.
+        corpus: URI of the corpus.
+        weights: URI of the checkpoint.
+    """
+
+    def __init__(self, config: Config, corpus: str, weights: str) -> None:
+        torch.set_num_threads(config.train.threads)
+        self.config, self.corpus = config, Corpus(corpus, cached_shards=1)
+        self.encoder, _ = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
+
+    def embed(self, shard: int, uri: str) -> None:
+        """Write the vectors of a shard's cells, float32 (N, D), as column `vector` of a Parquet file."""
+        cells, settings = np.arange(self.corpus.starts[shard], self.corpus.starts[shard + 1]), self.config
+        precision = settings.train.precision if self.encoder.tokens.is_cuda else "fp32"
+        vectors_ND = embed_cells(
+            self.encoder, self.corpus, cells, settings.embed.pooling, settings.embed.layer, settings.train.micro_tokens,
+            precision=precision,
+        )  # fmt: skip
+        flat = pa.array(vectors_ND.reshape(-1), pa.float32())
+        column = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
+        tables.write_table(uri, pa.table({"vector": column}))

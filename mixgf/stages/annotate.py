@@ -1,6 +1,6 @@
-"""`annotate`: a user's cells labelled by a kept classifier, row range by row range, over Ray tasks.
+"""`annotate`: a user's cells labelled by a kept classifier, one task per row range.
 
-Parts lie beside the output until it is written, so a killed command continues. All arithmetic is in `mixgf.annotate`.
+Parts lie beside the output until it is written, so a killed command continues.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from mixgf.classification import annotate, classifier
 from mixgf.config import parse
 from mixgf.config.data import Source
 from mixgf.config.run import Config
-from mixgf.console import Progress
-from mixgf.distributed.tasks import Spread, job, ray_tasks
+from mixgf.distributed.executor import RayExecutor
 from mixgf.errors import UserError
+from mixgf.execution import Executor, Task
+from mixgf.stages.fan_out import fan_out, missing
 from mixgf.storage import files, tables
 
 PART_CELLS = 2_000
 
 
-def run(model: str, source: Source, to: str, settings: Config, *, spread: Spread | None = None) -> dict[str, Any]:
-    """Label all cells of `source` and write `to`; returns what was found. `spread` replaces Ray (`dispatch.loop` in tests).
+def run(model: str, source: Source, to: str, settings: Config, *, executor: Executor | None = None) -> dict[str, Any]:
+    """Label all cells of `source` and write `to`; returns what was found. `executor` runs the tasks; None = Ray.
 
     Raises:
         UserError: no such classifier or file, or a file that cannot be read.
@@ -43,41 +44,16 @@ def run(model: str, source: Source, to: str, settings: Config, *, spread: Spread
         ]
     )
     work = f"{to}.parts-{key[:12]}"
-    starts = range(0, file.num_cells, PART_CELLS)
-    parts = {start: files.join(work, f"{start:010d}.parquet") for start in starts}
-    todo = [s for s in starts if not files.exists(parts[s])]
-    jobs = [
-        job(
-            0,
-            min(PART_CELLS, file.num_cells - s),
-            annotate.label,
-            uri,
-            file,
-            s,
-            min(s + PART_CELLS, file.num_cells),
-            parts[s],
-        )
-        for s in todo
-    ]
-    if spread is not None:
-        _spread(jobs, file.num_cells, spread)
-    elif jobs:
-        from mixgf.distributed.session import session
-
-        with session(settings):
-            _spread(jobs, file.num_cells, ray_tasks(settings))
-    table = annotate.frame([tables.read_table(parts[s]) for s in starts])
+    tasks = []
+    for start in range(0, file.num_cells, PART_CELLS):
+        stop, part = min(start + PART_CELLS, file.num_cells), files.join(work, f"{start:010d}.parquet")
+        tasks.append(Task(part=part, function=annotate.label, args=(uri, file, start, stop, part), weight=stop - start))
+    if missing(tasks):
+        executor = executor or RayExecutor(settings)
+        with executor.session():
+            fan_out("annotate", tasks, executor.run, unit="cells")
+    table = annotate.frame([tables.read_table(task.part) for task in tasks])
     found = annotate.summary(uri, kept, file, table)
     annotate.write(to, file.source, table, kept.classes, annotate.facts(found))
     files.remove(work)
     return found | {"output": to}
-
-
-def _spread(jobs: list[Any], total: int, spread: Spread) -> None:
-    done = total - sum(j.weight for j in jobs)
-    with Progress("annotate", total, "cells", done=done) as progress:
-        for i, why in spread(jobs):
-            if why:
-                raise UserError(why)
-            done += jobs[i].weight
-            progress.update(done)

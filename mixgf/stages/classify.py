@@ -1,8 +1,8 @@
-"""`classify`: every model on every split, as independent Ray tasks that each write one intermediate file.
+"""`classify`: every model on every split, as independent tasks that each write one intermediate file.
 
 First come the inputs that many tasks share: raw counts of each source, vectors of blocks of cells. Then one task per split and
 model, the longest first. A file that is there is not made again, so a killed run continues, and models, seeds and splits can be
-added to a finished one. Only the workspace and splits travel through Ray. `mixgf.classification` computes.
+added to a finished one. Only the workspace and splits are sent to workers. `mixgf.classification` computes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,15 @@ from mixgf.config.run import Config
 from mixgf.console import duration, say, warn
 from mixgf.corpus import overlap
 from mixgf.corpus.reader import Corpus
+from mixgf.distributed.executor import ALL_CPUS, RayExecutor
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.encoder import checkpoint, embed
 from mixgf.errors import UserError
-from mixgf.stages import pieces
-from mixgf.stages.pieces import Piece, Spread, loop, ray_tasks
+from mixgf.execution import Executor, Shared, Task
+from mixgf.stages.fan_out import fan_out, missing
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
 from mixgf.tracking import mlflow_runs
-
-__all__ = ["Piece", "Spread", "dry_run", "loop", "run"]
 
 SCHEMA = 2
 EPOCH_COST = 3.0
@@ -48,9 +48,10 @@ WHOLE_SECONDS, START_SECONDS = 10.0, 40.0
 """Seconds for the measures and the map of an embedding, per 1,000 cells; and for a process's first map (compilation)."""
 
 
-def run(config: Config, *, spread: Spread | None = None) -> str:
-    """Score every model on every split; returns the artifact's URI. `spread` replaces Ray (`loop` in tests)."""
+def run(config: Config, *, executor: Executor | None = None) -> str:
+    """Score every model on every split; returns the artifact's URI. `executor` runs the tasks; None = Ray."""
     config = _possible(config)
+    executor = executor or RayExecutor(config, in_flight=ALL_CPUS)
     uri = files.join(config.output, "classify")
     paths, record = _plan(config, uri)
     finished = artifacts.find(uri)
@@ -70,17 +71,11 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
                 + (f"; not used: {dropped}" if dropped else ""))  # fmt: skip
     work = _Work(workspace, made)
     say(work.projection())
-    with mlflow_runs.stage(
-        config, "classify", _fixed(record), fingerprint(_fixed(record) | {"output": config.output})
-    ) as tracked:
-        if spread is not None:
-            work.do(spread, Meter("classify", tracked.id), tracked)
-        else:
-            from mixgf.distributed.session import session
-
-            with session(config), watch(config, "classify", tracked, uri) as watched:
-                work.do(ray_tasks(config), watched.meter, tracked)
-                watched.made(cells=len(workspace.table))
+    fixed = _fixed(record)
+    with mlflow_runs.stage(config, "classify", fixed, fingerprint(fixed | {"output": config.output})) as tracked:
+        with executor.session(), watch(config, "classify", tracked, uri) as watched:
+            work.run(executor, watched.meter, tracked)
+            watched.made(cells=len(workspace.table))
         done = _publish(workspace, record, made)
         tracked.log(done)
     _clean(paths)
@@ -195,7 +190,7 @@ def _extends(there: Record, record: Record) -> bool:
 
 
 class _Work:
-    """The pieces of a run, and what they cost."""
+    """The tasks of a run; weights are seconds of one core."""
 
     def __init__(self, workspace: Workspace, made: Sequence[Split]) -> None:
         self.workspace, self.config, self.paths, self.table = (
@@ -212,35 +207,36 @@ class _Work:
         self.tokens_per_s = _speed(workspace, self.corpus) if encoded else 1.0
         self.scored = self._scored()
         self.whole = self._whole()
-        self.todo = pieces.missing(list(self.scored))
-        self.shared = self._shared() if self.todo or pieces.missing(self.whole) else []
+        self.todo = missing(self.scored)
+        self.shared = self._shared() if self.todo or missing(self.whole) else []
 
-    def do(self, spread: Spread, meter: Meter, tracked: mlflow_runs.Run) -> None:
+    def run(self, executor: Executor, meter: Meter, tracked: mlflow_runs.Run) -> None:
         """Make every missing file; each prediction becomes one run under `tracked`."""
         logged = tracked.children()
 
-        def log(piece: Piece) -> None:
-            split, model = self.scored[piece]
-            key = piece.uri.rpartition("/")[2]
+        def log(task: Task, _: object = None) -> None:
+            split, model = self.scored[task]
+            key = task.part.rpartition("/")[2]
             if key in logged:
                 return
-            found = tables.facts(piece.uri)
+            found = tables.facts(task.part)
             params = split.task | {"model": model.name, "share": split.share, "unseen": split.unseen, "num_train": len(split.train),
                                    "num_test": len(split.test), "num_classes": len(split.classes)}  # fmt: skip
             params |= model.reads(self.plain)
             tracked.child(f"{model.name}: {split.name}", key, params, tables.figures(found))
 
         todo = set(self.todo)
-        for piece in [p for p in self.scored if p not in todo]:
-            log(piece)  # made by a run that was killed before it could log it
-        pieces.make("classify: counts and vectors", self.shared, spread, meter)
-        pieces.make("classify: models", list(self.scored), spread, meter, log)
-        pieces.make("classify: embeddings as a whole", self.whole, spread, meter)
+        for task in [t for t in self.scored if t not in todo]:
+            log(task)  # made by a run that was killed before it could log it
+        run = partial(fan_out, run=executor.run, meter=meter, longest_first=True)
+        run("classify: counts and vectors", self.shared)
+        run("classify: models", list(self.scored), done=log)
+        run("classify: embeddings as a whole", self.whole)
 
     def projection(self) -> str:
         """The time that is left, as a line."""
         cores = os.cpu_count() or 1
-        seconds = sum(p.cost for p in (*self.todo, *pieces.missing(self.shared), *pieces.missing(self.whole)))
+        seconds = sum(task.weight for task in (*self.todo, *missing(self.shared), *missing(self.whole)))
         there = f" ({len(self.scored) - len(self.todo):,} are there)" if len(self.todo) < len(self.scored) else ""
         return (f"classify: {len(self.todo):,} predictions to make{there}: about {duration(seconds)} of one core, "
                 f"{duration(seconds / cores)} on {cores} free ones like this")  # fmt: skip
@@ -255,48 +251,58 @@ class _Work:
         tokens = float(np.minimum(lengths, settings.max_len or lengths).sum())
         return tokens * EPOCH_COST * epochs / self.tokens_per_s
 
-    def _scored(self) -> dict[Piece, tuple[Split, Model]]:
-        """One piece per split and model."""
-        found = {}
+    def _scored(self) -> dict[Task, tuple[Split, Model]]:
+        """One task per split and model."""
+        found, workspace = {}, Shared(self.workspace)
         for split in self.made:
+            shared = Shared(split)
             for model in registry.scored(self.config.classify, split):
                 trains = model.trains_encoder
-                piece = Piece(
-                    uri=self.paths.prediction(split, model.name), call=predict.predict, args=(self.workspace, split, model),
-                    cost=self.seconds(model, split), threads=self.config.train.threads if trains else 1, gpu=trains,
+                task = Task(
+                    part=self.paths.prediction(split, model.name), function=predict.predict, args=(workspace, shared, model),
+                    weight=self.seconds(model, split), threads=self.config.train.threads if trains else 1, gpu=trains,
                 )  # fmt: skip
-                found[piece] = split, model
+                found[task] = split, model
         return found
 
-    def _whole(self) -> list[Piece]:
-        """One piece per embedding."""
+    def _whole(self) -> list[Task]:
+        """One task per embedding."""
         cells = min(len(self.table), self.config.classify.integration_cells)
         return [
-            Piece(uri=self.workspace.integration_uri(space), call=predict.integrate, args=(self.workspace, space),
-                  cost=START_SECONDS + WHOLE_SECONDS * cells / 1000)
+            Task(
+                part=self.workspace.integration_uri(space), function=predict.integrate, threads=1,
+                args=(Shared(self.workspace), space), weight=START_SECONDS + WHOLE_SECONDS * cells / 1000,
+            )
             for space in predict.measured_spaces(self.workspace)
         ]  # fmt: skip
 
-    def _shared(self) -> list[Piece]:
+    def _shared(self) -> list[Task]:
         """Counts of each source and vectors of each block that the models to come need."""
-        workspace, paths, table = self.workspace, self.paths, self.table
-        cells, models = np.sort(table.cells), {self.scored[piece][1] for piece in self.todo}
-        asked = {str(piece.args[-1]) for piece in pieces.missing(self.whole)}
+        workspace, paths, table = Shared(self.workspace), self.paths, self.table
+        cells, models = np.sort(table.cells), {self.scored[task][1] for task in self.todo}
+        asked = {str(task.args[-1]) for task in missing(self.whole)}
         found = []
         if any(model.needs is Needs.COUNTS for model in models) or encoders.EXPRESSION in asked:
             for source in np.unique(table.sources).tolist():
                 mine = np.sort(table.cells[table.sources == source])
-                found.append(Piece(uri=paths.counts(source), call=Workspace.write_counts, args=(workspace, source, mine),
-                                   cost=len(mine) / 1000))  # fmt: skip
+                found.append(
+                    Task(
+                        part=paths.counts(source), function=Workspace.write_counts, args=(workspace, source, mine),
+                        weight=len(mine) / 1000, threads=1,
+                    )
+                )  # fmt: skip
         for encoder in sorted(set(registry.encoders_of(models, [Needs.VECTORS])) | asked - {encoders.EXPRESSION}):
             if encoder == encoders.CHECKPOINT and paths.embeddings:
                 continue
             for number, start in enumerate(range(0, len(cells), BLOCK_CELLS)):
                 mine = cells[start : start + BLOCK_CELLS]
                 cost = float(self.corpus.lengths_N[mine].sum()) / self.tokens_per_s
-                found.append(Piece(uri=paths.vectors_block(encoder, number), call=Workspace.write_vectors,
-                                   args=(workspace, encoder, number, mine), cost=cost, threads=self.config.train.threads,
-                                   gpu=True))  # fmt: skip
+                found.append(
+                    Task(
+                        part=paths.vectors_block(encoder, number), function=Workspace.write_vectors,
+                        args=(workspace, encoder, number, mine), weight=cost, threads=self.config.train.threads, gpu=True,
+                    )
+                )  # fmt: skip
         return found
 
 

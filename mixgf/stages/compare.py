@@ -1,7 +1,7 @@
 """`compare`: what the joint model is for, as tables of one artifact.
 
-Parts of the comparison are entries of `PARTS`: what each needs first, as pieces of work spread over Ray, and then its
-tables. Classifications between species are made first, by the stage that makes them, unless they are there.
+Parts of the comparison are entries of `PARTS`: the tasks that each needs first, and then its tables. Classifications
+between species are made first, by the stage that makes them, unless they are there.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
 from mixgf.corpus.reader import Corpus
+from mixgf.distributed.executor import ALL_CPUS, RayExecutor
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.encoder import checkpoint
 from mixgf.errors import UserError
-from mixgf.stages import classify, pieces
-from mixgf.stages.pieces import Piece, Spread, ray_tasks
+from mixgf.execution import Executor, Shared, Task
+from mixgf.stages import classify
+from mixgf.stages.fan_out import fan_out
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
 from mixgf.tracking import mlflow_runs
@@ -34,7 +36,7 @@ from mixgf.tracking import mlflow_runs
 KIND, SCHEMA = "comparison", 1
 
 
-def _no_pieces(_: ComparisonContext) -> list[Piece]:
+def _no_tasks(_: ComparisonContext) -> list[Task]:
     return []
 
 
@@ -44,29 +46,26 @@ class Part:
 
     tables: Callable[[ComparisonContext], dict[str, pd.DataFrame]]
     """Its tables by name; each becomes NAME.parquet, and `compare_NAME` in `page.Run.tables`."""
-    pieces: Callable[[ComparisonContext], list[Piece]] = _no_pieces
-    """What is computed first, in parallel."""
+    tasks: Callable[[ComparisonContext], list[Task]] = _no_tasks
+    """What is computed first, in parallel; weights are seconds of one core."""
 
 
-def run(config: Config, *, spread: Spread | None = None) -> str:
-    """Answer every part; returns the artifact's URI. `spread` replaces Ray (`pieces.loop` in tests)."""
+def run(config: Config, *, executor: Executor | None = None) -> str:
+    """Answer every part; returns the artifact's URI. `executor` runs the tasks; None = Ray."""
     uri = files.join(config.output, "compare")
     config = replace(config, tracking=replace(config.tracking, uri=mlflow_runs.uri(config)))
     context = ComparisonContext(config=config, uri=uri, encoder_sets=encoder_sets(config, uri))
     _require(context)
-    if spread is not None:
-        return _run(context, spread)
-    from mixgf.distributed.session import session
-
-    with session(config):
-        return _run(context, None)
+    executor = executor or RayExecutor(config, in_flight=ALL_CPUS)
+    with executor.session():
+        return _run(context, executor)
 
 
-def _run(context: ComparisonContext, spread: Spread | None) -> str:
+def _run(context: ComparisonContext, executor: Executor) -> str:
     config, uri = context.config, context.uri
     for encoder_set in context.encoder_sets:
         if encoder_set.classification == files.join(encoder_set.config.output, "classify"):
-            classify.run(encoder_set.config, spread=spread)
+            classify.run(encoder_set.config, executor=executor)
     record = _plan(context)
     if not artifacts.begin(uri, record):
         say(f"compare: {uri} is already there")
@@ -75,7 +74,7 @@ def _run(context: ComparisonContext, spread: Spread | None) -> str:
         mlflow_runs.stage(config, "compare", to_dict(config.compare), record.fingerprint) as tracked,
         watch(config, "compare", tracked, uri) as watched,
     ):
-        found = _tables(context, spread or ray_tasks(config), watched.meter)
+        found = _tables(context, executor, watched.meter)
         checksums = artifacts.write_tables(
             uri, {n: pa.Table.from_pandas(f, preserve_index=False) for n, f in found.items()}
         )
@@ -134,9 +133,10 @@ def _plan(context: ComparisonContext) -> Record:
     return artifacts.plan(KIND, SCHEMA, decides, parents)
 
 
-def _tables(context: ComparisonContext, spread: Spread, meter: Meter) -> dict[str, pd.DataFrame]:
-    """Tables of all parts, after their pieces."""
-    pieces.make("compare", [piece for part in PARTS.values() for piece in part.pieces(context)], spread, meter)
+def _tables(context: ComparisonContext, executor: Executor, meter: Meter) -> dict[str, pd.DataFrame]:
+    """Tables of all parts, after their tasks."""
+    tasks = [task for part in PARTS.values() for task in part.tasks(context)]
+    fan_out("compare", tasks, executor.run, meter=meter, longest_first=True)
     found: dict[str, pd.DataFrame] = {}
     for part in PARTS.values():
         made = part.tables(context)
@@ -145,36 +145,45 @@ def _tables(context: ComparisonContext, spread: Spread, meter: Meter) -> dict[st
     return found
 
 
-def _matching_pieces(context: ComparisonContext) -> list[Piece]:
+def _matching_tasks(context: ComparisonContext) -> list[Task]:
     """Vectors by every encoder, and counts of every source, of the cells of all shifts."""
-    made: list[Piece] = []
+    made: list[Task] = []
     for encoder_set in context.encoder_sets if context.config.compare.shifts else ():
         made += _of_encoder_set(context, encoder_set)
     return made
 
 
-def _of_encoder_set(context: ComparisonContext, encoder_set: EncoderSet) -> list[Piece]:
+def _of_encoder_set(context: ComparisonContext, encoder_set: EncoderSet) -> list[Task]:
     cells, made = shift_selection.cells_of(encoder_set.shifts), []
     workspace, paths = encoder_set.workspace(cells), encoder_set.paths
+    shared = Shared(workspace)
     for encoder in encoder_set.encoders:
         for number, start in enumerate(range(0, len(cells), BLOCK_CELLS)):
             mine = cells[start : start + BLOCK_CELLS]
-            made.append(Piece(uri=paths.vectors_block(encoder, number), call=Workspace.write_vectors,
-                              args=(workspace, encoder, number, mine), cost=float(len(mine)) / 50,
-                              threads=context.config.train.threads, gpu=True))  # fmt: skip
+            made.append(
+                Task(
+                    part=paths.vectors_block(encoder, number), function=Workspace.write_vectors,
+                    args=(shared, encoder, number, mine), weight=len(mine) / 50, threads=context.config.train.threads,
+                    gpu=True,
+                )
+            )  # fmt: skip
     if not encoder_set.name and context.config.compare.controls:
         sources = workspace.table.sources
         for source in np.unique(sources).tolist():
             mine = cells[sources == source]
-            made.append(Piece(uri=paths.counts(source), call=Workspace.write_counts,
-                              args=(workspace, source, mine), cost=len(mine) / 1000))  # fmt: skip
+            made.append(
+                Task(
+                    part=paths.counts(source), function=Workspace.write_counts, args=(shared, source, mine),
+                    weight=len(mine) / 1000, threads=1,
+                )
+            )  # fmt: skip
     return made
 
 
 PARTS: dict[str, Part] = {
     "transfer": Part(tables=transfer.transfer),
     "spaces": Part(tables=spaces.spaces),
-    "matching": Part(tables=shift_tables.match_shifts, pieces=_matching_pieces),
+    "matching": Part(tables=shift_tables.match_shifts, tasks=_matching_tasks),
     "conserved": Part(tables=lambda s: conserved_response.tables(s.config)),
     "networks": Part(
         tables=lambda s: gene_networks.networks(s.config, {n: p for w in s.encoder_sets for n, p in w.trained.items()})

@@ -1,30 +1,28 @@
-"""Embedding of a corpus: one task per shard on a pool of actors, then one AnnData file."""
+"""Embedding of a corpus: one task per shard on a pool of workers, then one AnnData file."""
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pyarrow as pa
-import torch
 
 from mixgf.config.parse import from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.config.training import Model
-from mixgf.console import Progress, say
+from mixgf.console import say
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed.actor_pool import Pool, Size
+from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
-from mixgf.distributed.session import session
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import require_layer
-from mixgf.encoder.device import pick_device
-from mixgf.encoder.embed import embed_cells
+from mixgf.encoder.embed import ShardEmbedder
 from mixgf.errors import UserError
+from mixgf.execution import Executor, Task
+from mixgf.stages.fan_out import fan_out
 from mixgf.storage import artifacts, files, tables
 from mixgf.tracking import mlflow_runs
 
@@ -32,8 +30,12 @@ KIND, SCHEMA = "embeddings", 1
 OBSM = "X_mixgf"
 
 
-def run(config: Config) -> str:
-    """Embed all cells of the corpus with the checkpoint's encoder; returns the URI of the artifact."""
+def run(config: Config, *, executor: Executor | None = None) -> str:
+    """Embed all cells of the corpus with the checkpoint's encoder; returns the URI of the artifact.
+
+    `executor` runs the tasks; None = Ray.
+    """
+    executor = executor or RayExecutor(config)
     uri = files.join(config.output, "embed")
     corpus = Corpus(config.inputs.corpus or files.join(config.output, "corpus"))
     weights = config.inputs.checkpoint or files.join(config.output, "pretrain")
@@ -46,11 +48,11 @@ def run(config: Config) -> str:
         say(f"embed: {uri} is already there")
         return uri
     with (
-        session(config),
+        executor.session(),
         mlflow_runs.stage(config, "embed", to_dict(config.embed), record.fingerprint) as tracked,
         watch(config, "embed", tracked, uri) as watched,
     ):
-        _spread(config, corpus, weights, uri, watched.meter)
+        _embed(config, corpus, weights, uri, executor=executor, meter=watched.meter)
         watched.made(cells=corpus.num_cells)
         dim = _assemble(corpus, uri)
         names = [f"shards/{_name(i)}" for i in range(len(corpus.shards))] + ["cells.h5ad"]
@@ -84,63 +86,23 @@ def _name(shard: int) -> str:
     return f"{shard:05d}.parquet"
 
 
-def _worker(config: Config, corpus_uri: str, weights: str, uri: str) -> Callable[[], Callable[[int], int]]:
-    """What an actor builds once: the encoder on its device, and a function of a shard's number."""
-
-    def make() -> Callable[[int], int]:
-        torch.set_num_threads(config.train.threads)
-        corpus = Corpus(corpus_uri, cached_shards=1)
-        encoder, _ = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
-
-        def embed(shard: int) -> int:
-            cells = np.arange(corpus.starts[shard], corpus.starts[shard + 1])
-            precision = config.train.precision if encoder.tokens.is_cuda else "fp32"
-            vectors = embed_cells(
-                encoder,
-                corpus,
-                cells,
-                config.embed.pooling,
-                config.embed.layer,
-                config.train.micro_tokens,
-                precision=precision,
-            )
-            flat = pa.array(vectors.reshape(-1), pa.float32())
-            column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-            tables.write_table(files.join(uri, "shards", _name(shard)), pa.table({"vector": column}))
-            return len(cells)
-
-        return embed
-
-    return make
-
-
-def _spread(config: Config, corpus: Corpus, weights: str, uri: str, meter: Meter) -> None:
-    done = set(files.list_dir(files.join(uri, "shards")))
-    todo: dict[str, Any] = {_name(i): i for i in range(len(corpus.shards)) if _name(i) not in done}
-    if not todo:
-        return
-    compute = config.compute
-    size = Size(max_actors=compute.num_workers, cpus=compute.cpus_per_worker, gpus=compute.gpus_per_worker)
-    cells = corpus.num_cells - sum(int(corpus.shard_rows[i]) for i in todo.values())
-    progress = Progress("embed", corpus.num_cells, "cells", done=cells)
-    finished = 0
-    meter.units(waiting=len(todo))
-
-    def count(_: str, embedded: int) -> None:
-        nonlocal cells, finished
-        cells, finished = cells + embedded, finished + 1
-        progress.update(cells)
-        meter.add("cells_encoded", embedded)
-        meter.add("shards_written")
-        meter.units(waiting=len(todo) - finished, done=finished)
-
-    with Pool(_worker(config, corpus.uri, weights, uri), size) as pool:
-        dead = pool.run(todo, count)
-    progress.close()
-    if dead:
-        meter.units(done=finished, failed=len(dead))
-        name, reason = next(iter(dead.items()))
-        msg = f"embed: {len(dead)} shards failed every time, for instance {name}: {reason}; the others are kept, run it again"
+def _embed(config: Config, corpus: Corpus, weights: str, uri: str, *, executor: Executor, meter: Meter) -> None:
+    """Write the vectors of every shard."""
+    tasks = []
+    for shard in range(len(corpus.shards)):
+        part = files.join(uri, "shards", _name(shard))
+        tasks.append(
+            Task(part=part, function=ShardEmbedder.embed, args=(shard, part), weight=int(corpus.shard_rows[shard]))
+        )
+    errors: dict[str, str] = {}
+    with executor.pool(functools.partial(ShardEmbedder, config, corpus.uri, weights)) as pool:
+        fan_out(
+            "embed", tasks, pool.run, meter=meter, unit="cells", counter="cells_encoded",
+            done=lambda *_: meter.add("shards_written"), failed=lambda task, error: errors.update({task.part: error}),
+        )  # fmt: skip
+    if errors:
+        part, reason = next(iter(errors.items()))
+        msg = f"embed: {len(errors)} shards failed every time, for instance {part}: {reason}; the others are kept, run it again"
         raise UserError(msg)
 
 

@@ -1,8 +1,8 @@
-"""`import`: tokenised Arrow data sets to the corpus that `prepare` makes, in two passes of work units (`mixgf.imports`).
+"""`import`: tokenised Arrow data sets to the corpus that `prepare` makes, in two passes of tasks.
 
 The vocabulary comes first, from the dictionaries and medians, or is given. Then
-1. every Arrow file is read once: hash, batches, what its ids are (one unit per file);
-2. sentences in our ids, one shard per unit (a row range of one file).
+1. every Arrow file is read once: hash, batches, what its ids are (one task per file);
+2. sentences in our ids, one shard per task (a row range of one file).
 
 As in `prepare`, a part that is there is not made again, so a run killed at any moment continues.
 """
@@ -22,12 +22,14 @@ from mixgf.config.fields import sections_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say, warn
-from mixgf.corpus import arrow_dataset, import_passes, manifest, remap_ids, shards
+from mixgf.corpus import arrow_dataset, import_passes, remap_ids, shards
+from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
-from mixgf.distributed.tasks import Job, Passes, Spread, job, ray_tasks
 from mixgf.errors import UserError
+from mixgf.execution import Executor, Task
 from mixgf.genes import identify
 from mixgf.genes.vocabulary import Vocabulary
+from mixgf.stages.fan_out import SourcePasses
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
 from mixgf.storage.tables import write_table
@@ -37,8 +39,9 @@ MANY_LOST = 0.05
 """Share of ids outside the vocabulary from which a source deserves a warning."""
 
 
-def run(config: Config, *, spread: Spread | None = None) -> str:
-    """Make a corpus of tokenised data sets; returns its URI. `spread` replaces Ray (`dispatch.loop` in tests)."""
+def run(config: Config, *, executor: Executor | None = None) -> str:
+    """Make a corpus of tokenised data sets; returns its URI. `executor` runs the tasks; None = Ray."""
+    executor = executor or RayExecutor(config)
     sources = _sources(config)
     uri = files.join(config.output, "corpus")
     given = import_passes.ImportInputs(config, sources)
@@ -47,17 +50,15 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
         files.remove(files.join(uri, "work"))
         return uri
     params = {name: to_dict(getattr(config, name)) for name in sections_of(Config, "import")}
-    with remove_output_if_all_rejected(uri), mlflow_runs.stage(config, "import", params, record.fingerprint) as tracked:
-        if spread is not None:
-            work = _Import(given, uri, spread, Meter("import", tracked.id))
-            done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
-        else:
-            from mixgf.distributed.session import session
-
-            with session(config), watch(config, "import", tracked, uri) as watched:
-                work = _Import(given, uri, ray_tasks(config), watched.meter)
-                done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
-                watched.made(cells=done.counts["read"])
+    with (
+        remove_output_if_all_rejected(uri),
+        mlflow_runs.stage(config, "import", params, record.fingerprint) as tracked,
+        executor.session(),
+        watch(config, "import", tracked, uri) as watched,
+    ):
+        work = _Import(given, uri, executor, watched.meter)
+        done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
+        watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     files.remove(files.join(uri, "work"))
     return uri
@@ -82,15 +83,15 @@ def _sources(config: Config) -> tuple[Source, ...]:
 class _Import:
     given: import_passes.ImportInputs
     uri: str
-    spread: Spread
+    executor: Executor
     meter: Meter
 
     def __post_init__(self) -> None:
         self.config, self.sources = self.given.config, self.given.sources
         self.work = files.join(self.uri, "work")
-        self.passes = Passes(
-            stage="import", work=self.work, num_sources=len(self.sources), strict=self.config.prepare.strict,
-            spread=self.spread, meter=self.meter,
+        self.passes = SourcePasses(
+            stage="import", num_sources=len(self.sources), strict=self.config.prepare.strict, executor=self.executor,
+            meter=self.meter,
         )  # fmt: skip
         self.facts: dict[int, list[dict[str, Any]]] = {}
         self.genes: dict[int, list[np.ndarray]] = {}
@@ -131,7 +132,7 @@ class _Import:
 
     def _check(self, made: Vocabulary) -> None:
         """Read every file; refuses sources that cannot be used."""
-        jobs: dict[Any, Job] = {}
+        tasks = []
         lengths: dict[int, int] = {}
         for i, source in enumerate(self.sources):
             try:
@@ -144,12 +145,14 @@ class _Import:
             write_table(shards.part_uri(self.work, "lookup", i), pa.table({"token": table}))
             lengths[i] = len(found)
             for f, uri in enumerate(found):
-                args = (self.work, i, f, source, uri)
-                options = {"dictionary": dictionary.uri, "rules": self.rules}
-                jobs[import_passes.file_part(i, f)] = job(
-                    i, files.size(uri), import_passes.check_file, *args, **options
-                )
-        self.passes.run("files", "files", jobs, "bytes")
+                tasks.append(
+                    Task(
+                        part=shards.part_uri(self.work, "files", import_passes.file_part(i, f)), source=i,
+                        weight=files.size(uri), function=import_passes.check_file, args=(self.work, i, f, source, uri),
+                        kwargs={"dictionary": dictionary.uri, "rules": self.rules},
+                    )
+                )  # fmt: skip
+        self.passes.run("files", tasks, "bytes")
         for i, number in lengths.items():
             if i in self.passes.refused:
                 continue
@@ -203,12 +206,15 @@ class _Import:
                 kinds.setdefault(name, set()).add(attribute["kind"])
         obs = {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
         options: dict[str, Any] = {"to": files.join(self.uri, "shards"), "rules": self.rules, "obs": obs}
-        jobs = {
-            n: job(u.index, u.stop - u.start, import_passes.write_sentences, self.work, u, n, **options)
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "done", n), source=u.index, weight=u.stop - u.start,
+                function=import_passes.write_sentences, args=(self.work, u, n), kwargs=options,
+            )
             for n, u in enumerate(kept)
-        }
-        self.passes.run("sentences", "done", jobs, "cells", counter="cells_encoded")
-        self.meter.add("shards_written", len(jobs))
+        ]  # fmt: skip
+        self.passes.run("sentences", tasks, counter="cells_encoded")
+        self.meter.add("shards_written", len(tasks))
 
     # the end
 
@@ -216,7 +222,7 @@ class _Import:
         self, record: artifacts.Record, made: Vocabulary, kept: Sequence[import_passes.RowRange]
     ) -> artifacts.Record:
         done = [shards.read_shard_info(self.work, n) for n in range(len(kept))]
-        index = manifest.build_index(done, [u.source.species for u in kept], made.species)
+        index = shards.build_index(done, [u.source.species for u in kept], made.species)
         rows: list[dict[str, Any]] = []
         sources: list[dict[str, Any]] = []
         for i, source in enumerate(self.sources):
@@ -263,7 +269,7 @@ class _Import:
             f"corpus: {read:,} cells imported, {num_kept:,} kept ({dropped['few_genes']:,} few_genes), {len(done)} shards"
         )
         totals = {"read": read, "kept": num_kept, "dropped": dropped}
-        return manifest.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)
+        return shards.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)
 
 
 _MAPPING = tuple(identify.MappingReport.__slots__)

@@ -1,16 +1,15 @@
-"""Perturbation over an elastic actor pool. Parts in storage are the ledger: what is there is never computed again.
+"""Perturbation on an elastic pool of workers. A part that is in storage is not computed again.
 
 The way: state embeddings; with a screen, estimates of all genes, then exact scores of a random sample that says whether the
 estimates can be trusted; then the genes that are left to score, best first where there is an order. A budget may end it
 early: what was scored by then is published, with a list of the rest, and a larger budget goes on from there. Such a table is
-an artifact of another kind with a fingerprint of its own, so nobody who asks for a perturbation takes it for one.
+an artifact of another kind with a fingerprint of its own, so no later stage takes it for a finished perturbation.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +21,16 @@ from mixgf.config.parse import fingerprint
 from mixgf.config.run import Config
 from mixgf.console import say, warn
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed.actor_pool import Pool, Size
+from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
-from mixgf.distributed.session import session
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
+from mixgf.execution import Executor, LocalExecutor, Task
 from mixgf.perturbation import cost_estimate, gene_responses, gene_table, group_design, reference_genes, work_units
 from mixgf.perturbation.group_design import Design
-from mixgf.perturbation.work_units import Done, Scorer
-from mixgf.stages.perturb_phases import Outcome, Phases, Runner, loop, part
+from mixgf.perturbation.work_units import Scorer
+from mixgf.stages.perturb_phases import Outcome, Phases, part, score
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import cost, mlflow_runs
@@ -39,13 +38,9 @@ from mixgf.tracking import cost, mlflow_runs
 KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 3
 
 
-def run(config: Config, *, local: bool = False) -> str:
-    """Perturb, test and publish; returns the artifact's URI.
-
-    Args:
-        config: the run's config.
-        local: work in this process, without Ray.
-    """
+def run(config: Config, *, executor: Executor | None = None) -> str:
+    """Perturb, test and publish; returns the artifact's URI. `executor` runs the tasks; None = Ray."""
+    executor = executor or RayExecutor(config)
     uri = files.join(config.output, "perturb")
     source = config.inputs.corpus or files.join(config.output, "corpus")
     weights = config.inputs.checkpoint or files.join(config.output, "pretrain")
@@ -78,23 +73,10 @@ def run(config: Config, *, local: bool = False) -> str:
     with mlflow_runs.stage(config, "perturb", settings, record.fingerprint) as tracked:
         spend = cost.Spend(_limit(config), before=sum(cost.load(folder).values()))
         phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=spend)
-        if local:
-            outcome = phases.complete(loop(make), Meter("perturb", tracked.id))
-        else:
-            size = Size(
-                min_actors=max(1, config.compute.min_workers),
-                max_actors=config.compute.num_workers,
-                cpus=config.compute.cpus_per_worker,
-                gpus=config.compute.gpus_per_worker,
-            )
-            with (
-                session(config),
-                watch(config, "perturb", tracked, uri) as watched,
-                Pool(make, size, retries=config.compute.max_failures) as pool,
-            ):
-                spend.num_workers = lambda: pool.num_up  # an actor that waits for a node costs nothing
-                outcome = phases.complete(_metered(pool, watched.meter), watched.meter)
-                watched.made(genes=len(outcome.scored), cells=len(plan.cells_N))
+        with executor.session(), watch(config, "perturb", tracked, uri) as watched, executor.pool(make) as pool:
+            spend.num_workers = lambda: pool.num_up  # an actor that waits for a node costs nothing
+            outcome = phases.complete(pool, watched.meter)
+            watched.made(genes=len(outcome.scored), cells=len(plan.cells_N))
         _publish(uri, record, phases, outcome)
         tracked.log({**outcome.figures, "genes": float(len(outcome.scored)), "cells": float(len(plan.cells_N))})
     for text in outcome.warnings:
@@ -121,7 +103,8 @@ def in_memory(config: Config, corpus: Corpus, encoder: Encoder, folder: str) -> 
     plan = group_design.design(corpus, config)
     phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=cost.Spend(_limit(config)))
     make = functools.partial(Scorer, config, corpus=corpus, weights=encoder, folder=folder)
-    outcome = phases.complete(loop(make), Meter("perturb", ""))
+    with LocalExecutor().pool(make) as pool:
+        outcome = phases.complete(pool, Meter("perturb", ""))
     return tables_of(phases, outcome)[2], [*plan.warnings, *outcome.warnings]
 
 
@@ -130,22 +113,6 @@ def _say_known(uri: str, config: Config) -> None:
     if config.perturb.reference_genes or config.perturb.published:
         for line in reference_genes.text(read_table(files.join(uri, "genes.parquet")).to_pandas(), config).splitlines():
             say(line)
-
-
-def _metered(pool: Pool, meter: Meter) -> Runner:
-    """The pool's `run`, which tells the boards how many actors there are."""
-
-    def runner(
-        items: Mapping[str, Any], done: Callable[[str, Any], None], *stop: Callable[[int], bool]
-    ) -> dict[str, str]:
-        def counted(key: str, result: Any) -> None:
-            meter.set("actors", pool.num_actors, state="wanted")
-            meter.set("actors", pool.num_up, state="up")
-            done(key, result)
-
-        return pool.run(items, counted, *stop)
-
-    return runner
 
 
 def _limit(config: Config) -> float:
@@ -255,13 +222,8 @@ def _not_scored(plan: Design, outcome: Outcome, operations: tuple[str, ...]) -> 
     return pa.concat_tables(tables)
 
 
-def dry_run(config: Config, *, local: bool = False) -> str:
-    """What a run will take, as text; nothing is written.
-
-    Args:
-        config: the run's config.
-        local: measure in this process, without Ray.
-    """
+def dry_run(config: Config, *, executor: Executor | None = None) -> str:
+    """What a run will take, as text; nothing is written. `executor` measures the speed of one worker; None = Ray."""
     source = config.inputs.corpus or files.join(config.output, "corpus")
     weights = config.inputs.checkpoint or files.join(config.output, "pretrain")
     encoder, trained = checkpoint.load_encoder(weights)
@@ -272,23 +234,15 @@ def dry_run(config: Config, *, local: bool = False) -> str:
     parts = cost_estimate.forecast(plan, corpus, config.perturb, encoder.sizes, max_len)
     rate, how = config.perturb.worker_flops, "as perturb.worker_flops says"
     if not rate:
+        executor = executor or RayExecutor(config)
+        probe = Task(part="", function=score, args=(work_units.probe_unit(plan), None))
         make = functools.partial(Scorer, config, corpus=source, weights=weights, folder="")
-        found: list[float] = []
-        items = {"probe": (work_units.probe_unit(plan), None)}
-
-        def take(_: str, result: Done) -> None:
-            found.append(result.cost)
-
-        if local:
-            loop(make)(items, take)
-        else:
-            size = Size(max_actors=1, cpus=config.compute.cpus_per_worker, gpus=config.compute.gpus_per_worker)
-            with session(config), Pool(make, size) as pool:
-                dead = pool.run(items, take)
-            if dead:
-                msg = f"perturb: the probe failed: {dead['probe']}"
-                raise UserError(msg)
-        rate, how = found[0], "measured on one worker just now"
+        with executor.session(), executor.pool(make, most=1) as pool:
+            (receipt,) = pool.run([probe])
+        if receipt.error:
+            msg = f"perturb: the probe failed: {receipt.error}"
+            raise UserError(msg)
+        rate, how = receipt.result.cost, "measured on one worker just now"
     return cost_estimate.text(
         parts, plan, rate=rate, how=how, num_workers=config.compute.num_workers, price=config.perturb.price
     )

@@ -1,15 +1,14 @@
 """A perturbation's work, phase after phase: state embeddings, a screen, its sample, then the genes that are left to score.
 
-Each phase computes the parts that are missing and no others; whoever does the work is a `Runner`: a pool of actors, or a loop
-in this process. A budget may end it early.
+Each phase computes the parts that are missing and no others, on the workers of a pool. A budget may end it early.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,28 +16,25 @@ import pyarrow as pa
 
 from mixgf.arrays import Float64s, Ints
 from mixgf.config.run import Config
-from mixgf.console import Progress, say
+from mixgf.console import say
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
+from mixgf.execution import Task, WorkerPool
 from mixgf.perturbation import gene_table, group_design, screen_selection, work_units
 from mixgf.perturbation.group_design import Design
-from mixgf.perturbation.work_units import Done, Unit
+from mixgf.perturbation.work_units import Done, Scorer, Unit
+from mixgf.stages.fan_out import fan_out
 from mixgf.stats import donors
 from mixgf.storage import files, tables
 from mixgf.tracking import cost
 
-Runner = Callable[..., dict[str, str]]
-"""Works through items (key to item), calls back with every result, returns key to reason of those that failed.
-
-With a budget it is given a third argument: asked, with the number of items in hand, whether they are to be the last.
-"""
 SAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a phases came to."""
+    """The result of all phases."""
 
     scored: Ints
     """Targets with exact shifts under every operation, ascending."""
@@ -58,6 +54,22 @@ class Outcome:
     warnings: list[str]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chosen:
+    """Which targets are scored exactly, and in which order."""
+
+    order: Ints
+    """All targets, those of `blocks` in their order."""
+    blocks: list[Ints]
+    number: int
+    """Targets to score, from the first of `order` on."""
+    drawn: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    """As in `Outcome`."""
+    estimate_OK: Float64s | None = None
+    agreement: dict[str, screen_selection.Agreement] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
 @dataclass(kw_only=True, slots=True)
 class Phases:
     """One run's work, phase after phase; each computes the parts that are missing."""
@@ -70,81 +82,82 @@ class Phases:
     session: str = ""
     saved: float = 0.0
 
-    def complete(self, runner: Runner, meter: Meter) -> Outcome:
+    def complete(self, pool: WorkerPool, meter: Meter) -> Outcome:
         """Work until everything is there, or the budget is spent."""
-        plan, corpus, settings = self.plan, self.corpus, self.config.perturb
+        plan, num = self.plan, len(self.plan.targets)
         self.session = self.session or f"{time.time_ns():020d}"
         figures: dict[str, float] = {}
 
         def work(what: str, units: list[Unit], states: Float64s | None) -> bool:
-            number, whole = self._missing(f"perturb: {what}", units, states, runner, meter)
+            number, whole = self._compute(f"perturb: {what}", units, states, pool, meter)
             figures[f"{what}_parts_computed"] = figures.get(f"{what}_parts_computed", 0.0) + number
             return whole
 
-        first = work_units.state_units(plan, corpus)
+        first = work_units.state_units(plan, self.corpus)
         self._needed(work("states", first, None), "the state embeddings")
-        means, table = gene_table.state_means([part(self.folder, unit.key) for unit in first], len(plan.states))
-        order, chosen = np.arange(len(plan.targets)), len(plan.targets)
-        blocks = work_units.gene_blocks(order, settings.block_genes)
-        estimate_OK, agreed, warnings, drawn = None, {}, [], np.empty(0, np.int64)
-        if settings.screen:
-            estimate_OK = self._screen(functools.partial(work, "screen"), means)
-            rng = np.random.default_rng([self.config.seed, 93])
-            found = screen_selection.shortlist(
-                estimate_OK, group_design.features(corpus, plan), top=settings.screen, sample=settings.screen_sample,
-                nulls=settings.num_nulls, direction=settings.direction, rng=rng,
-            )  # fmt: skip
-            blocks = [
-                block
-                for part in (found.sample, found.top, found.company, found.rest)
-                for block in work_units.gene_blocks(part, settings.block_genes)
-            ]
-            drawn = found.drawn
-            sampled = self._gene_units(blocks[: -(-len(found.sample) // settings.block_genes)])
-            self._needed(work("genes", sampled, means), "the screen's sample")
-            agreed = self._agreement(sampled, found.sample, estimate_OK)
-            poor = [name for name, seen in agreed.items() if not seen.reaches(settings.screen_agreement)]
-            for name, seen in agreed.items():
-                say(f"perturb: screen of {name}: rank correlation {seen.spearman:.3f} with exact shifts of {seen.num_genes} genes "
-                    f"drawn at random, {seen.recall:.0%} of their top found")  # fmt: skip
-            if poor:
-                warnings.append(f"the screen of {' and '.join(poor)} agrees too little with exact shifts "
-                                f"(perturb.screen_agreement = {settings.screen_agreement}): all genes are scored exactly")  # fmt: skip
-            else:
-                chosen = len(found.sample) + len(found.top) + len(found.company)
-                warnings.append(f"{chosen} of {len(plan.targets)} genes are scored exactly: the best by a screen, and {len(drawn)} drawn at "
-                                f"random, with which all are compared; false discovery rates count all {len(plan.targets)} genes")  # fmt: skip
-            order = np.concatenate([found.sample, found.top, found.company, found.rest])
-        held, num = [], 0
-        for block in blocks:
-            if num < chosen:
-                held.append(block)
-            num += len(block)
+        means, states = gene_table.state_means([part(self.folder, unit.key) for unit in first], len(plan.states))
+        blocks = work_units.gene_blocks(np.arange(num), self.config.perturb.block_genes)
+        chosen = _Chosen(order=np.arange(num), blocks=blocks, number=num)
+        if self.config.perturb.screen:
+            chosen = self._screened(work, means)
+        starts = np.cumsum([0, *map(len, chosen.blocks)])
+        held = [block for block, start in zip(chosen.blocks, starts, strict=False) if start < chosen.number]
         units = self._gene_units(held)
         work("genes", units, means)
         there = set(files.list_dir(self.folder))
-        open_blocks = {work_units.gene_block(unit) for unit in units if f"{unit.key}.parquet" not in there}
-        scored = [block for g, block in enumerate(held) if g not in open_blocks]
+        still_open = {work_units.gene_block(unit) for unit in units if f"{unit.key}.parquet" not in there}
+        scored = [block for g, block in enumerate(held) if g not in still_open]
         self._needed(bool(scored), "the first block of genes")
-        beyond = [block for g, block in enumerate(held) if g in open_blocks]
         self._save()
-        left = np.sort(np.concatenate([*beyond, np.empty(0, np.int64)]))
-        if len(left):
-            warnings.append(f"not complete: the budget was spent before {len(left)} of {len(left) + sum(map(len, scored))} genes were scored (see "
+        beyond = np.sort(np.concatenate([*(held[g] for g in sorted(still_open)), np.empty(0, np.int64)]))
+        warnings = list(chosen.warnings)
+        if len(beyond):
+            warnings.append(f"not complete: the budget was spent before {len(beyond)} of {len(beyond) + sum(map(len, scored))} genes were scored (see "
                             f"not_scored.parquet); ranks, nulls and false discovery rates are among the others. The same command with a "
                             f"larger budget, or none, computes the rest")  # fmt: skip
         return Outcome(
             scored=np.sort(np.concatenate(scored)),
-            skipped=np.sort(order[sum(map(len, held)) :]),
-            beyond=left,
-            drawn=drawn,
-            parts=sorted(unit.key for unit in units if work_units.gene_block(unit) not in open_blocks),
-            states=table,
-            estimate_OK=estimate_OK,
-            agreement={name: asdict(seen) for name, seen in agreed.items()},
+            skipped=np.sort(chosen.order[sum(map(len, held)) :]),
+            beyond=beyond,
+            drawn=chosen.drawn,
+            parts=sorted(unit.key for unit in units if work_units.gene_block(unit) not in still_open),
+            states=states,
+            estimate_OK=chosen.estimate_OK,
+            agreement={name: asdict(seen) for name, seen in chosen.agreement.items()},
             figures=figures | {"worker_hours": self.spend.total / cost.HOUR},
             warnings=warnings,
         )
+
+    def _screened(self, work: Callable[[str, list[Unit], Float64s], bool], means: Float64s) -> _Chosen:
+        """The genes to score exactly by a screen: all, if its estimates agree too little with exact shifts of a sample."""
+        settings, num = self.config.perturb, len(self.plan.targets)
+        estimate_OK = self._screen(functools.partial(work, "screen"), means)
+        found = screen_selection.shortlist(
+            estimate_OK, group_design.features(self.corpus, self.plan), top=settings.screen, sample=settings.screen_sample,
+            nulls=settings.num_nulls, direction=settings.direction,
+            rng=np.random.default_rng([self.config.seed, 93]),
+        )  # fmt: skip
+        parts = (found.sample, found.top, found.company, found.rest)
+        blocks = [block for part in parts for block in work_units.gene_blocks(part, settings.block_genes)]
+        sampled = self._gene_units(blocks[: -(-len(found.sample) // settings.block_genes)])
+        self._needed(work("genes", sampled, means), "the screen's sample")
+        agreed = self._agreement(sampled, found.sample, estimate_OK)
+        for name, seen in agreed.items():
+            say(f"perturb: screen of {name}: rank correlation {seen.spearman:.3f} with exact shifts of {seen.num_genes} genes "
+                f"drawn at random, {seen.recall:.0%} of their top found")  # fmt: skip
+        poor = [name for name, seen in agreed.items() if not seen.reaches(settings.screen_agreement)]
+        if poor:
+            number = num
+            warning = (f"the screen of {' and '.join(poor)} agrees too little with exact shifts "
+                       f"(perturb.screen_agreement = {settings.screen_agreement}): all genes are scored exactly")  # fmt: skip
+        else:
+            number = len(found.sample) + len(found.top) + len(found.company)
+            warning = (f"{number} of {num} genes are scored exactly: the best by a screen, and {len(found.drawn)} drawn at "
+                       f"random, with which all are compared; false discovery rates count all {num} genes")  # fmt: skip
+        return _Chosen(
+            order=np.concatenate(parts), blocks=blocks, number=number, drawn=found.drawn, estimate_OK=estimate_OK,
+            agreement=agreed, warnings=(warning,),
+        )  # fmt: skip
 
     def _gene_units(self, blocks: list[Ints]) -> list[Unit]:
         """Units of exact scores; where there is an order of genes or a bound, the first genes come first."""
@@ -199,59 +212,46 @@ class Phases:
         self.saved = time.monotonic()
         cost.save(self.folder, self.session, {"worker": self.spend.session})
 
-    def _missing(
-        self, what: str, work: list[Unit], states: Float64s | None, runner: Runner, meter: Meter
+    def _compute(
+        self, what: str, units: list[Unit], states: Float64s | None, pool: WorkerPool, meter: Meter
     ) -> tuple[float, bool]:
         """Compute the missing parts; returns their number, and whether all parts are there now."""
-        there = set(files.list_dir(self.folder))
-        missing = {unit.key: (unit, states) for unit in work if f"{unit.key}.parquet" not in there}
-        total = sum(unit.cost for unit in work)
-        done = total - sum(unit.cost for unit, _ in missing.values())
-        if 0 < len(missing) < len(work):
-            say(f"{what}: {len(work) - len(missing)} of {len(work)} parts are there already")
-        dead: dict[str, str] = {}
-        finished = 0
-        if missing:
-            with Progress(what, total, "tokens", done=done) as progress:
+        tasks = [
+            Task(
+                part=files.join(self.folder, f"{unit.key}.parquet"),
+                function=score,
+                args=(unit, states),
+                weight=unit.cost,
+            )
+            for unit in units
+        ]
+        errors: dict[str, str] = {}
 
-                def finish(_: str, result: Done) -> None:
-                    nonlocal done, finished
-                    done, finished = done + result.cost, finished + 1
-                    self.spend.update(finished=1)
-                    if time.monotonic() - self.saved > SAVE_SECONDS:
-                        self._save()
-                    progress.update(done)
-                    meter.add("sentences_scored", result.sentences)
-                    meter.units(waiting=len(missing) - finished, done=finished)
+        def count(_: Task, result: Done) -> None:
+            self.spend.update(finished=1)
+            if time.monotonic() - self.saved > SAVE_SECONDS:
+                self._save()
+            meter.add("sentences_scored", result.sentences)
+            meter.set("actors", pool.num_actors, state="wanted")
+            meter.set("actors", pool.num_up, state="up")
 
-                dead = runner(missing, finish, *([self.spend.enough] if self.spend.limit else []))
-        if dead:
-            meter.units(waiting=len(missing) - finished - len(dead), done=finished, failed=len(dead))
-            key, reason = min(dead.items())
+        finished, whole = fan_out(
+            what, tasks, functools.partial(pool.run, stop=self.spend.enough if self.spend.limit else None),
+            meter=meter, unit="tokens", done=count, failed=lambda task, error: errors.update({task.args[0].key: error}),
+        )  # fmt: skip
+        if errors:
+            key, reason = min(errors.items())
             msg = (
-                f"{what}: {len(dead)} of {len(work)} parts failed every time; {key}: {reason}. The others are kept: run again "
+                f"{what}: {len(errors)} of {len(tasks)} parts failed every time; {key}: {reason}. The others are kept: run again "
                 f"to retry only these"
             )
             raise UserError(msg)
-        return float(finished), finished == len(missing)
+        return float(finished), whole
 
 
-def loop(make: Callable[[], Callable[[Any], Any]]) -> Runner:
-    """One worker in this process: what any pool must agree with."""
-    workers: list[Callable[[Any], Any]] = []
-
-    def runner(
-        items: Mapping[str, Any], done: Callable[[str, Any], None], *stop: Callable[[int], bool]
-    ) -> dict[str, str]:
-        if not workers:
-            workers.append(make())
-        for key, item in items.items():
-            if any(ends(0) for ends in stop):
-                break
-            done(key, workers[0](item))
-        return {}
-
-    return runner
+def score(scorer: Scorer, unit: Unit, states: Float64s | None) -> Done:
+    """Score one unit on a worker."""
+    return scorer((unit, states))
 
 
 def part(folder: str, key: str) -> pa.Table:

@@ -1,11 +1,11 @@
-"""`prepare`: sources to cell sentences, in three passes of work units (`mixgf.units`) that Ray tasks spread.
+"""`prepare`: sources to cell sentences, in three passes of tasks.
 
 1. metrics of every cell; then the rules of QC, duplicates and caps decide what is kept;
 2. the median sketch over kept cells, merged into the vocabulary (skipped where medians or a vocabulary are given);
-3. sentences, one shard per unit.
+3. sentences, one shard per task.
 
-Every unit reads its own rows and writes its own part under `corpus/work`; what is there is not made again, so a run
-killed at any moment continues. Only file names, masks and configs travel through Ray.
+Every task reads its own rows and writes its own part under `corpus/work`. A part that is there is not made again, so a
+run killed at any moment continues. Only file names, masks and configs are sent to workers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from mixgf.config.fields import sections_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
-from mixgf.corpus import extend, manifest, prepare_passes, shards
+from mixgf.corpus import extend, prepare_passes, shards
+from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
-from mixgf.distributed.tasks import Job, Passes, Spread, job, ray_tasks
 from mixgf.errors import UserError
+from mixgf.execution import Executor, Task
 from mixgf.genes import identify, medians, species
 from mixgf.genes.vocabulary import Vocabulary, build_vocabulary, read_median_table
+from mixgf.stages.fan_out import SourcePasses
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
 from mixgf.storage.tables import read_table
@@ -43,10 +45,11 @@ SKETCH_UNITS = 4
 """Units that share a sketch in a large corpus: sketches of more cells are hardly larger."""
 
 
-def run(config: Config, *, spread: Spread | None = None) -> str:
-    """Make the corpus and its vocabulary; returns the corpus' URI. `spread` replaces Ray (`loop` in tests)."""
+def run(config: Config, *, executor: Executor | None = None) -> str:
+    """Make the corpus and its vocabulary; returns the corpus' URI. `executor` runs the tasks; None = Ray."""
     if config.qc.doublets:
         doublets.require_scrublet()
+    executor = executor or RayExecutor(config)
     sources = expand_sources(config.sources)
     uri = files.join(config.output, "corpus")
     older = extend.find_base_corpus(config, sources)
@@ -58,17 +61,12 @@ def run(config: Config, *, spread: Spread | None = None) -> str:
     with (
         remove_output_if_all_rejected(uri),
         mlflow_runs.stage(config, "prepare", params, record.fingerprint) as tracked,
+        executor.session(),
+        watch(config, "prepare", tracked, uri) as watched,
     ):
-        if spread is not None:
-            work = _Prepare(config, uri, sources, older, spread, Meter("prepare", tracked.id))
-            done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
-        else:
-            from mixgf.distributed.session import session
-
-            with session(config), watch(config, "prepare", tracked, uri) as watched:
-                work = _Prepare(config, uri, sources, older, ray_tasks(config), watched.meter)
-                done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
-                watched.made(cells=done.counts["read"])
+        work = _Prepare(config, uri, sources, older, executor, watched.meter)
+        done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
+        watched.made(cells=done.counts["read"])
         tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     files.remove(files.join(uri, "work"))
     return uri
@@ -119,15 +117,15 @@ class _Prepare:
     uri: str
     sources: tuple[Source, ...]
     older: extend.BaseCorpus | None
-    spread: Spread
+    executor: Executor
     meter: Meter
 
     def __post_init__(self) -> None:
         self.work = files.join(self.uri, "work")
         self.rows = {row.name: row for row in self.config.species}
-        self.passes = Passes(
-            stage="prepare", work=self.work, num_sources=len(self.sources), strict=self.config.prepare.strict,
-            spread=self.spread, meter=self.meter,
+        self.passes = SourcePasses(
+            stage="prepare", num_sources=len(self.sources), strict=self.config.prepare.strict, executor=self.executor,
+            meter=self.meter,
         )  # fmt: skip
         self.facts: dict[int, dict[str, Any]] = {}
         self.metrics: dict[int, qc.Metrics] = {}
@@ -177,32 +175,42 @@ class _Prepare:
 
     def _describe(self, allowed: dict[str, list[str]] | None) -> None:
         options: dict[str, Any] = {"rules": self.config.qc, "biotypes": self.config.vocab.biotypes, "allowed": allowed}
-        jobs = {
-            i: job(i, 1, prepare_passes.describe_source, self.work, i, s, row=self.rows[s.species], **options)
-            for i, s in enumerate(self.sources)
-        }
-        self.passes.run("sources", "sources", jobs, "files")
-        self.facts = {i: files.read_json(shards.facts_uri(self.work, i)) for i in jobs if i not in self.passes.refused}
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "sources", i), source=i, function=prepare_passes.describe_source,
+                args=(self.work, i, source), kwargs={"row": self.rows[source.species], **options},
+            )
+            for i, source in enumerate(self.sources)
+        ]  # fmt: skip
+        self.passes.run("sources", tasks, "files")
+        there = [i for i in range(len(self.sources)) if i not in self.passes.refused]
+        self.facts = {i: files.read_json(shards.facts_uri(self.work, i)) for i in there}
 
     def _leave_out(self) -> None:
         self.facts = {i: f for i, f in self.facts.items() if i not in self.passes.refused}
 
     def _write_row_order(self) -> None:
-        columns = [i for i, f in sorted(self.facts.items()) if f["by_column"]]
-        jobs = {
-            i: job(i, self.facts[i]["rows"], prepare_passes.write_row_order, self.work, i, self.sources[i])
-            for i in columns
-        }
-        self.passes.run("rows", "row_order", jobs)
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "row_order", i), source=i, weight=facts["rows"],
+                function=prepare_passes.write_row_order, args=(self.work, i, self.sources[i]),
+            )
+            for i, facts in sorted(self.facts.items())
+            if facts["by_column"]
+        ]  # fmt: skip
+        self.passes.run("rows", tasks)
         self._leave_out()
 
     def _measure(self, all_units: list[prepare_passes.RowRange]) -> None:
         rows = self.config.prepare.block_cells
-        jobs = {
-            u.number: job(u.index, u.stop - u.start, prepare_passes.measure_cells, self.work, u, rows)
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "metrics", u.number), source=u.index, weight=u.stop - u.start,
+                function=prepare_passes.measure_cells, args=(self.work, u, rows),
+            )
             for u in all_units
-        }
-        self.passes.run("metrics", "metrics", jobs, counter="cells_read")
+        ]  # fmt: skip
+        self.passes.run("metrics", tasks, counter="cells_read")
         self._leave_out()
 
     def _reports(self, all_units: list[prepare_passes.RowRange]) -> dict[int, identify.MappingReport]:
@@ -252,20 +260,25 @@ class _Prepare:
 
     def _doublets(self, reasons: dict[int, np.ndarray], samples: dict[int, np.ndarray | None]) -> dict[int, np.ndarray]:
         rules, options = self.config.qc, {"block_cells": self.config.prepare.block_cells, "seed": self.config.seed}
-        jobs: dict[Any, Job] = {}
+        tasks = []
         for i, reason in reasons.items():
             rows = np.flatnonzero(reason == qc.KEPT)
             of = samples[i]
             names = np.asarray(["" if of is None else str(of[row]) for row in rows], dtype=object)
             for k, name in enumerate(sorted(set(names.tolist()))):
                 mine, part = rows[names == name], f"{i:05d}-{k:05d}"
-                args = (self.work, part, self.sources[i], i, mine)
-                jobs[part] = job(i, len(mine), prepare_passes.find_doublets, *args, rate=rules.doublet_rate, **options)
-        self.passes.run("doublets", "doublets", jobs)
+                tasks.append(
+                    Task(
+                        part=shards.part_uri(self.work, "doublets", part), source=i, weight=len(mine),
+                        function=prepare_passes.find_doublets, args=(self.work, part, self.sources[i], i, mine),
+                        kwargs={"rate": rules.doublet_rate, **options},
+                    )
+                )  # fmt: skip
+        self.passes.run("doublets", tasks)
         called = {i: np.zeros(len(r), dtype=bool) for i, r in reasons.items()}
-        for part, one in jobs.items():
-            table = read_table(shards.part_uri(self.work, "doublets", part))
-            called[one.source][table["row"].to_numpy()] = table["doublet"].to_numpy()
+        for task in tasks:
+            table = read_table(task.part)
+            called[task.source][table["row"].to_numpy()] = table["doublet"].to_numpy()
         return called
 
     def _vocabulary(
@@ -307,19 +320,21 @@ class _Prepare:
             for name in present
         }
         rows = self.config.prepare.block_cells
-        jobs: dict[Any, Job] = {}
+        tasks: list[Task] = []
         sketches: dict[str, list[str]] = {name: [] for name in present}
         for name in present:
             mine = [u for u in kept if u.source.species == name]
             each = max(1, min(SKETCH_UNITS, len(mine) // 64))
             for k in range(0, len(mine), each):
                 group = [(u, keeps[u.number]) for u in mine[k : k + each]]
-                sketches[name].append(shards.part_uri(self.work, "sketch", len(jobs)))
-                weight = sum(u.stop - u.start for u, _ in group)
-                jobs[len(jobs)] = job(
-                    group[0][0].index, weight, prepare_passes.sketch_medians, self.work, len(jobs), group, rows
-                )
-        self.passes.run("medians", "sketch", jobs)
+                sketches[name].append(shards.part_uri(self.work, "sketch", len(tasks)))
+                tasks.append(
+                    Task(
+                        part=sketches[name][-1], source=group[0][0].index, weight=sum(u.stop - u.start for u, _ in group),
+                        function=prepare_passes.sketch_medians, args=(self.work, len(tasks), group, rows),
+                    )
+                )  # fmt: skip
+        self.passes.run("medians", tasks)
         out = {}
         for name in present:
             total = medians.merge_sketches(prepare_passes.read_sketch(p) for p in self._merged(name, sketches[name]))
@@ -332,42 +347,40 @@ class _Prepare:
         while len(parts) > MERGE_FAN_IN:
             groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
             parts = [shards.part_uri(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
-            pairs = zip(groups, parts, strict=True)
-            merges = {k: job(-1, len(g), prepare_passes.merge_sketch_parts, g, to) for k, (g, to) in enumerate(pairs)}
-            self.passes.run("merge", f"merge-{name}-{level}", merges, "parts")
+            tasks = [
+                Task(part=to, weight=len(group), function=prepare_passes.merge_sketch_parts, args=(group, to))
+                for group, to in zip(groups, parts, strict=True)
+            ]
+            self.passes.run("merge", tasks, "parts")
             level += 1
         return parts
 
     def _take(self) -> None:
         """Take over the shards of the older corpus."""
         if self.older is not None:
-            jobs = {
-                n: job(
-                    -1,
-                    e["rows"],
-                    extend.copy_shard,
-                    self.work,
-                    n,
-                    self.older.uri,
-                    entry=e,
-                    length_N=lengths,
-                    to=self.shards,
+            tasks = [
+                Task(
+                    part=shards.part_uri(self.work, "done", n), weight=entry["rows"], function=extend.copy_shard,
+                    args=(self.work, n, self.older.uri), kwargs={"entry": entry, "length_N": lengths, "to": self.shards},
                 )
-                for n, (e, lengths) in enumerate(self.older.shards())
-            }
-            self.passes.run("cells taken over", "done", jobs)
+                for n, (entry, lengths) in enumerate(self.older.shards())
+            ]  # fmt: skip
+            self.passes.run("cells taken over", tasks)
 
     def _encode(self, digest: str, kept: list[prepare_passes.RowRange], keeps: dict[int, np.ndarray]) -> None:
         options: dict[str, Any] = {
             "to": self.shards, "vocabulary": files.join(self.uri, "vocabulary.parquet"), "digest": digest,
             "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
         }  # fmt: skip
-        jobs = {
-            n: job(u.index, u.stop - u.start, prepare_passes.encode_shard, self.work, u, keeps[u.number], n, **options)
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "done", n), source=u.index, weight=u.stop - u.start,
+                function=prepare_passes.encode_shard, args=(self.work, u, keeps[u.number], n), kwargs=options,
+            )
             for n, u in enumerate(kept, self.first)
-        }
-        self.passes.run("sentences", "done", jobs, counter="cells_encoded")
-        self.meter.add("shards_written", len(jobs))
+        ]  # fmt: skip
+        self.passes.run("sentences", tasks, counter="cells_encoded")
+        self.meter.add("shards_written", len(tasks))
 
     def _obs(self) -> dict[str, str]:
         """Kind of every obs column over all sources: numbers only where every source that has it has numbers."""
@@ -388,7 +401,7 @@ class _Prepare:
         reports: dict[int, identify.MappingReport],
     ) -> artifacts.Record:  # fmt: skip
         done = [shards.read_shard_info(self.work, n) for n in range(self.first + len(kept))]
-        tables = {"index": manifest.build_index(done[self.first :], [u.source.species for u in kept], made.species)}
+        tables = {"index": shards.build_index(done[self.first :], [u.source.species for u in kept], made.species)}
         counts = {i: qc.count_reasons(r) for i, r in reasons.items()}
         read = sum(len(r) for r in reasons.values())
         dropped = {name: sum(c[name] for c in counts.values()) for name in qc.REASONS if name != "kept"}
@@ -424,4 +437,4 @@ class _Prepare:
             f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
         )
         totals = {"read": read, "kept": tables["index"].num_rows, "dropped": dropped}
-        return manifest.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)
+        return shards.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)

@@ -1,12 +1,16 @@
-"""Pretraining on a Ray Train worker group.
+"""Pretraining on a Ray Train worker group, or in this process.
 
 Ray starts the workers, starts them again after a loss, and shrinks or grows the group; what was trained so far lies in the
-output folder, where the loop itself finds it. So worker, node, head and driver may die at any moment.
+output folder, where the training loop finds it. So worker, node, head and driver may die at any moment.
+
+A training is one group of workers and not a list of tasks, so the executor only says where it runs: on Ray, or, if it is
+local, in this process.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,26 +18,32 @@ import torch
 from mixgf.config.fields import content, names
 from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
-from mixgf.console import duration, number, say
+from mixgf.console import Progress, duration, number, say
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed.metrics import watch
-from mixgf.distributed.session import session
-from mixgf.distributed.train_group import train
+from mixgf.distributed.executor import RayExecutor
+from mixgf.distributed.metrics import SHOWN, watch
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
+from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
+from mixgf.execution import Executor
 from mixgf.storage import artifacts, files
 from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints
-from mixgf.training.loop import measure_peak
-from mixgf.training.pretraining import Pretraining
+from mixgf.training.context import LocalContext, MetricRow
+from mixgf.training.loop import fit, measure_peak
+from mixgf.training.pretraining import Pretraining, initial_model
 
 USUAL_MFU = 0.3
 """Share of the GEMM peak that small recipes reached on two CPU cores through the command line (.22 to .38), for the estimate."""
 
 
-def run(config: Config) -> str:
-    """Train the model of `config` on its corpus; returns the URI of the checkpoint artifact."""
+def run(config: Config, *, executor: Executor | None = None) -> str:
+    """Train the model of `config` on its corpus; returns the URI of the checkpoint artifact.
+
+    `executor` says where: in this process if it is local, else in a worker group of Ray; None = Ray.
+    """
+    executor = executor or RayExecutor(config)
     uri = files.join(config.output, "pretrain")
     corpus = Corpus(config.inputs.corpus or files.join(config.output, "corpus"), max_len=config.model.max_positions)
     record = planned(config, corpus)
@@ -46,11 +56,12 @@ def run(config: Config) -> str:
     model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
     facts = _announce(config, task, model)
     with (
-        session(config),
+        executor.session(),
         mlflow_runs.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked,
         watch(config, "pretrain", tracked, uri) as watched,
     ):
         tracked.log(facts)
+        train = trainer(executor)
         train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
         epochs = task.num_steps / task.steps_per_epoch
         watched.made(cells=task.plan.num_cells * epochs, epochs=epochs)
@@ -61,6 +72,55 @@ def run(config: Config) -> str:
         )  # fmt: skip
     say(f"pretrain: {done.counts['steps']:,} steps, weights in {uri}")
     return uri
+
+
+def trainer(executor: Executor) -> Callable[..., None]:
+    """The function that trains: `train_here`, or `mixgf.distributed.train_group.train` with the same arguments."""
+    if executor.local:
+        return train_here
+    from mixgf.distributed import train_group
+
+    return train_group.train
+
+
+def train_here(
+    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: mlflow_runs.Run, until: int = 0
+) -> None:
+    """Train in this process to the end, or until a step, from the latest checkpoint in `uri` on."""
+    found = Corpus(corpus, max_len=config.model.max_positions)
+    context = _Here(pick_device(config.compute.gpus_per_worker), num_steps, tracked)
+    model, task = initial_model(config, found), Pretraining(config, found)
+    try:
+        fit(model, task, config.train, context, uri=uri, identity=identity, until=until)
+    finally:
+        context.close()
+
+
+class _Here(LocalContext):
+    """This process as the only worker; figures go to the progress and to the tracker."""
+
+    def __init__(self, device: torch.device, num_steps: int, tracked: mlflow_runs.Run) -> None:
+        super().__init__(device)
+        self._num_steps, self._tracked = num_steps, tracked
+        self._progress: Progress | None = None
+
+    def report(self, step: int, figures: dict[str, float]) -> None:
+        """Show the progress."""
+        self._progress = self._progress or Progress("pretrain", self._num_steps, "steps", done=step)
+        self._progress.update(step, **{name: figures[name] for name in SHOWN if name in figures})
+
+    def commit(self, rows: list[MetricRow]) -> None:
+        """Log to the tracker."""
+        self._tracked.log_many([(step, name, value) for step, _, name, value in rows])
+
+    def recover(self, rows: list[MetricRow]) -> None:
+        """Log to the tracker what it lacks."""
+        self._tracked.log_missing([(step, name, value) for step, _, name, value in rows])
+
+    def close(self) -> None:
+        """End the progress."""
+        if self._progress is not None:
+            self._progress.close()
 
 
 def _start(config: Config, corpus: Corpus) -> artifacts.Record | None:

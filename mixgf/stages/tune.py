@@ -1,7 +1,7 @@
-"""`tune`: arms times seeds as trials of Ray Tune, each a pretraining under Ray Train that is judged at its rungs.
+"""`tune`: arms times seeds as trials of Ray Tune, each a pretraining under Ray Train that is scored at its rungs.
 
-What a trial found at a rung is a part in storage, and its training lies beside it; Ray Tune only runs what is missing. So a
-sweep killed at any moment goes on with the same command and nothing is trained or judged twice. With `tune.stop = halving`
+The scores of a trial at a rung are a part in storage, and its training lies beside it; Ray Tune only runs what is missing. So
+a sweep killed at any moment goes on with the same command and nothing is trained or scored twice. With `tune.stop = halving`
 arms are stopped between rungs by the parts alone, so the result is that of an undisturbed sweep.
 """
 
@@ -20,11 +20,13 @@ from mixgf.config.parse import fingerprint, from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.console import say, warn
 from mixgf.corpus.reader import Corpus
+from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import watch
 from mixgf.encoder import checkpoint
 from mixgf.errors import UserError
-from mixgf.stages import pretrain
-from mixgf.stages.tune_trials import RAY, SCHEMA, Engine, Search, Trial, evaluation_cells, score
+from mixgf.execution import Executor
+from mixgf.stages import prepare, pretrain
+from mixgf.stages.tune_trials import SCHEMA, Search, Trial, advance_all, evaluation_cells, score
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs, model_card
@@ -37,13 +39,16 @@ _TOKENS = names(Config, role="corpus")
 """Parts of the config that decide a corpus: an arm that changes one has a corpus of its own."""
 
 
-def run(config: Config, *, engine: Engine | None = None) -> str:
-    """Make the sweep of `config.tune`; returns the artifact's URI. `engine` replaces Ray (`PLAIN` in tests)."""
-    engine = engine or RAY
+def run(config: Config, *, executor: Executor | None = None) -> str:
+    """Make the sweep of `config.tune`; returns the artifact's URI.
+
+    `executor` says where trials run: one after the other in this process if it is local, else under Ray Tune; None = Ray.
+    """
+    executor = executor or RayExecutor(_wide(config), in_flight=config.compute.num_workers)
     uri = files.join(config.output, "tune")
     arms = search_space.arms(config)
-    with engine.session(_wide(config)):
-        corpora = _corpora(config, arms, uri, engine)
+    with executor.session():
+        corpora = _corpora(config, arms, uri, executor)
         record = _plan(config, arms, corpora)
         if not artifacts.begin(uri, record):
             say(f"tune: {uri} is already there")
@@ -54,7 +59,7 @@ def run(config: Config, *, engine: Engine | None = None) -> str:
             watch(config, "tune", tracked, uri) as watched,
         ):
             trials = _trials(config, arms, corpora, steps=steps, uri=uri)
-            _search(Search(config=config, engine=engine, tracked=tracked, meter=watched.meter), arms, trials)
+            _search(Search(config=config, executor=executor, tracked=tracked, meter=watched.meter), arms, trials)
             _publish(config, uri, record, arms, trials, tracked=tracked)
     return uri
 
@@ -65,7 +70,7 @@ def _wide(config: Config) -> Config:
     return replace(config, compute=replace(config.compute, num_workers=workers, min_workers=0))
 
 
-def _corpora(config: Config, arms: Sequence[Arm], uri: str, engine: Engine) -> dict[str, str]:
+def _corpora(config: Config, arms: Sequence[Arm], uri: str, executor: Executor) -> dict[str, str]:
     """The corpus of each arm, by its key; arms with the same sentences have the same one, made once."""
     base, made, found = to_dict(config), dict[str, str](), {}
     for arm in arms:
@@ -73,23 +78,23 @@ def _corpora(config: Config, arms: Sequence[Arm], uri: str, engine: Engine) -> d
         changed = {name: data[name] for name in _TOKENS if data[name] != base[name]}
         name = fingerprint(changed)[:10] if changed else ""
         if name not in made:
-            made[name] = _corpus(config, arm, files.join(uri, "corpora", name) if changed else "", engine)
+            made[name] = _corpus(config, arm, files.join(uri, "corpora", name) if changed else "", executor)
         found[arm.key] = made[name]
     return found
 
 
-def _corpus(config: Config, arm: Arm, own: str, engine: Engine) -> str:
+def _corpus(config: Config, arm: Arm, own: str, executor: Executor) -> str:
     """The sweep's corpus, or with `own` one that is prepared there for an arm; either is made where it is not there."""
     if not own and (config.inputs.corpus or not config.sources):
         return config.inputs.corpus or files.join(config.output, "corpus")
     if not own:
-        return engine.prepare(config)
+        return prepare.run(config, executor=executor)
     if not config.sources:
         msg = (f"tune.space: {arm.name} needs a corpus of its own, and there are no sources to make it from; "
                "give them as for `mixgf prepare`: mixgf tune human=... mouse=...")  # fmt: skip
         raise UserError(msg)
     tracked = replace(config.tracking, uri=mlflow_runs.uri(config))
-    return engine.prepare(replace(arm.config, output=own, tracking=tracked))
+    return prepare.run(replace(arm.config, output=own, tracking=tracked), executor=executor)
 
 
 def _plan(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> artifacts.Record:
@@ -139,7 +144,7 @@ def _trials(
     return made
 
 
-# Rungs and Ray Tune
+# Rungs
 
 
 def _search(search: Search, arms: Sequence[Arm], trials: Sequence[Trial]) -> None:
@@ -148,14 +153,14 @@ def _search(search: Search, arms: Sequence[Arm], trials: Sequence[Trial]) -> Non
     last = max(len(trial.steps) for trial in trials) - 1
     alive = [arm.key for arm in arms]
     if config.tune.stop == "asha":
-        search.engine.spread(search, [t for t in trials if not _done(t, last)], range(last + 1))
+        advance_all(search, [t for t in trials if not _done(t, last)], range(last + 1))
         return
     for rung in range(last + 1):
         mine = [trial for trial in trials if trial.arm in alive]
         todo = [trial for trial in mine if not _done(trial, rung)]
         if todo:
             say(f"tune: rung {rung + 1} of {last + 1}: {len(alive)} arms, {len(todo)} trainings to go on with")
-            search.engine.spread(search, todo, range(rung, rung + 1))
+            advance_all(search, todo, range(rung, rung + 1))
         if config.tune.stop == "halving" and rung < last:
             scores = _scores(config, [arm for arm in arms if arm.key in alive], mine, rung)
             alive = search_space.survivors(scores, config.tune.keep, config.tune.seeds)

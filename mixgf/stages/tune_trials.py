@@ -1,19 +1,14 @@
-"""One training of a sweep, and who does it: Ray Tune with a Ray Train group per trial, or a plain loop.
+"""The trials of a sweep: each is one training that is scored at its rungs.
 
-What a trial found at a rung is a part in storage, beside its training's checkpoints, so whoever comes next makes only what is
-missing.
+The scores of a trial at a rung are a part in storage, beside the training's checkpoints, and are not made again. Trials run
+under Ray Tune with a Ray Train group each, or with a local executor one after the other in this process.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import tempfile
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -27,18 +22,14 @@ from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
 from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks, train_group
 from mixgf.distributed.metrics import Meter
-from mixgf.distributed.session import session
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
-from mixgf.stages import prepare, pretrain
+from mixgf.execution import Executor
+from mixgf.stages import pretrain
 from mixgf.storage import artifacts, files, tables
 from mixgf.tracking import mlflow_runs
-from mixgf.training import checkpoints, pretraining
-from mixgf.training.context import LocalContext
-from mixgf.training.loop import fit
-from mixgf.training.pretraining import Pretraining
+from mixgf.training import checkpoints
 from mixgf.tuning import evaluate
 
 SCHEMA = 1
@@ -59,16 +50,16 @@ class Trial:
     uri: str
     """Its folder."""
     steps: tuple[int, ...]
-    """Its rungs; the last is the end."""
+    """Steps of its rungs; the last is the end."""
     base_seed: int
-    """Of the sweep: splits and draws of the judge are the same for all trials."""
+    """Seed of the sweep: splits and draws of the scores are the same for all trials."""
 
     def at(self, rung: int) -> int:
-        """Number of its rung at a rung of the sweep: so short a training has fewer."""
+        """Number of its rung at a rung of the sweep; a short training has fewer rungs than the sweep."""
         return min(rung, len(self.steps) - 1)
 
     def part(self, rung: int) -> str:
-        """URI of what the judge found at a rung (its number)."""
+        """URI of its scores at a rung (a number)."""
         return files.join(self.uri, f"rung-{rung}.parquet")
 
     @property
@@ -77,40 +68,25 @@ class Trial:
         return files.join(self.uri, "failed.json")
 
 
-Spread = Callable[["Search", Sequence[Trial], range], None]
-"""Brings trials through rungs, in any order."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Engine:
-    """Who does the work of a sweep; the result does not depend on it."""
-
-    spread: Spread
-    train: Callable[..., None]
-    """As `drivers.pretrain.train`."""
-    prepare: Callable[[Config], str]
-    session: Callable[[Config], AbstractContextManager[None]]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
     """A sweep while it runs."""
 
     config: Config
-    engine: Engine
+    executor: Executor
     tracked: mlflow_runs.Run
     meter: Meter
 
 
 def evaluation_cells(config: Config, corpus: Corpus, seed: int) -> tuple[Labelled, list[Split]]:
-    """The cells and splits that an arm is judged on."""
+    """The cells and splits that score an arm."""
     settings = replace(config.classify, splits=config.tune.splits, seeds=1)
     table = evaluate.sample(labels.labelled(corpus, settings), config.tune.cells, seed)
     return table, splits.make(table, settings, seed=seed)
 
 
-def work(trial: Trial, rung: int, engine: Engine, parent: mlflow_runs.Run) -> float:
-    """Train a trial to a rung and judge it there; what is there is not made again. Returns the score; NaN = it failed."""
+def advance(trial: Trial, rung: int, executor: Executor, parent: mlflow_runs.Run) -> float:
+    """Train a trial to a rung and score it there; what is there is not made again. Returns the score; NaN = it failed."""
     rung = trial.at(rung)
     config = from_dict(Config, trial.config)
     if files.exists(trial.failed):
@@ -122,14 +98,22 @@ def work(trial: Trial, rung: int, engine: Engine, parent: mlflow_runs.Run) -> fl
         params = to_dict(config) | {"arm": trial.name}
         name = f"{trial.name} (seed {trial.seed})"
         with mlflow_runs.stage(config, name, params, own, parent=parent.id) as tracked:
-            _rung(trial, rung, engine.train, config=config, corpus=corpus, identity=record.fingerprint, tracked=tracked)
+            _rung(
+                trial,
+                rung,
+                pretrain.trainer(executor),
+                config=config,
+                corpus=corpus,
+                identity=record.fingerprint,
+                tracked=tracked,
+            )
     if files.exists(trial.failed):
         return float("nan")
     return score(trial, rung, config.tune)
 
 
 def score(trial: Trial, rung: int, settings: Tune) -> float:
-    """What decides about a trial that was judged at a rung."""
+    """The score of a trial at a rung, by which arms are stopped and chosen."""
     return evaluate.objective(tables.read_table(trial.part(rung)).to_pandas(), settings.splits, settings.head)
 
 
@@ -161,79 +145,35 @@ def _rung(
 
 
 def _figures(found: pd.DataFrame, config: Config) -> dict[str, float]:
-    """What MLflow compares trials by."""
+    """Scores for MLflow."""
     figures = {"score": evaluate.objective(found, config.tune.splits, config.tune.head)}
     for (model, split, metric), part in found.groupby(["model", "split", "metric"], sort=True):
         figures[f"{model}/{split}/{metric}" if model != "space" else str(metric)] = float(part["value"].mean())
     return figures
 
 
-# Ray Tune, or a plain loop
-
-
-def ray_tune(search: Search, trials: Sequence[Trial], rungs: range) -> None:
-    """Run trials under Ray Tune, `tune.concurrent` at a time, each to the last of `rungs`."""
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-
-    config, engine, tracked = search.config, search.engine, search.tracked
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has it all
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # which prints a table however quiet it is told to be
-    scheduler = None
-    if len(rungs) > 1:
-        scheduler = ASHAScheduler(
-            time_attr="rung", max_t=len(rungs), grace_period=1, reduction_factor=max(2, round(1 / config.tune.keep))
-        )
-    scratch = tempfile.mkdtemp(prefix="mixgf-tune-")  # Ray's own bookkeeping; ours is in the output
-    given = {str(i): trial for i, trial in enumerate(trials)}
-
-    def trainable(chosen: dict[str, Any]) -> None:
-        trial = given[chosen["trial"]]
-        for rung in rungs:
-            tune.report({"score": work(trial, rung, engine, tracked), "rung": rung + 1})
-
+def advance_all(search: Search, trials: Sequence[Trial], rungs: range) -> None:
+    """Bring trials to the last of `rungs`: under Ray Tune, or one after the other if the executor is local."""
     shown = _Shown(len(trials), search.meter)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": 0.01}),
-        param_space={"trial": tune.grid_search(list(given))},
-        tune_config=tune.TuneConfig(
-            metric="score", mode="max", max_concurrent_trials=config.tune.concurrent, scheduler=scheduler
-        ),
-        run_config=tune.RunConfig(
-            name="sweep", storage_path=scratch, verbose=0, callbacks=[shown.callback()],
-            failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
-        ),
-    )  # fmt: skip
     try:
-        found = tuner.fit()
+        if search.executor.local:
+            for trial in trials:
+                for rung in rungs:
+                    advance(trial, rung, search.executor, search.tracked)
+                shown.ended()
+            return
+        from mixgf.distributed import tune_search
+
+        work = functools.partial(_advance_number, list(trials), search.executor, search.tracked)
+        tune_search.search(search.config, len(trials), rungs, work, shown.ended)
     finally:
         shown.close()
-        shutil.rmtree(scratch, ignore_errors=True)
-    if found.num_errors:
-        raise found.errors[0]
 
 
-def loop(search: Search, trials: Sequence[Trial], rungs: range) -> None:
-    """The plain loop: what Ray must equal."""
-    for trial in trials:
-        for rung in rungs:
-            work(trial, rung, search.engine, search.tracked)
-
-
-def train_here(
-    config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: mlflow_runs.Run, until: int = 0
-) -> None:
-    """`drivers.pretrain.train` in this process."""
-    found = Corpus(corpus, max_len=config.model.max_positions)
-    model = pretraining.initial_model(config, found)
-    fit(model, Pretraining(config, found), config.train, LocalContext(), uri=uri, identity=identity, until=until)
-
-
-RAY = Engine(spread=ray_tune, train=train_group.train, prepare=prepare.run, session=session)
-PLAIN = Engine(
-    spread=loop, train=train_here, prepare=partial(prepare.run, spread=tasks.loop), session=lambda _: nullcontext()
-)
+def _advance_number(
+    trials: Sequence[Trial], executor: Executor, parent: mlflow_runs.Run, number: int, rung: int
+) -> float:
+    return advance(trials[number], rung, executor, parent)
 
 
 class _Shown:
@@ -244,17 +184,6 @@ class _Shown:
 
     def close(self) -> None:
         self._progress.close()
-
-    def callback(self) -> Any:
-        from ray.tune import Callback
-
-        shown = self
-
-        class Ended(Callback):  # type: ignore[misc]
-            def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-                shown.ended()
-
-        return Ended()
 
     def ended(self) -> None:
         self._done += 1

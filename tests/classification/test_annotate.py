@@ -17,8 +17,8 @@ from mixgf.config.classification import Classify
 from mixgf.config.data import Source, Tokens
 from mixgf.config.run import Config, Tracking
 from mixgf.config.training import Model, Train
-from mixgf.distributed import tasks
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.stages import annotate, classify, prepare
 from mixgf.storage import artifacts, files, tables
 
@@ -46,9 +46,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
         sources=tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in ("human", "mouse")),
         classify=Classify(group="source", splits=("random",), models=("probe", "finetune"), epochs=1),
     )  # fmt: skip
-    prepare.run(run, spread=tasks.loop)
+    prepare.run(run, executor=LocalExecutor())
     untrained_checkpoint(run, SMALL)
-    classify.run(run, spread=classify.loop)
+    classify.run(run, executor=LocalExecutor())
     return run
 
 
@@ -66,7 +66,7 @@ def label(
         Source(uri=str(path), species=""),
         str(folder / f"{name}.out.h5ad"),
         Config(),
-        spread=tasks.loop,
+        executor=LocalExecutor(),
     )
     return found, anndata.read_h5ad(found["output"])
 
@@ -112,7 +112,7 @@ def test_parts_of_any_size_and_a_csv_hold_the_same_labels(
     monkeypatch.setattr(annotate, "PART_CELLS", 10)
     to = str(tmp_path / "mine.csv")
     annotate.run(
-        model(trained), Source(uri=str(tmp_path / "mine.h5ad"), species="human"), to, Config(), spread=tasks.loop
+        model(trained), Source(uri=str(tmp_path / "mine.h5ad"), species="human"), to, Config(), executor=LocalExecutor()
     )
     table = pd.read_csv(to)
     assert table["mixgf_label"].tolist() == whole.obs["mixgf_label"].astype(str).tolist()
@@ -168,9 +168,9 @@ def test_a_head_with_weights_of_genes_is_kept_whole(tmp_path_factory: pytest.Tem
         sources=(Source(uri=str(folder / "human.h5ad"), species="human", name="human"),),
         classify=Classify(group="source", splits=("random",), models=("lora",), epochs=1, max_len=40),
     )  # fmt: skip
-    prepare.run(run, spread=tasks.loop)
+    prepare.run(run, executor=LocalExecutor())
     untrained_checkpoint(run, SMALL)
-    classify.run(run, spread=classify.loop)
+    classify.run(run, executor=LocalExecutor())
     kept, _, _ = classifier.load(f"{run.output}/classify/classifiers/human")
     assert kept.layer == "all"
     assert kept.genes_CV.shape[1] == kept.encoder.vocab_size
@@ -221,14 +221,14 @@ def test_what_cannot_be_used_is_one_line(trained: Config, tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"--model .*: 2 classifiers there, one per group of cells; name one of .*/human, .*/mouse"
     ):
-        annotate.run(trained.output, source, str(tmp_path / "b.h5ad"), Config(), spread=tasks.loop)
+        annotate.run(trained.output, source, str(tmp_path / "b.h5ad"), Config(), executor=LocalExecutor())
     with pytest.raises(UserError, match=r"--model .*: no classifier there; `mixgf classify` makes them"):
-        annotate.run(str(tmp_path), source, str(tmp_path / "b.h5ad"), Config(), spread=tasks.loop)
+        annotate.run(str(tmp_path), source, str(tmp_path / "b.h5ad"), Config(), executor=LocalExecutor())
     with pytest.raises(UserError, match=r"--output .*b.txt: must end in .h5ad, .parquet or .csv"):
-        annotate.run(model(trained), source, str(tmp_path / "b.txt"), Config(), spread=tasks.loop)
+        annotate.run(model(trained), source, str(tmp_path / "b.txt"), Config(), executor=LocalExecutor())
     with pytest.raises(UserError, match=r"a.h5ad: species = 'rat': the model reads human, mouse"):
         annotate.run(
-            model(trained), replace(source, species="rat"), str(tmp_path / "b.h5ad"), Config(), spread=tasks.loop
+            model(trained), replace(source, species="rat"), str(tmp_path / "b.h5ad"), Config(), executor=LocalExecutor()
         )
     strange = anndata.AnnData(sparse.csr_matrix(np.ones((3, 4), dtype=np.int32)))
     strange.var_names = [f"x{i}" for i in range(4)]
@@ -241,5 +241,5 @@ def test_what_cannot_be_used_is_one_line(trained: Config, tmp_path: Path) -> Non
             replace(source, uri=str(tmp_path / "x.h5ad")),
             str(tmp_path / "b.h5ad"),
             Config(),
-            spread=tasks.loop,
+            executor=LocalExecutor(),
         )

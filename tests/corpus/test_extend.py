@@ -4,12 +4,13 @@ import dataclasses
 
 import anndata
 import pytest
+from executors import Through, dying, refusing
 
 from mixgf.config.data import QC, Prepare, Tokens, Vocab
 from mixgf.corpus import prepare_passes
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files, tables
 
@@ -22,10 +23,10 @@ def runs(world, tmp_path):
         config, sources=tuple(dataclasses.replace(s, obs=("cell_type",)) for s in config.sources)
     )
     first = dataclasses.replace(config, output=str(tmp_path / "all"))
-    prepare.run(first, spread=tasks.loop)  # only for a vocabulary that knows all three species
+    prepare.run(first, executor=LocalExecutor())  # only for a vocabulary that knows all three species
     fixed = dataclasses.replace(config, vocab=Vocab(reuse=str(tmp_path / "all" / "vocabulary")))
     old = dataclasses.replace(fixed, output=str(tmp_path / "old"), sources=config.sources[:2])
-    older = prepare.run(old, spread=tasks.loop)
+    older = prepare.run(old, executor=LocalExecutor())
     new = dataclasses.replace(
         fixed, output=str(tmp_path / "new"), sources=config.sources[2:],
         prepare=dataclasses.replace(config.prepare, extend=older),
@@ -42,7 +43,7 @@ def contents(uri):
 
 def test_an_added_source_alone_is_read_and_the_corpus_is_that_of_all_together(runs, monkeypatch):
     older, new, together = runs
-    expected = prepare.run(together, spread=tasks.loop)
+    expected = prepare.run(together, executor=LocalExecutor())
     read = []
     measure = prepare_passes.measure_cells
     monkeypatch.setattr(
@@ -51,7 +52,7 @@ def test_an_added_source_alone_is_read_and_the_corpus_is_that_of_all_together(ru
         lambda work, unit, rows: (read.append(unit.source.name), measure(work, unit, rows)),
     )
     before = contents(older)
-    uri = prepare.run(new, spread=tasks.loop)
+    uri = prepare.run(new, executor=LocalExecutor())
     assert set(read) == {"cow"}
     assert contents(older) == before
     assert contents(uri) == contents(expected)
@@ -64,26 +65,16 @@ def test_an_added_source_alone_is_read_and_the_corpus_is_that_of_all_together(ru
 
 def test_a_killed_extension_continues_and_a_second_one_does_nothing(runs):
     _, new, together = runs
-    expected = contents(prepare.run(together, spread=tasks.loop))
+    expected = contents(prepare.run(together, executor=LocalExecutor()))
     calls = []
 
-    def dying(jobs):
-        for i, call in enumerate(jobs):
-            if len(calls) == 9:
-                raise KeyboardInterrupt
-            calls.append(call.function.__name__)
-            yield i, tasks.attempt(call)
-
     with pytest.raises(KeyboardInterrupt):
-        prepare.run(new, spread=dying)
+        prepare.run(new, executor=dying(9, calls))
     assert {"copy_shard", "measure_cells"} & set(calls)
-    uri = prepare.run(new, spread=tasks.loop)
+    uri = prepare.run(new, executor=LocalExecutor())
     assert contents(uri) == expected
 
-    def never(jobs):
-        raise AssertionError
-
-    assert prepare.run(new, spread=never) == uri
+    assert prepare.run(new, executor=Through(refusing)) == uri
 
 
 def test_cells_that_the_older_corpus_holds_are_duplicates(runs, tmp_path):
@@ -95,7 +86,7 @@ def test_cells_that_the_older_corpus_holds_are_duplicates(runs, tmp_path):
         new.sources[0], uri=str(tmp_path / "again.h5ad"), species=source["species"], name="again", obs=()
     )
     both = dataclasses.replace(new, sources=(*new.sources, again), qc=new.qc)
-    uri = prepare.run(both, spread=tasks.loop)
+    uri = prepare.run(both, executor=LocalExecutor())
     dropped = {(r["source"], r["reason"]): r["cells"] for r in tables.read_table(f"{uri}/dropped.parquet").to_pylist()}
     kept = {r["source"]: r["cells_kept"] for r in tables.read_table(f"{uri}/mapping.parquet").to_pylist()}
     assert kept["again"] == 0
@@ -115,26 +106,26 @@ def test_cells_that_the_older_corpus_holds_are_duplicates(runs, tmp_path):
 def test_what_cannot_be_added_says_why_and_how_else(runs, change, message):
     _, new, _ = runs
     with pytest.raises(UserError, match=message):
-        prepare.run(dataclasses.replace(new, **change), spread=tasks.loop)
+        prepare.run(dataclasses.replace(new, **change), executor=LocalExecutor())
 
 
 def test_a_source_that_is_there_and_a_foreign_vocabulary_are_refused(runs, tmp_path, world):
     _, new, _ = runs
     config, _ = world
     with pytest.raises(UserError, match=r"holds a source named 'ant' already; give only the sources to be added"):
-        prepare.run(dataclasses.replace(new, sources=config.sources[:1]), spread=tasks.loop)
+        prepare.run(dataclasses.replace(new, sources=config.sources[:1]), executor=LocalExecutor())
     other = dataclasses.replace(config, output=str(tmp_path / "other"), sources=config.sources[:1])
-    prepare.run(other, spread=tasks.loop)
+    prepare.run(other, executor=LocalExecutor())
     foreign = dataclasses.replace(new, vocab=Vocab(reuse=str(tmp_path / "other" / "vocabulary")))
     with pytest.raises(UserError, match=r"made with another vocabulary than vocab\.reuse"):
-        prepare.run(foreign, spread=tasks.loop)
+        prepare.run(foreign, executor=LocalExecutor())
 
 
 def test_more_sources_in_the_same_output_are_refused_with_the_way_to_add_them(runs, world, tmp_path):
     config, _ = world
     fewer = dataclasses.replace(config, output=str(tmp_path / "grow"), sources=config.sources[:2])
-    prepare.run(fewer, spread=tasks.loop)
+    prepare.run(fewer, executor=LocalExecutor())
     with pytest.raises(
         UserError, match=r"holds another corpus: .*--set prepare\.extend=\S+/corpus --set vocab\.reuse=\S+/vocabulary"
     ):
-        prepare.run(dataclasses.replace(fewer, sources=config.sources), spread=tasks.loop)
+        prepare.run(dataclasses.replace(fewer, sources=config.sources), executor=LocalExecutor())

@@ -11,8 +11,8 @@ from scipy import sparse
 from mixgf.config.data import QC, Source, Tokens
 from mixgf.config.run import Config, Tracking
 from mixgf.corpus import overlap
-from mixgf.distributed import tasks
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files
 
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     cells(slice(0, 60)).write_h5ad(folder / "seen.h5ad")
     run = Config(output=str(folder / "run"), tokens=Tokens(max_len=64), qc=QC(method="none"), tracking=Tracking(uri=f"sqlite:///{folder}/m.db"),
                  sources=(Source(uri=str(folder / "seen.h5ad"), species="human", name="seen"),))  # fmt: skip
-    return prepare.run(run, spread=tasks.loop)
+    return prepare.run(run, executor=LocalExecutor())
 
 
 def mine(path: Path, data: anndata.AnnData) -> overlap.AuditedCells:

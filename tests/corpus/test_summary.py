@@ -14,8 +14,8 @@ from mixgf.config import recipes
 from mixgf.config.data import QC, Prepare, Source, Tokens
 from mixgf.config.run import Tracking
 from mixgf.corpus import summary
-from mixgf.distributed import tasks
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.report import corpus_text
 from mixgf.report.figures import corpus_inspection
@@ -42,7 +42,7 @@ def corpus(tmp_path_factory):
         sources=(*sources, Source(uri=str(folder / "broken.h5ad"), species="mouse")), qc=QC(method="mad", num_mads=2.0),
         prepare=Prepare(shard_cells=64, block_cells=50), tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
     )  # fmt: skip
-    return prepare.run(config, spread=tasks.loop)
+    return prepare.run(config, executor=LocalExecutor())
 
 
 def cells_of(uri):

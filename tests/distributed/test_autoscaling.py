@@ -15,7 +15,7 @@ from fake_cluster import assert_up_and_down, autoscaled, until
 from processes import die_with_us
 
 from mixgf.config import data, parse, run, training
-from mixgf.distributed import tasks
+from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
 from mixgf.storage import files
 
@@ -43,7 +43,7 @@ def shards(uri):
 def test_prepare_starts_from_no_nodes_and_leaves_none_with_the_same_shards(world, tmp_path, monkeypatch):
     chosen, _ = world
     chosen = dataclasses.replace(chosen, prepare=data.Prepare(shard_cells=1, block_cells=1))  # work for a while
-    whole = prepare.run(dataclasses.replace(chosen, output=str(tmp_path / "whole")), spread=tasks.loop)
+    whole = prepare.run(dataclasses.replace(chosen, output=str(tmp_path / "whole")), executor=LocalExecutor())
     on_two_nodes(
         "prepare", dataclasses.replace(chosen, output=str(tmp_path / "run")), tmp_path / "cluster", monkeypatch
     )

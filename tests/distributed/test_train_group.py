@@ -8,9 +8,10 @@ import torch
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Compute, Config
 from mixgf.distributed import session, train_group
-from mixgf.distributed.actor_pool import Pool, Size
+from mixgf.distributed.actor_pool import ActorPool, Size
+from mixgf.distributed.executor import RayExecutor
 from mixgf.errors import UserError
-from mixgf.stages import pieces
+from mixgf.execution import Receipt, Task
 
 CARD = torch.device("cuda:3")
 
@@ -63,11 +64,10 @@ NONE_HERE = r"^compute.gpus_per_worker = 1: Ray finds 0 GPUs on this machine; se
 @pytest.mark.ray
 def test_a_local_ray_without_gpus_ends_a_run_that_would_wait_for_one(ray_local):
     config = Config(compute=Compute(gpus_per_worker=1.0))
-    spread = pieces.ray_tasks(config)
-    piece = pieces.Piece(uri="a", call=print, args=(), cost=1.0, gpu=True)
+    task = Task(part="a", function=print, gpu=True)
     starts = (
-        lambda: Pool(lambda: None, Size(gpus=1.0)),
-        lambda: next(spread([piece])),
+        lambda: ActorPool(lambda: None, Size(gpus=1.0)),
+        lambda: next(RayExecutor(config).run([task])),
         lambda: train_group.train(config, "", "", "", num_steps=1, tracked=None),
     )
     for start in starts:
@@ -77,8 +77,8 @@ def test_a_local_ray_without_gpus_ends_a_run_that_would_wait_for_one(ray_local):
 
 @pytest.mark.ray
 def test_tasks_that_need_no_gpu_run_and_a_cluster_may_still_grow(ray_local, monkeypatch):
-    spread = pieces.ray_tasks(Config(compute=Compute(gpus_per_worker=1.0)))
-    assert list(spread([pieces.Piece(uri="a", call=print, args=(), cost=1.0)])) == [0]
+    executor = RayExecutor(Config(compute=Compute(gpus_per_worker=1.0)))
+    assert list(executor.run([Task(part="a", function=print)])) == [Receipt(0)]
     session.require_gpus(0)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     session.require_gpus(1.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from executors import Through, refusing
 from invented import untrained_checkpoint
 from scipy import sparse
 
@@ -23,10 +24,10 @@ from mixgf.config.data import Source, Tokens
 from mixgf.config.run import Compute, Config, Inputs, Tracking
 from mixgf.config.training import Embed, Model, Train
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed.tasks import loop
 from mixgf.encoder import checkpoint, embed
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor, Task
 from mixgf.stages import classify, prepare
 from mixgf.storage import artifacts, files, tables
 
@@ -60,7 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
         classify=Classify(seeds=1, epochs=1, num_hvgs=200, splits=("random", "donor", "species"),
                           models=("finetune", "knn", "probe", "knn@untrained", "majority", "hvg_logreg")),
     )  # fmt: skip
-    prepare.run(run, spread=loop)
+    prepare.run(run, executor=LocalExecutor())
     untrained_checkpoint(run, SMALL)
     return run
 
@@ -78,7 +79,7 @@ def table(run: Config, name: str) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def local(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     run = at(base, tmp_path_factory.mktemp("local"))
-    classify.run(run, spread=classify.loop)
+    classify.run(run, executor=LocalExecutor())
     return run
 
 
@@ -134,15 +135,12 @@ def test_predictions_of_the_best_model_lie_in_anndata(local: Config) -> None:
 
 
 def test_running_again_does_nothing_and_leaves_no_parts(local: Config) -> None:
-    def refuse(pieces: Sequence[classify.Piece]):
-        raise AssertionError(pieces)
-
     def hashes() -> dict[str, str]:
         folder = Path(local.output) / "classify"
         return {str(p.relative_to(folder)): files.sha256(str(p)) for p in sorted(folder.rglob("*")) if p.is_file()}
 
     before = hashes()
-    classify.run(local, spread=refuse)
+    classify.run(local, executor=Through(refusing))
     after = hashes()
     assert before == after
     assert "record.json" in after
@@ -162,7 +160,7 @@ FEW = {"splits": ("species",), "models": ("finetune", "knn@untrained", "majority
 @pytest.fixture(scope="module")
 def looped(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     run = at(base, tmp_path_factory.mktemp("few"), **FEW)
-    classify.run(run, spread=classify.loop)
+    classify.run(run, executor=LocalExecutor())
     return run
 
 
@@ -179,25 +177,23 @@ def test_a_killed_run_makes_only_what_is_missing_and_ends_the_same(
 ) -> None:
     run = at(base, tmp_path, **FEW)
 
-    def dies(pieces: Sequence[classify.Piece]):
-        for i, piece in enumerate(pieces):
-            if i == 3:
-                raise KeyboardInterrupt
-            piece.call(*piece.args)
-            yield i
+    def dies(tasks: Sequence[Task]):
+        yield from LocalExecutor().run(tasks[:3])
+        if len(tasks) > 3:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        classify.run(run, spread=dies)
+        classify.run(run, executor=Through(dies))
     assert artifacts.find(f"{run.output}/classify") is None
     folder = f"{run.output}/classify/parts"
     have = {name for kind in files.list_dir(folder) for name in files.list_dir(f"{folder}/{kind}")}
     made: list[str] = []
 
-    def counts(pieces: Sequence[classify.Piece]):
-        made.extend(piece.uri.rsplit("/", 1)[-1] for piece in pieces)
-        yield from classify.loop(pieces)
+    def counts(tasks: Sequence[Task]):
+        made.extend(task.part.rsplit("/", 1)[-1] for task in tasks)
+        yield from LocalExecutor().run(tasks)
 
-    classify.run(run, spread=counts)
+    classify.run(run, executor=Through(counts))
     assert have
     assert not have & set(made)
     for name in TABLES:
@@ -252,7 +248,7 @@ def test_what_cannot_be_done_is_one_line(
     base: Config, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        classify.run(at(base, tmp_path, **changes), spread=classify.loop)
+        classify.run(at(base, tmp_path, **changes), executor=LocalExecutor())
     assert not files.list_dir(str(tmp_path / "classify"))
 
 
@@ -266,7 +262,7 @@ def test_only_the_chosen_cells_take_part_and_the_record_says_what_the_encoder_ha
         splits=("random",),
         models=("majority", "knn"),
     )
-    classify.run(run, spread=classify.loop)
+    classify.run(run, executor=LocalExecutor())
     assert set(table(run, "scores")["group"]) == {"human"}
     assert set(table(run, "predictions")["true"]) == set(TYPES) - {"delta cell"}
     record = artifacts.require(f"{run.output}/classify", "classification")
@@ -274,7 +270,7 @@ def test_only_the_chosen_cells_take_part_and_the_record_says_what_the_encoder_ha
     assert "(100.0%) were in the pretraining corpus" in record.details["audit"]["line"]
     assert record.details["classifiers"] == []
     with pytest.raises(UserError, match=r"classify.cells: species has no value 'rat'"):
-        classify.run(at(base, tmp_path / "b", cells="species == 'rat'"), spread=classify.loop)
+        classify.run(at(base, tmp_path / "b", cells="species == 'rat'"), executor=LocalExecutor())
 
 
 def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tmp_path: Path) -> None:
@@ -285,7 +281,7 @@ def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tm
         sources=base.sources[:1],
         vocab=replace(base.vocab, reuse=f"{base.output}/vocabulary"),
     )
-    prepare.run(old, spread=loop)
+    prepare.run(old, executor=LocalExecutor())
     seen = Corpus(f"{old.output}/corpus")
     record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {"other": 1}, {"corpus": seen.record.fingerprint})
     artifacts.begin(f"{old.output}/pretrain", record)
@@ -298,7 +294,7 @@ def test_a_checkpoint_of_another_corpus_is_audited_cell_by_cell(base: Config, tm
     )
     run = at(base, tmp_path / "new", splits=("random",), models=("majority",))
     run = replace(run, inputs=replace(run.inputs, checkpoint=f"{old.output}/pretrain"))
-    classify.run(run, spread=classify.loop)
+    classify.run(run, executor=LocalExecutor())
     found = artifacts.require(f"{run.output}/classify", "classification").details["audit"]
     labels = Corpus(run.inputs.corpus).obs(["species", "cell_type"])
     known = labels[labels["cell_type"] != "unknown"]
@@ -311,19 +307,19 @@ def test_a_model_whose_package_is_not_there_is_left_out_with_its_reason(
     monkeypatch.setattr(Scvi, "package", "no_such_package_of_anyone")
     run = at(base, tmp_path, splits=("random",), models=("majority", "scvi"))
     with caplog.at_level("WARNING"):
-        classify.run(run, spread=classify.loop)
+        classify.run(run, executor=LocalExecutor())
     assert set(table(run, "scores")["model"]) == {"majority"}
     assert "left out: scvi is not installed (pip install 'mixgf[baselines]')" in caplog.text
 
 
 def noted(made: list[str]):
-    """The plain loop, noting the file of every prediction."""
+    """A local executor that notes the file of every prediction."""
 
-    def spread(pieces: Sequence[classify.Piece]):
-        made.extend(piece.uri.rsplit("/", 1)[-1] for piece in pieces if "/predictions/" in piece.uri)
-        yield from classify.loop(pieces)
+    def run(tasks: Sequence[Task]):
+        made.extend(task.part.rsplit("/", 1)[-1] for task in tasks if "/predictions/" in task.part)
+        yield from LocalExecutor().run(tasks)
 
-    return spread
+    return Through(run)
 
 
 def test_models_added_to_a_finished_classification_use_what_is_there(base: Config, tmp_path: Path) -> None:
@@ -335,10 +331,10 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     }  # fmt: skip
     made: list[list[str]] = [[], [], []]
     run = at(base, tmp_path / "grown", **first)
-    classify.run(run, spread=noted(made[0]))
-    classify.run(at(base, tmp_path / "grown", **more), spread=noted(made[1]))
+    classify.run(run, executor=noted(made[0]))
+    classify.run(at(base, tmp_path / "grown", **more), executor=noted(made[1]))
     at_once = at(base, tmp_path / "at_once", **more)
-    classify.run(at_once, spread=noted(made[2]))
+    classify.run(at_once, executor=noted(made[2]))
     assert made[0]
     assert not set(made[0]) & set(made[1])
     assert sorted(made[0] + made[1]) == sorted(made[2])
@@ -374,9 +370,9 @@ def test_models_added_to_a_finished_classification_use_what_is_there(base: Confi
     with pytest.raises(
         UserError, match=r"holds another classification: config.asked.curve|holds another classification: "
     ):
-        classify.run(run, spread=classify.loop)  # fewer models
+        classify.run(run, executor=LocalExecutor())  # fewer models
     with pytest.raises(UserError, match=r"config.models.knn.knn: 5 -> 3"):
-        classify.run(at(base, tmp_path / "grown", **more, knn=3), spread=classify.loop)
+        classify.run(at(base, tmp_path / "grown", **more, knn=3), executor=LocalExecutor())
 
 
 def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_path: Path) -> None:
@@ -390,7 +386,7 @@ def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_p
     encoders = {"same": f"{base.output}/pretrain", "small": f"{other.output}/small"}
     models = ("knn", "knn@same", "knn@small", "knn@untrained")
     run = at(base, tmp_path / "run", splits=("random",), models=models, encoders=encoders)
-    classify.run(run, spread=classify.loop)
+    classify.run(run, executor=LocalExecutor())
     found = table(run, "predictions").set_index(["model", "cell"])[["predicted", "probability"]]
     pd.testing.assert_frame_equal(found.loc["knn"], found.loc["knn@same"])
     assert (found.loc["knn"] != found.loc["knn@small"]).any().any()
@@ -405,31 +401,30 @@ def test_encoders_stand_beside_each_other_on_the_same_splits(base: Config, tmp_p
     with pytest.raises(
         UserError, match=r"^classify.encoders: x=.*/strange: made with vocabulary another, but the corpus has "
     ):
-        classify.run(strange, spread=classify.loop)
+        classify.run(strange, executor=LocalExecutor())
     assert not files.list_dir(f"{strange.output}/classify")
 
 
 def test_every_prediction_is_a_run_under_one_parent_once(base: Config, tmp_path: Path) -> None:
-    """Killed after some pieces and given again, then extended: as many children as predictions, with scores."""
+    """Killed after some tasks and given again, then extended: as many children as predictions, with scores."""
     from mlflow.tracking import MlflowClient
 
     tracked = Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="one")
 
-    def dies(pieces: Sequence[classify.Piece]):
-        for i, piece in enumerate(pieces):
-            piece.call(*piece.args)  # the last one is made and not told of
-            if "majority" in piece.uri:
+    def dies(tasks: Sequence[Task]):
+        for receipt in LocalExecutor().run(tasks):
+            if "majority" in tasks[receipt.number].part:  # the last one is made, and its receipt is lost
                 raise KeyboardInterrupt
-            yield i
+            yield receipt
 
     run = replace(
         at(base, tmp_path / "run", splits=("random",), models=("knn", "majority", "hvg_logreg")), tracking=tracked
     )
     with pytest.raises(KeyboardInterrupt):
-        classify.run(run, spread=dies)
-    classify.run(run, spread=classify.loop)
+        classify.run(run, executor=Through(dies))
+    classify.run(run, executor=LocalExecutor())
     run = replace(run, classify=replace(run.classify, models=(*run.classify.models, "centroid")))
-    classify.run(run, spread=classify.loop)
+    classify.run(run, executor=LocalExecutor())
     client = MlflowClient(tracked.uri)
     found = client.search_runs([client.get_experiment_by_name("one").experiment_id])
     parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
@@ -466,4 +461,4 @@ def test_a_dry_run_counts_and_makes_nothing(base: Config, tmp_path: Path) -> Non
 )  # fmt: skip
 def test_what_is_no_encoder_is_one_line(base: Config, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        classify.run(at(base, tmp_path, **changes), spread=classify.loop)
+        classify.run(at(base, tmp_path, **changes), executor=LocalExecutor())

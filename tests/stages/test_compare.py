@@ -1,6 +1,5 @@
 """`mixgf compare` from end to end: on small invented cells of two species whose types and stimulus are alike, and on a few real ones."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from executors import Through, refusing
 from invented import NUM_GENES, species, untrained_checkpoint
 from scipy import sparse
 
@@ -20,12 +20,12 @@ from mixgf.config.data import QC, Source, Tokens, Vocab
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Inputs, Tracking
 from mixgf.config.training import Model, Train
-from mixgf.distributed import tasks
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.genes.species import orthologs
 from mixgf.report import build, load
 from mixgf.report.sections import species_comparison
-from mixgf.stages import compare, perturb, pieces, prepare
+from mixgf.stages import compare, perturb, prepare
 from mixgf.storage import artifacts, files, tables
 
 SMALL = Model(num_layers=1, dim=16, num_heads=2, ffn_dim=32, max_positions=32)
@@ -78,7 +78,7 @@ def prepared(folder: Path, sharing: str, sources: Path) -> Config:
         classify=Classify(num_hvgs=25),
         compare=Compare(cells=150, shifts=SHIFTS, num_permutations=99, controls=("majority", "hvg_logreg")),
     )  # fmt: skip
-    prepare.run(run, spread=tasks.loop)
+    prepare.run(run, executor=LocalExecutor())
     untrained_checkpoint(run, SMALL)
     return run
 
@@ -101,7 +101,7 @@ def done(runs: tuple[Config, Config]) -> Config:
             own.compare, encoders={"shared": f"{shared.output}/pretrain"}, corpora={"shared": f"{shared.output}/corpus"}
         ),
     )
-    compare.run(run, spread=pieces.loop)
+    compare.run(run, executor=LocalExecutor())
     return run
 
 
@@ -147,14 +147,11 @@ def test_types_correspond_in_expression(done: Config) -> None:
 def test_again_does_nothing_and_a_classification_that_is_there_is_read(
     done: Config, runs: tuple[Config, Config]
 ) -> None:
-    def refuse(made: Sequence[pieces.Piece]):
-        raise AssertionError(made)
-
-    compare.run(done, spread=refuse)
+    compare.run(done, executor=Through(refusing))
     own, _ = runs
     again = replace(own, output=own.output + "-again", inputs=Inputs(
         corpus=f"{own.output}/corpus", checkpoint=f"{own.output}/pretrain", classification=f"{own.output}/compare/classify"))  # fmt: skip
-    compare.run(again, spread=pieces.loop)
+    compare.run(again, executor=LocalExecutor())
     assert artifacts.find(f"{again.output}/compare/classify") is None
     mine, theirs = (table(r, "transfer") for r in (again, done))
     pd.testing.assert_frame_equal(mine, theirs[~theirs["model"].str.contains("shared")].reset_index(drop=True))
@@ -188,7 +185,7 @@ def test_a_wrong_shift_is_refused_before_anything_is_made(
         compare=replace(own.compare, shifts=(ShiftSpec(name="x", before=before, after=after),)),
     )
     with pytest.raises(UserError, match=said):
-        compare.run(run, spread=pieces.loop)
+        compare.run(run, executor=LocalExecutor())
     assert not (tmp_path / "run").exists()
 
 
@@ -240,7 +237,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Config:
         sources=tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in cells),
         compare=Compare(models=("knn",), controls=("majority",), cells=100, num_permutations=99),
     )  # fmt: skip
-    prepare.run(run, spread=tasks.loop)
+    prepare.run(run, executor=LocalExecutor())
     untrained_checkpoint(run, run.model)
     inputs = Inputs(corpus=f"{run.output}/corpus", checkpoint=f"{run.output}/pretrain")
     for name in cells:
@@ -249,10 +246,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "goal": f"cell_type == 'beta cell' and species == '{name}'",
         }
         asked = Perturb(**states, unrelated=0, max_cells=40, max_genes=80, response=80, num_permutations=100)
-        perturb.run(replace(run, output=str(folder / name), inputs=inputs, perturb=asked), local=True)
+        perturb.run(replace(run, output=str(folder / name), inputs=inputs, perturb=asked), executor=LocalExecutor())
     responses = {name: f"{folder}/{name}/perturb" for name in cells}
     run = replace(run, compare=replace(run.compare, responses=responses))
-    compare.run(run, spread=pieces.loop)
+    compare.run(run, executor=LocalExecutor())
     return run
 
 
@@ -312,4 +309,4 @@ def test_perturbations_without_orthologs_in_common_are_refused(real: Config, tmp
     pq.write_table(pa.table(pairs), tmp_path / "none.parquet")
     run = replace(real, vocab=Vocab(orthologs=(str(tmp_path / "none.parquet"),)))
     with pytest.raises(UserError, match="human and mouse share no operation on a one-to-one ortholog"):
-        compare.run(run, spread=pieces.loop)
+        compare.run(run, executor=LocalExecutor())

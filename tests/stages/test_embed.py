@@ -9,7 +9,7 @@ from mixgf.config import data, run, training
 from mixgf.corpus import reader
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
-from mixgf.encoder.embed import embed_cells
+from mixgf.encoder.embed import ShardEmbedder, embed_cells
 from mixgf.errors import UserError
 from mixgf.stages import embed
 from mixgf.storage import artifacts, files
@@ -96,8 +96,8 @@ def test_an_actor_computes_on_the_gpu_that_is_asked_for_or_stops(settings, monke
     for available, gpus in ((True, 1.0), (True, 0.0), (False, 0.0)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
         chosen = dataclasses.replace(settings, compute=run.Compute(gpus_per_worker=gpus))
-        embed._worker(chosen, settings.inputs.corpus, weights, "")()
+        ShardEmbedder(chosen, settings.inputs.corpus, weights)
     assert asked == [torch.device(name) for name in ("cuda", "cpu", "cpu")]
     chosen = dataclasses.replace(settings, compute=run.Compute(gpus_per_worker=1.0))
     with pytest.raises(UserError, match=r"^compute.gpus_per_worker = 1: no GPU here"):
-        embed._worker(chosen, settings.inputs.corpus, weights, "")()
+        ShardEmbedder(chosen, settings.inputs.corpus, weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from invented import dying
+from executors import Through, backwards, dying
 
 from mixgf import cli
 from mixgf.config import checks, parse
@@ -17,9 +17,9 @@ from mixgf.config.data import HUMAN, MOUSE, QC, Imports, Prepare, Source, Tokens
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config, Tracking
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.genes import species
 from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
@@ -111,7 +111,9 @@ def world(tmp_path, genes, tracking_uri):
 
 
 def made(settings, tmp_path, name="run", **changes):
-    return import_corpus.run(dataclasses.replace(settings, output=str(tmp_path / name), **changes), spread=tasks.loop)
+    return import_corpus.run(
+        dataclasses.replace(settings, output=str(tmp_path / name), **changes), executor=LocalExecutor()
+    )
 
 
 def ruled(settings, **rules):
@@ -181,16 +183,16 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path, ge
     for after in (2, 4, 5):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            import_corpus.run(settings, spread=dying(after, calls))
+            import_corpus.run(settings, executor=dying(after, calls))
         assert artifacts.find(f"{settings.output}/corpus") is None
         total += len(calls)
     calls.clear()
-    uri = import_corpus.run(settings, spread=dying(10**9, calls))
+    uri = import_corpus.run(settings, executor=dying(10**9, calls))
     assert total + len(calls) == 5 + 13  # five files, thirteen row ranges with kept cells: nothing was made twice
     assert bytes_of(uri) == expected
     assert not files.exists(f"{uri}/work")
     calls.clear()
-    assert import_corpus.run(settings, spread=dying(0, calls)) == uri  # done: nothing to do
+    assert import_corpus.run(settings, executor=dying(0, calls)) == uri  # done: nothing to do
     with pytest.raises(UserError, match=r"holds another .*tokens\.max_len: 20 -> 19"):
         made(settings, tmp_path, tokens=Tokens(max_len=19))
     (tmp_path / "human_tokens.pkl").write_bytes(pickle.dumps({genes["human"][0]: 7}))
@@ -211,12 +213,8 @@ def test_neither_the_cut_nor_the_order_of_work_changes_a_sentence(world, tmp_pat
     settings, _, _ = world
     whole = made(settings, tmp_path, "whole")
 
-    def backwards(jobs):
-        for i in reversed(range(len(jobs))):
-            yield i, tasks.attempt(jobs[i])
-
     other = dataclasses.replace(settings, output=str(tmp_path / "back"))
-    assert bytes_of(import_corpus.run(other, spread=backwards)) == bytes_of(whole)
+    assert bytes_of(import_corpus.run(other, executor=Through(backwards))) == bytes_of(whole)
     cut = made(settings, tmp_path, "cut", prepare=Prepare(shard_cells=7, block_cells=3))
     assert shards(cut).equals(shards(whole))
 
@@ -411,15 +409,15 @@ def test_object_storage_gives_the_bytes_of_the_disk(world, tmp_path, bucket):
         ),
         output=f"{bucket}/run", sources=tuple(dataclasses.replace(s, uri=moved(s.uri)) for s in settings.sources),
     )  # fmt: skip
-    uri = import_corpus.run(remote, spread=tasks.loop)
+    uri = import_corpus.run(remote, executor=LocalExecutor())
     found = bytes_of(uri)
     assert {k: v for k, v in found.items() if k != "imported.parquet"} == {
         k: v for k, v in expected.items() if k != "imported.parquet"
     }
-    assert import_corpus.run(remote, spread=tasks.loop) == uri
+    assert import_corpus.run(remote, executor=LocalExecutor()) == uri
     name = f"{bucket}/h.dataset/data-00001-of-00003.arrow"
     files.write_bytes(name, files.read_bytes(name)[:700])  # cut short: the data set is refused, not asked for again
-    again = import_corpus.run(dataclasses.replace(remote, output=f"{bucket}/cut"), spread=tasks.loop)
+    again = import_corpus.run(dataclasses.replace(remote, output=f"{bucket}/cut"), executor=LocalExecutor())
     (refused,) = artifacts.require(again, "corpus").details["refused"]
     assert "data-00001-of-00003.arrow: truncated or not an Arrow file" in refused["error"]
 
@@ -522,7 +520,7 @@ def test_the_published_table_gives_back_its_genes(tmp_path, tracking_uri):
         output=str(tmp_path / "run"), sources=(Source(uri=str(tmp_path / "g.dataset"), species="human"),),
         imports=Imports(dictionaries={"all": str(path)}, outside="refuse"), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
-    uri = import_corpus.run(settings, spread=tasks.loop)
+    uri = import_corpus.run(settings, executor=LocalExecutor())
     vocabulary = Vocabulary.load(uri)
     assert vocabulary.size == 25_424 + 3
     names = vocabulary.genes()

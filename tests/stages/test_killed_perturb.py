@@ -22,6 +22,7 @@ from fake_cluster import PATIENCE, STORE, assert_up_and_down, autoscaled, cluste
 from processes import die_with_us
 
 from mixgf.config import data, parse, perturbation, run, training
+from mixgf.execution import LocalExecutor
 from mixgf.perturbation.work_units import Scorer
 from mixgf.stages import perturb
 from mixgf.storage import artifacts, files
@@ -63,7 +64,7 @@ def settings(make_corpus, tmp_path_factory, tracking_uri):
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
     """The parts and the table of genes of a run in one process, never interrupted."""
-    return result(perturb.run(moved(settings, tmp_path_factory.mktemp("whole")), local=True))
+    return result(perturb.run(moved(settings, tmp_path_factory.mktemp("whole")), executor=LocalExecutor()))
 
 
 def moved(settings, folder):

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from executors import Through
 
 from mixgf.config import data, parse, run
-from mixgf.distributed.tasks import loop
+from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files
 
@@ -66,14 +67,14 @@ LOOP = """
 import json, sys
 from mixgf.config.parse import from_dict
 from mixgf.config.run import Config
-from mixgf.distributed import tasks as dispatch
+from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
-prepare.run(from_dict(Config, json.load(open(sys.argv[1]))), spread=dispatch.loop)
+prepare.run(from_dict(Config, json.load(open(sys.argv[1]))), executor=LocalExecutor())
 """
 
 
 def test_a_driver_killed_again_and_again_ends_with_the_bytes_of_one_never_killed(settings, tmp_path):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), executor=LocalExecutor()))
     chosen = moved(settings, tmp_path, "killed")
     path, uri = tmp_path / "config.json", f"{chosen.output}/corpus"
     path.write_text(json.dumps(parse.to_dict(chosen)))
@@ -86,32 +87,32 @@ def test_a_driver_killed_again_and_again_ends_with_the_bytes_of_one_never_killed
         child.kill()
         kills.append((number, child.wait()))
     assert any(code == -9 for _, code in kills), kills
-    assert contents(prepare.run(chosen, spread=loop)) == expected, kills
+    assert contents(prepare.run(chosen, executor=LocalExecutor())) == expected, kills
 
 
 def overtaken(chosen, after):
-    """A loop that another run of the same plan overtakes and finishes, after so many jobs over all passes."""
+    """An executor that another run of the same plan overtakes and finishes, after so many tasks over all passes."""
     left = [after]
 
-    def spread(jobs):
-        for found in loop(jobs):
+    def run(tasks):
+        for found in LocalExecutor().run(tasks):
             yield found
             left[0] -= 1
             if left[0] == 0:
-                prepare.run(chosen, spread=loop)
+                prepare.run(chosen, executor=LocalExecutor())
 
-    return spread
+    return Through(run)
 
 
 @pytest.mark.parametrize("after", [1, 3, 4, 20, 26, 27, 40, 50, 72])
 def test_a_driver_that_another_one_overtakes_ends_well_with_the_same_bytes(settings, tmp_path, after):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), executor=LocalExecutor()))
     chosen = moved(settings, tmp_path, "overtaken")
-    assert contents(prepare.run(chosen, spread=overtaken(chosen, after))) == expected
+    assert contents(prepare.run(chosen, executor=overtaken(chosen, after))) == expected
 
 
 def test_two_drivers_started_together_at_one_output_both_end_well_with_the_same_bytes(settings, tmp_path):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), executor=LocalExecutor()))
     chosen = moved(settings, tmp_path, "together")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(parse.to_dict(chosen)))
@@ -136,7 +137,7 @@ def tasks(parent):
 
 @pytest.mark.ray
 def test_killed_ray_workers_change_nothing(settings, tmp_path, ray_local):
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), executor=LocalExecutor()))
     chosen = moved(settings, tmp_path, "killed")
     uri, rng, killed, over = f"{chosen.output}/corpus", np.random.default_rng(), [], threading.Event()
 
@@ -166,7 +167,7 @@ def test_killed_ray_workers_change_nothing(settings, tmp_path, ray_local):
 @pytest.mark.timeout(900)
 def test_a_killed_ray_driver_and_a_lost_node_change_nothing(settings, tmp_path):
     """First the driver of a local Ray dies with all it started, then the run goes on over three nodes, of which one is lost."""
-    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), spread=loop))
+    expected = contents(prepare.run(moved(settings, tmp_path, "whole"), executor=LocalExecutor()))
     chosen = moved(settings, tmp_path, "killed")
     path, uri = tmp_path / "config.json", f"{chosen.output}/corpus"
     path.write_text(json.dumps(parse.to_dict(chosen)))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from executors import dying
 from scipy import sparse
 
 from mixgf import cli
@@ -19,10 +20,10 @@ from mixgf.config.data import QC, Prepare, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.run import Inputs, Tracking
 from mixgf.config.training import Train
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import tasks
 from mixgf.encoder import checkpoint
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.genes.species import gene_table
 from mixgf.report.results import RunResults
 from mixgf.report.sections import pretraining
@@ -62,7 +63,7 @@ def base(tmp_path_factory, tracking_uri):
 @pytest.fixture(scope="module")
 def old(base, ray_local):
     """The finished run of two species: corpus, checkpoint."""
-    prepare.run(base, spread=tasks.loop)
+    prepare.run(base, executor=LocalExecutor())
     pretrain.run(base)
     return base
 
@@ -95,7 +96,7 @@ def rat(old, tmp_path_factory):
 @pytest.fixture(scope="module")
 def grown(rat):
     """Corpus of three species, and the old checkpoint grown to it: two commands."""
-    prepare.run(rat, spread=tasks.loop)
+    prepare.run(rat, executor=LocalExecutor())
     start = dataclasses.replace(rat, output=f"{rat.output}-start", inputs=Inputs(corpus=f"{rat.output}/corpus"))
     import_weights.bring(start, f"{_old(rat)}/pretrain")
     return dataclasses.replace(rat, inputs=Inputs(start=f"{start.output}/pretrain"))
@@ -199,16 +200,9 @@ def test_the_same_by_the_command_line_killed_on_the_way_and_twice(rat, grown, tm
     again = dataclasses.replace(rat, output=str(tmp_path / "rat"))
     calls = []
 
-    def dying(jobs):
-        for i, call in enumerate(jobs):
-            if len(calls) == 5:
-                raise KeyboardInterrupt
-            calls.append(call)
-            yield i, tasks.attempt(call)
-
     with pytest.raises(KeyboardInterrupt):
-        prepare.run(again, spread=dying)
-    prepare.run(again, spread=tasks.loop)
+        prepare.run(again, executor=dying(5, calls))
+    prepare.run(again, executor=LocalExecutor())
     assert Corpus(f"{again.output}/corpus").vocabulary.hash == Corpus(f"{grown.output}/corpus").vocabulary.hash
     files.write_json(str(tmp_path / "rat.json"), parse.to_dict(again))
     command = ["import-weights", f"{_old(rat)}/pretrain", "--config", str(tmp_path / "rat.json")]
@@ -228,12 +222,12 @@ def test_shared_ids_stay_shared(rat, tmp_path):
         rat, output=str(tmp_path / "old"), sources=rat.prepare and _sources(rat), species=rat.species[:2],
         vocab=Vocab(sharing="ortholog"), prepare=Prepare(shard_cells=50, block_cells=50),
     )  # fmt: skip
-    prepare.run(shared, spread=tasks.loop)
+    prepare.run(shared, executor=LocalExecutor())
     new = dataclasses.replace(
         rat, output=str(tmp_path / "new"), prepare=Prepare(shard_cells=50, block_cells=50),
         vocab=dataclasses.replace(rat.vocab, reuse=f"{shared.output}/vocabulary"),
     )  # fmt: skip
-    found = Corpus(prepare.run(new, spread=tasks.loop)).vocabulary
+    found = Corpus(prepare.run(new, executor=LocalExecutor())).vocabulary
     rats, mice = (dict(zip((g := found.species_genes(n)).genes, g.tokens, strict=True)) for n in ("rat", "mouse"))
     size = Corpus(f"{shared.output}/corpus").vocabulary.size
     fresh = {t for t in rats.values() if t >= size}
@@ -250,7 +244,7 @@ def test_what_cannot_be_grown_or_started_from_says_so(old, grown, tmp_path):
     alone = dataclasses.replace(
         old, output=str(tmp_path / "alone"), sources=old.sources[:1], qc=QC(method="none", max_cells_per_sample=30)
     )
-    prepare.run(alone, spread=tasks.loop)
+    prepare.run(alone, executor=LocalExecutor())
     with pytest.raises(UserError, match=r"its vocabulary is no beginning of that of .*vocab.reuse"):
         import_weights.bring(alone, f"{old.output}/pretrain")
     with pytest.raises(UserError, match=r"inputs.start: made with vocabulary"):
@@ -258,7 +252,7 @@ def test_what_cannot_be_grown_or_started_from_says_so(old, grown, tmp_path):
     with_cls = dataclasses.replace(
         alone, output=str(tmp_path / "cls"), tokens=Tokens(max_len=64, cls=True), vocab=Vocab(reuse=f"{old.output}/vocabulary"),
     )  # fmt: skip
-    prepare.run(with_cls, spread=tasks.loop)
+    prepare.run(with_cls, executor=LocalExecutor())
     with pytest.raises(UserError, match=r"tokens.cls = false, .* has true; prepare that with --set tokens.cls=false"):
         import_weights.bring(with_cls, f"{old.output}/pretrain")
     assert not files.exists(f"{with_cls.output}/pretrain/plan.json")

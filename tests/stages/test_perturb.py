@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from mixgf.distributed.metrics import Meter
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor, LocalPool, Receipt
 from mixgf.perturbation import group_design
 from mixgf.perturbation.work_units import Scorer
 from mixgf.report import load
@@ -70,7 +72,7 @@ def genes(output):
 def whole(inputs, tmp_path_factory):
     """A run that was never interrupted."""
     output = tmp_path_factory.mktemp("whole")
-    perturb.run(configure(inputs, output), local=True)
+    perturb.run(configure(inputs, output), executor=LocalExecutor())
     return output
 
 
@@ -95,7 +97,7 @@ def test_the_table_has_a_row_per_gene_and_operation_ranked_by_shift(whole):
 def test_running_again_computes_nothing(inputs, whole, monkeypatch):
     monkeypatch.setattr(Scorer, "__init__", lambda *_, **__: pytest.fail("worked again"))
     before = files.read_json(f"{whole}/perturb/record.json")
-    perturb.run(configure(inputs, whole, micro_tokens=50), local=True)
+    perturb.run(configure(inputs, whole, micro_tokens=50), executor=LocalExecutor())
     assert files.read_json(f"{whole}/perturb/record.json") == before
 
 
@@ -112,23 +114,23 @@ def test_a_killed_run_computes_only_what_is_missing_and_ends_with_the_same_bytes
 
     monkeypatch.setattr(Scorer, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
-        perturb.run(configure(inputs, tmp_path), local=True)
+        perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     assert artifacts.find(f"{tmp_path}/perturb") is None
-    perturb.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     keys.remove("stop")
     assert len(keys) == len(set(keys)) == artifacts.require(f"{tmp_path}/perturb", "perturbation").counts["parts"]
     assert genes(tmp_path) == genes(whole)
 
 
 def test_a_lost_part_is_the_only_one_made_again(inputs, whole, tmp_path, monkeypatch):
-    perturb.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     record = artifacts.find(f"{tmp_path}/perturb")
     parts = f"{tmp_path}/perturb/{record.details['parts']}"
     files.remove(f"{tmp_path}/perturb/record.json")
     files.remove(f"{parts}/delete-c00001-g00002.parquet")
     keys, call = [], Scorer.__call__
     monkeypatch.setattr(Scorer, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
-    perturb.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     assert keys == ["delete-c00001-g00002"]
     assert genes(tmp_path) == genes(whole)
 
@@ -137,7 +139,7 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     inputs, whole, tmp_path, monkeypatch
 ):
     once, again = tmp_path / "once", tmp_path / "again"
-    perturb.run(configure(inputs, once, response=6), local=True)
+    perturb.run(configure(inputs, once, response=6), executor=LocalExecutor())
     matrix = files.read_bytes(f"{once}/perturb/responses.parquet")
     frame = tables.read_table(f"{once}/perturb/responses.parquet").to_pandas()
     assert genes(once) == genes(whole)
@@ -156,12 +158,12 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     with monkeypatch.context() as patch:
         patch.setattr(tables, "write_table", dying)
         with pytest.raises(KeyboardInterrupt):
-            perturb.run(configure(inputs, again, response=6), local=True)
-    perturb.run(configure(inputs, again, response=6), local=True)
+            perturb.run(configure(inputs, again, response=6), executor=LocalExecutor())
+    perturb.run(configure(inputs, again, response=6), executor=LocalExecutor())
     assert files.read_bytes(f"{again}/perturb/responses.parquet") == matrix
     few = tmp_path / "few"
     chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "null_genes": 3}
-    perturb.run(configure(inputs, few, response=6, **chosen), local=True)
+    perturb.run(configure(inputs, few, response=6, **chosen), executor=LocalExecutor())
     part = tables.read_table(f"{few}/perturb/responses.parquet").to_pandas()
     keys = ["operation", "gene", "responding"]
     both = part.astype(dict.fromkeys(keys, str)).merge(frame.astype(dict.fromkeys(keys, str)), on=keys)
@@ -173,7 +175,7 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
 def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp_path):
     """States are means over all their cells, by donor as well; every alternative has its shift, and their mean stands beside."""
     others = ("donor == 'd1'", "donor in ['d2', 'd3'] and cell_type == 'beta'")
-    perturb.run(configure(inputs, tmp_path, alternatives=others, max_cells=3), local=True)
+    perturb.run(configure(inputs, tmp_path, alternatives=others, max_cells=3), executor=LocalExecutor())
     corpus, encoder = Corpus(inputs.corpus), checkpoint.load_encoder(inputs.checkpoint)[0].eval()
     obs = corpus.obs()
 
@@ -227,7 +229,7 @@ def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp
 
 @pytest.mark.ray
 def test_two_ray_workers_give_what_the_local_loop_gives(ray_local, inputs, whole, tmp_path):
-    perturb.run(configure(inputs, tmp_path), local=False)
+    perturb.run(configure(inputs, tmp_path))
     assert genes(tmp_path) == genes(whole)
     states = [files.read_bytes(f"{output}/perturb/states.parquet") for output in (tmp_path, whole)]
     assert states[0] == states[1]
@@ -237,7 +239,7 @@ def test_two_ray_workers_give_what_the_local_loop_gives(ray_local, inputs, whole
 def test_workers_that_the_cluster_has_no_room_for_are_not_charged(ray_local, inputs, whole, tmp_path):
     chosen = dataclasses.replace(configure(inputs, tmp_path), compute=Compute(num_workers=40))
     began = time.monotonic()
-    perturb.run(chosen, local=False)
+    perturb.run(chosen)
     most = ray_local.cluster_resources()["CPU"] * (time.monotonic() - began)
     budget = artifacts.find(f"{tmp_path}/perturb").details["budget"]
     assert 0 < budget["worker_hours"] * cost.HOUR <= most
@@ -246,9 +248,9 @@ def test_workers_that_the_cluster_has_no_room_for_are_not_charged(ray_local, inp
 
 def test_other_settings_in_the_same_place_are_refused_and_a_wrong_expression_leaves_nothing(inputs, whole, tmp_path):
     with pytest.raises(UserError, match=r"perturb\.goal: .*Choose another output"):
-        perturb.run(configure(inputs, whole, goal="donor == 'd2'"), local=True)
+        perturb.run(configure(inputs, whole, goal="donor == 'd2'"), executor=LocalExecutor())
     with pytest.raises(UserError, match=r"perturb\.goal: cell_type has no value 'bet'; did you mean one of beta"):
-        perturb.run(configure(inputs, tmp_path, goal="cell_type == 'bet'"), local=True)
+        perturb.run(configure(inputs, tmp_path, goal="cell_type == 'bet'"), executor=LocalExecutor())
     assert not files.exists(f"{tmp_path}/perturb")
 
 
@@ -261,26 +263,24 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, mo
             raise ValueError(msg)
         return call(scorer, item)
 
-    def patient(make):
-        worker = make()
-
-        def runner(items, done):
-            dead = {}
-            for key, item in items.items():
+    class Patient(LocalPool):
+        def run(self, tasks, *, stop=None):
+            errors = []
+            for number, task in enumerate(tasks):
                 try:
-                    done(key, worker(item))
+                    (receipt,) = super().run([task], stop=stop)
+                    yield Receipt(number, result=receipt.result)
                 except ValueError as error:
-                    dead[key] = str(error)
-            return dead
+                    errors.append(Receipt(number, error=str(error)))
+            yield from errors
 
-        return runner
-
+    executor = LocalExecutor()
+    monkeypatch.setattr(executor, "pool", lambda make: nullcontext(Patient(make)))
     monkeypatch.setattr(Scorer, "__call__", broken)
-    monkeypatch.setattr(perturb, "loop", patient)
     told = []
     monkeypatch.setattr(Meter, "units", lambda self, **states: told.append(states))
     with pytest.raises(UserError, match=r"1 of \d+ parts failed every time; delete-c00000-g00001: no\. The others are"):
-        perturb.run(configure(inputs, tmp_path), local=True)
+        perturb.run(configure(inputs, tmp_path), executor=executor)
     assert artifacts.find(f"{tmp_path}/perturb") is None
     assert told[-1] == {"waiting": 0, "done": told[-2]["done"], "failed": 1}
 
@@ -316,7 +316,7 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
         "alternatives": ("state == 'without'",),
     }
     settings = configure(inputs, tmp_path, **chosen, genes=tuple(f"human{i}" for i in range(24)))
-    perturb.run(settings, local=True)
+    perturb.run(settings, executor=LocalExecutor())
     frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
     frame = frame.sort_values("shift_minus_alternatives", ascending=False, ignore_index=True)
     assert frame["symbol"][0] == "human3"
@@ -332,7 +332,7 @@ def shifts(output):
 
 def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agrees(inputs, whole, tmp_path):
     chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "screen_grid": 6, "null_genes": 3}
-    perturb.run(configure(inputs, tmp_path, **chosen), local=True)
+    perturb.run(configure(inputs, tmp_path, **chosen), executor=LocalExecutor())
     every, found = shifts(whole), shifts(tmp_path)
     assert 10 < len(found) / 2 < len(every) / 2
     reference = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas().groupby("gene")["reference"].first()
@@ -371,7 +371,7 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
         "alternatives": (),
         "operations": ("delete",),
     }
-    perturb.run(configure(mine, tmp_path, **chosen), local=True)
+    perturb.run(configure(mine, tmp_path, **chosen), executor=LocalExecutor())
     frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
     record = artifacts.find(f"{tmp_path}/perturb")
     whole = record.counts["screened_out"] + len(frame)
@@ -388,7 +388,7 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
 
 
 def test_a_screen_that_agrees_too_little_is_not_followed(inputs, whole, tmp_path):
-    perturb.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=1.0), local=True)
+    perturb.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=1.0), executor=LocalExecutor())
     every, found = shifts(whole), shifts(tmp_path)
     assert np.allclose(found[every.index], every, atol=1e-6)
     record = artifacts.find(f"{tmp_path}/perturb")
@@ -425,8 +425,8 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
     with pytest.raises(
         UserError, match=r"perturb\.budget_hours: .* were spent before .*: run again with a larger budget"
     ):
-        perturb.run(configure(inputs, tmp_path, budget_hours=1 / 3600), local=True)
-    perturb.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
+        perturb.run(configure(inputs, tmp_path, budget_hours=1 / 3600), executor=LocalExecutor())
+    perturb.run(configure(inputs, tmp_path, budget_hours=60 / 3600), executor=LocalExecutor())
     record, first, done = artifacts.find(f"{tmp_path}/perturb"), shifts(tmp_path), len(keys)
     assert 0 < record.counts["not_scored"] < record.counts["genes"] + record.counts["not_scored"]
     with pytest.raises(UserError, match=r"holds a partial perturbation, not a perturbation"):
@@ -439,9 +439,9 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
     assert np.allclose(first, shifts(whole)[first.index], atol=1e-6)
     fate = tables.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
     assert (fate["fate"] == "beyond the budget").sum() == 2 * record.counts["not_scored"]
-    perturb.run(configure(inputs, tmp_path, budget_hours=60 / 3600), local=True)
+    perturb.run(configure(inputs, tmp_path, budget_hours=60 / 3600), executor=LocalExecutor())
     assert len(keys) == done  # the same budget: nothing to do
-    perturb.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     assert len(keys) == len(set(keys))
     ours, theirs = (artifacts.require(f"{output}/perturb", "perturbation") for output in (tmp_path, whole))
     assert ours.counts == theirs.counts
@@ -453,11 +453,11 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
 
 @pytest.mark.ray
 def test_a_dry_run_writes_nothing_and_says_what_the_run_then_does(ray_local, inputs, whole, tmp_path):
-    for local in (True, False):
-        text = perturb.dry_run(configure(inputs, tmp_path, price=2.0), local=local)
+    for executor in (LocalExecutor(), None):
+        text = perturb.dry_run(configure(inputs, tmp_path, price=2.0), executor=executor)
         assert "measured on one worker" in text
     assert not files.exists(f"{tmp_path}/perturb")
-    stated = perturb.dry_run(configure(inputs, tmp_path, worker_flops=1e3, price=2.0), local=True)
+    stated = perturb.dry_run(configure(inputs, tmp_path, worker_flops=1e3, price=2.0), executor=LocalExecutor())
     counts = artifacts.find(f"{whole}/perturb").counts
     numbers = {line.split("  ")[0]: line.split() for line in stated.splitlines()}
     sentences = sum(int(numbers[name][1].replace(",", "")) for name in ("delete", "overexpress"))
@@ -468,6 +468,6 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_then_does(ray_local, inp
 def test_scored_sentences_are_counted_for_the_boards(inputs, whole, tmp_path, monkeypatch):
     added = []
     monkeypatch.setattr(Meter, "add", lambda self, name, amount=1.0, **_: added.append((self.stage, name, amount)))
-    perturb.run(configure(inputs, tmp_path), local=True)
+    perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     counted = sum(amount for stage, name, amount in added if (stage, name) == ("perturb", "sentences_scored"))
     assert counted == artifacts.find(f"{whole}/perturb").counts["sentences"]

@@ -6,14 +6,15 @@ import anndata
 import numpy as np
 import pyarrow as pa
 import pytest
-from invented import NUM_GENES, dying
+from executors import Through, backwards, dying
+from invented import NUM_GENES
 from scipy import sparse
 
 from mixgf.cells import row_order
 from mixgf.config.data import QC, Prepare, Source, Tokens, Vocab
 from mixgf.corpus import prepare_passes
-from mixgf.distributed import tasks
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files, tables
@@ -27,7 +28,7 @@ def bytes_of(uri):
 
 def made(config, tmp_path, name, **changes):
     config = dataclasses.replace(config, output=str(tmp_path / name), **changes)
-    return prepare.run(config, spread=tasks.loop)
+    return prepare.run(config, executor=LocalExecutor())
 
 
 def shards(uri):
@@ -77,15 +78,11 @@ def test_neither_blocks_nor_the_order_of_work_change_a_byte(world, tmp_path):
     config, _ = world
     expected = bytes_of(made(config, tmp_path, "one"))
 
-    def backwards(jobs):
-        for i in reversed(range(len(jobs))):
-            yield i, tasks.attempt(jobs[i])
-
     for block in (1, 10):
         other = dataclasses.replace(
             config, prepare=Prepare(shard_cells=10, block_cells=block), output=str(tmp_path / f"b{block}")
         )
-        assert bytes_of(prepare.run(other, spread=backwards)) == expected
+        assert bytes_of(prepare.run(other, executor=Through(backwards))) == expected
     # another cut into shards: other files, the same sentences
     other = made(config, tmp_path, "cut", prepare=Prepare(shard_cells=7, block_cells=3))
     assert shards(other).equals(shards(str(tmp_path / "one" / "corpus")))
@@ -109,16 +106,16 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path):
     for after in (2, 3, 5, 4, 6, 1):  # dies in every pass
         made_calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            prepare.run(config, spread=dying(after, made_calls))
+            prepare.run(config, executor=dying(after, made_calls))
         assert artifacts.find(f"{config.output}/corpus") is None
         total += len(made_calls)
     made_calls.clear()
-    uri = prepare.run(config, spread=dying(10**9, made_calls))
+    uri = prepare.run(config, executor=dying(10**9, made_calls))
     assert total + len(made_calls) == 3 + 3 * 8  # three sources, eight units in three passes: nothing was made twice
     assert bytes_of(uri) == expected
     assert not files.exists(f"{uri}/work")
     made_calls.clear()
-    assert prepare.run(config, spread=dying(0, made_calls)) == uri  # done: nothing to do
+    assert prepare.run(config, executor=dying(0, made_calls)) == uri  # done: nothing to do
     with pytest.raises(UserError, match=r"holds another .*tokens\.max_len: 20 -> 19"):
         made(config, tmp_path, "run", tokens=Tokens(max_len=19))
 

@@ -16,6 +16,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.perturbation import reference_genes
 from mixgf.report import build, load
 from mixgf.stages import perturb, prepare
@@ -76,7 +77,7 @@ def test_a_recipe_of_the_paper_prints_its_genes_beside_table_4(made, tmp_path, c
     caplog.set_level("INFO")
     changes = [f"output={tmp_path}", f"inputs.corpus={corpus}", f"inputs.checkpoint={weights}"]
     chosen = override(recipes.get(f"paper_{name}"), [*SMALL, *changes])
-    uri = perturb.run(chosen, local=True)
+    uri = perturb.run(chosen, executor=LocalExecutor())
     genes = tables.read_table(f"{uri}/genes.parquet").to_pandas()
     assert genes["num_donors"].max() >= 3
     assert set(genes["species"]) == set(reference_genes.published(name)["species"])
@@ -97,7 +98,7 @@ def test_a_recipe_of_the_paper_prints_its_genes_beside_table_4(made, tmp_path, c
     html = build.render(load.load_results(chosen, light=True), "key")
     assert "Table 4 of the paper" in html
     caplog.clear()
-    perturb.run(chosen, local=True)  # nothing is computed again, and the table is printed again
+    perturb.run(chosen, executor=LocalExecutor())  # nothing is computed again, and the table is printed again
     said = caplog.text
     assert "already there" in said
     assert "this run:" in said
@@ -110,15 +111,17 @@ def test_another_list_of_known_genes_needs_no_new_perturbation(made, tmp_path, c
     caplog.set_level("INFO")
     changes = [f"output={tmp_path}", f"inputs.corpus={corpus}", f"inputs.checkpoint={weights}"]
     chosen = override(recipes.get("paper_alzheimer"), [*SMALL, *changes])
-    perturb.run(chosen, local=True)
+    perturb.run(chosen, executor=LocalExecutor())
     caplog.clear()
-    perturb.run(override(chosen, ["perturb.reference_genes=HSPB1,S100B,HSP90AA1"]), local=True)
+    perturb.run(override(chosen, ["perturb.reference_genes=HSPB1,S100B,HSP90AA1"]), executor=LocalExecutor())
     said = caplog.text
     assert "already there" in said
     assert "known genes, 1 of" in said
     assert "baseline: differential expression" in said
     with pytest.raises(UserError, match=r"perturb\.reference_genes = 'none\.tsv': no such file"):
-        perturb.run(override(chosen, ["perturb.reference_genes=none.tsv", f"output={tmp_path}/other"]), local=True)
+        perturb.run(
+            override(chosen, ["perturb.reference_genes=none.tsv", f"output={tmp_path}/other"]), executor=LocalExecutor()
+        )
     assert not files.exists(f"{tmp_path}/other/perturb")
 
 

@@ -17,10 +17,10 @@ from mixgf.config.run import Compute, Config, Inputs, Tracking
 from mixgf.config.training import Model, Train
 from mixgf.config.tuning import Tune
 from mixgf.console import Progress
-from mixgf.distributed import tasks
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.report import build, load
-from mixgf.stages import prepare, tune, tune_trials
+from mixgf.stages import prepare, pretrain, tune, tune_trials
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs
@@ -58,7 +58,7 @@ def base(tmp_path_factory, tracking_uri):
         tune=Tune(space=SPACE, seeds=2, rungs=(0.5, 1.0), keep=0.4, cells=120),
         compute=Compute(num_workers=1), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
-    prepare.run(run, spread=tasks.loop)
+    prepare.run(run, executor=LocalExecutor())
     return run
 
 
@@ -77,7 +77,7 @@ def undisturbed(base, tmp_path_factory):
     """The sweep by the plain loop, registered."""
     settings = at(base, tmp_path_factory.mktemp("plain"))
     return replace(settings, tune=replace(settings.tune, register="pancreas")), tune.run(
-        replace(settings, tune=replace(settings.tune, register="pancreas")), engine=tune_trials.PLAIN
+        replace(settings, tune=replace(settings.tune, register="pancreas")), executor=LocalExecutor()
     )
 
 
@@ -145,27 +145,34 @@ def test_the_report_says_the_sentence_and_draws_the_effects(undisturbed):
 
 
 @pytest.mark.parametrize("after", [1, 9])
-def test_a_sweep_killed_anywhere_goes_on_and_ends_the_same_with_nothing_done_twice(base, undisturbed, tmp_path, after):
-    """`after` pieces of work are done, then the driver dies; in the next life only the others are."""
+def test_a_sweep_killed_anywhere_goes_on_and_ends_the_same_with_nothing_done_twice(
+    base, undisturbed, tmp_path, monkeypatch, after
+):
+    """`after` trainings are done, then the driver dies; in the next life only the others are."""
     settings = at(base, tmp_path)
     done = []
 
-    def counting(limit):
+    train_here = pretrain.train_here
+
+    def dies_after(limit):
         def train(run, corpus, uri, identity, *, num_steps, tracked, until=0):
             if len(done) == limit:
                 raise KeyboardInterrupt
             done.append((uri, until))
-            tune_trials.train_here(run, corpus, uri, identity, num_steps=num_steps, tracked=tracked, until=until)
+            train_here(run, corpus, uri, identity, num_steps=num_steps, tracked=tracked, until=until)
 
-        return replace(tune_trials.PLAIN, train=train)
+        monkeypatch.setattr(pretrain, "train_here", train)
 
+    dies_after(after)
     with pytest.raises(KeyboardInterrupt):
-        tune.run(settings, engine=counting(after))
+        tune.run(settings, executor=LocalExecutor())
     assert artifacts.find(f"{settings.output}/tune") is None
-    uri = tune.run(settings, engine=counting(-1))
+    dies_after(-1)
+    uri = tune.run(settings, executor=LocalExecutor())
     assert len(done) == len(set(done)), "no training went to the same rung twice"
     assert tables(uri) == tables(undisturbed[1])
-    assert tune.run(settings, engine=counting(len(done))) == uri, "a finished sweep trains nothing"
+    dies_after(len(done))
+    assert tune.run(settings, executor=LocalExecutor()) == uri, "a finished sweep trains nothing"
 
 
 @pytest.mark.ray
@@ -173,7 +180,7 @@ def test_ray_tune_gives_what_the_plain_loop_gives(ray_local, base, undisturbed, 
     settings = at(base, tmp_path)
     few = replace(settings, tune=replace(settings.tune, space=SPACE[:1], seeds=1, rungs=(1.0,), finetune=False))
     there = at(base, tmp_path / "plain", tune=few.tune)
-    assert tables(tune.run(few)) == tables(tune.run(there, engine=tune_trials.PLAIN))
+    assert tables(tune.run(few)) == tables(tune.run(there, executor=LocalExecutor()))
 
 
 @pytest.mark.ray
@@ -201,7 +208,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp
         ({"tune": replace(settings.tune, space=({"model.num_heads": (3,)},))}, "tune.space: model.dim"),
     ):
         with pytest.raises(UserError, match=said):
-            tune.run(replace(settings, **changes), engine=tune_trials.PLAIN)
+            tune.run(replace(settings, **changes), executor=LocalExecutor())
     assert not files.exists(f"{settings.output}/tune/record.json")
 
 
@@ -209,7 +216,7 @@ def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path
     """And the base's corpus is prepared, too, where there is none."""
     settings = replace(at(base, tmp_path), inputs=Inputs())
     other = replace(settings.tune, space=({"tokens.scaling": ("multiply",)},), seeds=1, rungs=(1.0,), finetune=False)
-    uri = tune.run(replace(settings, tune=other), engine=tune_trials.PLAIN)
+    uri = tune.run(replace(settings, tune=other), executor=LocalExecutor())
     board = read_table(f"{uri}/arms.parquet").to_pandas()
     assert board["name"].tolist() == ["base", "scaling=multiply"]
     corpora = files.list_dir(f"{uri}/corpora")

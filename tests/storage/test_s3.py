@@ -20,8 +20,8 @@ from mixgf import cli
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
 from mixgf.corpus import prepare_passes
-from mixgf.distributed import tasks
 from mixgf.errors import StorageError
+from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files, retry
 
@@ -55,7 +55,7 @@ def proxy(shared_proxy, bucket, s3_settings):
 
 
 def made(config):
-    return prepare.run(config, spread=tasks.loop)
+    return prepare.run(config, executor=LocalExecutor())
 
 
 def bucket_keys(uri):
@@ -81,8 +81,8 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(world, proxy, tm
     config = world.on(ROOT, f"s3://{s3_world.BUCKET}/killed")
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     code = (
-        "import json; from mixgf.config.run import Config; from mixgf.config.parse import from_dict; from mixgf.distributed import tasks as dispatch; from mixgf.stages import prepare\n"
-        f"prepare.run(from_dict(Config, json.load(open({str(tmp_path / 'config.json')!r}))), spread=dispatch.loop)"
+        "import json; from mixgf.config.run import Config; from mixgf.config.parse import from_dict; from mixgf.execution import LocalExecutor; from mixgf.stages import prepare\n"
+        f"prepare.run(from_dict(Config, json.load(open({str(tmp_path / 'config.json')!r}))), executor=LocalExecutor())"
     )
     (rule,) = proxy.fresh(Rule("hold", "PUT .*/shards/", when=lambda i: i == 3))
     victim = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -284,7 +284,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(  # noqa: PLR0917
 ):
     settings, source, output, line = REFUSALS[why]
     monkeypatch.setenv("HOME", str(tmp_path))  # no keys of the person who runs the tests
-    monkeypatch.setattr(prepare, "ray_tasks", lambda _: tasks.loop)  # the session's workers know no endpoint
+    monkeypatch.setattr(prepare, "RayExecutor", lambda _: LocalExecutor())  # the session's workers know no endpoint
     for name, value in settings.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     assert run_cli(world, tmp_path, source, output or str(tmp_path / "out")) == 2

@@ -28,8 +28,8 @@ from processes import die_with_us, free_port
 from mixgf import cli
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
-from mixgf.distributed import tasks
 from mixgf.errors import AccessError, UserError
+from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files
 
@@ -186,7 +186,7 @@ def test_the_command_prepares_from_and_to_ceph_through_faults(world, proxy, tmp_
     assert all(rule.hits for rule in rules), [(r.kind, r.match, r.seen) for r in rules if not r.hits]
     proxy.fresh()
     assert s3_world.contents(f"{config.output}/corpus") == world.local
-    assert prepare.run(config, spread=tasks.loop) == f"{config.output}/corpus"
+    assert prepare.run(config, executor=LocalExecutor()) == f"{config.output}/corpus"
     assert not any(p.what.startswith(("PUT", "POST")) for p in proxy.passed)
 
 
@@ -208,7 +208,7 @@ def test_who_loses_the_right_to_write_blames_no_source(world, proxy, s3_settings
     config = world.on(str(world.folder / "data"), f"s3://{s3_world.BUCKET}/guest")
     s3_settings(proxy.url, GUEST, SECRET)
     with pytest.raises(AccessError, match=r"^s3://cells/guest/corpus/\S+: access denied"):
-        prepare.run(config, spread=tasks.loop)
+        prepare.run(config, executor=LocalExecutor())
 
 
 def test_of_runs_that_claim_one_folder_at_once_one_gets_it(proxy):

@@ -1,0 +1,150 @@
+"""Work as tasks, and the executors that run them.
+
+A stage lists its tasks; each writes one part file. An executor runs tasks in any order and gives back a receipt for each.
+Results do not depend on the executor, because a part depends on its task alone. `LocalExecutor` is the reference;
+`mixgf.distributed.executor.RayExecutor` spreads the same tasks over a Ray cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mixgf.errors import UserError
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Shared:
+    """An argument that many tasks carry: an executor sends it to the workers once. Functions receive its value."""
+
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Task:
+    """One call that writes one part file. It must be serialisable, and give the same file each time it runs."""
+
+    part: str
+    """URI of the file that it writes; a stage does not run a task whose file is there."""
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    """Positional arguments; `Shared` ones are sent once."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    """Amount of work, in the unit of its stage: cells, bytes, tokens or core-seconds."""
+    threads: int = 0
+    """Threads of torch; 0 = the function does not use torch."""
+    gpu: bool = False
+    """Whether it uses `compute.gpus_per_worker`."""
+    source: int = -1
+    """Number of the source that the stage leaves out if the task has an error; -1 = of no source, and the stage stops."""
+
+    def call(self, *first: Any) -> Any:
+        """Call the function, with `first` before its own arguments; returns its result."""
+        args = [a.value if isinstance(a, Shared) else a for a in self.args]
+        return self.function(*first, *args, **self.kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The end of one task."""
+
+    number: int
+    """Place of the task in the sequence given to `run`."""
+    error: str = ""
+    """Why it wrote no part; empty = it did."""
+    result: Any = None
+    """What the function returned; small and plain."""
+
+
+Receipts = Generator[Receipt, None, None]
+"""Receipts as tasks end, in any order. Closing the generator cancels the tasks that still run."""
+
+
+class WorkerPool(Protocol):
+    """Workers that keep state between tasks, for example a loaded model. Functions receive the worker as first argument."""
+
+    @property
+    def num_actors(self) -> int:
+        """Workers that are up or asked for."""
+
+    @property
+    def num_up(self) -> int:
+        """Workers that are up."""
+
+    def run(self, tasks: Sequence[Task], *, stop: Callable[[int], bool] | None = None) -> Receipts:
+        """Run tasks, the first ones first as far as possible.
+
+        Args:
+            tasks: what to run.
+            stop: called with the number of tasks in hand before more are given out; true = no more are given out.
+        """
+
+
+class Executor(Protocol):
+    """Runs the tasks of a stage."""
+
+    @property
+    def local(self) -> bool:
+        """Whether all work is done in this process. A training then needs no worker group."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """What must be open while tasks run. Sessions may be nested; the outermost one counts."""
+
+    def run(self, tasks: Sequence[Task]) -> Receipts:
+        """Run tasks. A `UserError` of a task becomes its receipt's error; any other error is raised and ends the run."""
+
+    def pool(self, worker: Callable[[], Any], *, most: int = 0) -> AbstractContextManager[WorkerPool]:
+        """Open a pool of workers.
+
+        Args:
+            worker: builds one worker; serialisable.
+            most: largest number of workers; 0 = `compute.num_workers`.
+        """
+
+
+def attempt(number: int, task: Task) -> Receipt:
+    """Run one task; a `UserError` becomes the receipt's error, so that one bad source does not lose a run."""
+    try:
+        return Receipt(number, result=task.call())
+    except UserError as error:
+        return Receipt(number, error=str(error))
+
+
+class LocalExecutor:
+    """Runs tasks one after the other in this process: the reference that every other executor must equal."""
+
+    local = True
+
+    def session(self) -> AbstractContextManager[None]:
+        """Nothing to open."""
+        return nullcontext()
+
+    def run(self, tasks: Sequence[Task]) -> Receipts:
+        """Run tasks in order."""
+        for number, task in enumerate(tasks):
+            yield attempt(number, task)
+
+    def pool(self, worker: Callable[[], Any], *, most: int = 0) -> AbstractContextManager[LocalPool]:
+        """One worker in this process, whatever `most` says."""
+        return nullcontext(LocalPool(worker))
+
+
+class LocalPool:
+    """One worker in this process, built with the first task. Every error is raised."""
+
+    num_actors = num_up = 1
+
+    def __init__(self, worker: Callable[[], Any]) -> None:
+        self._make, self._worker = worker, None
+
+    def run(self, tasks: Sequence[Task], *, stop: Callable[[int], bool] | None = None) -> Receipts:
+        """Run tasks in order."""
+        for number, task in enumerate(tasks):
+            if stop is not None and stop(0):
+                return
+            if self._worker is None:
+                self._worker = self._make()
+            yield Receipt(number, result=task.call(self._worker))

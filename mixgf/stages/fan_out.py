@@ -1,0 +1,142 @@
+"""How every stage runs its tasks: those whose part is not there, with progress, metrics and refused sources.
+
+A part that is there is not made again, so a stage killed at any moment goes on with the same command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from mixgf.console import Progress, say, warn
+from mixgf.distributed.metrics import Meter
+from mixgf.errors import UserError
+from mixgf.execution import Executor, Receipts, Task
+from mixgf.storage import files
+
+
+def missing(tasks: Iterable[Task]) -> list[Task]:
+    """Tasks whose part is not there, in order. Lists every folder of parts once."""
+    tasks = list(tasks)
+    split = [task.part.rpartition("/") for task in tasks]
+    there = {folder: set(files.list_dir(folder)) for folder in {folder for folder, _, _ in split}}
+    return [task for task, (folder, _, name) in zip(tasks, split, strict=True) if name not in there[folder]]
+
+
+def raise_error(_: Task, error: str) -> None:
+    """The error of a task ends the stage."""
+    raise UserError(error)
+
+
+def fan_out(
+    what: str,
+    tasks: Sequence[Task],
+    run: Callable[[Sequence[Task]], Receipts],
+    *,
+    meter: Meter | None = None,
+    unit: str = "core-s",
+    counter: str = "",
+    longest_first: bool = False,
+    failed_before: int = 0,
+    done: Callable[[Task, Any], None] = lambda *_: None,
+    failed: Callable[[Task, str], None] = raise_error,
+) -> tuple[int, bool]:
+    """Run the tasks whose part is not there.
+
+    Args:
+        what: name of the work in the progress.
+        tasks: all tasks of the work; those that were done before count in the progress.
+        run: `run` of an executor or of a pool.
+        meter: records the numbers of tasks that wait, are done and failed.
+        unit: of the tasks' weights.
+        counter: metric that counts the weights of finished tasks; empty = none.
+        longest_first: order tasks by weight, then by part; else they stay in order.
+        failed_before: tasks that failed in earlier work of the stage, for the meter.
+        done: called in this process with every finished task and its result.
+        failed: called with every task that has an error, and the error.
+
+    Returns:
+        Number of tasks that finished now, and whether all parts are there now; not so if a task failed or `run` ended early.
+
+    Raises:
+        UserError: a task had an error, unless `failed` is given.
+    """
+    todo = missing(tasks)
+    if longest_first:
+        todo.sort(key=lambda task: (-task.weight, task.part))
+    if not todo:
+        return 0, True
+    if len(todo) < len(tasks):
+        say(f"{what}: {len(tasks) - len(todo):,} of {len(tasks):,} parts are there already")
+    total = sum(task.weight for task in tasks)
+    spent = total - sum(task.weight for task in todo)
+    finished = failures = 0
+
+    def tell(failing: int = 0) -> None:
+        if meter is not None:
+            number = failures + failing
+            states = {"waiting": len(todo) - finished - number} | ({"done": finished} if finished else {})
+            meter.units(**states, **({"failed": failed_before + number} if failed_before + number else {}))
+
+    tell()
+    with Progress(what, total, unit, done=spent) as progress, closing(run(todo)) as receipts:
+        try:
+            for receipt in receipts:
+                task = todo[receipt.number]
+                if receipt.error:
+                    failed(task, receipt.error)
+                    failures += 1
+                else:
+                    done(task, receipt.result)
+                    finished += 1
+                    if meter is not None and counter:
+                        meter.add(counter, task.weight)
+                spent += task.weight
+                progress.update(spent)
+                tell()
+        except Exception:
+            tell(failing=1)
+            raise
+    return finished, finished == len(todo)
+
+
+@dataclass(kw_only=True)
+class SourcePasses:
+    """The passes of one stage over its sources. A source with an error is refused, and the others go on."""
+
+    stage: str
+    num_sources: int
+    strict: bool
+    """`prepare.strict`: the first source with an error stops the stage."""
+    executor: Executor
+    meter: Meter
+    refused: dict[int, str] = field(default_factory=dict)
+    """Error by source: the first in alphabetical order, so that records do not depend on the order of work."""
+    settled: bool = False
+    """Whether the refused sources are final; a later error of any source stops the stage."""
+
+    def run(self, what: str, tasks: Sequence[Task], unit: str = "cells", counter: str = "") -> None:
+        """Run the tasks of a pass whose part is not there; `counter` is the metric that counts their weight."""
+        fan_out(
+            f"{self.stage}: {what}", tasks, self.executor.run, meter=self.meter, unit=unit, counter=counter,
+            failed_before=len(self.refused), failed=self._failed,
+        )  # fmt: skip
+
+    def _failed(self, task: Task, error: str) -> None:
+        if task.source < 0 or self.settled:
+            raise UserError(error)
+        self.refuse(task.source, error)
+
+    def refuse(self, index: int, error: str) -> None:
+        """Leave a source out; a `UserError` if none is left, or if `strict`."""
+        if self.strict:
+            raise UserError(error)
+        if index not in self.refused:
+            warn(f"refused: {error}")
+        self.refused[index] = min(self.refused.get(index, error), error)
+        if len(self.refused) == self.num_sources:
+            first = self.refused[min(self.refused)]
+            several = f"all {len(self.refused)} sources are refused; the first: {first}"
+            raise UserError(first if len(self.refused) == 1 else several)
