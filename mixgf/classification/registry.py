@@ -13,6 +13,7 @@ from mixgf.classification.baselines import HvgLogisticRegression, Majority, PcaN
 from mixgf.classification.encoders import CHECKPOINT, UNTRAINED, named_uris
 from mixgf.classification.finetuned import Finetune, FinetuneLinearStart, Lora
 from mixgf.classification.frozen import Centroid, Neighbours, Probe
+from mixgf.classification.genes_centroid import GenesCentroid
 from mixgf.classification.model import EncoderModel, Model, Needs
 from mixgf.classification.scvi import Scvi
 from mixgf.classification.splits import Split
@@ -24,7 +25,7 @@ MODELS: dict[str, type[Model]] = {
     for kind in (
         *(Finetune, FinetuneLinearStart, Lora),
         *(Probe, Neighbours, Centroid),
-        *(Majority, HvgLogisticRegression, PcaNeighbours, RankPca, Pseudobulk, Scvi),
+        *(Majority, HvgLogisticRegression, PcaNeighbours, RankPca, Pseudobulk, Scvi, GenesCentroid),
     )
 }
 """Class of each head, in the order of reports. A new model is one more class here."""
