@@ -5,7 +5,7 @@
 (MLflow's run id). Without Ray a call costs a dictionary lookup and does nothing; with it, about 3 microseconds.
 
 `watch` is what a driver opens around its work: it samples the cluster's nodes, keeps the cost ledger beside the artifact
-(`mixgf.cost`), and logs the bill to MLflow at the end.
+(`mixgf.tracking.cost`), and logs the bill to MLflow at the end.
 """
 
 from __future__ import annotations

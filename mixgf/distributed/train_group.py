@@ -65,7 +65,9 @@ def work(params: dict[str, Any]) -> None:
         task = Pretraining(config, corpus)
         model = initial_model(config, corpus)
         fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"])
-    except UserError as error:  # every worker meets it alike; the driver raises it, and nobody starts again
+    except (
+        UserError
+    ) as error:  # every worker has the same one: the driver raises it, and the group does not start again
         ray.get(params["board"].fail.remote(str(error)))
 
 

@@ -144,7 +144,7 @@ class _Prepare:
         reports = self._reports(all_units)
         self.passes.settled = True
         all_units = [u for u in all_units if u.index not in self.passes.refused]
-        reasons = self._judge(all_units)
+        reasons = self._filter_cells(all_units)
         for reason, number in qc.count_reasons(np.concatenate(list(reasons.values()))).items():
             if reason != "kept":
                 self.meter.add("cells_dropped", number, reason=reason)
@@ -156,7 +156,7 @@ class _Prepare:
             raise UserError(msg)
         made = self._vocabulary(vocabulary, kept_units, keeps, given)
         made.save(files.join(self.uri, "vocabulary.parquet"))
-        self._take()
+        self._copy_shards()
         self._encode(made.hash, kept_units, keeps)
         return self._publish(record, made, kept_units, reasons, reports)
 
@@ -235,7 +235,7 @@ class _Prepare:
         self._leave_out()
         return out
 
-    def _judge(self, all_units: list[prepare_passes.RowRange]) -> dict[int, np.ndarray]:
+    def _filter_cells(self, all_units: list[prepare_passes.RowRange]) -> dict[int, np.ndarray]:
         """Reasons of all cells, by source."""
         rules = self.config.qc
         metrics = self.metrics
@@ -355,7 +355,7 @@ class _Prepare:
             level += 1
         return parts
 
-    def _take(self) -> None:
+    def _copy_shards(self) -> None:
         """Take over the shards of the older corpus."""
         if self.older is not None:
             tasks = [

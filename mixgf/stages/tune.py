@@ -122,7 +122,7 @@ def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict
         warn(f"tune.splits: {', '.join(absent)} cannot be made of these cells, and counts nothing")
     tasks = len({(s.kind, s.group, s.direction) for s in made})
     say(
-        f"tune: {len(arms)} arms x {config.tune.seeds} seeds, judged on {len(table):,} cells in {tasks} tasks ({', '.join(config.tune.splits)})"
+        f"tune: {len(arms)} arms x {config.tune.seeds} seeds, scored on {len(table):,} cells in {tasks} tasks ({', '.join(config.tune.splits)})"
     )
     return steps
 

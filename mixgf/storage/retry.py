@@ -3,6 +3,16 @@
 botocore itself repeats requests without an answer (no connection, timeout, 429, 5xx). Two kinds of errors are left, and are
 repeated here: an answer that breaks off, and a server that stays busy for longer. What fails after all retries becomes a
 `StorageError` of one line. Tested against s3fs 2026.9 and aiobotocore 3.10, by `tests/storage/test_s3.py`.
+
+Three layers retry, each what the one below cannot; no other layer does (s3fs's own retries are off):
+
+| layer | repeats | after | times, pauses |
+|---|---|---|---|
+| botocore | one HTTP request | no connection, timeout, 429 or 5xx before the first byte of the answer | 3, at most 7 s |
+| `with_retries` | one operation: read, write, list | an answer that breaks off, a server still busy | 3, 4.2 s |
+| `RayExecutor`, `ActorPool` | one task | a lost worker or node; an `OSError`, `StorageError` among them; in a pool any error | 3, none |
+
+Repeating a task is safe because it writes one file, atomically and with the same bytes. A `LocalExecutor` does not repeat tasks.
 """
 
 from __future__ import annotations
