@@ -128,12 +128,12 @@ def _encoder_set(config: Config, folder: str, name: str, inputs: Inputs, others:
         for head in config.compare.models
     ]
     controls = () if name else config.compare.controls
-    asked = replace(
+    wanted = replace(
         config.classify, splits=("species",), models=(*heads, *controls), encoders=others, label_shares=(), unseen_types=0,
         curve_models=(), integration_cells=config.compare.cells, keep=False,
     )  # fmt: skip
     paths = ArtifactPaths(corpus=inputs.corpus, checkpoint=inputs.checkpoint, output=folder)
-    run = replace(config, output=folder, inputs=inputs, classify=asked)
+    run = replace(config, output=folder, inputs=inputs, classify=wanted)
     return EncoderSet(name=name, config=run, classification=files.join(folder, "classify"), paths=paths)
 
 
@@ -142,8 +142,8 @@ def _is_sufficient(uri: str, encoder_set: EncoderSet) -> bool:
     there, run = artifacts.find(uri), encoder_set.config
     if there is None or "species" not in there.config["asked"]["splits"]:
         return False
-    asked = to_dict(run.classify)
-    if any(asked[name] != value for name, value in ({"merge": {}} | there.config["cells"]).items()):
+    wanted = to_dict(run.classify)
+    if any(wanted[name] != value for name, value in ({"merge": {}} | there.config["cells"]).items()):
         return False
     used = registry.encoders_of(registry.models(run.classify))
     found = encoders.records(run.inputs.checkpoint, run, Corpus(run.inputs.corpus), used)

@@ -63,7 +63,7 @@ def test_labels_are_exchanged_within_strata_only():
     assert len(np.unique(drawn.round(9), axis=0)) == 12
 
 
-def world(rng, effect_one, effect_two, num=40, width=30):
+def two_species(rng, effect_one, effect_two, num=40, width=30):
     """Two species with offsets of their own; columns vary by very different amounts, as those of an encoder do."""
     spread = np.exp(rng.normal(size=width))
     vectors = rng.normal(size=(2 * num, width)) * spread
@@ -78,7 +78,7 @@ def test_p_is_uniform_where_one_species_has_no_shift_and_never_too_small():
     """The other species' shift is real, which is the case in which exchanging both labels at once would fail."""
     rng, p_one, p_both = np.random.default_rng(1), [], []
     for seed in range(200):
-        shifts, vectors = world(rng, 0, 3 * rng.normal(size=30))
+        shifts, vectors = two_species(rng, 0, 3 * rng.normal(size=30))
         pairs, _ = shift_matching.match(shifts, vectors, num_permutations=99, seed=seed)
         p_one.append(pairs["p_shift"].iloc[0])
         p_both.append(pairs["p"].iloc[0])
@@ -89,19 +89,19 @@ def test_p_is_uniform_where_one_species_has_no_shift_and_never_too_small():
 def test_the_same_shift_in_both_species_is_found_and_an_opposite_one_is_not():
     rng = np.random.default_rng(2)
     effect = 2 * rng.normal(size=30)
-    shifts, vectors = world(rng, effect, effect)
+    shifts, vectors = two_species(rng, effect, effect)
     pairs, table = shift_matching.match(shifts, vectors, num_permutations=99, seed=0)
     row = pairs.iloc[0]
     assert row["p"] == row["smallest_p"] == row["fdr"] == 0.01
     assert row["low"] < row["cosine"] <= 1
     assert (table["reliability"] > 0.5).all()
-    shifts, vectors = world(rng, effect, -effect)
+    shifts, vectors = two_species(rng, effect, -effect)
     assert shift_matching.match(shifts, vectors, num_permutations=99, seed=0)[0].iloc[0]["p"] == 1
 
 
 def test_halves_of_one_condition_do_not_repeat():
     rng = np.random.default_rng(3)
-    shifts, vectors = world(rng, 0, 0, num=400)
+    shifts, vectors = two_species(rng, 0, 0, num=400)
     _, table = shift_matching.match(shifts, vectors, num_permutations=19, seed=0)
     assert (table["reliability"].abs() < 0.4).all()
 

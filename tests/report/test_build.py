@@ -267,7 +267,7 @@ def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
     said = " ".join(text for _, text in hits.sentences(marked, goal=True))
     assert "1 of 2 hits differ themselves between start and goal" in said
     assert "objects to: GENE0." in said
-    assert hits.hits(genes.assign(role="null")).empty  # what was scored for comparison is nobody's hit
+    assert hits.hits(genes.assign(role="null")).empty  # genes that are sampled as controls are no hits
     mixed = genes.assign(
         role=["target"] * 5 + ["null"] * 25, reference=[False] * 5 + [True] * 25
     )  # of the nulls 5 have an FDR of 1 %, and all a cell-level one

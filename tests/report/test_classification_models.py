@@ -50,7 +50,7 @@ def text(section: elements.Section) -> str:
 
 
 def test_headlines_speak_of_the_training_that_validation_cells_prefer_whatever_the_test_cells_say() -> None:
-    board = scores({
+    means = scores({
         ("random", g, "", m): v for g in ("baron", "jaitin")
         for m, v in {"finetune": 0.9, "finetune_linear_start": 0.6, "knn": 0.95, "hvg_logreg": 0.8}.items()
     })  # fmt: skip
@@ -58,12 +58,12 @@ def test_headlines_speak_of_the_training_that_validation_cells_prefer_whatever_t
         {"split": "random", "group": g, "direction": "", "seed": 0, "model": m, "epoch": e, "loss": loss, "chosen": chosen}
         for g in ("baron", "jaitin") for m, e, loss, chosen in (("finetune", 1, 0.1, False), ("finetune", 2, 0.5, True), ("finetune_linear_start", 0, 0.4, True))
     ])  # fmt: skip
-    assert verdicts.best_own_model(board, epochs) == "finetune_linear_start"
-    assert verdicts.best_own_model(board) == "finetune"
+    assert verdicts.best_own_model(means, epochs) == "finetune_linear_start"
+    assert verdicts.best_own_model(means) == "finetune"
     alone = epochs[(epochs["model"] != "finetune") | (epochs["group"] == "jaitin")]  # on the splits of both only
     alone = pd.concat([alone, epochs[epochs["model"] == "finetune_linear_start"].assign(seed=1, loss=9.0)])
-    assert verdicts.best_own_model(board, alone) == "finetune_linear_start"
-    said = run(scores=board, epochs=epochs)
+    assert verdicts.best_own_model(means, alone) == "finetune_linear_start"
+    said = run(scores=means, epochs=epochs)
     assert (
         "0.60",
         "macro F1, random cells (mixgf, fine-tuned from a convex start); best baseline 0.80",
@@ -95,11 +95,11 @@ def test_published_figures_are_those_of_the_paper() -> None:
 
 
 def test_ours_stand_in_the_papers_row_of_the_same_tissue_and_species() -> None:
-    board = scores({
+    means = scores({
         ("random", "baron", "", "finetune"): 0.876, ("random", "baron", "", "knn"): 0.5, ("random", "baron", "", "knn@mlm"): 0.25,
         ("random", "jaitin", "", "finetune"): 0.75, ("random", "jaitin", "", "scvi"): 0.625,
     })  # fmt: skip
-    section = published_accuracy.section(run(scores=board))
+    section = published_accuracy.section(run(scores=means))
     table1, table3, table2 = grids(section)
     assert "Table 1" in table1.caption
     assert "Table 3" in table3.caption
@@ -155,12 +155,12 @@ def test_the_gap_is_taken_on_the_same_cells() -> None:
 
 
 def test_averages_and_wins_ties_losses_by_hand() -> None:
-    board = scores({
+    means = scores({
         ("random", "a", "", "probe"): 0.9, ("random", "b", "", "probe"): 0.7, ("random", "c", "", "probe"): 0.5,
         ("random", "a", "", "pca_knn"): 0.8, ("random", "b", "", "pca_knn"): 0.7, ("random", "c", "", "pca_knn"): 0.7,
         ("random", "a", "", "probe@mlm"): 0.1,
     })  # fmt: skip
-    section = classification_models.section(run(scores=pd.concat([board, board.assign(seed=1)])))
+    section = classification_models.section(run(scores=pd.concat([means, means.assign(seed=1)])))
     ours, other, baseline = (
         row(grids(section)[0], name) for name in ("● mixgf, frozen + log", "○ mlm encoder", "□ PCA")
     )
@@ -183,16 +183,16 @@ def test_labels_in_doubt_are_those_that_two_unlike_models_reject_alike() -> None
     ])  # fmt: skip
     found = score_tables.label_disagreements(predictions, "probe", "hvg_logreg")
     assert found[["group", "label", "both_say", "cells", "of"]].to_numpy().tolist() == [["blood", "T", "NK", 4, 6]]
-    board = scores(
+    means = scores(
         {
             ("random", "blood", "", "probe"): 0.5,
             ("random", "blood", "", "hvg_logreg"): 0.6,
             ("random", "blood", "", "majority"): 0.1,
         }
     )
-    section = classification_models.section(run(scores=board, predictions=predictions))
+    section = classification_models.section(run(scores=means, predictions=predictions))
     assert row(grids(section)[-1], "blood") == ["blood", "T", "NK", "4", "67%", "0.75"]
-    none = classification_models.section(run(scores=board, predictions=predictions[predictions["cell"] > "c1"]))
+    none = classification_models.section(run(scores=means, predictions=predictions[predictions["cell"] > "c1"]))
     assert "For no label do mixgf, frozen + logistic probe and variable genes + logistic regression agree" in text(none)
 
 

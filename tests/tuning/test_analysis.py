@@ -13,8 +13,8 @@ CONFIG = Config(tune=Tune(space=({"objective.view": ("mask",), "objective.poolin
 ARMS = search_space.arms(CONFIG)
 
 
-def board(values, rungs=(0,)):
-    """Rows of a board: values[(arm name, rung)] = scores by seed."""
+def arm_scores(values, rungs=(0,)):
+    """Rows of `analysis.arm_scores`: values[(arm name, rung)] = scores by seed."""
     keys = {arm.name: arm.key for arm in ARMS} | {"base": ARMS[0].key}
     rows = []
     for (name, rung), scores in values.items():
@@ -52,7 +52,7 @@ def test_intervals_over_seeds_hold_the_planted_effect_in_95_percent_of_sweeps():
 
 
 def test_effects_are_taken_at_the_last_rung_that_both_reached():
-    table = board({
+    table = arm_scores({
         ("base", 0): [0.5, 0.6], ("base", 1): [0.7, 0.8], ("view=mask", 0): [0.4, 0.5], ("pooling=first", 0): [0.1, 0.1],
         ("pooling=first", 1): [0.9, 0.8],
     })  # fmt: skip
@@ -93,13 +93,13 @@ def test_the_sentence_has_the_sign_of_the_contrast_and_says_when_nothing_can_be_
     off = "contrast_weight=0.0"
     for gain, verdict in ((0.1, "higher"), (-0.1, "lower")):
         base = np.array([0.5, 0.61, 0.69])
-        table = board({("base", 0): base, (off, 0): base - gain + [0.001, -0.001, 0]})
+        table = arm_scores({("base", 0): base, (off, 0): base - gain + [0.001, -0.001, 0]})
         text = analysis.sentence(analysis.effects(table), table)
         assert text.startswith(f"with the contrast instead of without, zero-shot macro F1 changes by {gain:+.3f} [")
         assert text.endswith(f", 3 seeds: {verdict}")
-    table = board({("base", 0): [0.5, 0.6, 0.7], (off, 0): [0.6, 0.5, 0.7]})
+    table = arm_scores({("base", 0): [0.5, 0.6, 0.7], (off, 0): [0.6, 0.5, 0.7]})
     assert "not different from 0" in analysis.sentence(analysis.effects(table), table)
-    table = board({("base", 0): [0.5], (off, 0): [0.6]})
+    table = arm_scores({("base", 0): [0.5], (off, 0): [0.6]})
     assert "one seed, no interval" in analysis.sentence(analysis.effects(table), table)
 
 

@@ -82,10 +82,10 @@ def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
     names, columns = sorted(set(first["species"])), min(3, len(maps_))
     rows = -(-len(maps_) // columns)
     width = 3.5 * columns
-    across = min(
+    per_row = min(
         3, max(1, int(width / (0.45 + 0.058 * max(map(len, [*order, *names])))))
     )  # names of the legend in a line
-    with canvas(key, width, 3.5 * rows + 0.15 * -(-(len(order) + len(names)) // across) + 0.3) as (figure, out):
+    with canvas(key, width, 3.5 * rows + 0.15 * -(-(len(order) + len(names)) // per_row) + 0.3) as (figure, out):
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes, (title, frame) in zip(panels.flat, maps_.items(), strict=False):
             xy_N2, types_N, species_N = (
@@ -126,7 +126,7 @@ def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
             for i, k in enumerate(order)
         ]
         figure.legend(
-            handles=marks, loc="outside lower center", ncols=across, fontsize=7, handletextpad=0.1, columnspacing=0.8
+            handles=marks, loc="outside lower center", ncols=per_row, fontsize=7, handletextpad=0.1, columnspacing=0.8
         )
     return out[0]
 

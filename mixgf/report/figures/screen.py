@@ -15,8 +15,8 @@ def volcano(genes: pd.DataFrame, name: str, *, p: str, title: str, goal: bool) -
     from matplotlib.patheffects import withStroke
 
     frame = genes[np.isfinite(genes["shift"])].sort_values(["shift", "gene"], ascending=[False, True])
-    asked = frame[frame["role"] != "null"] if "role" in frame else frame
-    named = pd.concat([asked.head(7), asked.tail(3)]).drop_duplicates("gene") if goal else asked.head(8)
+    targets = frame[frame["role"] != "null"] if "role" in frame else frame
+    named = pd.concat([targets.head(7), targets.tail(3)]).drop_duplicates("gene") if goal else targets.head(8)
     with canvas(name, 10.2, 3.9, wspace=0.05) as (figure, out):
         left, right = figure.subplots(1, 2)
         floor = np.clip(frame[p].to_numpy(float), 1e-300, 1)
