@@ -400,6 +400,30 @@ def test_the_label_for_unknown_is_no_type(config):
     assert cells["cells"].sum() == 151
 
 
+def test_cells_are_counted_over_shards_with_categories_missing_labels_and_numeric_donors(tmp_path):
+    shards = {
+        "0.parquet": {"species": ["mouse", "mouse", "human"], "cell_type": ["a", None, "unknown"], "donor": [1.0, None, 2.0]},
+        "1.parquet": {"species": ["human", "human", "human"], "cell_type": ["a", "a", "b"], "donor": [2.0, 2.0, 2.0]},
+    }  # fmt: skip
+    for name, columns in shards.items():
+        table = pa.table(columns | {"source": ["s" + name[0]] * 3, "length": pa.array([2, 3, 3], pa.int32())})
+        for column in ("species", "cell_type"):
+            place = table.column_names.index(column)
+            table = table.set_column(place, column, table[column].dictionary_encode())
+        tables.write_table(files.join(str(tmp_path), "shards", name), table)
+    record = artifacts.plan("corpus", 1, {}, {})
+    record.details["shards"] = [{"name": name, "rows": 3} for name in shards]
+    cells, lengths = load._cell_counts(Config(), str(tmp_path), record)
+    assert cells.to_numpy().tolist() == [
+        ["s0", "human", "", "2.0", 1],
+        ["s0", "mouse", "", "", 1],
+        ["s0", "mouse", "a", "1.0", 1],
+        ["s1", "human", "a", "2.0", 2],
+        ["s1", "human", "b", "2.0", 1],
+    ]
+    assert {name: counts.tolist() for name, counts in lengths.items()} == {"human": [0, 0, 1, 3], "mouse": [0, 0, 1, 1]}
+
+
 def test_embeddings_of_another_corpus_are_not_shown(config, tmp_path):
     _artifact(str(tmp_path), "embeddings", {}, parents={"corpus": "another"})
     run = load.load_results(dataclasses.replace(config, inputs=Inputs(embeddings=str(tmp_path))))
