@@ -1,1 +1,1 @@
-"""Classification."""
+"""Cell-type classification: labels, splits, models, metrics, kept classifiers and annotation."""

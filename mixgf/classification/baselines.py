@@ -1,8 +1,8 @@
 """Baselines on raw counts, scored on the same splits as the encoder's models.
 
 Genes, scales, components and weights are fitted on training cells only. Between species, counts are in the space of one-to-one
-orthologs and every feature is z-scored within its species (`features.Scale`), which uses the predicted cells' counts and never
-their labels.
+orthologs and every feature is z-scored within its species (`features.Scale`). That uses the counts of the cells to predict, and
+never their labels.
 
 Shape letters: N training cells, M cells to predict, G genes, H chosen genes, C classes.
 """

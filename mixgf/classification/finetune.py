@@ -19,7 +19,7 @@ from mixgf import rng
 from mixgf.arrays import Floats, Ints
 from mixgf.classification import linear_start
 from mixgf.classification.model import Problem, SentenceSet
-from mixgf.classification.species_alignment import moved, shared_tokens
+from mixgf.classification.species_alignment import align_scores, shared_tokens
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 from mixgf.config.training import LayerChoice, Train
@@ -198,12 +198,12 @@ class Tuned:
     """Most tokens of a forward pass on a GPU."""
 
     def predict(self, cells: Ints) -> Floats:
-        """Class probabilities (M, C) of cells of the corpus; between species they are shifted (`species_alignment.moved`)."""
+        """Class probabilities (M, C) of cells of the corpus; between species they are shifted (`species_alignment.align_scores`)."""
         predicted_MC = probabilities(self.model, self.sentences, cells, self.micro_tokens)
         if self.sentences.shared_V is None:
             return predicted_MC
         own_NC = probabilities(self.model, self.sentences, self.cells, self.micro_tokens)
-        return moved(predicted_MC, own_NC, self.labels)
+        return align_scores(predicted_MC, own_NC, self.labels)
 
     def notes(self) -> dict[str, Any]:
         """Plain facts that are stored beside the predictions."""

@@ -1,8 +1,8 @@
-"""What is left of species and data sets in an embedding, what is kept of cell types, and how two embeddings differ.
+"""Measures of an embedding: mixing of species and data sets, separation of cell types, and agreement of two embeddings.
 
-Silhouettes, NMI and ARI are scikit-learn's, put together as in scIB (Luecken et al. 2022); LISI (Korsunsky et al. 2019) comes
-from scib-metrics where that is installed (`pip install 'mixgf[baselines]'`). The probes ask more directly: can a linear
-classifier read the species from a vector, and can it still on a data set that it never saw?
+Silhouettes, NMI and ARI are scikit-learn's, combined as in scIB (Luecken et al. 2022). LISI (Korsunsky et al. 2019) is computed by
+scib-metrics where that is installed (`pip install 'mixgf[baselines]'`). Probes are linear classifiers that predict the species from
+a vector, on known data sets and on data sets without training cells.
 
 Shape letters: N cells, D width, T types.
 """
@@ -23,7 +23,7 @@ from mixgf.arrays import Floats, Ints, Names
 from mixgf.classification import heads, metrics
 from mixgf.classification.features import Scale
 from mixgf.classification.labels import Labelled
-from mixgf.classification.splits import keyed_order
+from mixgf.classification.splits import random_order
 from mixgf.stats.intervals import Interval
 
 MIN_TYPE_CELLS = 5
@@ -52,7 +52,7 @@ def centroid_table(centres: dict[tuple[str, str], np.ndarray], first: str, secon
 
 
 def counterparts(table: pd.DataFrame) -> tuple[int, int]:
-    """Of the types in both species, how many have their counterpart as nearest centroid; and how many there are."""
+    """How many types of both species have their counterpart as nearest centroid, and how many types both species have."""
     shared = [t for t in table.index if t in set(table.columns)]
     return sum(str(table.loc[t].idxmin()) == t for t in shared), len(shared)
 
@@ -66,14 +66,17 @@ NONE = float("nan")
 def measure(vectors_ND: Floats, cells: Labelled, *, seed: int) -> dict[str, tuple[Interval, str]]:
     """Every measure that these cells allow, with its 95 % interval (NaN where there is none) and what was resampled.
 
-    Kept, higher is better: `type_silhouette`, `type_nmi`, `type_ari`. Mixed, 1 is best: `species_mixing`, `source_mixing`.
-    Read by a linear probe, as balanced accuracy, 1/2 is best for two species: `species_probe` on new cells of known data sets,
-    `species_probe_new_sets` on data sets that the probe has not seen.
+    | measure | best |
+    |---|---|
+    | `type_silhouette`, `type_nmi`, `type_ari`: separation of types | 1 |
+    | `species_mixing`, `source_mixing`: silhouette of batches within types | 1 |
+    | `species_probe`: balanced accuracy of a linear probe on new cells of known data sets | 1/2 for two species |
+    | `species_probe_new_sets`: the same on data sets without training cells | 1/2 for two species |
 
     Args:
         vectors_ND: Frozen vectors.
-        cells: The same cells; their names key the folds, their sources are the data sets.
-        seed: Of KMeans, the folds and the resamples.
+        cells: The same cells; folds depend on their names, and their sources are the data sets.
+        seed: Seed of KMeans, the folds and the resamples.
     """
     found: dict[str, tuple[Interval, str]] = {}
     types_N, species_N, sources_N = cells.labels, cells.species, cells.sources
@@ -116,7 +119,7 @@ def _probes(vectors_ND: Floats, cells: Labelled, seed: int) -> dict[str, tuple[I
     rows = np.flatnonzero(np.isin(types_N, shared))
     if len(rows):
         fold_N = np.empty(len(rows), dtype=np.int64)
-        fold_N[keyed_order(cells.names[rows], "species probe", seed)] = np.arange(len(rows)) % FOLDS
+        fold_N[random_order(cells.names[rows], "species probe", seed)] = np.arange(len(rows)) % FOLDS
         found["species_probe"] = _read(
             vectors_ND[rows], species_N[rows], fold_N, cells.donors[rows], rng=rng, unit="donor"
         )
@@ -137,7 +140,7 @@ def shared_types(types_N: Names, species_N: Names) -> Names:
 def _read(
     vectors_ND: Floats, species_N: Names, fold_N: Ints, clusters_N: Names, *, rng: np.random.Generator, unit: str
 ) -> tuple[Interval, str]:
-    """Balanced accuracy of a logistic probe for the species, each fold read by a probe of the others."""
+    """Balanced accuracy of a logistic probe for the species; each fold is predicted by a probe fitted to the other folds."""
     species, label_N = np.unique(species_N, return_inverse=True)
     guess_N = np.empty(len(label_N), dtype=np.int64)
     for fold in np.unique(fold_N):
@@ -168,9 +171,9 @@ def _lisi(vectors_ND: Floats, batches: dict[str, Names]) -> dict[str, float]:
 
 
 def aligned(xy_N2: Floats, to_N2: Floats) -> Floats:
-    """Coordinates turned, mirrored and moved onto others of the same cells (orthogonal Procrustes), never stretched.
+    """Coordinates rotated, mirrored and shifted onto others of the same cells (orthogonal Procrustes), without scaling.
 
-    The axes of a UMAP mean nothing: two maps of equal structure may be turned against each other.
+    The axes of a UMAP are arbitrary: two maps of equal structure may be rotated against each other.
     """
     centred, target = xy_N2 - xy_N2.mean(0), to_N2 - to_N2.mean(0)
     return centred @ orthogonal_procrustes(centred, target)[0] + to_N2.mean(0)
@@ -198,7 +201,7 @@ def agreement(first_TT: Floats, second_TT: Floats) -> Floats:
 
 
 def corresponding(vectors_ND: Floats, xy_N2: Floats, types_N: Names, species_N: Names) -> pd.DataFrame:
-    """How near the centroids of one type lie in two species, in a space (cosine distance) and in its map (its units).
+    """Distances of the centroids of one type in two species, in a space (cosine distance) and in its map (map units).
 
     Returns:
         A row per type that both species have and ordered pair of species: species, other_species, type, num_cells, num_other,
@@ -220,11 +223,11 @@ def corresponding(vectors_ND: Floats, xy_N2: Floats, types_N: Names, species_N: 
         for j, (other, same) in enumerate(names):
             if one == other or kind != same:
                 continue
-            rivals = np.array([k for k, (s, _) in enumerate(names) if s == other])
+            others = np.array([k for k, (s, _) in enumerate(names) if s == other])
             rows.append({
                 "species": one, "other_species": other, "type": kind, "num_cells": int(counts[i]), "num_other": int(counts[j]),
-                "distance": float(away[i, j]), "map_distance": float(drawn[i, j]), "nearest": names[rivals[away[i, rivals].argmin()]][1],
-                "place": 1 + int((away[i, rivals] < away[i, j]).sum()), "num_types": len(rivals),
+                "distance": float(away[i, j]), "map_distance": float(drawn[i, j]), "nearest": names[others[away[i, others].argmin()]][1],
+                "place": 1 + int((away[i, others] < away[i, j]).sum()), "num_types": len(others),
             })  # fmt: skip
     columns = [
         "species",

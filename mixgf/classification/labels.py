@@ -1,4 +1,4 @@
-"""Moved here from mixgf/classify.py, mixgf/splits.py."""
+"""The labelled cells of a corpus: labels, donors, data sets and groups, one row per cell."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def merged(labels_N: Names, merge: Mapping[str, Sequence[str]]) -> Names:
 
 
 UNKNOWN = ""
-"""How a label, donor, data set or organ that is not known is written here."""
+"""A label, donor, data set or organ that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,17 +85,17 @@ class Labelled:
     cells: Cells
     """Their global numbers in the corpus."""
     names: Names
-    """Unique names; they, not the numbers, key the random draws."""
+    """Unique names. Random draws depend on them, not on the numbers."""
     labels: Names
     species: Names
     groups: Names
-    """The independent tasks of the random and the held-out-donor split."""
+    """Independent tasks of the random and the held-out-donor split."""
     donors: Names
     datasets: Names
     transfer: Names
-    """The groups within which species are compared."""
+    """Groups within which species are compared."""
     sources: Names
-    """The files they come from."""
+    """Source (data set) of each cell."""
 
     def __post_init__(self) -> None:
         sizes = {len(column) for column in (self.cells, self.names, self.labels, self.species, self.groups,
@@ -112,7 +112,7 @@ class Labelled:
 
 
 def names_of(values: Sequence[object], *, unknown: Sequence[str]) -> Names:
-    """A column as text, with every spelling of "not known" (and missing values) as `UNKNOWN`."""
+    """A column as text; missing values and the values of `unknown` become `UNKNOWN`."""
     gone = set(unknown)
     text = ["" if value is None or value != value else str(value) for value in values]  # noqa: PLR0124 (NaN is not itself)
     return np.asarray([UNKNOWN if value in gone else value for value in text], dtype=np.str_)

@@ -1,9 +1,9 @@
-"""The class head that a fine-tuning begins with: a logistic regression on what the untouched encoder makes of the cells.
+"""The class head that a fine-tuning starts from: logistic regression on the untouched encoder's vectors and on genes.
 
-Two blocks of features stand side by side: the encoder's vector, z-scored, and which genes the sentence has and how high. Each block has a
-total variance of 1 over the training cells before the vector's is multiplied by a share, which cross-validation chooses. For a
-share the problem is convex: no step size, no order of cells, no seed. (Linear probing before fine-tuning: Kumar et al. 2022; a
-linear model beside a deep one: Cheng et al. 2016.)
+There are two blocks of features: the encoder's vector, z-scored, and the genes of the sentence, weighted by rank. Each block has a
+total variance of 1 over the training cells; the vector's is then multiplied by a share that cross-validation chooses. For a given
+share the problem is convex: the result depends on no step size, order of cells or seed. Linear probing before fine-tuning: Kumar et
+al. 2022. A linear model beside a deep one: Cheng et al. 2016.
 
 Shapes: N training cells, D width of a vector, V vocabulary, C classes.
 """
@@ -26,7 +26,7 @@ from mixgf.corpus import packed
 STRENGTH = 1000.0
 """scikit-learn's `C` for blocks of variance 1. For sentences of 256 genes it is about C = 5 on indicators of 0 and 1."""
 SHARES = (1.0, 0.1, 0.01)
-"""Of the vector's block, beside genes."""
+"""Shares of the vector's block that are tried where genes take part."""
 FOLDS = 3
 
 
@@ -37,9 +37,9 @@ class Start:
     head_CD: Floats
     bias_C: Floats
     genes_CV: Floats
-    """Of `gene_rows`; no column where genes take no part."""
+    """Weights of `gene_rows`; no columns where genes take no part."""
     share: float
-    """Of the vector's block."""
+    """Share of the vector's block."""
     loss: float
     """Mean cross entropy of the training cells."""
 
@@ -50,7 +50,7 @@ class Start:
 
 
 def gene_rows(tokens_T: npt.NDArray[np.int32], offsets_N1: npt.NDArray[np.int64], vocab_size: int) -> sparse.csr_matrix:
-    """Which tokens each sentence has, and how high: rows (N, V) of length 1, `rank_weight` before they are scaled."""
+    """Tokens of each sentence, weighted by `rank_weight`: rows (N, V), scaled to length 1."""
     weights_T = rank_weight(packed.token_positions(offsets_N1))
     rows_NV = sparse.csr_matrix((weights_T, tokens_T, offsets_N1), shape=(len(offsets_N1) - 1, vocab_size))
     lengths_N = np.sqrt(np.asarray(rows_NV.multiply(rows_NV).sum(1)).ravel())
@@ -58,10 +58,10 @@ def gene_rows(tokens_T: npt.NDArray[np.int32], offsets_N1: npt.NDArray[np.int64]
 
 
 def rank_weight(places_T: Any) -> Any:
-    """What a gene at a place of the sentence counts, from 0: 2 for the first, 1 for the 257th, falling with the logarithm.
+    """Weight of a gene by its position in the sentence (from 0): 2 for the first, 1 for the 257th, logarithmic between.
 
-    For arrays and for tensors. That a gene is there counts most; how high it is tells a cell's own transcripts of the most
-    abundant genes from those that float about.
+    Takes arrays and tensors. Presence of a gene counts most. Its rank distinguishes a cell's own transcripts of abundant genes from
+    ambient RNA.
     """
     return 2 - (places_T + 1.0).log() / log(257) if isinstance(places_T, Tensor) else 2 - np.log1p(places_T) / log(257)
 
@@ -69,14 +69,14 @@ def rank_weight(places_T: Any) -> Any:
 def fit(
     vectors_ND: Floats, genes_NV: sparse.csr_matrix | None, labels_N: Integers, num_classes: int, *, share: float = 1.0
 ) -> Start:
-    """The head with the highest penalised likelihood.
+    """The head with the highest penalised likelihood (logistic regression).
 
     Args:
-        vectors_ND: Of the encoder.
-        genes_NV: `gene_rows`; None = genes take no part.
+        vectors_ND: Vectors of the encoder.
+        genes_NV: Rows of `gene_rows`; None = genes take no part.
         labels_N: Class ids, each class at least once.
         num_classes: C.
-        share: Of the vector's block.
+        share: Share of the vector's block.
     """
     D = vectors_ND.shape[1]
     mean_D, sd_D = vectors_ND.mean(0, dtype=np.float64), vectors_ND.std(0, dtype=np.float64)
@@ -100,11 +100,11 @@ def fit_best(
     vectors_ND: Floats, genes_NV: sparse.csr_matrix | None, labels_N: Integers, num_classes: int, *, seed: int,
     shares: tuple[float, ...] = SHARES,
 ) -> Start:  # fmt: skip
-    """`fit` with the one of `shares` that is right about most cells when they are left out, in `FOLDS` folds of equal types.
+    """`fit` with the share of `shares` that predicts most left-out cells correctly, in `FOLDS` folds stratified by type.
 
-    An encoder that knows little then does not drown what the genes say. Not the loss: many weak weights are right and unsure,
-    few strong ones wrong and sure. Of equal shares the largest is taken. Scores are then multiplied by the number at which those
-    of the cells left out have the lowest loss, so that what training makes of them can be compared by loss.
+    Of shares that are equally good the largest is taken. Accuracy decides, not the loss, because the loss also depends on how large
+    the weights are. The scores are then multiplied by the factor with the lowest loss on the left-out cells, so that the loss of
+    later epochs can be compared with theirs.
     """
     fold_N = folds(labels_N, seed)
     best: tuple[int, float, Floats] | None = None
@@ -120,7 +120,7 @@ def fit_best(
             best = (right, share, logits_NC)
     assert best is not None
     tested = fold_N >= 0
-    times = _sharper(best[2][tested], labels_N[tested]) if tested.any() else 1.0
+    times = _best_factor(best[2][tested], labels_N[tested]) if tested.any() else 1.0
     made = fit(vectors_ND, genes_NV, labels_N, num_classes, share=best[1])
     loss = _loss(times * made.logits(vectors_ND, genes_NV), labels_N)
     return replace(
@@ -128,8 +128,8 @@ def fit_best(
     )
 
 
-def _sharper(logits_NC: Floats, labels_N: Integers) -> float:
-    """The factor between 1/20 and 20 at which scores of cells left out have the lowest loss."""
+def _best_factor(logits_NC: Floats, labels_N: Integers) -> float:
+    """The factor, between 1/20 and 20, at which the scores of left-out cells have the lowest loss."""
 
     def loss(log_factor: float) -> float:
         return _loss(np.exp(log_factor) * logits_NC, labels_N)
@@ -139,7 +139,7 @@ def _sharper(logits_NC: Floats, labels_N: Integers) -> float:
 
 
 def folds(labels_N: Integers, seed: int) -> Integers:
-    """The fold of each cell, dealt within types; a type's only cell is never left out, -1."""
+    """Fold of each cell (N,), drawn within types; -1 = never left out, for the only cell of a type."""
     fold_N = np.full(len(labels_N), -1, dtype=np.int64)
     rng = np.random.default_rng([seed, 11])
     for label in np.unique(labels_N):

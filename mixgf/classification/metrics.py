@@ -1,7 +1,7 @@
-"""How good predictions are, with intervals, and which of two models is better.
+"""Scores of predictions with bootstrap intervals, and paired comparisons of two models.
 
-Everything is computed from counts of *states* (true class, predicted class, confidence bin), so that a bootstrap resample
-is one row of counts and costs the same for a thousand cells as for a million.
+All scores are computed from counts of *states* (true class, predicted class, confidence bin). A bootstrap resample is one row of
+counts, so its cost does not grow with the number of cells.
 
 Shape letters: M test cells, C classes, E distinct states, K clusters (donors or cells), R resamples.
 """
@@ -91,16 +91,16 @@ def score(
 
 
 ACCEPTED = 0.95
-"""Share of the cells of known types that a limit on the probability lets pass, in `rejection`."""
+"""Share of the cells of known types whose probability is above the limit of `rejection`."""
 
 
 def rejection(
     confidence_M: Float64s, unseen_M: npt.NDArray[np.bool_], donors_M: npt.NDArray[np.str_], *, rng: np.random.Generator
 ) -> tuple[dict[str, Interval], str]:
-    """How well a low probability tells cells of a type without training cells from the others, and what was resampled.
+    """Detection of cells of an unseen type by a low probability, and what was resampled.
 
-    `auroc` is the chance that a cell of the unseen type has a lower probability than one of a known type (equal ones count
-    half; 0.5 = no use); `rejected` the share of unseen cells below the limit that lets 95 % of the known ones pass.
+    `auroc` is the chance that a cell of the unseen type has a lower probability than one of a known type (ties count half; 0.5 =
+    random). `rejected` is the share of unseen cells below the limit that 95 % of the known cells are above.
 
     Args:
         confidence_M: Probability that the model gave its prediction.
@@ -137,7 +137,7 @@ class Comparison:
     """Difference, model minus baseline."""
     macro_f1: Interval
     p: float
-    """Exact McNemar test on the cells that one of the two got right (in more seeds); a cell counts once, cells as independent."""
+    """Exact McNemar test on the cells that only one of the two predicts correctly (in more seeds). Each cell counts once."""
     by: str
     """What the intervals resample: `donor` or `cell`."""
 
@@ -153,16 +153,16 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Compare two models on the same test cells, over all seeds at once.
 
-    A difference is the mean over seeds of the difference within a seed. A resample draws donors (from three on), else cells,
-    and takes all that is known of them in every seed, so that a cell tested in several seeds does not count as several.
+    A difference is the mean over seeds of the difference within a seed. A resample draws donors if there are three or more, else
+    cells. It takes their predictions of all seeds, so a cell that is tested in several seeds counts once.
 
     Args:
         true_M: Class ids; rows of all seeds one after the other.
         model_M: Predictions of the model.
         baseline_M: Predictions of the baseline, same rows.
-        cells_M: Which cell each row is.
-        donors_M: Its donor.
-        seeds_M: Its seed.
+        cells_M: Cell of each row.
+        donors_M: Donor of each row.
+        seeds_M: Seed of each row.
         num_classes: C.
         rng: Draws the resamples.
     """

@@ -1,4 +1,7 @@
-"""Moved here from mixgf/classify.py."""
+"""A fine-tuned model between species: genes are read as orthologs, and class scores are shifted to those of the training cells.
+
+Shapes: N training cells, M cells to predict, C classes, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
 def shared_tokens(
     vocabulary: Vocabulary, pairs: dict[tuple[str, str], dict[str, str]], source: str, target: str
 ) -> npt.NDArray[np.int32]:
-    """What each token is read as where cells of one species train and cells of another are tested, (V,).
+    """The token that each token is read as (V,), where one species trains and another is tested.
 
     Args:
         vocabulary: Of the corpus.
-        pairs: `species.orthologs`.
-        source: The species that trains: its genes with a one-to-one ortholog are read as they are.
-        target: The species that is tested: its genes are read as their orthologs. Specials stay; all others are -1.
+        pairs: One-to-one orthologs (`species.orthologs`).
+        source: The species that trains; its genes with a one-to-one ortholog are read as they are.
+        target: The species that is tested; its genes are read as their orthologs. Special tokens stay; all others are -1.
     """
     there, back = (vocabulary.ortholog_map(a, b, pairs) for a, b in ((source, target), (target, source)))
     tokens_V = np.arange(vocabulary.size, dtype=np.int32)
@@ -28,18 +31,18 @@ def shared_tokens(
     return out_V
 
 
-def moved(test_MC: Floats, train_NC: Floats, labels_N: Ints, *, rounds: int = 10) -> Floats:
-    """Probabilities whose log scores are shifted, class by class, to where the training cells' lie.
+def align_scores(test_MC: Floats, train_NC: Floats, labels_N: Ints, *, rounds: int = 10) -> Floats:
+    """Probabilities (M, C) whose log scores are shifted, class by class, so that their centre is that of the training cells.
 
-    For a linear model it is the same as to centre every feature within its species. The centre is the mean of the classes' means,
-    so that it does not follow how many cells of each class there are; the tested cells' classes are the predicted ones, first
-    without a shift, then again with it until none changes. A class that is predicted fewer than three times is left out of both.
+    For a linear model this is the same as centring every feature within its species. The centre is the mean of the class means, so
+    it does not depend on class sizes. Classes of the tested cells are the predicted ones, first without a shift, then with it until
+    none changes. A class that is predicted fewer than three times is left out of both centres.
 
     Args:
-        test_MC: Of the tested cells.
-        train_NC: Of the training cells.
+        test_MC: Probabilities of the tested cells.
+        train_NC: Probabilities of the training cells.
         labels_N: Class ids of the training cells, each class at least once.
-        rounds: At most.
+        rounds: Most repetitions.
     """
     tests_MC, trains_NC = (np.log(p.clip(1e-300)) for p in (test_MC, train_NC))
     shifted_MC = tests_MC

@@ -1,8 +1,8 @@
-"""Which labelled cells train, select and test a classifier.
+"""Splits: which labelled cells train, validate and test a classifier.
 
-A split is a pure function of the cells' names, labels and a key: never of their order, the number of workers or a
-global seed. Test cells take part in nothing but the final score; the cells on which epochs are selected (validation) are
-taken from the training cells only (the published notebooks select on the test set: geneformer_family B4).
+A split depends on the cells' names and labels and on a seed. It does not depend on the order of the cells or on the number of
+workers. Test cells are used for the final score only. The cells on which epochs are selected (validation) are part of the training
+cells; the published code selects on the test cells instead.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from mixgf.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """One division of labelled cells. Arrays are row numbers into a `Labelled`, ascending."""
+    """One division of labelled cells. Arrays are row numbers of a `Labelled`, ascending."""
 
     group: str
     kind: str
     """`random`, `donor`, `dataset` or `species`."""
     direction: str
-    """Which task of its kind: the tested data set, or `human>mouse` (trained on > tested on); else empty."""
+    """The tested data set, or `human>mouse` (trained on > tested on); empty for other kinds."""
     seed: int
     classes: tuple[str, ...]
-    """The types, sorted; a class id is the place in this tuple."""
+    """The types, sorted; a class id is an index into this tuple."""
     train: Cells
     """All training cells, the validation part included."""
     validation: Cells
@@ -41,9 +41,9 @@ class Split:
     donors: tuple[str, ...] = ()
     """The tested donors, where donors are held out."""
     share: float = 1.0
-    """Share of the training labels that is there to learn from (label efficiency)."""
+    """Share of the training labels that is used (label efficiency)."""
     unseen: str = ""
-    """A type of which the test has cells and the training none (rejection of unknown types); it is not among `classes`."""
+    """A type with test cells and no training cells (rejection of unknown types); it is not in `classes`."""
 
     @property
     def name(self) -> str:
@@ -55,12 +55,12 @@ class Split:
 
     @property
     def whole(self) -> bool:
-        """Whether it has all training labels and all types, as the splits of the main table."""
+        """Whether it has all training labels and all types, as the splits of the main tables do."""
         return self.share == 1 and not self.unseen
 
     @property
     def task(self) -> dict[str, str | int]:
-        """What names it in the tables."""
+        """Columns that identify it in the tables."""
         return {"group": self.group, "split": self.kind, "direction": self.direction, "seed": self.seed}
 
     def ids(self, labels: Names) -> npt.NDArray[np.int64]:
@@ -70,8 +70,8 @@ class Split:
         return found.astype(np.int64)
 
 
-def keyed_order(names: Names, *key: object) -> npt.NDArray[np.int64]:
-    """A random order of `names` that depends on the set of names and the key only."""
+def random_order(names: Names, *key: object) -> npt.NDArray[np.int64]:
+    """A random order of `names` (indices into it) that depends on the set of names and the key only."""
     prefix = "\x1f".join(str(part) for part in key) + "\x1e"
     state = hashlib.blake2b(prefix.encode(), digest_size=8)
     draws = np.empty(len(names), dtype=np.uint64)
@@ -90,7 +90,7 @@ def stratified(rows: Cells, labels: Names, names: Names, fraction: float, *key: 
         labels: Label of every row of the table that `rows` points into.
         names: Name of every such row.
         fraction: Share to draw.
-        *key: Names the draw.
+        *key: Key of the draw.
         least: Fewest rows drawn from a label that has more than one row.
 
     Returns:
@@ -100,12 +100,12 @@ def stratified(rows: Cells, labels: Names, names: Names, fraction: float, *key: 
     for label in np.unique(labels[rows]):
         mine = rows[labels[rows] == label]
         count = min(max(int(np.floor(fraction * len(mine) + 0.5)), least), len(mine) - 1)
-        drawn.append(mine[keyed_order(names[mine], *key, label)[:count]])
+        drawn.append(mine[random_order(names[mine], *key, label)[:count]])
     return np.sort(np.concatenate(drawn)) if drawn else np.empty(0, dtype=np.int64)
 
 
 def capped(table: Labelled, settings: Classify, *, seed: int) -> Labelled:
-    """At most `classify.max_cells` labelled cells of each group, drawn with a key, in proportion to the types."""
+    """At most `classify.max_cells` labelled cells of each group, drawn at random in proportion to the types."""
     if not settings.max_cells:
         return table
     kept = [
@@ -119,12 +119,12 @@ def capped(table: Labelled, settings: Classify, *, seed: int) -> Labelled:
 def make(table: Labelled, settings: Classify, *, seed: int) -> list[Split]:
     """All splits of a run, in a fixed order: by kind, group, direction, seed; then those with fewer labels or types.
 
-    A kind that nothing can be split by (one donor, one species, fewer than two types) gives no split for that group.
+    A kind that cannot divide a group (one donor, one species, fewer than two types) gives no split for it.
 
     Args:
         table: The labelled cells.
         settings: `config.classify`.
-        seed: `config.seed`, part of every key.
+        seed: `config.seed`; every draw depends on it.
 
     Raises:
         UserError: When not one split can be made.
@@ -146,21 +146,21 @@ def make(table: Labelled, settings: Classify, *, seed: int) -> list[Split]:
 
 
 def _fewer(table: Labelled, settings: Classify, split: Split, share: float, seed: int) -> Split:
-    """The same test, with part of the training cells: at least one of each type, a smaller share within a larger one."""
+    """The same test cells with a share of the training cells: at least one of each type; a smaller share is part of a larger one."""
     train = []
     for label in split.classes:
         mine = split.train[table.labels[split.train] == label]
-        order = keyed_order(table.names[mine], "labels", seed, split.seed, label)
+        order = random_order(table.names[mine], "labels", seed, split.seed, label)
         train.append(mine[order[: max(1, int(np.floor(share * len(mine) + 0.5)))]])
     rows = np.sort(np.concatenate(train))
     return replace(split, train=rows, validation=_validation(table, settings, rows, (seed, split.seed)), share=share)
 
 
 def _without(table: Labelled, settings: Classify, split: Split, seed: int) -> Iterator[Split]:
-    """The same test, with one type after the other left out of training; two types at least stay."""
+    """The same test cells with one type left out of training, for several types in turn; at least two types stay."""
     kinds = np.asarray(split.classes)
     for kind in (
-        kinds[keyed_order(kinds, "unseen", seed, split.group)][: settings.unseen_types] if len(kinds) > 2 else ()
+        kinds[random_order(kinds, "unseen", seed, split.group)][: settings.unseen_types] if len(kinds) > 2 else ()
     ):
         train, validation = (rows[table.labels[rows] != kind] for rows in (split.train, split.validation))
         classes = tuple(name for name in split.classes if name != kind)
@@ -187,7 +187,7 @@ def _donor(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
         donors, sizes = np.unique(table.donors[kept], return_counts=True)
         if len(donors) < 2:
             continue
-        order = keyed_order(donors, "donors", seed, group)
+        order = random_order(donors, "donors", seed, group)
         for k in range(
             settings.seeds
         ):  # the next seed starts at the next donor: as many seeds as donors test each once
@@ -203,7 +203,7 @@ def _donor(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
 
 
 def _dataset(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
-    """Each data set is tested once, trained on the others of its species and transfer group."""
+    """Each data set is tested once; the other data sets of its species and transfer group train."""
     for species, own in _groups(table.species):
         for group, rows in _groups(table.transfer, own):
             known = rows[table.datasets[rows] != UNKNOWN]
@@ -231,7 +231,7 @@ def _split(
     table: Labelled, settings: Classify, key: tuple[int, int], train: Cells, test: Cells, *, group: str, kind: str,
     direction: str = "", dropped: dict[str, int],
 ) -> Iterator[Split]:  # fmt: skip
-    """The split on the types that both sides have; nothing where fewer than two are left."""
+    """The split on the types that both sides have; none where fewer than two types are left."""
     shared = np.intersect1d(table.labels[train], table.labels[test])
     if len(shared) < 2:
         return
@@ -248,7 +248,7 @@ def _split(
 
 
 def _validation(table: Labelled, settings: Classify, train: Cells, key: tuple[int, int]) -> Cells:
-    """The training cells on which epochs are selected; none only where no type has two training cells."""
+    """The training cells on which epochs are selected; empty only where no type has two training cells."""
     fraction, labels, names = settings.validation_fraction, table.labels, table.names
     drawn = stratified(train, labels, names, fraction, "validation", *key, least=0)
     # few cells of every type: one cell, of a type that keeps others

@@ -1,4 +1,4 @@
-"""Two coordinates per cell, for maps. The same vectors and seed give the same map; umap is imported where it is used."""
+"""Two coordinates per cell, for maps. The same vectors and seed give the same map."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 MIN_UMAP_CELLS = 200
-"""Fewer cells have too few neighbours for a map of neighbourhoods."""
+"""Fewest cells for a UMAP; fewer cells have too few neighbours."""
 
 
 def layout(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
-    """Two coordinates per cell, (N, 2), and how they were made: UMAP, or with few cells the principal components."""
+    """Two coordinates per cell (N, 2), and the method: UMAP, or principal components where there are few cells."""
     if len(vectors_ND) >= MIN_UMAP_CELLS:
         return umap_layout(vectors_ND, seed), "UMAP (15 cosine neighbours)"
     centred = vectors_ND.astype(np.float64) - vectors_ND.mean(axis=0, dtype=np.float64)
@@ -24,7 +24,7 @@ def layout(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
 def umap_layout(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
     """UMAP of the cells, (N, 2): 15 nearest neighbours by cosine, the same for the same vectors and seed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # umap speaks of threads and of its search index, neither of which is used
+        warnings.simplefilter("ignore")  # umap warns of threads and of its search index; neither is used
         import umap
 
         k = min(15, len(vectors_ND) - 1)

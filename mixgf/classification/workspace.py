@@ -20,7 +20,7 @@ from mixgf.classification import encoders, features
 from mixgf.classification.labels import Labelled
 from mixgf.classification.model import Model, Needs, Problem, SentenceSet, problem_of
 from mixgf.classification.paths import ArtifactPaths
-from mixgf.classification.splits import Split, keyed_order
+from mixgf.classification.splits import Split, random_order
 from mixgf.config import parse
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.config.run import Config
@@ -179,7 +179,7 @@ class Workspace:
 
     def sample(self) -> Ints:
         """The rows of the table on which whole embeddings are measured, ascending."""
-        order = keyed_order(self.table.names, "integration", self.config.seed)
+        order = random_order(self.table.names, "integration", self.config.seed)
         return np.sort(order[: self.config.classify.integration_cells])
 
     def integration_uri(self, space: str) -> str:

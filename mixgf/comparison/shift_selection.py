@@ -10,7 +10,7 @@ import pandas as pd
 
 from mixgf.arrays import Bools, Ints, Names
 from mixgf.classification.labels import UNKNOWN, names_of
-from mixgf.classification.splits import keyed_order
+from mixgf.classification.splits import random_order
 from mixgf.comparison.shift_matching import Shift
 from mixgf.config.comparison import ShiftSpec
 from mixgf.config.run import Config
@@ -66,7 +66,7 @@ def _conditions(config: Config, one: ShiftSpec, obs: pd.DataFrame, names: Names)
     field = f"compare.shifts: {one.name}"
     before = obs_query.select_cells(obs, one.before, field)
     if one.after is None:
-        order = before[keyed_order(names[before], "half", config.seed, one.name)]
+        order = before[random_order(names[before], "half", config.seed, one.name)]
         before, after = np.sort(order[::2]), np.sort(order[1::2])
     else:
         after = obs_query.select_cells(obs, one.after, field)
@@ -94,7 +94,7 @@ def _shift(config: Config, one: ShiftSpec, species: str, names: Names, after_N: 
     rows = []
     for side in (False, True):
         mine = np.flatnonzero((after_N == side) & np.isin(stratum_N, enough))
-        order = mine[keyed_order(names[mine], "shift", config.seed)]
+        order = mine[random_order(names[mine], "shift", config.seed)]
         rows.append(order[: settings.shift_cells or len(order)])
     kept = np.sort(np.concatenate(rows))
     both = [k for k in enough if len(np.unique(after_N[kept[stratum_N[kept] == k]])) == 2]

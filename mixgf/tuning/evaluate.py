@@ -47,7 +47,7 @@ def sample(table: Labelled, number: int, seed: int) -> Labelled:
     for place, i in enumerate(np.argsort(counts, kind="stable")):
         share = left // (len(groups) - place)  # small groups leave room for large ones
         mine = np.flatnonzero(table.groups == groups[i])
-        chosen = mine[splits.keyed_order(table.names[mine], _DRAW, seed, groups[i])[:share]]
+        chosen = mine[splits.random_order(table.names[mine], _DRAW, seed, groups[i])[:share]]
         rows.append(chosen)
         left -= len(chosen)
     return table.only(np.sort(np.concatenate(rows)))

@@ -1,4 +1,4 @@
-"""Fine-tuning and frozen classifiers: test cells decide nothing, dropout is keyed, freezing freezes, hand-worked heads."""
+"""Fine-tuning and frozen classifiers: test cells decide nothing, dropout depends on seed, epoch and cell, freezing freezes, hand-worked heads."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -431,7 +431,7 @@ def test_a_shift_of_all_scores_of_a_species_is_undone_whatever_the_sizes_of_the_
     train, test = (np.eye(3)[ids] * 8 + rng.normal(size=(len(ids), 3)) for ids in (labels, true))
     away = test + np.array([5.0, 0.0, -3.0])
     assert (away.argmax(1) != true).mean() > 0.2
-    found = species_alignment.moved(special.softmax(away, axis=1), special.softmax(train, axis=1), labels)
+    found = species_alignment.align_scores(special.softmax(away, axis=1), special.softmax(train, axis=1), labels)
     assert (found.argmax(1) == true).all()
     scores, expected = np.log(found), np.log(special.softmax(train, axis=1))
     means = [

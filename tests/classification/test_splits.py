@@ -1,4 +1,4 @@
-"""Laws of splits: disjoint, complete, keyed by names, and honest about donors and species."""
+"""Laws of splits: disjoint, complete, a function of names, and honest about donors and species."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 
 from mixgf.classification import splits
 from mixgf.classification.labels import UNKNOWN, Labelled, names_of
-from mixgf.classification.splits import Split, keyed_order, make, stratified
+from mixgf.classification.splits import Split, make, random_order, stratified
 from mixgf.config.classification import Classify
 from mixgf.errors import UserError
 
@@ -169,13 +169,13 @@ def test_stratified_draws_at_least_the_least_and_never_all() -> None:
     assert len(stratified(rows, labels, names, 0.04, "key", least=0)) == 0
 
 
-def test_a_keyed_order_is_a_permutation_that_does_not_follow_the_names() -> None:
+def test_a_random_order_is_a_permutation_that_does_not_follow_the_names() -> None:
     names = np.array([f"n{i:03}" for i in range(500)])
-    order = keyed_order(names, "a", 1)
+    order = random_order(names, "a", 1)
     assert sorted(order.tolist()) == list(range(500))
     assert abs(np.corrcoef(order, np.arange(500))[0, 1]) < 0.15
-    assert order.tolist() != keyed_order(names, "a", 2).tolist()
-    assert keyed_order(names, "a", 12).tolist() != keyed_order(names, "a1", 2).tolist()
+    assert order.tolist() != random_order(names, "a", 2).tolist()
+    assert random_order(names, "a", 12).tolist() != random_order(names, "a1", 2).tolist()
 
 
 def test_nothing_to_split_is_one_clear_line() -> None:
