@@ -116,7 +116,7 @@ def test_scores_that_are_three_times_too_sure_are_divided_by_three() -> None:
     rng = np.random.default_rng(0)
     z = rng.normal(size=(20_000, 4)) * 2
     labels = (special.softmax(z, axis=1).cumsum(1) < rng.random((len(z), 1))).sum(1)
-    assert linear_start._sharper(3 * z, labels) == pytest.approx(1 / 3, rel=0.05)
+    assert linear_start._best_factor(3 * z, labels) == pytest.approx(1 / 3, rel=0.05)
 
 
 def test_the_scores_of_the_best_fit_are_those_of_the_fit_times_a_number() -> None:
