@@ -13,6 +13,7 @@ from mixgf.classification.model import EncoderModel, Fitted, LinearClassifier, N
 from mixgf.config.classification import Classify
 from mixgf.config.fields import names
 from mixgf.config.run import Config
+from mixgf.config.training import Train
 from mixgf.encoder import embed
 from mixgf.training.context import LocalContext
 
@@ -51,7 +52,7 @@ class Finetune(EncoderModel):
 
     def reads(self, run: dict[str, Any]) -> dict[str, Any]:
         """Settings of the training; with `classify.align` the table of orthologs too."""
-        train = {name: run["train"][name] for name in ("schedule", "weight_decay", "clip", "precision")}
+        train = {name: run["train"][name] for name in names(Train, role="finetune")}
         tuning = run["classify"] | self.changes(run["classify"]["lora_rank"])
         rest = {name: tuning[name] for name in names(Classify, role="finetune")}
         orthologs = run["vocab"]["orthologs"] if tuning["align"] else []

@@ -21,6 +21,7 @@ from mixgf.comparison.shift_selection import select_shifts
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config, Inputs
 from mixgf.corpus.reader import Corpus
+from mixgf.errors import UserError
 from mixgf.storage import artifacts, files, tables
 
 
@@ -104,6 +105,11 @@ def encoder_sets(config: Config, uri: str) -> tuple[EncoderSet, ...]:
         checkpoint=given.checkpoint or files.join(config.output, "pretrain"),
     )  # fmt: skip
     named_uris(replace(config.classify, encoders=settings.encoders))  # the same rules for names
+    for name, weights in settings.encoders.items():
+        if "@" in weights and not files.exists(weights):  # NAME=CHECKPOINT@CORPUS of earlier versions
+            uri_, _, corpus = weights.partition("@")
+            msg = f"compare.encoders: {name}={weights}: no such checkpoint; its corpus is named by compare.corpora: {name}={uri_} and compare.corpora={name}={corpus}"
+            raise UserError(msg)
     same = {name: weights for name, weights in settings.encoders.items() if name not in settings.corpora}
     others = {
         name: Inputs(corpus=corpus, checkpoint=settings.encoders[name]) for name, corpus in settings.corpora.items()

@@ -119,6 +119,8 @@ def sections_of(cls: Any, stage: str) -> tuple[str, ...]:
 def content(part: Any, **wanted: Any) -> dict[str, Any]:
     """The fields of a section that decide an artifact's content, as plain JSON data.
 
+    An empty mapping is recorded as an empty list, as earlier versions did, so that their fingerprints stay valid.
+
     Args:
         part: The section.
         wanted: Further facts that a field must have, for example `role="cells"`.
@@ -127,7 +129,8 @@ def content(part: Any, **wanted: Any) -> dict[str, Any]:
     data = {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(part))).items() if name in chosen}
     later = names(part, omit_default=True)
     defaults = {field.name: _default(field) for field in dataclasses.fields(part) if field.name in later}
-    return {name: value for name, value in data.items() if name not in later or getattr(part, name) != defaults[name]}
+    kept = {name: value for name, value in data.items() if name not in later or getattr(part, name) != defaults[name]}
+    return {name: [] if value == {} else value for name, value in kept.items()}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

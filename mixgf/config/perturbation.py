@@ -25,8 +25,8 @@ class Perturb:
     """Expressions of further states. Shifts towards each of them, and towards their average, are reported too."""
     unrelated: int = option(6, least=0)
     """States that are added as controls where there is a goal and no `alternatives`: they show effects that go everywhere.
-    They are the values of classify.label with the most cells (at least 20) and without start or goal cells, from the start
-    cells' own files where these hold two such values. 0: none."""
+    They are values of classify.label with at least 20 cells and without start or goal cells, those with the most cells first.
+    Where the start cells' own files hold two such values, they come from these files. 0: none."""
     operations: tuple[str, ...] = option(
         ("delete", "overexpress"), choices=("delete", "overexpress", "inhibit", "activate")
     )

@@ -82,7 +82,10 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
-    """Optimisation. `batch_cells` is the global batch size: it does not depend on the number of workers."""
+    """Optimisation. `batch_cells` is the global batch size: it does not depend on the number of workers.
+
+    Fields of the role `finetune` also hold for the fine-tuning of `mixgf classify`.
+    """
 
     epochs: int = option(10, least=1)
     """Passes over all cells."""
@@ -96,15 +99,15 @@ class Train:
     """Most tokens in one forward pass of one worker. A larger share of the batch is accumulated over several passes."""
     lr: float = option(1e-4, above=0)
     """Peak learning rate of AdamW."""
-    schedule: str = option("cosine", choices=("cosine", "linear", "constant"))
+    schedule: str = option("cosine", role="finetune", choices=("cosine", "linear", "constant"))
     """Learning rate after the warm-up: `cosine` or `linear` to zero, or `constant`."""
     warmup_steps: int = option(10_000, unit="steps")
     """Steps in which the learning rate rises from 0 to its peak."""
-    weight_decay: float = option(0.001)
+    weight_decay: float = option(0.001, role="finetune")
     """Weight decay of AdamW, on matrices only."""
-    clip: float = option(1.0)
+    clip: float = option(1.0, role="finetune")
     """Largest norm of the gradient. 0: no clipping."""
-    precision: str = option("fp32", choices=("fp32", "bf16"))
+    precision: str = option("fp32", role="finetune", choices=("fp32", "bf16"))
     """`fp32`, or `bf16` (autocast; the weights stay float32)."""
     compile: bool = option(False, result=False)
     """Use torch.compile on the encoder. Faster on GPUs."""

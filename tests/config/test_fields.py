@@ -26,6 +26,7 @@ def test_settings_of_speed_cost_and_print_stay_out_of_the_content():
 def test_a_later_field_is_in_the_content_only_where_it_is_set():
     assert "cells_share" not in content(Train())
     assert content(Train(cells_share=0.5))["cells_share"] == 0.5
+    assert content(Train())["species_mix"] == []  # as recorded by versions in which it was a list
     assert content(Source(uri="a", species="human")) == {
         "uri": "a", "species": "human", "name": "", "layer": "X", "genes": "", "sample": "", "obs": [],
     }  # fmt: skip
@@ -37,6 +38,7 @@ def test_every_field_of_classify_has_one_role():
     assert set(roles.values()) == {"cells", "asked", "models", "heads", "finetune"}
     assert names(Classify, role="heads") == ("knn", "num_hvgs")
     assert {"temperature", "view", "pooling"} < set(names(Objective, role="contrast"))
+    assert names(Train, role="finetune") == ("schedule", "weight_decay", "clip", "precision")
 
 
 def test_every_local_path_becomes_absolute_and_nothing_else(tmp_path, monkeypatch):
