@@ -202,10 +202,10 @@ def test_strata_keep_composition_out_of_a_shift(runs: tuple[Config, Config]) -> 
 
 def test_a_classification_of_other_cells_or_labels_is_not_taken_for_its_own(done: Config) -> None:
     (world, _), uri = encoder_sets.encoder_sets(done, f"{done.output}/compare"), f"{done.output}/compare/classify"
-    assert encoder_sets._has(uri, world)
+    assert encoder_sets._is_sufficient(uri, world)
     for change in ({"merge": {"x": ("a", "b")}}, {"cells": "donor == 'ENSA0'"}, {"transfer": "donor"}):
         other = replace(world.config, classify=replace(world.config.classify, **change))
-        assert not encoder_sets._has(uri, replace(world, config=other)), change
+        assert not encoder_sets._is_sufficient(uri, replace(world, config=other)), change
 
 
 # two perturbations of real cells
