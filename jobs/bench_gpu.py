@@ -54,7 +54,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder.bert import Encoder, MaskedModel, forward_flops
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
-from mixgf.perturbation.shift import Engine
+from mixgf.perturbation.shift import ShiftScorer
 from mixgf.training.context import GroupContext, LocalContext
 from mixgf.training.loop import fit, make_optimizer
 from mixgf.training.pretraining import Pretraining
@@ -380,8 +380,8 @@ def perturb(bench: Bench) -> Iterator[Figure]:
         length, layers = row.max_positions, row.num_layers - 1
         encoder = Encoder(row, 50_004).to(bench.device).eval()
         for micro in (16_384, 131_072):
-            engine = Engine(encoder=encoder, layers=layers, max_len=length, micro_tokens=micro, precision="bf16")
-            original = engine.original(torch.randperm(50_000)[:length] + 4, torch.tensor([0, length]))
+            engine = ShiftScorer(encoder=encoder, layers=layers, max_len=length, micro_tokens=micro, precision="bf16")
+            original = engine.encode_cells(torch.randperm(50_000)[:length] + 4, torch.tensor([0, length]))
             num = 8 if bench.tiny else max(64, 4 * micro // length)
             genes_S1 = original.ids_T[torch.arange(num, device=bench.device) % length][:, None]
             cells_S = torch.zeros(num, dtype=torch.int64, device=bench.device)

@@ -31,8 +31,8 @@ from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder, MaskedModel, forward_flops
 from mixgf.encoder.embed import embed_cells
 from mixgf.execution import Task
-from mixgf.perturbation import group_design, screen, work_units
-from mixgf.perturbation.shift import Engine, Original
+from mixgf.perturbation import group_design, scoring_tasks, screen
+from mixgf.perturbation.shift import ShiftScorer, UnperturbedCells
 from mixgf.stages import perturb_phases
 from mixgf.storage import artifacts, files
 from mixgf.training.loop import measure_peak
@@ -81,15 +81,15 @@ class Work:
         """The paper's encoder with random weights."""
         return MaskedModel(self.row, VOCABULARY).eval().encoder.to(self.device)
 
-    def original(self, engine: Engine) -> Original:
+    def encode_cells(self, engine: ShiftScorer) -> UnperturbedCells:
         """The unperturbed cell."""
-        return engine.original(torch.tensor(self.sentence), torch.tensor([0, self.length]))
+        return engine.encode_cells(torch.tensor(self.sentence), torch.tensor([0, self.length]))
 
-    def exact(self, engine: Engine) -> Tensor:
+    def exact(self, engine: ShiftScorer) -> Tensor:
         """Our shifts, unperturbed cell included."""
         genes_S1 = torch.tensor(self.genes, device=self.device)[:, None]
         cells_S = torch.zeros(len(genes_S1), dtype=torch.int64, device=self.device)
-        return engine.score(self.original(engine), cells_S, genes_S1, "delete", self.goal_D[None]).shift_SK[:, 0]
+        return engine.score(self.encode_cells(engine), cells_S, genes_S1, "delete", self.goal_D[None]).shift_SK[:, 0]
 
     def flops(self, layers: int) -> float:
         """What the deletions need, the unperturbed cell included."""
@@ -103,7 +103,7 @@ def _delete_all(
     work = Work(row, length, num)
     encoder = work.encoder()
     layers = row.num_layers - 1
-    second_last, last = Engine(encoder=encoder, layers=layers), Engine(encoder=encoder)
+    second_last, last = ShiftScorer(encoder=encoder, layers=layers), ShiftScorer(encoder=encoder)
     bert = published.bert(row, VOCABULARY, attention_dropout=0.0).eval()
     left, right = torch.ones(1024, 1024), torch.ones(1024, 1024)
     works: dict[str, Callable[[], object]] = {
@@ -113,7 +113,7 @@ def _delete_all(
         "peak": lambda: [left @ right for _ in range(8)],  # in CPU seconds like the rest: others may want the machine
     }
     if fast_bf16():
-        half = Engine(encoder=encoder, layers=layers, precision="bf16")
+        half = ShiftScorer(encoder=encoder, layers=layers, precision="bf16")
         works["bf16"] = lambda: work.exact(half)
     times = interleaved(works, repeats=repeats, cpu=True)
     peak = 8 * 2 * 1024**3 / statistics.median(times["peak"])
@@ -132,7 +132,7 @@ def _delete_all(
 def _screened(row: training.Model, length: int, num: int, *, repeats: int) -> Iterator[Figure]:
     """Estimates of all genes of one cell, against exact scores of all, as many times those of `num` genes."""
     work = Work(row, length, num)
-    engine = Engine(encoder=work.encoder())
+    engine = ShiftScorer(encoder=work.encoder())
     ids, genes = torch.tensor(work.sentence), torch.tensor(work.sentence)
     absent = torch.arange(3, 3 + 4 * length)  # for overexpression: 4 genes per token, most of them not in the cell
     works: dict[str, Callable[[], object]] = {
@@ -167,7 +167,7 @@ def _agreement(*, quick: bool) -> Iterator[Figure]:
     types = corpus.obs()["cell_type"].astype(str).to_numpy()
     chosen = rng.choice(full, 2 if quick else 10, replace=False)
     for variant in ("remaining", "all"):
-        engine = Engine(encoder=encoder.eval(), variant=variant, lead=lead, max_len=longest)
+        engine = ShiftScorer(encoder=encoder.eval(), variant=variant, lead=lead, max_len=longest)
         rows: dict[str, list[list[float]]] = {name: [] for name in screen.OPERATIONS}
         for cell in chosen.tolist():
             others = corpus.species_N == corpus.species_N[cell]
@@ -181,7 +181,7 @@ def _agreement(*, quick: bool) -> Iterator[Figure]:
             for name in screen.OPERATIONS:
                 genes = ids_L[lead:] if name == "delete" else torch.unique(torch.cat([ids_L[lead::2], drawn]))
                 estimated = screen.estimate(engine, ids_L, genes, name, goal_D, grid=GRID)
-                original = engine.original(ids_L, torch.tensor([0, len(ids_L)]))
+                original = engine.encode_cells(ids_L, torch.tensor([0, len(ids_L)]))
                 cells = torch.zeros(len(genes), dtype=torch.int64)
                 exact = engine.score(original, cells, genes[:, None], name, goal_D[None]).shift_SK[:, 0]
                 top = torch.topk(exact, 50).indices
@@ -201,7 +201,7 @@ def _memory(row: training.Model, length: int, *, batch: int) -> Figure:
 
     def ours() -> float:
         work = Work(row, length, batch)
-        engine = Engine(encoder=work.encoder(), layers=row.num_layers - 1)
+        engine = ShiftScorer(encoder=work.encoder(), layers=row.num_layers - 1)
         before = peak_memory()
         work.exact(engine)
         return peak_memory() - before
@@ -260,8 +260,8 @@ def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure
         compute=run.Compute(num_workers=3),  # room for both pools
         perturb=perturbation.Perturb(max_cells=0, operations=("delete",), max_genes=16, block_cells=1, block_genes=4),
     )
-    plan = group_design.design(corpus, settings)
-    units = [unit for unit in work_units.units(plan, corpus, settings.perturb) if unit.operation != "embed"]
+    plan = group_design.build_design(corpus, settings)
+    units = [unit for unit in scoring_tasks.plan_tasks(plan, corpus, settings.perturb) if unit.operation != "embed"]
     states = np.ones((len(plan.states), row.dim))
     sentences = round(sum(unit.cost for unit in units) / length)
     tasks = [Task(part=unit.key, function=perturb_phases.score, args=(unit, states)) for unit in units]
@@ -269,7 +269,11 @@ def _actors(row: training.Model, folder: str, *, quick: bool) -> Iterator[Figure
     def pool(size: int) -> ActorPool:
         return ActorPool(
             partial(
-                work_units.Scorer, settings, corpus=corpus.uri, weights=weights, folder=files.join(folder, str(size))
+                scoring_tasks.ScoringWorker,
+                settings,
+                corpus=corpus.uri,
+                weights=weights,
+                folder=files.join(folder, str(size)),
             ),
             Size(min_actors=size, max_actors=size),
         )
@@ -293,7 +297,7 @@ def _on_gpu(*, quick: bool) -> Iterator[Figure]:
     row = training.Model()
     for length in (512, 2048):
         work = Work(row, length, length // (16 if quick else 4), device=GPU)
-        engine = Engine(encoder=work.encoder(), layers=row.num_layers - 1, micro_tokens=1 << 18, precision="bf16")
+        engine = ShiftScorer(encoder=work.encoder(), layers=row.num_layers - 1, micro_tokens=1 << 18, precision="bf16")
         times = interleaved({"ours": partial(work.exact, engine)}, repeats=1 if quick else 5, warmups=2)
         bar = "3,000" if length == 2048 else ""
         yield rate(f"delete, length {length:,}, bf16", "sentences/s", len(work.genes), times=times, key="ours", bar=bar)

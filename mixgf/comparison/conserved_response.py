@@ -50,7 +50,7 @@ def with_errors(genes: pd.DataFrame) -> pd.DataFrame:
     for _, part in genes.sort_values("gene").groupby("operation"):
         among_G = part["reference"].to_numpy(bool) if "reference" in part else None
         error_G = rank_adjustment.expectation_error(
-            part["shift"].to_numpy(float), gene_table.places(part["mean_rank"].to_numpy(float)), among_G
+            part["shift"].to_numpy(float), gene_table.comparison_ranks(part["mean_rank"].to_numpy(float)), among_G
         )
         found.append(part.assign(rank_error=error_G))
     return pd.concat(found)
@@ -163,7 +163,7 @@ def shift_similarity(
         rng: Random numbers of both.
     """
     shift_2G = [frame[f"shift_{n}"].to_numpy(float) for n in names]
-    rank_2G = [gene_table.places(frame[f"mean_rank_{n}"].to_numpy(float)) for n in names]
+    rank_2G = [gene_table.comparison_ranks(frame[f"mean_rank_{n}"].to_numpy(float)) for n in names]
     coverage_2G = [frame[f"coverage_{n}"].to_numpy(float) for n in names]
     a_G, b_G = (_residuals(*several) for several in zip(shift_2G, rank_2G, coverage_2G, strict=True))
     bins_G = similar_gene_bins(rank_sums([rank_2G, coverage_2G]))

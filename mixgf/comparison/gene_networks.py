@@ -103,7 +103,7 @@ def profiles(matrix: pd.DataFrame, operation: str) -> pd.DataFrame:
 
     Genes without any specific response are left out.
     """
-    found = gene_responses.specific(matrix[matrix["operation"] == operation])
+    found = gene_responses.specific_responses(matrix[matrix["operation"] == operation])
     frame = pd.DataFrame({c: found[c].astype(str) for c in ("gene", "responding")}).assign(excess=found["excess"])
     table = frame.pivot_table(index="gene", columns="responding", values="excess").fillna(0.0)
     return table[(table != 0).any(axis=1)]
@@ -192,7 +192,7 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
         mine = [tables[0].loc[genes], tables[1].loc[[partners[g] for g in genes]]]
         features = rank_sums(
             [
-                [gene_table.places(t["mean_rank"].to_numpy(float)) for t in mine],
+                [gene_table.comparison_ranks(t["mean_rank"].to_numpy(float)) for t in mine],
                 [t["coverage"].to_numpy(float) for t in mine],
             ]
         )

@@ -20,7 +20,7 @@ from mixgf.tracking import cost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class WorkPart:
     """Work of one kind."""
 
     name: str
@@ -29,25 +29,28 @@ class Part:
     flops: float
 
 
-def forecast(
-    plan: Design, corpus: Corpus, settings: perturbation.Perturb, row: training.Model, max_len: int
-) -> list[Part]:
+def estimate_work(
+    plan: Design, corpus: Corpus, settings: perturbation.Perturb, sizes: training.Model, max_len: int
+) -> list[WorkPart]:
     """Work of a design, by part, in the order in which it is done."""
-    layers = row.num_layers + 1 + settings.layer
+    layers = sizes.num_layers + 1 + settings.layer
     states = np.unique(np.concatenate([state.cells for state in plan.states]))
     lengths = corpus.lengths_N[states].astype(np.float64)
     parts = [
-        Part(
-            name="states", sentences=len(states), tokens=lengths.sum(), flops=forward_flops(row, lengths, layers=layers)
+        WorkPart(
+            name="states",
+            sentences=len(states),
+            tokens=lengths.sum(),
+            flops=forward_flops(sizes, lengths, layers=layers),
         )
     ]
     length_N = corpus.lengths_N[plan.cells_N].astype(np.float64)
-    one_N = np.array([forward_flops(row, [length], layers=layers) for length in length_N])
+    one_N = np.array([forward_flops(sizes, [length], layers=layers) for length in length_N])
     width_K = np.array([len(target.tokens) for target in plan.targets])
     held_NW, allowed_NW = _held(plan, corpus, width_K)
     if settings.screen:
         genes_N = allowed_NW.sum(axis=1)
-        parts += [_screened(name, settings, row, layers, length_N, one_N, genes_N) for name in settings.operations]
+        parts += [_screened(name, settings, sizes, layers, length_N, one_N, genes_N) for name in settings.operations]
     share = (
         min(1.0, (settings.screen + settings.screen_sample + settings.num_nulls) / len(plan.targets))
         if settings.screen
@@ -62,9 +65,11 @@ def forecast(
             for num_N, new_N in groups:
                 sentences += num_N.sum()
                 tokens += float(num_N @ new_N)
-                flops += sum(n * forward_flops(row, [x], layers=layers) for n, x in zip(num_N, new_N, strict=True) if n)
+                flops += sum(
+                    n * forward_flops(sizes, [x], layers=layers) for n, x in zip(num_N, new_N, strict=True) if n
+                )
         parts.append(
-            Part(
+            WorkPart(
                 name=f"{operation}, {share:.0%} of the genes" if settings.screen else operation,
                 sentences=sentences * share,
                 tokens=tokens * share,
@@ -77,7 +82,7 @@ def forecast(
 def _held(plan: Design, corpus: Corpus, width_K: Ints) -> tuple[Float64s, Float64s]:
     """By cell and size of the gene set: how many targets its sentence holds, and how many its species has."""
     widths = np.unique(width_K).tolist()
-    owned_KS = group_design.owned(plan, corpus)
+    owned_KS = group_design.targets_by_species(plan, corpus)
     held_NW = np.zeros((len(plan.cells_N), len(widths)))
     allowed_NW = np.zeros_like(held_NW)
     for w, width in enumerate(widths):
@@ -94,23 +99,25 @@ def _held(plan: Design, corpus: Corpus, width_K: Ints) -> tuple[Float64s, Float6
 def _screened(  # noqa: PLR0917 (the sums of one caller)
     operation: str,
     settings: perturbation.Perturb,
-    row: training.Model,
+    sizes: training.Model,
     layers: int,
     length_N: Float64s,
     one_N: Float64s,
     genes_N: Float64s,
-) -> Part:
+) -> WorkPart:
     """Passes of `screen.estimate`: the grid, one forward and backward (as three), for overexpression two and the probes."""
     traces = 1 if operation == "delete" else 2
     passes_N = np.minimum(settings.screen_grid, length_N) + 3 * traces
     flops = float(passes_N @ one_N)
     if operation == "overexpress":
-        probe_N = layers * (2 * (4 * row.dim**2 + 2 * row.dim * row.ffn_dim) + 8 * length_N * row.dim)
+        probe_N = layers * (2 * (4 * sizes.dim**2 + 2 * sizes.dim * sizes.ffn_dim) + 8 * length_N * sizes.dim)
         flops += float(genes_N @ probe_N)
-    return Part(name=f"{operation}, screen", sentences=passes_N.sum(), tokens=float(passes_N @ length_N), flops=flops)
+    return WorkPart(
+        name=f"{operation}, screen", sentences=passes_N.sum(), tokens=float(passes_N @ length_N), flops=flops
+    )
 
 
-def text(parts: list[Part], plan: Design, *, rate: float, how: str, num_workers: int, price: float) -> str:
+def estimate_text(parts: list[WorkPart], plan: Design, *, rate: float, how: str, num_workers: int, price: float) -> str:
     """A forecast for people.
 
     Args:
@@ -125,7 +132,7 @@ def text(parts: list[Part], plan: Design, *, rate: float, how: str, num_workers:
     took = cost.project(flops, rate=rate, num_nodes=num_workers, price=price or None)
     lines = [f"{len(plan.targets):,} genes in {len(plan.cells_N):,} cells; nothing is written by a dry run", ""]
     lines.append(f"{'':32} {'sentences':>14} {'tokens':>18} {'FLOP':>10}")
-    whole = Part(
+    whole = WorkPart(
         name="all",
         sentences=sum(p.sentences for p in parts),
         tokens=sum(p.tokens for p in parts),

@@ -6,8 +6,8 @@ scored cells whose sentence holds it (before and after). These are the cells tha
 encoder and the sentences, and so of use wherever genes are asked about each other.
 
 Most of this is place: a deletion moves every later gene up, and a moved gene's state differs by orders of magnitude more than
-what attention does. So the same is given for those cells alone in which the responding gene keeps its place (`still`). And
-much is general: some genes move everything, some are moved by everything. `specific` takes that out of the still ones: what
+what attention does. So the same is given for those cells alone in which the responding gene keeps its place (`same_rank`). And
+much is general: some genes move everything, some are moved by everything. `specific_responses` takes that out of the same_rank ones: what
 is left is between the two genes.
 
 Columns are bounded: the `perturb.response` genes in most of the perturbed cells, about fifteen bytes a pair on disk.
@@ -28,11 +28,11 @@ from torch import Tensor
 
 from mixgf.arrays import Float64s, Ints
 from mixgf.perturbation.group_design import Design
-from mixgf.perturbation.operations import Edited
-from mixgf.perturbation.shift import Engine, Original
+from mixgf.perturbation.operations import EditedSentences
+from mixgf.perturbation.shift import ShiftScorer, UnperturbedCells
 
 MIN_CELLS = 5
-"""Fewest still cells of a pair that `specific` speaks of."""
+"""Fewest same_rank cells of a pair that `specific_responses` speaks of."""
 SMALLEST = 1e-12
 """Changes below this are rounding."""
 _PART = pa.schema([
@@ -43,7 +43,7 @@ FIELDS = ("num_KR", "sum_KR", "squares_KR", "num_same_rank_KR", "same_rank_KR")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sums:
+class ResponseSums:
     """Over cells, by target and responding gene."""
 
     num_KR: NDArray[np.int64]
@@ -54,7 +54,7 @@ class Sums:
     """Number and sum over the cells in which the responding gene keeps its place."""
 
     @classmethod
-    def zeros(cls, num_targets: int, num_columns: int) -> Sums:
+    def zeros(cls, num_targets: int, num_columns: int) -> ResponseSums:
         """Nothing yet."""
         shape = (num_targets, num_columns)
         num, total = np.zeros(shape, dtype=np.int64), np.zeros(shape)
@@ -69,8 +69,8 @@ class Sums:
         return pa.table([pa.array(v, f.type) for v, f in zip(values, _PART, strict=True)], schema=_PART)
 
 
-class Tally:
-    """Watches an engine score sentences and adds up what their other genes do.
+class ResponseAccumulator:
+    """Watches an scorer score sentences and adds up what their other genes do.
 
     Args:
         original: the unperturbed cells.
@@ -81,7 +81,7 @@ class Tally:
     """
 
     def __init__(
-        self, original: Original, cells_S: Tensor, targets_S: Tensor, *, num_targets: int, tokens_R: Ints
+        self, original: UnperturbedCells, cells_S: Tensor, targets_S: Tensor, *, num_targets: int, tokens_R: Ints
     ) -> None:
         self.original, self.cells_S, self.targets_S = original, cells_S, targets_S
         device = original.ids_T.device
@@ -93,9 +93,9 @@ class Tally:
         self.place_BV = torch.full((len(lengths_B), size), -1, dtype=torch.int64, device=device)
         self.place_BV[cell_T, original.ids_T] = torch.arange(len(cell_T), device=device)
         self._start_B = original.offsets_B1[:-1]
-        self._sums = Sums.zeros(num_targets, len(tokens_R))
+        self._sums = ResponseSums.zeros(num_targets, len(tokens_R))
 
-    def __call__(self, edited: Edited, hidden_TD: Tensor, start: int) -> None:
+    def __call__(self, edited: EditedSentences, hidden_TD: Tensor, start: int) -> None:
         """Take note of sentences `start` and on, edited and encoded."""
         lengths = torch.diff(edited.offsets_S1)
         sentence_T = start + torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
@@ -108,32 +108,32 @@ class Tally:
         after, before = hidden_TD[kept_T].double(), self.original.hidden_TD[before_N].double()
         change = (1 - torch.nn.functional.cosine_similarity(after, before, dim=1, eps=1e-300)).cpu().numpy()
         place_N = torch.nonzero(kept_T).squeeze(1) - edited.offsets_S1[sentence_N - start]
-        still = (place_N == before_N - self._start_B[self.cells_S[sentence_N]]).cpu().numpy()
+        same_rank = (place_N == before_N - self._start_B[self.cells_S[sentence_N]]).cpu().numpy()
         shape = self._sums.num_KR.shape
         pair = self.targets_S[sentence_N] * shape[1] + self.column_V[ids_T[kept_T]]
         pair_N = pair.cpu().numpy()  # summed here, in the order of the tokens: the same sums on any device
-        weights = (None, change, change**2, still.astype(np.float64), still * change)
+        weights = (None, change, change**2, same_rank.astype(np.float64), same_rank * change)
         for name, weight in zip(FIELDS, weights, strict=True):
             held = getattr(self._sums, name)
             held += np.bincount(pair_N, weights=weight, minlength=held.size).reshape(shape).astype(held.dtype)
 
-    def sums(self) -> Sums:
+    def sums(self) -> ResponseSums:
         """What was added up."""
         return self._sums
 
 
-def measure(  # noqa: PLR0917 (those of Engine.score)
-    engine: Engine, original: Original, cells_S: Tensor, genes_SM: Tensor, targets_S: Tensor, operation: str, tokens_R: Ints
-) -> Sums:  # fmt: skip
-    """Perturb copies of cells and add up what their other genes do; arguments as of `Engine.score` and `Tally`."""
+def measure_responses(  # noqa: PLR0917 (those of ShiftScorer.score)
+    scorer: ShiftScorer, original: UnperturbedCells, cells_S: Tensor, genes_SM: Tensor, targets_S: Tensor, operation: str, tokens_R: Ints
+) -> ResponseSums:  # fmt: skip
+    """Perturb copies of cells and add up what their other genes do; arguments as of `ShiftScorer.score` and `ResponseAccumulator`."""
     num = int(targets_S.max()) + 1 if len(targets_S) else 0
-    tally = Tally(original, cells_S, targets_S, num_targets=num, tokens_R=tokens_R)
+    responses = ResponseAccumulator(original, cells_S, targets_S, num_targets=num, tokens_R=tokens_R)
     none = torch.empty(0, original.hidden_TD.shape[1], dtype=torch.float64)
-    engine.score(original, cells_S, genes_SM, operation, none, watch=tally)
-    return tally.sums()
+    scorer.score(original, cells_S, genes_SM, operation, none, observer=responses)
+    return responses.sums()
 
 
-def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
+def response_table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
     """The matrix in long form: a row per operation, perturbed and responding gene that met in a cell.
 
     Columns: operation, gene, symbol, responding, responding_symbol, num_cells, change (mean of 1 - cos), sd (over cells,
@@ -141,7 +141,7 @@ def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
     """
     tables = []
     for operation, found in parts.items():
-        sums = Sums.zeros(len(plan.targets), len(plan.watched))
+        sums = ResponseSums.zeros(len(plan.targets), len(plan.responding))
         for part in found:
             at = part["target"].to_numpy(), part["column"].to_numpy()
             for name, field in zip(FIELDS, _PART.names[2:], strict=True):
@@ -151,10 +151,10 @@ def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
         mean = sums.sum_KR[k, r] / num
         with np.errstate(invalid="ignore", divide="ignore"):
             sd = np.sqrt(np.maximum(sums.squares_KR[k, r] - num * mean**2, 0) / (num - 1))
-            still = sums.same_rank_KR[k, r] / sums.num_same_rank_KR[k, r]
+            same_rank = sums.same_rank_KR[k, r] / sums.num_same_rank_KR[k, r]
         names = {
             "gene": ([t.gene for t in plan.targets], k), "symbol": ([t.symbol for t in plan.targets], k),
-            "responding": ([t.gene for t in plan.watched], r), "responding_symbol": ([t.symbol for t in plan.watched], r),
+            "responding": ([t.gene for t in plan.responding], r), "responding_symbol": ([t.symbol for t in plan.responding], r),
         }  # fmt: skip
         columns = {"operation": pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(k), dtype=np.int32)), [operation])}
         columns |= {
@@ -163,7 +163,7 @@ def table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
         }
         columns |= {
             "num_cells": pa.array(num, pa.int32()), "change": pa.array(mean, pa.float32()), "sd": pa.array(sd, pa.float32()),
-            "num_same_rank": pa.array(sums.num_same_rank_KR[k, r], pa.int32()), "change_same_rank": pa.array(still, pa.float32()),
+            "num_same_rank": pa.array(sums.num_same_rank_KR[k, r], pa.int32()), "change_same_rank": pa.array(same_rank, pa.float32()),
         }  # fmt: skip
         tables.append(pa.table(columns))
     return pa.concat_tables(tables).unify_dictionaries()
@@ -173,7 +173,7 @@ FORMER_COLUMNS = {"num_still": "num_same_rank", "change_still": "change_same_ran
 """Columns of response matrices of earlier versions, and their present names."""
 
 
-def specific(frame: pd.DataFrame) -> pd.DataFrame:
+def specific_responses(frame: pd.DataFrame) -> pd.DataFrame:
     """Of one operation's rows those with at least `MIN_CELLS` cells of the same rank, with `excess`: log2 of the change over what the two do in general.
 
     In general: the perturbed gene's median log change, plus the responding gene's median of what is left; all where the

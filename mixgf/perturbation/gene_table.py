@@ -84,7 +84,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Expression:
+class RankScores:
     """Rank scores of every token in the cells of one state."""
 
     num_cells: int
@@ -117,7 +117,7 @@ def state_means(parts: list[pa.Table], num_states: int) -> tuple[Float64s, pa.Ta
     return means, pa.table(columns)
 
 
-def expression(corpus: Corpus, cells: Ints, *, block: int = 2048) -> Expression:
+def rank_scores(corpus: Corpus, cells: Ints, *, block: int = 2048) -> RankScores:
     """Rank scores of the given cells, read block by block."""
     size = corpus.vocabulary.size
     total_V, squares_V = np.zeros(size), np.zeros(size)
@@ -132,10 +132,10 @@ def expression(corpus: Corpus, cells: Ints, *, block: int = 2048) -> Expression:
     num = len(cells)
     mean_V = total_V / num
     variance_V = np.maximum(squares_V - num * mean_V**2, 0) / max(num - 1, 1)
-    return Expression(num_cells=num, mean_V=mean_V, variance_V=variance_V)
+    return RankScores(num_cells=num, mean_V=mean_V, variance_V=variance_V)
 
 
-def subset(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Design, dict[str, Pairs]]:
+def keep_targets(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Design, dict[str, Pairs]]:
     """The given targets alone (ascending numbers), renumbered, with their pairs."""
     found = {}
     for operation, part in pairs.items():
@@ -150,8 +150,8 @@ def subset(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Design, d
     return replace(plan, targets=tuple(plan.targets[k] for k in kept.tolist())), found
 
 
-def gene_table(
-    plan: Design, pairs: dict[str, Pairs], expressed: dict[str, Expression], config: Config, *, num_tests: int = 0
+def build_gene_table(
+    plan: Design, pairs: dict[str, Pairs], expressed: dict[str, RankScores], config: Config, *, num_tests: int = 0
 ) -> pa.Table:
     """The result: one row per operation and gene, by operation, then falling shift.
 
@@ -171,7 +171,7 @@ def gene_table(
 
 
 def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
-    plan: Design, operation: str, pairs: Pairs, expressed: dict[str, Expression], config: Config, num_tests: int
+    plan: Design, operation: str, pairs: Pairs, expressed: dict[str, RankScores], config: Config, num_tests: int
 ) -> pa.Table:
     among_G, null_G = _reference(plan), np.array([target.null for target in plan.targets])
     settings, num_genes = config.perturb, len(plan.targets)
@@ -179,7 +179,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
     means = group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
     coverage_G = np.array([target.coverage for target in plan.targets])
     rank_G = _mean_ranks(pairs, num_genes)
-    place_G = places(rank_G)
+    place_G = comparison_ranks(rank_G)
     tests = _tests(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=_rng(config, operation, 92))
     expected_G = rank_adjustment.expected_by_rank(means.mean, place_G, among_G)
     percentile_G = rank_adjustment.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1), among_G)
@@ -226,7 +226,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
     return pa.table({name: pa.array(values) for name, values in columns.items()}).take(order)
 
 
-def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Table:
+def calibrate_tests(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Table:
     """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor.
 
     A row per gene and exchange. Within every donor genes of like rank exchange what their cells have beyond the rank's
@@ -237,24 +237,24 @@ def calibration(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Tab
     """
     tables = []
     if not (reference_G := _reference(plan)).all():
-        plan, pairs = subset(plan, pairs, np.flatnonzero(reference_G))
+        plan, pairs = keep_targets(plan, pairs, np.flatnonzero(reference_G))
     among_G = np.ones(len(plan.targets), dtype=bool)
     for operation in config.perturb.operations:
         part, num_genes = pairs[operation], len(plan.targets)
         donors = _donors(plan, part, config)
         if int(donors.named_C.sum()) < MIN_CLUSTERS or num_genes <= 2 * MIN_BACKGROUND:
             continue
-        rank_G, rng = places(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
+        rank_G, rng = comparison_ranks(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
         values_P, cluster_P = _values(plan, part), (part.target_P, donors.of_P)
         mean_GC, _ = cluster_means(values_P, *cluster_P, num_genes, donors.num)
         expected_GC = mean_GC - rank_adjustment.residual_after_rank(mean_GC, rank_G)
-        known_GC = np.isfinite(expected_GC)
-        kept_P = known_GC[cluster_P]
+        measured_GC = np.isfinite(expected_GC)
+        kept_P = measured_GC[cluster_P]
         target_P, of_P = (column[kept_P] for column in cluster_P)
         own_P = values_P[kept_P] - expected_GC[target_P, of_P]
         kept = replace(donors, of_P=of_P)
         for _ in range(max(1, min(8, 2000 // num_genes))):  # of few genes one exchange says little
-            shuffled_P = rank_adjustment.permute_within_rank(rank_G, known_GC, rng)[of_P, target_P]
+            shuffled_P = rank_adjustment.permute_within_rank(rank_G, measured_GC, rng)[of_P, target_P]
             values_Q = own_P + expected_GC[shuffled_P, of_P]
             tests = _tests(values_Q, shuffled_P, rank_G, kept, config, among_G=among_G, rng=rng)
             columns = {"p_cell": tests.p_cell_G, "p_donor": tests.p_donor_G}
@@ -341,7 +341,7 @@ def _mean_ranks(pairs: Pairs, num_genes: int) -> Float64s:
     return means_by_group(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
 
 
-def places(rank_G: Float64s) -> Float64s:
+def comparison_ranks(rank_G: Float64s) -> Float64s:
     """Mean ranks for comparisons: a gene that no sentence holds comes after all others."""
     return np.where(np.isfinite(rank_G), rank_G, np.nanmax(rank_G, initial=0.0) + 1)
 
@@ -370,7 +370,7 @@ def _symbols(row: SpeciesRow) -> dict[str, str]:
     return dict(zip(table["gene"].to_pylist(), table["symbol"].to_pylist(), strict=True))
 
 
-def _differential(plan: Design, expressed: dict[str, Expression]) -> tuple[Float64s, Float64s]:
+def _differential(plan: Design, expressed: dict[str, RankScores]) -> tuple[Float64s, Float64s]:
     """Welch's t and log2 ratio of rank scores, goal against start, for targets of one gene; else NaN."""
     empty = np.full(len(plan.targets), np.nan)
     if "goal" not in expressed:

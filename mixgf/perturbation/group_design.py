@@ -20,7 +20,7 @@ from mixgf.corpus.obs_query import select_cells
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.perturbation import operations
-from mixgf.perturbation.sampling import matched, sample
+from mixgf.perturbation.sampling import match_rows, sample_cells
 
 MIN_STATE_CELLS = 20
 """Fewest cells of a state that stands in for the unrelated ones."""
@@ -65,13 +65,13 @@ class Design:
     donor_of: Ints
     """Donor code of every cell of the corpus."""
     warnings: tuple[str, ...]
-    watched: tuple[Target, ...] = ()
+    responding: tuple[Target, ...] = ()
     """Genes whose responses to every perturbation are asked for: the columns of the response matrix."""
 
     @cached_property
-    def watched_R(self) -> Ints:
+    def responding_R(self) -> Ints:
         """Their tokens."""
-        return np.array([target.tokens[0] for target in self.watched], dtype=np.int64)
+        return np.array([target.tokens[0] for target in self.responding], dtype=np.int64)
 
     @cached_property
     def goal(self) -> int | None:
@@ -86,7 +86,7 @@ class Design:
         return np.array(rows, dtype=np.int64)
 
 
-def design(corpus: Corpus, config: Config) -> Design:
+def build_design(corpus: Corpus, config: Config) -> Design:
     """Choose cells, states and genes; a pure function of the corpus and the config."""
     settings, obs = config.perturb, corpus.obs()
     warnings: list[str] = []
@@ -109,7 +109,7 @@ def design(corpus: Corpus, config: Config) -> Design:
         shared = len(np.intersect1d(start, state.cells))
         if shared:
             warnings.append(f"{shared} of {len(start)} start cells are in {state.name}, too")
-    cells = sample(start, donor_of, settings.max_cells, config.seed)
+    cells = sample_cells(start, donor_of, settings.max_cells, config.seed)
     cells = cells[np.lexsort((cells, -corpus.lengths_N[cells].astype(np.int64)))]
     num_donors = len(np.unique(donor_of[cells]))
     if num_donors < 3 and settings.donor in obs.columns:
@@ -121,7 +121,7 @@ def design(corpus: Corpus, config: Config) -> Design:
         donors=donors,
         donor_of=donor_of,
         warnings=tuple(warnings),
-        watched=tuple(_watched(corpus, settings, cells)),
+        responding=tuple(_responding_genes(corpus, settings, cells)),
     )
 
 
@@ -150,7 +150,7 @@ def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, 
     return tuple(f"{label} == {name!r}{where}" for name in names[: settings.unrelated])
 
 
-def _watched(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
+def _responding_genes(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
     """The `perturb.response` genes in most of the perturbed cells, by token."""
     if not settings.response:
         return []
@@ -171,7 +171,7 @@ def _watched(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
     ]
 
 
-def features(corpus: Corpus, plan: Design) -> Float64s:
+def matching_features(corpus: Corpus, plan: Design) -> Float64s:
     """Mean place in the perturbed cells and coverage of every target, (K, 2): what genes are matched by; NaN for sets."""
     counts_V, places_V = _occurrences(corpus, plan.cells_N)
     first_K = plan.genes_KM[:, 0]
@@ -319,7 +319,7 @@ def _nulls(
             null=True,
             drawn=True,
         )
-        for token in tokens_G[matched(features_GF, wanted, num, seed)].tolist()
+        for token in tokens_G[match_rows(features_GF, wanted, num, seed)].tolist()
     ]
 
 
@@ -341,7 +341,7 @@ def _holding(corpus: Corpus, cells: Ints, tokens: tuple[int, ...]) -> int:
     return int((np.diff(hits[offsets_B1]) == len(tokens)).sum())
 
 
-def owned(plan: Design, corpus: Corpus) -> NDArray[np.bool_]:
+def targets_by_species(plan: Design, corpus: Corpus) -> NDArray[np.bool_]:
     """(K, species): whether a species has all genes of a target (more than one where orthologs share tokens)."""
     columns = [set(corpus.vocabulary.species_tokens(name).tolist()) for name in corpus.species]
     return np.array([[set(target.tokens) <= tokens for tokens in columns] for target in plan.targets])

@@ -14,31 +14,31 @@ from mixgf.perturbation.reference_genes import LEVEL
 from mixgf.stats.donors import attainable_level, fewest_discoveries, smallest_detectable_effect, smallest_p, spearman
 
 
-def asked(genes: pd.DataFrame) -> pd.DataFrame:
+def tested_genes(genes: pd.DataFrame) -> pd.DataFrame:
     """The genes that were asked about, without those scored for comparison only (role `null`)."""
     return genes[genes["role"] != "null"] if "role" in genes else genes
 
 
-def drawn(genes: pd.DataFrame) -> pd.DataFrame:
+def comparison_genes(genes: pd.DataFrame) -> pd.DataFrame:
     """The genes that others are compared with where these were chosen; none where all are compared with all."""
     return genes[genes["reference"]] if "reference" in genes and not genes["reference"].all() else genes.iloc[:0]
 
 
-def hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
+def call_hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     """Genes that repeat over donors at an FDR of `level` and are unusual for their rank; the largest shift first."""
-    genes = asked(genes)
+    genes = tested_genes(genes)
     unusual = (genes["null_percentile"] < gene_table.ORDINARY[0]) | (genes["null_percentile"] > gene_table.ORDINARY[1])
     return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
 
 
-def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tuple[str, str]]:
+def summarise_screen(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tuple[str, str]]:
     """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain.
 
     `num_tests`: genes that a screen chose these from; 0 = nothing was chosen.
     """
     out: list[tuple[str, str]] = []
-    nulls = drawn(genes)
-    genes = asked(genes)
+    nulls = comparison_genes(genes)
+    genes = tested_genes(genes)
     top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
     names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
     if goal:
@@ -48,7 +48,7 @@ def sentences(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tu
     out.append(("plain", f"Largest shifts{' towards the goal state' if goal else ''}: {names}."))
     donors = int(genes["num_donors"].max())
     found, repeated, cell_level = (
-        hits(genes),
+        call_hits(genes),
         int((genes["fdr_donor"] <= LEVEL).sum()),
         int((genes["fdr_cell"] <= LEVEL).sum()),
     )

@@ -33,7 +33,7 @@ NO_GENE = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Edited:
+class EditedSentences:
     """Perturbed sentences, packed, and where the perturbed genes stand after and before."""
 
     ids_T: Tensor
@@ -48,7 +48,7 @@ class Edited:
     source_sentences_H: Tensor
 
 
-def ranks(ids_T: Tensor, offsets_B1: Tensor, genes_K: Tensor, *, lead: int = 0) -> Tensor:
+def gene_ranks(ids_T: Tensor, offsets_B1: Tensor, genes_K: Tensor, *, lead: int = 0) -> Tensor:
     """Rank (0 = top gene) of every gene in every cell, int64 (B, K); -1 where the cell's sentence lacks it.
 
     Args:
@@ -60,12 +60,12 @@ def ranks(ids_T: Tensor, offsets_B1: Tensor, genes_K: Tensor, *, lead: int = 0) 
     num_cells = offsets_B1.shape[0] - 1
     size = int(torch.stack([ids_T.max(), genes_K.max()]).max()) + 1
     table_BV = torch.full((num_cells, size), -1, dtype=torch.int64, device=ids_T.device)
-    cell_T, place_T = _places(torch.diff(offsets_B1))
+    cell_T, place_T = _token_positions(torch.diff(offsets_B1))
     table_BV[cell_T, ids_T] = place_T - lead
     return table_BV[:, genes_K]
 
 
-def edit(
+def edit_sentences(
     ids_T: Tensor,
     offsets_B1: Tensor,
     cells_S: Tensor,
@@ -75,7 +75,7 @@ def edit(
     max_len: int,
     lead: int = 0,
     rank_share: float = 0.25,
-) -> Edited:
+) -> EditedSentences:
     """Apply one operation to many copies of a block's cells.
 
     Args:
@@ -90,7 +90,7 @@ def edit(
     """
     assert operation in OPERATIONS, operation
     lengths_S = torch.diff(offsets_B1)[cells_S]
-    sentence_X, place_X = _places(lengths_S)
+    sentence_X, place_X = _token_positions(lengths_S)
     source_X = offsets_B1[:-1][cells_S][sentence_X] + place_X
     ids_X = ids_T[source_X]
     hit_X = torch.zeros_like(ids_X, dtype=torch.bool)
@@ -109,7 +109,7 @@ def edit(
         new_lengths_S = lengths_S
         steps_S = torch.floor((lengths_S - lead).double() * rank_share).long().clamp(min=1)
         steps_H = (steps_S if operation == "inhibit" else -steps_S)[hit_sentences]
-        new_hit = _moved(hit_sentences, place_X[hit_X] - lead, lengths_S - lead, num_hits_S, steps_H)
+        new_hit = _shifted_ranks(hit_sentences, place_X[hit_X] - lead, lengths_S - lead, num_hits_S, steps_H)
         new_hit = _offsets(lengths_S)[hit_sentences] + lead + new_hit
         is_hit_X = torch.zeros_like(hit_X)
         is_hit_X[new_hit] = True
@@ -117,8 +117,8 @@ def edit(
         new_ids[is_hit_X], new_ids[~is_hit_X] = ids_X[hit_X], ids_X[~hit_X]
     if new_hit is None:
         new_hit = new_lengths_S.new_empty(0)
-    sentence_T = _places(new_lengths_S)[0]
-    return Edited(
+    sentence_T = _token_positions(new_lengths_S)[0]
+    return EditedSentences(
         ids_T=new_ids,
         offsets_S1=_offsets(new_lengths_S),
         hits_H=new_hit,
@@ -135,7 +135,7 @@ def _to_front(
     assert lead + genes_SM.shape[1] <= max_len, "more genes than a sentence holds"
     given_SM = genes_SM != NO_GENE
     lengths_S = num_others_S + given_SM.sum(1)
-    sentence_T, place_T = _places(lengths_S)
+    sentence_T, place_T = _token_positions(lengths_S)
     hit_T = (place_T >= lead) & (place_T < lead + given_SM.sum(1)[sentence_T])
     ids_T = torch.empty_like(sentence_T)
     ids_T[hit_T], ids_T[~hit_T] = genes_SM[given_SM], others
@@ -143,7 +143,9 @@ def _to_front(
     return ids_T[kept_T], torch.nonzero(hit_T[kept_T]).squeeze(1), lengths_S.clamp(max=max_len)
 
 
-def _moved(sentence_H: Tensor, rank_H: Tensor, num_genes_S: Tensor, num_hits_S: Tensor, steps_H: Tensor) -> Tensor:
+def _shifted_ranks(
+    sentence_H: Tensor, rank_H: Tensor, num_genes_S: Tensor, num_hits_S: Tensor, steps_H: Tensor
+) -> Tensor:
     """Ranks of the hits after so many steps down (up: negative); they keep their order and leave no gap at the ends."""
     first_H = torch.arange(len(sentence_H), device=sentence_H.device) - _offsets(num_hits_S)[sentence_H]
     last_H = (num_genes_S - num_hits_S)[sentence_H] + first_H
@@ -154,7 +156,7 @@ def _offsets(lengths_S: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.cumsum(lengths_S, 0), (1, 0))
 
 
-def _places(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
+def _token_positions(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
     """Sentence of every packed token, and its place in it."""
     sentence_T = torch.repeat_interleave(torch.arange(len(lengths_S), device=lengths_S.device), lengths_S)
     return sentence_T, torch.arange(len(sentence_T), device=lengths_S.device) - _offsets(lengths_S)[sentence_T]

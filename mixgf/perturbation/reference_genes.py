@@ -1,7 +1,7 @@
-"""A screen against what is known: a list of genes or another screen, and the published Table 4.
+"""A screen against what is reference: a list of genes or another screen, and the published Table 4.
 
 Both work on the finished table of genes, so that another list needs no new perturbation. Nothing here chooses a threshold
-after looking: calls are the two tests at an FDR of 5 %, and, for scores without a test, as many top genes as are known.
+after looking: calls are the two tests at an FDR of 5 %, and, for scores without a test, as many top genes as are reference.
 
 Beside the model's shifts stand what costs nothing: differential expression, coverage and rank. A model that finds known
 genes no better than these has found nothing.
@@ -38,19 +38,19 @@ SCORES = {
 """What genes may be ordered by, and its name for readers."""
 
 
-def read(config: Config) -> tuple[set[str], set[str]]:
-    """Names (Ensembl ids or symbols) of `perturb.reference_genes`: those known to act, and those found not to.
+def read_reference_genes(config: Config) -> tuple[set[str], set[str]]:
+    """Names (Ensembl ids or symbols) of `perturb.reference_genes`: those reference to act, and those found not to.
 
-    The second set is empty for plain lists: then all other scored genes count as not known.
+    The second set is empty for plain lists: then all other scored genes count as not reference.
 
     Raises:
         UserError: a table is missing, has no column of genes, or its `hit` column is not of truth values.
     """
-    known: set[str] = set()
+    reference: set[str] = set()
     tested: set[str] = set()
     for entry in config.perturb.reference_genes:
         if not entry.lower().endswith(GENE_TABLES):
-            known.add(entry.strip())
+            reference.add(entry.strip())
             continue
         frame = _table(entry)
         column = next((c for c in _COLUMNS if c in frame.columns), frame.columns[0] if frame.shape[1] == 1 else None)
@@ -64,11 +64,11 @@ def read(config: Config) -> tuple[set[str], set[str]]:
                 msg = f"perturb.reference_genes = {entry!r}: hit holds {sorted(set(words))[0]!r}; must be true or false (1 or 0)"
                 raise UserError(msg)
             yes = words.isin(["true", "1"])
-            known |= set(names[yes])
+            reference |= set(names[yes])
             tested |= set(names[~yes])
         else:
-            known |= set(names)
-    return known - {"", "nan"}, tested - known - {"", "nan"}
+            reference |= set(names)
+    return reference - {"", "nan"}, tested - reference - {"", "nan"}
 
 
 def _table(uri: str) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def _table(uri: str) -> pd.DataFrame:
     return frame.rename(columns={0: "gene"})
 
 
-def matches(genes: pd.DataFrame, names: set[str], config: Config) -> np.ndarray:
+def match_genes(genes: pd.DataFrame, names: set[str], config: Config) -> np.ndarray:
     """Which rows are meant: by Ensembl id or symbol, or those of the one-to-one ortholog. bool (G,).
 
     A former symbol counts where no gene of the species bears it now.
@@ -107,8 +107,8 @@ def matches(genes: pd.DataFrame, names: set[str], config: Config) -> np.ndarray:
     )
 
 
-def score(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """How well each score and each test finds the known genes among the scored ones.
+def score_reference_genes(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """How well each score and each test finds the reference genes among the scored ones.
 
     Returns:
         One row per operation, method, call and metric: columns operation, method (key of `SCORES`), call, num_genes,
@@ -116,26 +116,26 @@ def score(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
         `perturb.reference_genes`.
 
     Raises:
-        UserError: no known gene is among the scored ones, or no other gene is.
+        UserError: no reference gene is among the scored ones, or no other gene is.
     """
-    names, negative = read(config)
+    names, negative = read_reference_genes(config)
     if not names:
         return pd.DataFrame()
     rows: list[dict[str, Any]] = []
     for operation, part in genes.groupby("operation", sort=False):
         frame = part[part["num_cells"] > 0]
-        known = matches(frame, names, config)
+        reference = match_genes(frame, names, config)
         if negative:
-            kept = known | matches(frame, negative, config)
-            frame, known = frame[kept], known[kept]
-        if not known.any() or known.all():
-            what = "none of them is" if not known.any() else "all scored genes are among them:"
+            kept = reference | match_genes(frame, negative, config)
+            frame, reference = frame[kept], reference[kept]
+        if not reference.any() or reference.all():
+            what = "none of them is" if not reference.any() else "all scored genes are among them:"
             msg = f"perturb.reference_genes names {len(names):,} genes: {what} among the {len(frame):,} scored genes; score more genes (perturb.genes, perturb.min_coverage)"
             raise UserError(msg)
-        for method, values, call, called in _calls(frame, int(known.sum())):
-            found = score_against(values, called, known)
+        for method, values, call, called in _calls(frame, int(reference.sum())):
+            found = call_metrics(values, called, reference)
             head = {"operation": operation, "method": method, "call": call, "num_genes": len(frame),
-                    "num_known": int(known.sum()), "num_called": int(called.sum())}  # fmt: skip
+                    "num_known": int(reference.sum()), "num_called": int(called.sum())}  # fmt: skip
             rows += [head | {"metric": m, "value": e.value, "low": e.low, "high": e.high} for m, e in found.items()]
     return pd.DataFrame(rows)
 
@@ -161,36 +161,36 @@ def _calls(frame: pd.DataFrame, num: int) -> list[tuple[str, np.ndarray, str, np
     return out
 
 
-def score_against(
-    score_G: NDArray[np.float64], hit_G: NDArray[np.bool_], known_G: NDArray[np.bool_]
+def call_metrics(
+    score_G: NDArray[np.float64], hit_G: NDArray[np.bool_], reference_G: NDArray[np.bool_]
 ) -> dict[str, Interval]:
-    """How well hits and scores find a list of known genes: PPV, NPV, sensitivity, specificity, AUROC, with intervals.
+    """How well hits and scores find a list of reference genes: PPV, NPV, sensitivity, specificity, AUROC, with intervals.
 
     Genes without a score (NaN) are left out. Higher scores mean more likely.
     """
     scored = np.isfinite(score_G)
-    score, hit, known = score_G[scored], hit_G[scored], known_G[scored]
-    both, neither = int((hit & known).sum()), int((~hit & ~known).sum())
+    score, hit, reference = score_G[scored], hit_G[scored], reference_G[scored]
+    both, neither = int((hit & reference).sum()), int((~hit & ~reference).sum())
     return {
         "ppv": wilson(both, int(hit.sum())),
         "npv": wilson(neither, int((~hit).sum())),
-        "sensitivity": wilson(both, int(known.sum())),
-        "specificity": wilson(neither, int((~known).sum())),
-        "auroc": auroc(score, known),
+        "sensitivity": wilson(both, int(reference.sum())),
+        "specificity": wilson(neither, int((~reference).sum())),
+        "auroc": auroc(score, reference),
     }
 
 
 # Table 4
 
 
-def published(experiment: str) -> pd.DataFrame:
+def read_table4(experiment: str) -> pd.DataFrame:
     """Rows of the paper's Table 4: species, gene, symbol, operation, rank, shift, p."""
     data = files.read_bytes("resource:table4.tsv").decode()
     table = pd.read_csv(io.StringIO(data), sep="\t", comment="#")
     return table[table["experiment"] == experiment].reset_index(drop=True)
 
 
-def beside_paper(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
+def compare_with_table4(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
     """Table 4's genes of the experiment `perturb.published` in this run, beside the paper's figures.
 
     Rank as published: genes significant over cells (FDR below 5 %) first, then by falling shift, then by FDR. Genes
@@ -199,7 +199,7 @@ def beside_paper(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
     if not config.perturb.published:
         return pd.DataFrame()
     rows = []
-    for row in published(config.perturb.published).to_dict("records"):
+    for row in read_table4(config.perturb.published).to_dict("records"):
         part = genes[(genes["operation"] == row["operation"]) & (genes["num_cells"] > 0)]
         order = part.assign(weak=~(part["fdr_cell"] < LEVEL)).sort_values(
             ["weak", "shift", "fdr_cell"], ascending=[True, False, True]
@@ -219,10 +219,10 @@ def beside_paper(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
 # as text, for the end of a run
 
 
-def text(genes: pd.DataFrame, config: Config) -> str:
-    """What `mixgf perturb` prints about known genes and the paper's; empty if nothing was asked."""
+def comparison_text(genes: pd.DataFrame, config: Config) -> str:
+    """What `mixgf perturb` prints about reference genes and the paper's; empty if nothing was asked."""
     parts = []
-    paper = beside_paper(genes, config)
+    paper = compare_with_table4(genes, config)
     if len(paper):
         lines: list[tuple[str, ...]] = [
             (
@@ -247,7 +247,7 @@ def text(genes: pd.DataFrame, config: Config) -> str:
         ]  # fmt: skip
         parts.append(f"paper's Table 4 ({config.perturb.published}) | this run:\n{_aligned(lines)}")
     try:
-        found = score(genes, config)
+        found = score_reference_genes(genes, config)
     except UserError as error:
         return "\n".join([*parts, str(error)])
     if len(found):

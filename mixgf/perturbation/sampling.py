@@ -14,8 +14,8 @@ _KEY = 91
 """Separates the draws made here from other draws of the same seed."""
 
 
-def matched(features_GF: NDArray[np.float64], wanted: list[int], num: int, seed: int) -> list[int]:
-    """For each wanted row in turn the nearest row not yet taken, until `num` are: rows like the wanted ones.
+def match_rows(features_GF: NDArray[np.float64], wanted: list[int], num: int, seed: int) -> list[int]:
+    """For each wanted row in round_ the nearest row not yet taken, until `num` are: rows like the wanted ones.
 
     Near is meant in the ranks of the features; equally near rows come in a keyed random order. No wanted row is taken.
     """
@@ -28,19 +28,19 @@ def matched(features_GF: NDArray[np.float64], wanted: list[int], num: int, seed:
     taken: list[int] = []
     places = [0] * len(wanted)
     while len(taken) < num:
-        turn = len(taken) % len(wanted)
-        while not free[near[turn][places[turn]]]:
-            places[turn] += 1
-        row = int(near[turn][places[turn]])
+        round_ = len(taken) % len(wanted)
+        while not free[near[round_][places[round_]]]:
+            places[round_] += 1
+        row = int(near[round_][places[round_]])
         free[row] = False
         taken.append(row)
     return taken
 
 
-def sample(cells: Ints, donor_of: Ints, num: int, seed: int) -> Ints:
-    """At most `num` cells (0 = all), balanced over donors: one of each donor in turn, in a keyed random order."""
+def sample_cells(cells: Ints, donor_of: Ints, num: int, seed: int) -> Ints:
+    """At most `num` cells (0 = all), balanced over donors: one of each donor in round_, in a keyed random order."""
     if num <= 0 or num >= len(cells):
         return cells
     order = cells[np.argsort(rng.hashed(seed, _KEY, cells), kind="stable")]
-    turn = pd.Series(donor_of[order]).groupby(donor_of[order]).cumcount().to_numpy()
-    return np.sort(order[np.argsort(turn, kind="stable")][:num])
+    round_ = pd.Series(donor_of[order]).groupby(donor_of[order]).cumcount().to_numpy()
+    return np.sort(order[np.argsort(round_, kind="stable")][:num])

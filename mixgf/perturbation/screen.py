@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mixgf.encoder.bert import Encoder, Layer
 from mixgf.perturbation import operations
-from mixgf.perturbation.shift import Engine
+from mixgf.perturbation.shift import ShiftScorer
 
 OPERATIONS = ("delete", "overexpress")
 _SPARE = 8
@@ -54,12 +54,12 @@ class _Trace:
 
 
 def estimate(
-    engine: Engine, ids_L: Tensor, genes_K: Tensor, operation: str, goal_D: Tensor, *, grid: int = 12
+    scorer: ShiftScorer, ids_L: Tensor, genes_K: Tensor, operation: str, goal_D: Tensor, *, grid: int = 12
 ) -> Tensor:
     """Estimated shifts of one cell towards the goal, float64 (K,); 0 where `delete` does not find its gene.
 
     Args:
-        engine: encoder and variant.
+        scorer: encoder and variant.
         ids_L: the cell's sentence.
         genes_K: token ids, perturbed one at a time.
         operation: `delete` or `overexpress`.
@@ -67,40 +67,40 @@ def estimate(
         grid: ranks at which the rank shift is computed exactly, at most.
     """
     assert operation in OPERATIONS, operation
-    ids_L, genes_K = ids_L.to(engine.device).long(), genes_K.to(engine.device).long()
-    goal_D = F.normalize(goal_D.to(engine.device, torch.float64), dim=0)
-    num_genes = len(ids_L) - engine.lead
-    offsets = torch.tensor([0, len(ids_L)], device=engine.device)
-    rank_K = operations.ranks(ids_L, offsets, genes_K, lead=engine.lead)[0]
-    at_K = (rank_K + engine.lead).clamp(min=0)
+    ids_L, genes_K = ids_L.to(scorer.device).long(), genes_K.to(scorer.device).long()
+    goal_D = F.normalize(goal_D.to(scorer.device, torch.float64), dim=0)
+    num_genes = len(ids_L) - scorer.lead
+    offsets = torch.tensor([0, len(ids_L)], device=scorer.device)
+    rank_K = operations.gene_ranks(ids_L, offsets, genes_K, lead=scorer.lead)[0]
+    at_K = (rank_K + scorer.lead).clamp(min=0)
     there_K = rank_K >= 0
-    places_L = torch.arange(len(ids_L), device=engine.device)
-    base = _trace(engine, ids_L, places_L, goal_D)
-    knots_R = torch.linspace(0, num_genes - 1, min(grid, num_genes), device=engine.device).round().long()
+    places_L = torch.arange(len(ids_L), device=scorer.device)
+    base = _trace(scorer, ids_L, places_L, goal_D)
+    knots_R = torch.linspace(0, num_genes - 1, min(grid, num_genes), device=scorer.device).round().long()
     step = -1 if operation == "delete" else 1
-    moved_R = _moved(engine, ids_L, knots_R, step, goal_D) - _cosine(base.sum_D[None], goal_D)
-    small_R = _small_moves(engine, base, step)
-    smooth_K = _between(knots_R, moved_R - small_R[knots_R], rank_K.clamp(min=0))
+    moved_R = _rank_shift_cosines(scorer, ids_L, knots_R, step, goal_D) - _cosine(base.sum_D[None], goal_D)
+    small_R = _first_order_shifts(scorer, base, step)
+    smooth_K = _interpolate(knots_R, moved_R - small_R[knots_R], rank_K.clamp(min=0))
     shift_K = torch.where(there_K, smooth_K + small_R[rank_K.clamp(min=0)], 0.0)
     removal_K = torch.where(there_K, base.removal_L[at_K].double(), 0.0)
     own_KD = torch.where(there_K[:, None], base.hidden_LD[at_K].double(), 0.0)
     after_KD = base.sum_D - own_KD
     if operation == "delete":
-        scale = base.count / max(1, base.count - 1) if engine.variant != "cls" else 1.0
-        return shift_K + removal_K * scale + _mean_part(engine, base.sum_D[None], after_KD, goal_D)
-    kept = min(len(ids_L), engine.max_len - 1)
-    front = _trace(engine, ids_L[:kept], (places_L + (places_L >= engine.lead))[:kept], goal_D)
-    insertion_K, vector_KD = _inserted(engine, front, genes_K)
+        scale = base.count / max(1, base.count - 1) if scorer.variant != "cls" else 1.0
+        return shift_K + removal_K * scale + _mean_part(scorer, base.sum_D[None], after_KD, goal_D)
+    kept = min(len(ids_L), scorer.max_len - 1)
+    front = _trace(scorer, ids_L[:kept], (places_L + (places_L >= scorer.lead))[:kept], goal_D)
+    insertion_K, vector_KD = _inserted(scorer, front, genes_K)
     absent = _cosine(front.sum_D[None], goal_D) - _cosine(base.sum_D[None], goal_D)
     shift_K = torch.where(there_K, shift_K, absent)
     before_KD = torch.where(there_K[:, None], base.sum_D, front.sum_D)
     after_KD = torch.where(there_K[:, None], after_KD, front.sum_D) + vector_KD
-    return shift_K + removal_K + insertion_K + _mean_part(engine, before_KD, after_KD, goal_D)
+    return shift_K + removal_K + insertion_K + _mean_part(scorer, before_KD, after_KD, goal_D)
 
 
-def _mean_part(engine: Engine, before_KD: Tensor, after_KD: Tensor, goal_D: Tensor) -> Tensor:
+def _mean_part(scorer: ShiftScorer, before_KD: Tensor, after_KD: Tensor, goal_D: Tensor) -> Tensor:
     """Effect of the gene's own vector on the mean over all positions; no part of the other variants."""
-    if engine.variant != "all":
+    if scorer.variant != "all":
         return torch.zeros(len(after_KD), dtype=torch.float64, device=after_KD.device)
     return _cosine(after_KD, goal_D) - _cosine(before_KD, goal_D)
 
@@ -109,35 +109,35 @@ def _cosine(x_KD: Tensor, goal_D: Tensor) -> Tensor:
     return F.normalize(x_KD.double(), dim=1, eps=1e-300) @ goal_D
 
 
-def _moved(engine: Engine, ids_L: Tensor, knots_R: Tensor, step: int, goal_D: Tensor) -> Tensor:
+def _rank_shift_cosines(scorer: ShiftScorer, ids_L: Tensor, knots_R: Tensor, step: int, goal_D: Tensor) -> Tensor:
     """Cosines of the cell when the genes behind each rank move up one place (step -1), or those before it down (1)."""
-    length, lead = len(ids_L), engine.lead
+    length, lead = len(ids_L), scorer.lead
     places_RL = torch.arange(length, device=ids_L.device).expand(len(knots_R), length)
     cut_R1 = knots_R[:, None] + lead
     moves_RL = places_RL > cut_R1 if step < 0 else (places_RL < cut_R1) & (places_RL >= lead)
     places_RL = places_RL + step * moves_RL
-    rows = max(1, engine.micro_tokens // length)
+    rows = max(1, scorer.micro_tokens // length)
     out = []
     for a, b in pairwise([*range(0, len(knots_R), rows), len(knots_R)]):
         offsets = torch.arange(b - a + 1, device=ids_L.device) * length
-        with torch.no_grad(), engine.autocast():
-            h_TD = engine.encoder(
-                ids_L.repeat(b - a), offsets.int(), positions_T=places_RL[a:b].reshape(-1), layers=engine.layers
+        with torch.no_grad(), scorer.autocast():
+            h_TD = scorer.encoder(
+                ids_L.repeat(b - a), offsets.int(), positions_T=places_RL[a:b].reshape(-1), layers=scorer.layers
             )
-        out.append(_cosine(engine.sums(h_TD, offsets)[0], goal_D))
+        out.append(_cosine(scorer.sums(h_TD, offsets)[0], goal_D))
     return torch.cat(out)
 
 
-def _small_moves(engine: Engine, base: _Trace, step: int) -> Tensor:
-    """First-order effect, by rank of the gene, of the moves that `_moved` does exactly: wrong in size, right in its steps."""
-    positions_LD = engine.encoder.positions.detach()[: len(base.place_grad_LD)]
-    lead = engine.lead
+def _first_order_shifts(scorer: ShiftScorer, base: _Trace, step: int) -> Tensor:
+    """First-order effect, by rank of the gene, of the moves that `_rank_shift_cosines` does exactly: wrong in size, right in its steps."""
+    positions_LD = scorer.encoder.positions.detach()[: len(base.place_grad_LD)]
+    lead = scorer.lead
     worth_R = (base.place_grad_LD * (torch.roll(positions_LD, -step, 0) - positions_LD)).sum(1).double()[lead:]
     before_R = torch.cumsum(worth_R, 0) - worth_R
     return before_R if step > 0 else worth_R.sum() - worth_R - before_R
 
 
-def _between(knots_R: Tensor, values_R: Tensor, at_K: Tensor) -> Tensor:
+def _interpolate(knots_R: Tensor, values_R: Tensor, at_K: Tensor) -> Tensor:
     """Straight lines between the knots."""
     right_K = torch.searchsorted(knots_R, at_K).clamp(1, max(1, len(knots_R) - 1))
     if len(knots_R) == 1:
@@ -148,13 +148,13 @@ def _between(knots_R: Tensor, values_R: Tensor, at_K: Tensor) -> Tensor:
     return values_R[left_K] + share_K * (values_R[right_K] - values_R[left_K])
 
 
-def _trace(engine: Engine, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _Trace:
+def _trace(scorer: ShiftScorer, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _Trace:
     """One forward and one backward pass of a cell."""
-    encoder = engine.encoder
-    num_layers = encoder.sizes.num_layers if engine.layers is None else engine.layers
+    encoder = scorer.encoder
+    num_layers = encoder.sizes.num_layers if scorer.layers is None else scorer.layers
     log_weight_L = torch.zeros(len(ids_L), device=ids_L.device, requires_grad=True)
     kept = []
-    with torch.enable_grad(), engine.autocast():
+    with torch.enable_grad(), scorer.autocast():
         places_LD = F.embedding(places_L, encoder.positions).detach().requires_grad_()
         h_LD = encoder.norm(F.embedding(ids_L, encoder.tokens) + places_LD)
         for layer in _layers(encoder)[:num_layers]:
@@ -163,7 +163,7 @@ def _trace(engine: Engine, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _
             kept.append([q, k, v, a])
             h_LD = layer.after_attention(h_LD, a.transpose(0, 1).reshape(len(ids_L), -1).to(h_LD.dtype))
         offsets = torch.tensor([0, len(ids_L)], device=ids_L.device)
-        sum_1D, count_1 = engine.sums(h_LD, offsets)
+        sum_1D, count_1 = scorer.sums(h_LD, offsets)
         cosine = _cosine(sum_1D, goal_D).sum()
     weight_grad, place_grad_LD, *grads = torch.autograd.grad(
         cosine, [log_weight_L, places_LD, *(row[3] for row in kept)]
@@ -204,14 +204,14 @@ def _weighted(q: Tensor, k: Tensor, v: Tensor, log_weight_L: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _inserted(engine: Engine, cell: _Trace, genes_K: Tensor) -> tuple[Tensor, Tensor]:
+def _inserted(scorer: ShiftScorer, cell: _Trace, genes_K: Tensor) -> tuple[Tensor, Tensor]:
     """Change of the cosine, and the gene's own last vector, when each gene alone is put in front of a cell.
 
     The gene reads the cell and itself layer after layer; each token then mixes it into what its attention brings, at the share
     that a softmax over one more key gives it, and the gradient says what this is worth. That the tokens' changes change further
     layers' attention is in the gradient; that they change the gene itself is left out.
     """
-    encoder, lead = engine.encoder, engine.lead
+    encoder, lead = scorer.encoder, scorer.lead
     total_K = torch.zeros(len(genes_K), dtype=torch.float64, device=genes_K.device)
     h_KD = encoder.embed_tokens(genes_K, torch.full_like(genes_K, lead))
     H, L, E = cell.attention[0][0].shape if cell.attention else (1, 1, 1)

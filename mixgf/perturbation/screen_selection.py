@@ -2,7 +2,7 @@
 
 The estimates are checked on genes drawn at random, which are scored exactly whatever their estimate: a check on the best ones
 alone would be a check on the few that the screen itself chose. For the same reason the best are not compared with each
-other: a place among genes that were all chosen for being extreme says nothing. Their company is drawn among all genes of
+other: a place among genes that were all chosen for being extreme says nothing. Their matched is drawn among all genes of
 their rank and coverage, chosen or not, and so is as extreme as genes are.
 
 Letters: P (cell, gene) pairs, K genes.
@@ -25,16 +25,16 @@ TOP_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shortlist:
-    """Genes in the order in which they are scored exactly: the sample, the best by estimate, their company, the rest."""
+    """Genes in the order in which they are scored exactly: the sample, the best by estimate, their matched, the rest."""
 
     sample: NDArray[np.int64]
     top: NDArray[np.int64]
     """Best first, less those of the sample."""
-    company: NDArray[np.int64]
+    matched: NDArray[np.int64]
     """Drawn like the best ones, less those that are in sample or top."""
     rest: NDArray[np.int64]
     drawn: NDArray[np.int64]
-    """All that were drawn without regard to their estimates: sample, company, and those of the best that the draw hit."""
+    """All that were drawn without regard to their estimates: sample, matched, and those of the best that the draw hit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class Agreement:
         return self.spearman >= least
 
 
-def shortlist(
+def choose_shortlist(
     estimate_OK: NDArray[np.float64],
     features_KF: NDArray[np.float64],
     *,
@@ -66,7 +66,7 @@ def shortlist(
 
     Args:
         estimate_OK: estimated shift of every gene by operation, NaN = none: sets of genes, which are always scored.
-        features_KF: what the company is like the best ones in, NaN for sets.
+        features_KF: what the matched is like the best ones in, NaN for sets.
         top: genes of each operation to score exactly besides the sample.
         sample: genes to draw among those with an estimate.
         nulls: genes to draw like the best.
@@ -86,18 +86,18 @@ def shortlist(
     order = order[~np.isin(order, drawn)]
     chosen = place_K[order] < top
     best, others = order[chosen], order[~chosen]
-    alike = like(features_KF, np.flatnonzero(some_K & (place_K < top)), nulls, taken=drawn, rng=rng)
+    alike = draw_similar(features_KF, np.flatnonzero(some_K & (place_K < top)), nulls, taken=drawn, rng=rng)
     beside = np.isin(others, alike)
     return Shortlist(
         sample=drawn,
         top=best,
-        company=others[beside],
+        matched=others[beside],
         rest=others[~beside],
         drawn=np.sort(np.concatenate([drawn, alike])),
     )
 
 
-def like(
+def draw_similar(
     features_KF: NDArray[np.float64],
     wanted: NDArray[np.int64],
     num: int,
@@ -126,7 +126,7 @@ def like(
     return np.sort(np.concatenate(drawn)).astype(np.int64)
 
 
-def agreement(estimate_K: NDArray[np.float64], exact_K: NDArray[np.float64]) -> Agreement:
+def estimate_agreement(estimate_K: NDArray[np.float64], exact_K: NDArray[np.float64]) -> Agreement:
     """Compare estimated with exact shifts of the same genes; genes that lack either are left out."""
     both = np.isfinite(estimate_K) & np.isfinite(exact_K)
     estimated, exact = estimate_K[both], exact_K[both]

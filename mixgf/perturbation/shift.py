@@ -28,12 +28,12 @@ from mixgf.encoder.bert import Encoder
 from mixgf.perturbation import operations
 
 VARIANTS = ("remaining", "all", "cls")
-Watch: TypeAlias = Callable[[operations.Edited, Tensor, int], None]
+Observer: TypeAlias = Callable[[operations.EditedSentences, Tensor, int], None]
 """Is shown perturbed sentences, their hidden states (T, D), and the number of the first of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Original:
+class UnperturbedCells:
     """Unperturbed cells: computed once, used by every perturbation of them."""
 
     ids_T: Tensor
@@ -55,7 +55,7 @@ class Shifts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Engine:
+class ShiftScorer:
     """An encoder with the way its output is read."""
 
     encoder: Encoder
@@ -89,41 +89,41 @@ class Engine:
         with torch.no_grad(), self.autocast():
             return self.encoder(ids_T, offsets_B1.int(), layers=self.layers)
 
-    def original(self, ids_T: Tensor, offsets_B1: Tensor) -> Original:
+    def encode_cells(self, ids_T: Tensor, offsets_B1: Tensor) -> UnperturbedCells:
         """Encode unperturbed cells; tokens may come on any device."""
         ids_T, offsets_B1 = ids_T.to(self.device).long(), offsets_B1.to(self.device).long()
         parts = [
             self.hidden(ids_T[int(offsets_B1[a]) : int(offsets_B1[b])], offsets_B1[a : b + 1] - offsets_B1[a])
-            for a, b in _cuts(torch.diff(offsets_B1).tolist(), self.micro_tokens)
+            for a, b in _ranges(torch.diff(offsets_B1).tolist(), self.micro_tokens)
         ]
         hidden_TD = torch.cat(parts)
         sum_BD, count_B = self.sums(hidden_TD, offsets_B1)
-        return Original(ids_T=ids_T, offsets_B1=offsets_B1, hidden_TD=hidden_TD, sum_BD=sum_BD, count_B=count_B)
+        return UnperturbedCells(ids_T=ids_T, offsets_B1=offsets_B1, hidden_TD=hidden_TD, sum_BD=sum_BD, count_B=count_B)
 
     def vectors(self, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
         """Embeddings of unperturbed cells by the variant, float64 (B, D)."""
-        original = self.original(ids_T, offsets_B1)
+        original = self.encode_cells(ids_T, offsets_B1)
         return original.sum_BD / original.count_B[:, None]
 
     def score(
         self,
-        original: Original,
+        original: UnperturbedCells,
         cells_S: Tensor,
         genes_SM: Tensor,
         operation: str,
         states_KD: Tensor,
         *,
-        watch: Watch | None = None,
+        observer: Observer | None = None,
     ) -> Shifts:
         """Perturb copies of the cells and compare; arguments as of `edits.edit`, states float64 (K, D).
 
-        `watch` is shown every batch of sentences on the way.
+        `observer` is shown every batch of sentences on the way.
         """
         lengths = (torch.diff(original.offsets_B1)[cells_S] + genes_SM.shape[1]).tolist()
         states_KD = states_KD.to(self.device, torch.float64)
         parts = [
-            self._score(original, cells_S[a:b], genes_SM[a:b], operation, states_KD, watch, a)
-            for a, b in _cuts(lengths, self.micro_tokens)
+            self._score(original, cells_S[a:b], genes_SM[a:b], operation, states_KD, observer, a)
+            for a, b in _ranges(lengths, self.micro_tokens)
         ]
         if not parts:
             none = torch.empty(0, dtype=torch.float64)
@@ -135,15 +135,15 @@ class Engine:
 
     def _score(  # noqa: PLR0917 (the arguments of one caller)
         self,
-        original: Original,
+        original: UnperturbedCells,
         cells_S: Tensor,
         genes_SM: Tensor,
         operation: str,
         states_KD: Tensor,
-        watch: Watch | None,
+        observer: Observer | None,
         start: int,
     ) -> Shifts:
-        edited = operations.edit(
+        edited = operations.edit_sentences(
             original.ids_T,
             original.offsets_B1,
             cells_S,
@@ -154,13 +154,13 @@ class Engine:
             rank_share=self.rank_share,
         )
         hidden_TD = self.hidden(edited.ids_T, edited.offsets_S1)
-        if watch is not None:
-            watch(edited, hidden_TD, start)
+        if observer is not None:
+            observer(edited, hidden_TD, start)
         after_SD, after_S = self.sums(hidden_TD, edited.offsets_S1)
         before_SD, before_S = original.sum_BD[cells_S], original.count_B[cells_S]
         if self.variant == "remaining":
-            after_SD, after_S = _less(after_SD, after_S, hidden_TD[edited.hits_H], edited.hit_sentences_H)
-            before_SD, before_S = _less(
+            after_SD, after_S = _remove_positions(after_SD, after_S, hidden_TD[edited.hits_H], edited.hit_sentences_H)
+            before_SD, before_S = _remove_positions(
                 before_SD, before_S, original.hidden_TD[edited.sources_H], edited.source_sentences_H
             )
         after_SD, before_SD = after_SD / after_S[:, None], before_SD / before_S[:, None]
@@ -180,7 +180,7 @@ class Engine:
         return sum_BD, count_B
 
 
-def _less(sum_SD: Tensor, count_S: Tensor, hidden_HD: Tensor, sentence_H: Tensor) -> tuple[Tensor, Tensor]:
+def _remove_positions(sum_SD: Tensor, count_S: Tensor, hidden_HD: Tensor, sentence_H: Tensor) -> tuple[Tensor, Tensor]:
     """Take positions out of sums and counts; a sentence of nothing else keeps a zero vector."""
     sum_SD = sum_SD.index_add(0, sentence_H, hidden_HD.double(), alpha=-1)
     count_S = count_S - torch.bincount(sentence_H, minlength=len(count_S))
@@ -191,7 +191,7 @@ def _unit(x_SD: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x_SD, dim=1, eps=1e-300)
 
 
-def _cuts(lengths: list[int], limit: int) -> Iterator[tuple[int, int]]:
+def _ranges(lengths: list[int], limit: int) -> Iterator[tuple[int, int]]:
     """Consecutive ranges of sentences of at most `limit` tokens (or one sentence)."""
     start = total = 0
     for i, length in enumerate(lengths):

@@ -85,7 +85,7 @@ def summary(config: Config) -> str:
         for operation, part in genes.groupby("operation", sort=False):
             top = " ".join(part.sort_values(["shift", "gene"], ascending=[False, True]).head(8)["symbol"])
             lines.append(
-                f"{operation:<10} {top}  ({len(hits.hits(part))} of {len(part):,} genes are hits: a donor-level FDR of 5 %, and unusual for their rank)"
+                f"{operation:<10} {top}  ({len(hits.call_hits(part))} of {len(part):,} genes are hits: a donor-level FDR of 5 %, and unusual for their rank)"
             )
         if left := results.records["perturb"].counts.get("not_scored", 0):
             lines.append(f"{'':<10} not complete: the budget was spent before {left:,} genes were scored")

@@ -27,9 +27,9 @@ from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
 from mixgf.execution import Executor, LocalExecutor, Task
-from mixgf.perturbation import cost_estimate, gene_responses, gene_table, group_design, reference_genes, work_units
+from mixgf.perturbation import cost_estimate, gene_responses, gene_table, group_design, reference_genes, scoring_tasks
 from mixgf.perturbation.group_design import Design
-from mixgf.perturbation.work_units import Scorer
+from mixgf.perturbation.scoring_tasks import ScoringWorker
 from mixgf.stages.perturb_phases import Outcome, Phases, part, score
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
@@ -63,13 +63,15 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             _say_known(uri, config)
             return uri
         files.remove(files.join(uri, "record.json"))  # unfinished again
-    reference_genes.read(config)  # a list that cannot be read is said before the work, not after it
-    plan = group_design.design(corpus, config)  # before the folder is claimed: a wrong expression leaves nothing behind
+    reference_genes.read_reference_genes(config)  # a list that cannot be read is said before the work, not after it
+    plan = group_design.build_design(
+        corpus, config
+    )  # before the folder is claimed: a wrong expression leaves nothing behind
     artifacts.begin(uri, record)
     for text in plan.warnings:
         warn(f"perturb: {text}")
     folder = files.join(uri, "parts", record.fingerprint[:16])
-    make = functools.partial(Scorer, config, corpus=source, weights=weights, folder=folder)
+    make = functools.partial(ScoringWorker, config, corpus=source, weights=weights, folder=folder)
     with mlflow_runs.stage(config, "perturb", settings, record.fingerprint) as tracked:
         spend = cost.Spend(_limit(config), before=sum(cost.load(folder).values()))
         phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=spend)
@@ -99,10 +101,10 @@ def in_memory(config: Config, corpus: Corpus, encoder: Encoder, folder: str) -> 
     Returns:
         The tables that `run` publishes, by name, and the warnings.
     """
-    reference_genes.read(config)
-    plan = group_design.design(corpus, config)
+    reference_genes.read_reference_genes(config)
+    plan = group_design.build_design(corpus, config)
     phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=cost.Spend(_limit(config)))
-    make = functools.partial(Scorer, config, corpus=corpus, weights=encoder, folder=folder)
+    make = functools.partial(ScoringWorker, config, corpus=corpus, weights=encoder, folder=folder)
     with LocalExecutor().pool(make) as pool:
         outcome = phases.complete(pool, Meter("perturb", ""))
     return tables_of(phases, outcome)[2], [*plan.warnings, *outcome.warnings]
@@ -111,7 +113,9 @@ def in_memory(config: Config, corpus: Corpus, encoder: Encoder, folder: str) -> 
 def _say_known(uri: str, config: Config) -> None:
     """Print what is known of the genes beside what was found, where the config asks for it."""
     if config.perturb.reference_genes or config.perturb.published:
-        for line in reference_genes.text(read_table(files.join(uri, "genes.parquet")).to_pandas(), config).splitlines():
+        for line in reference_genes.comparison_text(
+            read_table(files.join(uri, "genes.parquet")).to_pandas(), config
+        ).splitlines():
             say(line)
 
 
@@ -139,16 +143,16 @@ def tables_of(phases: Phases, outcome: Outcome) -> tuple[Design, dict[str, gene_
     if not all_scored:
         drawn = set(outcome.drawn.tolist())
         marked = tuple(replace(t, drawn=t.drawn or k in drawn) for k, t in enumerate(whole.targets))
-        plan, pairs = gene_table.subset(replace(whole, targets=marked), pairs, outcome.scored)
+        plan, pairs = gene_table.keep_targets(replace(whole, targets=marked), pairs, outcome.scored)
     expressed = {
-        state.name: gene_table.expression(corpus, state.cells)
+        state.name: gene_table.rank_scores(corpus, state.cells)
         for state in plan.states
         if state.name in ("start", "goal")
     }
     chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
-    matrix = {"responses": _responses(phases, outcome)} if whole.watched else {}
-    genes = gene_table.gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
-    nulls = gene_table.calibration(plan, pairs, config)
+    matrix = {"responses": _responses(phases, outcome)} if whole.responding else {}
+    genes = gene_table.build_gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
+    nulls = gene_table.calibrate_tests(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
     donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
     vectors = states.set_column(0, "state", pa.array(names)).set_column(1, "donor", pa.array(donors))
@@ -171,7 +175,7 @@ def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcom
         "screened_out": len(outcome.skipped),
         "sentences": sum(len(p.target_P) for p in pairs.values()),
         "states": {state.name: len(state.cells) for state in plan.states},
-        "parts": len(set(files.list_dir(folder)) - {"cost", work_units.RESPONSES}),
+        "parts": len(set(files.list_dir(folder)) - {"cost", scoring_tasks.RESPONSES}),
         "responses": sum(table.num_rows for table in matrix),
     }
     details = {
@@ -193,12 +197,14 @@ def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcom
 
 def _responses(phases: Phases, outcome: Outcome) -> pa.Table:
     """The matrix of perturbed by responding genes, of the operations' parts."""
-    folder = files.join(phases.folder, work_units.RESPONSES)
+    folder = files.join(phases.folder, scoring_tasks.RESPONSES)
     keys = {
         operation: [key for key in outcome.parts if key.startswith(f"{operation}-")]
         for operation in phases.config.perturb.operations
     }
-    return gene_responses.table({name: [part(folder, key) for key in keys[name]] for name in keys}, phases.plan)
+    return gene_responses.response_table(
+        {name: [part(folder, key) for key in keys[name]] for name in keys}, phases.plan
+    )
 
 
 def _not_scored(plan: Design, outcome: Outcome, operations: tuple[str, ...]) -> pa.Table:
@@ -229,20 +235,20 @@ def dry_run(config: Config, *, executor: Executor | None = None) -> str:
     encoder, trained = checkpoint.load_encoder(weights)
     corpus = Corpus(source, max_len=encoder.sizes.max_positions)
     checkpoint.require_sentences(trained, corpus)
-    plan = group_design.design(corpus, config)
+    plan = group_design.build_design(corpus, config)
     max_len = min(int(corpus.record.details["max_len"]), encoder.sizes.max_positions)
-    parts = cost_estimate.forecast(plan, corpus, config.perturb, encoder.sizes, max_len)
+    parts = cost_estimate.estimate_work(plan, corpus, config.perturb, encoder.sizes, max_len)
     rate, how = config.perturb.worker_flops, "as perturb.worker_flops says"
     if not rate:
         executor = executor or RayExecutor(config)
-        probe = Task(part="", function=score, args=(work_units.probe_unit(plan), None))
-        make = functools.partial(Scorer, config, corpus=source, weights=weights, folder="")
+        probe = Task(part="", function=score, args=(scoring_tasks.probe_task(plan), None))
+        make = functools.partial(ScoringWorker, config, corpus=source, weights=weights, folder="")
         with executor.session(), executor.pool(make, most=1) as pool:
             (receipt,) = pool.run([probe])
         if receipt.error:
             msg = f"perturb: the probe failed: {receipt.error}"
             raise UserError(msg)
         rate, how = receipt.result.cost, "measured on one worker just now"
-    return cost_estimate.text(
+    return cost_estimate.estimate_text(
         parts, plan, rate=rate, how=how, num_workers=config.compute.num_workers, price=config.perturb.price
     )

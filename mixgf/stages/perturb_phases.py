@@ -21,9 +21,9 @@ from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
 from mixgf.execution import Task, WorkerPool
-from mixgf.perturbation import gene_table, group_design, screen_selection, work_units
+from mixgf.perturbation import gene_table, group_design, scoring_tasks, screen_selection
 from mixgf.perturbation.group_design import Design
-from mixgf.perturbation.work_units import Done, Scorer, Unit
+from mixgf.perturbation.scoring_tasks import ScoringTask, ScoringWorker, TaskResult
 from mixgf.stages.fan_out import fan_out
 from mixgf.stats import donors
 from mixgf.storage import files, tables
@@ -88,15 +88,15 @@ class Phases:
         self.session = self.session or f"{time.time_ns():020d}"
         figures: dict[str, float] = {}
 
-        def work(what: str, units: list[Unit], states: Float64s | None) -> bool:
+        def work(what: str, units: list[ScoringTask], states: Float64s | None) -> bool:
             number, whole = self._compute(f"perturb: {what}", units, states, pool, meter)
             figures[f"{what}_parts_computed"] = figures.get(f"{what}_parts_computed", 0.0) + number
             return whole
 
-        first = work_units.state_units(plan, self.corpus)
+        first = scoring_tasks.state_tasks(plan, self.corpus)
         self._needed(work("states", first, None), "the state embeddings")
         means, states = gene_table.state_means([part(self.folder, unit.key) for unit in first], len(plan.states))
-        blocks = work_units.gene_blocks(np.arange(num), self.config.perturb.block_genes)
+        blocks = scoring_tasks.cut_gene_blocks(np.arange(num), self.config.perturb.block_genes)
         chosen = _Chosen(order=np.arange(num), blocks=blocks, number=num)
         if self.config.perturb.screen:
             chosen = self._screened(work, means)
@@ -105,7 +105,7 @@ class Phases:
         units = self._gene_units(held)
         work("genes", units, means)
         there = set(files.list_dir(self.folder))
-        still_open = {work_units.gene_block(unit) for unit in units if f"{unit.key}.parquet" not in there}
+        still_open = {scoring_tasks.gene_block_number(unit) for unit in units if f"{unit.key}.parquet" not in there}
         scored = [block for g, block in enumerate(held) if g not in still_open]
         self._needed(bool(scored), "the first block of genes")
         self._save()
@@ -120,7 +120,7 @@ class Phases:
             skipped=np.sort(chosen.order[sum(map(len, held)) :]),
             beyond=beyond,
             drawn=chosen.drawn,
-            parts=sorted(unit.key for unit in units if work_units.gene_block(unit) not in still_open),
+            parts=sorted(unit.key for unit in units if scoring_tasks.gene_block_number(unit) not in still_open),
             states=states,
             estimate_OK=chosen.estimate_OK,
             agreement={name: asdict(seen) for name, seen in chosen.agreement.items()},
@@ -128,17 +128,17 @@ class Phases:
             warnings=warnings,
         )
 
-    def _screened(self, work: Callable[[str, list[Unit], Float64s], bool], means: Float64s) -> _Chosen:
+    def _screened(self, work: Callable[[str, list[ScoringTask], Float64s], bool], means: Float64s) -> _Chosen:
         """The genes to score exactly by a screen: all, if its estimates agree too little with exact shifts of a sample."""
         settings, num = self.config.perturb, len(self.plan.targets)
         estimate_OK = self._screen(functools.partial(work, "screen"), means)
-        found = screen_selection.shortlist(
-            estimate_OK, group_design.features(self.corpus, self.plan), top=settings.screen, sample=settings.screen_sample,
+        found = screen_selection.choose_shortlist(
+            estimate_OK, group_design.matching_features(self.corpus, self.plan), top=settings.screen, sample=settings.screen_sample,
             nulls=settings.num_nulls, direction=settings.direction,
             rng=np.random.default_rng([self.config.seed, 93]),
         )  # fmt: skip
-        parts = (found.sample, found.top, found.company, found.rest)
-        blocks = [block for part in parts for block in work_units.gene_blocks(part, settings.block_genes)]
+        parts = (found.sample, found.top, found.matched, found.rest)
+        blocks = [block for part in parts for block in scoring_tasks.cut_gene_blocks(part, settings.block_genes)]
         sampled = self._gene_units(blocks[: -(-len(found.sample) // settings.block_genes)])
         self._needed(work("genes", sampled, means), "the screen's sample")
         agreed = self._agreement(sampled, found.sample, estimate_OK)
@@ -151,7 +151,7 @@ class Phases:
             warning = (f"the screen of {' and '.join(poor)} agrees too little with exact shifts "
                        f"(perturb.screen_agreement = {settings.screen_agreement}): all genes are scored exactly")  # fmt: skip
         else:
-            number = len(found.sample) + len(found.top) + len(found.company)
+            number = len(found.sample) + len(found.top) + len(found.matched)
             warning = (f"{number} of {num} genes are scored exactly: the best by a screen, and {len(found.drawn)} drawn at "
                        f"random, with which all are compared; false discovery rates count all {num} genes")  # fmt: skip
         return _Chosen(
@@ -159,22 +159,24 @@ class Phases:
             agreement=agreed, warnings=(warning,),
         )  # fmt: skip
 
-    def _gene_units(self, blocks: list[Ints]) -> list[Unit]:
+    def _gene_units(self, blocks: list[Ints]) -> list[ScoringTask]:
         """Units of exact scores; where there is an order of genes or a bound, the first genes come first."""
         settings = self.config.perturb
         ordered = bool(settings.screen or self.spend.limit)
         units = [
             unit
             for operation in settings.operations
-            for unit in work_units.gene_units(self.plan, self.corpus, settings, operation, blocks, best_first=ordered)
+            for unit in scoring_tasks.gene_tasks(
+                self.plan, self.corpus, settings, operation, blocks, best_first=ordered
+            )
         ]
-        return sorted(units, key=work_units.gene_block) if ordered else units
+        return sorted(units, key=scoring_tasks.gene_block_number) if ordered else units
 
-    def _screen(self, work: Callable[[list[Unit], Float64s], bool], means: Float64s) -> Float64s:
+    def _screen(self, work: Callable[[list[ScoringTask], Float64s], bool], means: Float64s) -> Float64s:
         """Mean estimates by operation and target."""
         every = [np.arange(len(self.plan.targets))]
         by_operation = {
-            name: work_units.gene_units(self.plan, self.corpus, self.config.perturb, f"screen-{name}", every)
+            name: scoring_tasks.gene_tasks(self.plan, self.corpus, self.config.perturb, f"screen-{name}", every)
             for name in self.config.perturb.operations
         }
         self._needed(work([unit for units in by_operation.values() for unit in units], means), "the screen")
@@ -186,7 +188,7 @@ class Phases:
         return np.stack(rows)
 
     def _agreement(
-        self, units: list[Unit], sample: Ints, estimate_OK: Float64s
+        self, units: list[ScoringTask], sample: Ints, estimate_OK: Float64s
     ) -> dict[str, screen_selection.Agreement]:
         """Estimates against exact shifts of the sample, by operation."""
         goal = self.plan.goal
@@ -195,7 +197,7 @@ class Phases:
             table = pa.concat_tables([part(self.folder, unit.key) for unit in units if unit.operation == operation])
             shifts, targets = table[f"shift_{goal}"].to_numpy().astype(np.float64), table["target"].to_numpy()
             exact_K = donors.means_by_group(shifts, targets.astype(np.int64), len(self.plan.targets))
-            found[operation] = screen_selection.agreement(estimate_OK[o, sample], exact_K[sample])
+            found[operation] = screen_selection.estimate_agreement(estimate_OK[o, sample], exact_K[sample])
         return found
 
     def _needed(self, there: bool, what: str) -> None:  # noqa: FBT001 (a predicate)
@@ -213,7 +215,7 @@ class Phases:
         cost.save(self.folder, self.session, {"worker": self.spend.session})
 
     def _compute(
-        self, what: str, units: list[Unit], states: Float64s | None, pool: WorkerPool, meter: Meter
+        self, what: str, units: list[ScoringTask], states: Float64s | None, pool: WorkerPool, meter: Meter
     ) -> tuple[float, bool]:
         """Compute the missing parts; returns their number, and whether all parts are there now."""
         tasks = [
@@ -227,7 +229,7 @@ class Phases:
         ]
         errors: dict[str, str] = {}
 
-        def count(_: Task, result: Done) -> None:
+        def count(_: Task, result: TaskResult) -> None:
             self.spend.update(finished=1)
             if time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
@@ -249,7 +251,7 @@ class Phases:
         return float(finished), whole
 
 
-def score(scorer: Scorer, unit: Unit, states: Float64s | None) -> Done:
+def score(scorer: ScoringWorker, unit: ScoringTask, states: Float64s | None) -> TaskResult:
     """Score one unit on a worker."""
     return scorer((unit, states))
 

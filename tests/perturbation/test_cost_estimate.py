@@ -18,7 +18,7 @@ def corpus(make_corpus):
 
 def plan(corpus, **settings):
     chosen = run.Config(perturb=perturbation.Perturb(**({"max_cells": 0, "min_coverage": 0.01} | settings)))
-    return group_design.design(corpus, chosen), chosen.perturb
+    return group_design.build_design(corpus, chosen), chosen.perturb
 
 
 @pytest.mark.parametrize("insert_absent", [True, False])
@@ -27,7 +27,7 @@ def test_equals_a_count_of_every_sentence(corpus, genes, insert_absent):
     design, settings = plan(
         corpus, genes=genes, operations=("delete", "overexpress", "inhibit"), insert_absent=insert_absent, layer=-2
     )
-    found = {part.name: part for part in cost_estimate.forecast(design, corpus, settings, ROW, 16)}
+    found = {part.name: part for part in cost_estimate.estimate_work(design, corpus, settings, ROW, 16)}
     lengths = {name: [] for name in settings.operations}
     for cell in range(9):
         sentence = corpus.tokens([cell])[0].tolist()
@@ -52,9 +52,9 @@ def test_a_screen_costs_little_where_genes_are_many(make_corpus):
     wide = Corpus(make_corpus([200] * 4, [0] * 4, [4], genes=400, names=("human",)))
     row = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=200)
     design, settings = plan(wide, goal="cell_type == 'beta'", screen=20, screen_sample=20, null_genes=10)
-    parts = {part.name: part for part in cost_estimate.forecast(design, wide, settings, row, 200)}
+    parts = {part.name: part for part in cost_estimate.estimate_work(design, wide, settings, row, 200)}
     whole, no_screen = plan(wide, goal="cell_type == 'beta'")
-    every = {part.name: part for part in cost_estimate.forecast(whole, wide, no_screen, row, 200)}
+    every = {part.name: part for part in cost_estimate.estimate_work(whole, wide, no_screen, row, 200)}
     for name in ("delete", "overexpress"):
         assert parts[f"{name}, screen"].flops < every[name].flops / 5
     share = 50 / len(design.targets)
@@ -63,9 +63,11 @@ def test_a_screen_costs_little_where_genes_are_many(make_corpus):
 
 def test_the_text_says_time_and_cost(corpus):
     design, _ = plan(corpus)
-    parts = [cost_estimate.Part(name="delete", sentences=10, tokens=1000, flops=7.2e12)]
-    text = cost_estimate.text(parts, design, rate=1e9, how="measured", num_workers=2, price=3.0)
+    parts = [cost_estimate.WorkPart(name="delete", sentences=10, tokens=1000, flops=7.2e12)]
+    text = cost_estimate.estimate_text(parts, design, rate=1e9, how="measured", num_workers=2, price=3.0)
     assert "time   1 h" in text
     assert "on 2 workers, 2 worker-hours" in text
     assert "cost   6.00" in text
-    assert "perturb.price" in cost_estimate.text(parts, design, rate=1e9, how="measured", num_workers=2, price=0.0)
+    assert "perturb.price" in cost_estimate.estimate_text(
+        parts, design, rate=1e9, how="measured", num_workers=2, price=0.0
+    )

@@ -9,8 +9,8 @@ import torch
 
 from mixgf.config import data, perturbation, run, training
 from mixgf.encoder.bert import Encoder
-from mixgf.perturbation import gene_responses, group_design, operations, work_units
-from mixgf.perturbation.shift import Engine
+from mixgf.perturbation import gene_responses, group_design, operations, scoring_tasks
+from mixgf.perturbation.shift import ShiftScorer
 from mixgf.storage import tables
 
 CLS = 2
@@ -52,13 +52,13 @@ def test_equals_the_plain_implementation(operation, lead, layers):
     genes = [(sentences[0][lead],), (sentences[2][-1],), (59, 7), (5,)]  # 59: beyond every sentence and column
     watched = np.array([3, 5, 7, 9, 11, 15, 21, 30, 39])
     pairs = [(k, c, g) for k, g in enumerate(genes) for c in range(4)]
-    engine = Engine(encoder=encoder, layers=layers, lead=lead, max_len=21, micro_tokens=64)
-    original = engine.original(
+    engine = ShiftScorer(encoder=encoder, layers=layers, lead=lead, max_len=21, micro_tokens=64)
+    original = engine.encode_cells(
         torch.tensor([t for s in sentences for t in s]), torch.tensor(np.cumsum([0] + [len(s) for s in sentences]))
     )
     table = torch.tensor([[*g, *[operations.NO_GENE] * (2 - len(g))] for _, _, g in pairs])
     cells, rows = torch.tensor([c for _, c, _ in pairs]), torch.tensor([k for k, _, _ in pairs])
-    sums = gene_responses.measure(engine, original, cells, table, rows, operation, watched)
+    sums = gene_responses.measure_responses(engine, original, cells, table, rows, operation, watched)
     expected = plain(encoder, sentences, pairs, operation, watched.tolist(), lead=lead, max_len=21, layers=layers)
     assert sums.num_KR.sum() > 20
     for k in range(4):
@@ -81,19 +81,21 @@ def design(num_targets=3, num_watched=4):
 
     return group_design.Design(
         cells_N=np.arange(2), states=(), donors=("d",), donor_of=np.zeros(2, int), warnings=(),
-        targets=tuple(gene(f"p{k}") for k in range(num_targets)), watched=tuple(gene(f"r{r}") for r in range(num_watched)),
+        targets=tuple(gene(f"p{k}") for k in range(num_targets)), responding=tuple(gene(f"r{r}") for r in range(num_watched)),
     )  # fmt: skip
 
 
 def test_parts_add_up_to_means_by_hand():
     def sums(*fields):
-        return gene_responses.Sums(**{n: np.array(v) for n, v in zip(gene_responses.FIELDS, fields, strict=True)})
+        return gene_responses.ResponseSums(
+            **{n: np.array(v) for n, v in zip(gene_responses.FIELDS, fields, strict=True)}
+        )
 
     first = sums(
         [[1, 0], [2, 0]], [[0.5, 0], [0.4, 0]], [[0.25, 0], [0.1, 0]], [[1, 0], [0, 0]], [[0.5, 0], [0.0, 0]]
     ).part(np.array([0, 2]))
     second = sums([[1, 3]], [[0.1, 0.6]], [[0.01, 0.12]], [[0, 2]], [[0.0, 0.3]]).part(np.array([0]))
-    frame = gene_responses.table({"delete": [first, second]}, design(3, 2)).to_pandas()
+    frame = gene_responses.response_table({"delete": [first, second]}, design(3, 2)).to_pandas()
     assert frame[["symbol", "responding_symbol", "num_cells"]].to_numpy().tolist() == [
         ["p0", "r0", 2],
         ["p0", "r1", 3],
@@ -119,9 +121,9 @@ def test_what_is_between_two_genes_is_what_neither_does_in_general():
         {"gene": "p0", "responding": "r99", "num_same_rank": gene_responses.MIN_CELLS - 1, "change_same_rank": 1.0}
     )
     frame = pd.DataFrame(rows)
-    found = gene_responses.specific(frame).set_index(["gene", "responding"])["excess"]
+    found = gene_responses.specific_responses(frame).set_index(["gene", "responding"])["excess"]
     former = frame.rename(columns={"num_same_rank": "num_still", "change_same_rank": "change_still"})
-    pd.testing.assert_frame_equal(gene_responses.specific(former), gene_responses.specific(frame))
+    pd.testing.assert_frame_equal(gene_responses.specific_responses(former), gene_responses.specific_responses(frame))
     assert len(found) == 108
     assert found["p4", "r5"] == pytest.approx(3)
     assert found.drop(("p4", "r5")).abs().max() == pytest.approx(0, abs=1e-9)
@@ -134,10 +136,10 @@ def test_a_matrix_needs_no_cells_of_its_own_and_names_the_most_frequent_genes(co
     for cell in plan.cells_N.tolist():
         counts[corpus.tokens([cell])[0]] += 1
     best = sorted(np.argsort(-counts, kind="stable")[:5].tolist())
-    assert plan.watched_R.tolist() == best
-    parts = {name: [tables.read_table(f"{folder}/{work_units.RESPONSES}/{u.key}.parquet") for u in units if u.operation == name]
+    assert plan.responding_R.tolist() == best
+    parts = {name: [tables.read_table(f"{folder}/{scoring_tasks.RESPONSES}/{u.key}.parquet") for u in units if u.operation == name]
              for name in ("delete", "overexpress")}  # fmt: skip
-    frame = gene_responses.table(parts, plan).to_pandas().astype({"operation": str})
+    frame = gene_responses.response_table(parts, plan).to_pandas().astype({"operation": str})
     sentences = {c: corpus.tokens([c])[0].tolist() for c in plan.cells_N.tolist()}
     for name, part in frame.groupby("operation"):
         pairs = [
@@ -175,9 +177,9 @@ def corpus_and_run(make_corpus, tmp_path_factory):
         max_cells=6, min_coverage=0.01, response=5, block_cells=2, block_genes=7, micro_tokens=40
     )
     chosen = run.Config(perturb=settings, tokens=data.Tokens(max_len=16))
-    plan = group_design.design(corpus, chosen)
-    scorer = work_units.Scorer(chosen, corpus=corpus.uri, weights=uri, folder=folder)
-    units = [u for u in work_units.units(plan, corpus, settings) if u.operation != "embed"]
+    plan = group_design.build_design(corpus, chosen)
+    scorer = scoring_tasks.ScoringWorker(chosen, corpus=corpus.uri, weights=uri, folder=folder)
+    units = [u for u in scoring_tasks.plan_tasks(plan, corpus, settings) if u.operation != "embed"]
     for unit in units:
         scorer((unit, np.ones((1, 16))))
     return corpus, scorer, plan, folder, units

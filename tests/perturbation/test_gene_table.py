@@ -42,7 +42,7 @@ def pairs_of(shift_GN, alternatives=()):
 def table(plan, shift_GN, *, alternative=None, expressed=None, **settings):
     pairs = pairs_of(shift_GN, alternatives=[] if alternative is None else [alternative])
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",), **settings))
-    result = gene_table.gene_table(plan, {"delete": pairs}, expressed or {}, chosen)
+    result = gene_table.build_gene_table(plan, {"delete": pairs}, expressed or {}, chosen)
     return result.to_pandas().set_index("symbol")
 
 
@@ -164,13 +164,13 @@ def test_calibration_shows_what_each_test_says_of_exchanged_genes():
         shift_SP=np.stack([np.zeros(shift.size), shift.ravel()]),
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
-    nulls = gene_table.calibration(plan, {"delete": pairs}, chosen).to_pandas()
-    observed = gene_table.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
+    nulls = gene_table.calibrate_tests(plan, {"delete": pairs}, chosen).to_pandas()
+    observed = gene_table.build_gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
     assert (observed["p_donor"] <= 0.01).mean() > 0.4
     assert len(nulls) == 8 * 150
     assert 0.03 < (nulls["p_donor"] <= 0.05).mean() < 0.08
     assert (nulls["p_cell"] <= 0.05).mean() > 0.3
-    two = gene_table.calibration(design(150, donor_of % 2), {"delete": pairs}, chosen)
+    two = gene_table.calibrate_tests(design(150, donor_of % 2), {"delete": pairs}, chosen)
     assert two.num_rows == 0
 
 
@@ -186,7 +186,7 @@ def test_a_gene_that_no_cell_holds_is_compared_with_others_like_it():
         shift_SP=np.stack([np.zeros(120), shift.ravel()]),
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("overexpress",)))
-    frame = gene_table.gene_table(plan, {"overexpress": pairs}, {}, chosen).to_pandas().set_index("symbol")
+    frame = gene_table.build_gene_table(plan, {"overexpress": pairs}, {}, chosen).to_pandas().set_index("symbol")
     assert np.isnan(frame.loc["g35", "mean_rank"])
     assert frame.loc["g35", "null_percentile"] == 100
     assert np.isfinite(frame.loc["g35", "rank_expected"])
@@ -236,7 +236,7 @@ def test_a_gene_without_cells_has_no_figures():
         response_P=values, shift_SP=np.stack([values, values]),
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
-    frame = gene_table.gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
+    frame = gene_table.build_gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
     last = frame.iloc[-1]
     assert (last["symbol"], last["num_cells"], last["warnings"]) == ("g11", 0, "in no sentence: not scored")
     assert last[["shift", "p_cell", "fdr_cell", "p_donor"]].isna().all()
@@ -251,8 +251,8 @@ def test_rank_scores_by_hand_and_their_welch_t(make_corpus):
         for rank, token in enumerate(sentence):
             scores[cell, token] = 1 - rank / len(sentence)
     start, goal = (
-        gene_table.expression(corpus, np.array([0, 1])),
-        gene_table.expression(corpus, np.array([2, 3, 4]), block=2),
+        gene_table.rank_scores(corpus, np.array([0, 1])),
+        gene_table.rank_scores(corpus, np.array([2, 3, 4]), block=2),
     )
     assert goal.mean_V == pytest.approx(scores[2:].mean(axis=0))
     assert goal.variance_V == pytest.approx(scores[2:].var(axis=0, ddof=1))
@@ -294,19 +294,21 @@ def test_chosen_genes_are_compared_with_drawn_ones_and_keep_the_places_that_they
         plan, targets=tuple(dataclasses.replace(t, drawn=k in drawn) for k, t in enumerate(plan.targets))
     )
     pairs = {"delete": pairs_of(shift)}
-    few_plan, few = gene_table.subset(marked, pairs, kept)
+    few_plan, few = gene_table.keep_targets(marked, pairs, kept)
     chosen_config = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
-    frame = gene_table.gene_table(few_plan, few, {}, chosen_config, num_tests=1000).to_pandas().set_index("symbol")
+    frame = (
+        gene_table.build_gene_table(few_plan, few, {}, chosen_config, num_tests=1000).to_pandas().set_index("symbol")
+    )
     names = [f"g{k}" for k in chosen]
     assert frame["reference"].sum() == 150
     assert np.abs(frame.loc[names, "null_percentile"] - every.loc[names, "null_percentile"]).mean() < 6
     assert np.abs(frame.loc[names, "rank_expected"] - every.loc[names, "rank_expected"]).median() < 0.25
-    plain_plan, plain = gene_table.subset(plan, pairs, np.sort(chosen))
-    among = gene_table.gene_table(plain_plan, plain, {}, chosen_config).to_pandas().set_index("symbol")
+    plain_plan, plain = gene_table.keep_targets(plan, pairs, np.sort(chosen))
+    among = gene_table.build_gene_table(plain_plan, plain, {}, chosen_config).to_pandas().set_index("symbol")
     assert np.abs(among.loc[names, "null_percentile"] - every.loc[names, "null_percentile"]).mean() > 25
     assert (frame["fdr_donor"] >= np.minimum(1, frame["p_donor"] * 1000 / len(frame)) - 1e-12).all()
     assert (frame["fdr_donor"] > 0.05).all()  # all thousand were looked at
-    nulls = gene_table.calibration(few_plan, few, chosen_config)
+    nulls = gene_table.calibrate_tests(few_plan, few, chosen_config)
     assert nulls.num_rows % 150 == 0
 
 

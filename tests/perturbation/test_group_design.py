@@ -22,7 +22,7 @@ def corpus(make_corpus):
 def plan(corpus, **settings):
     settings = {"max_cells": 0, "min_coverage": 0.01} | settings
     chosen = run.Config(perturb=perturbation.Perturb(**settings), tokens=data.Tokens(max_len=16))
-    return group_design.design(corpus, chosen), chosen
+    return group_design.build_design(corpus, chosen), chosen
 
 
 def test_all_detected_genes_are_targets_of_their_species_with_their_coverage(corpus):
@@ -140,6 +140,6 @@ def test_what_genes_are_matched_by(corpus):
         for s in (corpus.tokens([c])[0].tolist() for c in range(9))
         if design.targets[0].tokens[0] in s
     ]
-    found = group_design.features(corpus, design)
+    found = group_design.matching_features(corpus, design)
     assert found[0].tolist() == pytest.approx([np.mean(places), design.targets[0].coverage])
     assert np.isnan(found[1]).all()

@@ -16,7 +16,7 @@ def run(sentences, cells, genes, operation, **options):
     offsets = torch.tensor(np.cumsum([0] + [len(s) for s in sentences]))
     width = max(len(g) for g in genes)
     table = torch.tensor([list(g) + [operations.NO_GENE] * (width - len(g)) for g in genes])
-    out = operations.edit(ids, offsets, torch.tensor(cells), table, operation, **{"max_len": 100} | options)
+    out = operations.edit_sentences(ids, offsets, torch.tensor(cells), table, operation, **{"max_len": 100} | options)
     result = [out.ids_T[a:b].tolist() for a, b in zip(out.offsets_S1[:-1], out.offsets_S1[1:], strict=True)]
     for where, sentence in zip(out.hits_H.tolist(), out.hit_sentences_H.tolist(), strict=True):
         assert out.ids_T[where] in genes[sentence]
@@ -133,4 +133,4 @@ def test_the_other_genes_keep_their_order(operation):
 
 def test_ranks_are_looked_up_per_cell():
     ids, offsets = torch.tensor([CLS, A, B, C, CLS, C]), torch.tensor([0, 4, 6])
-    assert operations.ranks(ids, offsets, torch.tensor([C, A, 99]), lead=1).tolist() == [[2, 0, -1], [0, -1, -1]]
+    assert operations.gene_ranks(ids, offsets, torch.tensor([C, A, 99]), lead=1).tolist() == [[2, 0, -1], [0, -1, -1]]

@@ -14,7 +14,7 @@ from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 from mixgf.perturbation import reference_genes
-from mixgf.perturbation.reference_genes import score_against
+from mixgf.perturbation.reference_genes import call_metrics
 from mixgf.stats.intervals import auroc
 
 SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[3] / "shared"))
@@ -39,7 +39,7 @@ def _config(*entries, published=""):
 def test_shifts_and_baselines_are_scored_by_hand_on_the_same_genes():
     # known: a, c, f; the shift orders a c b d e f, differential expression f e d c b a
     genes = _genes(list("abcdef"), [6, 4, 5, 3, 2, 1], fdr_donor=[0.01, 0.01, 0.9, 0.9, 0.9, 0.01])
-    found = reference_genes.score(genes, _config("a", "c", "f"))
+    found = reference_genes.score_reference_genes(genes, _config("a", "c", "f"))
     value = found.set_index(["method", "call", "metric"])["value"]
     assert value["shift", "top 3", "ppv"] == pytest.approx(2 / 3)
     assert value["shift", "top 3", "sensitivity"] == pytest.approx(2 / 3)
@@ -59,14 +59,14 @@ def test_a_gene_is_found_by_id_former_symbol_and_ortholog_and_a_screen_s_misses_
                    ortholog=["ENSMUSG00000019970", "", "", ""])  # fmt: skip
     config = _config("x")
     for name in ("SGK1", "ENSG00000118515", "ENSMUSG00000019970", "Sgk1", "SGK"):
-        assert reference_genes.matches(genes, {name}, config).tolist() == [True, False, False, False], name
+        assert reference_genes.match_genes(genes, {name}, config).tolist() == [True, False, False, False], name
     screen = tmp_path / "screen.tsv"
     screen.write_text("symbol\thit\nSGK1\ttrue\nd\tfalse\nnever\t1\n")
-    found = reference_genes.score(genes, _config(str(screen)))
+    found = reference_genes.score_reference_genes(genes, _config(str(screen)))
     assert (found["num_genes"] == 2).all()  # b and c were not in the screen
     plain = tmp_path / "list.txt"
     plain.write_text("SGK1\nd\n")
-    assert reference_genes.read(_config(str(plain), "b")) == ({"SGK1", "d", "b"}, set())
+    assert reference_genes.read_reference_genes(_config(str(plain), "b")) == ({"SGK1", "d", "b"}, set())
 
 
 @pytest.mark.parametrize(
@@ -81,30 +81,30 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, content, said):
     path = tmp_path / "list.tsv"
     path.write_text(content)
     with pytest.raises(UserError, match=said):
-        reference_genes.read(_config(str(path)))
+        reference_genes.read_reference_genes(_config(str(path)))
 
 
 def test_a_missing_table_and_genes_that_were_not_scored_are_said():
     with pytest.raises(UserError, match=r"no such file; give gene names, or a table"):
-        reference_genes.read(_config("none.tsv"))
+        reference_genes.read_reference_genes(_config("none.tsv"))
     with pytest.raises(UserError, match=r"names 1 genes: none of them is among the 3 scored genes"):
-        reference_genes.score(_genes(list("abc"), [1, 2, 3]), _config("z"))
-    assert "none of them is" in reference_genes.text(_genes(list("abc"), [1, 2, 3]), _config("z"))
+        reference_genes.score_reference_genes(_genes(list("abc"), [1, 2, 3]), _config("z"))
+    assert "none of them is" in reference_genes.comparison_text(_genes(list("abc"), [1, 2, 3]), _config("z"))
 
 
 def test_rank_beside_the_paper_s_is_the_published_order():
     """Significant over cells first, then by shift; a gene that was not scored has no rank."""
     genes = _genes(["x", "y", "Sgk1", "Cfb"], [9, 5, 3, 1], species="mouse", fdr_cell=[0.5, 0.01, 0.01, 0.01],
                    gene=["m1", "m2", "ENSMUSG00000019970", "ENSMUSG00000090231"], p_cell=1e-4)  # fmt: skip
-    table = reference_genes.beside_paper(genes, _config(published="dkd")).set_index("symbol")
+    table = reference_genes.compare_with_table4(genes, _config(published="dkd")).set_index("symbol")
     assert table.loc["Sgk1", ["rank", "of"]].tolist() == [2, 4]
     assert table.loc["Cfb", "rank"] == 3
     assert table.loc["Rock2", "rank"] == -1
     assert table.loc["Sgk1", ["paper_rank", "paper_shift", "paper_p"]].tolist() == [19, 0.0161, 1.47e-4]
-    said = reference_genes.text(genes, _config(published="dkd"))
+    said = reference_genes.comparison_text(genes, _config(published="dkd"))
     assert re.search(r"Sgk1 +overexpress +19 +0\.0161 +1\.47e-04 +\| 2 of 4 +\+3\.0000 +1\.00e-04", said)
     assert re.search(r"Rock2 .*not scored", said)
-    wrong_operation = reference_genes.beside_paper(genes.assign(operation="delete"), _config(published="dkd"))
+    wrong_operation = reference_genes.compare_with_table4(genes.assign(operation="delete"), _config(published="dkd"))
     assert (wrong_operation["rank"] == -1).all()
 
 
@@ -121,7 +121,7 @@ def test_table_4_is_as_printed():
     ours = {
         (r["symbol"], names[experiment], str(r["rank"]), f"{r['shift']:.4f}", f"{r['p']:.2e}")
         for experiment in names
-        for r in reference_genes.published(experiment).to_dict("records")
+        for r in reference_genes.read_table4(experiment).to_dict("records")
     }
     assert ours == printed
     assert len(ours) == 7
@@ -130,7 +130,7 @@ def test_table_4_is_as_printed():
 def test_scores_against_known_genes_by_hand():
     score = np.array([5.0, 4.0, 3.0, 2.0, 1.0, np.nan])
     known = np.array([True, False, True, False, False, True])
-    result = score_against(score, score > 3.5, known)
+    result = call_metrics(score, score > 3.5, known)
     assert (result["ppv"].value, result["sensitivity"].value) == (0.5, 0.5)
     assert (result["npv"].value, result["specificity"].value) == pytest.approx((2 / 3, 2 / 3))
     assert result["auroc"].value == pytest.approx(5 / 6)  # of the 6 pairs one is the wrong way round

@@ -7,7 +7,7 @@ import torch
 from mixgf.config import training
 from mixgf.encoder.bert import Encoder
 from mixgf.perturbation import screen
-from mixgf.perturbation.shift import Engine
+from mixgf.perturbation.shift import ShiftScorer
 
 CLS = 2
 ROW = training.Model(num_layers=3, dim=32, num_heads=4, ffn_dim=64, max_positions=41, init_sd=0.2)
@@ -34,7 +34,7 @@ def cell(lead, length, seed=6):
 
 def both(engine, ids, genes, operation, goal, **settings):
     """Estimated and exact shifts."""
-    original = engine.original(ids, torch.tensor([0, len(ids)]))
+    original = engine.encode_cells(ids, torch.tensor([0, len(ids)]))
     cells = torch.zeros(len(genes), dtype=torch.int64)
     exact = engine.score(original, cells, genes[:, None], operation, goal[None]).shift_SK[:, 0]
     return screen.estimate(engine, ids, genes, operation, goal, **settings), exact
@@ -47,7 +47,7 @@ def test_where_no_gene_knows_of_another_the_estimate_is_almost_exact(operation, 
     """Ranks and means are then all there is; only that the effects of several parts add up is an approximation."""
     ids, genes = cell(lead, 30)
     goal = torch.from_numpy(np.random.default_rng(1).normal(size=32))
-    engine = Engine(encoder=encoder(deaf=True), variant=variant, lead=lead, max_len=max_len)
+    engine = ShiftScorer(encoder=encoder(deaf=True), variant=variant, lead=lead, max_len=max_len)
     estimated, exact = both(engine, ids, genes, operation, goal, grid=30)
     assert (estimated - exact).abs().max() < 0.06 * exact.abs().max()
 
@@ -58,7 +58,7 @@ def test_where_no_gene_knows_of_another_the_estimate_is_almost_exact(operation, 
 def test_ranks_genes_as_exact_scoring_does(operation, variant, lead, layers):
     ids, genes = cell(lead, 40)
     goal = torch.from_numpy(np.random.default_rng(1).normal(size=32))
-    engine = Engine(encoder=encoder(), variant=variant, lead=lead, layers=layers, max_len=41)
+    engine = ShiftScorer(encoder=encoder(), variant=variant, lead=lead, layers=layers, max_len=41)
     estimated, exact = both(engine, ids, genes, operation, goal, grid=10)
     chosen = exact != 0
     ranked = [torch.argsort(torch.argsort(x[chosen])).double() for x in (estimated, exact)]
@@ -67,7 +67,7 @@ def test_ranks_genes_as_exact_scoring_does(operation, variant, lead, layers):
 
 def test_deleting_an_absent_gene_is_estimated_as_nothing():
     ids, genes = cell(0, 20)
-    estimated = screen.estimate(Engine(encoder=encoder()), ids, genes, "delete", torch.ones(32))
+    estimated = screen.estimate(ShiftScorer(encoder=encoder()), ids, genes, "delete", torch.ones(32))
     assert (estimated[20:] == 0).all()
     assert (estimated[:20] != 0).all()
 
@@ -75,7 +75,7 @@ def test_deleting_an_absent_gene_is_estimated_as_nothing():
 def test_the_removal_term_is_the_derivative_by_the_log_weight_of_a_key(monkeypatch):
     ids, _ = cell(0, 12)
     goal = torch.nn.functional.normalize(torch.linspace(-1, 1, 32, dtype=torch.float64), dim=0)
-    engine = Engine(encoder=encoder().double(), variant="all")
+    engine = ShiftScorer(encoder=encoder().double(), variant="all")
     places = torch.arange(12)
     found = screen._trace(engine, ids, places, goal).removal_L
     plain = screen._weighted
@@ -92,7 +92,7 @@ def test_the_removal_term_is_the_derivative_by_the_log_weight_of_a_key(monkeypat
 
 def test_the_traced_pass_is_the_encoder_s_pass():
     ids, _ = cell(1, 25)
-    engine = Engine(encoder=encoder(), lead=1)
+    engine = ShiftScorer(encoder=encoder(), lead=1)
     traced = screen._trace(engine, ids, torch.arange(25), torch.ones(32).double()).hidden_LD
     assert traced == pytest.approx(engine.hidden(ids, torch.tensor([0, 25])), abs=1e-5)
 
@@ -100,15 +100,15 @@ def test_the_traced_pass_is_the_encoder_s_pass():
 def test_the_grid_s_size_and_the_packing_change_little(monkeypatch):
     ids, genes = cell(0, 40)
     goal = torch.from_numpy(np.random.default_rng(1).normal(size=32))
-    wide = screen.estimate(Engine(encoder=encoder()), ids, genes, "overexpress", goal, grid=12)
+    wide = screen.estimate(ShiftScorer(encoder=encoder()), ids, genes, "overexpress", goal, grid=12)
     monkeypatch.setattr(screen, "_PROBE_ELEMENTS", 4 * 40 * 7)  # seven genes at a time
-    narrow = screen.estimate(Engine(encoder=encoder(), micro_tokens=50), ids, genes, "overexpress", goal, grid=12)
+    narrow = screen.estimate(ShiftScorer(encoder=encoder(), micro_tokens=50), ids, genes, "overexpress", goal, grid=12)
     assert (wide - narrow).abs().max() < 1e-6
 
 
 def test_a_cell_of_one_gene_gives_numbers():
     for operation in screen.OPERATIONS:
         found = screen.estimate(
-            Engine(encoder=encoder()), torch.tensor([5]), torch.tensor([5, 6]), operation, torch.ones(32)
+            ShiftScorer(encoder=encoder()), torch.tensor([5]), torch.tensor([5, 6]), operation, torch.ones(32)
         )
         assert torch.isfinite(found).all()

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mixgf.perturbation.screen_selection import STRATA, agreement, like
-from mixgf.perturbation.screen_selection import shortlist as whole_shortlist
+from mixgf.perturbation.screen_selection import STRATA, choose_shortlist, draw_similar, estimate_agreement
 from mixgf.stats.donors import means_by_group
 
 NAN = math.nan
@@ -15,7 +14,7 @@ NAN = math.nan
 def shortlist(estimates, *, top, sample, rng, nulls=0, direction="towards"):
     ranks = np.where(np.isfinite(estimates).any(axis=0), np.arange(estimates.shape[1], dtype=float), NAN)
     features = np.stack([ranks, ranks], axis=1)
-    return whole_shortlist(
+    return choose_shortlist(
         estimates, features, top=top, sample=sample, nulls=nulls, direction=direction, rng=np.random.default_rng(rng)
     )
 
@@ -41,19 +40,19 @@ def test_sets_have_no_estimate_and_are_always_scored_and_never_drawn():
 
 def test_agreement_by_hand():
     exact = np.arange(20.0)
-    same = agreement(exact * 2 + 1, exact)
+    same = estimate_agreement(exact * 2 + 1, exact)
     assert (same.spearman, same.recall, same.num_genes) == (pytest.approx(1.0), 1.0, 20)
-    opposite = agreement(-exact, exact)
+    opposite = estimate_agreement(-exact, exact)
     assert (opposite.spearman, opposite.recall) == (pytest.approx(-1.0), 0.0)
     half = exact.copy()
     half[19] = -1  # one of the two best is estimated as the worst
-    assert agreement(half, exact).recall == 0.5
+    assert estimate_agreement(half, exact).recall == 0.5
 
 
 def test_genes_without_either_value_are_left_out_and_what_does_not_differ_never_agrees():
-    assert agreement(np.array([1.0, NAN, 3, 4]), np.array([1.0, 2, 3, 4])).num_genes == 3
-    assert not agreement(np.ones(30), np.arange(30.0)).reaches(-1.0)
-    assert not agreement(np.array([NAN] * 4), np.arange(4.0)).reaches(-1.0)
+    assert estimate_agreement(np.array([1.0, NAN, 3, 4]), np.array([1.0, 2, 3, 4])).num_genes == 3
+    assert not estimate_agreement(np.ones(30), np.arange(30.0)).reaches(-1.0)
+    assert not estimate_agreement(np.array([NAN] * 4), np.arange(4.0)).reaches(-1.0)
 
 
 def test_means_by_gene():
@@ -80,7 +79,7 @@ def test_the_company_is_drawn_from_the_strata_of_the_best_whatever_its_own_estim
     wanted, taken = early[:12], early[12:14]
     times = np.zeros(200)
     for _ in range(400):
-        drawn = like(features, wanted, 10, taken=taken, rng=rng)
+        drawn = draw_similar(features, wanted, 10, taken=taken, rng=rng)
         assert len(drawn) == len(set(drawn.tolist())) == 10
         times[drawn] += 1
     assert times.sum() == times[early].sum()
@@ -93,10 +92,12 @@ def test_the_company_is_drawn_from_the_strata_of_the_best_whatever_its_own_estim
 def test_everything_drawn_is_scored_and_the_draws_share_follows_the_best():
     estimates = np.concatenate([np.full(50, 5.0) + np.arange(50), np.arange(150) / 1000])[None]
     found = shortlist(estimates, top=30, sample=10, rng=4, nulls=20)
-    assert np.isin(found.drawn, [*found.sample, *found.top, *found.company]).all()
+    assert np.isin(found.drawn, [*found.sample, *found.top, *found.matched]).all()
     assert len(found.drawn) == 30
     assert np.isin(found.drawn, found.top).any()
-    assert not np.isin(found.company, found.top).any()
-    assert sorted([*found.sample, *found.top, *found.company, *found.rest]) == list(range(200))
+    assert not np.isin(found.matched, found.top).any()
+    assert sorted([*found.sample, *found.top, *found.matched, *found.rest]) == list(range(200))
     assert (np.setdiff1d(found.drawn, found.sample) < 200 * 2 // STRATA).all()  # the best are the first fifty
-    assert not len(like(np.full((5, 2), NAN), np.array([1]), 3, taken=np.array([], int), rng=np.random.default_rng(0)))
+    assert not len(
+        draw_similar(np.full((5, 2), NAN), np.array([1]), 3, taken=np.array([], int), rng=np.random.default_rng(0))
+    )

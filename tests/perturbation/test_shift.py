@@ -9,7 +9,7 @@ import torch
 from mixgf.config import training
 from mixgf.encoder.bert import Encoder
 from mixgf.perturbation import operations
-from mixgf.perturbation.shift import Engine
+from mixgf.perturbation.shift import ShiftScorer
 
 CLS = 2
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=64, max_positions=24, init_sd=0.3)
@@ -62,8 +62,8 @@ def test_equals_the_plain_implementation(encoder, operation, variant, lead, laye
     sentences = [[CLS] * lead + rng.permutation(np.arange(3, 60))[:n].tolist() for n in (20, 9, 20, 14)]
     pairs = [(c, g) for c in range(4) for g in [(sentences[c][lead],), (sentences[c][-1],), (59, 7), (3,)]]
     states = rng.normal(size=(2, 32))
-    engine = Engine(encoder=encoder, variant=variant, layers=layers, lead=lead, max_len=21, micro_tokens=64)
-    original = engine.original(
+    engine = ShiftScorer(encoder=encoder, variant=variant, layers=layers, lead=lead, max_len=21, micro_tokens=64)
+    original = engine.encode_cells(
         torch.tensor([t for s in sentences for t in s]), torch.tensor(np.cumsum([0] + [len(s) for s in sentences]))
     )
     table = torch.tensor([list(g) + [operations.NO_GENE] * (2 - len(g)) for _, g in pairs])
@@ -98,8 +98,8 @@ def test_deletion_by_hand_in_both_variants():
     # before: x (1,0), y (0,2), z (3,6); after: x (1,0), z (3,5)
     after = cosine([2, 2.5], [1, 0])
     for variant, before in (("remaining", [2, 3]), ("all", [4 / 3, 8 / 3])):
-        engine = Engine(encoder=_Lookup(), variant=variant)
-        result = engine.score(engine.original(ids, offsets), torch.tensor([0]), torch.tensor([[4]]), "delete", goal)
+        engine = ShiftScorer(encoder=_Lookup(), variant=variant)
+        result = engine.score(engine.encode_cells(ids, offsets), torch.tensor([0]), torch.tensor([[4]]), "delete", goal)
         assert result.shift_SK.item() == pytest.approx(after - cosine(before, [1, 0]), abs=1e-7)
         assert result.response_S.item() == pytest.approx(1 - cosine(before, [2, 2.5]), abs=1e-7)
 
@@ -109,16 +109,16 @@ def test_overexpression_drops_the_moved_gene_on_both_sides_in_remaining_only():
     goal = torch.tensor([[1.0, 0.0]])
     ids, offsets = torch.tensor([3, 4, 5]), torch.tensor([0, 3])
     for variant, before, after in (("remaining", [1, 2], [1, 4]), ("all", [4, 8], [4, 8])):
-        engine = Engine(encoder=_Lookup(), variant=variant)
+        engine = ShiftScorer(encoder=_Lookup(), variant=variant)
         result = engine.score(
-            engine.original(ids, offsets), torch.tensor([0]), torch.tensor([[5]]), "overexpress", goal
+            engine.encode_cells(ids, offsets), torch.tensor([0]), torch.tensor([[5]]), "overexpress", goal
         )
         assert result.shift_SK.item() == pytest.approx(cosine(after, [1, 0]) - cosine(before, [1, 0]), abs=1e-7)
 
 
 def test_deleting_an_absent_gene_shifts_by_exactly_nothing(encoder):
-    engine = Engine(encoder=encoder)
-    original = engine.original(torch.arange(3, 20), torch.tensor([0, 10, 17]))
+    engine = ShiftScorer(encoder=encoder)
+    original = engine.encode_cells(torch.arange(3, 20), torch.tensor([0, 10, 17]))
     result = engine.score(original, torch.tensor([0, 1]), torch.tensor([[50], [50]]), "delete", torch.ones(1, 32))
     assert result.response_S.abs().max() < 1e-12
     assert result.shift_SK.abs().max() < 1e-12
@@ -131,16 +131,16 @@ def test_packing_does_not_change_the_result(encoder, operation):
     cells, genes = torch.arange(2).repeat_interleave(30), torch.tensor(rng.integers(3, 60, (60, 1)))
     results = []
     for micro_tokens in (1, 100, 100_000):
-        engine = Engine(encoder=encoder, micro_tokens=micro_tokens, max_len=24)
-        original = engine.original(ids, torch.tensor([0, 20, 31]))
+        engine = ShiftScorer(encoder=encoder, micro_tokens=micro_tokens, max_len=24)
+        original = engine.encode_cells(ids, torch.tensor([0, 20, 31]))
         results.append(engine.score(original, cells, genes, operation, torch.ones(1, 32)).shift_SK)
     assert (results[0] - results[1]).abs().max() < 1e-12
     assert (results[0] - results[2]).abs().max() < 1e-12
 
 
 def test_a_cell_of_nothing_but_the_gene_gives_numbers(encoder):
-    engine = Engine(encoder=encoder)
-    original = engine.original(torch.tensor([5]), torch.tensor([0, 1]))
+    engine = ShiftScorer(encoder=encoder)
+    original = engine.encode_cells(torch.tensor([5]), torch.tensor([0, 1]))
     for operation in ("overexpress", "inhibit", "activate"):
         result = engine.score(original, torch.tensor([0]), torch.tensor([[5]]), operation, torch.ones(1, 32))
         assert torch.isfinite(result.shift_SK).all()

@@ -248,7 +248,7 @@ def test_species_apart_have_no_neighbours_of_the_other_kind():
     [(3, "smallest p that a test over donors can give is 0.25"), (8, "No gene passes an FDR of 5 % over 8 donors")],
 )
 def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
-    lines = hits.sentences(_genes(num_donors=donors), goal=True)
+    lines = hits.summarise_screen(_genes(num_donors=donors), goal=True)
     assert any(tone == "warn" and said in text for tone, text in lines)
     assert any(
         tone == "warn" and "30 of 30 genes have a cell-level FDR" in text and "not replicates" in text
@@ -258,31 +258,33 @@ def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
 
 def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
     genes = _genes(num_donors=8, fdr_donor=[0.01] * 10 + [0.5] * 20, null_percentile=[99.0, 1.0] + [50.0] * 27 + [99.0])
-    assert set(hits.hits(genes)["symbol"]) == {"GENE0", "GENE1"}
-    assert ("good", "2 of 30 genes are hits") in [(tone, text[:22]) for tone, text in hits.sentences(genes, goal=True)]
-    said = " ".join(text for _, text in hits.sentences(genes, goal=True))
+    assert set(hits.call_hits(genes)["symbol"]) == {"GENE0", "GENE1"}
+    assert ("good", "2 of 30 genes are hits") in [
+        (tone, text[:22]) for tone, text in hits.summarise_screen(genes, goal=True)
+    ]
+    said = " ".join(text for _, text in hits.summarise_screen(genes, goal=True))
     assert "last column objects to: none." in said
     assert "differ themselves" not in said
     marked = genes.assign(warnings=["", "differs itself between start and goal (t = 9.0)"] * 15)
-    said = " ".join(text for _, text in hits.sentences(marked, goal=True))
+    said = " ".join(text for _, text in hits.summarise_screen(marked, goal=True))
     assert "1 of 2 hits differ themselves between start and goal" in said
     assert "objects to: GENE0." in said
-    assert hits.hits(genes.assign(role="null")).empty  # genes that are sampled as controls are no hits
+    assert hits.call_hits(genes.assign(role="null")).empty  # genes that are sampled as controls are no hits
     mixed = genes.assign(
         role=["target"] * 5 + ["null"] * 25, reference=[False] * 5 + [True] * 25
     )  # of the nulls 5 have an FDR of 1 %, and all a cell-level one
-    text = " ".join(text for _, text in hits.sentences(mixed, goal=True))
+    text = " ".join(text for _, text in hits.summarise_screen(mixed, goal=True))
     assert "2 of 5 genes are hits" in text
     assert (
         "Of 25 genes that were drawn for comparison, whatever they do, 20% repeat over donors as well, and 100% are"
         in text
     )
-    ordinary = hits.sentences(genes.assign(null_percentile=50.0), goal=True)
+    ordinary = hits.summarise_screen(genes.assign(null_percentile=50.0), goal=True)
     assert any(tone == "warn" and "none of them is unusual for its rank" in text for tone, text in ordinary)
 
 
 def test_what_so_few_donors_can_find_is_said():
-    text = " ".join(text for _, text in hits.sentences(_genes(num_donors=8), goal=True))
+    text = " ".join(text for _, text in hits.summarise_screen(_genes(num_donors=8), goal=True))
     assert re.search(r"own effect 1\.\d times the spread between donors is found in 80 % of cases", text)
     assert "no fewer than 5 genes can pass together, since no p is below 0.0078" in text  # 0.0078 x 30 genes / 5 < 0.05
 
@@ -357,7 +359,7 @@ def test_known_genes_stand_beside_the_baseline_that_finds_them_better(config):
 
 def test_shifts_that_rank_explains_are_called_so():
     genes = _genes()
-    lines = hits.sentences(genes.assign(rank_expected=genes["shift"]), goal=True)
+    lines = hits.summarise_screen(genes.assign(rank_expected=genes["shift"]), goal=True)
     assert (
         "warn",
         "What a gene's rank in the cell alone predicts explains much of the shifts (Spearman 1.00).",

@@ -23,7 +23,7 @@ from processes import die_with_us
 
 from mixgf.config import data, parse, perturbation, run, training
 from mixgf.execution import LocalExecutor
-from mixgf.perturbation.work_units import Scorer
+from mixgf.perturbation.scoring_tasks import ScoringWorker
 from mixgf.stages import perturb
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table, write_table
@@ -151,7 +151,7 @@ def work(settings, tmp_path):
 def marking(folder):
     """The worker, with marks; a class of this call, so that it travels to the actors whole."""
 
-    class Marking(Scorer):
+    class Marking(ScoringWorker):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             (folder / f"built~{os.getpid()}~{time.time_ns()}").touch()

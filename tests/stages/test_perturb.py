@@ -19,7 +19,7 @@ from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor, LocalPool, Receipt
 from mixgf.perturbation import group_design
-from mixgf.perturbation.work_units import Scorer
+from mixgf.perturbation.scoring_tasks import ScoringWorker
 from mixgf.report import load
 from mixgf.report.sections import perturbation, summary
 from mixgf.stages import perturb
@@ -95,14 +95,14 @@ def test_the_table_has_a_row_per_gene_and_operation_ranked_by_shift(whole):
 
 
 def test_running_again_computes_nothing(inputs, whole, monkeypatch):
-    monkeypatch.setattr(Scorer, "__init__", lambda *_, **__: pytest.fail("worked again"))
+    monkeypatch.setattr(ScoringWorker, "__init__", lambda *_, **__: pytest.fail("worked again"))
     before = files.read_json(f"{whole}/perturb/record.json")
     perturb.run(configure(inputs, whole, micro_tokens=50), executor=LocalExecutor())
     assert files.read_json(f"{whole}/perturb/record.json") == before
 
 
 def test_a_killed_run_computes_only_what_is_missing_and_ends_with_the_same_bytes(inputs, whole, tmp_path, monkeypatch):
-    keys, call = [], Scorer.__call__
+    keys, call = [], ScoringWorker.__call__
 
     def counted(scorer, item):
         if len(keys) == 9 and "stop" not in keys:
@@ -112,7 +112,7 @@ def test_a_killed_run_computes_only_what_is_missing_and_ends_with_the_same_bytes
         keys.append(item[0].key)
         return result
 
-    monkeypatch.setattr(Scorer, "__call__", counted)
+    monkeypatch.setattr(ScoringWorker, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     assert artifacts.find(f"{tmp_path}/perturb") is None
@@ -128,8 +128,8 @@ def test_a_lost_part_is_the_only_one_made_again(inputs, whole, tmp_path, monkeyp
     parts = f"{tmp_path}/perturb/{record.details['parts']}"
     files.remove(f"{tmp_path}/perturb/record.json")
     files.remove(f"{parts}/delete-c00001-g00002.parquet")
-    keys, call = [], Scorer.__call__
-    monkeypatch.setattr(Scorer, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
+    keys, call = [], ScoringWorker.__call__
+    monkeypatch.setattr(ScoringWorker, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
     perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     assert keys == ["delete-c00001-g00002"]
     assert genes(tmp_path) == genes(whole)
@@ -202,7 +202,7 @@ def test_several_alternatives_and_states_by_donor_equal_a_plain_loop(inputs, tmp
             assert row["num_cells"] == len(chosen)
             assert np.array(row["vector"]) == pytest.approx(vectors[chosen].mean(axis=0), abs=1e-6)
     frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
-    perturbed = group_design.design(
+    perturbed = group_design.build_design(
         corpus, configure(inputs, tmp_path, alternatives=others, max_cells=3)
     ).cells_N.tolist()
     deleted = frame[frame["operation"] == "delete"].set_index("symbol")
@@ -255,7 +255,7 @@ def test_other_settings_in_the_same_place_are_refused_and_a_wrong_expression_lea
 
 
 def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, monkeypatch):
-    call = Scorer.__call__
+    call = ScoringWorker.__call__
 
     def broken(scorer, item):
         if item[0].key == "delete-c00000-g00001":
@@ -276,7 +276,7 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept(inputs, tmp_path, mo
 
     executor = LocalExecutor()
     monkeypatch.setattr(executor, "pool", lambda make: nullcontext(Patient(make)))
-    monkeypatch.setattr(Scorer, "__call__", broken)
+    monkeypatch.setattr(ScoringWorker, "__call__", broken)
     told = []
     monkeypatch.setattr(Meter, "units", lambda self, **states: told.append(states))
     with pytest.raises(UserError, match=r"1 of \d+ parts failed every time; delete-c00000-g00001: no\. The others are"):
@@ -418,8 +418,8 @@ def report_of(inputs, output):
 
 
 def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inputs, whole, tmp_path, monkeypatch):
-    keys, call = [], Scorer.__call__
-    monkeypatch.setattr(Scorer, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
+    keys, call = [], ScoringWorker.__call__
+    monkeypatch.setattr(ScoringWorker, "__call__", lambda self, item: (keys.append(item[0].key), call(self, item))[1])
     ticks, spend = iter(range(10_000)), cost.Spend
     monkeypatch.setattr(cost, "Spend", lambda *a, **k: spend(*a, **k, clock=lambda: float(next(ticks))))
     with pytest.raises(

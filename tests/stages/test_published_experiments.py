@@ -80,10 +80,10 @@ def test_a_recipe_of_the_paper_prints_its_genes_beside_table_4(made, tmp_path, c
     uri = perturb.run(chosen, executor=LocalExecutor())
     genes = tables.read_table(f"{uri}/genes.parquet").to_pandas()
     assert genes["num_donors"].max() >= 3
-    assert set(genes["species"]) == set(reference_genes.published(name)["species"])
-    assert set(genes["operation"]) == set(reference_genes.published(name)["operation"])
-    table = reference_genes.beside_paper(genes, chosen).set_index("symbol")
-    assert set(table.index) == set(reference_genes.published(name)["symbol"])
+    assert set(genes["species"]) == set(reference_genes.read_table4(name)["species"])
+    assert set(genes["operation"]) == set(reference_genes.read_table4(name)["operation"])
+    table = reference_genes.compare_with_table4(genes, chosen).set_index("symbol")
+    assert set(table.index) == set(reference_genes.read_table4(name)["symbol"])
     scored = set(table.index) & set(genes["symbol"])
     assert at_least <= scored
     for gene, row in table.iterrows():

@@ -48,7 +48,7 @@ def section(results: RunResults) -> Section:
     ]
     for operation, part in genes.groupby("operation", sort=False):
         blocks.append(Text(f"{str(operation).capitalize()}", "heading"))
-        said = hits.sentences(part, goal=goal, num_tests=num_tests)
+        said = hits.summarise_screen(part, goal=goal, num_tests=num_tests)
         blocks += [Text(text, tone) for tone, text in said]
         tested = bool(np.isfinite(part["p_donor"]).any()) and donors.smallest_p(int(part["num_donors"].max())) <= 0.05
         p, title = ("p_donor", "over donors") if tested else ("p_cell", "over cells, not replicated")
@@ -60,7 +60,7 @@ def section(results: RunResults) -> Section:
             )
         )
         blocks += _calibration(part, results.tables.get("nulls"), str(operation))
-        blocks.append(_genes(hits.asked(part), str(operation), goal=goal))
+        blocks.append(_genes(hits.tested_genes(part), str(operation), goal=goal))
         blocks += _responses(results, str(operation), part)
     blocks += _published_genes(genes, results) + _reference_genes(genes, results)
     return Section("perturbation", TITLE, blocks)
@@ -107,11 +107,15 @@ def _responses(results: RunResults, operation: str, genes: pd.DataFrame) -> list
             if num
             else []
         )
-    found = gene_responses.specific(pairs[pairs["operation"].astype(str) == operation])
+    found = gene_responses.specific_responses(pairs[pairs["operation"].astype(str) == operation])
     found = found[found["gene"].astype(str) != found["responding"].astype(str)]
     if found.empty:
         return []
-    order = hits.asked(genes).assign(size=genes["shift"].abs()).sort_values(["size", "gene"], ascending=[False, True])
+    order = (
+        hits.tested_genes(genes)
+        .assign(size=genes["shift"].abs())
+        .sort_values(["size", "gene"], ascending=[False, True])
+    )
     rows = [gene for gene in order["gene"] if gene in set(found["gene"].astype(str))][:MAX_ROWS]
     shown = found[found["gene"].astype(str).isin(rows)]
     strong = (
@@ -153,7 +157,7 @@ def _responses(results: RunResults, operation: str, genes: pd.DataFrame) -> list
 
 
 def _published_genes(genes: pd.DataFrame, results: RunResults) -> list[Any]:
-    table = reference_genes.beside_paper(genes, results.config)
+    table = reference_genes.compare_with_table4(genes, results.config)
     if table.empty:
         return []
     rows = [
@@ -174,7 +178,7 @@ def _published_genes(genes: pd.DataFrame, results: RunResults) -> list[Any]:
 
 def _reference_genes(genes: pd.DataFrame, results: RunResults) -> list[Any]:
     try:
-        found = reference_genes.score(genes, results.config)
+        found = reference_genes.score_reference_genes(genes, results.config)
     except UserError as error:
         return [Text("Reference genes", "heading"), Text(str(error), "warn")]
     if found.empty:

@@ -24,7 +24,7 @@ def section(results: RunResults) -> Section:
     genes = results.tables.get("genes")
     if genes is not None and len(genes):
         for operation, part in genes.groupby("operation", sort=False):
-            lines = hits.sentences(part, goal=bool(results.config.perturb.goal))
+            lines = hits.summarise_screen(part, goal=bool(results.config.perturb.goal))
             tone = "warn" if any(t == "warn" for t, _ in lines) else "plain"
             blocks.append(Text(f"Perturbation, {operation}: " + " ".join(text for _, text in lines[:2]), tone))
         record = results.records.get("perturb")

@@ -1,9 +1,9 @@
-"""In silico perturbation: the work cut into units, and the worker that scores one unit.
+"""In silico perturbation: the work cut into tasks, and the worker that scores one task.
 
-`targets.design` says what is to be done; `units` cuts it into pieces that do not depend on who works on them; `Scorer` does
+`targets.design` says what is to be done; `tasks` cuts it into pieces that do not depend on who works on them; `ScoringWorker` does
 one piece and writes it to storage; `mixgf.effects` turns all pieces into the table of genes.
 
-Letters: N perturbed cells, B cells of a unit, K targets, M genes of a target, S states, C donors.
+Letters: N perturbed cells, B cells of a task, K targets, M genes of a target, S states, C donors.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder, forward_flops
 from mixgf.encoder.device import pick_device
 from mixgf.perturbation import gene_responses, operations, screen
-from mixgf.perturbation.group_design import Design, owned
-from mixgf.perturbation.shift import Engine, Original
+from mixgf.perturbation.group_design import Design, targets_by_species
+from mixgf.perturbation.shift import ShiftScorer, UnperturbedCells
 from mixgf.storage import files, tables
 
 PROBE_SECONDS, PROBE_GENES = 2.0, 16
 STATE_CELLS = 256
-"""Cells per unit of state embeddings."""
+"""Cells per task of state embeddings."""
 RESPONSES = "responses"
-"""Folder, beside the parts, of what other genes do (`perturb.response`); file names are the units' keys."""
+"""Folder, beside the parts, of what other genes do (`perturb.response`); file names are the tasks' keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
+class ScoringTask:
     """A piece of work.
 
     `operation` is one of `edits.OPERATIONS`, the same after `screen-` for estimates, `embed` for state embeddings, or
@@ -57,50 +57,50 @@ class Unit:
     states_SB: NDArray[np.bool_]
     """For `embed`: which cells belong to which state."""
     donor_B: Ints
-    watched_R: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Tokens whose responses are asked for; they go to `RESPONSES` of the folder, before the unit's own part."""
+    responding_R: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Tokens whose responses are asked for; they go to `RESPONSES` of the folder, before the task's own part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Done:
-    """What a worker says of a unit."""
+class TaskResult:
+    """What a worker says of a task."""
 
     cost: float
-    """That of the unit; for `probe` the FLOP/s."""
+    """That of the task; for `probe` the FLOP/s."""
     sentences: int
     """Sentences run through the encoder, unperturbed ones not counted."""
 
 
-def units(plan: Design, corpus: Corpus, settings: Perturb) -> list[Unit]:
+def plan_tasks(plan: Design, corpus: Corpus, settings: Perturb) -> list[ScoringTask]:
     """All work without a screen, in a fixed order: state embeddings, then operation by cell block by gene block.
 
     Gene blocks of the same cells follow each other, so that a worker's unperturbed embeddings serve many of them.
     """
-    blocks = gene_blocks(np.arange(len(plan.targets)), settings.block_genes)
+    blocks = cut_gene_blocks(np.arange(len(plan.targets)), settings.block_genes)
     genes = [
-        unit for operation in settings.operations for unit in gene_units(plan, corpus, settings, operation, blocks)
+        task for operation in settings.operations for task in gene_tasks(plan, corpus, settings, operation, blocks)
     ]
-    return state_units(plan, corpus) + genes
+    return state_tasks(plan, corpus) + genes
 
 
-def gene_blocks(targets_K: Ints, size: int) -> list[Ints]:
+def cut_gene_blocks(targets_K: Ints, size: int) -> list[Ints]:
     """Targets in the given order, cut into blocks."""
     return [targets_K[block] for block in _blocks(len(targets_K), size)]
 
 
-def gene_block(unit: Unit) -> int:
-    """Number of the block of targets of one of `gene_units`."""
-    return int(unit.key.rpartition("-g")[2])
+def gene_block_number(task: ScoringTask) -> int:
+    """Number of the block of targets of one of `gene_tasks`."""
+    return int(task.key.rpartition("-g")[2])
 
 
-def state_units(plan: Design, corpus: Corpus) -> list[Unit]:
+def state_tasks(plan: Design, corpus: Corpus) -> list[ScoringTask]:
     """Embeddings of all cells of the states."""
     work = []
     cells = np.unique(np.concatenate([state.cells for state in plan.states]))
     for i, block in enumerate(_blocks(len(cells), STATE_CELLS)):
         part = cells[block]
         work.append(
-            Unit(
+            ScoringTask(
                 key=f"states-{i:05d}",
                 operation="embed",
                 cells_B=part,
@@ -115,18 +115,18 @@ def state_units(plan: Design, corpus: Corpus) -> list[Unit]:
     return work
 
 
-def gene_units(
+def gene_tasks(
     plan: Design, corpus: Corpus, settings: Perturb, operation: str, blocks: list[Ints], *, best_first: bool = False
-) -> list[Unit]:
+) -> list[ScoringTask]:
     """Blocks of targets times blocks of cells; cell blocks outermost, or with `best_first` gene blocks.
 
     Keys end in the numbers of both blocks.
     """
-    owned_KS = owned(plan, corpus)
+    owned_KS = targets_by_species(plan, corpus)
     coverage_K = np.array([target.coverage for target in plan.targets])
     screened = operation.startswith("screen-")
     everywhere = operation.endswith("overexpress") and settings.insert_absent
-    work: list[tuple[tuple[int, int], Unit]] = []
+    work: list[tuple[tuple[int, int], ScoringTask]] = []
     for c, cell_block in enumerate(_blocks(len(plan.cells_N), settings.block_cells)):
         part = plan.cells_N[cell_block]
         lengths_B = corpus.lengths_N[part].astype(np.float64)
@@ -134,7 +134,7 @@ def gene_units(
             allowed = owned_KS[numbers][:, corpus.species_N[part]]
             tokens_K = (allowed @ lengths_B) * (1.0 if everywhere else coverage_K[numbers])
             cost = lengths_B.sum() * (settings.screen_grid + 6) if screened else tokens_K.sum()
-            unit = Unit(
+            task = ScoringTask(
                 key=f"{operation}-c{c:05d}-g{g:05d}",
                 operation=operation,
                 cells_B=part,
@@ -144,16 +144,16 @@ def gene_units(
                 allowed_KB=allowed,
                 states_SB=np.empty((0, len(part)), dtype=bool),
                 donor_B=plan.donor_of[part],
-                watched_R=plan.watched_R[: None if not screened else 0],
+                responding_R=plan.responding_R[: None if not screened else 0],
             )
-            work.append(((g, c) if best_first else (c, g), unit))
-    return [unit for _, unit in sorted(work, key=lambda pair: pair[0])]
+            work.append(((g, c) if best_first else (c, g), task))
+    return [task for _, task in sorted(work, key=lambda pair: pair[0])]
 
 
-def probe_unit(plan: Design) -> Unit:
+def probe_task(plan: Design) -> ScoringTask:
     """Deletions in a cell of middling length, again and again for some seconds."""
     cell = plan.cells_N[len(plan.cells_N) // 2 :][:1]
-    return Unit(
+    return ScoringTask(
         key="probe",
         operation="probe",
         cells_B=cell,
@@ -170,8 +170,8 @@ def _blocks(num: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, num)) for start in range(0, num, size)]
 
 
-class Scorer:
-    """Works on units: encoder, corpus and the last unperturbed cells stay in memory; results go to storage.
+class ScoringWorker:
+    """Works on tasks: encoder, corpus and the last unperturbed cells stay in memory; results go to storage.
 
     Args:
         config: the run's config.
@@ -190,7 +190,7 @@ class Scorer:
         self.corpus = Corpus(corpus, max_len=encoder.sizes.max_positions) if isinstance(corpus, str) else corpus
         if record is not None:
             checkpoint.require_sentences(record, self.corpus)
-        self.engine = Engine(
+        self.scorer = ShiftScorer(
             encoder=encoder.eval(),
             variant=self.settings.variant,
             layers=encoder.sizes.num_layers + 1 + self.settings.layer,
@@ -200,62 +200,62 @@ class Scorer:
             micro_tokens=self.settings.micro_tokens,
             precision=config.train.precision,
         )
-        self._cells: tuple[bytes, Original] | None = None
+        self._cells: tuple[bytes, UnperturbedCells] | None = None
 
-    def __call__(self, item: tuple[Unit, Float64s | None]) -> Done:
-        """Do one unit and write its part. The states, float64 (S, D), come with it, once they are known."""
-        unit, states = item
-        if unit.operation == "probe":
-            return self.probe(unit)
-        if unit.operation == "embed":
-            table = self.embed(unit)
-        elif unit.operation.startswith("screen-"):
-            table = self.estimate(unit, states)
+    def __call__(self, item: tuple[ScoringTask, Float64s | None]) -> TaskResult:
+        """Do one task and write its part. The states, float64 (S, D), come with it, once they are known."""
+        task, states = item
+        if task.operation == "probe":
+            return self.probe(task)
+        if task.operation == "embed":
+            table = self.embed(task)
+        elif task.operation.startswith("screen-"):
+            table = self.estimate(task, states)
         else:
-            table = self.score(unit, states)
-        uri = files.join(self.folder, f"{unit.key}.parquet")
+            table = self.score(task, states)
+        uri = files.join(self.folder, f"{task.key}.parquet")
         tables.write_table(uri, table, use_byte_stream_split=[n for n in table.column_names if table[n].type == "float"],
                             use_dictionary=False)  # fmt: skip
-        return Done(cost=unit.cost, sentences=table.num_rows if unit.operation in operations.OPERATIONS else 0)
+        return TaskResult(cost=task.cost, sentences=table.num_rows if task.operation in operations.OPERATIONS else 0)
 
-    def probe(self, unit: Unit) -> Done:
+    def probe(self, task: ScoringTask) -> TaskResult:
         """FLOP/s of exact scoring, after one uncounted round."""
-        ids_T, offsets_B1 = self.corpus.tokens(unit.cells_B)
-        original = self.engine.original(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1))
-        length, device = len(ids_T), self.engine.device
-        genes_S1 = original.ids_T[self.engine.lead :][:PROBE_GENES, None]
+        ids_T, offsets_B1 = self.corpus.tokens(task.cells_B)
+        original = self.scorer.encode_cells(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1))
+        length, device = len(ids_T), self.scorer.device
+        genes_S1 = original.ids_T[self.scorer.lead :][:PROBE_GENES, None]
         cells_S = torch.zeros(len(genes_S1), dtype=torch.int64, device=device)
-        states = torch.ones(1, self.engine.encoder.sizes.dim)
+        states = torch.ones(1, self.scorer.encoder.sizes.dim)
         num, start = -1, 0.0
         while num < 1 or time.perf_counter() - start < PROBE_SECONDS:
-            self.engine.score(original, cells_S, genes_S1, "delete", states)
+            self.scorer.score(original, cells_S, genes_S1, "delete", states)
             num += 1
             start = start if num else time.perf_counter()
         lengths = [length - 1] * len(genes_S1)
-        flops = forward_flops(self.engine.encoder.sizes, lengths, layers=self.engine.layers)
-        return Done(cost=num * flops / (time.perf_counter() - start), sentences=0)
+        flops = forward_flops(self.scorer.encoder.sizes, lengths, layers=self.scorer.layers)
+        return TaskResult(cost=num * flops / (time.perf_counter() - start), sentences=0)
 
-    def estimate(self, unit: Unit, states: Float64s | None) -> pa.Table:
-        """Estimated shifts towards the goal of the unit's pairs that `score` would score: columns target, cell, estimate.
+    def estimate(self, task: ScoringTask, states: Float64s | None) -> pa.Table:
+        """Estimated shifts towards the goal of the task's pairs that `score` would score: columns target, cell, estimate.
 
         Targets of several genes have no estimate.
         """
         assert states is not None, "states come before estimates"
-        operation = unit.operation.removeprefix("screen-")
+        operation = task.operation.removeprefix("screen-")
         everywhere = operation == "overexpress" and self.settings.insert_absent
-        single_K = (unit.genes_KM != operations.NO_GENE).sum(axis=1) == 1
+        single_K = (task.genes_KM != operations.NO_GENE).sum(axis=1) == 1
         goal_D = torch.from_numpy(states[1])
         rows: list[tuple[Ints, Ints, Float64s]] = []
-        for b, cell in enumerate(unit.cells_B.tolist()):
+        for b, cell in enumerate(task.cells_B.tolist()):
             ids_L = self.corpus.tokens([cell])[0]
-            genes_K = unit.genes_KM[:, 0]
-            chosen = np.flatnonzero(single_K & unit.allowed_KB[:, b] & (everywhere | np.isin(genes_K, ids_L)))
+            genes_K = task.genes_KM[:, 0]
+            chosen = np.flatnonzero(single_K & task.allowed_KB[:, b] & (everywhere | np.isin(genes_K, ids_L)))
             if len(chosen):
                 found = screen.estimate(
-                    self.engine, torch.from_numpy(ids_L), torch.from_numpy(genes_K[chosen]), operation, goal_D,
+                    self.scorer, torch.from_numpy(ids_L), torch.from_numpy(genes_K[chosen]), operation, goal_D,
                     grid=self.settings.screen_grid,
                 )  # fmt: skip
-                rows.append((unit.targets_K[chosen], np.full(len(chosen), cell), found.cpu().numpy()))
+                rows.append((task.targets_K[chosen], np.full(len(chosen), cell), found.cpu().numpy()))
         columns = [np.concatenate([row[i] for row in rows]) if rows else np.empty(0) for i in range(3)]
         types = (pa.int32(), pa.int64(), pa.float32())
         names = ("target", "cell", "estimate")
@@ -263,14 +263,14 @@ class Scorer:
             {n: pa.array(v.astype(t.to_pandas_dtype()), t) for n, v, t in zip(names, columns, types, strict=True)}
         )
 
-    def embed(self, unit: Unit) -> pa.Table:
+    def embed(self, task: ScoringTask) -> pa.Table:
         """Sums of the cells' embeddings by state and donor: columns state, donor, num_cells, sum."""
-        ids_T, offsets_B1 = self.corpus.tokens(unit.cells_B)
-        vectors = self.engine.vectors(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)).cpu().numpy()
+        ids_T, offsets_B1 = self.corpus.tokens(task.cells_B)
+        vectors = self.scorer.vectors(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)).cpu().numpy()
         rows: dict[str, list[Any]] = {"state": [], "donor": [], "num_cells": [], "sum": []}
-        for state, member_B in enumerate(unit.states_SB):
-            for donor in np.unique(unit.donor_B[member_B]).tolist():
-                chosen = member_B & (unit.donor_B == donor)
+        for state, member_B in enumerate(task.states_SB):
+            for donor in np.unique(task.donor_B[member_B]).tolist():
+                chosen = member_B & (task.donor_B == donor)
                 rows["state"].append(state)
                 rows["donor"].append(donor)
                 rows["num_cells"].append(int(chosen.sum()))
@@ -278,36 +278,38 @@ class Scorer:
         types = (pa.int32(), pa.int32(), pa.int64(), pa.list_(pa.float64()))
         return pa.table({name: pa.array(v, t) for (name, v), t in zip(rows.items(), types, strict=True)})
 
-    def score(self, unit: Unit, states: Float64s | None) -> pa.Table:
-        """Shifts of the unit's (cell, target) pairs, by cell, then target.
+    def score(self, task: ScoringTask, states: Float64s | None) -> pa.Table:
+        """Shifts of the task's (cell, target) pairs, by cell, then target.
 
         Columns: target, cell, rank of the target's first gene (0 = top, -1 = absent), response (1 - cos of before and
         after), shift_<i> towards state i; all cells that hold every gene of the target, and for `overexpress` the others
         of its species too, unless `perturb.insert_absent` is off.
         """
         assert states is not None, "states come before shifts"
-        original = self._original(unit.cells_B)
-        device = self.engine.device
-        genes_KM = torch.from_numpy(unit.genes_KM).to(device)
-        flat = operations.ranks(
-            original.ids_T, original.offsets_B1, genes_KM.clamp(min=0).reshape(-1), lead=self.engine.lead
-        ).reshape(len(unit.cells_B), *unit.genes_KM.shape)
+        original = self._unperturbed(task.cells_B)
+        device = self.scorer.device
+        genes_KM = torch.from_numpy(task.genes_KM).to(device)
+        flat = operations.gene_ranks(
+            original.ids_T, original.offsets_B1, genes_KM.clamp(min=0).reshape(-1), lead=self.scorer.lead
+        ).reshape(len(task.cells_B), *task.genes_KM.shape)
         held_BK = ((flat >= 0) | (genes_KM < 0)).all(dim=2).cpu().numpy()
-        everywhere = unit.operation == "overexpress" and self.settings.insert_absent
-        cell_P, target_P = np.nonzero(unit.allowed_KB.T & (held_BK | everywhere))
+        everywhere = task.operation == "overexpress" and self.settings.insert_absent
+        cell_P, target_P = np.nonzero(task.allowed_KB.T & (held_BK | everywhere))
         cells, targets = torch.from_numpy(cell_P).to(device), torch.from_numpy(target_P).to(device)
-        tally = None
-        if len(unit.watched_R):
-            tally = gene_responses.Tally(original, cells, targets, num_targets=len(genes_KM), tokens_R=unit.watched_R)
-        shifts = self.engine.score(
-            original, cells, genes_KM[targets], unit.operation, torch.from_numpy(states), watch=tally
+        responses = None
+        if len(task.responding_R):
+            responses = gene_responses.ResponseAccumulator(
+                original, cells, targets, num_targets=len(genes_KM), tokens_R=task.responding_R
+            )
+        shifts = self.scorer.score(
+            original, cells, genes_KM[targets], task.operation, torch.from_numpy(states), observer=responses
         )
-        if tally is not None:
-            uri = files.join(self.folder, RESPONSES, f"{unit.key}.parquet")
-            tables.write_table(uri, tally.sums().part(unit.targets_K))
+        if responses is not None:
+            uri = files.join(self.folder, RESPONSES, f"{task.key}.parquet")
+            tables.write_table(uri, responses.sums().part(task.targets_K))
         columns = {
-            "target": pa.array(unit.targets_K[target_P], pa.int32()),
-            "cell": pa.array(unit.cells_B[cell_P], pa.int64()),
+            "target": pa.array(task.targets_K[target_P], pa.int32()),
+            "cell": pa.array(task.cells_B[cell_P], pa.int64()),
             "rank": pa.array(flat[:, :, 0].cpu().numpy()[cell_P, target_P], pa.int32()),
             "response": pa.array(shifts.response_S.numpy(), pa.float32()),
         }
@@ -315,10 +317,10 @@ class Scorer:
             columns[f"shift_{i}"] = pa.array(shifts.shift_SK[:, i].numpy(), pa.float32())
         return pa.table(columns)
 
-    def _original(self, cells_B: Ints) -> Original:
-        """The unperturbed cells of a block: computed once for all its units."""
+    def _unperturbed(self, cells_B: Ints) -> UnperturbedCells:
+        """The unperturbed cells of a block: computed once for all its tasks."""
         key = cells_B.tobytes()
         if self._cells is None or self._cells[0] != key:
             ids_T, offsets_B1 = self.corpus.tokens(cells_B)
-            self._cells = (key, self.engine.original(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)))
+            self._cells = (key, self.scorer.encode_cells(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)))
         return self._cells[1]

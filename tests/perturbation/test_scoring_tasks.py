@@ -9,7 +9,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
-from mixgf.perturbation import group_design, work_units
+from mixgf.perturbation import group_design, scoring_tasks
 from mixgf.storage import artifacts, tables
 
 ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16, init_sd=0.3)
@@ -35,15 +35,15 @@ def weights(corpus, tmp_path_factory):
 def plan(corpus, **settings):
     settings = {"max_cells": 0, "min_coverage": 0.01} | settings
     chosen = run.Config(perturb=perturbation.Perturb(**settings), tokens=data.Tokens(max_len=16))
-    return group_design.design(corpus, chosen), chosen
+    return group_design.build_design(corpus, chosen), chosen
 
 
 def run_units(corpus, weights, folder, **settings):
     design, chosen = plan(corpus, **settings)
-    scorer = work_units.Scorer(chosen, corpus=corpus.uri, weights=weights, folder=str(folder))
+    scorer = scoring_tasks.ScoringWorker(chosen, corpus=corpus.uri, weights=weights, folder=str(folder))
     states = np.random.default_rng(3).normal(size=(len(design.states), 16))
     rows = {}
-    work = work_units.units(design, corpus, chosen.perturb)
+    work = scoring_tasks.plan_tasks(design, corpus, chosen.perturb)
     for unit in work:
         assert scorer((unit, states)).cost == unit.cost
         if unit.operation != "embed":
@@ -109,7 +109,7 @@ def test_a_set_is_scored_where_all_its_genes_are(corpus, weights, tmp_path):
 def test_state_parts_add_up_to_the_means_of_all_cells(corpus, weights, tmp_path, monkeypatch):
     from mixgf.perturbation import gene_table
 
-    monkeypatch.setattr(work_units, "STATE_CELLS", 2)
+    monkeypatch.setattr(scoring_tasks, "STATE_CELLS", 2)
     _, _, _, work, scorer = run_units(
         corpus, weights, tmp_path, start="cell_type == 'beta'", goal="cell_type == 'alpha'"
     )
@@ -136,10 +136,10 @@ def test_a_worker_computes_on_the_gpu_that_is_asked_for_or_stops(corpus, weights
     for available, gpus in ((True, 1.0), (True, 0.0), (False, 0.0)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
         chosen = run.Config(compute=run.Compute(gpus_per_worker=gpus))
-        work_units.Scorer(chosen, corpus=corpus.uri, weights=weights, folder="")
+        scoring_tasks.ScoringWorker(chosen, corpus=corpus.uri, weights=weights, folder="")
     assert asked == [torch.device(name) for name in ("cuda", "cpu", "cpu")]
     with pytest.raises(UserError, match=r"^compute.gpus_per_worker = 1: no GPU here"):
-        work_units.Scorer(
+        scoring_tasks.ScoringWorker(
             run.Config(compute=run.Compute(gpus_per_worker=1.0)), corpus=corpus.uri, weights=weights, folder=""
         )
     assert len(asked) == 3
