@@ -1,12 +1,15 @@
-"""Names of array types."""
+"""Names for types of NumPy arrays. Shapes are in the suffixes of variables: `rank_G` has one value per gene."""
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
+"""Any floating type; the docstring says which."""
 Float64s = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Integers = npt.NDArray[np.signedinteger]
+"""Any signed integer type."""
 Bools = npt.NDArray[np.bool_]
 Names = npt.NDArray[np.str_]
 Cells = npt.NDArray[np.int64]
+"""Numbers of cells in a corpus."""

@@ -99,7 +99,7 @@ def overlap(
 
 
 def profiles(matrix: pd.DataFrame, operation: str) -> pd.DataFrame:
-    """Perturbed genes (rows) by specific responses of other genes (columns; `gene_responses.specific`), 0 where not measured.
+    """Perturbed genes (rows) by specific responses of other genes (columns; `gene_responses.specific_responses`), 0 where not measured.
 
     Genes without any specific response are left out.
     """

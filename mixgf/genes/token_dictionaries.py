@@ -249,8 +249,8 @@ def genes_of_species(
 ) -> dict[str, str]:
     """Names of genes of one species, to Ensembl ids without version.
 
-    A gene belongs to the species whose gene table has it, else to the species with the longest matching id prefix, so
-    that retired ids of published dictionaries keep their species. ENSGR ids (pseudoautosomal copies on Y in old Ensembl
+    A gene belongs to the species whose gene table has it, else to the species with the longest matching id prefix.
+    Retired ids of published dictionaries thus keep their species. ENSGR ids (pseudoautosomal copies on Y in old Ensembl
     releases) count as genes of their own.
 
     Args:

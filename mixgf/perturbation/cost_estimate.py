@@ -1,6 +1,6 @@
-"""What a perturbation run will take, before it runs: sentences, tokens and floating point operations, counted, not guessed.
+"""Cost of a perturbation before it runs: sentences, tokens and FLOP, counted from the design.
 
-Exact for all genes. With a screen, the genes that it will choose are not known yet: they are taken to be like the average one.
+The counts are exact without a screen. With a screen, the chosen genes are taken to be like the average gene.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mixgf.tracking import cost
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkPart:
-    """Work of one kind."""
+    """Work of one kind: sentences, tokens and FLOP."""
 
     name: str
     sentences: float
@@ -32,7 +32,7 @@ class WorkPart:
 def estimate_work(
     plan: Design, corpus: Corpus, settings: perturbation.Perturb, sizes: training.Model, max_len: int
 ) -> list[WorkPart]:
-    """Work of a design, by part, in the order in which it is done."""
+    """Work of a design, by part, in the order of execution."""
     layers = sizes.num_layers + 1 + settings.layer
     states = np.unique(np.concatenate([state.cells for state in plan.states]))
     lengths = corpus.lengths_N[states].astype(np.float64)
@@ -80,7 +80,7 @@ def estimate_work(
 
 
 def _held(plan: Design, corpus: Corpus, width_K: Ints) -> tuple[Float64s, Float64s]:
-    """By cell and size of the gene set: how many targets its sentence holds, and how many its species has."""
+    """By cell and size of the gene set, (N, W): number of targets in its sentence, and number of targets of its species."""
     widths = np.unique(width_K).tolist()
     owned_KS = group_design.targets_by_species(plan, corpus)
     held_NW = np.zeros((len(plan.cells_N), len(widths)))
@@ -118,15 +118,15 @@ def _screened(  # noqa: PLR0917 (the sums of one caller)
 
 
 def estimate_text(parts: list[WorkPart], plan: Design, *, rate: float, how: str, num_workers: int, price: float) -> str:
-    """A forecast for people.
+    """Text of the estimate: work, time and cost.
 
     Args:
         parts: the work.
-        plan: what is perturbed.
-        rate: FLOP/s of one worker, and `how` it is known.
-        how: in words.
+        plan: the design.
+        rate: FLOP/s of one worker.
+        how: how the rate was obtained, in words.
         num_workers: workers that share the work.
-        price: of one worker-hour; 0 = not known.
+        price: price of one worker-hour; 0 = unknown.
     """
     flops = sum(part.flops for part in parts)
     took = cost.project(flops, rate=rate, num_nodes=num_workers, price=price or None)

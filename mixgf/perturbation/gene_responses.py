@@ -1,16 +1,13 @@
-"""What a perturbation does to every other gene: how far the contextual embedding of each moves (the published "gene shifts").
+"""Responses of other genes to a perturbation: how far their contextual embeddings move (the published "gene shifts").
 
-For a perturbed gene and a responding one: the mean of 1 - cos(before, after) of the responding gene's hidden state, over the
-scored cells whose sentence holds it (before and after). These are the cells that hold the perturbed gene and, for
-`overexpress` with `perturb.insert_absent`, those that it was put into. No state and no goal takes part: a function of the
-encoder and the sentences, and so of use wherever genes are asked about each other.
+The response of a gene is the mean of 1 - cos(before, after) of its hidden state. The mean is over the scored cells whose
+sentence holds the gene before and after. States and goals play no part.
 
-Most of this is place: a deletion moves every later gene up, and a moved gene's state differs by orders of magnitude more than
-what attention does. So the same is given for those cells alone in which the responding gene keeps its place (`same_rank`). And
-much is general: some genes move everything, some are moved by everything. `specific_responses` takes that out of the same_rank ones: what
-is left is between the two genes.
+Most of the response is due to rank: a deletion moves every later gene up, and that changes its hidden state by orders of
+magnitude more than attention does. The mean over the cells in which the responding gene keeps its rank (`same_rank`) is
+therefore given as well. Some genes move all others, and some are moved by all. `specific_responses` removes both.
 
-Columns are bounded: the `perturb.response` genes in most of the perturbed cells, about fifteen bytes a pair on disk.
+Responding genes are the `perturb.response` genes in most of the perturbed cells; a pair takes about 15 bytes on disk.
 
 Letters: T packed tokens, S perturbed sentences, K perturbed targets, R responding genes, V vocabulary.
 """
@@ -34,7 +31,7 @@ from mixgf.perturbation.shift import ShiftScorer, UnperturbedCells
 MIN_CELLS = 5
 """Fewest same_rank cells of a pair that `specific_responses` speaks of."""
 SMALLEST = 1e-12
-"""Changes below this are rounding."""
+"""Smaller changes are rounding errors."""
 _PART = pa.schema([
     ("target", pa.int32()), ("column", pa.int32()), ("num_cells", pa.int32()), ("sum", pa.float64()), ("squares", pa.float64()),
     ("num_same_rank", pa.int32()), ("same_rank", pa.float64()),
@@ -44,18 +41,18 @@ FIELDS = ("num_KR", "sum_KR", "squares_KR", "num_same_rank_KR", "same_rank_KR")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseSums:
-    """Over cells, by target and responding gene."""
+    """Sums over cells, by target and responding gene: number, sum and sum of squares of the changes."""
 
     num_KR: NDArray[np.int64]
     sum_KR: Float64s
     squares_KR: Float64s
     num_same_rank_KR: NDArray[np.int64]
     same_rank_KR: Float64s
-    """Number and sum over the cells in which the responding gene keeps its place."""
+    """Sum (and, above, number) over the cells in which the responding gene keeps its rank."""
 
     @classmethod
     def zeros(cls, num_targets: int, num_columns: int) -> ResponseSums:
-        """Nothing yet."""
+        """Sums over no cells."""
         shape = (num_targets, num_columns)
         num, total = np.zeros(shape, dtype=np.int64), np.zeros(shape)
         return cls(
@@ -63,21 +60,21 @@ class ResponseSums:
         )
 
     def part(self, targets_K: Ints) -> pa.Table:
-        """The pairs that occur, as a table: target (by its number), column, and the fields."""
+        """Table of the pairs that occur: number of the target, number of the responding gene, and the sums."""
         k, r = np.nonzero(self.num_KR)
         values = (targets_K[k], r, *(getattr(self, name)[k, r] for name in FIELDS))
         return pa.table([pa.array(v, f.type) for v, f in zip(values, _PART, strict=True)], schema=_PART)
 
 
 class ResponseAccumulator:
-    """Watches an scorer score sentences and adds up what their other genes do.
+    """Observer of `ShiftScorer.score` that adds up the responses of other genes.
 
     Args:
         original: the unperturbed cells.
-        cells_S: which cell each sentence is a copy of.
-        targets_S: which of `num_targets` rows it counts for.
-        num_targets: rows.
-        tokens_R: responding genes.
+        cells_S: cell of which each sentence is a copy.
+        targets_S: target of each sentence, 0 to `num_targets` - 1.
+        num_targets: number of targets.
+        tokens_R: tokens of the responding genes.
     """
 
     def __init__(
@@ -96,11 +93,11 @@ class ResponseAccumulator:
         self._sums = ResponseSums.zeros(num_targets, len(tokens_R))
 
     def __call__(self, edited: EditedSentences, hidden_TD: Tensor, start: int) -> None:
-        """Take note of sentences `start` and on, edited and encoded."""
+        """Add the responses of a batch of perturbed sentences, of which the first has number `start`."""
         lengths = torch.diff(edited.offsets_S1)
         sentence_T = start + torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        known_T = edited.ids_T < len(self.column_V)  # an inserted gene may be beyond
-        known_T[edited.hits_H] = False  # the perturbed gene is no other gene
+        known_T = edited.ids_T < len(self.column_V)  # an inserted gene may have a larger id
+        known_T[edited.hits_H] = False  # perturbed genes do not count as responding
         ids_T = torch.where(known_T, edited.ids_T, 0)
         before_T = self.place_BV[self.cells_S[sentence_T], ids_T]
         kept_T = known_T & (before_T >= 0) & (self.column_V[ids_T] >= 0)
@@ -118,14 +115,14 @@ class ResponseAccumulator:
             held += np.bincount(pair_N, weights=weight, minlength=held.size).reshape(shape).astype(held.dtype)
 
     def sums(self) -> ResponseSums:
-        """What was added up."""
+        """Sums over all batches so far."""
         return self._sums
 
 
 def measure_responses(  # noqa: PLR0917 (those of ShiftScorer.score)
     scorer: ShiftScorer, original: UnperturbedCells, cells_S: Tensor, genes_SM: Tensor, targets_S: Tensor, operation: str, tokens_R: Ints
 ) -> ResponseSums:  # fmt: skip
-    """Perturb copies of cells and add up what their other genes do; arguments as of `ShiftScorer.score` and `ResponseAccumulator`."""
+    """Perturb copies of cells and sum the responses; arguments as for `ShiftScorer.score` and `ResponseAccumulator`."""
     num = int(targets_S.max()) + 1 if len(targets_S) else 0
     responses = ResponseAccumulator(original, cells_S, targets_S, num_targets=num, tokens_R=tokens_R)
     none = torch.empty(0, original.hidden_TD.shape[1], dtype=torch.float64)
@@ -134,10 +131,11 @@ def measure_responses(  # noqa: PLR0917 (those of ShiftScorer.score)
 
 
 def response_table(parts: dict[str, list[pa.Table]], plan: Design) -> pa.Table:
-    """The matrix in long form: a row per operation, perturbed and responding gene that met in a cell.
+    """Response matrix in long form: one row per operation, perturbed gene and responding gene that share a cell.
 
     Columns: operation, gene, symbol, responding, responding_symbol, num_cells, change (mean of 1 - cos), sd (over cells,
-    NaN for one), num_same_rank, change_same_rank (mean over the cells in which the responding gene keeps its place). Parts are added in the given order, so that the sums do not depend on who finished first.
+    NaN for one cell), num_same_rank, change_same_rank (mean over the cells in which the responding gene keeps its rank).
+    Parts are added in the given order, so that the sums do not depend on which task finished first.
     """
     tables = []
     for operation, found in parts.items():
@@ -174,10 +172,10 @@ FORMER_COLUMNS = {"num_still": "num_same_rank", "change_still": "change_same_ran
 
 
 def specific_responses(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of one operation's rows those with at least `MIN_CELLS` cells of the same rank, with `excess`: log2 of the change over what the two do in general.
+    """Rows of one operation with at least `MIN_CELLS` cells of the same rank, with the further column `excess`.
 
-    In general: the perturbed gene's median log change, plus the responding gene's median of what is left; all where the
-    responding gene keeps its place.
+    `excess` is log2 of `change_same_rank`, minus the perturbed gene's median, minus the responding gene's median of the
+    remainder.
     """
     frame = frame.rename(columns=FORMER_COLUMNS)
     kept = frame[frame["num_same_rank"] >= MIN_CELLS].copy()

@@ -1,15 +1,16 @@
-"""From the shifts of (cell, gene) pairs to the table of genes, with everything that puts an effect in proportion.
+"""From shifts of (cell, gene) pairs to the table of genes, with tests and comparisons.
 
-Beside every effect stand what its gene's rank alone predicts, how it ranks among genes like it, whether it repeats in other
-donors, what happens towards unrelated states, and how much the gene itself differs between the states (spec section 9).
-The donor-level test asks whether a gene's shift less what its rank predicts *in the same donor* (`stats.residual_after_rank`) has
-a place among genes of like rank (`stats.normal_scores`) that repeats over donors (`stats.sign_flip`); cells without a donor's
-name (`classify.unlabelled`) take no part in it, and are one more cluster of the interval. `calibration` shows on the run's own
-shifts whether the tests keep their word.
+For every gene the table has its shift, what its rank alone predicts, and its percentile among similar genes. It also has
+tests over cells and over donors, the shift towards unrelated states, and the gene's own difference between the states.
 
-Every comparison with other genes (expectation, places, percentiles, rank sums) is one with the genes that were drawn without
-regard to what they do (`Target.drawn`), where a screen or the user chose the others; else with all. False discovery rates
-count every gene that a screen looked at.
+The donor-level test has three steps. In every donor, what the gene's rank predicts is subtracted
+(`stats.rank_adjustment.residual_after_rank`). The residual is ranked among genes of like rank (`normal_scores`). A
+sign-flip test asks whether it repeats over donors (`stats.donors.sign_flip`). Cells without a donor's name
+(`classify.unlabelled`) are left out; in the interval they are one more cluster. `calibrate_tests` applies both tests to
+permuted shifts of the same run.
+
+Genes are compared with those drawn at random (`Target.drawn`) if a screen or the user chose the others, else with all.
+False discovery rates count every gene that a screen estimated.
 
 Differential expression is taken from the corpus, which holds ranks and no counts: a gene's rank score in a cell is
 1 - rank / (number of genes in the sentence), 0 where the sentence lacks it. `de_statistic` is Welch's t of the rank scores,
@@ -46,17 +47,17 @@ from mixgf.stats.donors import (
 )
 
 LOW_COVERAGE = 0.1
-"""Share of cells below which a gene's coverage is worth a warning."""
+"""Coverage (share of cells with the gene) below which there is a warning."""
 MARKER_T = 5.0
-"""Differential-expression statistic above which the gene itself is a mark of the states."""
+"""Differential-expression statistic above which the gene itself is a marker of the states."""
 MIN_REFERENCE = 20
-"""Fewest genes drawn for comparison that others are compared with; with fewer, all scored genes are."""
+"""Fewest genes drawn for comparison; with fewer, genes are compared with all scored genes."""
 ORDINARY = (2.5, 97.5)
-"""Null percentiles between which a shift is what genes of like rank and coverage do."""
+"""Percentiles among similar genes between which a shift is ordinary."""
 MARK = "differs itself between start and goal"
-"""The warning on a gene that is a mark of the states."""
+"""Warning on a gene that is a marker of the states."""
 PSEUDO_SCORE = 0.01
-"""Added to mean rank scores before their ratio is taken."""
+"""Added to mean rank scores before their ratio."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +73,7 @@ class Pairs:
 
     @classmethod
     def from_table(cls, table: pa.Table, num_states: int) -> Pairs:
-        """Read the columns of joined parts."""
+        """Read the columns of joined part files."""
         shifts = [table[f"shift_{i}"].to_numpy().astype(np.float64) for i in range(num_states)]
         return cls(
             target_P=table["target"].to_numpy().astype(np.int64),
@@ -85,7 +86,7 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankScores:
-    """Rank scores of every token in the cells of one state."""
+    """Mean and variance of the rank score of every token over the cells of one state."""
 
     num_cells: int
     mean_V: Float64s
@@ -93,9 +94,9 @@ class RankScores:
 
 
 def state_means(parts: list[pa.Table], num_states: int) -> tuple[Float64s, pa.Table]:
-    """State embeddings (S, D) over all cells, and a table of them, whole and by donor (donor -1 = all cells).
+    """State embeddings (S, D) over all cells, and a table of them by donor (donor -1 = all cells).
 
-    Parts are added in the given order, so that the sums do not depend on who finished first.
+    Parts are added in the given order, so that the sums do not depend on which task finished first.
     """
     table = pa.concat_tables(parts)
     state, donor, num = (table[name].to_numpy() for name in ("state", "donor", "num_cells"))
@@ -118,7 +119,7 @@ def state_means(parts: list[pa.Table], num_states: int) -> tuple[Float64s, pa.Ta
 
 
 def rank_scores(corpus: Corpus, cells: Ints, *, block: int = 2048) -> RankScores:
-    """Rank scores of the given cells, read block by block."""
+    """Rank scores over the given cells, read block by block."""
     size = corpus.vocabulary.size
     total_V, squares_V = np.zeros(size), np.zeros(size)
     lead = int(corpus.cls)
@@ -136,7 +137,7 @@ def rank_scores(corpus: Corpus, cells: Ints, *, block: int = 2048) -> RankScores
 
 
 def keep_targets(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Design, dict[str, Pairs]]:
-    """The given targets alone (ascending numbers), renumbered, with their pairs."""
+    """Keep the targets with the given numbers (ascending), renumbered, and their pairs."""
     found = {}
     for operation, part in pairs.items():
         mine_P = np.isin(part.target_P, kept)
@@ -153,14 +154,14 @@ def keep_targets(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Des
 def build_gene_table(
     plan: Design, pairs: dict[str, Pairs], expressed: dict[str, RankScores], config: Config, *, num_tests: int = 0
 ) -> pa.Table:
-    """The result: one row per operation and gene, by operation, then falling shift.
+    """Table of genes: one row per operation and gene, by operation, then descending shift.
 
     Args:
-        plan: what was done.
+        plan: the design.
         pairs: scored pairs by operation.
         expressed: rank scores of the `start` cells and, with a goal, of the `goal` cells.
-        config: the run's config.
-        num_tests: genes that a screen chose these from; 0 = nothing was chosen.
+        config: of the run.
+        num_tests: number of genes that a screen chose these from; 0 = no screen.
     """
     return pa.concat_tables(
         [
@@ -227,13 +228,13 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
 
 
 def calibrate_tests(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa.Table:
-    """What the tests say of this screen where nothing can be found: columns operation, p_cell, p_donor.
+    """p-values of both tests under the null hypothesis: columns operation, p_cell, p_donor; a row per gene and permutation.
 
-    A row per gene and exchange. Within every donor genes of like rank exchange what their cells have beyond the rank's
-    expectation (`stats.permute_within_rank`). Sizes, ranks, what rank does and the likeness of a donor's cells stay; no gene
-    has anything of its own that repeats over donors. p-values of a test that keeps its word are then uniform, but for the few
-    values that a sign flip over few donors has (`stats.attainable_level`). Without three named donors there is nothing to exchange
-    between: no rows. Of chosen genes and those drawn for comparison only the latter exchange.
+    Within every donor, genes of like rank exchange their residuals after rank (`rank_adjustment.permute_within_rank`).
+    Ranks, effects of rank and the correlation of a donor's cells stay, but no gene has an effect that repeats over donors.
+    p-values of a calibrated test are then uniform, up to the discreteness of a sign flip over few donors
+    (`donors.attainable_level`). There are no rows with fewer than three named donors. Only genes drawn for comparison
+    are exchanged if the others were chosen.
     """
     tables = []
     if not (reference_G := _reference(plan)).all():
@@ -253,7 +254,7 @@ def calibrate_tests(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa
         target_P, of_P = (column[kept_P] for column in cluster_P)
         own_P = values_P[kept_P] - expected_GC[target_P, of_P]
         kept = replace(donors, of_P=of_P)
-        for _ in range(max(1, min(8, 2000 // num_genes))):  # of few genes one exchange says little
+        for _ in range(max(1, min(8, 2000 // num_genes))):  # several permutations if there are few genes
             shuffled_P = rank_adjustment.permute_within_rank(rank_G, measured_GC, rng)[of_P, target_P]
             values_Q = own_P + expected_GC[shuffled_P, of_P]
             tests = _tests(values_Q, shuffled_P, rank_G, kept, config, among_G=among_G, rng=rng)
@@ -265,7 +266,7 @@ def calibrate_tests(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Donors:
-    """Donors of the pairs: codes from 0, and which have a name."""
+    """Donor code of every pair, from 0, and which donors have a name."""
 
     of_P: Ints
     named_C: arrays.Bools
@@ -278,7 +279,7 @@ class _Donors:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tests:
     mean_GC: Float64s
-    """Means by named donor, NaN where there is none."""
+    """Means by named donor; NaN where a donor has no cell."""
     p_cell_G: Float64s
     p_donor_G: Float64s
 
@@ -298,15 +299,15 @@ def _rng(config: Config, operation: str, key: int) -> np.random.Generator:
 
 
 def _reference(plan: Design) -> arrays.Bools:
-    """Whom the others are compared with, (G,)."""
+    """Mask (G,) of the genes with which the others are compared."""
     drawn_G = np.array([target.drawn for target in plan.targets])
     return drawn_G if drawn_G.sum() >= MIN_REFERENCE else np.ones_like(drawn_G)
 
 
 def _discoveries(p_G: Float64s, null_G: arrays.Bools, num_tests: int) -> Float64s:
-    """False discovery rates among the genes that were asked about, and apart from them those of the nulls."""
-    asked_G = benjamini_hochberg(np.where(null_G, np.nan, p_G), num_tests)
-    return np.where(null_G, benjamini_hochberg(np.where(null_G, p_G, np.nan)), asked_G)
+    """False discovery rates, separately among the genes under test and among the comparison genes."""
+    tested_G = benjamini_hochberg(np.where(null_G, np.nan, p_G), num_tests)
+    return np.where(null_G, benjamini_hochberg(np.where(null_G, p_G, np.nan)), tested_G)
 
 
 def _tests(
@@ -319,7 +320,7 @@ def _tests(
     among_G: arrays.Bools,
     rng: np.random.Generator,
 ) -> _Tests:
-    """The two tests of every gene: over cells (as published in paper mode), and over donors with a name."""
+    """Both tests of every gene: over cells (as published with `perturb.test = published`), and over named donors."""
     # the published test takes the whole pool and no correction for ties
     paper = config.perturb.test == "published"
     pool_G = np.ones_like(among_G) if paper else among_G
@@ -336,18 +337,18 @@ def _tests(
 
 
 def _mean_ranks(pairs: Pairs, num_genes: int) -> Float64s:
-    """Mean rank, 1 = top, in the cells whose sentences hold the gene."""
+    """Mean rank (1 = top) over the cells whose sentences hold the gene."""
     present_P = pairs.rank_P >= 0
     return means_by_group(pairs.rank_P[present_P] + 1.0, pairs.target_P[present_P], num_genes)
 
 
 def comparison_ranks(rank_G: Float64s) -> Float64s:
-    """Mean ranks for comparisons: a gene that no sentence holds comes after all others."""
+    """Mean ranks for comparisons; genes that are in no sentence rank after all others."""
     return np.where(np.isfinite(rank_G), rank_G, np.nanmax(rank_G, initial=0.0) + 1)
 
 
 def _ranking(de_G: Float64s) -> Float64s:
-    """1 = the gene that rises most from start to goal; NaN without a figure."""
+    """Rank of the statistic, 1 = largest increase from start to goal; NaN without a statistic."""
     order = np.argsort(-np.where(np.isfinite(de_G) | np.isinf(de_G), de_G, -np.inf), kind="stable")
     rank_G = np.empty(len(de_G))
     rank_G[order] = np.arange(1, len(de_G) + 1)
@@ -355,7 +356,7 @@ def _ranking(de_G: Float64s) -> Float64s:
 
 
 def _orthologs(plan: Design, config: Config) -> list[list[tuple[str, str]]]:
-    """Per target its one-to-one orthologs in the other species of the config, as (Ensembl id, symbol); none for sets."""
+    """One-to-one orthologs of each target in the other species, as (Ensembl id, symbol); none for sets of genes."""
     maps = species.orthologs(config.vocab.orthologs)
     symbols = {row.name: _symbols(row) for row in config.species}
     found: list[list[tuple[str, str]]] = []
@@ -385,7 +386,7 @@ def _differential(plan: Design, expressed: dict[str, RankScores]) -> tuple[Float
 
 
 def _warnings(columns: dict[str, object], mean_GC: Float64s, *, has_goal: bool, inserted: bool) -> list[str]:
-    """Why each effect may be an artefact, in words; empty = no reason known. `inserted`: in cells that lack it, too."""
+    """Reasons why each effect may be an artefact; empty = none. `inserted`: cells without the gene were scored, too."""
     coverage, num, donors, shift, percentile, other, de, fdr_cell, p_donor = (
         np.asarray(columns[name], dtype=np.float64)
         for name in (
@@ -423,7 +424,7 @@ def _warnings(columns: dict[str, object], mean_GC: Float64s, *, has_goal: bool, 
 
 
 def _carried_by_one(mean_GC: Float64s) -> arrays.Bools:
-    """Whether the mean over donors turns its sign, or loses three quarters, when one donor is left out."""
+    """Whether the mean over donors changes its sign, or loses three quarters, if one donor is left out."""
     num_G = np.isfinite(mean_GC).sum(axis=1, keepdims=True)
     value_GC = np.nan_to_num(mean_GC)
     total_G = value_GC.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What a perturbation is about: which cells, genes and states, as a pure function of corpus and config.
+"""Design of a perturbation: cells, genes and states, as a pure function of corpus and config.
 
 Letters: N perturbed cells, K targets, M genes of a target.
 """
@@ -23,7 +23,7 @@ from mixgf.perturbation import operations
 from mixgf.perturbation.sampling import match_rows, sample_cells
 
 MIN_STATE_CELLS = 20
-"""Fewest cells of a state that stands in for the unrelated ones."""
+"""Fewest cells of an unrelated state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +38,14 @@ class Target:
     coverage: float
     """Share of the perturbed cells of its species whose sentences hold all its genes."""
     null: bool = False
-    """Nobody's hypothesis: scored so that others can be compared with it."""
+    """Scored only so that others can be compared with it."""
     drawn: bool = False
-    """Drawn without regard to what it does: the others are compared with such genes, where there are any."""
+    """Drawn at random, not chosen by its effect: the other genes are compared with such genes, if there are any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """Cells that define a direction: all that fit the expression."""
+    """A state: all cells that match an expression."""
 
     name: str
     """`start`, `goal`, `alternative_0`, ..."""
@@ -55,7 +55,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """What is perturbed, how, and towards what."""
+    """Cells, targets and states of a perturbation."""
 
     cells_N: Ints
     """Cells that are perturbed, longest sentence first, then by number."""
@@ -66,11 +66,11 @@ class Design:
     """Donor code of every cell of the corpus."""
     warnings: tuple[str, ...]
     responding: tuple[Target, ...] = ()
-    """Genes whose responses to every perturbation are asked for: the columns of the response matrix."""
+    """Genes whose responses to every perturbation are recorded."""
 
     @cached_property
     def responding_R(self) -> Ints:
-        """Their tokens."""
+        """Tokens of the responding genes."""
         return np.array([target.tokens[0] for target in self.responding], dtype=np.int64)
 
     @cached_property
@@ -80,7 +80,7 @@ class Design:
 
     @cached_property
     def genes_KM(self) -> Ints:
-        """Tokens of the targets, filled up with `NO_GENE`."""
+        """Tokens of the targets, padded with `NO_GENE`."""
         width = max(len(target.tokens) for target in self.targets)
         rows = [[*target.tokens, *[operations.NO_GENE] * (width - len(target.tokens))] for target in self.targets]
         return np.array(rows, dtype=np.int64)
@@ -126,7 +126,7 @@ def build_design(corpus: Corpus, config: Config) -> Design:
 
 
 def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, ...]:
-    """Expressions of states without a cell of start or goal: the most frequent values of the label (`perturb.unrelated`)."""
+    """Expressions of unrelated states: the `perturb.unrelated` most frequent labels that no cell of start or goal has."""
     settings, label = config.perturb, config.classify.label
     if not (settings.unrelated and settings.goal.strip() and label in obs.columns):
         return ()
@@ -151,7 +151,7 @@ def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, 
 
 
 def _responding_genes(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:
-    """The `perturb.response` genes in most of the perturbed cells, by token."""
+    """The `perturb.response` genes in most of the perturbed cells, ordered by token."""
     if not settings.response:
         return []
     counts_V, _ = _occurrences(corpus, cells)
@@ -172,7 +172,7 @@ def _responding_genes(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Ta
 
 
 def matching_features(corpus: Corpus, plan: Design) -> Float64s:
-    """Mean place in the perturbed cells and coverage of every target, (K, 2): what genes are matched by; NaN for sets."""
+    """Features by which genes are matched, (K, 2): mean position in the perturbed cells, and coverage; NaN for sets."""
     counts_V, places_V = _occurrences(corpus, plan.cells_N)
     first_K = plan.genes_KM[:, 0]
     with np.errstate(invalid="ignore"):
@@ -183,7 +183,7 @@ def matching_features(corpus: Corpus, plan: Design) -> Float64s:
 
 
 def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> list[Target]:
-    """The genes to perturb: those named, or all detected in enough of the cells."""
+    """Targets: the genes of `perturb.genes`, or all genes in at least `perturb.min_coverage` of the cells."""
     species_N = corpus.species_N[cells]
     present = [name for code, name in enumerate(corpus.species) if (species_N == code).any()]
     num = {name: int((species_N == corpus.species.index(name)).sum()) for name in present}
@@ -191,7 +191,7 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
     if settings.genes:
         given = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
         named = list({(target.species, target.tokens): target for target in given}.values())  # each once
-        if not settings.num_nulls or settings.screen:  # a screen draws its own, afterwards
+        if not settings.num_nulls or settings.screen:  # a screen draws its own later
             return named
         return named + [null for name in present for null in _nulls(corpus, settings, cells, named, name, seed=seed)]
     counts_V, _ = _occurrences(corpus, cells)
@@ -218,7 +218,7 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
 
 
 def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target]) -> list[Target]:
-    """The anchor alone and with every target of its species, where there is one; else the targets as they are."""
+    """With `perturb.anchor`: the anchor alone, and together with every target of its species. Else the targets unchanged."""
     if not settings.anchor:
         return targets
     species = sorted({target.species for target in targets})
@@ -242,7 +242,7 @@ def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target
         for target in targets:
             if target.species != name or token in target.tokens:
                 continue
-            single = len(target.tokens) == 1  # the usual case, and there are many: counted all at once
+            single = len(target.tokens) == 1  # the usual case: counted for all targets at once
             both = int(counts_V[target.tokens[0]]) if single else _holding(corpus, holding, target.tokens)
             coverage = both / len(mine)
             if settings.genes or coverage >= settings.min_coverage:
@@ -266,7 +266,7 @@ def _names(corpus: Corpus, species: list[str]) -> tuple[dict[tuple[str, int], st
 
 
 def _named(corpus: Corpus, text: str, cells: Ints, num: dict[str, int]) -> Iterator[Target]:
-    """The target of one entry of perturb.genes, in each species of the cells that has all its genes."""
+    """Targets of one entry of perturb.genes, one for each species of the cells that has all its genes."""
     parts = [part.strip() for part in text.split("+")]
     first_error: UserError | None = None
     found = False
@@ -298,7 +298,7 @@ def _named(corpus: Corpus, text: str, cells: Ints, num: dict[str, int]) -> Itera
 def _nulls(
     corpus: Corpus, settings: Perturb, cells: Ints, named: list[Target], species: str, *, seed: int
 ) -> list[Target]:
-    """Genes of one species like its named ones in rank and coverage; as many as its share of the named targets."""
+    """Comparison genes of one species, like its named genes in rank and coverage; their number is its share of the named."""
     mine = cells[corpus.species_N[cells] == corpus.species.index(species)]
     counts_V, ranks_V = _occurrences(corpus, mine)
     tokens_G = corpus.vocabulary.species_tokens(species).astype(np.int64)
@@ -324,7 +324,7 @@ def _nulls(
 
 
 def _occurrences(corpus: Corpus, cells: Ints) -> tuple[Ints, Float64s]:
-    """By token: the number of cells whose sentences hold it, and the sum of its places there."""
+    """By token: number of cells whose sentences hold it, and sum of its positions there."""
     size = corpus.vocabulary.size
     counts_V, places_V = np.zeros(size, dtype=np.int64), np.zeros(size)
     for part in np.array_split(cells, max(1, len(cells) // 1024)):
@@ -342,6 +342,6 @@ def _holding(corpus: Corpus, cells: Ints, tokens: tuple[int, ...]) -> int:
 
 
 def targets_by_species(plan: Design, corpus: Corpus) -> NDArray[np.bool_]:
-    """(K, species): whether a species has all genes of a target (more than one where orthologs share tokens)."""
+    """Mask (K, species): whether the species has all genes of the target (several do where orthologs share tokens)."""
     columns = [set(corpus.vocabulary.species_tokens(name).tolist()) for name in corpus.species]
     return np.array([[set(target.tokens) <= tokens for tokens in columns] for target in plan.targets])

@@ -1,7 +1,7 @@
-"""What a perturbation screen says: which genes may be called hits, and plain sentences about the others.
+"""Hits of a perturbation screen, and sentences that summarise the screen.
 
-A gene is a hit when its shift beyond what its rank predicts repeats over donors (FDR) *and* the shift is unusual among genes
-of like rank and coverage. The published call, a rank-sum test over cells, is counted beside it and never called a hit.
+A gene is a hit if two conditions hold: its shift beyond what its rank predicts repeats over donors (FDR), and the shift is
+unusual among genes of like rank and coverage. The published test, a rank-sum test over cells, is reported but makes no hit.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ from mixgf.stats.donors import attainable_level, fewest_discoveries, smallest_de
 
 
 def tested_genes(genes: pd.DataFrame) -> pd.DataFrame:
-    """The genes that were asked about, without those scored for comparison only (role `null`)."""
+    """Rows of the genes under test, without those scored for comparison only (role `null`)."""
     return genes[genes["role"] != "null"] if "role" in genes else genes
 
 
 def comparison_genes(genes: pd.DataFrame) -> pd.DataFrame:
-    """The genes that others are compared with where these were chosen; none where all are compared with all."""
+    """Rows of the genes drawn for comparison; empty if all genes are compared with all."""
     return genes[genes["reference"]] if "reference" in genes and not genes["reference"].all() else genes.iloc[:0]
 
 
 def call_hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
-    """Genes that repeat over donors at an FDR of `level` and are unusual for their rank; the largest shift first."""
+    """Rows of the hits: repeated over donors at an FDR of `level`, and unusual for their rank; largest shift first."""
     genes = tested_genes(genes)
     unusual = (genes["null_percentile"] < gene_table.ORDINARY[0]) | (genes["null_percentile"] > gene_table.ORDINARY[1])
     return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
 
 
 def summarise_screen(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tuple[str, str]]:
-    """(tone, sentence) about one operation's genes: what moves, what replicates, what rank alone would explain.
+    """Sentences about the genes of one operation, each with a tone (`good`, `plain` or `warn`).
 
-    `num_tests`: genes that a screen chose these from; 0 = nothing was chosen.
+    Args:
+        genes: rows of the gene table.
+        goal: whether shifts are towards a goal state.
+        num_tests: number of genes that a screen chose these from; 0 = no screen.
     """
     out: list[tuple[str, str]] = []
     nulls = comparison_genes(genes)
@@ -53,21 +56,7 @@ def summarise_screen(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> 
         int((genes["fdr_cell"] <= LEVEL).sum()),
     )
     num = f"{len(genes):,} gene{'s' * (len(genes) != 1)}"
-    if len(found):
-        text = (
-            f"{len(found):,} of {num} are hits: they repeat over {donors} donors at an FDR of 5 %, beyond what their rank "
-            f"predicts, and are unusual among genes of like rank and coverage."
-        )
-        out.append(("good", text))
-        out += _objections(found)
-    elif smallest_p(donors) > LEVEL:
-        few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {smallest_p(donors):.2g}"
-        out.append(("warn", f"No gene can be called a replicated hit: {few}."))
-    elif repeated:
-        text = f"{repeated:,} of {num} pass an FDR of 5 % over {donors} donors, and none of them is unusual for its rank and coverage: no hit."
-        out.append(("warn", text))
-    else:
-        out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
+    out += _on_hits(found, num, donors, repeated)
     if len(found) == 0 and smallest_p(donors) <= LEVEL:
         out.append(("plain", _power(donors, max(num_tests, len(genes)))))
     if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
@@ -94,8 +83,29 @@ def summarise_screen(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> 
     return out
 
 
+def _on_hits(found: pd.DataFrame, num: str, donors: int, repeated: int) -> list[tuple[str, str]]:
+    """Sentences on the hits among `num` genes, or on why there are none; `repeated` genes pass the test over donors."""
+    out: list[tuple[str, str]] = []
+    if len(found):
+        text = (
+            f"{len(found):,} of {num} are hits: they repeat over {donors} donors at an FDR of 5 %, beyond what their rank "
+            f"predicts, and are unusual among genes of like rank and coverage."
+        )
+        out.append(("good", text))
+        out += _objections(found)
+    elif smallest_p(donors) > LEVEL:
+        few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {smallest_p(donors):.2g}"
+        out.append(("warn", f"No gene can be called a replicated hit: {few}."))
+    elif repeated:
+        text = f"{repeated:,} of {num} pass an FDR of 5 % over {donors} donors, and none of them is unusual for its rank and coverage: no hit."
+        out.append(("warn", text))
+    else:
+        out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
+    return out
+
+
 def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
-    """What speaks against the hits as a whole: most are often marks of the state that they are said to bring about."""
+    """Sentences on what weakens the hits: many are markers of the goal state themselves."""
     marks = found["warnings"].astype(str).str.contains(gene_table.MARK)
     free = found.loc[found["warnings"].astype(str) == "", "symbol"].tolist()
     out = []
@@ -111,7 +121,7 @@ def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _power(donors: int, num_genes: int) -> str:
-    """What so many donors can find at all."""
+    """Sentence on the power of the test with this number of donors."""
     fewest = fewest_discoveries(donors, num_genes)
     text = (
         f"Over {donors} donors, a gene of its own effect {smallest_detectable_effect(donors):.1f} times the spread between donors is found in 80 % "
@@ -123,7 +133,7 @@ def _power(donors: int, num_genes: int) -> str:
 
 
 def calibration_sentence(nulls: pd.DataFrame, donors: int) -> tuple[str, str]:
-    """(tone, sentence): what the two tests say where nothing can be found, over so many donors."""
+    """(tone, sentence) on both tests under the null hypothesis: their share of p-values up to `LEVEL`."""
     shares = {name: float((nulls[name].dropna() <= LEVEL).mean()) for name in ("p_cell", "p_donor")}
     right = attainable_level(donors, LEVEL)
     text = (

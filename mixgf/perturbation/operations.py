@@ -1,7 +1,7 @@
-"""Perturbations as pure operations on cell sentences (paper section 4.2, spec section 9). Only torch, no model.
+"""Perturbations as edits of cell sentences (paper section 4.2).
 
-A block of cells comes packed: `ids_T` with `offsets_B1`. One call edits many sentences at once, each a copy of one cell with
-its own genes. Nothing loops over sentences, and the operations run where the tokens are (CPU or GPU).
+Cells come packed, as `ids_T` with `offsets_B1`. One call edits many sentences, each a copy of one cell with its own
+perturbed genes, without a loop over sentences, on the device of the tokens. No model is needed.
 
 Letters: B cells, T packed tokens, S perturbed sentences, X their source tokens, M genes perturbed together, H hits.
 
@@ -9,15 +9,15 @@ Operations, for a gene at rank r (0 = top) of the n genes of a sentence:
 
 | name | does | absent gene |
 |---|---|---|
-| `delete` | takes it out; later genes move up | identity |
+| `delete` | removes it; later genes move up | identity |
 | `overexpress` | moves or inserts it at the front, after <cls>; cut to max_len | inserted |
 | `inhibit` | moves it down by floor(rank_share * n) ranks, at least 1, at most to the end | identity |
 | `activate` | moves it up likewise, at most to the front | identity |
 
-All other genes keep their order. Genes given together are applied together: `overexpress` puts them at the front in the
-order given; `inhibit` and `activate` move each by its share, as applying them one by one would (the lowest first, or the
-highest first). The published code leaves the top gene out of "overexpress all", appends for every `inhibit` and returns the
-sentence unchanged for `activate`; none of that is kept.
+All other genes keep their order. Genes of one set are perturbed together: `overexpress` puts them at the front in the
+given order; `inhibit` and `activate` move each by its share, as if applied one by one (the lowest or the highest first).
+The published code differs: it skips the top gene in "overexpress all", appends the gene for every `inhibit`, and returns
+the sentence unchanged for `activate`.
 """
 
 from __future__ import annotations
@@ -29,31 +29,33 @@ from torch import Tensor
 
 OPERATIONS = ("delete", "overexpress", "inhibit", "activate")
 NO_GENE = -1
-"""Fills up the rows of shorter gene sets."""
+"""Padding of the rows of smaller gene sets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditedSentences:
-    """Perturbed sentences, packed, and where the perturbed genes stand after and before."""
+    """Perturbed sentences, packed, and the positions of the perturbed genes before and after."""
 
     ids_T: Tensor
     """int64."""
     offsets_S1: Tensor
-    """int64; where each sentence begins, and T."""
+    """int64: offsets of the sentences."""
     hits_H: Tensor
-    """Indices into ids_T of perturbed genes (none after `delete`), and the sentence of each below."""
+    """Positions in ids_T of perturbed genes; none after `delete`."""
     hit_sentences_H: Tensor
+    """Sentence of each of `hits_H`."""
     sources_H: Tensor
-    """Indices into the unperturbed ids_T of the same genes, where the cell has them, and the sentence of each below."""
+    """Positions in the unperturbed ids_T of the perturbed genes that the cell has."""
     source_sentences_H: Tensor
+    """Sentence of each of `sources_H`."""
 
 
 def gene_ranks(ids_T: Tensor, offsets_B1: Tensor, genes_K: Tensor, *, lead: int = 0) -> Tensor:
-    """Rank (0 = top gene) of every gene in every cell, int64 (B, K); -1 where the cell's sentence lacks it.
+    """Rank (0 = top gene) of every gene in every cell, int64 (B, K); -1 = not in the sentence.
 
     Args:
         ids_T: packed token ids.
-        offsets_B1: where each cell begins, and T.
+        offsets_B1: offsets of the cells.
         genes_K: token ids to look up.
         lead: special tokens before the genes: 1 with <cls>, else 0.
     """
@@ -80,13 +82,13 @@ def edit_sentences(
 
     Args:
         ids_T: packed token ids of the unperturbed cells, int64.
-        offsets_B1: where each cell begins, and T, int64.
-        cells_S: which cell each sentence is a copy of.
-        genes_SM: token ids perturbed together in each sentence, distinct; rows of smaller sets end in `NO_GENE`.
+        offsets_B1: offsets of the cells, int64.
+        cells_S: cell of which each sentence is a copy.
+        genes_SM: distinct token ids perturbed together in each sentence; smaller sets are padded with `NO_GENE`.
         operation: one of `OPERATIONS`.
-        max_len: longest sentence, <cls> included; only `overexpress` can make one longer.
+        max_len: longest sentence, <cls> included; only `overexpress` lengthens sentences.
         lead: special tokens before the genes: 1 with <cls>, else 0.
-        rank_share: how far `inhibit` and `activate` move a gene, as a share of the sentence's genes.
+        rank_share: number of ranks by which `inhibit` and `activate` move a gene, as a share of the sentence's genes.
     """
     assert operation in OPERATIONS, operation
     lengths_S = torch.diff(offsets_B1)[cells_S]
@@ -109,12 +111,9 @@ def edit_sentences(
         new_lengths_S = lengths_S
         steps_S = torch.floor((lengths_S - lead).double() * rank_share).long().clamp(min=1)
         steps_H = (steps_S if operation == "inhibit" else -steps_S)[hit_sentences]
-        new_hit = _shifted_ranks(hit_sentences, place_X[hit_X] - lead, lengths_S - lead, num_hits_S, steps_H)
-        new_hit = _offsets(lengths_S)[hit_sentences] + lead + new_hit
-        is_hit_X = torch.zeros_like(hit_X)
-        is_hit_X[new_hit] = True
-        new_ids = torch.empty_like(ids_X)
-        new_ids[is_hit_X], new_ids[~is_hit_X] = ids_X[hit_X], ids_X[~hit_X]
+        rank_H = _shifted_ranks(hit_sentences, place_X[hit_X] - lead, lengths_S - lead, num_hits_S, steps_H)
+        new_hit = _offsets(lengths_S)[hit_sentences] + lead + rank_H
+        new_ids = _at_positions(ids_X, hit_X, new_hit)
     if new_hit is None:
         new_hit = new_lengths_S.new_empty(0)
     sentence_T = _token_positions(new_lengths_S)[0]
@@ -128,10 +127,19 @@ def edit_sentences(
     )
 
 
+def _at_positions(ids_X: Tensor, hit_X: Tensor, new_hit: Tensor) -> Tensor:
+    """Sentences with the hits at the positions `new_hit`; the other genes fill the rest in their order."""
+    is_hit_X = torch.zeros_like(hit_X)
+    is_hit_X[new_hit] = True
+    new_ids = torch.empty_like(ids_X)
+    new_ids[is_hit_X], new_ids[~is_hit_X] = ids_X[hit_X], ids_X[~hit_X]
+    return new_ids
+
+
 def _to_front(
     others: Tensor, num_others_S: Tensor, genes_SM: Tensor, *, lead: int, max_len: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sentences of the other genes with the given ones put in front: ids, indices of the latter, lengths."""
+    """Sentences with the perturbed genes in front of all others: ids, positions of the perturbed genes, lengths."""
     assert lead + genes_SM.shape[1] <= max_len, "more genes than a sentence holds"
     given_SM = genes_SM != NO_GENE
     lengths_S = num_others_S + given_SM.sum(1)
@@ -146,7 +154,7 @@ def _to_front(
 def _shifted_ranks(
     sentence_H: Tensor, rank_H: Tensor, num_genes_S: Tensor, num_hits_S: Tensor, steps_H: Tensor
 ) -> Tensor:
-    """Ranks of the hits after so many steps down (up: negative); they keep their order and leave no gap at the ends."""
+    """Ranks of the hits, moved down by `steps_H` (negative: up) within the sentence; they keep their order."""
     first_H = torch.arange(len(sentence_H), device=sentence_H.device) - _offsets(num_hits_S)[sentence_H]
     last_H = (num_genes_S - num_hits_S)[sentence_H] + first_H
     return torch.minimum(torch.maximum(rank_H + steps_H, first_H), last_H)
@@ -157,6 +165,6 @@ def _offsets(lengths_S: Tensor) -> Tensor:
 
 
 def _token_positions(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Sentence of every packed token, and its place in it."""
+    """Sentence of every packed token, and its position in the sentence."""
     sentence_T = torch.repeat_interleave(torch.arange(len(lengths_S), device=lengths_S.device), lengths_S)
     return sentence_T, torch.arange(len(sentence_T), device=lengths_S.device) - _offsets(lengths_S)[sentence_T]

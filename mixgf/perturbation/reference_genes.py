@@ -1,10 +1,9 @@
-"""A screen against what is reference: a list of genes or another screen, and the published Table 4.
+"""Evaluate a screen by reference genes (a list of genes, or another screen), and compare it with the paper's Table 4.
 
-Both work on the finished table of genes, so that another list needs no new perturbation. Nothing here chooses a threshold
-after looking: calls are the two tests at an FDR of 5 %, and, for scores without a test, as many top genes as are reference.
+Both use the finished table of genes, so that another list needs no new perturbation. Thresholds are fixed beforehand: the
+two tests at an FDR of 5 %, and for scores without a test as many top genes as there are reference genes.
 
-Beside the model's shifts stand what costs nothing: differential expression, coverage and rank. A model that finds known
-genes no better than these has found nothing.
+The model's shifts are compared with baselines that need no model: differential expression, coverage and rank.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ SCORES = {
     "coverage": "baseline: share of cells with the gene",
     "high_rank": "baseline: rank in the cells",
 }
-"""What genes may be ordered by, and its name for readers."""
+"""Scores by which genes are ordered, and their names in reports."""
 
 
 def read_reference_genes(config: Config) -> tuple[set[str], set[str]]:
-    """Names (Ensembl ids or symbols) of `perturb.reference_genes`: those reference to act, and those found not to.
+    """Names (Ensembl ids or symbols) of `perturb.reference_genes`: positives and negatives.
 
-    The second set is empty for plain lists: then all other scored genes count as not reference.
+    A plain list has no negatives; all other scored genes then count as such.
 
     Raises:
-        UserError: a table is missing, has no column of genes, or its `hit` column is not of truth values.
+        UserError: a table is missing, has no column of genes, or its column `hit` is not true or false.
     """
     reference: set[str] = set()
     tested: set[str] = set()
@@ -87,9 +86,9 @@ def _table(uri: str) -> pd.DataFrame:
 
 
 def match_genes(genes: pd.DataFrame, names: set[str], config: Config) -> np.ndarray:
-    """Which rows are meant: by Ensembl id or symbol, or those of the one-to-one ortholog. bool (G,).
+    """Rows whose gene, or its one-to-one ortholog, is named by Ensembl id or symbol: bool (G,).
 
-    A former symbol counts where no gene of the species bears it now.
+    A former symbol counts if no gene of the species has it now.
     """
     ids = set(names)
     for row in config.species:
@@ -141,7 +140,7 @@ def score_reference_genes(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
 
 
 def _calls(frame: pd.DataFrame, num: int) -> list[tuple[str, np.ndarray, str, np.ndarray]]:
-    """(method, scores, call in words, which are called): the tests, then the top genes of every score."""
+    """(method, scores, name of the call, called genes): the two tests, then the top genes of every score."""
     shift = frame["shift"].to_numpy(float)
     de = frame["de_statistic"].to_numpy(float)
     scores = {name: frame[name].to_numpy(float) for name in SCORES if name in frame}
@@ -164,9 +163,12 @@ def _calls(frame: pd.DataFrame, num: int) -> list[tuple[str, np.ndarray, str, np
 def call_metrics(
     score_G: NDArray[np.float64], hit_G: NDArray[np.bool_], reference_G: NDArray[np.bool_]
 ) -> dict[str, Interval]:
-    """How well hits and scores find a list of reference genes: PPV, NPV, sensitivity, specificity, AUROC, with intervals.
+    """PPV, NPV, sensitivity, specificity and AUROC with 95 % intervals.
 
-    Genes without a score (NaN) are left out. Higher scores mean more likely.
+    Args:
+        score_G: a higher score means more likely; genes without one (NaN) are left out.
+        hit_G: called genes.
+        reference_G: reference genes.
     """
     scored = np.isfinite(score_G)
     score, hit, reference = score_G[scored], hit_G[scored], reference_G[scored]
@@ -180,21 +182,18 @@ def call_metrics(
     }
 
 
-# Table 4
-
-
 def read_table4(experiment: str) -> pd.DataFrame:
-    """Rows of the paper's Table 4: species, gene, symbol, operation, rank, shift, p."""
+    """Rows of one experiment of the paper's Table 4: species, gene, symbol, operation, rank, shift, p."""
     data = files.read_bytes("resource:table4.tsv").decode()
     table = pd.read_csv(io.StringIO(data), sep="\t", comment="#")
     return table[table["experiment"] == experiment].reset_index(drop=True)
 
 
 def compare_with_table4(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Table 4's genes of the experiment `perturb.published` in this run, beside the paper's figures.
+    """Genes of the paper's Table 4 (experiment `perturb.published`), with the paper's figures and those of this run.
 
-    Rank as published: genes significant over cells (FDR below 5 %) first, then by falling shift, then by FDR. Genes
-    that the run did not score have no figures. Empty without an experiment.
+    Genes are ranked as in the paper: significant over cells (FDR below 5 %) first, then by descending shift, then by FDR.
+    Genes that the run did not score have no figures. Empty without an experiment.
     """
     if not config.perturb.published:
         return pd.DataFrame()
@@ -216,11 +215,8 @@ def compare_with_table4(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# as text, for the end of a run
-
-
 def comparison_text(genes: pd.DataFrame, config: Config) -> str:
-    """What `mixgf perturb` prints about reference genes and the paper's; empty if nothing was asked."""
+    """Text that `mixgf perturb` prints on reference genes and Table 4; empty without either."""
     parts = []
     paper = compare_with_table4(genes, config)
     if len(paper):

@@ -1,4 +1,4 @@
-"""Cells chosen by an expression over their obs columns, and a balanced sample of them."""
+"""Samples: cells balanced over donors, and rows (genes) that resemble given ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mixgf import rng
 from mixgf.arrays import Ints
 
 _KEY = 91
-"""Separates the draws made here from other draws of the same seed."""
+"""Random key of this module's draws."""
 
 
 def match_rows(features_GF: NDArray[np.float64], wanted: list[int], num: int, seed: int) -> list[int]:
-    """For each wanted row in round_ the nearest row not yet taken, until `num` are: rows like the wanted ones.
+    """Rows that resemble the wanted ones: for each wanted row in turn the nearest free row, until there are `num`.
 
-    Near is meant in the ranks of the features; equally near rows come in a keyed random order. No wanted row is taken.
+    Distance is measured in ranks of the features; ties are in random order. Wanted rows are never chosen.
     """
     ranks_GF = np.stack([rankdata(column) for column in features_GF.T], axis=1)
     order = np.argsort(rng.hashed(seed, _KEY + 1, np.arange(len(features_GF))), kind="stable")
@@ -28,19 +28,19 @@ def match_rows(features_GF: NDArray[np.float64], wanted: list[int], num: int, se
     taken: list[int] = []
     places = [0] * len(wanted)
     while len(taken) < num:
-        round_ = len(taken) % len(wanted)
-        while not free[near[round_][places[round_]]]:
-            places[round_] += 1
-        row = int(near[round_][places[round_]])
+        which = len(taken) % len(wanted)
+        while not free[near[which][places[which]]]:
+            places[which] += 1
+        row = int(near[which][places[which]])
         free[row] = False
         taken.append(row)
     return taken
 
 
 def sample_cells(cells: Ints, donor_of: Ints, num: int, seed: int) -> Ints:
-    """At most `num` cells (0 = all), balanced over donors: one of each donor in round_, in a keyed random order."""
+    """At most `num` cells (0 = all), balanced over donors: one random cell of each donor in turn."""
     if num <= 0 or num >= len(cells):
         return cells
     order = cells[np.argsort(rng.hashed(seed, _KEY, cells), kind="stable")]
-    round_ = pd.Series(donor_of[order]).groupby(donor_of[order]).cumcount().to_numpy()
-    return np.sort(order[np.argsort(round_, kind="stable")][:num])
+    number_in_donor = pd.Series(donor_of[order]).groupby(donor_of[order]).cumcount().to_numpy()
+    return np.sort(order[np.argsort(number_in_donor, kind="stable")][:num])

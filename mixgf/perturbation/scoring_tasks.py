@@ -1,9 +1,9 @@
-"""In silico perturbation: the work cut into tasks, and the worker that scores one task.
+"""Perturbation as tasks: `plan_tasks` cuts a design into tasks, and a `ScoringWorker` does one and writes its part file.
 
-`targets.design` says what is to be done; `tasks` cuts it into pieces that do not depend on who works on them; `ScoringWorker` does
-one piece and writes it to storage; `mixgf.effects` turns all pieces into the table of genes.
+Tasks do not depend on the number of workers. The design comes from `group_design`; `gene_table` makes the table of genes
+from all part files.
 
-Letters: N perturbed cells, B cells of a task, K targets, M genes of a target, S states, C donors.
+Letters: N perturbed cells, B cells of a task, K targets, M genes of a target, S states, R responding genes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from mixgf.storage import files, tables
 
 PROBE_SECONDS, PROBE_GENES = 2.0, 16
 STATE_CELLS = 256
-"""Cells per task of state embeddings."""
+"""Cells of a task of state embeddings."""
 RESPONSES = "responses"
-"""Folder, beside the parts, of what other genes do (`perturb.response`); file names are the tasks' keys."""
+"""Folder, beside the part files, of the responses of other genes (`perturb.response`); files are named after tasks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringTask:
-    """A piece of work.
+    """One task: a block of targets in a block of cells.
 
-    `operation` is one of `edits.OPERATIONS`, the same after `screen-` for estimates, `embed` for state embeddings, or
-    `probe`, which measures.
+    `operation` is one of `operations.OPERATIONS`; `screen-` and one of these for estimates; `embed` for state
+    embeddings; or `probe`, which measures the speed.
     """
 
     key: str
@@ -58,23 +58,23 @@ class ScoringTask:
     """For `embed`: which cells belong to which state."""
     donor_B: Ints
     responding_R: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Tokens whose responses are asked for; they go to `RESPONSES` of the folder, before the task's own part."""
+    """Tokens whose responses are recorded; they are written to the folder `RESPONSES`, before the task's part file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskResult:
-    """What a worker says of a task."""
+    """What a worker returns for a task."""
 
     cost: float
-    """That of the task; for `probe` the FLOP/s."""
+    """Cost of the task; for `probe` the FLOP/s."""
     sentences: int
-    """Sentences run through the encoder, unperturbed ones not counted."""
+    """Perturbed sentences that were encoded."""
 
 
 def plan_tasks(plan: Design, corpus: Corpus, settings: Perturb) -> list[ScoringTask]:
-    """All work without a screen, in a fixed order: state embeddings, then operation by cell block by gene block.
+    """All tasks without a screen, in a fixed order: state embeddings, then by operation, cell block and gene block.
 
-    Gene blocks of the same cells follow each other, so that a worker's unperturbed embeddings serve many of them.
+    Gene blocks of the same cells follow each other, so that a worker reuses the embeddings of the unperturbed cells.
     """
     blocks = cut_gene_blocks(np.arange(len(plan.targets)), settings.block_genes)
     genes = [
@@ -89,12 +89,12 @@ def cut_gene_blocks(targets_K: Ints, size: int) -> list[Ints]:
 
 
 def gene_block_number(task: ScoringTask) -> int:
-    """Number of the block of targets of one of `gene_tasks`."""
+    """Number of the gene block of one of `gene_tasks`."""
     return int(task.key.rpartition("-g")[2])
 
 
 def state_tasks(plan: Design, corpus: Corpus) -> list[ScoringTask]:
-    """Embeddings of all cells of the states."""
+    """Tasks that embed all cells of the states."""
     work = []
     cells = np.unique(np.concatenate([state.cells for state in plan.states]))
     for i, block in enumerate(_blocks(len(cells), STATE_CELLS)):
@@ -118,9 +118,9 @@ def state_tasks(plan: Design, corpus: Corpus) -> list[ScoringTask]:
 def gene_tasks(
     plan: Design, corpus: Corpus, settings: Perturb, operation: str, blocks: list[Ints], *, best_first: bool = False
 ) -> list[ScoringTask]:
-    """Blocks of targets times blocks of cells; cell blocks outermost, or with `best_first` gene blocks.
+    """Tasks of all gene blocks in all cell blocks, ordered by cell block, or with `best_first` by gene block.
 
-    Keys end in the numbers of both blocks.
+    Keys end with the numbers of both blocks.
     """
     owned_KS = targets_by_species(plan, corpus)
     coverage_K = np.array([target.coverage for target in plan.targets])
@@ -151,7 +151,7 @@ def gene_tasks(
 
 
 def probe_task(plan: Design) -> ScoringTask:
-    """Deletions in a cell of middling length, again and again for some seconds."""
+    """Task that measures the speed: deletions in a cell of median length for `PROBE_SECONDS`."""
     cell = plan.cells_N[len(plan.cells_N) // 2 :][:1]
     return ScoringTask(
         key="probe",
@@ -171,13 +171,13 @@ def _blocks(num: int, size: int) -> list[slice]:
 
 
 class ScoringWorker:
-    """Works on tasks: encoder, corpus and the last unperturbed cells stay in memory; results go to storage.
+    """Does tasks; keeps the encoder, the corpus and the last unperturbed cells in memory.
 
     Args:
-        config: the run's config.
-        corpus: URI of the corpus; or an open one, cut to as many tokens as the encoder has positions.
-        weights: URI of the checkpoint; or an encoder, on the device that computes.
-        folder: URI under which parts are written, `<key>.parquet` each.
+        config: of the run.
+        corpus: URI of the corpus, or an open one, cut to the number of positions of the encoder.
+        weights: URI of the checkpoint, or an encoder on the device to use.
+        folder: URI of the folder for part files, `<key>.parquet`.
     """
 
     def __init__(self, config: Config, *, corpus: str | Corpus, weights: str | Encoder, folder: str) -> None:
@@ -203,7 +203,7 @@ class ScoringWorker:
         self._cells: tuple[bytes, UnperturbedCells] | None = None
 
     def __call__(self, item: tuple[ScoringTask, Float64s | None]) -> TaskResult:
-        """Do one task and write its part. The states, float64 (S, D), come with it, once they are known."""
+        """Do one task and write its part file. The item is the task and, once known, the state embeddings, float64 (S, D)."""
         task, states = item
         if task.operation == "probe":
             return self.probe(task)
@@ -219,7 +219,7 @@ class ScoringWorker:
         return TaskResult(cost=task.cost, sentences=table.num_rows if task.operation in operations.OPERATIONS else 0)
 
     def probe(self, task: ScoringTask) -> TaskResult:
-        """FLOP/s of exact scoring, after one uncounted round."""
+        """Measure the FLOP/s of exact scoring, after one warm-up round."""
         ids_T, offsets_B1 = self.corpus.tokens(task.cells_B)
         original = self.scorer.encode_cells(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1))
         length, device = len(ids_T), self.scorer.device
@@ -236,7 +236,7 @@ class ScoringWorker:
         return TaskResult(cost=num * flops / (time.perf_counter() - start), sentences=0)
 
     def estimate(self, task: ScoringTask, states: Float64s | None) -> pa.Table:
-        """Estimated shifts towards the goal of the task's pairs that `score` would score: columns target, cell, estimate.
+        """Estimated shifts towards the goal of the pairs that `score` would score: columns target, cell, estimate.
 
         Targets of several genes have no estimate.
         """
@@ -264,7 +264,7 @@ class ScoringWorker:
         )
 
     def embed(self, task: ScoringTask) -> pa.Table:
-        """Sums of the cells' embeddings by state and donor: columns state, donor, num_cells, sum."""
+        """Sums of embeddings by state and donor: columns state, donor, num_cells, sum."""
         ids_T, offsets_B1 = self.corpus.tokens(task.cells_B)
         vectors = self.scorer.vectors(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)).cpu().numpy()
         rows: dict[str, list[Any]] = {"state": [], "donor": [], "num_cells": [], "sum": []}
@@ -279,11 +279,13 @@ class ScoringWorker:
         return pa.table({name: pa.array(v, t) for (name, v), t in zip(rows.items(), types, strict=True)})
 
     def score(self, task: ScoringTask, states: Float64s | None) -> pa.Table:
-        """Shifts of the task's (cell, target) pairs, by cell, then target.
+        """Shifts of the task's (cell, target) pairs, ordered by cell, then target.
 
-        Columns: target, cell, rank of the target's first gene (0 = top, -1 = absent), response (1 - cos of before and
-        after), shift_<i> towards state i; all cells that hold every gene of the target, and for `overexpress` the others
-        of its species too, unless `perturb.insert_absent` is off.
+        Pairs are those in which the cell has every gene of the target. For `overexpress` with `perturb.insert_absent`
+        they are all cells of the target's species.
+
+        Columns: target, cell, rank of the target's first gene (0 = top, -1 = absent), response (1 - cos(before, after)),
+        shift_<i> towards state i.
         """
         assert states is not None, "states come before shifts"
         original = self._unperturbed(task.cells_B)
@@ -318,7 +320,7 @@ class ScoringWorker:
         return pa.table(columns)
 
     def _unperturbed(self, cells_B: Ints) -> UnperturbedCells:
-        """The unperturbed cells of a block: computed once for all its tasks."""
+        """Unperturbed cells of a block, computed once for consecutive tasks."""
         key = cells_B.tobytes()
         if self._cells is None or self._cells[0] != key:
             ids_T, offsets_B1 = self.corpus.tokens(cells_B)

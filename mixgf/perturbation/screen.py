@@ -1,19 +1,19 @@
-"""A cheap estimate of what every gene's deletion or overexpression does to a cell, to choose what is worth exact scoring.
+"""Estimates of the shift of every gene's deletion or overexpression in a cell, to choose genes for exact scoring.
 
-An exact effect costs one pass per gene and cell. An estimate for all genes of a cell costs a few dozen passes, whatever their
-number. The shift towards the goal (`mixgf.shifts`) is split into parts, each taken as cheaply as it allows:
+Exact scoring takes one pass per gene and cell. The estimate takes a few dozen passes per cell, for all genes together.
+The shift towards the goal (`perturbation.shift`) is the sum of four parts:
 
-| part | what changes | how it is had |
+| part | what changes | how it is computed |
 |---|---|---|
-| rank shift | every gene behind (delete) or before (overexpress) the gene moves by one place | exact at a grid of ranks, straight lines between |
-| removal | nobody attends to the gene at its old place | derivative by the log weight of its key in all layers: one backward pass |
-| insertion | everybody attends to the gene at the front | the gene alone reads the cell and is added to each layer's attention; times the gradient there |
-| mean | `all` counts the gene's own vector | exact |
+| rank shift | genes behind (delete) or before (overexpress) the gene move by one rank | exact at a grid of ranks, linear between |
+| removal | no token attends to the gene at its old position | derivative by the log weight of its key: one backward pass |
+| insertion | all tokens attend to the gene at the front | the gene's attention in each layer, times the gradient there |
+| mean | variant `all` includes the gene's own vector | exact |
 
-A first-order estimate of the rank shift is worthless: many small moves that interact. Without a goal there is nothing to
-estimate: 1 - cos has no gradient at the unperturbed cell.
+A first-order estimate of the rank shift is not enough, as it consists of many small moves that interact. Without a goal
+there is no estimate: 1 - cos has no gradient at the unperturbed cell.
 
-Letters: L tokens of the cell, D width, H heads, E width of a head, K genes asked for, R grid of ranks.
+Letters: L tokens of the cell, D width, H heads, E width of a head, K genes, R grid of ranks.
 """
 
 from __future__ import annotations
@@ -32,39 +32,40 @@ from mixgf.perturbation.shift import ShiftScorer
 
 OPERATIONS = ("delete", "overexpress")
 _SPARE = 8
-"""Channels added to every head, the first of which carries the key's log weight; fused kernels want multiples of 8."""
+"""Channels added to every head; the first holds the log weight of the key. Fused kernels need multiples of 8."""
 _PROBE_ELEMENTS = 1 << 22
-"""Attention weights of inserted genes that exist at one time."""
+"""Largest number of attention weights of inserted genes in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Trace:
-    """One cell's pass with what the estimates need."""
+    """Forward and backward pass of one cell."""
 
     sum_D: Tensor
-    """Sum of what the variant averages, float64; `count` of them."""
+    """Sum over the positions of the variant, float64."""
     count: int
+    """Number of these positions."""
     hidden_LD: Tensor
     removal_L: Tensor
-    """First-order change of the cosine when nobody attends to a token."""
+    """First-order change of the cosine if no token attends to this one."""
     place_grad_LD: Tensor
-    """The cosine's gradient by the position embedding of each token."""
+    """Gradient of the cosine by the position embedding of each token."""
     attention: tuple[tuple[Tensor, ...], ...]
-    """By layer: queries, keys, values, output, all (H, L, E), and the cosine's gradient by the output."""
+    """By layer: queries, keys, values and output, each (H, L, E), and the gradient of the cosine by the output."""
 
 
 def estimate(
     scorer: ShiftScorer, ids_L: Tensor, genes_K: Tensor, operation: str, goal_D: Tensor, *, grid: int = 12
 ) -> Tensor:
-    """Estimated shifts of one cell towards the goal, float64 (K,); 0 where `delete` does not find its gene.
+    """Estimated shifts of one cell towards the goal, float64 (K,); 0 where `delete` has no gene to delete.
 
     Args:
         scorer: encoder and variant.
-        ids_L: the cell's sentence.
+        ids_L: sentence of the cell.
         genes_K: token ids, perturbed one at a time.
         operation: `delete` or `overexpress`.
-        goal_D: the goal state's vector.
-        grid: ranks at which the rank shift is computed exactly, at most.
+        goal_D: embedding of the goal state.
+        grid: largest number of ranks at which the rank shift is computed exactly.
     """
     assert operation in OPERATIONS, operation
     ids_L, genes_K = ids_L.to(scorer.device).long(), genes_K.to(scorer.device).long()
@@ -99,7 +100,7 @@ def estimate(
 
 
 def _mean_part(scorer: ShiftScorer, before_KD: Tensor, after_KD: Tensor, goal_D: Tensor) -> Tensor:
-    """Effect of the gene's own vector on the mean over all positions; no part of the other variants."""
+    """Effect of the gene's own vector on the mean over all positions; 0 for the other variants."""
     if scorer.variant != "all":
         return torch.zeros(len(after_KD), dtype=torch.float64, device=after_KD.device)
     return _cosine(after_KD, goal_D) - _cosine(before_KD, goal_D)
@@ -110,7 +111,7 @@ def _cosine(x_KD: Tensor, goal_D: Tensor) -> Tensor:
 
 
 def _rank_shift_cosines(scorer: ShiftScorer, ids_L: Tensor, knots_R: Tensor, step: int, goal_D: Tensor) -> Tensor:
-    """Cosines of the cell when the genes behind each rank move up one place (step -1), or those before it down (1)."""
+    """Cosine of the cell if the genes behind each rank move up by one (step -1), or those before it down by one (step 1)."""
     length, lead = len(ids_L), scorer.lead
     places_RL = torch.arange(length, device=ids_L.device).expand(len(knots_R), length)
     cut_R1 = knots_R[:, None] + lead
@@ -129,7 +130,7 @@ def _rank_shift_cosines(scorer: ShiftScorer, ids_L: Tensor, knots_R: Tensor, ste
 
 
 def _first_order_shifts(scorer: ShiftScorer, base: _Trace, step: int) -> Tensor:
-    """First-order effect, by rank of the gene, of the moves that `_rank_shift_cosines` does exactly: wrong in size, right in its steps."""
+    """First-order effect of the moves of `_rank_shift_cosines`, by rank of the gene; used only for differences between ranks."""
     positions_LD = scorer.encoder.positions.detach()[: len(base.place_grad_LD)]
     lead = scorer.lead
     worth_R = (base.place_grad_LD * (torch.roll(positions_LD, -step, 0) - positions_LD)).sum(1).double()[lead:]
@@ -138,7 +139,7 @@ def _first_order_shifts(scorer: ShiftScorer, base: _Trace, step: int) -> Tensor:
 
 
 def _interpolate(knots_R: Tensor, values_R: Tensor, at_K: Tensor) -> Tensor:
-    """Straight lines between the knots."""
+    """Linear interpolation between the knots."""
     right_K = torch.searchsorted(knots_R, at_K).clamp(1, max(1, len(knots_R) - 1))
     if len(knots_R) == 1:
         return values_R[torch.zeros_like(at_K)]
@@ -191,7 +192,7 @@ def _heads(encoder: Encoder, x_T3D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, log_weight_L: Tensor) -> Tensor:
-    """Attention in which each key counts exp(log weight) times, (H, L, E)."""
+    """Attention in which each key is weighted by exp(log weight), (H, L, E)."""
     H, L, E = q.shape
     spare = q.new_zeros(H, L, _SPARE)
     one = torch.cat([q.new_ones(H, L, 1), spare[..., 1:]], 2)
@@ -205,11 +206,11 @@ def _weighted(q: Tensor, k: Tensor, v: Tensor, log_weight_L: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _inserted(scorer: ShiftScorer, cell: _Trace, genes_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Change of the cosine, and the gene's own last vector, when each gene alone is put in front of a cell.
+    """Insert each gene alone in front of a cell: change of the cosine (K,), and the gene's own last vector (K, D).
 
-    The gene reads the cell and itself layer after layer; each token then mixes it into what its attention brings, at the share
-    that a softmax over one more key gives it, and the gradient says what this is worth. That the tokens' changes change further
-    layers' attention is in the gradient; that they change the gene itself is left out.
+    In each layer the gene attends to the cell and itself. Each token then attends to the gene, as to one more key of its
+    softmax. The gradient by the attention output gives the change of the cosine. The gradient includes the
+    effect on later layers; the effect of changed tokens on the gene is left out.
     """
     encoder, lead = scorer.encoder, scorer.lead
     total_K = torch.zeros(len(genes_K), dtype=torch.float64, device=genes_K.device)

@@ -1,9 +1,8 @@
-"""After a screen: which genes are scored exactly, in which order, with whom they are compared, and whether it may be trusted.
+"""After a screen: choose the genes for exact scoring and their comparison genes, and check the estimates.
 
-The estimates are checked on genes drawn at random, which are scored exactly whatever their estimate: a check on the best ones
-alone would be a check on the few that the screen itself chose. For the same reason the best are not compared with each
-other: a place among genes that were all chosen for being extreme says nothing. Their matched is drawn among all genes of
-their rank and coverage, chosen or not, and so is as extreme as genes are.
+A random sample of genes is scored exactly, whatever their estimates, to check the estimates without selection bias. The
+best genes are not compared with each other, as all were chosen for being extreme. They are compared with matched genes,
+drawn at random among all genes of like rank and coverage.
 
 Letters: P (cell, gene) pairs, K genes.
 """
@@ -18,37 +17,38 @@ from numpy.typing import NDArray
 from scipy import stats
 
 STRATA = 5
-"""Bands of each feature within which genes count as alike."""
+"""Number of quantile classes of each feature; genes of one class count as alike."""
 TOP_SHARE = 0.1
-"""The share of the sample that counts as its top; it is looked for in twice as many of the best estimates."""
+"""Share of the sample that counts as its top; recall looks for it among twice as many of the best estimates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shortlist:
-    """Genes in the order in which they are scored exactly: the sample, the best by estimate, their matched, the rest."""
+    """Numbers of genes, in the order of exact scoring: sample, top, matched, rest."""
 
     sample: NDArray[np.int64]
+    """Random sample."""
     top: NDArray[np.int64]
-    """Best first, less those of the sample."""
+    """Best by estimate, best first, without the sample."""
     matched: NDArray[np.int64]
-    """Drawn like the best ones, less those that are in sample or top."""
+    """Drawn to be like the best, without those in sample or top."""
     rest: NDArray[np.int64]
     drawn: NDArray[np.int64]
-    """All that were drawn without regard to their estimates: sample, matched, and those of the best that the draw hit."""
+    """All genes drawn without regard to their estimates: sample, matched, and the best that were drawn as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """How well estimates rank the genes of the sample."""
+    """How well the estimates rank the genes of the sample."""
 
     spearman: float
-    """NaN = one of the two does not differ between genes."""
+    """Rank correlation of estimated and exact shifts; NaN = one of them is constant."""
     recall: float
-    """Share of the exact top found among twice as many of the best estimates."""
+    """Share of the exact top among twice as many of the best estimates."""
     num_genes: int
 
     def reaches(self, least: float) -> bool:
-        """Whether the rank correlation is at least this; one that is not a number never is."""
+        """Whether the rank correlation is at least `least`; False for NaN."""
         return self.spearman >= least
 
 
@@ -62,16 +62,16 @@ def choose_shortlist(
     direction: str,
     rng: np.random.Generator,
 ) -> Shortlist:
-    """Choose by estimate. A gene counts for its best place under any of the operations and in either direction.
+    """Choose genes by their best rank in any operation and direction.
 
     Args:
-        estimate_OK: estimated shift of every gene by operation, NaN = none: sets of genes, which are always scored.
-        features_KF: what the matched is like the best ones in, NaN for sets.
-        top: genes of each operation to score exactly besides the sample.
-        sample: genes to draw among those with an estimate.
-        nulls: genes to draw like the best.
+        estimate_OK: estimated shift of every gene by operation; NaN = no estimate (sets of genes, which are always scored).
+        features_KF: features in which matched genes resemble the best ones; NaN for sets.
+        top: number of genes per operation to score exactly, besides the sample.
+        sample: number of genes to draw at random among those with an estimate.
+        nulls: number of matched genes to draw.
         direction: `towards` the goal (highest estimates), `away` from it (lowest), or `both`, half of `top` each.
-        rng: draws.
+        rng: source of the draws.
     """
     tails = {"towards": [estimate_OK], "away": [-estimate_OK], "both": [estimate_OK, -estimate_OK]}[direction]
     top, estimate_OK = -(-top // len(tails)), np.concatenate(tails)
@@ -105,10 +105,10 @@ def draw_similar(
     taken: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Genes drawn at random, as many in every stratum of the features as the wanted ones' share says, (up to `num`,).
+    """At most `num` random genes, distributed over the strata of the features like the wanted ones.
 
-    The wanted ones can be drawn, too: within a stratum every gene is as likely as any other, so that the drawn ones speak
-    for all. `taken` ones cannot, as they are drawn already. Strata are cut at even shares of genes, `STRATA` by feature.
+    Strata are quantile classes, `STRATA` by feature. Within a stratum all genes are equally likely, wanted ones included,
+    so that the drawn genes represent the stratum. Genes in `taken` are never drawn.
     """
     usable = np.flatnonzero(np.isfinite(features_KF).all(axis=1))
     if not (num and len(wanted) and len(usable)):
@@ -118,7 +118,7 @@ def draw_similar(
     codes = [np.minimum((place - 0.5) * STRATA // len(usable), STRATA - 1).astype(np.int64) for place in places]
     stratum_K[usable] = np.ravel_multi_index(codes, (STRATA,) * len(codes))
     names, counts = np.unique(stratum_K[wanted][stratum_K[wanted] >= 0], return_counts=True)
-    ends = np.round(np.cumsum(counts) / counts.sum() * num).astype(np.int64)  # shares that add up
+    ends = np.round(np.cumsum(counts) / counts.sum() * num).astype(np.int64)  # rounded so that they add up to num
     drawn = []
     for name, share in zip(names.tolist(), np.diff(ends, prepend=0).tolist(), strict=True):
         free = np.setdiff1d(np.flatnonzero(stratum_K == name), taken)
@@ -127,7 +127,7 @@ def draw_similar(
 
 
 def estimate_agreement(estimate_K: NDArray[np.float64], exact_K: NDArray[np.float64]) -> Agreement:
-    """Compare estimated with exact shifts of the same genes; genes that lack either are left out."""
+    """Agreement of estimated and exact shifts of the same genes; genes without both are left out."""
     both = np.isfinite(estimate_K) & np.isfinite(exact_K)
     estimated, exact = estimate_K[both], exact_K[both]
     num = len(exact)

@@ -1,8 +1,8 @@
-"""How far perturbations move cells: embeddings before and after, and changes of cosine similarity (spec section 9).
+"""How far perturbations move cells: change of the cosine similarity of embeddings (paper section 4.2).
 
 Letters: B cells, T packed tokens, D width, S perturbed sentences, M genes perturbed together, K states.
 
-Variants of a cell's embedding, named in every output:
+Variants of a cell's embedding (`perturb.variant`), named in every output:
 
 | name | embedding of a cell, before and after |
 |---|---|
@@ -10,9 +10,9 @@ Variants of a cell's embedding, named in every output:
 | `all` | mean over all positions, <cls> included (published V2) |
 | `cls` | the vector of <cls> |
 
-The shift towards a state G is `cos(after, G) - cos(before, G)`; without a goal it is `1 - cos(before, after)`. The
-encoder runs to the layer that is read and no further, without its masked-gene head, on packed sentences of one block of
-cells at a time. Vectors are summed and compared in float64: shifts are small differences of numbers near 1.
+The shift towards a state G is `cos(after, G) - cos(before, G)`; without a goal it is `1 - cos(before, after)`. Only the
+layers up to the chosen one are run, without the masked-gene head. Vectors are summed and compared in float64, as shifts
+are small differences of numbers near 1.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from mixgf.perturbation import operations
 
 VARIANTS = ("remaining", "all", "cls")
 Observer: TypeAlias = Callable[[operations.EditedSentences, Tensor, int], None]
-"""Is shown perturbed sentences, their hidden states (T, D), and the number of the first of them."""
+"""Called with perturbed sentences, their hidden states (T, D), and the number of the first sentence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnperturbedCells:
-    """Unperturbed cells: computed once, used by every perturbation of them."""
+    """Unperturbed cells with their hidden states, used for all perturbations of them."""
 
     ids_T: Tensor
     offsets_B1: Tensor
     hidden_TD: Tensor
     sum_BD: Tensor
-    """Float64 sum over the positions that the variant averages (for `cls` the vector itself)."""
+    """Sum over the positions that the variant averages, float64; for `cls` the vector itself."""
     count_B: Tensor
+    """Number of these positions, float64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,7 @@ class Shifts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShiftScorer:
-    """An encoder with the way its output is read."""
+    """Scores perturbations of cells with one encoder, one variant of embedding and one layer."""
 
     encoder: Encoder
     variant: str = "remaining"
@@ -77,20 +78,20 @@ class ShiftScorer:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder is."""
+        """Device of the encoder."""
         return self.encoder.tokens.device
 
     def autocast(self) -> torch.autocast:
-        """The precision of a pass."""
+        """Autocast context of a pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def hidden(self, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
-        """Hidden states of one batch at the layer that is read, (T, D)."""
+        """Hidden states of one batch after `layers` layers, (T, D)."""
         with torch.no_grad(), self.autocast():
             return self.encoder(ids_T, offsets_B1.int(), layers=self.layers)
 
     def encode_cells(self, ids_T: Tensor, offsets_B1: Tensor) -> UnperturbedCells:
-        """Encode unperturbed cells; tokens may come on any device."""
+        """Encode unperturbed cells; the tokens may be on any device."""
         ids_T, offsets_B1 = ids_T.to(self.device).long(), offsets_B1.to(self.device).long()
         parts = [
             self.hidden(ids_T[int(offsets_B1[a]) : int(offsets_B1[b])], offsets_B1[a : b + 1] - offsets_B1[a])
@@ -101,7 +102,7 @@ class ShiftScorer:
         return UnperturbedCells(ids_T=ids_T, offsets_B1=offsets_B1, hidden_TD=hidden_TD, sum_BD=sum_BD, count_B=count_B)
 
     def vectors(self, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
-        """Embeddings of unperturbed cells by the variant, float64 (B, D)."""
+        """Embeddings of unperturbed cells, float64 (B, D)."""
         original = self.encode_cells(ids_T, offsets_B1)
         return original.sum_BD / original.count_B[:, None]
 
@@ -115,9 +116,15 @@ class ShiftScorer:
         *,
         observer: Observer | None = None,
     ) -> Shifts:
-        """Perturb copies of the cells and compare; arguments as of `edits.edit`, states float64 (K, D).
+        """Perturb copies of cells and score the change.
 
-        `observer` is shown every batch of sentences on the way.
+        Args:
+            original: the unperturbed cells.
+            cells_S: cell of which each sentence is a copy.
+            genes_SM: genes perturbed in each sentence, as in `operations.edit_sentences`.
+            operation: one of `operations.OPERATIONS`.
+            states_KD: state embeddings, float64.
+            observer: called with every batch of perturbed sentences.
         """
         lengths = (torch.diff(original.offsets_B1)[cells_S] + genes_SM.shape[1]).tolist()
         states_KD = states_KD.to(self.device, torch.float64)
@@ -169,7 +176,7 @@ class ShiftScorer:
         return Shifts(response_S=response_S.cpu(), shift_SK=shift_SK.cpu())
 
     def sums(self, hidden_TD: Tensor, offsets_B1: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over the positions that count, and their number, both float64."""
+        """Sum over the positions of the variant, and their number, both float64."""
         starts_B, lengths_B = offsets_B1[:-1], torch.diff(offsets_B1)
         if self.variant == "cls":
             return hidden_TD[starts_B].double(), torch.ones_like(lengths_B, dtype=torch.float64)
@@ -181,7 +188,7 @@ class ShiftScorer:
 
 
 def _remove_positions(sum_SD: Tensor, count_S: Tensor, hidden_HD: Tensor, sentence_H: Tensor) -> tuple[Tensor, Tensor]:
-    """Take positions out of sums and counts; a sentence of nothing else keeps a zero vector."""
+    """Remove positions from sums and counts; a sentence without other positions gets a zero vector."""
     sum_SD = sum_SD.index_add(0, sentence_H, hidden_HD.double(), alpha=-1)
     count_S = count_S - torch.bincount(sentence_H, minlength=len(count_S))
     return sum_SD * (count_S > 0)[:, None], count_S.clamp(min=1)
@@ -192,7 +199,7 @@ def _unit(x_SD: Tensor) -> Tensor:
 
 
 def _ranges(lengths: list[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of sentences of at most `limit` tokens (or one sentence)."""
+    """Consecutive ranges of sentences with at most `limit` tokens; a longer sentence is a range of its own."""
     start = total = 0
     for i, length in enumerate(lengths):
         if i > start and total + length > limit:

@@ -121,6 +121,12 @@ def learning_rate(settings: training.Train, step: int, num_steps: int) -> float:
     return settings.lr * scale[settings.schedule]
 
 
+def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def make_optimizer(model: nn.Module, settings: training.Train) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; no weight decay for biases and layer norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -168,6 +174,11 @@ class History:
         """All rows, and the rows since the last call."""
         new, self.committed = self.rows[self.committed :], len(self.rows)
         return list(self.rows), new
+
+    def publishers(self, context: Context) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Two functions for a checkpoint: one writes all rows so far, the other commits those since the last call."""
+        rows, new = self.drain()
+        return partial(self.write_rows, rows), partial(context.commit, new)
 
     def write_rows(self, rows: list[MetricRow]) -> None:
         """Write rows to history.parquet."""
@@ -235,16 +246,14 @@ def fit(
         All logged metrics, those before a restart included.
 
     Raises:
-        UserError: a loss or gradient is not finite (the message names the step), or a checkpoint cannot be used.
+        UserError: a loss or gradient is not finite, or a checkpoint cannot be used.
     """
     device, num_steps = context.device, task.num_steps
     last = min(until or num_steps, num_steps)
     model.to(device).train()
     optimizer, flat = make_optimizer(model, settings), _FlatGradients(model, device)
     start = _resume(uri, identity, model, optimizer, context)
-    history = History(uri, start)
-    if context.rank == 0 and history.rows:
-        context.recover(history.rows)
+    history = _recovered_history(uri, start, context)
     if context.rank == 0 and (warmup := settings.warmup_steps) >= num_steps > start:
         warn(f"train.warmup_steps = {warmup}: the run has {num_steps} steps, so train.lr is never reached")
     if settings.compile:
@@ -255,9 +264,7 @@ def fit(
         Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, max(start, last)) as ahead,
     ):
         for step, work in enumerate(ahead, start):
-            lr = learning_rate(settings, step, num_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = _set_learning_rate(optimizer, learning_rate(settings, step, num_steps))
             flat.zero()
             figures = task.backward(model, work, context)
             values, counted = _reduce_step(flat, figures, work, context)
@@ -273,8 +280,7 @@ def fit(
                     context.report(done, row)
             if uri and (done % settings.checkpoint_steps == 0 or done == last):
                 if context.rank == 0:
-                    rows, new = history.drain()
-                    before, after = partial(history.write_rows, rows), partial(context.commit, new)
+                    before, after = history.publishers(context)
                     details = {"identity": identity, "epoch": work.epoch}
                     writer.save(done, model, optimizer, details, before=before, after=after)
                 clock.pause(ahead.waited)
@@ -297,6 +303,14 @@ def _resume(
         msg = f"{uri}/steps changed while the workers read it: another run is writing there"
         raise RuntimeError(msg)
     return start
+
+
+def _recovered_history(uri: str, start: int, context: Context) -> History:
+    """Metrics up to step `start`; on rank 0 they are handed to the context, too."""
+    history = History(uri, start)
+    if context.rank == 0 and history.rows:
+        context.recover(history.rows)
+    return history
 
 
 def _reduce_step(

@@ -20,7 +20,7 @@ from mixgf.jit import jit
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-_SELECT, _ACTION, _GENE, _SUBSAMPLE, _TARGET = range(5)  # streams of keyed draws
+_SELECT, _ACTION, _GENE, _SUBSAMPLE, _TARGET = range(5)  # streams of random draws
 
 
 class ReplacementGenes(NamedTuple):

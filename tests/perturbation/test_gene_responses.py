@@ -148,7 +148,7 @@ def test_a_matrix_needs_no_cells_of_its_own_and_names_the_most_frequent_genes(co
             for c, s in sentences.items()
             if name == "overexpress" or t.tokens[0] in s
         ]
-        expected = plain(scorer.engine.encoder, sentences, pairs, name, best, max_len=16)
+        expected = plain(scorer.scorer.encoder, sentences, pairs, name, best, max_len=16)
         assert len(part) == len(expected)
         symbols = corpus.vocabulary.symbols()
         value = part.set_index(["symbol", "responding_symbol"])

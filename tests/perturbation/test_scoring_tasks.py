@@ -40,18 +40,18 @@ def plan(corpus, **settings):
 
 def run_units(corpus, weights, folder, **settings):
     design, chosen = plan(corpus, **settings)
-    scorer = scoring_tasks.ScoringWorker(chosen, corpus=corpus.uri, weights=weights, folder=str(folder))
+    worker = scoring_tasks.ScoringWorker(chosen, corpus=corpus.uri, weights=weights, folder=str(folder))
     states = np.random.default_rng(3).normal(size=(len(design.states), 16))
     rows = {}
     work = scoring_tasks.plan_tasks(design, corpus, chosen.perturb)
     for unit in work:
-        assert scorer((unit, states)).cost == unit.cost
+        assert worker((unit, states)).cost == unit.cost
         if unit.operation != "embed":
             for row in tables.read_table(f"{folder}/{unit.key}.parquet").to_pylist():
                 key = (unit.operation, row["target"], row["cell"])
                 assert key not in rows
                 rows[key] = row
-    return design, states, rows, work, scorer
+    return design, states, rows, work, worker
 
 
 @pytest.mark.parametrize("insert_absent", [True, False])
@@ -91,7 +91,7 @@ def test_blocks_do_not_change_a_shift_and_costs_are_the_tokens_encoded(corpus, w
 def test_a_set_is_scored_where_all_its_genes_are(corpus, weights, tmp_path):
     token = corpus.tokens([4])[0].tolist()  # the longest mouse cell: 16 of 20 genes
     names = [corpus.vocabulary.symbols()[t] for t in token[:2]]
-    design, states, rows, _, scorer = run_units(
+    design, states, rows, _, worker = run_units(
         corpus, weights, tmp_path, genes=("+".join(names),), operations=("delete",), goal="cell_type == 'alpha'"
     )
     holding = {c for c in range(9) if set(token[:2]) <= set(corpus.tokens([c])[0].tolist())}
@@ -100,7 +100,7 @@ def test_a_set_is_scored_where_all_its_genes_are(corpus, weights, tmp_path):
     ids = corpus.tokens([4])[0]
     vectors = []
     for sentence in (ids[2:], ids):
-        h = scorer.engine.encoder(torch.tensor(sentence).long(), torch.tensor([0, len(sentence)]))
+        h = worker.scorer.encoder(torch.tensor(sentence).long(), torch.tensor([0, len(sentence)]))
         vectors.append(h.detach().double().numpy()[len(sentence) - 14 :].mean(axis=0))
     cosine = [v @ states[1] / np.linalg.norm(v) / np.linalg.norm(states[1]) for v in vectors]
     assert rows["delete", 0, 4]["shift_1"] == pytest.approx(cosine[0] - cosine[1], abs=1e-6)
@@ -110,14 +110,14 @@ def test_state_parts_add_up_to_the_means_of_all_cells(corpus, weights, tmp_path,
     from mixgf.perturbation import gene_table
 
     monkeypatch.setattr(scoring_tasks, "STATE_CELLS", 2)
-    _, _, _, work, scorer = run_units(
+    _, _, _, work, worker = run_units(
         corpus, weights, tmp_path, start="cell_type == 'beta'", goal="cell_type == 'alpha'"
     )
     parts = [tables.read_table(f"{tmp_path}/{u.key}.parquet") for u in work if u.operation == "embed"]
     means, table = gene_table.state_means(parts, 2)
     for state, cells in enumerate(([0, 2, 4, 6, 8], [1, 3, 5, 7])):
         vectors = [
-            scorer.engine.encoder(torch.tensor(ids).long(), torch.tensor([0, len(ids)])).detach().numpy().mean(axis=0)
+            worker.scorer.encoder(torch.tensor(ids).long(), torch.tensor([0, len(ids)])).detach().numpy().mean(axis=0)
             for ids in (corpus.tokens([c])[0] for c in cells)
         ]
         assert means[state] == pytest.approx(np.mean(vectors, axis=0), abs=1e-6)
