@@ -1,4 +1,4 @@
-"""Laws of rank value encoding (spec section 3): golden sentences, exact ties, doubling, joint vocabulary, truncation."""
+"""Laws of rank value encoding (paper section 3.2): golden sentences, exact ties, doubling, joint vocabulary, truncation."""
 
 from itertools import pairwise
 from math import nextafter

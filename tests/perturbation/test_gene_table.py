@@ -72,7 +72,7 @@ def test_few_donors_have_no_donor_level_p_and_say_so():
 
 
 def test_cells_without_a_donor_s_name_are_no_donor():
-    """Six named donors agree on g3; what cells of nobody do to g5 changes its mean and no donor-level p."""
+    """Six named donors agree on g3; what cells without a donor do to g5 changes its mean and no donor-level p."""
     rng = np.random.default_rng(12)
     donor_of = np.repeat(np.arange(7), 6)
     shift = rng.normal(0, 0.001, (40, 42))
@@ -90,8 +90,11 @@ def test_cells_without_a_donor_s_name_are_no_donor():
 
 
 def screen(rng, *, genes=150, donors=12, planted=0, effect=0.0):
-    """Shifts of one screen: rank decides how far a gene moves a cell, each donor's cells follow it more or less, cells of a
-    donor are alike gene by gene (sd 1 between donors), and donors have 3 to 12 cells. Effects are in those donor sds."""
+    """Shifts of one screen with 3 to 12 cells of each donor.
+
+    The effect of rank differs by donor. Cells of a donor are correlated gene by gene (sd 1 between donors). Planted effects
+    are in units of this sd.
+    """
     donor_of = np.repeat(np.arange(donors), rng.integers(3, 13, donors))
     slope = rng.normal(3, 1, donors)
     by_rank = np.exp(-np.arange(genes) / 40)[:, None]
@@ -307,7 +310,7 @@ def test_chosen_genes_are_compared_with_drawn_ones_and_keep_the_places_that_they
     among = gene_table.build_gene_table(plain_plan, plain, {}, chosen_config).to_pandas().set_index("symbol")
     assert np.abs(among.loc[names, "null_percentile"] - every.loc[names, "null_percentile"]).mean() > 25
     assert (frame["fdr_donor"] >= np.minimum(1, frame["p_donor"] * 1000 / len(frame)) - 1e-12).all()
-    assert (frame["fdr_donor"] > 0.05).all()  # all thousand were looked at
+    assert (frame["fdr_donor"] > 0.05).all()  # all thousand count as tests
     nulls = gene_table.calibrate_tests(few_plan, few, chosen_config)
     assert nulls.num_rows % 150 == 0
 
@@ -325,4 +328,6 @@ def test_named_genes_are_compared_with_their_nulls_and_not_with_each_other():
     assert (asked["p_donor"] == 2 / 2**6).all()
     assert asked["fdr_donor"].tolist() == pytest.approx([2 / 2**6] * 30)
     few = tuple(dataclasses.replace(t, null=k >= 50, drawn=k >= 50) for k, t in enumerate(plan.targets))
-    assert table(dataclasses.replace(plan, targets=few), shift)["reference"].all()  # ten are no company
+    assert table(dataclasses.replace(plan, targets=few), shift)[
+        "reference"
+    ].all()  # ten genes are too few for a comparison

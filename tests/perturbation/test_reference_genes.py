@@ -50,7 +50,7 @@ def test_shifts_and_baselines_are_scored_by_hand_on_the_same_genes():
     assert value["shift", tested, "ppv"] == pytest.approx(2 / 3)  # a and f of a, b, f
     assert (found["num_known"] == 3).all()
     assert "shift_minus_alternatives" not in set(found["method"])  # no figures, no row
-    told = found.dropna(subset=["value"])  # nobody is called at a cell-level FDR: no predictive value
+    told = found.dropna(subset=["value"])  # no gene is called at a cell-level FDR: no predictive value
     assert ((told["low"] <= told["value"]) & (told["value"] <= told["high"])).all()
 
 

@@ -28,7 +28,7 @@ SETTINGS = Config(
 STEPS = 16
 
 
-NOBODY = [None, None, None]
+NO_KILL = [None, None, None]
 
 
 def deaths(seed, workers, number):
@@ -40,16 +40,16 @@ def deaths(seed, workers, number):
             plan.append([workers, 0, "write", int(rng.integers(1, 9))])
         else:
             plan.append([workers, int(rng.integers(workers)), "step", int(rng.integers(0, 6))])
-    return [*plan, [workers, *NOBODY]]
+    return [*plan, [workers, *NO_KILL]]
 
 
 PLANS = {
-    "undisturbed 1": [[1, *NOBODY]],
-    "undisturbed 2": [[2, *NOBODY]],
+    "undisturbed 1": [[1, *NO_KILL]],
+    "undisturbed 2": [[2, *NO_KILL]],
     "killed 1": deaths(1, 1, 6),
     "killed 2": deaths(2, 2, 6),
     "killed s3": deaths(3, 1, 6),
-    "elastic": [[2, 1, "step", 4], [1, 0, "step", 4], [2, 0, "step", 4], [3, *NOBODY]],
+    "elastic": [[2, 1, "step", 4], [1, 0, "step", 4], [2, 0, "step", 4], [3, *NO_KILL]],
 }
 """Attempts by scenario; each is (workers, who dies, of what, after how many)."""
 
