@@ -79,3 +79,11 @@ def test_every_section_is_read_by_a_stage_or_by_all():
     stages = {stage for facts in facts_of(Config).values() for stage in facts.stages}
     read = {name for stage in stages for name in sections_of(Config, stage)}
     assert set(sections()) - read == {"compute", "tracking"}
+
+
+def test_columns_are_kept_by_their_old_names_and_get_their_new_ones():
+    columns = ("cell_type", "donor_id", "n")
+    assert Source(uri="a", species="human").kept_columns(columns) == {c: c for c in columns}
+    renamed = Source(uri="a", species="human", rename={"donor_id": "donor"})
+    assert renamed.kept_columns(columns) == {"cell_type": "cell_type", "donor_id": "donor", "n": "n"}
+    assert replace(renamed, obs=("n",)).kept_columns(columns) == {"n": "n", "donor_id": "donor"}
