@@ -1,7 +1,7 @@
-"""Cell types for a user's cells by a kept classifier, and when they should not be trusted.
+"""Cell types for a user's cells by a kept classifier, with reasons to doubt them.
 
-`label` is a pure function of a classifier, a file and a range of its rows. What is said of the whole file (coverage of the
-model's genes, species without training cells, too many doubted cells) is worked out from all parts in `verdicts`.
+`label` depends only on a classifier, a file and a range of its rows. Warnings about the whole file (coverage of the model's genes,
+species without training cells, too many doubted cells) are made from all its labels, in `verdicts`.
 
 Shapes: N cells of a block, C classes, G columns of the file, V vocabulary.
 """
@@ -29,18 +29,18 @@ from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files, tables
 
 PREFIX = "mixgf_"
-"""Begins the name of every column that is added to obs."""
+"""Prefix of the columns that are added to obs."""
 OBSM = "mixgf_probabilities"
 BLOCK_CELLS = 512
 LOW_COVERAGE = 0.8
-"""Below this share of what training sentences are made of, a file measures too little of what the model reads."""
+"""Share of the tokens of training sentences whose genes a file must measure; below it the file gets a warning."""
 MANY = 3.0
-"""Times the expected share of doubted cells from which the whole file is doubted."""
+"""Multiple of the expected share of doubted cells above which the file gets a warning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class File:
-    """A user's file, as far as it must be known before a cell is read."""
+    """Facts of a user's file that are needed before its cells are read."""
 
     source: Source
     row: SpeciesRow
@@ -48,17 +48,17 @@ class File:
     coverage: float
     """Share of the tokens of training sentences (of this species, where the model saw it) whose genes the file measures."""
     genes: int
-    """Genes of the species' vocabulary that it measures."""
+    """Number of genes of the species' vocabulary that it measures."""
 
 
 def species_rows(kept: Kept, vocabulary: Vocabulary) -> list[SpeciesRow]:
-    """The species that the model reads, as rows."""
+    """Config rows of the species that the model reads."""
     rows = [parse.from_dict(SpeciesRow, row) for row in kept.about["species_rows"]]
     return [row for row in rows or (data.HUMAN, data.MOUSE) if row.name in vocabulary.species]
 
 
 def look(source: Source, kept: Kept, vocabulary: Vocabulary) -> File:
-    """Open a file and find out its species, where none is given: the one that most of its gene names belong to.
+    """Facts of a file. Where no species is given, it is the one that most of the gene names belong to.
 
     Raises:
         UserError: the file cannot be read, or knows none of the model's genes.
@@ -68,7 +68,7 @@ def look(source: Source, kept: Kept, vocabulary: Vocabulary) -> File:
 
 
 def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary) -> tuple[File, sentences.Genes]:
-    """What must be known of a table of counts before a cell of it is labelled: its species, and its genes.
+    """Facts of a table of counts, and its genes in the model's vocabulary.
 
     Raises:
         UserError: it knows none of the model's genes.
@@ -93,7 +93,7 @@ def label(
 
     Args:
         model: URI of a classifier.
-        file: As `look` found it.
+        file: Facts of `look`.
         start: First row.
         stop: Row after the last.
         to: URI of the part.
@@ -111,14 +111,14 @@ def label(
 def label_rows(
     reader: Reader, genes: sentences.Genes, kept: Kept, start: int, stop: int, *, block_cells: int = BLOCK_CELLS
 ) -> Iterator[pa.Table]:
-    """Labels of rows [start, stop), of at most `block_cells` cells at a time.
+    """Labels of rows [start, stop), as tables of at most `block_cells` cells.
 
-    Columns: `label`, `probability`, `second`, `second_probability`, `entropy` (nats), `distance` (in units of what is usual
-    for the type), `genes` (detected vocabulary genes), `doubt` (text, empty = none found), `p` (probability of every class).
+    Columns: `label`, `probability`, `second`, `second_probability`, `entropy` (nats), `distance` (to the type's
+    centre, in units of its training cells' mean distance), `genes` (detected vocabulary genes), `doubt` (text, empty = none found), `p` (probability of every class).
 
     Args:
-        reader: Of the counts.
-        genes: As `describe` found them in it.
+        reader: Reader of the counts.
+        genes: Genes of `describe`.
         kept: The classifier.
         start: First row.
         stop: Row after the last.
@@ -167,16 +167,16 @@ def frame(parts: Sequence[pa.Table]) -> pd.DataFrame:
     return whole.drop_columns(["p"]).to_pandas().assign(p=list(p_NC))
 
 
-# What is said of the whole file
+# The whole file
 
 
 def summary(uri: str, kept: Kept, file: File, table: pd.DataFrame) -> dict[str, Any]:
-    """Figures of a labelled file: cells, coverage of the model's genes, labels and reasons for doubt with their numbers.
+    """Figures of a labelled file: cells, coverage of the model's genes, and counts of labels and of reasons for doubt.
 
     Args:
-        uri: Of the classifier.
+        uri: URI of the classifier.
         kept: The classifier.
-        file: As `look` found it.
+        file: Facts of `look`.
         table: Labels of all its cells.
     """
     trusted = table["doubt"] == ""
@@ -191,19 +191,19 @@ def summary(uri: str, kept: Kept, file: File, table: pd.DataFrame) -> dict[str, 
 
 
 def facts(found: dict[str, Any]) -> dict[str, Any]:
-    """What of `summary` is kept with the labels, in `uns["mixgf_annotate"]`."""
+    """The part of `summary` that is written with the labels, in `uns["mixgf_annotate"]`."""
     named = {name: found[name] for name in ("model", "group", "species", "coverage")}
     return named | {"verdicts": found["verdicts"] or [""]}
 
 
 def verdicts(kept: Kept, file: File, table: pd.DataFrame) -> list[str]:
-    """Sentences that speak against trusting the labels of this file; empty = nothing found."""
+    """Warnings about the labels of this file, one sentence each; empty = none."""
     out = []
     trained = list(kept.about["species"])
     if file.row.name not in trained:
         out.append(
             f"the classifier was trained on {' and '.join(trained)} cells only: labels of {file.row.name} cells are a transfer, "
-            "and no figure of the classifier speaks of them"
+            "and the classifier's scores do not apply to them"
         )
     if file.coverage < LOW_COVERAGE:
         out.append(
@@ -225,7 +225,7 @@ def verdicts(kept: Kept, file: File, table: pd.DataFrame) -> list[str]:
 
 
 def columns(table: pd.DataFrame) -> pd.DataFrame:
-    """What is added to obs: label, probability, the second best, entropy, distance, and whether and why it is doubted."""
+    """Columns to add to obs: label, probability, second best label, entropy, distance, and whether and why the label is doubted."""
     text = {name: pd.Categorical(table[name].fillna("")) for name in ("label", "second", "doubt")}
     numbers = {
         name: table[name].to_numpy(np.float32) for name in ("probability", "second_probability", "entropy", "distance")
@@ -243,9 +243,9 @@ def probabilities(table: pd.DataFrame, classes: Iterable[str], names: Iterable[s
 
 
 def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], about: dict[str, Any]) -> None:
-    """Write the labels: into a copy of an .h5ad (everything in it stays, X is not read), or as .parquet or .csv.
+    """Write the labels into a copy of an .h5ad file, or as .parquet or .csv.
 
-    Of 10x files, whose counts are no AnnData, the .h5ad holds obs and probabilities only.
+    Everything in the .h5ad file stays, and X is not read. For 10x files the .h5ad file holds obs and probabilities only.
     """
     import anndata as ad  # noqa: PLC0415 (slow to import)
     import h5py  # noqa: PLC0415
