@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixgf import datasets
-    from mixgf.api import CellClassifier, CellEncoder, load, load_classifier
+    from mixgf.api import CellClassifier, CellEncoder, classify, load, load_classifier, prepare, pretrain, write_report
     from mixgf.errors import UserError
 
 __version__ = "0.1.0"
@@ -24,9 +24,13 @@ __all__ = [
     "CellClassifier",
     "CellEncoder",
     "UserError",
+    "classify",
     "datasets",
     "load",
     "load_classifier",
+    "prepare",
+    "pretrain",
+    "write_report",
 ]
 
 _HOMES = dict.fromkeys(__all__, "mixgf.api") | {"UserError": "mixgf.errors", "datasets": "mixgf.datasets"}

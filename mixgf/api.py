@@ -10,9 +10,11 @@ result.
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -25,20 +27,24 @@ import torch
 
 from mixgf import console
 from mixgf.classification import annotate, classifier
-from mixgf.config import parse
+from mixgf.config import parse, recipes
 from mixgf.config.data import HUMAN, MOUSE, Source, SpeciesRow, Tokens, Vocab
+from mixgf.config.fields import with_absolute_paths
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
 from mixgf.config.training import Embed, LayerChoice
 from mixgf.console import Progress, warn
 from mixgf.corpus import anndata, sentences
+from mixgf.distributed.executor import RayExecutor
 from mixgf.encoder import bert, checkpoint, huggingface
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.genes import species as species_tables
 from mixgf.genes import token_dictionaries, vocabulary
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import artifacts, files
+from mixgf.tracking import mlflow_runs
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,6 +52,8 @@ if TYPE_CHECKING:
     Cells: TypeAlias = AnnData | str | os.PathLike[str]
     Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
+Engine: TypeAlias = Literal["local", "ray"]
+"""Where a stage works: in this process, or on a Ray cluster."""
 EMBEDDING = "X_mixgf"
 """Where `inplace=True` writes vectors: `adata.obsm[EMBEDDING]`."""
 BLOCK_CELLS = 512
@@ -566,3 +574,165 @@ class CellClassifier:
         target.obsm[annotate.OBSM] = annotate.probabilities(table, self.classes, target.obs_names)
         target.uns["mixgf_annotate"] = annotate.facts(told)
         return target if copy else None
+
+
+# Stages
+
+
+def _run_stage(  # noqa: PLR0917 (as its callers have them)
+    stage: str, recipe: str, output: str | os.PathLike[str], settings: Mapping[str, Any], engine: str, tracking_uri: str
+) -> str:
+    """Run one stage with the config that the command would have; returns the URI of what it made."""
+    console.setup_if_silent()
+    if engine not in ("local", "ray"):
+        msg = f"engine = {engine!r}: must be local or ray"
+        raise UserError(msg)
+    changes = dict(settings) | ({"output": os.fspath(output)} if output else {})
+    texts = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
+    config = with_absolute_paths(parse.override(recipes.get(recipe), texts))
+    tracking = tracking_uri or config.tracking.uri or mlflow_runs.OFF
+    config = replace(config, tracking=replace(config.tracking, uri=tracking))
+    if engine == "local":
+        config = replace(config, compute=replace(config.compute, num_workers=1, min_workers=0))
+    with _torch_threads(config.train.threads):
+        if stage == "report":
+            from mixgf.report import build  # noqa: PLC0415 (heavy)
+
+            return build.build_report(config, files.join(config.output, "report.html"))
+        module = importlib.import_module(f"mixgf.stages.{stage}")
+        return str(module.run(config, executor=LocalExecutor() if engine == "local" else RayExecutor(config)))
+
+
+def prepare(
+    sources: Mapping[str, Paths],
+    *,
+    recipe: str = "default",
+    output: str | os.PathLike[str] = "",
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine = "local",
+    tracking_uri: str = "",
+) -> str:
+    """Turn files of raw counts into a corpus of cell sentences and a vocabulary, as `mixgf prepare`.
+
+    Args:
+        sources: By species, the path, glob or URI of a file, or a list of them.
+        recipe: Name of the config to start from (`mixgf prepare --help` lists them).
+        output: Folder of the run, local or `s3://`; empty = the recipe's.
+        settings: Fields of the config to change, with the names of `--set`, for example `{"qc.min_genes": 200}`.
+        engine: `local` works in this process; `ray` uses a Ray cluster (RAY_ADDRESS), or starts a local one.
+        tracking_uri: An MLflow server or database; empty = no MLflow.
+
+    Returns:
+        URI of the corpus.
+
+    Raises:
+        UserError: an unknown recipe, field or species, or no source that can be used.
+
+    Examples:
+        >>> import mixgf as mg
+        >>> mg.prepare(
+        ...     {"human": "pancreas.h5ad"}, output="runs/example", settings={"tokens.max_len": 48}
+        ... ).rpartition("/")[2]
+        'corpus'
+    """
+    rows = [
+        {"species": species, "uri": os.fspath(path)}
+        for species, paths in sources.items()
+        for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)
+    ]
+    changes = {"sources": rows} | dict(settings or {})
+    return _run_stage("prepare", recipe, output, changes, engine, tracking_uri)
+
+
+def pretrain(
+    *,
+    recipe: str = "default",
+    output: str | os.PathLike[str] = "",
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine = "local",
+    tracking_uri: str = "",
+) -> str:
+    """Train an encoder on the corpus of a run, as `mixgf pretrain`.
+
+    With `engine="local"` one worker trains in this process. Its numbers are those of the command at
+    `compute.num_workers=1`, to the bit; more workers add the same gradients in another order.
+
+    Args:
+        recipe: As of `prepare`.
+        output: As of `prepare`.
+        settings: As of `prepare`, for example `{"train.lr": 1e-3}`.
+        engine: As of `prepare`.
+        tracking_uri: As of `prepare`.
+
+    Returns:
+        URI of the checkpoint; `load` takes it, or the run's folder.
+
+    Raises:
+        UserError: no corpus, an unknown field, or a config that cannot be trained.
+
+    Examples:
+        >>> import mixgf as mg
+        >>> mg.pretrain(
+        ...     recipe="demo", output="runs/example", settings={"inputs.corpus": "runs/mine/corpus", "train.max_steps": 2}
+        ... ).rpartition("/")[2]
+        'pretrain'
+    """
+    return _run_stage("pretrain", recipe, output, settings or {}, engine, tracking_uri)
+
+
+def classify(
+    *,
+    recipe: str = "default",
+    output: str | os.PathLike[str] = "",
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine = "local",
+    tracking_uri: str = "",
+) -> str:
+    """Train and score classifiers of cell types on the corpus of a run, as `mixgf classify`.
+
+    Args:
+        recipe: As of `prepare`.
+        output: As of `prepare`.
+        settings: As of `prepare`, for example `{"classify.models": ["probe"], "classify.label": "cell_type"}`.
+        engine: As of `prepare`.
+        tracking_uri: As of `prepare`.
+
+    Returns:
+        URI of the classification; its classifiers are in `classifiers/GROUP` under it.
+
+    Raises:
+        UserError: no corpus or encoder, no labelled cells, or an unknown field.
+
+    Examples:
+        >>> import mixgf as mg
+        >>> mg.classify(
+        ...     output="runs/example",
+        ...     settings={
+        ...         "inputs.corpus": "runs/mine/corpus", "inputs.checkpoint": "runs/mine/pretrain", "classify.models": ["probe"],
+        ...         "classify.splits": ["random"], "classify.group": "source",
+        ...     },
+        ... ).rpartition("/")[2]
+        'classify'
+    """
+    return _run_stage("classify", recipe, output, settings or {}, engine, tracking_uri)
+
+
+def write_report(
+    *, recipe: str = "default", output: str | os.PathLike[str] = "", settings: Mapping[str, Any] | None = None
+) -> str:
+    """Write what a run has found as one HTML file, as `mixgf report`.
+
+    Args:
+        recipe: As of `prepare`.
+        output: As of `prepare`.
+        settings: As of `prepare`.
+
+    Returns:
+        URI of the file.
+
+    Examples:
+        >>> import mixgf as mg
+        >>> mg.write_report(output="runs/mine").rpartition("/")[2]
+        'report.html'
+    """
+    return _run_stage("report", recipe, output, settings or {}, "local", "")

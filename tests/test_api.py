@@ -15,10 +15,12 @@ import pandas as pd
 import pytest
 import torch
 from invented import untrained_checkpoint
+from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 import mixgf as mg
+from mixgf import cli
 from mixgf.config.classification import Classify
 from mixgf.config.data import QC, Source, Tokens
 from mixgf.config.perturbation import Perturb
@@ -26,12 +28,12 @@ from mixgf.config.run import Config, Tracking
 from mixgf.config.training import Model, Train
 from mixgf.execution import LocalExecutor
 from mixgf.stages import annotate, classify, embed, export, perturb, prepare
-from mixgf.storage import files, tables
+from mixgf.storage import artifacts, files, tables
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SMALL = Model(num_layers=1, dim=32, num_heads=2, ffn_dim=32, max_positions=48)
 PUBLIC = [
-    mg.load, mg.load_classifier, mg.CellEncoder.embed, mg.CellEncoder.perturb, mg.CellClassifier.annotate,
+    mg.load, mg.load_classifier, mg.prepare, mg.pretrain, mg.classify, mg.write_report, mg.CellEncoder.embed, mg.CellEncoder.perturb, mg.CellClassifier.annotate,
     mg.datasets.pancreas, mg.datasets.pancreas_path,
 ]  # fmt: skip
 
@@ -102,6 +104,20 @@ def test_every_public_name_is_there():
         assert getattr(mg, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'embedd'"):
         _ = mg.embedd
+
+
+def test_neither_ray_nor_mlflow_is_imported(run, folder):
+    code = f"""
+import sys, mixgf as mg
+adata = mg.datasets.pancreas()[:6]
+encoder = mg.load({run.output!r})
+encoder.embed(adata)
+encoder.perturb(adata, start="", genes=["INS"], max_cells=2)
+mg.load_classifier({model_uri(run)!r}).annotate(adata)
+print([name for name in ("ray", "mlflow", "botocore", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 # embed
@@ -201,7 +217,7 @@ def test_a_backed_table_is_read_in_blocks(large, run, encoder, monkeypatch):
 
     def vectors(model, sentences, rows, *_, **__):
         seen.append(len(rows))
-        return np.zeros((len(rows), model.row.dim), np.float32)
+        return np.zeros((len(rows), model.sizes.dim), np.float32)
 
     monkeypatch.setattr("mixgf.api.embed_cells", vectors)
     monkeypatch.setattr("mixgf.encoder.embed.embed_cells", vectors)
@@ -315,6 +331,79 @@ def test_published_weights_are_read_with_their_dictionary_and_medians(run, cells
         mg.load(shuffled, dictionary=str(tmp_path / "ids.json"))
 
 
+# stages
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Settings of a run of seconds."""
+    return {
+        "model.num_layers": 1, "model.dim": 32, "model.num_heads": 2, "model.ffn_dim": 32, "model.max_positions": 48,
+        "tokens.max_len": 48, "train.epochs": 1, "train.batch_cells": 16, "train.max_steps": 3, "train.warmup_steps": 1,
+        "train.micro_tokens": 2048, "classify.models": ["probe"], "classify.group": "source", "classify.splits": ["random"],
+    }  # fmt: skip
+
+
+def contents(uri):
+    """SHA-256 of every file that the record of an artifact names."""
+    record = artifacts.require(uri, artifacts.find(uri).kind)
+    return record.fingerprint, {name: facts["sha256"] for name, facts in record.files.items()}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("run", "ray_local")
+def test_stages_make_what_the_commands_make_to_the_bit(folder, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sources = {"human": [folder / "pancreas.h5ad"], "mouse": str(folder / "mouse.h5ad")}
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    options = [option for name, value in tiny.items() for option in ("--set", f"{name}={json.dumps(value)}" if not isinstance(value, str) else f"{name}={value}")]  # fmt: skip
+    options += [
+        "--output",
+        str(theirs),
+        "--set",
+        "compute.num_workers=1",
+        "--set",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+    ]
+    given = [f"human={folder}/pancreas.h5ad", f"mouse={folder}/mouse.h5ad"]
+    assert mg.prepare(sources, output=mine, settings=tiny) == str(mine / "corpus")
+    for name, verb in (("pretrain", mg.pretrain), ("classify", mg.classify)):
+        assert verb(output="mine", settings=tiny) == str(mine / name)
+    assert not (mine / "mlflow.db").exists()
+    for command in (["prepare", *given], ["pretrain"], ["classify"]):
+        assert cli.main([*command, *options]) == 0, capsys.readouterr().err
+    for name in ("corpus", "vocabulary", "pretrain", "classify", "classify/classifiers/pancreas"):
+        assert contents(str(mine / name)) == contents(str(theirs / name)), name
+    assert Path(mg.write_report(output=mine)).read_text().startswith("<!")
+    assert mg.write_report(output=mine)  # a second call finds the function, not the package of that name
+    assert np.array_equal(
+        mg.load(mine).embed(folder / "pancreas.h5ad"), mg.load(theirs).embed(folder / "pancreas.h5ad")
+    )
+
+
+def test_mlflow_is_used_where_it_is_asked_for(folder, run, tiny, tmp_path, tracking_uri):
+    changes = tiny | {"inputs.corpus": f"{run.output}/corpus"}
+    mg.pretrain(output=tmp_path / "a", settings=changes, tracking_uri=tracking_uri)
+    runs = MlflowClient(tracking_uri).search_runs(["1"], f"tags.`mixgf.output` = '{tmp_path}/a'")
+    assert [r.info.run_name for r in runs] == ["pretrain"]
+
+
+def test_settings_are_those_of_set_with_its_errors(tmp_path, folder):
+    source = {"human": folder / "pancreas.h5ad"}
+    errors = {
+        r"--set train.lrr=0.1: no field 'lrr'; did you mean 'lr'": lambda: mg.pretrain(settings={"train.lrr": 0.1}, output=tmp_path),
+        r"train.lr = -1.0: must be above 0": lambda: mg.pretrain(settings={"train.lr": -1.0}, output=tmp_path),
+        r"engine = 'spark': must be local or ray": lambda: mg.pretrain(engine="spark", output=tmp_path),
+        r"recipe": lambda: mg.prepare(source, recipe="huge", output=tmp_path),
+        r"species": lambda: mg.prepare({"rat": "rat.h5ad"}, output=tmp_path),
+        r"none.h5ad: no such file": lambda: mg.prepare({"human": tmp_path / "none.h5ad"}, output=tmp_path),
+    }  # fmt: skip
+    for text, call in errors.items():
+        with pytest.raises(mg.UserError, match=text) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
 # errors and documentation
 
 
@@ -363,3 +452,18 @@ def test_every_public_function_is_among_the_documented_ones():
         found |= {f for name, f in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
     found |= {f for name, f in inspect.getmembers(mg.datasets, inspect.isfunction) if f.__module__ == "mixgf.datasets"}
     assert found == set(PUBLIC)
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its cells in order, without Jupyter."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((Path(__file__).parent.parent / "jobs" / "quickstart.ipynb").read_text())
+    names = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), names)
+            assert not cell["outputs"], "the notebook is kept without outputs"
+    assert names["human"].obsm["X_mixgf"].shape == (names["human"].n_obs, 64)
+    assert set(names["human"].obs["mixgf_label"]) <= set(names["TYPES"])
+    assert (tmp_path / "runs/quickstart/report.html").exists()
+    assert not (tmp_path / "runs/quickstart/mlflow.db").exists()
