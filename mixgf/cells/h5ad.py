@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from mixgf.cells.hdf5 import RangeReader, csr_blocks, read_column, read_strings
+from mixgf.cells.hdf5 import RangeReader, column_length, csr_blocks, read_column, read_strings
 from mixgf.cells.reader import SCAN_ENTRIES, RawBlock, Reader, Triples, cut_rows, file_error, gather_rows
 
 DENSE_BYTES = 64 << 20
@@ -33,7 +33,7 @@ def open_h5ad(uri: str, file: h5py.File, layer: str) -> Reader:
     matrix = file[where]
     num_rows, num_columns = (int(n) for n in _shape(matrix))
     index = _index(obs)
-    if (length := _length(index)) != num_rows:
+    if (length := column_length(index)) != num_rows:
         raise file_error(uri, f"obs has {length} rows, {where} has {num_rows}; the file is damaged")
     read, scan = matrix_reader(uri, matrix, num_rows, num_columns)
     return Reader(
@@ -58,17 +58,13 @@ def _shape(matrix: h5py.Group | h5py.Dataset) -> tuple[int, int]:
 
 
 def _index(frame: h5py.Group) -> h5py.Group | h5py.Dataset:
-    """Index of a data frame: a column of strings, or codes and categories (pandas CategoricalIndex)."""
+    """Index of a data frame: strings, categories with codes, or strings with a mask (anndata 0.13 with pandas 3)."""
     return frame[frame.attrs.get("_index", "_index")]
-
-
-def _length(column: h5py.Group | h5py.Dataset) -> int:
-    return int((column["codes"] if isinstance(column, h5py.Group) else column).shape[0])
 
 
 def _gene_names(uri: str, var: h5py.Group, column: str) -> np.ndarray:
     index = _index(var)
-    length = _length(index)
+    length = column_length(index)
     named = (name for name in map(str, var) if not name.startswith("_"))  # the index may have a name, too
     columns = list(dict.fromkeys([*map(str, var.attrs.get("column-order", [])), *named]))
     return choose_gene_names(

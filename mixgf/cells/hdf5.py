@@ -28,6 +28,13 @@ def open_hdf5(uri: str) -> Iterator[h5py.File]:
         yield file
 
 
+def column_length(node: h5py.Group | h5py.Dataset) -> int:
+    """Rows of a column of a data frame: an array, a categorical (codes), or a nullable array (values and mask)."""
+    if isinstance(node, h5py.Group):
+        node = node["codes" if "codes" in node else "values"]
+    return int(node.shape[0])
+
+
 def read_strings(column: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of a column as an object array of str."""
     if isinstance(column, h5py.Group):
@@ -47,8 +54,7 @@ def read_column(node: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.nd
         return _widen(node[start:stop])
     if "codes" in node:
         codes = node["codes"][start:stop].astype(np.int64)
-        categories = node["categories"]
-        values = read_column(categories, 0, categories.shape[0])
+        values = read_column(node["categories"], 0, column_length(node["categories"]))
         last = np.asarray(
             [None if values.dtype == object else np.nan], dtype=object if values.dtype == object else float
         )

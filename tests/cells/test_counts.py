@@ -324,3 +324,25 @@ def test_names_in_a_categorical_index_are_read_as_others(tmp_path):
     with open_reader(str(tmp_path / "cells.h5ad")) as reader:
         assert reader.gene_names("").tolist() == ["INS", "GCG"]
         assert reader.cell_names(1, 3).tolist() == ["a", "c"]
+
+
+def test_strings_with_a_mask_are_read_as_others(tmp_path):
+    # as anndata 0.13 with pandas 3 writes every column of strings; the layout is made here, for any version of anndata
+    adata = anndata.AnnData(sparse.csr_matrix(np.ones((3, 2), dtype=np.float32)))
+    adata.obs_names, adata.var_names = ["b", "a", "c"], ["INS", "GCG"]
+    adata.obs["donor"] = ["x", "y", "z"]
+    adata.obs["type"] = pd.Categorical(["p", "q", "p"])
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        for name, missing in {"obs/_index": [], "var/_index": [], "obs/donor": [1], "obs/type/categories": []}.items():
+            values = file[name]["values"] if isinstance(file[name], h5py.Group) else file[name]
+            texts = values.asstr()[:]
+            del file[name]
+            file[f"{name}/values"] = texts.astype(object)
+            file[f"{name}/mask"] = np.isin(np.arange(len(texts)), missing)
+            file[name].attrs["encoding-type"] = "nullable-string-array"
+    with open_reader(str(tmp_path / "cells.h5ad")) as reader:
+        assert reader.gene_names("").tolist() == ["INS", "GCG"]
+        assert reader.cell_names(1, 3).tolist() == ["a", "c"]
+        assert reader.obs("donor", 0, 3).tolist() == ["x", None, "z"]
+        assert reader.obs("type", 0, 3).tolist() == ["p", "q", "p"]
