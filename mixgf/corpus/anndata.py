@@ -136,7 +136,7 @@ def _matrix(adata: Any, layer: str) -> Any:
 
 
 def _blocks(block: Callable[[int, int], Any], row_bytes: int, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
-    """Rows [start, stop) as CSR blocks whose arrays are copies: `counts.blocks` writes into them."""
+    """Rows [start, stop) as CSR blocks whose arrays are copies: `counts.read_blocks` writes into them."""
     most = min(rows, max(1, DENSE_BYTES // row_bytes)) if row_bytes else rows
     for a in range(start, stop, most):
         part = sparse.csr_array(block(a, min(a + most, stop)))
