@@ -3,9 +3,9 @@
 `import mixgf as mg` gives all of it. Numbers equal those of the commands: a cell's vector, label or shift on a CPU is the
 same to the bit. Nothing here starts Ray or MLflow unless it is asked for. Errors are one line (`UserError`).
 
-Every verb takes an AnnData in memory, one that is backed by a file, a view of either, or the path or URI of an `.h5ad`,
-10x `.h5` or 10x folder. Counts are read in blocks, so a backed file of any size needs the memory of one block and of the
-result.
+Cells are an AnnData in memory, one that is backed by a file, or a view of either. They may also be the path or URI of an
+`.h5ad`, 10x `.h5` or 10x folder. `embed` and `annotate` read counts in blocks: a backed file of any size needs the memory
+of one block and of the result.
 """
 
 from __future__ import annotations
