@@ -10,9 +10,8 @@ numpy, numba, pandas, pyarrow, scipy, safetensors and fsspec, and no network. It
 s3fs or botocore.
 
 Sections:
-    environment  memory of the GPU, and its bf16 matrix product of ones and of random numbers. `train.measure_peak` multiplies
-                 ones; where they are faster, MFU in history.parquet is too low by that ratio. MFU here is a share of the
-                 random product.
+    environment  memory of the GPU, and its bf16 matrix product of ones and of random numbers. MFU in history.parquet is a share
+                 of the product of ones, and is too low where ones are faster. MFU here is a share of the random product.
     parity       one training step on the CPU in fp32 against the same step on the GPU in fp32 and bf16.
     repeat       the same step three times: the gradients that differ in any bit.
     train        tokens/s, cells/s, MFU, memory and waits for the GPU. A token counts once however many views its cell has.
