@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mixgf
 from mixgf import cli
 from mixgf.config import parse
 from mixgf.config.fields import facts_of
@@ -129,6 +130,19 @@ def test_examples_are_found():
     assert {f"jobs/{name}.py" for name in ("prepare", "import_corpus", "pretrain", "tune", "report")} <= jobs
     code = "ray job submit --working-dir . -- \\\n  python jobs/embed.py --set 'a.b=c d'\ncp one two  # three\n"
     assert list(commands(code, ROOT)) == [["mixgf", "embed", "--set", "a.b=c d"]]
+
+
+@pytest.mark.parametrize("path", ["README.md", "jobs/README.md"])
+def test_python_names_of_documents_exist(path):
+    """`mg.NAME` is public, and methods are those of the two classes."""
+    for code in blocks(path, "python"):
+        ast.parse(code)
+    text = text_of(path)
+    named = set(re.findall(r"\bmg\.(\w+)", text))
+    assert {"load", "prepare"} <= named <= set(mixgf.__all__)
+    for name, kind in (("encoder", mixgf.CellEncoder), ("classifier", mixgf.CellClassifier)):
+        for method in re.findall(rf"\b{name}\.(\w+)\(", text):
+            assert callable(getattr(kind, method)), f"{path}: {name}.{method}"
 
 
 def code_words(path):
