@@ -54,9 +54,9 @@ from mixgf.encoder.bert import Encoder, MaskedModel, forward_flops
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
 from mixgf.perturbation.shift import ShiftScorer
-from mixgf.training.context import GroupContext, LocalContext
 from mixgf.training.loop import fit, make_optimizer
 from mixgf.training.pretraining import Pretraining
+from mixgf.training.worker_group import GroupContext, LocalContext
 
 SMALL = training.Model(num_layers=6, dim=256, num_heads=4, ffn_dim=512, max_positions=2048)
 LARGE = training.Model(num_layers=12, dim=512, num_heads=8, ffn_dim=1024, max_positions=4096)

@@ -33,9 +33,9 @@ from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.embed import embed_cells
 from mixgf.storage import files
 from mixgf.training import batch_plan
-from mixgf.training.context import GroupContext, LocalContext
 from mixgf.training.loop import make_optimizer, measure_peak
 from mixgf.training.pretraining import Pretraining
+from mixgf.training.worker_group import GroupContext, LocalContext
 
 Step = Callable[[], object]
 

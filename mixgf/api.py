@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 
 from mixgf import console
-from mixgf.classification import annotate, classifier
+from mixgf.classification import annotate, kept_classifier
 from mixgf.config import parse, recipes
 from mixgf.config.data import HUMAN, MOUSE, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.fields import with_absolute_paths
@@ -34,7 +34,7 @@ from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
 from mixgf.config.training import Embed, LayerChoice
 from mixgf.console import Progress, warn
-from mixgf.corpus import anndata, sentences
+from mixgf.corpus import anndata, in_memory
 from mixgf.distributed.executor import RayExecutor
 from mixgf.encoder import bert, checkpoint, huggingface
 from mixgf.encoder.embed import embed_cells
@@ -201,8 +201,8 @@ def load_classifier(uri: str | os.PathLike[str], *, device: str | None = None) -
         ('alpha cell', 'beta cell', 'ductal cell')
     """
     console.setup_if_silent()
-    found = classifier.find(_uri(uri))
-    kept, words, _ = classifier.load(found, _device(device))
+    found = kept_classifier.find(_uri(uri))
+    kept, words, _ = kept_classifier.load(found, _device(device))
     return CellClassifier(kept, words, uri=found)
 
 
@@ -365,11 +365,11 @@ class CellEncoder:
         rows = BLOCK_CELLS if self.device.type == "cpu" else GPU_BLOCK_CELLS
         width = bert.vector_width(self.model.sizes, chosen.layer)
         with anndata.open_cells(adata, layer) as reader, _torch_threads(threads):
-            found = sentences.find_genes(reader, self.vocabulary, self._rows, species=species, column=genes)
+            found = in_memory.find_genes(reader, self.vocabulary, self._rows, species=species, column=genes)
             out_ND = np.full((reader.num_rows, width), np.nan, dtype=np.float32)
             empty = 0
             with Progress("embed", reader.num_rows, "cells") as progress:
-                for block in sentences.blocks(reader, found, self.tokens, 0, reader.num_rows, rows=rows):
+                for block in in_memory.blocks(reader, found, self.tokens, 0, reader.num_rows, rows=rows):
                     full = np.flatnonzero(block.genes_N)
                     empty += len(block.genes_N) - len(full)
                     out_ND[block.start + full] = embed_cells(
@@ -452,8 +452,8 @@ class CellEncoder:
             classify=replace(base.classify, label=label),
         )  # fmt: skip
         with anndata.open_cells(adata, layer) as reader:
-            found = sentences.find_genes(reader, self.vocabulary, self._rows, species=species, column=gene_column)
-            corpus = sentences.MemoryCorpus(
+            found = in_memory.find_genes(reader, self.vocabulary, self._rows, species=species, column=gene_column)
+            corpus = in_memory.MemoryCorpus(
                 reader, found, self.vocabulary, self.tokens, max_len=self.model.sizes.max_positions, source=source
             )
         with _torch_threads(threads), tempfile.TemporaryDirectory(prefix="mixgf-perturb-") as folder:
@@ -483,7 +483,7 @@ class CellClassifier:
         uri: Where it was loaded from.
     """
 
-    def __init__(self, kept: classifier.Kept, vocabulary: Vocabulary, *, uri: str = "") -> None:
+    def __init__(self, kept: kept_classifier.Kept, vocabulary: Vocabulary, *, uri: str = "") -> None:
         self.kept, self.vocabulary, self.uri = kept, vocabulary, uri
         self.classes, self.about = kept.classes, kept.about
 

@@ -4,7 +4,7 @@ A reader gives the file's shape, the names of rows and columns, `obs` values and
 It does not check counts (`cells.counts`) or identify genes (`genes.identify`).
 
 Memory: of row-major files (CSR, dense, 10x .h5) one block of rows. Column-major files (CSC, Matrix Market) are scanned
-whole for every row range, in chunks of 4 M entries; to read them more than once, write them as rows (`cells.row_order`).
+whole for every row range, in chunks of 4 M entries; to read them more than once, write them as rows (`cells.row_major`).
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ import pyarrow as pa
 
 from mixgf.cells.open import format_of, open_reader
 from mixgf.cells.reader import Reader
-from mixgf.classification import classifier
-from mixgf.classification.classifier import DOUBTED, EMPTY, Kept
+from mixgf.classification import kept_classifier
+from mixgf.classification.kept_classifier import DOUBTED, EMPTY, Kept
 from mixgf.config import data, parse
 from mixgf.config.data import Source, SpeciesRow
-from mixgf.corpus import sentences
+from mixgf.corpus import in_memory
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files, tables
 
@@ -67,14 +67,14 @@ def look(source: Source, kept: Kept, vocabulary: Vocabulary) -> File:
         return describe(reader, source, kept, vocabulary)[0]
 
 
-def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary) -> tuple[File, sentences.Genes]:
+def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary) -> tuple[File, in_memory.Genes]:
     """Facts of a table of counts, and its genes in the model's vocabulary.
 
     Raises:
         UserError: it knows none of the model's genes.
     """
     rows = tuple(species_rows(kept, vocabulary))
-    genes = sentences.find_genes(reader, vocabulary, rows, species=source.species, column=source.genes)
+    genes = in_memory.find_genes(reader, vocabulary, rows, species=source.species, column=source.genes)
     whole = float(kept.share_V[genes.of_species.tokens].sum())
     number = len(genes.measured)
     # a species without training cells: every gene counts alike
@@ -100,7 +100,7 @@ def label(
         block_cells: Rows held in memory at a time.
         device: Where the encoder computes.
     """
-    kept, vocabulary, _ = classifier.load(model, device)
+    kept, vocabulary, _ = kept_classifier.load(model, device)
     with open_reader(file.source.uri, file.source.layer) as reader:
         reader.layer_option = "--layer"
         _, genes = describe(reader, file.source, kept, vocabulary)
@@ -109,7 +109,7 @@ def label(
 
 
 def label_rows(
-    reader: Reader, genes: sentences.Genes, kept: Kept, start: int, stop: int, *, block_cells: int = BLOCK_CELLS
+    reader: Reader, genes: in_memory.Genes, kept: Kept, start: int, stop: int, *, block_cells: int = BLOCK_CELLS
 ) -> Iterator[pa.Table]:
     """Labels of rows [start, stop), as tables of at most `block_cells` cells.
 
@@ -125,11 +125,11 @@ def label_rows(
         block_cells: Rows held in memory at a time.
     """
     tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
-    for block in sentences.blocks(reader, genes, tokens, start, stop, rows=block_cells):
+    for block in in_memory.blocks(reader, genes, tokens, start, stop, rows=block_cells):
         yield _label_block(kept, block)
 
 
-def _label_block(kept: Kept, block: sentences.Sentences) -> pa.Table:
+def _label_block(kept: Kept, block: in_memory.Sentences) -> pa.Table:
     genes_N = block.genes_N
     num_cells, num_classes = len(genes_N), len(kept.classes)
     full = np.flatnonzero(genes_N > 0)

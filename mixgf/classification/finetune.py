@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixgf import rng
 from mixgf.arrays import Floats, Ints
 from mixgf.classification import linear_start
-from mixgf.classification.model import Problem, SentenceSet
+from mixgf.classification.models.protocol import Problem, SentenceSet
 from mixgf.classification.species_alignment import align_scores, shared_tokens
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
@@ -34,7 +34,7 @@ from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS
 from mixgf.training import loop
 from mixgf.training.batch_plan import BatchPlan
-from mixgf.training.context import Context, Group
+from mixgf.training.worker_group import Context, Group
 
 _HEAD_SITE = 1 << 20
 """Number of the class head in the stream of dropout keys, beyond every layer."""

@@ -20,7 +20,7 @@ from scipy import optimize, sparse, special
 from torch import Tensor
 
 from mixgf.arrays import Floats, Integers
-from mixgf.classification.heads import logistic_layer
+from mixgf.classification.simple_classifiers import logistic_layer
 from mixgf.corpus import packed
 
 STRENGTH = 1000.0

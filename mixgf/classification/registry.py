@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mixgf.classification.baselines import HvgLogisticRegression, Majority, PcaNeighbours, Pseudobulk, RankPca
 from mixgf.classification.encoders import CHECKPOINT, UNTRAINED, named_uris
-from mixgf.classification.finetuned import Finetune, FinetuneLinearStart, Lora
-from mixgf.classification.frozen import Centroid, Neighbours, Probe
-from mixgf.classification.genes_centroid import GenesCentroid
-from mixgf.classification.model import EncoderModel, Model, Needs
-from mixgf.classification.scvi import Scvi
+from mixgf.classification.models.baselines import HvgLogisticRegression, Majority, PcaNeighbours, Pseudobulk, RankPca
+from mixgf.classification.models.finetuned import Finetune, FinetuneLinearStart, Lora
+from mixgf.classification.models.frozen import Centroid, Neighbours, Probe
+from mixgf.classification.models.genes_centroid import GenesCentroid
+from mixgf.classification.models.protocol import EncoderModel, Model, Needs
+from mixgf.classification.models.scvi import Scvi
 from mixgf.classification.splits import Split
 from mixgf.config.classification import Classify
 from mixgf.errors import UserError

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mixgf.classification import encoders, integration, metrics, registry
+from mixgf.classification import embedding_measures, encoders, metrics, registry
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace, vector_column
@@ -109,7 +109,7 @@ def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame
     """
     own = encoders.space_name(encoders.CHECKPOINT)
     kinds, counts = np.unique(kinds_N, return_counts=True)
-    enough = counts >= integration.MIN_CELLS
+    enough = counts >= embedding_measures.MIN_CELLS
     kinds, counts = kinds[enough], counts[enough]
     columns = [
         "space",
@@ -124,15 +124,18 @@ def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame
     if own not in spaces or not len(kinds):
         return pd.DataFrame(columns=columns)
     ours_N2, vectors_ND = spaces[own]
-    ours, profile = integration.centroids(ours_N2, kinds_N, kinds), integration.profiles(vectors_ND, kinds_N, kinds)
+    ours, profile = (
+        embedding_measures.centroids(ours_N2, kinds_N, kinds),
+        embedding_measures.profiles(vectors_ND, kinds_N, kinds),
+    )
     rows = []
     for name, (xy_N2, other_ND) in spaces.items():
         if name == own:
             continue
-        other = integration.profiles(other_ND, kinds_N, kinds)
-        same = integration.agreement(profile, other)
+        other = embedding_measures.profiles(other_ND, kinds_N, kinds)
+        same = embedding_measures.agreement(profile, other)
         away, turned = (
-            np.hypot(*(integration.centroids(at, kinds_N, kinds) - ours).T) for at in (xy_N2, integration.aligned(xy_N2, ours_N2))
+            np.hypot(*(embedding_measures.centroids(at, kinds_N, kinds) - ours).T) for at in (xy_N2, embedding_measures.aligned(xy_N2, ours_N2))
         )  # fmt: skip
         change = np.abs(profile - other).sum(1) / max(len(kinds) - 1, 1)
         for i, kind in enumerate(kinds.tolist()):

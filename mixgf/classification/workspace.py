@@ -18,7 +18,7 @@ from scipy import sparse
 from mixgf.arrays import Floats, Ints
 from mixgf.classification import encoders, features
 from mixgf.classification.labels import Labelled
-from mixgf.classification.model import Model, Needs, Problem, SentenceSet, problem_of
+from mixgf.classification.models.protocol import Model, Needs, Problem, SentenceSet, problem_of
 from mixgf.classification.paths import ArtifactPaths
 from mixgf.classification.splits import Split, random_order
 from mixgf.config import parse

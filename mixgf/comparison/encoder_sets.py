@@ -13,7 +13,7 @@ from mixgf.arrays import Ints, Names
 from mixgf.classification import encoders, registry
 from mixgf.classification.encoders import CHECKPOINT, EXPRESSION, UNTRAINED, named_uris
 from mixgf.classification.labels import UNKNOWN, Labelled, names_of
-from mixgf.classification.model import Needs
+from mixgf.classification.models.protocol import Needs
 from mixgf.classification.paths import ArtifactPaths
 from mixgf.classification.workspace import Workspace
 from mixgf.comparison.shift_matching import Shift

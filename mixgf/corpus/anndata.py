@@ -1,7 +1,7 @@
 """AnnData objects read as files are: bounded blocks of raw counts, names of genes and cells, `obs` values.
 
 `open_cells` gives the same `Reader` for an AnnData in memory, one that is backed by a file, a view of either, and a path
-or URI. Everything after it (`mixgf.cells.counts`, `mixgf.corpus.sentences`) does not know the difference.
+or URI. Everything after it (`mixgf.cells.counts`, `mixgf.corpus.in_memory`) does not know the difference.
 
 Memory: one block of rows. A column-major matrix (CSC) is the exception: in memory it is turned into rows once; in a file
 it is scanned from end to end for every range of rows, as `mixgf.cells.open` says.

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixgf.cells import counts, qc, row_order
+from mixgf.cells import counts, qc, row_major
 from mixgf.cells.doublets import scrublet
 from mixgf.cells.open import open_reader
 from mixgf.cells.reader import Reader
@@ -155,9 +155,9 @@ def _gene_columns(work: str, index: int) -> pa.Table:
 
 
 def write_row_order(work: str, index: int, source: Source) -> None:
-    """Write a column-major source as rows (`cells.row_order`), which the later passes read."""
+    """Write a column-major source as rows (`cells.row_major`), which the later passes read."""
     with open_reader(source.uri, source.layer) as reader:
-        row_order.write_rows(reader, _row_order_folder(work, index))
+        row_major.write_rows(reader, _row_order_folder(work, index))
         write_table(
             part_uri(work, "row_order", index), pa.table({"rows": [reader.num_rows]})
         )  # last: all rows are there
@@ -172,7 +172,7 @@ def _open_source(work: str, index: int, source: Source) -> Iterator[Reader]:
     """Open a source; a column-major one is read from its rows (`write_row_order`), where they exist."""
     with open_reader(source.uri, source.layer) as reader:
         if reader.scan is not None and files.exists(part_uri(work, "row_order", index)):
-            reader.read = partial(row_order.read_rows, _row_order_folder(work, index))
+            reader.read = partial(row_major.read_rows, _row_order_folder(work, index))
         yield reader
 
 

@@ -27,9 +27,9 @@ from mixgf.distributed.session import require_gpus
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.tracking import mlflow_runs
-from mixgf.training.context import GroupContext, MetricRow
 from mixgf.training.loop import fit
 from mixgf.training.pretraining import Pretraining, initial_model
+from mixgf.training.worker_group import GroupContext, MetricRow
 
 
 class RayContext(GroupContext):

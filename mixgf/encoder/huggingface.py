@@ -92,8 +92,8 @@ def from_bert(state: Mapping[str, Tensor], sizes: training.Model) -> dict[str, T
 
 TOKENS = "encoder.tokens"
 DICTIONARIES = ("token_dictionary.json", "token_dictionary.pkl")
-_FILES = ("model.safetensors", "pytorch_model.bin")
-_FIELDS = {
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+CONFIG_FIELDS = {
     "num_layers": "num_hidden_layers", "dim": "hidden_size", "num_heads": "num_attention_heads", "ffn_dim": "intermediate_size",
     "max_positions": "max_position_embeddings", "activation": "hidden_act", "dropout": "hidden_dropout_prob",
     "norm_eps": "layer_norm_eps", "init_sd": "initializer_range",
@@ -119,12 +119,12 @@ def read_pretrained(folder: str) -> PretrainedBert:
         UserError: no such folder, not a BERT with absolute positions and tied embeddings, or a damaged file.
     """
     if not files.is_folder(folder) or "config.json" not in files.list_dir(folder):
-        msg = f"{folder}: no folder with a config.json; give one with config.json and {' or '.join(_FILES)}"
+        msg = f"{folder}: no folder with a config.json; give one with config.json and {' or '.join(WEIGHT_FILES)}"
         raise UserError(msg)
     sizes = _read_sizes(folder)
-    names = [name for name in _FILES if name in files.list_dir(folder)]
+    names = [name for name in WEIGHT_FILES if name in files.list_dir(folder)]
     if not names:
-        msg = f"{folder}: no weights in it; there must be {' or '.join(_FILES)} (several files: save it again as one)"
+        msg = f"{folder}: no weights in it; there must be {' or '.join(WEIGHT_FILES)} (several files: save it again as one)"
         raise UserError(msg)
     uri = files.join(folder, names[0])
     data = files.read_bytes(uri)
@@ -159,11 +159,11 @@ def _read_sizes(folder: str) -> training.Model:
     if kind != "bert" or positions != "absolute":
         msg = f"{where}: model_type {kind!r} with {positions or 'no'} positions; only 'bert' with absolute positions can be imported"
         raise UserError(msg)
-    lacking = [theirs for theirs in list(_FIELDS.values())[:6] if theirs not in given]
+    lacking = [theirs for theirs in list(CONFIG_FIELDS.values())[:6] if theirs not in given]
     if lacking:
         msg = f"{where}: no {lacking[0]}; fetch it again"
         raise UserError(msg)
-    sizes = {ours: given[theirs] for ours, theirs in _FIELDS.items() if theirs in given}
+    sizes = {ours: given[theirs] for ours, theirs in CONFIG_FIELDS.items() if theirs in given}
     try:
         return parse.from_dict(training.Model, sizes)
     except UserError as error:

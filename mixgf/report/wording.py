@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mixgf.classification import registry
-from mixgf.classification.finetuned import Finetune
+from mixgf.classification.models.finetuned import Finetune
 
 PAPER_MODEL = Finetune.head
 """The model of the paper."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixgf.classification import annotate, classifier
+from mixgf.classification import annotate, kept_classifier
 from mixgf.config import parse
 from mixgf.config.data import Source
 from mixgf.config.run import Config
@@ -32,8 +32,8 @@ def run(model: str, source: Source, to: str, settings: Config, *, executor: Exec
     if to == source.uri:
         msg = f"--output {to}: is the input itself, which stays as it is; name another file"
         raise UserError(msg)
-    uri = classifier.find(model)
-    kept, vocabulary, record = classifier.load(uri)
+    uri = kept_classifier.find(model)
+    kept, vocabulary, record = kept_classifier.load(uri)
     file = annotate.look(source, kept, vocabulary)
     key = parse.fingerprint(
         [

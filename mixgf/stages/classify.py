@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.classification import encoders, labels, predict, registry, splits, tables
-from mixgf.classification.finetuned import Finetune
+from mixgf.classification import encoders, labels, prediction_task, registry, splits, tables
 from mixgf.classification.labels import Labelled
-from mixgf.classification.model import FEWEST_SECONDS, Model, Needs
+from mixgf.classification.models.finetuned import Finetune
+from mixgf.classification.models.protocol import FEWEST_SECONDS, Model, Needs
 from mixgf.classification.paths import SCRATCH, ArtifactPaths, slug
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import BLOCK_CELLS, Workspace, find_embeddings
@@ -259,7 +259,7 @@ class _Work:
             for model in registry.scored(self.config.classify, split):
                 trains = model.trains_encoder
                 task = Task(
-                    part=self.paths.prediction(split, model.name), function=predict.predict, args=(workspace, shared, model),
+                    part=self.paths.prediction(split, model.name), function=prediction_task.predict, args=(workspace, shared, model),
                     weight=self.seconds(model, split), threads=self.config.train.threads if trains else 1, gpu=trains,
                 )  # fmt: skip
                 found[task] = split, model
@@ -270,10 +270,10 @@ class _Work:
         cells = min(len(self.table), self.config.classify.integration_cells)
         return [
             Task(
-                part=self.workspace.integration_uri(space), function=predict.integrate, threads=1,
+                part=self.workspace.integration_uri(space), function=prediction_task.integrate, threads=1,
                 args=(Shared(self.workspace), space), weight=START_SECONDS + WHOLE_SECONDS * cells / 1000,
             )
-            for space in predict.measured_spaces(self.workspace)
+            for space in prediction_task.measured_spaces(self.workspace)
         ]  # fmt: skip
 
     def _shared(self) -> list[Task]:
@@ -327,14 +327,14 @@ def _publish(workspace: Workspace, record: Record, made: Sequence[Split]) -> dic
     """Write the tables and the record; returns the figures of the run."""
     config, paths, table = workspace.config, workspace.paths, workspace.table
     uri = paths.output
-    found = tables.tables(workspace, made, predict.measured_spaces(workspace))
+    found = tables.tables(workspace, made, prediction_task.measured_spaces(workspace))
     artifacts.reopen(uri)  # an extended classification keeps its old record until here
     made_of = {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in found.items()}
     checksums = artifacts.write_tables(uri, made_of)
     shown = tables.write_cells(files.join(uri, "cells.h5ad"), workspace, found)
     seen = _audit(workspace)
     say(f"classify: {seen['line']}")
-    kept = predict.keep_best(workspace, made, record.parents)
+    kept = prediction_task.keep_best(workspace, made, record.parents)
     details = {
         "models": list(config.classify.models), "encoders": _encoders(workspace), "groups": _groups(table), "cells_h5ad": shown,
         "classifiers": kept, "audit": seen,

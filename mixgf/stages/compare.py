@@ -15,7 +15,14 @@ import pyarrow as pa
 
 from mixgf.classification.paths import SCRATCH
 from mixgf.classification.workspace import BLOCK_CELLS, Workspace
-from mixgf.comparison import conserved_response, gene_networks, shift_selection, shift_tables, spaces, transfer
+from mixgf.comparison import (
+    conserved_response,
+    gene_networks,
+    shift_selection,
+    shift_tables,
+    space_tables,
+    transfer_tables,
+)
 from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, encoder_sets
 from mixgf.config.fields import content
 from mixgf.config.parse import to_dict
@@ -181,8 +188,8 @@ def _of_encoder_set(context: ComparisonContext, encoder_set: EncoderSet) -> list
 
 
 PARTS: dict[str, Part] = {
-    "transfer": Part(tables=transfer.transfer),
-    "spaces": Part(tables=spaces.spaces),
+    "transfer": Part(tables=transfer_tables.transfer),
+    "spaces": Part(tables=space_tables.spaces),
     "matching": Part(tables=shift_tables.match_shifts, tasks=_matching_tasks),
     "conserved": Part(tables=lambda s: conserved_response.tables(s.config)),
     "networks": Part(

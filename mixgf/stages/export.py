@@ -1,4 +1,4 @@
-"""Moved here from mixgf/weights.py."""
+"""`export`: a trained encoder to a Hugging Face folder that `transformers` loads as `BertForMaskedLM`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mixgf.config.run import Config
 from mixgf.console import say
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint, huggingface
-from mixgf.encoder.huggingface import _FIELDS, _FILES, DICTIONARIES
+from mixgf.encoder.huggingface import CONFIG_FIELDS, DICTIONARIES, WEIGHT_FILES
 from mixgf.genes.vocabulary import PAD, SPECIALS
 from mixgf.stages.import_weights import SCHEMA
 from mixgf.storage import artifacts, files
@@ -29,7 +29,7 @@ def export(settings: Config) -> str:
         say(f"export: {uri} is already there")
         return uri
     row = model.encoder.sizes
-    sizes = {theirs: to_dict(row)[ours] for ours, theirs in _FIELDS.items()} | {
+    sizes = {theirs: to_dict(row)[ours] for ours, theirs in CONFIG_FIELDS.items()} | {
         "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": model.encoder.vocab_size, "pad_token_id": PAD,
         "attention_probs_dropout_prob": row.attention_dropout, "type_vocab_size": 1, "tie_word_embeddings": True,
         "position_embedding_type": "absolute", "dtype": "float32",
@@ -39,10 +39,10 @@ def export(settings: Config) -> str:
         for k, v in huggingface.to_bert(model).items()
         if not k.startswith("cls.predictions.decoder")
     }
-    files.write_bytes(files.join(uri, _FILES[0]), save_tensors(state, metadata={"format": "pt"}))
+    files.write_bytes(files.join(uri, WEIGHT_FILES[0]), save_tensors(state, metadata={"format": "pt"}))
     vocabulary = corpus.vocabulary
     genes = zip(vocabulary.table["gene"].to_pylist(), vocabulary.table["token"].to_pylist(), strict=True)
     files.write_json(files.join(uri, DICTIONARIES[0]), {name: i for i, name in enumerate(SPECIALS)} | dict(genes))
     files.write_json(files.join(uri, "config.json"), sizes)
-    artifacts.finish(uri, record, files=artifacts.checksums_of(uri, (_FILES[0], DICTIONARIES[0], "config.json")))
+    artifacts.finish(uri, record, files=artifacts.checksums_of(uri, (WEIGHT_FILES[0], DICTIONARIES[0], "config.json")))
     return uri

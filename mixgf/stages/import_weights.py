@@ -1,9 +1,9 @@
-"""PretrainedBert BERT checkpoints in (`mixgf import-weights`), ours out (`mixgf export`): Hugging Face folders on either side.
+"""`import-weights`: published weights, or a checkpoint of mixgf, become the encoder of a run.
 
 And our own checkpoints, grown to a vocabulary with more species (`grow`).
 
 A folder is config.json and model.safetensors, or a pytorch_model.bin, which is read by torch's restricted reader (tensors
-only). PretrainedBert models of the family (Geneformer V1 and V2, Mouse-Geneformer) have ids of their own, given by a token
+only). Published models of the family (Geneformer V1 and V2, Mouse-Geneformer) have ids of their own, given by a token
 dictionary; the vectors of their genes move to the ids of a corpus' vocabulary. A corpus that was prepared with their medians
 (`vocab.medians`) and `tokens.cls` as they had it then gives them the sentences they know, with one exception: sentences here
 have no <eos>, which Geneformer V2 has at their ends.

@@ -30,9 +30,9 @@ from mixgf.execution import Executor
 from mixgf.storage import artifacts, files
 from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints
-from mixgf.training.context import LocalContext, MetricRow
 from mixgf.training.loop import fit, measure_peak
 from mixgf.training.pretraining import Pretraining, initial_model
+from mixgf.training.worker_group import LocalContext, MetricRow
 
 USUAL_MFU = 0.3
 """Share of the GEMM peak that small recipes reached on two CPU cores through the command line (.22 to .38), for the estimate."""

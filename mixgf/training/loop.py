@@ -27,8 +27,8 @@ from mixgf.encoder.batch import Batch
 from mixgf.errors import UserError
 from mixgf.storage import files, tables
 from mixgf.training import checkpoints
-from mixgf.training.context import Context, Group, MetricRow, autocast
 from mixgf.training.prefetch import Prefetch
+from mixgf.training.worker_group import Context, Group, MetricRow, autocast
 
 W = TypeVar("W", bound="StepWork")
 M_contra = TypeVar("M_contra", bound=nn.Module, contravariant=True)

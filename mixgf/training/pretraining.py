@@ -26,7 +26,6 @@ from mixgf.encoder.batch import Batch, pack_batch, split_micro_batches
 from mixgf.encoder.bert import MaskedModel, forward_flops, head_flops, pool_tokens
 from mixgf.genes import species
 from mixgf.training.batch_plan import I64, BatchPlan, WorkerShare, padding_ratios, shares_by_code
-from mixgf.training.context import Group, autocast
 from mixgf.training.losses import (
     alignment,
     dimension_loss,
@@ -36,6 +35,7 @@ from mixgf.training.losses import (
     uniformity,
 )
 from mixgf.training.views import ReplacementGenes, Translator, mask_genes, merge_query_positions, subsample_genes
+from mixgf.training.worker_group import Group, autocast
 
 
 def initial_model(config: Config, corpus: Corpus) -> MaskedModel:

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import stats as distributions
 
 from mixgf.arrays import Float64s
-from mixgf.classification.finetuned import Finetune
+from mixgf.classification.models.finetuned import Finetune
 from mixgf.config.classification import HEADS
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune

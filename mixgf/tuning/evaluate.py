@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 
 from mixgf.classification import finetune, metrics, registry, splits
-from mixgf.classification.finetuned import Finetune
 from mixgf.classification.labels import Labelled
-from mixgf.classification.model import SentenceSet, problem_of
+from mixgf.classification.models.finetuned import Finetune
+from mixgf.classification.models.protocol import SentenceSet, problem_of
 from mixgf.classification.splits import Split
 from mixgf.config.classification import HEADS
 from mixgf.config.run import Config
@@ -28,7 +28,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed
 from mixgf.encoder.bert import Encoder
 from mixgf.training import losses, views
-from mixgf.training.context import LocalContext
+from mixgf.training.worker_group import LocalContext
 
 COLUMNS = ["split", "group", "direction", "model", "metric", "value"]
 """Columns of a table of scores."""

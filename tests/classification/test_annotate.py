@@ -10,9 +10,9 @@ import pytest
 from invented import untrained_checkpoint
 from scipy import sparse, special
 
-from mixgf.classification import classifier, heads
+from mixgf.classification import kept_classifier, simple_classifiers
 from mixgf.classification.features import Scale
-from mixgf.classification.model import LinearClassifier
+from mixgf.classification.models.protocol import LinearClassifier
 from mixgf.config.classification import Classify
 from mixgf.config.data import Source, Tokens
 from mixgf.config.run import Config, Tracking
@@ -84,7 +84,7 @@ def test_labels_of_the_test_cells_are_those_that_were_scored(trained: Config, tm
 
 
 def test_the_better_classifier_by_validation_loss_is_kept_and_knows_its_own_scores(trained: Config) -> None:
-    kept, _, record = classifier.load(model(trained))
+    kept, _, record = kept_classifier.load(model(trained))
     assert record.kind == "classifier"
     assert kept.about["model"] in ("probe", "finetune")
     assert kept.about["test"]["cells"] == 24  # 20 % of 3 x 40
@@ -142,11 +142,11 @@ def test_shallow_and_empty_cells_are_doubted(trained: Config, tmp_path: Path) ->
     x[1] = row
     data.X = sparse.csr_matrix(x)
     found, out = label(trained, data, tmp_path)
-    assert out.obs["mixgf_doubt"].iloc[0] == classifier.EMPTY
+    assert out.obs["mixgf_doubt"].iloc[0] == kept_classifier.EMPTY
     assert out.obs["mixgf_label"].iloc[0] == ""
-    assert classifier.SHALLOW in out.obs["mixgf_doubt"].iloc[1]
+    assert kept_classifier.SHALLOW in out.obs["mixgf_doubt"].iloc[1]
     assert not out.obs["mixgf_trusted"].iloc[:2].any()
-    assert found["doubts"][classifier.EMPTY] == 1
+    assert found["doubts"][kept_classifier.EMPTY] == 1
 
 
 def test_temperature_scaling_finds_the_divisor() -> None:
@@ -155,7 +155,7 @@ def test_temperature_scaling_finds_the_divisor() -> None:
     z = rng.normal(size=(20_000, 4)) * 2
     p = special.softmax(z, axis=1)
     labels = (p.cumsum(1) < rng.random((len(z), 1))).sum(1)
-    assert classifier.fit_temperature(3 * z, labels) == pytest.approx(3, rel=0.05)
+    assert kept_classifier.fit_temperature(3 * z, labels) == pytest.approx(3, rel=0.05)
 
 
 def test_a_head_with_weights_of_genes_is_kept_whole(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_head_with_weights_of_genes_is_kept_whole(tmp_path_factory: pytest.Tem
     prepare.run(run, executor=LocalExecutor())
     untrained_checkpoint(run, SMALL)
     classify.run(run, executor=LocalExecutor())
-    kept, _, _ = classifier.load(f"{run.output}/classify/classifiers/human")
+    kept, _, _ = kept_classifier.load(f"{run.output}/classify/classifiers/human")
     assert kept.layer == "all"
     assert kept.genes_CV.shape[1] == kept.encoder.vocab_size
     _, out = label(run, cells("human", 25), tmp_path)
@@ -188,9 +188,9 @@ def test_a_probe_is_a_linear_layer(num_classes: int) -> None:
     train, test = rng.normal(3, 5, (90, 6)), rng.normal(3, 5, (20, 6))
     labels = np.arange(90) % num_classes
     train[:, 0] += 9 * labels
-    weights, bias = heads.scaled_logistic_layer(train, labels, num_classes)
+    weights, bias = simple_classifiers.scaled_logistic_layer(train, labels, num_classes)
     scale = Scale.fit(train)
-    expected = heads.logistic_regression(scale(train), labels, num_classes)(scale(test))
+    expected = simple_classifiers.logistic_regression(scale(train), labels, num_classes)(scale(test))
     np.testing.assert_allclose(special.softmax(test @ weights.T + bias, axis=1), expected, atol=1e-9)
 
 
@@ -201,18 +201,18 @@ def test_limits_doubt_the_stated_share_of_validation_cells_and_far_cells() -> No
     head = np.eye(8)[:2] - np.eye(8)[:2].mean(0)
     linear = LinearClassifier(encoder=None, head_CD=head, bias_C=np.zeros(2), genes_CV=np.zeros((2, 0)), layer=-1, max_len=0,
                               vectors_ND=vectors)  # fmt: skip
-    kept = classifier.keep(
+    kept = kept_classifier.keep(
         linear, classes=("a", "b"), pooling="mean", train_ND=vectors[:200], labels_N=labels[:200],
         genes_N=np.arange(200), tokens_T=np.array([3, 3, 4]), vocab_size=6, validation_ND=vectors[200:], validation_labels=labels[200:], about={},
     )  # fmt: skip
     p = kept.probabilities(vectors[200:])
     distance = kept.distances(vectors[200:], p.argmax(1))
-    assert (p.max(1) < kept.least_probability).mean() == pytest.approx(classifier.DOUBTED, abs=0.01)
-    assert (distance > kept.greatest_distance).mean() == pytest.approx(classifier.DOUBTED, abs=0.01)
+    assert (p.max(1) < kept.least_probability).mean() == pytest.approx(kept_classifier.DOUBTED, abs=0.01)
+    assert (distance > kept.greatest_distance).mean() == pytest.approx(kept_classifier.DOUBTED, abs=0.01)
     np.testing.assert_allclose(kept.share_V, [0, 0, 0, 2 / 3, 1 / 3, 0])
     strange = np.eye(8)[[5]] * 25 + np.eye(8)[[0]]
     p = kept.probabilities(strange)
-    assert classifier.FAR in kept.doubts(p, kept.distances(strange, p.argmax(1)), np.array([999]))[0]
+    assert kept_classifier.FAR in kept.doubts(p, kept.distances(strange, p.argmax(1)), np.array([999]))[0]
 
 
 def test_what_cannot_be_used_is_one_line(trained: Config, tmp_path: Path) -> None:

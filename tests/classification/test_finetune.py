@@ -8,10 +8,11 @@ import pytest
 import torch
 from scipy import special
 
-from mixgf.classification import encoders, finetune, finetuned, linear_start, registry, species_alignment
+from mixgf.classification import encoders, finetune, linear_start, registry, species_alignment
 from mixgf.classification.finetune import Classifier, Tuned
 from mixgf.classification.labels import Labelled, labelled
-from mixgf.classification.model import Problem, SentenceSet, problem_of
+from mixgf.classification.models import finetuned
+from mixgf.classification.models.protocol import Problem, SentenceSet, problem_of
 from mixgf.classification.splits import Split, make
 from mixgf.config.classification import HEADS, Classify
 from mixgf.config.data import Tokens, Vocab
@@ -23,7 +24,7 @@ from mixgf.encoder import embed, lora
 from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
 from mixgf.rng import dropout_keys, dropped, hashed
-from mixgf.training import context
+from mixgf.training import worker_group
 
 CELLS = 90
 SMALL = Model(num_layers=2, dim=32, num_heads=2, ffn_dim=64, max_positions=32)
@@ -73,7 +74,7 @@ def tuned(
     corpus: Corpus, data: Labelled, split: Split, run: Config = RUN, encoder: Encoder | None = None
 ) -> Found:  # fmt: skip
     made, encoder = problem(corpus, data, split, run), encoder or Encoder(SMALL, corpus.vocabulary.size)
-    found = finetune.finetune(encoder, made, config=run, context=context.LocalContext())
+    found = finetune.finetune(encoder, made, config=run, context=worker_group.LocalContext())
     return Found(found, found.predict(made.target.x.cells))
 
 

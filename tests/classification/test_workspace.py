@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mixgf.classification import finetune, workspace
-from mixgf.classification.finetuned import Finetune
-from mixgf.classification.frozen import Probe
 from mixgf.classification.labels import Labelled
+from mixgf.classification.models.finetuned import Finetune
+from mixgf.classification.models.frozen import Probe
 from mixgf.classification.paths import ArtifactPaths
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace

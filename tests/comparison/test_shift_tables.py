@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixgf.classification import integration
+from mixgf.classification import embedding_measures
 from mixgf.classification.labels import merged
-from mixgf.comparison import transfer
+from mixgf.comparison import transfer_tables
 from mixgf.config.comparison import Compare, ShiftSpec
 from mixgf.errors import UserError
 
@@ -25,7 +25,7 @@ def test_what_a_failed_type_is_called_and_why():
     per_class = pd.DataFrame([
         task | {"model": m, "class": kind, "num_train": train, "num_test": test} for m in ("knn", "hvg_logreg", "majority") for kind, (train, test) in sizes.items()
     ])  # fmt: skip
-    found = transfer.failures(per_class, confusion).set_index(["model", "type"])
+    found = transfer_tables.failures(per_class, confusion).set_index(["model", "type"])
     a = found.loc[("knn", "a")]
     assert (a["recall"], a["into"], a["into_share"], a["best_control"], a["control_f1"]) == (
         0.1,
@@ -39,9 +39,11 @@ def test_what_a_failed_type_is_called_and_why():
     assert a["why"] == "a baseline finds it (hvg_logreg: F1 0.78), this model does not"
     assert found.loc[("knn", "b"), "why"] == found.loc[("knn", "b"), "into"] == ""
     assert found.loc[("knn", "c"), "why"] == "only 5 training cells"
-    twice = transfer.failures(per_class, pd.concat([confusion, confusion.assign(seed=1)])).set_index(["model", "type"])
+    twice = transfer_tables.failures(per_class, pd.concat([confusion, confusion.assign(seed=1)])).set_index(
+        ["model", "type"]
+    )
     pd.testing.assert_frame_equal(twice, found)  # the same cells again are no more cells
-    few = transfer.failures(per_class.assign(num_train=90), confusion).set_index(["model", "type"])
+    few = transfer_tables.failures(per_class.assign(num_train=90), confusion).set_index(["model", "type"])
     assert few.loc[("knn", "c"), "why"].startswith("all baselines fail too (best majority: F1 0.00)")
 
 
@@ -51,12 +53,12 @@ def test_corresponding_types_by_hand():
     names = [n for n in at for _ in range(5)]
     vectors = np.array([at[n] for n in names], dtype=np.float32)
     species, types = (np.array([n.split()[i] for n in names]) for i in (0, 1))
-    found = integration.corresponding(vectors, vectors, types, species).set_index(["species", "type"])
+    found = embedding_measures.corresponding(vectors, vectors, types, species).set_index(["species", "type"])
     assert found.loc[("human", "a"), "nearest"] == "a"
     assert (found.loc[("mouse", "b"), "nearest"], found.loc[("mouse", "b"), "place"]) == ("a", 2)
     assert found.loc[("human", "a"), "distance"] == pytest.approx(1 - 1 / np.sqrt(1.01), abs=1e-6)
     assert found.loc[("human", "b"), "map_distance"] == pytest.approx(np.hypot(1, 0.8), abs=1e-6)
-    few = integration.corresponding(vectors[1:], vectors[1:], types[1:], species[1:])
+    few = embedding_measures.corresponding(vectors[1:], vectors[1:], types[1:], species[1:])
     assert "a" not in set(few["type"])  # of the human's a only four cells are left
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 import mixgf
-from mixgf.classification import integration, metrics, umap
+from mixgf.classification import embedding_measures, metrics, umap
 from mixgf.config.classification import Classify
 from mixgf.config.parse import to_dict
 from mixgf.config.perturbation import Perturb
@@ -222,11 +222,11 @@ def test_centroids_and_counterparts_on_a_case_by_hand():
 
     vectors = np.concatenate([at(0), at(90), at(10), at(80)])
     species, types = np.repeat(["a", "b"], 10), np.tile(np.repeat(["alpha", "beta"], 5), 2)
-    table = integration.centroid_table(embedding_map.type_centroids(vectors, species, types), "a", "b")
+    table = embedding_measures.centroid_table(embedding_map.type_centroids(vectors, species, types), "a", "b")
     assert table.loc["alpha", "alpha"] == pytest.approx(1 - np.cos(np.radians(10)))
     assert table.loc["alpha", "beta"] == pytest.approx(1 - np.cos(np.radians(80)))
-    assert integration.counterparts(table) == (2, 2)
-    assert integration.counterparts(table[["beta", "alpha"]].set_axis(["alpha", "beta"], axis=1)) == (0, 2)
+    assert embedding_measures.counterparts(table) == (2, 2)
+    assert embedding_measures.counterparts(table[["beta", "alpha"]].set_axis(["alpha", "beta"], axis=1)) == (0, 2)
     assert embedding_map.type_centroids(vectors[1:], species[1:], types[1:]).keys() == {
         ("a", "beta"),
         ("b", "alpha"),

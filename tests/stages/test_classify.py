@@ -14,8 +14,8 @@ from invented import untrained_checkpoint
 from scipy import sparse
 
 from mixgf.classification import encoders, labels, registry
+from mixgf.classification.models.scvi import Scvi
 from mixgf.classification.paths import ArtifactPaths
-from mixgf.classification.scvi import Scvi
 from mixgf.classification.tables import comparisons
 from mixgf.classification.workspace import Workspace, find_embeddings
 from mixgf.config import parse

@@ -25,7 +25,7 @@ from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import import_corpus
 from mixgf.storage import artifacts, files, tables
-from mixgf.training import context, loop
+from mixgf.training import loop, worker_group
 from mixgf.training.pretraining import Pretraining
 
 NUM_GENES = 40
@@ -451,7 +451,7 @@ def test_an_imported_corpus_is_inspected_trained_on_and_told_from_a_prepared_one
     assert "55" in out
     corpus, small = Corpus("run/corpus"), parse.override(Config(), SMALL)
     model = MaskedModel(small.model, corpus.vocabulary.size, seed=0)
-    rows = loop.fit(model, Pretraining(small, corpus), small.train, context.LocalContext())
+    rows = loop.fit(model, Pretraining(small, corpus), small.train, worker_group.LocalContext())
     losses = [value for _, _, name, value in rows if name == "loss"]
     assert len(losses) > 0
     assert np.isfinite(losses).all()

@@ -23,7 +23,7 @@ from mixgf.config.data import Tokens
 from mixgf.corpus import reader
 from mixgf.encoder.bert import MaskedModel
 from mixgf.storage import files, tables
-from mixgf.training import checkpoints, context, loop
+from mixgf.training import checkpoints, loop, worker_group
 from mixgf.training.pretraining import Pretraining
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -132,7 +132,7 @@ def alone(chosen):
     """Losses of the loop alone, by (step, name)."""
     corpus = reader.Corpus(chosen.inputs.corpus)
     model = MaskedModel(chosen.model, corpus.vocabulary.size, seed=chosen.seed)
-    rows = loop.fit(model, Pretraining(chosen, corpus), chosen.train, context.LocalContext())
+    rows = loop.fit(model, Pretraining(chosen, corpus), chosen.train, worker_group.LocalContext())
     return {(step, name): value for step, _, name, value in rows if name in LOSSES}
 
 

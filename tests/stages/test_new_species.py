@@ -29,7 +29,7 @@ from mixgf.report.results import RunResults
 from mixgf.report.sections import pretraining
 from mixgf.stages import embed, import_weights, prepare, pretrain
 from mixgf.storage import artifacts, files, tables
-from mixgf.training import context, loop
+from mixgf.training import loop, worker_group
 from mixgf.training.pretraining import Pretraining
 
 PER_SPECIES = 80
@@ -182,7 +182,7 @@ def test_training_goes_on_from_there_and_makes_ids_trained_and_embeds(grown, ray
     history = tables.read_table(f"{pretrain.run(fresh)}/history.parquet").to_pandas()
     model, _ = checkpoint.load_model(grown.inputs.start)
     once = dataclasses.replace(grown, train=dataclasses.replace(grown.train, max_steps=1))
-    rows = loop.fit(model, Pretraining(once, corpus), once.train, context.LocalContext())
+    rows = loop.fit(model, Pretraining(once, corpus), once.train, worker_group.LocalContext())
     at_start = next(value for step, _, name, value in rows if (step, name) == (1, "mlm"))
     assert first == pytest.approx(at_start, rel=1e-5)  # the loss of the weights that it starts from
     assert first < history[(history["name"] == "mlm") & (history["step"] == 1)]["value"].item()

@@ -10,7 +10,7 @@ from executors import Through, backwards, dying
 from invented import NUM_GENES
 from scipy import sparse
 
-from mixgf.cells import row_order
+from mixgf.cells import row_major
 from mixgf.config.data import QC, Prepare, Source, Tokens, Vocab
 from mixgf.corpus import prepare_passes
 from mixgf.errors import UserError
@@ -230,7 +230,7 @@ def test_shared_tokens_caps_and_cls_reach_the_corpus(world, tmp_path):
 def test_a_column_major_source_gives_the_bytes_of_a_row_major_one(world, tmp_path, monkeypatch):
     config, _ = world
     expected = bytes_of(made(config, tmp_path, "rows"))
-    monkeypatch.setattr(row_order, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(row_major, "CHUNK_ROWS", 4)
     for source in config.sources:
         cells = anndata.read_h5ad(source.uri)
         cells.X = sparse.csc_matrix(cells.X)

@@ -17,7 +17,7 @@ from mixgf.errors import UserError
 from mixgf.stages import pretrain
 from mixgf.storage import artifacts, files
 from mixgf.tracking import mlflow_runs
-from mixgf.training import checkpoints, context, loop
+from mixgf.training import checkpoints, loop, worker_group
 from mixgf.training.pretraining import Pretraining
 
 pytestmark = pytest.mark.ray
@@ -42,7 +42,7 @@ def local(settings, tmp_path_factory):
     """The loop in this process: its losses and its weights."""
     corpus = reader.Corpus(settings.inputs.corpus)
     model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
-    rows = loop.fit(model, Pretraining(settings, corpus), settings.train, context.LocalContext())
+    rows = loop.fit(model, Pretraining(settings, corpus), settings.train, worker_group.LocalContext())
     return trace(rows), model
 
 

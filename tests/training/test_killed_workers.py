@@ -183,9 +183,9 @@ def worker(spec, name, attempt, rank, workers, death):  # noqa: PLR0917
     from mixgf.config.run import Config
     from mixgf.corpus.reader import Corpus
     from mixgf.encoder.bert import MaskedModel
-    from mixgf.training.context import GroupContext
     from mixgf.training.loop import fit
     from mixgf.training.pretraining import Pretraining
+    from mixgf.training.worker_group import GroupContext
 
     victim, what, when = death
     settings, folder = from_dict(Config, spec["config"]), Path(spec["folder"]) / name

@@ -16,8 +16,8 @@ from mixgf.encoder.bert import Encoder, MaskedModel, pool_tokens
 from mixgf.errors import UserError
 from mixgf.storage import tables
 from mixgf.training import checkpoints, loop
-from mixgf.training.context import GroupContext, LocalContext
 from mixgf.training.pretraining import Pretraining, subset_cells
+from mixgf.training.worker_group import GroupContext, LocalContext
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
 SETTINGS = training.Train(

@@ -10,8 +10,8 @@ from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import bert
 from mixgf.encoder.bert import MaskedModel
-from mixgf.training.context import LocalContext
 from mixgf.training.pretraining import Pretraining
+from mixgf.training.worker_group import LocalContext
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROW = training.Model(num_layers=2, dim=64, num_heads=2, ffn_dim=96, max_positions=40, dropout=0.1, init_sd=0.05)

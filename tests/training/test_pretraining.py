@@ -9,7 +9,7 @@ from mixgf.config.run import Config
 from mixgf.corpus import reader
 from mixgf.encoder.bert import MaskedModel
 from mixgf.training import losses, pretraining
-from mixgf.training.context import LocalContext
+from mixgf.training.worker_group import LocalContext
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
 

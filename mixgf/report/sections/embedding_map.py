@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixgf.classification import integration, umap
+from mixgf.classification import embedding_measures, umap
 from mixgf.report import wording
 from mixgf.report.elements import Figure, Section, Text, not_run
 from mixgf.report.figures import cell_maps, heatmap
@@ -58,14 +58,14 @@ def section(results: RunResults) -> Section:
     centres = type_centroids(results.vectors_ND, species, types)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            blocks += _centroid_blocks(integration.centroid_table(centres, first, second), first, second)
+            blocks += _centroid_blocks(embedding_measures.centroid_table(centres, first, second), first, second)
     return Section("embedding", TITLE, blocks)
 
 
 def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
     if table.empty:
         return []
-    matched, shared = integration.counterparts(table)
+    matched, shared = embedding_measures.counterparts(table)
     table = table.iloc[:30, :30]
     text = [[f"{v:.2f}".lstrip("0") if v < 1 else f"{v:.1f}" for v in row] for row in table.to_numpy()]
     if float(table.to_numpy().max()) < 0.1:
@@ -83,7 +83,7 @@ def _centroid_blocks(table: pd.DataFrame, first: str, second: str) -> list[Any]:
                 table, f"centroids-{first}-{second}", rows=first, columns=second, text=text, outline="smallest"
             ),
             f"{unit} between the mean embeddings of each {first} type (row) and each {second} type (column), types "
-            f"with at least {integration.MIN_TYPE_CELLS} cells. A box marks the nearest type of each row. Types of both species come first: "
+            f"with at least {embedding_measures.MIN_TYPE_CELLS} cells. A box marks the nearest type of each row. Types of both species come first: "
             "if all of them correspond, the boxes are on the diagonal.",
         ),
     ]
@@ -97,14 +97,14 @@ def type_centroids(
     for species in sorted(set(species_N)):
         for kind in sorted(set(types_N[species_N == species])):
             rows = (species_N == species) & (types_N == kind)
-            if kind and rows.sum() >= integration.MIN_TYPE_CELLS:
+            if kind and rows.sum() >= embedding_measures.MIN_TYPE_CELLS:
                 found[str(species), str(kind)] = vectors_ND[rows].mean(axis=0, dtype=np.float64)
     return found
 
 
 def species_mixing(vectors_ND: np.ndarray, species_N: np.ndarray, k: int = 15) -> tuple[float, float]:
     """Share of the k nearest neighbours (cosine) that are of another species, and its expectation under perfect mixing."""
-    distance = integration.cosine_distances(vectors_ND.astype(np.float32), vectors_ND.astype(np.float32))
+    distance = embedding_measures.cosine_distances(vectors_ND.astype(np.float32), vectors_ND.astype(np.float32))
     np.fill_diagonal(distance, np.inf)
     k = min(k, len(distance) - 1)
     near = np.argpartition(distance, k - 1, axis=1)[:, :k]

@@ -19,7 +19,7 @@ MEASURES = {
     "species_mixing": "Species mixed within types", "source_mixing": "Data sets mixed within types", "species_lisi": "Species mixed (iLISI)",
     "source_lisi": "Data sets mixed (iLISI)", "species_probe": "Species by a probe", "species_probe_new_sets": "Species by a probe, new data sets",
 }  # fmt: skip
-"""Measures of `mixgf.classification.integration` and their names for readers, in the order of the columns."""
+"""Measures of `mixgf.classification.embedding_measures` and their names for readers, in the order of the columns."""
 UNIT = 1.0
 """Distance on the map within which centroids correspond, by the paper (section 4.4)."""
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from mixgf.classification import registry
-from mixgf.classification.finetuned import Finetune
-from mixgf.classification.frozen import Neighbours
-from mixgf.classification.scvi import Scvi
+from mixgf.classification.models.finetuned import Finetune
+from mixgf.classification.models.frozen import Neighbours
+from mixgf.classification.models.scvi import Scvi
 from mixgf.report import published_tables, score_tables
 from mixgf.report.elements import Cell, Section, Table, Text, count_cell
 from mixgf.report.results import RunResults

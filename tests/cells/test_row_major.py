@@ -6,7 +6,7 @@ import pytest
 from scipy import io, sparse
 
 import mixgf.cells.reader
-from mixgf.cells import row_order
+from mixgf.cells import row_major
 from mixgf.cells.open import open_reader
 
 
@@ -37,13 +37,13 @@ def shuffled_mtx(counts, path):
 @pytest.mark.parametrize("make", [csc, shuffled_mtx])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 23, 100])
 def test_chunks_hold_the_rows_of_the_file(make, chunk_rows, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr(row_order, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(row_major, "CHUNK_ROWS", chunk_rows)
     monkeypatch.setattr(mixgf.cells.reader, "SCAN_ENTRIES", 5)
     with open_reader(make(counts, tmp_path)) as reader:
-        row_order.write_rows(reader, str(tmp_path / "rows"))
+        row_major.write_rows(reader, str(tmp_path / "rows"))
     for start, stop, rows in [(0, 23, 4), (0, 23, 100), (6, 15, 3), (7, 14, 7), (22, 23, 1), (5, 5, 2)]:
         found, at = np.zeros((23, 11)), start
-        for b in row_order.read_rows(str(tmp_path / "rows"), start, stop, rows):
+        for b in row_major.read_rows(str(tmp_path / "rows"), start, stop, rows):
             num = len(b.indptr) - 1
             assert b.start == at
             assert 1 <= num <= rows

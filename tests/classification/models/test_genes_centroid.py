@@ -4,7 +4,7 @@ import numpy as np
 from scipy import sparse, special
 
 from mixgf.classification import registry
-from mixgf.classification.model import CellSet, Problem
+from mixgf.classification.models.protocol import CellSet, Problem
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 

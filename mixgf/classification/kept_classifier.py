@@ -19,9 +19,9 @@ from scipy import optimize, special
 
 from mixgf.arrays import Floats, Integers
 from mixgf.classification import linear_start, metrics, registry
-from mixgf.classification.heads import unit
 from mixgf.classification.labels import Labelled
-from mixgf.classification.model import LinearClassifier
+from mixgf.classification.models.protocol import LinearClassifier
+from mixgf.classification.simple_classifiers import unit
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace
 from mixgf.config import parse, training

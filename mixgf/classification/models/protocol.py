@@ -6,7 +6,7 @@ A model is fitted on the training cells of one split and predicts any cells of t
     probabilities_MC = fitted.predict(problem.target)    # [cells, classes]
 
 To add a model, write one class that extends `CountsModel` or `EncoderModel` in a file of its own, and list it in
-`mixgf.classification.registry.MODELS`. `mixgf.classification.genes_centroid` is a short example.
+`mixgf.classification.registry.MODELS`. `mixgf.classification.models.genes_centroid` is a short example.
 
 Shape letters: N training cells, M cells to predict, G genes, D width of a vector, C classes, V tokens of the vocabulary.
 """
@@ -152,7 +152,7 @@ def problem_of(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearClassifier:
-    """An encoder and a linear layer on its vectors: what `mixgf annotate` can use (`mixgf.classification.classifier`)."""
+    """An encoder and a linear layer on its vectors: what `mixgf annotate` can use (`mixgf.classification.kept_classifier`)."""
 
     encoder: Encoder
     head_CD: Floats

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.classification import classifier, integration, metrics, registry, umap
+from mixgf.classification import embedding_measures, kept_classifier, metrics, registry, umap
 from mixgf.classification.encoders import CHECKPOINT, EXPRESSION
-from mixgf.classification.model import Model, Needs
+from mixgf.classification.models.protocol import Model, Needs
 from mixgf.classification.paths import group_folder
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace, as_column
@@ -31,9 +31,9 @@ def predict(workspace: Workspace, split: Split, model: Model) -> None:
     problem = workspace.problem(split, model)
     fitted = model.fit(problem)
     probabilities_MC = fitted.predict(problem.target)
-    if fitted.linear is not None and model.encoder == CHECKPOINT and classifier.wanted(config, split):
-        kept = classifier.of_split(workspace, split, model.name, fitted.linear())
-        classifier.save(workspace.paths.classifier(split.group, model.name), kept, workspace.corpus.vocabulary)
+    if fitted.linear is not None and model.encoder == CHECKPOINT and kept_classifier.wanted(config, split):
+        kept = kept_classifier.of_split(workspace, split, model.name, fitted.linear())
+        kept_classifier.save(workspace.paths.classifier(split.group, model.name), kept, workspace.corpus.vocabulary)
     labels_M, classes = table.labels[split.test], np.asarray(split.classes)
     predicted_M, confidence_M = probabilities_MC.argmax(1).astype(np.int64), probabilities_MC.max(1).astype(np.float64)
     rng = np.random.default_rng([config.seed, split.seed, 7])
@@ -60,7 +60,7 @@ def integrate(workspace: Workspace, space: str) -> None:
     """Write what is known of one embedding as a whole: map coordinates and vectors of a sample of cells, and its measures."""
     table, seed, rows = workspace.table, workspace.config.seed, workspace.sample()
     vectors_ND = np.asarray(workspace.space_vectors(space, rows), dtype=np.float32)
-    found = integration.measure(vectors_ND, table.only(rows), seed=seed)
+    found = embedding_measures.measure(vectors_ND, table.only(rows), seed=seed)
     xy_N2, method = umap.layout(vectors_ND, seed)
     made = pa.table({
         "cell": table.cells[rows], "x": xy_N2[:, 0], "y": xy_N2[:, 1], "vector": as_column(vectors_ND),
@@ -92,8 +92,8 @@ def keep_best(workspace: Workspace, splits: Sequence[Split], parents: dict[str, 
     """
     config, paths = workspace.config, workspace.paths
     kept = []
-    for split in [s for s in splits if classifier.wanted(config, s)]:
-        uri = files.join(paths.output, classifier.FOLDER, group_folder(split.group, splits))
+    for split in [s for s in splits if kept_classifier.wanted(config, s)]:
+        uri = files.join(paths.output, kept_classifier.FOLDER, group_folder(split.group, splits))
         candidates = [paths.classifier(split.group, model.name) for model in registry.scored(config.classify, split)]
         candidates = [c for c in candidates if files.list_dir(c)]
         there = artifacts.find(uri) is not None
@@ -102,11 +102,11 @@ def keep_best(workspace: Workspace, splits: Sequence[Split], parents: dict[str, 
         best = min([uri] * there + candidates, key=_validation_loss)
         if best != uri:
             files.remove(uri)
-            classifier.publish(uri, best, {role: parents[role] for role in ("corpus", "checkpoint")})
-        about = classifier.facts(uri)["about"]
+            kept_classifier.publish(uri, best, {role: parents[role] for role in ("corpus", "checkpoint")})
+        about = kept_classifier.facts(uri)["about"]
         kept.append({"uri": uri, **{name: about[name] for name in ("group", "model", "validation", "test")}})
     return kept
 
 
 def _validation_loss(uri: str) -> float:
-    return float(classifier.facts(uri)["about"]["validation"]["loss"])
+    return float(kept_classifier.facts(uri)["about"]["validation"]["loss"])

@@ -9,13 +9,13 @@ import numpy as np
 
 from mixgf.classification import finetune
 from mixgf.classification.finetune import Tuned
-from mixgf.classification.model import EncoderModel, Fitted, LinearClassifier, Needs, Problem, SentenceSet
+from mixgf.classification.models.protocol import EncoderModel, Fitted, LinearClassifier, Needs, Problem, SentenceSet
 from mixgf.config.classification import Classify
 from mixgf.config.fields import names
 from mixgf.config.run import Config
 from mixgf.config.training import Train
 from mixgf.encoder import embed
-from mixgf.training.context import LocalContext
+from mixgf.training.worker_group import LocalContext
 
 LORA_RANK = 8
 """Rank of `lora` where `classify.lora_rank` is 0."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from mixgf.arrays import Floats
-from mixgf.classification import heads
+from mixgf.classification import simple_classifiers
 from mixgf.classification.features import log_normalise, variable_genes
-from mixgf.classification.model import CellSet, CountMatrix, CountsModel, Fitted, Problem
+from mixgf.classification.models.protocol import CellSet, CountMatrix, CountsModel, Fitted, Problem
 
 
 class GenesCentroid(CountsModel):
@@ -40,5 +40,5 @@ class GenesCentroid(CountsModel):
                 values_MH[mine] -= centres.get(name, values_MH[mine].mean(0))
             return values_MH
 
-        head = heads.nearest_centroid(centred(problem.train), problem.labels, problem.num_classes)
+        head = simple_classifiers.nearest_centroid(centred(problem.train), problem.labels, problem.num_classes)
         return Fitted(predict=lambda cells: head(centred(cells)))

@@ -8,9 +8,9 @@ import pytest
 from scipy import sparse, special, stats
 from sklearn import metrics
 
-from mixgf.classification import features, heads, registry
+from mixgf.classification import features, registry, simple_classifiers
 from mixgf.classification.labels import Labelled
-from mixgf.classification.model import Problem, problem_of
+from mixgf.classification.models.protocol import Problem, problem_of
 from mixgf.classification.registry import BASELINES
 from mixgf.classification.splits import Split, make
 from mixgf.config.classification import Classify
@@ -153,14 +153,16 @@ def test_standardise_uses_training_cells_where_the_group_was_trained_on_else_its
 
 def test_centroids_of_unit_vectors_worked_by_hand() -> None:
     train = np.array([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
-    found = heads.nearest_centroid(train, np.array([0, 1, 1]), 2)(np.array([[1.0, 1.0], [5.0, 0.0]]))
+    found = simple_classifiers.nearest_centroid(train, np.array([0, 1, 1]), 2)(np.array([[1.0, 1.0], [5.0, 0.0]]))
     np.testing.assert_allclose(found, special.softmax([[0, 0], [10, 0]], axis=1))
 
 
 def test_neighbours_by_cosine_ignore_length_and_ties_go_to_the_first_class() -> None:
     train = np.array([[1.0, 0.0], [100.0, 0.0], [0.0, 1.0], [0.0, 50.0]])
     labels = np.array([1, 1, 0, 0])
-    found = heads.nearest_neighbours(train, labels, 2, number=4, metric="cosine")(np.array([[3.0, 0.1], [1.0, 1.0]]))
+    found = simple_classifiers.nearest_neighbours(train, labels, 2, number=4, metric="cosine")(
+        np.array([[3.0, 0.1], [1.0, 1.0]])
+    )
     assert found.tolist() == [[0.5, 0.5], [0.5, 0.5]]
-    near = heads.nearest_neighbours(train, labels, 2, number=2, metric="cosine")(np.array([[3.0, 0.1]]))
+    near = simple_classifiers.nearest_neighbours(train, labels, 2, number=2, metric="cosine")(np.array([[3.0, 0.1]]))
     assert near.tolist() == [[0.0, 1.0]]

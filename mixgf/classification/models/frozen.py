@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mixgf.arrays import Floats
-from mixgf.classification import heads
+from mixgf.classification import simple_classifiers
 from mixgf.classification.features import Scale
-from mixgf.classification.heads import Predictor
-from mixgf.classification.model import CellSet, EncoderModel, Fitted, LinearClassifier, Needs, Problem
+from mixgf.classification.models.protocol import CellSet, EncoderModel, Fitted, LinearClassifier, Needs, Problem
+from mixgf.classification.simple_classifiers import Predictor
 
 
 class FrozenModel(EncoderModel):
@@ -54,13 +54,13 @@ class Probe(FrozenModel):
 
     def classifier(self, train_ND: Floats, problem: Problem[Floats]) -> Predictor:
         scale = Scale.fit(train_ND)
-        predict = heads.logistic_regression(scale(train_ND), problem.labels, problem.num_classes)
+        predict = simple_classifiers.logistic_regression(scale(train_ND), problem.labels, problem.num_classes)
         return lambda values_MD: predict(scale(values_MD))
 
     def linear(self, problem: Problem[Floats]) -> LinearClassifier:
         """Fitted without the validation cells, on which its temperature and limits are fitted."""
         learning, labels = problem.learning.x, problem.labels[~problem.is_validation]
-        head_CD, bias_C = heads.scaled_logistic_layer(learning, labels, problem.num_classes)
+        head_CD, bias_C = simple_classifiers.scaled_logistic_layer(learning, labels, problem.num_classes)
         return LinearClassifier(
             encoder=problem.load_encoder(), head_CD=head_CD, bias_C=bias_C,
             genes_CV=np.zeros((problem.num_classes, 0)), layer=problem.config.embed.layer, max_len=0,
@@ -77,7 +77,7 @@ class Neighbours(FrozenModel):
     head, label = "knn", "frozen 5-NN (“zero-shot”)"
 
     def classifier(self, train_ND: Floats, problem: Problem[Floats]) -> Predictor:
-        return heads.nearest_neighbours(
+        return simple_classifiers.nearest_neighbours(
             train_ND, problem.labels, problem.num_classes, number=problem.config.classify.knn, metric="cosine"
         )
 
@@ -88,4 +88,4 @@ class Centroid(FrozenModel):
     head, label = "centroid", "frozen, nearest centroid"
 
     def classifier(self, train_ND: Floats, problem: Problem[Floats]) -> Predictor:
-        return heads.nearest_centroid(train_ND, problem.labels, problem.num_classes)
+        return simple_classifiers.nearest_centroid(train_ND, problem.labels, problem.num_classes)

@@ -18,8 +18,8 @@ import numpy as np
 from scipy import sparse
 
 from mixgf.arrays import Floats
-from mixgf.classification import features, heads
-from mixgf.classification.model import CellSet, CountMatrix, CountsModel, Fitted, Problem
+from mixgf.classification import features, simple_classifiers
+from mixgf.classification.models.protocol import CellSet, CountMatrix, CountsModel, Fitted, Problem
 
 EPOCHS, LATENT = 100, 30
 
@@ -39,7 +39,7 @@ class Scvi(CountsModel):
         latent = _train(problem, lambda cells: sparse.csr_matrix(cells.x[:, genes], dtype=np.float32))
         train_ND = latent(problem.train)
         scale = features.Scale.fit(train_ND)
-        head = heads.logistic_regression(scale(train_ND), problem.labels, problem.num_classes)
+        head = simple_classifiers.logistic_regression(scale(train_ND), problem.labels, problem.num_classes)
         return Fitted(predict=lambda cells: head(scale(latent(cells))))
 
 

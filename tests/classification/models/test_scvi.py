@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf.classification.model import CellSet, Problem
-from mixgf.classification.scvi import Scvi
+from mixgf.classification.models.protocol import CellSet, Problem
+from mixgf.classification.models.scvi import Scvi
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 

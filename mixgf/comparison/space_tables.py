@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mixgf.classification import integration
+from mixgf.classification import embedding_measures
 from mixgf.classification.encoders import EXPRESSION
 from mixgf.classification.workspace import vector_column
 from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, donors_of, read_classification
@@ -34,7 +34,7 @@ def spaces(context: ComparisonContext) -> dict[str, pd.DataFrame]:
             maps.append(frame.assign(space=called, donor=[of_cell[c] for c in frame["cell"]]))
             vectors_ND, xy_N2 = _drawn(encoder_set, str(space))
             kinds, species = frame["type"].to_numpy(str), frame["species"].to_numpy(str)
-            types.append(integration.corresponding(vectors_ND, xy_N2, kinds, species).assign(space=called))
+            types.append(embedding_measures.corresponding(vectors_ND, xy_N2, kinds, species).assign(space=called))
     return {"integration": pd.concat(measures, ignore_index=True), "maps": pd.concat(maps, ignore_index=True),
             "corresponding": pd.concat(types, ignore_index=True)}  # fmt: skip
 

@@ -20,7 +20,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.neighbors import NearestNeighbors
 
 from mixgf.arrays import Floats, Ints, Names
-from mixgf.classification import heads, metrics
+from mixgf.classification import metrics, simple_classifiers
 from mixgf.classification.features import Scale
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import random_order
@@ -146,7 +146,7 @@ def _read(
     for fold in np.unique(fold_N):
         out = fold_N == fold
         scale = Scale.fit(vectors_ND[~out])
-        probe = heads.logistic_regression(scale(vectors_ND[~out]), label_N[~out], len(species))
+        probe = simple_classifiers.logistic_regression(scale(vectors_ND[~out]), label_N[~out], len(species))
         guess_N[out] = probe(scale(vectors_ND[out])).argmax(1)
     found, by = metrics.score(
         label_N.astype(np.int64), guess_N, np.ones(len(label_N)), clusters_N, len(species), rng=rng
@@ -186,7 +186,7 @@ def centroids(values_ND: Floats, kinds_N: Names, kinds: Names) -> Floats:
 
 def profiles(vectors_ND: Floats, kinds_N: Names, kinds: Names) -> Floats:
     """Cosine distances between the centroids of kinds (T, T), in the space itself."""
-    unit_TD = heads.unit(centroids(vectors_ND.astype(np.float64), kinds_N, kinds))
+    unit_TD = simple_classifiers.unit(centroids(vectors_ND.astype(np.float64), kinds_N, kinds))
     return 1 - unit_TD @ unit_TD.T
 
 

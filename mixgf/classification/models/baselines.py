@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from mixgf.arrays import Floats, Names
-from mixgf.classification import heads
+from mixgf.classification import simple_classifiers
 from mixgf.classification.features import Scale, log_normalise, principal_components, rank_scores, variable_genes
-from mixgf.classification.model import CellSet, CountMatrix, CountsModel, Fitted, Problem
+from mixgf.classification.models.protocol import CellSet, CountMatrix, CountsModel, Fitted, Problem
 
 
 def _expression(problem: Problem[CountMatrix]) -> Callable[[CellSet[CountMatrix]], Floats]:
@@ -44,7 +44,7 @@ class HvgLogisticRegression(CountsModel):
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         features = _expression(problem)
-        head = heads.logistic_regression(features(problem.train), problem.labels, problem.num_classes)
+        head = simple_classifiers.logistic_regression(features(problem.train), problem.labels, problem.num_classes)
         return Fitted(predict=lambda cells: head(features(cells)))
 
 
@@ -57,7 +57,7 @@ class PcaNeighbours(CountsModel):
         features = _expression(problem)
         train_NH = features(problem.train)
         components = principal_components(train_NH, problem.seed())
-        head = heads.nearest_neighbours(
+        head = simple_classifiers.nearest_neighbours(
             components(train_NH), problem.labels, problem.num_classes, number=problem.config.classify.knn,
             metric="euclidean",
         )  # fmt: skip
@@ -81,7 +81,7 @@ class RankPca(CountsModel):
         components = principal_components(train_NH, problem.seed())
         train_NK = components(train_NH)
         scale = Scale.fit(train_NK)
-        head = heads.logistic_regression(scale(train_NK), problem.labels, problem.num_classes)
+        head = simple_classifiers.logistic_regression(scale(train_NK), problem.labels, problem.num_classes)
         return Fitted(predict=lambda cells: head(scale(components(scaled(rank_scores(cells.x, genes), cells.species)))))
 
 
@@ -92,5 +92,5 @@ class Pseudobulk(CountsModel):
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         features = _expression(problem)
-        head = heads.nearest_centroid(features(problem.train), problem.labels, problem.num_classes)
+        head = simple_classifiers.nearest_centroid(features(problem.train), problem.labels, problem.num_classes)
         return Fitted(predict=lambda cells: head(features(cells)))

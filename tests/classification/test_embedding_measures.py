@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mixgf.classification import integration
+from mixgf.classification import embedding_measures
 from mixgf.classification.labels import Labelled
 
 RNG = np.random.default_rng(0)
@@ -41,8 +41,8 @@ def space(data: Labelled, *, by_type: float, by_species: float, by_source: float
 
 def test_types_kept_and_species_apart_are_told_from_the_reverse() -> None:
     data = cells()
-    good = integration.measure(space(data, by_type=8, by_species=0), data, seed=0)
-    bad = integration.measure(space(data, by_type=0, by_species=8), data, seed=0)
+    good = embedding_measures.measure(space(data, by_type=8, by_species=0), data, seed=0)
+    bad = embedding_measures.measure(space(data, by_type=0, by_species=8), data, seed=0)
     for name in ("type_silhouette", "type_nmi", "type_ari", "species_mixing"):
         assert good[name][0].value > bad[name][0].value + 0.1, name
     assert good["type_ari"][0].value > 0.95
@@ -51,8 +51,8 @@ def test_types_kept_and_species_apart_are_told_from_the_reverse() -> None:
 
 def test_a_probe_reads_species_where_they_are_and_guesses_where_they_are_not() -> None:
     data = cells()
-    apart, by = integration.measure(space(data, by_type=0, by_species=6), data, seed=0)["species_probe"]
-    mixed, _ = integration.measure(space(data, by_type=6, by_species=0), data, seed=0)["species_probe"]
+    apart, by = embedding_measures.measure(space(data, by_type=0, by_species=6), data, seed=0)["species_probe"]
+    mixed, _ = embedding_measures.measure(space(data, by_type=6, by_species=0), data, seed=0)["species_probe"]
     assert by == "donor"
     assert apart.value > 0.99
     assert mixed.value == pytest.approx(0.5, abs=0.12)  # seven donors: an interval of its own is rough
@@ -61,14 +61,14 @@ def test_a_probe_reads_species_where_they_are_and_guesses_where_they_are_not() -
 def test_reading_the_data_set_is_not_reading_the_species() -> None:
     """Vectors that tell data sets only: species is read from known data sets, and not from new ones."""
     data = cells(sources=3)
-    found = integration.measure(space(data, by_type=0, by_species=0, by_source=8), data, seed=0)
+    found = embedding_measures.measure(space(data, by_type=0, by_species=0, by_source=8), data, seed=0)
     assert found["species_probe"][0].value > 0.95
     probe, by = found["species_probe_new_sets"]
     assert by == "source"
     assert probe.value < 0.8
-    truly = integration.measure(space(data, by_type=0, by_species=8, by_source=8), data, seed=0)
+    truly = embedding_measures.measure(space(data, by_type=0, by_species=8, by_source=8), data, seed=0)
     assert truly["species_probe_new_sets"][0].value > 0.95
-    assert "species_probe_new_sets" not in integration.measure(
+    assert "species_probe_new_sets" not in embedding_measures.measure(
         space(cells(1), by_type=0, by_species=8), cells(1), seed=0
     )
 
@@ -78,14 +78,14 @@ def test_mixing_is_scib_metrics_own_where_that_is_installed() -> None:
     data = cells()
     vectors = space(data, by_type=6, by_species=1)
     shared = np.isin(data.labels, ["a", "b"])
-    ours = integration.mixing(vectors[shared], data.labels[shared], data.species[shared])
+    ours = embedding_measures.mixing(vectors[shared], data.labels[shared], data.species[shared])
     theirs = scib.silhouette_batch(vectors[shared], data.labels[shared], data.species[shared])
     assert ours == pytest.approx(float(theirs), abs=2e-3)
-    found = integration.measure(vectors, data, seed=0)
+    found = embedding_measures.measure(vectors, data, seed=0)
     assert found["type_silhouette"][0].value == pytest.approx(
         float(scib.silhouette_label(vectors, data.labels)), abs=2e-3
     )
-    apart = integration.measure(space(data, by_type=0, by_species=8), data, seed=0)
+    apart = embedding_measures.measure(space(data, by_type=0, by_species=8), data, seed=0)
     assert found["species_lisi"][0].value > apart["species_lisi"][0].value + 0.2
     assert apart["species_lisi"][0].value < 0.05
 
@@ -93,14 +93,14 @@ def test_mixing_is_scib_metrics_own_where_that_is_installed() -> None:
 def test_a_turned_and_mirrored_map_lies_on_the_other_and_is_never_stretched() -> None:
     xy = RNG.normal(0, 3, (50, 2))
     turn = np.array([[0.0, 1.0], [1.0, 0.0]])  # a mirror image
-    np.testing.assert_allclose(integration.aligned(xy @ turn + 7, xy), xy, atol=1e-9)
-    twice = integration.aligned(2 * xy, xy)
+    np.testing.assert_allclose(embedding_measures.aligned(xy @ turn + 7, xy), xy, atol=1e-9)
+    twice = embedding_measures.aligned(2 * xy, xy)
     assert np.ptp(twice, axis=0).max() == pytest.approx(2 * np.ptp(xy, axis=0).max(), rel=0.2)
     kinds = np.repeat(np.array(list("abcde")), 10)
     names = np.unique(kinds)
-    away = integration.centroids(integration.aligned(xy @ turn + 7, xy), kinds, names) - integration.centroids(
-        xy, kinds, names
-    )
+    away = embedding_measures.centroids(
+        embedding_measures.aligned(xy @ turn + 7, xy), kinds, names
+    ) - embedding_measures.centroids(xy, kinds, names)
     assert np.abs(away).max() < 1e-9
 
 
@@ -109,11 +109,11 @@ def test_spaces_agree_up_to_a_rotation_and_not_when_a_type_moved() -> None:
     names = np.unique(kinds)
     first = np.repeat(RNG.normal(0, 2, (6, 8)), 20, axis=0) + RNG.normal(0, 0.05, (120, 8))
     turned = first @ np.linalg.qr(RNG.normal(size=(8, 8)))[0]
-    one, two = (integration.profiles(v, kinds, names) for v in (first, turned))
+    one, two = (embedding_measures.profiles(v, kinds, names) for v in (first, turned))
     np.testing.assert_allclose(one, two, atol=1e-9)
-    np.testing.assert_allclose(integration.agreement(one, two), 1.0)
+    np.testing.assert_allclose(embedding_measures.agreement(one, two), 1.0)
     moved = first.copy()
     moved[kinds == "c"] = -first[kinds == "c"]
-    found = integration.agreement(one, integration.profiles(moved, kinds, names))
+    found = embedding_measures.agreement(one, embedding_measures.profiles(moved, kinds, names))
     assert found.argmin() == 2
-    assert np.isnan(integration.agreement(one[:3, :3], two[:3, :3])).all()
+    assert np.isnan(embedding_measures.agreement(one[:3, :3], two[:3, :3])).all()
