@@ -1,8 +1,8 @@
-"""The home of every benchmark: `python jobs/bench.py STAGE [--json] [--quick]`.
+"""Run a benchmark: `python jobs/bench.py STAGE [--json] [--quick]`.
 
-Prints a table, or with --json one object per figure: {"figure", "value", "unit", "baseline", "ratio", "bar"}. Baselines are the
-published way of doing the same, written plainly in the benchmark, measured in turn with ours in one process; a bar is what we
-have set ourselves, of the ratio (ends in x) or of the value.
+Prints a table, or with --json one object per figure: {"figure", "value", "unit", "baseline", "ratio", "bar"}. A baseline is the
+published algorithm, written plainly in the benchmark, and measured in turn with that of mixgf in one process. A bar is the goal,
+for the ratio (ends in x) or for the value.
 
 Submit: ray job submit --working-dir . -- python jobs/bench.py STAGE --json
 Inputs: none (bundled cells, or cells drawn with a seed; `doublets` reads labelled cells, see there). Outputs: standard output. Resources: two CPU cores; a GPU is used where there is one.

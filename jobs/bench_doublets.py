@@ -1,11 +1,10 @@
-"""`bench.py doublets`: are the cells that QC takes for doublets doublets? Against labels that do not come from expression.
+"""Detection of doublets, compared with labels that do not come from expression: `bench.py doublets`.
 
-Truth: genotypes (scmixology: CEL-seq2 of five cell lines) and hashtags (hashing: four cell lines, 2,000 genes; eccite:
-blood). The way is that of `prepare`: source described, cells measured, the rules applied, then Scrublet over the kept
-cells of each sample. Baseline: the total count of a cell, the plainest sign of two cells in one drop. For the precision of
-the verdicts the baseline is the share of doublets, which is what calling at random would reach.
+Labels: genotypes (scmixology: CEL-seq2 of five cell lines) and hashtags (hashing: four cell lines, 2,000 genes; eccite:
+blood). The steps are those of `prepare`: cells are measured and filtered, then Scrublet runs on the kept cells of each sample.
+Baseline: the total count of a cell. For the precision of the verdicts it is the share of doublets, which random calls reach.
 
-Inputs: the folder of real data, beside the checkout or named by MIXGF_SHARED. Means over three seeds.
+Inputs: labelled cells in MIXGF_SHARED/data/h5ad/. Means over three seeds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""In silico perturbation of the paper's model: ours against the published way (published.py).
+"""In silico perturbation of the paper's model: mixgf against the published way (published.py).
 
-What is printed has the bar that we set ourselves beside it. On a CPU in CPU seconds of one thread, interleaved in one process, random weights of the paper's sizes (time does not depend
-on their values); memory in processes of their own; one and two Ray actors in wall seconds; on a GPU sentences per wall second.
-How well the screen ranks genes is measured on a trained run: MIXGF_BENCH_RUN=runs/mine (corpus and pretrain).
+Weights are random and have the paper's sizes; time does not depend on their values. On a CPU: CPU seconds of one thread, both
+measured in turn in one process; memory in processes of their own; one and two Ray actors in wall seconds. On a GPU: sentences per
+wall second. The ranking by the screen is measured on a trained run: MIXGF_BENCH_RUN=runs/mine (corpus and pretrain).
 Run through `python jobs/bench.py perturb [--json] [--quick]`. Needs `transformers` (extra `test`).
 """
 

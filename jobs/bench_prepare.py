@@ -1,13 +1,13 @@
-"""`bench.py prepare`: cells per second of every step, beside the published way, the physical floor and a plain process pool.
+"""`bench.py prepare`: cells per second of every step, beside the published way, the least possible work and a plain process pool.
 
 Cells are the bundled human pancreas cells, thinned anew at every repetition (binomially, seeded), in .h5ad files written
 as anndata writes them: gzip-compressed, and raw. CPU seconds of this process, one thread, unless "wall" is said.
 
-"Published way" is the algorithm of the published tokenizers, written plainly here: backed AnnData, 512 cells at a time
-picked by an index array, one argsort per cell, all cells as Python lists until the end, then one table, cut and measured
-in two further passes over its rows.
-"Floor" is what no way of doing it can avoid: decompressing the file's chunks (libdeflate), sorting one 64-bit key per
-gene (numpy), writing the tokens as Parquet.
+"Published way" is the algorithm of the published tokenizers, written plainly here. It reads a backed AnnData, 512 cells at a
+time by an index array, and sorts each cell by itself. It keeps all cells as Python lists until the end. Then it makes one
+table, which two further passes cut and measure.
+"Floor" is the work that every algorithm has: decompress the file's chunks (libdeflate), sort one 64-bit key per gene
+(numpy), and write the tokens as Parquet.
 """
 
 from __future__ import annotations

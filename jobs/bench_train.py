@@ -1,7 +1,7 @@
-"""Training of the paper's model: ours against the published way (published.py).
+"""Training of the paper's model: mixgf against the published way (published.py).
 
-On a CPU in CPU seconds of one thread, interleaved in one
-process, a batch of two cells of the real length mix; memory in processes of their own; on a GPU in wall seconds.
+A batch has two cells with lengths of real cells. On a CPU: CPU seconds of one thread, both measured in turn in one process; memory
+in processes of their own. On a GPU: wall seconds.
 Run through `python jobs/bench.py train [--json] [--quick]`. Needs `transformers` (extra `test`).
 """
 

@@ -6,7 +6,7 @@ Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster
 Inputs: OUTPUT/corpus and OUTPUT/pretrain; the sources themselves, for the baselines.
 Outputs: OUTPUT/classify (scores, per-class scores, confusions, predictions, the best classifier of each group for `mixgf annotate`).
 Resources: independent tasks of one CPU (or compute.gpus_per_worker GPUs for fine-tuning).
-Time: `mixgf classify ... --dry-run` with the same arguments says the number of predictions and the time before you submit.
+Time: `mixgf classify ... --dry-run` with the same arguments prints the number of predictions and the time.
 Again: the same line continues a killed run and does nothing to a finished one.
 """
 

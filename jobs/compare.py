@@ -6,7 +6,7 @@ Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster
 Inputs: OUTPUT/corpus and OUTPUT/pretrain; the sources themselves, for controls on genes.
 Outputs: OUTPUT/compare (tables as Parquet).
 Resources: independent tasks of one CPU (or compute.gpus_per_worker GPUs for vectors).
-Time: 26 shifts took 1 min 40 s on two cores (beside a finished table of transfers); the log has the time left.
+Time: 26 shifts took 1 min 40 s on two cores, on a finished classification; the log has the time left.
 Again: the same line continues a killed run and does nothing to a finished one.
 """
 

@@ -1,7 +1,7 @@
 """How every benchmark measures: interleaved repetitions after a warm-up, medians, ratios within one process.
 
-Machines are noisy, so a figure that is compared with another one is measured in turn with it (A B A B ...), and the
-ratio is the median of the pairs' ratios.
+Other work on a machine disturbs measurements. So two figures that are compared are measured in turn (A B A B ...). Their ratio
+is the median of the pairs' ratios.
 """
 
 from __future__ import annotations

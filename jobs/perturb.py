@@ -6,8 +6,8 @@ Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster
 Inputs: OUTPUT/corpus and OUTPUT/pretrain.
 Outputs: OUTPUT/perturb (one row per gene and operation; idempotent parts).
 Resources: up to compute.num_workers actors; pending actors are the autoscaler's demand.
-Time: `mixgf perturb ... --dry-run` with the same arguments says sentences, FLOP, time and, with perturb.price, the cost; a bound
-    is perturb.budget_hours or perturb.budget_cost.
+Time: `mixgf perturb ... --dry-run` with the same arguments prints sentences, FLOP, time and, with perturb.price, the cost.
+    perturb.budget_hours and perturb.budget_cost limit it.
 Again: the same line continues a killed run and does nothing to a finished one.
 """
 

@@ -1,7 +1,7 @@
 """The published ways, written plainly with Hugging Face BERT: the baselines of bench_train.py and bench_perturb.py.
 
 Training: cells padded to the longest, two full passes with other dropout, scores of the whole vocabulary at every position, contrast
-of the first position's vectors, AdamW; a collator that pads Python lists (shared notes, performance sections 2 and 6).
+of the first position's vectors, AdamW; a collator that pads Python lists.
 Perturbation: one cell at a time, a padded batch of copies through the whole model, scores of the vocabulary included.
 """
 

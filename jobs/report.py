@@ -1,4 +1,4 @@
-"""One HTML file from whatever stages are done, as a cluster job.
+"""One HTML file of all finished stages, as a cluster job.
 
 Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster):
     ray job submit --working-dir . -- python jobs/report.py --output s3://bucket/run

@@ -208,6 +208,14 @@ def test_paths_named_in_documents_exist(path):
         assert (ROOT / name).exists(), f"{path}: {name}"
 
 
+def test_modules_named_for_developers_exist():
+    text = text_of("mixgf/README.md")
+    named = {name for name in re.findall(r"`((?:\w+/)+\w+\.py)", text) if "NAME" not in name and "PACKAGE" not in name}
+    assert len(named) > 5
+    for name in named:
+        assert (ROOT / "mixgf" / name).exists() or (ROOT / name).exists(), name
+
+
 def test_the_tree_names_every_package():
     text = (ROOT / "mixgf" / "README.md").read_text()
     tree = text.partition("```\n")[2].partition("```")[0]
