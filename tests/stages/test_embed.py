@@ -76,7 +76,7 @@ def _plan(settings):
 
 
 def test_a_layer_the_model_does_not_have_and_foreign_sentences_are_refused(settings, make_corpus):
-    with pytest.raises(UserError, match=r"embed.layer = -4: the model has 2 layers"):
+    with pytest.raises(UserError, match=r"embed.layer = -4: must be -3 \(the embedding\) to -1"):
         embed.run(dataclasses.replace(settings, embed=training.Embed(layer=-4)))
     foreign = make_corpus([5], [0], [1], genes=50)
     with pytest.raises(UserError, match=r"inputs.checkpoint: made with vocabulary"):
