@@ -35,7 +35,6 @@ from mixgf.config.run import Config
 from mixgf.config.training import Embed, LayerChoice
 from mixgf.console import Progress, warn
 from mixgf.corpus import anndata, in_memory
-from mixgf.distributed.executor import RayExecutor
 from mixgf.encoder import bert, checkpoint, huggingface
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
@@ -600,7 +599,7 @@ def _run_stage(  # noqa: PLR0917 (as its callers have them)
 
             return build.build_report(config, files.join(config.output, "report.html"))
         module = importlib.import_module(f"mixgf.stages.{stage}")
-        return str(module.run(config, executor=LocalExecutor() if engine == "local" else RayExecutor(config)))
+        return str(module.run(config, executor=LocalExecutor() if engine == "local" else None))
 
 
 def prepare(
