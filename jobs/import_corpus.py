@@ -8,8 +8,7 @@ Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster
 
 Inputs: folders that save_to_disk wrote (or folders of .arrow files), a token dictionary and medians for each species.
 Outputs: OUTPUT/vocabulary and OUTPUT/corpus, as `prepare` makes them; corpus/imported.parquet counts what was left out.
-Resources: one CPU per task. No GPU. In object storage, every .arrow file is read
-    twice, once as a whole to the task's disk.
+Resources: one CPU per task. No GPU. In object storage, every .arrow file is read twice, once as a whole to the task's disk.
 Again: the same line continues a killed run and does nothing to a finished one.
 """
 
