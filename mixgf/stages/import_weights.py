@@ -1,6 +1,6 @@
 """`import-weights`: published weights, or a checkpoint of mixgf, become the encoder of a run.
 
-And our own checkpoints, grown to a vocabulary with more species (`grow`).
+A checkpoint of mixgf may be grown to a vocabulary with more species.
 
 A folder is config.json and model.safetensors, or a pytorch_model.bin, which is read by torch's restricted reader (tensors
 only). Published models of the family (Geneformer V1 and V2, Mouse-Geneformer) have ids of their own, given by a token
