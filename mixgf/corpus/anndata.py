@@ -125,7 +125,8 @@ def _matrix(adata: Any, layer: str) -> Any:
     else:
         found = adata.X if layer == "X" else adata.layers.get(layer)
     if found is None:
-        have = [*(["X"] if adata.X is not None else []), *(["raw"] if adata.raw is not None else []), *adata.layers]
+        named = [name for name in adata.layers if name is not None]  # from anndata 0.13 on None is the name of X
+        have = [*(["X"] if adata.X is not None else []), *(["raw"] if adata.raw is not None else []), *named]
         msg = f"{NAME}: layer = {layer!r}: not there; it has {', '.join(have) or 'no counts'}"
         raise UserError(msg)
     usable = isinstance(found, np.ndarray | h5py.Dataset) or sparse.issparse(found) or hasattr(found, "group")
