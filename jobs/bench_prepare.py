@@ -198,7 +198,9 @@ class _Case:
 
     def measure(self) -> None:
         """The first pass."""
-        prepare_passes.measure_cells(self.work, self.unit, self.rows)
+        prepare_passes.measure_cells(
+            prepare_passes.MetricsPlan(work=self.work, row_range=self.unit, block_cells=self.rows)
+        )
 
     def sketch(self) -> None:
         """The second pass."""
@@ -206,10 +208,11 @@ class _Case:
 
     def sentences(self) -> None:
         """The third pass, file to file: what the published tokenizer does, with medians given."""
-        prepare_passes.encode_shard(
-            self.work, self.unit, self.keep, 0, to=str(self.folder / "out"), tokens=TOKENS, obs={}, digest=self.digest,
-            vocabulary=str(self.corpus / "vocabulary.parquet"), block_cells=self.rows,
+        plan = prepare_passes.ShardPlan(
+            work=self.work, row_range=self.unit, keep_N=self.keep, shard=0, to=str(self.folder / "out"), tokens=TOKENS,
+            obs={}, digest=self.digest, vocabulary=str(self.corpus / "vocabulary.parquet"), block_cells=self.rows,
         )  # fmt: skip
+        prepare_passes.encode_shard(plan)
 
     def write(self) -> None:
         """Write a shard."""
@@ -268,7 +271,7 @@ class _Watch:
             for process in psutil.Process().children(recursive=True):
                 try:
                     name = " ".join(process.cmdline()[:1])
-                    if name.startswith("ray::attempt") or "spawn_main" in " ".join(process.cmdline()):
+                    if name.startswith(("ray::attempt", "ray::Read")) or "spawn_main" in " ".join(process.cmdline()):
                         self.peak = max(self.peak, process.memory_info().rss / 1e9)
                 except psutil.Error:
                     continue
@@ -310,20 +313,24 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
         executor = RayExecutor(config)
         block_cells = config.prepare.block_cells
         measures = [
-            Task(part="", function=prepare_passes.measure_cells, args=(work, u, block_cells)) for u in all_units
-        ]
-        assert not any(receipt.error for receipt in executor.run(measures))
-        options = {
-            "tokens": TOKENS, "obs": {}, "digest": Vocabulary.load(uri).hash, "vocabulary": f"{uri}/vocabulary.parquet",
-            "block_cells": config.prepare.block_cells, "to": str(folder / "shards"),
-        }  # fmt: skip
-        encodes = [
             Task(
-                part="", function=prepare_passes.encode_shard, args=(work, u, np.ones(u.stop - u.start, bool), u.number),
-                kwargs=options,
+                part="", function=prepare_passes.measure_cells, weight=u.stop - u.start,
+                args=(prepare_passes.MetricsPlan(work=work, row_range=u, block_cells=block_cells),),
             )
             for u in all_units
         ]  # fmt: skip
+        assert not any(receipt.error for receipt in executor.run(measures))
+        options = {
+            "tokens": TOKENS, "obs": {}, "digest": Vocabulary.load(uri).hash, "vocabulary": f"{uri}/vocabulary.parquet",
+            "block_cells": config.prepare.block_cells, "to": str(folder / "shards"), "work": work,
+        }  # fmt: skip
+        plans = [
+            prepare_passes.ShardPlan(row_range=u, keep_N=np.ones(u.stop - u.start, bool), shard=u.number, **options)
+            for u in all_units
+        ]
+        encodes = [
+            Task(part="", function=prepare_passes.encode_shard, weight=len(plan.keep_N), args=(plan,)) for plan in plans
+        ]
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             works: dict[str, Callable[[], object]] = {
                 "ray": lambda: list(executor.run(encodes)),
@@ -332,7 +339,7 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
             times = interleaved(works, repeats=repeats)
     ratio = statistics.median(r / p for r, p in zip(times["ray"], times["pool"], strict=True))
     yield Figure(
-        figure=f"sentences of {num_cells:,} cells, Ray tasks: wall time against a plain pool (bar: 1.2)",
+        figure=f"sentences of {num_cells:,} cells, Ray Data: wall time against a plain pool (bar: 1.2)",
         value=statistics.median(times["ray"]), unit="s", baseline=statistics.median(times["pool"]), ratio=ratio,
     )  # fmt: skip
     bytes_per_cell = path.stat().st_size / num_cells

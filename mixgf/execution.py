@@ -1,18 +1,22 @@
 """Work as tasks, and the executors that run them.
 
 A stage lists its tasks; each writes one part file. An executor runs tasks in any order and gives back a receipt for each.
+A task whose work is rows of cells has a `Pipeline` for its function: read, transform, write.
 Results do not depend on the executor, because a part depends on its task alone. `LocalExecutor` is the reference;
 `mixgf.distributed.executor.RayExecutor` spreads the same tasks over a Ray cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mixgf.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -41,10 +45,44 @@ class Task:
     source: int = -1
     """Number of the source that the stage leaves out if the task has an error; -1 = of no source, and the stage stops."""
 
+    def arguments(self) -> list[Any]:
+        """Positional arguments, with the values of the `Shared` ones."""
+        return [a.value if isinstance(a, Shared) else a for a in self.args]
+
     def call(self, *first: Any) -> Any:
         """Call the function, with `first` before its own arguments; returns its result."""
-        args = [a.value if isinstance(a, Shared) else a for a in self.args]
-        return self.function(*first, *args, **self.kwargs)
+        return self.function(*first, *self.arguments(), **self.kwargs)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pipeline:
+    """A function of a task in steps over tables of rows. A call runs them with one table in memory at a time.
+
+    `RayExecutor` runs them as operators of Ray Data. All steps get the task's arguments. The part file must not depend on
+    how rows are cut into tables. Every step but the last yields at least one row.
+    """
+
+    name: str
+    """Of the whole, for messages."""
+    source: str
+    """What is read, for the name of Ray Data's operator: `ReadSOURCE`."""
+    read: Callable[..., Iterator[pa.Table]]
+    """Called with the task's arguments."""
+    steps: tuple[Callable[..., Iterator[pa.Table]], ...] = ()
+    """Each is called with the tables of the step before it and the task's arguments."""
+    write: Callable[..., Any]
+    """Called with the tables of the last step and the task's arguments; writes the part. Its result is the task's."""
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run all steps in this process; returns the result of `write`."""
+        tables = self.read(*args, **kwargs)
+        for step in self.steps:
+            tables = step(tables, *args, **kwargs)
+        return self.write(tables, *args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The three passes of `prepare`: metrics of cells, medians of genes, shards of sentences; one task per row range.
 
-A task reads the rows of its range and writes its own part file. Tasks run in any order and any number of times: a part
+A task reads the rows of its range and writes its own part file. The passes over rows of cells are pipelines (`measure_cells`,
+`encode_shard`): read, transform, write. Tasks run in any order and any number of times: a part
 file is written atomically and its bytes do not depend on the worker, so a killed task is repeated. A source that cannot
 be used raises `UserError`.
 
@@ -12,7 +13,7 @@ R), doublets/I-S (sample S), genes/SPECIES, sketch/N, done/N (information on sha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -36,12 +37,15 @@ from mixgf.corpus.shards import (
     SENTENCES,
     facts_uri,
     obs_array,
+    obs_kind,
     part_uri,
+    regroup,
     shard_name,
     write_shard,
     write_shard_info,
 )
 from mixgf.errors import UserError
+from mixgf.execution import Pipeline
 from mixgf.genes import identify, medians
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files
@@ -114,7 +118,7 @@ def describe_source(
         obs = {new: old for new, old in _obs_names(reader, source).items() if new not in RESERVED}
         if source.sample and source.sample not in reader.obs_columns:
             raise _no_column(reader, f"sources[{index}].sample", source.sample)
-        kinds = {new: _kind(reader, old) for new, old in obs.items()}
+        kinds = {new: obs_kind(reader.obs(old, 0, 1)) for new, old in obs.items()}
         rows = reader.num_rows
         by_column = reader.scan is not None
     facts = {"rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column}
@@ -145,11 +149,6 @@ def _no_column(reader: Reader, field: str, name: str) -> UserError:
     )
 
 
-def _kind(reader: Reader, name: str) -> str:
-    values = reader.obs(name, 0, 1)
-    return "str" if values.dtype == object else "float" if values.dtype.kind == "f" else "int"
-
-
 def _gene_columns(work: str, index: int) -> pa.Table:
     return read_table(part_uri(work, "sources", index))
 
@@ -176,27 +175,104 @@ def _open_source(work: str, index: int, source: Source) -> Iterator[Reader]:
         yield reader
 
 
+def _read_rows(
+    work: str, row_range: RowRange, block_cells: int, obs: Mapping[str, tuple[str | None, str]], *, names: bool = True
+) -> Iterator[pa.Table]:
+    """Checked counts of a row range, one table per block.
+
+    Args:
+        work: URI of the work folder.
+        row_range: rows of one source.
+        block_cells: rows of a block.
+        obs: columns of obs to read: new name to name in the file (None = nulls) and kind.
+        names: whether to read cell names.
+
+    Yields:
+        Tables with `row` (in the file), `columns` and `counts` (lists of int32: a CSR row over the file's columns), `cell`
+        (source and name) and the columns of obs.
+    """
+    source, start, stop = row_range.source, row_range.start, row_range.stop
+    with _open_source(work, row_range.index, source) as reader:
+        whole: dict[str, pa.Array] = {}
+        if names:
+            cells = [f"{source.name}:{name}" for name in reader.cell_names(start, stop)]
+            whole["cell"] = pa.array(cells, pa.string())
+        for name, (held, kind) in obs.items():
+            whole[name] = obs_array(None if held is None else reader.obs(held, start, stop), kind, stop - start)
+        for b, rows in _blocks(reader, _gene_columns(work, row_range.index), row_range, block_cells):
+            offsets = pa.array(b.indptr, pa.int32())
+            lists = {"columns": b.indices, "counts": b.data}
+            yield pa.table({
+                "row": pa.array(np.arange(start + rows.start, start + rows.stop), pa.int64()),
+                **{
+                    name: pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.int32)))  # a copy: blocks are reused
+                    for name, values in lists.items()
+                },
+                **{name: values.slice(rows.start, rows.stop - rows.start) for name, values in whole.items()},
+            })  # fmt: skip
+
+
+def _csr(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts of a table of `_read_rows` as CSR: data, int32 columns and int64 row pointers."""
+    parts = [table[name].combine_chunks() for name in ("counts", "columns")]
+    data, indices = (part.chunk(0) if isinstance(part, pa.ChunkedArray) else part for part in parts)
+    # copies, which can be written to: the kernels are compiled for such arrays
+    return np.array(data.values), np.array(indices.values), data.offsets.to_numpy().astype(np.int64)
+
+
 # Pass 1: metrics
 
 
-def measure_cells(work: str, row_range: RowRange, block_cells: int) -> None:
-    """Pass 1: write the metrics of a row range's cells, their samples, and the sum of counts by column."""
-    columns = _gene_columns(work, row_range.index)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsPlan:
+    """One part of metrics."""
+
+    work: str
+    """URI of the work folder."""
+    row_range: RowRange
+    """Rows of one source."""
+    block_cells: int
+    """Rows read at a time."""
+
+
+def read_counts(plan: MetricsPlan) -> Iterator[pa.Table]:
+    """Pass 1, read: tables of counts, with the column `sample` if the source has samples."""
+    sample = plan.row_range.source.sample
+    return _read_rows(
+        plan.work, plan.row_range, plan.block_cells, {"sample": (sample, "str")} if sample else {}, names=False
+    )
+
+
+def measure_counts(tables: Iterator[pa.Table], plan: MetricsPlan) -> Iterator[pa.Table]:
+    """Pass 1, transform: one table of all cells' metrics; the sum of counts by column is the list `sums` of its first row."""
+    columns = _gene_columns(plan.work, plan.row_range.index)
     masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
     sums_G = np.zeros(columns.num_rows, dtype=np.int64)
-    with _open_source(work, row_range.index, row_range.source) as reader:
-        metrics = qc.Metrics.merge(
-            [
-                qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G)
-                for b in counts.read_blocks(reader, columns, row_range.start, row_range.stop, rows=block_cells)
-            ]
-        )
-        table = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
-        if row_range.source.sample:
-            values = reader.obs(row_range.source.sample, row_range.start, row_range.stop)
-            table = table.append_column("sample", pc.fill_null(obs_array(values, "str", len(values)), ""))
-    write_table(part_uri(work, "sums", row_range.number), pa.table({"sum": sums_G}))
-    write_table(part_uri(work, "metrics", row_range.number), table)
+    measured, samples = [], []
+    for table in tables:
+        measured.append(qc.cell_metrics(*_csr(table), **masks, sums_G=sums_G))
+        if plan.row_range.source.sample:
+            samples.append(table.select(["sample"]))
+    metrics = qc.Metrics.merge(measured)
+    found = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
+    if samples:
+        found = found.append_column("sample", pc.fill_null(pa.concat_tables(samples)["sample"].combine_chunks(), ""))
+    sums = pa.concat_arrays([pa.array([sums_G], pa.list_(pa.int64())), pa.nulls(len(found) - 1, pa.list_(pa.int64()))])
+    yield found.append_column("sums", sums)
+
+
+def write_metrics(tables: Iterator[pa.Table], plan: MetricsPlan) -> None:
+    """Pass 1, write: the sums of counts, then the metrics."""
+    (table,) = tables
+    sums = pa.table({"sum": table["sums"][0].values})
+    write_table(part_uri(plan.work, "sums", plan.row_range.number), sums)
+    write_table(part_uri(plan.work, "metrics", plan.row_range.number), table.drop_columns(["sums"]))
+
+
+measure_cells = Pipeline(
+    name="measure_cells", source="Cells", read=read_counts, steps=(measure_counts,), write=write_metrics
+)
+"""Pass 1: metrics of a row range's cells, their samples, and the sum of counts by column. Takes a `MetricsPlan`."""
 
 
 def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, np.ndarray | None]:
@@ -304,97 +380,103 @@ def read_sketch(uri: str) -> medians.Sketch:
 # Pass 3: sentences
 
 
-def encode_shard(
-    work: str, row_range: RowRange, keep_N: np.ndarray, shard: int, *, to: str, vocabulary: str, digest: str, tokens: Tokens,
-    obs: dict[str, str], block_cells: int,
-) -> None:  # fmt: skip
-    """Pass 3: write the sentences of a row range's kept cells as a shard, then its information to the work folder.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ShardPlan:
+    """One shard of sentences: what is read, how it is encoded, and where it is written."""
 
-    Args:
-        work: URI of the work folder.
-        row_range: rows of one source.
-        keep_N: bool, which rows are kept; at least one.
-        shard: number of the shard.
-        to: URI of the folder of shards.
-        vocabulary: URI of the vocabulary's file.
-        digest: hash of the vocabulary.
-        tokens: settings of the encoding.
-        obs: kind (`str`, `float`, `int`) of every obs column of the corpus; null where a source lacks one.
-        block_cells: rows in memory at a time.
-    """
-    columns = _gene_columns(work, row_range.index)
-    ranks = _ranks(vocabulary, digest, row_range.source.species, tokens.scaling)
+    work: str
+    """URI of the work folder."""
+    row_range: RowRange
+    """Rows of one source."""
+    keep_N: np.ndarray
+    """bool, which rows are kept; at least one."""
+    shard: int
+    """Number of the shard."""
+    to: str
+    """URI of the folder of shards."""
+    vocabulary: str
+    """URI of the vocabulary's file."""
+    digest: str
+    """Hash of the vocabulary."""
+    tokens: Tokens
+    """Settings of the encoding."""
+    obs: dict[str, str]
+    """Kind (`str`, `float`, `int`) of every obs column of the corpus; null where a source lacks one."""
+    block_cells: int
+    """Rows read at a time."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the shard."""
+        obs = ((name, OBS_TYPES[kind]) for name, kind in self.obs.items())
+        return pa.schema([SENTENCES, *COMPUTED_COLUMNS.items(), *obs])
+
+
+def read_cells(plan: ShardPlan) -> Iterator[pa.Table]:
+    """Pass 3, read: tables of `_read_rows` with cell names and obs, for the blocks with kept cells."""
+    held = files.read_json(facts_uri(plan.work, plan.row_range.index))["obs"]
+    obs = {name: (held.get(name), kind) for name, kind in plan.obs.items()}
+    start = plan.row_range.start
+    for table in _read_rows(plan.work, plan.row_range, plan.block_cells, obs):
+        if plan.keep_N[table["row"].to_numpy() - start].any():
+            yield table
+
+
+def encode_cells(tables: Iterator[pa.Table], plan: ShardPlan) -> Iterator[pa.Table]:
+    """Pass 3, transform: counts of cells to sentences of the kept ones; columns are those of the shard."""
+    row_range, tokens = plan.row_range, plan.tokens
+    columns, source = _gene_columns(plan.work, row_range.index), row_range.source
+    ranks = _ranks(plan.vocabulary, plan.digest, source.species, tokens.scaling)
     own = columns["canonical"].to_numpy() == np.arange(
         columns.num_rows
     )  # counts of the other columns were added to these
     position_G = ranks.genes.positions(columns["gene"].combine_chunks())
     encoder = rank_value.Encoder(ranks, np.where(own, position_G, -1).astype(np.int32), tokens)
-    facts = files.read_json(facts_uri(work, row_range.index))
-    metrics, _ = read_metrics(work, [row_range.number])
-    length = np.minimum(metrics.n_genes[keep_N], tokens.max_len - int(tokens.cls)) + int(tokens.cls)
-    assert length.min() > int(tokens.cls), "a kept cell without vocabulary genes"
-    schema = pa.schema([SENTENCES, *COMPUTED_COLUMNS.items(), *((name, OBS_TYPES[kind]) for name, kind in obs.items())])
-    num, source = len(length), row_range.source
+    metrics, _ = read_metrics(plan.work, [row_range.number])
+    length_N = np.minimum(metrics.n_genes, tokens.max_len - int(tokens.cls)) + int(tokens.cls)
+    for table in tables:
+        place_N = table["row"].to_numpy() - row_range.start
+        kept_K = np.flatnonzero(plan.keep_N[place_N])
+        place_K, cells = place_N[kept_K], table.select(["row", "cell", *plan.obs]).take(pa.array(kept_K))
+        tokens_T, offsets_K1 = encoder(*_csr(table), rows_N=kept_K)
+        length_K = np.diff(offsets_K1)
+        assert np.array_equal(length_K, length_N[place_K]), "lengths differ from those of pass 1"
+        assert length_K.min() > int(tokens.cls), "a kept cell without vocabulary genes"
+        sentences = pa.ListArray.from_arrays(pa.array(offsets_K1, pa.int32()), pa.array(tokens_T), SENTENCES.type)
+        computed = {
+            "cell": cells["cell"],
+            "species": pa.array([source.species] * len(kept_K), pa.string()),
+            "source": pa.array([source.name] * len(kept_K), pa.string()),
+            "source_row": cells["row"],
+            "length": pa.array(length_K, pa.int32()),
+            "n_counts": pa.array(metrics.n_counts[place_K], pa.int64()),
+            "n_genes": pa.array(metrics.n_genes[place_K], pa.int32()),
+            "mito_fraction": pa.array(metrics.mito_fraction[place_K], pa.float64()),
+        }
+        rest = [*computed.values(), *(cells[name] for name in plan.obs)]
+        yield pa.Table.from_arrays([sentences, *rest], schema=plan.schema)
+
+
+def write_sentences(tables: Iterator[pa.Table], plan: ShardPlan) -> None:
+    """Pass 3, write: the shard, then its information to the work folder."""
+    lengths: list[np.ndarray] = []
 
     def row_groups() -> Iterator[pa.Table]:
-        with _open_source(work, row_range.index, source) as reader:
-            names = reader.cell_names(row_range.start, row_range.stop)[keep_N]
-            columns_ = {
-                "cell": pa.array([f"{source.name}:{name}" for name in names], pa.string()),
-                "species": pa.array([source.species] * num, pa.string()),
-                "source": pa.array([source.name] * num, pa.string()),
-                "source_row": pa.array(np.flatnonzero(keep_N) + row_range.start, pa.int64()),
-                "length": pa.array(length, pa.int32()),
-                "n_counts": pa.array(metrics.n_counts[keep_N], pa.int64()),
-                "n_genes": pa.array(metrics.n_genes[keep_N], pa.int32()),
-                "mito_fraction": pa.array(metrics.mito_fraction[keep_N], pa.float64()),
-            }
-            for name, kind in obs.items():
-                have = facts["obs"].get(name)
-                values = None if have is None else reader.obs(have, row_range.start, row_range.stop)[keep_N]
-                columns_[name] = obs_array(values, kind, num)
-            blocks = _blocks(reader, columns, row_range, block_cells)
-            for first, sentences in _sentences(encoder, blocks, keep_N, length):
-                rest = [column.slice(first, len(sentences)) for column in columns_.values()]
-                yield pa.Table.from_arrays([sentences, *rest], schema=schema)
+        for group in regroup(tables, ROW_GROUP_CELLS):
+            lengths.append(group["length"].to_numpy())
+            yield group
 
-    name = shard_name(shard)
-    size, digest = write_shard(files.join(to, name), schema, row_groups())
-    done = {"name": name, "rows": num, "bytes": size, "sha256": digest}
-    write_shard_info(work, shard, length, done)
+    name = shard_name(plan.shard)
+    size, digest = write_shard(files.join(plan.to, name), plan.schema, row_groups())
+    length_K = np.concatenate(lengths)
+    done = {"name": name, "rows": len(length_K), "bytes": size, "sha256": digest}
+    write_shard_info(plan.work, plan.shard, length_K, done)
 
 
-def _sentences(
-    encoder: rank_value.Encoder, blocks: Iterable[tuple[counts.Block, slice]], keep_N: np.ndarray, length_K: np.ndarray
-) -> Iterator[tuple[int, pa.ListArray]]:
-    """Sentences of the kept cells, one row group at a time: (number of the first cell, tokens of all cells of the group).
-
-    The tokens' array is reused for the next row group.
-
-    Args:
-        encoder: of the source.
-        blocks: blocks of counts, each with its rows within the row range.
-        keep_N: bool, rows that are kept.
-        length_K: length of each kept cell's sentence.
-    """
-    offsets_K1 = np.concatenate([[0], np.cumsum(length_K, dtype=np.int64)])
-    edges = [*range(0, len(length_K), ROW_GROUP_CELLS), len(length_K)]
-    tokens_T = np.empty(int(np.diff(offsets_K1[edges]).max()), np.int32)
-    group = done = 0
-    for b, rows in blocks:
-        left_N = np.flatnonzero(keep_N[rows])
-        while len(left_N):
-            first, end = edges[group], edges[group + 1]
-            offsets_N1 = offsets_K1[first : end + 1] - offsets_K1[first]
-            now_N, left_N = left_N[: end - done], left_N[end - done :]
-            here = offsets_N1[done - first : done - first + len(now_N) + 1]
-            _, offsets = encoder(b.data, b.indices, b.indptr, rows_N=now_N, out=tokens_T[here[0] :])
-            assert np.array_equal(here - here[0], offsets), "lengths differ from those of pass 1"
-            done += len(now_N)
-            if done == end:
-                tokens = pa.array(tokens_T[: offsets_N1[-1]])
-                yield first, pa.ListArray.from_arrays(pa.array(offsets_N1, pa.int32()), tokens, SENTENCES.type)
-                group += 1
+encode_shard = Pipeline(
+    name="encode_shard", source="Cells", read=read_cells, steps=(encode_cells,), write=write_sentences
+)
+"""Pass 3: the sentences of a row range's kept cells as a shard. Takes a `ShardPlan`."""
 
 
 @lru_cache(maxsize=8)

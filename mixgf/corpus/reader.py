@@ -117,19 +117,26 @@ class Corpus:
 
     def table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """Table of one shard, with the given columns; None = all."""
-        return tables.read_table(files.join(self.uri, "shards", self._file(shard)), columns)
+        return tables.read_table(self.shard_uri(shard), columns)
 
-    def _file(self, shard: int) -> str:
+    def shard_uri(self, shard: int) -> str:
+        """URI of one shard's Parquet file."""
         name = str(self.shards[shard]["name"])
-        return name.rsplit("/", 1)[-1] if name.endswith(".parquet") else f"{name}.parquet"
+        return files.join(
+            self.uri, "shards", name.rsplit("/", 1)[-1] if name.endswith(".parquet") else f"{name}.parquet"
+        )
+
+    def shard_schema(self, shard: int) -> pa.Schema:
+        """Columns of one shard, `tokens` first."""
+        with files.open_read(self.shard_uri(shard)) as file:
+            return pq.read_schema(file).remove_metadata()
 
     @cached_property
     def columns(self) -> frozenset[str]:
         """Names of the columns of all shards, without the tokens."""
         names: set[str] = set()
         for shard in range(len(self.shards)):
-            with files.open_read(files.join(self.uri, "shards", self._file(shard))) as file:
-                names.update(pa.parquet.read_schema(file).names)
+            names.update(self.shard_schema(shard).names)
         return frozenset(names - {"tokens"})
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
@@ -140,9 +147,7 @@ class Corpus:
         """
         frames, seen = [], dict[str, None]()
         for shard in range(len(self.shards)):
-            uri = files.join(self.uri, "shards", self._file(shard))
-            with files.open_read(uri) as file:
-                names = [n for n in pq.read_schema(file).names if n != "tokens"]
+            names = [n for n in self.shard_schema(shard).names if n != "tokens"]
             seen |= dict.fromkeys(names)
             keep = names if columns is None else [n for n in columns if n in names]
             table = self.table(shard, keep)

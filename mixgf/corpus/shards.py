@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,31 @@ def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tupl
         uri, schema, tables, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_CELLS, use_dictionary=text,
         write_statistics=sums, column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip
+
+
+def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The rows of several tables in tables of `rows` rows, of one chunk each; the last may be shorter."""
+    held: list[pa.Table] = []
+    num = 0
+    for table in tables:
+        held.append(table)
+        num += table.num_rows
+        while num >= rows:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, rows).combine_chunks()
+            held, num = [whole.slice(rows)], num - rows
+    if num:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def obs_kind(values: np.ndarray) -> str:
+    """Kind of an obs column, a key of `OBS_TYPES`, from some of its values."""
+    return "str" if values.dtype == object else "float" if values.dtype.kind == "f" else "int"
+
+
+def merge_kinds(kinds: Mapping[str, set[str]]) -> dict[str, str]:
+    """One kind per obs column from its kinds in all sources: numbers only where every source has numbers."""
+    return {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
 
 
 def obs_array(values: np.ndarray | None, kind: str, num: int) -> pa.Array:

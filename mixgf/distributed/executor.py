@@ -1,4 +1,4 @@
-"""The executor of a Ray cluster: tasks as Ray tasks, pools as actor pools.
+"""The executor of a Ray cluster: row passes by Ray Data, other tasks as Ray tasks, pools as actor pools.
 
 Ray is imported when a session opens, so that a stage without Ray does not load it.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixgf import execution
 from mixgf.config.run import Config
-from mixgf.execution import Receipt, Receipts, Shared, Task
+from mixgf.execution import Pipeline, Receipt, Receipts, Shared, Task
 
 if TYPE_CHECKING:
     from mixgf.distributed.actor_pool import ActorPool
@@ -43,12 +43,20 @@ class RayExecutor:
         return session(self.config)
 
     def run(self, tasks: Sequence[Task]) -> Receipts:
-        """Run tasks; an error that is no `UserError` is raised as the task raised it, and the other tasks are cancelled."""
+        """Run tasks; an error that is no `UserError` is raised as the task raised it, and the other tasks are cancelled.
+
+        Tasks of a `Pipeline` run on Ray Data (`mixgf.distributed.data`).
+        """
         import ray
 
         from mixgf.distributed.session import require_gpus
 
         remote, compute = ray.remote(attempt), self.config.compute
+        if tasks and isinstance(tasks[0].function, Pipeline):
+            from mixgf.distributed.data import run_pipeline
+
+            yield from run_pipeline(tasks, cpus=compute.cpus_per_worker, in_flight=self.in_flight)
+            return
         require_gpus(compute.gpus_per_worker if any(task.gpu for task in tasks) else 0)
         sent: dict[int, Any] = {}
 

@@ -204,8 +204,9 @@ class _Import:
         for facts in self.facts.values():
             for name, attribute in (item for f in facts for item in f["obs"].items()):
                 kinds.setdefault(name, set()).add(attribute["kind"])
-        obs = {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
-        options: dict[str, Any] = {"to": files.join(self.uri, "shards"), "rules": self.rules, "obs": obs}
+        options: dict[str, Any] = {
+            "to": files.join(self.uri, "shards"), "rules": self.rules, "obs": shards.merge_kinds(kinds),
+        }  # fmt: skip
         tasks = [
             Task(
                 part=shards.part_uri(self.work, "done", n), source=u.index, weight=u.stop - u.start,

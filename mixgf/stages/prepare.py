@@ -206,7 +206,8 @@ class _Prepare:
         tasks = [
             Task(
                 part=shards.part_uri(self.work, "metrics", u.number), source=u.index, weight=u.stop - u.start,
-                function=prepare_passes.measure_cells, args=(self.work, u, rows),
+                function=prepare_passes.measure_cells,
+                args=(prepare_passes.MetricsPlan(work=self.work, row_range=u, block_cells=rows),),
             )
             for u in all_units
         ]  # fmt: skip
@@ -369,15 +370,19 @@ class _Prepare:
 
     def _encode(self, digest: str, kept: list[prepare_passes.RowRange], keeps: dict[int, np.ndarray]) -> None:
         options: dict[str, Any] = {
-            "to": self.shards, "vocabulary": files.join(self.uri, "vocabulary.parquet"), "digest": digest,
+            "work": self.work, "to": self.shards, "vocabulary": files.join(self.uri, "vocabulary.parquet"), "digest": digest,
             "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
         }  # fmt: skip
+        plans = [
+            prepare_passes.ShardPlan(row_range=u, keep_N=keeps[u.number], shard=n, **options)
+            for n, u in enumerate(kept, self.first)
+        ]
         tasks = [
             Task(
-                part=shards.part_uri(self.work, "done", n), source=u.index, weight=u.stop - u.start,
-                function=prepare_passes.encode_shard, args=(self.work, u, keeps[u.number], n), kwargs=options,
+                part=shards.part_uri(self.work, "done", plan.shard), source=plan.row_range.index,
+                weight=plan.row_range.stop - plan.row_range.start, function=prepare_passes.encode_shard, args=(plan,),
             )
-            for n, u in enumerate(kept, self.first)
+            for plan in plans
         ]  # fmt: skip
         self.passes.run("sentences", tasks, counter="cells_encoded")
         self.meter.add("shards_written", len(tasks))
@@ -388,7 +393,7 @@ class _Prepare:
         for i in sorted(self.facts):
             for name, kind in self.facts[i]["kinds"].items():
                 kinds.setdefault(name, set()).add(kind)
-        return {name: next((k for k in ("str", "float") if k in found), "int") for name, found in kinds.items()}
+        return shards.merge_kinds(kinds)
 
     # the end
 

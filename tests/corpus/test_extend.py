@@ -49,7 +49,7 @@ def test_an_added_source_alone_is_read_and_the_corpus_is_that_of_all_together(ru
     monkeypatch.setattr(
         prepare_passes,
         "measure_cells",
-        lambda work, unit, rows: (read.append(unit.source.name), measure(work, unit, rows)),
+        lambda plan: (read.append(plan.row_range.source.name), measure(plan)),
     )
     before = contents(older)
     uri = prepare.run(new, executor=LocalExecutor())

@@ -69,11 +69,13 @@ def sentences(path, vocabulary, tmp_path):
     prepare_passes.describe_source(work, 0, source, row=data.HUMAN, rules=data.QC(), biotypes=(), allowed=allowed)
     rows = files.read_json(shards.facts_uri(work, 0))["rows"]
     (unit,) = prepare_passes.plan_row_ranges({0: (source, rows)}, rows)
-    prepare_passes.measure_cells(work, unit, 500)
-    prepare_passes.encode_shard(
-        work, unit, np.ones(rows, dtype=bool), 0, to=str(tmp_path), vocabulary=str(tmp_path / "vocabulary.parquet"),
-        digest=vocabulary.hash, tokens=data.Tokens(max_len=MAX_LEN), obs={}, block_cells=500,
+    prepare_passes.measure_cells(prepare_passes.MetricsPlan(work=work, row_range=unit, block_cells=500))
+    plan = prepare_passes.ShardPlan(
+        work=work, row_range=unit, keep_N=np.ones(rows, dtype=bool), shard=0, to=str(tmp_path),
+        vocabulary=str(tmp_path / "vocabulary.parquet"), digest=vocabulary.hash, tokens=data.Tokens(max_len=MAX_LEN), obs={},
+        block_cells=500,
     )  # fmt: skip
+    prepare_passes.encode_shard(plan)
     genes = np.asarray(vocabulary.genes(), dtype=object)
     return [genes[t] for t in pq.read_table(tmp_path / "00000.parquet")["tokens"].to_pylist()]
 

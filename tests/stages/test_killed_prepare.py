@@ -128,7 +128,7 @@ def tasks(parent):
     found = []
     for process in psutil.Process(parent).children(recursive=True):
         try:
-            if any("ray::attempt" in part for part in process.cmdline()):
+            if any("ray::attempt" in part or "ray::Read" in part for part in process.cmdline()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
