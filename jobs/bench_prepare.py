@@ -320,7 +320,7 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
             for u in all_units
         ]  # fmt: skip
         assert not any(receipt.error for receipt in executor.run(measures))
-        options = {
+        options: dict[str, Any] = {
             "tokens": TOKENS, "obs": {}, "digest": Vocabulary.load(uri).hash, "vocabulary": f"{uri}/vocabulary.parquet",
             "block_cells": config.prepare.block_cells, "to": str(folder / "shards"), "work": work,
         }  # fmt: skip

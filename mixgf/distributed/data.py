@@ -4,8 +4,8 @@
     read_corpus(uri)        sentences and obs of a finished corpus, one row per cell           operator ReadCorpus
     run_pipeline(tasks)     tasks of a `mixgf.execution.Pipeline`: read, transform, write      operators fused into one
 
-`run_pipeline` makes one part file per task. A part depends on its task alone and is written atomically under its own name,
-so a task that runs twice writes the same bytes to the same place. Only receipts leave the workers.
+`run_pipeline` makes one part file per task. A part depends on its task alone and is written atomically under its own name.
+So a task that runs twice writes the same bytes to the same place. Only receipts leave the workers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Piece:
     """Estimate of the rows in memory, by which Ray Data plans."""
 
 
-class _Pieces(Datasource):
+class _Pieces(Datasource):  # type: ignore[misc]
     """One read task per piece; `name` is shown by Ray Data as `ReadNAME`."""
 
     def __init__(self, name: str, pieces: Sequence[_Piece], schema: pa.Schema | None = None) -> None:
@@ -353,12 +353,10 @@ def _cause(error: BaseException) -> BaseException:
 
 def _read_task(number: int, task: Task) -> Iterator[pa.Table]:
     """Rows of one task, and the task itself in the first row of column `__task`, for the operators that follow."""
+    pipeline = task.function
+    assert isinstance(pipeline, Pipeline)
     sent = cloudpickle.dumps((number, task))
-
-    def rows() -> Iterator[pa.Table]:
-        return task.function.read(*task.arguments(), **task.kwargs)
-
-    yield from _guarded(sent, rows)
+    yield from _guarded(sent, lambda: pipeline.read(*task.arguments(), **task.kwargs))
 
 
 def _guarded(sent: bytes, rows: Callable[[], Iterable[pa.Table]]) -> list[pa.Table]:

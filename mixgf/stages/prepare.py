@@ -5,7 +5,8 @@
 3. sentences, one shard per task.
 
 Every task reads its own rows and writes its own part under `corpus/work`. A part that is there is not made again, so a
-run killed at any moment continues. Only file names, masks and configs are sent to workers.
+run killed at any moment continues. Only file names, masks and configs are sent to workers. Passes 1 and 3 are pipelines
+(`mixgf.execution.Pipeline`), which Ray Data runs; the sketch of pass 2 is a reduction, and so a plain task.
 """
 
 from __future__ import annotations

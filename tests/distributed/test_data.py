@@ -2,7 +2,9 @@
 
 import gzip
 import itertools
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +31,28 @@ def corpus(make_corpus):
     return make_corpus(rng.integers(3, 30, 21), rng.integers(0, 2, 21), [7, 5, 9])
 
 
-def test_a_users_own_function_gets_every_cell_of_a_corpus_once(corpus):
+def test_the_guides_own_lines_get_every_cell_of_a_corpus_once(corpus, tmp_path, monkeypatch):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/corpus").symlink_to(corpus)
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[2] / "jobs/README.md").read_text()
+    (lines,) = re.findall(r"## Ray Data\n.*?```python\n(.*?)```", guide, re.DOTALL)
+    names = {}
+    exec(lines, names)
+
+    tokens, offsets = Corpus(corpus).tokens(np.arange(21))
+    found = names["found"]
+    assert len(found) == 21
+    assert dict(zip(found["cell"], found["token"], strict=True)) == {
+        f"source:{i}": tokens[offsets[i]] for i in range(21)
+    }
+
+
+def test_a_function_of_batches_sees_all_tokens(corpus):
     def summed(batch):
         return {"cell": batch["cell"], "sum": np.array([tokens.sum() for tokens in batch["tokens"]])}
 
     found = read_corpus(corpus, ["cell", "tokens"]).map_batches(summed).to_pandas()
-
     tokens, offsets = Corpus(corpus).tokens(np.arange(21))
     expected = {f"source:{i}": tokens[a:b].sum() for i, (a, b) in enumerate(itertools.pairwise(offsets))}
     assert len(found) == 21
@@ -93,7 +111,7 @@ def test_counts_of_a_file_and_a_folder_come_once_and_right(world, tmp_path, monk
     (row,) = [row for row in config.species if row.name == "ant"]
     genes = species.gene_table(row)["gene"].to_pylist()
     x = np.random.default_rng(8).negative_binomial(1, 0.3, (13, len(genes)))
-    order = np.random.default_rng(9).permutation(len(genes))  # another order of genes, and one that nobody knows
+    order = np.random.default_rng(9).permutation(len(genes))  # another order of genes, and an unknown one
     write_folder(tmp_path / "tenx", np.hstack([x[:, order], x[:, :1]]), [*(genes[i] for i in order), "no-gene"])
     monkeypatch.chdir(tmp_path)  # relative paths must mean the same to workers
     found = read_cells({"ant": ["ant.h5ad", "tenx"]}, obs=["score"], species_rows=config.species, block_cells=5)
