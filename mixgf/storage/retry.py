@@ -10,7 +10,7 @@ Three layers retry, each what the one below cannot; no other layer does (s3fs's 
 |---|---|---|---|
 | botocore | one HTTP request | no connection, timeout, 429 or 5xx before the first byte of the answer | 3, at most 7 s |
 | `with_retries` | one operation: read, write, list | an answer that breaks off, a server still busy | 3, 4.2 s |
-| `RayExecutor`, `ActorPool` | one task | a lost worker or node; an `OSError`, `StorageError` among them; in a pool any error | 3, none |
+| `RayExecutor` (Ray Data too), `ActorPool` | one task | a lost worker or node; an `OSError`, `StorageError` among them; in a pool any error | 3, none |
 
 Repeating a task is safe because it writes one file, atomically and with the same bytes. A `LocalExecutor` does not repeat tasks.
 """
