@@ -188,8 +188,8 @@ def _read_rows(
         names: whether to read cell names.
 
     Yields:
-        Tables with `row` (in the file), `columns` and `counts` (lists of int32: a CSR row over the file's columns), `cell`
-        (source and name) and the columns of obs.
+        Tables with `row` (in the file), `columns` and `counts` (lists: a CSR row over the file's columns), `cell` (source and
+        name) and the columns of obs. Counts are int32, columns uint16 or int32, as one task may hold all its rows.
     """
     source, start, stop = row_range.source, row_range.start, row_range.stop
     with _open_source(work, row_range.index, source) as reader:
@@ -199,14 +199,14 @@ def _read_rows(
             whole["cell"] = pa.array(cells, pa.string())
         for name, (held, kind) in obs.items():
             whole[name] = obs_array(None if held is None else reader.obs(held, start, stop), kind, stop - start)
+        small = np.uint16 if reader.num_columns <= 1 << 16 else np.int32
         for b, rows in _blocks(reader, _gene_columns(work, row_range.index), row_range, block_cells):
             offsets = pa.array(b.indptr, pa.int32())
-            lists = {"columns": b.indices, "counts": b.data}
+            lists = {"columns": b.indices.astype(small), "counts": b.data.astype(np.int32)}  # copies: blocks are reused
             yield pa.table({
                 "row": pa.array(np.arange(start + rows.start, start + rows.stop), pa.int64()),
                 **{
-                    name: pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.int32)))  # a copy: blocks are reused
-                    for name, values in lists.items()
+                    name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()
                 },
                 **{name: values.slice(rows.start, rows.stop - rows.start) for name, values in whole.items()},
             })  # fmt: skip
@@ -217,7 +217,7 @@ def _csr(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts = [table[name].combine_chunks() for name in ("counts", "columns")]
     data, indices = (part.chunk(0) if isinstance(part, pa.ChunkedArray) else part for part in parts)
     # copies, which can be written to: the kernels are compiled for such arrays
-    return np.array(data.values), np.array(indices.values), data.offsets.to_numpy().astype(np.int64)
+    return np.array(data.values), np.array(indices.values, np.int32), data.offsets.to_numpy().astype(np.int64)
 
 
 # Pass 1: metrics
