@@ -276,6 +276,6 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
             obs[name] = added[name].to_numpy() if added[name].dtype != "category" else added[name].array
         p_NC.index = obs.index
         with h5py.File(path, "r+") as file:
-            for place, value in (("obs", obs), (f"obsm/{OBSM}", p_NC), ("uns/mixgf_annotate", about)):
-                ad.io.write_elem(file, place, value)
+            for group, name, value in (("/", "obs", obs), ("obsm", OBSM, p_NC), ("uns", "mixgf_annotate", about)):
+                ad.io.write_elem(file.require_group(group), name, value)  # anndata 0.13 takes no path as a name
         files.upload(path, to)
