@@ -176,7 +176,7 @@ def marking(folder):
 
 def main(path, folder):
     """Run the stage of a config on the cluster of RAY_ADDRESS."""
-    perturb.Scorer = marking(Path(folder))
+    perturb.ScoringWorker = marking(Path(folder))
     perturb.run(parse.from_dict(run.Config, json.loads(Path(path).read_text())))
 
 
