@@ -39,8 +39,8 @@ from mixgf.encoder import bert, checkpoint, huggingface
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor
-from mixgf.genes import species as species_tables
 from mixgf.genes import token_dictionaries, vocabulary
+from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import artifacts, files
 from mixgf.tracking import mlflow_runs
@@ -158,7 +158,7 @@ def _load_huggingface(
         msg = f"medians = {medians!r}: no column median; give gene (or key) and median"
         raise UserError(msg)
     rows = (HUMAN, MOUSE)
-    known = {row.name: set(species_tables.gene_table(row)["gene"].to_pylist()) for row in rows}
+    known = {row.name: set(gene_table(row)["gene"].to_pylist()) for row in rows}
     by_species: dict[str, dict[str, float]] = {}
     for row in rows:
         genes = token_dictionaries.genes_of_species(tokens_of.genes, row.name, rows, known)
@@ -172,7 +172,7 @@ def _load_huggingface(
     if not by_species:
         msg = f"medians = {medians!r}: no gene of the dictionary {tokens_of.uri!r} has a median there; name the medians of this model"
         raise UserError(msg)
-    tables = {row.name: species_tables.gene_table(row) for row in rows}
+    tables = {row.name: gene_table(row) for row in rows}
     words = vocabulary.build_vocabulary(by_species, tables, sharing="separate", orthologs={})
     model, _, _ = huggingface.remap_to_vocabulary(published, tokens_of, words, rows, seed=0)
     known_cls = "<cls>" in tokens_of.specials

@@ -23,7 +23,7 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(monkeypatch, cap
     assert len(lines) == 1, "30 updates in 30 s are one line of a log"
     assert lines[0] == "train:  60%  1 cells/s  40 s left  loss 8.12", lines
     bar.update(100)
-    bar.update(100)  # whoever asks again hears nothing new
+    bar.update(100)  # a second end prints nothing
     assert [r.getMessage()[:12] for r in caplog.records] == ["train:  60% ", "train: 100% "]
 
 

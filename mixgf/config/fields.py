@@ -6,7 +6,7 @@ metadata (`Facts`). The readers here answer the questions that the stages ask:
 | question | reader |
 |---|---|
 | Is the value allowed? | `check` |
-| Which fields decide the content of an artifact? | `content` |
+| Which fields decide the content of an artifact? | `content_of` |
 | Which fields have a certain role? | `names` |
 | Which values are paths on this machine? | `with_absolute_paths` |
 
@@ -116,7 +116,7 @@ def sections_of(cls: Any, stage: str) -> tuple[str, ...]:
     return tuple(name for name, facts in facts_of(cls).items() if stage in facts.stages)
 
 
-def content(part: Any, **wanted: Any) -> dict[str, Any]:
+def content_of(part: Any, **wanted: Any) -> dict[str, Any]:
     """The fields of a section that decide an artifact's content, as plain JSON data.
 
     An empty mapping is recorded as an empty list, as earlier versions did, so that their fingerprints stay valid.

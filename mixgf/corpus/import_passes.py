@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mixgf.config.data import Imports, Source, Tokens
-from mixgf.config.fields import content as content_of
-from mixgf.config.fields import facts_of
+from mixgf.config.fields import content_of, facts_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.corpus import arrow_dataset, remap_ids, shards

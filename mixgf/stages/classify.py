@@ -25,7 +25,7 @@ from mixgf.classification.models.protocol import FEWEST_SECONDS, Model, Needs
 from mixgf.classification.paths import SCRATCH, ArtifactPaths, slug
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import BLOCK_CELLS, Workspace, find_embeddings
-from mixgf.config.fields import content
+from mixgf.config.fields import content_of
 from mixgf.config.parse import fingerprint, to_dict
 from mixgf.config.run import Config
 from mixgf.console import duration, say, warn
@@ -151,7 +151,7 @@ def _plan(config: Config, uri: str) -> tuple[ArtifactPaths, Record]:
 def _content(config: Config) -> dict[str, Any]:
     """The settings that decide the artifact: of the cells, of splits and extras, and of each model."""
     data, settings = to_dict(config), config.classify
-    asked = content(settings, role="asked")
+    asked = content_of(settings, role="asked")
     asked |= {f"seeds of {model}": number for model, number in registry.seeds(settings).items()}
     asked |= {
         "curve": [m.name for m in registry.curve(settings)] if settings.label_shares or settings.unseen_types else []
@@ -160,7 +160,7 @@ def _content(config: Config) -> dict[str, Any]:
     if settings.integration_cells:
         models["integration"] = {"cells": settings.integration_cells, "embed": data["embed"]}
     return {
-        "cells": content(settings, role="cells"),
+        "cells": content_of(settings, role="cells"),
         "asked": asked,
         "seed": config.seed,
         "models": models,

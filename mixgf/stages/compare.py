@@ -24,7 +24,7 @@ from mixgf.comparison import (
     transfer_tables,
 )
 from mixgf.comparison.encoder_sets import ComparisonContext, EncoderSet, encoder_sets
-from mixgf.config.fields import content
+from mixgf.config.fields import content_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
@@ -133,7 +133,7 @@ def _plan(context: ComparisonContext) -> Record:
         ):  # fmt: skip
             parents[role + end] = artifacts.require(uri, kind).fingerprint
     decides = {
-        "compare": content(config.compare) | {"encoders": len(context.encoder_sets)},
+        "compare": content_of(config.compare) | {"encoders": len(context.encoder_sets)},
         "embed": to_dict(config.embed),
         "seed": config.seed,
     }

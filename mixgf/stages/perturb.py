@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.config.fields import content
+from mixgf.config.fields import content_of
 from mixgf.config.parse import fingerprint
 from mixgf.config.run import Config
 from mixgf.console import say, warn
@@ -47,7 +47,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     trained = artifacts.require(weights, checkpoint.KIND)
     corpus = Corpus(source, max_len=int(trained.details["model"]["max_positions"]))
     checkpoint.require_sentences(trained, corpus)
-    settings = content(config.perturb)
+    settings = content_of(config.perturb)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": trained.fingerprint}
     record = artifacts.plan(
         KIND, SCHEMA, {"perturb": settings, "seed": config.seed, "precision": config.train.precision}, parents

@@ -21,8 +21,7 @@ import pyarrow as pa
 from mixgf.cells import doublets, qc
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
-from mixgf.config.fields import content as content_of
-from mixgf.config.fields import sections_of
+from mixgf.config.fields import content_of, sections_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mixgf.config.fields import content, names
+from mixgf.config.fields import content_of, names
 from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
 from mixgf.console import Progress, duration, number, say
@@ -150,7 +150,7 @@ def planned(config: Config, corpus: Corpus) -> artifacts.Record:
     chosen = {
         "model": data["model"],
         "objective": data["objective"],
-        "train": content(config.train),
+        "train": content_of(config.train),
         "seed": config.seed,
     }
     if config.objective.ortholog_weight > 0 or config.objective.view == "ortholog":

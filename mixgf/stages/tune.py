@@ -14,8 +14,7 @@ from dataclasses import replace
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.config.fields import content as content_of
-from mixgf.config.fields import names
+from mixgf.config.fields import content_of, names
 from mixgf.config.parse import fingerprint, from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.console import say, warn

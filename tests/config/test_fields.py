@@ -7,7 +7,7 @@ import pytest
 from mixgf.config.classification import Classify
 from mixgf.config.comparison import Compare
 from mixgf.config.data import Source, Vocab
-from mixgf.config.fields import content, facts_of, names, sections_of, with_absolute_paths
+from mixgf.config.fields import content_of, facts_of, names, sections_of, with_absolute_paths
 from mixgf.config.parse import sections, to_dict
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Inputs
@@ -16,21 +16,21 @@ from mixgf.errors import UserError
 
 
 def test_settings_of_speed_cost_and_print_stay_out_of_the_content():
-    assert content(replace(Train(), micro_tokens=7, compile=True, threads=9, log_steps=1)) == content(Train())
-    assert content(replace(Train(), lr=0.5)) != content(Train())
+    assert content_of(replace(Train(), micro_tokens=7, compile=True, threads=9, log_steps=1)) == content_of(Train())
+    assert content_of(replace(Train(), lr=0.5)) != content_of(Train())
     asked = replace(Perturb(), reference_genes=("A", "x.tsv"), published="dkd", budget_hours=1.0, worker_flops=2.0)
-    assert content(asked) == content(Perturb())
-    assert content(replace(Perturb(), donor="mouse_id")) != content(Perturb())
+    assert content_of(asked) == content_of(Perturb())
+    assert content_of(replace(Perturb(), donor="mouse_id")) != content_of(Perturb())
 
 
 def test_a_later_field_is_in_the_content_only_where_it_is_set():
-    assert "cells_share" not in content(Train())
-    assert content(Train(cells_share=0.5))["cells_share"] == 0.5
-    assert content(Train())["species_mix"] == []  # as recorded by versions in which it was a list
-    assert content(Source(uri="a", species="human")) == {
+    assert "cells_share" not in content_of(Train())
+    assert content_of(Train(cells_share=0.5))["cells_share"] == 0.5
+    assert content_of(Train())["species_mix"] == []  # as recorded by versions in which it was a list
+    assert content_of(Source(uri="a", species="human")) == {
         "uri": "a", "species": "human", "name": "", "layer": "X", "genes": "", "sample": "", "obs": [],
     }  # fmt: skip
-    assert content(Classify(merge={"T": ("a", "b")}), role="cells")["merge"] == {"T": ["a", "b"]}
+    assert content_of(Classify(merge={"T": ("a", "b")}), role="cells")["merge"] == {"T": ["a", "b"]}
 
 
 def test_every_field_of_classify_has_one_role():
