@@ -31,6 +31,12 @@ def call_hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
 
 
+def _with_shifts(genes: pd.DataFrame) -> str:
+    """The first five genes, each with its shift."""
+    first = genes.head(5)
+    return ", ".join(f"{s} ({v:+.4f})" for s, v in zip(first["symbol"], first["shift"], strict=True))
+
+
 def summarise_screen(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> list[tuple[str, str]]:
     """Sentences about the genes of one operation, each with a tone (`good`, `plain` or `warn`).
 
@@ -42,12 +48,10 @@ def summarise_screen(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> 
     out: list[tuple[str, str]] = []
     nulls = comparison_genes(genes)
     genes = tested_genes(genes)
-    top = genes.sort_values(["shift", "gene"], ascending=[False, True]).head(5)
-    names = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(top["symbol"], top["shift"], strict=True))
-    if goal:
-        last = genes[genes["shift"] < 0].sort_values(["shift", "gene"]).head(5)
-        away = ", ".join(f"{s} ({v:+.4f})" for s, v in zip(last["symbol"], last["shift"], strict=True))
-        names += f"; away from it: {away}" if away else ""
+    top = genes.sort_values(["shift", "gene"], ascending=[False, True])
+    names = _with_shifts(top[top["shift"] > 0] if goal else top) or "none"
+    if goal and (away := _with_shifts(genes[genes["shift"] < 0].sort_values(["shift", "gene"]))):
+        names += f"; away from it: {away}"
     out.append(("plain", f"Largest shifts{' towards the goal state' if goal else ''}: {names}."))
     donors = int(genes["num_donors"].max())
     found, repeated, cell_level = (

@@ -256,6 +256,16 @@ def test_cell_level_significance_is_never_sold_as_a_hit(donors, said):
     )
 
 
+def test_only_genes_that_move_cells_to_the_goal_are_named_as_such():
+    genes = _genes(num_donors=8)
+    genes["shift"] = [0.002] + [-0.001 * (k + 1) for k in range(len(genes) - 1)]
+    towards, away = hits.summarise_screen(genes, goal=True)[0][1].split("; away from it: ")
+    assert towards == f"Largest shifts towards the goal state: {genes['symbol'].iloc[0]} (+0.0020)"
+    assert "+" not in away
+    none = hits.summarise_screen(genes.assign(shift=-0.001), goal=True)[0][1]
+    assert none.startswith("Largest shifts towards the goal state: none; away from it: ")
+
+
 def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
     genes = _genes(num_donors=8, fdr_donor=[0.01] * 10 + [0.5] * 20, null_percentile=[99.0, 1.0] + [50.0] * 27 + [99.0])
     assert set(hits.call_hits(genes)["symbol"]) == {"GENE0", "GENE1"}
