@@ -217,7 +217,7 @@ import json, os, sys, time
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 os.environ.pop("RAY_ADDRESS", None)
 import ray
-from mixgf.config import Config, Tracking
+from mixgf.config.run import Config, Tracking
 from mixgf.distributed.metrics import watch
 folder, stop = sys.argv[1:]
 ray.init(address="local", num_cpus=2, include_dashboard=True, object_store_memory=80 << 20, log_to_driver=False,
