@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from mixgf.config.data import SpeciesRow
+from mixgf.console import say
 from mixgf.errors import UserError
-from mixgf.storage import files
+from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table, write_table
 
 PAD, MASK, CLS = 0, 1, 2
@@ -203,6 +204,18 @@ class Vocabulary:
             msg = f"{uri}: its content does not fit its hash {meta['hash'][:12]}: damaged or edited; make it again"
             raise UserError(msg)
         return found
+
+
+def publish_vocabulary(uri: str, record: artifacts.Record, vocabulary: Vocabulary) -> None:
+    """Write a vocabulary and finish its artifact, already begun at `uri` by the plan `record`."""
+    size, digest = vocabulary.save(files.join(uri, "vocabulary.parquet"))
+    genes = {name: len(vocabulary.species_genes(name).tokens) for name in vocabulary.species}
+    artifacts.finish(
+        uri, record, counts={"tokens": vocabulary.size, "genes": genes},
+        files={"vocabulary.parquet": {"bytes": size, "sha256": digest}},
+        details={"hash": vocabulary.hash, "sharing": vocabulary.sharing},
+    )  # fmt: skip
+    say(f"vocabulary: {vocabulary.size:,} tokens ({', '.join(f'{n:,} {name} genes' for name, n in genes.items())})")
 
 
 def build_vocabulary(

@@ -28,7 +28,7 @@ from mixgf.distributed.metrics import Meter, watch
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Task
 from mixgf.genes import identify
-from mixgf.genes.vocabulary import Vocabulary
+from mixgf.genes.vocabulary import Vocabulary, publish_vocabulary
 from mixgf.stages.fan_out import SourcePasses
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
@@ -119,13 +119,7 @@ class _Import:
         if not artifacts.begin(uri, record):
             return Vocabulary.load(uri)
         made = self.given.build()
-        size, digest = made.save(files.join(uri, "vocabulary.parquet"))
-        genes = {name: len(made.species_genes(name).tokens) for name in made.species}
-        artifacts.finish(
-            uri, record, counts={"tokens": made.size, "genes": genes},
-            files={"vocabulary.parquet": {"bytes": size, "sha256": digest}}, details={"hash": made.hash, "sharing": made.sharing},
-        )  # fmt: skip
-        say(f"vocabulary: {made.size:,} tokens ({', '.join(f'{n:,} {name} genes' for name, n in genes.items())})")
+        publish_vocabulary(uri, record, made)
         return made
 
     # passes

@@ -31,7 +31,7 @@ from mixgf.distributed.metrics import Meter, watch
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Task
 from mixgf.genes import identify, medians, species
-from mixgf.genes.vocabulary import Vocabulary, build_vocabulary, read_median_table
+from mixgf.genes.vocabulary import Vocabulary, build_vocabulary, publish_vocabulary, read_median_table
 from mixgf.stages.fan_out import SourcePasses
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
@@ -302,13 +302,7 @@ class _Prepare:
         pairs = species.orthologs(self.config.vocab.orthologs)
         sharing = self.config.vocab.sharing if older is None else older.sharing
         made = build_vocabulary(with_genes, tables, sharing=sharing, orthologs=pairs, base=older)
-        size, digest = made.save(files.join(uri, "vocabulary.parquet"))
-        genes = {name: len(made.species_genes(name).tokens) for name in made.species}
-        artifacts.finish(
-            uri, record, counts={"tokens": made.size, "genes": genes},
-            files={"vocabulary.parquet": {"bytes": size, "sha256": digest}}, details={"hash": made.hash, "sharing": made.sharing},
-        )  # fmt: skip
-        say(f"vocabulary: {made.size:,} tokens ({', '.join(f'{n:,} {name} genes' for name, n in genes.items())})")
+        publish_vocabulary(uri, record, made)
         return made
 
     def _medians(
