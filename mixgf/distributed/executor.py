@@ -45,7 +45,7 @@ class RayExecutor:
     def run(self, tasks: Sequence[Task]) -> Receipts:
         """Run tasks; an error that is no `UserError` is raised as the task raised it, and the other tasks are cancelled.
 
-        Tasks of a `Pipeline` run on Ray Data (`mixgf.distributed.data`).
+        Tasks of a `Pipeline` run on Ray Data (`mixgf.distributed.pipelines`).
         """
         import ray
 
@@ -53,7 +53,7 @@ class RayExecutor:
 
         remote, compute = ray.remote(attempt), self.config.compute
         if tasks and isinstance(tasks[0].function, Pipeline):
-            from mixgf.distributed.data import run_pipeline
+            from mixgf.distributed.pipelines import run_pipeline
 
             yield from run_pipeline(tasks, cpus=compute.cpus_per_worker, in_flight=self.in_flight)
             return

@@ -14,8 +14,9 @@ from scipy import sparse
 
 from mixgf.config.run import Compute, Config
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed.data import pipeline_dataset, read_cells, read_corpus
+from mixgf.distributed.data import read_cells, read_corpus
 from mixgf.distributed.executor import RayExecutor
+from mixgf.distributed.pipelines import pipeline_dataset
 from mixgf.errors import StorageError, UserError
 from mixgf.execution import LocalExecutor, Pipeline, Task
 from mixgf.genes import species
