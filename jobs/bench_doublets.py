@@ -60,15 +60,16 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
         prepare_passes.measure_cells(prepare_passes.MetricsPlan(work=work, row_range=row_range, block_cells=2_048))
         metrics, samples = prepare_passes.read_metrics(work, [0])
         kept = np.flatnonzero(qc.filter_cells(metrics, rules) == qc.KEPT)
-        sample_N = np.full(len(kept), "", dtype=object) if samples is None else samples[kept]
+        sample_N = np.full(len(kept), "", dtype=object)
         score_N, verdict_N = np.zeros(len(kept)), np.zeros(len(kept), dtype=bool)
-        for k, name in enumerate(sorted(set(sample_N.tolist()))):
-            mine = sample_N == name
+        for k, (name, rows_K) in enumerate([("", kept)] if samples is None else samples.split(kept)):
+            mine = np.searchsorted(kept, rows_K)
             part = f"00000-{k:05d}"
             prepare_passes.find_doublets(
-                work, part, source, 0, kept[mine], block_cells=2_048, rate=rules.doublet_rate, seed=seed
+                work, part, source, 0, rows_K, block_cells=2_048, rate=rules.doublet_rate, seed=seed
             )
             table = tables.read_table(shards.part_uri(work, "doublets", part))
+            sample_N[mine] = name
             score_N[mine], verdict_N[mine] = table["score"].to_numpy(), table["doublet"].to_numpy()
     truth = anndata.read_h5ad(path, backed="r").obs["is_doublet"].astype(str).isin(["True", "1"]).to_numpy()
     return Scored(truth[kept], metrics.n_counts[kept], sample_N, score_N, verdict_N)

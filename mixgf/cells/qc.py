@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,10 +44,40 @@ class Metrics:
         """float64: share of counts on mitochondrial genes; 0 for an empty cell."""
         return self.n_mito / np.maximum(self.n_counts, 1)
 
+    @property
+    def hashes(self) -> Hashes:
+        """Both halves of the hash."""
+        return Hashes(self.hash_a, self.hash_b)
+
     @staticmethod
     def merge(parts: Sequence[Metrics]) -> Metrics:
         """Metrics of consecutive row ranges as one table."""
         return Metrics(*(np.concatenate([getattr(p, f) for p in parts]) for f in Metrics.__slots__))
+
+
+class Hashes(NamedTuple):
+    """Hash of the counts of N cells, in two halves: `Metrics.hash_a` and `Metrics.hash_b`."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples of N cells: 4 bytes per cell, and each name once."""
+
+    code_N: np.ndarray
+    """int32: place in `names`."""
+    names: tuple[str, ...]
+    """Ascending."""
+
+    def split(self, rows: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """Name and rows of each sample that has some of the given rows; names and rows ascend."""
+        code_R = self.code_N[rows]
+        sorted_rows = rows[np.argsort(code_R, kind="stable")]
+        edges = np.cumsum(np.bincount(code_R, minlength=len(self.names)))[:-1]
+        parts = zip(self.names, np.split(sorted_rows, edges), strict=True)
+        return [(name, part) for name, part in parts if len(part)]
 
 
 @jit
@@ -114,10 +145,11 @@ def cell_metrics(
     return out
 
 
-def filter_cells(metrics: Metrics, rules: QC, doublet_N: np.ndarray | None = None) -> np.ndarray:
+def filter_cells(metrics: Metrics, rules: QC) -> np.ndarray:
     """Reasons (int8[N], codes of `REASONS`, 0 = kept) by the filters within one source.
 
-    Method `sd` drops cells beyond `num_sd` standard deviations of the mean depth or mitochondrial fraction. Method `mad`
+    Method `sd` drops cells beyond `num_sd` standard deviations of the mean depth or mitochondrial fraction. The standard
+    deviation is that of the population: the sum of squares is divided by the number of cells, not by one less. Method `mad`
     uses the median and the median absolute deviation of log1p(depth) and of log1p(mitochondrial counts per 10,000); it
     drops nothing where the MAD is 0. Both are computed over cells with at least `min_genes` genes, so that empty droplets
     do not matter.
@@ -125,7 +157,6 @@ def filter_cells(metrics: Metrics, rules: QC, doublet_N: np.ndarray | None = Non
     Args:
         metrics: of all cells of the source, in row order.
         rules: thresholds.
-        doublet_N: bool, cells called doublets; None = not looked for.
     """
     reason = np.zeros(len(metrics.n_counts), dtype=np.int8)
     reason[metrics.n_genes < rules.min_genes] = FEW_GENES
@@ -138,19 +169,17 @@ def filter_cells(metrics: Metrics, rules: QC, doublet_N: np.ndarray | None = Non
     elif rules.method == "mad":
         outlier[DEPTH] = _beyond_mad(np.log1p(depth), good, rules.num_mads)
         outlier[MITO] |= _beyond_mad(np.log1p(mito * 10_000), good, rules.num_mads)
-    if doublet_N is not None:
-        outlier[DOUBLET] = doublet_N
     for code, mask in outlier.items():
         reason[mask & (reason == KEPT)] = code
     return reason
 
 
 def _beyond_sd(values: np.ndarray, good: np.ndarray, times: float) -> np.ndarray:
-    x = values[good].tolist()
-    if not x:
+    x = values[good]
+    if not len(x):
         return np.zeros_like(good)
-    mean = math.fsum(x) / len(x)  # fsum is exact: the same result on every processor
-    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in x) / len(x))
+    mean = math.fsum(x.tolist()) / len(x)  # fsum is exact: the same result on every processor
+    sd = math.sqrt(math.fsum(np.square(x - mean).tolist()) / len(x))
     return np.abs(values - mean) > times * sd * (1 + 1e-12) + 1e-15
 
 
@@ -162,39 +191,57 @@ def _beyond_mad(values: np.ndarray, good: np.ndarray, times: float) -> np.ndarra
     return np.abs(values - median) > times * mad if mad > 0 else np.zeros_like(good)
 
 
-def mark_duplicates(metrics: Sequence[Metrics], reasons: Sequence[np.ndarray]) -> None:
+SORTED_CELLS = 1 << 22
+"""Cells that `mark_duplicates` sorts at a time, about."""
+
+
+def mark_duplicates(hashes: Sequence[Hashes], reasons: Sequence[np.ndarray]) -> None:
     """Mark cells with the same counts as an earlier kept cell, in order of source, then row. Changes `reasons`.
 
-    Counts are compared by a 128-bit hash. Memory: 24 bytes per kept cell.
+    Counts are compared by a 128-bit hash. Cells are sorted in groups by the first bits of the hash, so memory beside the
+    arguments does not grow with the number of cells: about 40 bytes per cell of `SORTED_CELLS`.
     """
-    where = [np.flatnonzero(r == KEPT) for r in reasons]
-    if not any(len(w) for w in where):
-        return
-    a = np.concatenate([m.hash_a[w] for m, w in zip(metrics, where, strict=True)])
-    b = np.concatenate([m.hash_b[w] for m, w in zip(metrics, where, strict=True)])
-    order = np.lexsort((b, a))  # stable: the earliest of equal cells stays first
+    kept = sum(int(np.count_nonzero(r == KEPT)) for r in reasons)
+    bits = max(0, kept // SORTED_CELLS).bit_length()
+    shift = np.uint64(64 - bits)
+    for group in range(1 << bits):
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for h, reason in zip(hashes, reasons, strict=True):
+            mine = reason == KEPT if bits == 0 else (h.a >> shift == group) & (reason == KEPT)
+            rows = np.flatnonzero(mine)
+            found.append((h.a[rows], h.b[rows], rows))
+        same = _later_copies(*(np.concatenate([part[k] for part in found]) for k in (0, 1)))
+        start = 0
+        for reason, (_, _, rows) in zip(reasons, found, strict=True):
+            reason[rows[same[start : start + len(rows)]]] = DUPLICATE
+            start += len(rows)
+
+
+def _later_copies(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """bool[K]: cells whose hash an earlier cell has."""
+    order = np.argsort(a)
+    equal = a[order[1:]] == a[order[:-1]]
+    suspect = np.zeros(len(a), dtype=bool)  # another cell has the same first half: few, so only these are sorted fully
+    suspect[order[1:][equal]] = suspect[order[:-1][equal]] = True
+    rows = np.flatnonzero(suspect)
+    rows = rows[np.lexsort((b[rows], a[rows]))]  # stable: the earliest of equal cells stays first
     same = np.zeros(len(a), dtype=bool)
-    same[order[1:]] = (a[order[1:]] == a[order[:-1]]) & (b[order[1:]] == b[order[:-1]])
-    edges = np.cumsum([0, *(len(w) for w in where)])
-    for reason, w, lo, hi in zip(reasons, where, edges[:-1], edges[1:], strict=True):
-        reason[w[same[lo:hi]]] = DUPLICATE
+    same[rows[1:]] = (a[rows[1:]] == a[rows[:-1]]) & (b[rows[1:]] == b[rows[:-1]])
+    return same
 
 
-def cap_per_sample(reason_N: np.ndarray, sample_N: np.ndarray | None, most: int, key: str, seed: int) -> None:
+def cap_per_sample(reason_N: np.ndarray, samples: Samples | None, most: int, key: str, seed: int) -> None:
     """Keep at most `most` cells of each sample, drawn at random. Changes `reason_N`.
 
     Args:
         reason_N: reasons of one source's cells.
-        sample_N: sample of each cell; None = all cells are one sample.
+        samples: of the cells; None = all cells are one sample.
         most: cells kept of a sample.
         key: name of the source; with `seed` and the sample's name it seeds the draw.
         seed: of the run.
     """
     rows = np.flatnonzero(reason_N == KEPT)
-    samples = np.zeros(len(rows), dtype=object) if sample_N is None else sample_N[rows]
-    names = np.asarray([str(s) for s in samples], dtype=object)
-    for name in sorted(set(names.tolist())):
-        mine = rows[names == name]
+    for name, mine in [("0", rows)] if samples is None else samples.split(rows):
         digest = hashlib.blake2b(f"{key}\0{name}".encode(), digest_size=8).digest()
         order = np.random.default_rng([seed, int.from_bytes(digest, "little")]).permutation(len(mine))
         reason_N[mine[order[most:]]] = CAP
@@ -202,4 +249,4 @@ def cap_per_sample(reason_N: np.ndarray, sample_N: np.ndarray | None, most: int,
 
 def count_reasons(reason_N: np.ndarray) -> dict[str, int]:
     """Number of cells by reason, reasons without cells included."""
-    return {name: int((reason_N == code).sum()) for code, name in enumerate(REASONS)}
+    return dict(zip(REASONS, np.bincount(reason_N, minlength=len(REASONS)).tolist(), strict=True))

@@ -46,11 +46,10 @@ class BaseCorpus:
             yield entry, lengths[start : start + entry["rows"]]
             start += entry["rows"]
 
-    def hashes(self) -> qc.Metrics:
-        """Hashes of the kept cells as `Metrics` whose other columns are 0 (hashes.parquet: uint64 a and b, in cell order)."""
+    def hashes(self) -> qc.Hashes:
+        """Hashes of the kept cells (hashes.parquet: uint64 a and b, in cell order)."""
         table = self.table("hashes")
-        none = np.zeros(table.num_rows, np.int64)
-        return qc.Metrics(none, none.astype(np.int32), none, table["a"].to_numpy(), table["b"].to_numpy())
+        return qc.Hashes(table["a"].to_numpy(), table["b"].to_numpy())
 
 
 def find_base_corpus(config: Config, sources: Sequence[Source]) -> BaseCorpus | None:

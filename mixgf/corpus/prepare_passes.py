@@ -275,12 +275,18 @@ measure_cells = Pipeline(
 """Pass 1: metrics of a row range's cells, their samples, and the sum of counts by column. Takes a `MetricsPlan`."""
 
 
-def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, np.ndarray | None]:
+def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, qc.Samples | None]:
     """Metrics, and samples if there are any, of consecutive row ranges."""
     tables = [read_table(part_uri(work, "metrics", n)) for n in numbers]
     table = pa.concat_tables(tables)
-    sample = np.asarray(table["sample"].to_pylist(), dtype=object) if "sample" in table.column_names else None
-    return qc.Metrics(*(table[name].to_numpy() for name in qc.Metrics.__slots__)), sample
+    samples = None
+    if "sample" in table.column_names:
+        coded = table["sample"].combine_chunks().dictionary_encode()
+        held = coded.dictionary.to_pylist()
+        names = tuple(sorted(held))
+        place = {name: i for i, name in enumerate(names)}
+        samples = qc.Samples(np.array([place[n] for n in held], np.int32)[coded.indices.to_numpy()], names)
+    return qc.Metrics(*(table[name].to_numpy() for name in qc.Metrics.__slots__)), samples
 
 
 def find_doublets(

@@ -11,8 +11,8 @@ run killed at any moment continues. Only file names, masks and configs are sent 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from mixgf.config.fields import content_of, sections_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
-from mixgf.corpus import extend, prepare_passes, shards
+from mixgf.corpus import extend, prepare_passes, prepare_plan, shards
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.errors import UserError
@@ -128,7 +128,6 @@ class _Prepare:
             meter=self.meter,
         )  # fmt: skip
         self.facts: dict[int, dict[str, Any]] = {}
-        self.metrics: dict[int, qc.Metrics] = {}
         self.shards = files.join(self.uri, "shards")
         self.first = self.older.num_shards if self.older else 0
         """Number of the first shard of the sources read here."""
@@ -144,21 +143,22 @@ class _Prepare:
         reports = self._reports(all_units)
         self.passes.settled = True
         all_units = [u for u in all_units if u.index not in self.passes.refused]
-        reasons = self._filter_cells(all_units)
-        for reason, number in qc.count_reasons(np.concatenate(list(reasons.values()))).items():
+        cells = self._filter_cells(all_units)
+        counts = prepare_plan.count_cells(cells)
+        for reason, number in counts.items():
             if reason != "kept":
                 self.meter.add("cells_dropped", number, reason=reason)
-        self.meter.add("cells_kept", sum(int((r == qc.KEPT).sum()) for r in reasons.values()))
-        keeps = {u.number: reasons[u.index][u.start : u.stop] == qc.KEPT for u in all_units}
+        self.meter.add("cells_kept", counts["kept"])
+        keeps = {u.number: cells[u.index].reason_N[u.start : u.stop] == qc.KEPT for u in all_units}
         kept_units = [u for u in all_units if keeps[u.number].any()]
         if not kept_units:
-            msg = f"qc: none of {sum(len(r) for r in reasons.values()):,} cells passes ({self._dropped(reasons)}); relax qc.*"
+            msg = f"qc: none of {sum(counts.values()):,} cells passes ({prepare_plan.describe_dropped(counts)}); relax qc.*"
             raise UserError(msg)
         made = self._vocabulary(vocabulary, kept_units, keeps, given)
         made.save(files.join(self.uri, "vocabulary.parquet"))
         self._copy_shards()
         self._encode(made.hash, kept_units, keeps)
-        return self._publish(record, made, kept_units, reasons, reports)
+        return self._publish(record, made, kept_units, cells, reports)
 
     # passes
 
@@ -217,8 +217,9 @@ class _Prepare:
     def _reports(self, all_units: list[prepare_passes.RowRange]) -> dict[int, identify.MappingReport]:
         """Gene mapping of every source; refuses those of which too few counts are known."""
         out = {}
+        units = prepare_plan.by_source(all_units)
         for i in sorted(self.facts):
-            numbers = [u.number for u in all_units if u.index == i]
+            numbers = [u.number for u in units[i]]
             sums = np.sum(
                 [read_table(shards.part_uri(self.work, "sums", n))["sum"].to_numpy() for n in numbers],
                 axis=0,
@@ -236,38 +237,25 @@ class _Prepare:
         self._leave_out()
         return out
 
-    def _filter_cells(self, all_units: list[prepare_passes.RowRange]) -> dict[int, np.ndarray]:
-        """Reasons of all cells, by source."""
+    def _filter_cells(self, all_units: list[prepare_passes.RowRange]) -> dict[int, prepare_plan.SourceCells]:
+        """All cells, by source."""
         rules = self.config.qc
-        metrics = self.metrics
-        samples: dict[int, np.ndarray | None] = {}
-        for i in sorted(self.facts):
-            metrics[i], samples[i] = prepare_passes.read_metrics(
-                self.work, [u.number for u in all_units if u.index == i]
-            )
-        reasons = {i: qc.filter_cells(m, rules) for i, m in metrics.items()}
-        if rules.doublets:
-            called = self._doublets(reasons, samples)
-            reasons = {i: qc.filter_cells(m, rules, called[i]) for i, m in metrics.items()}
-        if rules.drop_duplicates:
-            held = [self.older.hashes()] if self.older else []
-            all_kept = [np.zeros(len(h.hash_a), dtype=np.int8) for h in held]
-            qc.mark_duplicates([*held, *metrics.values()], [*all_kept, *reasons.values()])
-        for i in reasons if rules.max_cells_per_sample else ():
-            qc.cap_per_sample(
-                reasons[i], samples[i], rules.max_cells_per_sample, self.sources[i].name, self.config.seed
-            )
-        return reasons
+        return prepare_plan.filter_cells(
+            self.work, all_units, rules, sources=self.sources, seed=self.config.seed,
+            held=self.older.hashes() if self.older and rules.drop_duplicates else None,
+            doublets=self._doublets if rules.doublets else None,
+        )  # fmt: skip
 
-    def _doublets(self, reasons: dict[int, np.ndarray], samples: dict[int, np.ndarray | None]) -> dict[int, np.ndarray]:
+    def _doublets(self, cells: Mapping[int, prepare_plan.SourceCells]) -> None:
         rules, options = self.config.qc, {"block_cells": self.config.prepare.block_cells, "seed": self.config.seed}
         tasks = []
-        for i, reason in reasons.items():
-            rows = np.flatnonzero(reason == qc.KEPT)
-            of = samples[i]
-            names = np.asarray(["" if of is None else str(of[row]) for row in rows], dtype=object)
-            for k, name in enumerate(sorted(set(names.tolist()))):
-                mine, part = rows[names == name], f"{i:05d}-{k:05d}"
+        for i, of in cells.items():
+            rows = np.flatnonzero(of.reason_N == qc.KEPT)
+            samples = [("", rows)] if of.samples_N is None else of.samples_N.split(rows)
+            for k, (_, mine) in enumerate(samples):
+                if not len(mine):
+                    continue
+                part = f"{i:05d}-{k:05d}"
                 tasks.append(
                     Task(
                         part=shards.part_uri(self.work, "doublets", part), source=i, weight=len(mine),
@@ -276,11 +264,9 @@ class _Prepare:
                     )
                 )  # fmt: skip
         self.passes.run("doublets", tasks)
-        called = {i: np.zeros(len(r), dtype=bool) for i, r in reasons.items()}
         for task in tasks:
             table = read_table(task.part)
-            called[task.source][table["row"].to_numpy()] = table["doublet"].to_numpy()
-        return called
+            cells[task.source].reason_N[table["row"].to_numpy()[table["doublet"].to_numpy()]] = qc.DOUBLET
 
     def _vocabulary(
         self,
@@ -391,30 +377,24 @@ class _Prepare:
 
     # the end
 
-    def _dropped(self, reasons: dict[int, np.ndarray]) -> str:
-        counts = qc.count_reasons(np.concatenate(list(reasons.values())))
-        return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n and name != "kept")
-
     def _publish(
-        self, record: artifacts.Record, made: Vocabulary, kept: list[prepare_passes.RowRange], reasons: dict[int, np.ndarray],
-        reports: dict[int, identify.MappingReport],
+        self, record: artifacts.Record, made: Vocabulary, kept: list[prepare_passes.RowRange],
+        cells: dict[int, prepare_plan.SourceCells], reports: dict[int, identify.MappingReport],
     ) -> artifacts.Record:  # fmt: skip
         done = [shards.read_shard_info(self.work, n) for n in range(self.first + len(kept))]
         tables = {"index": shards.build_index(done[self.first :], [u.source.species for u in kept], made.species)}
-        counts = {i: qc.count_reasons(r) for i, r in reasons.items()}
-        read = sum(len(r) for r in reasons.values())
-        dropped = {name: sum(c[name] for c in counts.values()) for name in qc.REASONS if name != "kept"}
-        assert tables["index"].num_rows + sum(dropped.values()) == read == sum(f["rows"] for f in self.facts.values())
-        rows = [{"source": self.sources[i].name, "species": self.sources[i].species, "cells_read": len(reasons[i]),
-                 "cells_kept": counts[i]["kept"]} | asdict(reports[i]) for i in sorted(self.facts)]  # fmt: skip
-        losses = [{"source": self.sources[i].name, "reason": name, "cells": c[name]} for i, c in counts.items() for name in dropped]  # fmt: skip
-        tables |= {"mapping": pa.Table.from_pylist(rows), "dropped": pa.Table.from_pylist(losses)}
+        counts = prepare_plan.count_cells(cells)
+        read = sum(counts.values())
+        dropped = {name: number for name, number in counts.items() if name != "kept"}
+        assert tables["index"].num_rows == counts["kept"]
+        assert read == sum(f["rows"] for f in self.facts.values())
+        tables |= {
+            "mapping": prepare_plan.mapping_table(self.sources, cells, reports),
+            "dropped": prepare_plan.dropped_table(self.sources, cells),
+        }
         if self.config.qc.drop_duplicates:
-            mine = [(self.metrics[i], r == qc.KEPT) for i, r in sorted(reasons.items())]
-            tables["hashes"] = pa.table(
-                {x: np.concatenate([getattr(m, f"hash_{x}")[k] for m, k in mine]) for x in "ab"}
-            )
-        sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(reasons[i]), "cells_kept": counts[i]["kept"],
+            tables["hashes"] = prepare_plan.hashes_table(cells)
+        sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(cells[i].reason_N), "cells_kept": cells[i].counts["kept"],
                     "size": self.facts[i]["size"], "sha256": self.facts[i]["sha256"]} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
         if self.older is not None:
             tables = {
@@ -433,7 +413,7 @@ class _Prepare:
             "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.passes.refused.items())],
         }  # fmt: skip
         say(
-            f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({self._dropped(reasons) or 'none dropped'}), {len(done)} shards"
+            f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({prepare_plan.describe_dropped(counts) or 'none dropped'}), {len(done)} shards"
         )
         totals = {"read": read, "kept": tables["index"].num_rows, "dropped": dropped}
         return shards.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)

@@ -96,14 +96,13 @@ def test_mitochondrial_share_is_capped_beside_the_rule():
 
 def test_a_cell_gets_one_reason_the_first():
     metrics = metrics_of([5] * 2, n_genes=[3, 10], n_mito=[5, 5])
-    reason = qc.filter_cells(metrics, QC(method="none", max_mito_fraction=0.5), np.asarray([True, True]))
+    reason = qc.filter_cells(metrics, QC(method="none", max_mito_fraction=0.5))
     assert [qc.REASONS[r] for r in reason] == ["few_genes", "mito"]
 
 
 def test_the_first_kept_copy_of_a_cell_stays_across_sources():
-    a, b = metrics_of([1] * 3), metrics_of([1] * 4)
-    a.hash_a[:], b.hash_a[:] = [5, 6, 5], [6, 7, 8, 7]
-    a.hash_b[:], b.hash_b[:] = [1, 1, 1], [1, 1, 1, 2]
+    a = qc.Hashes(np.array([5, 6, 5], np.uint64), np.array([1, 1, 1], np.uint64))
+    b = qc.Hashes(np.array([6, 7, 8, 7], np.uint64), np.array([1, 1, 1, 2], np.uint64))
     reasons = [np.zeros(3, np.int8), np.zeros(4, np.int8)]
     reasons[0][1] = qc.DEPTH  # the earlier copy of hash 6 is dropped anyway, so the later one stays
     qc.mark_duplicates([a, b], reasons)
@@ -111,8 +110,35 @@ def test_the_first_kept_copy_of_a_cell_stays_across_sources():
     assert reasons[1].tolist() == [0, 0, 0, 0]  # 7 twice, but the second half of the hash differs
 
 
+@pytest.mark.parametrize("at_a_time", [1, 20, 1_000])
+def test_duplicates_found_group_by_group_are_those_of_a_plain_search(monkeypatch, at_a_time):
+    monkeypatch.setattr(qc, "SORTED_CELLS", at_a_time)
+    rng = np.random.default_rng(at_a_time)
+    values = rng.integers(0, 1 << 64, 60, dtype=np.uint64)
+    hashes = [
+        qc.Hashes(values[rng.integers(0, 60, n)], rng.integers(0, 3, n).astype(np.uint64)) for n in (40, 0, 90, 30)
+    ]
+    reasons = [rng.choice([qc.KEPT, qc.KEPT, qc.DEPTH], len(h.a)).astype(np.int8) for h in hashes]
+    expected, seen = [r.copy() for r in reasons], set()
+    for h, r in zip(hashes, expected, strict=True):
+        for row, pair in enumerate(zip(h.a.tolist(), h.b.tolist(), strict=True)):
+            if r[row] == qc.KEPT:
+                r[row] = qc.DUPLICATE if pair in seen else qc.KEPT
+                seen.add(pair)
+    qc.mark_duplicates(hashes, reasons)
+    assert sum(int((r == qc.DUPLICATE).sum()) for r in reasons) > 10
+    for found, wanted in zip(reasons, expected, strict=True):
+        assert found.tolist() == wanted.tolist()
+
+
+def test_samples_split_rows_by_name_in_order():
+    samples = qc.Samples(np.array([2, 0, 2, 1, 0], np.int32), ("a", "b", "c"))
+    parts = [(name, rows.tolist()) for name, rows in samples.split(np.array([0, 1, 2, 4]))]
+    assert parts == [("a", [1, 4]), ("c", [0, 2])]
+
+
 def test_caps_keep_so_many_per_sample_by_key_and_touch_only_kept_cells():
-    sample = np.asarray(["x"] * 10 + ["y"] * 3, dtype=object)
+    sample = qc.Samples(np.repeat(np.array([0, 1], np.int32), [10, 3]), ("x", "y"))
     reason = np.zeros(13, dtype=np.int8)
     reason[0] = qc.MITO
     first, again, other = reason.copy(), reason.copy(), reason.copy()
