@@ -1,13 +1,14 @@
-"""Scores of predictions with bootstrap intervals, and paired comparisons of two models.
+"""Scores of predictions with intervals over donors or cells, and paired comparisons of two models.
 
-All scores are computed from counts of *states* (true class, predicted class, confidence bin). A bootstrap resample is one row of
-counts, so its cost does not grow with the number of cells.
+All scores are computed from counts of *states* (true class, predicted class, confidence bin). A bootstrap resample, or the cells
+without one donor, is one row of counts, so its cost does not grow with the number of cells.
 
 Shape letters: M test cells, C classes, E distinct states, K clusters (donors or cells), R resamples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,14 @@ import numpy.typing as npt
 from scipy import sparse, stats
 
 from mixgf.arrays import Float64s, Ints
-from mixgf.stats.intervals import Interval, bootstrap_counts, bootstrap_units, percentile_interval
+from mixgf.stats.intervals import (
+    Interval,
+    bootstrap_counts,
+    interval_units,
+    jackknife_interval,
+    leave_one_out_counts,
+    percentile_interval,
+)
 
 NUM_BINS = 15
 """Confidence bins of the calibration error (Guo et al. 2017)."""
@@ -59,9 +67,9 @@ def totals(confusion_CC: npt.NDArray[np.number]) -> dict[str, Float64s]:
 
 def score(
     true_M: Ints, predicted_M: Ints, confidence_M: Float64s, donors_M: npt.NDArray[np.str_], num_classes: int, *,
-    rng: np.random.Generator,
+    rng: np.random.Generator, held_out: bool = False,
 ) -> tuple[dict[str, Interval], str]:  # fmt: skip
-    """Every metric of `METRICS` with its 95 % percentile bootstrap interval, and what was resampled (`donor` or `cell`).
+    """Every metric of `METRICS` with its 95 % interval, and what the interval is over (`donor`, `cell` or `none`).
 
     Args:
         true_M: Class ids.
@@ -70,8 +78,9 @@ def score(
         donors_M: Donor of each cell.
         num_classes: C.
         rng: Draws the resamples.
+        held_out: Whether donors are held out, see `interval_units`.
     """
-    clusters_M, by = bootstrap_units(donors_M)
+    clusters_M, by = interval_units(donors_M, held_out=held_out)
     bins_M = np.clip(np.ceil(confidence_M * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
     state_M = (true_M * num_classes + predicted_M) * NUM_BINS + bins_M
     states_E, entry_M = np.unique(state_M, return_inverse=True)
@@ -85,19 +94,39 @@ def score(
         gaps = np.abs(_spread(counts_RE * weights, states_E % NUM_BINS, NUM_BINS)).sum(-1)
         return {**totals(table_RCC), "ece": gaps / np.maximum(counts_RE.sum(-1), 1)}
 
-    exact = metrics(np.bincount(entry_M)[None, :])
-    drawn = metrics(bootstrap_counts(clusters_M, entry_M, len(states_E), rng=rng))
-    return {name: percentile_interval(float(exact[name][0]), drawn[name]) for name in METRICS}, by
+    return _intervals(metrics, clusters_M, entry_M, len(states_E), by=by, rng=rng), by
 
 
+Statistic = Callable[[npt.NDArray[np.number]], dict[str, Float64s]]
+"""From counts (R, E) to named values, each (R,)."""
+
+
+def _intervals(
+    statistic: Statistic, clusters_M: Ints, entry_M: Ints, size: int, *, by: str, rng: np.random.Generator
+) -> dict[str, Interval]:
+    """Values of a statistic between 0 and 1, with their intervals over the given units; NaN limits without."""
+    exact = {name: float(one[0]) for name, one in statistic(np.bincount(entry_M, minlength=size)[None, :]).items()}
+    if by == "none":
+        return {name: Interval(one, float("nan"), float("nan")) for name, one in exact.items()}
+    if by == "donor":
+        counts_KE, sizes_K = leave_one_out_counts(clusters_M, entry_M, size)
+        without = statistic(counts_KE)
+        return {name: jackknife_interval(one, without[name], sizes_K, bounded=True)[0] for name, one in exact.items()}
+    drawn = statistic(bootstrap_counts(clusters_M, entry_M, size, rng=rng))
+    return {name: percentile_interval(one, drawn[name]) for name, one in exact.items()}
+
+
+SIGNIFICANT = 0.05
+"""Largest p of a win or a loss."""
 ACCEPTED = 0.95
 """Share of the cells of known types whose probability is above the limit of `rejection`."""
 
 
 def rejection(
-    confidence_M: Float64s, unseen_M: npt.NDArray[np.bool_], donors_M: npt.NDArray[np.str_], *, rng: np.random.Generator
-) -> tuple[dict[str, Interval], str]:
-    """Detection of cells of an unseen type by a low probability, and what was resampled.
+    confidence_M: Float64s, unseen_M: npt.NDArray[np.bool_], donors_M: npt.NDArray[np.str_], *, rng: np.random.Generator,
+    held_out: bool = False,
+) -> tuple[dict[str, Interval], str]:  # fmt: skip
+    """Detection of cells of an unseen type by a low probability, and what the intervals are over.
 
     `auroc` is the chance that a cell of the unseen type has a lower probability than one of a known type (ties count half; 0.5 =
     random). `rejected` is the share of unseen cells below the limit that 95 % of the known cells are above.
@@ -107,8 +136,9 @@ def rejection(
         unseen_M: Whether the cell is of the type that was left out; both kinds are there.
         donors_M: Donor of each cell.
         rng: Draws the resamples.
+        held_out: Whether donors are held out, see `interval_units`.
     """
-    clusters_M, by = bootstrap_units(donors_M)
+    clusters_M, by = interval_units(donors_M, held_out=held_out)
     levels, level_M = np.unique(confidence_M, return_inverse=True)
     entry_M, size = level_M * 2 + unseen_M, 2 * len(levels)
 
@@ -124,37 +154,50 @@ def rejection(
             "rejected": _ratio((unseen * refused).sum(1), totals_[1]),
         }
 
-    exact = metrics(np.bincount(entry_M, minlength=size)[None, :])
-    drawn = metrics(bootstrap_counts(clusters_M, entry_M, size, rng=rng))
-    return {name: percentile_interval(float(exact[name][0]), drawn[name]) for name in exact}, by
+    return _intervals(metrics, clusters_M, entry_M, size, by=by, rng=rng), by
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A paired difference, model minus baseline, with its interval and the two-sided p that it is 0."""
+
+    p: float
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One model against one baseline on the same cells."""
 
-    accuracy: Interval
-    """Difference, model minus baseline."""
-    macro_f1: Interval
-    p: float
-    """Exact McNemar test on the cells that only one of the two predicts correctly (in more seeds). Each cell counts once."""
+    accuracy: Difference
+    macro_f1: Difference
+    p_mcnemar: float
+    """Exact McNemar test on the cells that only one of the two predicts correctly (in more seeds). Each cell counts once. It
+    takes cells as independent, so it says nothing about other donors."""
     by: str
-    """What the intervals resample: `donor` or `cell`."""
+    """What the intervals are over: `donor`, `cell` or `none`."""
 
-    @property
-    def outcome(self) -> str:
-        """`win`, `tie` or `loss`: whether the interval of the macro F1 difference lies above, across or below 0."""
-        return "win" if self.macro_f1.low > 0 else "loss" if self.macro_f1.high < 0 else "tie"
+
+def outcomes(difference_T: Float64s, p_T: Float64s) -> list[str]:
+    """Outcome of each of T comparisons: `win`, `loss`, `tie`, or `unknown` without a p.
+
+    Args:
+        difference_T: Model minus baseline.
+        p_T: p-values after correction for the number of comparisons.
+    """
+    return [
+        "unknown" if not np.isfinite(p) else "tie" if p > SIGNIFICANT else "win" if difference > 0 else "loss"
+        for difference, p in zip(difference_T, p_T, strict=True)
+    ]
 
 
 def compare(
     *, true_M: Ints, model_M: Ints, baseline_M: Ints, cells_M: Ints, donors_M: npt.NDArray[np.str_], seeds_M: Ints,
-    num_classes: int, rng: np.random.Generator,
+    num_classes: int, rng: np.random.Generator, held_out: bool = False,
 ) -> Comparison:  # fmt: skip
     """Compare two models on the same test cells, over all seeds at once.
 
-    A difference is the mean over seeds of the difference within a seed. A resample draws donors if there are three or more, else
-    cells. It takes their predictions of all seeds, so a cell that is tested in several seeds counts once.
+    A difference is the mean over seeds of the difference within a seed. A donor, or a cell, is left out or drawn with its
+    predictions of all seeds. So a cell that is tested in several seeds counts once, and so does a donor.
 
     Args:
         true_M: Class ids; rows of all seeds one after the other.
@@ -165,9 +208,10 @@ def compare(
         seeds_M: Seed of each row.
         num_classes: C.
         rng: Draws the resamples.
+        held_out: Whether donors are held out, see `interval_units`.
     """
-    clusters_M, by = bootstrap_units(donors_M)
-    clusters_M = clusters_M if by == "donor" else np.unique(cells_M, return_inverse=True)[1]
+    clusters_M, by = interval_units(donors_M, held_out=held_out)
+    clusters_M = clusters_M if by != "cell" else np.unique(cells_M, return_inverse=True)[1]
     num_seeds = len(np.unique(seeds_M))
     seed_M = np.unique(seeds_M, return_inverse=True)[1]
     state_M = ((seed_M * num_classes + true_M) * num_classes + model_M) * num_classes + baseline_M
@@ -182,18 +226,36 @@ def compare(
         of_baseline = totals(_spread(counts_RE, truth_E * num_classes + by_baseline_E, size).reshape(shape))
         return {name: (of_model[name] - of_baseline[name]).mean(-1) for name in ("accuracy", "macro_f1")}
 
-    exact = differences(np.bincount(entry_M)[None, :])
-    drawn = differences(bootstrap_counts(clusters_M, entry_M, len(states_E), rng=rng))
+    found = _differences(differences, clusters_M, entry_M, len(states_E), by=by, rng=rng)
     cell_M = np.unique(cells_M, return_inverse=True)[1]
     net = np.bincount(
         cell_M, weights=(true_M == model_M).astype(float) - (true_M == baseline_M)
     )  # of each cell, over its seeds
-    return Comparison(
-        accuracy=percentile_interval(float(exact["accuracy"][0]), drawn["accuracy"]),
-        macro_f1=percentile_interval(float(exact["macro_f1"][0]), drawn["macro_f1"]),
-        p=mcnemar(int((net > 0).sum()), int((net < 0).sum())),
-        by=by,
-    )
+    p_mcnemar = mcnemar(int((net > 0).sum()), int((net < 0).sum()))
+    return Comparison(found["accuracy"], found["macro_f1"], p_mcnemar, by)
+
+
+def _differences(
+    statistic: Statistic, clusters_M: Ints, entry_M: Ints, size: int, *, by: str, rng: np.random.Generator
+) -> dict[str, Difference]:
+    """Differences with their intervals over the given units; NaN limits and p without."""
+    exact = {name: float(one[0]) for name, one in statistic(np.bincount(entry_M, minlength=size)[None, :]).items()}
+    out = {}
+    if by == "none":
+        return {name: Difference(one, float("nan"), float("nan"), float("nan")) for name, one in exact.items()}
+    if by == "donor":
+        counts_KE, sizes_K = leave_one_out_counts(clusters_M, entry_M, size)
+        without = statistic(counts_KE)
+        for name, one in exact.items():
+            found, p = jackknife_interval(one, without[name], sizes_K)
+            out[name] = Difference(found.value, found.low, found.high, p)
+        return out
+    drawn = statistic(bootstrap_counts(clusters_M, entry_M, size, rng=rng))
+    for name, one in exact.items():
+        found, spread = percentile_interval(one, drawn[name]), float(drawn[name].std(ddof=1))
+        p = float(2 * stats.norm.sf(abs(one) / spread)) if spread > 0 else float(one == 0)
+        out[name] = Difference(found.value, found.low, found.high, p)
+    return out
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

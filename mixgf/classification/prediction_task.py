@@ -37,12 +37,14 @@ def predict(workspace: Workspace, split: Split, model: Model) -> None:
     labels_M, classes = table.labels[split.test], np.asarray(split.classes)
     predicted_M, confidence_M = probabilities_MC.argmax(1).astype(np.int64), probabilities_MC.max(1).astype(np.float64)
     rng = np.random.default_rng([config.seed, split.seed, 7])
-    donors_M = table.donors[split.test]
+    donors_M, held_out = table.donors[split.test], split.kind == "donor"
     if split.unseen:
-        found, by = metrics.rejection(confidence_M, labels_M == split.unseen, donors_M, rng=rng)
+        found, by = metrics.rejection(confidence_M, labels_M == split.unseen, donors_M, rng=rng, held_out=held_out)
     else:
         true_M = split.ids(labels_M)
-        found, by = metrics.score(true_M, predicted_M, confidence_M, donors_M, len(split.classes), rng=rng)
+        found, by = metrics.score(
+            true_M, predicted_M, confidence_M, donors_M, len(split.classes), rng=rng, held_out=held_out
+        )
     made = pa.table({
         "cell": table.cells[split.test], "true": labels_M, "predicted": classes[predicted_M],
         "probability": confidence_M.astype(np.float32),

@@ -19,6 +19,7 @@ from mixgf.classification import embedding_measures, encoders, metrics, registry
 from mixgf.classification.labels import Labelled
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace, vector_column
+from mixgf.stats import donors
 from mixgf.storage import files
 from mixgf.storage.tables import read_table
 
@@ -202,6 +203,9 @@ def comparisons(
 ) -> pd.DataFrame:  # fmt: skip
     """Every model of an encoder against the best baseline of each task, on the same cells, over the seeds that both have.
 
+    Columns besides the task: model, baseline, metric, difference (model minus baseline), low, high, p, p_mcnemar, seeds,
+    interval_by, p_holm, outcome; see `metrics.compare` and `with_outcomes`.
+
     The best baseline is chosen on the test cells, which favours baselines: it has the highest mean difference of its macro F1
     to the model's, over the seeds that both have.
 
@@ -237,16 +241,25 @@ def comparisons(
                 true_M=mine["true"].map(code).to_numpy(np.int64), model_M=mine["predicted"].map(code).to_numpy(np.int64),
                 baseline_M=rival["predicted"].map(code).to_numpy(np.int64), cells_M=mine["number"].to_numpy(np.int64),
                 donors_M=np.array([donor_of[c] for c in mine["number"]], dtype=np.str_), seeds_M=mine["seed"].to_numpy(np.int64),
-                num_classes=len(code), rng=np.random.default_rng([seed, 11]),
+                num_classes=len(code), rng=np.random.default_rng([seed, 11]), held_out=task[1] == "donor",
             )  # fmt: skip
             rows += [
                 dict(zip(TASK, task, strict=True)) | {
                     "model": model, "baseline": baseline, "metric": metric, "difference": one.value, "low": one.low,
-                    "high": one.high, "p": paired.p, "outcome": paired.outcome, "seeds": mine["seed"].nunique(), "interval_by": paired.by,
+                    "high": one.high, "p": one.p, "p_mcnemar": paired.p_mcnemar, "seeds": mine["seed"].nunique(), "interval_by": paired.by,
                 }
                 for metric, one in (("accuracy", paired.accuracy), ("macro_f1", paired.macro_f1))
             ]  # fmt: skip
-    return pd.DataFrame(rows)
+    return with_outcomes(pd.DataFrame(rows))
+
+
+def with_outcomes(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """Add `p_holm`, p corrected (Holm) for the tasks of a model and a metric, and `outcome` by it (`metrics.outcomes`)."""
+    if comparisons.empty:
+        return comparisons
+    corrected = comparisons.groupby(["model", "metric"])["p"].transform(lambda p: donors.holm(p.to_numpy(float)))
+    found = metrics.outcomes(comparisons["difference"].to_numpy(float), corrected.to_numpy(float))
+    return comparisons.assign(p_holm=corrected, outcome=found)
 
 
 def write_cells(uri: str, workspace: Workspace, found: dict[str, pd.DataFrame]) -> str:

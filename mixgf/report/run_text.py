@@ -26,6 +26,7 @@ def summary_rows(results: RunResults) -> list[tuple[str, ...]]:
         verdict = {
             "ahead": "better",
             "behind": "WORSE",
+            "unknown": "too few donors to say",
             "level": "lower, within error" if comparison.lower else "higher, within error",
         }[comparison.verdict]
         rows.append((

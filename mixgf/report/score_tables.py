@@ -95,7 +95,7 @@ def _same_cells(split: str, group: str, direction: str, groups: dict[str, Any]) 
 
 
 def model_means(table: pd.DataFrame, comparisons: pd.DataFrame | None) -> pd.DataFrame:
-    """One row per split and model: mean of every metric over tasks, and numbers of wins, ties and losses in macro F1.
+    """One row per split and model: mean of every metric over tasks, and numbers of wins, ties, losses and unknown in macro F1.
 
     Wins and losses are against the best baseline of the task (`verdicts.PairedComparison.verdict`).
     """
@@ -112,7 +112,7 @@ def model_means(table: pd.DataFrame, comparisons: pd.DataFrame | None) -> pd.Dat
         ("macro_f1",),
         models=[str(m) for m in table["model"].unique() if not registry.is_baseline(str(m))],
     )
-    for verdict in ("ahead", "level", "behind"):
+    for verdict in ("ahead", "level", "behind", "unknown"):
         out[verdict] = [
             sum(d.split == row.split and d.model == row.model and d.verdict == verdict for d in found) for row in out.itertuples()
         ]  # fmt: skip

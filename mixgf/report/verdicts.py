@@ -1,13 +1,15 @@
 """Comparisons of a model with the best baseline of a task, and sentences that state the results.
 
-A model is ahead where the 95 % interval of the paired difference lies above 0, and behind where it lies below 0. Without a
-paired difference it is ahead or behind where the intervals of the two scores do not overlap. Otherwise the two are level.
+A model is ahead or behind where the paired difference has p <= 0.05 after Holm's correction for the number of tasks. Without a
+paired difference it is ahead or behind where the intervals of the two scores do not overlap. Otherwise the two are level. With
+too few donors for an interval, nothing is said of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import pandas as pd
@@ -34,14 +36,17 @@ class PairedComparison:
     baseline_score: tuple[float, float, float]
     difference: tuple[float, float, float] | None = None
     """Model less baseline on the same test cells (value, low, high), if it was computed."""
+    outcome: str = ""
+    """`win`, `loss`, `tie` or `unknown` of the difference (`classification.metrics.outcomes`), if it was computed."""
 
     @property
     def verdict(self) -> str:
-        """`ahead`, `behind` or `level`; see the module."""
-        if self.difference is not None:
-            _, low, high = self.difference
-            return "ahead" if low > 0 else "behind" if high < 0 else "level"
+        """`ahead`, `behind`, `level` or `unknown`; see the module."""
+        if self.outcome:
+            return {"win": "ahead", "loss": "behind", "tie": "level"}.get(self.outcome, "unknown")
         (_, low, high), (_, base_low, base_high) = self.score, self.baseline_score
+        if not all(map(isfinite, (low, high, base_low, base_high))):
+            return "unknown"
         if low > base_high:
             return "ahead"
         return "behind" if high < base_low else "level"
@@ -71,31 +76,35 @@ def paired_comparisons(
         metrics: Names of the metrics.
         models: Names of the models.
     """
-    paired: dict[tuple[str, ...], tuple[str, tuple[float, float, float]]] = {}
+    paired: dict[tuple[str, ...], tuple[str, tuple[float, float, float], str]] = {}
     if comparisons is not None:
         for row in comparisons.to_dict("records"):
             key = (row["split"], row["group"], row["direction"] or "", row["metric"], row["model"])
-            paired[key] = (row["baseline"], (row["difference"], row["low"], row["high"]))
+            paired[key] = (row["baseline"], (row["difference"], row["low"], row["high"]), row["outcome"])
     found: list[PairedComparison] = []
     for keys, task in table[table["metric"].isin(metrics)].groupby([*TASK, "metric"], sort=True):
         row_of = {str(row["model"]): row for row in task.to_dict("records")}
         baselines = sorted((m for m in row_of if registry.is_baseline(m)), key=lambda m: (-row_of[m]["value"], m))
         split, group, direction, metric = keys
         for model in [m for m in models if m in row_of and baselines]:
-            baseline, difference = paired.get((*keys, model), (baselines[0], None))
+            baseline, difference, outcome = paired.get((*keys, model), (baselines[0], None, ""))
             found.append(PairedComparison(
                 split=split, group=group, direction=direction, metric=metric, model=model, score=_triple(row_of[model]),
-                baseline=baseline, baseline_score=_triple(row_of[baseline]), difference=difference,
+                baseline=baseline, baseline_score=_triple(row_of[baseline]), difference=difference, outcome=outcome,
             ))  # fmt: skip
     return found
 
 
 def tally(found: list[PairedComparison]) -> str:
-    """`2 wins, 1 tie, 0 losses`."""
+    """`2 wins, 1 tie, 0 losses`, and the number of tasks with too few donors to say, if any."""
     count = {v: sum(d.verdict == v for d in found) for v in ("ahead", "level", "behind")}
     one = {"ahead": "win", "level": "tie", "behind": "loss"}
     many = {"ahead": "wins", "level": "ties", "behind": "losses"}
-    return ", ".join(f"{n} {(one if n == 1 else many)[v]}" for v, n in count.items())
+    unknown = sum(d.verdict == "unknown" for d in found)
+    return ", ".join(
+        [f"{n} {(one if n == 1 else many)[v]}" for v, n in count.items()]
+        + [f"{unknown} with too few donors to say"] * bool(unknown)
+    )
 
 
 def tally_sentence(found: list[PairedComparison], model: str) -> str:
@@ -110,7 +119,9 @@ def task_sentences(found: list[PairedComparison]) -> list[tuple[str, str]]:
     out: list[tuple[str, str]] = []
     for split, group, direction in dict.fromkeys((d.split, d.group, d.direction) for d in found):
         mine = [d for d in found if (d.split, d.group, d.direction) == (split, group, direction)]
-        if any(d.verdict == "behind" for d in mine):
+        if all(d.verdict == "unknown" for d in mine):
+            tone, said = "plain", "too few donors to say which is better"
+        elif any(d.verdict == "behind" for d in mine):
             tone, said = "bad", "a baseline beats the model"
         elif any(d.lower for d in mine):
             tone, said = "warn", "a baseline scores higher than the model, within the margin of error"

@@ -111,6 +111,16 @@ def benjamini_hochberg(p_G: Float64s, num_tests: int = 0) -> Float64s:
     return fdr_G
 
 
+def holm(p_T: Float64s) -> Float64s:
+    """p-values corrected for the number of tests (Holm 1979), (T,): the chance of any false finding is bounded. NaN = not tested."""
+    out_T = np.full(len(p_T), np.nan)
+    tested = np.flatnonzero(np.isfinite(p_T))
+    order = tested[np.argsort(p_T[tested], kind="stable")]
+    factor = np.arange(len(order), 0, -1)
+    out_T[order] = np.minimum(1.0, np.maximum.accumulate(p_T[order] * factor))
+    return out_T
+
+
 def cluster_means(
     values_P: Float64s, group_P: Ints, cluster_P: Ints, num_groups: int, num_clusters: int
 ) -> tuple[Float64s, Ints]:

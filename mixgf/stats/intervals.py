@@ -1,4 +1,9 @@
-"""95 % intervals: Wilson for proportions, DeLong for AUROC, bootstrap over donors for everything else.
+"""95 % intervals: Wilson for proportions, DeLong for AUROC; for other scores a jackknife over donors, or a bootstrap over cells.
+
+Donors are what differs between studies, so a score of several donors has an interval over donors: Student's t on the
+delete-one-donor jackknife (Efron and Tibshirani 1993, section 11.5). With fewer than `MIN_DONORS` donors there is none. A
+percentile bootstrap of 4 to 9 donors covers 78 to 91 % instead of 95 %. Cells have an interval of their own only where
+no donor is named, or all cells are of one.
 
 Letters: M cells, E distinct entries (for example pairs of true and predicted label), K clusters, R resamples.
 """
@@ -7,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +23,8 @@ from scipy import stats as scipy_stats
 from mixgf.arrays import Float64s, Ints
 
 NUM_RESAMPLES = 1000
-MIN_DONORS = 3
-"""Fewest donors for a bootstrap over donors; with fewer, the bootstrap draws cells."""
+MIN_DONORS = 4
+"""Fewest donors for an interval over donors."""
 LEVEL = 0.95
 
 
@@ -64,16 +70,62 @@ def auroc(score_G: NDArray[np.float64], positive_G: NDArray[np.bool_], *, confid
     return Interval(value=value, low=max(0.0, value - half), high=min(1.0, value + half))
 
 
-def bootstrap_units(donors_M: npt.NDArray[np.str_]) -> tuple[Ints, str]:
-    """What the bootstrap draws: donors, or single cells where there are fewer than `MIN_DONORS` donors.
+def interval_units(donors_M: npt.NDArray[np.str_], *, held_out: bool = False) -> tuple[Ints, str]:
+    """What an interval is taken over.
+
+    Args:
+        donors_M: donor of each cell.
+        held_out: the cells are those of held-out donors, so that an interval over cells would not hold for other donors.
 
     Returns:
-        The unit's number for every cell (M,), and its name: `donor` or `cell`.
+        The unit's number for every cell (M,), and its name: `donor`; `cell` where all cells have the same donor; or `none`
+        where there are too few donors for an interval.
     """
     donors, donor_M = np.unique(donors_M, return_inverse=True)
-    if len(donors) >= MIN_DONORS:
-        return donor_M.astype(np.int64), "donor"
-    return np.arange(len(donors_M), dtype=np.int64), "cell"
+    if len(donors) == 1 and not held_out:
+        return np.arange(len(donors_M), dtype=np.int64), "cell"
+    return donor_M.astype(np.int64), "donor" if len(donors) >= MIN_DONORS else "none"
+
+
+def leave_one_out_counts(clusters_M: Ints, entries_M: Ints, num_entries: int) -> tuple[Ints, Ints]:
+    """Counts of each entry without one cluster, (K, E), and cells of each cluster, (K,). Arguments as `bootstrap_counts`."""
+    num_clusters = int(clusters_M.max()) + 1
+    flat = np.bincount(clusters_M * num_entries + entries_M, minlength=num_clusters * num_entries)
+    own_KE = flat.reshape(num_clusters, num_entries).astype(np.int64)
+    return own_KE.sum(0) - own_KE, own_KE.sum(1)
+
+
+def jackknife_interval(
+    value: float, left_out_K: Float64s, sizes_K: Ints, *, bounded: bool = False
+) -> tuple[Interval, float]:
+    """Interval of a score over K donors (`LEVEL`), and the two-sided p that the score is 0.
+
+    Student's t with (sum n)^2 / sum n^2 - 1 degrees of freedom, where n are the donors' cells: few large donors count as few.
+
+    Args:
+        value: the score of all donors.
+        left_out_K: the score without each donor.
+        sizes_K: cells of each donor.
+        bounded: the score lies in [0, 1]. The interval is then taken on the logit scale, and p is NaN. If no donor changes
+            the score, the interval is Wilson's over cells.
+    """
+    num, total = len(left_out_K), int(sizes_K.sum())
+    freedom = max(1.0, total**2 / float((sizes_K.astype(np.float64) ** 2).sum()) - 1)
+    edge = 0.5 / (total + 1)
+
+    def scaled(x: Any) -> Any:
+        return special.logit(np.clip(x, edge, 1 - edge)) if bounded else x
+
+    error = float(np.sqrt((num - 1) / num * ((scaled(left_out_K) - scaled(value)) ** 2).sum()))
+    if bounded and error == 0:
+        found = wilson(round(value * total), total, confidence=LEVEL)
+        return Interval(value, min(value, found.low), max(value, found.high)), float("nan")
+    half = float(scipy_stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    if bounded:
+        low, high = (float(special.expit(scaled(value) + sign * half)) for sign in (-1, 1))
+        return Interval(value, min(value, low), max(value, high)), float("nan")
+    p = float(2 * scipy_stats.t.sf(abs(value) / error, freedom)) if error > 0 else float(value == 0)
+    return Interval(value, value - half, value + half), p
 
 
 def bootstrap_counts(clusters_M: Ints, entries_M: Ints, num_entries: int, *, rng: np.random.Generator,

@@ -162,11 +162,14 @@ def test_a_verdict_needs_intervals_that_do_not_meet(score, verdict, lower):
 def test_a_paired_comparison_decides_where_there_is_one():
     means = score_tables.mean_scores(_scores({"finetune": (0.80, 0.80), "pca_knn": (0.82, 0.82)}))
     paired = pd.DataFrame([
-        {"group": "baron", "split": "random", "direction": "", "model": "finetune", "baseline": "pca_knn", "metric": m, "difference": -0.02, "low": -0.03, "high": -0.01}
+        {"group": "baron", "split": "random", "direction": "", "model": "finetune", "baseline": "pca_knn", "metric": m, "difference": -0.02, "low": -0.03, "high": -0.01, "outcome": "loss"}
         for m in ("accuracy", "macro_f1")
     ])  # fmt: skip
     assert {d.verdict for d in verdicts.paired_comparisons(means)} == {"level"}
     assert {d.verdict for d in verdicts.paired_comparisons(means, paired)} == {"behind"}
+    unknown = verdicts.paired_comparisons(means, paired.assign(low=np.nan, high=np.nan, outcome="unknown"))
+    assert verdicts.tally(unknown) == "0 wins, 0 ties, 0 losses, 2 with too few donors to say"
+    assert verdicts.task_sentences(unknown)[0][1].startswith("Random cells, baron: too few donors to say")
 
 
 def test_the_best_baseline_is_neither_ours_nor_an_untrained_encoder():

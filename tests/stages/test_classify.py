@@ -89,9 +89,15 @@ def test_every_model_is_scored_on_every_split_with_an_interval(local: Config) ->
     assert sorted(set(tasks["split"])) == ["donor", "random", "species"]
     assert set(scores[scores["split"] == "species"]["direction"]) == {"human>mouse", "mouse>human"}
     assert len(scores) == len(tasks) * len(local.classify.models) * 4
-    assert ((scores["low"] <= scores["high"]) & scores["value"].between(0, 1)).all()
-    assert set(scores[(scores["split"] == "random")]["interval_by"]) == {"donor"}
-    assert set(scores[(scores["split"] == "donor")]["interval_by"]) == {"cell"}  # one donor of four is tested
+    none = scores["interval_by"] == "none"
+    assert ((scores["low"] <= scores["high"]) & scores["value"].between(0, 1))[~none].all()
+    assert scores.loc[none, ["low", "high"]].isna().all(axis=None)
+    donor_of = Corpus(f"{local.inputs.corpus}").obs(["cell", "donor"]).set_index("cell")["donor"]
+    tested = table(local, "predictions").assign(donor=lambda p: p["cell"].map(donor_of))
+    keys = ["group", "split", "direction", "seed", "model"]
+    donors = scores.join(tested.groupby(keys)["donor"].nunique(), on=keys)["donor"]
+    assert set(donors) >= {1, 4}
+    assert (none == (donors.isin([2, 3]) | ((donors == 1) & (scores["split"] == "donor")))).all()
 
 
 def test_scores_are_those_of_the_predictions(local: Config) -> None:

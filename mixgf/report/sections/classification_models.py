@@ -55,7 +55,10 @@ def _means(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
                 for m in metrics
             ]
             against = (
-                "–" if registry.is_baseline(model) else f"{row['ahead']:.0f} / {row['level']:.0f} / {row['behind']:.0f}"
+                "–"
+                if registry.is_baseline(model)
+                else f"{row['ahead']:.0f} / {row['level']:.0f} / {row['behind']:.0f}"
+                + (f" / {row['unknown']:.0f} ?" if row["unknown"] else "")
             )
             tested = Cell(f"{row['tasks']:.0f} × {row['seeds']:.0f}", float(row["tasks"]))
             rows.append(
@@ -69,7 +72,8 @@ def _means(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
     grid = Table(
         "Means over tasks. ● models on the encoder of this run, ○ the same on another encoder, □ baselines; ★ best of the split. Macro F1 gives every type the same weight, however rare. The calibration error is the "
         "difference between the predicted probability and the share of correct predictions (0 is best). Wins, ties and losses count "
-        "tasks, in macro F1 against the best baseline of the task, by the 95 % interval of the paired difference. The last column "
+        "tasks, in macro F1 against the best baseline of the task, by the paired difference over donors (or over cells, where all are "
+        "of one donor) at p ≤ 0.05, corrected for the number of tasks; `?` counts tasks with too few donors to say. The last column "
         "tells over how many tasks and seeds a mean is taken.",
         ["Model", *[wording.metric_label(m) for m in metrics], "Wins / ties / losses", "Tasks × seeds"],
         rows,

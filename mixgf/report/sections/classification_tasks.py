@@ -71,8 +71,11 @@ def _scores(mean_scores: pd.DataFrame, title: str) -> Table:
                 row.append(Cell(wording.interval_text(value, low, high) + mark, value, score_marks.interval_mark(value, low, high, own=own),
                                 strong=value == top[m]))  # fmt: skip
             rows.append(row)
-    unit = {"donor": "donors", "cell": "cells"}
-    note = f"{title}. Value (95 % interval by resampling {' or '.join(unit.get(b, b) for b in by) or 'cells'})"
+    unit = {"donor": "donors", "cell": "cells of one donor"}
+    over = " or ".join(unit.get(b, b) for b in by if b != "none")
+    note = f"{title}. Value (95 % interval over {over})" if over else f"{title}. Value"
+    if "none" in by:
+        note += "; no interval with two or three donors, or one that is held out: too few to say"
     note += (
         f", mean over {seeds} seeds"
         if seeds > 1
