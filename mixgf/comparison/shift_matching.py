@@ -50,6 +50,8 @@ class Shift:
     """Whether a cell is of the second condition."""
     strata_N: Ints
     """Number of each cell's stratum. Every stratum has cells of both conditions."""
+    experiment: str
+    """Shifts of one experiment share cells, donors or data sets, so they are not independent."""
 
 
 def contrast_weights(after_N: Bools, strata_N: Ints) -> Floats:
@@ -149,7 +151,7 @@ def match(
     Returns:
         `pairs` and `shifts`.
 
-        `pairs` has species, shift, other_species, other_shift, same_tag; cosine, low, high (95 % bootstrap interval: noise moves a
+        `pairs` has species, shift, tag, experiment, the same of the other species (`other_...`), same_tag; cosine, low, high (95 % bootstrap interval: noise moves a
         cosine towards 0, so an interval may lie below its estimate); p_shift and p_other by permuted labels of each shift, p (the
         larger of the two, since a match needs two shifts), fdr over all pairs (Benjamini-Hochberg), smallest_p; place, the rank of
         the other shift among all of its species by cosine (1 = highest); best, whether each is first for the other.
@@ -203,7 +205,8 @@ def _pairs(
         low, high = np.quantile((one_RD * two_RD).sum(1) / np.maximum(lengths_R, 1e-12), [LEVEL / 2, 1 - LEVEL / 2])
         rows.append({
             "species": shifts[i].species, "shift": shifts[i].name, "tag": shifts[i].tag,
-            "other_species": shifts[j].species, "other_shift": shifts[j].name, "other_tag": shifts[j].tag,
+            "experiment": shifts[i].experiment, "other_species": shifts[j].species, "other_shift": shifts[j].name,
+            "other_tag": shifts[j].tag, "other_experiment": shifts[j].experiment,
             "same_tag": bool(shifts[i].tag) and shifts[i].tag == shifts[j].tag, "cosine": float(cosine_KK[i, j]),
             "low": float(low), "high": float(high), "p_shift": p_KK[i, j], "p_other": p_KK[j, i],
             "p": max(p_KK[i, j], p_KK[j, i]), "smallest_p": max(least[i], least[j]),
@@ -233,8 +236,9 @@ def tag_agreement(pairs: pd.DataFrame, *, num_permutations: int, seed: int) -> p
     """Whether pairs of one tag have higher cosines than pairs of two tags, for each tag and for `all` tags together.
 
     Pairs in which a shift has no tag are left out. `auroc` is the probability that a pair of the tag has a higher cosine than a
-    pair of two tags, one of which is the tag. `p` permutes the tags among the shifts of the second species. With few shifts few
-    permutations differ: `smallest_p` is the share of permutations that leave the tags unchanged.
+    pair of two tags, one of which is the tag. `p` permutes the tags among the experiments of the second species: all shifts of
+    one experiment and tag keep one tag, since they are not independent. With few experiments few permutations differ:
+    `smallest_p` is the share of permutations that leave the tags unchanged.
 
     Args:
         pairs: Result of `match`.
@@ -242,26 +246,41 @@ def tag_agreement(pairs: pd.DataFrame, *, num_permutations: int, seed: int) -> p
         seed: Seed of the permutations.
     """
     known = pairs[(pairs["tag"] != "") & (pairs["other_tag"] != "")]
-    columns = ["tag", "num_pairs", "num_others", "cosine", "cosine_others", "auroc", "p", "smallest_p"]
+    columns = [
+        "tag",
+        "num_pairs",
+        "num_others",
+        "num_experiments",
+        "cosine",
+        "cosine_others",
+        "auroc",
+        "p",
+        "smallest_p",
+    ]
     if known.empty:
         return pd.DataFrame(columns=columns)
     rng = np.random.default_rng([seed, 0x5447])
     table = known.pivot_table(
-        index=["species", "shift", "tag"], columns=["other_species", "other_shift", "other_tag"], values="cosine"
-    )
+        index=["species", "shift", "tag"], columns=["other_species", "other_shift", "other_tag", "other_experiment"],
+        values="cosine",
+    )  # fmt: skip
     tags_K, tags_M = (np.asarray(axis.get_level_values(2), dtype=np.str_) for axis in (table.index, table.columns))
     cosine_KM = table.to_numpy()
-    orders = [np.arange(len(tags_M)), *(rng.permutation(len(tags_M)) for _ in range(num_permutations))]
+    units, unit_M = np.unique(
+        [f"{tag}\t{of}" for _, _, tag, of in table.columns], return_inverse=True
+    )  # what is permuted: the shifts of one experiment and tag
+    tags_U = np.array([unit.split("\t")[0] for unit in units.tolist()], dtype=np.str_)
+    permuted = [tags_M, *(tags_U[rng.permutation(len(units))][unit_M] for _ in range(num_permutations))]
     rows = []
     for tag in ["all", *sorted(set(tags_K.tolist()) & set(tags_M.tolist()))]:
-        value_R = np.array([_auroc(cosine_KM, tags_K, tags_M[order], tag) for order in orders])
+        value_R = np.array([_auroc(cosine_KM, tags_K, new_M, tag) for new_M in permuted])
         if not np.isfinite(value_R[0]):
             continue
         same, other = _kinds(tags_K, tags_M, tag)
-        unchanged = np.mean([(_kinds(tags_K, tags_M[order], tag)[0] == same).all() for order in orders[1:]])
+        unchanged = np.mean([(_kinds(tags_K, new_M, tag)[0] == same).all() for new_M in permuted[1:]])
         rows.append([
-            tag, int(same.sum()), int(other.sum()), float(cosine_KM[same].mean()), float(cosine_KM[other].mean()), float(value_R[0]),
-            float((value_R >= value_R[0] - 1e-12).mean()), max(float(unchanged), 1 / len(orders)),
+            tag, int(same.sum()), int(other.sum()), len(units), float(cosine_KM[same].mean()), float(cosine_KM[other].mean()), float(value_R[0]),
+            float((value_R >= value_R[0] - 1e-12).mean()), max(float(unchanged), 1 / len(permuted)),
         ])  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from mixgf.arrays import Bools, Ints, Names
 from mixgf.classification.labels import UNKNOWN, names_of
@@ -58,7 +60,19 @@ def select_shifts(config: Config, obs: pd.DataFrame) -> list[Shift]:
     if found and len({s.species for s in found}) < 2:
         msg = f"compare.shifts: all are of {found[0].species}; matching needs shifts of two species"
         raise UserError(msg)
-    return found
+    experiments = _experiments([obs["source"].iloc[s.rows_N].astype(str).unique().tolist() for s in found])
+    return [replace(s, experiment=name) for s, name in zip(found, experiments, strict=True)]
+
+
+def _experiments(sources: Sequence[Sequence[str]]) -> list[str]:
+    """The experiment of each shift, from the data sets of its cells: shifts that share a data set are of one experiment."""
+    names = sorted({source for one in sources for source in one})
+    row = np.repeat(np.arange(len(sources)), [len(one) for one in sources])
+    column = np.array([names.index(source) for one in sources for source in one], dtype=np.int64)
+    shape = (len(sources), len(names))
+    uses = sparse.csr_matrix((np.ones(len(row), dtype=np.int64), (row, column)), shape=shape)
+    _, of = csgraph.connected_components(uses @ uses.T, directed=False)
+    return [min(source for k in np.flatnonzero(of == number).tolist() for source in sources[k]) for number in of]
 
 
 def _conditions(config: Config, one: ShiftSpec, obs: pd.DataFrame, names: Names) -> tuple[str, Ints, Bools]:
@@ -102,7 +116,7 @@ def _shift(config: Config, one: ShiftSpec, species: str, names: Names, after_N: 
     if min(int((after_N[kept] == side).sum()) for side in (False, True)) < settings.min_cells:
         return None
     return Shift(name=one.name, tag=one.tag, species=species, rows_N=kept, after_N=after_N[kept],
-                 strata_N=stratum_N[kept].astype(np.int64))  # fmt: skip
+                 strata_N=stratum_N[kept].astype(np.int64), experiment="")  # fmt: skip
 
 
 def cells_of(shifts: Sequence[Shift]) -> Ints:

@@ -40,7 +40,7 @@ from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
 from mixgf.tracking import mlflow_runs
 
-KIND, SCHEMA = "comparison", 1
+KIND, SCHEMA = "comparison", 2
 
 
 def _no_tasks(_: ComparisonContext) -> list[Task]:

@@ -7,11 +7,12 @@ from scipy import stats
 
 from mixgf.comparison import shift_matching
 from mixgf.comparison.shift_matching import Shift
+from mixgf.comparison.shift_selection import _experiments
 
 
-def shift(name, species, rows, after, *, strata=None, tag=""):
+def shift(name, species, rows, after, *, strata=None, tag="", experiment=""):
     rows = np.asarray(rows, dtype=np.int64)
-    return Shift(name=name, tag=tag, species=species, rows_N=rows, after_N=np.asarray(after, dtype=bool),
+    return Shift(name=name, tag=tag, species=species, experiment=experiment or name, rows_N=rows, after_N=np.asarray(after, dtype=bool),
                  strata_N=np.zeros(len(rows), dtype=np.int64) if strata is None else np.asarray(strata, dtype=np.int64))  # fmt: skip
 
 
@@ -106,9 +107,11 @@ def test_halves_of_one_condition_do_not_repeat():
     assert (table["reliability"].abs() < 0.4).all()
 
 
-def frame(cosine, tags, other_tags):
+def frame(cosine, tags, other_tags, experiments=None):
+    of = list(range(len(other_tags))) if experiments is None else experiments
     return pd.DataFrame([
-        {"species": "human", "shift": f"h{i}", "tag": a, "other_species": "mouse", "other_shift": f"m{j}", "other_tag": b, "cosine": cosine[i][j]}
+        {"species": "human", "shift": f"h{i}", "tag": a, "other_species": "mouse", "other_shift": f"m{j}", "other_tag": b,
+         "other_experiment": f"e{of[j]}", "cosine": cosine[i][j]}
         for i, a in enumerate(tags) for j, b in enumerate(other_tags)
     ])  # fmt: skip
 
@@ -129,3 +132,33 @@ def test_untagged_shifts_take_no_part_in_tags():
         frame([[0.9, 0.5], [0.3, 0.1]], ["x", ""], ["x", ""]), num_permutations=9, seed=0
     )
     assert found.empty  # one pair of a tag, none of two
+
+
+def test_shifts_of_one_experiment_keep_one_tag():
+    """Two shifts a tag, of one experiment each: 2 of the 2! orders of experiments differ, not 4! / (2! 2!) of shifts."""
+    cosine = [[0.9, 0.8, 0.1, 0.2], [0.1, 0.1, 0.9, 0.8]]
+    found = shift_matching.tag_agreement(
+        frame(cosine, ["x", "y"], ["x", "x", "y", "y"], [0, 0, 1, 1]), num_permutations=199, seed=0
+    ).set_index("tag")
+    assert (found.loc["all", "auroc"], found.loc["all", "num_experiments"]) == (1, 2)
+    assert 0.4 < found.loc["all", "p"] < 0.6
+    assert 0.4 < found.loc["all", "smallest_p"] < 0.6
+    alone = shift_matching.tag_agreement(frame(cosine, ["x", "y"], ["x", "x", "y", "y"]), num_permutations=199, seed=0)
+    assert alone.set_index("tag").loc["all", "p"] < 0.25
+
+
+def test_p_of_tags_is_right_where_shifts_of_a_tag_share_an_experiment():
+    """Nothing matches, but shifts of one experiment have a nuisance in common. Permuted shifts reject in over 10 %."""
+    tags, rng, p_experiments, p_shifts = np.repeat(list("abcd"), 3), np.random.default_rng(0), [], []
+    for seed in range(200):
+        one, two = ((rng.normal(size=(4, 20))[np.repeat(range(4), 3)] + rng.normal(size=(12, 20))) for _ in range(2))
+        cosine = shift_matching.cosines(one, two)
+        for experiments, found in ((np.repeat(range(4), 3), p_experiments), (None, p_shifts)):
+            table = shift_matching.tag_agreement(frame(cosine, tags, tags, experiments), num_permutations=99, seed=seed)
+            found.append(table.set_index("tag").loc["all", "p"])
+    assert np.mean(np.array(p_experiments) <= 0.05) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 200)
+    assert np.mean(np.array(p_shifts) <= 0.05) > 0.1
+
+
+def test_shifts_that_share_a_data_set_are_of_one_experiment():
+    assert _experiments([["a", "b"], ["c"], ["b", "d"], ["c"]]) == ["a", "c", "a", "c"]

@@ -138,7 +138,7 @@ def matched_shifts(tables: dict[str, pd.DataFrame]) -> list[Any]:
                 f"{name(str(space))}: in {int(best.to_numpy().sum())} pairs each shift is the best match of the other."))  # fmt: skip
     blocks.append(Table(
         "Shifts that are expected to match, by tag: mean cosine of pairs with one tag and of pairs with two tags; AUROC, the probability that a pair "
-        "of the first kind has the higher cosine; and its p by permuting tags among shifts (the last column is the smallest p possible).",
+        "of the first kind has the higher cosine; and its p by permuting tags among the experiments of the second species (the last column is the smallest p possible).",
         ["Space", "Tag", "Pairs", "Cosine", "Cosine of others", "AUROC", "p", "Smallest p"],
         [[Cell(name(str(r.space))), Cell(str(r.tag)), count_cell(r.num_pairs), number_cell(r.cosine, ".2f"), number_cell(r.cosine_others, ".2f"),
           number_cell(r.auroc, ".2f"), number_cell(r.p, ".3f"), number_cell(r.smallest_p, ".3f")] for r in tags.itertuples()]))  # fmt: skip
