@@ -344,8 +344,7 @@ def sketch_medians(work: str, number: int, parts: list[tuple[RowRange, np.ndarra
     """
     listed = read_table(part_uri(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
     depths = [read_metrics(work, [row_range.number])[0].n_counts for row_range, _ in parts]
-    most = max(int(depth_N[keep_N].max()) for depth_N, (_, keep_N) in zip(depths, parts, strict=True))
-    filled = medians.SketchBuilder(len(listed), most)
+    filled = medians.SketchBuilder(len(listed))
     for depth, (row_range, keep_N) in zip(depths, parts, strict=True):
         columns = _gene_columns(work, row_range.index)
         gene_G = pc.index_in(columns["gene"].combine_chunks(), value_set=listed)

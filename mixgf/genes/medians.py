@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,8 @@ NUM_BUCKETS = _OCTAVES << SKETCH_BITS
 RELATIVE_ERROR = 2.0**-SKETCH_BITS
 _SMALL = 33
 """Buckets of counts below this are computed once per cell."""
+_PAGE = 128
+"""Values of a gene that lie together in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,93 +48,149 @@ def _bucket(count: int, depth: float, room: np.ndarray) -> int:
     return min(max((room.view(np.int64)[0] >> (52 - 8)) - (1003 << 8), 0), 9215)
 
 
-@jit
-def _count(  # noqa: PLR0917 (a compiled kernel)
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, depth: np.ndarray, keep: np.ndarray, gene: np.ndarray,
-    lowest: int, counts: np.ndarray,
-) -> None:  # fmt: skip
-    """Add the kept rows to the histogram `counts` (buckets from `lowest` on, genes).
+class _Lists(NamedTuple):
+    """One list of buckets per gene, in pages of `_PAGE` values; page g is the first one of gene g."""
 
-    Most counts of a cell are 1 or 2; with genes as columns they fall into neighbouring memory of two rows.
+    bucket_T: np.ndarray
+    """uint16: the pages."""
+    next_P: np.ndarray
+    """int32: the page that follows each full page."""
+    end_G: np.ndarray
+    """int64: end of each gene's values, in its last page."""
+
+
+@jit
+def _append(  # noqa: PLR0917 (a compiled kernel)
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, depth: np.ndarray, keep: np.ndarray, gene: np.ndarray,
+    lists: _Lists, used: int,
+) -> int:  # fmt: skip
+    """Append the buckets of the kept rows to the lists; `used` pages are in use before, the result after it.
+
+    The lists of all genes end in about as many cache lines, which a processor core holds. A dense histogram of genes and
+    buckets would be far larger than its caches.
     """
-    room, small = np.empty(1), np.zeros(_SMALL, np.int64)
+    room, small = np.empty(1), np.zeros(_SMALL, np.uint16)
     for row in range(indptr.shape[0] - 1):
         if not keep[row]:
             continue
         for count in range(1, _SMALL):
-            small[count] = _bucket(count, depth[row], room) - lowest
+            small[count] = _bucket(count, depth[row], room)
         for p in range(indptr[row], indptr[row + 1]):
             g, count = gene[indices[p]], data[p]
             if g >= 0 and count > 0:
-                bucket = small[count] if count < _SMALL else _bucket(count, depth[row], room) - lowest
-                counts[bucket, g] += np.uint16(1)
+                at = lists.end_G[g]
+                lists.bucket_T[at] = small[count] if count < _SMALL else _bucket(count, depth[row], room)
+                at += 1
+                if at % _PAGE == 0:
+                    lists.next_P[at // _PAGE - 1] = used
+                    at = used * _PAGE
+                    used += 1
+                lists.end_G[g] = at
+    return used
 
 
 @jit
-def _collect(counts: np.ndarray, lowest: int, stop_G: np.ndarray, out_keys: np.ndarray, out_counts: np.ndarray) -> None:
-    """Move a histogram to ascending keys and their counts, and set it to 0; `stop_G` is the first position of each gene."""
-    for bucket in range(counts.shape[0]):
-        row = counts[bucket]
-        for g in range(row.shape[0]):
-            if row[g]:
-                n = stop_G[g]
-                out_keys[n], out_counts[n] = g * 9216 + lowest + bucket, row[g]
-                stop_G[g], row[g] = n + 1, 0
+def _emit(  # noqa: PLR0917 (a compiled kernel)
+    gene: int, histogram: np.ndarray, lowest: int, highest: int, keys: np.ndarray, counts: np.ndarray, n: int
+) -> int:
+    """Move buckets `lowest` to `highest` of one gene's histogram behind the first n keys; returns the new number of keys."""
+    pairs = histogram.view(np.uint64)
+    for pair in range(lowest >> 1, (highest >> 1) + 1):
+        if pairs[pair]:
+            for bucket in range(2 * pair, 2 * pair + 2):
+                if histogram[bucket]:
+                    keys[n], counts[n] = gene * 9216 + bucket, histogram[bucket]
+                    n += 1
+            pairs[pair] = 0
+    return n
 
 
 @jit
-def _count_filled(counts: np.ndarray, number_G: np.ndarray) -> None:
-    """Add every gene's number of filled buckets to `number_G`."""
-    for bucket in range(counts.shape[0]):
-        row = counts[bucket]
-        for g in range(row.shape[0]):
-            number_G[g] += row[g] != 0
-
-
-@jit
-def _merge_sorted(  # noqa: PLR0917 (a compiled kernel)
-    keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, keys: np.ndarray,
+def _collect(  # noqa: PLR0917 (a compiled kernel)
+    lists: _Lists, old_keys: np.ndarray, old_counts: np.ndarray, histogram: np.ndarray, keys: np.ndarray,
     counts: np.ndarray,
 ) -> int:  # fmt: skip
-    i, j, n = 0, 0, 0
-    while i < keys_a.shape[0] or j < keys_b.shape[0]:
-        if j >= keys_b.shape[0] or (i < keys_a.shape[0] and keys_a[i] < keys_b[j]):
-            keys[n], counts[n] = keys_a[i], counts_a[i]
-            i += 1
-        elif i >= keys_a.shape[0] or keys_b[j] < keys_a[i]:
-            keys[n], counts[n] = keys_b[j], counts_b[j]
-            j += 1
-        else:
-            keys[n], counts[n] = keys_a[i], counts_a[i] + counts_b[j]
-            i += 1
-            j += 1
-        n += 1
+    """Write the sketch of the lists' values and of an older sketch; returns its number of keys. `histogram` is all zeros."""
+    n, old = 0, 0
+    for g in range(lists.end_G.shape[0]):
+        lowest: Any = 9215
+        highest: Any = 0
+        page, last = g, lists.end_G[g] // _PAGE
+        while True:
+            stop = lists.end_G[g] if page == last else (page + 1) * _PAGE
+            for i in range(page * _PAGE, stop):
+                bucket = np.int64(lists.bucket_T[i])
+                histogram[bucket] += np.uint32(1)
+                lowest, highest = min(lowest, bucket), max(highest, bucket)
+            if page == last:
+                break
+            page = lists.next_P[page]
+        old, lowest, highest = _add(old_keys, old_counts, old, g, histogram, lowest, highest)
+        n = _emit(g, histogram, lowest, highest, keys, counts, n)
+    return n
+
+
+@jit
+def _add(  # noqa: PLR0917 (a compiled kernel)
+    keys: np.ndarray, counts: np.ndarray, at: int, gene: int, histogram: np.ndarray, lowest: Any, highest: Any
+) -> tuple[int, Any, Any]:
+    """Add one gene's part of a sketch, from position `at` on; returns its end, and the range of filled buckets."""
+    first, stop = np.int64(gene) * 9216, np.int64(gene + 1) * 9216
+    begin = at
+    while at < keys.shape[0] and np.int64(keys[at]) < stop:
+        histogram[np.int64(keys[at]) - first] += counts[at]
+        at += 1
+    if at > begin:
+        lowest = min(lowest, np.int64(keys[begin]) - first)
+        highest = max(highest, np.int64(keys[at - 1]) - first)
+    return at, lowest, highest
+
+
+@jit
+def _merge(  # noqa: PLR0917 (a compiled kernel)
+    keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, histogram: np.ndarray,
+    keys: np.ndarray, counts: np.ndarray,
+) -> int:  # fmt: skip
+    """Write the sum of two sketches; returns its number of keys. `histogram` is all zeros."""
+    n, a, b = 0, 0, 0
+    while a < keys_a.shape[0] or b < keys_b.shape[0]:
+        gene: Any = 1 << 32
+        if a < keys_a.shape[0]:
+            gene = np.int64(keys_a[a]) // 9216
+        if b < keys_b.shape[0]:
+            gene = min(gene, np.int64(keys_b[b]) // 9216)
+        a, lowest, highest = _add(keys_a, counts_a, a, gene, histogram, 9215, 0)
+        b, lowest, highest = _add(keys_b, counts_b, b, gene, histogram, lowest, highest)
+        n = _emit(gene, histogram, lowest, highest, keys, counts, n)
     return n
 
 
 class SketchBuilder:
     """Builds the sketch of cells, block by block.
 
-    Memory: the sketch, and 2 bytes for every gene and bucket. Buckets range from the least possible value (one count in
-    the deepest cell) to 10,000.
+    Memory: the sketch, 256 bytes per gene, and 2 bytes for each of the values that have not yet moved to the sketch.
     """
 
-    def __init__(self, num_genes: int, most_depth: int, *, most_cells: int = np.iinfo(np.uint16).max) -> None:
+    def __init__(self, num_genes: int, *, most_values: int = 24 << 20) -> None:
         """Start with no cells.
 
         Args:
             num_genes: genes.
-            most_depth: largest depth of a kept cell.
-            most_cells: cells that are counted in 16 bits before the counts move to the sketch.
+            most_values: values that are held before they move to the sketch; a row is never divided.
         """
         assert (SKETCH_BITS, _LOWEST, NUM_BUCKETS) == (8, 1003, 9216), "compiled into the kernels above"
         assert num_genes * NUM_BUCKETS < 1 << 32, num_genes
-        assert 0 < most_cells <= np.iinfo(np.uint16).max, most_cells
-        room = np.empty(1)
-        self._lowest = _bucket(1, float(max(most_depth, 1)), room)
-        self._counts = np.zeros((_bucket(1, 1.0, room) + 1 - self._lowest, num_genes), np.uint16)
-        self._cells, self._most_cells = 0, most_cells
+        self._num_genes, self._most_values = num_genes, most_values
+        num_pages = num_genes + (most_values + num_genes) // _PAGE + 1
+        self._lists = _Lists(
+            np.empty(num_pages * _PAGE, np.uint16), np.empty(num_pages, np.int32), np.empty(num_genes, np.int64)
+        )
         self._total = EMPTY
+        self._clear()
+
+    def _clear(self) -> None:
+        self._num_values, self._used_pages = 0, self._num_genes
+        self._lists.end_G[:] = np.arange(self._num_genes) * _PAGE
 
     def update(
         self,
@@ -156,21 +215,25 @@ class SketchBuilder:
         depth = depth_N.astype(np.float64)
         first = 0
         while first < len(depth):
-            if self._cells == self._most_cells:
+            room = self._most_values - self._num_values
+            stop = int(np.searchsorted(indptr, indptr[first] + room, side="right")) - 1
+            if stop <= first and self._num_values:
                 self._flush()
-            stop = min(first + self._most_cells - self._cells, len(depth))
+                continue
+            stop = max(stop, first + 1)  # a row has at most `num_genes` values
             rows, ends = slice(first, stop), slice(first, stop + 1)
-            _count(data, indices, indptr[ends], depth[rows], keep_N[rows], gene_G, self._lowest, self._counts)
-            self._cells, first = self._cells + stop - first, stop
+            self._used_pages = _append(
+                data, indices, indptr[ends], depth[rows], keep_N[rows], gene_G, self._lists, self._used_pages
+            )
+            self._num_values += int(indptr[stop] - indptr[first])
+            first = stop
 
     def _flush(self) -> None:
-        number_G = np.zeros(self._counts.shape[1], np.int32)
-        _count_filled(self._counts, number_G)
-        stop_G = np.cumsum(number_G, dtype=np.int64)
-        n = int(stop_G[-1])
-        found = Sketch(np.empty(n, np.uint32), np.empty(n, np.uint32))
-        _collect(self._counts, self._lowest, stop_G - number_G, found.keys, found.counts)
-        self._total, self._cells = merge_sketches([self._total, found]), 0
+        most = self._num_values + len(self._total.keys)
+        keys, counts = np.empty(most, np.uint32), np.empty(most, np.uint32)
+        n = _collect(self._lists, self._total.keys, self._total.counts, np.zeros(NUM_BUCKETS, np.uint32), keys, counts)
+        self._total = _cut(keys, counts, n)
+        self._clear()
 
     def finish(self) -> Sketch:
         """Sketch of all cells so far."""
@@ -194,7 +257,9 @@ def merge_sketches(sketches: Iterable[Sketch]) -> Sketch:
             continue
         most = len(total.keys) + len(sketch.keys)
         keys, counts = np.empty(most, np.uint32), np.empty(most, np.uint32)
-        total = _cut(keys, counts, _merge_sorted(total.keys, total.counts, sketch.keys, sketch.counts, keys, counts))
+        histogram = np.zeros(NUM_BUCKETS, np.uint32)
+        n = _merge(total.keys, total.counts, sketch.keys, sketch.counts, histogram, keys, counts)
+        total = _cut(keys, counts, n)
     return total
 
 
