@@ -4,8 +4,7 @@ A gene's value is count / median (float64); equal values are ordered by ascendin
 cell's depth and multiplies by 10,000. Both are the same for all genes of a cell, so they do not change the order.
 
 Nearly all counts are small. `Ranks` therefore sorts all pairs of a small count and a gene once per vocabulary. A cell is
-then a set of integers, which numpy sorts with vector instructions. The few larger counts are sorted by value and token,
-and merged in. Only float64 values and integers are compared, so neither processor nor block size changes a sentence.
+then a set of integers, which a bit map holds in order. The few larger counts are sorted by value and token, and merged in. Only float64 values and integers are compared, so neither processor nor block size changes a sentence.
 
 Letters: N cells, G columns of the source, C counts of the table, V genes of the species, K ranks of a cell, T tokens of
 the block.
@@ -20,7 +19,7 @@ import numpy as np
 
 from mixgf.config.data import Tokens
 from mixgf.genes.vocabulary import CLS, SpeciesGenes
-from mixgf.jit import jit
+from mixgf.jit import jit, trailing_zeros
 
 TABLE_COUNTS = 32
 """Largest count in the table of ranks: over 99 % of the counts of UMI data are at most this."""
@@ -95,7 +94,7 @@ class _RowRanks(NamedTuple):
     """Ranks of all counts of some rows, and positions of the counts beyond the table of ranks."""
 
     rank_K: np.ndarray
-    """int32: ranks, row after row."""
+    """int32: ranks, row after row, ascending in each."""
     stop_K: np.ndarray
     """int64: end of each row's ranks."""
     large_L: np.ndarray
@@ -123,24 +122,48 @@ class _GeneValues(NamedTuple):
 
 @jit
 def _look_up(  # noqa: PLR0917 (a compiled kernel)
-    data: np.ndarray, indices: np.ndarray, start_N: np.ndarray, stop_N: np.ndarray, rank_P: np.ndarray, none: int,
-    found: _RowRanks,
+    data: np.ndarray, indices: np.ndarray, start_N: np.ndarray, stop_N: np.ndarray, rank_P: np.ndarray,
+    filled: np.ndarray, words: np.ndarray, found: _RowRanks,
 ) -> None:  # fmt: skip
-    """Fill `found` with the ranks of rows [start, stop), `none` for counts without one.
+    """Fill `found` with the ranks of rows [start, stop), ascending.
 
-    `rank_P` is the table of ranks by count and column, flattened.
+    Args:
+        data: counts.
+        indices: columns.
+        start_N: start of each row.
+        stop_N: end of each row.
+        rank_P: the table of ranks by count and column, flattened.
+        filled: uint64 bit map, which words of `words` are not 0; all zeros before and after.
+        words: uint64 bit map with one bit per rank, and one for counts without a rank; all zeros before and after.
+        found: arrays with room for all counts.
     """
-    num_columns, k, n = np.uint64(rank_P.shape[0] // (TABLE_COUNTS + 1)), 0, 0
+    num_columns, k, n, one = np.uint64(rank_P.shape[0] // (TABLE_COUNTS + 1)), 0, 0, np.uint64(1)
+    none = np.int64(rank_P[0])
     for row in range(start_N.shape[0]):
         for p in range(start_N[row], stop_N[row]):
             count = np.uint64(data[p])
             if count <= TABLE_COUNTS:
-                found.rank_K[k] = rank_P[count * num_columns + np.uint64(indices[p])]
+                rank = np.uint64(rank_P[count * num_columns + np.uint64(indices[p])])
+                at = rank >> np.uint64(6)
+                words[at] |= one << (rank & np.uint64(63))
+                filled[at >> np.uint64(6)] |= one << (at & np.uint64(63))
             else:
-                found.rank_K[k] = none
                 found.large_L[n] = p
                 n += 1
-            k += 1
+        for i in range(filled.shape[0]):
+            left = filled[i]
+            filled[i] = 0
+            while left:
+                w = (i << 6) + trailing_zeros(left)
+                left &= left - one
+                word = words[w]
+                words[w] = 0
+                while word:
+                    found.rank_K[k] = (w << 6) + trailing_zeros(word)
+                    word &= word - one
+                    k += 1
+        if k > (found.stop_K[row - 1] if row else 0) and found.rank_K[k - 1] == none:
+            k -= 1
         found.stop_K[row], found.stop_L[row] = k, n
 
 
@@ -168,11 +191,11 @@ def _write_sentences(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, rows: _RowRanks, genes: _GeneValues, cls: int, most: int, out: np.ndarray,
     out_offsets: np.ndarray,
 ) -> None:  # fmt: skip
-    """Write the sentences of rows whose ranks are sorted, and merge the large counts in.
+    """Write the sentences of rows from their ranks, and merge the large counts in.
 
     `cls` is the id of <cls>, -1 = none; `most` the most genes of a sentence; the first of `out_offsets` is 0.
     """
-    rank_K, none = rows.rank_K, genes.rank_token.shape[0]
+    rank_K = rows.rank_K
     room = genes.medians_V.shape[0]
     value, token = np.empty(room, np.float64), np.empty(room, np.int32)
     other_value, other_token = np.empty(room, np.float64), np.empty(room, np.int32)
@@ -180,8 +203,6 @@ def _write_sentences(  # noqa: PLR0917 (a compiled kernel)
     for row in range(rows.stop_K.shape[0]):
         done, k = next_k, rows.stop_K[row]
         next_k = k
-        while k > done and rank_K[k - 1] == none:
-            k -= 1
         num_large = 0
         for at in range(next_l, rows.stop_L[row]):
             p = rows.large_L[at]
@@ -224,12 +245,14 @@ class Encoder:
 
     def __init__(self, ranks: Ranks, position_G: np.ndarray, tokens: Tokens) -> None:
         assert ranks.divide == (tokens.scaling == "divide"), tokens.scaling
-        self._ranks, self._tokens = ranks, tokens
+        self._tokens = tokens
         self._values = _GeneValues(
             position_G, ranks.genes.tokens, ranks.genes.medians, int(ranks.divide), ranks.token, ranks.value
         )
         self._rank_P = ranks.rank_CV[:, position_G].ravel()  # column -1 is no gene
         self._rank_K, self._large_L = np.empty(0, np.int32), np.empty(0, np.int64)
+        self._words = np.zeros((len(ranks.token) >> 6) + 1, np.uint64)
+        self._filled = np.zeros((len(self._words) >> 6) + 1, np.uint64)
 
     def __call__(
         self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, *, rows_N: np.ndarray | None = None,
@@ -251,18 +274,14 @@ class Encoder:
         if rows_N is not None:
             start_N, stop_N = start_N[rows_N], stop_N[rows_N]
         length_N = stop_N - start_N
-        num_rows, num_ranks, ranks, cls = len(length_N), int(length_N.sum()), self._ranks, self._tokens.cls
+        num_rows, num_ranks, cls = len(length_N), int(length_N.sum()), self._tokens.cls
         most = self._tokens.max_len - int(cls)
         if out is None:
             out = np.empty(int(np.minimum(length_N, most).sum()) + num_rows * int(cls), dtype=np.int32)
         if num_ranks > len(self._rank_K):
             self._rank_K, self._large_L = np.empty(num_ranks, np.int32), np.empty(num_ranks, np.int64)
         rows = _RowRanks(self._rank_K, np.empty(num_rows, np.int64), self._large_L, np.empty(num_rows, np.int64))
-        _look_up(data, indices, start_N, stop_N, self._rank_P, len(ranks.token), rows)
-        start = 0
-        for stop in rows.stop_K.tolist():
-            rows.rank_K[start:stop].sort()
-            start = stop
+        _look_up(data, indices, start_N, stop_N, self._rank_P, self._filled, self._words, rows)
         out_offsets = np.zeros(num_rows + 1, dtype=np.int64)
         _write_sentences(data, indices, rows, self._values, CLS if cls else -1, most, out, out_offsets)
         return out[: out_offsets[-1]], out_offsets
