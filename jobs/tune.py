@@ -5,9 +5,10 @@ Submit, from the checkout (RAY_API_SERVER_ADDRESS or --address names the cluster
         human='s3://cells/human/*.h5ad' mouse='s3://cells/mouse/*.h5ad'
 
 Inputs: OUTPUT/corpus, or --set inputs.corpus=URI; the sources again, if an arm needs a corpus of its own (vocab, tokens, qc).
-Outputs: OUTPUT/tune: trials.parquet (every figure), arms.parquet, effects.parquet, interactions.parquet, best.json (the config of
-    the best arm, for `mixgf pretrain --config`), trials/ (checkpoints). `mixgf report` has a section on it. In MLflow one parent
-    run, a child per training; tune.register=NAME puts the best arm into the registry with a model card.
+Outputs: OUTPUT/tune: trials.parquet (every figure), arms.parquet, effects.parquet, interactions.parquet, final.parquet (the best arm
+    and the base on the cells that chose it and on test cells), best.json (the config of the best arm, for `mixgf pretrain --config`),
+    trials/ (checkpoints). `mixgf report` has a section on it. In MLflow one parent run, a child per training; tune.register=NAME puts
+    the best arm into the registry with a model card.
 Resources: tune.concurrent trainings at a time, each of compute.num_workers workers.
 Time: jobs/RESULTS.md has a sweep of 66 trainings; the log has the time left.
 After a failure: give the same line again. Trainings continue from their checkpoints, and scores are kept. With tune.stop=halving

@@ -111,7 +111,7 @@ def capped(table: Labelled, settings: Classify, *, seed: int) -> Labelled:
     kept = [
         rows if len(rows) <= settings.max_cells
         else stratified(rows, table.labels, table.names, settings.max_cells / len(rows), "cap", seed, group, least=2)
-        for group, rows in _groups(table.groups)
+        for group, rows in rows_by_value(table.groups)
     ]  # fmt: skip
     return table.only(np.sort(np.concatenate(kept)))
 
@@ -170,19 +170,19 @@ def _without(table: Labelled, settings: Classify, split: Split, seed: int) -> It
 
 
 def _random(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
-    for group, rows in _groups(table.groups):
-        kept, dropped = _frequent(rows, table.labels, settings.min_class_fraction, least=2)
+    for group, rows in rows_by_value(table.groups):
+        kept, dropped = without_rare_types(rows, table.labels, settings.min_class_fraction, least=2)
         for k in range(settings.seeds):
             test = stratified(kept, table.labels, table.names, settings.test_fraction, "test", seed, k, least=1)
-            yield from _split(
+            yield from on_shared_types(
                 table, settings, (seed, k), np.setdiff1d(kept, test), test, group=group, kind="random", dropped=dropped
             )
 
 
 def _donor(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
-    for group, rows in _groups(table.groups):
+    for group, rows in rows_by_value(table.groups):
         known = rows[table.donors[rows] != UNKNOWN]
-        kept, dropped = _frequent(known, table.labels, settings.min_class_fraction, least=2)
+        kept, dropped = without_rare_types(known, table.labels, settings.min_class_fraction, least=2)
         dropped = {**dropped, **_count("donor unknown", len(rows) - len(known))}
         donors, sizes = np.unique(table.donors[kept], return_counts=True)
         if len(donors) < 2:
@@ -195,7 +195,7 @@ def _donor(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
             num_test = int(np.searchsorted(np.cumsum(sizes[turn]), settings.test_fraction * len(kept))) + 1
             held_out = np.sort(donors[turn[: min(num_test, len(donors) - 1)]])
             is_test = np.isin(table.donors[kept], held_out)
-            made = _split(
+            made = on_shared_types(
                 table, settings, (seed, k), kept[~is_test], kept[is_test], group=group, kind="donor", dropped=dropped
             )
             for split in made:
@@ -204,30 +204,32 @@ def _donor(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
 
 def _dataset(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
     """Each data set is tested once; the other data sets of its species and transfer group train."""
-    for species, own in _groups(table.species):
-        for group, rows in _groups(table.transfer, own):
+    for species, own in rows_by_value(table.species):
+        for group, rows in rows_by_value(table.transfer, own):
             known = rows[table.datasets[rows] != UNKNOWN]
-            for name, test in _groups(table.datasets, known):
-                rest, dropped = _frequent(np.setdiff1d(known, test), table.labels, settings.min_class_fraction, least=2)
+            for name, test in rows_by_value(table.datasets, known):
+                rest, dropped = without_rare_types(
+                    np.setdiff1d(known, test), table.labels, settings.min_class_fraction, least=2
+                )
                 for k in range(settings.seeds):
-                    yield from _split(table, settings, (seed, k), rest, test, group=f"{group} {species}".strip(),
+                    yield from on_shared_types(table, settings, (seed, k), rest, test, group=f"{group} {species}".strip(),
                                       kind="dataset", direction=name, dropped=dropped)  # fmt: skip
 
 
 def _species(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
-    for group, rows in _groups(table.transfer):
-        sides = list(_groups(table.species, rows))
+    for group, rows in rows_by_value(table.transfer):
+        sides = list(rows_by_value(table.species, rows))
         for source, train in sides:
-            kept, dropped = _frequent(train, table.labels, settings.min_class_fraction, least=2)
+            kept, dropped = without_rare_types(train, table.labels, settings.min_class_fraction, least=2)
             for target, test in sides:
                 if source == target:
                     continue
                 for k in range(settings.seeds):
-                    yield from _split(table, settings, (seed, k), kept, test, group=group, kind="species",
+                    yield from on_shared_types(table, settings, (seed, k), kept, test, group=group, kind="species",
                                       direction=f"{source}>{target}", dropped=dropped)  # fmt: skip
 
 
-def _split(
+def on_shared_types(
     table: Labelled, settings: Classify, key: tuple[int, int], train: Cells, test: Cells, *, group: str, kind: str,
     direction: str = "", dropped: dict[str, int],
 ) -> Iterator[Split]:  # fmt: skip
@@ -255,13 +257,14 @@ def _validation(table: Labelled, settings: Classify, train: Cells, key: tuple[in
     return drawn if len(drawn) else stratified(train, labels, names, fraction, "validation", *key, least=1)[:1]
 
 
-def _groups(column: Names, rows: Cells | None = None) -> Iterator[tuple[str, Cells]]:
+def rows_by_value(column: Names, rows: Cells | None = None) -> Iterator[tuple[str, Cells]]:
+    """Each value of a column, ascending, with its rows; `rows` = only these."""
     rows = np.arange(len(column), dtype=np.int64) if rows is None else rows
     for value in np.unique(column[rows]):
         yield str(value), rows[column[rows] == value]
 
 
-def _frequent(rows: Cells, labels: Names, fraction: float, *, least: int) -> tuple[Cells, dict[str, int]]:
+def without_rare_types(rows: Cells, labels: Names, fraction: float, *, least: int) -> tuple[Cells, dict[str, int]]:
     """Rows of types with at least `fraction` of the rows and `least` cells; dropped cells counted by type."""
     types, counts = np.unique(labels[rows], return_counts=True)
     rare = (counts < fraction * len(rows)) | (counts < least)

@@ -38,6 +38,7 @@ TABLES = {
     "arms": ("tune", "arms.parquet"),
     "effects": ("tune", "effects.parquet"),
     "interactions": ("tune", "interactions.parquet"),
+    "final": ("tune", "final.parquet"),
 }
 """Table name to stage and file."""
 CELL_TABLES = {"predictions": ("classify", "predictions.parquet"), "maps": ("classify", "maps.parquet")}

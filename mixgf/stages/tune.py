@@ -3,6 +3,9 @@
 The scores of a trial at a rung are a part in storage, and its training lies beside it; Ray Tune only runs what is missing. So
 a sweep killed at any moment goes on with the same command and nothing is trained or scored twice. With `tune.stop = halving`
 arms are stopped between rungs by the parts alone, so the result is that of an undisturbed sweep.
+
+Arms are stopped and chosen by the cells of `HeldOut.select`. The test cells are scored once, at the end, for the best arm and the
+base.
 """
 
 from __future__ import annotations
@@ -23,9 +26,19 @@ from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import watch
 from mixgf.encoder import checkpoint
 from mixgf.errors import UserError
-from mixgf.execution import Executor
+from mixgf.execution import Executor, Task
 from mixgf.stages import prepare, pretrain
-from mixgf.stages.tune_trials import SCHEMA, Search, Trial, advance_all, evaluation_cells, score
+from mixgf.stages.tune_trials import (
+    SCHEMA,
+    SELECT,
+    TEST,
+    Search,
+    Trial,
+    advance_all,
+    evaluation_cells,
+    score,
+    score_test,
+)
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs, model_card
@@ -58,8 +71,9 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             watch(config, "tune", tracked, uri) as watched,
         ):
             trials = _trials(config, arms, corpora, steps=steps, uri=uri)
-            _search(Search(config=config, executor=executor, tracked=tracked, meter=watched.meter), arms, trials)
-            _publish(config, uri, record, arms, trials, tracked=tracked)
+            search = Search(config=config, executor=executor, tracked=tracked, meter=watched.meter)
+            _search(search, arms, trials)
+            _publish(search, uri, record, arms, trials)
     return uri
 
 
@@ -115,14 +129,21 @@ def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict
     for arm in arms:
         corpus = opened[corpora[arm.key]]
         steps[arm.key] = tuple(search_space.rungs(config, Pretraining(arm.config, corpus).num_steps))
-    table, made = evaluation_cells(arms[0].config, opened[corpora[arms[0].key]], config.seed)
-    absent = [kind for kind in config.tune.splits if kind not in {split.kind for split in made}]
-    if absent:
-        warn(f"tune.splits: {', '.join(absent)} cannot be made of these cells, and counts nothing")
-    tasks = len({(s.kind, s.group, s.direction) for s in made})
-    say(
-        f"tune: {len(arms)} arms x {config.tune.seeds} seeds, scored on {len(table):,} cells in {tasks} tasks ({', '.join(config.tune.splits)})"
-    )
+    held = evaluation_cells(arms[0].config, opened[corpora[arms[0].key]], config.seed)
+    kinds = config.tune.splits
+    for part, tasks, use in ((SELECT, held.select, "arms are not chosen by it"), (TEST, held.test, "it is not tested")):
+        absent = [kind for kind in kinds if kind not in tasks.kinds]
+        if len(absent) == len(kinds):
+            msg = (f"tune.splits = {', '.join(kinds)}: none can be made of these cells in three parts (train, select, test); a group "
+                   "needs three donors (donor), three data sets (dataset) or two species (species); tune.splits=random needs cells only")  # fmt: skip
+            raise UserError(msg)
+        if absent:
+            warn(
+                f"tune.splits: {', '.join(absent)}: too few donors, data sets, species or types for the {part} cells; {use}"
+            )
+    development, every = len(held.select.table), len(held.test.table)
+    say(f"tune: {len(arms)} arms x {config.tune.seeds} seeds; {len(held.select.of(kinds))} tasks on {development:,} cells choose the best "
+        f"arm ({', '.join(kinds)}); {every - development:,} test cells are scored at the end for it and the base")  # fmt: skip
     return steps
 
 
@@ -186,48 +207,45 @@ def _scores(config: Config, arms: Sequence[Arm], trials: Sequence[Trial], rung: 
 # The end
 
 
-def _publish(
-    config: Config,
-    uri: str,
-    record: artifacts.Record,
-    arms: Sequence[Arm],
-    trials: Sequence[Trial],
-    *,
-    tracked: mlflow_runs.Run,
-) -> None:
-    """Put the parts together, name the best arm, and register it if asked to."""
-    frames, failed = [], {}
-    for trial in trials:
-        key = {"arm": trial.arm, "name": trial.name, "seed": trial.seed}
-        if files.exists(trial.failed):
-            failed[f"{trial.name} (seed {trial.seed})"] = files.read_json(trial.failed)["why"]
-        for rung, step in enumerate(trial.steps):
-            if files.exists(trial.part(rung)):
-                frame = read_table(trial.part(rung)).to_pandas()
-                frames.append(frame.assign(rung=rung, share=step / trial.steps[-1], **key))
-    if not frames:
+def _publish(search: Search, uri: str, record: artifacts.Record, arms: Sequence[Arm], trials: Sequence[Trial]) -> None:
+    """Put the parts together, choose the best arm, score it and the base on the test cells, and register it if asked to."""
+    config, tracked = search.config, search.tracked
+    failed = {
+        f"{trial.name} (seed {trial.seed})": files.read_json(trial.failed)["why"]
+        for trial in trials if files.exists(trial.failed)
+    }  # fmt: skip
+    chosen_on = _collected(trials, SELECT)
+    if chosen_on.empty:
         first = next(iter(failed.items()))
         msg = f"tune: not one training could be done; the first: {first[0]}: {first[1]}"
         raise UserError(msg)
-    found = pd.concat(frames, ignore_index=True)
-    arm_scores = analysis.arm_scores(found, config.tune)
+    arm_scores = analysis.arm_scores(chosen_on, config.tune)
+    best = analysis.best(arm_scores)
+    winner = next(arm for arm in arms if arm.key == best)
+    _score_test(search, [trial for trial in trials if trial.arm in {best, arms[0].key}])
+    tested = _collected(trials, TEST)
+    effects = analysis.effects(arm_scores)
+    final = analysis.final_scores(arm_scores, analysis.arm_scores(tested, config.tune), best)
     tables = {
-        "trials": found,
+        "trials": pd.concat([chosen_on, tested], ignore_index=True),
         "arms": arm_scores,
-        "effects": analysis.effects(arm_scores),
+        "effects": effects,
         "interactions": analysis.interactions(arm_scores, arms, config),
+        "final": final,
     }
     checksums = artifacts.write_tables(
         uri, {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in tables.items()}
     )
-    best = analysis.best(arm_scores)
-    winner = next(arm for arm in arms if arm.key == best)
-    chosen = to_dict(replace(winner.config, output=config.output, tune=type(config.tune)()))
-    files.write_bytes(files.join(uri, "best.json"), (json.dumps(chosen, indent=1) + "\n").encode())
+    corpus = next(trial.config["inputs"]["corpus"] for trial in trials if trial.arm == best)
+    chosen = replace(
+        winner.config, output=files.join(config.output, "best"), tune=type(config.tune)(),
+        inputs=replace(winner.config.inputs, corpus=corpus),
+    )  # fmt: skip
+    files.write_bytes(files.join(uri, "best.json"), (json.dumps(to_dict(chosen), indent=1) + "\n").encode())
     checksums |= artifacts.checksums_of(uri, ["best.json"])
     details = {
         "arms": [{"key": a.key, "name": a.name, "changes": dict(a.changes)} for a in arms], "best": best, "failed": failed,
-        "sentence": analysis.sentence(tables["effects"], arm_scores),
+        "sentence": analysis.sentence(effects, final),
     }  # fmt: skip
     artifacts.finish(
         uri,
@@ -237,15 +255,39 @@ def _publish(
         details=details,
     )
     say(f"tune: {details['sentence']}")
-    say(
-        f"tune: best arm: {winner.name}; train it whole: mixgf pretrain --config {files.join(uri, 'best.json')} --output ..."
-    )
-    tracked.log({"best_score": float(arm_scores.loc[arm_scores["arm"] == best, "score"].max())})
+    say(f"tune: best arm: {winner.name}; train it by itself: mixgf pretrain --config {files.join(uri, 'best.json')}")
+    figures = final[(final["what"] == winner.name) & (final["metric"] == "score")].iloc[0]
+    tracked.log({"best_score": float(figures["select"]), "best_test_score": float(figures["test"])})
     if config.tune.register:
-        version = _register(
-            config, winner, trials, arm_scores=arm_scores, tracked=tracked, sentence=str(details["sentence"])
-        )
+        version = _register(config, winner, trials, final=final, tracked=tracked, sentence=str(details["sentence"]))
         say(f"tune: registered in MLflow as {config.tune.register}, version {version}")
+
+
+def _collected(trials: Sequence[Trial], part: str) -> pd.DataFrame:
+    """The scores of all trials on the cells of one part, by rung; the columns of `trials.parquet`."""
+    frames = []
+    for trial in trials:
+        key = {"arm": trial.arm, "name": trial.name, "seed": trial.seed, "part": part}
+        last = len(trial.steps) - 1
+        for rung, step in enumerate(trial.steps):
+            uri = trial.part(rung) if part == SELECT else trial.test_part
+            if (part == SELECT or rung == last) and files.exists(uri):
+                frame = read_table(uri).to_pandas()
+                frames.append(frame.assign(rung=rung, share=step / trial.steps[-1], **key))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _score_test(search: Search, trials: Sequence[Trial]) -> None:
+    """Score the test cells for finished trainings, one task each; what is there is not made again."""
+    todo = [t for t in trials if files.exists(t.part(len(t.steps) - 1)) and not files.exists(t.test_part)]
+    threads = search.config.train.threads
+    tasks = [
+        Task(part=t.test_part, function=score_test, args=(t, search.tracked), threads=threads, gpu=True) for t in todo
+    ]
+    for receipt in search.executor.run(tasks):
+        if receipt.error:
+            msg = f"tune: {todo[receipt.number].name}: {receipt.error}"
+            raise UserError(msg)
 
 
 def _untrained(config: Config) -> int:
@@ -261,7 +303,7 @@ def _register(
     winner: Arm,
     trials: Sequence[Trial],
     *,
-    arm_scores: pd.DataFrame,
+    final: pd.DataFrame,
     tracked: mlflow_runs.Run,
     sentence: str,
 ) -> str:
@@ -270,10 +312,10 @@ def _register(
         trial for trial in trials if trial.arm == winner.key and files.exists(trial.part(len(trial.steps) - 1))
     )
     corpus = artifacts.require(trial.config["inputs"]["corpus"], "corpus")
-    mine = arm_scores[(arm_scores["arm"] == winner.key) & (arm_scores["rung"] == arm_scores["rung"].max())]
     lines = [
-        f"{title}: {mine[name].mean():.3f} (mean of {mine[name].notna().sum()} seeds; {', '.join(f'{v:.3f}' for v in mine[name])})"
-        for name, title in analysis.METRICS.items() if mine[name].notna().any()
+        f"{analysis.METRICS[row.metric]}: {row.test:.3f} on test cells (mean of {row.num_seeds} seeds; {row.select:.3f} on the cells that "
+        "chose the arm)"
+        for row in final[final["what"] == winner.name].itertuples()
     ]  # fmt: skip
     about = {
         "cells": int(corpus.counts["kept"]), "fingerprint": corpus.fingerprint,

@@ -1,22 +1,23 @@
 """The trials of a sweep: each is one training that is scored at its rungs.
 
-The scores of a trial at a rung are a part in storage, beside the training's checkpoints, and are not made again. Trials run
-under Ray Tune with a Ray Train group each, or with a local executor one after the other in this process.
+The scores of a trial at a rung are a part in storage, beside the training's checkpoints, and are not made again. They are of
+the cells that choose arms. The scores of the test cells are a part of their own, made at the end for the best arm and the base
+(`tuning.held_out`). Trials run under Ray Tune with a Ray Train group each, or with a local executor one after the other in this
+process.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.classification import labels, splits
-from mixgf.classification.labels import Labelled
-from mixgf.classification.splits import Split
+from mixgf.classification import labels
 from mixgf.config.parse import from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
@@ -30,9 +31,12 @@ from mixgf.stages import pretrain
 from mixgf.storage import artifacts, files, tables
 from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints
-from mixgf.tuning import evaluate
+from mixgf.tuning import evaluate, held_out
+from mixgf.tuning.held_out import HeldOut, Tasks
 
-SCHEMA = 1
+SCHEMA = 2
+SELECT, TEST = "select", "test"
+"""The cells that a score is of: those that choose arms, and those that take no part in the choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,11 @@ class Trial:
         return files.join(self.uri, f"rung-{rung}.parquet")
 
     @property
+    def test_part(self) -> str:
+        """URI of its scores on the test cells after the whole training."""
+        return files.join(self.uri, "test.parquet")
+
+    @property
     def failed(self) -> str:
         """URI of why the training cannot be done, if so."""
         return files.join(self.uri, "failed.json")
@@ -78,11 +87,12 @@ class Search:
     meter: Meter
 
 
-def evaluation_cells(config: Config, corpus: Corpus, seed: int) -> tuple[Labelled, list[Split]]:
-    """The cells and splits that score an arm."""
-    settings = replace(config.classify, splits=config.tune.splits, seeds=1)
-    table = evaluate.sample(labels.labelled(corpus, settings), config.tune.cells, seed)
-    return table, splits.make(table, settings, seed=seed)
+def evaluation_cells(config: Config, corpus: Corpus, seed: int) -> HeldOut:
+    """The cells and splits that score an arm; fine-tuning needs random splits."""
+    settings = config.tune
+    table = evaluate.sample(labels.labelled(corpus, config.classify), settings.cells, seed)
+    kinds = (*settings.splits, "random") if settings.finetune else settings.splits
+    return held_out.divide(table, config.classify, tuple(dict.fromkeys(kinds)), seed=seed)
 
 
 def advance(trial: Trial, rung: int, executor: Executor, parent: mlflow_runs.Run) -> float:
@@ -94,10 +104,7 @@ def advance(trial: Trial, rung: int, executor: Executor, parent: mlflow_runs.Run
     if not files.exists(trial.part(rung)):
         corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
         record = pretrain.planned(config, corpus)
-        own = artifacts.plan("trial", SCHEMA, {"trial": record.fingerprint, "sweep": parent.id}, {}).fingerprint
-        params = to_dict(config) | {"arm": trial.name}
-        name = f"{trial.name} (seed {trial.seed})"
-        with mlflow_runs.stage(config, name, params, own, parent=parent.id) as tracked:
+        with _tracked(trial, config, record.fingerprint, parent) as tracked:
             _rung(
                 trial,
                 rung,
@@ -133,15 +140,44 @@ def _rung(
     except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
         files.write_json(trial.failed, {"why": str(error)})
         return
-    model = MaskedModel(config.model, corpus.vocabulary.size)
-    checkpoints.load_step_weights(uri, step, model)
-    table, made = evaluation_cells(config, corpus, trial.base_seed)
-    found = evaluate.zero_shot(model.encoder, corpus, table, made, run=config, seed=trial.base_seed)
-    if rung == len(trial.steps) - 1 and config.tune.finetune:
-        tuned = evaluate.finetuned(model.encoder, corpus, table, run=config, seed=trial.base_seed)
-        found = pd.concat([found, tuned], ignore_index=True)
+    tasks = evaluation_cells(config, corpus, trial.base_seed).select
+    found = _evaluated(trial, rung, tasks, config, corpus)
     tracked.log(_figures(found, config), step)
     tables.write_table(trial.part(rung), pa.Table.from_pandas(found.assign(step=step), preserve_index=False))
+
+
+def score_test(trial: Trial, parent: mlflow_runs.Run) -> None:
+    """Score the test cells after the whole training of a trial, and write them as its part."""
+    config = from_dict(Config, trial.config)
+    corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
+    tasks = evaluation_cells(config, corpus, trial.base_seed).test
+    found = _evaluated(trial, len(trial.steps) - 1, tasks, config, corpus)
+    with _tracked(trial, config, pretrain.planned(config, corpus).fingerprint, parent) as tracked:
+        figures = {f"{TEST}/{name}": value for name, value in _figures(found, config).items()}
+        tracked.log(figures, trial.steps[-1])
+    table = pa.Table.from_pandas(found.assign(step=trial.steps[-1]), preserve_index=False)
+    tables.write_table(trial.test_part, table)
+
+
+def _tracked(
+    trial: Trial, config: Config, training: str, parent: mlflow_runs.Run
+) -> AbstractContextManager[mlflow_runs.Run]:
+    """The run of a trial in MLflow, under that of the sweep."""
+    own = artifacts.plan("trial", SCHEMA, {"trial": training, "sweep": parent.id}, {}).fingerprint
+    params = to_dict(config) | {"arm": trial.name}
+    return mlflow_runs.stage(config, f"{trial.name} (seed {trial.seed})", params, own, parent=parent.id)
+
+
+def _evaluated(trial: Trial, rung: int, tasks: Tasks, config: Config, corpus: Corpus) -> pd.DataFrame:
+    """Scores of the weights at a rung (a number): without fine-tuning, and after the last rung with it, too."""
+    model = MaskedModel(config.model, corpus.vocabulary.size)
+    checkpoints.load_step_weights(files.join(trial.uri, "pretrain"), trial.steps[rung], model)
+    chosen = tasks.of(config.tune.splits)
+    found = evaluate.zero_shot(model.encoder, corpus, tasks.table, chosen, run=config, seed=trial.base_seed)
+    if rung == len(trial.steps) - 1 and config.tune.finetune:
+        tuned = evaluate.finetuned(model.encoder, corpus, tasks.table, tasks.of(["random"]), run=config)
+        found = pd.concat([found, tuned], ignore_index=True)
+    return found
 
 
 def _figures(found: pd.DataFrame, config: Config) -> dict[str, float]:

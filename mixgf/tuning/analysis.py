@@ -36,6 +36,8 @@ METRICS = {
     "uniformity": "uniformity",
 }
 """Columns of `arm_scores` by which arms are compared, and their names for readers."""
+GAIN = "best arm minus base"
+"""The row of `final_scores` with the difference."""
 NUM_DRAWS = 2000
 """Bootstrap draws of a forecast."""
 
@@ -172,25 +174,68 @@ def best(found: pd.DataFrame) -> str:
     return str(means.idxmax())
 
 
-def sentence(found: pd.DataFrame, table: pd.DataFrame) -> str:
-    """The main result as a clause with its uncertainty: the effect of the contrast where it was varied, else the largest effect.
+def final_scores(select: pd.DataFrame, test: pd.DataFrame, best: str) -> pd.DataFrame:
+    """Scores of the best arm and the base on the cells that chose the arm and on test cells, after the whole training.
+
+    The best arm's advantage is the largest of many on the cells that chose it, so it is too large there (optimism).
+
+    Args:
+        select: Result of `arm_scores` on the cells that chose.
+        test: Result of `arm_scores` on the test cells: the best arm and the base.
+        best: Key of the best arm.
+
+    Returns:
+        what (the base, the best arm, and `GAIN`, their difference paired by seed), metric, num_seeds, select, test (means over
+        the seeds that both have), low, high (95 %, t over seeds, of `test`), optimism (select - test).
+    """
+    names = dict(zip(test["name"], test["arm"], strict=True))
+    rung = int(test["rung"].max())
+    rows = []
+    for metric in (m for m in METRICS if m not in ("alignment", "uniformity")):
+        shown = {
+            name: tuple(_values(table, key, rung, metric) for table in (select, test))
+            for name, key in sorted(names.items(), key=lambda item: item[1] == best)
+            if best == key or name == search_space.BASE
+        }
+        if len(shown) == 2:
+            theirs, mine = shown.values()
+            shown[GAIN] = mine[0] - theirs[0], mine[1] - theirs[1]
+        for what, (on_select, on_test) in shown.items():
+            both = pd.concat([on_select, on_test], axis=1, keys=("select", "test")).dropna()
+            if both.empty:
+                continue
+            estimate, _ = paired(both["test"].to_numpy(float))
+            chosen = float(both["select"].mean())
+            rows.append({
+                "what": what, "metric": metric, "num_seeds": len(both), "select": chosen, "test": estimate.value,
+                "low": estimate.low, "high": estimate.high, "optimism": chosen - estimate.value,
+            })  # fmt: skip
+    return pd.DataFrame(rows, columns=["what", "metric", "num_seeds", "select", "test", "low", "high", "optimism"])
+
+
+def sentence(found: pd.DataFrame, final: pd.DataFrame) -> str:
+    """The main results as clauses with their uncertainty: the effect of the contrast where it was varied, and the best arm.
 
     Args:
         found: Result of `effects`.
-        table: Result of `arm_scores`.
+        final: Result of `final_scores`.
     """
-    mine = found[found["metric"] == "score"]
-    off = mine[mine["name"] == "contrast_weight=0.0"]
-    if off.empty and mine.empty:
-        return f"one arm, mean zero-shot macro F1 {table['score'].mean():.3f}: nothing to compare"
-    row = off.iloc[0] if len(off) else mine.loc[mine["effect"].abs().idxmax()]
-    sign, what = (-1, "with the contrast instead of without") if len(off) else (1, f"{row['name']} instead of the base")
-    parts = []
-    for metric in ("score", "finetuned"):
-        one = found[(found["arm"] == row["arm"]) & (found["metric"] == metric)]
-        if len(one):
-            parts.append(_change(one.iloc[0], sign, METRICS[metric]))
-    return f"{what}, {'; '.join(parts)}"
+    clauses = []
+    off = found[found["name"] == "contrast_weight=0.0"].set_index("metric")
+    parts = [_change(off.loc[m], -1, METRICS[m]) for m in ("score", "finetuned") if m in off.index]
+    if parts:
+        clauses.append(f"with the contrast instead of without, {'; '.join(parts)}")
+    mine = final[final["metric"] == "score"].set_index("what")
+    if GAIN in mine.index:
+        arm, gain = next(what for what in mine.index if what not in (search_space.BASE, GAIN)), mine.loc[GAIN]
+        change = _change(gain.rename({"test": "effect"}), 1, "zero-shot macro F1")
+        clauses.append(
+            f"best arm: {arm}; on test cells, {change} ({gain['select']:+.3f} on the cells that chose the arm)"
+        )
+    elif len(mine):
+        row = mine.iloc[0]
+        clauses.append(f"best arm: {mine.index[0]}; zero-shot macro F1 on test cells {row['test']:.3f}")
+    return ". ".join(text if i == 0 else text[:1].upper() + text[1:] for i, text in enumerate(clauses))
 
 
 def _change(row: pd.Series, sign: int, name: str) -> str:

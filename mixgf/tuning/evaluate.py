@@ -1,15 +1,14 @@
 """Evaluation of an encoder during and after its training: zero-shot scores, fine-tuned scores, alignment and uniformity.
 
 All arms of a sweep are evaluated on the same cells and splits with the same random draws, so differences between arms are
-differences between encoders.
+differences between encoders. The splits are those of `held_out`: `select` while arms are compared, `test` once at the end.
 
-Shapes: N evaluation cells, M test cells, C classes, D width.
+Shapes: N evaluation cells, M scored cells, C classes, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -89,19 +88,19 @@ def zero_shot(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, *, run: Config, seed: int) -> pd.DataFrame:
-    """Scores after fine-tuning on random splits, in the layout of `zero_shot`. The encoder is changed.
+def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, made: Sequence[Split], *, run: Config) -> pd.DataFrame:
+    """Scores after fine-tuning on every split, in the layout of `zero_shot`. The encoder is changed.
 
     Args:
         encoder: The encoder from which each fine-tuning starts.
         corpus: Corpus with the sentences of the cells.
         table: The evaluation cells.
+        made: Splits of these cells.
         run: Config of the arm; `classify` for the fine-tuning.
-        seed: Seed of the splits, the same for all arms.
     """
-    rows = []
+    rows: list[tuple[object, ...]] = []
     start = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    for split in splits.make(table, replace(run.classify, splits=("random",), seeds=1), seed=seed):
+    for split in made:
         encoder.load_state_dict(start)
         train, tested = (SentenceSet(corpus, table.cells[rows_]) for rows_ in (split.train, split.test))
         problem = problem_of(table, split, run, train, tested)
@@ -111,7 +110,7 @@ def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, *, run: Config,
 
 
 def _scored(split: Split, model: str, table: Labelled, p_MC: npt.NDArray[np.floating]) -> list[tuple[object, ...]]:
-    """Rows of `COLUMNS` for class probabilities of the test cells."""
+    """Rows of `COLUMNS` for class probabilities of the cells of `split.test`."""
     matrix = metrics.confusion(split.ids(table.labels[split.test]), p_MC.argmax(1).astype(np.int64), len(split.classes))
     totals = metrics.totals(matrix)
     key = split.kind, split.group, split.direction, model

@@ -24,6 +24,7 @@ from mixgf.stages import prepare, pretrain, tune, tune_trials
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs
+from mixgf.tuning import held_out
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SPACE = ({"objective.contrast_weight": (0.0,)}, {"objective.view": ("mask",)}, {"train.lr": (1e30,)})
@@ -69,7 +70,9 @@ def at(base, folder, **changes):
 
 
 def tables(uri):
-    return {name: files.sha256(f"{uri}/{name}.parquet") for name in ("trials", "arms", "effects", "interactions")}
+    return {
+        name: files.sha256(f"{uri}/{name}.parquet") for name in ("trials", "arms", "effects", "interactions", "final")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +126,8 @@ def test_mlflow_has_one_parent_and_a_child_per_training_with_the_arms_parameters
     assert kept == {"model/README.md", "model/config.json", "model/model.safetensors"}
 
 
-def test_the_best_arm_is_a_config_that_pretrain_takes(undisturbed):
-    _, uri = undisturbed
+def test_the_best_arm_is_a_config_that_pretrain_takes_as_it_is(undisturbed):
+    settings, uri = undisturbed
     best = parse.from_dict(Config, json.loads(files.read_bytes(f"{uri}/best.json")))
     record = artifacts.require(uri, "sweep")
     arm = next(a for a in record.details["arms"] if a["key"] == record.details["best"])
@@ -132,6 +135,46 @@ def test_the_best_arm_is_a_config_that_pretrain_takes(undisturbed):
     for field, value in arm["changes"].items():
         part, leaf = field.split(".")
         assert data[part][leaf] == value
+    assert pretrain.run(best, executor=LocalExecutor()) == f"{settings.output}/best/pretrain"
+
+
+def test_test_cells_are_scored_for_the_best_arm_and_the_base_only(undisturbed):
+    _, uri = undisturbed
+    record = artifacts.require(uri, "sweep")
+    rows = read_table(f"{uri}/trials.parquet").to_pandas()
+    best = record.details["best"]
+    base = record.details["arms"][0]["key"]
+    tested = rows[rows["part"] == "test"]
+    assert set(tested["arm"]) == {best, base}
+    assert set(tested["rung"]) == {1}
+    final = read_table(f"{uri}/final.parquet").to_pandas()
+    arms = read_table(f"{uri}/arms.parquet").to_pandas()
+    row = final[(final["what"] == "base") & (final["metric"] == "score")].iloc[0]
+    chosen_on = arms[(arms["arm"] == base) & (arms["rung"] == 1)]["score"].mean()
+    knn = tested[(tested["arm"] == base) & (tested["model"] == "knn") & (tested["metric"] == "macro_f1")]
+    assert row["select"] == pytest.approx(chosen_on)
+    assert row["test"] == pytest.approx(knn.groupby(["seed", "split"])["value"].mean().mean())
+    assert row["optimism"] == pytest.approx(row["select"] - row["test"])
+
+
+def test_labels_of_test_cells_do_not_change_the_choice(base, undisturbed, tmp_path, monkeypatch):
+    """The same sweep with the labels of the test cells shuffled: every score that chooses is the same, the final ones are not."""
+    divide = held_out.divide
+
+    def shuffled(table, *args, **settings):
+        held = divide(table, *args, **settings)
+        rows = np.unique(np.concatenate([split.test for split in held.test.splits]))
+        labels = held.test.table.labels.copy()
+        labels[rows] = np.random.default_rng(0).permutation(labels[rows])
+        return replace(held, test=replace(held.test, table=replace(held.test.table, labels=labels)))
+
+    monkeypatch.setattr(held_out, "divide", shuffled)
+    uri = tune.run(at(base, tmp_path), executor=LocalExecutor())
+    mine, theirs = tables(uri), tables(undisturbed[1])
+    for name in ("arms", "effects", "interactions"):
+        assert mine[name] == theirs[name]
+    assert mine["final"] != theirs["final"]
+    assert artifacts.require(uri, "sweep").details["best"] == artifacts.require(undisturbed[1], "sweep").details["best"]
 
 
 def test_the_report_says_the_sentence_and_draws_the_effects(undisturbed):
@@ -141,6 +184,7 @@ def test_the_report_says_the_sentence_and_draws_the_effects(undisturbed):
     assert sentence.split(" [")[0][1:] in page
     assert "with the contrast instead of without" in sentence
     assert "sweep-effects" in page
+    assert "Cells that chose" in page
     assert "lr=1e+30" in page
 
 

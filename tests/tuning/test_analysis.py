@@ -91,16 +91,46 @@ def test_an_additive_pair_has_no_interaction_and_a_planted_one_is_found():
 
 def test_the_sentence_has_the_sign_of_the_contrast_and_says_when_nothing_can_be_told():
     off = "contrast_weight=0.0"
+
+    def sentence(values, tested):
+        table, test = arm_scores(values), arm_scores(tested)
+        return analysis.sentence(analysis.effects(table), analysis.final_scores(table, test, analysis.best(table)))
+
     for gain, verdict in ((0.1, "higher"), (-0.1, "lower")):
         base = np.array([0.5, 0.61, 0.69])
-        table = arm_scores({("base", 0): base, (off, 0): base - gain + [0.001, -0.001, 0]})
-        text = analysis.sentence(analysis.effects(table), table)
+        values = {("base", 0): base, (off, 0): base - gain + [0.001, -0.001, 0]}
+        text = sentence(values, {("base", 0): base, (off, 0): base - 0.02})
         assert text.startswith(f"with the contrast instead of without, zero-shot macro F1 changes by {gain:+.3f} [")
-        assert text.endswith(f", 3 seeds: {verdict}")
-    table = arm_scores({("base", 0): [0.5, 0.6, 0.7], (off, 0): [0.6, 0.5, 0.7]})
-    assert "not different from 0" in analysis.sentence(analysis.effects(table), table)
-    table = arm_scores({("base", 0): [0.5], (off, 0): [0.6]})
-    assert "one seed, no interval" in analysis.sentence(analysis.effects(table), table)
+        assert f", 3 seeds: {verdict}. Best arm: " in text
+        if gain < 0:
+            assert "on test cells, zero-shot macro F1 changes by -0.020" in text
+            assert text.endswith("(+0.100 on the cells that chose the arm)")
+        else:
+            assert text.endswith("Best arm: base; zero-shot macro F1 on test cells 0.600")
+    values = {("base", 0): [0.5, 0.6, 0.7], (off, 0): [0.6, 0.5, 0.7]}
+    assert "not different from 0" in sentence(values, values)
+    values = {("base", 0): [0.5], (off, 0): [0.6]}
+    assert "one seed, no interval" in sentence(values, values)
+
+
+def test_the_best_of_equal_arms_is_too_good_on_the_cells_that_chose_it_and_not_on_test_cells():
+    """Twenty arms without any effect: the choice is optimistic by the largest of twenty draws."""
+    rng = np.random.default_rng(3)
+    optimism, gains = [], []
+    for _ in range(200):
+        names = ["base", *(f"lr={i}" for i in range(19))]
+        select = arm_scores({(name, 0): 0.5 + rng.normal(0, 0.02, 3) for name in names})
+        best = analysis.best(select)
+        chosen = ["base", *({best} - {ARMS[0].key})]
+        test = arm_scores({(name, 0): 0.5 + rng.normal(0, 0.02, 3) for name in chosen})
+        final = analysis.final_scores(select, test, best)
+        row = final[final["what"].isin([analysis.GAIN] if len(chosen) == 2 else ["base"])].iloc[0]
+        if len(chosen) == 2:
+            optimism.append(row["optimism"])
+            gains.append(row["test"])
+    expected = 0.02 / np.sqrt(3) * stats.norm.expect(lambda z: z * 20 * stats.norm.cdf(z) ** 19)
+    assert np.mean(optimism) == pytest.approx(expected, rel=0.1)
+    assert abs(np.mean(gains)) < 4 * np.std(gains) / np.sqrt(len(gains))
 
 
 def test_a_planted_curve_is_found_again_and_a_flat_one_promises_nothing():

@@ -31,7 +31,8 @@ def section(results: RunResults) -> Section:
     blocks: list[Any] = [
         Text(f"{wording.plural(record.counts['arms'], 'arm')} of {wording.plural(settings['seeds'], 'seed')} each. "
              f"{sentence[:1].upper()}{sentence[1:]}."),
-        Text("An effect is the difference from the base with the same seed, at the last rung that both reached. Intervals (95 %, t) are "
+        *_final(results.tables.get("final")),
+        Text("An effect is the difference from the base with the same seed, at the last rung that both reached, on the cells that choose arms. Intervals (95 %, t) are "
              "over seeds: they cover the spread between trainings, not between donors. Arms that stopped early are compared at an "
              "early rung."),
     ]  # fmt: skip
@@ -59,6 +60,29 @@ def section(results: RunResults) -> Section:
         blocks.append(_interactions(interactions))
     blocks += _scaling_curves(results, arm_scores)
     return Section("tuning", TITLE, blocks)
+
+
+def _final(final: pd.DataFrame | None) -> list[Any]:
+    """Scores of the best arm and the base on the cells that chose the arm and on test cells."""
+    if final is None:
+        return [
+            Text(
+                "This sweep is of an earlier version: the cells that chose the best arm are those of its scores.",
+                "warn",
+            )
+        ]
+    rows = [
+        [Cell(str(row.what), str(row.what), strong=row.what == analysis.GAIN), Cell(analysis.METRICS[str(row.metric)]),
+         number_cell(float(row.select), ".3f"), number_cell(float(row.test), ".3f"),
+         Cell(f"[{row.low:.3f}, {row.high:.3f}]" if np.isfinite(row.low) else "one seed"), number_cell(float(row.optimism), "+.3f")]
+        for row in final.itertuples()
+    ]  # fmt: skip
+    caption = (
+        "The best arm was chosen on some cells and scored once on others, the test cells. Its advantage on the cells that chose it "
+        "is too large, because it is the largest of all arms. The last column is the difference (optimism)."
+    )
+    head = ["Arm", "Metric", "Cells that chose", "Test cells", "95 % interval", "Optimism"]
+    return [Table(caption, head, rows, sortable=True)]
 
 
 def _table(arm_scores: pd.DataFrame, effects: pd.DataFrame) -> Table:
