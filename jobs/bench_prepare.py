@@ -37,7 +37,7 @@ from mixgf.config import recipes
 from mixgf.config.data import HUMAN, QC, Source, Tokens
 from mixgf.config.parse import override
 from mixgf.config.run import Config
-from mixgf.corpus import prepare_passes, shards
+from mixgf.corpus import prepare_passes, shards, source_genes
 from mixgf.corpus.rank_value import Encoder, Ranks
 from mixgf.distributed import session
 from mixgf.distributed.executor import RayExecutor
@@ -147,7 +147,8 @@ class _Case:
         prepare_passes.describe_source(
             self.work, 0, source, row=HUMAN, rules=QC(), biotypes=self.config.vocab.biotypes, allowed=None
         )
-        prepare_passes.list_genes(self.work, "human", [0])
+        source_genes.collect_genes(self.work, "human", 0, [0])
+        source_genes.merge_genes(self.work, "human", [0])
         self.unit = prepare_passes.plan_row_ranges({0: (source, num_cells)}, num_cells)[0]
         self.keep = np.ones(num_cells, dtype=bool)
         self.measure()

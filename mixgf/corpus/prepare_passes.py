@@ -7,7 +7,7 @@ be used raises `UserError`.
 
 Part files in the work folder (Parquet, but for the .json): sources/I.json and sources/I (facts and columns of source I),
 row_order-I and row_order/I (column-major sources as rows), sums/R and metrics/R (counts by column, and cells, of row range
-R), doublets/I-S (sample S), genes/SPECIES, sketch/N, done/N (information on shard N).
+R), doublets/I-S (sample S), mapping/K and genes-SPECIES/K (group K of sources), genes/SPECIES, sketch/N, done/N (information on shard N).
 """
 
 from __future__ import annotations
@@ -322,19 +322,8 @@ def find_doublets(
 # Pass 2: medians
 
 
-def list_genes(work: str, species: str, indices: list[int]) -> list[str]:
-    """Candidate genes of a species over its sources, ascending; also written as a part file."""
-    found: set[str] = set()
-    for index in indices:
-        columns = _gene_columns(work, index)
-        found.update(columns.filter(columns["candidate"])["gene"].to_pylist())
-    genes = sorted(found)
-    write_table(part_uri(work, "genes", species), pa.table({"gene": pa.array(genes, pa.string())}))
-    return genes
-
-
 def sketch_medians(work: str, number: int, parts: list[tuple[RowRange, np.ndarray]], block_cells: int) -> None:
-    """Pass 2: write median sketch number `number`, over the genes of `list_genes`.
+    """Pass 2: write median sketch number `number`, over the genes of `source_genes.merge_genes`.
 
     Args:
         work: URI of the work folder.

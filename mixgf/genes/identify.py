@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mixgf.config.data import SpeciesRow
 from mixgf.genes import species
@@ -154,22 +154,22 @@ def report_mapping(columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneL
         others: the other species, to recognise a wrong one.
     """
     counted = columns["counted"].to_numpy()
-    unknown = np.asarray([g is None for g in columns["gene"].to_pylist()]) & counted
-    how = Counter(columns["how"].to_pylist())
+    unknown = columns["gene"].is_null().to_numpy() & counted
+    how = {row["values"]: row["counts"] for row in pc.value_counts(columns["how"]).to_pylist()}
     canonical = columns["canonical"].to_numpy()
     total = int(sums_G[counted].sum())
     lost = int(sums_G[unknown].sum()) / total if total else float(unknown.sum() / max(1, counted.sum()))
-    names = columns["name"].to_pylist()
-    worst = sorted(np.flatnonzero(unknown).tolist(), key=lambda i: (-int(sums_G[i]), names[i]))
+    named = columns["name"].filter(pa.array(unknown)).to_pylist()
+    worst = [name for _, name in sorted(zip((-sums_G[unknown]).tolist(), named, strict=True))]
     return MappingReport(
         columns=int(counted.sum()),
         mapped=int((counted & ~unknown).sum()),
-        renamed=how[PREVIOUS] + how[ALIAS],
+        renamed=how.get(PREVIOUS, 0) + how.get(ALIAS, 0),
         summed=int((canonical != np.arange(len(canonical))).sum()),
         unmapped=int(unknown.sum()),
         counts_lost=lost,
-        unmapped_names=[names[i] for i in worst[:10]],
-        cause=_cause([names[i] for i in worst], others) if lost > 0.1 else "",
+        unmapped_names=worst[:10],
+        cause=_cause(worst, others) if lost > 0.1 else "",
     )
 
 

@@ -25,7 +25,7 @@ from mixgf.config.fields import content_of, sections_of
 from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
-from mixgf.corpus import extend, prepare_passes, prepare_plan, shards
+from mixgf.corpus import extend, prepare_passes, prepare_plan, shards, source_genes
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.errors import UserError
@@ -216,21 +216,24 @@ class _Prepare:
 
     def _reports(self, all_units: list[prepare_passes.RowRange]) -> dict[int, identify.MappingReport]:
         """Gene mapping of every source; refuses those of which too few counts are known."""
-        out = {}
-        units = prepare_plan.by_source(all_units)
-        for i in sorted(self.facts):
-            numbers = [u.number for u in units[i]]
-            sums = np.sum(
-                [read_table(shards.part_uri(self.work, "sums", n))["sum"].to_numpy() for n in numbers],
-                axis=0,
+        numbers = {i: [u.number for u in units] for i, units in prepare_plan.by_source(all_units).items()}
+        groups = source_genes.group_sources(self.facts)
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "mapping", k), weight=len(mine), function=source_genes.report_group,
+                args=(
+                    self.work, k, {i: numbers[i] for i in mine}, {i: self.sources[i].species for i in mine},
+                    tuple(self.rows.values()),
+                ),
             )
-            mine = self.sources[i].species
-            others = [identify.gene_lookup(row) for name, row in self.rows.items() if name != mine]
-            found = identify.report_mapping(read_table(shards.part_uri(self.work, "sources", i)), sums, others)
-            out[i] = found
+            for k, mine in groups.items()
+        ]  # fmt: skip
+        self.passes.run("genes of the sources", tasks, "files")
+        out = dict(source_genes.read_reports(self.work, groups))
+        for i, found in out.items():
             if 1 - found.counts_lost < self.config.qc.min_mapped_fraction:
                 self.passes.refuse(i, (
-                    f"{self.sources[i].uri}: only {1 - found.counts_lost:.1%} of the counts are on known {mine} genes "
+                    f"{self.sources[i].uri}: only {1 - found.counts_lost:.1%} of the counts are on known {self.sources[i].species} genes "
                     f"(qc.min_mapped_fraction = {self.config.qc.min_mapped_fraction}); commonest unknown: "
                     f"{', '.join(found.unmapped_names[:5])}; {found.cause}"
                 ))  # fmt: skip
@@ -296,10 +299,7 @@ class _Prepare:
     ) -> dict[str, dict[str, float]]:
         """Medians by species, in the config's order, from a tree of sketch merges; not of the `known` species."""
         present = [name for name in self.rows if name not in known and any(u.source.species == name for u in kept)]
-        genes = {
-            name: prepare_passes.list_genes(self.work, name, [i for i in self.facts if self.sources[i].species == name])
-            for name in present
-        }
+        genes = {name: self._candidate_genes(name) for name in present}
         rows = self.config.prepare.block_cells
         tasks: list[Task] = []
         sketches: dict[str, list[str]] = {name: [] for name in present}
@@ -321,6 +321,19 @@ class _Prepare:
             total = medians.merge_sketches(prepare_passes.read_sketch(p) for p in self._merged(name, sketches[name]))
             out[name] = {genes[name][g]: median for g, median in medians.median_by_gene(total).items()}
         return out
+
+    def _candidate_genes(self, name: str) -> list[str]:
+        """Genes of a species that may enter the vocabulary, over its sources."""
+        groups = source_genes.group_sources(i for i in self.facts if self.sources[i].species == name)
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, f"genes-{name}", k), weight=len(mine), function=source_genes.collect_genes,
+                args=(self.work, name, k, mine),
+            )
+            for k, mine in groups.items()
+        ]  # fmt: skip
+        self.passes.run(f"{name} genes", tasks, "files")
+        return source_genes.merge_genes(self.work, name, list(groups))
 
     def _merged(self, name: str, parts: list[str]) -> list[str]:
         """Merge sketch parts in a tree until one task can read them all."""
