@@ -20,6 +20,15 @@ ID, SYMBOL, PREVIOUS, ALIAS, AMBIGUOUS, UNKNOWN, NOT_A_GENE = (
     "id", "symbol", "previous", "alias", "ambiguous", "unknown", "not a gene"
 )  # fmt: skip
 _MADE_UNIQUE = re.compile(r"^(.+)[-.]\d{1,2}$")
+_MISSING = re.compile(r"(na|nan|none|n/a|null|nil|-|<na>|#n/a)?([-._]\d+)?", re.IGNORECASE)
+
+
+def is_missing(name: str) -> bool:
+    """Whether a name is a word for a missing value (NA, nan, None, null, N/A, -), also where it was made unique (NA-1).
+
+    Such words are former symbols of genes, too: NA of XK, NaN of SCN11A.
+    """
+    return _MISSING.fullmatch(name.strip()) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,8 @@ def identify_columns(
 def _resolve(
     name: str, lookup: GeneLookup, pattern: re.Pattern[str], vocabulary: frozenset[str]
 ) -> tuple[str | None, str]:
+    if is_missing(name):
+        return None, UNKNOWN
     match = pattern.match(name)
     bare = match.group(1) if match else name
     if bare in lookup.biotype or bare in vocabulary:
