@@ -4,7 +4,7 @@
 same to the bit. Nothing here starts Ray or MLflow unless it is asked for. Errors are one line (`UserError`).
 
 Cells are an AnnData in memory, one that is backed by a file, or a view of either. They may also be the path or URI of an
-`.h5ad`, 10x `.h5` or 10x folder. `embed` and `annotate` read counts in blocks: a backed file of any size needs the memory
+`.h5ad`, `.zarr`, 10x `.h5` or 10x folder. `embed` and `annotate` read counts in blocks: a backed file of any size needs the memory
 of one block and of the result.
 """
 

@@ -89,9 +89,7 @@ _EPILOG = """examples:
 A command reads its inputs under --output, or from --set inputs.corpus=URI and the like. A finished command does nothing when it is
 given again; a stopped one continues. `mixgf COMMAND --help` lists the command's settings.
 RAY_ADDRESS names a cluster, s3:// object storage, and MLFLOW_TRACKING_URI a tracking server; none of them is needed."""
-_COUNTS = (
-    "raw counts with their species, for example human=pbmc.h5ad: .h5ad, 10x .h5, a 10x folder, a pattern, or s3://"
-)
+_COUNTS = "raw counts with their species, for example human=pbmc.h5ad: .h5ad, .zarr, 10x .h5, a 10x folder, a pattern, or s3://"
 _ARROW = "tokenised data with their species: a folder that save_to_disk wrote, .arrow files, a pattern, or s3://"
 
 
@@ -172,7 +170,7 @@ def _annotate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "file",
         metavar="[SPECIES=]FILE",
-        help="raw counts: .h5ad, 10x .h5 or a 10x folder; it is not changed. The species is found by gene names if not given",
+        help="raw counts: .h5ad, .zarr, 10x .h5 or a 10x folder; it is not changed. The species is found by gene names if not given",
     )
     command.add_argument(
         "--model", required=True, metavar="URI", help="a classifier, or the run or classification that kept one"

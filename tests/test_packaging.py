@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mixgf import cli
+from mixgf.cells.open import open_reader
 from mixgf.errors import UserError, require_package
 from mixgf.storage import files
 
@@ -51,7 +52,9 @@ def imported(folder, declared):
 
 
 def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
-    declared = names([*PROJECT["dependencies"], *EXTRAS["s3"], *EXTRAS["doublets"], *EXTRAS["baselines"]])
+    declared = names(
+        [*PROJECT["dependencies"], *(line for name in ("s3", "zarr", "doublets", "baselines") for line in EXTRAS[name])]
+    )
     found = imported("mixgf", declared)
     assert found - declared == set(), "imported and not declared"
     assert declared - found - set(INDIRECT) == set(), "declared and not imported"
@@ -85,6 +88,17 @@ def test_s3_without_s3fs_names_the_extra(monkeypatch):
     monkeypatch.setenv("AWS_REGION", "nowhere-1")  # other settings than any cached file system has
     with pytest.raises(UserError, match=r"^s3://: needs the package s3fs, .* pip install 'mixgf\[s3\]'$"):
         files.exists("s3://bucket/key")
+
+
+def test_a_zarr_store_without_zarr_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "cells.zarr").mkdir()
+    (tmp_path / "cells.zarr/zarr.json").touch()
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    with (
+        pytest.raises(UserError, match=r"cells\.zarr: needs the package zarr, .* pip install 'mixgf\[zarr\]'$"),
+        open_reader(str(tmp_path / "cells.zarr")),
+    ):
+        pass
 
 
 def test_an_installed_package_is_not_imported_by_the_check():

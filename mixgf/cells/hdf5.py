@@ -1,16 +1,17 @@
-"""HDF5 on local disk or object storage: columns of data frames, and blocks of CSR rows, read past HDF5 where possible."""
+"""HDF5 on local disk or object storage: files, and ranges of arrays, read past HDF5 where possible."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any, cast
 
 import deflate
 import h5py
 import numpy as np
 
-from mixgf.cells.reader import RawBlock
+from mixgf.errors import UserError
 from mixgf.storage import files
 
 _CHUNK_CACHE = 32 << 20
@@ -28,50 +29,28 @@ def open_hdf5(uri: str) -> Iterator[h5py.File]:
         yield file
 
 
-def column_length(node: h5py.Group | h5py.Dataset) -> int:
-    """Rows of a column of a data frame: an array, a categorical (codes), or a nullable array (values and mask)."""
-    if isinstance(node, h5py.Group):
-        node = node["codes" if "codes" in node else "values"]
-    return int(node.shape[0])
+def require_filters(uri: str, *arrays: Any) -> None:
+    """Check that HDF5 can decompress these arrays; arrays of Zarr pass.
 
-
-def read_strings(column: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a column as an object array of str."""
-    if isinstance(column, h5py.Group):
-        values = read_column(column, start, stop)
-    elif h5py.check_string_dtype(column.dtype) is not None:
-        return np.asarray(column.asstr()[start:stop], dtype=object)
-    else:
-        values = column[start:stop]
-    return np.asarray([str(v) for v in values], dtype=object)
-
-
-def read_column(node: h5py.Group | h5py.Dataset, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a column of a data frame: float64 (NaN = missing), int64, or objects (str or None)."""
-    if isinstance(node, h5py.Dataset):
-        if h5py.check_string_dtype(node.dtype) is not None:
-            return read_strings(node, start, stop)
-        return _widen(node[start:stop])
-    if "codes" in node:
-        codes = node["codes"][start:stop].astype(np.int64)
-        values = read_column(node["categories"], 0, column_length(node["categories"]))
-        last = np.asarray(
-            [None if values.dtype == object else np.nan], dtype=object if values.dtype == object else float
-        )
-        if (codes < 0).any():
-            values = np.concatenate([values, last])
-        return cast("np.ndarray", values[codes])  # -1 takes the appended missing value
-    values = read_column(node["values"], start, stop)  # nullable integer, boolean or string
-    mask = node["mask"][start:stop].astype(bool)
-    if not mask.any():
-        return values
-    values = values.astype(object if values.dtype == object else np.float64)
-    values[mask] = None if values.dtype == object else np.nan
-    return values
-
-
-def _widen(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
+    Raises:
+        UserError: a filter is not installed.
+    """
+    for array in arrays:
+        if not isinstance(array, h5py.Dataset):
+            continue
+        plist = array.id.get_create_plist()
+        for number, _, _, name in (plist.get_filter(i) for i in range(plist.get_nfilters())):
+            if not h5py.h5z.filter_avail(number):
+                with suppress(ImportError):  # it brings the filters that are in use, where it is installed
+                    import_module("hdf5plugin")
+            if not h5py.h5z.filter_avail(number):
+                known = name.decode() or {32001: "blosc", 32004: "lz4", 32015: "zstd", 32026: "blosc2"}.get(
+                    number, "unknown"
+                )
+                what = f"compressed by the HDF5 filter {number} ({known}), which is not installed"
+                raise UserError(
+                    f"{uri}: {what}; run: pip install hdf5plugin, or write the file again with compression='gzip'"
+                )
 
 
 class RangeReader:
@@ -128,19 +107,3 @@ class RangeReader:
                     raise OSError(msg) from None
             self._values, self._number = np.frombuffer(data, self.dtype), number
         return self._values
-
-
-def csr_blocks(matrix: h5py.Group, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
-    """Rows [start, stop) of a CSR group (data, indices, indptr), in blocks of `rows` rows; the arrays are reused."""
-    indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
-    columns = RangeReader(matrix["data"]), RangeReader(matrix["indices"])
-    firsts = np.arange(start, stop, rows) - start
-    room = int((indptr[np.minimum(firsts + rows, stop - start)] - indptr[firsts]).max(initial=0))
-    held = [np.empty(room, column.dtype) for column in columns]
-    for a in range(start, stop, rows):
-        p = indptr[a - start : min(a + rows, stop) - start + 1]
-        lo, hi = int(p[0]), int(p[-1])
-        data, indices = (values[: hi - lo] for values in held)
-        for column, out in zip(columns, (data, indices), strict=True):
-            column.read(lo, hi, out)
-        yield RawBlock(a, data, indices.astype(np.int32, copy=False), p - lo)

@@ -1,7 +1,8 @@
-"""Open a count file: `.h5ad`, 10x `.h5`, or a 10x Matrix Market folder, on local disk or object storage.
+"""Open counts, on local disk or object storage: AnnData (.h5ad, .zarr), annbatch collections, 10x .h5, Matrix Market folders.
 
 A reader gives the file's shape, the names of rows and columns, `obs` values and raw counts of a row range as CSR blocks.
-It does not check counts (`cells.counts`) or identify genes (`genes.identify`).
+It does not check counts (`cells.counts`) or identify genes (`genes.identify`). The format is told by the content, not by the
+ending of the name.
 
 Memory: of row-major files (CSR, dense, 10x .h5) one block of rows. Column-major files (CSC, Matrix Market) are scanned
 whole for every row range, in chunks of 4 M entries; to read them more than once, write them as rows (`cells.row_major`).
@@ -9,56 +10,159 @@ whole for every row range, in chunks of 4 M entries; to read them more than once
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
 
-from mixgf.cells.h5ad import open_h5ad
+import h5py
+
+from mixgf.cells import unknown
+from mixgf.cells.annbatch import dataset_names, open_annbatch
+from mixgf.cells.anndata_file import open_anndata
 from mixgf.cells.hdf5 import open_hdf5
-from mixgf.cells.reader import Reader
-from mixgf.cells.tenx import open_mtx, open_tenx_h5
+from mixgf.cells.reader import Reader, file_error
+from mixgf.cells.tenx import MTX_FILES, genome_groups, open_mtx, open_tenx_h5
+from mixgf.cells.zarr_store import open_zarr
 from mixgf.errors import StorageError, UserError
 from mixgf.storage import files
 
+_ZARR_FILES = {"zarr.json", ".zgroup", ".zattrs", ".zmetadata"}
+_FILE_ENDINGS = (".h5ad", ".h5", ".hdf5", ".h5mu", ".loom", ".h5seurat", ".rds", ".csv", ".tsv", ".txt", ".gz", ".zip")
+
 
 def format_of(uri: str) -> str:
-    """Format of a file by its name: `h5ad`, `10x_h5` or `mtx`; a `UserError` for anything else."""
-    name = uri.rstrip("/").rsplit("/", 1)[-1]
-    if name.endswith(".h5ad"):
-        return "h5ad"
-    if name.endswith((".h5", ".hdf5")):
-        return "10x_h5"
-    if name in ("matrix.mtx", "matrix.mtx.gz") or {"matrix.mtx", "matrix.mtx.gz"} & set(files.list_dir(uri)):
-        return "mtx"
-    msg = (
-        f"{uri}: not a known format; give an .h5ad, a 10x .h5, or a folder with matrix.mtx(.gz), features and barcodes"
-    )
-    raise UserError(msg)
+    """Format of a count file: `h5ad`, `10x_h5`, `mtx`, `zarr`, `annbatch`; a `UserError` for anything else."""
+    with open_reader(uri) as reader:
+        return reader.format
+
+
+def source_files(uri: str) -> dict[str, int]:
+    """URIs and bytes of the files that a source consists of, sorted; empty where there is nothing."""
+    names = _names(uri)
+    if set(MTX_FILES) & set(names):
+        found = [files.join(uri, name) for name in names if name in MTX_FILES]
+        return {file: files.size(file) for file in found}
+    if names:
+        return files.find(uri)
+    return {uri: files.size(uri)} if files.exists(uri) else {}
 
 
 @contextmanager
 def open_reader(uri: str, layer: str = "X") -> Iterator[Reader]:
-    """Open one count file for reading.
+    """Open counts for reading.
 
     Args:
         uri: path or URI of the file or folder.
-        layer: of .h5ad files: `X`, `raw`, or the name of a layer.
+        layer: of AnnData: `X`, `raw`, or the name of a layer.
 
     Raises:
-        UserError: the file is missing, truncated or damaged, or has no such layer.
+        UserError: the file is missing, truncated, damaged or of another format, or has no such layer. Whatever a file's
+            content makes a library raise is such an error, also while it is read; an error of the storage is not.
     """
+    with ExitStack() as stack:
+        with refusals(uri):
+            reader = _open(stack, uri, layer)
+        yield _guarded(reader)
+
+
+def _open(stack: ExitStack, uri: str, layer: str) -> Reader:
     if not files.exists(uri):
-        msg = f"{uri}: no such file; check the path (and the endpoint and keys, on object storage)"
-        raise UserError(msg)
-    kind = format_of(uri)
+        raise file_error(uri, "no such file; check the path (and the endpoint and keys, on object storage)")
+    names = set(_names(uri))
+    if names & _ZARR_FILES or uri.endswith(".zarr.zip"):
+        root = stack.enter_context(open_zarr(uri))
+        if dataset_names(root):
+            return replace(open_annbatch(uri, root, layer), format="annbatch")
+        if not {"obs", "var"} <= set(root):
+            raise file_error(uri, unknown.describe_zarr(uri, root))
+        return replace(open_anndata(uri, root, layer), format="zarr")
+    folder, _, name = uri.rstrip("/").rpartition("/")
+    if name in ("matrix.mtx", "matrix.mtx.gz"):
+        return replace(open_mtx(uri, folder or ".", layer), format="mtx")
+    if {"matrix.mtx", "matrix.mtx.gz"} & names:
+        return replace(open_mtx(uri, uri, layer), format="mtx")
+    if names or (files.is_local(uri) and files.is_folder(uri)):
+        raise file_error(uri, unknown.describe_folder(uri, sorted(names)))
     try:
-        if kind == "mtx":
-            yield open_mtx(uri, layer)
-            return
-        with open_hdf5(uri) as file:
-            yield open_h5ad(uri, file, layer) if kind == "h5ad" else open_tenx_h5(uri, file, layer)
+        file = stack.enter_context(open_hdf5(uri))
     except StorageError:
-        raise  # the storage failed, not the file: the caller retries
+        raise
+    except OSError:
+        if unknown.is_hdf5(uri):
+            raise
+        raise file_error(uri, unknown.describe_file(uri)) from None
+    if {"obs", "var"} <= set(file):
+        return replace(open_anndata(uri, file, layer), format="h5ad")
+    if isinstance(file.get("matrix"), h5py.Group) or genome_groups(file):
+        return replace(open_tenx_h5(uri, file, layer), format="10x_h5")
+    raise file_error(uri, unknown.describe_hdf5(uri, file))
+
+
+def _names(uri: str) -> list[str]:
+    """Names in a folder; none for a file. On object storage a name with the ending of a file is not listed."""
+    return [] if not files.is_local(uri) and uri.endswith(_FILE_ENDINGS) else files.list_dir(uri)
+
+
+@contextmanager
+def refusals(uri: str, what: str = "") -> Iterator[None]:
+    """Turn whatever the content of a file makes a library raise into a `UserError` of one line.
+
+    Args:
+        uri: Of the file.
+        what: What is being read, for the message, with ": " at its end.
+    """
+    try:
+        yield
+    except (UserError, StorageError, MemoryError):
+        raise  # a failure of storage is no fault of the file: the caller retries
+    except UnicodeDecodeError as error:
+        way = "name the columns to keep (sources[i].obs)" if what.startswith("obs") else "write the file again"
+        raise file_error(uri, f"{what}text that is not UTF-8 ({error.object[:40]!r}); {way}") from None
     except (OSError, EOFError) as error:
-        text = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        msg = f"{uri}: truncated or damaged ({text}); fetch it again"
-        raise UserError(msg) from None
+        raise file_error(uri, f"{what}truncated or damaged ({_line(error)}); fetch it again") from None
+    except Exception as error:
+        way = (
+            "name the columns to keep (sources[i].obs)"
+            if what.startswith("obs")
+            else "read it with anndata and write it again"
+        )
+        raise file_error(uri, f"{what}cannot be read ({_line(error)}); {way}") from error
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _guarded(reader: Reader) -> Reader:
+    """The reader with `refusals` around everything that it reads."""
+    uri = reader.uri
+
+    def call(what: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any) -> Any:
+            with refusals(uri, what(*args)):
+                return function(*args)
+
+        return guarded
+
+    def each(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def guarded(*args: Any) -> Iterator[Any]:
+            items = iter(function(*args))
+            while True:
+                with refusals(uri):
+                    item = next(items, None)
+                if item is None:
+                    return
+                yield item
+
+        return guarded
+
+    return replace(
+        reader,
+        gene_names=call(lambda _: "names of genes: ", reader.gene_names),
+        cell_names=call(lambda *_: "names of cells: ", reader.cell_names),
+        obs=call(lambda name, *_: f"obs column {name!r}: ", reader.obs),
+        read=each(reader.read),
+        scan=each(reader.scan) if reader.scan is not None else None,
+    )

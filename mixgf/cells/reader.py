@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +48,8 @@ class Reader:
     """bool, one per column: which are genes, in files that hold other features (antibodies) too; None = all."""
     scan: Callable[[], Iterator[Triples]] | None = None
     """Column-major files only: all entries, in the order of the file. There, `read` scans the whole file."""
+    format: str = ""
+    """`h5ad`, `zarr`, `annbatch`, `10x_h5`, `mtx`; empty for AnnData in memory."""
     layer_option: str = "sources[i].layer"
     """How the user names the layer with the counts; for messages."""
 
@@ -55,6 +57,22 @@ class Reader:
 def file_error(uri: str, what: str) -> UserError:
     """The error to raise for a file that cannot be used."""
     return UserError(f"{uri}: {what}")
+
+
+def check_entries(uri: str, entries: Iterable[Triples], num_rows: int, num_columns: int) -> Iterator[Triples]:
+    """The entries, each within the matrix.
+
+    Raises:
+        UserError: an entry lies outside; the message names it.
+    """
+    for row, column, value in entries:
+        for what, at, num in (("cell", row, num_rows), ("gene", column, num_columns)):
+            if len(at) and not 0 <= at.min() <= at.max() < num:
+                wrong = int(at[np.argmax((at < 0) | (at >= num))])
+                raise file_error(
+                    uri, f"an entry of {what} {wrong + 1:,} (of {num:,}): damaged, or the files do not belong together"
+                )
+        yield row, column, value
 
 
 def gather_rows(scan: Iterator[Triples], start: int, stop: int, rows: int, num_columns: int) -> Iterator[RawBlock]:

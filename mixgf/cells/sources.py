@@ -26,7 +26,9 @@ def expand_sources(sources: Iterable[Source]) -> tuple[Source, ...]:
             raise UserError(msg)
         for uri in uris:
             stem = re.sub(
-                r"\.(h5ad|h5|hdf5|arrow|dataset)$", "", uri.rstrip("/").rsplit("/", 1)[-1].removeprefix("resource:")
+                r"\.(h5ad|h5|hdf5|zarr|zarr\.zip|soma|arrow|dataset)$",
+                "",
+                uri.rstrip("/").rsplit("/", 1)[-1].removeprefix("resource:"),
             )
             name = source.name if source.name and len(uris) == 1 else "-".join(filter(None, (source.name, stem)))
             out.append(replace(source, uri=uri, name=name))

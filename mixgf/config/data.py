@@ -32,7 +32,7 @@ class Source:
     """One file (or glob) of raw counts; for `mixgf import`, one tokenised Arrow data set."""
 
     uri: str = required(path=True)
-    """`.h5ad`, 10x `.h5` or a 10x Matrix Market folder: a path, a glob, or an s3:// URI. `resource:` names a bundled file.
+    """`.h5ad`, `.zarr`, 10x `.h5` or a 10x Matrix Market folder: a path, a glob, or an s3:// URI. `resource:` names a bundled file.
     For `mixgf import`: a folder that Hugging Face's save_to_disk wrote, a folder of `.arrow` files, or one such file."""
     species: str
     """Name of one row of `species`."""

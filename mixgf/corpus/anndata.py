@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from mixgf.cells.h5ad import DENSE_BYTES, choose_gene_names, matrix_reader
+from mixgf.cells.features import KIND_COLUMNS, choose_gene_names, find_genes
+from mixgf.cells.matrices import DENSE_BYTES, matrix_reader
 from mixgf.cells.open import open_reader
 from mixgf.cells.reader import RawBlock, Reader, Triples
 from mixgf.errors import UserError
@@ -56,7 +57,7 @@ def open_cells(data: AnnData | str | os.PathLike[str], layer: str = "X") -> Iter
             reader.layer_option = "layer"
             yield reader
     else:
-        msg = f"{NAME} is {type(data).__name__}: must be an AnnData, or the path or URI of an .h5ad, 10x .h5 or 10x folder"
+        msg = f"{NAME} is {type(data).__name__}: must be an AnnData, or the path or URI of an .h5ad, .zarr, 10x .h5 or 10x folder"
         raise UserError(msg)
 
 
@@ -77,7 +78,15 @@ def _reader(adata: Any, layer: str) -> Reader:
         cell_names=lambda start, stop: _text(adata.obs_names[start:stop]),
         obs_columns=list(map(str, adata.obs.columns)),
         obs=lambda name, start, stop: values(adata.obs[name].iloc[start:stop]),
+        is_gene=_which_are_genes(var),
     )
+
+
+def _which_are_genes(var: pd.DataFrame) -> np.ndarray | None:
+    for name in KIND_COLUMNS:
+        if name in var and (found := find_genes(NAME, values(var[name]), f"var[{name!r}]")) is not None:
+            return found
+    return None
 
 
 def _text(index: pd.Index) -> np.ndarray:

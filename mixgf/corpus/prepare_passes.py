@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from mixgf.cells import counts, qc, row_major
 from mixgf.cells.doublets import scrublet
-from mixgf.cells.open import open_reader
+from mixgf.cells.open import open_reader, source_files
 from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
 from mixgf.corpus import rank_value
@@ -128,10 +128,10 @@ def describe_source(
 
 
 def _identity(uri: str) -> dict[str, Any]:
-    paths = [files.join(uri, n) for n in files.list_dir(uri)] or [uri]
-    sums = [files.sha256(f) for f in paths]
+    found = source_files(uri)
+    sums = [files.sha256(file) for file in found]
     together = hashlib.sha256("".join(sums).encode()).hexdigest()
-    return {"size": sum(files.size(f) for f in paths), "sha256": sums[0] if len(sums) == 1 else together}
+    return {"size": sum(found.values()), "sha256": sums[0] if len(sums) == 1 else together}
 
 
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.cells import doublets, qc
+from mixgf.cells.open import source_files
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
 from mixgf.config.fields import content_of, sections_of
@@ -106,9 +107,8 @@ def _plans(
 
 def _size(uri: str) -> int:
     """Bytes of a source, so that another file under an old name is noticed; -1 where there is none."""
-    if not files.exists(uri):
-        return -1
-    return sum(files.size(files.join(uri, name)) for name in files.list_dir(uri)) or files.size(uri)
+    found = source_files(uri)
+    return sum(found.values()) if found else -1
 
 
 @dataclass

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from mixgf.errors import AccessError
 from mixgf.storage.retry import error_code
-from mixgf.storage.s3 import BUFFER_BYTES, RangeFile, filesystem_and_key, range_reader, request
+from mixgf.storage.s3 import BUFFER_BYTES, RangeFile, async_filesystem, filesystem_and_key, range_reader, request
 
 # most other stores than AWS reject the newer default checksums (HTTP 411 on UploadPart)
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
@@ -99,6 +99,17 @@ def list_dir(uri: str) -> list[str]:
     return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found if str(name).rstrip("/") != itself)
 
 
+def find(uri: str) -> dict[str, int]:
+    """URIs and bytes of all files in a folder and its folders, sorted; empty if there is no such folder."""
+    if is_local(uri):
+        root = local_path(uri)
+        found = (p for p in root.rglob("*") if p.is_file() and not p.name.startswith(_TEMPORARY))
+        return {join(uri, p.relative_to(root).as_posix()): p.stat().st_size for p in sorted(found)}
+    protocol, _, itself = uri.rstrip("/").partition("://")
+    facts = request(uri, lambda fs, key: fs.find(key, detail=True))
+    return {f"{protocol}://{name}": int(facts[name]["size"]) for name in sorted(facts) if name.rstrip("/") != itself}
+
+
 def glob(uri: str) -> list[str]:
     """URIs that match a pattern, sorted; a URI without wildcards is returned if it exists."""
     if is_local(uri):
@@ -143,6 +154,20 @@ def open_arrow(uri: str) -> Iterator[pa.NativeFile]:
         return
     with open_read(uri) as stream, pa.PythonFile(stream, mode="r") as file:
         yield file
+
+
+@contextmanager
+def zarr_store(uri: str) -> Iterator[Any]:
+    """A Zarr store for reading: a folder on local disk or object storage, or a local .zip. Needs the package zarr."""
+    from zarr import storage  # noqa: PLC0415 (an extra)
+
+    if not is_local(uri):
+        yield storage.FsspecStore(async_filesystem(uri), read_only=True, path=uri.partition("://")[2].rstrip("/"))
+    elif uri.endswith(".zip"):
+        with storage.ZipStore(local_path(uri), read_only=True) as store:
+            yield store
+    else:
+        yield storage.LocalStore(local_path(uri), read_only=True)
 
 
 @contextmanager

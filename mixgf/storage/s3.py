@@ -32,6 +32,11 @@ def filesystem_and_key(uri: str) -> tuple[Any, str]:
     return _filesystem(protocol, os.getpid(), _settings()), key
 
 
+def async_filesystem(uri: str) -> Any:
+    """The fsspec file system of a URI for a caller with an event loop of its own (Zarr)."""
+    return _filesystem(uri.partition("://")[0], os.getpid(), _settings(), asynchronous=True)
+
+
 def _settings() -> tuple[tuple[str, str], ...]:
     return tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
 
@@ -51,14 +56,16 @@ def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
 
 
 @cache
-def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...], *, asynchronous: bool = False) -> Any:
     # one per process, since connections do not survive a fork; no cached listings, since other workers write too
     options: dict[str, Any] = {}
     if protocol == "s3":
         require_package("s3fs", "s3://", "mixgf[s3]")
         options["config_kwargs"] = _options()
     try:
-        fs = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **options)
+        fs = fsspec.filesystem(
+            protocol, use_listings_cache=False, skip_instance_cache=True, asynchronous=asynchronous, **options
+        )
     except (ValueError, ImportError) as error:
         msg = f"{protocol}:// is not a known storage: use a local path or s3:// ({error})"
         raise UserError(msg) from None

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import io, sparse
 
-import mixgf.cells.reader
+import mixgf.cells.matrices
 from mixgf.cells import row_major
 from mixgf.cells.open import open_reader
 
@@ -38,7 +38,7 @@ def shuffled_mtx(counts, path):
 @pytest.mark.parametrize("chunk_rows", [1, 7, 23, 100])
 def test_chunks_hold_the_rows_of_the_file(make, chunk_rows, counts, tmp_path, monkeypatch):
     monkeypatch.setattr(row_major, "CHUNK_ROWS", chunk_rows)
-    monkeypatch.setattr(mixgf.cells.reader, "SCAN_ENTRIES", 5)
+    monkeypatch.setattr(mixgf.cells.matrices, "SCAN_ENTRIES", 5)
     with open_reader(make(counts, tmp_path)) as reader:
         row_major.write_rows(reader, str(tmp_path / "rows"))
     for start, stop, rows in [(0, 23, 4), (0, 23, 100), (6, 15, 3), (7, 14, 7), (22, 23, 1), (5, 5, 2)]:

@@ -1,0 +1,151 @@
+"""What a file is that is no count file of a known format, by its content, and the one thing to do: for refusals."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from typing import Any
+
+import h5py
+
+from mixgf.storage import files
+
+KNOWN = "give an .h5ad, a .zarr, a 10x .h5, or a folder with matrix.mtx(.gz), features and barcodes"
+_HEAD = 4096
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_PYTHON = 'convert it: python -c "import anndata as ad; {code}"'
+
+
+def _head(uri: str) -> bytes:
+    with files.open_read(uri) as file:
+        return file.read(_HEAD)
+
+
+def is_hdf5(uri: str) -> bool:
+    """Whether a file is HDF5. Its signature stands at the start, or after a user block of 512 bytes, or of more."""
+    head = _head(uri)
+    return _HDF5 in (head[at : at + len(_HDF5)] for at in (0, 512, 1024, 2048))
+
+
+def _stem(uri: str) -> str:
+    return uri.rstrip("/").rsplit("/", 1)[-1].split(".")[0] or "cells"
+
+
+def describe_file(uri: str) -> str:
+    """What a file is that is not HDF5."""
+    head, name = _head(uri), uri.rsplit("/", 1)[-1]
+    text = head.lstrip().lower()
+    found = next((what for mark, what in _MARKS if head.startswith(mark) or text.startswith(mark)), "")
+    if not head:
+        found = "an empty file; fetch it again"
+    elif head.startswith(b"\x1f\x8b"):
+        inner = _gunzipped(head)
+        found = (
+            f"HDF5 in gzip; run: gunzip {name}" if inner.startswith(_HDF5) else _describe_text(inner, name, _stem(uri))
+        )
+    elif found and name.lower().endswith((".rds", ".rda", ".rdata")):
+        found = _RDS  # in bzip2 or xz
+    return (found or _describe_text(head, name, _stem(uri)) or f"not a known format; {KNOWN}").replace("{name}", name)
+
+
+_PACKED = f"a compressed file (bzip2, xz or zstd); unpack it, and {KNOWN}"
+_MARKS = (
+    (b"version https://git-lfs", "a pointer of git-lfs, not the file itself; run: git lfs pull --include '*{name}'"),
+    (b"<!doctype", "a web page, not the file itself: the download failed; fetch it again"),
+    (b"<html", "a web page, not the file itself: the download failed; fetch it again"),
+    (b"<?xml", "an XML text, as a server sends it with an error; fetch the file again"),
+    (b"BZh", _PACKED),
+    (b"\xfd7zXZ", _PACKED),
+    (b"\x28\xb5\x2f\xfd", _PACKED),
+    (b"PK\x03\x04", "a zip archive; name it .zarr.zip if it is a Zarr store, else unpack it"),
+    (b"PAR1", f"a Parquet table; {KNOWN}"),
+    (b"%PDF", f"a PDF; {KNOWN}"),
+)
+"""First bytes of files, and what they are."""
+_RDS = (
+    "an object of R; convert it in R: zellkonverter::writeH5AD(X, 'cells.h5ad'), where X is a SingleCellExperiment "
+    "(of a Seurat object: Seurat::as.SingleCellExperiment)"
+)
+
+
+def _gunzipped(head: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, _HEAD)
+    except (zlib.error, gzip.BadGzipFile):
+        return b""
+
+
+def _describe_text(head: bytes, name: str, stem: str) -> str:
+    """What a text, or R's binary format, is; "" for something else."""
+    if head[:5] in (b"RDX2\n", b"RDX3\n", b"RDA2\n", b"RDA3\n") or head[:2] in (b"X\n", b"A\n", b"B\n"):
+        return _RDS
+    if head.lower().startswith(b"%%matrixmarket"):
+        return (
+            "a Matrix Market file alone; put it into a folder as matrix.mtx(.gz), with features.tsv(.gz) and barcodes.tsv(.gz), "
+            "and give the folder"
+        )
+    try:
+        line = head.decode().splitlines()[0]
+    except (UnicodeDecodeError, IndexError):
+        return ""
+    if not all(c.isprintable() or c == "\t" for c in line):
+        return ""
+    for mark, kind, call in (
+        ("\t", "tab-separated", f"read_text('{name}', delimiter='\\t')"),
+        (",", "comma-separated", f"read_csv('{name}')"),
+    ):
+        if mark in line:
+            how = _PYTHON.format(code=f"ad.io.{call}.write_h5ad('{stem}.h5ad')")
+            return f"a {kind} table; {how} (genes in rows: add .T after the reading)"
+    return f"a text file, not a known format; {KNOWN}"
+
+
+def describe_hdf5(uri: str, file: h5py.File) -> str:
+    """What an HDF5 file is that is neither AnnData nor a matrix of 10x."""
+    name, stem, top = uri.rsplit("/", 1)[-1], _stem(uri), set(file)
+    if {"row_attrs", "col_attrs"} <= top:
+        return f"a loom file; pip install loompy, then {_PYTHON.format(code=f'''ad.io.read_loom('{name}').write_h5ad('{stem}.h5ad')''')}"
+    if "mod" in top:
+        first = next((m for m in ("rna", "gex", "RNA") if m in file["mod"]), "MODALITY")
+        return (
+            f"MuData with the modalities {', '.join(file['mod'])}; take one: pip install mudata, then "
+            f"python -c \"import mudata; mudata.read_h5mu('{name}')['{first}'].write_h5ad('{stem}.h5ad')\""
+        )
+    if {"assays", "cell.names"} <= top:
+        return f"an h5seurat file; convert it in R: SeuratDisk::Convert('{name}', dest = 'h5ad')"
+    if {"barcode_idx", "umi"} <= top or {"barcode", "umi", "gem_group"} <= top:
+        return (
+            "the molecule table of Cell Ranger, not the matrix; give filtered_feature_bc_matrix.h5 of the same folder"
+        )
+    shown = ", ".join(sorted(top)[:6]) or "nothing"
+    if top & {"obs", "var", "X"}:
+        return f"AnnData without {' and '.join(sorted({'obs', 'var'} - top))} (it holds {shown}); write it again with anndata"
+    return f"HDF5 without a matrix of counts (it holds {shown}); {KNOWN}"
+
+
+def describe_zarr(uri: str, root: Any) -> str:
+    """What a Zarr store is that is not AnnData."""
+    top = list(root)
+    if "mod" in top:
+        return f"MuData with the modalities {', '.join(root['mod'])}; give one of them: {uri.rstrip('/')}/mod/{next(iter(root['mod']), 'rna')}"
+    if "tables" in top:
+        return f"SpatialData; give its table: {uri.rstrip('/')}/tables/{next(iter(root['tables']), 'table')}"
+    return f"a Zarr store that is not AnnData (it holds {', '.join(top[:6]) or 'nothing'}); {KNOWN}"
+
+
+def describe_folder(uri: str, names: list[str]) -> str:
+    """What a folder is that holds no counts of a known format."""
+    if uri.rstrip("/").endswith(".zarr"):
+        return "a Zarr store without zarr.json or .zgroup: an incomplete copy, or not finished; copy it again"
+    triplet = next((name for name in names if name.endswith(("matrix.mtx", "matrix.mtx.gz"))), "")
+    if triplet:
+        prefix = triplet.partition("matrix.mtx")[0]
+        return (
+            f"no matrix.mtx but {triplet}; take the prefix {prefix!r} away from its three files (one folder per sample)"
+        )
+    for ending in (".h5ad", ".h5", ".zarr"):
+        if any(name.endswith(ending) for name in names):
+            return f"a folder of several files; give them by a pattern: {uri.rstrip('/')}/*{ending}"
+    if not names:
+        return "an empty folder; " + KNOWN
+    return f"a folder of something else (it holds {', '.join(names[:4])}); {KNOWN}"
