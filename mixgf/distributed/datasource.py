@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -12,12 +13,16 @@ from ray.data import DataContext, Dataset, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
+NARROW_BYTES = 100
+"""Estimate of a row without its lists."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """What one read task reads."""
 
-    read: Callable[[], Iterable[pa.Table]]
+    read: Callable[..., Iterable[pa.Table]]
+    """Gives the tables. In a source that prunes it is called with the names of the columns to read, in their order."""
     rows: int
     uri: str | None = None
     num_bytes: int = 0
@@ -27,9 +32,19 @@ class Piece:
 class Pieces(Datasource):  # type: ignore[misc]
     """One read task per piece; `name` is shown by Ray Data as `ReadNAME`."""
 
-    def __init__(self, name: str, pieces: Sequence[Piece], schema: pa.Schema | None = None) -> None:
+    def __init__(
+        self, name: str, pieces: Sequence[Piece], schema: pa.Schema | None = None, *, prunes: bool = False
+    ) -> None:
         super().__init__()
-        self._name, self.pieces, self._schema = name, list(pieces), schema
+        assert schema is not None or not prunes
+        self._projection_map: dict[str, str] | None = (
+            None  # Ray Data's own; its base class reads it and does not set it
+        )
+        self._name, self.pieces, self._schema, self._prunes = name, list(pieces), schema, prunes
+
+    def supports_projection_pushdown(self) -> bool:
+        """Whether Ray Data may hand over the columns that are used (`select_columns`, `count`), so that only they are read."""
+        return self._prunes
 
     def get_name(self) -> str:
         """Name of the operator, without `Read`."""
@@ -44,16 +59,20 @@ class Pieces(Datasource):  # type: ignore[misc]
     ) -> list[ReadTask]:
         """One task per piece; a piece is not cut further, whatever `parallelism` says."""
         del parallelism, data_context
+        names, schema = self._get_data_columns(), self._schema
+        if schema is not None and names is not None:
+            schema = pa.schema([schema.field(name) for name in names])
+        wide = schema is None or any(pa.types.is_nested(field.type) for field in schema)
         return [
             ReadTask(
-                piece.read,
+                partial(piece.read, schema.names) if self._prunes and schema is not None else piece.read,
                 BlockMetadata(
                     num_rows=piece.rows,
-                    size_bytes=piece.num_bytes,
+                    size_bytes=piece.num_bytes if wide else piece.rows * NARROW_BYTES,
                     input_files=[piece.uri] if piece.uri else None,
                     exec_stats=None,
                 ),
-                schema=self._schema,
+                schema=schema,
                 per_task_row_limit=per_task_row_limit,
             )
             for piece in self.pieces

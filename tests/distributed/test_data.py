@@ -1,8 +1,13 @@
 """Cells as Ray Data: every cell once with its values, and row passes with the bytes and errors of the local executor."""
 
+import dataclasses
 import gzip
 import itertools
+import json
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +19,7 @@ from scipy import sparse
 
 from mixgf.config.run import Compute, Config
 from mixgf.corpus.reader import Corpus
+from mixgf.distributed import data
 from mixgf.distributed.data import read_cells, read_corpus
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.pipelines import pipeline_dataset
@@ -74,16 +80,43 @@ def test_all_columns_of_a_run_come_with_their_types_one_block_per_shard(corpus, 
     assert "ReadCorpus" in capsys.readouterr().out
 
 
-def test_columns_that_are_not_asked_for_are_not_read(corpus, monkeypatch):
-    from mixgf.distributed import data
-
+def asked_of_parquet(monkeypatch):
+    """The columns that are read from row groups in this process."""
     asked = []
     group = data.pq.ParquetFile.read_row_group
     monkeypatch.setattr(
         data.pq.ParquetFile, "read_row_group", lambda *args, **named: (asked.append(args[2]), group(*args, **named))[1]
     )
-    (table,) = data._read_shard(Corpus(corpus).shard_uri(1), ("length", "species"))
-    assert (asked, table.column_names, table.num_rows) == ([["length", "species"]], ["length", "species"], 5)
+    return asked
+
+
+def source_of(planned):
+    """The data source that Ray Data reads, after its own optimization of the plan."""
+    from ray.data._internal.logical.optimizers import LogicalOptimizer
+
+    (read,) = [
+        op
+        for op in LogicalOptimizer().optimize(planned._logical_plan).dag.post_order_iter()
+        if not op.input_dependencies
+    ]
+    return read.datasource
+
+
+def test_columns_that_are_not_asked_for_are_not_read(corpus, monkeypatch):
+    asked = asked_of_parquet(monkeypatch)
+    for planned in (
+        read_corpus(corpus, ["length", "species"]),
+        read_corpus(corpus).select_columns(["length", "species"]),
+        read_corpus(corpus, ["tokens", "length", "species"]).select_columns(["length", "species"]),
+    ):
+        task = source_of(planned).get_read_tasks(1)[1]
+        (table,) = task()
+        assert (asked, table.column_names, table.num_rows) == ([["length", "species"]], ["length", "species"], 5)
+        assert task.schema.names == ["length", "species"]
+        asked.clear()
+    rows = read_corpus(corpus).select_columns(["length"]).take_all()
+    assert sorted(row["length"] for row in rows) == sorted(Corpus(corpus).lengths_N.tolist())
+    assert read_corpus(corpus).count() == 21
 
 
 def test_a_column_that_a_shard_lacks_is_null_there(corpus):
@@ -92,7 +125,7 @@ def test_a_column_that_a_shard_lacks_is_null_there(corpus):
     found = read_corpus(corpus, ["source_row", "cell_type"]).to_pandas().set_index("source_row")["cell_type"]
     assert found.isna().to_numpy().nonzero()[0].tolist() != []
     assert sorted(found.index[found.isna()]) == [7, 8, 9, 10, 11]
-    with pytest.raises(UserError, match="no column 'nonsense'; there are tokens, cell, cell_type"):
+    with pytest.raises(UserError, match="no column 'nonsense'; there are tokens, cell, species"):
         read_corpus(corpus, ["nonsense"])
     with pytest.raises(UserError, match="no finished"):
         read_corpus(f"{corpus}/shards")
@@ -130,16 +163,184 @@ def test_counts_of_a_file_and_a_folder_come_once_and_right(world, tmp_path, monk
         assert [r["score"] for r in mine] == (list(range(37)) if name == "ant" else [None] * 13)
 
 
+def csc_file(path, counts, genes):
+    import anndata
+    import pandas as pd
+
+    obs = pd.DataFrame({"score": np.arange(len(counts))}, index=[f"c{i}" for i in range(len(counts))])
+    matrix = sparse.csc_matrix(counts.astype(np.float32))
+    anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=genes)).write_h5ad(path)
+
+
+@pytest.fixture
+def ants(world, tmp_path):
+    """The invented ants as a row-major file and as a column-major one, and their counts."""
+    config, counts = world
+    (row,) = [row for row in config.species if row.name == "ant"]
+    csc_file(tmp_path / "csc.h5ad", counts["ant"], species.gene_table(row)["gene"].to_pylist())
+    return [str(tmp_path / "ant.h5ad"), str(tmp_path / "csc.h5ad")], counts["ant"], config.species
+
+
+def dense(rows, like):
+    out = np.zeros(like.shape, int)
+    for row in rows:
+        out[row["source_row"], row["genes"]] = row["counts"]
+    return out
+
+
+def test_a_column_major_file_is_one_task_that_scans_once_and_streams(ants, monkeypatch):
+    files, counts, rows = ants
+    planned = read_cells({"ant": files}, species_rows=rows, block_cells=10)
+    tasks = source_of(planned).get_read_tasks(1)
+    assert [task.metadata.num_rows for task in tasks] == [10, 10, 10, 7, 37]
+    scans, spilled = [], []
+    from mixgf.cells import matrices, row_major
+
+    scan, write = matrices._csc_scan, row_major.write_rows
+    monkeypatch.setattr(matrices, "_csc_scan", lambda *args: (scans.append(1), scan(*args))[1])
+    monkeypatch.setattr(row_major, "write_rows", lambda reader, to: (spilled.append(to), write(reader, to))[1])
+    monkeypatch.setattr(row_major, "CHUNK_ROWS", 8)
+    found = list(tasks[4]())
+    assert len(scans) == 1
+    assert max(table.num_rows for table in found) == 8, "chunks of rows, not the whole file"
+    assert np.array_equal(dense(pa.concat_tables(found).to_pylist(), counts), counts)
+    assert not Path(spilled[0]).exists()
+
+
+def test_without_counts_no_matrix_is_read(ants, monkeypatch):
+    from mixgf.cells import hdf5, matrices
+
+    files, _, rows = ants
+
+    def refuse(*_):
+        raise AssertionError
+
+    everything = read_cells({"ant": files}, species_rows=rows)
+    for planned in (
+        everything.select_columns(["cell", "score"]),
+        read_cells({"ant": files}, species_rows=rows, columns=["cell", "score"]),
+        read_cells({"ant": files}, species_rows=rows, columns=["cell", "counts", "score"]).select_columns(
+            ["cell", "score"]
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(hdf5.RangeReader, "read", refuse)
+            patch.setattr(matrices, "_csc_scan", refuse)
+            table = pa.concat_tables(table for task in source_of(planned).get_read_tasks(1) for table in task())
+        assert table.column_names == ["cell", "score"]
+        assert table["score"].to_pylist() == [*range(37)] * 2
+    assert everything.count() == 74
+    assert "score" in everything.schema().names
+    found = everything.select_columns(["score"]).to_pandas()
+    assert sorted(found["score"]) == sorted([*range(37)] * 2)
+    obs = read_cells({"ant": files}, species_rows=rows, obs=[]).schema().names
+    assert obs == ["cell", "species", "source", "source_row", "genes", "counts"]
+
+
+def test_a_limit_reads_no_more_blocks_than_it_needs(ants, monkeypatch):
+    files, _, rows = ants
+    monkeypatch.setattr(data, "READ_CELLS", 4)
+    found = read_cells({"ant": files[0]}, species_rows=rows)
+    assert len(found.limit(6).take_all()) == 6
+    reads = []
+    block = data.counts.read_blocks
+    monkeypatch.setattr(
+        data.counts, "read_blocks", lambda *args, **named: (reads.append(1) or b for b in block(*args, **named))
+    )
+    (task,) = source_of(found).get_read_tasks(1, per_task_row_limit=6)
+    assert sum(table.num_rows for table in task()) == 6
+    assert len(reads) == 2
+
+
+def test_the_driver_opens_no_file(ants, monkeypatch):
+    files, _, rows = ants
+    monkeypatch.setattr(data, "open_reader", None)
+    monkeypatch.setattr(data, "DESCRIBED", 2)
+    found = read_cells({"ant": files}, species_rows=rows)
+    assert found.count() == 74
+
+
+def dies_once(batch, *, mark):
+    """Ends its worker at the first call of all."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return batch
+    os._exit(1)
+
+
+def test_a_lost_worker_loses_and_repeats_no_cell(ants, corpus, tmp_path):
+    files, counts, rows = ants
+    for name, planned, expected in (
+        ("cells", read_cells({"ant": files}, species_rows=rows, block_cells=10), 74), ("corpus", read_corpus(corpus), 21),
+    ):  # fmt: skip
+        mark = tmp_path / name
+        found = planned.map_batches(dies_once, batch_format="pyarrow", fn_kwargs={"mark": mark}).take_all()
+        assert mark.exists()
+        assert len(found) == expected
+        assert len({row["cell"] for row in found}) == expected
+        if name == "cells":
+            for source in ("ant", "csc"):
+                assert np.array_equal(dense([row for row in found if row["source"] == source], counts), counts)
+
+
+REMOTE = """
+import json, sys
+from mixgf.config.data import SpeciesRow
+from mixgf.distributed.data import read_cells, read_corpus
+
+rows = [SpeciesRow(**row) for row in json.loads(sys.argv[2])]
+cells = read_cells({"ant": f"{sys.argv[1]}/data/*", "bee": f"{sys.argv[1]}/bee.zarr"}, species_rows=rows)
+sentences = read_corpus(f"{sys.argv[1]}/corpus").select_columns(["cell", "length"]).take_all()
+print(json.dumps([cells.take_all(), sentences]))
+"""
+
+
+def test_cells_and_corpora_in_object_storage_are_those_on_disk(world, corpus, ants, s3_server, s3_settings, tmp_path):  # noqa: PLR0917
+    import anndata
+    import boto3
+
+    config, counts = world
+    s3_settings(s3_server)
+    s3 = boto3.client("s3", endpoint_url=s3_server)
+    s3.create_bucket(Bucket="raydata")
+    anndata.read_h5ad(tmp_path / "bee.h5ad").write_zarr(tmp_path / "bee.zarr")
+    (row,) = [row for row in config.species if row.name == "ant"]
+    write_folder(tmp_path / "tenx", counts["ant"], species.gene_table(row)["gene"].to_pylist())
+    put = {f"data/{Path(file).name}": Path(file) for file in ants[0]}
+    put |= {f"data/tenx/{file.name}": file for file in (tmp_path / "tenx").iterdir()}
+    for folder, name in ((tmp_path / "bee.zarr", "bee.zarr"), (Path(corpus), "corpus")):
+        put |= {f"{name}/{file.relative_to(folder)}": file for file in folder.rglob("*") if file.is_file()}
+    for key, file in put.items():
+        s3.upload_file(str(file), "raydata", key)
+    species_rows = json.dumps([dataclasses.asdict(row) for row in config.species])
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, "s3://raydata", species_rows], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells, sentences = json.loads(done.stdout.splitlines()[-1])
+    for source, known in (("ant", "ant"), ("csc", "ant"), ("tenx", "ant"), ("bee", "bee")):
+        mine = [row for row in cells if row["source"] == source]
+        assert len(mine) == len(counts[known])
+        assert np.array_equal(dense(mine, counts[known]), counts[known]), source
+    assert {row["cell"]: row["length"] for row in sentences} == {
+        f"source:{i}": n for i, n in enumerate(Corpus(corpus).lengths_N.tolist())
+    }
+
+
 def test_what_cannot_be_read_is_said_before_anything_runs(world):
     config, _ = world
     for wrong, why in (
         ({"fish": "a.h5ad"}, "sources.species = 'fish': must be one of ant, bee, cow"),
         ({"ant": "none.h5ad"}, "no such file"),
+        ({"ant": [f"none{i}.h5ad" for i in range(6)]}, r"none0.h5ad: .*none2.h5ad: .*; and 3 more of 6 sources$"),
     ):
         with pytest.raises(UserError, match=why):
             read_cells(wrong, species_rows=config.species)
     with pytest.raises(UserError, match="obs = 'age': no source has such a column"):
         read_cells(config.sources, obs=["age"], species_rows=config.species)
+    with pytest.raises(UserError, match="columns = 'age': no such column; there are cell, species"):
+        read_cells(config.sources, columns=["age"], species_rows=config.species)
 
 
 # pipelines
