@@ -54,7 +54,7 @@ from mixgf.encoder.bert import Encoder, MaskedModel, forward_flops
 from mixgf.encoder.embed import embed_cells
 from mixgf.errors import UserError
 from mixgf.perturbation.shift import ShiftScorer
-from mixgf.training.loop import fit, make_optimizer
+from mixgf.training.loop import TaskForward, compute_gradients, fit, make_optimizer
 from mixgf.training.pretraining import Pretraining
 from mixgf.training.worker_group import GroupContext, LocalContext
 
@@ -227,7 +227,7 @@ def _one_step(task: Pretraining, device: torch.device) -> Step:
     """The first step from the initial weights."""
     model = MaskedModel(task.config.model, task.corpus.vocabulary.size, seed=1).to(device)
     work = task.work(0, 0, 1)
-    losses = task.backward(model, work, LocalContext(device))
+    losses = compute_gradients(TaskForward(model, task), work, LocalContext(device))
     gradients = {k: p.grad.cpu() for k, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         states_TD = task._hidden(model, work.micros[0].to(device)).float().cpu()
@@ -313,13 +313,13 @@ def _training(
     trained = MaskedModel(row, corpus.vocabulary.size).to(bench.device)
     if compile_model:
         trained.compile(dynamic=True)
-    optimizer = make_optimizer(trained, task.config.train)
+    forward, optimizer = TaskForward(trained, task), make_optimizer(trained, task.config.train)
     works = [task.work(step, 0, 1) for step in range(3)]
 
     def steps() -> None:
         for work in works:
             optimizer.zero_grad()
-            task.backward(trained, work, context)
+            compute_gradients(forward, work, context)
             optimizer.step()
 
     bench.forget_memory()

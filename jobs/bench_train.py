@@ -32,8 +32,8 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.embed import embed_cells
 from mixgf.storage import files
-from mixgf.training import batch_plan
-from mixgf.training.loop import make_optimizer, measure_peak
+from mixgf.training import batch_plan, gradient_sums
+from mixgf.training.loop import TaskForward, compute_gradients, make_optimizer, measure_peak
 from mixgf.training.pretraining import Pretraining
 from mixgf.training.worker_group import GroupContext, LocalContext
 
@@ -114,41 +114,134 @@ def _memory(row: training.Model, corpus: Corpus) -> list[Figure]:
 
 
 def _workers(folder: str, *, quick: bool) -> list[Figure]:
-    """The loop's step in a group of one and of two processes (gloo), one thread each, on the `laptop` recipe's model."""
+    """Steps of groups of one and of two processes (gloo), one thread each, on the `laptop` recipe's model.
+
+    The baseline is one sum of all gradients after the backward pass, in one buffer, as in commit a4bff4c. Both are measured in
+    turn in the same processes: CPU seconds of all threads and processes.
+    """
     row = get("laptop").model
     corpus = random_corpus(files.join(folder, "short"), num_cells=256, genes=25_000, longest=row.max_positions)
     settings = _settings(row, batch_cells=32, pooling="mean")
-    repeats = 1 if quick else 3
-
-    def steps(rank: int, size: int, store: str) -> list[float]:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-        context, task = GroupContext(torch.device("cpu")), Pretraining(settings, corpus)
-        model = MaskedModel(row, corpus.vocabulary.size)
-        optimizer = make_optimizer(model, settings.train)
-        seconds = []
-        for i in range(repeats + 1):
-            work = task.work(i, rank, size)
-            context.barrier()
-            began = time.perf_counter()
-            optimizer.zero_grad()
-            task.backward(model, work, context)
-            context.all_reduce(torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]))
-            optimizer.step()
-            context.barrier()
-            seconds.append(time.perf_counter() - began)
-        dist.destroy_process_group()
-        return seconds[1:]
-
-    wall = {}
+    out, wall = [], {}
     for size in (1, 2):
         store = str(Path(folder) / f"store{size}")
-        wall[size] = statistics.median(forked([partial(steps, rank, size, store) for rank in range(size)])[0])
+        work: list[Step] = [
+            partial(_group_steps, settings, corpus, rank, size, store, 1 if quick else 6) for rank in range(size)
+        ]
+        found = forked(work)
+        cpu = {
+            way: [sum(times) for times in zip(*(r["cpu"][way] for r in found), strict=True)] for way in ("DDP", "flat")
+        }
+        wall[size] = statistics.median(found[0]["wall"])
+        name = f"step of 32 cells in DDP / one sum after the backward pass, {size} process{'es' * (size > 1)}"
+        out.append(
+            Figure(
+                figure=name, value=statistics.median(cpu["DDP"]), unit="CPU-s", baseline=statistics.median(cpu["flat"]),
+                ratio=statistics.median(b / a for a, b in zip(cpu["DDP"], cpu["flat"], strict=True)),
+            )
+        )  # fmt: skip
+    shares = found[0]["overlap"]
     return [
         Figure(
             figure="data-parallel step, 2 processes / 1 (wall)", value=32 / wall[2], unit="cells/s", baseline=32 / wall[1],
             ratio=wall[1] / wall[2],
-        )
+        ),
+        *out,
+        Figure(figure="  gradients sent before the token embedding's is ready", value=shares["bytes"], unit="of bytes"),
+        Figure(
+            figure="  sums after the last gradient is ready", value=shares["exposed"] / wall[2], unit="of the step (wall)"
+        ),
     ]  # fmt: skip
+
+
+def _group_steps(  # noqa: PLR0917 (a worker)
+    settings: Config, corpus: Corpus, rank: int, size: int, store: str, repeats: int
+) -> dict[str, Any]:
+    """Seconds of the steps of one worker by way, and how the sums overlap with the backward pass."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    context, task = GroupContext(torch.device("cpu")), Pretraining(settings, corpus)
+    sums = _TimedSums()
+    models = {way: MaskedModel(settings.model, corpus.vocabulary.size) for way in ("DDP", "flat")}
+    optimizers = {way: make_optimizer(model, settings.train) for way, model in models.items()}
+    module: torch.nn.Module = TaskForward(models["DDP"], task)
+    if size > 1:
+        wrapped = context.wrap(module)
+        wrapped.register_comm_hook(None, sums.hook)
+        gradient_sums.settle_buckets(wrapped)
+        module = wrapped
+    flat = _flat_gradients(models["flat"])
+    modules = {"DDP": module, "flat": TaskForward(models["flat"], task)}
+    cpu: dict[str, list[float]] = {"DDP": [], "flat": []}
+    wall: list[float] = []
+    for i in range(repeats + 1):
+        for way, optimizer in optimizers.items():
+            work = task.work(i, rank, size)
+            context.barrier()
+            began, wall_began = time.process_time(), time.perf_counter()
+            if way == "flat":
+                flat.zero_()
+            else:
+                optimizer.zero_grad(set_to_none=i == 0 and size == 1)
+            sums.begin()
+            compute_gradients(modules[way], work, context)
+            if way == "flat":
+                context.all_reduce(flat)
+                torch.linalg.vector_norm(flat).item()
+            else:
+                torch.nn.utils.get_total_norm([p.grad for p in models[way].parameters() if p.grad is not None]).item()
+                wall.append(time.perf_counter() - wall_began)
+            optimizer.step()
+            cpu[way].append(time.process_time() - began)
+    context.barrier()
+    dist.destroy_process_group()
+    return {"cpu": {way: times[1:] for way, times in cpu.items()}, "wall": wall[1:], "overlap": sums.shares()}
+
+
+def _flat_gradients(model: torch.nn.Module) -> Tensor:
+    """One buffer of which all gradients of a model are views."""
+    parameters = list(model.parameters())
+    buffer = torch.zeros(sum(p.numel() for p in parameters))
+    for p, part in zip(parameters, torch.split(buffer, [p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+    return buffer
+
+
+class _TimedSums:
+    """A communication hook that notes when each bucket of gradients is ready and when its sum is there."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[list[float]]] = []
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self.steps.append([])
+
+    def hook(self, group, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 (torch reads annotations)
+        """Sum a bucket."""
+        if not self.steps:  # buckets are being settled
+            return gradient_sums.sum_float32(group, bucket)
+        times = [float(bucket.buffer().numel()), time.perf_counter(), 0.0]
+        self.steps[-1].append(times)
+
+        def done(future: Any) -> Any:
+            times[2] = time.perf_counter()
+            return future.value()
+
+        return gradient_sums.sum_float32(group, bucket).then(done)
+
+    def shares(self) -> dict[str, float]:
+        """How the sums overlap with the backward pass.
+
+        `bytes`: share of the bytes whose sum begins before the token embedding's gradient is ready. `exposed`: seconds of sums
+        after the last gradient of a step is ready (the median over steps).
+        """
+        steps = [buckets for buckets in self.steps if buckets]
+        if not steps:
+            return {"bytes": 0.0, "exposed": 0.0}
+        largest = max(steps[0])[1]  # the bucket of the token embedding
+        early = sum(size for size, ready, _ in steps[0] if ready < largest)
+        exposed = [max(done for _, _, done in step) - max(ready for _, ready, _ in step) for step in steps[1:] or steps]
+        return {"bytes": early / sum(size for size, _, _ in steps[0]), "exposed": statistics.median(exposed)}
 
 
 def _loader(row: training.Model, corpus: Corpus) -> list[Figure]:
@@ -256,11 +349,11 @@ def _ours(
         if whole_head
         else MaskedModel(settings.model, corpus.vocabulary.size)
     )
-    optimizer = make_optimizer(model, settings.train)
+    forward, optimizer = TaskForward(model, task), make_optimizer(model, settings.train)
 
     def run() -> None:
         optimizer.zero_grad()
-        task.backward(model, task.work(step, 0, 1), context)
+        compute_gradients(forward, task.work(step, 0, 1), context)
         optimizer.step()
 
     return run
@@ -294,19 +387,18 @@ def _on_gpu(*, quick: bool) -> list[Figure]:
             task, context = Pretraining(settings, corpus), LocalContext(device)
             model = MaskedModel(settings.model, corpus.vocabulary.size).to(device)
             model.compile(dynamic=True)
-            optimizer = make_optimizer(model, settings.train)
+            forward, optimizer = TaskForward(model, task), make_optimizer(model, settings.train)
             works = [task.work(step, 0, 1) for step in range(3)]
 
             def steps(
-                task: Any = task,
-                model: Any = model,
+                forward: Any = forward,
                 context: Any = context,
                 optimizer: Any = optimizer,
                 works: Any = works,
             ) -> None:
                 for work in works:
                     optimizer.zero_grad()
-                    task.backward(model, work, context)
+                    compute_gradients(forward, work, context)
                     optimizer.step()
                 torch.cuda.synchronize()
 

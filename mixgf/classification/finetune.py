@@ -5,8 +5,8 @@ Shapes: N training cells, M cells to predict, B cells of a batch, T packed token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +34,8 @@ from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS
 from mixgf.training import loop
 from mixgf.training.batch_plan import BatchPlan
-from mixgf.training.worker_group import Context, Group
+from mixgf.training.selection import Selection
+from mixgf.training.worker_group import Context, MetricRow
 
 _HEAD_SITE = 1 << 20
 """Number of the class head in the stream of dropout keys, beyond every layer."""
@@ -216,57 +217,6 @@ class Tuned:
         }
 
 
-@dataclass
-class _Selecting:
-    """The task of `loop.fit` for fine-tuning: validation cells are scored at the end of every epoch.
-
-    An epoch ends when the first step of the next one is about to be made, or when training ends.
-    """
-
-    inner: loop.LossTask[Classifier]
-    evaluate: Callable[[Classifier], dict[str, float]]
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    chosen: int = 0
-    _epoch: int = 0
-    _losses: list[Tensor] = field(default_factory=list)
-
-    @property
-    def num_steps(self) -> int:
-        return self.inner.num_steps
-
-    def work(self, step: int, rank: int, world_size: int) -> loop.BatchWork:
-        return self.inner.work(step, rank, world_size)
-
-    def backward(self, model: Classifier, work: loop.BatchWork, group: Group) -> dict[str, Tensor]:
-        if work.epoch != self._epoch:
-            self.epoch_ended(model)
-            self._epoch = work.epoch
-        figures = self.inner.backward(model, work, group)
-        self._losses.append(figures["loss"])
-        return figures
-
-    def epoch_ended(self, model: Classifier) -> None:
-        """Score the validation cells after an epoch."""
-        self.score(model, self._epoch + 1, float(torch.stack(self._losses).mean()))
-        self._losses.clear()
-
-    def score(self, model: Classifier, epoch: int, train_loss: float) -> None:
-        """Score the validation cells; keep the weights with the lowest loss, of equal ones the earliest."""
-        figures = self.evaluate(model) | {"train_loss": train_loss}
-        if not self.history or figures["loss"] < min(row["loss"] for row in self.history):
-            self.best = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
-            self.chosen = epoch
-        self.history.append({"epoch": float(epoch)} | figures)
-
-    def restore(self, model: Classifier) -> None:
-        """Give the model the weights with the lowest validation loss."""
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in self.best:
-                    parameter.copy_(self.best[name])
-
-
 def finetune(encoder: Encoder, problem: Problem[SentenceSet], *, config: Config, context: Context) -> Tuned:
     """Train all weights (or the upper layers, or adapters) and a class head on the training cells (paper section 4.3).
 
@@ -297,34 +247,45 @@ def finetune(encoder: Encoder, problem: Problem[SentenceSet], *, config: Config,
         batch_cells=settings.batch_cells,
     )  # fmt: skip
     optimisation = _optimisation(config, plan)
-    inner = _loss_task(problem, sentences, plan, encoder=encoder, config=config, context=context)
+    task = _loss_task(problem, sentences, plan, encoder=encoder, config=config, context=context)
     trains = not (settings.warm_start and sentences.shared_V is not None)
     if trains and optimisation.warmup_steps < settings.warmup_steps:
         warn(
-            f"{problem.name}: {inner.num_steps} steps, so the warm-up is {optimisation.warmup_steps} steps, not {settings.warmup_steps}"
+            f"{problem.name}: {task.num_steps} steps, so the warm-up is {optimisation.warmup_steps} steps, not {settings.warmup_steps}"
         )
 
-    def evaluate(model: Classifier) -> dict[str, float]:
+    def evaluate(model: Classifier, worker: Context = context) -> dict[str, float]:
         true = problem.labels[problem.is_validation]
         p = probabilities(model, sentences, problem.validation.x.cells, config.train.micro_tokens)
         of_true = p[np.arange(len(true)), true].clip(1e-12)
-        return {"loss": float(-np.log(of_true).mean()), "accuracy": float((p.argmax(1) == true).mean())}
+        return {"val_loss": float(-np.log(of_true).mean()), "val_accuracy": float((p.argmax(1) == true).mean())}
 
-    task, share = _Selecting(inner, evaluate), 0.0
-    if settings.warm_start:
-        start = start_linear(model, sentences, cells, labels, seed=seed)
-        share = start.share
-        task.score(model.to(context.device), 0, start.loss)
+    start = start_linear(model, sentences, cells, labels, seed=seed) if settings.warm_start else None
+    selection = Selection(evaluate, metric="val_loss", every=plan.steps_per_epoch, at_start=start is not None)
     if trains:
-        loop.fit(model, task, optimisation, context)
-        task.epoch_ended(model)
-    task.restore(model)
+        rows = loop.fit(model, task, optimisation, context, selection=selection)
+        selection.restore(model)
+    else:
+        rows = [(0, 0, name, value) for name, value in evaluate(model.to(context.device)).items()]
     lora.merge_adapters(encoder)
     return Tuned(
-        model=model, epoch=task.chosen, history=task.history, share=share, warmup_steps=optimisation.warmup_steps,
-        num_steps=inner.num_steps, sentences=sentences, cells=cells, labels=labels,
+        model=model, epoch=selection.best_step // plan.steps_per_epoch,
+        history=_epochs_of(rows, plan.steps_per_epoch, start), share=0.0 if start is None else start.share,
+        warmup_steps=optimisation.warmup_steps, num_steps=task.num_steps, sentences=sentences, cells=cells, labels=labels,
         micro_tokens=config.train.micro_tokens,
     )  # fmt: skip
+
+
+def _epochs_of(rows: list[MetricRow], steps: int, start: linear_start.Start | None) -> list[dict[str, float]]:
+    """Loss and accuracy on the validation cells and mean training loss by epoch; epoch 0 is the linear start."""
+    values = {(step, name): value for step, _, name, value in rows}
+    out = []
+    for step in sorted(step for step, name in values if name == "val_loss"):
+        losses = [values[before, "loss"] for before in range(step - steps + 1, step + 1)] if step else []
+        trained = float(torch.tensor(losses).mean()) if start is None or step else start.loss
+        figures = {"loss": values[step, "val_loss"], "accuracy": values[step, "val_accuracy"]}
+        out.append({"epoch": float(step // steps)} | figures | {"train_loss": trained})
+    return out
 
 
 def _loss_task(
@@ -367,7 +328,7 @@ def _optimisation(config: Config, plan: BatchPlan) -> Train:
     return replace(
         config.train, epochs=epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
         warmup_steps=min(settings.warmup_steps, plan.steps_per_epoch * epochs // 4), species_mix={},
-        log_steps=max(1, plan.steps_per_epoch),
+        log_steps=1,
     )  # fmt: skip
 
 

@@ -109,6 +109,8 @@ class Train:
     """Largest norm of the gradient. 0: no clipping."""
     precision: str = option("fp32", role="finetune", choices=("fp32", "bf16"))
     """`fp32`, or `bf16` (autocast; the weights stay float32)."""
+    reduce: str = option("fp32", omit_default=True, choices=("fp32", "bf16"))
+    """Type in which workers send gradients to each other. `bf16` halves the bytes and rounds gradients to 8 significant bits."""
     compile: bool = option(False, result=False)
     """Use torch.compile on the encoder. Faster on GPUs."""
     threads: int = option(1, result=False, least=1)

@@ -15,8 +15,10 @@ import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mixgf.config.parse import from_dict, to_dict
 from mixgf.config.run import Config
@@ -27,6 +29,7 @@ from mixgf.distributed.session import require_gpus
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.tracking import mlflow_runs
+from mixgf.training.gradient_sums import ARGUMENTS
 from mixgf.training.loop import fit
 from mixgf.training.pretraining import Pretraining, initial_model
 from mixgf.training.worker_group import GroupContext, MetricRow
@@ -38,6 +41,12 @@ class RayContext(GroupContext):
     def __init__(self, device: torch.device, board: Any, tracked: mlflow_runs.Run) -> None:
         super().__init__(device)
         self._board, self._tracked = board, tracked
+
+    def wrap(self, module: nn.Module) -> DistributedDataParallel:
+        """The module in DistributedDataParallel, by Ray Train."""
+        wrapped = prepare_model(module, move_to_device=self.device, parallel_strategy_kwargs=ARGUMENTS)
+        assert isinstance(wrapped, DistributedDataParallel)
+        return wrapped
 
     def report(self, step: int, figures: dict[str, float]) -> None:
         """Show the driver and the boards; does not wait."""

@@ -119,6 +119,7 @@ class CheckpointWriter:
         *,
         before: Callable[[], None],
         after: Callable[[], None],
+        spare: int | None = None,
     ) -> None:
         """Start to write a checkpoint of the present state.
 
@@ -129,6 +130,7 @@ class CheckpointWriter:
             details: further state, which `load_step` returns.
             before: called in the thread before the checkpoint is written.
             after: called in the thread when the checkpoint is complete.
+            spare: an older step whose checkpoint is kept, too.
         """
         self.wait()
         taken = self._taken = take_snapshot(model, optimizer, self._taken)
@@ -137,7 +139,7 @@ class CheckpointWriter:
             before()
             write_step(self.uri, step, taken, details)
             after()
-            remove_old_steps(self.uri, self.keep)
+            remove_old_steps(self.uri, self.keep, spare)
 
         self._open = self._thread.submit(publish)
 
@@ -204,18 +206,18 @@ def publish_latest(uri: str, record: Record, model: MaskedModel, **about: Any) -
     return publish_checkpoint(uri, record, model, **about)
 
 
-def load_step_weights(uri: str, step: int, model: MaskedModel) -> None:
+def load_step_weights(uri: str, step: int, model: nn.Module) -> None:
     """Copy the weights of the complete checkpoint of a step into a model."""
     folder = step_folder(uri, step)
     checksums = files.read_json(files.join(folder, "state.json"))["files"]
     load_weights(model, read_tensors(files.join(folder, WEIGHTS), checksums[WEIGHTS]), folder)
 
 
-def remove_old_steps(uri: str, keep: int) -> None:
-    """Remove all but the latest `keep` complete checkpoints, and incomplete ones before them."""
+def remove_old_steps(uri: str, keep: int, spare: int | None = None) -> None:
+    """Remove all but the latest `keep` complete checkpoints and that of step `spare`, and incomplete ones before them."""
     kept = complete_steps(uri)[-keep:]
     for step in _steps(uri):
-        if kept and step < kept[0]:
+        if kept and step < kept[0] and step != spare:
             folder = step_folder(uri, step)
             files.remove(files.join(folder, "state.json"))  # first, so that a partly removed checkpoint is incomplete
             files.remove(folder)

@@ -1,13 +1,14 @@
 """The training loop, for pretraining and fine-tuning, in plain PyTorch.
 
-A `TrainingTask` gives the work of a step and computes its gradients. The loop does the rest: schedule, optimizer,
-reduction over workers, metrics and checkpoints. All gradients are views of one buffer, with the step's metrics at its
-end, so that a step has one reduction and one wait for the device. Losses are sums over all workers divided by global
-counts, so they do not depend on how a batch is split.
+A `TrainingTask` gives the work of a step as micro batches, and their losses. The loop does the rest: gradients, schedule,
+optimizer, metrics and checkpoints. In a group of workers, DistributedDataParallel sums the gradients while the backward
+pass of the last micro batch goes on. Metrics are summed in one small message, and the step waits for the device once.
+Losses are sums over all workers divided by global counts, so they do not depend on how a batch is split.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -20,6 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mixgf.config import training
 from mixgf.console import warn
@@ -27,7 +29,9 @@ from mixgf.encoder.batch import Batch
 from mixgf.errors import UserError
 from mixgf.storage import files, tables
 from mixgf.training import checkpoints
+from mixgf.training.gradient_sums import settle_buckets
 from mixgf.training.prefetch import Prefetch
+from mixgf.training.selection import Selection
 from mixgf.training.worker_group import Context, Group, MetricRow, autocast
 
 W = TypeVar("W", bound="StepWork")
@@ -48,7 +52,11 @@ class StepWork(Protocol):
 
 
 class TrainingTask(Protocol[M_contra, W]):
-    """What `fit` trains on: the work of each step, and its gradients."""
+    """What `fit` trains on: the work of each step, and its losses.
+
+    A step calls `forward` for each micro batch, inside DistributedDataParallel, and `loss` with its outputs. `gather` comes
+    between them where a loss needs other micro batches or other workers.
+    """
 
     @property
     def num_steps(self) -> int: ...
@@ -56,8 +64,23 @@ class TrainingTask(Protocol[M_contra, W]):
     def work(self, step: int, rank: int, world_size: int) -> W:
         """A worker's share of a step; a pure function, called in a background thread."""
 
-    def backward(self, model: M_contra, work: W, group: Group) -> dict[str, Tensor]:
-        """Add gradients to the model; returns scalars, among them `loss`, whose sums over workers are the metrics."""
+    def micro_batches(self, work: W, device: torch.device) -> list[Any]:
+        """The share as micro batches on a device, at least one, which may be empty."""
+
+    def is_empty(self, micro: Any) -> bool:
+        """Whether a micro batch has nothing to compute; `forward` is not called for it."""
+
+    def forward(self, model: M_contra, micro: Any) -> Any:
+        """What the losses of a micro batch need of the model. Every trained parameter takes part in it."""
+
+    def gather(self, model: M_contra, work: W, micros: list[Any], group: Group, outputs: Any) -> Any:
+        """What the losses need of other micro batches and workers; `outputs` of `forward` where it has run already."""
+
+    def loss(self, outputs: Any, micro: Any, work: W, gathered: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to differentiate for a micro batch, and figures to sum over the micro batches."""
+
+    def metrics(self, sums: dict[str, Tensor], gathered: Any) -> dict[str, Tensor]:
+        """Scalars, among them `loss`, whose sums over workers are the metrics; the same names on every worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +110,106 @@ class LossTask(Generic[M_contra]):
     Args:
         num_steps: total number of optimizer steps.
         batches: (step, rank, world_size) to the worker's micro batches and the global count; a pure function.
-        loss: (model, batch) to sums over the batch's cells, among them `loss`; each is divided by the count.
+        sums: (model, batch) to sums over the batch's cells, among them `loss`; each is divided by the count.
         precision: `fp32` or `bf16`.
+        names: of these sums.
     """
 
     num_steps: int
     batches: Callable[[int, int, int], BatchWork]
-    loss: Callable[[Any, Batch], dict[str, Tensor]]
+    sums: Callable[[Any, Batch], dict[str, Tensor]]
     precision: str = "fp32"
+    names: tuple[str, ...] = ("loss",)
 
     def work(self, step: int, rank: int, world_size: int) -> BatchWork:
         """The worker's micro batches."""
         return self.batches(step, rank, world_size)
 
-    def backward(self, model: M_contra, work: BatchWork, group: Group) -> dict[str, Tensor]:
-        """Add the gradients of the mean loss over micro batches; returns the metrics."""
-        figures: dict[str, Tensor] = {"loss": torch.zeros((), device=group.device)}
-        for batch in work.batches:
-            with autocast(group.device, self.precision):
-                sums = self.loss(model, batch.to(group.device))
-            (sums["loss"] / work.count).backward()  # type: ignore[no-untyped-call]
-            for name, value in sums.items():
-                figures[name] = figures.get(name, torch.zeros((), device=group.device)) + value.detach() / work.count
-        return figures
+    @staticmethod
+    def micro_batches(work: BatchWork, device: torch.device) -> list[Batch]:
+        """The worker's micro batches on a device."""
+        return [batch.to(device) for batch in work.batches]
+
+    @staticmethod
+    def is_empty(micro: Batch) -> bool:
+        """Whether a micro batch has no cells."""
+        return micro.num_cells == 0
+
+    def forward(self, model: M_contra, micro: Batch) -> dict[str, Tensor]:
+        """Sums over the cells of a micro batch."""
+        with autocast(micro.ids_T.device, self.precision):
+            return self.sums(model, micro)
+
+    def gather(
+        self, model: M_contra, work: BatchWork, micros: list[Batch], group: Group, outputs: object
+    ) -> torch.device:
+        """Nothing of other workers is needed; the device."""
+        return group.device
+
+    def loss(
+        self, outputs: dict[str, Tensor], micro: Batch, work: BatchWork, gathered: torch.device
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """The micro batch's part of the mean loss, and of all means."""
+        means = {name: outputs[name].detach() / work.count for name in self.names}
+        return outputs["loss"] / work.count, means
+
+    def metrics(self, sums: dict[str, Tensor], gathered: torch.device) -> dict[str, Tensor]:
+        """Means over the global batch, this worker's part."""
+        return {name: sums.get(name, torch.zeros((), device=gathered)) for name in self.names}
+
+
+class TaskForward(nn.Module):
+    """What DistributedDataParallel wraps: a micro batch in, the outputs of `TrainingTask.forward` out.
+
+    Without a micro batch, or for an empty one, the output is 0 and depends on every trained parameter, because
+    DistributedDataParallel waits for a gradient of each.
+    """
+
+    def __init__(self, model: nn.Module, task: TrainingTask[Any, Any]) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, micro: Any) -> Any:
+        if micro is None or self.task.is_empty(micro):
+            zeros = [(p * 0.0).sum() for p in self.model.parameters() if p.requires_grad]
+            return torch.stack(zeros).sum()
+        return self.task.forward(self.model, micro)
+
+
+def compute_gradients(module: nn.Module, work: StepWork, group: Group) -> dict[str, Tensor]:
+    """Add the gradients of a step to the model's, over all workers if the module is in DistributedDataParallel.
+
+    Args:
+        module: A `TaskForward`, or one in DistributedDataParallel.
+        work: This worker's share of the step.
+        group: The workers.
+
+    Returns:
+        Scalars whose sums over the workers are the metrics.
+    """
+    parallel = module if isinstance(module, DistributedDataParallel) else None
+    inner = module if parallel is None else parallel.module
+    assert isinstance(inner, TaskForward)
+    model, task = inner.model, inner.task
+    micros = task.micro_batches(work, group.device)
+    outputs = module(micros[0]) if len(micros) == 1 and not task.is_empty(micros[0]) else None
+    gathered = task.gather(model, work, micros, group, outputs)
+    sums: dict[str, Tensor] = {}
+    for i, micro in enumerate(micros):
+        is_last = i == len(micros) - 1
+        with contextlib.nullcontext() if parallel is None or is_last else parallel.no_sync():
+            if task.is_empty(micro):
+                if parallel is not None:
+                    parallel(micro).backward()
+                continue
+            outputs = outputs if len(micros) == 1 else module(micro)
+            loss, figures = task.loss(outputs, micro, work, gathered)
+            del outputs
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+        for name, value in figures.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return task.metrics(sums, gathered)
 
 
 def learning_rate(settings: training.Train, step: int, num_steps: int) -> float:
@@ -190,37 +290,6 @@ class History:
         tables.write_table(self.uri, pa.table(table))
 
 
-class _FlatGradients:
-    """All gradients as views of one buffer, with 16 values behind them for metrics."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.size = sum(p.numel() for p in self.parameters)
-        self.buffer = torch.zeros(self.size + 16, device=device)
-
-    def zero(self) -> None:
-        self.buffer.zero_()
-        start = 0
-        for p in self.parameters:
-            p.grad = self.buffer[start : start + p.numel()].view_as(p)
-            start += p.numel()
-
-    def reduce(self, figures: dict[str, Tensor], context: Context) -> dict[str, float]:
-        """Sum gradients and metrics over the workers; returns the metrics and the norm of the gradient."""
-        tail = torch.stack([v.detach().float().reshape(()) for v in figures.values()])
-        assert len(tail) <= 16, "more figures than the buffer has room for"
-        self.buffer[self.size : self.size + len(tail)] = tail
-        context.all_reduce(self.buffer)
-        norm = torch.linalg.vector_norm(self.buffer[: self.size])
-        # the step waits for the device only here
-        values = torch.cat([self.buffer[self.size : self.size + len(tail)], norm[None]]).tolist()
-        return dict(zip([*figures, "grad_norm"], values, strict=True))
-
-    def clip(self, norm: float, largest: float) -> None:
-        if largest > 0 and norm > largest:
-            self.buffer[: self.size] *= largest / (norm + 1e-6)
-
-
 def fit(
     model: Any,
     task: TrainingTask[Any, Any],
@@ -230,6 +299,7 @@ def fit(
     uri: str = "",
     identity: str = "",
     until: int = 0,
+    selection: Selection | None = None,
 ) -> list[MetricRow]:
     """Train a model in place.
 
@@ -241,6 +311,7 @@ def fit(
         uri: folder of checkpoints (`steps/`) and history; training resumes from the latest checkpoint. Empty = none.
         identity: fingerprint of the training; a checkpoint with another one is an error.
         until: stop after this step, with a checkpoint; a later call resumes exactly. 0 = the end of training.
+        selection: evaluations in between. The model ends with the last weights; `Selection.restore` gives the best ones.
 
     Returns:
         All logged metrics, those before a restart included.
@@ -251,45 +322,102 @@ def fit(
     device, num_steps = context.device, task.num_steps
     last = min(until or num_steps, num_steps)
     model.to(device).train()
-    optimizer, flat = make_optimizer(model, settings), _FlatGradients(model, device)
-    start = _resume(uri, identity, model, optimizer, context)
+    optimizer = make_optimizer(model, settings)
+    start = _resume(uri, identity, model, optimizer, context=context, selection=selection)
     history = _recovered_history(uri, start, context)
     if context.rank == 0 and (warmup := settings.warmup_steps) >= num_steps > start:
         warn(f"train.warmup_steps = {warmup}: the run has {num_steps} steps, so train.lr is never reached")
     if settings.compile:
         model.compile(dynamic=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    module = _parallel(model, task, parameters, context, settings.reduce)
     clock = _RateMeter(measure_peak(device, settings.precision) * context.world_size)
+    stop = start if selection is not None and selection.ended else max(start, last)
     with (
         checkpoints.CheckpointWriter(uri, keep=settings.keep_checkpoints) as writer,
-        Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, max(start, last)) as ahead,
+        Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, stop) as ahead,
     ):
+        run = _Run(model, optimizer, context, history, writer, selection, identity, num_steps)
+        if start == 0 and run.evaluate(0, 0):
+            run.save(0, 0)
+            clock.pause(ahead.waited)
         for step, work in enumerate(ahead, start):
             lr = _set_learning_rate(optimizer, learning_rate(settings, step, num_steps))
-            flat.zero()
-            figures = task.backward(model, work, context)
-            values, counted = _reduce_step(flat, figures, work, context)
+            optimizer.zero_grad(set_to_none=False)
+            figures = compute_gradients(module, work, context)
+            values, counted, norm = _reduce_step(parameters, figures, work, context)
             _require_finite(values, step, work.epoch)
-            flat.clip(values["grad_norm"], settings.clip)
+            if 0 < settings.clip < values["grad_norm"]:
+                nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
             optimizer.step()
             done = step + 1
             clock.add(counted)
             if done % settings.log_steps == 0 or done in (num_steps, 1):
-                row = values | {"lr": lr} | clock.figures(ahead.waited, device)
-                history.add(done, work.epoch, row)
-                if context.rank == 0:
-                    context.report(done, row)
-            if uri and (done % settings.checkpoint_steps == 0 or done == last):
-                if context.rank == 0:
-                    before, after = history.publishers(context)
-                    details = {"identity": identity, "epoch": work.epoch}
-                    writer.save(done, model, optimizer, details, before=before, after=after)
+                run.log(done, work.epoch, values | {"lr": lr} | clock.figures(ahead.waited, device))
+            is_best = run.evaluate(done, work.epoch)
+            ends = done == last or (selection is not None and selection.ended)
+            if is_best or ends or done % settings.checkpoint_steps == 0:
+                run.save(done, work.epoch)
                 clock.pause(ahead.waited)
+            if ends:
+                break
     context.barrier()
     return history.rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a training leaves behind: logged metrics, evaluations, checkpoints."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    context: Context
+    history: History
+    writer: checkpoints.CheckpointWriter
+    selection: Selection | None
+    identity: str
+    num_steps: int
+
+    def log(self, step: int, epoch: int, figures: dict[str, float]) -> None:
+        """Add metrics to the history; rank 0 reports them."""
+        self.history.add(step, epoch, figures)
+        if self.context.rank == 0:
+            self.context.report(step, figures)
+
+    def evaluate(self, step: int, epoch: int) -> bool:
+        """Evaluate where it is due; returns whether the weights are the best so far."""
+        if self.selection is None or not self.selection.due(step, self.num_steps):
+            return False
+        figures, is_best = self.selection.judge(self.model, step, self.context, in_memory=not self.writer.uri)
+        self.log(step, epoch, figures)
+        return is_best
+
+    def save(self, step: int, epoch: int) -> None:
+        """Start to write a checkpoint, on rank 0."""
+        if not self.writer.uri or self.context.rank > 0:
+            return
+        before, after = self.history.publishers(self.context)
+        details: dict[str, Any] = {"identity": self.identity, "epoch": epoch}
+        spare = None
+        if self.selection is not None:
+            details["selection"], spare = self.selection.state(), self.selection.best_step
+        self.writer.save(step, self.model, self.optimizer, details, before=before, after=after, spare=spare)
+
+
+def _parallel(
+    model: nn.Module, task: TrainingTask[Any, Any], parameters: list[nn.Parameter], context: Context, reduce: str
+) -> nn.Module:
+    """The forward pass as a module that sums gradients over the workers; every parameter has a gradient of zeros."""
+    module = context.parallel(TaskForward(model, task), reduce)
+    settle_buckets(module)
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    return module
+
+
 def _resume(
-    uri: str, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer, context: Context
+    uri: str, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, context: Context,
+    selection: Selection | None,
 ) -> int:  # fmt: skip
     """Restore the latest checkpoint, if there is one; returns the number of steps done, which all workers must agree on."""
     state = checkpoints.load_step(uri, model, optimizer) if uri else None
@@ -297,6 +425,8 @@ def _resume(
         msg = f"{uri}/steps: checkpoints of another run; choose another output, or remove {uri} to start again"
         raise UserError(msg)
     start = state.step if state is not None else 0
+    if state is not None and selection is not None:
+        selection.load(state.details["selection"])
     starts = torch.tensor([float(start)], device=context.device)
     context.all_reduce(starts)
     if starts.item() != start * context.world_size:
@@ -314,13 +444,16 @@ def _recovered_history(uri: str, start: int, context: Context) -> History:
 
 
 def _reduce_step(
-    flat: _FlatGradients, figures: dict[str, Tensor], work: StepWork, context: Context
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Sum gradients over the workers; returns the metrics of the step, and its cells, tokens and FLOP."""
-    sums = {name: torch.tensor(float(getattr(work, name)), device=context.device) for name in _RateMeter.COUNTS}
-    values = flat.reduce(figures | sums, context)
-    counted = {name: values.pop(name) for name in _RateMeter.COUNTS}
-    return values, counted
+    parameters: list[nn.Parameter], figures: dict[str, Tensor], work: StepWork, context: Context
+) -> tuple[dict[str, float], dict[str, float], Tensor]:
+    """Sum metrics over the workers; returns them with the norm of the gradient, the counts of the step, and the norm as tensor."""
+    counts = torch.tensor([float(getattr(work, name)) for name in _RateMeter.COUNTS], device=context.device)
+    row = torch.cat([torch.stack([v.detach().float().reshape(()) for v in figures.values()]), counts])
+    context.all_reduce(row)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    values = torch.cat([row, norm[None]]).tolist()  # the step waits for the device only here
+    counted = dict(zip(_RateMeter.COUNTS, values[len(figures) : -1], strict=True))
+    return dict(zip(figures, values, strict=False)) | {"grad_norm": values[-1]}, counted, norm
 
 
 def _require_finite(values: dict[str, float], step: int, epoch: int) -> None:

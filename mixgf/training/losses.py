@@ -17,24 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixgf.encoder.bert import MaskedModel
-
 
 def total_loss(masked_gene: Tensor, on_vectors: Tensor, *, masked_gene_weight: float) -> Tensor:
     """Paper eq. 1: the masked-gene loss plus the losses on cell vectors, which are weighted already (1 and 1 in the paper)."""
     return masked_gene_weight * masked_gene + on_vectors
 
 
-def masked_gene_loss(model: MaskedModel, h_KD: Tensor, targets_K: Tensor, num_masked: Tensor) -> Tensor:
+def masked_gene_loss(summed: Tensor, num_masked: Tensor) -> Tensor:
     """Paper eq. 2, divided by the number of masked positions: the mean of -log P(true gene).
 
     Args:
-        model: its masked-gene head gives the probabilities.
-        h_KD: hidden states at the masked positions of a micro batch.
-        targets_K: true token ids there.
+        summed: sum of -log P(true gene) over the masked positions of a micro batch (`MaskedModel.loss`).
         num_masked: masked positions of the whole global batch, so that the losses of all micro batches add up to the mean.
     """
-    return model.loss(h_KD, targets_K) / num_masked
+    return summed / num_masked
 
 
 def simcse_loss(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:

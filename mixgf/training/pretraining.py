@@ -3,14 +3,14 @@
 `Pretraining` makes packed micro batches of a worker's share of a global batch, and computes losses and gradients. The
 contrast needs all cells of the global batch, so gradients are cached (GradCache): first the cell vectors of all micro
 batches are computed and gathered, then the loss and its gradient by vector, then each micro batch again with that
-gradient. Dropout depends on keys alone, so both passes of a micro batch are equal.
+gradient. Dropout depends on keys alone, so both passes of a micro batch are equal. A single micro batch needs one pass.
 
 Shapes: T packed tokens, B cells, C cells of the global batch, K masked positions, D width, W views.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -105,8 +105,20 @@ class PretrainingWork:
     """FLOP of one forward and backward pass over all views."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What the losses of a micro batch need of the other cells of the global batch."""
+
+    num_masked: Tensor
+    """Masked positions of the global batch, at least 1."""
+    grad_WCD: Tensor | None = None
+    """Gradient of the losses on cell vectors by vector; None without such losses."""
+    figures: dict[str, Tensor] = field(default_factory=dict)
+    """This worker's part of the losses on cell vectors; `terms` is their weighted sum."""
+
+
 class Pretraining:
-    """The paper's objective over a corpus, as a task of `train.fit`.
+    """The paper's objective over a corpus, as a task of `loop.fit`.
 
     Args:
         config: the run's.
@@ -246,42 +258,64 @@ class Pretraining:
         )  # fmt: skip
         return micro, lengths, counts
 
-    def backward(self, model: MaskedModel, work: PretrainingWork, group: Group) -> dict[str, Tensor]:
-        """Add this share's gradients to the model; returns metrics whose sums over the workers are the global ones."""
-        o, device = self.objective, group.device
-        masked = torch.tensor([float(work.num_masked)], device=device)
+    @staticmethod
+    def micro_batches(work: PretrainingWork, device: torch.device) -> list[MicroBatch]:
+        """Micro batches of a share, on the device."""
+        return [micro.to(device) for micro in work.micros]
+
+    @staticmethod
+    def is_empty(micro: MicroBatch) -> bool:
+        """Whether the losses need no token of the micro batch: no cells, or no masked genes where only these matter."""
+        return micro.batch.num_cells == 0 or (micro.queries is not None and len(micro.queries[0]) == 0)
+
+    def forward(self, model: MaskedModel, micro: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Sum of -log P(true gene) over the masked positions, and the cell vectors (W, B, D) if there is a contrast."""
+        h = self._hidden(model, micro)
+        with autocast(h.device, self.config.train.precision):
+            masked_genes = model.loss(h[micro.masked_K], micro.targets_K)
+        return masked_genes, self._vectors(h, micro) if len(self.views) > 1 else None
+
+    def gather(
+        self, model: MaskedModel, work: PretrainingWork, micros: list[MicroBatch], group: Group,
+        outputs: tuple[Tensor, Tensor | None] | None,
+    ) -> Gathered:  # fmt: skip
+        """Count the masked genes of the global batch; compute the losses on its cell vectors and their gradients.
+
+        `outputs` are those of `forward` where there is a single micro batch. Else the cell vectors are computed here, without
+        gradients (the first pass of GradCache).
+        """
+        masked = torch.tensor([float(work.num_masked)], device=group.device)
         group.all_reduce(masked)
         masked.clamp_(min=1.0)
-        micros = [micro.to(device) for micro in work.micros]
-        contrast = len(self.views) > 1
-        hidden = [self._hidden(model, micros[0])] if len(micros) == 1 else None
-        grad_WCD: Tensor | None = None
-        figures: dict[str, Tensor] = {}
-        if contrast:
-            vectors = []
-            for i, micro in enumerate(micros):
-                if hidden is not None:
-                    h = hidden[i].detach()
-                else:
-                    with torch.no_grad():
-                        h = self._hidden(model, micro)
-                vectors.append(self._vectors(h, micro))
-            grad_WCD, figures = self._contrast(vectors, micros, work.batch_cells, group)
-        total = torch.zeros((), device=device)
-        for i, micro in enumerate(micros):
-            if micro.batch.num_cells == 0:
-                continue
-            h = hidden[i] if hidden is not None else self._hidden(model, micro)
-            with autocast(device, self.config.train.precision):
-                mlm = masked_gene_loss(model, h[micro.masked_K], micro.targets_K, masked[0])
-            total = total + mlm.detach()
-            surrogate = o.mlm_weight * mlm
-            if grad_WCD is not None:
-                surrogate = surrogate + (self._vectors(h, micro) * grad_WCD[:, micro.slots_B]).sum()
-            surrogate.backward()  # type: ignore[no-untyped-call]
-        on_vectors = figures.pop("terms", torch.zeros((), device=device))
-        loss = total_loss(total, on_vectors, masked_gene_weight=o.mlm_weight)
-        return {"loss": loss, "mlm": total, **figures}
+        if len(self.views) == 1:
+            return Gathered(masked[0])
+        if outputs is not None:
+            assert outputs[1] is not None
+            vectors = [outputs[1].detach()]
+        else:
+            with torch.no_grad():
+                vectors = [self._vectors(self._hidden(model, micro), micro) for micro in micros]
+        grad_WCD, figures = self._contrast(vectors, micros, work.batch_cells, group)
+        return Gathered(masked[0], grad_WCD, figures)
+
+    def loss(
+        self, outputs: tuple[Tensor, Tensor | None], micro: MicroBatch, work: PretrainingWork, gathered: Gathered
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """A scalar whose gradient is the micro batch's part of the gradient of the losses, and its masked-gene loss."""
+        mlm = masked_gene_loss(outputs[0], gathered.num_masked)
+        surrogate = self.objective.mlm_weight * mlm
+        if gathered.grad_WCD is not None:
+            assert outputs[1] is not None
+            surrogate = surrogate + (outputs[1] * gathered.grad_WCD[:, micro.slots_B]).sum()
+        return surrogate, {"mlm": mlm.detach()}
+
+    def metrics(self, sums: dict[str, Tensor], gathered: Gathered) -> dict[str, Tensor]:
+        """All losses of this worker; their sums over the workers are the global ones."""
+        figures = dict(gathered.figures)
+        masked_gene = sums.get("mlm", torch.zeros((), device=gathered.num_masked.device))
+        on_vectors = figures.pop("terms", torch.zeros_like(masked_gene))
+        loss = total_loss(masked_gene, on_vectors, masked_gene_weight=self.objective.mlm_weight)
+        return {"loss": loss, "mlm": masked_gene, **figures}
 
     def _hidden(self, model: MaskedModel, micro: MicroBatch) -> Tensor:
         b = micro.batch

@@ -1,4 +1,4 @@
-"""The group of workers that train one model: sums over workers, and where metrics go."""
+"""The group of workers that train one model: sums over workers, gradients of all of them, and where metrics go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mixgf.training.gradient_sums import ARGUMENTS, HOOKS
 
 
 class Group(Protocol):
@@ -35,6 +38,12 @@ MetricRow = tuple[int, int, str, float]
 class Context(Group, Protocol):
     """A worker of a group, with a place to report metrics to."""
 
+    def parallel(self, module: nn.Module, reduce: str) -> nn.Module:
+        """The module such that its backward pass sums gradients over all workers; in a group of one, the module itself.
+
+        `reduce` is `train.reduce`.
+        """
+
     def barrier(self) -> None:
         """Wait for all workers."""
 
@@ -59,6 +68,10 @@ class LocalContext:
     rank: int = 0
     world_size: int = 1
 
+    def parallel(self, module: nn.Module, reduce: str) -> nn.Module:
+        """The module itself."""
+        return module
+
     def all_reduce(self, x: Tensor) -> None:
         """Nothing to sum."""
 
@@ -80,6 +93,19 @@ class GroupContext(LocalContext):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, dist.get_rank(), dist.get_world_size())
+
+    def parallel(self, module: nn.Module, reduce: str) -> nn.Module:
+        """The module in DistributedDataParallel, with gradients that add up (`training.gradient_sums`)."""
+        if self.world_size == 1:
+            return module
+        wrapped = self.wrap(module)
+        wrapped.register_comm_hook(None, HOOKS[reduce])
+        return wrapped
+
+    def wrap(self, module: nn.Module) -> DistributedDataParallel:
+        """The module in DistributedDataParallel."""
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, **ARGUMENTS)
 
     def all_reduce(self, x: Tensor) -> None:
         """Sum over all workers, in place."""

@@ -46,8 +46,10 @@ def deaths(seed, workers, number):
 PLANS = {
     "undisturbed 1": [[1, *NO_KILL]],
     "undisturbed 2": [[2, *NO_KILL]],
+    "undisturbed 3": [[3, *NO_KILL]],
     "killed 1": deaths(1, 1, 6),
     "killed 2": deaths(2, 2, 6),
+    "killed 3": [[3, 2, "step", 4], [3, 0, "write", 5], [3, 1, "step", 4], [3, *NO_KILL]],
     "killed s3": deaths(3, 1, 6),
     "elastic": [[2, 1, "step", 4], [1, 0, "step", 4], [2, 0, "step", 4], [3, *NO_KILL]],
 }
@@ -91,7 +93,9 @@ def result(output):
     return trace, {name: file["sha256"] for name, file in paths.items()}
 
 
-@pytest.mark.parametrize(("name", "same_as"), [("killed 1", "1"), ("killed 2", "2"), ("killed s3", "1")])
+@pytest.mark.parametrize(
+    ("name", "same_as"), [("killed 1", "1"), ("killed 2", "2"), ("killed 3", "3"), ("killed s3", "1")]
+)
 def test_a_run_killed_again_and_again_gives_the_bits_of_the_run_never_killed(runs, name, same_as):
     codes, outputs = runs
     for (_, victim, _, _), ends in zip(PLANS[name][:-1], codes[name][:-1], strict=True):
@@ -99,6 +103,16 @@ def test_a_run_killed_again_and_again_gives_the_bits_of_the_run_never_killed(run
     assert set(codes[name][-1]) == {0}
     assert result(outputs[name]) == result(outputs[f"undisturbed {same_as}"])
     assert files.list_dir(f"{outputs[name]}/steps") == ["00000015", "00000016"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_parameters_of_a_checkpoint_are_named_as_in_the_model(runs, workers):
+    from mixgf.encoder.bert import MaskedModel
+    from mixgf.encoder.checkpoint import read_tensors
+
+    folder = f"{runs[1][f'undisturbed {workers}']}/steps/{STEPS:08d}"
+    names = {name for name, _ in MaskedModel(SETTINGS.model, 90).named_parameters()}
+    assert set(read_tensors(f"{folder}/model.safetensors")) == names
 
 
 def test_another_number_of_workers_goes_on_with_the_same_cells_in_the_same_batches(runs, corpus, folder):
@@ -193,7 +207,7 @@ def worker(spec, name, attempt, rank, workers, death):  # noqa: PLR0917
     corpus = Corpus(spec["corpus"])
     task = Pretraining(settings, corpus)
     count = {"step": 0, "write": 0}
-    work, backward, write = task.work, task.backward, files.write_bytes
+    work, metrics, write = task.work, task.metrics, files.write_bytes
 
     def reached(event):
         count[event] += 1
@@ -207,11 +221,10 @@ def worker(spec, name, attempt, rank, workers, death):  # noqa: PLR0917
         (folder / f"seen-{attempt}-{step}-{rank}").write_text(json.dumps(share.visits_B.tolist()))
         return work(step, rank, world_size)
 
-    def dying_backward(model, work, group):
-        figures = backward(model, work, group)
+    def dying_metrics(sums, gathered):
         if reached("step"):
             die()
-        return figures
+        return metrics(sums, gathered)
 
     def dying_write(uri, data):
         if reached("write"):
@@ -222,7 +235,7 @@ def worker(spec, name, attempt, rank, workers, death):  # noqa: PLR0917
             die()
         write(uri, data)
 
-    task.work, task.backward, files.write_bytes = seen_work, dying_backward, dying_write
+    task.work, task.metrics, files.write_bytes = seen_work, dying_metrics, dying_write
     model = MaskedModel(settings.model, corpus.vocabulary.size, seed=1)
     fit(model, task, settings.train, GroupContext(torch.device("cpu")), uri=spec["outputs"][name], identity="chaos")
     dist.destroy_process_group()

@@ -145,15 +145,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(u
     corpus = reader.Corpus(uri)
     task = Pretraining(CONFIG, corpus)
     model = MaskedModel(ROW, corpus.vocabulary.size)
-    backward = task.backward
+    metrics = task.metrics
 
-    def spoil(model, work, group):
-        figures = backward(model, work, group)
+    def spoil(sums, gathered):
         spoil.step += 1
-        return figures | ({"mlm": torch.tensor(math.nan)} if spoil.step == 6 else {})
+        return metrics(sums, gathered) | ({"mlm": torch.tensor(math.nan)} if spoil.step == 6 else {})
 
     spoil.step = 0
-    task.backward = spoil
+    task.metrics = spoil
     with pytest.raises(UserError, match=r"step 6 \(epoch 1\): mlm = nan; lower train.lr"):
         loop.fit(model, task, SETTINGS, LocalContext(), uri=str(tmp_path))
     assert checkpoints.complete_steps(str(tmp_path)) == [4]
@@ -177,14 +176,27 @@ def test_biases_and_norms_do_not_decay():
 
 
 def test_gradients_are_clipped_to_the_set_norm():
+    """One step of plain gradient descent on x: its length is the clipped norm, and the norm before is logged."""
     model = torch.nn.Linear(2, 1, bias=False)
-    flat = loop._FlatGradients(model, torch.device("cpu"))
-    flat.zero()
-    (model(torch.tensor([[3.0, 4.0]]))).sum().backward()
-    values = flat.reduce({"loss": torch.tensor(2.0)}, LocalContext())
-    assert values == {"loss": 2.0, "grad_norm": 5.0}
-    flat.clip(values["grad_norm"], 1.0)
-    assert model.weight.grad.tolist()[0] == pytest.approx([0.6, 0.8])
+    with torch.no_grad():
+        model.weight.zero_()
+
+    def batches(step, rank, world_size):
+        return loop.BatchWork([pack_batch([(np.array([5, 6]), np.array([0, 2]))], [0])], 1)
+
+    def sums(model, batch):
+        return {"loss": model(torch.tensor([[3.0, 4.0]])).sum()}
+
+    seen = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = optimizer.step
+    optimizer.step = lambda: (seen.append(model.weight.grad.tolist()[0]), step())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_optimizer", lambda model, settings: optimizer)
+        settings = dataclasses.replace(SETTINGS, warmup_steps=0, clip=1.0)
+        rows = loop.fit(model, loop.LossTask(1, batches, sums), settings, LocalContext())
+    assert {(name, value) for _, _, name, value in rows if name == "grad_norm"} == {("grad_norm", 5.0)}
+    assert seen[0] == pytest.approx([0.6, 0.8])
 
 
 def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
@@ -213,7 +225,7 @@ def test_fine_tuning_uses_the_same_loop_and_frozen_weights_stay(uri):
     model.encoder.tokens.requires_grad_(False)
     before = model.encoder.tokens.clone()
     settings = dataclasses.replace(SETTINGS, warmup_steps=0)
-    rows = loop.fit(model, loop.LossTask(40, batches, loss), settings, LocalContext())
+    rows = loop.fit(model, loop.LossTask(40, batches, loss, names=("loss", "accuracy")), settings, LocalContext())
     figures = {(step, name): value for step, _, name, value in rows}
     assert figures[40, "accuracy"] == 1.0
     assert torch.equal(model.encoder.tokens, before)
@@ -233,13 +245,13 @@ def test_memory_is_flat_over_a_run(make_corpus):
     settings = dataclasses.replace(SETTINGS, batch_cells=8, epochs=6, log_steps=1000)
     chosen = dataclasses.replace(CONFIG, model=row, tokens=data.Tokens(max_len=200), train=settings)
     task, resident = Pretraining(chosen, corpus), []
-    backward = task.backward
+    metrics = task.metrics
 
-    def watched(model, work, group):
+    def watched(sums, gathered):
         resident.append(psutil.Process().memory_info().rss / 1e6)
-        return backward(model, work, group)
+        return metrics(sums, gathered)
 
-    task.backward = watched
+    task.metrics = watched
     loop.fit(MaskedModel(row, corpus.vocabulary.size), task, settings, LocalContext())
     assert len(resident) == 90
     assert max(resident[80:]) - max(resident[:20]) < 30  # MB

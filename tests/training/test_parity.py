@@ -10,6 +10,7 @@ from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import bert
 from mixgf.encoder.bert import MaskedModel
+from mixgf.training.loop import TaskForward, compute_gradients
 from mixgf.training.pretraining import Pretraining
 from mixgf.training.worker_group import LocalContext
 
@@ -37,7 +38,7 @@ def step(corpus, device, precision, **objective):
     task = Pretraining(settings, corpus)
     model = MaskedModel(ROW, corpus.vocabulary.size, seed=1).to(device)
     work = task.work(0, 0, 1)
-    losses = {k: v.item() for k, v in task.backward(model, work, LocalContext(device)).items()}
+    losses = {k: v.item() for k, v in compute_gradients(TaskForward(model, task), work, LocalContext(device)).items()}
     gradients = {k: p.grad.cpu() for k, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         states = task._hidden(model, work.micros[0].to(device)).float().cpu()

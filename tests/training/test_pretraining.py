@@ -9,6 +9,7 @@ from mixgf.config.run import Config
 from mixgf.corpus import reader
 from mixgf.encoder.bert import MaskedModel
 from mixgf.training import losses, pretraining
+from mixgf.training.loop import TaskForward, compute_gradients
 from mixgf.training.worker_group import LocalContext
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
@@ -87,7 +88,7 @@ def run(
             task.last_layer_at_queries = False
         model = MaskedModel(model_row, corpus.vocabulary.size)
         context = Worker(torch.device("cpu"), rank, workers)
-        figures = task.backward(model, task.work(step, rank, workers), context)
+        figures = compute_gradients(TaskForward(model, task), task.work(step, rank, workers), context)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
         results[rank] = ({k: v.item() for k, v in figures.items()}, torch.cat([g.reshape(-1) for g in grads]))
 
