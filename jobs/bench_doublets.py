@@ -57,7 +57,9 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
         prepare_passes.describe_source(work, 0, source, row=HUMAN, rules=rules, biotypes=Vocab().biotypes, allowed=None)
         rows = int(files.read_json(shards.facts_uri(work, 0))["rows"])
         (row_range,) = prepare_passes.plan_row_ranges({0: (source, rows)}, rows)
-        prepare_passes.measure_cells(prepare_passes.MetricsPlan(work=work, row_range=row_range, block_cells=2_048))
+        prepare_passes.measure_cells(
+            prepare_passes.MetricsPlan(work=work, row_range=row_range, block_cells=2_048, keep_counts=False)
+        )
         metrics, samples = prepare_passes.read_metrics(work, [0])
         kept = np.flatnonzero(qc.filter_cells(metrics, rules) == qc.KEPT)
         sample_N = np.full(len(kept), "", dtype=object)

@@ -200,12 +200,14 @@ class _Case:
     def measure(self) -> None:
         """The first pass."""
         prepare_passes.measure_cells(
-            prepare_passes.MetricsPlan(work=self.work, row_range=self.unit, block_cells=self.rows)
+            prepare_passes.MetricsPlan(work=self.work, row_range=self.unit, block_cells=self.rows, keep_counts=False)
         )
 
     def sketch(self) -> None:
         """The second pass."""
-        prepare_passes.sketch_medians(self.work, 0, [(self.unit, self.keep)], self.rows)
+        prepare_passes.sketch_medians(
+            prepare_passes.SketchPlan(work=self.work, number=0, parts=[(self.unit, self.keep)], block_cells=self.rows)
+        )
 
     def sentences(self) -> None:
         """The third pass, file to file: what the published tokenizer does, with medians given."""
@@ -316,7 +318,7 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
         measures = [
             Task(
                 part="", function=prepare_passes.measure_cells, weight=u.stop - u.start,
-                args=(prepare_passes.MetricsPlan(work=work, row_range=u, block_cells=block_cells),),
+                args=(prepare_passes.MetricsPlan(work=work, row_range=u, block_cells=block_cells, keep_counts=False),),
             )
             for u in all_units
         ]  # fmt: skip

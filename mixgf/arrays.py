@@ -1,7 +1,11 @@
 """Names for types of NumPy arrays. Shapes are in the suffixes of variables: `rank_G` has one value per gene."""
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
+
+T = TypeVar("T", bound=np.generic)
 
 Floats = npt.NDArray[np.floating]
 """Any floating type; the docstring says which."""
@@ -13,3 +17,10 @@ Bools = npt.NDArray[np.bool_]
 Names = npt.NDArray[np.str_]
 Cells = npt.NDArray[np.int64]
 """Numbers of cells in a corpus."""
+
+
+def read_only(values: npt.NDArray[T]) -> npt.NDArray[T]:
+    """A view that cannot be written to, as arrays of Arrow cannot: compiled functions are compiled once for both."""
+    view = values.view()
+    view.flags.writeable = False
+    return view

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixgf.arrays import read_only
 from mixgf.config.data import QC
 from mixgf.jit import jit
 
@@ -95,22 +96,24 @@ def _cell_metrics(  # noqa: PLR0917 (a compiled kernel)
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, flags: np.ndarray, key: np.ndarray, sums: np.ndarray,
     n_counts: np.ndarray, n_genes: np.ndarray, n_mito: np.ndarray, hash_a: np.ndarray, hash_b: np.ndarray,
 ) -> None:  # fmt: skip
+    """Fill the metrics of all rows. The loop over hashes has no branches, so it compiles to vector instructions."""
     for row in range(indptr.shape[0] - 1):
+        counts, columns = data[indptr[row] : indptr[row + 1]], indices[indptr[row] : indptr[row + 1]]
         a, b = np.uint64(0), np.uint64(0)
-        depth, mito, genes = np.int64(0), np.int64(0), 0
-        for p in range(indptr[row], indptr[row + 1]):
-            c, count = indices[p], np.int64(data[p])
-            flag = flags[c]
-            if count == 0 or flag == 0:
-                continue
+        for p in range(counts.shape[0]):
+            k = key[columns[p]]
+            x = _splitmix64(k + np.uint64(counts[p]) * np.uint64(0x9E3779B97F4A7C15))
+            x *= np.uint64((k != 0) & (counts[p] != 0))
+            a += x
+            b += (x ^ (x >> np.uint64(29))) * np.uint64(0xD1B54A32D192ED03)
+        depth, mito, genes = np.int64(0), np.int64(0), np.int64(0)
+        for p in range(counts.shape[0]):
+            flag = np.int64(flags[columns[p]])
+            count = np.int64(counts[p]) * (flag & _COUNTED)
             depth += count
-            sums[c] += count
+            sums[columns[p]] += count
             mito += count * ((flag & _MITO) >> 1)
-            genes += (flag & _CANDIDATE) >> 2
-            if key[c] != 0:
-                x = _splitmix64(key[c] + np.uint64(count) * np.uint64(0x9E3779B97F4A7C15))
-                a += x
-                b += (x ^ (x >> np.uint64(29))) * np.uint64(0xD1B54A32D192ED03)
+            genes += ((flag & _CANDIDATE) >> 2) * (count != 0)
         n_counts[row], n_mito[row], n_genes[row], hash_a[row], hash_b[row] = depth, mito, genes, a, b
 
 
@@ -122,7 +125,7 @@ def cell_metrics(
 
     Args:
         data: counts.
-        indices: columns.
+        indices: columns, of any integer type.
         indptr: row pointers.
         counted_G: bool, columns that are genes.
         mito_G: bool, mitochondrial genes.
@@ -138,10 +141,12 @@ def cell_metrics(
         np.zeros(n, np.uint64),
         np.zeros(n, np.uint64),
     )
-    flags = (counted_G * _COUNTED + mito_G * _MITO + candidate_G * _CANDIDATE).astype(np.uint8) * counted_G
+    counted, mito, candidate = (mask.view(np.uint8) for mask in (counted_G, mito_G, candidate_G))
+    flags = counted * np.uint8(_COUNTED) + counted * mito * np.uint8(_MITO) + counted * candidate * np.uint8(_CANDIDATE)
     _cell_metrics(
-        data, indices, indptr, flags, key_G, sums_G, out.n_counts, out.n_genes, out.n_mito, out.hash_a, out.hash_b
-    )
+        read_only(data), read_only(indices), read_only(indptr), flags, key_G * counted_G, sums_G,
+        out.n_counts, out.n_genes, out.n_mito, out.hash_a, out.hash_b,
+    )  # fmt: skip
     return out
 
 

@@ -138,6 +138,9 @@ class Prepare:
     """Cells of a source per task and Parquet shard."""
     block_cells: int = option(128, result=False, least=1, unit="cells")
     """Cells held in memory at a time."""
+    keep_counts: bool = option(True, result=False)
+    """Keep a packed copy of the counts beside the corpus until it is finished, about 2 bytes per count above 0. Then sources are
+    read once. `false` needs no such space, and reads sources three times."""
     strict: bool = option(False, result=False)
     """Stop at the first rejected source, instead of listing the rejected ones at the end."""
     extend: str = option("", result=False, path=True)

@@ -1,29 +1,32 @@
 """The three passes of `prepare`: metrics of cells, medians of genes, shards of sentences; one task per row range.
 
 A task reads the rows of its range and writes its own part file. The passes over rows of cells are pipelines (`measure_cells`,
-`encode_shard`): read, transform, write. Tasks run in any order and any number of times: a part
+`sketch_medians`, `encode_shard`): read, transform, write. The first one reads the sources and writes a packed copy of the counts
+(`mixgf.cells.packed_counts`), which the others read. Tasks run in any order and any number of times: a part
 file is written atomically and its bytes do not depend on the worker, so a killed task is repeated. A source that cannot
 be used raises `UserError`.
 
 Part files in the work folder (Parquet, but for the .json): sources/I.json and sources/I (facts and columns of source I),
-row_order-I and row_order/I (column-major sources as rows), sums/R and metrics/R (counts by column, and cells, of row range
-R), doublets/I-S (sample S), mapping/K and genes-SPECIES/K (group K of sources), genes/SPECIES, sketch/N, done/N (information on shard N).
+row_order-I and row_order/I (column-major sources as rows), counts-I/A-B (packed counts of rows [A, B)), sums/R and metrics/R
+(counts by column, and cells, of row range R), doublets/I-S (sample S), mapping/K and genes-SPECIES/K (group K of sources),
+genes/SPECIES, sketch/N, done/N (information on shard N).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixgf.cells import counts, qc, row_major
+from mixgf.cells import counts, packed_counts, qc, row_major
 from mixgf.cells.doublets import scrublet
 from mixgf.cells.open import open_reader, source_files
 from mixgf.cells.reader import Reader
@@ -49,7 +52,7 @@ from mixgf.execution import Pipeline
 from mixgf.genes import identify, medians
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files
-from mixgf.storage.tables import read_table, write_table
+from mixgf.storage.tables import read_batches, read_table, write_batches, write_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,49 +178,85 @@ def _open_source(work: str, index: int, source: Source) -> Iterator[Reader]:
         yield reader
 
 
-def _read_rows(
-    work: str, row_range: RowRange, block_cells: int, obs: Mapping[str, tuple[str | None, str]], *, names: bool = True
-) -> Iterator[pa.Table]:
+def _copy_uri(work: str, row_range: RowRange) -> str:
+    """URI of the packed counts of a row range (`cells.packed_counts`)."""
+    return files.join(work, f"counts-{row_range.index:05d}", f"{row_range.start:010d}-{row_range.stop:010d}.arrow")
+
+
+def _read_counts(work: str, row_range: RowRange, block_cells: int, reader: Reader | None) -> Iterator[counts.Block]:
+    """Checked counts of a row range, in blocks: from their packed copy (pass 1 writes it) where it exists, else from the source.
+
+    `reader` is the source, if it is open already.
+
+    Yields:
+        Blocks with arrays of their own. Columns are uint16 if the source has at most 65,536.
+    """
+    columns = _gene_columns(work, row_range.index)
+    copy = _copy_uri(work, row_range)
+    if files.exists(copy):
+        start = row_range.start
+        for batch in read_batches(copy):
+            yield counts.Block(start, *packed_counts.unpack(batch, columns.num_rows))
+            start += batch.num_rows
+        return
+    small = packed_counts.column_type(columns.num_rows)
+    opened = nullcontext(reader) if reader else _open_source(work, row_range.index, row_range.source)
+    with opened as source:
+        for b in counts.read_blocks(source, columns, row_range.start, row_range.stop, rows=block_cells):
+            yield counts.Block(b.start, b.data.copy(), b.indices.astype(small), b.indptr)
+
+
+def _copied_ranges(work: str, index: int, source: Source, start: int, stop: int) -> list[RowRange]:
+    """Rows [start, stop) of a source in row ranges of its packed copies, with the rows between them, which have none."""
+    names = files.list_dir(files.join(work, f"counts-{index:05d}"))
+    edges = [tuple(map(int, name.removesuffix(".arrow").split("-"))) for name in names]
+    found, upto = [], start
+    for first, last in [*(edge for edge in edges if edge[0] < stop and edge[1] > start), (stop, stop)]:
+        if first > upto:
+            found.append(RowRange(number=-1, index=index, source=source, start=upto, stop=first))
+        if last > first:
+            found.append(RowRange(number=-1, index=index, source=source, start=first, stop=last))
+        upto = max(upto, last)
+    return found
+
+
+def _read_rows(work: str, row_range: RowRange, block_cells: int, reader: Reader | None = None) -> Iterator[pa.Table]:
     """Checked counts of a row range, one table per block.
 
     Args:
         work: URI of the work folder.
         row_range: rows of one source.
         block_cells: rows of a block.
-        obs: columns of obs to read: new name to name in the file (None = nulls) and kind.
-        names: whether to read cell names.
+        reader: the source, if it is open already.
 
     Yields:
-        Tables with `row` (in the file), `columns` and `counts` (lists: a CSR row over the file's columns), `cell` (source and
-        name) and the columns of obs. Counts are int32, columns uint16 or int32, as one task may hold all its rows.
+        Tables with `row` (in the file), `columns` and `counts` (lists: a CSR row over the file's columns). Counts are int32,
+        columns uint16 or int32.
     """
-    source, start, stop = row_range.source, row_range.start, row_range.stop
-    with _open_source(work, row_range.index, source) as reader:
-        whole: dict[str, pa.Array] = {}
-        if names:
-            cells = [f"{source.name}:{name}" for name in reader.cell_names(start, stop)]
-            whole["cell"] = pa.array(cells, pa.string())
-        for name, (held, kind) in obs.items():
-            whole[name] = obs_array(None if held is None else reader.obs(held, start, stop), kind, stop - start)
-        small = np.uint16 if reader.num_columns <= 1 << 16 else np.int32
-        for b, rows in _blocks(reader, _gene_columns(work, row_range.index), row_range, block_cells):
-            offsets = pa.array(b.indptr, pa.int32())
-            lists = {"columns": b.indices.astype(small), "counts": b.data.astype(np.int32)}  # copies: blocks are reused
-            yield pa.table({
-                "row": pa.array(np.arange(start + rows.start, start + rows.stop), pa.int64()),
-                **{
-                    name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()
-                },
-                **{name: values.slice(rows.start, rows.stop - rows.start) for name, values in whole.items()},
-            })  # fmt: skip
+    for b in _read_counts(work, row_range, block_cells, reader):
+        offsets = pa.array(b.indptr, pa.int32())
+        lists = {
+            name: pa.ListArray.from_arrays(offsets, pa.array(values))
+            for name, values in (("columns", b.indices), ("counts", b.data))
+        }
+        yield pa.table({"row": pa.array(np.arange(b.start, b.start + len(b.indptr) - 1), pa.int64()), **lists})
+
+
+def _with_columns(table: pa.Table, whole: Mapping[str, pa.Array], start: int) -> pa.Table:
+    """A table of `_read_rows` with its part of columns that begin with row `start` of the file."""
+    first = table["row"][0].as_py() - start
+    for name, values in whole.items():
+        table = table.append_column(name, values.slice(first, table.num_rows))
+    return table
 
 
 def _csr(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of a table of `_read_rows` as CSR: data, int32 columns and int64 row pointers."""
-    parts = [table[name].combine_chunks() for name in ("counts", "columns")]
-    data, indices = (part.chunk(0) if isinstance(part, pa.ChunkedArray) else part for part in parts)
-    # copies, which can be written to: the kernels are compiled for such arrays
-    return np.array(data.values), np.array(indices.values, np.int32), data.offsets.to_numpy().astype(np.int64)
+    """Counts of a table of `_read_rows` as CSR: data, columns and int64 row pointers; read-only."""
+    data, indices = (
+        column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        for column in (table["counts"], table["columns"])
+    )
+    return data.values.to_numpy(), indices.values.to_numpy(), data.offsets.to_numpy().astype(np.int64)
 
 
 # Pass 1: metrics
@@ -233,38 +272,62 @@ class MetricsPlan:
     """Rows of one source."""
     block_cells: int
     """Rows read at a time."""
+    keep_counts: bool
+    """Whether to write a packed copy of the counts, which the later passes read instead of the source."""
 
 
 def read_counts(plan: MetricsPlan) -> Iterator[pa.Table]:
     """Pass 1, read: tables of counts, with the column `sample` if the source has samples."""
-    sample = plan.row_range.source.sample
-    return _read_rows(
-        plan.work, plan.row_range, plan.block_cells, {"sample": (sample, "str")} if sample else {}, names=False
-    )
+    row_range = plan.row_range
+    start, stop, whole = row_range.start, row_range.stop, {}
+    with _open_source(plan.work, row_range.index, row_range.source) as reader:
+        if name := row_range.source.sample:
+            whole["sample"] = obs_array(reader.obs(name, start, stop), "str", stop - start)
+        for table in _read_rows(plan.work, row_range, plan.block_cells, reader):
+            yield _with_columns(table, whole, start)
 
 
 def measure_counts(tables: Iterator[pa.Table], plan: MetricsPlan) -> Iterator[pa.Table]:
-    """Pass 1, transform: one table of all cells' metrics; the sum of counts by column is the list `sums` of its first row."""
+    """Pass 1, transform: metrics of the cells, and their packed counts if these are kept.
+
+    The sum of counts by column over all tables is the list `sums` of the very last row.
+    """
     columns = _gene_columns(plan.work, plan.row_range.index)
     masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
     sums_G = np.zeros(columns.num_rows, dtype=np.int64)
-    measured, samples = [], []
+    lists = pa.list_(pa.int64())
+    before: pa.Table | None = None
     for table in tables:
-        measured.append(qc.cell_metrics(*_csr(table), **masks, sums_G=sums_G))
+        if before is not None:
+            yield before.append_column("sums", pa.nulls(len(before), lists))
+        rows = _csr(table)
+        metrics = qc.cell_metrics(*rows, **masks, sums_G=sums_G)
+        before = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
         if plan.row_range.source.sample:
-            samples.append(table.select(["sample"]))
-    metrics = qc.Metrics.merge(measured)
-    found = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
-    if samples:
-        found = found.append_column("sample", pc.fill_null(pa.concat_tables(samples)["sample"].combine_chunks(), ""))
-    sums = pa.concat_arrays([pa.array([sums_G], pa.list_(pa.int64())), pa.nulls(len(found) - 1, pa.list_(pa.int64()))])
-    yield found.append_column("sums", sums)
+            before = before.append_column("sample", pc.fill_null(table["sample"], ""))
+        if plan.keep_counts:
+            for field, packed in zip(packed_counts.SCHEMA, packed_counts.pack(*rows).columns, strict=True):
+                before = before.append_column(field, packed)
+    assert before is not None, plan.row_range
+    sums = pa.concat_arrays([pa.nulls(len(before) - 1, lists), pa.array([sums_G], lists)])
+    yield before.append_column("sums", sums)
 
 
 def write_metrics(tables: Iterator[pa.Table], plan: MetricsPlan) -> None:
-    """Pass 1, write: the sums of counts, then the metrics."""
-    (table,) = tables
-    sums = pa.table({"sum": table["sums"][0].values})
+    """Pass 1, write: the packed counts if they are kept, the sums of counts, then the metrics."""
+    measured: list[pa.Table] = []
+
+    def packed() -> Iterator[pa.Table]:
+        for table in tables:
+            measured.append(table.drop_columns(packed_counts.SCHEMA.names))
+            yield table.select(packed_counts.SCHEMA.names)
+
+    if plan.keep_counts:
+        write_batches(_copy_uri(plan.work, plan.row_range), packed_counts.SCHEMA, packed())
+    else:
+        measured.extend(tables)
+    table = pa.concat_tables(measured).combine_chunks()
+    sums = pa.table({"sum": table["sums"][-1].values})
     write_table(part_uri(plan.work, "sums", plan.row_range.number), sums)
     write_table(part_uri(plan.work, "metrics", plan.row_range.number), table.drop_columns(["sums"]))
 
@@ -308,11 +371,13 @@ def find_doublets(
     wanted = np.zeros(int(rows[-1]) + 1, dtype=bool)
     wanted[rows] = True
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    with _open_source(work, index, source) as reader:
-        for b in counts.read_blocks(reader, columns, int(rows[0]), int(rows[-1]) + 1, rows=block_cells):
-            keep = wanted[b.start : b.start + len(b.indptr) - 1]
+    for row_range in _copied_ranges(work, index, source, int(rows[0]), int(rows[-1]) + 1):
+        for b in _read_counts(work, row_range, block_cells, None):
+            keep = np.zeros(len(b.indptr) - 1, dtype=bool)
+            asked = wanted[b.start : b.start + len(keep)]  # a copy may hold rows beyond the last one
+            keep[: len(asked)] = asked
             entries = np.repeat(keep, np.diff(b.indptr))
-            parts.append((b.data[entries], b.indices[entries], np.diff(b.indptr)[keep]))
+            parts.append((b.data[entries], b.indices[entries].astype(np.int32), np.diff(b.indptr)[keep]))
     data, indices, lengths = (np.concatenate(p) for p in zip(*parts, strict=True))
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     score, verdict = scrublet(data, indices, indptr, columns.num_rows, rate=rate, seed=seed)
@@ -322,42 +387,72 @@ def find_doublets(
 # Pass 2: medians
 
 
-def sketch_medians(work: str, number: int, parts: list[tuple[RowRange, np.ndarray]], block_cells: int) -> None:
-    """Pass 2: write median sketch number `number`, over the genes of `source_genes.merge_genes`.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SketchPlan:
+    """One median sketch."""
 
-    Args:
-        work: URI of the work folder.
-        number: of the sketch.
-        parts: row ranges of one species, each with bool (rows,): which cells are kept.
-        block_cells: rows read at a time.
-    """
-    listed = read_table(part_uri(work, "genes", parts[0][0].source.species))["gene"].combine_chunks()
-    depths = [read_metrics(work, [row_range.number])[0].n_counts for row_range, _ in parts]
+    work: str
+    """URI of the work folder."""
+    number: int
+    """Of the sketch."""
+    parts: list[tuple[RowRange, np.ndarray]]
+    """Row ranges of one species, each with bool (rows,): which cells are kept; at least one of each."""
+    block_cells: int
+    """Rows read at a time."""
+
+
+def read_kept(plan: SketchPlan) -> Iterator[pa.Table]:
+    """Pass 2, read: tables of counts with kept cells, and `part`, the place in `plan.parts`."""
+    wide = max(_gene_columns(plan.work, index).num_rows for index in {r.index for r, _ in plan.parts}) > 1 << 16
+    for k, (row_range, keep_N) in enumerate(plan.parts):
+        for table in _read_rows(plan.work, row_range, plan.block_cells):
+            first = table["row"][0].as_py() - row_range.start
+            if keep_N[first : first + len(table)].any():
+                # one type in all tables
+                columns = table["columns"].cast(packed_counts.INT32S) if wide else table["columns"]
+                part = pa.array([k] * len(table), pa.int32())
+                yield table.set_column(1, "columns", columns).append_column("part", part)
+
+
+def sketch_counts(tables: Iterator[pa.Table], plan: SketchPlan) -> Iterator[pa.Table]:
+    """Pass 2, transform: the sketch of all cells, over the genes of `source_genes.merge_genes`, as one row of `packed_counts`."""
+    listed = read_table(part_uri(plan.work, "genes", plan.parts[0][0].source.species))["gene"].combine_chunks()
     filled = medians.SketchBuilder(len(listed))
-    for depth, (row_range, keep_N) in zip(depths, parts, strict=True):
-        columns = _gene_columns(work, row_range.index)
+    for part, own in groupby(tables, key=lambda table: table["part"][0].as_py()):
+        row_range, keep_N = plan.parts[part]
+        depth = read_metrics(plan.work, [row_range.number])[0].n_counts
+        columns = _gene_columns(plan.work, row_range.index)
         gene_G = pc.index_in(columns["gene"].combine_chunks(), value_set=listed)
         gene_G = np.where(columns["candidate"].to_numpy(), pc.fill_null(gene_G, -1).to_numpy(), -1).astype(np.int32)
-        with _open_source(work, row_range.index, row_range.source) as reader:
-            for b, rows in _blocks(reader, columns, row_range, block_cells):
-                filled.update(b.data, b.indices, b.indptr, depth_N=depth[rows], keep_N=keep_N[rows], gene_G=gene_G)
-    write_sketch(part_uri(work, "sketch", number), filled.finish())
+        for table in own:
+            rows = table["row"].to_numpy() - row_range.start
+            filled.update(*_csr(table), depth_N=depth[rows], keep_N=keep_N[rows], gene_G=gene_G)
+    yield _pack_sketch(filled.finish())
 
 
-def _blocks(reader: Reader, columns: pa.Table, row_range: RowRange, rows: int) -> Iterator[tuple[counts.Block, slice]]:
-    for block in counts.read_blocks(reader, columns, row_range.start, row_range.stop, rows=rows):
-        first = block.start - row_range.start
-        yield block, slice(first, first + len(block.indptr) - 1)
+def write_sketch_part(tables: Iterator[pa.Table], plan: SketchPlan) -> None:
+    """Pass 2, write: the sketch."""
+    write_batches(sketch_uri(plan.work, "sketch", plan.number), packed_counts.SCHEMA, tables)
 
 
-_SKETCH = pa.schema([pa.field(name, pa.uint32(), nullable=False) for name in ("key", "count")])
+sketch_medians = Pipeline(
+    name="sketch_medians", source="Counts", read=read_kept, steps=(sketch_counts,), write=write_sketch_part
+)
+"""Pass 2: the median sketch of the kept cells of some row ranges. Takes a `SketchPlan`."""
+
+
+def sketch_uri(work: str, kind: str, number: int) -> str:
+    """URI of a sketch's part file."""
+    return files.join(work, kind, f"{number:05d}.arrow")
+
+
+def _pack_sketch(found: medians.Sketch) -> pa.Table:
+    return packed_counts.pack(found.counts, found.keys, np.array([0, len(found.keys)]))
 
 
 def write_sketch(uri: str, found: medians.Sketch) -> None:
     """Write a sketch as a part file."""
-    delta = {"key": "DELTA_BINARY_PACKED", "count": "DELTA_BINARY_PACKED"}
-    table = pa.Table.from_arrays([pa.array(found.keys), pa.array(found.counts)], schema=_SKETCH)
-    write_table(uri, table, use_dictionary=False, column_encoding=delta, compression="none", write_statistics=False)
+    write_batches(uri, packed_counts.SCHEMA, [_pack_sketch(found)])
 
 
 def merge_sketch_parts(uris: list[str], to: str) -> None:
@@ -367,8 +462,9 @@ def merge_sketch_parts(uris: list[str], to: str) -> None:
 
 def read_sketch(uri: str) -> medians.Sketch:
     """Read a sketch from its part file."""
-    table = read_table(uri)
-    return medians.Sketch(table["key"].to_numpy(), table["count"].to_numpy())
+    (batch,) = read_batches(uri)
+    num, keys, _ = packed_counts.unpack(batch, np.iinfo(np.int32).max)
+    return medians.Sketch(keys.view(np.uint32), num.view(np.uint32))
 
 
 # Pass 3: sentences
@@ -407,13 +503,20 @@ class ShardPlan:
 
 
 def read_cells(plan: ShardPlan) -> Iterator[pa.Table]:
-    """Pass 3, read: tables of `_read_rows` with cell names and obs, for the blocks with kept cells."""
-    held = files.read_json(facts_uri(plan.work, plan.row_range.index))["obs"]
-    obs = {name: (held.get(name), kind) for name, kind in plan.obs.items()}
-    start = plan.row_range.start
-    for table in _read_rows(plan.work, plan.row_range, plan.block_cells, obs):
-        if plan.keep_N[table["row"].to_numpy() - start].any():
-            yield table
+    """Pass 3, read: tables of counts with cell names (`cell`) and obs, for the blocks with kept cells."""
+    row_range, source = plan.row_range, plan.row_range.source
+    start, stop = row_range.start, row_range.stop
+    held = files.read_json(facts_uri(plan.work, row_range.index))["obs"]
+    with _open_source(plan.work, row_range.index, source) as reader:
+        names = [f"{source.name}:{name}" for name in reader.cell_names(start, stop)]
+        whole = {"cell": pa.array(names, pa.string())}
+        for name, kind in plan.obs.items():
+            values = reader.obs(held[name], start, stop) if name in held else None
+            whole[name] = obs_array(values, kind, stop - start)
+        for table in _read_rows(plan.work, row_range, plan.block_cells, reader):
+            first = table["row"][0].as_py() - start
+            if plan.keep_N[first : first + len(table)].any():
+                yield _with_columns(table, whole, start)
 
 
 def encode_cells(tables: Iterator[pa.Table], plan: ShardPlan) -> Iterator[pa.Table]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixgf.arrays import read_only
 from mixgf.config.data import Tokens
 from mixgf.genes.vocabulary import CLS, SpeciesGenes
 from mixgf.jit import jit, trailing_zeros
@@ -262,7 +263,7 @@ class Encoder:
 
         Args:
             data: int32 counts; a row has at most one count above 0 per column (as `counts.read_blocks` gives them).
-            indices: int32 columns.
+            indices: columns, of any integer type.
             indptr: int64.
             rows_N: rows to encode; None = all.
             out: int32 array for the tokens, large enough for all; None = a new array.
@@ -281,6 +282,7 @@ class Encoder:
         if num_ranks > len(self._rank_K):
             self._rank_K, self._large_L = np.empty(num_ranks, np.int32), np.empty(num_ranks, np.int64)
         rows = _RowRanks(self._rank_K, np.empty(num_rows, np.int64), self._large_L, np.empty(num_rows, np.int64))
+        data, indices = read_only(data), read_only(indices)
         _look_up(data, indices, start_N, stop_N, self._rank_P, self._filled, self._words, rows)
         out_offsets = np.zeros(num_rows + 1, dtype=np.int64)
         _write_sentences(data, indices, rows, self._values, CLS if cls else -1, most, out, out_offsets)

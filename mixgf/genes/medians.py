@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixgf.jit import jit
+from mixgf.arrays import read_only
+from mixgf.jit import jit, trailing_zeros
 
 SKETCH_BITS = 8
 _LOWEST = 1023 - 20  # the exponent field of 2**-20: count 1 in a cell of 10**10 counts
@@ -56,7 +57,7 @@ class _Lists(NamedTuple):
     next_P: np.ndarray
     """int32: the page that follows each full page."""
     end_G: np.ndarray
-    """int64: end of each gene's values, in its last page."""
+    """int32: end of each gene's values, in its last page."""
 
 
 @jit
@@ -89,69 +90,77 @@ def _append(  # noqa: PLR0917 (a compiled kernel)
     return used
 
 
+class _Histogram(NamedTuple):
+    """Counts of the buckets of one gene; all zeros between genes."""
+
+    counts: np.ndarray
+    """uint32 by bucket."""
+    filled: np.ndarray
+    """uint64 bit map: which buckets are not 0."""
+
+
+def _histogram() -> _Histogram:
+    return _Histogram(np.zeros(NUM_BUCKETS, np.uint32), np.zeros(NUM_BUCKETS // 64, np.uint64))
+
+
 @jit
-def _emit(  # noqa: PLR0917 (a compiled kernel)
-    gene: int, histogram: np.ndarray, lowest: int, highest: int, keys: np.ndarray, counts: np.ndarray, n: int
-) -> int:
-    """Move buckets `lowest` to `highest` of one gene's histogram behind the first n keys; returns the new number of keys."""
-    pairs = histogram.view(np.uint64)
-    for pair in range(lowest >> 1, (highest >> 1) + 1):
-        if pairs[pair]:
-            for bucket in range(2 * pair, 2 * pair + 2):
-                if histogram[bucket]:
-                    keys[n], counts[n] = gene * 9216 + bucket, histogram[bucket]
-                    n += 1
-            pairs[pair] = 0
+def _increase(histogram: _Histogram, bucket: Any, number: Any) -> None:
+    histogram.counts[bucket] += number
+    histogram.filled[bucket >> 6] |= np.uint64(1) << np.uint64(bucket & 63)
+
+
+@jit
+def _move(histogram: _Histogram, gene: int, keys: np.ndarray, counts: np.ndarray, n: int) -> int:
+    """Move one gene's histogram behind the first n keys; returns the new number of keys."""
+    for i in range(histogram.filled.shape[0]):
+        left = histogram.filled[i]
+        histogram.filled[i] = 0
+        while left:
+            bucket = (i << 6) + trailing_zeros(left)
+            left &= left - np.uint64(1)
+            keys[n], counts[n] = gene * 9216 + bucket, histogram.counts[bucket]
+            histogram.counts[bucket] = 0
+            n += 1
     return n
+
+
+@jit
+def _add(keys: np.ndarray, counts: np.ndarray, at: int, gene: int, histogram: _Histogram) -> int:
+    """Add one gene's part of a sketch, from position `at` on; returns its end."""
+    first, stop = np.int64(gene) * 9216, np.int64(gene + 1) * 9216
+    while at < keys.shape[0] and np.int64(keys[at]) < stop:
+        _increase(histogram, np.int64(keys[at]) - first, counts[at])
+        at += 1
+    return at
 
 
 @jit
 def _collect(  # noqa: PLR0917 (a compiled kernel)
-    lists: _Lists, old_keys: np.ndarray, old_counts: np.ndarray, histogram: np.ndarray, keys: np.ndarray,
+    lists: _Lists, old_keys: np.ndarray, old_counts: np.ndarray, histogram: _Histogram, keys: np.ndarray,
     counts: np.ndarray,
 ) -> int:  # fmt: skip
-    """Write the sketch of the lists' values and of an older sketch; returns its number of keys. `histogram` is all zeros."""
-    n, old = 0, 0
+    """Write the sketch of the lists' values and of an older sketch; returns its number of keys."""
+    n, old, one = 0, 0, np.uint32(1)
     for g in range(lists.end_G.shape[0]):
-        lowest: Any = 9215
-        highest: Any = 0
         page, last = g, lists.end_G[g] // _PAGE
         while True:
             stop = lists.end_G[g] if page == last else (page + 1) * _PAGE
             for i in range(page * _PAGE, stop):
-                bucket = np.int64(lists.bucket_T[i])
-                histogram[bucket] += np.uint32(1)
-                lowest, highest = min(lowest, bucket), max(highest, bucket)
+                _increase(histogram, np.int64(lists.bucket_T[i]), one)
             if page == last:
                 break
             page = lists.next_P[page]
-        old, lowest, highest = _add(old_keys, old_counts, old, g, histogram, lowest, highest)
-        n = _emit(g, histogram, lowest, highest, keys, counts, n)
+        old = _add(old_keys, old_counts, old, g, histogram)
+        n = _move(histogram, g, keys, counts, n)
     return n
 
 
 @jit
-def _add(  # noqa: PLR0917 (a compiled kernel)
-    keys: np.ndarray, counts: np.ndarray, at: int, gene: int, histogram: np.ndarray, lowest: Any, highest: Any
-) -> tuple[int, Any, Any]:
-    """Add one gene's part of a sketch, from position `at` on; returns its end, and the range of filled buckets."""
-    first, stop = np.int64(gene) * 9216, np.int64(gene + 1) * 9216
-    begin = at
-    while at < keys.shape[0] and np.int64(keys[at]) < stop:
-        histogram[np.int64(keys[at]) - first] += counts[at]
-        at += 1
-    if at > begin:
-        lowest = min(lowest, np.int64(keys[begin]) - first)
-        highest = max(highest, np.int64(keys[at - 1]) - first)
-    return at, lowest, highest
-
-
-@jit
 def _merge(  # noqa: PLR0917 (a compiled kernel)
-    keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, histogram: np.ndarray,
+    keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, histogram: _Histogram,
     keys: np.ndarray, counts: np.ndarray,
 ) -> int:  # fmt: skip
-    """Write the sum of two sketches; returns its number of keys. `histogram` is all zeros."""
+    """Write the sum of two sketches; returns its number of keys."""
     n, a, b = 0, 0, 0
     while a < keys_a.shape[0] or b < keys_b.shape[0]:
         gene: Any = 1 << 32
@@ -159,9 +168,9 @@ def _merge(  # noqa: PLR0917 (a compiled kernel)
             gene = np.int64(keys_a[a]) // 9216
         if b < keys_b.shape[0]:
             gene = min(gene, np.int64(keys_b[b]) // 9216)
-        a, lowest, highest = _add(keys_a, counts_a, a, gene, histogram, 9215, 0)
-        b, lowest, highest = _add(keys_b, counts_b, b, gene, histogram, lowest, highest)
-        n = _emit(gene, histogram, lowest, highest, keys, counts, n)
+        a = _add(keys_a, counts_a, a, gene, histogram)
+        b = _add(keys_b, counts_b, b, gene, histogram)
+        n = _move(histogram, gene, keys, counts, n)
     return n
 
 
@@ -179,11 +188,11 @@ class SketchBuilder:
             most_values: values that are held before they move to the sketch; a row is never divided.
         """
         assert (SKETCH_BITS, _LOWEST, NUM_BUCKETS) == (8, 1003, 9216), "compiled into the kernels above"
-        assert num_genes * NUM_BUCKETS < 1 << 32, num_genes
+        assert num_genes * NUM_BUCKETS < 1 << 31, num_genes
         self._num_genes, self._most_values = num_genes, most_values
         num_pages = num_genes + (most_values + num_genes) // _PAGE + 1
         self._lists = _Lists(
-            np.empty(num_pages * _PAGE, np.uint16), np.empty(num_pages, np.int32), np.empty(num_genes, np.int64)
+            np.empty(num_pages * _PAGE, np.uint16), np.empty(num_pages, np.int32), np.empty(num_genes, np.int32)
         )
         self._total = EMPTY
         self._clear()
@@ -206,13 +215,14 @@ class SketchBuilder:
 
         Args:
             data: counts.
-            indices: columns.
+            indices: columns, of any integer type.
             indptr: row pointers.
             depth_N: depth of each row.
             keep_N: bool, rows to add.
             gene_G: number of the gene of each column, -1 = none; no gene twice.
         """
         depth = depth_N.astype(np.float64)
+        data, indices = read_only(data), read_only(indices)
         first = 0
         while first < len(depth):
             room = self._most_values - self._num_values
@@ -223,7 +233,7 @@ class SketchBuilder:
             stop = max(stop, first + 1)  # a row has at most `num_genes` values
             rows, ends = slice(first, stop), slice(first, stop + 1)
             self._used_pages = _append(
-                data, indices, indptr[ends], depth[rows], keep_N[rows], gene_G, self._lists, self._used_pages
+                data, indices, read_only(indptr[ends]), depth[rows], keep_N[rows], gene_G, self._lists, self._used_pages
             )
             self._num_values += int(indptr[stop] - indptr[first])
             first = stop
@@ -231,7 +241,7 @@ class SketchBuilder:
     def _flush(self) -> None:
         most = self._num_values + len(self._total.keys)
         keys, counts = np.empty(most, np.uint32), np.empty(most, np.uint32)
-        n = _collect(self._lists, self._total.keys, self._total.counts, np.zeros(NUM_BUCKETS, np.uint32), keys, counts)
+        n = _collect(self._lists, self._total.keys, self._total.counts, _histogram(), keys, counts)
         self._total = _cut(keys, counts, n)
         self._clear()
 
@@ -257,8 +267,7 @@ def merge_sketches(sketches: Iterable[Sketch]) -> Sketch:
             continue
         most = len(total.keys) + len(sketch.keys)
         keys, counts = np.empty(most, np.uint32), np.empty(most, np.uint32)
-        histogram = np.zeros(NUM_BUCKETS, np.uint32)
-        n = _merge(total.keys, total.counts, sketch.keys, sketch.counts, histogram, keys, counts)
+        n = _merge(total.keys, total.counts, sketch.keys, sketch.counts, _histogram(), keys, counts)
         total = _cut(keys, counts, n)
     return total
 

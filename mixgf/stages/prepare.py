@@ -207,7 +207,13 @@ class _Prepare:
             Task(
                 part=shards.part_uri(self.work, "metrics", u.number), source=u.index, weight=u.stop - u.start,
                 function=prepare_passes.measure_cells,
-                args=(prepare_passes.MetricsPlan(work=self.work, row_range=u, block_cells=rows),),
+                args=(
+                    prepare_passes.MetricsPlan(
+                        work=self.work, row_range=u, block_cells=rows,
+                        # a column-major source has a copy already: its rows
+                        keep_counts=self.config.prepare.keep_counts and not self.facts[u.index]["by_column"],
+                    ),
+                ),
             )
             for u in all_units
         ]  # fmt: skip
@@ -308,11 +314,12 @@ class _Prepare:
             each = max(1, min(SKETCH_UNITS, len(mine) // 64))
             for k in range(0, len(mine), each):
                 group = [(u, keeps[u.number]) for u in mine[k : k + each]]
-                sketches[name].append(shards.part_uri(self.work, "sketch", len(tasks)))
+                plan = prepare_passes.SketchPlan(work=self.work, number=len(tasks), parts=group, block_cells=rows)
+                sketches[name].append(prepare_passes.sketch_uri(self.work, "sketch", plan.number))
                 tasks.append(
                     Task(
                         part=sketches[name][-1], source=group[0][0].index, weight=sum(u.stop - u.start for u, _ in group),
-                        function=prepare_passes.sketch_medians, args=(self.work, len(tasks), group, rows),
+                        function=prepare_passes.sketch_medians, args=(plan,),
                     )
                 )  # fmt: skip
         self.passes.run("medians", tasks)
@@ -340,7 +347,7 @@ class _Prepare:
         level = 0
         while len(parts) > MERGE_FAN_IN:
             groups = [parts[k : k + MERGE_FAN_IN] for k in range(0, len(parts), MERGE_FAN_IN)]
-            parts = [shards.part_uri(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
+            parts = [prepare_passes.sketch_uri(self.work, f"merge-{name}-{level}", k) for k in range(len(groups))]
             tasks = [
                 Task(part=to, weight=len(group), function=prepare_passes.merge_sketch_parts, args=(group, to))
                 for group, to in zip(groups, parts, strict=True)

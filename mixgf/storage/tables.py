@@ -1,17 +1,17 @@
-"""Parquet tables by URI: read whole, and written atomically with byte count and SHA-256."""
+"""Tables by URI, written atomically: Parquet with byte count and SHA-256, and Arrow IPC for what is soon read again."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mixgf.storage.files import is_local, local_path, open_read, replacing, write_bytes
+from mixgf.storage.files import is_local, local_path, open_arrow, open_read, replacing, write_bytes
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
@@ -80,3 +80,33 @@ def write_tables(
     data = stream.getvalue()
     write_bytes(uri, data)
     return data.size, hashlib.sha256(data).hexdigest()
+
+
+def write_batches(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write tables of one schema as one Arrow IPC file.
+
+    On local disk it is not compressed, so that it costs little more than a copy in memory. For object storage it is (zstd), and
+    is held in memory as a whole.
+    """
+    options = pa.ipc.IpcWriteOptions(compression=None if is_local(uri) else "zstd", use_threads=False)
+
+    def write(sink: pa.NativeFile) -> None:
+        with pa.ipc.new_file(sink, schema, options=options) as writer:
+            for table in tables:
+                writer.write_table(table)
+
+    if is_local(uri):
+        with replacing(local_path(uri)) as temporary, pa.OSFile(str(temporary), "wb") as file:
+            write(file)
+        return
+    stream = pa.BufferOutputStream()
+    write(stream)
+    write_bytes(uri, stream.getvalue())
+
+
+def read_batches(uri: str) -> Iterator[pa.RecordBatch]:
+    """Batches of an Arrow IPC file, one in memory at a time."""
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    with open_arrow(uri) as file, pa.ipc.open_file(file, options=options) as batches:
+        for i in range(batches.num_record_batches):
+            yield batches.get_batch(i)

@@ -69,7 +69,9 @@ def sentences(path, vocabulary, tmp_path):
     prepare_passes.describe_source(work, 0, source, row=data.HUMAN, rules=data.QC(), biotypes=(), allowed=allowed)
     rows = files.read_json(shards.facts_uri(work, 0))["rows"]
     (unit,) = prepare_passes.plan_row_ranges({0: (source, rows)}, rows)
-    prepare_passes.measure_cells(prepare_passes.MetricsPlan(work=work, row_range=unit, block_cells=500))
+    prepare_passes.measure_cells(
+        prepare_passes.MetricsPlan(work=work, row_range=unit, block_cells=500, keep_counts=False)
+    )
     plan = prepare_passes.ShardPlan(
         work=work, row_range=unit, keep_N=np.ones(rows, dtype=bool), shard=0, to=str(tmp_path),
         vocabulary=str(tmp_path / "vocabulary.parquet"), digest=vocabulary.hash, tokens=data.Tokens(max_len=MAX_LEN), obs={},

@@ -10,7 +10,7 @@ from executors import Through, backwards, dying
 from invented import NUM_GENES
 from scipy import sparse
 
-from mixgf.cells import row_major
+from mixgf.cells import counts, packed_counts, row_major
 from mixgf.config.data import QC, Prepare, Source, Tokens, Vocab
 from mixgf.corpus import prepare_passes
 from mixgf.errors import UserError
@@ -203,6 +203,54 @@ def test_many_sketch_parts_are_merged_in_a_tree(world, tmp_path, monkeypatch):
     expected = Vocabulary.load(made(config, tmp_path, "flat")).hash
     monkeypatch.setattr(prepare, "MERGE_FAN_IN", 2)
     assert Vocabulary.load(made(config, tmp_path, "tree")).hash == expected
+
+
+@pytest.mark.parametrize("column_major", [False, True])
+def test_a_copy_of_the_counts_spares_two_reads_and_changes_no_byte(world, tmp_path, monkeypatch, column_major):
+    """Cells are dropped for every reason that is known only after the source was read."""
+    config, _ = world
+    if column_major:
+        for source in config.sources:
+            cells = anndata.read_h5ad(source.uri)
+            cells.X = sparse.csc_matrix(cells.X)
+            cells.write_h5ad(source.uri)
+    sources = tuple(dataclasses.replace(s, sample="cell_type") for s in config.sources)
+    found, rows = {}, []
+    read_blocks = counts.read_blocks
+
+    def counting(reader, columns, start, stop, **options):
+        rows.append(stop - start)
+        return read_blocks(reader, columns, start, stop, **options)
+
+    monkeypatch.setattr(counts, "read_blocks", counting)
+    for keep_counts in (True, False):
+        rows.clear()
+        found[keep_counts] = made(
+            config, tmp_path, f"kept-{keep_counts}", sources=sources, qc=QC(num_sd=1.2, max_cells_per_sample=6),
+            prepare=Prepare(shard_cells=10, block_cells=4, keep_counts=keep_counts),
+        )  # fmt: skip
+        dropped = artifacts.require(found[keep_counts], "corpus").counts["dropped"]
+        assert all(dropped[reason] for reason in ("few_genes", "depth", "mito", "duplicate", "cap"))
+        num = 37 + 20 + 11
+        if keep_counts and not column_major:
+            assert sum(rows) == num
+        else:  # three times, but for row ranges without kept cells
+            assert 2 * num < sum(rows) <= 3 * num
+    assert bytes_of(found[True]) == bytes_of(found[False])
+
+
+def test_a_kept_copy_holds_the_counts_of_the_source(world, tmp_path):
+    config, true = world
+    work, source = str(tmp_path / "work"), config.sources[0]
+    prepare_passes.describe_source(
+        work, 0, source, row=config.species[0], rules=QC(), biotypes=("protein_coding",), allowed=None
+    )
+    (unit,) = prepare_passes.plan_row_ranges({0: (source, 37)}, 37)
+    prepare_passes.measure_cells(prepare_passes.MetricsPlan(work=work, row_range=unit, block_cells=5, keep_counts=True))
+    (name,) = files.list_dir(f"{work}/counts-00000")
+    rows = [packed_counts.unpack(b, NUM_GENES) for b in tables.read_batches(f"{work}/counts-00000/{name}")]
+    held = sparse.vstack([sparse.csr_array(row, shape=(len(row[2]) - 1, NUM_GENES)) for row in rows]).toarray()
+    assert (held == true["ant"]).all()
 
 
 def test_shared_tokens_caps_and_cls_reach_the_corpus(world, tmp_path):
