@@ -562,6 +562,7 @@ def write_sentences(tables: Iterator[pa.Table], plan: ShardPlan) -> None:
         for group in regroup(tables, ROW_GROUP_CELLS):
             lengths.append(group["length"].to_numpy())
             yield group
+            del group
 
     name = shard_name(plan.shard)
     size, digest = write_shard(files.join(plan.to, name), plan.schema, row_groups())

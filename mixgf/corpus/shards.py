@@ -64,18 +64,28 @@ def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tupl
 
 
 def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The rows of several tables in tables of `rows` rows, of one chunk each; the last may be shorter."""
+    """The rows of several tables in tables of `rows` rows, of one chunk each; the last may be shorter.
+
+    A table that is yielded is not held here: with row groups of 20 MB this is a good part of a worker's memory.
+    """
     held: list[pa.Table] = []
     num = 0
     for table in tables:
         held.append(table)
         num += table.num_rows
+        del table
         while num >= rows:
-            whole = pa.concat_tables(held)
-            yield whole.slice(0, rows).combine_chunks()
-            held, num = [whole.slice(rows)], num - rows
+            yield _first_rows(held, rows)
+            num -= rows
     if num:
-        yield pa.concat_tables(held).combine_chunks()
+        yield _first_rows(held, num)
+
+
+def _first_rows(held: list[pa.Table], rows: int) -> pa.Table:
+    """Take the first rows of some tables out of the list, as one table of one chunk."""
+    whole = pa.concat_tables(held)
+    held[:] = [whole.slice(rows)]
+    return whole.slice(0, rows).combine_chunks()
 
 
 def obs_kind(values: np.ndarray) -> str:

@@ -67,6 +67,7 @@ def write_tables(
         with pq.ParquetWriter(sink, schema, **({"compression": "zstd"} | options)) as writer:
             for table in tables:
                 writer.write_table(table, row_group_size=row_group_size)
+                del table  # not held while the next one is made
 
     if is_local(uri):  # the file is never held in memory as a whole
         with replacing(local_path(uri)) as temporary, temporary.open("wb", buffering=0) as file:
