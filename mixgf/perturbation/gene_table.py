@@ -1,6 +1,6 @@
 """From shifts of (cell, gene) pairs to the table of genes, with tests and comparisons.
 
-For every gene the table has its shift, what its rank alone predicts, and its percentile among similar genes. It also has
+For every gene the table has its shift, what its rank alone predicts, and the percentile of the rest among other genes. It also has
 tests over cells and over donors, the shift towards unrelated states, and the gene's own difference between the states.
 
 The donor-level test has three steps. In every donor, what the gene's rank predicts is subtracted
@@ -183,7 +183,7 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
     place_G = comparison_ranks(rank_G)
     tests = _tests(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=_rng(config, operation, 92))
     expected_G = rank_adjustment.expected_by_rank(means.mean, place_G, among_G)
-    percentile_G = rank_adjustment.matched_percentile(means.mean, np.stack([place_G, coverage_G], axis=1), among_G)
+    percentile_G = rank_adjustment.residual_percentile(means.mean, place_G, coverage_G, among_G)
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
     towards = {plan.states[i].name: means_by_group(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
     other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
@@ -343,8 +343,8 @@ def _mean_ranks(pairs: Pairs, num_genes: int) -> Float64s:
 
 
 def comparison_ranks(rank_G: Float64s) -> Float64s:
-    """Mean ranks for comparisons; genes that are in no sentence rank after all others."""
-    return np.where(np.isfinite(rank_G), rank_G, np.nanmax(rank_G, initial=0.0) + 1)
+    """Logs of mean ranks for comparisons; genes that are in no sentence rank after all others."""
+    return np.log(np.where(np.isfinite(rank_G), rank_G, np.nanmax(rank_G, initial=0.0) + 1))
 
 
 def _ranking(de_G: Float64s) -> Float64s:
@@ -412,7 +412,7 @@ def _warnings(columns: dict[str, object], mean_GC: Float64s, *, has_goal: bool, 
         if ORDINARY[0] <= percentile[g] <= ORDINARY[1]:
             found.append("ordinary for its rank and coverage")
         elif np.isnan(percentile[g]):
-            found.append("too few genes for a matched null")
+            found.append("too few comparison genes of like rank")
         if fdr_cell[g] < 0.05 and p_donor[g] >= 0.05:
             found.append("significant over cells only, not over donors")
         if abs(other[g]) >= abs(shift[g]) / 2 and other[g] * shift[g] > 0:

@@ -35,7 +35,7 @@ from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import cost, mlflow_runs
 
-KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 3
+KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 4
 
 
 def run(config: Config, *, executor: Executor | None = None) -> str:

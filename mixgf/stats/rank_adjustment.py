@@ -19,6 +19,8 @@ MAX_WINDOW = 401
 """Most neighbours in one local fit of `expected_by_rank`."""
 SPAN, ROUNDS = 0.15, 2
 """Share of all genes in one local fit, and number of reweighting rounds that lower the weight of outliers."""
+ALIKE, ENOUGH = 3.0, 5
+"""Factor within which ranks are alike, and how many times more groups there must be than are matched (`residual_percentile`)."""
 SCORED_AMONG = 50
 """Number of genes of similar rank among which `normal_scores` ranks a donor's value."""
 
@@ -107,10 +109,57 @@ def matched_percentile(
     return result_G
 
 
+def residual_percentile(
+    effect_G: Float64s,
+    rank_G: Float64s,
+    coverage_G: Float64s,
+    among_G: Bools | None = None,
+    *,
+    num_matched: int = 100,
+) -> Float64s:
+    """Percentile (0 to 100) of each effect, beyond what its rank predicts, among those of other groups, (G,).
+
+    The effect less `expected_by_rank` is divided by the spread of such residuals at that rank, and by the error of the
+    expectation. These are comparable over all ranks. So all groups of `among_G` are the comparison; only if there are
+    `ENOUGH` times `num_matched` of them, it is the most similar ones (`matched_percentile`).
+
+    Args:
+        effect_G: effects; NaN = none.
+        rank_G: log of the mean rank of each gene.
+        coverage_G: share of cells with the gene.
+        among_G: groups that others are compared with; None = all.
+        num_matched: number of similar groups.
+
+    Returns:
+        NaN without an effect, or where fewer than `MIN_BACKGROUND` other groups have a rank within a factor of `ALIKE`, or
+        fewer than half of that many an earlier or equal one: there the expectation would be extrapolated.
+    """
+    own_G = np.isfinite(effect_G) & np.isfinite(rank_G) & (True if among_G is None else among_G)
+    residual_G = effect_G - expected_by_rank(effect_G, rank_G, among_G)
+    size_G = np.abs(residual_G)
+    if not np.isfinite(size_G[own_G]).any():
+        return np.full(len(effect_G), np.nan)
+    spread_G = expected_by_rank(size_G, rank_G, among_G, span=0.5) * np.sqrt(
+        np.pi / 2
+    )  # of a normal, from its mean absolute value
+    spread_G = np.maximum(spread_G, 0.1 * np.nanmedian(size_G[own_G]))
+    scaled_G = residual_G / np.hypot(spread_G, expectation_error(effect_G, rank_G, among_G))
+    places = np.sort(rank_G[own_G])
+    own, above, upto = own_G.astype(np.int64), *(np.searchsorted(places, rank_G + by) for by in (-np.log(ALIKE), 0))
+    within_G = np.searchsorted(places, rank_G + np.log(ALIKE), "right") - above - own
+    equal_G = np.searchsorted(places, rank_G, "right") - upto - own
+    scaled_G[(within_G < MIN_BACKGROUND) | (upto - above + equal_G < MIN_BACKGROUND // 2)] = np.nan
+    if len(places) < ENOUGH * num_matched:
+        num_matched = len(places)
+    return matched_percentile(scaled_G, np.stack([rank_G, coverage_G], axis=1), among_G, num_matched=num_matched)
+
+
 def expected_by_rank(
     effect_G: Float64s, rank_G: Float64s, among_G: Bools | None = None, *, span: float = SPAN
 ) -> Float64s:
     """Effect that a gene's mean rank predicts: a robust local linear fit (LOWESS, Cleveland 1979), (G,).
+
+    Give log ranks: effects fall steeply over the first ranks, and a line over ranks is biased there, in every donor alike.
 
     The fit has tricube weights over the nearest `span` of the genes, at least 21 and at most `MAX_WINDOW`: a wider window
     would be biased at the first ranks, in every donor alike. The gene itself has weight 0, so that a strong effect does
@@ -118,7 +167,7 @@ def expected_by_rank(
 
     Args:
         effect_G: effects; NaN = none.
-        rank_G: mean rank of each gene; NaN = none.
+        rank_G: mean rank of each gene, or its log; NaN = none.
         among_G: genes whose effects are fitted; None = all. The others get a prediction, too.
         span: share of the genes in one fit.
 

@@ -14,7 +14,7 @@ def table(shifts, *, prefix, half=0.1, donors=4, operation="delete", rank=None, 
     shifts = np.asarray(shifts, dtype=float)
     return pd.DataFrame({
         "operation": operation, "gene": [f"{prefix}{i}" for i in range(num)], "symbol": [f"{prefix.lower()}{i}" for i in range(num)],
-        "num_cells": 20, "num_donors": donors, "coverage": 0.5, "mean_rank": np.arange(num) if rank is None else rank, "shift": shifts,
+        "num_cells": 20, "num_donors": donors, "coverage": 0.5, "mean_rank": np.arange(1, num + 1) if rank is None else rank, "shift": shifts,
         "shift_low": shifts - half, "shift_high": shifts + half, "p_cell": p, "fdr_cell": p, "p_donor": p, "fdr_donor": p,
         "null_percentile": percentile, "rank_expected": 0.0, "rank_error": 0.0, "de_statistic": 0.0, "warnings": "",
     })  # fmt: skip
@@ -85,7 +85,7 @@ def test_bins_hold_genes_alike_and_an_exchange_stays_within_them():
 def test_what_rank_does_in_both_species_is_not_conservation_and_a_planted_effect_is():
     rng = np.random.default_rng(0)
     num = 160
-    rank = rng.permutation(num)
+    rank = rng.permutation(num) + 1
     by_rank, own = 2.0 * rank / num, rng.normal(0, 0.5, num)
 
     def summary(a, b):
@@ -108,7 +108,7 @@ def test_nothing_depends_on_the_order_of_a_perturbations_genes():
     """Its table is by falling shift; coverage is the same for all genes here, and must not be split by shift."""
     rng = np.random.default_rng(5)
     num = 60
-    a, b = (table(rng.normal(size=num), prefix=prefix, rank=rng.permutation(num)) for prefix in "AB")
+    a, b = (table(rng.normal(size=num), prefix=prefix, rank=rng.permutation(num) + 1) for prefix in "AB")
 
     def found(one, other):
         return conserved_response.conserved(one, other, partners(num), NAMES, num=99, seed=0)

@@ -381,7 +381,8 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
     best = set(fate["gene"].iloc[:3]) | set(fate.dropna(subset="estimate")["gene"].iloc[-3:])
     assert best <= set(frame["gene"])
     assert set(frame.loc[~frame["reference"], "gene"]) <= best  # who was not drawn was chosen
-    assert frame["null_percentile"].notna().all()
+    blank = frame["null_percentile"].isna()  # of the first ranks, where too few drawn genes are alike
+    assert frame.loc[blank, "mean_rank"].max() < frame["mean_rank"].median()
     order = frame.sort_values("p_cell", ignore_index=True)
     assert order["fdr_cell"].iloc[-1] == pytest.approx(min(1, order["p_cell"].iloc[-1] * whole / len(frame)))
     assert any(f"count all {whole} genes" in text for text in record.details["warnings"])

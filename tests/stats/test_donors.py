@@ -186,6 +186,27 @@ def test_percentile_is_taken_among_similar_genes_only():
     assert (same == 50).all()  # 40 equal points: every one is compared with ten others
 
 
+@pytest.mark.parametrize(("num_nulls", "most"), [(100, 0.15), (300, 0.09)])
+def test_the_percentile_of_a_residual_is_fair_at_every_rank(num_nulls, most):
+    """Effects fall with the square root of the rank, and so does their spread. Plain percentiles call all of ranks 3 and 10."""
+    rng, unusual, plain = np.random.default_rng(num_nulls), [], []
+    tested = np.array([3.0, 10, 40, 40, 200, 200, 1400, 1400])
+    planted = np.array([0, 0, 0, 4, 0, 4, 0, 4])
+    for _ in range(60):
+        rank = np.concatenate([np.exp(rng.normal(5.5, 1, num_nulls)) + 1, tested])
+        own = np.concatenate([np.zeros(num_nulls), planted])
+        effect = (0.05 + 0.01 * (own + rng.normal(size=len(rank)))) / np.sqrt(rank)
+        among, coverage = np.arange(len(rank)) < num_nulls, np.exp(-rank / 1500)
+        found = rank_adjustment.residual_percentile(effect, np.log(rank), coverage, among)[num_nulls:]
+        of_all = rank_adjustment.matched_percentile(effect, np.stack([rank, coverage], axis=1), among)[num_nulls:]
+        unusual.append(np.where(np.isnan(found), np.nan, np.abs(found - 50) > 47.5))
+        plain.append(np.abs(of_all - 50) > 47.5)
+    assert np.isnan(np.array(unusual)[:, :2]).mean() > 0.9  # no null is like ranks 3 and 10: nothing is said
+    assert np.nanmean(np.array(unusual)[:, 2:][:, planted[2:] == 0]) < most  # 5 % would be right
+    assert (np.nanmean(np.array(unusual)[:, planted == 4], axis=0) > 0.7).all()
+    assert np.mean(np.array(plain)[:, :2]) > 0.5
+
+
 def test_rank_expectation_recovers_a_line_and_ignores_the_gene_itself():
     rng = np.random.default_rng(7)
     rank = rng.uniform(0, 2000, 200)

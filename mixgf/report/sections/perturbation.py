@@ -254,7 +254,7 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Table:
     )
     return Table(
         f"{operation.capitalize()}: {which} of {len(genes):,} genes; click a heading to sort. Excess: shift less the shift that rank alone "
-        "predicts. Null percentile: position among genes of similar rank and detection (50 = ordinary). DE: differential "
+        "predicts. Null percentile: position among comparison genes of what the rank does not predict (50 = ordinary). DE: differential "
         "expression between goal and start state, from rank scores. Seen in: share of cells with the gene in the sentence."
         if goal
         else f"{operation.capitalize()}: {which} of {len(genes):,} genes.",
