@@ -2,6 +2,12 @@
 
 `run_pipeline` makes one part file per task. A part depends on its task alone and is written atomically under its own name.
 So a task that runs twice writes the same bytes to the same place. Only receipts leave the workers.
+
+All operators of a pass are fused: one Ray task reads, transforms and writes one part. Rows flow through it block by block,
+of about `BLOCK_BYTES`. Read and transform mark their first and last row of a task, so that the next operator knows where
+one ends. Ray Data calls a function of `map_batches` once per block, but a step is a function of all blocks of its task.
+So each step runs in a greenlet, which waits for the next block (`_Step`). A task that ends early, by an error or a
+cancellation, ends its steps: nothing is written.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from greenlet import getcurrent, greenlet
 from ray import cloudpickle
 from ray.data import DataContext, Dataset, ExecutionResources
 
@@ -22,7 +29,9 @@ from mixgf.distributed.datasource import Piece, Pieces, dataset
 from mixgf.errors import UserError
 from mixgf.execution import Pipeline, Receipt, Receipts, Task
 
-_TASK, _ERROR, _RESULT = "__task", "__error", "__result"
+_TASK, _END, _ERROR, _RESULT = "__task", "__end", "__error", "__result"
+BLOCK_BYTES = 4 << 20
+"""Rows that an operator gives to the next one: smaller tables are put together, larger ones are cut."""
 
 
 def pipeline_dataset(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> Dataset:
@@ -38,7 +47,7 @@ def pipeline_dataset(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> D
         logging.getLogger(name).setLevel(logging.ERROR)
     own = DataContext.get_current().copy()
     own.enable_progress_bars = own.print_on_execution_start = False
-    own.target_max_block_size = None  # one block per task: a shard of more than 128 MB is not cut
+    own.target_max_block_size = BLOCK_BYTES
     own.execution_options.preserve_order = False
     own.execution_options.resource_limits = ExecutionResources(cpu=cpus * in_flight)
     own.execution_no_progress_timeout_s = -1  # a large column-major file takes longer than Ray's 30 minutes
@@ -55,12 +64,13 @@ def pipeline_dataset(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> D
         # a read takes `max_retries` only in this way
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         data = dataset(Pieces(pipeline.source, pieces), num_cpus=cpus, ray_remote_args=retries)
-        for step in (*pipeline.steps, pipeline.write):
-            function = _writing(step) if step is pipeline.write else _transforming(step)
-            data = data.map_batches(
-                function, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=cpus, **retries
-            )
-    return data
+        for step in pipeline.steps:
+            data = _mapped(data, _transforming(step), num_cpus=cpus, **retries)
+        return _mapped(data, _writing(pipeline.write), num_cpus=cpus, **retries)
+
+
+def _mapped(data: Dataset, function: Callable[[pa.Table], Iterator[pa.Table]], **options: Any) -> Dataset:
+    return data.map_batches(function, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **options)
 
 
 def run_pipeline(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> Receipts:
@@ -75,11 +85,17 @@ def run_pipeline(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> Recei
         in_flight: most tasks at a time.
     """
     data = pipeline_dataset(tasks, cpus=cpus, in_flight=in_flight)
+    number = 0
     try:
         with closing(_receipts(data)) as receipts:
-            yield from receipts
+            for receipt in receipts:
+                number += 1
+                yield receipt
     except ray.exceptions.RayError as error:
         raise _cause(error) from None
+    if number != len(tasks):
+        msg = f"{number} receipts of {len(tasks)} tasks"
+        raise RuntimeError(msg)
 
 
 def _receipts(data: Dataset) -> Receipts:
@@ -96,65 +112,200 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+# operators
+
+
+class _Outgoing:
+    """Tables of one task on their way to the next operator: the first row carries the task, the last one its end.
+
+    Args:
+        sent: number and task, pickled.
+    """
+
+    def __init__(self, sent: bytes) -> None:
+        self._sent: bytes | None = sent
+        self._held: pa.Table | None = None
+
+    def add(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Hold the table back, since it may be the last one; yields the one before it."""
+        if table.num_rows:
+            held, self._held = self._held, table
+            if held is not None:
+                yield self._marked(held, None)
+
+    def end(self, error: str = "") -> Iterator[pa.Table]:
+        """Yield the last table, or a row without columns if there is none, with the task's error; empty = none."""
+        assert error or self._held is not None, "a step without rows"
+        yield self._marked(self._held, error)
+
+    def _marked(self, table: pa.Table | None, end: str | None) -> pa.Table:
+        num = 1 if table is None else table.num_rows
+        sent, self._sent = self._sent, None
+        begins = pa.concat_arrays([pa.array([sent], pa.binary()), pa.nulls(num - 1, pa.binary())])
+        ends = pa.concat_arrays([pa.nulls(num - 1, pa.string()), pa.array([end], pa.string())])
+        if table is None:
+            return pa.table({_TASK: begins, _END: ends})
+        return table.append_column(_TASK, begins).append_column(_END, ends)
+
+
+class _Incoming:
+    """A block of an operator, without its marks."""
+
+    def __init__(self, block: pa.Table) -> None:
+        self.begin: bytes | None = block[_TASK][0].as_py()
+        """The task, in its first block."""
+        self.end: str | None = block[_END][-1].as_py()
+        """Error of the task, empty = none, in its last block."""
+        self._block = block.drop_columns([_TASK, _END])
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Its tables as the step before yielded them."""
+        return (pa.Table.from_batches([batch]) for batch in self._block.to_batches() if self._block.num_columns)
+
+
 def _read_task(number: int, task: Task) -> Iterator[pa.Table]:
-    """Rows of one task, and the task itself in the first row of column `__task`, for the operators that follow."""
+    """Rows of one task."""
+    pa.set_memory_pool(pa.system_memory_pool())  # pyarrow's own one keeps about 40 MB more of what was freed
     pipeline = task.function
     assert isinstance(pipeline, Pipeline)
-    sent = cloudpickle.dumps((number, task))
-    yield from _guarded(sent, lambda: pipeline.read(*task.arguments(), **task.kwargs))
-
-
-def _guarded(sent: bytes, rows: Callable[[], Iterable[pa.Table]]) -> list[pa.Table]:
-    """Tables of a step with the task in their first row; a `UserError` is one row with the error instead of the rows."""
+    out = _Outgoing(cloudpickle.dumps((number, task)))
+    error = ""
     try:
-        tables = [table for table in rows() if table.num_rows]
-    except UserError as error:
-        return [pa.table({_TASK: pa.array([sent], pa.binary()), _ERROR: pa.array([str(error)], pa.string())})]
-    assert tables, "a step without rows"
-    marked = []
-    for i, table in enumerate(tables):
-        first = pa.array([sent if i == 0 else None], pa.binary())
-        column = pa.concat_arrays([first, pa.nulls(table.num_rows - 1, pa.binary())])
-        marked.append(table.add_column(0, _TASK, column))
-    return marked
+        for table in pipeline.read(*task.arguments(), **task.kwargs):
+            yield from out.add(table)
+    except UserError as found:
+        error = str(found)
+    yield from out.end(error)
+
+
+_NEXT, _OVER = object(), object()
+
+
+class _Step:
+    """A step of one task: a function of an iterator of tables, which gets them one by one.
+
+    It runs in a greenlet, which stops where the step asks for its next table. If the `_Step` goes before the step has ended,
+    `greenlet.GreenletExit` is raised there, so that files that the step writes are closed and removed.
+
+    Args:
+        function: called with the iterator; returns what it makes.
+    """
+
+    def __init__(self, function: Callable[[Iterator[pa.Table]], Iterable[Any]]) -> None:
+        self._greenlet = greenlet(_run)
+        self._function = function
+
+    def feed(self, table: pa.Table | None) -> Iterator[Any]:
+        """Give the next table, or None after the last; yields what the step makes until it asks for another one or ends."""
+        if not self._greenlet:  # not started
+            yield from self._resume(self._function)
+        yield from self._resume(table)
+
+    def _resume(self, given: Any) -> Iterator[Any]:
+        made = _OVER if self._greenlet.dead else self._greenlet.switch(given)
+        while made is not _NEXT and made is not _OVER:
+            yield made
+            made = self._greenlet.switch()
+
+
+def _run(function: Callable[[Iterator[pa.Table]], Iterable[Any]]) -> object:
+    """What the greenlet of a `_Step` does: give to its parent what the function makes, and take tables from it."""
+    feeder = getcurrent().parent
+    assert feeder is not None
+
+    def tables() -> Iterator[pa.Table]:
+        while (table := feeder.switch(_NEXT)) is not None:
+            yield table
+            del table
+
+    for made in function(tables()):
+        feeder.switch(made)
+        del made
+    return _OVER
+
+
+class _Operator:
+    """A step of a pipeline as a function of blocks, in the order in which one Ray task reads them.
+
+    Args:
+        function: of the pipeline; called with the tables and the task's arguments, it returns what it makes.
+        outgoing: what that is put into.
+    """
+
+    def __init__(
+        self, function: Callable[..., Iterable[Any]], outgoing: Callable[[bytes], _Outgoing | _Outcome]
+    ) -> None:
+        self._function, self._outgoing = function, outgoing
+        self._step: _Step | None = None
+        self._out: _Outgoing | _Outcome | None = None
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        incoming = _Incoming(block)
+        if incoming.begin is not None:
+            _, task = cloudpickle.loads(incoming.begin)
+            arguments = partial(self._function, task=task)
+            self._step, self._out = _Step(arguments), self._outgoing(incoming.begin)
+        if self._out is None:
+            msg = "a block in the middle of a task came first: Ray Data has not fused the operators"
+            raise RuntimeError(msg)
+        if self._step is None:
+            return  # of a task that has ended with an error
+        try:
+            for table in incoming.tables():
+                for made in self._step.feed(table):
+                    yield from self._out.add(made)
+            if incoming.end == "":
+                for made in self._step.feed(None):
+                    yield from self._out.add(made)
+            error = incoming.end
+        except UserError as found:
+            error = str(found)
+        if error is not None:
+            self._step = None
+            yield from self._out.end(error)
+
+
+class _Outcome:
+    """The result of one task on its way to the driver.
+
+    Args:
+        sent: number and task, pickled.
+    """
+
+    def __init__(self, sent: bytes) -> None:
+        self._number, _ = cloudpickle.loads(sent)
+        self._result: bytes | None = None
+
+    def add(self, result: Any) -> Iterator[pa.Table]:
+        """Hold the result."""
+        self._result = cloudpickle.dumps(result)
+        yield from ()
+
+    def end(self, error: str = "") -> Iterator[pa.Table]:
+        """Yield the task's only row."""
+        columns = [
+            pa.array([self._number], pa.int32()),
+            pa.array([error or None], pa.string()),
+            pa.array([self._result], pa.binary()),
+        ]
+        yield pa.table(columns, names=[_TASK, _ERROR, _RESULT])
 
 
 def _transforming(step: Callable[..., Iterator[pa.Table]]) -> Callable[[pa.Table], Iterator[pa.Table]]:
+    operator = _Operator(lambda tables, task: step(tables, *task.arguments(), **task.kwargs), _Outgoing)
+
     def transform(block: pa.Table) -> Iterator[pa.Table]:
-        if _ERROR in block.column_names:
-            yield block
-            return
-        sent, tables = _unmarked(block)
-        _, task = cloudpickle.loads(sent)
-        yield from _guarded(sent, lambda: step(tables, *task.arguments(), **task.kwargs))
+        return operator(block)
 
     transform.__name__ = step.__name__
     return transform
 
 
-def _writing(step: Callable[..., Any]) -> Callable[[pa.Table], pa.Table]:
-    def write(block: pa.Table) -> pa.Table:
-        result = error = None
-        if _ERROR in block.column_names:
-            number, _ = cloudpickle.loads(block[_TASK][0].as_py())
-            error = block[_ERROR][0].as_py()
-        else:
-            sent, tables = _unmarked(block)
-            number, task = cloudpickle.loads(sent)
-            try:
-                result = cloudpickle.dumps(step(tables, *task.arguments(), **task.kwargs))
-            except UserError as found:
-                error = str(found)
-        return pa.table(
-            [pa.array([number], pa.int32()), pa.array([error], pa.string()), pa.array([result], pa.binary())],
-            names=[_TASK, _ERROR, _RESULT],
-        )
+def _writing(step: Callable[..., Any]) -> Callable[[pa.Table], Iterator[pa.Table]]:
+    operator = _Operator(lambda tables, task: [step(tables, *task.arguments(), **task.kwargs)], _Outcome)
+
+    def write(block: pa.Table) -> Iterator[pa.Table]:
+        return operator(block)
 
     write.__name__ = step.__name__
     return write
-
-
-def _unmarked(block: pa.Table) -> tuple[bytes, Iterator[pa.Table]]:
-    """The pickled task of a block, and its tables as they were yielded."""
-    sent = block[_TASK][0].as_py()
-    return sent, (pa.Table.from_batches([batch]) for batch in block.drop_columns([_TASK]).to_batches())

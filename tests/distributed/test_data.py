@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
 from scipy import io as scipy_io
 from scipy import sparse
 
 from mixgf.config.run import Compute, Config
 from mixgf.corpus.reader import Corpus
-from mixgf.distributed import data
+from mixgf.distributed import data, pipelines
 from mixgf.distributed.data import read_cells, read_corpus
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.pipelines import pipeline_dataset
@@ -400,6 +401,86 @@ def test_receipts_of_a_pipeline_are_those_of_the_local_executor(executor, tmp_pa
     assert [receipt.error for receipt in local[3:5]] == ["square: not usable", "write: not usable"]
     assert local[2].result == sum(x * x for x in (2, 2, 3, 2, 3, 4))
     assert len(list((tmp_path / "ray").iterdir())) == len(names), "each task ran once"
+
+
+@pytest.mark.parametrize("size", [8, 40, 4 << 20])
+def test_no_size_of_blocks_changes_a_receipt(executor, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(pipelines, "BLOCK_BYTES", size)
+    names = ["a", "refused in read", "refused in square", "b", "refused in write"]
+    local = list(LocalExecutor().run(tasks(tmp_path / "here", names)))
+    found = sorted(executor.run(tasks(tmp_path / "ray", names)), key=lambda receipt: receipt.number)
+    assert found == local
+
+
+def read_large(folder, num):
+    for k in range(num):
+        (folder / f"{time.monotonic_ns()} read {k}").touch()
+        yield pa.table({"x": [bytes(1 << 20)] * 5})  # 5 MB: a block of its own
+
+
+def pass_on(tables, folder, num):
+    try:
+        yield from tables
+    finally:
+        (folder / f"{time.monotonic_ns()} closed").touch()
+
+
+def write_large(tables, folder, num):
+    for k, _ in enumerate(tables):
+        if folder.name == "refused":
+            msg = "not writable"
+            raise UserError(msg)
+        (folder / f"{time.monotonic_ns()} write {k}").touch()
+    return k
+
+
+@pytest.mark.parametrize("name", ["whole", "refused"])
+def test_rows_flow_through_the_operators_block_by_block(executor, tmp_path, name):
+    large = Pipeline(name="large", source="Large", read=read_large, steps=(pass_on,), write=write_large)
+    folder = tmp_path / name
+    folder.mkdir()
+    (receipt,) = executor.run([Task(part="", function=large, args=(folder, 8))])
+    events = [path.name.split(" ", 1)[1] for path in sorted(folder.iterdir())]
+    if name == "refused":
+        assert receipt.error == "not writable"
+        assert [event for event in events if event != "closed"] == [f"read {k}" for k in range(8)]
+    else:
+        assert receipt.result == 7
+        # each of the two operators before the write holds one block back
+        assert all(events.index(f"read {k + 4}") > events.index(f"write {k}") for k in range(4)), events
+        assert events[-2:] == ["write 7", "closed"] or events[-2:] == ["closed", "write 7"]
+
+
+def test_a_step_that_gets_no_more_tables_is_closed_at_once():
+    seen = []
+
+    def step(tables):
+        try:
+            for table in tables:
+                seen.append(table)
+                yield -table
+        except ValueError:
+            seen.append("an error of its own")
+        finally:
+            seen.append("closed")
+
+    running = pipelines._Step(step)
+    assert [*running.feed(1), *running.feed(2)] == [-1, -2]
+    del running
+    assert seen == [1, 2, "closed"]
+    ended = pipelines._Step(step)
+    assert [list(ended.feed(table)) for table in (3, None)] == [[-3], []]
+    assert seen[3:] == [3, "closed"]
+
+
+def test_a_block_without_its_beginning_is_an_error_and_no_part_is_written():
+    begins, goes_on = pipelines._Outgoing(cloudpickle.dumps((0, tasks(Path(), "a")[0]))), []
+    for number in range(3):
+        goes_on += begins.add(pa.table({"square": [number]}))
+    write = pipelines._writing(squares.write)
+    with pytest.raises(RuntimeError, match="not fused"):
+        list(write(goes_on[1]))
+    assert list(write(goes_on[0])) == []
 
 
 def test_an_error_of_storage_repeats_the_task_and_another_error_comes_through(executor, tmp_path):
