@@ -230,7 +230,7 @@ def _one_step(task: Pretraining, device: torch.device) -> Step:
     losses = compute_gradients(TaskForward(model, task), work, LocalContext(device))
     gradients = {k: p.grad.cpu() for k, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
-        states_TD = task._hidden(model, work.micros[0].to(device)).float().cpu()
+        states_TD = task.hidden(model, work.micros[0].to(device)).float().cpu()
     return Step({k: v.item() for k, v in losses.items()}, gradients, states_TD)
 
 

@@ -365,7 +365,7 @@ def _annotation_lines(found: dict[str, Any]) -> list[str]:
 def _audit(args: argparse.Namespace) -> int:
     from mixgf.corpus import overlap
 
-    theirs = overlap.corpus_cells(overlap.training_corpus(absolute(args.corpus)))
+    theirs = overlap.training_cells(absolute(args.corpus))
     species, uri = split_named(args.evaluation)
     mine = overlap.evaluation_cells(f"{species}={absolute(uri)}" if species else absolute(uri), Config().species)
     found = overlap.compare_cells(mine, theirs)

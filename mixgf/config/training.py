@@ -8,6 +8,7 @@ from typing import Literal
 
 from mixgf.config.checks import require
 from mixgf.config.fields import check, option
+from mixgf.errors import UserError
 
 POOLINGS = ("mean", "first", "cls")
 LayerChoice = int | Literal["all"]
@@ -93,6 +94,15 @@ class Train:
     """Stop after this many optimizer steps; the learning rate's schedule ends there too. 0: all epochs."""
     cells_share: float = option(1.0, omit_default=True, above=0, most=1)
     """Share of the corpus' cells that are trained on, drawn at random. A smaller share is part of every larger one."""
+    heldout_share: float = option(0.0, omit_default=True, least=0, below=1)
+    """Share of the corpus' cells that are never trained on, in whole donors or data sets where there are any. The losses on
+    them are logged. 0: none."""
+    heldout_steps: int = option(500, omit_default=True, least=1, unit="steps")
+    """Steps between two evaluations of held-out cells. There is one at the end, too."""
+    patience: int = option(0, omit_default=True, least=0, unit="evaluations")
+    """Stop when so many evaluations in a row did not lower the held-out loss. 0: do not stop early."""
+    publish: str = option("last", omit_default=True, choices=("last", "best"))
+    """Weights that the training ends with: the `last`, or the `best`, those with the lowest held-out loss."""
     batch_cells: int = option(64, least=1, unit="cells")
     """Global batch size over all workers (paper: 8 GPUs x 8)."""
     micro_tokens: int = option(16_384, result=False, least=1, unit="tokens")
@@ -126,6 +136,10 @@ class Train:
 
     def __post_init__(self) -> None:
         check(self, "train")
+        for name, needs in (("patience", self.patience > 0), ("publish", self.publish == "best")):
+            if needs and self.heldout_share == 0:
+                msg = f"train.{name} = {getattr(self, name)!r}: needs held-out cells; set train.heldout_share, for example to 0.02"
+                raise UserError(msg)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

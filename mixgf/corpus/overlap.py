@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,7 @@ from mixgf.cells import counts, qc
 from mixgf.cells.open import open_reader
 from mixgf.config import checks
 from mixgf.config.data import Source, SpeciesRow
+from mixgf.corpus.held_out import held_out_cells
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.genes import identify
@@ -46,6 +47,9 @@ class Overlap:
     """Shared values by kind of metadata (donors are compared within their data set)."""
     same: bool = False
     """Whether the evaluation is the training corpus itself."""
+    held_out: int | None = None
+    """Cells that were in the pretraining corpus, but held out (`train.heldout_share`); the other counts leave these out. None = no
+    cells were held out."""
 
     @property
     def line(self) -> str:
@@ -59,12 +63,17 @@ class Overlap:
         parts = [said]
         if self.names is not None and (self.cells is None or self.names[0] > self.cells[0]):
             parts.append(f"{self.names[0]:,} by name within a data set of the same name")
+        if self.held_out is not None:
+            parts.append(f"{self.held_out:,} more were in the corpus, but held out from training")
         parts += [f"{n:,} of {m:,} {name}s" for name, (n, m) in self.metadata.items()]
         return "; ".join(parts) + (" (the encoder saw these very cells, without labels)" if self.same else "")
 
     def json(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
-        return asdict(self) | {"line": self.line}
+        found = asdict(self) | {"line": self.line}
+        if self.held_out is None:
+            del found["held_out"]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +87,8 @@ class AuditedCells:
     obs: pd.DataFrame
     corpus: Corpus | None = None
     """The corpus, if the cells are from one."""
+    held_out: npt.NDArray[np.int64] | None = None
+    """Rows of a training corpus that were never trained on; None = there are none."""
 
     def only(self, rows: npt.NDArray[np.int64]) -> AuditedCells:
         """The cells with the given numbers."""
@@ -135,6 +146,20 @@ def file_cells(source: Source, row: SpeciesRow) -> AuditedCells:
     return AuditedCells(hashes=_pairs(metrics.hash_a, metrics.hash_b), names=names, obs=obs)
 
 
+def training_cells(uri: str) -> AuditedCells:
+    """Cells of a training corpus, given as in `training_corpus`; a checkpoint tells which of them were held out."""
+    found, record = corpus_cells(training_corpus(uri)), artifacts.find(uri)
+    if record is None or record.kind != "checkpoint" or found.corpus is None:
+        return found
+    return replace(found, held_out=held_out_of(record, found.corpus))
+
+
+def held_out_of(checkpoint: artifacts.Record, corpus: Corpus) -> npt.NDArray[np.int64] | None:
+    """Cells of its corpus that a checkpoint was never trained on, ascending; None where it was trained on all."""
+    share = checkpoint.config.get("train", {}).get("heldout_share", 0.0)
+    return held_out_cells(corpus, share).cells if share else None
+
+
 def training_corpus(uri: str) -> str:
     """URI of the training corpus, given the corpus itself, a run that holds one, or a checkpoint.
 
@@ -160,7 +185,12 @@ def training_corpus(uri: str) -> str:
 
 
 def compare_cells(evaluated: AuditedCells, trained: AuditedCells) -> Overlap:
-    """What the evaluation shares with the training corpus."""
+    """What the evaluation shares with the training corpus, without the cells that were held out there; these are counted apart."""
+    if trained.held_out is not None:
+        rows = np.arange(len(trained.names))
+        seen = compare_cells(evaluated, trained.only(np.setdiff1d(rows, trained.held_out)))
+        unseen = compare_cells(evaluated, trained.only(trained.held_out))
+        return replace(seen, held_out=unseen.cells[0] if unseen.cells is not None else 0)
     same = (
         evaluated.corpus is not None
         and trained.corpus is not None

@@ -29,6 +29,7 @@ from mixgf.distributed.session import require_gpus
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.tracking import mlflow_runs
+from mixgf.training import held_out_loss
 from mixgf.training.gradient_sums import ARGUMENTS
 from mixgf.training.loop import fit
 from mixgf.training.pretraining import Pretraining, initial_model
@@ -73,7 +74,10 @@ def work(params: dict[str, Any]) -> None:
         corpus = Corpus(params["corpus"], max_len=config.model.max_positions)
         task = Pretraining(config, corpus)
         model = initial_model(config, corpus)
-        fit(model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"])
+        fit(
+            model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"],
+            selection=held_out_loss.selection(task),
+        )  # fmt: skip
     except (
         UserError
     ) as error:  # every worker has the same one: the driver raises it, and the group does not start again

@@ -81,6 +81,7 @@ def publish_checkpoint(
     counts: dict[str, Any] | None = None,
     checksums: dict[str, Any] | None = None,
     untrained: np.ndarray | None = None,
+    held_out: dict[str, Any] | None = None,
 ) -> Record:
     """Write a model's weights and finish its artifact.
 
@@ -94,6 +95,7 @@ def publish_checkpoint(
         counts: counts of the record.
         checksums: bytes and SHA-256 of further files that were written.
         untrained: ids, ascending, without training data (see `untrained_ids`).
+        held_out: how many cells of the corpus were not trained on, and in which units; None = there were none.
     """
     checksums = (checksums or {}) | {WEIGHTS: write_tensors(files.join(uri, WEIGHTS), dict(model.named_parameters()))}
     details = {
@@ -103,6 +105,8 @@ def publish_checkpoint(
         "tokens": parse.to_dict(tokens),
         "objective": parse.to_dict(objective) if objective is not None else None,
     }
+    if held_out is not None:
+        details["held_out"] = held_out
     if untrained is not None and len(untrained):
         runs = np.split(untrained, np.flatnonzero(np.diff(untrained) > 1) + 1)
         details["untrained"] = [[int(run[0]), int(run[-1]) + 1] for run in runs]

@@ -373,11 +373,14 @@ def _audit(workspace: Workspace) -> dict[str, Any]:
     paths, table = workspace.paths, workspace.table
     mine, trained = artifacts.require(paths.corpus, "corpus"), artifacts.require(paths.checkpoint, "checkpoint")
     if trained.parents.get("corpus") == mine.fingerprint:  # one corpus: nothing to compare
+        held_out = overlap.held_out_of(trained, workspace.corpus)
+        unseen = None if held_out is None else int(np.isin(table.cells, held_out).sum())
         return overlap.Overlap(
-            cells=(len(table), len(table)), by="the corpus' fingerprint", names=None, same=True
-        ).json()
+            cells=(len(table) - (unseen or 0), len(table)), by="the corpus' fingerprint", names=None, same=True,
+            held_out=unseen,
+        ).json()  # fmt: skip
     try:
-        theirs = overlap.corpus_cells(overlap.training_corpus(paths.checkpoint))
+        theirs = overlap.training_cells(paths.checkpoint)
     except UserError:
         line = "not known how many evaluation cells were in the pretraining corpus, which does not lie beside the checkpoint: mixgf audit EVAL CORPUS"
         return {"line": line, "cells": None}

@@ -29,7 +29,7 @@ from mixgf.errors import UserError
 from mixgf.execution import Executor
 from mixgf.storage import artifacts, files
 from mixgf.tracking import mlflow_runs
-from mixgf.training import checkpoints
+from mixgf.training import checkpoints, held_out_loss
 from mixgf.training.loop import fit, measure_peak
 from mixgf.training.pretraining import Pretraining, initial_model
 from mixgf.training.worker_group import LocalContext, MetricRow
@@ -63,14 +63,17 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         tracked.log(facts)
         train = trainer(executor)
         train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
-        epochs = task.num_steps / task.steps_per_epoch
+        last, best = checkpoints.last_and_best(uri)
+        epochs = last / task.steps_per_epoch
         watched.made(cells=task.plan.num_cells * epochs, epochs=epochs)
-        done = checkpoints.publish_latest(
-            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings, objective=config.objective,
-            counts={"steps": task.num_steps, "epochs": -(-task.num_steps // task.steps_per_epoch), "cells": task.plan.num_cells},
-            untrained=untrained(config, task),
+        step = best if config.train.publish == "best" else last
+        done = checkpoints.publish_step(
+            uri, step, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings, objective=config.objective,
+            counts={"steps": last, "epochs": -(-last // task.steps_per_epoch), "cells": task.plan.num_cells},
+            untrained=untrained(config, task), held_out=task.held_out and task.held_out.details(),
         )  # fmt: skip
-    say(f"pretrain: {done.counts['steps']:,} steps, weights in {uri}")
+    of_step = f" of step {step:,}" if step < last else ""
+    say(f"pretrain: {done.counts['steps']:,} steps, weights{of_step} in {uri}")
     return uri
 
 
@@ -91,7 +94,10 @@ def train_here(
     context = _Here(pick_device(config.compute.gpus_per_worker), num_steps, tracked)
     model, task = initial_model(config, found), Pretraining(config, found)
     try:
-        fit(model, task, config.train, context, uri=uri, identity=identity, until=until)
+        fit(
+            model, task, config.train, context, uri=uri, identity=identity, until=until,
+            selection=held_out_loss.selection(task),
+        )  # fmt: skip
     finally:
         context.close()
 
@@ -168,6 +174,10 @@ def _announce(config: Config, task: Pretraining, model: MaskedModel) -> dict[str
         f"{facts['gflop_per_cell']:.3g} GFLOP per cell and epoch, {task.num_steps:,} steps of {config.train.batch_cells} "
         f"cells, {workers} workers"
     )
+    if task.held_out is not None:
+        held = task.held_out
+        units = "" if held.unit == "cell" else f" ({held.units:,} {held.unit}s)"
+        say(f"pretrain: {len(held.cells):,} cells{units} are held out and never trained on")
     if (longest := int(task.corpus.record.details["max_len"])) > config.model.max_positions:
         say(
             f"pretrain: sentences of up to {longest:,} tokens are read to token {config.model.max_positions:,} (model.max_positions)"

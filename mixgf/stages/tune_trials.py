@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -135,8 +135,9 @@ def _rung(
     tracked: mlflow_runs.Run,
 ) -> None:
     step, uri = trial.steps[rung], files.join(trial.uri, "pretrain")
+    whole = replace(config, train=replace(config.train, patience=0))  # every rung is reached
     try:
-        train(config, corpus.uri, uri, identity, num_steps=trial.steps[-1], tracked=tracked, until=step)
+        train(whole, corpus.uri, uri, identity, num_steps=trial.steps[-1], tracked=tracked, until=step)
     except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
         files.write_json(trial.failed, {"why": str(error)})
         return

@@ -200,10 +200,17 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
     return State(step, details)
 
 
-def publish_latest(uri: str, record: Record, model: MaskedModel, **about: Any) -> Record:
-    """Publish the weights of the latest complete checkpoint as the artifact; arguments as `publish_checkpoint`."""
-    load_step_weights(uri, complete_steps(uri)[-1], model)
+def publish_step(uri: str, step: int, record: Record, model: MaskedModel, **about: Any) -> Record:
+    """Publish the weights of the complete checkpoint of a step as the artifact; arguments as `publish_checkpoint`."""
+    load_step_weights(uri, step, model)
     return publish_checkpoint(uri, record, model, **about)
+
+
+def last_and_best(uri: str) -> tuple[int, int]:
+    """Step of the latest complete checkpoint, and of the one with the best weights (`Selection`), or the same without one."""
+    last = complete_steps(uri)[-1]
+    state = files.read_json(files.join(step_folder(uri, last), "state.json"))["details"].get("selection")
+    return last, int(state["best_step"]) if state else last
 
 
 def load_step_weights(uri: str, step: int, model: nn.Module) -> None:

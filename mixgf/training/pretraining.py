@@ -19,11 +19,13 @@ from torch import Tensor
 from mixgf import rng
 from mixgf.config.run import Config
 from mixgf.config.training import Objective
+from mixgf.corpus.held_out import HeldOut, held_out_cells
 from mixgf.corpus.packed import Packed
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.batch import Batch, pack_batch, split_micro_batches
 from mixgf.encoder.bert import MaskedModel, forward_flops, head_flops, pool_tokens
+from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.training.batch_plan import I64, BatchPlan, WorkerShare, padding_ratios, shares_by_code
 from mixgf.training.losses import (
@@ -45,6 +47,16 @@ def initial_model(config: Config, corpus: Corpus) -> MaskedModel:
         found, _ = checkpoint.load_model(config.inputs.start)
         model.load_state_dict(found.state_dict())
     return model
+
+
+def _require_cells(config: Config, corpus: Corpus, trained: I64, held_out: HeldOut) -> None:
+    """Raise a `UserError` unless there are cells to train on and cells that are held out."""
+    if len(trained) == 0 or len(held_out.cells) == 0:
+        msg = (
+            f"train.heldout_share = {config.train.heldout_share:g}: leaves {len(trained):,} cells to train on and "
+            f"{len(held_out.cells):,} held out of {corpus.num_cells:,}; choose another share, or 0"
+        )
+        raise UserError(msg)
 
 
 _SUBSET = 0x50415254
@@ -131,9 +143,17 @@ class Pretraining:
         mix = shares_by_code(config.train.species_mix, corpus.species)
         self.cells_N: I64 | None = None
         """The cells that are trained on; None = all."""
+        self.held_out: HeldOut | None = None
+        """The cells that are never trained on; None = there are none."""
         lengths_N, species_N, shard_rows = corpus.lengths_N, corpus.species_N, corpus.shard_rows
         if config.train.cells_share < 1:
             self.cells_N = subset_cells(corpus.num_cells, config.train.cells_share)
+        if config.train.heldout_share > 0:
+            self.held_out = held_out_cells(corpus, config.train.heldout_share)
+            cells_N = np.arange(corpus.num_cells) if self.cells_N is None else self.cells_N
+            self.cells_N = np.setdiff1d(cells_N, self.held_out.cells, assume_unique=True)
+            _require_cells(config, corpus, self.cells_N, self.held_out)
+        if self.cells_N is not None:
             lengths_N, species_N = lengths_N[self.cells_N], species_N[self.cells_N]
             shard_rows = np.diff(np.searchsorted(self.cells_N, corpus.starts))
         self.plan = BatchPlan(
@@ -201,9 +221,9 @@ class Pretraining:
         sentences = self.corpus.tokens(share.cells_B)
         lengths = self.corpus.lengths_N[share.cells_B]
         micros, flops, masked = [], 0.0, 0
-        sizes = self.config.model
+        sizes, key = self.config.model, (self.config.seed, share.epoch)
         for part in split_micro_batches(lengths * len(self.views), self.config.train.micro_tokens):
-            micro, view_lengths, queries = self._micro_batch(share, sentences, part)
+            micro, view_lengths, queries = self._micro_batch(share, sentences, part, self.views, key)
             micros.append(micro)
             masked += len(micro.targets_K)
             flops += 3 * forward_flops(sizes, view_lengths, queries=queries)
@@ -211,17 +231,35 @@ class Pretraining:
         cells, tokens = len(share.cells_B), int(sentences[1][-1])
         return PretrainingWork(micros, share.batch_cells, share.epoch, cells, tokens, masked, flops)
 
-    def _micro_batch(self, share: WorkerShare, sentences: Packed, part: slice) -> tuple[MicroBatch, I64, I64 | None]:
+    def evaluation_batches(self, cells_B: I64, views: list[str], key: tuple[int, int]) -> list[MicroBatch]:
+        """Micro batches of some cells outside of training; a single view has no dropout.
+
+        Args:
+            cells_B: Cells of the corpus; their slots are 0 to B - 1.
+            views: The first views of a training step.
+            key: Random key of masks, views and dropout.
+        """
+        share = WorkerShare(0, 0, cells_B, cells_B, np.arange(len(cells_B)), len(cells_B))
+        sentences, lengths = self.corpus.tokens(cells_B), self.corpus.lengths_N[cells_B]
+        parts = split_micro_batches(lengths * len(views), self.config.train.micro_tokens)
+        micros = [self._micro_batch(share, sentences, part, views, key)[0] for part in parts]
+        if len(views) > 1:
+            return micros
+        return [replace(micro, batch=replace(micro.batch, keys_T=None)) for micro in micros]
+
+    def _micro_batch(
+        self, share: WorkerShare, sentences: Packed, part: slice, views: list[str], key: tuple[int, int]
+    ) -> tuple[MicroBatch, I64, I64 | None]:
         tokens, offsets = sentences
         span = offsets[part.start : part.stop + 1]
         few: Packed = (tokens[span[0] : span[-1]], span - span[0])
         visits, cells = share.visits_B[part], share.cells_B[part]
         codes = self.corpus.species_N[cells]
-        key, fraction = (self.config.seed, share.epoch), self.objective.mlm_fraction
+        fraction = self.objective.mlm_fraction
         inputs, at, targets = mask_genes(few, visits, codes, self.replacements, fraction=fraction, key=(*key, 0))
         packs: list[Packed] = []
         paired = np.zeros(len(cells), dtype=np.bool_)
-        for number, name in enumerate(self.views):
+        for number, name in enumerate(views):
             if name in ("input", "dropout"):
                 packs.append((inputs, few[1]))
             elif name == "mask":
@@ -239,7 +277,7 @@ class Pretraining:
                 assert self.translate is not None
                 translated, paired = self.translate(few, visits, codes, (*key, number))
                 packs.append(translated)
-        num_views, keys = len(self.views), None
+        num_views, keys = len(views), None
         if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
             keys = rng.hashed(visits, after=rng.of_numbers(*key))
         batch = pack_batch(packs, cells, keys)
@@ -270,10 +308,10 @@ class Pretraining:
 
     def forward(self, model: MaskedModel, micro: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Sum of -log P(true gene) over the masked positions, and the cell vectors (W, B, D) if there is a contrast."""
-        h = self._hidden(model, micro)
+        h = self.hidden(model, micro)
         with autocast(h.device, self.config.train.precision):
             masked_genes = model.loss(h[micro.masked_K], micro.targets_K)
-        return masked_genes, self._vectors(h, micro) if len(self.views) > 1 else None
+        return masked_genes, self.vectors(h, micro) if len(self.views) > 1 else None
 
     def gather(
         self, model: MaskedModel, work: PretrainingWork, micros: list[MicroBatch], group: Group,
@@ -294,7 +332,7 @@ class Pretraining:
             vectors = [outputs[1].detach()]
         else:
             with torch.no_grad():
-                vectors = [self._vectors(self._hidden(model, micro), micro) for micro in micros]
+                vectors = [self.vectors(self.hidden(model, micro), micro) for micro in micros]
         grad_WCD, figures = self._contrast(vectors, micros, work.batch_cells, group)
         return Gathered(masked[0], grad_WCD, figures)
 
@@ -317,7 +355,8 @@ class Pretraining:
         loss = total_loss(masked_gene, on_vectors, masked_gene_weight=self.objective.mlm_weight)
         return {"loss": loss, "mlm": masked_gene, **figures}
 
-    def _hidden(self, model: MaskedModel, micro: MicroBatch) -> Tensor:
+    def hidden(self, model: MaskedModel, micro: MicroBatch) -> Tensor:
+        """Hidden states of all tokens (T, D), or of the queries of the micro batch."""
         b = micro.batch
         if b.num_cells == 0:  # a worker of a batch with fewer cells than workers
             return model.encoder.tokens.new_zeros((0, model.encoder.sizes.dim))
@@ -326,7 +365,7 @@ class Pretraining:
                 b.ids_T, b.offsets_B1, positions_T=b.positions_T, keys=b.keys_T, max_len=b.max_len, queries=micro.queries
             )  # fmt: skip
 
-    def _vectors(self, h_TD: Tensor, micro: MicroBatch) -> Tensor:
+    def vectors(self, h_TD: Tensor, micro: MicroBatch) -> Tensor:
         """Cell vectors of each view, float32 (W, B, D)."""
         if micro.batch.num_cells == 0:
             return h_TD.new_zeros((micro.num_views, 0, h_TD.shape[1]), dtype=torch.float32)

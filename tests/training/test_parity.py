@@ -41,7 +41,7 @@ def step(corpus, device, precision, **objective):
     losses = {k: v.item() for k, v in compute_gradients(TaskForward(model, task), work, LocalContext(device)).items()}
     gradients = {k: p.grad.cpu() for k, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
-        states = task._hidden(model, work.micros[0].to(device)).float().cpu()
+        states = task.hidden(model, work.micros[0].to(device)).float().cpu()
     return losses, gradients, states
 
 

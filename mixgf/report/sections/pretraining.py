@@ -18,6 +18,9 @@ CURVES = {
     "loss": "Total loss", "mlm": "Masked genes (MLM)", "contrast": "Contrast (SimCSE)", "simcsepp": "SimCSE++",
     "ortholog": "Orthologs", "lr": "Learning rate", "cells_per_s": "Cells per second", "tokens_per_s": "Tokens per second",
     "wait_share": "Share of time waiting for data", "mfu": "Share of peak FLOPs", "grad_norm": "Gradient norm",
+    "heldout_loss": "Total loss, held-out cells", "heldout_mlm": "Masked genes (MLM), held-out cells",
+    "heldout_contrast": "Contrast (SimCSE), held-out cells",
+    "heldout_contrast_accuracy": "Share of cells nearest to their other view, held-out cells",
     "alignment": "Alignment of two views", "uniformity": "Uniformity of embeddings", "memory_gb": "Memory (GB)",
 }  # fmt: skip
 """Name of a training curve in the history to its name for readers. Other curves keep their own name."""
@@ -56,7 +59,7 @@ def section(results: RunResults) -> Section:
             Figure(
                 curves.panels({CURVES.get(n, n): curve(history, n) for n in losses}, "losses"),
                 "Training losses by optimizer step (thick line: running mean). They are measured on the training "
-                "cells. Compare them only between runs with the same vocabulary and sentence length.",
+                "cells, and those of held-out cells on cells that are never trained on. Compare them only between runs with the same vocabulary and sentence length.",
             )
         )
     shown = {CURVES.get(n, wording.title_case(n)): curve(history, n) for n in others[:9]}
