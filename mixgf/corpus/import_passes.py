@@ -1,6 +1,6 @@
 """The two passes of `import`: check every Arrow file of tokenised data sets, then write its sentences as shards.
 
-A task checks one file (`check_file`) or writes one row range (`write_sentences`). It writes its part file atomically, and
+A task checks one file (`check_file`) or makes a shard of one row range (`translate_shard`). It writes its part file atomically, and
 the bytes do not depend on the worker, so a task can be repeated. A source that cannot be used raises `UserError`.
 
 Part files in the work folder: lookup/I (token of each id of the dictionary of source I), files/I-F (file F of source I:
@@ -10,12 +10,12 @@ number of genes of each cell, and facts as JSON), done/N (information on shard N
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mixgf.config.data import Imports, Source, Tokens
 from mixgf.config.fields import content_of, facts_of
@@ -24,13 +24,11 @@ from mixgf.config.run import Config
 from mixgf.corpus import arrow_dataset, remap_ids, shards
 from mixgf.corpus.arrow_dataset import Attribute, Layout
 from mixgf.errors import UserError
+from mixgf.execution import Pipeline
 from mixgf.genes import species, token_dictionaries, vocabulary
 from mixgf.genes.vocabulary import CLS
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table, write_table
-
-UNKNOWN_COLUMNS = {"n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64()}
-"""Columns of a prepared corpus that cannot be computed from sentences: null in an imported corpus."""
 
 SCHEMA = 1
 ALL = facts_of(Imports)["dictionaries"].shared_name
@@ -316,10 +314,10 @@ def _count_wrong_lengths(batch: pa.RecordBatch, offsets: np.ndarray, uri: str, r
     return len(wrong)
 
 
-def write_sentences(
+def read_rows(
     work: str, row_range: RowRange, shard: int, *, to: str, rules: ImportRules, obs: dict[str, str]
-) -> None:
-    """Write one row range as a shard of cell sentences, then its information to the work folder.
+) -> Iterator[pa.Table]:
+    """Pass 2, read: the kept rows of a row range, a table per record batch.
 
     Args:
         work: URI of the work folder.
@@ -328,68 +326,87 @@ def write_sentences(
         to: URI of the folder of shards.
         rules: as in `check_file`.
         obs: kind (`str`, `float`, `int`) of every obs column of the corpus; null where a file lacks one.
+
+    Yields:
+        Tables with `source_row`, `length` (tokens of the sentence), `ids` (of the dictionary) and the columns of obs.
     """
-    genes, facts = read_checked(work, row_range.index, row_range.file)
-    table = read_table(shards.part_uri(work, "lookup", row_range.index))["token"].to_numpy()
-    keep = genes[row_range.start : row_range.stop] >= rules.min_genes
-    packed, values = _read_rows(facts, row_range, keep, table=table, rules=rules, obs=obs)
-    num = int(keep.sum())
-    length = np.minimum(genes[row_range.start : row_range.stop][keep], rules.longest)
-    if rules.tokens.cls:
-        packed = np.insert(packed, np.concatenate([[0], np.cumsum(length[:-1])]), np.int32(CLS))
-        length += 1
-    offsets_N1 = np.concatenate([[0], np.cumsum(length)])
-    assert offsets_N1[-1] == len(packed), (row_range, offsets_N1[-1], len(packed))
-    rows = np.flatnonzero(keep) + row_range.start + row_range.first
-    sentences = pa.ListArray.from_arrays(
-        pa.array(offsets_N1, pa.int32()), pa.array(packed, pa.int32()), shards.SENTENCES.type
-    )
-    done = pa.table(
-        {
-            "tokens": sentences,
-            "cell": pa.array([f"{row_range.source.name}:{row}" for row in rows], pa.string()),
-            "species": pa.array([row_range.source.species] * num, pa.string()),
-            "source": pa.array([row_range.source.name] * num, pa.string()),
-            "source_row": pa.array(rows, pa.int64()),
-            "length": pa.array(length, pa.int32()),
-        }
-        | {name: pa.nulls(num, kind) for name, kind in UNKNOWN_COLUMNS.items()}
-        | {name: _column(values[name], kind, num) for name, kind in obs.items()}
-    )
-    done = done.cast(done.schema.set(0, shards.SENTENCES))
-    name = shards.shard_name(shard)
-    size, digest = shards.write_shard(files.join(to, name), done.schema, [done])
-    shards.write_shard_info(work, shard, length, {"name": name, "rows": num, "bytes": size, "sha256": digest})
-
-
-def _read_rows(
-    facts: dict[str, Any], row_range: RowRange, keep: np.ndarray, *, table: np.ndarray, rules: ImportRules, obs: dict[str, str]
-) -> tuple[np.ndarray, dict[str, list[pa.Array]]]:  # fmt: skip
-    """Tokens (packed, without <cls>) and obs values, batch by batch, of the kept rows of a row range."""
+    del shard, to
+    genes_N, facts = read_checked(work, row_range.index, row_range.file)
     where = Layout(**facts["layout"] | {"batches": tuple(tuple(b) for b in facts["layout"]["batches"])})
     attributes = {name: Attribute(**a | {"labels": tuple(a["labels"])}) for name, a in facts["obs"].items()}
-    values: dict[str, list[pa.Array]] = {name: [] for name in obs}
-    tokens: list[np.ndarray] = []
     starts = np.concatenate([[0], np.cumsum(facts["batch_rows"])])
     first, last = np.searchsorted(starts, [row_range.start, row_range.stop - 1], side="right") - 1
     with files.open_arrow(facts["uri"]) as file:
         for number in range(int(first), int(last) + 1):
-            begin = max(row_range.start, int(starts[number]))
+            begin, end = max(row_range.start, int(starts[number])), min(row_range.stop, int(starts[number + 1]))
+            genes_B = genes_N[begin:end]
+            keep_B = genes_B >= rules.min_genes
             batch = arrow_dataset.read_batch(file, where, number, facts["uri"])
-            batch = batch.slice(begin - int(starts[number]), min(row_range.stop, int(starts[number + 1])) - begin)
-            mask = keep[begin - row_range.start : begin - row_range.start + batch.num_rows]
-            if not mask.all():
-                batch = batch.filter(pa.array(mask))
+            batch = batch.slice(begin - int(starts[number]), end - begin).filter(pa.array(keep_B))
             ids, offsets = arrow_dataset.read_ids(batch, facts["uri"], begin)
-            tokens.append(remap_ids.remap_ids(ids, offsets, table, size=rules.size, longest=rules.longest).tokens)
-            for name in obs:
-                if name in attributes:
-                    values[name].append(attributes[name].read(batch))
-    return np.concatenate(tokens), values
+            length_B = np.minimum(genes_B[keep_B], rules.longest) + int(rules.tokens.cls)
+            yield pa.table(
+                {
+                    "source_row": pa.array(np.flatnonzero(keep_B) + begin + row_range.first, pa.int64()),
+                    "length": pa.array(length_B, pa.int32()),
+                    "ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids)),
+                }
+                | {
+                    f"obs {name}": attributes[name].read(batch).cast(shards.OBS_TYPES[kind])
+                    if name in attributes
+                    else pa.nulls(batch.num_rows, shards.OBS_TYPES[kind])
+                    for name, kind in obs.items()
+                }
+            )
 
 
-def _column(values: list[pa.Array], kind: str, num: int) -> pa.Array:
-    wanted = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}[kind]
-    if not values:
-        return pa.nulls(num, wanted)
-    return pc.cast(pa.concat_arrays(values), wanted)
+def translate_rows(
+    tables: Iterator[pa.Table], work: str, row_range: RowRange, shard: int, *, to: str, rules: ImportRules, obs: dict[str, str]
+) -> Iterator[pa.Table]:  # fmt: skip
+    """Pass 2, transform: ids of the dictionary to tokens of the vocabulary; columns are those of the shard."""
+    del shard, to
+    token_K = read_table(shards.part_uri(work, "lookup", row_range.index))["token"].to_numpy()
+    source = row_range.source
+    for table in tables:
+        ids = table["ids"].combine_chunks()
+        ids = ids.chunk(0) if isinstance(ids, pa.ChunkedArray) else ids
+        offsets_N1 = ids.offsets.to_numpy()
+        ids_T = ids.values.to_numpy()[offsets_N1[0] : offsets_N1[-1]]
+        found = remap_ids.remap_ids(ids_T, offsets_N1 - offsets_N1[0], token_K, size=rules.size, longest=rules.longest)
+        tokens_T, length_N = found.tokens, table["length"].to_numpy()
+        offsets_N1 = np.concatenate([[0], np.cumsum(length_N, dtype=np.int64)])
+        if rules.tokens.cls:
+            tokens_T = np.insert(tokens_T, offsets_N1[:-1] - np.arange(table.num_rows), np.int32(CLS))
+        assert offsets_N1[-1] == len(tokens_T), (row_range, offsets_N1[-1], len(tokens_T))
+        columns = {
+            "cell": pa.array([f"{source.name}:{row}" for row in table["source_row"].to_pylist()], pa.string()),
+            "species": pa.array([source.species] * table.num_rows, pa.string()),
+            "source": pa.array([source.name] * table.num_rows, pa.string()),
+            "source_row": table["source_row"],
+            "length": table["length"],
+        }
+        sentences = pa.ListArray.from_arrays(
+            pa.array(offsets_N1, pa.int32()), pa.array(tokens_T, pa.int32()), shards.SENTENCES.type
+        )
+        columns |= {
+            name: pa.nulls(table.num_rows, kind)
+            for name, kind in shards.COMPUTED_COLUMNS.items()
+            if name not in columns
+        }
+        yield pa.Table.from_arrays(
+            [sentences, *columns.values(), *(table[f"obs {name}"] for name in obs)], schema=shards.sentence_schema(obs)
+        )
+
+
+def write_sentences(
+    tables: Iterator[pa.Table], work: str, row_range: RowRange, shard: int, *, to: str, rules: ImportRules, obs: dict[str, str]
+) -> None:  # fmt: skip
+    """Pass 2, write: the shard, then its information to the work folder."""
+    del row_range, rules
+    shards.write_sentences(tables, shards.sentence_schema(obs), to=to, work=work, shard=shard)
+
+
+translate_shard = Pipeline(
+    name="translate_shard", source="Sentences", read=read_rows, steps=(translate_rows,), write=write_sentences
+)
+"""Pass 2: the kept rows of a row range as a shard of sentences. Takes the arguments of `read_rows`."""

@@ -31,21 +31,15 @@ from mixgf.cells.doublets import scrublet
 from mixgf.cells.open import open_reader, source_files
 from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
-from mixgf.corpus import rank_value
+from mixgf.corpus import rank_value, shards
 from mixgf.corpus.shards import (
-    COMPUTED_COLUMNS,
-    OBS_TYPES,
     RESERVED,
-    ROW_GROUP_CELLS,
     SENTENCES,
     facts_uri,
     obs_array,
     obs_kind,
     part_uri,
-    regroup,
-    shard_name,
-    write_shard,
-    write_shard_info,
+    sentence_schema,
 )
 from mixgf.errors import UserError
 from mixgf.execution import Pipeline
@@ -498,8 +492,7 @@ class ShardPlan:
     @property
     def schema(self) -> pa.Schema:
         """Columns of the shard."""
-        obs = ((name, OBS_TYPES[kind]) for name, kind in self.obs.items())
-        return pa.schema([SENTENCES, *COMPUTED_COLUMNS.items(), *obs])
+        return sentence_schema(self.obs)
 
 
 def read_cells(plan: ShardPlan) -> Iterator[pa.Table]:
@@ -556,19 +549,7 @@ def encode_cells(tables: Iterator[pa.Table], plan: ShardPlan) -> Iterator[pa.Tab
 
 def write_sentences(tables: Iterator[pa.Table], plan: ShardPlan) -> None:
     """Pass 3, write: the shard, then its information to the work folder."""
-    lengths: list[np.ndarray] = []
-
-    def row_groups() -> Iterator[pa.Table]:
-        for group in regroup(tables, ROW_GROUP_CELLS):
-            lengths.append(group["length"].to_numpy())
-            yield group
-            del group
-
-    name = shard_name(plan.shard)
-    size, digest = write_shard(files.join(plan.to, name), plan.schema, row_groups())
-    length_K = np.concatenate(lengths)
-    done = {"name": name, "rows": len(length_K), "bytes": size, "sha256": digest}
-    write_shard_info(plan.work, plan.shard, length_K, done)
+    shards.write_sentences(tables, plan.schema, to=plan.to, work=plan.work, shard=plan.shard)
 
 
 encode_shard = Pipeline(

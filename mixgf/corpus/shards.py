@@ -63,6 +63,35 @@ def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tupl
     )  # fmt: skip
 
 
+def sentence_schema(obs: Mapping[str, str]) -> pa.Schema:
+    """Columns of a shard; `obs` has the kind of every obs column of the corpus."""
+    return pa.schema([SENTENCES, *COMPUTED_COLUMNS.items(), *((name, OBS_TYPES[kind]) for name, kind in obs.items())])
+
+
+def write_sentences(tables: Iterable[pa.Table], schema: pa.Schema, *, to: str, work: str, shard: int) -> None:
+    """Write tables of sentences as a shard, then its information to the work folder.
+
+    Args:
+        tables: at least one row; the file does not depend on how rows are cut into tables.
+        schema: of the shard.
+        to: URI of the folder of shards.
+        work: URI of the work folder.
+        shard: number of the shard.
+    """
+    lengths: list[np.ndarray] = []
+
+    def row_groups() -> Iterator[pa.Table]:
+        for group in regroup(tables, ROW_GROUP_CELLS):
+            lengths.append(group["length"].to_numpy())
+            yield group
+            del group
+
+    name = shard_name(shard)
+    size, digest = write_shard(files.join(to, name), schema, row_groups())
+    length_N = np.concatenate(lengths)
+    write_shard_info(work, shard, length_N, {"name": name, "rows": len(length_N), "bytes": size, "sha256": digest})
+
+
 def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The rows of several tables in tables of `rows` rows, of one chunk each; the last may be shorter.
 

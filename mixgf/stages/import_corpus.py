@@ -204,7 +204,7 @@ class _Import:
         tasks = [
             Task(
                 part=shards.part_uri(self.work, "done", n), source=u.index, weight=u.stop - u.start,
-                function=import_passes.write_sentences, args=(self.work, u, n), kwargs=options,
+                function=import_passes.translate_shard, args=(self.work, u, n), kwargs=options,
             )
             for n, u in enumerate(kept)
         ]  # fmt: skip
