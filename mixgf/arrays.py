@@ -1,9 +1,13 @@
-"""Names for types of NumPy arrays. Shapes are in the suffixes of variables: `rank_G` has one value per gene."""
+"""Names for types of NumPy arrays, and arrays that Arrow and compiled functions share.
 
-from typing import TypeVar
+Shapes are in the suffixes of variables: `rank_G` has one value per gene.
+"""
+
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 T = TypeVar("T", bound=np.generic)
 
@@ -24,3 +28,12 @@ def read_only(values: npt.NDArray[T]) -> npt.NDArray[T]:
     view = values.view()
     view.flags.writeable = False
     return view
+
+
+def empty(length: int, dtype: type[T]) -> npt.NDArray[T]:
+    """An array from Arrow's memory pool, which keeps freed memory for the next block.
+
+    NumPy gives arrays of this size back to the system, which then clears the memory of every new one.
+    """
+    found: npt.NDArray[Any] = np.frombuffer(pa.allocate_buffer(length * np.dtype(dtype).itemsize), dtype)
+    return found

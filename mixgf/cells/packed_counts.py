@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixgf.arrays import read_only
+from mixgf.arrays import empty, read_only
 from mixgf.jit import jit
 
 BYTES = pa.list_(pa.field("element", pa.uint8(), nullable=False))
@@ -91,8 +91,7 @@ def pack(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> pa.Table:
         indptr: int64 row pointers.
     """
     most, num_rows = int(indptr[-1] - indptr[0]), len(indptr) - 1
-    steps, counts = np.empty(most, np.uint8), np.empty(most, np.uint8)
-    far, large = np.empty(most, np.int32), np.empty(most, np.int32)
+    steps, counts, far, large = (empty(most, kind) for kind in (np.uint8, np.uint8, np.int32, np.int32))
     ends = np.zeros((3, num_rows + 1), np.int32)
     _pack(read_only(data), read_only(indices), read_only(indptr), steps, counts, far, large, ends)
     entries, nums_far, nums_large = (pa.array(e) for e in ends)
@@ -109,7 +108,6 @@ def unpack(batch: pa.RecordBatch, num_columns: int) -> tuple[np.ndarray, np.ndar
     """CSR rows of packed counts: int32 counts, columns (uint16 where `num_columns` allows it, else int32), int64 row pointers."""
     steps, counts, far, large = (batch[name].flatten().to_numpy() for name in SCHEMA.names)
     indptr = batch["steps"].offsets.to_numpy().astype(np.int64)
-    indices = np.empty(len(steps), column_type(num_columns))
-    data = np.empty(len(steps), np.int32)
+    indices, data = empty(len(steps), column_type(num_columns)), empty(len(steps), np.int32)
     _unpack(steps, counts, far, large, indptr, indices, data)
     return data, indices, indptr - indptr[0]

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mixgf.arrays import empty
 from mixgf.cells import counts, packed_counts, qc, row_major
 from mixgf.cells.doublets import scrublet
 from mixgf.cells.open import open_reader, source_files
@@ -197,7 +198,9 @@ def _read_counts(work: str, row_range: RowRange, block_cells: int, reader: Reade
     opened = nullcontext(reader) if reader else _open_source(work, row_range.index, row_range.source)
     with opened as source:
         for b in counts.read_blocks(source, columns, row_range.start, row_range.stop, rows=block_cells):
-            yield counts.Block(b.start, b.data.copy(), b.indices.astype(small), b.indptr)
+            data, indices = empty(len(b.data), np.int32), empty(len(b.indices), small)
+            data[:], indices[:] = b.data, b.indices
+            yield counts.Block(b.start, data, indices, b.indptr)
 
 
 def _copied_ranges(work: str, index: int, source: Source, start: int, stop: int) -> list[RowRange]:
@@ -501,8 +504,8 @@ def read_cells(plan: ShardPlan) -> Iterator[pa.Table]:
     start, stop = row_range.start, row_range.stop
     held = files.read_json(facts_uri(plan.work, row_range.index))["obs"]
     with _open_source(plan.work, row_range.index, source) as reader:
-        names = [f"{source.name}:{name}" for name in reader.cell_names(start, stop)]
-        whole = {"cell": pa.array(names, pa.string())}
+        names = pa.array(reader.cell_names(start, stop), pa.string())
+        whole = {"cell": pc.binary_join_element_wise(source.name, names, ":")}
         for name, kind in plan.obs.items():
             values = reader.obs(held[name], start, stop) if name in held else None
             whole[name] = obs_array(values, kind, stop - start)
@@ -523,12 +526,15 @@ def encode_cells(tables: Iterator[pa.Table], plan: ShardPlan) -> Iterator[pa.Tab
     position_G = ranks.genes.positions(columns["gene"].combine_chunks())
     encoder = rank_value.Encoder(ranks, np.where(own, position_G, -1).astype(np.int32), tokens)
     metrics, _ = read_metrics(plan.work, [row_range.number])
+    mito_N = metrics.mito_fraction
     length_N = np.minimum(metrics.n_genes, tokens.max_len - int(tokens.cls)) + int(tokens.cls)
     for table in tables:
         place_N = table["row"].to_numpy() - row_range.start
         kept_K = np.flatnonzero(plan.keep_N[place_N])
         place_K, cells = place_N[kept_K], table.select(["row", "cell", *plan.obs]).take(pa.array(kept_K))
-        tokens_T, offsets_K1 = encoder(*_csr(table), rows_N=kept_K)
+        data, indices, indptr = _csr(table)
+        out = empty(len(data) + len(kept_K), np.int32)
+        tokens_T, offsets_K1 = encoder(data, indices, indptr, rows_N=kept_K, out=out)
         length_K = np.diff(offsets_K1)
         assert np.array_equal(length_K, length_N[place_K]), "lengths differ from those of pass 1"
         assert length_K.min() > int(tokens.cls), "a kept cell without vocabulary genes"
@@ -541,7 +547,7 @@ def encode_cells(tables: Iterator[pa.Table], plan: ShardPlan) -> Iterator[pa.Tab
             "length": pa.array(length_K, pa.int32()),
             "n_counts": pa.array(metrics.n_counts[place_K], pa.int64()),
             "n_genes": pa.array(metrics.n_genes[place_K], pa.int32()),
-            "mito_fraction": pa.array(metrics.mito_fraction[place_K], pa.float64()),
+            "mito_fraction": pa.array(mito_N[place_K], pa.float64()),
         }
         rest = [*computed.values(), *(cells[name] for name in plan.obs)]
         yield pa.Table.from_arrays([sentences, *rest], schema=plan.schema)
