@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 T = TypeVar("T", bound=np.generic)
+_POOL = pa.default_memory_pool()
 
 Floats = npt.NDArray[np.floating]
 """Any floating type; the docstring says which."""
@@ -35,5 +36,6 @@ def empty(length: int, dtype: type[T]) -> npt.NDArray[T]:
 
     NumPy gives arrays of this size back to the system, which then clears the memory of every new one.
     """
-    found: npt.NDArray[Any] = np.frombuffer(pa.allocate_buffer(length * np.dtype(dtype).itemsize), dtype)
+    buffer = pa.allocate_buffer(length * np.dtype(dtype).itemsize, memory_pool=_POOL)
+    found: npt.NDArray[Any] = np.frombuffer(buffer, dtype)
     return found

@@ -41,6 +41,14 @@ class Metrics:
     """uint64: second half of that hash."""
 
     @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of depth and hash of every cell, in order: equal for the same cells with the same counts, in any file."""
+        digest = hashlib.sha256()
+        for values in (self.n_counts, self.hash_a, self.hash_b):
+            digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        return digest.hexdigest()
+
+    @property
     def mito_fraction(self) -> np.ndarray:
         """float64: share of counts on mitochondrial genes; 0 for an empty cell."""
         return self.n_mito / np.maximum(self.n_counts, 1)

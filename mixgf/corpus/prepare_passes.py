@@ -14,13 +14,11 @@ genes/SPECIES, sketch/N, done/N (information on shard N).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +79,7 @@ def describe_source(
     biotypes: tuple[str, ...],
     allowed: dict[str, list[str]] | None,
 ) -> None:
-    """Open one source, identify its genes and obs columns, hash its bytes; write the facts as part files.
+    """Open one source, identify its genes and obs columns; write the facts as part files.
 
     Args:
         work: URI of the work folder.
@@ -119,17 +117,12 @@ def describe_source(
         kinds = {new: obs_kind(reader.obs(old, 0, 1)) for new, old in obs.items()}
         rows = reader.num_rows
         by_column = reader.scan is not None
-    facts = {"rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column}
-    facts |= _identity(source.uri)
+    facts = {
+        "rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column,
+        "size": sum(source_files(source.uri).values()),
+    }  # fmt: skip
     files.write_json(facts_uri(work, index), facts)
     write_table(part_uri(work, "sources", index), columns)  # written last: it marks the source as done
-
-
-def _identity(uri: str) -> dict[str, Any]:
-    found = source_files(uri)
-    sums = [files.sha256(file) for file in found]
-    together = hashlib.sha256("".join(sums).encode()).hexdigest()
-    return {"size": sum(found.values()), "sha256": sums[0] if len(sums) == 1 else together}
 
 
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:

@@ -24,6 +24,8 @@ from mixgf.genes.identify import MappingReport
 class SourceCells:
     """What is known of the N cells of one source."""
 
+    identity: str
+    """Of the counts of all cells (`qc.Metrics.identity`)."""
     reason_N: np.ndarray
     """int8: codes of `qc.REASONS`."""
     hashes_N: qc.Hashes | None
@@ -79,6 +81,7 @@ def filter_cells(
 def _read_source(work: str, units: Sequence[RowRange], rules: QC) -> SourceCells:
     metrics, samples = read_metrics(work, [u.number for u in units])
     return SourceCells(
+        identity=metrics.identity,
         reason_N=qc.filter_cells(metrics, rules),
         hashes_N=metrics.hashes if rules.drop_duplicates else None,
         samples_N=samples if rules.doublets or rules.max_cells_per_sample else None,

@@ -415,7 +415,7 @@ class _Prepare:
         if self.config.qc.drop_duplicates:
             tables["hashes"] = prepare_plan.hashes_table(cells)
         sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(cells[i].reason_N), "cells_kept": cells[i].counts["kept"],
-                    "size": self.facts[i]["size"], "sha256": self.facts[i]["sha256"]} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
+                    "size": self.facts[i]["size"], "counts_sha256": cells[i].identity} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
         if self.older is not None:
             tables = {
                 name: pa.Table.from_pylist(self.older.table(name).to_pylist() + table.to_pylist())

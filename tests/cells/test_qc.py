@@ -60,6 +60,9 @@ def test_metrics_of_blocks_are_those_of_the_whole():
     for name in qc.Metrics.__slots__:
         assert np.array_equal(getattr(merged, name), getattr(whole, name))
     assert np.array_equal(sum(s for _, s in parts), sums)
+    assert merged.identity == whole.identity
+    others = (measure(counts[::-1])[0], measure(counts[:-1])[0], measure(np.where(counts == 3, 4, counts))[0])
+    assert len({whole.identity, *(other.identity for other in others)}) == 4
 
 
 def test_sd_rule_drops_both_tails_and_cells_without_genes_do_not_move_the_mean():

@@ -287,6 +287,12 @@ def test_a_column_major_source_gives_the_bytes_of_a_row_major_one(world, tmp_pat
     uri = made(config, tmp_path, "columns")
     found = bytes_of(uri)
     assert found == expected
+    identities = [
+        [s["counts_sha256"] for s in artifacts.require(u, "corpus").details["sources"]]
+        for u in (str(tmp_path / "rows" / "corpus"), uri)
+    ]
+    assert identities[0] == identities[1]  # of the counts, whatever the file
+    assert len(set(identities[0])) == 3
     assert not files.exists(f"{uri}/work")
 
 
