@@ -71,7 +71,9 @@ class Passed:
     sent: int
     """Bytes of the body that the client got."""
     region: str
-    """What the request is signed for."""
+    """What the request is signed for; empty for a request without a signature."""
+    payer: str = ""
+    """Who pays for the request, where not the owner of the bucket."""
 
 
 @dataclass
@@ -153,7 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
             promised = len(part)
         with self.proxy.lock:
             region = (self.headers.get("Authorization", "").split("/s3/aws4_request")[0].split("/") or [""])[-1]
-            self.proxy.passed.append(Passed(what, self.headers.get("Range", ""), answer.status, len(part), region))
+            payer = self.headers.get("x-amz-request-payer", "")
+            self.proxy.passed.append(
+                Passed(what, self.headers.get("Range", ""), answer.status, len(part), region, payer)
+            )
         self._answer(answer.status, headers, part, promised)
         if part is not data and kind != "short":
             if kind == "stall":

@@ -20,6 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 INDIRECT = {
     "s3fs": "fsspec loads it for s3:// URIs",
+    "gcsfs": "fsspec loads it for gs:// URIs",
+    "adlfs": "fsspec loads it for az:// URIs",
     "scikit-image": "scanpy's Scrublet imports it",
 }
 OPTIONAL = {"scvi": "scvi-tools", "scib_metrics": "scib-metrics"}
@@ -53,7 +55,10 @@ def imported(folder, declared):
 
 def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
     declared = names(
-        [*PROJECT["dependencies"], *(line for name in ("s3", "zarr", "doublets", "baselines") for line in EXTRAS[name])]
+        [
+            *PROJECT["dependencies"],
+            *(line for name in ("s3", "gs", "az", "zarr", "soma", "doublets", "baselines") for line in EXTRAS[name]),
+        ]
     )
     found = imported("mixgf", declared)
     assert found - declared == set(), "imported and not declared"
@@ -99,6 +104,24 @@ def test_a_zarr_store_without_zarr_names_the_extra(tmp_path, monkeypatch):
         open_reader(str(tmp_path / "cells.zarr")),
     ):
         pass
+
+
+def test_an_experiment_without_tiledbsoma_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells/__tiledb_group.tdb").touch()
+    monkeypatch.setitem(sys.modules, "tiledbsoma", None)
+    missing = pytest.raises(UserError, match=r"cells: needs the package tiledbsoma, .* pip install 'mixgf\[soma\]'$")
+    with missing, open_reader(str(tmp_path / "cells")):
+        pass
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("az", "adlfs")])
+def test_other_stores_without_their_package_name_the_extra(scheme, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        UserError, match=rf"^{scheme}://: needs the package {package}, .* pip install 'mixgf\[{scheme}\]'$"
+    ):
+        files.exists(f"{scheme}://bucket/key")
 
 
 def test_an_installed_package_is_not_imported_by_the_check():

@@ -1,4 +1,4 @@
-"""Open counts, on local disk or object storage: AnnData (.h5ad, .zarr), annbatch collections, 10x .h5, Matrix Market folders.
+"""Open counts on local disk or object storage: AnnData (.h5ad, .zarr), annbatch, TileDB-SOMA, 10x .h5, Matrix Market folders.
 
 A reader gives the file's shape, the names of rows and columns, `obs` values and raw counts of a row range as CSR blocks.
 It does not check counts (`cells.counts`) or identify genes (`genes.identify`). The format is told by the content, not by the
@@ -22,17 +22,19 @@ from mixgf.cells.annbatch import dataset_names, open_annbatch
 from mixgf.cells.anndata_file import open_anndata
 from mixgf.cells.hdf5 import open_hdf5
 from mixgf.cells.reader import Reader, file_error
+from mixgf.cells.soma import open_soma
 from mixgf.cells.tenx import MTX_FILES, genome_groups, open_mtx, open_tenx_h5
 from mixgf.cells.zarr_store import open_zarr
 from mixgf.errors import StorageError, UserError
 from mixgf.storage import files
 
 _ZARR_FILES = {"zarr.json", ".zgroup", ".zattrs", ".zmetadata"}
+_SOMA_FILES = {"__tiledb_group.tdb", "__group"}
 _FILE_ENDINGS = (".h5ad", ".h5", ".hdf5", ".h5mu", ".loom", ".h5seurat", ".rds", ".csv", ".tsv", ".txt", ".gz", ".zip")
 
 
 def format_of(uri: str) -> str:
-    """Format of a count file: `h5ad`, `10x_h5`, `mtx`, `zarr`, `annbatch`; a `UserError` for anything else."""
+    """Format of a count file: `h5ad`, `10x_h5`, `mtx`, `zarr`, `annbatch`, `soma`; a `UserError` for anything else."""
     with open_reader(uri) as reader:
         return reader.format
 
@@ -70,20 +72,11 @@ def _open(stack: ExitStack, uri: str, layer: str) -> Reader:
     if not files.exists(uri):
         raise file_error(uri, "no such file; check the path (and the endpoint and keys, on object storage)")
     names = set(_names(uri))
-    if names & _ZARR_FILES or uri.endswith(".zarr.zip"):
-        root = stack.enter_context(open_zarr(uri))
-        if dataset_names(root):
-            return replace(open_annbatch(uri, root, layer), format="annbatch")
-        if not {"obs", "var"} <= set(root):
-            raise file_error(uri, unknown.describe_zarr(uri, root))
-        return replace(open_anndata(uri, root, layer), format="zarr")
     folder, _, name = uri.rstrip("/").rpartition("/")
+    if names or uri.endswith(".zarr.zip") or (files.is_local(uri) and files.is_folder(uri)):
+        return _open_folder(stack, uri, layer, names)
     if name in ("matrix.mtx", "matrix.mtx.gz"):
         return replace(open_mtx(uri, folder or ".", layer), format="mtx")
-    if {"matrix.mtx", "matrix.mtx.gz"} & names:
-        return replace(open_mtx(uri, uri, layer), format="mtx")
-    if names or (files.is_local(uri) and files.is_folder(uri)):
-        raise file_error(uri, unknown.describe_folder(uri, sorted(names)))
     try:
         file = stack.enter_context(open_hdf5(uri))
     except StorageError:
@@ -97,6 +90,21 @@ def _open(stack: ExitStack, uri: str, layer: str) -> Reader:
     if isinstance(file.get("matrix"), h5py.Group) or genome_groups(file):
         return replace(open_tenx_h5(uri, file, layer), format="10x_h5")
     raise file_error(uri, unknown.describe_hdf5(uri, file))
+
+
+def _open_folder(stack: ExitStack, uri: str, layer: str, names: set[str]) -> Reader:
+    if {"matrix.mtx", "matrix.mtx.gz"} & names:
+        return replace(open_mtx(uri, uri, layer), format="mtx")
+    if names & _SOMA_FILES:
+        return replace(stack.enter_context(open_soma(uri, layer)), format="soma")
+    if not (names & _ZARR_FILES or uri.endswith(".zip")):
+        raise file_error(uri, unknown.describe_folder(uri, sorted(names)))
+    root = stack.enter_context(open_zarr(uri))
+    if dataset_names(root):
+        return replace(open_annbatch(uri, root, layer), format="annbatch")
+    if not {"obs", "var"} <= set(root):
+        raise file_error(uri, unknown.describe_zarr(uri, root))
+    return replace(open_anndata(uri, root, layer), format="zarr")
 
 
 def _names(uri: str) -> list[str]:

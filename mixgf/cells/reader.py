@@ -49,7 +49,7 @@ class Reader:
     scan: Callable[[], Iterator[Triples]] | None = None
     """Column-major files only: all entries, in the order of the file. There, `read` scans the whole file."""
     format: str = ""
-    """`h5ad`, `zarr`, `annbatch`, `10x_h5`, `mtx`; empty for AnnData in memory."""
+    """`h5ad`, `zarr`, `annbatch`, `soma`, `10x_h5`, `mtx`; empty for AnnData in memory."""
     layer_option: str = "sources[i].layer"
     """How the user names the layer with the counts; for messages."""
 

@@ -66,7 +66,8 @@ def is_transient(error: Exception) -> bool:
     """Whether a retry may succeed: the answer broke off, or the server is busy."""
     if _of_botocore(error, "ConnectionError"):
         return False  # no connection: botocore has retried already
-    if isinstance(error, TimeoutError | ConnectionError | EOFError) or _of_aiohttp(error):
+    broken = isinstance(error, TimeoutError | ConnectionError | EOFError) or _of_clients(error, "aiohttp")
+    if broken or (_of_clients(error) and _http_status(error) in (0, 408, 429, *range(500, 600))):
         return True
     if _of_botocore(error, "HTTPClientError", "IncompleteReadError"):
         return True
@@ -86,12 +87,14 @@ def error_code(error: BaseException) -> str:
 def storage_error(uri: str, error: Exception) -> OSError | None:
     """The error with a one-line message that callers see; None for an error that is not of storage."""
     text = " ".join(str(error).split()) or type(error).__name__
-    refusal = _permanent(error)
+    refusal = _permanent(uri, error)
     if refusal:
         return AccessError(f"{uri}: {refusal[0]} ({text}); {refusal[1]}")
     if error_code(error) in ("404", "NoSuchKey", "NoSuchBucket"):
         return FileNotFoundError(f"{uri}: {text}")
     where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    if not uri.startswith("s3://"):
+        where = uri.partition("/")[0] + "//"
     if error_code(error) in ("412", "PreconditionFailed"):
         text = f"{uri}: was written again while it was read; start again"
     elif _of_botocore(error, "ConnectionError"):
@@ -99,7 +102,7 @@ def storage_error(uri: str, error: Exception) -> OSError | None:
     elif (
         isinstance(error, OSError | EOFError)
         or _of_botocore(error, "BotoCoreError", "ClientError")
-        or _of_aiohttp(error)
+        or _of_clients(error)
     ):
         text = f"{uri}: the request to {where} failed ({text}); the same command tries again"
     else:
@@ -107,12 +110,25 @@ def storage_error(uri: str, error: Exception) -> OSError | None:
     return StorageError(text)
 
 
-def _permanent(error: Exception) -> tuple[str, str] | None:
+def _permanent(uri: str, error: Exception) -> tuple[str, str] | None:
     """Reason and way out of an error that no retry can mend; None for another error."""
+    if uri.startswith(("gs://", "az://")):
+        denied = isinstance(error, PermissionError) or (_of_clients(error) and _http_status(error) in (401, 403))
+        return (
+            (
+                "access denied",
+                f"check the credentials of {uri[:2]}://, or set FSSPEC_GS_TOKEN=anon, FSSPEC_AZ_ANON=true for a public bucket",
+            )
+            if denied
+            else None
+        )
     if isinstance(error, PermissionError) or error_code(error) in _DENIED:
         return "access denied", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and that key's rights"
     if _of_botocore(error, "NoCredentialsError", "PartialCredentialsError"):
-        return "no keys", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        how = (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket, FSSPEC_S3_ANON=true"
+        )
+        return "no keys", how
     if _of_botocore(error, "ParamValidationError"):
         return "not a valid address", "an S3 address is s3://BUCKET/KEY"
     return None
@@ -128,6 +144,14 @@ def _status(error: Exception) -> int:
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"])  # type: ignore[attr-defined]
 
 
-def _of_aiohttp(error: Exception) -> bool:
-    """By its module's name: aiohttp takes a third of a second to import, and raises only what it meets on the wire."""
-    return type(error).__module__.partition(".")[0] == "aiohttp"
+def _http_status(error: Exception) -> int:
+    """HTTP status of an error of gcsfs or Azure; 0 where there was no answer."""
+    for name in ("code", "status_code"):
+        if str(code := getattr(error, name, "")).isdigit():
+            return int(code)
+    return 0
+
+
+def _of_clients(error: Exception, *packages: str) -> bool:
+    """By their modules' names: aiohttp takes a third of a second to import, and raises only what it meets on the wire."""
+    return type(error).__module__.partition(".")[0] in (packages or ("aiohttp", "gcsfs", "google", "azure"))

@@ -1,7 +1,8 @@
 """Requests to object storage, and remote files that are read by ranges.
 
-Endpoint, region and keys are those of any AWS client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...). s3fs and botocore
-are imported at the first request, since local runs need neither.
+Endpoint, region and keys are those of any AWS client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...). Other options are
+those of fsspec's file systems, by fsspec's own variables (FSSPEC_S3_ANON=true, FSSPEC_S3_REQUESTER_PAYS=true, FSSPEC_GS_TOKEN=anon,
+FSSPEC_AZ_ACCOUNT_NAME=...). s3fs and botocore are imported at the first request, since local runs need neither.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cache
 from typing import Any, TypeVar, cast
 
 import fsspec
+import fsspec.config
 
 from mixgf.errors import UserError, require_package
 from mixgf.storage.retry import with_retries
@@ -22,6 +24,12 @@ CONNECT_SECONDS = 5
 READ_SECONDS = 30
 """Longest wait for a server's answer before the request is repeated."""
 BUFFER_BYTES = 64 << 10
+PACKAGES = {
+    "s3": ("s3fs", "s3://", "mixgf[s3]"),
+    "gs": ("gcsfs", "gs://", "mixgf[gs]"),
+    "az": ("adlfs", "az://", "mixgf[az]"),
+}
+"""Schemes, with the package that reads each and the extra that installs it."""
 FIRST_BYTES, NUM_BLOCKS = 128 << 10, 8
 """First read-ahead, and blocks that a file keeps."""
 
@@ -37,8 +45,24 @@ def async_filesystem(uri: str) -> Any:
     return _filesystem(uri.partition("://")[0], os.getpid(), _settings(), asynchronous=True)
 
 
+def tiledb_options() -> dict[str, str]:
+    """The settings of s3:// as options of TileDB, which reads keys and regions itself as any AWS client does."""
+    fs, _ = filesystem_and_key("s3://")
+    endpoint = fs.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+    options = {"vfs.s3.no_sign_request": "true"} if fs.anon else {}
+    options |= {"vfs.s3.request_payer": "requester"} if fs.req_kw else {}
+    if region:
+        options["vfs.s3.region"] = region
+    if endpoint:
+        scheme, _, host = endpoint.partition("://")
+        options |= {"vfs.s3.scheme": scheme, "vfs.s3.endpoint_override": host, "vfs.s3.use_virtual_addressing": "false"}
+    return options
+
+
 def _settings() -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    named = ("AWS_", "FSSPEC_", "GOOGLE_", "AZURE_", "STORAGE_EMULATOR_HOST")
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(named)))
 
 
 def _options() -> dict[str, Any]:
@@ -49,25 +73,35 @@ def _options() -> dict[str, Any]:
 
 @cache
 def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    """A botocore client with the settings of the file system of s3://."""
     import botocore.config
     import botocore.session
 
-    return botocore.session.get_session().create_client("s3", config=botocore.config.Config(**_options()))
+    fs, options = _filesystem("s3", pid, settings), _options()
+    if fs.anon:
+        options["signature_version"] = botocore.UNSIGNED
+    keys = {"aws_access_key_id": fs.key, "aws_secret_access_key": fs.secret, "aws_session_token": fs.token}
+    return botocore.session.get_session().create_client(
+        "s3", config=botocore.config.Config(**options), endpoint_url=fs.endpoint_url, **keys
+    )
 
 
 @cache
 def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...], *, asynchronous: bool = False) -> Any:
     # one per process, since connections do not survive a fork; no cached listings, since other workers write too
-    options: dict[str, Any] = {}
+    if protocol in PACKAGES:
+        require_package(*PACKAGES[protocol])
+    found: dict[str, dict[str, Any]] = {}
+    fsspec.config.set_conf_env(found)  # fsspec itself reads the environment once, at its import
+    options = found.get(protocol, {})
     if protocol == "s3":
-        require_package("s3fs", "s3://", "mixgf[s3]")
-        options["config_kwargs"] = _options()
+        options["config_kwargs"] = options.get("config_kwargs", {}) | _options()
     try:
         fs = fsspec.filesystem(
             protocol, use_listings_cache=False, skip_instance_cache=True, asynchronous=asynchronous, **options
         )
     except (ValueError, ImportError) as error:
-        msg = f"{protocol}:// is not a known storage: use a local path or s3:// ({error})"
+        msg = f"{protocol}:// is not a known storage: use a local path or {', '.join(f'{p}://' for p in PACKAGES)} ({error})"
         raise UserError(msg) from None
     fs.retries = 1  # s3fs multiplies botocore's attempts by 5, and by 25 where it reads ranges
     return fs
@@ -101,7 +135,7 @@ def range_reader(uri: str, etag: str) -> Callable[[int, int], bytes]:
         return lambda start, stop: fs.cat_file(key, start=start, end=stop)
     bucket, name, _ = fs.split_path(key)
     client = _client(os.getpid(), _settings())
-    same = {"IfMatch": etag} if etag else {}
+    same = ({"IfMatch": etag} if etag else {}) | fs.req_kw
 
     def fetch(start: int, stop: int) -> bytes:
         body = client.get_object(Bucket=bucket, Key=name, Range=f"bytes={start}-{stop - 1}", **same)["Body"]

@@ -8,15 +8,19 @@ import re
 import subprocess
 import sys
 
+import anndata
 import h5py
 import numpy as np
 import pytest
 import s3_world
 from fault_proxy import Proxy, Rule, every, first
 from processes import free_port
+from scipy import sparse
 
 import mixgf.storage.s3
 from mixgf import cli
+from mixgf.cells import open as opening
+from mixgf.cells.open import open_reader
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
 from mixgf.corpus import prepare_passes
@@ -198,6 +202,73 @@ def test_a_work_unit_reads_its_ranges_and_not_the_file(proxy, bucket, tmp_path, 
             2 << 20
         )  # its counts, and HDF5's own blocks
         assert len(gets) <= 30
+
+
+@pytest.fixture
+def stores(bucket, world, tmp_path):
+    """The same cells as .h5ad and as Zarr (formats 2 and 3) in the bucket, and their counts."""
+    cells = anndata.read_h5ad(world.folder / "data/ant/ant1.h5ad")
+    for form in (2, 3):
+        with anndata.settings.override(zarr_write_format=form):
+            cells.write_zarr(tmp_path / f"{form}.zarr")
+        for file in (tmp_path / f"{form}.zarr").rglob("*"):
+            if file.is_file():
+                key = f"data/stores/{file.relative_to(tmp_path)}"
+                bucket.upload_file(str(file), s3_world.BUCKET, key, ExtraArgs={"ACL": "public-read"})
+    known = str(world.folder / "data/ant/ant1.h5ad")
+    bucket.upload_file(known, s3_world.BUCKET, "data/stores/cells.h5ad", ExtraArgs={"ACL": "public-read"})
+    bucket.put_bucket_acl(Bucket=s3_world.BUCKET, ACL="public-read")
+    return [f"{ROOT}/stores/{name}" for name in ("cells.h5ad", "2.zarr", "3.zarr")], cells
+
+
+def counts_in(uri):
+    with open_reader(uri) as reader:
+        blocks = [
+            sparse.csr_array((b.data.copy(), b.indices.copy(), b.indptr), shape=(len(b.indptr) - 1, reader.num_columns))
+            for b in reader.read(0, reader.num_rows, 9)
+        ]
+        return sparse.vstack(blocks).toarray(), reader.obs("cell_type", 0, reader.num_rows).tolist()
+
+
+def test_a_public_bucket_is_read_without_keys(proxy, stores, monkeypatch, tmp_path):
+    uris, cells = stores
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StorageError, match=r"no keys .*; for a public bucket, FSSPEC_S3_ANON=true"):
+        counts_in(uris[0])
+    monkeypatch.setenv("FSSPEC_S3_ANON", "true")
+    for uri in uris:
+        proxy.fresh()
+        x, types = counts_in(uri)
+        assert np.array_equal(x, cells.X.toarray())
+        assert types == cells.obs["cell_type"].tolist()
+        assert sum(opening.source_files(uri).values()) > 0
+        assert {p.region for p in proxy.passed} == {""}, "no request is signed"
+    with pytest.raises(StorageError, match="access denied"):  # of an object that is not public
+        counts_in(f"{ROOT}/bee.h5")
+
+
+def test_whoever_reads_pays_where_it_is_asked_for(proxy, stores, monkeypatch):
+    uris, cells = stores
+    monkeypatch.setenv("FSSPEC_S3_REQUESTER_PAYS", "true")
+    for uri in uris:
+        proxy.fresh()
+        assert np.array_equal(counts_in(uri)[0], cells.X.toarray())
+        read = [p for p in proxy.passed if "list-type" not in p.what]
+        assert {p.payer for p in read} == {"requester"}
+        assert len(read) > 2
+
+
+def test_a_zarr_store_is_read_over_a_network_that_fails(proxy, stores):
+    uris, cells = stores
+    for kind in ("busy", "break"):
+        (rule,) = proxy.fresh(Rule(kind, r"^GET .*3\.zarr/(X|obs)/", when=every(2)))
+        assert np.array_equal(counts_in(uris[2])[0], cells.X.toarray())
+        assert rule.hits > 1
+    proxy.fresh(Rule("drop", r"^GET .*3\.zarr/X/"))
+    with pytest.raises(StorageError, match=r"3\.zarr: "):
+        counts_in(uris[2])
 
 
 @pytest.mark.timeout(120, func_only=True)
