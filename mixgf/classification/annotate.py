@@ -1,6 +1,6 @@
 """Cell types for a user's cells by a kept classifier, with reasons to doubt them.
 
-`label` depends only on a classifier, a file and a range of its rows. Warnings about the whole file (coverage of the model's genes,
+`label_cells` depends only on a classifier, a file and a range of its rows. Warnings about the whole file (coverage of the model's genes,
 species without training cells, too many doubted cells) are made from all its labels, in `verdicts`.
 
 Shapes: N cells of a block, C classes, G columns of the file, V vocabulary.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from mixgf.arrays import Floats, Integers
 from mixgf.cells.open import format_of, open_reader
 from mixgf.cells.reader import Reader
 from mixgf.classification import kept_classifier
@@ -25,6 +27,8 @@ from mixgf.classification.kept_classifier import DOUBTED, EMPTY, Kept
 from mixgf.config import data, parse
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.corpus import in_memory
+from mixgf.corpus.shards import regroup
+from mixgf.execution import Pipeline
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files, tables
 
@@ -86,26 +90,83 @@ def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary)
     return file, genes
 
 
-def label(
-    model: str, file: File, start: int, stop: int, to: str, *, block_cells: int = BLOCK_CELLS, device: str = "cpu"
-) -> None:
-    """Label rows [start, stop) of a file and write them as a Parquet part, with the columns of `label_rows`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelPlan:
+    """One part of labels: rows [start, stop) of a file."""
 
-    Args:
-        model: URI of a classifier.
-        file: Facts of `look`.
-        start: First row.
-        stop: Row after the last.
-        to: URI of the part.
-        block_cells: Rows held in memory at a time.
-        device: Where the encoder computes.
-    """
-    kept, vocabulary, _ = kept_classifier.load(model, device)
-    with open_reader(file.source.uri, file.source.layer) as reader:
+    model: str
+    """URI of a classifier."""
+    version: str
+    """Hash of its content: a process loads it once for all parts."""
+    file: File
+    """Facts of `look`."""
+    start: int
+    stop: int
+    to: str
+    """URI of the part."""
+    block_cells: int = BLOCK_CELLS
+    """Rows read at a time."""
+
+
+@lru_cache(maxsize=1)
+def _loaded(model: str, version: str) -> tuple[Kept, Vocabulary]:
+    del version
+    kept, vocabulary, _ = kept_classifier.load(model)
+    return kept, vocabulary
+
+
+def read_sentences(plan: LabelPlan) -> Iterator[pa.Table]:
+    """Read: counts of cells as sentences; `tokens` (list of int32) and `genes` (detected vocabulary genes)."""
+    kept, vocabulary = _loaded(plan.model, plan.version)
+    tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
+    with open_reader(plan.file.source.uri, plan.file.source.layer) as reader:
         reader.layer_option = "--layer"
-        _, genes = describe(reader, file.source, kept, vocabulary)
-        parts = label_rows(reader, genes, kept, start, stop, block_cells=block_cells)
-        tables.write_table(to, pa.concat_tables(parts))
+        _, genes = describe(reader, plan.file.source, kept, vocabulary)
+        for block in in_memory.blocks(reader, genes, tokens, plan.start, plan.stop, rows=plan.block_cells):
+            sentences = pa.ListArray.from_arrays(pa.array(block.offsets_N1, pa.int32()), pa.array(block.tokens_T))
+            yield pa.table({"tokens": sentences, "genes": pa.array(block.genes_N, pa.int64())})
+
+
+def embed_sentences(sentences: Iterator[pa.Table], plan: LabelPlan) -> Iterator[pa.Table]:
+    """Transform: sentences to vectors; `vector` (list of float64, null for a cell without genes) and `genes`."""
+    kept, _ = _loaded(plan.model, plan.version)
+    for table in sentences:
+        column = table["tokens"].combine_chunks()
+        offsets_N1 = np.concatenate([[0], np.cumsum(column.value_lengths().to_numpy(), dtype=np.int64)])
+        block = in_memory.Sentences(
+            start=0, tokens_T=column.flatten().to_numpy(), offsets_N1=offsets_N1,
+            cls=parse.from_dict(data.Tokens, kept.about["tokens"]).cls, genes_N=table["genes"].to_numpy(),
+        )  # fmt: skip
+        made = _vectors(kept, block)
+        lengths_N = np.where(block.genes_N > 0, made.shape[1], 0)
+        column = pa.ListArray.from_arrays(
+            pa.array(np.concatenate([[0], np.cumsum(lengths_N)]), pa.int32()), pa.array(made.reshape(-1), pa.float64())
+        )
+        yield pa.table({"vector": column, "genes": table["genes"]})
+
+
+def label_vectors(vectors: Iterator[pa.Table], plan: LabelPlan) -> Iterator[pa.Table]:
+    """Transform: vectors to labels; columns of `label_rows`.
+
+    The last bits of a product of matrices depend on their sizes, so rows are taken in groups of `block_cells`, however they come.
+    """
+    kept, _ = _loaded(plan.model, plan.version)
+    for table in regroup(vectors, plan.block_cells):
+        genes_N = table["genes"].to_numpy()
+        flat = table["vector"].combine_chunks().flatten().to_numpy()
+        num = int((genes_N > 0).sum())
+        yield _label_vectors(kept, genes_N, flat.reshape(num, len(flat) // max(num, 1)))
+
+
+def write_labels(labels: Iterator[pa.Table], plan: LabelPlan) -> None:
+    """Write: the part."""
+    tables.write_table(plan.to, pa.concat_tables(labels).combine_chunks())
+
+
+label_cells = Pipeline(
+    name="label_cells", source="Cells", read=read_sentences, steps=(embed_sentences, label_vectors), write=write_labels
+)
+"""Labels of some rows of a file as a Parquet part, with the columns of `label_rows`. Takes a `LabelPlan`."""
 
 
 def label_rows(
@@ -126,20 +187,25 @@ def label_rows(
     """
     tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
     for block in in_memory.blocks(reader, genes, tokens, start, stop, rows=block_cells):
-        yield _label_block(kept, block)
+        yield _label_vectors(kept, block.genes_N, _vectors(kept, block))
 
 
-def _label_block(kept: Kept, block: in_memory.Sentences) -> pa.Table:
-    genes_N = block.genes_N
+def _vectors(kept: Kept, block: in_memory.Sentences) -> Floats:
+    """Vectors of the cells with genes."""
+    full = np.flatnonzero(block.genes_N > 0)
+    return kept.vectors(block, full) if len(full) else np.empty((0, kept.head_CD.shape[1]))
+
+
+def _label_vectors(kept: Kept, genes_N: Integers, vectors_FD: Floats) -> pa.Table:
+    """Labels of cells with `genes_N` genes; `vectors_FD` are those of the cells with genes."""
     num_cells, num_classes = len(genes_N), len(kept.classes)
     full = np.flatnonzero(genes_N > 0)
     p_NC = np.full((num_cells, num_classes), np.nan)
     distance_N = np.full(num_cells, np.nan)
     doubt = np.full(num_cells, EMPTY, dtype=object)
     if len(full):
-        vectors = kept.vectors(block, full)
-        p_NC[full] = kept.probabilities(vectors)
-        distance_N[full] = kept.distances(vectors, p_NC[full].argmax(1))
+        p_NC[full] = kept.probabilities(vectors_FD)
+        distance_N[full] = kept.distances(vectors_FD, p_NC[full].argmax(1))
         doubt[full] = kept.doubts(p_NC[full], distance_N[full], genes_N[full])
     order_NC = np.argsort(-np.nan_to_num(p_NC), axis=1, kind="stable")
     classes, empty = np.array(kept.classes, dtype=object), genes_N == 0

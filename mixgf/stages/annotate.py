@@ -47,7 +47,8 @@ def run(model: str, source: Source, to: str, settings: Config, *, executor: Exec
     tasks = []
     for start in range(0, file.num_cells, PART_CELLS):
         stop, part = min(start + PART_CELLS, file.num_cells), files.join(work, f"{start:010d}.parquet")
-        tasks.append(Task(part=part, function=annotate.label, args=(uri, file, start, stop, part), weight=stop - start))
+        plan = annotate.LabelPlan(model=uri, version=key, file=file, start=start, stop=stop, to=part)
+        tasks.append(Task(part=part, function=annotate.label_cells, args=(plan,), weight=stop - start))
     if missing(tasks):
         executor = executor or RayExecutor(settings)
         with executor.session():

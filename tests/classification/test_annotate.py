@@ -15,8 +15,10 @@ from mixgf.classification.features import Scale
 from mixgf.classification.models.protocol import LinearClassifier
 from mixgf.config.classification import Classify
 from mixgf.config.data import Source, Tokens
-from mixgf.config.run import Config, Tracking
+from mixgf.config.run import Compute, Config, Tracking
 from mixgf.config.training import Model, Train
+from mixgf.distributed import pipelines
+from mixgf.distributed.executor import RayExecutor
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor
 from mixgf.stages import annotate, classify, prepare
@@ -118,6 +120,24 @@ def test_parts_of_any_size_and_a_csv_hold_the_same_labels(
     assert table["mixgf_label"].tolist() == whole.obs["mixgf_label"].astype(str).tolist()
     np.testing.assert_allclose(table["mixgf_probability"], whole.obs["mixgf_probability"], atol=1e-6)
     assert not [p for p in tmp_path.iterdir() if ".parts-" in p.name]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("size", [2_000, pipelines.BLOCK_BYTES])
+def test_ray_gives_the_bytes_of_the_local_executor_for_any_size_of_blocks(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_local: None, size: int
+) -> None:
+    monkeypatch.setattr(annotate, "PART_CELLS", 50)
+    monkeypatch.setattr(pipelines, "BLOCK_BYTES", size)
+    path = tmp_path / "mine.h5ad"
+    cells("human", 40).write_h5ad(path)
+    settings, found = Config(compute=Compute(num_workers=2)), []
+    for name, executor in (("here", LocalExecutor()), ("ray", RayExecutor(settings))):
+        to = tmp_path / f"{name}.csv"
+        annotate.run(model(trained), Source(uri=str(path), species=""), str(to), settings, executor=executor)
+        found.append(to.read_bytes())
+    assert found[0] == found[1]
+    assert found[0].count(b"\n") == 121
 
 
 def test_a_species_without_training_cells_and_missing_genes_are_said(trained: Config, tmp_path: Path) -> None:
