@@ -6,7 +6,6 @@ import functools
 import tempfile
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pyarrow as pa
 
@@ -14,6 +13,7 @@ from mixgf.config.parse import from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.config.training import Model
 from mixgf.console import say
+from mixgf.corpus.h5ad import write_h5ad
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
@@ -67,10 +67,6 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
 def load(uri: str) -> np.ndarray:
     """All vectors of a finished artifact in cell order, float32 (N, D)."""
     artifacts.require(uri, KIND, SCHEMA)
-    return _vectors(uri)
-
-
-def _vectors(uri: str) -> np.ndarray:
     folder = files.join(uri, "shards")
     parts = [_read(files.join(folder, name)) for name in files.list_dir(folder) if name.endswith(".parquet")]
     return np.concatenate(parts)
@@ -108,12 +104,9 @@ def _embed(config: Config, corpus: Corpus, weights: str, uri: str, *, executor: 
 
 def _assemble(corpus: Corpus, uri: str) -> int:
     """Write cells.h5ad: obs and the vectors, no X. Returns the width."""
-    vectors = _vectors(uri)
-    obs = corpus.obs().set_index("cell")
-    obs.index = obs.index.astype(str)
-    cells = ad.AnnData(obs=obs, obsm={OBSM: vectors})
+    parts = (tables.read_table(files.join(uri, "shards", _name(shard))) for shard in range(len(corpus.shards)))
     with tempfile.TemporaryDirectory(prefix="mixgf-embed-") as folder:
         path = Path(folder) / "cells.h5ad"
-        cells.write_h5ad(path, compression="gzip")
+        dim = write_h5ad(path, corpus, OBSM, parts)
         files.upload(path, files.join(uri, "cells.h5ad"))
-    return int(vectors.shape[1])
+    return dim

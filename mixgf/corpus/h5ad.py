@@ -1,0 +1,131 @@
+"""Write obs of a corpus and vectors of its cells as an .h5ad file, slice by slice.
+
+Memory: one shard's obs, one column of obs (8 bytes per cell), and one slice of vectors, whatever the number of cells.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from mixgf.corpus.reader import Corpus
+from mixgf.corpus.shards import regroup
+
+CHUNK_BYTES = 1 << 20
+"""Of vectors that HDF5 compresses together."""
+SLICE_CHUNKS = 8
+INDEX = "cell"
+"""Column of a corpus that becomes the index of obs."""
+_COMPRESSED = {"compression": "gzip"}
+
+
+def write_h5ad(path: Path, corpus: Corpus, obsm: str, vectors: Iterable[pa.Table]) -> int:
+    """Write obs and vectors of all cells, without X; returns the width of the vectors.
+
+    Args:
+        path: of the .h5ad file.
+        corpus: its columns become obs, `cell` the index.
+        obsm: name of the vectors in obsm.
+        vectors: tables of all cells in order, with the column `vector` (fixed-size list of float32).
+    """
+    ad.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))).write_h5ad(path)
+    with h5py.File(path, "r+") as file, tempfile.TemporaryDirectory(prefix="mixgf-obs-") as folder:
+        obs = _local_obs(corpus, Path(folder) / "obs.arrow")
+        del file["obs"]
+        group = file.create_group("obs")
+        names = [name for name in obs.column_names if name != INDEX]
+        group.attrs.update({
+            "_index": INDEX, "column-order": np.array(names, h5py.string_dtype()), "encoding-type": "dataframe",
+            "encoding-version": "0.2.0",
+        })  # fmt: skip
+        _write_index(group, obs[INDEX])
+        for name in names:
+            ad.io.write_elem(group, name, _values(obs[name]), dataset_kwargs=_COMPRESSED)
+        return _write_vectors(file["obsm"], obsm, corpus.num_cells, vectors)
+
+
+def _local_obs(corpus: Corpus, path: Path) -> pa.Table:
+    """Columns of all shards in one file, which is mapped into memory; a column that a shard lacks is null there."""
+    schemas = [corpus.shard_schema(i) for i in range(len(corpus.shards))]
+    whole = pa.unify_schemas(schemas)
+    whole = pa.schema([field.with_nullable(True) for field in whole if field.name != "tokens"])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, whole) as writer:
+        for i, schema in enumerate(schemas):
+            table = corpus.table(i, [name for name in whole.names if name in schema.names])
+            for field in whole:
+                if field.name not in schema.names:
+                    table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+            writer.write_table(table.select(whole.names).cast(whole).combine_chunks())
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _write_index(group: h5py.Group, names: pa.ChunkedArray) -> None:
+    data = group.create_dataset(INDEX, (len(names),), h5py.string_dtype(), **_COMPRESSED)
+    data.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+    start = 0
+    for chunk in names.chunks:
+        data[start : start + len(chunk)] = chunk.to_numpy(zero_copy_only=False)
+        start += len(chunk)
+
+
+def _values(column: pa.ChunkedArray) -> Any:
+    """A column as anndata writes it: text that repeats is categorical, integers with gaps are floats."""
+    if not pa.types.is_string(column.type):
+        return column.to_pandas().to_numpy()
+    coded = column.dictionary_encode().combine_chunks()
+    coded = pa.chunked_array([coded]) if isinstance(coded, pa.Array) else coded.unify_dictionaries()
+    labels = coded.chunk(0).dictionary.to_pylist()
+    if len(labels) == len(column):
+        return column.to_numpy()
+    order = sorted(range(len(labels)), key=labels.__getitem__)
+    place = np.empty(len(labels) + 1, dtype=np.int32)
+    place[order], place[-1] = np.arange(len(labels)), -1
+    codes = np.concatenate([
+        place[chunk.indices.fill_null(len(labels)).to_numpy(zero_copy_only=False)] for chunk in coded.chunks
+    ])  # fmt: skip
+    return pd.Categorical.from_codes(codes, [labels[i] for i in order])
+
+
+def _write_vectors(group: h5py.Group, name: str, num: int, vectors: Iterable[pa.Table]) -> int:
+    data: h5py.Dataset | None = None
+    start = 0
+    for table in _slices(vectors):
+        column = table["vector"].combine_chunks()
+        flat = column.flatten().to_numpy().reshape(-1, column.type.list_size)
+        if data is None:
+            rows = max(1, min(num, _chunk_rows(flat.shape[1])))
+            data = group.create_dataset(
+                name, (num, flat.shape[1]), np.float32, chunks=(rows, flat.shape[1]), **_COMPRESSED
+            )
+            data.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        data[start : start + len(flat)] = flat
+        start += len(flat)
+        del table, column, flat
+    assert data is not None
+    assert start == num, f"vectors of {start} of {num} cells"
+    return int(data.shape[1])
+
+
+def _chunk_rows(width: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * width))
+
+
+def _slices(vectors: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The vectors in tables of whole chunks."""
+    tables = iter(vectors)
+    first = next(tables)
+    rows = _chunk_rows(first.schema.field("vector").type.list_size) * SLICE_CHUNKS
+
+    def all_tables() -> Iterator[pa.Table]:
+        yield first
+        yield from tables
+
+    yield from regroup(all_tables(), rows)
