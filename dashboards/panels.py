@@ -215,65 +215,71 @@ PREPARE = [
     *machines(),
 ]
 
-PRETRAIN = [
-    Panel(
-        title="Loss",
-        queries=((top("loss", "pretrain", "run, term"), "{{term}} {{run}}"),),
-        log=True,
-        text="Total loss and its terms at the latest logged step. MLflow has every step.",
-    ),
-    Panel(
-        title="Tokens per second",
-        queries=((top("tokens_per_second", "pretrain"), "{{run}}"),),
-        unit="cps",
-        text="Sum over all workers, without padding.",
-    ),
-    Panel(
-        title="Cells per second",
-        queries=((top("cells_per_second", "pretrain"), "{{run}}"),),
-        unit="cps",
-        text="Sum over all workers.",
-    ),
-    Panel(
-        title="MFU",
-        queries=((top("mfu", "pretrain"), "{{run}}"),),
-        unit="percentunit",
-        top=1,
-        text="Model FLOPs utilisation: share of the peak of matrix products measured on the same device.",
-    ),
-    Panel(
-        title="Waiting for data",
-        queries=((top("data_wait_share", "pretrain"), "{{run}}"),),
-        unit="percentunit",
-        top=1,
-        text="Share of time that training waits for data. Above 0.1, storage or the loader limits the speed, not the GPU.",
-    ),
-    Panel(
-        title="Step",
-        queries=((top("train_step", "pretrain"), "{{run}}"),),
-        text="Optimizer step. After a restart it goes back to the last checkpoint.",
-    ),
-    Panel(
-        title="Learning rate",
-        queries=((top("learning_rate", "pretrain"), "{{run}}"),),
-        unit="sci",
-        text="Learning rate: warm-up, then the schedule.",
-    ),
-    Panel(
-        title="Gradient norm",
-        queries=((top("grad_norm", "pretrain"), "{{run}}"),),
-        log=True,
-        text="Gradient norm before clipping. A tenfold rise often comes before a loss that is not finite.",
-    ),
-    Panel(
-        title="Memory of a worker",
-        queries=((top("memory_gigabytes", "pretrain"), "{{run}}"),),
-        unit="decgbytes",
-        text="Largest use so far: GPU memory, or memory of the process on CPU.",
-    ),
-    *money("pretrain"),
-    *machines(),
-]
+
+def training(stage: str) -> list[Panel]:
+    """Panels of a stage that trains a model."""
+    return [
+        Panel(
+            title="Loss",
+            queries=((top("loss", stage, "run, term"), "{{term}} {{run}}"),),
+            log=True,
+            text="Total loss and its terms at the latest logged step. MLflow has every step.",
+        ),
+        Panel(
+            title="Tokens per second",
+            queries=((top("tokens_per_second", stage), "{{run}}"),),
+            unit="cps",
+            text="Sum over all workers, without padding.",
+        ),
+        Panel(
+            title="Cells per second",
+            queries=((top("cells_per_second", stage), "{{run}}"),),
+            unit="cps",
+            text="Sum over all workers.",
+        ),
+        Panel(
+            title="MFU",
+            queries=((top("mfu", stage), "{{run}}"),),
+            unit="percentunit",
+            top=1,
+            text="Model FLOPs utilisation: share of the peak of matrix products measured on the same device.",
+        ),
+        Panel(
+            title="Waiting for data",
+            queries=((top("data_wait_share", stage), "{{run}}"),),
+            unit="percentunit",
+            top=1,
+            text="Share of time that training waits for data. Above 0.1, storage or the loader limits the speed, not the GPU.",
+        ),
+        Panel(
+            title="Step",
+            queries=((top("train_step", stage), "{{run}}"),),
+            text="Optimizer step. After a restart it goes back to the last checkpoint.",
+        ),
+        Panel(
+            title="Learning rate",
+            queries=((top("learning_rate", stage), "{{run}}"),),
+            unit="sci",
+            text="Learning rate: warm-up, then the schedule.",
+        ),
+        Panel(
+            title="Gradient norm",
+            queries=((top("grad_norm", stage), "{{run}}"),),
+            log=True,
+            text="Gradient norm before clipping. A tenfold rise often comes before a loss that is not finite.",
+        ),
+        Panel(
+            title="Memory of a worker",
+            queries=((top("memory_gigabytes", stage), "{{run}}"),),
+            unit="decgbytes",
+            text="Largest use so far: GPU memory, or memory of the process on CPU.",
+        ),
+        *money(stage),
+        *machines(),
+    ]
+
+
+PRETRAIN, FINETUNE = training("pretrain"), training("finetune")
 
 EMBED = [
     Panel(
@@ -338,5 +344,6 @@ DASHBOARDS: dict[str, tuple[str, list[Panel]]] = {
     "pretrain": ("mixgf: pretrain", PRETRAIN),
     "embed": ("mixgf: embed", EMBED),
     "classify": ("mixgf: classify", CLASSIFY),
+    "finetune": ("mixgf: finetune", FINETUNE),
     "perturb": ("mixgf: perturb", PERTURB),
 }

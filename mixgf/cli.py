@@ -50,6 +50,7 @@ _GROUPS = {
         "run": "on your own config",
     },
     "further analyses": {
+        "finetune": "one classifier of all labelled cells, trained by a group of workers, for `mixgf annotate`",
         "compare": "species side by side: label transfer both ways, matching shifts, conserved responses",
         "tune": "a sweep: settings and seeds pretrained, scored on the way and compared (ablations, data ladders)",
     },
@@ -74,6 +75,7 @@ _NEXT = {
     "embed": "report",
     "classify": "report",
     "perturb": "report",
+    "finetune": "annotate",
     "compare": "report",
     "tune": "report",
 }

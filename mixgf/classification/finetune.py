@@ -123,6 +123,11 @@ class Classifier(nn.Module):
         self.encoder.tokens.requires_grad = False
         self.encoder.positions.requires_grad = False
 
+    def freeze_unread(self) -> None:
+        """Do not train the layers above the one that is pooled: nothing depends on them."""
+        if self.layer != "all":
+            self.encoder.layers[self.encoder.sizes.num_layers + 1 + self.layer :].requires_grad_(False)
+
 
 @dataclass
 class _Sentences:
@@ -217,7 +222,9 @@ class Tuned:
         }
 
 
-def finetune(encoder: Encoder, problem: Problem[SentenceSet], *, config: Config, context: Context) -> Tuned:
+def finetune(
+    encoder: Encoder, problem: Problem[SentenceSet], *, config: Config, context: Context, uri: str = "", identity: str = ""
+) -> Tuned:  # fmt: skip
     """Train all weights (or the upper layers, or adapters) and a class head on the training cells (paper section 4.3).
 
     AdamW, linear warm-up to the peak rate, cosine to zero; batches grouped by length. Weights are those of the epoch with the
@@ -230,7 +237,9 @@ def finetune(encoder: Encoder, problem: Problem[SentenceSet], *, config: Config,
         encoder: Where to start; it is changed.
         problem: The cells.
         config: The whole config; `classify` has the recipe, `train` precision, weight decay, clip and schedule, `vocab` orthologs.
-        context: Where the loop runs.
+        context: This worker. In a group, every worker calls this function and gets the same model.
+        uri: Folder of checkpoints; a killed training goes on from the latest one. Empty = none.
+        identity: Fingerprint of the training; a checkpoint with another one is an error.
     """
     settings, seed = config.classify, problem.seed(1)
     model = Classifier(
@@ -240,6 +249,7 @@ def finetune(encoder: Encoder, problem: Problem[SentenceSet], *, config: Config,
     model.freeze(settings.freeze_layers)
     if settings.lora_rank:
         lora.add_adapters(encoder, settings.lora_rank, settings.lora_alpha, seed=seed)
+    model.freeze_unread()
     sentences = _sentences(encoder, problem, config)
     cells, labels = problem.learning.x.cells, problem.labels[~problem.is_validation]
     plan = BatchPlan(
@@ -254,19 +264,22 @@ def finetune(encoder: Encoder, problem: Problem[SentenceSet], *, config: Config,
             f"{problem.name}: {task.num_steps} steps, so the warm-up is {optimisation.warmup_steps} steps, not {settings.warmup_steps}"
         )
 
-    def evaluate(model: Classifier, worker: Context = context) -> dict[str, float]:
-        true = problem.labels[problem.is_validation]
-        p = probabilities(model, sentences, problem.validation.x.cells, config.train.micro_tokens)
-        of_true = p[np.arange(len(true)), true].clip(1e-12)
-        return {"val_loss": float(-np.log(of_true).mean()), "val_accuracy": float((p.argmax(1) == true).mean())}
+    def evaluate(model: Classifier, worker: Context) -> dict[str, float]:
+        """Loss and accuracy on the validation cells; every worker predicts a part of them."""
+        true, mine = problem.labels[problem.is_validation], slice(worker.rank, None, worker.world_size)
+        p = probabilities(model, sentences, problem.validation.x.cells[mine], config.train.micro_tokens)
+        found = np.zeros((2, len(true)))
+        found[:, mine] = p[np.arange(len(p)), true[mine]], p.argmax(1) == true[mine]
+        of_true, right = sum_over_workers(found, worker)
+        return {"val_loss": float(-np.log(of_true.clip(1e-12)).mean()), "val_accuracy": float(right.mean())}
 
     start = start_linear(model, sentences, cells, labels, seed=seed) if settings.warm_start else None
     selection = Selection(evaluate, metric="val_loss", every=plan.steps_per_epoch, at_start=start is not None)
     if trains:
-        rows = loop.fit(model, task, optimisation, context, selection=selection)
-        selection.restore(model)
+        rows = loop.fit(model, task, optimisation, context, uri=uri, identity=identity, selection=selection)
+        selection.restore(model, uri)
     else:
-        rows = [(0, 0, name, value) for name, value in evaluate(model.to(context.device)).items()]
+        rows = [(0, 0, name, value) for name, value in evaluate(model.to(context.device), context).items()]
     lora.merge_adapters(encoder)
     return Tuned(
         model=model, epoch=selection.best_step // plan.steps_per_epoch,
@@ -274,6 +287,13 @@ def finetune(encoder: Encoder, problem: Problem[SentenceSet], *, config: Config,
         warmup_steps=optimisation.warmup_steps, num_steps=task.num_steps, sentences=sentences, cells=cells, labels=labels,
         micro_tokens=config.train.micro_tokens,
     )  # fmt: skip
+
+
+def sum_over_workers(values: Floats, worker: Context) -> Floats:
+    """Sum of an array over the workers; exact where all workers but one have zeros."""
+    summed = torch.from_numpy(values).to(worker.device)
+    worker.all_reduce(summed)
+    return summed.cpu().numpy()
 
 
 def _epochs_of(rows: list[MetricRow], steps: int, start: linear_start.Start | None) -> list[dict[str, float]]:
@@ -313,21 +333,21 @@ def _loss_task(
         target_B = torch.tensor([class_of[c] for c in batch.cells_B.tolist()], device=batch.ids_T.device)
         return {"loss": F.cross_entropy(model(batch).float(), target_B, weight=weights_C, reduction="none").sum()}
 
-    num_steps = plan.steps_per_epoch * _epochs(settings, plan)
-    return loop.LossTask(num_steps, batches, loss, config.train.precision)
+    return loop.LossTask(count_steps(settings, len(cells)), batches, loss, config.train.precision)
 
 
-def _epochs(settings: Classify, plan: BatchPlan) -> int:
-    """`classify.epochs`, or more to reach `classify.min_steps`."""
-    return max(settings.epochs, -(-settings.min_steps // plan.steps_per_epoch))
+def count_steps(settings: Classify, num_cells: int) -> int:
+    """Steps of a fine-tuning on so many cells: `classify.epochs`, or more to reach `classify.min_steps`."""
+    steps_per_epoch = -(-num_cells // settings.batch_cells)
+    return steps_per_epoch * max(settings.epochs, -(-settings.min_steps // steps_per_epoch))
 
 
 def _optimisation(config: Config, plan: BatchPlan) -> Train:
     """Settings of the training loop; the warm-up is at most a quarter of the steps."""
-    settings, epochs = config.classify, _epochs(config.classify, plan)
+    settings, num_steps = config.classify, count_steps(config.classify, plan.num_cells)
     return replace(
-        config.train, epochs=epochs, max_steps=0, batch_cells=settings.batch_cells, lr=settings.lr,
-        warmup_steps=min(settings.warmup_steps, plan.steps_per_epoch * epochs // 4), species_mix={},
+        config.train, epochs=num_steps // plan.steps_per_epoch, max_steps=0, batch_cells=settings.batch_cells,
+        lr=settings.lr, warmup_steps=min(settings.warmup_steps, num_steps // 4), species_mix={},
         log_steps=1,
     )  # fmt: skip
 

@@ -45,6 +45,7 @@ FEW_GENES = 0.01
 UNSURE, FAR, SHALLOW, EMPTY = "unsure", "unlike its type", "few genes", "no known gene"
 """Reasons to doubt a label: its probability, its distance, too few genes. A cell without any gene of the vocabulary has no label."""
 _WEIGHTS, _FACTS, _VOCABULARY = "model.safetensors", "classifier.json", "vocabulary.parquet"
+_FILES = (_WEIGHTS, _VOCABULARY, _FACTS)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -263,16 +264,23 @@ def save(uri: str, kept: Kept, vocabulary: Vocabulary) -> None:
 
 def publish(uri: str, folder: str, parents: dict[str, str]) -> None:
     """Copy the files that `save` wrote into a folder to `uri`, as an artifact."""
-    facts = files.read_json(files.join(folder, _FACTS))
-    record = artifacts.plan(
-        KIND, SCHEMA, {name: facts["about"][name] for name in ("model", "group", "split", "seed")}, parents
-    )
+    about = files.read_json(files.join(folder, _FACTS))["about"]
+    record = artifacts.plan(KIND, SCHEMA, {name: about[name] for name in ("model", "group", "split", "seed")}, parents)
     if not artifacts.begin(uri, record):
         return
-    names = (_WEIGHTS, _VOCABULARY, _FACTS)
-    for name in names:
+    for name in _FILES:
         files.copy(files.join(folder, name), files.join(uri, name))
-    artifacts.finish(uri, record, counts={"classes": len(facts["classes"])}, files=artifacts.checksums_of(uri, names), details={"vocabulary": facts["vocabulary"], "classes": facts["classes"]} | facts["about"])  # fmt: skip
+    finish(uri, record)
+
+
+def finish(uri: str, record: artifacts.Record) -> dict[str, Any]:
+    """Make the files that `save` wrote an artifact; returns its plain facts."""
+    found = facts(uri)
+    about: dict[str, Any] = found["about"]
+    details = {"vocabulary": found["vocabulary"], "classes": found["classes"]} | about
+    checksums = artifacts.checksums_of(uri, _FILES)
+    artifacts.finish(uri, record, counts={"classes": len(found["classes"])}, files=checksums, details=details)
+    return about
 
 
 def facts(uri: str) -> dict[str, Any]:
@@ -281,12 +289,12 @@ def facts(uri: str) -> dict[str, Any]:
 
 
 def find(uri: str) -> str:
-    """URI of a classifier: `uri` itself, or the only classifier of a classification or run at `uri`.
+    """URI of a classifier: `uri` itself, that of `mixgf finetune`, or the only one of a classification, in the run at `uri`.
 
     Raises:
         UserError: there is none, or more than one.
     """
-    for place in (uri, files.join(uri, "classify")):
+    for place in (uri, files.join(uri, "finetune"), files.join(uri, "classify")):
         record = artifacts.find(place)
         if record is None:
             continue
@@ -304,7 +312,7 @@ def find(uri: str) -> str:
             keepable = [head for head, kind in registry.MODELS.items() if kind.can_keep]
             msg = f"--model {uri}: this classification kept no classifier; it needs {' or '.join(keepable)} among classify.models and classify.keep = true; make it again in another output"
             raise UserError(msg)
-    msg = f"--model {uri}: no classifier there; `mixgf classify` makes them under OUTPUT/classify/{FOLDER}/"
+    msg = f"--model {uri}: no classifier there; `mixgf classify` makes them under OUTPUT/classify/{FOLDER}/, `mixgf finetune` makes OUTPUT/finetune"
     raise UserError(msg)
 
 

@@ -93,8 +93,8 @@ class Config:
     model: Model = section(Model, stages=("pretrain",))
     objective: Objective = section(Objective, stages=("pretrain",))
     train: Train = section(Train, stages=("pretrain",))
-    embed: Embed = section(Embed, stages=("embed",))
-    classify: Classify = section(Classify, stages=("classify",))
+    embed: Embed = section(Embed, stages=("embed", "finetune"))
+    classify: Classify = section(Classify, stages=("classify", "finetune"))
     perturb: Perturb = section(Perturb, swept=False, stages=("perturb",))
     compare: Compare = section(Compare, stages=("compare",))
     tune: Tune = section(Tune, swept=False, stages=("tune",))
@@ -102,7 +102,7 @@ class Config:
     inputs: Inputs = section(
         Inputs,
         swept=False,
-        stages=("pretrain", "import-weights", "embed", "classify", "compare", "tune", "perturb", "report"),
+        stages=("pretrain", "import-weights", "embed", "classify", "finetune", "compare", "tune", "perturb", "report"),
     )
     tracking: Tracking = section(Tracking, swept=False)
 

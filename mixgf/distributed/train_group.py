@@ -8,7 +8,8 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import ray
@@ -33,15 +34,15 @@ from mixgf.training import held_out_loss
 from mixgf.training.gradient_sums import ARGUMENTS
 from mixgf.training.loop import fit
 from mixgf.training.pretraining import Pretraining, initial_model
-from mixgf.training.worker_group import GroupContext, MetricRow
+from mixgf.training.worker_group import Context, GroupContext, MetricRow
 
 
 class RayContext(GroupContext):
     """A worker of a Ray Train group, whose figures go to the driver's board and to the tracker."""
 
-    def __init__(self, device: torch.device, board: Any, tracked: mlflow_runs.Run) -> None:
+    def __init__(self, device: torch.device, board: Any, tracked: mlflow_runs.Run, stage: str = "pretrain") -> None:
         super().__init__(device)
-        self._board, self._tracked = board, tracked
+        self._board, self._tracked, self._stage = board, tracked, stage
 
     def wrap(self, module: nn.Module) -> DistributedDataParallel:
         """The module in DistributedDataParallel, by Ray Train."""
@@ -52,7 +53,7 @@ class RayContext(GroupContext):
     def report(self, step: int, figures: dict[str, float]) -> None:
         """Show the driver and the boards; does not wait."""
         self._board.report.remote(step, figures)
-        Meter("pretrain", self._tracked.id).figures(step, figures)
+        Meter(self._stage, self._tracked.id).figures(step, figures)
 
     def commit(self, rows: list[MetricRow]) -> None:
         """Log to the tracker."""
@@ -70,14 +71,8 @@ def work(params: dict[str, Any]) -> None:
         device = _device(config.compute.gpus_per_worker)
         if device.type == "cpu":
             torch.set_num_threads(config.train.threads)
-        context = RayContext(device, params["board"], params["tracked"])
-        corpus = Corpus(params["corpus"], max_len=config.model.max_positions)
-        task = Pretraining(config, corpus)
-        model = initial_model(config, corpus)
-        fit(
-            model, task, config.train, context, uri=params["uri"], identity=params["identity"], until=params["until"],
-            selection=held_out_loss.selection(task),
-        )  # fmt: skip
+        context = RayContext(device, params["board"], params["tracked"], params["stage"])
+        params["job"](context)
     except (
         UserError
     ) as error:  # every worker has the same one: the driver raises it, and the group does not start again
@@ -93,10 +88,37 @@ def _device(gpus: float) -> torch.device:
 def train(
     config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: mlflow_runs.Run, until: int = 0
 ) -> None:
-    """Train in a worker group to the end, or until a step, from the latest checkpoint in `uri` on.
+    """Pretrain in a worker group to the end, or until a step, from the latest checkpoint in `uri` on.
 
     Raises:
         UserError: it cannot be trained, for example because a loss is not finite.
+    """
+    job = partial(pretrain, config, corpus, uri, identity, until)
+    run_group(job, config, stage="pretrain", num_steps=num_steps, tracked=tracked)
+
+
+def pretrain(config: Config, corpus: str, uri: str, identity: str, until: int, context: Context) -> None:  # noqa: PLR0917 (a job)
+    """One worker's part of a pretraining."""
+    found = Corpus(corpus, max_len=config.model.max_positions)
+    task, model = Pretraining(config, found), initial_model(config, found)
+    selection = held_out_loss.selection(task)
+    fit(model, task, config.train, context, uri=uri, identity=identity, until=until, selection=selection)
+
+
+def run_group(
+    job: Callable[[Context], None], config: Config, *, stage: str, num_steps: int, tracked: mlflow_runs.Run
+) -> None:
+    """Run a job on every worker of a group to its end; a lost group starts again, with as many workers as there are.
+
+    Args:
+        job: Called with the worker's context. It goes on from what it finds in storage.
+        config: `compute` has the size of the group, `train` the threads of a worker.
+        stage: For progress and metrics.
+        num_steps: Steps of the training.
+        tracked: Receives metrics.
+
+    Raises:
+        UserError: The job raised it, in any worker.
     """
     compute = config.compute
     require_gpus(compute.gpus_per_worker)
@@ -105,10 +127,7 @@ def train(
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(
         Board
     ).remote()  # lost with the driver, not with a worker's node
-    params = {
-        "config": to_dict(config), "corpus": corpus, "uri": uri, "identity": identity, "board": board, "tracked": tracked,
-        "until": until,
-    }  # fmt: skip
+    params = {"config": to_dict(config), "board": board, "tracked": tracked, "stage": stage, "job": job}
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if gpu else {})
     elastic = 0 < compute.min_workers < compute.num_workers
     scaling = ScalingConfig(
@@ -129,7 +148,7 @@ def train(
         ),
     )  # fmt: skip
     try:
-        with _watch(board, num_steps):
+        with _watch(board, stage, num_steps):
             trainer.fit()
         error = ray.get(board.read.remote())[2]
     finally:
@@ -140,7 +159,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _watch(board: Any, num_steps: int) -> Iterator[None]:
+def _watch(board: Any, stage: str, num_steps: int) -> Iterator[None]:
     """Show the board's figures as progress from a thread."""
     ended = threading.Event()
 
@@ -149,7 +168,7 @@ def _watch(board: Any, num_steps: int) -> Iterator[None]:
         while not ended.wait(0.5):
             step, figures, _ = ray.get(board.read.remote())
             if step:
-                progress = progress or Progress("pretrain", num_steps, "steps", done=step)
+                progress = progress or Progress(stage, num_steps, "steps", done=step)
                 progress.update(step, **{k: figures[k] for k in SHOWN if k in figures})
         if progress is not None:
             progress.close()

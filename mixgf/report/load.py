@@ -54,6 +54,7 @@ def artifact_uris(config: Config) -> dict[str, str]:
         "embed": inputs.embeddings,
         "classify": inputs.classification,
         "perturb": inputs.perturbation,
+        "finetune": "",
         "tune": "",
         "compare": "",
     }

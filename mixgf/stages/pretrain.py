@@ -91,7 +91,7 @@ def train_here(
 ) -> None:
     """Train in this process to the end, or until a step, from the latest checkpoint in `uri` on."""
     found = Corpus(corpus, max_len=config.model.max_positions)
-    context = _Here(pick_device(config.compute.gpus_per_worker), num_steps, tracked)
+    context = ProcessContext(pick_device(config.compute.gpus_per_worker), "pretrain", num_steps, tracked)
     model, task = initial_model(config, found), Pretraining(config, found)
     try:
         fit(
@@ -102,17 +102,18 @@ def train_here(
         context.close()
 
 
-class _Here(LocalContext):
+class ProcessContext(LocalContext):
     """This process as the only worker; figures go to the progress and to the tracker."""
 
-    def __init__(self, device: torch.device, num_steps: int, tracked: mlflow_runs.Run) -> None:
+    def __init__(self, device: torch.device, stage: str, num_steps: int, tracked: mlflow_runs.Run) -> None:
         super().__init__(device)
+        self._stage = stage
         self._num_steps, self._tracked = num_steps, tracked
         self._progress: Progress | None = None
 
     def report(self, step: int, figures: dict[str, float]) -> None:
         """Show the progress."""
-        self._progress = self._progress or Progress("pretrain", self._num_steps, "steps", done=step)
+        self._progress = self._progress or Progress(self._stage, self._num_steps, "steps", done=step)
         self._progress.update(step, **{name: figures[name] for name in SHOWN if name in figures})
 
     def commit(self, rows: list[MetricRow]) -> None:
@@ -176,7 +177,7 @@ def _announce(config: Config, task: Pretraining, model: MaskedModel) -> dict[str
     )
     if task.held_out is not None:
         held = task.held_out
-        units = "" if held.unit == "cell" else f" ({held.units:,} {held.unit}s)"
+        units = "" if held.unit == "cell" else f" ({held.units:,} {held.unit}{'s' * (held.units > 1)})"
         say(f"pretrain: {len(held.cells):,} cells{units} are held out and never trained on")
     if (longest := int(task.corpus.record.details["max_len"])) > config.model.max_positions:
         say(

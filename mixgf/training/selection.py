@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +37,8 @@ class Selection:
     ) -> None:
         self.evaluate, self.metric, self.every, self.patience = evaluate, metric, every, patience
         self.at_start = at_start
-        self.best_step, self.best, self.fruitless = 0, math.inf, 0
+        self.best_step, self.fruitless = 0, 0
+        self.best: float | None = None
         self._weights: dict[str, Tensor] = {}
 
     @property
@@ -55,7 +55,7 @@ class Selection:
         model.eval()
         figures = self.evaluate(model, context)
         model.train()
-        if not figures[self.metric] < self.best:
+        if self.best is not None and not figures[self.metric] < self.best:
             self.fruitless += 1
             return figures, False
         self.best_step, self.best, self.fruitless = step, figures[self.metric], 0
@@ -65,7 +65,7 @@ class Selection:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint stores; nothing before the first evaluation."""
-        if math.isinf(self.best):
+        if self.best is None:
             return {}
         return {"best_step": self.best_step, "best": self.best, "fruitless": self.fruitless}
 

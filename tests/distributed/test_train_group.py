@@ -32,7 +32,7 @@ def said(monkeypatch):
 def work(said, gpus):
     board = SimpleNamespace(fail=SimpleNamespace(remote=said.append))
     config = Config(compute=Compute(gpus_per_worker=gpus))
-    train_group.work({"config": to_dict(config), "board": board, "tracked": None})
+    train_group.work({"config": to_dict(config), "board": board, "tracked": None, "stage": "pretrain"})
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(1.0, CARD), (0.0, torch.device("cpu"))])
@@ -40,7 +40,7 @@ def test_a_worker_trains_on_the_card_that_ray_gave_it_and_only_if_one_was_asked_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     devices = []
 
-    def context(device, board, tracked):
+    def context(device, board, tracked, stage):
         devices.append(device)
         raise Chosen
 
