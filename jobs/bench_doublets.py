@@ -19,7 +19,7 @@ import anndata
 import numpy as np
 from measure import Figure
 
-from mixgf.cells import qc
+from mixgf.cells import doublets, qc
 from mixgf.config.data import HUMAN, QC, Source, Vocab
 from mixgf.corpus import prepare_passes, shards
 from mixgf.errors import UserError
@@ -64,14 +64,16 @@ def score(path: Path, sample: str, *, rules: QC, seed: int) -> Scored:
         kept = np.flatnonzero(qc.filter_cells(metrics, rules) == qc.KEPT)
         sample_N = np.full(len(kept), "", dtype=object)
         score_N, verdict_N = np.zeros(len(kept)), np.zeros(len(kept), dtype=bool)
-        for k, (name, rows_K) in enumerate([("", kept)] if samples is None else samples.split(kept)):
-            mine = np.searchsorted(kept, rows_K)
+        named = [("", kept)] if samples is None else samples.split(kept)
+        for name, mine_R in named:
+            sample_N[np.searchsorted(kept, mine_R)] = name
+        for k, calls in enumerate(doublets.plan_calls([rows for _, rows in named])):
             part = f"00000-{k:05d}"
             prepare_passes.find_doublets(
-                work, part, source, 0, rows_K, block_cells=2_048, rate=rules.doublet_rate, seed=seed
+                work, part, source, 0, calls, block_cells=2_048, rate=rules.doublet_rate, seed=seed
             )
             table = tables.read_table(shards.part_uri(work, "doublets", part))
-            sample_N[mine] = name
+            mine = np.searchsorted(kept, table["row"].to_numpy())
             score_N[mine], verdict_N[mine] = table["score"].to_numpy(), table["doublet"].to_numpy()
     truth = anndata.read_h5ad(path, backed="r").obs["is_doublet"].astype(str).isin(["True", "1"]).to_numpy()
     return Scored(truth[kept], metrics.n_counts[kept], sample_N, score_N, verdict_N)

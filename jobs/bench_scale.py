@@ -64,7 +64,7 @@ def config(folder: Path, num_sources: int, cells: int) -> Config:
     )
     return replace(
         recipes.get("default"), output=f"{folder}/run", sources=sources, tracking=Tracking(uri="off"),
-        qc=QC(doublets=False, max_cells_per_sample=max(1, cells // 11)),
+        qc=QC(doublets="off", max_cells_per_sample=max(1, cells // 11)),
     )  # fmt: skip
 
 

@@ -138,7 +138,8 @@ def contents(uri: str) -> dict[str, str]:
     """SHA-256 of all that a finished corpus holds, and of its counts."""
     record = artifacts.require(uri, "corpus")
     assert set(files.list_dir(uri)) - {"cost"} == {
-        "record.json", "index.parquet", "mapping.parquet", "dropped.parquet", "hashes.parquet", "vocabulary.parquet", "shards",
+        "record.json", "index.parquet", "mapping.parquet", "dropped.parquet", "doublets.parquet", "hashes.parquet", "vocabulary.parquet",
+        "shards",
     }  # fmt: skip
     shards = files.list_dir(f"{uri}/shards")
     assert [s["name"] for s in record.details["shards"]] == shards
@@ -146,6 +147,7 @@ def contents(uri: str) -> dict[str, str]:
         "index.parquet",
         "mapping.parquet",
         "dropped.parquet",
+        "doublets.parquet",
         "hashes.parquet",
         "vocabulary.parquet",
         *(f"shards/{n}" for n in shards),

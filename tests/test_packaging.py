@@ -81,10 +81,10 @@ def test_a_missing_dependency_is_one_line_and_exit_code_2(tmp_path, monkeypatch,
 def test_doublets_without_scanpy_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "scanpy", None)
     file = tmp_path / "cells.h5ad"
-    arguments = ["prepare", f"human={file}", "--output", str(tmp_path / "run"), "--set", "qc.doublets=true"]
+    arguments = ["prepare", f"human={file}", "--output", str(tmp_path / "run"), "--set", "qc.doublets=drop"]
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == (
-        "mixgf: qc.doublets=true: needs the package scanpy, which is not installed; run: pip install 'mixgf[doublets]'\n"
+        "mixgf: qc.doublets=drop: needs the package scanpy, which is not installed; run: pip install 'mixgf[doublets]'\n"
     )
 
 

@@ -80,8 +80,9 @@ class QC:
     """Fewest detected vocabulary genes of a kept cell."""
     max_mito_fraction: float = option(1.0, least=0, most=1)
     """Largest mitochondrial share of a cell's counts, beside the rule of `method`."""
-    doublets: bool = option(False)
-    """Remove doublets with Scrublet (as in scanpy), sample by sample. Needs `pip install 'mixgf[doublets]'`."""
+    doublets: str = option("flag", choices=("flag", "drop", "off"))
+    """Doublets by Scrublet (as in scanpy), sample by sample: `flag` them in the columns `doublet_score` and
+    `predicted_doublet`, `drop` them, or `off`. Needs `pip install 'mixgf[doublets]'`; without it, `flag` is `off`."""
     doublet_rate: float = option(0.06, above=0, below=0.5)
     """Expected share of doublets, given to Scrublet."""
     drop_duplicates: bool = option(True)

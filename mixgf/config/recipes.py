@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mixgf.config.checks import did_you_mean
 from mixgf.config.classification import SPLITS, Classify
-from mixgf.config.data import Source, Tokens, Vocab
+from mixgf.config.data import QC, Source, Tokens, Vocab
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Compute, Config
 from mixgf.config.training import Model, Objective, Train
@@ -60,11 +60,13 @@ def paper() -> Config:
 
     6 layers, 4 heads, width 256, SiLU, 2,048 tokens, MLM + SimCSE, learning rate 1e-4 (cosine), 8 cells per GPU, 10 epochs. The
     paper does not give pooling and attention dropout. Pooling is the first position, as in the published code. There is no
-    dropout on attention weights, which fused kernels do not support (`paper_published_script` has it).
+    dropout on attention weights, which fused kernels do not support (`paper_published_script` has it). Doublets are not looked
+    for: the published corpora come without them.
     """
     return Config(
         recipe="paper",
         output="runs/paper",
+        qc=QC(doublets="off"),
         objective=Objective(pooling="first"),
         train=Train(batch_cells=64, precision="bf16", compile=True, checkpoint_steps=2000),
         compute=Compute(num_workers=8, gpus_per_worker=1.0, cpus_per_worker=4.0),

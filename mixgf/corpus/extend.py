@@ -23,6 +23,14 @@ from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import artifacts, files, tables
 
 
+def recorded_settings(config: Config) -> dict[str, Any]:
+    """Settings as a corpus' record holds them. `qc.doublets=off` is recorded as false, as earlier versions did."""
+    data = to_dict(config)
+    if config.qc.doublets == "off":
+        data["qc"]["doublets"] = False
+    return data
+
+
 @dataclass(frozen=True)
 class BaseCorpus:
     """The finished corpus that is extended."""
@@ -72,7 +80,7 @@ def find_base_corpus(config: Config, sources: Sequence[Source]) -> BaseCorpus | 
     if Vocabulary.load(config.vocab.reuse).hash != record.details["vocabulary"]:
         msg = f"{what}: made with another vocabulary than vocab.reuse = {config.vocab.reuse!r}; give the one beside that corpus"
         raise UserError(msg)
-    data = to_dict(config)
+    data = recorded_settings(config)
     known = {row["name"] for row in record.config["species"]}
     data["species"] = [row for row in data["species"] if row["name"] in known]  # new species are allowed
     for name in ("species", "qc", "tokens", "seed"):

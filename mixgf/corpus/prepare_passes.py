@@ -8,8 +8,8 @@ be used raises `UserError`.
 
 Part files in the work folder (Parquet, but for the .json): sources/I.json and sources/I (facts and columns of source I),
 row_order-I and row_order/I (column-major sources as rows), counts-I/A-B (packed counts of rows [A, B)), sums/R and metrics/R
-(counts by column, and cells, of row range R), doublets/I-S (sample S), mapping/K and genes-SPECIES/K (group K of sources),
-genes/SPECIES, sketch/N, done/N (information on shard N).
+(counts by column, and cells, of row range R), doublets/I-K (group K of calls of source I), mapping/K and
+genes-SPECIES/K (group K of sources), genes/SPECIES, sketch/N, done/N (information on shard N).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
 from mixgf.corpus import rank_value, shards
 from mixgf.corpus.shards import (
+    DOUBLET_COLUMNS,
     RESERVED,
     SENTENCES,
     facts_uri,
@@ -111,7 +112,8 @@ def describe_source(
                 f"(qc.min_genes = {rules.min_genes}); names are like {shown}: wrong species, or another column of var (sources[{index}].genes)?"
             )
             raise UserError(msg)
-        obs = {new: old for new, old in _obs_names(reader, source).items() if new not in RESERVED}
+        reserved = RESERVED if rules.doublets == "off" else (*RESERVED, *DOUBLET_COLUMNS)
+        obs = {new: old for new, old in _obs_names(reader, source).items() if new not in reserved}
         if source.sample and source.sample not in reader.obs_columns:
             raise _no_column(reader, f"sources[{index}].sample", source.sample)
         kinds = {new: obs_kind(reader.obs(old, 0, 1)) for new, old in obs.items()}
@@ -343,35 +345,51 @@ def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, qc.Samples 
 
 
 def find_doublets(
-    work: str, name: str, source: Source, index: int, rows: np.ndarray, *, block_cells: int, rate: float, seed: int
-) -> None:
-    """Find doublets of one sample by Scrublet; all its counts are in memory.
+    work: str, name: str, source: Source, index: int, calls: list[np.ndarray], *, block_cells: int, rate: float, seed: int
+) -> None:  # fmt: skip
+    """Find doublets by Scrublet in a group of calls of one source (`doublets.plan_calls`); their counts are in memory.
 
     Args:
         work: URI of the work folder.
         name: name of the part file to write.
         source: the source.
         index: its number.
-        rows: rows of the sample's cells, ascending.
+        calls: rows of the cells of each call, ascending.
         block_cells: rows read at a time.
         rate: expected doublet rate.
         seed: of the simulated doublets.
     """
     columns = _gene_columns(work, index)
-    wanted = np.zeros(int(rows[-1]) + 1, dtype=bool)
-    wanted[rows] = True
+    rows = np.sort(np.concatenate(calls))
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for row_range in _copied_ranges(work, index, source, int(rows[0]), int(rows[-1]) + 1):
+    wanted_N = np.zeros(int(rows[-1]) + 1, dtype=bool)
+    wanted_N[rows] = True
+    for row_range in _copied_ranges(work, index, source, int(rows[0]), len(wanted_N)):
+        if not wanted_N[row_range.start : row_range.stop].any():
+            continue
         for b in _read_counts(work, row_range, block_cells, None):
             keep = np.zeros(len(b.indptr) - 1, dtype=bool)
-            asked = wanted[b.start : b.start + len(keep)]  # a copy may hold rows beyond the last one
+            asked = wanted_N[b.start : b.start + len(keep)]  # a copy may hold rows beyond the last one
             keep[: len(asked)] = asked
             entries = np.repeat(keep, np.diff(b.indptr))
             parts.append((b.data[entries], b.indices[entries].astype(np.int32), np.diff(b.indptr)[keep]))
     data, indices, lengths = (np.concatenate(p) for p in zip(*parts, strict=True))
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    score, verdict = scrublet(data, indices, indptr, columns.num_rows, rate=rate, seed=seed)
-    write_table(part_uri(work, "doublets", name), pa.table({"row": rows, "score": score, "doublet": verdict}))
+    found = []
+    for mine in calls:
+        entries_E, indptr_M1 = _entries(indptr, np.searchsorted(rows, mine))
+        score, verdict = scrublet(
+            data[entries_E], indices[entries_E], indptr_M1, columns.num_rows, rate=rate, seed=seed
+        )
+        found.append(pa.table({"row": mine, "score": score, "doublet": verdict}))
+    write_table(part_uri(work, "doublets", name), pa.concat_tables(found).combine_chunks())
+
+
+def _entries(indptr: np.ndarray, rows_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the entries of some rows of a CSR matrix, and the pointers of these rows alone."""
+    lengths = np.diff(indptr)[rows_M]
+    indptr_M1 = np.concatenate([[0], np.cumsum(lengths)])
+    return np.arange(indptr_M1[-1]) + np.repeat(indptr[rows_M] - indptr_M1[:-1], lengths), indptr_M1
 
 
 # Pass 2: medians
@@ -484,11 +502,13 @@ class ShardPlan:
     """Kind (`str`, `float`, `int`) of every obs column of the corpus; null where a source lacks one."""
     block_cells: int
     """Rows read at a time."""
+    doublets: tuple[str, ...] | None = None
+    """Names of the parts of doublets that have some of the rows; None = doublets are not looked for."""
 
     @property
     def schema(self) -> pa.Schema:
         """Columns of the shard."""
-        return sentence_schema(self.obs)
+        return sentence_schema(self.obs, doublets=self.doublets is not None)
 
 
 def read_cells(plan: ShardPlan) -> Iterator[pa.Table]:
@@ -520,6 +540,7 @@ def encode_cells(tables: Iterator[pa.Table], plan: ShardPlan) -> Iterator[pa.Tab
     encoder = rank_value.Encoder(ranks, np.where(own, position_G, -1).astype(np.int32), tokens)
     metrics, _ = read_metrics(plan.work, [row_range.number])
     mito_N = metrics.mito_fraction
+    doublets = None if plan.doublets is None else _read_doublets(plan.work, plan.doublets, row_range)
     length_N = np.minimum(metrics.n_genes, tokens.max_len - int(tokens.cls)) + int(tokens.cls)
     for table in tables:
         place_N = table["row"].to_numpy() - row_range.start
@@ -542,8 +563,23 @@ def encode_cells(tables: Iterator[pa.Table], plan: ShardPlan) -> Iterator[pa.Tab
             "n_genes": pa.array(metrics.n_genes[place_K], pa.int32()),
             "mito_fraction": pa.array(mito_N[place_K], pa.float64()),
         }
+        if doublets is not None:
+            computed |= {name: doublets[name].take(pa.array(place_K)) for name in DOUBLET_COLUMNS}
         rest = [*computed.values(), *(cells[name] for name in plan.obs)]
         yield pa.Table.from_arrays([sentences, *rest], schema=plan.schema)
+
+
+def _read_doublets(work: str, parts: tuple[str, ...], row_range: RowRange) -> pa.Table:
+    """Columns `DOUBLET_COLUMNS` of the cells of a row range."""
+    num = row_range.stop - row_range.start
+    score_N, scored_N, called_N = np.zeros(num), np.zeros(num, dtype=bool), np.zeros(num, dtype=bool)
+    for part in parts:
+        table = read_table(part_uri(work, "doublets", part))
+        rows = table["row"].to_numpy() - row_range.start
+        mine = (rows >= 0) & (rows < num)
+        score_N[rows[mine]], scored_N[rows[mine]] = table["score"].to_numpy()[mine], True
+        called_N[rows[mine]] = table["doublet"].to_numpy()[mine]
+    return pa.table([pa.array(score_N, mask=~scored_N), pa.array(called_N)], names=list(DOUBLET_COLUMNS))
 
 
 def write_sentences(tables: Iterator[pa.Table], plan: ShardPlan) -> None:

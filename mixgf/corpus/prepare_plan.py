@@ -10,14 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from mixgf.cells import qc
+from mixgf.cells.doublets import MIN_SCRUBLET, plan_calls
 from mixgf.config.data import QC, Source
 from mixgf.corpus.prepare_passes import RowRange, read_metrics
+from mixgf.corpus.shards import part_uri
 from mixgf.genes.identify import MappingReport
+from mixgf.storage.tables import read_table
+
+_DOUBLETS = pa.schema([
+    ("source", pa.string()), ("sample", pa.string()), ("cells", pa.int64()), ("scored", pa.int64()), ("doublets", pa.int64()),
+    ("kept", pa.int64()),
+])  # fmt: skip
+
+
+@dataclass(slots=True)
+class Doublets:
+    """Where Scrublet looked in one source, and what it called."""
+
+    samples: list[tuple[str, int]]
+    """Name of each sample ("" = the whole source) and its cells that passed the filters."""
+    calls: list[list[np.ndarray]]
+    """Rows of every call of Scrublet, in groups that are read together. Emptied when the verdicts are known."""
+    parts: list[tuple[str, int, int]]
+    """Name of every group's part file, its first row, and the row after its last."""
+    called_K: np.ndarray
+    """int64: rows of the cells called doublets."""
 
 
 @dataclass(slots=True)
@@ -32,6 +55,8 @@ class SourceCells:
     """None where duplicates are not looked for."""
     samples_N: qc.Samples | None
     """None if the source has no samples, or nothing needs them."""
+    doublets: Doublets | None = None
+    """None where they are not looked for."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -49,7 +74,7 @@ def by_source(units: Iterable[RowRange]) -> dict[int, list[RowRange]]:
 
 def filter_cells(
     work: str, units: Sequence[RowRange], rules: QC, *, sources: Sequence[Source], seed: int, held: qc.Hashes | None,
-    doublets: Callable[[Mapping[int, SourceCells]], None] | None = None,
+    find_doublets: Callable[[Mapping[int, SourceCells]], None],
 ) -> dict[int, SourceCells]:  # fmt: skip
     """Cells of every source with the reason why they are dropped, or `qc.KEPT`.
 
@@ -60,11 +85,17 @@ def filter_cells(
         sources: all sources, by number.
         seed: of caps.
         held: hashes of cells that are in the corpus already.
-        doublets: marks the doublets among the cells that pass the filters of their source; None = not looked for.
+        find_doublets: runs the calls of `SourceCells.doublets` and notes the verdicts with `note_doublets`.
     """
     cells = {i: _read_source(work, mine, rules) for i, mine in by_source(units).items()}
-    if doublets is not None:
-        doublets(cells)
+    if rules.doublets != "off":
+        for i, c in cells.items():
+            c.doublets = _plan_doublets(i, c)
+        find_doublets(cells)
+    if rules.doublets == "drop":
+        for c in cells.values():
+            assert c.doublets is not None
+            c.reason_N[c.doublets.called_K] = qc.DOUBLET
     if rules.drop_duplicates:
         old = [held] if held is not None else []
         kept = [np.zeros(len(h.a), dtype=np.int8) for h in old]
@@ -84,8 +115,40 @@ def _read_source(work: str, units: Sequence[RowRange], rules: QC) -> SourceCells
         identity=metrics.identity,
         reason_N=qc.filter_cells(metrics, rules),
         hashes_N=metrics.hashes if rules.drop_duplicates else None,
-        samples_N=samples if rules.doublets or rules.max_cells_per_sample else None,
+        samples_N=samples if rules.doublets != "off" or rules.max_cells_per_sample else None,
     )
+
+
+def _plan_doublets(index: int, cells: SourceCells) -> Doublets:
+    rows = np.flatnonzero(cells.reason_N == qc.KEPT)
+    samples = [("", rows)] if cells.samples_N is None else cells.samples_N.split(rows)
+    groups = plan_calls([mine for _, mine in samples])
+    return Doublets(
+        samples=[(name, len(mine)) for name, mine in samples],
+        calls=[[mine.astype(np.int32) for mine in group] for group in groups],
+        parts=[
+            (f"{index:05d}-{k:05d}", min(int(mine[0]) for mine in group), max(int(mine[-1]) for mine in group) + 1)
+            for k, group in enumerate(groups)
+        ],
+        called_K=np.zeros(0, dtype=np.int64),
+    )  # fmt: skip
+
+
+def note_doublets(work: str, cells: Mapping[int, SourceCells]) -> None:
+    """Read the verdicts from the parts of `prepare_passes.find_doublets`."""
+    for c in cells.values():
+        assert c.doublets is not None
+        found = [read_table(part_uri(work, "doublets", name), ["row", "doublet"]) for name, _, _ in c.doublets.parts]
+        called = [t["row"].filter(t["doublet"]).to_numpy() for t in found]
+        c.doublets.called_K = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *called]))
+        c.doublets.calls.clear()
+
+
+def doublet_parts(unit: RowRange, cells: SourceCells) -> tuple[str, ...] | None:
+    """Names of the parts of doublets that have some of the rows; None where doublets are not looked for."""
+    if cells.doublets is None:
+        return None
+    return tuple(name for name, start, stop in cells.doublets.parts if start < unit.stop and unit.start < stop)
 
 
 def count_cells(cells: Mapping[int, SourceCells]) -> dict[str, int]:
@@ -122,6 +185,32 @@ def dropped_table(sources: Sequence[Source], cells: Mapping[int, SourceCells]) -
         if name != "kept"
     ]
     return pa.Table.from_pylist(rows)
+
+
+def doublets_table(sources: Sequence[Source], cells: Mapping[int, SourceCells]) -> pa.Table:
+    """One row per sample: cells that passed the filters, those that Scrublet saw, called doublets, and those among kept cells."""
+    rows: list[dict[str, Any]] = []
+    for i, c in cells.items():
+        assert c.doublets is not None
+        called_K = c.doublets.called_K
+        kept_K = called_K[c.reason_N[called_K] == qc.KEPT]
+        of = [dict.fromkeys([""], called_K), dict.fromkeys([""], kept_K)]
+        if c.samples_N is not None:
+            of = [dict(c.samples_N.split(rows_K)) for rows_K in (called_K, kept_K)]
+        for name, number in c.doublets.samples:
+            called, kept = (len(found.get(name, ())) for found in of)
+            seen = number if number >= MIN_SCRUBLET[0] else 0
+            rows.append(
+                {
+                    "source": sources[i].name,
+                    "sample": name,
+                    "cells": number,
+                    "scored": seen,
+                    "doublets": called,
+                    "kept": kept,
+                }
+            )
+    return pa.Table.from_pylist(rows, _DOUBLETS)
 
 
 def hashes_table(cells: Mapping[int, SourceCells]) -> pa.Table:

@@ -18,6 +18,8 @@ COMPUTED_COLUMNS = {
     "cell": pa.string(), "species": pa.string(), "source": pa.string(), "source_row": pa.int64(), "length": pa.int32(),
     "n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64(),
 }  # fmt: skip
+DOUBLET_COLUMNS = {"doublet_score": pa.float64(), "predicted_doublet": pa.bool_()}
+"""Columns where doublets are looked for, with scanpy's names. The score is null in cells that Scrublet did not see."""
 RESERVED = (SENTENCES.name, *COMPUTED_COLUMNS)
 """Columns that mixgf computes; an obs column of the same name is left out."""
 OBS_TYPES = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}
@@ -63,9 +65,11 @@ def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tupl
     )  # fmt: skip
 
 
-def sentence_schema(obs: Mapping[str, str]) -> pa.Schema:
-    """Columns of a shard; `obs` has the kind of every obs column of the corpus."""
-    return pa.schema([SENTENCES, *COMPUTED_COLUMNS.items(), *((name, OBS_TYPES[kind]) for name, kind in obs.items())])
+def sentence_schema(obs: Mapping[str, str], *, doublets: bool = False) -> pa.Schema:
+    """Columns of a shard; `obs` has the kind of every obs column of the corpus, `doublets` adds `DOUBLET_COLUMNS`."""
+    more = DOUBLET_COLUMNS.items() if doublets else ()
+    kept = ((name, OBS_TYPES[kind]) for name, kind in obs.items())
+    return pa.schema([SENTENCES, *COMPUTED_COLUMNS.items(), *more, *kept])
 
 
 def write_sentences(tables: Iterable[pa.Table], schema: pa.Schema, *, to: str, work: str, shard: int) -> None:

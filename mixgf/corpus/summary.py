@@ -62,6 +62,7 @@ def summarise_corpus(uri: str) -> dict[str, Any]:
     | uri, created, code, fingerprint | identity |
     | cells | read, kept, dropped by reason |
     | sources | by source: cells read, kept, dropped by reason, share of counts on known genes, means over kept cells |
+    | doublets | by source: cells that Scrublet saw, called doublets, and those among kept cells; null if not looked for |
     | refused | sources that could not be used |
     | cell_types, unlabelled | by species; null without a column cell_type |
     | columns | share of cells with a value |
@@ -88,6 +89,7 @@ def summarise_corpus(uri: str) -> dict[str, Any]:
         "fingerprint": record.fingerprint,
         "cells": {"read": counts.get("read"), "kept": cells, "dropped": counts.get("dropped") or {}},
         "sources": _sources(uri, record, kept),
+        "doublets": _doublets(uri),
         "refused": [dict(r) for r in details.get("refused") or []],
         "cell_types": {n: {k: c for k, c in s.types.most_common() if k is not None} for n, s in seen.items()}
         if typed
@@ -210,6 +212,17 @@ def _add(batch: pa.Table, seen: dict[str, _SpeciesCounts], kept: dict[str, _Sour
 def _rows(uri: str, name: str) -> list[dict[str, Any]]:
     where = files.join(uri, name)
     return tables.read_table(where).to_pylist() if files.exists(where) else []
+
+
+def _doublets(uri: str) -> dict[str, dict[str, int]] | None:
+    if not files.exists(files.join(uri, "doublets.parquet")):
+        return None
+    found: dict[str, dict[str, int]] = {}
+    for row in _rows(uri, "doublets.parquet"):
+        mine = found.setdefault(row["source"], {"scored": 0, "doublets": 0, "kept": 0})
+        for name in mine:
+            mine[name] += row[name]
+    return found
 
 
 def _sources(uri: str, record: artifacts.Record, kept: dict[str, _SourceSums]) -> list[dict[str, Any]]:

@@ -73,6 +73,9 @@ def text(found: dict[str, Any]) -> str:
         "",
         *_source_lines(found["sources"]),
     ]
+    if found["doublets"]:
+        scored, called, kept = (sum(s[k] for s in found["doublets"].values()) for k in ("scored", "doublets", "kept"))
+        lines.append(f"  doublets {called:,} called by Scrublet among {scored:,} cells; {kept:,} are kept and flagged")
     lines += [f"  refused  {r.get('name', '')}: {r['error']}" for r in found["refused"]]
     lines += ["", *_type_lines(found), "", *_length_lines(found), "", *_vocabulary_lines(words, found["lengths"])]
     lines += ["", *_column_lines(found["columns"])]

@@ -22,6 +22,7 @@ MAX_SHARDS = 64
 TABLES = {
     "mapping": ("corpus", "mapping.parquet"),
     "dropped": ("corpus", "dropped.parquet"),
+    "doublets": ("corpus", "doublets.parquet"),
     "history": ("pretrain", "history.parquet"),
     "scores": ("classify", "scores.parquet"),
     "efficiency": ("classify", "efficiency.parquet"),

@@ -12,7 +12,7 @@ run killed at any moment continues. Only file names, masks and configs are sent 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from mixgf.cells.open import source_files
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
 from mixgf.config.fields import content_of, sections_of
-from mixgf.config.parse import to_dict
 from mixgf.config.run import Config
 from mixgf.console import say
 from mixgf.corpus import extend, prepare_passes, prepare_plan, shards, source_genes
@@ -36,7 +35,6 @@ from mixgf.genes.vocabulary import Vocabulary, build_vocabulary, publish_vocabul
 from mixgf.stages.fan_out import SourcePasses
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
-from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs
 
 SCHEMA = 1
@@ -48,8 +46,7 @@ SKETCH_UNITS = 4
 
 def run(config: Config, *, executor: Executor | None = None) -> str:
     """Make the corpus and its vocabulary; returns the corpus' URI. `executor` runs the tasks; None = Ray."""
-    if config.qc.doublets:
-        doublets.require_scrublet()
+    config = _with_scrublet(config)
     executor = executor or RayExecutor(config)
     sources = expand_sources(config.sources)
     uri = files.join(config.output, "corpus")
@@ -73,6 +70,18 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     return uri
 
 
+def _with_scrublet(config: Config) -> Config:
+    """The config, without flags of doublets where Scrublet is not installed."""
+    if config.qc.doublets == "drop":
+        doublets.require_scrublet()
+    if config.qc.doublets == "off" or doublets.scrublet_is_installed():
+        return config
+    say(
+        "doublets are not looked for: Scrublet is not installed; pip install 'mixgf[doublets]' adds it, --set qc.doublets=off spares this line"
+    )
+    return replace(config, qc=replace(config.qc, doublets="off"))
+
+
 def _begin(uri: str, record: artifacts.Record) -> bool:
     """`artifacts.begin`, with the way out for who only wants to add sources."""
     try:
@@ -91,7 +100,7 @@ def _plans(
     config: Config, sources: Sequence[Source], older: extend.BaseCorpus | None
 ) -> tuple[artifacts.Record | None, artifacts.Record]:
     """Plans of the vocabulary (None where one is reused as it is) and of the corpus."""
-    data = to_dict(config)
+    data = extend.recorded_settings(config)
     sized = [content_of(s) | {"size": _size(s.uri)} for s in sources]
     content = {name: data[name] for name in ("species", "qc", "vocab", "seed")} | {"sources": sized}
     vocabulary, reused = None, {}
@@ -157,7 +166,7 @@ class _Prepare:
         made = self._vocabulary(vocabulary, kept_units, keeps, given)
         made.save(files.join(self.uri, "vocabulary.parquet"))
         self._copy_shards()
-        self._encode(made.hash, kept_units, keeps)
+        self._encode(made.hash, kept_units, keeps, cells)
         return self._publish(record, made, kept_units, cells, reports)
 
     # passes
@@ -252,30 +261,28 @@ class _Prepare:
         return prepare_plan.filter_cells(
             self.work, all_units, rules, sources=self.sources, seed=self.config.seed,
             held=self.older.hashes() if self.older and rules.drop_duplicates else None,
-            doublets=self._doublets if rules.doublets else None,
+            find_doublets=self._find_doublets,
         )  # fmt: skip
 
-    def _doublets(self, cells: Mapping[int, prepare_plan.SourceCells]) -> None:
-        rules, options = self.config.qc, {"block_cells": self.config.prepare.block_cells, "seed": self.config.seed}
-        tasks = []
-        for i, of in cells.items():
-            rows = np.flatnonzero(of.reason_N == qc.KEPT)
-            samples = [("", rows)] if of.samples_N is None else of.samples_N.split(rows)
-            for k, (_, mine) in enumerate(samples):
-                if not len(mine):
-                    continue
-                part = f"{i:05d}-{k:05d}"
-                tasks.append(
-                    Task(
-                        part=shards.part_uri(self.work, "doublets", part), source=i, weight=len(mine),
-                        function=prepare_passes.find_doublets, args=(self.work, part, self.sources[i], i, mine),
-                        kwargs={"rate": rules.doublet_rate, **options},
-                    )
-                )  # fmt: skip
+    def _find_doublets(self, cells: Mapping[int, prepare_plan.SourceCells]) -> None:
+        options = {
+            "block_cells": self.config.prepare.block_cells, "rate": self.config.qc.doublet_rate, "seed": self.config.seed,
+        }  # fmt: skip
+        planned = [
+            (i, name, calls)
+            for i, of in cells.items()
+            if of.doublets is not None
+            for (name, _, _), calls in zip(of.doublets.parts, of.doublets.calls, strict=True)
+        ]
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "doublets", name), source=i, weight=sum(len(rows) for rows in calls),
+                function=prepare_passes.find_doublets, args=(self.work, name, self.sources[i], i, calls), kwargs=options,
+            )
+            for i, name, calls in planned
+        ]  # fmt: skip
         self.passes.run("doublets", tasks)
-        for task in tasks:
-            table = read_table(task.part)
-            cells[task.source].reason_N[table["row"].to_numpy()[table["doublet"].to_numpy()]] = qc.DOUBLET
+        prepare_plan.note_doublets(self.work, cells)
 
     def _vocabulary(
         self,
@@ -368,13 +375,22 @@ class _Prepare:
             ]  # fmt: skip
             self.passes.run("cells taken over", tasks)
 
-    def _encode(self, digest: str, kept: list[prepare_passes.RowRange], keeps: dict[int, np.ndarray]) -> None:
+    def _encode(
+        self, digest: str, kept: list[prepare_passes.RowRange], keeps: dict[int, np.ndarray],
+        cells: dict[int, prepare_plan.SourceCells],
+    ) -> None:  # fmt: skip
         options: dict[str, Any] = {
             "work": self.work, "to": self.shards, "vocabulary": files.join(self.uri, "vocabulary.parquet"), "digest": digest,
             "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
         }  # fmt: skip
         plans = [
-            prepare_passes.ShardPlan(row_range=u, keep_N=keeps[u.number], shard=n, **options)
+            prepare_passes.ShardPlan(
+                row_range=u,
+                keep_N=keeps[u.number],
+                shard=n,
+                doublets=prepare_plan.doublet_parts(u, cells[u.index]),
+                **options,
+            )
             for n, u in enumerate(kept, self.first)
         ]
         tasks = [
@@ -412,6 +428,8 @@ class _Prepare:
             "mapping": prepare_plan.mapping_table(self.sources, cells, reports),
             "dropped": prepare_plan.dropped_table(self.sources, cells),
         }
+        if self.config.qc.doublets != "off":
+            tables["doublets"] = prepare_plan.doublets_table(self.sources, cells)
         if self.config.qc.drop_duplicates:
             tables["hashes"] = prepare_plan.hashes_table(cells)
         sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(cells[i].reason_N), "cells_kept": cells[i].counts["kept"],
@@ -432,8 +450,10 @@ class _Prepare:
             "sources": sources,
             "refused": [{"name": self.sources[i].name, "uri": self.sources[i].uri, "error": why} for i, why in sorted(self.passes.refused.items())],
         }  # fmt: skip
+        flagged = sum(tables["doublets"]["kept"].to_pylist()) if "doublets" in tables else 0
         say(
             f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({prepare_plan.describe_dropped(counts) or 'none dropped'}), {len(done)} shards"
+            + (f"; {flagged:,} kept cells are flagged as doublets" if flagged else "")
         )
         totals = {"read": read, "kept": tables["index"].num_rows, "dropped": dropped}
         return shards.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)

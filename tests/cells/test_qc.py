@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mixgf.cells import qc
+from mixgf.cells import doublets, qc
 from mixgf.cells.doublets import scrublet
 from mixgf.config.data import QC
 
@@ -80,6 +80,15 @@ def test_sd_rule_is_exact_at_the_bound():
     # 1 of 10 differs by d: its distance from the mean is .9 d = 3 sd exactly (sd = .3 d); within means kept
     assert (qc.filter_cells(metrics_of([7] * 9 + [107]), QC()) == qc.KEPT).all()
     assert qc.filter_cells(metrics_of([7] * 10 + [107]), QC())[-1] == qc.DEPTH
+
+
+def test_the_standard_deviation_is_that_of_the_population():
+    # one of 11 cells differs: it is sqrt(10) = 3.16 standard deviations off, or 3.02 if 10 were the divisor
+    depth, shares = [7] * 10 + [107], [0] * 10 + [400]
+    assert qc.filter_cells(metrics_of(depth), QC(num_sd=3.1))[-1] == qc.DEPTH
+    assert (qc.filter_cells(metrics_of(depth), QC(num_sd=3.2)) == qc.KEPT).all()
+    assert qc.filter_cells(metrics_of([1_000] * 11, n_mito=shares), QC(num_sd=3.1))[-1] == qc.MITO
+    assert (qc.filter_cells(metrics_of([1_000] * 11, n_mito=shares), QC(num_sd=3.2)) == qc.KEPT).all()
 
 
 def test_mad_rule_works_on_the_log_scale_and_a_mad_of_zero_drops_nothing():
@@ -225,6 +234,28 @@ def test_a_threshold_within_noise_drops_no_cell(cells):
     assert np.isfinite(score).all()
     assert (score > 0).sum() >= cells - 10
     assert not verdict.any()
+
+
+def test_calls_of_scrublet_are_bounded_and_see_every_cell_of_large_enough_samples_once(monkeypatch):
+    monkeypatch.setattr(doublets, "CALL_CELLS", 100)
+    monkeypatch.setattr(doublets, "READ_CELLS", 300)
+    rng = np.random.default_rng(0)
+    code = rng.permutation(np.repeat(np.arange(5), [49, 50, 100, 250, 700]))
+    samples = [np.flatnonzero(code == k) for k in range(5)]
+    groups = doublets.plan_calls(samples)
+    calls = [call for group in groups for call in group]
+    assert sorted(np.concatenate(calls).tolist()) == np.flatnonzero(code > 0).tolist()
+    assert all(len({code[row] for row in call}) == 1 for call in calls)
+    assert all((np.diff(call) > 0).all() for call in calls)
+    assert max(map(len, calls)) <= 100
+    assert max(sum(map(len, group)) for group in groups) <= 300
+    assert len(groups) < 7  # samples are read together where they fit
+    third = [call for call in calls if code[call[0]] == 3]
+    assert len(third) == 3
+    assert third[0][:2].tolist() == samples[3][[0, 3]].tolist()  # dealt out in turn: each call sees the same mixture
+    whole = doublets.plan_calls([np.arange(100)])
+    assert [call.tolist() for (call,) in whole] == [list(range(100))]
+    assert doublets.plan_calls([np.arange(49)]) == []
 
 
 SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[3] / "shared")

@@ -38,6 +38,8 @@ def section(results: RunResults) -> Section:
             + (f"dropped: {lost}." if lost else "none was dropped.")
         )
     ]
+    if (found := results.tables.get("doublets")) is not None and len(found):
+        blocks.append(Text(_doublets(found)))
     blocks += [
         Text(f"{entry['name']} was refused: {entry['error']}", "refused") for entry in record.details.get("refused", [])
     ]
@@ -78,6 +80,19 @@ def section(results: RunResults) -> Section:
             )
         )
     return Section("corpus", TITLE, blocks)
+
+
+def _doublets(found: pd.DataFrame) -> str:
+    """Where Scrublet looked, and what it called."""
+    scored, called, kept = (int(found[name].sum()) for name in ("scored", "doublets", "kept"))
+    seen = int((found["scored"] > 0).sum())
+    words = (
+        f"Scrublet looked at {wording.plural(scored, 'cell')} of {wording.plural(seen, 'sample')} and called {called:,} of them doublets"
+        + (f" ({called / scored:.1%})" if scored else "")
+    )
+    words += f"; {kept:,} of these are kept, and flagged in the column predicted_doublet." if kept else "."
+    small = len(found) - seen
+    return words + (f" {wording.plural(small, 'sample')} had too few cells." if small else "")
 
 
 def _sources(cells: pd.DataFrame, dropped: pd.DataFrame | None, reasons: list[str]) -> Table:
