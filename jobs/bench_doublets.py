@@ -9,8 +9,11 @@ Inputs: labelled cells in MIXGF_SHARED/data/h5ad/. Means over three seeds.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 from measure import Figure
+from scipy import sparse
 
 from mixgf.cells import doublets, qc
 from mixgf.config.data import HUMAN, QC, Source, Vocab
@@ -106,8 +110,32 @@ def _figures(name: str, runs: list[Scored], mine: np.ndarray) -> Iterator[Figure
     yield Figure(figure=f"{label}: recall of verdicts", value=right / max(int(truth.sum()), 1), unit="share")
 
 
+def _cost(num_cells: int) -> tuple[float, float]:
+    """CPU seconds of one call of Scrublet on so many bundled cells, thinned anew at every repetition, and peak memory in GB."""
+    cells = anndata.read_h5ad(files.local_path("resource:pancreas_human_baron.h5ad"))
+    counts = sparse.vstack([sparse.csr_matrix(cells.X.astype(np.float32))] * -(-num_cells // cells.n_obs)).tocsr()[:num_cells]
+    counts.data = np.random.default_rng(0).binomial(counts.data.astype(np.int64), 0.85).astype(np.int32)
+    counts.eliminate_zeros()
+    start = time.process_time()
+    doublets.scrublet(
+        counts.data, counts.indices, counts.indptr.astype(np.int64), counts.shape[1], rate=QC().doublet_rate, seed=0
+    )
+    return time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def cost(*, quick: bool) -> Iterator[Figure]:
+    """CPU and memory of calls of Scrublet, each in a process of its own; imports and compilation are counted."""
+    for num_cells in (200,) if quick else (1_000, 2_000, doublets.CALL_CELLS, 2 * doublets.CALL_CELLS):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            cpu, memory = pool.apply(_cost, (num_cells,))
+        name = f"one call of {num_cells:,} cells"
+        yield Figure(figure=f"{name}: CPU per cell", value=1_000 * cpu / num_cells, unit="ms")
+        yield Figure(figure=f"{name}: peak memory of the process", value=memory, unit="GB")
+
+
 def figures(*, quick: bool = False) -> Iterator[Figure]:
-    """All figures: every file with its samples as prepare treats them, each sample alone, and the file taken as one sample."""
+    """All figures: the cost of a call; every file with its samples as prepare treats them, each sample alone, and as one sample."""
+    yield from cost(quick=quick)
     where = folder()
     for name, (file, sample) in SETS.items():
         path = where / f"{file}.h5ad"

@@ -21,6 +21,7 @@ from mixgf.config.data import QC, Source
 from mixgf.corpus.prepare_passes import RowRange, read_metrics
 from mixgf.corpus.shards import part_uri
 from mixgf.genes.identify import MappingReport
+from mixgf.storage import files
 from mixgf.storage.tables import read_table
 
 _DOUBLETS = pa.schema([
@@ -87,7 +88,9 @@ def filter_cells(
         held: hashes of cells that are in the corpus already.
         find_doublets: runs the calls of `SourceCells.doublets` and notes the verdicts with `note_doublets`.
     """
-    cells = {i: _read_source(work, mine, rules) for i, mine in by_source(units).items()}
+    ranges = by_source(units)
+    found = files.map_reads(work, lambda mine: _read_source(work, mine, rules), ranges.values())
+    cells = dict(zip(ranges, found, strict=True))
     if rules.doublets != "off":
         for i, c in cells.items():
             c.doublets = _plan_doublets(i, c)
@@ -136,12 +139,18 @@ def _plan_doublets(index: int, cells: SourceCells) -> Doublets:
 
 def note_doublets(work: str, cells: Mapping[int, SourceCells]) -> None:
     """Read the verdicts from the parts of `prepare_passes.find_doublets`."""
-    for c in cells.values():
-        assert c.doublets is not None
-        found = [read_table(part_uri(work, "doublets", name), ["row", "doublet"]) for name, _, _ in c.doublets.parts]
-        called = [t["row"].filter(t["doublet"]).to_numpy() for t in found]
-        c.doublets.called_K = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *called]))
-        c.doublets.calls.clear()
+    looked = [c.doublets for c in cells.values() if c.doublets is not None]
+    names = [name for one in looked for name, _, _ in one.parts]
+    called = files.map_reads(work, lambda name: _called(work, name), names)
+    for one in looked:
+        found = [next(called) for _ in one.parts]
+        one.called_K = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+        one.calls.clear()
+
+
+def _called(work: str, name: str) -> np.ndarray:
+    table = read_table(part_uri(work, "doublets", name), ["row", "doublet"])
+    return table["row"].filter(table["doublet"]).to_numpy()
 
 
 def doublet_parts(unit: RowRange, cells: SourceCells) -> tuple[str, ...] | None:

@@ -52,6 +52,11 @@ def read_shard_info(work: str, shard: int) -> tuple[np.ndarray, dict[str, Any]]:
     return table["length"].to_numpy(), json.loads(table.schema.metadata[b"shard"])
 
 
+def read_shard_infos(work: str, count: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """What `read_shard_info` gives for the first `count` shards."""
+    return list(files.map_reads(work, lambda shard: read_shard_info(work, shard), range(count)))
+
+
 def write_shard(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> tuple[int, str]:
     """Write one shard (zstd, tokens byte-stream split, row groups of `ROW_GROUP_CELLS`); returns its bytes and SHA-256.
 

@@ -216,7 +216,7 @@ class _Import:
     def _publish(
         self, record: artifacts.Record, made: Vocabulary, kept: Sequence[import_passes.RowRange]
     ) -> artifacts.Record:
-        done = [shards.read_shard_info(self.work, n) for n in range(len(kept))]
+        done = shards.read_shard_infos(self.work, len(kept))
         index = shards.build_index(done, [u.source.species for u in kept], made.species)
         rows: list[dict[str, Any]] = []
         sources: list[dict[str, Any]] = []

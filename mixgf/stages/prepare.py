@@ -101,7 +101,10 @@ def _plans(
 ) -> tuple[artifacts.Record | None, artifacts.Record]:
     """Plans of the vocabulary (None where one is reused as it is) and of the corpus."""
     data = extend.recorded_settings(config)
-    sized = [content_of(s) | {"size": _size(s.uri)} for s in sources]
+    uris = [s.uri for s in sources]
+    remote = next((uri for uri in uris if not files.is_local(uri)), uris[0])
+    sizes = files.map_reads(remote, _size, uris)
+    sized = [content_of(s) | {"size": size} for s, size in zip(sources, sizes, strict=True)]
     content = {name: data[name] for name in ("species", "qc", "vocab", "seed")} | {"sources": sized}
     vocabulary, reused = None, {}
     if config.vocab.reuse:
@@ -193,7 +196,8 @@ class _Prepare:
         ]  # fmt: skip
         self.passes.run("sources", tasks, "files")
         there = [i for i in range(len(self.sources)) if i not in self.passes.refused]
-        self.facts = {i: files.read_json(shards.facts_uri(self.work, i)) for i in there}
+        uris = [shards.facts_uri(self.work, i) for i in there]
+        self.facts = dict(zip(there, files.map_reads(self.work, files.read_json, uris), strict=True))
 
     def _leave_out(self) -> None:
         self.facts = {i: f for i, f in self.facts.items() if i not in self.passes.refused}
@@ -417,7 +421,7 @@ class _Prepare:
         self, record: artifacts.Record, made: Vocabulary, kept: list[prepare_passes.RowRange],
         cells: dict[int, prepare_plan.SourceCells], reports: dict[int, identify.MappingReport],
     ) -> artifacts.Record:  # fmt: skip
-        done = [shards.read_shard_info(self.work, n) for n in range(self.first + len(kept))]
+        done = shards.read_shard_infos(self.work, self.first + len(kept))
         tables = {"index": shards.build_index(done[self.first :], [u.source.species for u in kept], made.species)}
         counts = prepare_plan.count_cells(cells)
         read = sum(counts.values())

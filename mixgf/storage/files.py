@@ -17,11 +17,13 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 
@@ -29,6 +31,8 @@ from mixgf.errors import AccessError
 from mixgf.storage.retry import error_code
 from mixgf.storage.s3 import BUFFER_BYTES, RangeFile, async_filesystem, filesystem_and_key, range_reader, request
 
+T = TypeVar("T")
+R = TypeVar("R")
 # most other stores than AWS reject the newer default checksums (HTTP 411 on UploadPart)
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
@@ -37,6 +41,8 @@ os.environ.setdefault("AWS_RETRY_MODE", "standard")
 os.environ.setdefault("AWS_MAX_ATTEMPTS", "4")
 PART_BYTES = 50 << 20
 """Size of a part of a multipart upload; files of twice this size and more are uploaded in parts."""
+REMOTE_READS = 32
+"""Small files of object storage read at a time."""
 _TEMPORARY = ".writing-"
 _REMOVALS = 5
 """Attempts to remove a local folder into which another process writes."""
@@ -306,6 +312,29 @@ def remove(uri: str) -> None:
         return
     if exists(uri):
         request(uri, lambda fs, key: fs.rm(key, recursive=True))
+
+
+def map_reads(uri: str, read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results of `read` for each item, in order.
+
+    Where `uri` is in object storage, `REMOTE_READS` items are read at a time, in threads: most of the time of a small read
+    is waiting. So that many results are held at most.
+    """
+    if is_local(uri):
+        yield from map(read, items)
+        return
+    with ThreadPoolExecutor(REMOTE_READS) as pool:
+        ahead: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(read, item))
+                if len(ahead) == REMOTE_READS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for waiting in ahead:
+                waiting.cancel()
 
 
 def _ignore_missing(_: object, __: object, error: tuple[Any, Any, Any]) -> None:
