@@ -113,7 +113,9 @@ def _figures(name: str, runs: list[Scored], mine: np.ndarray) -> Iterator[Figure
 def _cost(num_cells: int) -> tuple[float, float]:
     """CPU seconds of one call of Scrublet on so many bundled cells, thinned anew at every repetition, and peak memory in GB."""
     cells = anndata.read_h5ad(files.local_path("resource:pancreas_human_baron.h5ad"))
-    counts = sparse.vstack([sparse.csr_matrix(cells.X.astype(np.float32))] * -(-num_cells // cells.n_obs)).tocsr()[:num_cells]
+    counts = sparse.vstack([sparse.csr_matrix(cells.X.astype(np.float32))] * -(-num_cells // cells.n_obs)).tocsr()[
+        :num_cells
+    ]
     counts.data = np.random.default_rng(0).binomial(counts.data.astype(np.int64), 0.85).astype(np.int32)
     counts.eliminate_zeros()
     start = time.process_time()
