@@ -8,17 +8,30 @@ time by an index array, and sorts each cell by itself. It keeps all cells as Pyt
 table, which two further passes cut and measure.
 "Floor" is the work that every algorithm has: decompress the file's chunks (libdeflate), sort one 64-bit key per gene
 (numpy), and write the tokens as Parquet.
+"Whole" figures are of `prepare` from sources to corpus in a fresh process without Ray, its functions compiled before. Bytes read are
+those that the process asks the system for (local) or the store for (S3: moto's server on loopback, slowed to 100 MB/s), with its parts, per byte of the sources.
+
+MIXGF_BENCH_AGAINST=FOLDER measures the code of another checkout in turn, as the baseline of the whole figures: for an older commit,
+`git worktree add /tmp/older COMMIT && MIXGF_BENCH_AGAINST=/tmp/older python jobs/bench.py prepare`.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
+import shutil
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,11 +57,12 @@ from mixgf.distributed.executor import RayExecutor
 from mixgf.execution import LocalExecutor, Task, attempt
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
-from mixgf.storage import files, tables
+from mixgf.storage import files, s3, tables
 
 NUM_CELLS = 12_000
 NUM_PUBLISHED = 2_000
 """Cells that the published way is given: it takes a fixed time per cell."""
+NUM_WHOLE, NUM_SMALL = 20_000, 500
 NUM_SCALE = 300_000
 TOKENS = Tokens()
 NODE_CORES = 16
@@ -152,6 +166,7 @@ class _Case:
         self.unit = prepare_passes.plan_row_ranges({0: (source, num_cells)}, num_cells)[0]
         self.keep = np.ones(num_cells, dtype=bool)
         self.measure()
+        self.drop_copy()
         self.depth_N = prepare_passes.read_metrics(self.work, [0])[0].n_counts
         self.columns = tables.read_table(shards.part_uri(self.work, "sources", 0))
         own = self.columns["canonical"].to_numpy() == np.arange(self.columns.num_rows)
@@ -198,10 +213,15 @@ class _Case:
             self.encoder(b.data, b.indices, b.indptr)
 
     def measure(self) -> None:
-        """The first pass."""
+        """The first pass, with its copy of the counts."""
+        self.drop_copy()
         prepare_passes.measure_cells(
-            prepare_passes.MetricsPlan(work=self.work, row_range=self.unit, block_cells=self.rows, keep_counts=False)
+            prepare_passes.MetricsPlan(work=self.work, row_range=self.unit, block_cells=self.rows, keep_counts=True)
         )
+
+    def drop_copy(self) -> None:
+        """Remove the copy of the counts, so that passes read the source."""
+        shutil.rmtree(f"{self.work}/counts-00000", ignore_errors=True)
 
     def sketch(self) -> None:
         """The second pass."""
@@ -210,7 +230,7 @@ class _Case:
         )
 
     def sentences(self) -> None:
-        """The third pass, file to file: what the published tokenizer does, with medians given."""
+        """The third pass: from the copy if it is there, else file to file, as the published tokenizer does, with medians given."""
         plan = prepare_passes.ShardPlan(
             work=self.work, row_range=self.unit, keep_N=self.keep, shard=0, to=str(self.folder / "out"), tokens=TOKENS,
             obs={}, digest=self.digest, vocabulary=str(self.corpus / "vocabulary.parquet"), block_cells=self.rows,
@@ -226,7 +246,7 @@ class _Case:
         n, n_published = self.num_cells, min(NUM_PUBLISHED, self.num_cells)
         to = self.folder / "published.arrow"
         works: dict[str, Callable[[], object]] = {
-            "sentences": self.sentences,
+            "sentences": lambda: (self.drop_copy(), self.sentences()),
             "published": lambda: published(self.path, self.medians, self.ids, self.depth_N, to),
             "read": self.raw_read,
             "sort": self.sort,
@@ -235,6 +255,7 @@ class _Case:
             "checked": lambda: sum(len(b.indptr) for b in self.blocks()),
             "measure": self.measure,
             "sketch": self.sketch,
+            "from copy": self.sentences,
         }
         cells = dict.fromkeys(works, n) | {"published": n_published, "sort": self.num_held, "encode": self.num_held}
         times = interleaved(works, repeats=repeats, cpu=True)
@@ -248,16 +269,185 @@ class _Case:
         yield one("read and check counts, against bare decompression", "checked", "read")
         yield one("encode in memory, against a bare sort", "encode", "sort")
         yield one("write Parquet", "write")
-        yield one("pass 1, metrics (read included)", "measure")
-        yield one("pass 2, median sketch (read included)", "sketch")
+        yield one("pass 1, metrics and copy (reads the source)", "measure")
+        yield one("pass 2, median sketch (reads the copy)", "sketch")
+        yield one("pass 3, sentences (reads the copy)", "from copy")
         floors = [r + s + w for r, s, w in zip(each["read"], each["sort"], each["write"], strict=True)]
         shares = [f / ours for f, ours in zip(floors, each["sentences"], strict=True)]
         yield Figure(
             figure=f"{self.name}: file to sentences, share of the floor", value=1 / statistics.median(each["sentences"]), unit=unit,
-            baseline=1 / statistics.median(floors), ratio=statistics.median(shares),
+            baseline=1 / statistics.median(floors), ratio=statistics.median(shares), bar="0.9" if self.gzip else "0.93",
         )  # fmt: skip
-        whole = sum(statistics.median(each[k]) for k in ("measure", "sketch", "sentences"))
+        whole = sum(statistics.median(each[k]) for k in ("measure", "sketch", "from copy"))
         yield Figure(figure=f"{self.name}: all three passes", value=1 / whole, unit=unit)
+
+
+_WHOLE = """
+import json, os, resource, sys, threading, time
+from dataclasses import replace
+from mixgf.config import recipes
+from mixgf.config.data import Source
+from mixgf.config.parse import override
+from mixgf.execution import LocalExecutor
+from mixgf.stages import prepare
+from mixgf.storage import files, s3
+
+uri, small, output, rate = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+found = dict(requests=0, bytes=0, wait=0.0, copy=0)
+range_reader, remove = files.range_reader, files.remove
+
+lock, free = threading.Lock(), [0.0]
+
+def counting(uri, etag):
+    fetch = range_reader(uri, etag)
+    def fetch_slowly(start, stop):
+        with lock:  # all requests together get `rate`
+            found["requests"] += 1
+            found["bytes"] += stop - start
+            free[0] = max(free[0], time.perf_counter()) + (stop - start) / rate
+            until = free[0]
+        data = fetch(start, stop)
+        time.sleep(max(0.0, until - time.perf_counter()))
+        return data
+    return fetch_slowly
+
+def waiting(function):
+    def wait(self, start, stop):
+        began = time.perf_counter()
+        data = function(self, start, stop)
+        found["wait"] += time.perf_counter() - began
+        return data
+    return wait
+
+def removing(uri):
+    if uri.endswith("/work"):
+        for folder, _, names in os.walk(uri):
+            if "/counts-" in folder:
+                found["copy"] += sum(os.path.getsize(os.path.join(folder, n)) for n in names)
+    remove(uri)
+
+files.range_reader, s3.RangeFile._bytes, files.remove = counting, waiting(s3.RangeFile._bytes), removing
+if hasattr(s3, "ReadAhead"):
+    s3.ReadAhead.read = waiting(s3.ReadAhead.read)
+
+def run(uri, name):
+    rules = ["qc.drop_duplicates=false", "qc.method=none", "tracking.uri=off"]
+    config = override(recipes.get("default"), [f"output={output}/{name}", *rules])
+    prepare.run(replace(config, sources=(Source(uri=uri, species="human", name="cells"),)), executor=LocalExecutor())
+
+def io():
+    return int(open("/proc/self/io").read().split()[1])
+
+def cpu():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+run(small, "compile")
+before = cpu()
+run(small, "small")
+fixed = cpu() - before
+found.update(requests=0, bytes=0, wait=0.0, copy=0)
+before, read, began = cpu(), io(), time.perf_counter()
+run(uri, "run")
+found["wall"] = time.perf_counter() - began
+found["cpu"] = cpu() - before - fixed
+found["local"] = io() - read
+found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(json.dumps(found))
+"""
+"""Runs `prepare` by the code of any checkout: small file, then the measured one."""
+
+
+def whole(tree: str, uri: str, small: str, folder: Path) -> dict[str, float]:
+    """What one `prepare` costs: CPU seconds, wall seconds, bytes read, requests, seconds of waiting, bytes of the copy, peak memory."""
+    output = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, "-c", _WHOLE, uri, small, output, "1e8"]
+    settings = os.environ | {"PYTHONPATH": tree}
+    done = subprocess.run(command, env=settings, cwd=tree, capture_output=True, text=True, check=False)
+    shutil.rmtree(output)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """A bucket of moto's server on loopback; yields its URI."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )  # fmt: skip
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        for _ in range(100):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.2)
+        s3.request("s3://bench", lambda fs, key: fs.mkdir(key))
+        yield "s3://bench"
+    finally:
+        server.terminate()
+        server.wait()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        s3.forget_connections()
+
+
+def _whole_figure(  # noqa: PLR0917
+    place: str, found: dict[str, list[dict[str, float]]], what: str, unit: str, key: str, per: float, bar: str = ""
+) -> Figure:
+    """Median of one of `whole`'s numbers, divided by `per`; the ratio is the other checkout's number by ours."""
+    values = {name: [run[key] / per for run in runs] for name, runs in found.items()}
+    name, mine = f"whole, {place}: {what}", statistics.median(values["ours"])
+    if "theirs" not in values:
+        return Figure(figure=name, value=mine, unit=unit, bar=bar)
+    ratio = statistics.median(b / a if a else 0.0 for a, b in zip(values["ours"], values["theirs"], strict=True))
+    return Figure(
+        figure=name, value=mine, unit=unit, baseline=statistics.median(values["theirs"]), ratio=ratio, bar=bar
+    )
+
+
+def whole_figures(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
+    """All of `prepare` in one process, beside another checkout's (`MIXGF_BENCH_AGAINST`), from disk and from S3."""
+    trees = {"ours": str(Path(__file__).parent.parent)}
+    if other := os.environ.get("MIXGF_BENCH_AGAINST"):
+        trees["theirs"] = other
+    small = folder / "small.h5ad"
+    write_cells(small, NUM_SMALL, gzip=True)
+    for place in ("gzip", "raw", "S3 gzip"):
+        path = folder / f"whole-{place.split()[-1]}.h5ad"
+        if not path.exists():
+            write_cells(path, num_cells, gzip="gzip" in place)
+        size = path.stat().st_size
+        with s3_server() if place.startswith("S3") else nullcontext("") as bucket:
+            uri = f"{bucket}/cells.h5ad" if bucket else str(path)
+            if bucket:
+                files.upload(path, uri)
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
+            for _ in range(repeats):
+                for name, tree in trees.items():
+                    found[name].append(whole(tree, uri, str(small), folder))
+
+        one = partial(_whole_figure, place, found)
+        more = num_cells - NUM_SMALL
+        yield one(f"CPU per cell beyond the first {NUM_SMALL}", "us", "cpu", 1e-6 * more, "1.7x")
+        if bucket:
+            yield one("bytes read per byte of the source", "", "bytes", size, "1.3")
+            yield one("requests per 10,000 cells", "", "requests", num_cells / 1e4)
+            for run in (run for runs in found.values() for run in runs):
+                run["share"] = run["wait"] / run["wall"]
+            yield one("share of the time waiting for storage", "", "share", 1.0)
+        else:
+            yield one("bytes read per byte of the source", "", "local", size, "1.3")
+        yield one("peak disk of the copy, per byte of the source", "", "copy", size)
+        yield one("peak memory of the process", "GB", "peak", 1.0)
 
 
 class _Watch:
@@ -301,11 +491,10 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
             unit="cells/s",
         )
         yield Figure(
-            figure="memory of the largest worker, same run (bar: 0.7)",
+            figure="memory of the largest worker, same run",
             value=watched.peak,
             unit="GB",
-            baseline=0.7,
-            ratio=watched.peak / 0.7,
+            bar="0.5",
         )
         work = str(folder / "work")
         source = config.sources[0]
@@ -361,4 +550,5 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name:
         for gzip in (True, False):
             yield from _Case(Path(name), 1500 if quick else NUM_CELLS, gzip=gzip).figures(repeats=repeats)
+        yield from whole_figures(Path(name), 2_000 if quick else NUM_WHOLE, repeats=repeats)
         yield from scale(Path(name), 12_000 if quick else NUM_SCALE, repeats=repeats)

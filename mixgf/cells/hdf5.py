@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module
 from typing import Any, cast
 
@@ -13,8 +13,11 @@ import numpy as np
 
 from mixgf.errors import UserError
 from mixgf.storage import files
+from mixgf.storage.s3 import RangeFile, ReadAhead
 
 _CHUNK_CACHE = 32 << 20
+_REMOTE: dict[str, RangeFile] = {}
+"""Open files on object storage, by the name that h5py gives them."""
 
 
 @contextmanager
@@ -26,7 +29,13 @@ def open_hdf5(uri: str) -> Iterator[h5py.File]:
             yield file
         return
     with files.open_read(uri) as stream, h5py.File(stream, "r", **options) as file:
-        yield file
+        name, raw = file.filename, getattr(stream, "raw", None)
+        if isinstance(raw, RangeFile) and not file.userblock_size:
+            _REMOTE[name] = raw
+        try:
+            yield file
+        finally:
+            _REMOTE.pop(name, None)
 
 
 def require_filters(uri: str, *arrays: Any) -> None:
@@ -69,6 +78,9 @@ class RangeReader:
         plain_type = self.dtype.isnative and self.dtype.kind in "iuf"
         self._direct = bool(self._rows) and plain_type and filters in ([], [h5py.h5z.FILTER_DEFLATE])
         self._number, self._values = -1, np.empty(0, self.dtype)
+        self._ahead: ReadAhead | None = None
+        self._places: dict[int, tuple[int, int, int]] = {}
+        """Filter mask, start and stop in the file of chunks, by their first value."""
 
     def read(self, lo: int, hi: int, out: np.ndarray) -> None:
         """Read values [lo, hi) into `out`, an array of that length and of the dataset's type."""
@@ -87,6 +99,12 @@ class RangeReader:
 
     def _stored(self, begin: int, out: np.ndarray | None = None) -> Any:
         """Filter mask and stored bytes of a chunk (read into `out`, if given); None for a chunk that was never written."""
+        if self._ahead is not None and begin in self._places:
+            mask, start, stop = self._places[begin]
+            data = self._ahead.read(start, stop)
+            if out is not None:
+                out.view(np.uint8)[:] = data
+            return mask, data
         try:
             return self._id.read_direct_chunk((begin,), out=None if out is None else out.view(np.uint8))
         except RuntimeError:
@@ -107,3 +125,28 @@ class RangeReader:
                     raise OSError(msg) from None
             self._values, self._number = np.frombuffer(data, self.dtype), number
         return self._values
+
+
+@contextmanager
+def read_ahead(columns: Sequence[RangeReader], lo: int, hi: int) -> Iterator[None]:
+    """Request the chunks of values [lo, hi) of several datasets of one file on object storage before they are read."""
+    file = _REMOTE.get(columns[0]._dataset.file.filename)
+    if file is None or hi <= lo or not all(column._direct for column in columns):
+        yield
+        return
+    places = sorted(
+        (begin, k, info)
+        for k, column in enumerate(columns)
+        for begin in range(lo // column._rows * column._rows, hi, column._rows)
+        if (info := column._id.get_chunk_info_by_coord((begin,))).byte_offset is not None
+    )
+    with closing(ReadAhead(file, [(i.byte_offset, i.byte_offset + i.size) for _, _, i in places])) as ahead:
+        for begin, k, info in places:
+            columns[k]._places[begin] = info.filter_mask, info.byte_offset, info.byte_offset + info.size
+        for column in columns:
+            column._ahead = ahead
+        try:
+            yield
+        finally:
+            for column in columns:
+                column._ahead = None

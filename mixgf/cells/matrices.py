@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import cast
 
 import h5py
@@ -97,18 +98,20 @@ def csr_blocks(uri: str, matrix: Group, start: int, stop: int, rows: int, num_co
     firsts = np.arange(start, stop, rows) - start
     room = int((indptr[np.minimum(firsts + rows, stop - start)] - indptr[firsts]).max(initial=0))
     held = [np.empty(room, _native(column.dtype)) for column in columns]
-    for a in range(start, stop, rows):
-        p = indptr[a - start : min(a + rows, stop) - start + 1]
-        lo, hi = int(p[0]), int(p[-1])
-        data, indices = (values[: hi - lo] for values in held)
-        for column, out in zip(columns, (data, indices), strict=True):
-            column.read(lo, hi, out)
-        _check_lost(uri, matrix, indices, len(p) - 1)
-        if indices.dtype.itemsize > 4 and len(indices) and not 0 <= indices.min() <= indices.max() < num_columns:
-            raise file_error(
-                uri, f"a column index outside the matrix near row {a}: the file is damaged; fetch it again"
-            )
-        yield RawBlock(a, data, indices.astype(np.int32, copy=False), p - lo)
+    remote = [column for column in columns if isinstance(column, hdf5.RangeReader)]
+    with hdf5.read_ahead(remote, int(indptr[0]), int(indptr[-1])) if remote else nullcontext():
+        for a in range(start, stop, rows):
+            p = indptr[a - start : min(a + rows, stop) - start + 1]
+            lo, hi = int(p[0]), int(p[-1])
+            data, indices = (values[: hi - lo] for values in held)
+            for column, out in zip(columns, (data, indices), strict=True):
+                column.read(lo, hi, out)
+            _check_lost(uri, matrix, indices, len(p) - 1)
+            if indices.dtype.itemsize > 4 and len(indices) and not 0 <= indices.min() <= indices.max() < num_columns:
+                raise file_error(
+                    uri, f"a column index outside the matrix near row {a}: the file is damaged; fetch it again"
+                )
+            yield RawBlock(a, data, indices.astype(np.int32, copy=False), p - lo)
 
 
 def _dense_blocks(matrix: Array, start: int, stop: int, rows: int) -> Iterator[RawBlock]:

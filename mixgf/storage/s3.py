@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -30,7 +32,9 @@ PACKAGES = {
     "az": ("adlfs", "az://", "mixgf[az]"),
 }
 """Schemes, with the package that reads each and the extra that installs it."""
-FIRST_BYTES, NUM_BLOCKS = 128 << 10, 8
+GAP_BYTES = 64 << 10
+"""Bytes that are read for nothing rather than with a further request."""
+FIRST_BYTES, NUM_BLOCKS = 96 << 10, 8
 """First read-ahead, and blocks that a file keeps."""
 
 
@@ -186,7 +190,7 @@ class RangeFile(io.RawIOBase):
         if start == stop:
             return b""
         if stop - start >= self.most:
-            return self._get(start, stop)
+            return self.read_range(start, stop)
         for i, (at, data) in enumerate(self.blocks):
             if at <= start and stop <= at + len(data):
                 self.blocks.append(self.blocks.pop(i))
@@ -196,11 +200,13 @@ class RangeFile(io.RawIOBase):
                 (2 * len(data) for at, data in self.blocks if at <= start <= at + len(data)), default=FIRST_BYTES
             )
             wanted = max(stop, min(start + min(ahead, self.most), self.num_bytes))
-            self.blocks = [*self.blocks[1 - NUM_BLOCKS :], (start, self._get(start, wanted))]
+            self.blocks = [*self.blocks[1 - NUM_BLOCKS :], (start, self.read_range(start, wanted))]
         at, data = self.blocks[-1]
         return memoryview(data)[start - at : stop - at]
 
-    def _get(self, start: int, stop: int) -> bytes:
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), by one request; may be called from several threads."""
+
         def get() -> bytes:
             data = self.fetch(start, stop)
             if len(data) != stop - start:
@@ -209,3 +215,56 @@ class RangeFile(io.RawIOBase):
             return data
 
         return with_retries(self.uri, get)
+
+
+class ReadAhead:
+    """Byte ranges of a remote file, requested by other threads before they are asked for.
+
+    Ranges that lie close together are one request. What came is held until all its ranges were read, each of them once.
+
+    HDF5 must not be in a call while `read` waits: the other threads may free objects of h5py, for which they need its lock.
+
+    Args:
+        file: the file.
+        ranges: start and stop of each, about in the order in which they are read.
+        requests: most requests at a time.
+    """
+
+    def __init__(self, file: RangeFile, ranges: Sequence[tuple[int, int]], *, requests: int = 3) -> None:
+        self._file, self._requests = file, requests
+        parts: list[tuple[int, int, int, int]] = []  # place of the first range, start, stop, number of ranges
+        for place, (start, stop) in sorted(enumerate(ranges), key=lambda entry: entry[1]):
+            if parts and start - parts[-1][2] <= GAP_BYTES and stop - parts[-1][1] <= file.most:
+                first, begin, end, number = parts[-1]
+                parts[-1] = min(first, place), begin, max(end, stop), number + 1
+            else:
+                parts.append((place, start, stop, 1))
+        self._parts = sorted(parts)
+        self._starts = sorted((part[1], i) for i, part in enumerate(self._parts))
+        self._unread = [part[3] for part in self._parts]
+        self._running: dict[int, Future[bytes]] = {}
+        self._next = 0
+        self._pool = ThreadPoolExecutor(requests)
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """The bytes of one of the ranges."""
+        i = self._starts[bisect_right(self._starts, (start, len(self._parts))) - 1][1]
+        while self._next < len(self._parts) and self._next <= i + self._requests:
+            self._running[self._next] = self._request(self._next)
+            self._next += 1
+        if i not in self._running:
+            self._running[i] = self._request(i)
+        _, begin, end, _ = self._parts[i]
+        assert begin <= start <= stop <= end, (start, stop)
+        data = self._running[i].result()
+        self._unread[i] -= 1
+        if not self._unread[i]:
+            del self._running[i]
+        return memoryview(data)[start - begin : stop - begin]
+
+    def _request(self, i: int) -> Future[bytes]:
+        return self._pool.submit(self._file.read_range, *self._parts[i][1:3])
+
+    def close(self) -> None:
+        """Request no more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
