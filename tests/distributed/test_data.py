@@ -18,7 +18,9 @@ from ray import cloudpickle
 from scipy import io as scipy_io
 from scipy import sparse
 
+from mixgf.classification import annotate
 from mixgf.config.run import Compute, Config
+from mixgf.corpus import import_passes, prepare_passes
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed import data, pipelines
 from mixgf.distributed.data import read_cells, read_corpus
@@ -493,6 +495,23 @@ def test_an_error_of_storage_repeats_the_task_and_another_error_comes_through(ex
     with pytest.raises(KeyError):
         list(executor.run(tasks(tmp_path, ["long", "wrong in read"])))
     assert next(executor.run(tasks(tmp_path, ["after"]))).error == ""  # its worker is free again
+
+
+PASSES = [
+    ("prepare, metrics", prepare_passes.measure_cells),
+    ("prepare, medians", prepare_passes.sketch_medians),
+    ("prepare, sentences", prepare_passes.encode_shard),
+    ("import, sentences", import_passes.translate_shard),
+    ("annotate", annotate.label_cells),
+]
+
+
+@pytest.mark.parametrize(("name", "pipeline"), PASSES)
+def test_the_guide_shows_each_pass_as_ray_prints_it(name, pipeline, capsys):
+    pipeline_dataset([Task(part="", function=pipeline)], cpus=1, in_flight=1).explain()
+    operator = capsys.readouterr().out.split("Physical Plan (Optimized)")[1].split("\n")[1]
+    lines = (Path(__file__).parents[2] / "jobs/README.md").read_text().split("\n")
+    assert f"{name:<20} {operator}" in lines
 
 
 def test_the_operators_of_a_pass_are_fused_and_each_task_is_one_block(tmp_path, capsys):
