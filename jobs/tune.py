@@ -9,10 +9,11 @@ Outputs: OUTPUT/tune: trials.parquet (every figure), arms.parquet, effects.parqu
     and the base on the cells that chose it and on test cells), best.json (the config of the best arm, for `mixgf pretrain --config`),
     trials/ (checkpoints). `mixgf report` has a section on it. In MLflow one parent run, a child per training; tune.register=NAME puts
     the best arm into the registry with a model card.
-Resources: tune.concurrent trainings at a time, each of compute.num_workers workers.
+Resources: tune.concurrent arms at a time, each with one training of compute.num_workers workers at a time.
 Time: jobs/RESULTS.md has a sweep of 66 trainings; the log has the time left.
 After a failure: give the same line again. Trainings continue from their checkpoints, and scores are kept. With tune.stop=halving
-    (the default) the result is that of a sweep without failures.
+    (the default) the result is that of a sweep without failures. With tune.search=optuna the arms chosen so far come first, and
+    further ones may differ.
 Errors: a field or value that no arm can have (the line names it). An arm whose loss is not finite is listed as failed, and the
     others continue.
 Again: the same line continues a killed sweep and does nothing to a finished one.

@@ -24,7 +24,7 @@ INDIRECT = {
     "adlfs": "fsspec loads it for az:// URIs",
     "scikit-image": "scanpy's Scrublet imports it",
 }
-OPTIONAL = {"scvi": "scvi-tools", "scib_metrics": "scib-metrics"}
+OPTIONAL = {"scvi": "scvi-tools", "scib_metrics": "scib-metrics", "optuna": "optuna"}
 """Modules of extras that the tests do without, and their distributions."""
 
 
@@ -57,7 +57,7 @@ def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
     declared = names(
         [
             *PROJECT["dependencies"],
-            *(line for name in ("s3", "gs", "az", "zarr", "soma", "doublets", "baselines") for line in EXTRAS[name]),
+            *(line for name in ("s3", "gs", "az", "zarr", "soma", "doublets", "optuna", "baselines") for line in EXTRAS[name]),
         ]
     )
     found = imported("mixgf", declared)

@@ -78,6 +78,7 @@ class RayExecutor:
                         "num_gpus": compute.gpus_per_worker if task.gpu else 0,
                         "max_retries": 3,
                         "retry_exceptions": [OSError],
+                        "scheduling_strategy": "DEFAULT",  # not in the placement group of a Tune trial that runs the task
                     }
                     arguments = [argument(value) for value in task.args]
                     running[remote.options(**options).remote(number, replace(task, args=()), *arguments)] = number

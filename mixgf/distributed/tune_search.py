@@ -1,4 +1,4 @@
-"""The trials of a sweep under Ray Tune."""
+"""The trials of a sweep under Ray Tune: a trial is an arm, and its hyperparameters have the names of config fields."""
 
 from __future__ import annotations
 
@@ -6,50 +6,135 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mixgf.config.run import Config
+from mixgf.distributed.session import require_gpus
+from mixgf.errors import require_package
+
+Space = Mapping[str, tuple[str, Sequence[Any]]]
+"""Field to the name of its domain in Ray Tune and the arguments: numbers and words."""
+SCORE = "score"
+"""The metric that trials report: the mean score of an arm over its seeds."""
 
 
-def search(
-    config: Config, num_trials: int, rungs: range, advance: Callable[[int, int], float], ended: Callable[[], None]
-) -> None:
-    """Run trials, `tune.concurrent` at a time, each to the last of `rungs`; with several rungs ASHA may stop one before.
+def run_points(
+    config: Config, space: Space, points: Sequence[Mapping[str, Any]], rungs: range, *,
+    advance: Callable[[Mapping[str, Any], int], float], ended: Callable[[], None], stop: bool,
+) -> None:  # fmt: skip
+    """Run the trials of known arms.
 
     Args:
-        config: `tune` and `compute`.
-        num_trials: how many there are.
-        rungs: of the sweep, ascending.
-        advance: brings a trial (by number) to a rung and returns its score there; serialisable, called in the trial's process.
-        ended: called in this process whenever a trial has ended.
+        config: `tune`, `compute` and `train.threads`.
+        space: The fields that the sweep varies.
+        points: Hyperparameters of each arm, a value for each field of `space`.
+        rungs: Rungs of the sweep to pass, ascending.
+        advance: Brings the arm of some hyperparameters to a rung, and returns its score there. It is called in the trial's
+            process, so it must be serialisable.
+        ended: Called in this process whenever a trial has ended.
+        stop: Whether the rule of `tune.stop` may end a trial before the last rung.
 
     Raises:
-        Exception: the error of the first trial that has one.
+        Exception: The error of the first trial that has one.
     """
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    algorithm = BasicVariantGenerator([dict(point) for point in points], max_concurrent=config.tune.concurrent)
+    run = tune.TuneConfig(
+        search_alg=algorithm, num_samples=len(points), scheduler=_scheduler(config, len(rungs)) if stop else None
+    )
+    _fit(config, space, run, _Trainable(advance, rungs, config.train.threads), ended)
+
+
+def run_optuna(
+    config: Config, space: Space, known: Sequence[Mapping[str, Any]], rungs: range, *,
+    advance: Callable[[Mapping[str, Any], int], float], ended: Callable[[], None],
+) -> None:  # fmt: skip
+    """Run `tune.num_arms` trials whose hyperparameters Optuna's TPE chooses by the scores of those before.
+
+    Args:
+        config: As in `run_points`.
+        space: As in `run_points`.
+        known: Hyperparameters of an earlier life of the sweep. They come first and count.
+        rungs: As in `run_points`.
+        advance: As in `run_points`.
+        ended: As in `run_points`.
+
+    Raises:
+        UserError: Optuna is not installed.
+    """
+    require_package("optuna", "tune.search = 'optuna'", "mixgf[optuna]")
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    algorithm = OptunaSearch(points_to_evaluate=[dict(point) for point in known], seed=config.seed)
+    run = tune.TuneConfig(
+        search_alg=algorithm, num_samples=max(config.tune.num_arms, len(known)), scheduler=_scheduler(config, len(rungs)),
+        max_concurrent_trials=config.tune.concurrent,
+    )  # fmt: skip
+    _fit(config, space, run, _Trainable(advance, rungs, config.train.threads), ended)
+
+
+def _scheduler(config: Config, num_rungs: int) -> TrialScheduler | None:
+    """The rule that ends trials; time is counted in rungs."""
+    if num_rungs < 2 or config.tune.stop == "none":
+        return None
+    if config.tune.stop == "median":
+        return MedianStoppingRule(time_attr="rung", grace_period=1, min_samples_required=3)
+    factor = max(2, round(1 / config.tune.keep))
+    return ASHAScheduler(time_attr="rung", max_t=num_rungs, grace_period=1, reduction_factor=factor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trainable:
+    """What a trial does: rung by rung it advances its arm and reports the score. Between two reports it may be ended."""
+
+    advance: Callable[[Mapping[str, Any], int], float]
+    rungs: range
+    threads: int
+
+    def __call__(self, chosen: dict[str, Any]) -> None:
+        torch.set_num_threads(self.threads)
+        for rung in self.rungs:
+            tune.report({SCORE: self.advance(chosen, rung), "rung": rung + 1})
+
+
+def _resources(config: Config) -> dict[str, float]:
+    """What a trial reserves: a worker's resources where it trains itself, next to nothing where it starts a group of workers."""
+    compute = config.compute
+    if compute.num_workers > 1:
+        return {"CPU": 0.01}
+    found = {"CPU": max(compute.cpus_per_worker, float(config.train.threads))}
+    return found | ({"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {})
+
+
+def _fit(
+    config: Config, space: Space, run: tune.TuneConfig, trainable: _Trainable, ended: Callable[[], None]
+) -> None:  # fmt: skip
+    require_gpus(config.compute.gpus_per_worker)
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the stage logs to MLflow
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # it prints a table at any verbosity
-    scheduler = None
-    if len(rungs) > 1:
-        scheduler = ASHAScheduler(
-            time_attr="rung", max_t=len(rungs), grace_period=1, reduction_factor=max(2, round(1 / config.tune.keep))
-        )
+    run.metric, run.mode = SCORE, "max"
     scratch = tempfile.mkdtemp(prefix="mixgf-tune-")  # Ray's own bookkeeping; ours is in the output
 
-    def trainable(chosen: dict[str, Any]) -> None:
-        for rung in rungs:
-            tune.report({"score": advance(int(chosen["trial"]), rung), "rung": rung + 1})
+    def trial(chosen: dict[str, Any]) -> None:  # Ray takes functions and classes only
+        trainable(chosen)
 
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": 0.01}),
-        param_space={"trial": tune.grid_search([str(number) for number in range(num_trials)])},
-        tune_config=tune.TuneConfig(
-            metric="score", mode="max", max_concurrent_trials=config.tune.concurrent, scheduler=scheduler
-        ),
+        tune.with_resources(trial, _resources(config)),
+        param_space={
+            field: tune.choice(list(values)) if kind == "choice" else getattr(tune, kind)(*values)
+            for field, (kind, values) in space.items()
+        },
+        tune_config=run,
         run_config=tune.RunConfig(
             name="sweep", storage_path=scratch, verbose=0, callbacks=[_Ended(ended)],
             failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),

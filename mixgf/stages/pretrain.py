@@ -21,7 +21,7 @@ from mixgf.config.run import Config
 from mixgf.console import Progress, duration, number, say
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.executor import RayExecutor
-from mixgf.distributed.metrics import SHOWN, watch
+from mixgf.distributed.metrics import SHOWN, Meter, watch
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.device import pick_device
@@ -103,7 +103,7 @@ def train_here(
 
 
 class ProcessContext(LocalContext):
-    """This process as the only worker; figures go to the progress and to the tracker."""
+    """This process as the only worker; figures go to the progress, to the tracker and, inside Ray, to the boards."""
 
     def __init__(self, device: torch.device, stage: str, num_steps: int, tracked: mlflow_runs.Run) -> None:
         super().__init__(device)
@@ -115,6 +115,7 @@ class ProcessContext(LocalContext):
         """Show the progress."""
         self._progress = self._progress or Progress(self._stage, self._num_steps, "steps", done=step)
         self._progress.update(step, **{name: figures[name] for name in SHOWN if name in figures})
+        Meter(self._stage, self._tracked.id).figures(step, figures)
 
     def commit(self, rows: list[MetricRow]) -> None:
         """Log to the tracker."""

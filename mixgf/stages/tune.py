@@ -1,7 +1,7 @@
-"""`tune`: arms times seeds as trials of Ray Tune, each a pretraining under Ray Train that is scored at its rungs.
+"""`tune`: arms as trials of Ray Tune. A trial pretrains one arm with several seeds and scores it at the rungs.
 
-The scores of a trial at a rung are a part in storage, and its training lies beside it; Ray Tune only runs what is missing. So
-a sweep killed at any moment goes on with the same command and nothing is trained or scored twice. With `tune.stop = halving`
+The scores of a training at a rung are a part in storage, and its checkpoints lie beside them; Ray Tune only runs what is missing.
+So a sweep killed at any moment goes on with the same command and nothing is trained or scored twice. With `tune.stop = halving`
 arms are stopped between rungs by the parts alone, so the result is that of an undisturbed sweep.
 
 Arms are stopped and chosen by the cells of `HeldOut.select`. The test cells are scored once, at the end, for the best arm and the
@@ -11,9 +11,10 @@ base.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -26,18 +27,22 @@ from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import watch
 from mixgf.encoder import checkpoint
 from mixgf.errors import UserError
-from mixgf.execution import Executor, Task
+from mixgf.execution import Executor
 from mixgf.stages import prepare, pretrain
 from mixgf.stages.tune_trials import (
     SCHEMA,
     SELECT,
     TEST,
-    Search,
-    Trial,
+    Sweep,
+    Training,
     advance_all,
+    done,
     evaluation_cells,
+    explore,
+    run_tasks,
+    rungs_of,
     score,
-    score_test,
+    test_tasks,
 )
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
@@ -70,17 +75,20 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             mlflow_runs.stage(config, "tune", to_dict(config), record.fingerprint) as tracked,
             watch(config, "tune", tracked, uri) as watched,
         ):
-            trials = _trials(config, arms, corpora, steps=steps, uri=uri)
-            search = Search(config=config, executor=executor, tracked=tracked, meter=watched.meter)
-            _search(search, arms, trials)
-            _publish(search, uri, record, arms, trials)
+            sweep = Sweep(
+                config=config, uri=uri, executor=executor, tracked=tracked, meter=watched.meter, corpora=corpora, steps=steps
+            )  # fmt: skip
+            _publish(sweep, record, _search(sweep, arms))
     return uri
 
 
 def _wide(config: Config) -> Config:
     """The config by whose size a local Ray is started: room for all trials that run at a time, and for Ray Train's controllers."""
-    workers = config.tune.concurrent * (config.compute.num_workers + 1)
-    return replace(config, compute=replace(config.compute, num_workers=workers, min_workers=0))
+    compute = config.compute
+    each = compute.num_workers + (compute.num_workers > 1)
+    cpus = max(compute.cpus_per_worker, float(config.train.threads))
+    wide = replace(compute, num_workers=config.tune.concurrent * each, min_workers=0, cpus_per_worker=cpus)
+    return replace(config, compute=wide)
 
 
 def _corpora(config: Config, arms: Sequence[Arm], uri: str, executor: Executor) -> dict[str, str]:
@@ -124,12 +132,10 @@ def _plan(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> artif
 
 def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict[str, tuple[int, ...]]:
     """Refuse what would fail later: splits that cannot be made, arms that cannot be trained; returns each arm's rungs."""
-    opened = {uri: Corpus(uri) for uri in dict.fromkeys(corpora.values())}
     steps = {}
     for arm in arms:
-        corpus = opened[corpora[arm.key]]
-        steps[arm.key] = tuple(search_space.rungs(config, Pretraining(arm.config, corpus).num_steps))
-    held = evaluation_cells(arms[0].config, opened[corpora[arms[0].key]], config.seed)
+        steps[arm.key] = rungs_of(arm, corpora[arm.key])
+    held = evaluation_cells(arms[0].config, Corpus(corpora[arms[0].key]), config.seed)
     kinds = config.tune.splits
     for part, tasks, use in ((SELECT, held.select, "arms are not chosen by it"), (TEST, held.test, "it is not tested")):
         absent = [kind for kind in kinds if kind not in tasks.kinds]
@@ -142,79 +148,83 @@ def _check(config: Config, arms: Sequence[Arm], corpora: dict[str, str]) -> dict
                 f"tune.splits: {', '.join(absent)}: too few donors, data sets, species or types for the {part} cells; {use}"
             )
     development, every = len(held.select.table), len(held.test.table)
-    say(f"tune: {len(arms)} arms x {config.tune.seeds} seeds; {len(held.select.of(kinds))} tasks on {development:,} cells choose the best "
+    number = f"{config.tune.num_arms} arms and the base" if config.tune.search == "optuna" else f"{len(arms)} arms"
+    say(f"tune: {number} x {config.tune.seeds} seeds; {len(held.select.of(kinds))} tasks on {development:,} cells choose the best "
         f"arm ({', '.join(kinds)}); {every - development:,} test cells are scored at the end for it and the base")  # fmt: skip
     return steps
-
-
-def _trials(
-    config: Config, arms: Sequence[Arm], corpora: dict[str, str], *, steps: dict[str, tuple[int, ...]], uri: str
-) -> list[Trial]:
-    made = []
-    for seed in range(config.tune.seeds):
-        for number, arm in enumerate(arms):
-            own = replace(arm.config, seed=config.seed + seed, inputs=replace(config.inputs, corpus=corpora[arm.key]))
-            made.append(
-                Trial(
-                    arm=arm.key, name=arm.name, seed=seed, config=to_dict(own),
-                    uri=files.join(uri, "trials", f"{number:03d}-{arm.key[:8]}-{seed}"),
-                    steps=steps[arm.key], base_seed=config.seed,
-                )
-            )  # fmt: skip
-    return made
 
 
 # Rungs
 
 
-def _search(search: Search, arms: Sequence[Arm], trials: Sequence[Trial]) -> None:
-    """Bring every trial as far as the rule says."""
-    config = search.config
-    last = max(len(trial.steps) for trial in trials) - 1
-    alive = [arm.key for arm in arms]
-    if config.tune.stop == "asha":
-        advance_all(search, [t for t in trials if not _done(t, last)], range(last + 1))
-        return
+def _search(sweep: Sweep, arms: Sequence[Arm]) -> list[Arm]:
+    """Bring every arm as far as the rule says; returns all arms, those that Optuna chose behind the others."""
+    settings, base = sweep.config.tune, arms[0]
+    if settings.search == "optuna":
+        rungs = range(len(settings.rungs))
+        advance_all(sweep, [base], rungs)
+        explore(sweep, rungs)
+        chosen = [search_space.from_point(sweep.config, note["chosen"]) for note in sweep.noted() if not note["why"]]
+        return list({arm.key: arm for arm in (base, *sorted(chosen, key=lambda arm: arm.key))}.values())
+    last = max(len(steps) for steps in sweep.steps.values()) - 1
+    if settings.stop in ("asha", "median"):
+        advance_all(sweep, _undone(sweep, arms, last), range(last + 1), stop=True)
+        # the other arms are compared with the base, so it never stops early
+        advance_all(sweep, _undone(sweep, [base], last), range(last + 1))
+        return list(arms)
+    alive = list(arms)
     for rung in range(last + 1):
-        mine = [trial for trial in trials if trial.arm in alive]
-        todo = [trial for trial in mine if not _done(trial, rung)]
+        todo = _undone(sweep, alive, rung)
         if todo:
-            say(f"tune: rung {rung + 1} of {last + 1}: {len(alive)} arms, {len(todo)} trainings to go on with")
-            advance_all(search, todo, range(rung, rung + 1))
-        if config.tune.stop == "halving" and rung < last:
-            scores = _scores(config, [arm for arm in arms if arm.key in alive], mine, rung)
-            alive = search_space.survivors(scores, config.tune.keep, config.tune.seeds)
-            names = {arm.key: arm.name for arm in arms}
-            stopped = [names[key] for key in scores if key not in alive]
-            say(
-                f"tune: after rung {rung + 1} {len(stopped)} arms stop" + (f": {'; '.join(stopped)}" if stopped else "")
-            )
+            say(f"tune: rung {rung + 1} of {last + 1}: {len(alive)} arms, {len(todo)} to go on with")
+            advance_all(sweep, todo, range(rung, rung + 1))
+        if settings.stop == "halving" and rung < last:
+            alive = _halved(sweep, alive, rung, last)
+    return list(arms)
 
 
-def _done(trial: Trial, rung: int) -> bool:
-    return files.exists(trial.failed) or files.exists(trial.part(trial.at(rung)))
+def _undone(sweep: Sweep, arms: Sequence[Arm], rung: int) -> list[Arm]:
+    """The arms with a training that needs something at a rung."""
+    return [arm for arm in arms if not all(done(training, rung) for training in sweep.trainings(arm))]
 
 
-def _scores(config: Config, arms: Sequence[Arm], trials: Sequence[Trial], rung: int) -> dict[str, list[float]]:
-    """Scores at a rung by arm, the failed trainings left out."""
-    found: dict[str, list[float]] = {arm.key: [] for arm in arms}
-    for trial in trials:
-        if not files.exists(trial.failed):
-            found[trial.arm].append(score(trial, trial.at(rung), config.tune))
-    return found
+def _halved(sweep: Sweep, arms: Sequence[Arm], rung: int, last: int) -> list[Arm]:
+    """The arms that go on after a rung."""
+    settings = sweep.config.tune
+    scores = {
+        arm.key: [score(training, rung, settings) for training in sweep.trainings(arm) if not files.exists(training.failed)]
+        for arm in arms
+    }  # fmt: skip
+    keys = search_space.survivors(scores, settings.keep, settings.seeds)
+    stopped = {arm.key for arm in arms} - set(keys)
+    say(f"tune: after rung {rung + 1} of {last + 1}, {len(stopped)} of {len(arms)} arms stop")
+    _show(sweep.config, {arm.name: (scores[arm.key], "stops" if arm.key in stopped else "") for arm in arms})
+    return [arm for arm in arms if arm.key in keys]
+
+
+def _show(config: Config, found: Mapping[str, tuple[Sequence[float], str]]) -> None:
+    """Print the arms with mean and range of their scores over seeds, the best first: name to scores and a remark."""
+    say(f"tune: zero-shot macro F1 ({config.tune.head}) on the cells that choose: mean [range over seeds]")
+    for name, (scores, remark) in sorted(
+        found.items(), key=lambda item: -np.mean(item[1][0]) if item[1][0] else np.inf
+    ):
+        text = f"{np.mean(scores):.3f} [{min(scores):.3f}, {max(scores):.3f}]" if scores else "failed" + " " * 14
+        say(f"tune:   {text}  {name}{f' ({remark})' if remark else ''}")
 
 
 # The end
 
 
-def _publish(search: Search, uri: str, record: artifacts.Record, arms: Sequence[Arm], trials: Sequence[Trial]) -> None:
+def _publish(sweep: Sweep, record: artifacts.Record, arms: Sequence[Arm]) -> None:
     """Put the parts together, choose the best arm, score it and the base on the test cells, and register it if asked to."""
-    config, tracked = search.config, search.tracked
+    config, uri, tracked = sweep.config, sweep.uri, sweep.tracked
+    trainings = [training for arm in arms for training in sweep.trainings(arm)]
     failed = {
-        f"{trial.name} (seed {trial.seed})": files.read_json(trial.failed)["why"]
-        for trial in trials if files.exists(trial.failed)
+        f"{training.name} (seed {training.seed})": files.read_json(training.failed)["why"]
+        for training in trainings if files.exists(training.failed)
     }  # fmt: skip
-    chosen_on = _collected(trials, SELECT)
+    failed |= {json.dumps(note["chosen"]): note["why"] for note in sweep.noted() if note["why"]}
+    chosen_on = _collected(trainings, SELECT)
     if chosen_on.empty:
         first = next(iter(failed.items()))
         msg = f"tune: not one training could be done; the first: {first[0]}: {first[1]}"
@@ -222,8 +232,8 @@ def _publish(search: Search, uri: str, record: artifacts.Record, arms: Sequence[
     arm_scores = analysis.arm_scores(chosen_on, config.tune)
     best = analysis.best(arm_scores)
     winner = next(arm for arm in arms if arm.key == best)
-    _score_test(search, [trial for trial in trials if trial.arm in {best, arms[0].key}])
-    tested = _collected(trials, TEST)
+    run_tasks(sweep.executor, test_tasks(sweep, [one for one in trainings if one.arm in {best, arms[0].key}]))
+    tested = _collected(trainings, TEST)
     effects = analysis.effects(arm_scores)
     final = analysis.final_scores(arm_scores, analysis.arm_scores(tested, config.tune), best)
     tables = {
@@ -236,7 +246,7 @@ def _publish(search: Search, uri: str, record: artifacts.Record, arms: Sequence[
     checksums = artifacts.write_tables(
         uri, {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in tables.items()}
     )
-    corpus = next(trial.config["inputs"]["corpus"] for trial in trials if trial.arm == best)
+    corpus = next(training.config["inputs"]["corpus"] for training in trainings if training.arm == best)
     chosen = replace(
         winner.config, output=files.join(config.output, "best"), tune=type(config.tune)(),
         inputs=replace(winner.config.inputs, corpus=corpus),
@@ -250,44 +260,35 @@ def _publish(search: Search, uri: str, record: artifacts.Record, arms: Sequence[
     artifacts.finish(
         uri,
         record,
-        counts={"arms": len(arms), "trials": len(trials), "failed": len(failed)},
+        counts={"arms": len(arms), "trainings": len(trainings), "failed": len(failed)},
         files=checksums,
         details=details,
     )
+    _show(config, {
+        str(name): (part["score"].tolist(), "" if part["share"].iloc[0] == 1 else f"stopped after {part['share'].iloc[0]:.0%}")
+        for name, part in arm_scores.sort_values("rung").groupby(["arm", "seed"]).tail(1).groupby("name")
+    })  # fmt: skip
     say(f"tune: {details['sentence']}")
     say(f"tune: best arm: {winner.name}; train it by itself: mixgf pretrain --config {files.join(uri, 'best.json')}")
     figures = final[(final["what"] == winner.name) & (final["metric"] == "score")].iloc[0]
     tracked.log({"best_score": float(figures["select"]), "best_test_score": float(figures["test"])})
     if config.tune.register:
-        version = _register(config, winner, trials, final=final, tracked=tracked, sentence=str(details["sentence"]))
+        version = _register(config, winner, trainings, final=final, tracked=tracked, sentence=str(details["sentence"]))
         say(f"tune: registered in MLflow as {config.tune.register}, version {version}")
 
 
-def _collected(trials: Sequence[Trial], part: str) -> pd.DataFrame:
-    """The scores of all trials on the cells of one part, by rung; the columns of `trials.parquet`."""
+def _collected(trainings: Sequence[Training], part: str) -> pd.DataFrame:
+    """The scores of all trainings on the cells of one part, by rung; the columns of `trials.parquet`."""
     frames = []
-    for trial in trials:
-        key = {"arm": trial.arm, "name": trial.name, "seed": trial.seed, "part": part}
-        last = len(trial.steps) - 1
-        for rung, step in enumerate(trial.steps):
-            uri = trial.part(rung) if part == SELECT else trial.test_part
+    for training in trainings:
+        key = {"arm": training.arm, "name": training.name, "seed": training.seed, "part": part}
+        last = len(training.steps) - 1
+        for rung, step in enumerate(training.steps):
+            uri = training.part(rung) if part == SELECT else training.test_part
             if (part == SELECT or rung == last) and files.exists(uri):
                 frame = read_table(uri).to_pandas()
-                frames.append(frame.assign(rung=rung, share=step / trial.steps[-1], **key))
+                frames.append(frame.assign(rung=rung, share=step / training.steps[-1], **key))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-
-def _score_test(search: Search, trials: Sequence[Trial]) -> None:
-    """Score the test cells for finished trainings, one task each; what is there is not made again."""
-    todo = [t for t in trials if files.exists(t.part(len(t.steps) - 1)) and not files.exists(t.test_part)]
-    threads = search.config.train.threads
-    tasks = [
-        Task(part=t.test_part, function=score_test, args=(t, search.tracked), threads=threads, gpu=True) for t in todo
-    ]
-    for receipt in search.executor.run(tasks):
-        if receipt.error:
-            msg = f"tune: {todo[receipt.number].name}: {receipt.error}"
-            raise UserError(msg)
 
 
 def _untrained(config: Config) -> int:
@@ -301,17 +302,19 @@ def _untrained(config: Config) -> int:
 def _register(
     config: Config,
     winner: Arm,
-    trials: Sequence[Trial],
+    trainings: Sequence[Training],
     *,
     final: pd.DataFrame,
     tracked: mlflow_runs.Run,
     sentence: str,
 ) -> str:
     """Register the best arm's first seed in MLflow with its card; returns the version."""
-    trial = next(
-        trial for trial in trials if trial.arm == winner.key and files.exists(trial.part(len(trial.steps) - 1))
+    training = next(
+        training
+        for training in trainings
+        if training.arm == winner.key and files.exists(training.part(len(training.steps) - 1))
     )
-    corpus = artifacts.require(trial.config["inputs"]["corpus"], "corpus")
+    corpus = artifacts.require(training.config["inputs"]["corpus"], "corpus")
     lines = [
         f"{analysis.METRICS[row.metric]}: {row.test:.3f} on test cells (mean of {row.num_seeds} seeds; {row.select:.3f} on the cells that "
         "chose the arm)"
@@ -324,13 +327,13 @@ def _register(
     }  # fmt: skip
     text = model_card.write(
         name=f"{config.tune.register}: {winner.name}", corpus=about, changes=dict(winner.changes), scores=lines,
-        sentence=sentence, config=trial.config, untrained=_untrained(from_dict(Config, trial.config)),
+        sentence=sentence, config=training.config, untrained=_untrained(from_dict(Config, training.config)),
     )  # fmt: skip
     weights = files.join(
-        checkpoints.step_folder(files.join(trial.uri, "pretrain"), trial.steps[-1]), checkpoint.WEIGHTS
+        checkpoints.step_folder(files.join(training.uri, "pretrain"), training.steps[-1]), checkpoint.WEIGHTS
     )
     contents = {
-        checkpoint.WEIGHTS: files.read_bytes(weights), "config.json": files.json_bytes(trial.config),
+        checkpoint.WEIGHTS: files.read_bytes(weights), "config.json": files.json_bytes(training.config),
         "README.md": text.encode(),
     }  # fmt: skip
     return tracked.register(config.tune.register, contents, text)

@@ -1,46 +1,63 @@
-"""The trials of a sweep: each is one training that is scored at its rungs.
+"""The trials of a sweep: each is one arm with one training per seed, scored at its rungs.
 
-The scores of a trial at a rung are a part in storage, beside the training's checkpoints, and are not made again. They are of
+The scores of a training at a rung are a part in storage, beside the training's checkpoints, and are not made again. They are of
 the cells that choose arms. The scores of the test cells are a part of their own, made at the end for the best arm and the base
-(`tuning.held_out`). Trials run under Ray Tune with a Ray Train group each, or with a local executor one after the other in this
-process.
+(`tuning.held_out`). These parts are all that a sweep goes on with: nothing of Ray Tune's own state is read again.
+
+Where trials run:
+
+| executor | workers | a trial | a training | its scores |
+|---|---|---|---|---|
+| local | any | in this process, one after the other | in this process | in this process |
+| Ray | 1 | reserves the CPUs and GPUs of a worker | in the trial | in the trial |
+| Ray | more | reserves next to nothing | in a Ray Train group | in a task with a worker's CPUs and GPUs |
+
+A trial reports between trainings only. So Ray Tune never ends a trial while a Ray Train group of it runs: with Ray 2.60 such a
+group would keep its placement group for ever on a Ray without a dashboard.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from mixgf.classification import labels
-from mixgf.config.parse import from_dict, to_dict
+from mixgf.config.parse import fingerprint, from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
 from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.encoder.bert import MaskedModel
+from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
-from mixgf.execution import Executor
+from mixgf.execution import Executor, Task
 from mixgf.stages import pretrain
 from mixgf.storage import artifacts, files, tables
 from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints
-from mixgf.tuning import evaluate, held_out
+from mixgf.training.pretraining import Pretraining
+from mixgf.training.worker_group import LocalContext
+from mixgf.tuning import evaluate, held_out, search_space
 from mixgf.tuning.held_out import HeldOut, Tasks
+from mixgf.tuning.search_space import Arm, Factor
 
 SCHEMA = 2
 SELECT, TEST = "select", "test"
 """The cells that a score is of: those that choose arms, and those that take no part in the choice."""
+_WORST = 0.0
+"""What Ray Tune is told of an arm that cannot be trained: the lowest macro F1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
+class Training:
     """One training of one arm, as plain data that travels to its process."""
 
     arm: str
@@ -50,13 +67,13 @@ class Trial:
     seed: int
     """Number of the repetition, from 0."""
     config: dict[str, Any]
-    """The arm's config with the trial's seed and corpus."""
+    """The arm's config with the training's seed and corpus."""
     uri: str
     """Its folder."""
     steps: tuple[int, ...]
     """Steps of its rungs; the last is the end."""
     base_seed: int
-    """Seed of the sweep: splits and draws of the scores are the same for all trials."""
+    """Seed of the sweep: splits and draws of the scores are the same for all trainings."""
 
     def at(self, rung: int) -> int:
         """Number of its rung at a rung of the sweep; a short training has fewer rungs than the sweep."""
@@ -78,13 +95,61 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Search:
-    """A sweep while it runs."""
+class Sweep:
+    """A sweep while it runs; plain data that travels to the trials."""
 
     config: Config
+    uri: str
     executor: Executor
     tracked: mlflow_runs.Run
     meter: Meter
+    corpora: Mapping[str, str] = field(default_factory=dict)
+    """Key of an arm to its corpus; an arm that is not in it has the corpus of the base."""
+    steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Key of an arm to the steps of its rungs, for the arms that are known before the sweep begins."""
+
+    @property
+    def base(self) -> Arm:
+        """The arm with the config as it is."""
+        return search_space.make(self.config, {})
+
+    def trainings(self, arm: Arm) -> list[Training]:
+        """The trainings of an arm, one per seed.
+
+        Raises:
+            UserError: The arm cannot be trained on its corpus.
+        """
+        config = self.config
+        corpus = self.corpora.get(arm.key, self.corpora[self.base.key])
+        steps = self.steps.get(arm.key) or rungs_of(arm, corpus)
+        return [
+            Training(
+                arm=arm.key, name=arm.name, seed=seed,
+                config=to_dict(replace(arm.config, seed=config.seed + seed, inputs=replace(config.inputs, corpus=corpus))),
+                uri=files.join(self.uri, "trials", f"{arm.key[:12]}-{seed}"), steps=steps, base_seed=config.seed,
+            )
+            for seed in range(config.tune.seeds)
+        ]  # fmt: skip
+
+    def note(self, chosen: Mapping[str, Any], why: str = "") -> None:
+        """Keep hyperparameters that the search chose on the way, once, and why they make no arm, if so."""
+        uri = files.join(self.uri, "arms", f"{fingerprint(dict(chosen))[:12]}.json")
+        if not files.exists(uri):
+            files.write_json(uri, {"chosen": dict(chosen), "why": why})
+
+    def noted(self) -> list[dict[str, Any]]:
+        """What was kept by `note`, in the order of file names."""
+        folder = files.join(self.uri, "arms")
+        return [files.read_json(files.join(folder, name)) for name in sorted(files.list_dir(folder))]
+
+
+def rungs_of(arm: Arm, corpus: str) -> tuple[int, ...]:
+    """Steps of an arm's rungs.
+
+    Raises:
+        UserError: The arm cannot be trained on this corpus.
+    """
+    return tuple(search_space.rungs(arm.config, Pretraining(arm.config, Corpus(corpus)).num_steps))
 
 
 def evaluation_cells(config: Config, corpus: Corpus, seed: int) -> HeldOut:
@@ -95,88 +160,119 @@ def evaluation_cells(config: Config, corpus: Corpus, seed: int) -> HeldOut:
     return held_out.divide(table, config.classify, tuple(dict.fromkeys(kinds)), seed=seed)
 
 
-def advance(trial: Trial, rung: int, executor: Executor, parent: mlflow_runs.Run) -> float:
-    """Train a trial to a rung and score it there; what is there is not made again. Returns the score; NaN = it failed."""
-    rung = trial.at(rung)
-    config = from_dict(Config, trial.config)
-    if files.exists(trial.failed):
+def done(training: Training, rung: int) -> bool:
+    """Whether a training needs nothing more at a rung of the sweep."""
+    return files.exists(training.failed) or files.exists(training.part(training.at(rung)))
+
+
+def score(training: Training, rung: int, settings: Tune) -> float:
+    """The score of a training at a rung of the sweep, by which arms are stopped and chosen; NaN = it failed."""
+    if files.exists(training.failed):
         return float("nan")
-    if not files.exists(trial.part(rung)):
-        corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
-        record = pretrain.planned(config, corpus)
-        with _tracked(trial, config, record.fingerprint, parent) as tracked:
-            _rung(
-                trial,
-                rung,
-                pretrain.trainer(executor),
-                config=config,
-                corpus=corpus,
-                identity=record.fingerprint,
-                tracked=tracked,
-            )
-    if files.exists(trial.failed):
-        return float("nan")
-    return score(trial, rung, config.tune)
+    found = tables.read_table(training.part(training.at(rung))).to_pandas()
+    return evaluate.objective(found, settings.splits, settings.head)
 
 
-def score(trial: Trial, rung: int, settings: Tune) -> float:
-    """The score of a trial at a rung, by which arms are stopped and chosen."""
-    return evaluate.objective(tables.read_table(trial.part(rung)).to_pandas(), settings.splits, settings.head)
+def advance(sweep: Sweep, arm: Arm, rung: int) -> float:
+    """Bring the trainings of an arm to a rung and score them there; what is there is not made again.
+
+    Returns:
+        The mean score over seeds; NaN where a training failed.
+    """
+    trainings = sweep.trainings(arm)
+    for training in trainings:
+        if not done(training, rung):
+            _advance(sweep, training, training.at(rung))
+    return float(np.mean([score(training, rung, sweep.config.tune) for training in trainings]))
 
 
-def _rung(
-    trial: Trial,
-    rung: int,
-    train: Callable[..., None],
-    *,
-    config: Config,
-    corpus: Corpus,
-    identity: str,
-    tracked: mlflow_runs.Run,
-) -> None:
-    step, uri = trial.steps[rung], files.join(trial.uri, "pretrain")
-    whole = replace(config, train=replace(config.train, patience=0))  # every rung is reached
-    try:
-        train(whole, corpus.uri, uri, identity, num_steps=trial.steps[-1], tracked=tracked, until=step)
-    except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
-        files.write_json(trial.failed, {"why": str(error)})
-        return
-    tasks = evaluation_cells(config, corpus, trial.base_seed).select
-    found = _evaluated(trial, rung, tasks, config, corpus)
-    tracked.log(_figures(found, config), step)
-    tables.write_table(trial.part(rung), pa.Table.from_pandas(found.assign(step=step), preserve_index=False))
-
-
-def score_test(trial: Trial, parent: mlflow_runs.Run) -> None:
-    """Score the test cells after the whole training of a trial, and write them as its part."""
-    config = from_dict(Config, trial.config)
+def _advance(sweep: Sweep, training: Training, rung: int) -> None:
+    """Train to a rung of the training, and score it there."""
+    config = from_dict(Config, training.config)
     corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
-    tasks = evaluation_cells(config, corpus, trial.base_seed).test
-    found = _evaluated(trial, len(trial.steps) - 1, tasks, config, corpus)
-    with _tracked(trial, config, pretrain.planned(config, corpus).fingerprint, parent) as tracked:
+    identity = pretrain.planned(config, corpus).fingerprint
+    alone = sweep.executor.local or config.compute.num_workers == 1
+    train = pretrain.train_here if alone else pretrain.trainer(sweep.executor)
+    with _tracked(training, config, identity, sweep.tracked) as tracked:
+        uri, steps = files.join(training.uri, "pretrain"), training.steps
+        whole = replace(config, train=replace(config.train, patience=0))  # every rung is reached
+        try:
+            train(whole, corpus.uri, uri, identity, num_steps=steps[-1], tracked=tracked, until=steps[rung])
+        except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
+            files.write_json(training.failed, {"why": str(error)})
+            return
+        if alone:
+            score_rung(training, rung, tracked)
+        else:
+            task = _task(training.part(rung), score_rung, training, rung, tracked, config=config)
+            run_tasks(sweep.executor, [task])
+
+
+def _task(part: str, function: Any, *args: Any, config: Config) -> Task:
+    return Task(part=part, function=function, args=args, threads=config.train.threads, gpu=True)
+
+
+def run_tasks(executor: Executor, todo: Sequence[Task]) -> None:
+    """Run tasks; the first error ends the sweep."""
+    for receipt in executor.run(todo):
+        if receipt.error:
+            msg = f"tune: {todo[receipt.number].args[0].name}: {receipt.error}"
+            raise UserError(msg)
+
+
+def score_rung(training: Training, rung: int, tracked: mlflow_runs.Run) -> None:
+    """Score the weights at a rung of the training on the cells that choose, and write the scores as their part."""
+    config, corpus, held = _opened(training)
+    found = _evaluated(training, rung, held.select, config, corpus)
+    tracked.log(_figures(found, config), training.steps[rung])
+    _write(training.part(rung), found, training.steps[rung])
+
+
+def score_test(training: Training, parent: mlflow_runs.Run) -> None:
+    """Score the test cells after the whole training, and write the scores as their part."""
+    config, corpus, held = _opened(training)
+    found = _evaluated(training, len(training.steps) - 1, held.test, config, corpus)
+    with _tracked(training, config, pretrain.planned(config, corpus).fingerprint, parent) as tracked:
         figures = {f"{TEST}/{name}": value for name, value in _figures(found, config).items()}
-        tracked.log(figures, trial.steps[-1])
-    table = pa.Table.from_pandas(found.assign(step=trial.steps[-1]), preserve_index=False)
-    tables.write_table(trial.test_part, table)
+        tracked.log(figures, training.steps[-1])
+    _write(training.test_part, found, training.steps[-1])
+
+
+def test_tasks(sweep: Sweep, trainings: Sequence[Training]) -> list[Task]:
+    """A task for each finished training whose test cells have no scores yet."""
+    todo = [t for t in trainings if files.exists(t.part(len(t.steps) - 1)) and not files.exists(t.test_part)]
+    return [_task(t.test_part, score_test, t, sweep.tracked, config=sweep.config) for t in todo]
+
+
+def _opened(training: Training) -> tuple[Config, Corpus, HeldOut]:
+    config = from_dict(Config, training.config)
+    corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
+    return config, corpus, evaluation_cells(config, corpus, training.base_seed)
+
+
+def _write(part: str, found: pd.DataFrame, step: int) -> None:
+    tables.write_table(part, pa.Table.from_pandas(found.assign(step=step), preserve_index=False))
 
 
 def _tracked(
-    trial: Trial, config: Config, training: str, parent: mlflow_runs.Run
+    training: Training, config: Config, identity: str, parent: mlflow_runs.Run
 ) -> AbstractContextManager[mlflow_runs.Run]:
-    """The run of a trial in MLflow, under that of the sweep."""
-    own = artifacts.plan("trial", SCHEMA, {"trial": training, "sweep": parent.id}, {}).fingerprint
-    params = to_dict(config) | {"arm": trial.name}
-    return mlflow_runs.stage(config, f"{trial.name} (seed {trial.seed})", params, own, parent=parent.id)
+    """The run of a training in MLflow, under that of the sweep."""
+    own = artifacts.plan("trial", SCHEMA, {"trial": identity, "sweep": parent.id}, {}).fingerprint
+    params = to_dict(config) | {"arm": training.name}
+    return mlflow_runs.stage(config, f"{training.name} (seed {training.seed})", params, own, parent=parent.id)
 
 
-def _evaluated(trial: Trial, rung: int, tasks: Tasks, config: Config, corpus: Corpus) -> pd.DataFrame:
+def _evaluated(training: Training, rung: int, tasks: Tasks, config: Config, corpus: Corpus) -> pd.DataFrame:
     """Scores of the weights at a rung (a number): without fine-tuning, and after the last rung with it, too."""
+    device = pick_device(config.compute.gpus_per_worker)
     model = MaskedModel(config.model, corpus.vocabulary.size)
-    checkpoints.load_step_weights(files.join(trial.uri, "pretrain"), trial.steps[rung], model)
-    chosen = tasks.of(config.tune.splits)
-    found = evaluate.zero_shot(model.encoder, corpus, tasks.table, chosen, run=config, seed=trial.base_seed)
-    if rung == len(trial.steps) - 1 and config.tune.finetune:
-        tuned = evaluate.finetuned(model.encoder, corpus, tasks.table, tasks.of(["random"]), run=config)
+    checkpoints.load_step_weights(files.join(training.uri, "pretrain"), training.steps[rung], model)
+    encoder, chosen = model.encoder.to(device), tasks.of(config.tune.splits)
+    found = evaluate.zero_shot(encoder, corpus, tasks.table, chosen, run=config, seed=training.base_seed)
+    if rung == len(training.steps) - 1 and config.tune.finetune:
+        random, context = tasks.of(["random"]), LocalContext(device)
+        tuned = evaluate.finetuned(encoder, corpus, tasks.table, random, run=config, context=context)
         found = pd.concat([found, tuned], ignore_index=True)
     return found
 
@@ -189,35 +285,82 @@ def _figures(found: pd.DataFrame, config: Config) -> dict[str, float]:
     return figures
 
 
-def advance_all(search: Search, trials: Sequence[Trial], rungs: range) -> None:
-    """Bring trials to the last of `rungs`: under Ray Tune, or one after the other if the executor is local."""
-    shown = _Shown(len(trials), search.meter)
+# Many trials
+
+
+def advance_all(sweep: Sweep, arms: Sequence[Arm], rungs: range, *, stop: bool = False) -> None:
+    """Bring arms to the last of `rungs`: under Ray Tune, or one after the other if the executor is local.
+
+    Args:
+        sweep: The sweep.
+        arms: Each becomes a trial.
+        rungs: Ascending.
+        stop: Whether the rule of `tune.stop` may end an arm before. A local executor has no such rule.
+    """
+    if not arms:
+        return
+    shown = _Shown(len(arms), sweep.meter)
     try:
-        if search.executor.local:
-            for trial in trials:
+        if sweep.executor.local:
+            for arm in arms:
                 for rung in rungs:
-                    advance(trial, rung, search.executor, search.tracked)
+                    advance(sweep, arm, rung)
                 shown.ended()
             return
         from mixgf.distributed import tune_search
 
-        work = functools.partial(_advance_number, list(trials), search.executor, search.tracked)
-        tune_search.search(search.config, len(trials), rungs, work, shown.ended)
+        space = search_space.factors(sweep.config)
+        points = [search_space.point(arm, list(space)) for arm in arms]
+        work = functools.partial(_report, sweep)
+        tune_search.run_points(sweep.config, _plain(space), points, rungs, advance=work, ended=shown.ended, stop=stop)
     finally:
         shown.close()
 
 
-def _advance_number(
-    trials: Sequence[Trial], executor: Executor, parent: mlflow_runs.Run, number: int, rung: int
-) -> float:
-    return advance(trials[number], rung, executor, parent)
+def explore(sweep: Sweep, rungs: range) -> None:
+    """Let Optuna choose arms one after the other by their scores; arms of an earlier life of the sweep come first.
+
+    Raises:
+        UserError: The executor is local, or Optuna is not installed.
+    """
+    if sweep.executor.local:
+        msg = "tune.search = 'optuna': runs under Ray Tune only; use the command `mixgf tune`, or tune.search=random"
+        raise UserError(msg)
+    from mixgf.distributed import tune_search
+
+    shown = _Shown(sweep.config.tune.num_arms, sweep.meter)
+    space = search_space.factors(sweep.config)
+    known = [note["chosen"] for note in sweep.noted()]
+    try:
+        work = functools.partial(_report, sweep)
+        tune_search.run_optuna(sweep.config, _plain(space), known, rungs, advance=work, ended=shown.ended)
+    finally:
+        shown.close()
+
+
+def _plain(space: Mapping[str, Factor]) -> dict[str, tuple[str, list[Any]]]:
+    return {name: factor.plain for name, factor in space.items()}
+
+
+def _report(sweep: Sweep, chosen: Mapping[str, Any], rung: int) -> float:
+    """Advance the arm of some hyperparameters; returns its score."""
+    try:
+        arm = search_space.from_point(sweep.config, chosen)
+        sweep.trainings(arm)
+    except UserError as error:  # only what Optuna chooses was not checked before
+        sweep.note(chosen, str(error))
+        return _WORST
+    if arm.key not in sweep.corpora:
+        sweep.note(chosen)
+    found = advance(sweep, arm, rung)
+    return found if np.isfinite(found) else _WORST
 
 
 class _Shown:
     """Progress of a sweep's trials."""
 
     def __init__(self, total: int, meter: Meter) -> None:
-        self._progress, self._total, self._done, self._meter = Progress("tune", total, "trainings"), total, 0, meter
+        self._progress, self._total, self._done, self._meter = Progress("tune", total, "arms"), total, 0, meter
 
     def close(self) -> None:
         self._progress.close()

@@ -88,7 +88,9 @@ def zero_shot(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, made: Sequence[Split], *, run: Config) -> pd.DataFrame:
+def finetuned(
+    encoder: Encoder, corpus: Corpus, table: Labelled, made: Sequence[Split], *, run: Config, context: LocalContext
+) -> pd.DataFrame:
     """Scores after fine-tuning on every split, in the layout of `zero_shot`. The encoder is changed.
 
     Args:
@@ -97,6 +99,7 @@ def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, made: Sequence[
         table: The evaluation cells.
         made: Splits of these cells.
         run: Config of the arm; `classify` for the fine-tuning.
+        context: The worker, with the device of the encoder.
     """
     rows: list[tuple[object, ...]] = []
     start = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
@@ -104,7 +107,7 @@ def finetuned(encoder: Encoder, corpus: Corpus, table: Labelled, made: Sequence[
         encoder.load_state_dict(start)
         train, tested = (SentenceSet(corpus, table.cells[rows_]) for rows_ in (split.train, split.test))
         problem = problem_of(table, split, run, train, tested)
-        tuned = finetune.finetune(encoder, problem, config=run, context=LocalContext())
+        tuned = finetune.finetune(encoder, problem, config=run, context=context)
         rows += _scored(split, Finetune.head, table, tuned.predict(tested.cells))
     return pd.DataFrame(rows, columns=COLUMNS)
 

@@ -1,6 +1,9 @@
 """A sweep from end to end on small real cells: resumed equals undisturbed, Ray Tune equals the plain loop, bad arms stop nothing."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import anndata
@@ -221,10 +224,62 @@ def test_a_sweep_killed_anywhere_goes_on_and_ends_the_same_with_nothing_done_twi
 
 @pytest.mark.ray
 def test_ray_tune_gives_what_the_plain_loop_gives(ray_local, base, undisturbed, tmp_path):
+    """Arms of several kinds of values, by names that Ray Tune shows; one worker trains inside the trial."""
     settings = at(base, tmp_path)
-    few = replace(settings, tune=replace(settings.tune, space=SPACE[:1], seeds=1, rungs=(1.0,), finetune=False))
+    space = ({"objective.contrast_weight": (0.0,)}, {"train.species_mix": ({"human": 0.5, "mouse": 0.5},)})
+    few = replace(settings, tune=replace(settings.tune, space=space, seeds=2, rungs=(1.0,), finetune=False))
     there = at(base, tmp_path / "plain", tune=few.tune)
     assert tables(tune.run(few)) == tables(tune.run(there, executor=LocalExecutor()))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sweep_whose_driver_is_killed_under_ray_goes_on_and_makes_no_part_twice(base, tmp_path):
+    """SIGKILL to the driver when the first scores are there; the same command again keeps them and ends as undisturbed."""
+    settings = at(base, tmp_path, compute=Compute(num_workers=1))
+    few = replace(settings, tune=replace(settings.tune, space=SPACE[:2], seeds=2, finetune=False, concurrent=1))
+    path, trials = tmp_path / "config.json", tmp_path / "sweep" / "tune" / "trials"
+    path.write_text(json.dumps(parse.to_dict(few)))
+    command = [sys.executable, "-m", "mixgf", "tune", "--config", str(path)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 600
+    while len(list(trials.glob("*/rung-*.parquet"))) < 2:
+        assert driver.poll() is None, "it ends with all parts only"
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    driver.kill()
+    assert driver.wait() == -9
+    before = {part: part.stat().st_mtime_ns for part in trials.glob("*/rung-*.parquet")}
+    assert 2 <= len(before) < 10
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(part.stat().st_mtime_ns == made for part, made in before.items())
+    plain = at(base, tmp_path / "plain", tune=few.tune)
+    assert tables(f"{tmp_path}/sweep/tune") == tables(tune.run(plain, executor=LocalExecutor()))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_optuna_chooses_arms_by_names_of_fields_and_lists_those_that_cannot_be_made(ray_local, base, tmp_path):
+    pytest.importorskip("optuna")
+    settings = at(base, tmp_path)
+    space = ({"objective.temperature": ("loguniform(0.02, 0.5)",), "model.num_heads": ("choice(2, 3)",)},)
+    search = replace(settings.tune, space=space, search="optuna", stop="asha", num_arms=4, seeds=1, finetune=False)
+    uri = tune.run(replace(settings, tune=search))
+    record = artifacts.require(uri, "sweep")
+    found = [arm["changes"] for arm in record.details["arms"]]
+    assert found[0] == {}
+    assert all(
+        set(changes) == {"objective.temperature"} and 0.02 <= changes["objective.temperature"] <= 0.5
+        for changes in found[1:]
+    )
+    assert len(found) + len(record.details["failed"]) == 5
+    assert all("model.num_heads (3)" in why for why in record.details["failed"].values())
+    board = read_table(f"{uri}/arms.parquet").to_pandas()
+    assert board.loc[board["name"] == "base", "rung"].max() == 1, "the base never stops"
+    with pytest.raises(UserError, match="runs under Ray Tune only"):
+        tune.run(replace(settings, output=f"{tmp_path}/local", tune=search), executor=LocalExecutor())
 
 
 @pytest.mark.ray

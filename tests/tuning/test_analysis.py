@@ -117,7 +117,7 @@ def test_the_best_of_equal_arms_is_too_good_on_the_cells_that_chose_it_and_not_o
     """Twenty arms without any effect: the choice is optimistic by the largest of twenty draws."""
     rng = np.random.default_rng(3)
     optimism, gains = [], []
-    for _ in range(200):
+    for _ in range(100):
         names = ["base", *(f"lr={i}" for i in range(19))]
         select = arm_scores({(name, 0): 0.5 + rng.normal(0, 0.02, 3) for name in names})
         best = analysis.best(select)
@@ -129,7 +129,7 @@ def test_the_best_of_equal_arms_is_too_good_on_the_cells_that_chose_it_and_not_o
             optimism.append(row["optimism"])
             gains.append(row["test"])
     expected = 0.02 / np.sqrt(3) * stats.norm.expect(lambda z: z * 20 * stats.norm.cdf(z) ** 19)
-    assert np.mean(optimism) == pytest.approx(expected, rel=0.1)
+    assert np.mean(optimism) == pytest.approx(expected, rel=0.15)
     assert abs(np.mean(gains)) < 4 * np.std(gains) / np.sqrt(len(gains))
 
 
@@ -144,19 +144,54 @@ def test_a_planted_curve_is_found_again_and_a_flat_one_promises_nothing():
     assert falling[1] == 0, "more data never hurt in this family: a falling score is called flat"
 
 
-def test_the_interval_of_a_forecast_holds_the_truth_and_widens_beyond_the_data():
-    x = np.array([200.0, 600, 2000, 6000, 20000])
-    at = np.array([20000.0, 200000.0])
-    truth = 0.9 - 3.0 * at**-0.5
-    held, widths = np.zeros(2), []
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        rows = [{"x": v, "seed": s, "value": 0.9 - 3.0 * v**-0.5 + rng.normal(0, 0.004)} for v in x for s in range(5)]
-        found = analysis.forecast(pd.DataFrame(rows), at, seed=seed)
-        held += (found["low"] <= truth) & (truth <= found["high"])
-        widths.append((found["high"] - found["low"]).to_numpy())
-    assert (held / 60 > 0.75).all(), held
-    assert np.mean(widths, axis=0)[1] > np.mean(widths, axis=0)[0]
+X = np.array([200.0, 600, 2000, 6000, 20000])
+
+
+def ladder(curve, seeds, rng, noise=0.004):
+    """Scores along `X`; a seed moves its whole curve and each point of it."""
+    luck = rng.normal(0, noise, seeds)
+    rows = [{"x": v, "seed": s, "value": curve(v) + luck[s] + rng.normal(0, noise)} for v in X for s in range(seeds)]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("seeds", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 5))])
+@pytest.mark.parametrize(
+    ("a", "b", "c"),
+    [(0.9, 3.0, 0.5), *(pytest.param(*curve, marks=pytest.mark.slow) for curve in ((0.9, 1.5, 0.2), (0.5, 0.0, 1.0)))],
+)
+def test_the_interval_of_a_forecast_covers_the_truth_at_every_number_of_seeds(a, b, c, seeds):
+    """95 %, within the data and ten times beyond: at least 93 % of 400 simulated ladders, less the error of the simulation."""
+
+    def curve(x):
+        return a - b * x**-c
+
+    at, rng, draws = np.array([2000.0, 20000, 200000]), np.random.default_rng([seeds, 7]), 400
+    held = np.zeros(len(at))
+    for _ in range(draws):
+        found = analysis.forecast(ladder(curve, seeds, rng), at)
+        held += (found["low"] <= curve(at)) & (curve(at) <= found["high"])
+    for number in held:
+        assert stats.binomtest(int(number), draws, 0.93, alternative="less").pvalue > 0.01, held / draws
+
+
+def test_the_interval_of_a_forecast_widens_beyond_the_data():
+    found = analysis.forecast(ladder(lambda x: 0.9 - 3.0 * x**-0.5, 5, np.random.default_rng(0)), np.array([2e4, 2e5]))
+    width = (found["high"] - found["low"]).to_numpy()
+    assert width[1] > width[0]
+
+
+def test_a_forecast_of_one_whole_seed_has_no_interval():
+    points = ladder(lambda x: 0.9 - 3.0 * x**-0.5, 2, np.random.default_rng(0))
+    for few in (points[points["seed"] == 0], points[(points["seed"] == 0) | (points["x"] > 200)]):
+        found = analysis.forecast(few, np.array([2e4]))
+        assert np.isfinite(found["value"]).all()
+        assert found[["low", "high"]].isna().all(axis=None)
+
+
+def test_a_seed_that_is_given_twice_is_not_counted_twice():
+    points = ladder(lambda x: 0.9 - 3.0 * x**-0.5, 3, np.random.default_rng(0))
+    once, twice = (analysis.forecast(p, np.array([2e4, 2e5])) for p in (points, pd.concat([points, points])))
+    assert np.allclose(once, twice)
 
 
 def test_a_ladder_has_the_base_and_only_arms_that_change_its_field():

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from mixgf.config import recipes
 from mixgf.config.run import Config
@@ -59,6 +61,80 @@ def test_a_random_search_draws_the_same_arms_from_the_product_whatever_the_order
     assert all(len(arm.changes) == 2 for arm in a[1:])
 
 
+def test_a_random_search_draws_from_domains_within_their_ends_and_evenly():
+    space = {
+        "objective.temperature": ("loguniform(0.02, 0.5)",), "model.dropout": ("uniform(0, 0.2)",),
+        "model.num_layers": ("randint(2, 5)",), "objective.pooling": ("choice(mean, first)",), "objective.view": ("dropout", "mask"),
+    }  # fmt: skip
+    found = arms(space, search="random", num_arms=300)[1:]
+    assert len({arm.key for arm in found}) == 300
+    temperature = np.array([arm.config.objective.temperature for arm in found])
+    dropout = np.array([arm.config.model.dropout for arm in found])
+    layers = [arm.config.model.num_layers for arm in found]
+    assert stats.kstest(np.log(temperature / 0.02) / np.log(25), "uniform").pvalue > 1e-3
+    assert stats.kstest(dropout / 0.2, "uniform").pvalue > 1e-3
+    assert stats.chisquare(np.bincount(layers)[2:]).pvalue > 1e-3
+    assert set(layers) == {2, 3, 4}
+    assert {arm.config.objective.pooling for arm in found} == {"mean", "first"}
+    assert all(float(f"{value:.4g}") == value for value in temperature), "names of arms stay short"
+    again = arms(space, search="random", num_arms=20)[1:]
+    assert [arm.key for arm in again] == [arm.key for arm in found[:20]]
+
+
+def test_a_random_search_of_a_small_space_has_all_of_it_and_a_larger_one_begins_with_the_same_arms():
+    space = {"train.lr": (0.1, 0.2, 0.3), "train.clip": (0.5, 2.0)}
+    few, more = (arms(space, search="random", num_arms=n) for n in (3, 50))
+    assert len(more) == 1 + 6
+    assert [arm.key for arm in few] == [arm.key for arm in more[:4]]
+
+
+@pytest.mark.parametrize("name", ["cl_ablation", "data_ladder"])
+def test_an_arm_comes_back_from_its_hyperparameters(name):
+    config = recipes.get(name)
+    space = search_space.factors(config)
+    for arm in search_space.arms(config):
+        point = search_space.point(arm, list(space))
+        assert all(isinstance(value, str | int | float) for value in point.values())
+        assert search_space.from_point(config, point).key == arm.key
+
+
+def test_optuna_knows_the_base_only_and_makes_no_corpora():
+    assert [arm.name for arm in arms({"train.lr": ("loguniform(1e-4, 1e-2)",)}, search="optuna", stop="asha")] == [
+        "base"
+    ]
+    with pytest.raises(UserError, match=r"tokens.scaling: needs a corpus for each value"):
+        arms({"tokens.scaling": ("multiply",)}, search="optuna", stop="none")
+    with pytest.raises(UserError, match=r"tune.stop = 'halving': must be asha, median or none"):
+        Tune(search="optuna")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("loguniform(0, 1)", "with low above 0"),
+        ("uniform(0.2, 0.1)", "must be a list, uniform(low, high)"),
+        ("uniform(0.1)", "must be a list"),
+        ("normal(0, 1)", "must be a list"),
+        ("randint(0.5, 2)", "must be a list"),
+        ("choice()", "must be a list"),
+        ("uniform(0.1, 1.5)", "model.dropout = 1.5: must be"),
+    ],
+)
+def test_a_wrong_domain_is_refused_before_anything_is_drawn(value, said):
+    with pytest.raises(UserError) as error:
+        arms({"model.dropout": (value,)}, search="random")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_grid_has_no_domain_and_a_search_names_a_field_once():
+    with pytest.raises(UserError, match=r"uniform\(0.0, 0.2\): a grid search needs a list"):
+        arms({"model.dropout": ("uniform(0.0, 0.2)",)})
+    with pytest.raises(UserError, match=r"train.lr: is in two objects"):
+        arms({"train.lr": (0.1,)}, {"train.lr": (0.2,)}, search="random")
+    assert [arm.name for arm in arms({"train.lr": (0.1,)}, {"train.lr": (0.2,)})] == ["base", "lr=0.1", "lr=0.2"]
+
+
 @pytest.mark.parametrize(
     ("space", "said"),
     [
@@ -69,6 +145,7 @@ def test_a_random_search_draws_the_same_arms_from_the_product_whatever_the_order
         (({"train.lr": ("fast",)},), "tune.space: train.lr = 'fast': must be a number"),
         (({"objective.view": ("mirror",)},), "tune.space: objective.view = 'mirror': must be one of"),
         (({"compute.num_workers": (4,)},), "tune.space: compute.num_workers: an arm cannot change it"),
+        (({"train.patience": (4,)},), "tune.space: train.patience: has no effect in a sweep"),
     ],
 )
 def test_a_wrong_space_is_refused_in_one_line(space, said):

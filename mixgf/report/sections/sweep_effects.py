@@ -147,12 +147,17 @@ def _scaling_curves(results: RunResults, arm_scores: pd.DataFrame) -> list[Any]:
             points["x"] *= results.records["corpus"].counts["kept"]
         most = float(points["x"].max())
         grid = np.geomspace(float(points["x"].min()), 10 * most, 60)
-        curve = analysis.forecast(points, np.append(grid, [most]), seed=results.config.seed)
+        curve = analysis.forecast(points, np.append(grid, [most]))
         here, ten = curve.iloc[-1], curve.iloc[-2]
         known = curve.iloc[:-1]
         enough = known[known["value"] >= here["value"] - TOLERANCE]
+        between = (
+            f"[{ten['low']:.3f}, {ten['high']:.3f}]"
+            if np.isfinite(ten["low"])
+            else "(too few seeds to say how certain this is)"
+        )
         said = (f"{axis[:1].upper()}{axis[1:]}: at {most:,.0f} the fitted score is {here['value']:.3f}. By extrapolation, ten times as many would give "
-                f"{ten['value']:.3f} [{ten['low']:.3f}, {ten['high']:.3f}], a change of {ten['value'] - here['value']:+.3f}. ")  # fmt: skip
+                f"{ten['value']:.3f} {between}, a change of {ten['value'] - here['value']:+.3f}. ")  # fmt: skip
         said += (
             f"{float(enough['x'].iloc[0]):,.0f} are sufficient for a score within {TOLERANCE:.2f} of that at {most:,.0f}."
             if len(enough)
@@ -161,7 +166,7 @@ def _scaling_curves(results: RunResults, arm_scores: pd.DataFrame) -> list[Any]:
         blocks += [
             Figure(
                 sweep_effects.scaling_curve(points, known, axis, f"sweep-curve-{leaf}"),
-                f"Zero-shot macro F1 by {axis}. Dots are trainings; the shaded area is the 95 % interval of the fitted curve.",
+                f"Zero-shot macro F1 by {axis}. Dots are trainings; the shaded area is the 95 % interval of the fitted curve (t over seeds).",
             ),
             Text(said),
         ]
