@@ -187,13 +187,16 @@ def _donor(table: Labelled, settings: Classify, seed: int) -> Iterator[Split]:
         donors, sizes = np.unique(table.donors[kept], return_counts=True)
         if len(donors) < 2:
             continue
-        order = random_order(donors, "donors", seed, group)
+        order, tested = random_order(donors, "donors", seed, group), set[tuple[str, ...]]()
         for k in range(
             settings.seeds
         ):  # the next seed starts at the next donor: as many seeds as donors test each once
             turn = np.roll(order, -k)
             num_test = int(np.searchsorted(np.cumsum(sizes[turn]), settings.test_fraction * len(kept))) + 1
             held_out = np.sort(donors[turn[: min(num_test, len(donors) - 1)]])
+            if tuple(held_out) in tested:  # more seeds than donors: a split again would count the same cells twice
+                continue
+            tested.add(tuple(held_out))
             is_test = np.isin(table.donors[kept], held_out)
             made = on_shared_types(
                 table, settings, (seed, k), kept[~is_test], kept[is_test], group=group, kind="donor", dropped=dropped

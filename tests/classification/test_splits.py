@@ -96,6 +96,16 @@ def test_no_donor_is_on_both_sides_and_every_donor_is_tested_once_by_as_many_see
         assert sorted(tested) == sorted(set(data.donors[data.groups == group]))
 
 
+def test_more_seeds_than_donors_test_no_set_of_donors_twice() -> None:
+    """A repeated split would count its cells twice in a mean over seeds and in an interval."""
+    few, many = (make(table(), replace(ALL, splits=("donor",), seeds=seeds), seed=0) for seeds in (5, 40))
+    for found in (few, many):
+        sets = [(split.group, split.donors) for split in found]
+        assert len(sets) == len(set(sets))
+    assert {(s.group, s.donors) for s in many} >= {(s.group, s.donors) for s in few}
+    assert len(many) < 3 * 40
+
+
 def test_cells_of_an_unknown_donor_take_no_part_in_the_donor_split() -> None:
     data = table()
     donors = data.donors.copy()
