@@ -57,7 +57,11 @@ def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
     declared = names(
         [
             *PROJECT["dependencies"],
-            *(line for name in ("s3", "gs", "az", "zarr", "soma", "doublets", "optuna", "baselines") for line in EXTRAS[name]),
+            *(
+                line
+                for name in ("s3", "gs", "az", "zarr", "soma", "doublets", "optuna", "baselines")
+                for line in EXTRAS[name]
+            ),
         ]
     )
     found = imported("mixgf", declared)

@@ -288,8 +288,8 @@ def forecast(points: pd.DataFrame, at: Float64s) -> pd.DataFrame:
     """The curve fitted to the means over seeds at given x, with a 95 % t interval over seeds.
 
     Each seed gives a curve of its own; their spread at an x gives the width there, with S - 1 degrees of freedom. A seed that
-    lacks an x gives no curve; with fewer than two curves there is no interval (NaN). A bootstrap of 2, 3 and 5 seeds covers 65,
-    74 and 88 % instead of 95 %; `tests/tuning/test_analysis.py` simulates the coverage of this interval.
+    lacks an x gives no curve; with fewer than two curves there is no interval (NaN). `tests/tuning/test_analysis.py` simulates the
+    coverage.
 
     Args:
         points: Result of `scores_along` with at least three different x.
