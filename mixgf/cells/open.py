@@ -33,9 +33,13 @@ _SOMA_FILES = {"__tiledb_group.tdb", "__group"}
 _FILE_ENDINGS = (".h5ad", ".h5", ".hdf5", ".h5mu", ".loom", ".h5seurat", ".rds", ".csv", ".tsv", ".txt", ".gz", ".zip")
 
 
-def format_of(uri: str) -> str:
-    """Format of a count file: `h5ad`, `10x_h5`, `mtx`, `zarr`, `annbatch`, `soma`; a `UserError` for anything else."""
-    with open_reader(uri) as reader:
+def format_of(uri: str, layer: str = "X") -> str:
+    """Format of a count file with that layer: `h5ad`, `10x_h5`, `mtx`, `zarr`, `annbatch`, `soma`.
+
+    Raises:
+        UserError: what `open_reader` raises.
+    """
+    with open_reader(uri, layer) as reader:
         return reader.format
 
 

@@ -330,7 +330,7 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
     p_NC = probabilities(table, classes, names)
     with tempfile.TemporaryDirectory(prefix="mixgf-annotate-") as folder:
         path = Path(folder) / "cells.h5ad"
-        if format_of(source.uri) == "h5ad":
+        if format_of(source.uri, source.layer) == "h5ad":
             with files.local_copy(source.uri) as original:
                 path.write_bytes(original.read_bytes())
             with h5py.File(path, "r") as file:

@@ -209,6 +209,9 @@ def test_the_format_is_told_by_the_content_not_by_the_name(counts, tmp_path):
         shutil.copy(uri, tmp_path / name)
         assert opening.format_of(str(tmp_path / name)) == "h5ad"
         assert np.array_equal(read_all(str(tmp_path / name))[0], counts)
+    with h5py.File(uri, "r+") as file:
+        del file["X"]
+    assert opening.format_of(uri, "csc") == "h5ad"
 
 
 def test_the_files_of_a_source_are_those_that_are_read(counts, tmp_path):
