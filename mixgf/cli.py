@@ -75,7 +75,7 @@ _NEXT = {
     "embed": "report",
     "classify": "report",
     "perturb": "report",
-    "finetune": "annotate",
+    "finetune": "report",
     "compare": "report",
     "tune": "report",
 }
