@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 
@@ -100,3 +101,22 @@ def test_a_corpus_on_s3_is_inspected_like_one_on_disk(s3, make_corpus):
         UserError, match=rf"{s3}/inspected: the folder of a whole run, not a corpus; its corpus is {there}"
     ):
         summary.summarise_corpus(f"{s3}/inspected")
+
+
+def test_small_reads_from_object_storage_run_together_in_order_and_not_far_ahead(monkeypatch):
+    monkeypatch.setattr(files, "REMOTE_READS", 4)
+    together, begun = threading.Barrier(4, timeout=30), []
+
+    def read(item):
+        begun.append(item)
+        together.wait()
+        return item * 10
+
+    found = files.map_reads("s3://bucket/work", read, range(12))
+    assert [next(found) for _ in range(3)] == [0, 10, 20]
+    assert len(begun) <= 3 + 4
+    assert list(found) == [item * 10 for item in range(3, 12)]
+    assert sorted(begun) == list(range(12))
+    assert list(files.map_reads("/disk", lambda item: (item, threading.current_thread()), "ab")) == [
+        (item, threading.main_thread()) for item in "ab"
+    ]

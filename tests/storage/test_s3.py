@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import anndata
 import h5py
@@ -71,6 +72,15 @@ def bucket_keys(uri):
 def test_prepare_from_and_to_s3_gives_the_bytes_of_local_disk_and_does_nothing_twice(world, proxy, capsys):
     config = world.on(ROOT, f"s3://{s3_world.BUCKET}/plain")
     uri = made(config)
+    listed = Counter(
+        found.group(1)
+        for p in proxy.passed
+        if (found := re.search(r"list-type=2.*prefix=plain%2Fcorpus%2Fwork%2F([^%&]+)", p.what))
+    )
+    passes = {"sources", "metrics", "mapping", "doublets", "sketch", "done"}
+    assert {name: listed[name] for name in passes & set(listed)} == dict.fromkeys(
+        passes - {"doublets"}, 1
+    )  # no parts of doublets
     assert s3_world.contents(uri) == world.local
     proxy.fresh()
     assert made(config) == uri
