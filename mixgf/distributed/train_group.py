@@ -46,6 +46,8 @@ class RayContext(GroupContext):
 
     def wrap(self, module: nn.Module) -> DistributedDataParallel:
         """The module in DistributedDataParallel, by Ray Train."""
+        if self.device.type == "cpu" and torch.cuda.is_available():  # Ray would select a GPU, which was not asked for
+            return super().wrap(module)
         wrapped = prepare_model(module, move_to_device=self.device, parallel_strategy_kwargs=ARGUMENTS)
         assert isinstance(wrapped, DistributedDataParallel)
         return wrapped

@@ -1,5 +1,6 @@
 """Where training computes, and GPUs that are not there."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from mixgf.distributed.actor_pool import ActorPool, Size
 from mixgf.distributed.executor import RayExecutor
 from mixgf.errors import UserError
 from mixgf.execution import Receipt, Task
+from mixgf.training import worker_group
 
 CARD = torch.device("cuda:3")
 
@@ -49,6 +51,25 @@ def test_a_worker_trains_on_the_card_that_ray_gave_it_and_only_if_one_was_asked_
         work(said, gpus)
     assert devices == [expected]
     assert not said
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_worker_on_the_cpu_of_a_machine_with_gpus_wraps_the_model_without_them(monkeypatch, cuda):
+    """`prepare_model` selects a GPU wherever one is visible, and fails for a worker on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    wrapped = []
+    monkeypatch.setattr(worker_group.GroupContext, "wrap", lambda _, module: wrapped.append("torch"))
+
+    def prepare(module, **_):
+        wrapped.append("ray")
+        raise Chosen
+
+    monkeypatch.setattr(train_group, "prepare_model", prepare)
+    context = object.__new__(train_group.RayContext)
+    context.device = torch.device("cpu")
+    with contextlib.suppress(Chosen):
+        context.wrap(torch.nn.Linear(1, 1))
+    assert wrapped == (["torch"] if cuda else ["ray"])
 
 
 def test_a_worker_without_the_gpu_that_is_asked_for_tells_the_driver_and_does_not_train(said, monkeypatch):
