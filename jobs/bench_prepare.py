@@ -223,6 +223,11 @@ class _Case:
         """Remove the copy of the counts, so that passes read the source."""
         shutil.rmtree(f"{self.work}/counts-00000", ignore_errors=True)
 
+    def sentences_of_the_file(self) -> None:
+        """The third pass, file to file."""
+        self.drop_copy()
+        self.sentences()
+
     def sketch(self) -> None:
         """The second pass."""
         prepare_passes.sketch_medians(
@@ -246,7 +251,7 @@ class _Case:
         n, n_published = self.num_cells, min(NUM_PUBLISHED, self.num_cells)
         to = self.folder / "published.arrow"
         works: dict[str, Callable[[], object]] = {
-            "sentences": lambda: (self.drop_copy(), self.sentences()),
+            "sentences": self.sentences_of_the_file,
             "published": lambda: published(self.path, self.medians, self.ids, self.depth_N, to),
             "read": self.raw_read,
             "sort": self.sort,
