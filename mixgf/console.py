@@ -11,6 +11,8 @@ import time
 from types import TracebackType
 from typing import Self
 
+from mixgf.redact import redact
+
 _log = logging.getLogger("mixgf")
 LOG_SECONDS = 20.0
 """Seconds between two progress lines where the output is not a terminal."""
@@ -18,12 +20,12 @@ LOG_SECONDS = 20.0
 
 def say(text: str) -> None:
     """Print one line."""
-    _log.info(text)
+    _log.info(redact(text))
 
 
 def warn(text: str) -> None:
     """Print one line as a warning."""
-    _log.warning(text)
+    _log.warning(redact(text))
 
 
 def setup(stream: object = None, *, debug: bool = False) -> None:

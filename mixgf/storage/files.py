@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import pyarrow as pa
 
 from mixgf.errors import AccessError
+from mixgf.redact import redact
 from mixgf.storage.retry import error_code
 from mixgf.storage.s3 import BUFFER_BYTES, RangeFile, async_filesystem, filesystem_and_key, range_reader, request
 
@@ -362,5 +363,5 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """What `write_json` writes."""
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    """What `write_json` writes; without secrets."""
+    return (redact(json.dumps(value, indent=1, sort_keys=True, allow_nan=False)) + "\n").encode()
