@@ -43,7 +43,7 @@ from mixgf.genes import token_dictionaries, vocabulary
 from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import artifacts, files
-from mixgf.tracking import mlflow_runs
+from mixgf.tracking import store
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -589,7 +589,7 @@ def _run_stage(  # noqa: PLR0917 (as its callers have them)
     changes = dict(settings) | ({"output": os.fspath(output)} if output else {})
     texts = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
     config = with_absolute_paths(parse.override(recipes.get(recipe), texts))
-    tracking = tracking_uri or config.tracking.uri or mlflow_runs.OFF
+    tracking = tracking_uri or config.tracking.uri or store.OFF
     config = replace(config, tracking=replace(config.tracking, uri=tracking))
     if engine == "local":
         config = replace(config, compute=replace(config.compute, num_workers=1, min_workers=0))

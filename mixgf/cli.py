@@ -20,6 +20,7 @@ import os
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from mixgf.config.fields import absolute, sections_of, with_absolute_paths
 from mixgf.config.parse import from_dict, meanings, override, to_dict
 from mixgf.config.run import Compute, Config
 from mixgf.errors import AccessError, UserError
+from mixgf.redact import redact
 
 STAGES = {
     "prepare": "raw counts to a corpus: quality control, gene vocabulary, one ranked gene sentence per cell",
@@ -300,10 +302,9 @@ def _run_all(config: Config) -> int:
             uri = _run_stage(name, config)
             console.say(f"      {uri}  ({console.duration(time.monotonic() - began)})")
     print(f"\n{run_text.summary(config)}\n")
-    print(f"report   {uri}")
-    if mlflow_runs.uri(config) != mlflow_runs.OFF:
-        print(f"mlflow   {mlflow_runs.ui_command(config)}")
-        print(f"         then open {mlflow_runs.page(config)}")
+    print(f"report   {redact(uri)}")
+    for title, line in zip(("mlflow", ""), mlflow_runs.how_to_look(config), strict=False):
+        print(f"{title:<8} {line}")
     print(f"time     {console.duration(time.monotonic() - start)}")
     return _rejected_sources(files.join(config.output, "corpus"))
 
@@ -378,15 +379,24 @@ def _audit(args: argparse.Namespace) -> int:
 _OWN_COMMANDS = {"inspect": _inspect, "annotate": _annotate, "audit": _audit}
 
 
+def _check_tracker(config: Config) -> None:
+    """Refuse a tracker that MLflow does not have, before any work."""
+    from mixgf.tracking import mlflow_runs
+
+    mlflow_runs.uri(config)
+
+
 def _dispatch(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if args.command in _OWN_COMMANDS:
         return _OWN_COMMANDS[args.command](args)
     config = _config(args)
     if args.print_config:
-        print(json.dumps(to_dict(config), indent=1))
+        print(redact(json.dumps(to_dict(config), indent=1)))
         return 0
     work = with_absolute_paths(config)
+    if config.tracking.uri or "MLFLOW_TRACKING_URI" in os.environ:
+        _check_tracker(work)
     if args.command in ("demo", "run"):
         return _run_all(work)
     if getattr(args, "dry_run", False):
@@ -398,7 +408,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         uri = import_weights.bring(work, args.folder)
     else:
         uri = _run_stage(args.command, work)
-    print(f"{args.command}: {uri}")
+    print(redact(f"{args.command}: {uri}"))
     if args.command in _NEXT:
         print(f"next: mixgf {_NEXT[args.command]} --output {config.output}")
     return _rejected_sources(uri) if args.command in ("prepare", "import") else 0
@@ -424,23 +434,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        if args.debug:
-            raise
+    except Exception as error:  # noqa: BLE001 (each becomes one line, or a traceback without secrets)
         code, told = _explain(error)
-        print(f"mixgf: {told}", file=sys.stderr)
+        if args.debug:
+            told = f"{traceback.format_exc()}{told}"
+        print(redact(told), file=sys.stderr)
         return code
 
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and one line for an error."""
     if isinstance(error, UserError):
-        return 2, str(error)
+        return 2, f"mixgf: {error}"
     error = getattr(error, "cause", None) or error  # an error of a Ray worker holds the original one
     first = (str(error).strip() or repr(error)).split("\n")[0]
     if isinstance(error, AccessError):
-        return 2, first
+        return 2, f"mixgf: {first}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mixgf"):
         package = error.name.partition(".")[0]
-        return 2, f"needs the package {package}, which is not installed; run: pip install mixgf"
-    return 1, f"failed: {type(error).__name__}: {first[:500]} (the same command with --debug shows where)"
+        return 2, f"mixgf: needs the package {package}, which is not installed; run: pip install mixgf"
+    return 1, f"mixgf: failed: {type(error).__name__}: {first[:500]} (the same command with --debug shows where)"

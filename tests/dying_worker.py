@@ -1,7 +1,10 @@
 """A training worker that kills itself, in a module that spawned processes can import (pytest's own modules they cannot)."""
 
+import json
 import os
 import signal
+from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -12,7 +15,12 @@ from mixgf.training import loop
 from mixgf.training.pretraining import Pretraining
 
 
-def worker_session(settings, tracked, dies):
+def _write(settings, kind, rows):
+    with Path(f"{settings.output}/{kind}.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def worker_session(settings, dies):
     """What a training worker does; it may kill itself when the figures of step 4 to 6 are to be logged."""
 
     class Context(train_group.RayContext):
@@ -24,15 +32,24 @@ def worker_session(settings, tracked, dies):
             super().commit(rows)
 
     class Board:
+        """The driver's board; rows go to a file, where they outlive this process."""
+
         class report:
             remote = staticmethod(lambda step, figures: None)
+
+        class commit:
+            remote = staticmethod(lambda rows: _write(settings, "committed", rows))
+
+        class recover:
+            remote = staticmethod(lambda rows: _write(settings, "recovered", rows))
 
     store = f"{settings.output}/store{dies}"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     try:
         corpus = reader.Corpus(settings.inputs.corpus)
         model = MaskedModel(settings.model, corpus.vocabulary.size, seed=settings.seed)
-        context = Context(torch.device("cpu"), Board, tracked)
-        loop.fit(model, Pretraining(settings, corpus), settings.train, context, uri=f"{settings.output}/pretrain")
+        context = Context(torch.device("cpu"), Board, "run0")
+        with mock.patch.object(train_group.ray, "get", lambda reference: reference):
+            loop.fit(model, Pretraining(settings, corpus), settings.train, context, uri=f"{settings.output}/pretrain")
     finally:
         torch.distributed.destroy_process_group()

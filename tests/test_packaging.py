@@ -22,6 +22,7 @@ INDIRECT = {
     "s3fs": "fsspec loads it for s3:// URIs",
     "gcsfs": "fsspec loads it for gs:// URIs",
     "adlfs": "fsspec loads it for az:// URIs",
+    "psutil": "MLflow's system metrics need it",
     "scikit-image": "scanpy's Scrublet imports it",
 }
 OPTIONAL = {"scvi": "scvi-tools", "scib_metrics": "scib-metrics", "optuna": "optuna"}

@@ -69,6 +69,9 @@ class Tracking:
     """Tracking server or database. Empty: MLFLOW_TRACKING_URI, else SQLite under `output` (for s3://, under ./mlflow). `off`: none."""
     experiment: str = option("mixgf")
     """Name of the experiment in MLflow."""
+    register: str = option("")
+    """Name in MLflow's model registry: the encoder of `pretrain` is registered under it, and each classifier that `classify`
+    keeps as NAME-GROUP. Empty: models are logged, but not registered."""
     prices: str = option("")
     """URI of a JSON object, node type to price per node-hour, for the costs of a run. Empty: MIXGF_PRICES, else no prices."""
 

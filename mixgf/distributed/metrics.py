@@ -147,6 +147,7 @@ class Board:
 
     def __init__(self) -> None:
         self.step, self.figures, self.error = 0, dict[str, float](), ""
+        self.recovered, self.committed = list[Any](), list[Any]()
 
     def report(self, step: int, figures: dict[str, float]) -> None:
         """Figures of a step."""
@@ -155,6 +156,20 @@ class Board:
     def fail(self, error: str) -> None:
         """An error that another start of the workers would meet again."""
         self.error = error
+
+    def commit(self, rows: list[Any]) -> None:
+        """Rows of the training's metrics, each once."""
+        self.committed += rows
+
+    def recover(self, rows: list[Any]) -> None:
+        """Rows up to the checkpoint that the training goes on from; some may not have been committed."""
+        self.recovered += rows
+
+    def take(self) -> tuple[list[Any], list[Any]]:
+        """Rows recovered and committed since the last call."""
+        rows = self.recovered, self.committed
+        self.recovered, self.committed = [], []
+        return rows
 
     def read(self) -> tuple[int, dict[str, float], str]:
         """Step, figures, error."""

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mixgf.config.parse import from_dict, to_dict
-from mixgf.config.run import Config
+from mixgf.config.run import Config, Tracking
 from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import SHOWN, Board, Meter
@@ -38,11 +39,11 @@ from mixgf.training.worker_group import Context, GroupContext, MetricRow
 
 
 class RayContext(GroupContext):
-    """A worker of a Ray Train group, whose figures go to the driver's board and to the tracker."""
+    """A worker of a Ray Train group, whose figures go to the driver's board; the driver logs them."""
 
-    def __init__(self, device: torch.device, board: Any, tracked: mlflow_runs.Run, stage: str = "pretrain") -> None:
+    def __init__(self, device: torch.device, board: Any, run: str, stage: str = "pretrain") -> None:
         super().__init__(device)
-        self._board, self._tracked, self._stage = board, tracked, stage
+        self._board, self._run, self._stage = board, run, stage
 
     def wrap(self, module: nn.Module) -> DistributedDataParallel:
         """The module in DistributedDataParallel, by Ray Train."""
@@ -55,15 +56,15 @@ class RayContext(GroupContext):
     def report(self, step: int, figures: dict[str, float]) -> None:
         """Show the driver and the boards; does not wait."""
         self._board.report.remote(step, figures)
-        Meter(self._stage, self._tracked.id).figures(step, figures)
+        Meter(self._stage, self._run).figures(step, figures)
 
     def commit(self, rows: list[MetricRow]) -> None:
-        """Log to the tracker."""
-        self._tracked.log_many([(step, name, value) for step, _, name, value in rows])
+        """Give the driver what it is to log."""
+        ray.get(self._board.commit.remote(rows))
 
     def recover(self, rows: list[MetricRow]) -> None:
-        """Log to the tracker what it lacks."""
-        self._tracked.log_missing([(step, name, value) for step, _, name, value in rows])
+        """Give the driver what it is to log where that is missing."""
+        ray.get(self._board.recover.remote(rows))
 
 
 def work(params: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ def work(params: dict[str, Any]) -> None:
         device = _device(config.compute.gpus_per_worker)
         if device.type == "cpu":
             torch.set_num_threads(config.train.threads)
-        context = RayContext(device, params["board"], params["tracked"], params["stage"])
+        context = RayContext(device, params["board"], params["run"], params["stage"])
         params["job"](context)
     except (
         UserError
@@ -87,6 +88,12 @@ def _device(gpus: float) -> torch.device:
     return get_device() if device.type == "cuda" else device
 
 
+def log_rows(tracked: mlflow_runs.Run, recovered: list[MetricRow], committed: list[MetricRow]) -> None:
+    """Log what the workers gave to the board: rows of an earlier session where they are missing, and new rows."""
+    tracked.log_missing(mlflow_runs.training_rows(recovered))
+    tracked.log_many(mlflow_runs.training_rows(committed))
+
+
 def train(
     config: Config, corpus: str, uri: str, identity: str, *, num_steps: int, tracked: mlflow_runs.Run, until: int = 0
 ) -> None:
@@ -95,7 +102,7 @@ def train(
     Raises:
         UserError: it cannot be trained, for example because a loss is not finite.
     """
-    job = partial(pretrain, config, corpus, uri, identity, until)
+    job = partial(pretrain, replace(config, tracking=Tracking()), corpus, uri, identity, until)  # only the driver logs
     run_group(job, config, stage="pretrain", num_steps=num_steps, tracked=tracked)
 
 
@@ -129,7 +136,10 @@ def run_group(
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(
         Board
     ).remote()  # lost with the driver, not with a worker's node
-    params = {"config": to_dict(config), "board": board, "tracked": tracked, "stage": stage, "job": job}
+    params = {
+        "config": to_dict(replace(config, tracking=Tracking())), "board": board, "run": tracked.id, "stage": stage,
+        "job": job,
+    }  # fmt: skip
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if gpu else {})
     elastic = 0 < compute.min_workers < compute.num_workers
     scaling = ScalingConfig(
@@ -150,7 +160,7 @@ def run_group(
         ),
     )  # fmt: skip
     try:
-        with _watch(board, stage, num_steps):
+        with _watch(board, stage, num_steps, tracked):
             trainer.fit()
         error = ray.get(board.read.remote())[2]
     finally:
@@ -161,8 +171,8 @@ def run_group(
 
 
 @contextlib.contextmanager
-def _watch(board: Any, stage: str, num_steps: int) -> Iterator[None]:
-    """Show the board's figures as progress from a thread."""
+def _watch(board: Any, stage: str, num_steps: int, tracked: mlflow_runs.Run) -> Iterator[None]:
+    """Show the board's figures as progress, and log them, from a thread."""
     ended = threading.Event()
 
     def look() -> None:
@@ -172,6 +182,8 @@ def _watch(board: Any, stage: str, num_steps: int) -> Iterator[None]:
             if step:
                 progress = progress or Progress(stage, num_steps, "steps", done=step)
                 progress.update(step, **{k: figures[k] for k in SHOWN if k in figures})
+            log_rows(tracked, *ray.get(board.take.remote()))
+        log_rows(tracked, *ray.get(board.take.remote()))
         if progress is not None:
             progress.close()
 

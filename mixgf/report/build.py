@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import mixgf
 from mixgf import console
 from mixgf.config.parse import fingerprint, to_dict
 from mixgf.config.run import Config
-from mixgf.report.elements import Section
+from mixgf.redact import redact
+from mixgf.report.elements import Figure, Section, Table
 from mixgf.report.load import artifact_uris, load_results
 from mixgf.report.results import RunResults
 from mixgf.report.sections import (
@@ -30,6 +33,7 @@ from mixgf.report.sections import (
     sweep_effects,
 )
 from mixgf.storage import artifacts, files
+from mixgf.tracking import mlflow_runs
 
 _KEY = '<meta name="mixgf-inputs" content="'
 
@@ -61,7 +65,10 @@ def build_report(config: Config, uri: str) -> str:
     if files.exists(uri) and f"{_KEY}{key}" in files.read_bytes(uri)[:4096].decode(errors="ignore"):
         console.say(f"report: {uri} is up to date")
         return uri
-    files.write_bytes(uri, render(load_results(config), key).encode())
+    results = load_results(config)
+    sections = make_sections(results)
+    files.write_bytes(uri, redact(render(results, key, sections)).encode())
+    mlflow_runs.publish_report(config, uri, figures_of(sections), tables_of(sections))
     return uri
 
 
@@ -89,8 +96,35 @@ def source_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def render(results: RunResults, key: str) -> str:
-    """The page as HTML text; `key` (see `input_key`) is written into its head."""
+def make_sections(results: RunResults) -> list[Section]:
+    """The sections of the page that have anything to show."""
+    return [made for section in SECTIONS if (made := section(results)).blocks]
+
+
+def figures_of(sections: Sequence[Section]) -> dict[str, str]:
+    """SVG files of the figures, by the section's name and the number in it."""
+    return {
+        f"{section.id}-{number}": block.svg
+        for section in sections
+        for number, block in enumerate((b for b in section.blocks if isinstance(b, Figure)), 1)
+    }
+
+
+def tables_of(sections: Sequence[Section]) -> dict[str, str]:
+    """CSV files of the tables, by the section's name and the number in it; cells as the page shows them."""
+    found = {}
+    for section in sections:
+        for number, block in enumerate((b for b in section.blocks if isinstance(b, Table)), 1):
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(block.head)
+            writer.writerows([cell.text for cell in row] for row in block.rows)
+            found[f"{section.id}-{number}"] = text.getvalue()
+    return found
+
+
+def render(results: RunResults, key: str, sections: Sequence[Section] | None = None) -> str:
+    """The page as HTML text; `key` (see `input_key`) is written into its head. `sections` are made if not given."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -100,9 +134,8 @@ def render(results: RunResults, key: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [made for section in SECTIONS if (made := section(results)).blocks]
     page: dict[str, Any] = {
-        "sections": sections,
+        "sections": make_sections(results) if sections is None else sections,
         "tiles": summary.tiles(results),
         "results": results,
         "key": key,

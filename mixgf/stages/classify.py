@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.classification import encoders, labels, prediction_task, registry, splits, tables
+from mixgf.classification import encoders, kept_classifier, labels, prediction_task, registry, splits, tables
 from mixgf.classification.labels import Labelled
 from mixgf.classification.models.finetuned import Finetune
 from mixgf.classification.models.protocol import FEWEST_SECONDS, Model, Needs
@@ -39,7 +39,7 @@ from mixgf.execution import Executor, Shared, Task
 from mixgf.stages.fan_out import fan_out, missing
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
-from mixgf.tracking import mlflow_runs
+from mixgf.tracking import mlflow_runs, model_card, packaged_model
 
 SCHEMA = 3
 EPOCH_COST = 3.0
@@ -74,10 +74,11 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     fixed = _fixed(record)
     with mlflow_runs.stage(config, "classify", fixed, fingerprint(fixed | {"output": config.output})) as tracked:
         with executor.session(), watch(config, "classify", tracked, uri) as watched:
+            tracked.corpus(paths.corpus, "evaluation")
             work.run(executor, watched.meter, tracked)
             watched.made(cells=len(workspace.table))
-        done = _publish(workspace, record, made)
-        tracked.log(done)
+        scores, kept = _publish(workspace, record, made)
+        _track_results(config, tracked, scores, kept)
     _clean(paths)
     return uri
 
@@ -323,8 +324,8 @@ def _speed(workspace: Workspace, corpus: Corpus) -> float:
     return best
 
 
-def _publish(workspace: Workspace, record: Record, made: Sequence[Split]) -> dict[str, float]:
-    """Write the tables and the record; returns the figures of the run."""
+def _publish(workspace: Workspace, record: Record, made: Sequence[Split]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Write the tables and the record; returns the scores, and what is known of each kept classifier."""
     config, paths, table = workspace.config, workspace.paths, workspace.table
     uri = paths.output
     found = tables.tables(workspace, made, prediction_task.measured_spaces(workspace))
@@ -347,7 +348,27 @@ def _publish(workspace: Workspace, record: Record, made: Sequence[Split]) -> dic
         say(
             f"classify: kept the {one['model']} of {one['group']} (test accuracy {one['test']['accuracy']:.3f}): mixgf annotate --model {one['uri']} FILE"
         )
-    return _figures(found["scores"])
+    return found["scores"], kept
+
+
+def _track_results(
+    config: Config, tracked: mlflow_runs.Run, scores: pd.DataFrame, kept: Sequence[dict[str, Any]]
+) -> None:
+    """Log scores, and the kept classifiers as models."""
+    tracked.log(_figures(scores))
+    means = scores.groupby(["split", "group", "direction", "model", "metric"], sort=False)["value"].mean().unstack()
+    tracked.table("scores", pa.Table.from_pandas(means.reset_index(), preserve_index=False))
+    tests = [{name: float(one["test"][name]) for name in ("accuracy", "macro_f1")} for one in kept]
+    if tests:
+        tracked.summary({f"kept/{name}": float(np.mean([test[name] for test in tests])) for name in tests[0]})
+    for one, test in zip(kept, tests, strict=True):
+        group = slug(one["group"])
+        tracked.summary({f"kept/{group}/{name}": value for name, value in test.items()})
+        model = packaged_model.classifier(
+            one["uri"], model_card.classifier(kept_classifier.facts(one["uri"])), {f"test/{n}": v for n, v in test.items()}
+        )  # fmt: skip
+        name = f"{config.tracking.register}-{group}" if config.tracking.register else ""
+        tracked.model(f"classifier-{group}", model, register=name)
 
 
 def _encoders(workspace: Workspace) -> dict[str, dict[str, Any]]:

@@ -81,10 +81,15 @@ def _run(context: ComparisonContext, executor: Executor) -> str:
         mlflow_runs.stage(config, "compare", to_dict(config.compare), record.fingerprint) as tracked,
         watch(config, "compare", tracked, uri) as watched,
     ):
+        for corpus in dict.fromkeys(encoder_set.paths.corpus for encoder_set in context.encoder_sets):
+            tracked.corpus(corpus, "comparison")
         found = _tables(context, executor, watched.meter)
         checksums = artifacts.write_tables(
             uri, {n: pa.Table.from_pandas(f, preserve_index=False) for n, f in found.items()}
         )
+        for name, frame in found.items():
+            if len(frame):
+                tracked.table(name, pa.Table.from_pandas(frame.head(mlflow_runs.SHOWN_ROWS), preserve_index=False))
         for encoder_set in context.encoder_sets:
             for kind in SCRATCH:
                 files.remove(files.join(encoder_set.paths.intermediates, kind))

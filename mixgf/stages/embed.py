@@ -52,14 +52,15 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         mlflow_runs.stage(config, "embed", to_dict(config.embed), record.fingerprint) as tracked,
         watch(config, "embed", tracked, uri) as watched,
     ):
-        _embed(config, corpus, weights, uri, executor=executor, meter=watched.meter)
+        tracked.corpus(corpus.uri, "embedding")
+        _embed(config, corpus, weights, uri, executor=executor, meter=watched.meter, tracked=tracked)
         watched.made(cells=corpus.num_cells)
         dim = _assemble(corpus, uri)
         names = [f"shards/{_name(i)}" for i in range(len(corpus.shards))] + ["cells.h5ad"]
         checksums = artifacts.checksums_of(uri, names)
         details = {"vocabulary": corpus.vocabulary.hash, "dim": dim, "obsm": OBSM}
         artifacts.finish(uri, record, counts={"cells": corpus.num_cells}, files=checksums, details=details)
-        tracked.log({"cells": float(corpus.num_cells), "dim": float(dim)})
+        tracked.summary({"cells": float(corpus.num_cells), "dim": float(dim)})
     say(f"embed: {corpus.num_cells:,} cells, {dim} dimensions: {uri}/cells.h5ad (obsm {OBSM!r})")
     return uri
 
@@ -82,7 +83,9 @@ def _name(shard: int) -> str:
     return f"{shard:05d}.parquet"
 
 
-def _embed(config: Config, corpus: Corpus, weights: str, uri: str, *, executor: Executor, meter: Meter) -> None:
+def _embed(
+    config: Config, corpus: Corpus, weights: str, uri: str, *, executor: Executor, meter: Meter, tracked: mlflow_runs.Run
+) -> None:  # fmt: skip
     """Write the vectors of every shard."""
     tasks = []
     for shard in range(len(corpus.shards)):
@@ -93,7 +96,8 @@ def _embed(config: Config, corpus: Corpus, weights: str, uri: str, *, executor: 
     errors: dict[str, str] = {}
     with executor.pool(functools.partial(ShardEmbedder, config, corpus.uri, weights)) as pool:
         fan_out(
-            "embed", tasks, pool.run, meter=meter, unit="cells", counter="cells_encoded",
+            "embed", tasks, pool.run, meter=meter, tracked=tracked, unit="cells", counter="cells_encoded",
+            figures=lambda: {"actors_up": float(pool.num_up)},
             done=lambda *_: meter.add("shards_written"), failed=lambda task, error: errors.update({task.part: error}),
         )  # fmt: skip
     if errors:

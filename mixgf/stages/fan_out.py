@@ -15,6 +15,7 @@ from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Receipts, Task
 from mixgf.storage import files
+from mixgf.tracking.mlflow_runs import Pace, Run
 
 
 def missing(tasks: Iterable[Task]) -> list[Task]:
@@ -36,6 +37,8 @@ def fan_out(
     run: Callable[[Sequence[Task]], Receipts],
     *,
     meter: Meter | None = None,
+    tracked: Run | None = None,
+    figures: Callable[[], dict[str, float]] = dict,
     unit: str = "core-s",
     counter: str = "",
     longest_first: bool = False,
@@ -50,6 +53,8 @@ def fan_out(
         tasks: all tasks of the work; those that were done before count in the progress.
         run: `run` of an executor or of a pool.
         meter: records the numbers of tasks that wait, are done and failed.
+        tracked: MLflow run that gets the progress, every ten seconds.
+        figures: further figures for it, by name.
         unit: of the tasks' weights.
         counter: metric that counts the weights of finished tasks; empty = none.
         longest_first: order tasks by weight, then by part; else they stay in order.
@@ -73,6 +78,7 @@ def fan_out(
     total = sum(task.weight for task in tasks)
     spent = total - sum(task.weight for task in todo)
     finished = failures = 0
+    pace = Pace(tracked, what.partition(": ")[2] or what, len(tasks), unit) if tracked is not None else None
 
     def tell(failing: int = 0) -> None:
         if meter is not None:
@@ -96,6 +102,8 @@ def fan_out(
                 spent += task.weight
                 progress.update(spent)
                 tell()
+                if pace is not None:
+                    pace.update(len(tasks) - len(todo) + finished, spent, failures, figures)
         except Exception:
             tell(failing=1)
             raise

@@ -24,7 +24,7 @@ from mixgf.execution import Executor
 from mixgf.stages.pretrain import ProcessContext
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
-from mixgf.tracking import mlflow_runs
+from mixgf.tracking import mlflow_runs, model_card, packaged_model
 
 
 def run(config: Config, *, executor: Executor | None = None) -> str:
@@ -53,6 +53,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         mlflow_runs.stage(config, "finetune", record.config, record.fingerprint) as tracked,
         watch(config, "finetune", tracked, uri) as watched,
     ):
+        tracked.corpus(paths.corpus, "training")
         if executor.local:
             context = ProcessContext(pick_device(config.compute.gpus_per_worker), "finetune", num_steps, tracked)
             try:
@@ -65,7 +66,12 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             train_group.run_group(job, config, stage="finetune", num_steps=num_steps, tracked=tracked)
         watched.made(cells=len(table))
         about = kept_classifier.finish(uri, record)
-        tracked.log({f"test/{name}": value for name, value in about["test"].items()})
+        tracked.summary({f"test/{name}": float(value) for name, value in about["test"].items()})
+        packed = packaged_model.classifier(
+            uri, model_card.classifier(kept_classifier.facts(uri)), {"test/accuracy": about["test"]["accuracy"]}
+        )  # fmt: skip
+        name = f"{config.tracking.register}-finetuned" if config.tracking.register else ""
+        tracked.model("classifier", packed, register=name)
     files.remove(files.join(uri, "steps"))
     test = about["test"]
     say(

@@ -31,7 +31,7 @@ from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.genes.vocabulary import NUM_SPECIALS
 from mixgf.storage import artifacts, files
-from mixgf.tracking import mlflow_runs
+from mixgf.tracking import mlflow_runs, model_card, packaged_model
 
 SCHEMA = 1
 
@@ -61,7 +61,7 @@ def grow(settings: Config, folder: str) -> str:
     if not artifacts.begin(uri, record):
         say(f"import-weights: {uri} is already there")
         return uri
-    with mlflow_runs.stage(settings, "import-weights", chosen, record.fingerprint):
+    with mlflow_runs.stage(settings, "import-weights", chosen, record.fingerprint) as tracked:
         source = vocabulary.warm_start_ids(older, pairs)
         tensors = {name: p.detach() for name, p in model.named_parameters()}
         grown = place_embeddings(PretrainedBert(model.encoder.sizes, tensors, ""), source, settings.seed)
@@ -75,7 +75,7 @@ def grow(settings: Config, folder: str) -> str:
                 f"start with their ortholog's vector, {int((source[own] < 0).sum()):,} with a random one"
             )
         untrained = np.concatenate([checkpoint.untrained_ids(made), np.arange(older.size, vocabulary.size)])
-        checkpoint.publish_checkpoint(
+        done = checkpoint.publish_checkpoint(
             uri,
             record,
             grown,
@@ -84,7 +84,17 @@ def grow(settings: Config, folder: str) -> str:
             counts=counts,
             untrained=untrained,
         )
+        _track_model(settings, tracked, uri, done, corpus)
     return uri
+
+
+def _track_model(
+    settings: Config, tracked: mlflow_runs.Run, uri: str, done: artifacts.Record, corpus: Corpus
+) -> None:  # fmt: skip
+    """Log the corpus that the weights are for, and the encoder as a model."""
+    tracked.corpus(corpus.uri, "vocabulary")
+    card = model_card.encoder(done, corpus.record, {})
+    tracked.model("encoder", packaged_model.encoder(uri, corpus.uri, card), register=settings.tracking.register)
 
 
 def bring(settings: Config, folder: str) -> str:
@@ -123,9 +133,10 @@ def bring(settings: Config, folder: str) -> str:
             tell(
                 f"import-weights: {name}: {found:,} of {total:,} genes have the model's vectors, the others random ones"
             )
-        checkpoint.publish_checkpoint(
+        done = checkpoint.publish_checkpoint(
             uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings,
             counts={"steps": 0, **{f"genes_{name}": found for name, found in counts.items()}},
             untrained=untrained[untrained >= NUM_SPECIALS],
         )  # fmt: skip
+        _track_model(settings, tracked, uri, done, corpus)
     return uri

@@ -74,13 +74,16 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     make = functools.partial(ScoringWorker, config, corpus=source, weights=weights, folder=folder)
     with mlflow_runs.stage(config, "perturb", settings, record.fingerprint) as tracked:
         spend = cost.Spend(_limit(config), before=sum(cost.load(folder).values()))
-        phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=spend)
+        phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=spend, tracked=tracked)
+        tracked.corpus(corpus.uri, "perturbation")
         with executor.session(), watch(config, "perturb", tracked, uri) as watched, executor.pool(make) as pool:
             spend.num_workers = lambda: pool.num_up  # an actor that waits for a node costs nothing
             outcome = phases.complete(pool, watched.meter)
             watched.made(genes=len(outcome.scored), cells=len(plan.cells_N))
         _publish(uri, record, phases, outcome)
-        tracked.log({**outcome.figures, "genes": float(len(outcome.scored)), "cells": float(len(plan.cells_N))})
+        tracked.log(outcome.figures)
+        tracked.summary({"genes": float(len(outcome.scored)), "cells": float(len(plan.cells_N))})
+        tracked.table("genes", read_table(files.join(uri, "genes.parquet")))
     for text in outcome.warnings:
         warn(f"perturb: {text}")
     of = f" of {len(outcome.scored) + len(outcome.beyond):,}" if len(outcome.beyond) else ""

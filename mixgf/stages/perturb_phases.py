@@ -28,6 +28,7 @@ from mixgf.stages.fan_out import fan_out
 from mixgf.stats import donors
 from mixgf.storage import files, tables
 from mixgf.tracking import cost
+from mixgf.tracking.mlflow_runs import Run
 
 SAVE_SECONDS = 5.0
 
@@ -79,8 +80,12 @@ class Phases:
     corpus: Corpus
     folder: str
     spend: cost.Spend
+    tracked: Run | None = None
+    """Gets the progress."""
     session: str = ""
     saved: float = 0.0
+    sentences: float = 0.0
+    """Scored in this session."""
 
     def complete(self, pool: WorkerPool, meter: Meter) -> Outcome:
         """Work until everything is there, or the budget is spent."""
@@ -214,6 +219,14 @@ class Phases:
         self.saved = time.monotonic()
         cost.save(self.folder, self.session, {"worker": self.spend.session})
 
+    def _figures(self, pool: WorkerPool) -> dict[str, float]:
+        """Figures of the progress for MLflow."""
+        return {
+            "actors_up": float(pool.num_up),
+            "sentences": self.sentences,
+            "worker_hours": self.spend.total / cost.HOUR,
+        }
+
     def _compute(
         self, what: str, units: list[ScoringTask], states: Float64s | None, pool: WorkerPool, meter: Meter
     ) -> tuple[float, bool]:
@@ -233,13 +246,14 @@ class Phases:
             self.spend.update(finished=1)
             if time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
+            self.sentences += result.sentences
             meter.add("sentences_scored", result.sentences)
             meter.set("actors", pool.num_actors, state="wanted")
             meter.set("actors", pool.num_up, state="up")
 
         finished, whole = fan_out(
             what, tasks, functools.partial(pool.run, stop=self.spend.enough if self.spend.limit else None),
-            meter=meter, unit="tokens", done=count, failed=lambda task, error: errors.update({task.args[0].key: error}),
+            meter=meter, tracked=self.tracked, figures=lambda: self._figures(pool), unit="tokens", done=count, failed=lambda task, error: errors.update({task.args[0].key: error}),
         )  # fmt: skip
         if errors:
             key, reason = min(errors.items())

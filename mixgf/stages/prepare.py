@@ -62,10 +62,12 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         executor.session(),
         watch(config, "prepare", tracked, uri) as watched,
     ):
+        tracked.sources(record.config["sources"])
         work = _Prepare(config, uri, sources, older, executor, watched.meter)
         done = build_or_reuse(uri, record, lambda: work.make(vocabulary, record))
         watched.made(cells=done.counts["read"])
-        tracked.log({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
+        tracked.corpus(uri, "output")
+        tracked.summary({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
     files.remove(files.join(uri, "work"))
     return uri
 

@@ -28,8 +28,8 @@ from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.execution import Executor
 from mixgf.storage import artifacts, files
-from mixgf.tracking import mlflow_runs
-from mixgf.training import checkpoints, held_out_loss
+from mixgf.tracking import mlflow_runs, model_card, packaged_model
+from mixgf.training import checkpoints, held_out_loss, loop
 from mixgf.training.loop import fit, measure_peak
 from mixgf.training.pretraining import Pretraining, initial_model
 from mixgf.training.worker_group import LocalContext, MetricRow
@@ -57,10 +57,11 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     facts = _announce(config, task, model)
     with (
         executor.session(),
-        mlflow_runs.stage(config, "pretrain", to_dict(config), record.fingerprint) as tracked,
+        mlflow_runs.stage(config, "pretrain", record.config, record.fingerprint) as tracked,
         watch(config, "pretrain", tracked, uri) as watched,
     ):
-        tracked.log(facts)
+        tracked.corpus(corpus.uri, "training")
+        tracked.log({f"plan/{name}": value for name, value in facts.items()})
         train = trainer(executor)
         train(config, corpus.uri, uri, record.fingerprint, num_steps=task.num_steps, tracked=tracked)
         last, best = checkpoints.last_and_best(uri)
@@ -72,6 +73,12 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             counts={"steps": last, "epochs": -(-last // task.steps_per_epoch), "cells": task.plan.num_cells},
             untrained=untrained(config, task), held_out=task.held_out and task.held_out.details(),
         )  # fmt: skip
+        final = loop.final_figures(uri, step)
+        shown = {mlflow_runs.training_name(name): value for name, value in final.items()}
+        tracked.summary(shown)
+        losses = {name: value for name, value in shown.items() if name.startswith(("loss/", "heldout/"))}
+        packed = packaged_model.encoder(uri, corpus.uri, model_card.encoder(done, corpus.record, losses), losses)
+        tracked.model("encoder", packed, register=config.tracking.register)
     of_step = f" of step {step:,}" if step < last else ""
     say(f"pretrain: {done.counts['steps']:,} steps, weights{of_step} in {uri}")
     return uri
@@ -119,11 +126,11 @@ class ProcessContext(LocalContext):
 
     def commit(self, rows: list[MetricRow]) -> None:
         """Log to the tracker."""
-        self._tracked.log_many([(step, name, value) for step, _, name, value in rows])
+        self._tracked.log_many(mlflow_runs.training_rows(rows))
 
     def recover(self, rows: list[MetricRow]) -> None:
         """Log to the tracker what it lacks."""
-        self._tracked.log_missing([(step, name, value) for step, _, name, value in rows])
+        self._tracked.log_missing(mlflow_runs.training_rows(rows))
 
     def close(self) -> None:
         """End the progress."""

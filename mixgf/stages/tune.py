@@ -26,8 +26,10 @@ from mixgf.corpus.reader import Corpus
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import watch
 from mixgf.encoder import checkpoint
+from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.execution import Executor
+from mixgf.redact import redact
 from mixgf.stages import prepare, pretrain
 from mixgf.stages.tune_trials import (
     SCHEMA,
@@ -46,7 +48,7 @@ from mixgf.stages.tune_trials import (
 )
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
-from mixgf.tracking import mlflow_runs, model_card
+from mixgf.tracking import mlflow_runs, model_card, packaged_model
 from mixgf.training import checkpoints
 from mixgf.training.pretraining import Pretraining
 from mixgf.tuning import analysis, search_space
@@ -72,7 +74,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             return uri
         steps = _check(config, arms, corpora)
         with (
-            mlflow_runs.stage(config, "tune", to_dict(config), record.fingerprint) as tracked,
+            mlflow_runs.stage(config, "tune", {"tune": record.config["tune"]}, record.fingerprint) as tracked,
             watch(config, "tune", tracked, uri) as watched,
         ):
             sweep = Sweep(
@@ -251,7 +253,7 @@ def _publish(sweep: Sweep, record: artifacts.Record, arms: Sequence[Arm]) -> Non
         winner.config, output=files.join(config.output, "best"), tune=type(config.tune)(),
         inputs=replace(winner.config.inputs, corpus=corpus),
     )  # fmt: skip
-    files.write_bytes(files.join(uri, "best.json"), (json.dumps(to_dict(chosen), indent=1) + "\n").encode())
+    files.write_bytes(files.join(uri, "best.json"), (redact(json.dumps(to_dict(chosen), indent=1)) + "\n").encode())
     checksums |= artifacts.checksums_of(uri, ["best.json"])
     details = {
         "arms": [{"key": a.key, "name": a.name, "changes": dict(a.changes)} for a in arms], "best": best, "failed": failed,
@@ -271,7 +273,7 @@ def _publish(sweep: Sweep, record: artifacts.Record, arms: Sequence[Arm]) -> Non
     say(f"tune: {details['sentence']}")
     say(f"tune: best arm: {winner.name}; train it by itself: mixgf pretrain --config {files.join(uri, 'best.json')}")
     figures = final[(final["what"] == winner.name) & (final["metric"] == "score")].iloc[0]
-    tracked.log({"best_score": float(figures["select"]), "best_test_score": float(figures["test"])})
+    tracked.summary({"best_score": float(figures["select"]), "best_test_score": float(figures["test"])})
     if config.tune.register:
         version = _register(config, winner, trainings, final=final, tracked=tracked, sentence=str(details["sentence"]))
         say(f"tune: registered in MLflow as {config.tune.register}, version {version}")
@@ -329,11 +331,20 @@ def _register(
         name=f"{config.tune.register}: {winner.name}", corpus=about, changes=dict(winner.changes), scores=lines,
         sentence=sentence, config=training.config, untrained=_untrained(from_dict(Config, training.config)),
     )  # fmt: skip
-    weights = files.join(
-        checkpoints.step_folder(files.join(training.uri, "pretrain"), training.steps[-1]), checkpoint.WEIGHTS
-    )
-    contents = {
-        checkpoint.WEIGHTS: files.read_bytes(weights), "config.json": files.json_bytes(training.config),
-        "README.md": text.encode(),
-    }  # fmt: skip
-    return tracked.register(config.tune.register, contents, text)
+    best = _published(training, files.join(config.output, "tune", "best"))
+    return tracked.register(config.tune.register, packaged_model.encoder(best, training.config["inputs"]["corpus"], text))
+
+
+def _published(training: Training, uri: str) -> str:
+    """The weights of a training's last rung as a checkpoint at `uri`, which the other stages take."""
+    config = from_dict(Config, training.config)
+    corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
+    record = pretrain.planned(config, corpus)
+    if artifacts.begin(uri, record):
+        model = MaskedModel(config.model, corpus.vocabulary.size)
+        checkpoints.load_step_weights(files.join(training.uri, "pretrain"), training.steps[-1], model)
+        checkpoint.publish_checkpoint(
+            uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings,
+            objective=config.objective, counts={"steps": training.steps[-1]}, untrained=pretrain.untrained(config, Pretraining(config, corpus)),
+        )  # fmt: skip
+    return uri

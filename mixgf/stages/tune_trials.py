@@ -225,6 +225,7 @@ def score_rung(training: Training, rung: int, tracked: mlflow_runs.Run) -> None:
     config, corpus, held = _opened(training)
     found = _evaluated(training, rung, held.select, config, corpus)
     tracked.log(_figures(found, config), training.steps[rung])
+    tracked.flush()  # a worker may end after its task
     _write(training.part(rung), found, training.steps[rung])
 
 
@@ -258,9 +259,11 @@ def _tracked(
     training: Training, config: Config, identity: str, parent: mlflow_runs.Run
 ) -> AbstractContextManager[mlflow_runs.Run]:
     """The run of a training in MLflow, under that of the sweep."""
-    own = artifacts.plan("trial", SCHEMA, {"trial": identity, "sweep": parent.id}, {}).fingerprint
-    params = to_dict(config) | {"arm": training.name}
-    return mlflow_runs.stage(config, f"{training.name} (seed {training.seed})", params, own, parent=parent.id)
+    own = artifacts.plan("trial", SCHEMA, {"trial": identity, "sweep": parent.key}, {}).fingerprint
+    data = to_dict(config)
+    shown = ("seed", "tokens", "model", "objective", "train", "embed")
+    params = {name: data[name] for name in shown} | {"arm": training.name}
+    return mlflow_runs.stage(config, f"{training.name} (seed {training.seed})", params, own, parent=parent.key)
 
 
 def _evaluated(training: Training, rung: int, tasks: Tasks, config: Config, corpus: Corpus) -> pd.DataFrame:

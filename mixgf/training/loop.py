@@ -253,6 +253,16 @@ def measure_peak(device: torch.device, precision: str, *, seconds: float = 0.2) 
     return 2 * size**3 / min(times)
 
 
+def final_figures(uri: str, step: int) -> dict[str, float]:
+    """The latest figures up to a step of the training in `uri`, by name; none where nothing was logged."""
+    history = files.join(uri, "history.parquet")
+    if not files.exists(history):
+        return {}
+    columns = tables.read_table(history).to_pydict()
+    rows = zip(columns["step"], columns["name"], columns["value"], strict=True)
+    return {name: value for at, name, value in sorted(rows) if at <= step}
+
+
 class History:
     """Metrics of a run, stored beside its checkpoints (history.parquet) so that no step appears twice after a restart."""
 

@@ -13,6 +13,7 @@ from mixgf.distributed.actor_pool import ActorPool, Size
 from mixgf.distributed.executor import RayExecutor
 from mixgf.errors import UserError
 from mixgf.execution import Receipt, Task
+from mixgf.tracking import mlflow_runs
 from mixgf.training import worker_group
 
 CARD = torch.device("cuda:3")
@@ -34,7 +35,7 @@ def said(monkeypatch):
 def work(said, gpus):
     board = SimpleNamespace(fail=SimpleNamespace(remote=said.append))
     config = Config(compute=Compute(gpus_per_worker=gpus))
-    train_group.work({"config": to_dict(config), "board": board, "tracked": None, "stage": "pretrain"})
+    train_group.work({"config": to_dict(config), "board": board, "run": "", "stage": "pretrain"})
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(1.0, CARD), (0.0, torch.device("cpu"))])
@@ -42,7 +43,7 @@ def test_a_worker_trains_on_the_card_that_ray_gave_it_and_only_if_one_was_asked_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     devices = []
 
-    def context(device, board, tracked, stage):
+    def context(device, board, run, stage):
         devices.append(device)
         raise Chosen
 
@@ -89,7 +90,7 @@ def test_a_local_ray_without_gpus_ends_a_run_that_would_wait_for_one(ray_local):
     starts = (
         lambda: ActorPool(lambda: None, Size(gpus=1.0)),
         lambda: next(RayExecutor(config).run([task])),
-        lambda: train_group.train(config, "", "", "", num_steps=1, tracked=None),
+        lambda: train_group.train(config, "", "", "", num_steps=1, tracked=mlflow_runs.Run("off", "", "")),
     )
     for start in starts:
         with pytest.raises(UserError, match=NONE_HERE):

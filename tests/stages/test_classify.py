@@ -433,12 +433,17 @@ def test_every_prediction_is_a_run_under_one_parent_once(base: Config, tmp_path:
     classify.run(run, executor=LocalExecutor())
     client = MlflowClient(tracked.uri)
     found = client.search_runs([client.get_experiment_by_name("one").experiment_id])
-    parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
+    parents = [r for r in found if r.info.run_name == "classify"]
     assert len(parents) == 1
+    above = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
+    assert [r.info.run_id for r in above] == [parents[0].data.tags["mlflow.parentRunId"]]
+    assert any(name.startswith("classify/kept/") for name in above[0].data.metrics) == bool(
+        artifacts.require(f"{run.output}/classify", "classification").details["classifiers"]
+    )
     children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
     scores = table(run, "scores")
     scores = scores[scores["metric"] == "macro_f1"].set_index(["group", "model", "seed"])["value"]
-    assert len(children) == len(found) - 1 == len(scores)
+    assert len(children) == len(found) - 2 == len(scores)
     for child in children:
         p = child.data.params
         assert child.data.metrics["macro_f1"] == scores[p["group"], p["model"], int(p["seed"])]

@@ -1,0 +1,167 @@
+"""An encoder or a kept classifier as an MLflow model: weights as safetensors, and code instead of a pickle ("models from code").
+
+`mlflow.pyfunc.load_model(URI).predict(frame)` takes a frame with one column `path`, the files of raw counts, and returns one row
+per cell (`mixgf.served_model`). The model folder holds the code of mixgf, without the bundled cells, and lists its dependencies
+in the versions that are installed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mixgf
+from mixgf.storage import artifacts, files
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+    from mlflow.tracking import MlflowClient
+
+ENCODER, CLASSIFIER = "encoder", "classifier"
+"""Kinds of models."""
+_CODE = Path(mixgf.__file__).parent
+_SERVED = _CODE / "served_model.py"
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.h5ad")
+
+
+def encoder(uri: str, corpus: str, card: str, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The plain description of a checkpoint as a model.
+
+    Args:
+        uri: Of the checkpoint.
+        corpus: Of a corpus with its vocabulary.
+        card: Model card, as Markdown.
+        metrics: Scores of the model, by name.
+    """
+    return {"kind": ENCODER, "uri": uri, "corpus": corpus, "card": card, "metrics": dict(metrics or {})}
+
+
+def classifier(uri: str, card: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The plain description of a kept classifier as a model; arguments as of `encoder`."""
+    return {"kind": CLASSIFIER, "uri": uri, "card": card, "metrics": dict(metrics)}
+
+
+def log(client: MlflowClient, experiment: str, runs: Sequence[str], name: str, model: Mapping[str, Any]) -> str:
+    """Log a model as an output of runs, once; returns its id. The first run is its source."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+
+    run_id = runs[0]
+    found = client.search_logged_models([experiment], f"name = '{name}' AND source_run_id = '{run_id}'")
+    ready = [one for one in found if str(one.status) in ("READY", "LoggedModelStatus.READY")]
+    if ready:
+        return str(ready[0].model_id)
+    record = artifacts.find(model["uri"])
+    tags = {"mixgf.kind": model["kind"], "mixgf.fingerprint": record.fingerprint if record is not None else ""}
+    made = client.create_logged_model(
+        experiment, name=name, source_run_id=run_id, model_type=f"mixgf {model['kind']}",
+        tags=tags | {"mlflow.note.content": model["card"]},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="mixgf-model-") as scratch:
+        folder = Path(scratch) / "model"
+        save(folder, model, Model(run_id=run_id, model_uuid=made.model_id, model_id=made.model_id))
+        client.log_model_artifacts(made.model_id, str(folder))
+    client.finalize_logged_model(made.model_id, "READY")
+    for name_, value in model["metrics"].items():
+        client.log_metric(run_id, name_, float(value), step=0, model_id=made.model_id)
+    for one in runs:
+        client.log_outputs(one, [LoggedModelOutput(made.model_id, step=0)])
+    return str(made.model_id)
+
+
+def register(client: MlflowClient, name: str, model_id: str, *, run_id: str, card: str, server: bool) -> str:
+    """Make a logged model a version of a registered one, once; returns the version. `server`: the tracker is one."""
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.suppress(MlflowException):  # it exists; an unreachable registry fails below
+        client.create_registered_model(name)
+    folder = client.get_logged_model(model_id).artifact_location
+    for version in client.search_model_versions(f"name='{name}'"):
+        if version.source in (folder, f"models:/{model_id}"):
+            return str(version.version)
+    # a server follows the link to the logged model; a database looks for it at the tracker of the process, not at its own
+    source = f"models:/{model_id}" if server else folder
+    made = client.create_model_version(name, source, run_id=run_id, description=card, model_id=model_id)
+    return str(made.version)
+
+
+def save(folder: Path, model: Mapping[str, Any], described: Any = None) -> None:
+    """Write a model folder.
+
+    Args:
+        folder: That does not exist.
+        model: From `encoder` or `classifier`.
+        described: `mlflow.models.Model` to fill; None = a new one.
+    """
+    import mlflow.pyfunc
+
+    for text in ("An input example was not provided", "Add type hints to the `predict` method"):
+        warnings.filterwarnings("ignore", f"(?s).*{text}")  # the signature is given
+    with tempfile.TemporaryDirectory(prefix="mixgf-model-") as scratch:
+        run, code = Path(scratch) / "run", Path(scratch) / "mixgf"
+        _fetch(model, run)
+        shutil.copytree(_CODE, code, ignore=_LEFT_OUT)
+        mlflow.pyfunc.save_model(
+            str(folder), python_model=str(_SERVED), artifacts={"run": str(run)}, code_paths=[str(code)],
+            signature=signature(str(model["kind"])), pip_requirements=requirements(), mlflow_model=described,
+            model_config={"kind": model["kind"]}, metadata={"mixgf": mixgf.__version__, "kind": model["kind"]},
+        )  # fmt: skip
+    (folder / "README.md").write_text(model["card"])
+
+
+def _fetch(model: Mapping[str, Any], to: Path) -> None:
+    """Copy what the model needs into a folder that `mixgf.api.load` or `load_classifier` takes."""
+    if model["kind"] == CLASSIFIER:
+        parts = {"": (model["uri"], [n for n in files.list_dir(model["uri"]) if not n.endswith("/")])}
+    else:
+        weights = [n for n in files.list_dir(model["uri"]) if n in ("record.json", "model.safetensors")]
+        parts = {
+            "pretrain": (model["uri"], weights),
+            "corpus": (model["corpus"], ["record.json", "vocabulary.parquet"]),
+        }
+    for folder, (uri, names) in parts.items():
+        (to / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            with files.local_copy(files.join(uri, name)) as path:
+                if path.is_file():
+                    shutil.copyfile(path, to / folder / name)
+
+
+def signature(kind: str) -> ModelSignature:
+    """Inputs, outputs and parameters of `predict`."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    text, real = DataType.string, DataType.double
+    outputs: list[Any] = [ColSpec(text, "path"), ColSpec(text, "cell")]
+    if kind == ENCODER:
+        outputs.append(ColSpec(Array(real), "vector"))
+    else:
+        named = {"label": text, "probability": real, "second": text, "second_probability": real, "entropy": real}
+        named |= {"distance": real, "genes": DataType.long, "trusted": DataType.boolean, "doubt": text}
+        outputs += [ColSpec(of, name) for name, of in named.items()]
+    params = [ParamSpec(name, text, default) for name, default in (("layer", "X"), ("genes", ""), ("species", ""))]
+    return ModelSignature(Schema([ColSpec(text, "path")]), Schema(outputs), ParamSchema(params))
+
+
+def requirements() -> list[str]:
+    """The dependencies of mixgf in the versions that are installed, as lines of a requirements file."""
+    try:
+        wanted = importlib.metadata.requires("mixgf") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a folder that was not installed
+        return []
+    lines = []
+    for line in wanted:
+        found = re.match(r"(?P<name>[\w.\-]+)(?P<extras>\[[\w,\- ]+\])?", line)
+        if found is None or "extra ==" in line:
+            continue
+        version = importlib.metadata.version(found["name"]).partition("+")[0]
+        lines.append(f"{found['name']}{found['extras'] or ''}=={version}")
+    return lines
