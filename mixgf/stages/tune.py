@@ -332,7 +332,9 @@ def _register(
         sentence=sentence, config=training.config, untrained=_untrained(from_dict(Config, training.config)),
     )  # fmt: skip
     best = _published(training, files.join(config.output, "tune", "best"))
-    return tracked.register(config.tune.register, packaged_model.encoder(best, training.config["inputs"]["corpus"], text))
+    return tracked.register(
+        config.tune.register, packaged_model.encoder(best, training.config["inputs"]["corpus"], text)
+    )
 
 
 def _published(training: Training, uri: str) -> str:
