@@ -104,7 +104,8 @@ class Delivery:
         """Warn about the tracker, once in the life of this process."""
         if not self._told:
             self._told = True
-            warn(redact(f"MLflow at {self._where} cannot be used ({self.why_down or 'no answer yet'}); {text}"))
+            why = f"cannot be used ({self.why_down})" if self.why_down else "has not answered yet"
+            warn(redact(f"MLflow at {self._where} {why}; {text}"))
 
     def _queued(self, operation: Operation) -> bool:
         return any(one is operation for one in self._queue)
