@@ -221,6 +221,7 @@ def test_a_sweep_killed_anywhere_goes_on_and_ends_the_same_with_nothing_done_twi
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_ray_tune_gives_what_the_plain_loop_gives(ray_local, base, undisturbed, tmp_path):
     """Arms of several kinds of values, by names that Ray Tune shows; one worker trains inside the trial."""
     settings = at(base, tmp_path)
@@ -259,6 +260,7 @@ def test_a_sweep_whose_driver_is_killed_under_ray_goes_on_and_makes_no_part_twic
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_optuna_chooses_arms_by_names_of_fields_and_lists_those_that_cannot_be_made(ray_local, base, tmp_path):
     pytest.importorskip("optuna")
     settings = at(base, tmp_path)
@@ -282,6 +284,7 @@ def test_optuna_chooses_arms_by_names_of_fields_and_lists_those_that_cannot_be_m
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_asha_stops_trainings_by_their_scores_and_keeps_what_they_showed(ray_local, base, tmp_path):
     settings = at(base, tmp_path)
     asha = replace(settings.tune, space=SPACE[:2], stop="asha", seeds=1, finetune=False)
