@@ -8,6 +8,10 @@ of about `BLOCK_BYTES`. Read and transform mark their first and last row of a ta
 one ends. Ray Data calls a function of `map_batches` once per block, but a step is a function of all blocks of its task.
 So each step runs in a greenlet, which waits for the next block (`_Step`). A task that ends early, by an error or a
 cancellation, ends its steps: nothing is written.
+
+Other forms, at shards of 10,000 cells: one block per task holds a whole shard's counts (0.70 GB per worker against 0.53).
+Threads instead of greenlets hold 50 MB more, in memory pools of their own. A `Datasink` gets an iterator, but tells the
+driver nothing before the last task ends, and Ray Data calls every one `Write`.
 """
 
 from __future__ import annotations
