@@ -75,9 +75,11 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         )  # fmt: skip
         final = loop.final_figures(uri, step)
         shown = {mlflow_runs.training_name(name): value for name, value in final.items()}
-        tracked.summary(shown)
+        tracked.summary(shown, own=False)  # the training's run has them as curves
         losses = {name: value for name, value in shown.items() if name.startswith(("loss/", "heldout/"))}
-        packed = packaged_model.encoder(uri, corpus.uri, model_card.encoder(done, corpus.record, losses), losses)
+        packed = packaged_model.encoder(
+            uri, corpus.uri, model_card.encoder(done, corpus.record, losses), {f"final/{n}": v for n, v in losses.items()}
+        )  # fmt: skip
         tracked.model("encoder", packed, register=config.tracking.register)
     of_step = f" of step {step:,}" if step < last else ""
     say(f"pretrain: {done.counts['steps']:,} steps, weights{of_step} in {uri}")

@@ -141,9 +141,10 @@ class Run:
         if rows:
             self._put("missing", rows=list(rows), when=_now())
 
-    def summary(self, metrics: Mapping[str, float]) -> None:
-        """Log final figures, also on the output's run, as `STAGE/NAME`."""
-        self.log(metrics)
+    def summary(self, metrics: Mapping[str, float], *, own: bool = True) -> None:
+        """Log final figures, also on the output's run, as `STAGE/NAME`; with `own` false only there."""
+        if own:
+            self.log(metrics)
         if self.above:
             rows = [(0, f"{self.stage}/{name}", value) for name, value in metrics.items()]
             self._put("metrics", key=self.above, rows=rows, when=_now())

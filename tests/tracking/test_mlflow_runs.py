@@ -59,14 +59,15 @@ def test_an_output_has_one_run_with_its_stages_below_and_another_output_has_anot
     for output in (tmp_path, tmp_path, tmp_path / "sets" / "part", tmp_path.parent / f"{tmp_path.name}-other"):
         with mlflow_runs.stage(override(config, [f"output={output}"]), "pretrain", {}, f"print{len(made)}") as run:
             run.summary({"loss/total": 7.0 + len(made)})
+            run.summary({"curve": 1.0}, own=False)
             made.append(client.get_run(run.id))
     above = [run.data.tags["mlflow.parentRunId"] for run in made]
     assert above[0] == above[1] == above[2] != above[3]
     parent = client.get_run(above[0])
     assert parent.info.run_name == tmp_path.name
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["pretrain/loss/total"] == 9.0
-    assert client.get_run(made[0].info.run_id).data.metrics["loss/total"] == 7.0
+    assert parent.data.metrics == {"pretrain/loss/total": 9.0, "pretrain/curve": 1.0}
+    assert client.get_run(made[0].info.run_id).data.metrics == {"loss/total": 7.0}
     assert "mlflow.parentRunId" not in parent.data.tags
 
 
