@@ -45,7 +45,7 @@ def config(folder, rows, sources, **changes):
     pq.write_table(pa.table({row.name: pa.array([], pa.string()) for row in rows}), folder / "pairs.parquet")
     return Config(
         output=str(folder / "run"), species=rows, sources=sources, vocab=Vocab(orthologs=(str(folder / "pairs.parquet"),)),
-        tokens=Tokens(max_len=50), prepare=Prepare(shard_cells=100, block_cells=32), tracking=Tracking(uri="off"), **changes,
+        tokens=Tokens(max_len=50), prepare=Prepare(shard_cells=70, block_cells=32), tracking=Tracking(uri="off"), **changes,
     )  # fmt: skip
 
 
