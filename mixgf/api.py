@@ -551,22 +551,23 @@ class CellClassifier:
         source = Source(uri=str(name), species=species, layer=layer, genes=genes, name="mine")
         with anndata.open_cells(adata, layer) as reader, _torch_threads(threads):
             file, found = annotate.describe(reader, source, self.kept, self.vocabulary)
+            kept = annotate.form_for(reader, found, file, self.kept)
             parts: list[pa.Table] = []
             with Progress("annotate", file.num_cells, "cells") as progress:
                 for start in range(
                     0, file.num_cells, PART_CELLS
                 ):  # the command's parts: products of matrices are the same
                     stop = min(start + PART_CELLS, file.num_cells)
-                    parts += annotate.label_rows(reader, found, self.kept, start, stop)
+                    parts += annotate.label_rows(reader, found, kept, start, stop)
                     progress.update(stop)
             names = reader.cell_names(0, file.num_cells)
         table = annotate.frame(parts)
-        told = annotate.summary(self.uri, self.kept, file, table)
+        told = annotate.summary(self.uri, kept, file, table)
         for text in told["verdicts"]:
             warn(f"annotate: do not trust without a check: {text}")
         added = annotate.columns(table).set_index(pd.Index(names) if target is None else target.obs_names)
         if target is None:
-            added.attrs["verdicts"] = told["verdicts"]
+            added.attrs |= {name: told[name] for name in ("verdicts", "form", "why")}
             return added
         for column in added.columns:
             target.obs[column] = added[column].array  # by place: names of cells may repeat

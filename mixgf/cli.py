@@ -355,6 +355,12 @@ def _annotation_lines(found: dict[str, Any]) -> list[str]:
             f"{found['cells']:,} {found['species']} cells by the {found['kind']} of {found['group']}: "
             f"{found['trusted']:,} labels trusted, {doubted:,} doubted"
         ),
+        f"chosen of {len(found['candidates'])} models: {found['why']}",
+        *(
+            ["aligned to this file: expression is read relative to the shift between its cells and the training cells"]
+            if found["form"] == "aligned"
+            else []
+        ),
         f"{found['genes']:,} of the model's genes measured, {found['coverage']:.1%} of the tokens of training sentences",
         *(f"  {name:<{width}}  {num:>7,}  {ok:>7,} trusted" for name, (num, ok) in found["labels"].items()),
         *(f"  doubted: {name:<{width}}  {num:,}" for name, num in found["doubts"].items()),

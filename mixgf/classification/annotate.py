@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from scipy import sparse
 
-from mixgf.arrays import Floats, Integers
+from mixgf.arrays import Ints
 from mixgf.cells.open import format_of, open_reader
 from mixgf.cells.reader import Reader
 from mixgf.classification import kept_classifier
 from mixgf.classification.kept_classifier import DOUBTED, EMPTY, Kept
+from mixgf.classification.models.protocol import CellSet, Measured
 from mixgf.config import data, parse
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.corpus import in_memory
+from mixgf.corpus.packed import offsets_of
 from mixgf.corpus.shards import regroup
 from mixgf.execution import Pipeline
 from mixgf.genes.vocabulary import Vocabulary
@@ -40,6 +43,8 @@ LOW_COVERAGE = 0.8
 """Share of the tokens of training sentences whose genes a file must measure; below it the file gets a warning."""
 MANY = 3.0
 """Multiple of the expected share of doubted cells above which the file gets a warning."""
+SAMPLE_CELLS = 4_000
+"""Cells that a classifier is aligned to, at most, up to a block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,12 +95,68 @@ def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary)
     return file, genes
 
 
+def form_for(
+    reader: Reader, genes: in_memory.Genes, file: File, kept: Kept, *, block_cells: int = BLOCK_CELLS
+) -> Kept:  # fmt: skip
+    """The classifier for a file: without the genes that it lacks, and aligned to a sample of its cells (`kept_classifier.aligned`).
+
+    Args:
+        reader: Of the counts.
+        genes: Genes of `describe`.
+        file: Facts of `describe`.
+        kept: The classifier.
+        block_cells: Rows held in memory at a time.
+    """
+    plain, pick = fit_to_file(kept, genes)
+    if not kept.means_CG.size:
+        return plain
+    tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
+    starts = range(0, file.num_cells, block_cells)
+    order = np.random.default_rng(0).permutation(len(starts))  # whole blocks, from all of the file
+    found = []
+    for start in sorted(starts[i] for i in order[: -(-SAMPLE_CELLS // block_cells)]):
+        stop = min(start + block_cells, file.num_cells)
+        for block in in_memory.blocks(reader, genes, tokens, start, stop, rows=block_cells, with_counts=True):
+            full = np.flatnonzero(block.genes_N > 0)
+            found += [plain.cells(block, full, _counts(block, full, pick), genes.row.name)] * (len(full) > 0)
+    return kept_classifier.aligned(plain, _together(found)) if found else plain
+
+
+def _together(several: Sequence[CellSet[Measured]]) -> CellSet[Measured]:
+    """Several sets of cells of one file, one after the other."""
+    one = several[0].x
+    x = Measured(
+        counts=None if one.counts is None else sparse.vstack([s.x.counts for s in several], format="csr"),
+        vectors=None if one.vectors is None else np.concatenate([np.asarray(s.x.vectors) for s in several]),
+        ranks=None if one.ranks is None else sparse.vstack([s.x.ranks for s in several], format="csr"),
+    )
+    species = np.concatenate([s.species for s in several])
+    return CellSet(x, species, np.full(len(species), "file"))
+
+
+def fit_to_file(kept: Kept, genes: in_memory.Genes) -> tuple[Kept, sparse.csr_matrix | None]:
+    """The classifier without the genes that a file lacks, and the matrix that takes the file's genes to its own; None = it reads none."""
+    if not len(kept.genes):
+        return kept, None
+    names = np.asarray(genes.of_species.genes, dtype=np.str_)
+    column_G = kept.columns(genes.row.name, names)
+    measured = np.isin(genes.of_species.tokens, genes.measured)
+    there_G = (column_G >= 0) & measured[np.maximum(column_G, 0)]
+    entries = (np.ones(int(there_G.sum()), np.float32), (column_G[there_G], np.flatnonzero(there_G)))
+    return kept.without(~there_G), sparse.csr_matrix(entries, shape=(len(names), len(kept.genes)))
+
+
+def _counts(block: in_memory.Sentences, full: Ints, pick: sparse.csr_matrix | None) -> sparse.csr_matrix | None:
+    """Counts of some cells of a block over the classifier's genes."""
+    return None if pick is None or block.counts_NG is None else sparse.csr_matrix(block.counts_NG[full] @ pick)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelPlan:
     """One part of labels: rows [start, stop) of a file."""
 
     model: str
-    """URI of a classifier."""
+    """Folder of a classifier in the form that fits the file (`write_form`)."""
     version: str
     """Hash of its content: a process loads it once for all parts."""
     file: File
@@ -111,51 +172,53 @@ class LabelPlan:
 @lru_cache(maxsize=1)
 def _loaded(model: str, version: str) -> tuple[Kept, Vocabulary]:
     del version
-    kept, vocabulary, _ = kept_classifier.load(model)
-    return kept, vocabulary
+    return kept_classifier.read(model)
 
 
 def read_sentences(plan: LabelPlan) -> Iterator[pa.Table]:
-    """Read: counts of cells as sentences; `tokens` (list of int32) and `genes` (detected vocabulary genes)."""
+    """Read: cells as sentences, with their counts where the classifier reads counts.
+
+    Columns: `tokens` (list of int32), `genes` (detected vocabulary genes), `columns` and `counts` (lists: genes of the classifier and
+    their counts).
+    """
     kept, vocabulary = _loaded(plan.model, plan.version)
     tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
     with open_reader(plan.file.source.uri, plan.file.source.layer) as reader:
         reader.layer_option = "--layer"
         _, genes = describe(reader, plan.file.source, kept, vocabulary)
-        for block in in_memory.blocks(reader, genes, tokens, plan.start, plan.stop, rows=plan.block_cells):
-            sentences = pa.ListArray.from_arrays(pa.array(block.offsets_N1, pa.int32()), pa.array(block.tokens_T))
-            yield pa.table({"tokens": sentences, "genes": pa.array(block.genes_N, pa.int64())})
-
-
-def embed_sentences(sentences: Iterator[pa.Table], plan: LabelPlan) -> Iterator[pa.Table]:
-    """Transform: sentences to vectors; `vector` (list of float64, null for a cell without genes) and `genes`."""
-    kept, _ = _loaded(plan.model, plan.version)
-    for table in sentences:
-        column = table["tokens"].combine_chunks()
-        offsets_N1 = np.concatenate([[0], np.cumsum(column.value_lengths().to_numpy(), dtype=np.int64)])
-        block = in_memory.Sentences(
-            start=0, tokens_T=column.flatten().to_numpy(), offsets_N1=offsets_N1,
-            cls=parse.from_dict(data.Tokens, kept.about["tokens"]).cls, genes_N=table["genes"].to_numpy(),
-        )  # fmt: skip
-        made = _vectors(kept, block)
-        lengths_N = np.where(block.genes_N > 0, made.shape[1], 0)
-        column = pa.ListArray.from_arrays(
-            pa.array(np.concatenate([[0], np.cumsum(lengths_N)]), pa.int32()), pa.array(made.reshape(-1), pa.float64())
+        _, pick = fit_to_file(kept, genes)
+        blocks = in_memory.blocks(
+            reader, genes, tokens, plan.start, plan.stop, rows=plan.block_cells, with_counts=kept.reads_counts
         )
-        yield pa.table({"vector": column, "genes": table["genes"]})
+        for block in blocks:
+            every = np.arange(len(block.genes_N))
+            counts = _counts(block, every, pick) if kept.reads_counts else None
+            counts = sparse.csr_matrix((len(every), 0), dtype=np.float32) if counts is None else counts
+            offsets = pa.array(counts.indptr, pa.int32())
+            sentences = pa.ListArray.from_arrays(pa.array(block.offsets_N1, pa.int32()), pa.array(block.tokens_T))
+            yield pa.table({
+                "tokens": sentences, "genes": pa.array(block.genes_N, pa.int64()),
+                "columns": pa.ListArray.from_arrays(offsets, pa.array(counts.indices, pa.int32())),
+                "counts": pa.ListArray.from_arrays(offsets, pa.array(counts.data, pa.float32())),
+            })  # fmt: skip
 
 
-def label_vectors(vectors: Iterator[pa.Table], plan: LabelPlan) -> Iterator[pa.Table]:
-    """Transform: vectors to labels; columns of `label_rows`.
+def label_sentences(sentences: Iterator[pa.Table], plan: LabelPlan) -> Iterator[pa.Table]:
+    """Transform: cells to labels; columns of `label_rows`.
 
     The last bits of a product of matrices depend on their sizes, so rows are taken in groups of `block_cells`, however they come.
     """
     kept, _ = _loaded(plan.model, plan.version)
-    for table in regroup(vectors, plan.block_cells):
-        genes_N = table["genes"].to_numpy()
-        flat = table["vector"].combine_chunks().flatten().to_numpy()
-        num = int((genes_N > 0).sum())
-        yield _label_vectors(kept, genes_N, flat.reshape(num, len(flat) // max(num, 1)))
+    cls = parse.from_dict(data.Tokens, kept.about["tokens"]).cls
+    for table in regroup(sentences, plan.block_cells):
+        lists = {name: table[name].combine_chunks() for name in ("tokens", "columns", "counts")}
+        tokens_T, indices, counts = (one.flatten().to_numpy() for one in lists.values())
+        offsets_N1, indptr = (offsets_of(lists[name].value_lengths().to_numpy()) for name in ("tokens", "columns"))
+        counts_NG = sparse.csr_matrix((counts, indices, indptr), shape=(table.num_rows, len(kept.genes)))
+        block = in_memory.Sentences(
+            start=0, tokens_T=tokens_T, offsets_N1=offsets_N1, cls=cls, genes_N=table["genes"].to_numpy(),
+        )  # fmt: skip
+        yield _label_block(kept, block, counts_NG, plan.file.row.name)
 
 
 def write_labels(labels: Iterator[pa.Table], plan: LabelPlan) -> None:
@@ -164,9 +227,18 @@ def write_labels(labels: Iterator[pa.Table], plan: LabelPlan) -> None:
 
 
 label_cells = Pipeline(
-    name="label_cells", source="Cells", read=read_sentences, steps=(embed_sentences, label_vectors), write=write_labels
+    name="label_cells", source="Cells", read=read_sentences, steps=(label_sentences,), write=write_labels
 )
 """Labels of some rows of a file as a Parquet part, with the columns of `label_rows`. Takes a `LabelPlan`."""
+
+
+def write_form(model: str, file: File, to: str, *, device: str = "cpu") -> None:
+    """Write the form of a classifier that fits a file (`form_for`) into a folder."""
+    kept, vocabulary = kept_classifier.read(model, device)
+    with open_reader(file.source.uri, file.source.layer) as reader:
+        reader.layer_option = "--layer"
+        _, genes = describe(reader, file.source, kept, vocabulary)
+        kept_classifier.save(to, form_for(reader, genes, file, kept), vocabulary)
 
 
 def label_rows(
@@ -180,32 +252,29 @@ def label_rows(
     Args:
         reader: Reader of the counts.
         genes: Genes of `describe`.
-        kept: The classifier.
+        kept: The classifier, in the form that fits the file.
         start: First row.
         stop: Row after the last.
         block_cells: Rows held in memory at a time.
     """
     tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
-    for block in in_memory.blocks(reader, genes, tokens, start, stop, rows=block_cells):
-        yield _label_vectors(kept, block.genes_N, _vectors(kept, block))
+    _, pick = fit_to_file(kept, genes)
+    for block in in_memory.blocks(reader, genes, tokens, start, stop, rows=block_cells, with_counts=kept.reads_counts):
+        yield _label_block(kept, block, _counts(block, np.arange(len(block.genes_N)), pick), genes.row.name)
 
 
-def _vectors(kept: Kept, block: in_memory.Sentences) -> Floats:
-    """Vectors of the cells with genes."""
-    full = np.flatnonzero(block.genes_N > 0)
-    return kept.vectors(block, full) if len(full) else np.empty((0, kept.head_CD.shape[1]))
-
-
-def _label_vectors(kept: Kept, genes_N: Integers, vectors_FD: Floats) -> pa.Table:
-    """Labels of cells with `genes_N` genes; `vectors_FD` are those of the cells with genes."""
+def _label_block(kept: Kept, block: in_memory.Sentences, counts_NG: sparse.csr_matrix | None, species: str) -> pa.Table:
+    """Labels of the cells of a block; `counts_NG` are over the classifier's genes."""
+    genes_N = block.genes_N
     num_cells, num_classes = len(genes_N), len(kept.classes)
     full = np.flatnonzero(genes_N > 0)
     p_NC = np.full((num_cells, num_classes), np.nan)
     distance_N = np.full(num_cells, np.nan)
     doubt = np.full(num_cells, EMPTY, dtype=object)
     if len(full):
-        p_NC[full] = kept.probabilities(vectors_FD)
-        distance_N[full] = kept.distances(vectors_FD, p_NC[full].argmax(1))
+        cells = kept.cells(block, full, None if counts_NG is None else counts_NG[full], species)
+        p_NC[full] = kept.probabilities(cells)
+        distance_N[full] = kept.distances(cells, p_NC[full].argmax(1))
         doubt[full] = kept.doubts(p_NC[full], distance_N[full], genes_N[full])
     order_NC = np.argsort(-np.nan_to_num(p_NC), axis=1, kind="stable")
     classes, empty = np.array(kept.classes, dtype=object), genes_N == 0
@@ -252,13 +321,14 @@ def summary(uri: str, kept: Kept, file: File, table: pd.DataFrame) -> dict[str, 
         "coverage": file.coverage, "genes": file.genes, "trusted": int(trusted.sum()),
         "labels": {str(k): [int(n), int((trusted & (labels == k)).sum())] for k, n in labels[labels != ""].value_counts().items()},
         "doubts": {str(k): int(n) for k, n in table["doubt"].str.split("; ").explode().value_counts().items() if k},
+        "form": kept.about["form"], "why": kept.about["why"], "candidates": kept.about["candidates"],
         "test": kept.about["test"], "verdicts": verdicts(kept, file, table),
     }  # fmt: skip
 
 
 def facts(found: dict[str, Any]) -> dict[str, Any]:
     """The part of `summary` that is written with the labels, in `uns["mixgf_annotate"]`."""
-    named = {name: found[name] for name in ("model", "group", "species", "coverage")}
+    named = {name: found[name] for name in ("model", "kind", "form", "why", "group", "species", "coverage")}
     return named | {"verdicts": found["verdicts"] or [""]}
 
 

@@ -8,7 +8,6 @@ Shape letters: N cells, G genes, H chosen genes or features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,12 +110,11 @@ def _one_group(values_NH: Floats) -> Names:
     return np.full(values_NH.shape[0], "all")
 
 
-def principal_components(train_NH: Floats, seed: int) -> Callable[[Floats], Floats]:
-    """At most 50 principal components of training cells, as a function from features (M, H) to components (M, 50)."""
-    number = min(NUM_COMPONENTS, *train_NH.shape)
-    pca = PCA(number, svd_solver="randomized", random_state=seed).fit(train_NH)
-    transform: Callable[[Floats], Floats] = pca.transform
-    return transform
+def principal_components(train_NH: Floats, seed: int, number: int = NUM_COMPONENTS) -> Floats:
+    """At most `number` principal components of centred features, as columns (H, K)."""
+    few = min(number, *train_NH.shape)
+    pca = PCA(few, svd_solver="randomized", random_state=seed).fit(train_NH)
+    return np.ascontiguousarray(pca.components_.T)
 
 
 def expression_space(counts: sparse.csr_matrix, num_hvgs: int, seed: int) -> Floats:
@@ -124,4 +122,4 @@ def expression_space(counts: sparse.csr_matrix, num_hvgs: int, seed: int) -> Flo
     logged = log_normalise(counts)
     dense = logged[:, variable_genes(logged, num_hvgs)].toarray()
     scaled = Scale.fit(dense)(dense)
-    return principal_components(scaled, seed)(scaled)
+    return np.asarray(scaled @ principal_components(scaled, seed))

@@ -19,19 +19,17 @@ from mixgf import rng
 from mixgf.arrays import Floats, Ints
 from mixgf.classification import linear_start
 from mixgf.classification.models.protocol import Problem, SentenceSet
-from mixgf.classification.species_alignment import align_scores, shared_tokens
+from mixgf.classification.species_alignment import align_scores, is_new_study, read_as, shared_tokens_of
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 from mixgf.config.training import LayerChoice, Train
 from mixgf.console import warn
-from mixgf.corpus.packed import Packed, keep_tokens, truncate
+from mixgf.corpus.packed import Packed, truncate
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed, lora
 from mixgf.encoder.batch import Batch, pack_batch, split_micro_batches
 from mixgf.encoder.bert import Encoder, Linear, cell_vectors, forward_flops, require_layer, vector_width
 from mixgf.errors import UserError
-from mixgf.genes.species import orthologs
-from mixgf.genes.vocabulary import NUM_SPECIALS
 from mixgf.training import loop
 from mixgf.training.batch_plan import BatchPlan
 from mixgf.training.selection import Selection
@@ -153,13 +151,7 @@ class _Sentences:
 
     def tokens(self, cells: npt.ArrayLike) -> Packed:
         """Sentences of some cells; one without any shared gene stays as it is."""
-        packed = self.corpus.tokens(cells)
-        if self.shared_V is not None:
-            tokens_T, offsets = packed
-            read_T = self.shared_V[tokens_T]
-            some_B = np.add.reduceat(np.append(read_T >= NUM_SPECIALS, False), offsets[:-1]) > 0
-            some_T = np.repeat(some_B & (np.diff(offsets) > 0), np.diff(offsets))
-            packed = keep_tokens((np.where(some_T, read_T, tokens_T), offsets), (read_T >= 0) | ~some_T)
+        packed = read_as(self.corpus.tokens(cells), self.shared_V)
         return truncate(*packed, self.max_len)
 
     def batch(self, cells: Ints, keys: tuple[int, int, Ints] | None = None) -> Batch:
@@ -173,11 +165,8 @@ class _Sentences:
 
 def _sentences(encoder: Encoder, problem: Problem[SentenceSet], config: Config) -> _Sentences:
     """Sentences that a fine-tuning reads: with `classify.align`, another species is read as the one that trains."""
+    shared_V = shared_tokens_of(problem)
     corpus = problem.train.x.corpus
-    trains, tested = (np.unique(cells.species).tolist() for cells in (problem.train, problem.target))
-    shared_V = None
-    if config.classify.align and len(trains) == len(tested) == 1 and trains != tested:
-        shared_V = shared_tokens(corpus.vocabulary, orthologs(config.vocab.orthologs), trains[0], tested[0])
     return _Sentences(corpus, longest_read(encoder, config.classify), encoder.sizes.max_positions, shared_V)
 
 
@@ -202,11 +191,13 @@ class Tuned:
     """Their class ids (N,)."""
     micro_tokens: int
     """Most tokens of a forward pass on a GPU."""
+    aligns: bool = False
+    """Class scores of cells to predict are shifted to those of the training cells (`classify.align`)."""
 
     def predict(self, cells: Ints) -> Floats:
-        """Class probabilities (M, C) of cells of the corpus; between species they are shifted (`species_alignment.align_scores`)."""
+        """Class probabilities (M, C) of cells of the corpus; of a study without training cells they are shifted (`align_scores`)."""
         predicted_MC = probabilities(self.model, self.sentences, cells, self.micro_tokens)
-        if self.sentences.shared_V is None:
+        if not self.aligns:
             return predicted_MC
         own_NC = probabilities(self.model, self.sentences, self.cells, self.micro_tokens)
         return align_scores(predicted_MC, own_NC, self.labels)
@@ -285,7 +276,7 @@ def finetune(
         model=model, epoch=selection.best_step // plan.steps_per_epoch,
         history=_epochs_of(rows, plan.steps_per_epoch, start), share=0.0 if start is None else start.share,
         warmup_steps=optimisation.warmup_steps, num_steps=task.num_steps, sentences=sentences, cells=cells, labels=labels,
-        micro_tokens=config.train.micro_tokens,
+        micro_tokens=config.train.micro_tokens, aligns=is_new_study(problem),
     )  # fmt: skip
 
 

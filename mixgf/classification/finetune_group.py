@@ -13,8 +13,8 @@ from mixgf.arrays import Floats, Ints
 from mixgf.classification import finetune, kept_classifier, splits
 from mixgf.classification.finetune import Tuned
 from mixgf.classification.labels import Labelled
-from mixgf.classification.models.finetuned import Finetune
-from mixgf.classification.models.protocol import LinearClassifier, SentenceSet, problem_of
+from mixgf.classification.models.finetuned import Finetune, classifier_of
+from mixgf.classification.models.protocol import Fitted, SentenceSet, problem_of
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace
 from mixgf.config.classification import Classify
@@ -58,15 +58,18 @@ def train_classifier(workspace: Workspace, split: Split, uri: str, identity: str
     encoder = workspace.load_encoder("", context.device)
     tuned = finetune.finetune(encoder, problem, config=config, context=context, uri=uri, identity=identity)
     cells = np.concatenate([part.x.cells for part in (problem.learning, problem.validation, problem.target)])
-    linear = _linear(tuned, workspace, cells, context)
+    fitted = _fitted(tuned, workspace, cells, context)
     if context.rank == 0:
-        kept = kept_classifier.of_split(workspace, split, Finetune.head, linear)
-        notes = {"epoch": tuned.epoch, "history": tuned.history, "num_steps": tuned.num_steps}
-        kept_classifier.save(uri, replace(kept, about=kept.about | notes), workspace.corpus.vocabulary)
+        fit = kept_classifier.Fit(workspace, split, Finetune(), problem, fitted)
+        found = kept_classifier.validate(fit)
+        kept = kept_classifier.assemble(fit, found, test={})
+        about = {"epoch": tuned.epoch, "history": tuned.history, "num_steps": tuned.num_steps}
+        about |= {"test": kept_classifier.test_scores(kept, fit), "why": "the only model", "candidates": []}
+        kept_classifier.save(uri, replace(kept, about=kept.about | about), workspace.corpus.vocabulary)
     context.barrier()
 
 
-def _linear(tuned: Tuned, workspace: Workspace, cells: Ints, context: Context) -> LinearClassifier:
+def _fitted(tuned: Tuned, workspace: Workspace, cells: Ints, context: Context) -> Fitted[SentenceSet]:
     """The trained encoder and class head, with vectors of the cells; every worker computes a part of these."""
     config, encoder = workspace.config, tuned.model.encoder
     layer, max_len = config.classify.layer, finetune.longest_read(encoder, config.classify)
@@ -76,8 +79,8 @@ def _linear(tuned: Tuned, workspace: Workspace, cells: Ints, context: Context) -
     )
     vectors_ND: Floats = np.zeros((len(cells), some.shape[1]), dtype=np.float32)
     vectors_ND[mine] = some
-    head_CD, bias_C, genes_CV = tuned.model.linear()
-    return LinearClassifier(
-        encoder=encoder, head_CD=head_CD, bias_C=bias_C, genes_CV=genes_CV, layer=layer, max_len=max_len,
-        vectors_ND=finetune.sum_over_workers(vectors_ND, context),
+    vectors_ND, order = finetune.sum_over_workers(vectors_ND, context), np.argsort(cells)
+    return Fitted(
+        predict=lambda some: tuned.predict(some.x.cells), classifier=classifier_of(tuned), encoder=encoder, layer=layer,
+        max_len=max_len, vectors=lambda some: vectors_ND[order[np.searchsorted(cells[order], some)]],
     )  # fmt: skip

@@ -1,28 +1,34 @@
-"""Kept classifiers: an encoder, one linear layer, and limits beyond which a label is doubted.
+"""Kept classifiers: any model as arrays, its encoder if it has one, and limits beyond which a label is doubted.
 
-A fine-tuned encoder and a logistic probe are both an encoder and a linear layer; some also have weights of genes. Temperature and
-limits are fitted on validation cells, on which no weight was trained. Each limit doubts a known share of those cells: `DOUBTED` by
-the probability and as many by the distance.
+All models have one file format. `readings.Classifier` turns counts, an encoder's vectors or ranks of genes into probabilities.
+Temperature and limits are fitted on predictions of training cells by models that were not fitted to these cells (`validation`).
+Each limit doubts a known share of those cells: `DOUBTED` by the probability and as many by the distance.
 
-Shapes: N cells, D width of the encoder's vector, C classes, V vocabulary. A cell's vector has D numbers. Where genes have weights it
-has D + C: the weights of its genes, summed by class, follow.
+A classifier that reads counts is aligned to each file (`aligned`), which may be of another study or species.
+
+Shapes: N cells, D width of a vector, C classes, V vocabulary, G genes of the counts, H chosen genes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import optimize, special
+from scipy import optimize, sparse, special
 
-from mixgf.arrays import Floats, Integers
-from mixgf.classification import linear_start, metrics, registry
-from mixgf.classification.labels import Labelled
-from mixgf.classification.models.protocol import LinearClassifier
-from mixgf.classification.simple_classifiers import unit
+from mixgf.arrays import Floats, Integers, Ints, Names
+from mixgf.classification import linear_start, metrics, registry, validation
+from mixgf.classification.encoders import CHECKPOINT
+from mixgf.classification.features import log_normalise
+from mixgf.classification.models.protocol import CellSet, Fitted, Measured, Model, Problem
+from mixgf.classification.places import Places
+from mixgf.classification.readings import Align, Classifier, Member, Reading
+from mixgf.classification.simple_classifiers import CentroidHead, Head, LinearHead, NeighbourHead
 from mixgf.classification.splits import Split
+from mixgf.classification.validation import Validation, measured
 from mixgf.classification.workspace import Workspace
 from mixgf.config import parse, training
 from mixgf.config.run import Config
@@ -31,11 +37,12 @@ from mixgf.corpus import packed
 from mixgf.encoder import checkpoint, embed
 from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
+from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
 from mixgf.rng import hashed
 from mixgf.storage import artifacts, files
 
-KIND, SCHEMA = "classifier", 3
+KIND, SCHEMA = "classifier", 4
 FOLDER = "classifiers"
 """Beside the tables of a classification, one classifier per group of cells."""
 DOUBTED = 0.025
@@ -44,131 +51,142 @@ FEW_GENES = 0.01
 """Cells with fewer detected genes than this share of the training cells are doubted."""
 UNSURE, FAR, SHALLOW, EMPTY = "unsure", "unlike its type", "few genes", "no known gene"
 """Reasons to doubt a label: its probability, its distance, too few genes. A cell without any gene of the vocabulary has no label."""
+LEAST_PROBABILITY = 1e-4
+"""Probabilities are at least this before they are calibrated: five neighbours give many zeros."""
+NO_LIMIT = 1e9
+"""A distance that no cell has."""
+LEAST_CELLS, ROUNDS = 5, 10
+"""Fewest cells of a type that take part in the alignment to a file, and most repetitions of it."""
 _WEIGHTS, _FACTS, _VOCABULARY = "model.safetensors", "classifier.json", "vocabulary.parquet"
 _FILES = (_WEIGHTS, _VOCABULARY, _FACTS)
+LAST_FILE = _FACTS
+"""The file that `save` writes last."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Limits:
+    """Calibration of one form of a classifier."""
+
+    temperature: float = 1.0
+    """Log probabilities are divided by it (Guo et al. 2017)."""
+    least_probability: float = 0.0
+    greatest_distance: float = NO_LIMIT
+    """In units of the class's spread (`places.Places`)."""
+
+    @classmethod
+    def fit(cls, found: Validation) -> Limits:
+        """From predictions of cells that took no part in the fit."""
+        logits_NC = log_probabilities(found.probabilities_NC)
+        temperature = fit_temperature(logits_NC, found.labels_N)
+        p_NC = special.softmax(logits_NC / temperature, axis=1)
+        return cls(
+            temperature=temperature, least_probability=float(np.quantile(p_NC.max(1), DOUBTED)),
+            greatest_distance=float(np.quantile(found.distance_N, 1 - DOUBTED)),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kept:
     """A classifier as it is stored and as `mixgf annotate` uses it."""
 
-    encoder: Encoder
-    head_CD: Floats
-    bias_C: Floats
+    classifier: Classifier
+    encoder: Encoder | None
+    """Encoder whose vectors it reads; None = it reads none."""
     classes: tuple[str, ...]
     pooling: str
     layer: LayerChoice
     """Hidden layer that is pooled, counted from the last, -1; `all` = all side by side."""
-    genes_CV: Floats
-    """Weights of tokens, for `linear_start.gene_rows`; no columns where there are none."""
-    temperature: float = 1.0
-    """Logits are divided by it (Guo et al. 2017)."""
-    centres_CD: Floats
-    """Mean direction of each class's training cells."""
-    spread_C: Floats
-    """Mean cosine distance of a class's training cells to it."""
-    least_probability: float = 0.0
-    greatest_distance: float = float("inf")
-    """In units of the class's `spread_C`."""
+    genes: Names
+    """Gene of each column of the counts that it reads (G,); none where it reads no counts."""
+    gene_species: str
+    """The species that these genes are of."""
+    limits: Limits
+    places: Places
     least_genes: int = 0
     share_V: Floats
     """How often each token occurs in the training sentences, as a share of all tokens."""
+    means_CG: Floats = field(default_factory=lambda: np.empty((0, 0)))
+    """Mean log-normalised expression of each class's training cells, for `aligned`; no rows where it is not aligned."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Plain facts: model, group, split, species and tokens of training, species rows, scores on the test cells."""
+    """Plain facts: model, group, split, species and tokens of training, species rows, scores on the test cells, other models."""
 
-    def vectors(self, sentences: embed.SentenceSource, cells: Integers) -> Floats:
-        """Vectors of some cells, as the other methods want them."""
-        made = embed.embed_cells(
-            self.encoder, sentences, cells, self.pooling, self.layer, max_len=int(self.about["max_len"])
-        )
-        return with_votes(made, self.genes_CV, sentences, cells, int(self.about["max_len"]))
+    @property
+    def reads(self) -> set[str]:
+        """What it reads of a cell: `expression`, `vectors`, `ranks`."""
+        return {reading.raw for member in self.classifier.members for reading in member.readings}
 
-    def logits(self, vectors_ND: Floats) -> Floats:
-        """Class scores (N, C) of vectors, before the temperature."""
-        D = self.head_CD.shape[1]
-        out_NC = vectors_ND[:, :D].astype(np.float64) @ self.head_CD.T.astype(np.float64) + self.bias_C
-        return out_NC + vectors_ND[:, D:] if self.genes_CV.shape[1] else out_NC
+    @property
+    def reads_counts(self) -> bool:
+        """Whether raw counts are needed beside the sentences."""
+        return "expression" in self.reads
 
-    def probabilities(self, vectors_ND: Floats) -> Floats:
+    def cells(
+        self, sentences: embed.SentenceSource, cells: Integers, counts_NG: sparse.csr_matrix | None, species: str
+    ) -> CellSet[Measured]:
+        """What the classifier reads of some cells.
+
+        Args:
+            sentences: Of the cells.
+            cells: Their numbers in `sentences`.
+            counts_NG: Their raw counts over `genes`, where it reads counts.
+            species: Of the cells.
+        """
+        max_len, vectors, ranks = int(self.about["max_len"]), None, None
+        if "vectors" in self.reads:
+            assert self.encoder is not None, "vectors are of an encoder"
+            vectors = embed.embed_cells(self.encoder, sentences, cells, self.pooling, self.layer, max_len=max_len)
+        if "ranks" in self.reads:
+            ranks = linear_start.gene_rows(*packed.truncate(*sentences.tokens(cells), max_len), len(self.share_V))
+        study = np.full(len(cells), f"{species} file")
+        return CellSet(Measured(counts=counts_NG, vectors=vectors, ranks=ranks), np.full(len(cells), species), study)
+
+    def probabilities(self, cells: CellSet[Any]) -> Floats:
         """Calibrated class probabilities (N, C)."""
-        return special.softmax(self.logits(vectors_ND) / self.temperature, axis=1)
+        logits_NC = log_probabilities(self.classifier(cells))
+        return np.asarray(special.softmax(logits_NC / self.limits.temperature, axis=1))
 
-    def distances(self, vectors_ND: Floats, predicted_N: Integers) -> Floats:
-        """Cosine distance to the predicted class's centre, over the usual distance of that class's training cells."""
-        unit_ND = unit(vectors_ND[:, : self.head_CD.shape[1]].astype(np.float64))
-        away_N = 1 - (unit_ND * self.centres_CD[predicted_N]).sum(1)
-        return away_N / np.maximum(self.spread_C[predicted_N], 1e-9)
+    def distances(self, cells: CellSet[Any], predicted_N: Integers) -> Floats:
+        """Distance to the predicted class (`places.Places`)."""
+        return self.places.distances(self.classifier.places(cells), predicted_N)
 
     def doubts(self, probabilities_NC: Floats, distance_N: Floats, genes_N: Integers) -> list[str]:
         """Reasons to doubt each cell's label, joined by `; `; empty = none."""
         tests = (
-            (UNSURE, probabilities_NC.max(1) < self.least_probability),
-            (FAR, distance_N > self.greatest_distance),
+            (UNSURE, probabilities_NC.max(1) < self.limits.least_probability),
+            (FAR, distance_N > self.limits.greatest_distance),
             (SHALLOW, genes_N < self.least_genes),
         )
         return ["; ".join(name for name, hit_N in tests if hit_N[i]) for i in range(len(genes_N))]
 
+    def columns(self, species: str, genes: Names) -> Ints:
+        """Column of the file's counts that each of `genes` is (G,); -1 = the file does not have it.
 
-def with_votes(
-    vectors_ND: Floats, genes_CV: Floats, sentences: embed.SentenceSource, cells: Integers, max_len: int
-) -> Floats:
-    """The encoder's vectors (N, D); where genes have weights, their sums by class (N, C) are appended."""
-    if not genes_CV.shape[1]:
-        return vectors_ND
-    few = packed.truncate(*sentences.tokens(cells), max_len)
-    return np.hstack([vectors_ND, linear_start.gene_rows(*few, genes_CV.shape[1]) @ genes_CV.T])
+        Args:
+            species: Of the file.
+            genes: Gene of each column of its counts.
+        """
+        wanted = self.genes.tolist()
+        if species != self.gene_species:
+            pairs = orthologs(self.about["orthologs"]).get((self.gene_species, species), {})
+            wanted = [pairs.get(gene, "") for gene in wanted]
+        place = {gene: i for i, gene in enumerate(genes.tolist())}
+        return np.array([place.get(gene, -1) for gene in wanted], dtype=np.int64)
 
+    def without(self, absent_G: Any) -> Kept:
+        """The classifier for cells that lack some genes: they count as the mean of the training cells."""
+        if not self.reads_counts or not absent_G.any():
+            return self
 
-def keep(
-    linear: LinearClassifier, *, classes: tuple[str, ...], pooling: str, train_ND: Floats, labels_N: Integers, genes_N: Integers,
-    tokens_T: Integers, vocab_size: int, validation_ND: Floats, validation_labels: Integers, about: dict[str, Any],
-) -> Kept:  # fmt: skip
-    """A classifier with its temperature and limits.
+        def lacking(reading: Reading) -> Reading:
+            return replace(reading, absent_H=absent_G[reading.columns_H]) if reading.raw == "expression" else reading
 
-    Args:
-        linear: The encoder and the linear layer.
-        classes: Names, in the order of the rows of `linear.head_CD`.
-        pooling: How vectors are pooled.
-        train_ND: Vectors of the training cells, without the validation cells.
-        labels_N: Their class ids, each class at least once.
-        genes_N: Their numbers of detected genes.
-        tokens_T: Their sentences, one after the other.
-        vocab_size: V.
-        validation_ND: Vectors of the validation cells.
-        validation_labels: Their class ids.
-        about: Further facts to store.
-    """
-    stored = (linear.head_CD, linear.bias_C, linear.genes_CV)
-    head_CD, bias_C, genes_CV = (x.astype(np.float32) for x in stored)  # as they are stored
-    centres_CD, spread_C = _centres(train_ND[:, : head_CD.shape[1]].astype(np.float64), labels_N, len(classes))
-    genes = tokens_T[tokens_T >= NUM_SPECIALS]
-    share_V = np.bincount(genes, minlength=vocab_size) / max(len(genes), 1)
-    made = Kept(
-        encoder=linear.encoder, head_CD=head_CD, bias_C=bias_C, genes_CV=genes_CV, classes=classes, pooling=pooling,
-        layer=linear.layer, centres_CD=centres_CD, spread_C=spread_C, share_V=share_V,
-        least_genes=int(np.quantile(genes_N, FEW_GENES)), about=about,
-    )  # fmt: skip
-    made = replace(made, temperature=fit_temperature(made.logits(validation_ND), validation_labels))
-    p_NC = made.probabilities(validation_ND)
-    distance_N = made.distances(validation_ND, p_NC.argmax(1))
-    loss = float(-np.log(p_NC[np.arange(len(p_NC)), validation_labels].clip(1e-12)).mean())
-    accuracy = float((p_NC.argmax(1) == validation_labels).mean())
-    return replace(
-        made, least_probability=float(np.quantile(p_NC.max(1), DOUBTED)),
-        greatest_distance=float(np.quantile(distance_N, 1 - DOUBTED)),
-        about=about | {"validation": {"cells": len(p_NC), "loss": loss, "accuracy": accuracy}},
-    )  # fmt: skip
+        members = tuple(replace(m, readings=tuple(lacking(r) for r in m.readings)) for m in self.classifier.members)
+        return replace(self, classifier=Classifier(members=members))
 
 
-def _centres(vectors_ND: Floats, labels_N: Integers, num_classes: int) -> tuple[Floats, Floats]:
-    """Mean direction (C, D) of each class's training cells, and their mean cosine distance to it (C,)."""
-    unit_ND = unit(vectors_ND)
-    centres_CD = unit(np.stack([unit_ND[labels_N == c].mean(0) for c in range(num_classes)]))
-    away_N = 1 - (unit_ND * centres_CD[labels_N]).sum(1)
-    usual = max(float(away_N.mean()), 1e-9)
-    # a class of a single cell has no spread: it takes the mean of all
-    members = [labels_N == c for c in range(num_classes)]
-    return centres_CD, np.array([away_N[mine].mean() if mine.sum() > 1 else usual for mine in members])
+def log_probabilities(p_NC: Floats) -> Floats:
+    """Log of probabilities, none below `LEAST_PROBABILITY`."""
+    return np.log(np.maximum(p_NC, LEAST_PROBABILITY))
 
 
 def fit_temperature(logits_NC: Floats, labels_N: Integers) -> float:
@@ -185,53 +203,175 @@ def fit_temperature(logits_NC: Floats, labels_N: Integers) -> float:
     return float(np.exp(optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
+# Another study
+
+
+def aligned(kept: Kept, cells: CellSet[Measured]) -> Kept:
+    """The classifier for a file of another study or species, whose labels are not known.
+
+    Expression is read relative to a shifted mean. The shift is the mean over types of the difference between the file's cells of
+    the type and the training cells of the type, so it does not depend on how many cells of each type a file has. Types of the file's
+    cells are the predicted ones: first without a shift, then with it, until none changes. A type of fewer than `LEAST_CELLS` cells is
+    left out. For a file like the training cells the shift is small.
+
+    Args:
+        kept: The classifier, without the genes that the file lacks.
+        cells: Cells of the file (`Kept.cells`), a sample of a large one.
+    """
+    if not kept.means_CG.size or cells.x.counts is None:
+        return kept
+    logged_MG = log_normalise(cells.x.counts)
+    made, said_M = kept, kept.classifier(cells).argmax(1)
+    for _ in range(ROUNDS):
+        there = [c for c in range(len(kept.classes)) if (said_M == c).sum() >= LEAST_CELLS]
+        if not there:
+            return kept
+        differences = [np.asarray(logged_MG[said_M == c].mean(0)).ravel() - kept.means_CG[c] for c in there]
+        made = _shifted(kept, np.mean(differences, axis=0))
+        before_M, said_M = said_M, made.classifier(cells).argmax(1)
+        if (said_M == before_M).all():
+            break
+    return replace(made, about=kept.about | {"form": "aligned"})
+
+
+def _shifted(kept: Kept, shift_G: Floats) -> Kept:
+    """The classifier with expression read relative to a mean that is higher by `shift_G`."""
+
+    def moved(reading: Reading) -> Reading:
+        if reading.raw != "expression":
+            return reading
+        return replace(reading, mean_H=(reading.mean_H + shift_G[reading.columns_H]).astype(np.float32))
+
+    members = tuple(replace(m, readings=tuple(moved(r) for r in m.readings)) for m in kept.classifier.members)
+    return replace(kept, classifier=Classifier(members=members))
+
+
+# From a classification
+
+
 def wanted(run: Config, split: Split) -> bool:
     """Whether classifiers trained on this split may be kept: seed 0 of the first kind of split within a group, all labels and types."""
     kinds = [kind for kind in run.classify.splits if kind in ("random", "donor")]
     return run.classify.keep and split.whole and split.seed == 0 and kinds[:1] == [split.kind]
 
 
-def of_split(workspace: Workspace, split: Split, model: str, linear: LinearClassifier) -> Kept:
-    """The classifier to keep of a model that was trained on one split, with its own scores on the split's test cells.
+def keepable(model: Model) -> bool:
+    """Whether a model can be kept: it is arrays, and reads no encoder but the run's own."""
+    return model.can_keep and model.encoder in {None, CHECKPOINT}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model that was fitted to a split of a classification."""
+
+    workspace: Workspace
+    split: Split
+    """The cells that it was fitted to are `split.train`, without `split.validation` if the model trains an encoder."""
+    model: Model
+    problem: Problem[Any]
+    fitted: Fitted[Any]
+
+
+def validate(fit: Fit) -> Validation:
+    """`validation.validate` on the training cells of a split."""
+    run, split, problem = fit.workspace.config, fit.split, fit.problem
+    table = fit.workspace.table.only(split.train)
+    by, fold_N = validation.folds_of(table.datasets, table.donors, problem.labels, run.seed)
+    trained = any(keepable(other) and other.trains_encoder for other in registry.scored(run.classify, split))
+    return validation.validate(fit.model, problem, fit.fitted, fold_N, by=by, also_split=trained)
+
+
+def all_cells(workspace: Workspace, split: Split) -> Split:
+    """All labelled cells of the group, test cells included, with every type that has two cells or more, as training cells."""
+    table = workspace.table
+    rows = np.flatnonzero(table.groups == split.group)
+    types, counts = np.unique(table.labels[rows], return_counts=True)
+    types = types[counts >= 2]
+    none = np.empty(0, dtype=np.int64)
+    return replace(
+        split, kind="all", classes=tuple(types.tolist()), train=rows[np.isin(table.labels[rows], types)], validation=none,
+        test=none, dropped={},
+    )  # fmt: skip
+
+
+def assemble(fit: Fit, found: Validation, *, test: dict[str, float]) -> Kept:
+    """A classifier to keep.
 
     Args:
-        workspace: Of the classification.
-        split: Which cells train, validate and are tested.
-        model: The model's name.
-        linear: The trained encoder and linear layer.
+        fit: The model.
+        found: Its validation, for the limits.
+        test: Scores on test cells, by `test_scores`.
     """
+    workspace, split, model, problem, fitted = fit.workspace, fit.split, fit.model, fit.problem, fit.fitted
     run, corpus, table = workspace.config, workspace.corpus, workspace.table
-    learned = np.setdiff1d(split.train, split.validation)
-    rows = np.concatenate([learned, split.validation, split.test])
-    cuts = np.cumsum([len(learned), len(split.validation)])
-    genes_CV = linear.genes_CV.astype(np.float32)
-    vectors_ND = with_votes(linear.vectors_ND, genes_CV, corpus, table.cells[rows], linear.max_len)
-    train_ND, validation_ND, test_ND = np.split(vectors_ND, cuts)
-    genes_N = corpus.obs(["n_genes"])["n_genes"].to_numpy() if "n_genes" in corpus.columns else corpus.lengths_N
-    about = {
-        "model": model, "group": split.group, "split": split.kind, "seed": split.seed, "max_len": linear.max_len,
-        "tokens": parse.to_dict(corpus.token_settings), "species": sorted(set(table.species[learned].tolist())),
-        "species_rows": corpus.record.config.get("species", []), "label": run.classify.label, "training_cells": len(learned),
-        "sources": sorted(set(table.sources[learned].tolist())),
-    }  # fmt: skip
-    kept = keep(
-        linear, classes=split.classes, pooling=run.embed.pooling, train_ND=train_ND, labels_N=split.ids(table.labels[learned]),
-        genes_N=genes_N[table.cells[learned]], tokens_T=corpus.tokens(table.cells[learned])[0], vocab_size=linear.encoder.vocab_size,
-        validation_ND=validation_ND, validation_labels=split.ids(table.labels[split.validation]), about=about,
-    )  # fmt: skip
-    test = _test_scores(
-        kept, test_ND, genes_N[table.cells[split.test]], table.only(split.test), split=split, seed=run.seed
+    assert fitted.classifier is not None, "a model to keep has arrays"
+    rows = np.setdiff1d(split.train, split.validation) if model.trains_encoder else split.train
+    train, labels_N = (
+        (problem.learning, problem.labels[~problem.is_validation])
+        if model.trains_encoder
+        else (problem.train, problem.labels)
     )
-    return replace(kept, about=kept.about | {"test": test})
+    classifier = _as_trained(fitted.classifier)
+    places = Places.fit(classifier.places(measured(fitted, train, run)), labels_N, len(split.classes))
+    genes = workspace.split_counts(split, split.train)[1] if model.reads_counts else np.empty(0, dtype=np.str_)
+    encoder = fitted.encoder
+    if encoder is None and model.reads_vectors:
+        encoder = workspace.load_encoder(CHECKPOINT, torch.device("cpu"))
+    genes_N = genes_of(corpus, table.cells[rows])
+    tokens_T = corpus.tokens(table.cells[rows])[0]
+    tokens_T = tokens_T[tokens_T >= NUM_SPECIALS]
+    species = sorted(set(table.species[rows].tolist()))
+    about = {
+        "model": model.name, "group": split.group, "split": split.kind, "seed": split.seed, "max_len": fitted.max_len,
+        "tokens": parse.to_dict(corpus.token_settings), "species": species,
+        "species_rows": corpus.record.config.get("species", []), "label": run.classify.label, "training_cells": len(rows),
+        "sources": sorted(set(table.sources[rows].tolist())), "orthologs": list(run.vocab.orthologs),
+        "knn": run.classify.knn, "num_hvgs": run.classify.num_hvgs, "form": "as trained",
+        "validation": {"cells": len(found.main.rows_N), "by": found.main.by, "loss": _loss(found.main),
+                       "accuracy": found.main.accuracy, "macro_f1": found.main.macro_f1}, "test": test,
+    }  # fmt: skip
+    counts = problem.train.x.counts if isinstance(problem.train.x, Measured) else problem.train.x
+    means_CG = np.empty((0, 0))
+    if model.reads_counts and run.classify.align:
+        logged_NG = log_normalise(counts)
+        means = [np.asarray(logged_NG[problem.labels == c].mean(0)).ravel() for c in range(len(split.classes))]
+        means_CG = np.stack(means)
+    return Kept(
+        classifier=classifier, encoder=encoder, means_CG=means_CG, classes=split.classes, pooling=run.embed.pooling,
+        layer=run.embed.layer if fitted.layer is None else fitted.layer, genes=genes, gene_species=species[0], places=places,
+        limits=Limits.fit(found.main), least_genes=int(np.quantile(genes_N, FEW_GENES)), about=about,
+        share_V=np.bincount(tokens_T, minlength=corpus.vocabulary.size) / max(len(tokens_T), 1),
+    )  # fmt: skip
 
 
-def _test_scores(
-    kept: Kept, vectors_MD: Floats, genes_M: Integers, cells: Labelled, *, split: Split, seed: int
-) -> dict[str, float]:
-    """Scores on the test cells: all metrics, the share of doubted cells, and accuracy with and without them."""
-    true_M, p_MC = split.ids(cells.labels), kept.probabilities(vectors_MD)
+def genes_of(corpus: Any, cells: Integers) -> Ints:
+    """Detected genes of cells of a corpus."""
+    numbers = corpus.obs(["n_genes"])["n_genes"].to_numpy() if "n_genes" in corpus.columns else corpus.lengths_N
+    return np.asarray(numbers[cells], dtype=np.int64)
+
+
+def _as_trained(classifier: Classifier) -> Classifier:
+    """The classifier with cells of other studies read relative to the training cells."""
+    members = tuple(
+        replace(member, readings=tuple(replace(reading, align=Align.NONE) for reading in member.readings))
+        for member in classifier.members
+    )
+    return Classifier(members=members)
+
+
+def _loss(found: Validation) -> float:
+    p_NC = special.softmax(log_probabilities(found.probabilities_NC) / Limits.fit(found).temperature, axis=1)
+    return float(-np.log(p_NC[np.arange(len(p_NC)), found.labels_N]).mean())
+
+
+def test_scores(kept: Kept, fit: Fit) -> dict[str, float]:
+    """Scores on the split's test cells: all metrics, the share of doubted cells, and accuracy with and without them."""
+    split, seed, cells = fit.split, fit.workspace.config.seed, fit.workspace.table.only(fit.split.test)
+    genes_M = genes_of(fit.workspace.corpus, cells.cells)
+    target = measured(fit.fitted, fit.problem.target, fit.problem.config)
+    true_M, p_MC = split.ids(cells.labels), kept.probabilities(target)
     predicted_M = p_MC.argmax(1)
-    doubts = kept.doubts(p_MC, kept.distances(vectors_MD, predicted_M), genes_M)
+    doubts = kept.doubts(p_MC, kept.distances(target, predicted_M), genes_M)
     doubted_M, right_M = np.array([text != "" for text in doubts]), predicted_M == true_M
     rng = np.random.default_rng(int(hashed(seed, 13)))
     found, _ = metrics.score(true_M, predicted_M, p_MC.max(1), cells.donors, len(split.classes), rng=rng)
@@ -246,20 +386,70 @@ def _test_scores(
 
 # Storage
 
-_ARRAYS = ("head_CD", "bias_C", "genes_CV", "centres_CD", "spread_C", "share_V")
-_NUMBERS = ("pooling", "layer", "temperature", "least_probability", "greatest_distance", "least_genes")
+_HEADS: dict[str, type[Head]] = {one.kind: one for one in (LinearHead, NeighbourHead, CentroidHead)}
+_NUMBERS = ("pooling", "layer", "least_genes", "gene_species")
+
+
+def _flatten(one: Any, prefix: str, arrays: dict[str, Any], skip: Sequence[str] = ()) -> dict[str, Any]:
+    """Fields of a dataclass: numeric arrays into `arrays`, numbers and text as plain data."""
+    facts: dict[str, Any] = {}
+    for name in [f.name for f in fields(one) if f.name not in skip]:
+        value = getattr(one, name)
+        if isinstance(value, np.ndarray):
+            arrays[f"{prefix}{name}"] = value
+        elif isinstance(value, Align):
+            facts[name] = value.name
+        elif isinstance(value, dict):  # of arrays
+            facts[name] = sorted(value)
+            arrays |= {f"{prefix}{name}.{i}": value[key] for i, key in enumerate(sorted(value))}
+        else:
+            facts[name] = value
+    return facts
+
+
+def _restore(kind: Any, facts: dict[str, Any], prefix: str, arrays: dict[str, Any]) -> Any:
+    """The dataclass that `_flatten` took apart."""
+    made: dict[str, Any] = {}
+    for name in [f.name for f in fields(kind)]:
+        if f"{prefix}{name}" in arrays:
+            made[name] = arrays[f"{prefix}{name}"]
+        elif name in facts and isinstance(facts[name], list):
+            made[name] = {key: arrays[f"{prefix}{name}.{i}"] for i, key in enumerate(facts[name])}
+        elif name == "align":
+            made[name] = Align[facts[name]]
+        elif name in facts:
+            made[name] = facts[name]
+    return kind(**made)
 
 
 def save(uri: str, kept: Kept, vocabulary: Vocabulary) -> None:
     """Write a classifier's files; `publish` makes them an artifact."""
-    weights: dict[str, torch.Tensor] = {f"encoder.{name}": p for name, p in kept.encoder.named_parameters()}
-    weights |= {name: torch.from_numpy(np.asarray(getattr(kept, name), dtype=np.float32)) for name in _ARRAYS}
+    arrays: dict[str, Any] = {"share_V": kept.share_V, "means_CG": kept.means_CG}
+    weights: dict[str, torch.Tensor] = {}
+    if kept.encoder is not None:
+        weights |= {f"encoder.{name}": p for name, p in kept.encoder.named_parameters()}
+    members = []
+    for i, member in enumerate(kept.classifier.members):
+        readings = [_flatten(r, f"members.{i}.readings.{j}.", arrays) for j, r in enumerate(member.readings)]
+        head = {"kind": member.head.kind} | _flatten(member.head, f"members.{i}.head.", arrays)
+        members.append({"readings": readings, "head": head})
+    facts = {name: getattr(kept, name) for name in _NUMBERS} | {
+        "members": members, "limits": _flatten(kept.limits, "limits.", arrays), "places": _flatten(kept.places, "places.", arrays),
+        "classes": list(kept.classes), "vocabulary": vocabulary.hash, "about": kept.about,
+        "encoder": None if kept.encoder is None else parse.to_dict(kept.encoder.sizes),
+    }  # fmt: skip
+    if len(kept.genes):
+        place = {gene: i for i, gene in enumerate(vocabulary.species_genes(kept.gene_species).genes.tolist())}
+        arrays["genes"] = np.array([place[gene] for gene in kept.genes.tolist()], dtype=np.int32)
+    weights |= {name: torch.from_numpy(_stored(value)) for name, value in arrays.items()}
     checkpoint.write_tensors(files.join(uri, _WEIGHTS), weights)
     vocabulary.save(files.join(uri, _VOCABULARY))
-    facts = {name: getattr(kept, name) for name in _NUMBERS} | {
-        "classes": list(kept.classes), "encoder": parse.to_dict(kept.encoder.sizes), "vocabulary": vocabulary.hash, "about": kept.about,
-    }  # fmt: skip
     files.write_json(files.join(uri, _FACTS), facts)
+
+
+def _stored(value: np.ndarray) -> np.ndarray:
+    """Numbers as they are stored: float32, and whole numbers as they are."""
+    return np.ascontiguousarray(value.astype(np.float32) if value.dtype.kind == "f" else value)
 
 
 def publish(uri: str, folder: str, parents: dict[str, str]) -> None:
@@ -309,8 +499,8 @@ def find(uri: str) -> str:
             msg = f"--model {uri}: {len(names)} classifiers there, one per group of cells; name one of {listed}"
             raise UserError(msg)
         if record.kind == "classification":
-            keepable = [head for head, kind in registry.MODELS.items() if kind.can_keep]
-            msg = f"--model {uri}: this classification kept no classifier; it needs {' or '.join(keepable)} among classify.models and classify.keep = true; make it again in another output"
+            able = [head for head, kind in registry.MODELS.items() if kind.can_keep]
+            msg = f"--model {uri}: this classification kept no classifier; it needs {' or '.join(able)} among classify.models and classify.keep = true; make it again in another output"
             raise UserError(msg)
     msg = f"--model {uri}: no classifier there; `mixgf classify` makes them under OUTPUT/classify/{FOLDER}/, `mixgf finetune` makes OUTPUT/finetune"
     raise UserError(msg)
@@ -319,18 +509,41 @@ def find(uri: str) -> str:
 def load(uri: str, device: torch.device | str = "cpu") -> tuple[Kept, Vocabulary, artifacts.Record]:
     """A published classifier, its vocabulary and its record."""
     record = artifacts.require(uri, KIND, SCHEMA)
+    return *read(uri, device, record.files.get(_WEIGHTS)), record
+
+
+def read(uri: str, device: torch.device | str = "cpu", expected: Any = None) -> tuple[Kept, Vocabulary]:
+    """A classifier and its vocabulary, from the files that `save` wrote.
+
+    Args:
+        uri: Their folder.
+        device: Where the encoder computes.
+        expected: Checksum of the weights; None = not checked.
+    """
     found = facts(uri)
-    tensors = checkpoint.read_tensors(files.join(uri, _WEIGHTS), record.files.get(_WEIGHTS))
+    tensors = checkpoint.read_tensors(files.join(uri, _WEIGHTS), expected)
     vocabulary = Vocabulary.load(files.join(uri, _VOCABULARY))
     if vocabulary.hash != found["vocabulary"]:
         msg = f"{uri}: its {_VOCABULARY} is not the one it was trained with; restore it"
         raise UserError(msg)
-    encoder = Encoder(parse.from_dict(training.Model, found["encoder"]), vocabulary.size)
-    checkpoint.load_weights(
-        encoder, {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}, uri
-    )
-    numbers: dict[str, Any] = {name: found[name] for name in _NUMBERS} | {
-        name: tensors[name].numpy() for name in _ARRAYS
-    }
-    kept = Kept(encoder=encoder.to(device).eval(), classes=tuple(found["classes"]), about=found["about"], **numbers)
-    return kept, vocabulary, record
+    encoder = None
+    if found["encoder"] is not None:
+        encoder = Encoder(parse.from_dict(training.Model, found["encoder"]), vocabulary.size)
+        mine = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
+        checkpoint.load_weights(encoder, mine, uri)
+        encoder = encoder.to(device).eval()
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith("encoder.")}
+    members = []
+    for i, one in enumerate(found["members"]):
+        readings = [_restore(Reading, r, f"members.{i}.readings.{j}.", arrays) for j, r in enumerate(one["readings"])]
+        head = _restore(_HEADS[one["head"]["kind"]], one["head"], f"members.{i}.head.", arrays)
+        members.append(Member(readings=tuple(readings), head=head))
+    names = np.asarray(vocabulary.species_genes(found["gene_species"]).genes, dtype=np.str_)
+    genes = names[arrays["genes"]] if "genes" in arrays else np.empty(0, dtype=np.str_)
+    kept = Kept(
+        classifier=Classifier(members=tuple(members)), encoder=encoder, classes=tuple(found["classes"]), genes=genes,
+        limits=_restore(Limits, found["limits"], "limits.", arrays), places=_restore(Places, found["places"], "places.", arrays),
+        share_V=arrays["share_V"], about=found["about"], means_CG=arrays["means_CG"],
+        **{name: found[name] for name in _NUMBERS},
+    )  # fmt: skip
+    return kept, vocabulary

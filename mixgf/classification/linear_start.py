@@ -20,7 +20,7 @@ from scipy import optimize, sparse, special
 from torch import Tensor
 
 from mixgf.arrays import Floats, Integers
-from mixgf.classification.simple_classifiers import logistic_layer
+from mixgf.classification.simple_classifiers import logistic_regression
 from mixgf.corpus import packed
 
 STRENGTH = 1000.0
@@ -72,7 +72,7 @@ def fit(
     """The head with the highest penalised likelihood (logistic regression).
 
     Args:
-        vectors_ND: Vectors of the encoder.
+        vectors_ND: Vectors of the encoder; no columns = genes only.
         genes_NV: Rows of `gene_rows`; None = genes take no part.
         labels_N: Class ids, each class at least once.
         num_classes: C.
@@ -80,7 +80,7 @@ def fit(
     """
     D = vectors_ND.shape[1]
     mean_D, sd_D = vectors_ND.mean(0, dtype=np.float64), vectors_ND.std(0, dtype=np.float64)
-    by_D = np.divide((STRENGTH * share / D) ** 0.5, sd_D, out=np.zeros(D), where=sd_D > 1e-8)
+    by_D = np.divide((STRENGTH * share / max(D, 1)) ** 0.5, sd_D, out=np.zeros(D), where=sd_D > 1e-8)
     features, used, by_genes = (vectors_ND - mean_D) * by_D, np.empty(0, dtype=np.int64), 1.0
     if genes_NV is not None:
         used = np.flatnonzero(np.bincount(genes_NV.indices, minlength=genes_NV.shape[1]))
@@ -88,7 +88,8 @@ def fit(
         spread = np.asarray(mine.multiply(mine).mean(0) - np.square(mine.mean(0))).sum()
         by_genes = (STRENGTH / max(float(spread), 1e-9)) ** 0.5
         features = sparse.hstack([sparse.csr_matrix(features), mine * by_genes], format="csr")
-    weights, bias_C = logistic_layer(features, labels_N.astype(np.int64), num_classes)
+    layer = logistic_regression(features, labels_N.astype(np.int64), num_classes)
+    weights, bias_C = layer.weights_CH, layer.bias_C
     head_CD = weights[:, :D] * by_D
     genes_CV = np.zeros((num_classes, 0 if genes_NV is None else genes_NV.shape[1]))
     genes_CV[:, used] = weights[:, D:] * by_genes
@@ -138,14 +139,14 @@ def _best_factor(logits_NC: Floats, labels_N: Integers) -> float:
     return float(np.exp(optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
-def folds(labels_N: Integers, seed: int) -> Integers:
+def folds(labels_N: Integers, seed: int, number: int = FOLDS) -> Integers:
     """Fold of each cell (N,), drawn within types; -1 = never left out, for the only cell of a type."""
     fold_N = np.full(len(labels_N), -1, dtype=np.int64)
     rng = np.random.default_rng([seed, 11])
     for label in np.unique(labels_N):
         mine = rng.permutation(np.flatnonzero(labels_N == label))
         if len(mine) > 1:
-            fold_N[mine] = np.arange(len(mine)) % FOLDS
+            fold_N[mine] = np.arange(len(mine)) % number
     return fold_N
 
 

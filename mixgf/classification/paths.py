@@ -48,6 +48,11 @@ class ArtifactPaths:
         """Folder of a classifier that may be kept for a group of cells."""
         return files.join(self.intermediates, "classifiers", f"{slug(group)}-{parse.fingerprint([group, model])[:8]}")
 
+    def validation(self, group: str, model: str) -> str:
+        """Predictions of training cells by a model that may be kept for a group of cells, and beside them its test scores (.json)."""
+        name = f"{slug(f'{group} {model}')}-{parse.fingerprint([group, model])[:8]}"
+        return files.join(self.intermediates, "validation", f"{name}.parquet")
+
     def counts(self, source: str) -> str:
         """Raw counts of one source."""
         return files.join(self.intermediates, "counts", f"{slug(source)}-{parse.fingerprint(source)[:8]}.parquet")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mixgf.classification import embedding_measures, kept_classifier, metrics, registry, umap
-from mixgf.classification.encoders import CHECKPOINT, EXPRESSION
-from mixgf.classification.models.protocol import Model, Needs
+from mixgf.classification import embedding_measures, kept_classifier, metrics, registry, umap, validation
+from mixgf.classification.encoders import EXPRESSION
+from mixgf.classification.models.protocol import Fitted, Model, Problem
 from mixgf.classification.paths import group_folder
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace, as_column
@@ -31,9 +32,8 @@ def predict(workspace: Workspace, split: Split, model: Model) -> None:
     problem = workspace.problem(split, model)
     fitted = model.fit(problem)
     probabilities_MC = fitted.predict(problem.target)
-    if fitted.linear is not None and model.encoder == CHECKPOINT and kept_classifier.wanted(config, split):
-        kept = kept_classifier.of_split(workspace, split, model.name, fitted.linear())
-        kept_classifier.save(workspace.paths.classifier(split.group, model.name), kept, workspace.corpus.vocabulary)
+    if fitted.classifier is not None and kept_classifier.keepable(model) and kept_classifier.wanted(config, split):
+        _offer(workspace, split, model, problem, fitted)
     labels_M, classes = table.labels[split.test], np.asarray(split.classes)
     predicted_M, confidence_M = probabilities_MC.argmax(1).astype(np.int64), probabilities_MC.max(1).astype(np.float64)
     rng = np.random.default_rng([config.seed, split.seed, 7])
@@ -83,32 +83,92 @@ def measured_spaces(workspace: Workspace) -> list[str]:
     kinds = sorted(set(workspace.table.species.tolist()))
     pairs = species.orthologs(config.vocab.orthologs) if len(kinds) > 1 else {}
     comparable = all((kinds[0], other) in pairs for other in kinds[1:])
-    counted = comparable and any(model.needs is Needs.COUNTS for model in models)
-    return registry.encoders_of(models, [Needs.VECTORS]) + [EXPRESSION] * counted
+    counted = comparable and any(model.reads_counts for model in models)
+    return registry.encoders_of(models, registry.FROZEN) + [EXPRESSION] * counted
+
+
+def _offer(workspace: Workspace, split: Split, model: Model, problem: Problem[Any], fitted: Fitted[Any]) -> None:
+    """Write what decides whether a model is kept: its predictions of training cells, and its test scores with doubts.
+
+    A model that trains an encoder is written whole, as it is not trained again.
+    """
+    uri = workspace.paths.validation(split.group, model.name)
+    fit = kept_classifier.Fit(workspace, split, model, problem, fitted)
+    found = kept_classifier.validate(fit)
+    kept = kept_classifier.assemble(fit, found, test={})
+    test = kept_classifier.test_scores(kept, fit)
+    if model.trains_encoder:
+        kept = replace(kept, about=kept.about | {"test": test})
+        kept_classifier.save(workspace.paths.classifier(split.group, model.name), kept, workspace.corpus.vocabulary)
+    files.write_json(f"{uri}.json", test)
+    validation.save(uri, found)
 
 
 def keep_best(workspace: Workspace, splits: Sequence[Split], parents: dict[str, str]) -> list[dict[str, Any]]:
-    """Publish the classifier with the lowest validation loss of each group; returns what is known of each.
+    """Publish the classifier that validation chooses for each group (`validation.choose`); returns what is known of each.
 
-    A classifier that is already published stays, unless a new one (of a model that was added since) is better.
+    The chosen model is fitted to all labelled cells of the group, unless it trains an encoder. A classifier that is already
+    published stays where its model is chosen again, or where the inputs of the chosen one are not there any more.
     """
     config, paths = workspace.config, workspace.paths
     kept = []
     for split in [s for s in splits if kept_classifier.wanted(config, s)]:
         uri = files.join(paths.output, kept_classifier.FOLDER, group_folder(split.group, splits))
-        candidates = [paths.classifier(split.group, model.name) for model in registry.scored(config.classify, split)]
-        candidates = [c for c in candidates if files.list_dir(c)]
+        names = [model.name for model in registry.scored(config.classify, split) if kept_classifier.keepable(model)]
+        found = {name: validation.load(paths.validation(split.group, name)) for name in names
+                 if files.exists(paths.validation(split.group, name))}  # fmt: skip
         there = artifacts.find(uri) is not None
-        if not candidates and not there:
+        if not found and not there:
             continue
-        best = min([uri] * there + candidates, key=_validation_loss)
-        if best != uri:
-            files.remove(uri)
-            kept_classifier.publish(uri, best, {role: parents[role] for role in ("corpus", "checkpoint")})
+        if found:
+            chosen, why = validation.choose(found, registry.PREFERRED, config.seed)
+            if not there or kept_classifier.facts(uri)["about"]["model"] != chosen:
+                _publish(
+                    workspace,
+                    split,
+                    uri,
+                    chosen=chosen,
+                    why=why,
+                    found=found,
+                    parents={role: parents[role] for role in ("corpus", "checkpoint")},
+                )
+        if artifacts.find(uri) is None:
+            continue
         about = kept_classifier.facts(uri)["about"]
-        kept.append({"uri": uri, **{name: about[name] for name in ("group", "model", "validation", "test")}})
+        kept.append(
+            {
+                "uri": uri,
+                **{name: about[name] for name in ("group", "model", "why", "candidates", "validation", "test")},
+            }
+        )
     return kept
 
 
-def _validation_loss(uri: str) -> float:
-    return float(kept_classifier.facts(uri)["about"]["validation"]["loss"])
+def _publish(
+    workspace: Workspace, split: Split, uri: str, *, chosen: str, why: str, found: dict[str, validation.Validation],
+    parents: dict[str, str],
+) -> None:  # fmt: skip
+    """Fit the chosen model to all cells of the group and publish it."""
+    paths, model, folder = workspace.paths, registry.parse(chosen), workspace.paths.classifier(split.group, chosen)
+    whole = kept_classifier.all_cells(workspace, split)
+    sources = np.unique(workspace.table.sources[whole.train]).tolist()
+    if model.trains_encoder:
+        if not files.exists(files.join(folder, kept_classifier.LAST_FILE)):
+            return  # the classification is extended, and this model lost before
+        kept, _ = kept_classifier.read(folder)
+    elif not workspace.has_inputs(model, sources):
+        return  # the classification is extended, and this model lost before
+    else:
+        problem = workspace.problem(whole, model)
+        test = dict(files.read_json(f"{paths.validation(split.group, chosen)}.json"))
+        fit = kept_classifier.Fit(workspace, whole, model, problem, model.fit(problem))
+        kept = kept_classifier.assemble(fit, found[chosen], test=test)
+    candidates: list[dict[str, Any]] = [
+        {"model": name, "macro_f1": one.main.macro_f1, "accuracy": one.main.accuracy, "by": one.main.by, "cells": len(one.main.rows_N)}
+        for name, one in found.items()
+    ]  # fmt: skip
+    candidates.sort(key=lambda row: -row["macro_f1"])
+    kept = replace(kept, about=kept.about | {"why": why, "candidates": candidates})
+    kept_classifier.save(folder, kept, workspace.corpus.vocabulary)
+    files.remove(uri)
+    kept_classifier.publish(uri, folder, parents)

@@ -1,6 +1,6 @@
-"""Simple classifiers on a matrix of features: logistic regression, nearest neighbours, nearest class mean.
+"""Simple classifiers on a matrix of features: a linear layer, nearest neighbours, nearest class mean.
 
-Each function fits training cells and returns the function that predicts other cells.
+Each function fits training cells and returns a head: arrays and numbers that predict other cells and can be stored.
 
 Shape letters: N training cells, M cells to predict, H features, C classes.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from scipy import sparse, special
@@ -19,69 +21,116 @@ from sklearn.neighbors import KNeighborsClassifier
 from mixgf.arrays import Floats, Ints
 
 MAX_ITERATIONS = 1000
+STRENGTH = 100.0
+"""scikit-learn's `C` for cells of length 1 (`readings`): weak enough that few cells of a type suffice."""
+_NEVER = -1e9
+"""Bias of a class without a training cell."""
 
-Predictor = Callable[[Floats], Floats]
+Values: TypeAlias = Floats | sparse.csr_matrix
+"""Features (M, H), dense or sparse."""
+Predictor = Callable[[Any], Floats]
 """Features (M, H) to class probabilities (M, C)."""
 
 
-def logistic_regression(train_NH: Floats, labels_N: Ints, num_classes: int) -> Predictor:
-    """Multinomial logistic regression (ridge penalty, C = 1, L-BFGS)."""
-    fitted = _fit_logistic(train_NH, labels_N)
-    return lambda values_MH: _all_classes(fitted.predict_proba(values_MH), fitted.classes_, num_classes)
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """Softmax of a linear layer."""
+
+    kind: ClassVar[str] = "linear"
+    weights_CH: Floats
+    bias_C: Floats
+
+    def __call__(self, values_MH: Values) -> Floats:
+        """Class probabilities (M, C)."""
+        return np.asarray(special.softmax(values_MH @ self.weights_CH.T + self.bias_C, axis=1))
 
 
-def logistic_layer(train_NH: Floats | sparse.csr_matrix, labels_N: Ints, num_classes: int) -> tuple[Floats, Floats]:
-    """The same regression as a linear layer, weights (C, H) and bias (C,); the softmax of its output is the probability.
+@dataclass(frozen=True, eq=False)
+class NeighbourHead:
+    """K nearest neighbours: the share of each class among them; ties go to the class that comes first."""
+
+    kind: ClassVar[str] = "neighbours"
+    train_NH: Floats
+    labels_N: Ints
+    num_classes: int
+    number: int
+    metric: str = "cosine"
+
+    def __call__(self, values_MH: Floats) -> Floats:
+        """Class probabilities (M, C)."""
+        few = min(self.number, len(self.train_NH))
+        fitted = KNeighborsClassifier(few, metric=self.metric, algorithm="brute").fit(self.train_NH, self.labels_N)
+        out_MC = np.zeros((len(values_MH), self.num_classes))
+        if len(values_MH):
+            out_MC[:, fitted.classes_] = fitted.predict_proba(values_MH)
+        return out_MC
+
+
+@dataclass(frozen=True, eq=False)
+class CentroidHead:
+    """Nearest class mean by cosine: softmax of cosine / temperature. A class without a training cell has a mean of zeros."""
+
+    kind: ClassVar[str] = "centroid"
+    means_CH: Floats
+    """Of length 1."""
+    has_C: Ints
+    """1 = the class has a training cell."""
+    temperature: float = 0.1
+
+    def __call__(self, values_MH: Floats) -> Floats:
+        """Class probabilities (M, C)."""
+        scores_MC = unit(values_MH) @ self.means_CH.T / self.temperature
+        return np.asarray(special.softmax(np.where(self.has_C > 0, scores_MC, _NEVER), axis=1))
+
+
+Head: TypeAlias = LinearHead | NeighbourHead | CentroidHead
+
+
+def logistic_regression(
+    train_NH: Values, labels_N: Ints, num_classes: int, *, strength: float = 1.0, balanced: bool = False
+) -> LinearHead:
+    """Multinomial logistic regression (ridge penalty, L-BFGS).
 
     Args:
         train_NH: Features.
-        labels_N: Class ids, each class at least once.
-        num_classes: C.
+        labels_N: Class ids.
+        num_classes: C. A class without a training cell gets probability 0.
+        strength: scikit-learn's `C`.
+        balanced: Every class has the same weight in the loss, however many cells it has.
     """
-    fitted = _fit_logistic(train_NH, labels_N)
-    assert len(fitted.classes_) == num_classes, "every class has a training cell"
-    if num_classes > 2:
-        return fitted.coef_, fitted.intercept_
-    zeros = np.zeros_like(fitted.coef_)  # two classes have one row: the second against the first
-    return np.concatenate([zeros, fitted.coef_]), np.concatenate([np.zeros(1), fitted.intercept_])
-
-
-def scaled_logistic_layer(train_NH: Floats, labels_N: Ints, num_classes: int) -> tuple[Floats, Floats]:
-    """Logistic regression on z-scored features as a layer on the features themselves: weights (C, H) and bias (C,)."""
-    mean_H, sd_H = train_NH.mean(0), train_NH.std(0)
-    scale_H = np.divide(1, sd_H, out=np.zeros_like(sd_H), where=sd_H > 1e-8)
-    weights_CH, bias_C = logistic_layer((train_NH - mean_H) * scale_H, labels_N, num_classes)
-    weights_CH = weights_CH * scale_H
-    return weights_CH, bias_C - weights_CH @ mean_H
-
-
-def _fit_logistic(train_NH: Floats | sparse.csr_matrix, labels_N: Ints) -> LogisticRegression:
+    there = np.unique(labels_N)
+    weights_CH, bias_C = np.zeros((num_classes, train_NH.shape[1])), np.full(num_classes, _NEVER)
+    if len(there) == 1:  # nothing to tell apart
+        bias_C[there] = 0.0
+        return LinearHead(weights_CH, bias_C)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the limit on iterations is part of the method
-        return LogisticRegression(max_iter=MAX_ITERATIONS).fit(train_NH, labels_N)
+        fitted = LogisticRegression(
+            C=strength, max_iter=MAX_ITERATIONS, class_weight="balanced" if balanced else None
+        ).fit(train_NH, labels_N)
+    if len(there) > 2:
+        weights_CH[there], bias_C[there] = fitted.coef_, fitted.intercept_
+    else:  # two classes have one row: the second against the first
+        weights_CH[there[1]], bias_C[there] = fitted.coef_[0], [0.0, fitted.intercept_[0]]
+    return LinearHead(weights_CH, bias_C)
 
 
-def nearest_neighbours(train_NH: Floats, labels_N: Ints, num_classes: int, *, number: int, metric: str) -> Predictor:
-    """K nearest neighbours: the share of each class among them; ties go to the class that comes first."""
-    few = min(number, len(train_NH))
-    fitted = KNeighborsClassifier(few, metric=metric, algorithm="brute").fit(train_NH, labels_N)
-    return lambda values_MH: _all_classes(fitted.predict_proba(values_MH), fitted.classes_, num_classes)
+def nearest_neighbours(
+    train_NH: Floats, labels_N: Ints, num_classes: int, *, number: int, metric: str = "cosine"
+) -> NeighbourHead:
+    """The `number` nearest training cells vote."""
+    return NeighbourHead(np.asarray(train_NH), labels_N, num_classes, number, metric)
 
 
-def nearest_centroid(train_NH: Floats, labels_N: Ints, num_classes: int, *, temperature: float = 0.1) -> Predictor:
-    """Nearest class mean by cosine: softmax of cosine / temperature. The probabilities are not calibrated."""
-    means_CH = unit(np.stack([train_NH[labels_N == c].mean(0) for c in range(num_classes)]))
-    return lambda values_MH: special.softmax(unit(values_MH) @ means_CH.T / temperature, axis=1)
+def nearest_centroid(train_NH: Floats, labels_N: Ints, num_classes: int, *, temperature: float = 0.1) -> CentroidHead:
+    """Nearest class mean by cosine. The probabilities are not calibrated."""
+    has_C = np.bincount(labels_N, minlength=num_classes) > 0
+    none_H = np.zeros(train_NH.shape[1])
+    means_CH = unit(np.stack([train_NH[labels_N == c].mean(0) if has_C[c] else none_H for c in range(num_classes)]))
+    return CentroidHead(means_CH, has_C.astype(np.int64), temperature)
 
 
 def unit(rows: Floats) -> Floats:
     """Rows scaled to length 1; a row of zeros stays."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
-
-
-def _all_classes(probabilities: Floats, classes: Ints, num_classes: int) -> Floats:
-    """Probabilities with a column of zeros for every class that has no training cell."""
-    out = np.zeros((len(probabilities), num_classes))
-    out[:, classes] = probabilities
-    return out

@@ -1,15 +1,20 @@
-"""A fine-tuned model between species: genes are read as orthologs, and class scores are shifted to those of the training cells.
+"""Models on sentences between species and studies: genes are read as orthologs, class scores are shifted to those of the training cells.
 
 Shapes: N training cells, M cells to predict, C classes, V vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from scipy import special
 
 from mixgf.arrays import Floats, Ints
+from mixgf.classification.models.protocol import Problem, SentenceSet
+from mixgf.corpus.packed import Packed, keep_tokens
+from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
 
 
@@ -29,6 +34,32 @@ def shared_tokens(
     out_V = np.where(back >= 0, back, np.where(there >= 0, tokens_V, -1)).astype(np.int32)
     out_V[:NUM_SPECIALS] = tokens_V[:NUM_SPECIALS]
     return out_V
+
+
+def shared_tokens_of(problem: Problem[SentenceSet]) -> npt.NDArray[np.int32] | None:
+    """`shared_tokens` of a problem in which one species trains and another is tested; None for others, or without `classify.align`."""
+    trains, tested = (np.unique(cells.species).tolist() for cells in (problem.train, problem.target))
+    if not (problem.config.classify.align and len(trains) == len(tested) == 1 and trains != tested):
+        return None
+    pairs = orthologs(problem.config.vocab.orthologs)
+    return shared_tokens(problem.train.x.corpus.vocabulary, pairs, trains[0], tested[0])
+
+
+def read_as(sentences: Packed, shared_V: npt.NDArray[np.int32] | None) -> Packed:
+    """Sentences with each token read as `shared_V` has it; one without any shared gene stays as it is. None: all stay."""
+    if shared_V is None:
+        return sentences
+    tokens_T, offsets = sentences
+    read_T = shared_V[tokens_T]
+    some_B = np.add.reduceat(np.append(read_T >= NUM_SPECIALS, False), offsets[:-1]) > 0
+    some_T = np.repeat(some_B & (np.diff(offsets) > 0), np.diff(offsets))
+    return keep_tokens((np.where(some_T, read_T, tokens_T), offsets), (read_T >= 0) | ~some_T)
+
+
+def is_new_study(problem: Problem[Any]) -> bool:
+    """Whether no cell of the studies to predict has trained, and `classify.align` shifts their scores."""
+    known = np.isin(problem.target.studies, problem.train.studies)
+    return problem.config.classify.align and len(known) > 0 and not known.any()
 
 
 def align_scores(test_MC: Floats, train_NC: Floats, labels_N: Ints, *, rounds: int = 10) -> Floats:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def tables(workspace: Workspace, splits: Sequence[Split], spaces: Sequence[str])
         spaces: Embeddings that were measured as a whole.
 
     Returns:
-        `scores`, `per_class`, `confusion`, `predictions`, `comparisons` (against the best baseline of each task), `epochs`
+        `scores`, `per_class`, `confusion`, `predictions`, `comparisons` (against the best baseline of each task), `added` (against the same model without the encoder), `epochs`
         (of fine-tunings), `splits` (role of every cell), `efficiency` (scores by share of the training labels) and `rejection`
         (of types that were left out of training). With `spaces` also `integration` (their measures), `maps` (two coordinates
         per cell) and `centroids` (of each species and type in every space, against the run's own encoder).
@@ -72,6 +72,7 @@ def tables(workspace: Workspace, splits: Sequence[Split], spaces: Sequence[str])
     order = ["group", "split", "direction", "seed", "model", "cell", "number", "true", "predicted", "probability"]
     out["predictions"] = out["predictions"][order]
     out["comparisons"] = comparisons(table, splits, out, workspace.config.seed)
+    out["added"] = added(table, splits, out, workspace.config.seed)
     return out | (_spaces(workspace, spaces, name_of) if spaces else {})
 
 
@@ -215,6 +216,37 @@ def comparisons(
         found: `scores` and `predictions`.
         seed: Of the bootstrap resamples.
     """
+
+    def best_baseline(model: str, by_seed: pd.DataFrame) -> list[str]:
+        if registry.is_baseline(model):
+            return []
+        baselines = [m for m in by_seed if registry.is_baseline(m)]
+        ahead = by_seed[baselines].sub(by_seed[model], axis=0).mean().dropna()
+        return [max(ahead.index, key=lambda m: (ahead[m], m))] if len(ahead) else []  # none: no seed in common
+
+    return _paired(table, splits, found, seed, best_baseline)
+
+
+def added(table: Labelled, splits: Sequence[Split], found: dict[str, pd.DataFrame], seed: int) -> pd.DataFrame:
+    """What the pretrained encoder adds: each model of the run's encoder against the same without it (`registry.controls`).
+
+    Columns and arguments as of `comparisons`; `baseline` is the control: the same model without an encoder, or on random weights.
+    """
+
+    def controls(model: str, by_seed: pd.DataFrame) -> list[str]:
+        return [m for m in registry.controls(model) if m in by_seed and by_seed[[model, m]].notna().all(axis=1).any()]
+
+    return _paired(table, splits, found, seed, controls)
+
+
+def _paired(
+    table: Labelled, splits: Sequence[Split], found: dict[str, pd.DataFrame], seed: int,
+    against: Callable[[str, pd.DataFrame], list[str]],
+) -> pd.DataFrame:  # fmt: skip
+    """Models against others of the same task.
+
+    `against` gives the other models of a model, from the macro F1 of the task by seed (rows) and model (columns).
+    """
     macro = found["scores"][found["scores"]["metric"] == "macro_f1"]
     donor_of = dict(zip(table.cells.tolist(), table.donors.tolist(), strict=True))
     classes: dict[tuple[str, str, str], set[str]] = {}
@@ -223,18 +255,11 @@ def comparisons(
     rows = []
     for task, part in macro.groupby(TASK, sort=False):
         by_seed = part.pivot(index="seed", columns="model", values="value")[part["model"].unique()]
-        baselines = [m for m in by_seed if registry.is_baseline(m)]
-        if not baselines:
-            continue
         here = found["predictions"]
         here = here[(here["group"] == task[0]) & (here["split"] == task[1]) & (here["direction"] == task[2])]
         by_model = {m: frame.sort_values(["seed", "number"]) for m, frame in here.groupby("model", sort=False)}
         code = {name: i for i, name in enumerate(sorted(classes[task]))}
-        for model in [m for m in by_seed if m not in baselines]:
-            ahead = by_seed[baselines].sub(by_seed[model], axis=0).mean().dropna()
-            if ahead.empty:  # no seed in common
-                continue
-            baseline = max(ahead.index, key=lambda m: (ahead[m], m))
+        for model, baseline in [(m, other) for m in by_seed for other in against(m, by_seed)]:
             seeds = by_seed.index[by_seed[[model, baseline]].notna().all(axis=1)]  # expensive models have fewer
             mine, rival = (one[one["seed"].isin(seeds)] for one in (by_model[model], by_model[baseline]))
             paired = metrics.compare(
@@ -254,7 +279,7 @@ def comparisons(
 
 
 def with_outcomes(comparisons: pd.DataFrame) -> pd.DataFrame:
-    """Add `p_holm`, p corrected (Holm) for the tasks of a model and a metric, and `outcome` by it (`metrics.outcomes`)."""
+    """Add `p_holm`, p corrected (Holm) for the rows of a model and a metric, and `outcome` by it (`metrics.outcomes`)."""
     if comparisons.empty:
         return comparisons
     corrected = comparisons.groupby(["model", "metric"])["p"].transform(lambda p: donors.holm(p.to_numpy(float)))

@@ -5,6 +5,7 @@ A `Workspace` is plain data (config, paths, table): it travels to any process. E
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,10 +16,10 @@ import pyarrow as pa
 import torch
 from scipy import sparse
 
-from mixgf.arrays import Floats, Ints
+from mixgf.arrays import Bools, Floats, Ints, Names
 from mixgf.classification import encoders, features
 from mixgf.classification.labels import Labelled
-from mixgf.classification.models.protocol import Model, Needs, Problem, SentenceSet, problem_of
+from mixgf.classification.models.protocol import Measured, Model, Problem, SentenceSet, problem_of
 from mixgf.classification.paths import ArtifactPaths
 from mixgf.classification.splits import Split, random_order
 from mixgf.config import parse
@@ -37,8 +38,8 @@ from mixgf.storage import artifacts, files, tables
 BLOCK_CELLS = 2_000
 """Cells whose vectors are one file."""
 
-_SPLIT_COUNTS: dict[str, tuple[sparse.csr_matrix, sparse.csr_matrix]] = {}
-"""Counts of the split that this process used last. Baselines of one split often run one after the other.
+_SPLIT_COUNTS: dict[str, tuple[sparse.csr_matrix, Names]] = {}
+"""Counts, and their genes, of the cells that this process used last. Models of one split often run one after the other.
 
 A module global: every Ray task unpickles a `Workspace` of its own, and all tasks of a process share this.
 """
@@ -68,23 +69,33 @@ class Workspace:
 
     def problem(self, split: Split, model: Model) -> Problem[Any]:
         """A split with the inputs that a model needs, from intermediate files."""
-        encoder = model.encoder
-        cells = [self.table.cells[rows] for rows in (split.train, split.test)]
-        device = torch.device("cpu")  # tasks that do not train an encoder have no GPU
-        train: Any
-        target: Any
-        if model.needs is Needs.COUNTS:
-            train, target = self._split_counts(split)
-        elif model.needs is Needs.VECTORS:
-            assert encoder is not None, "vectors are of an encoder"
-            train, target = (self.vectors(encoder, some) for some in cells)
-        else:
-            device = pick_device(self.config.compute.gpus_per_worker)
-            train, target = (SentenceSet(self.corpus, some) for some in cells)
+        # tasks that do not train an encoder have no GPU
+        gpus = self.config.compute.gpus_per_worker
+        device = pick_device(gpus) if model.trains_encoder else torch.device("cpu")
+        train, target = (self.inputs(model, split, rows) for rows in (split.train, split.test))
         return problem_of(
-            self.table, split, self.config, train, target, load_encoder=lambda: self.load_encoder(encoder or "", device),
-            device=device,
+            self.table, split, self.config, train, target,
+            load_encoder=lambda: self.load_encoder(model.encoder or "", device), device=device,
         )  # fmt: skip
+
+    def inputs(self, model: Model, split: Split, rows: Ints) -> Any:
+        """What a model needs of some rows of the table, which train or are tested in a split."""
+        cells = self.table.cells[rows]
+        if not model.reads_counts and not model.reads_vectors:
+            return SentenceSet(self.corpus, cells)
+        counts = self.split_counts(split, rows)[0] if model.reads_counts else None
+        if not model.reads_vectors:
+            return counts
+        assert model.encoder is not None, "vectors are of an encoder"
+        vectors = self.vectors(model.encoder, cells)
+        return Measured(counts=counts, vectors=vectors) if model.reads_counts else vectors
+
+    def has_inputs(self, model: Model, sources: Iterable[str]) -> bool:
+        """Whether the intermediate files are there that a model reads of cells of some sources."""
+        if model.reads_counts and not all(files.exists(self.paths.counts(source)) for source in sources):
+            return False
+        own = model.encoder == encoders.CHECKPOINT and self.paths.embeddings
+        return not model.reads_vectors or bool(own or files.list_dir(self.paths.vectors(model.encoder or "")))
 
     # Raw counts
 
@@ -104,8 +115,8 @@ class Workspace:
         )
         raw_counts.save_counts(self.paths.counts(source), cells[order], found)
 
-    def counts(self, rows: Ints) -> sparse.csr_matrix:
-        """Raw counts (N, G) of rows of the table, in their order, in one gene space (`raw_counts.shared_gene_space`)."""
+    def counts(self, rows: Ints) -> tuple[sparse.csr_matrix, Names]:
+        """Raw counts (N, G) of rows of the table, in their order, and their genes (`raw_counts.shared_gene_space`)."""
         table, vocabulary = self.table, self.corpus.vocabulary
         blocks, numbers = [], []
         for source in np.unique(table.sources[rows]).tolist():
@@ -118,19 +129,26 @@ class Workspace:
             blocks.append(Counts(matrix=found[keep], genes=genes, species=name))
         several = len({b.species for b in blocks}) > 1
         orthologs = species.orthologs(self.config.vocab.orthologs) if several else {}
-        matrices, _ = raw_counts.shared_gene_space(blocks, orthologs)
+        matrices, shared = raw_counts.shared_gene_space(blocks, orthologs)
         whole, have = sparse.vstack(matrices, format="csr"), np.concatenate(numbers)
         order = np.argsort(have)
-        return sparse.csr_matrix(whole[order[np.searchsorted(have[order], table.cells[rows])]])
+        return sparse.csr_matrix(whole[order[np.searchsorted(have[order], table.cells[rows])]]), shared
 
-    def _split_counts(self, split: Split) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        """Raw counts of the training and of the tested cells, in one gene space."""
-        key = self.paths.prediction(split, "")
+    def split_counts(self, split: Split, rows: Ints) -> tuple[sparse.csr_matrix, Names]:
+        """Raw counts of rows of the table over the genes that every study of a split detects, and these genes.
+
+        Where several studies meet, a gene that one of them never detects is left out (`common_genes`).
+        """
+        every = np.concatenate([split.train, split.test])
+        key = f"{self.paths.output} {self.paths.prediction(split, '')}"
         if key not in _SPLIT_COUNTS:
             _SPLIT_COUNTS.clear()
-            whole, number = self.counts(np.concatenate([split.train, split.test])), len(split.train)
-            _SPLIT_COUNTS[key] = sparse.csr_matrix(whole[:number]), sparse.csr_matrix(whole[number:])
-        return _SPLIT_COUNTS[key]
+            counts, genes = self.counts(every)
+            common = common_genes(counts, self.table.datasets[every])
+            _SPLIT_COUNTS[key] = sparse.csr_matrix(counts[:, common]), genes[common]
+        counts, genes = _SPLIT_COUNTS[key]
+        order = np.argsort(every)
+        return sparse.csr_matrix(counts[order[np.searchsorted(every[order], rows)]]), genes
 
     # Vectors
 
@@ -154,8 +172,7 @@ class Workspace:
         for name in files.list_dir(folder):
             table = tables.read_table(files.join(folder, name))
             mine = np.isin(table["cell"].to_numpy(), cells)
-            if mine.any():
-                found.append((table["cell"].to_numpy()[mine], vector_column(table)[mine]))
+            found.append((table["cell"].to_numpy()[mine], vector_column(table)[mine]))
         have = np.concatenate([c for c, _ in found])
         order = np.argsort(have)
         return np.concatenate([v for _, v in found])[order][np.searchsorted(have[order], cells)]
@@ -167,7 +184,7 @@ class Workspace:
         assert len(names) == len(corpus.shards), "embeddings lie beside the shards of their corpus"
         by_shard: dict[int, npt.NDArray[np.float32]] = {}
         shard_of = np.searchsorted(corpus.starts, cells, side="right") - 1
-        for shard in np.unique(shard_of).tolist():
+        for shard in np.unique(shard_of).tolist() or [0]:  # of no cells: the width
             matrix = vector_column(tables.read_table(files.join(folder, names[shard]), ["vector"]))
             by_shard[shard] = matrix[cells[shard_of == shard] - corpus.starts[shard]]
         out = np.empty((len(cells), next(iter(by_shard.values())).shape[1]), dtype=np.float32)
@@ -190,7 +207,18 @@ class Workspace:
         """Vectors of rows of the table by an encoder, or in the space `encoders.EXPRESSION`."""
         if space != encoders.EXPRESSION:
             return self.vectors(space, self.table.cells[rows])
-        return features.expression_space(self.counts(rows), self.config.classify.num_hvgs, self.config.seed)
+        return features.expression_space(self.counts(rows)[0], self.config.classify.num_hvgs, self.config.seed)
+
+
+def common_genes(counts_NG: sparse.csr_matrix, datasets_N: Names) -> Bools:
+    """Genes that every data set detects in at least one cell (G,); with one data set all genes.
+
+    A gene that a data set did not measure has zeros there, which would look like a difference between its cells and the others'.
+    """
+    names = np.unique(datasets_N)
+    if len(names) < 2:
+        return np.ones(counts_NG.shape[1], dtype=bool)
+    return np.all([np.asarray(counts_NG[datasets_N == name].sum(0)).ravel() > 0 for name in names], axis=0)
 
 
 def as_column(vectors_ND: Floats) -> pa.FixedSizeListArray:

@@ -57,7 +57,7 @@ def _spaces(
         yield encoder_set.space_name(encoder), workspace.vectors(encoder, cells), None
     if encoder_set.name or not context.config.compare.controls:
         return
-    counts = workspace.counts(np.arange(len(cells)))
+    counts, _ = workspace.counts(np.arange(len(cells)))
     detected = [np.asarray((counts[s.rows_N] > 0).mean(0)).ravel() >= MIN_DETECTED for s in shifts]
     genes = np.flatnonzero(np.any(detected, axis=0))
     seen_KD = np.stack(detected)[:, genes]

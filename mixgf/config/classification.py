@@ -68,17 +68,25 @@ class Classify:
             "finetune",
             "knn",
             "probe",
+            "encoder_pca",
             "knn@untrained",
             "probe@untrained",
+            "encoder_pca@untrained",
             "majority",
             "hvg_logreg",
             "pca_knn",
             "pseudobulk",
+            "genes_vote",
+            "genes_logreg",
+            "genes_centroid",
+            "genes_ranks",
+            "joint_pca",
+            "pca_logreg",
             "rank_pca",
         ),
         role="models",
     )
-    """What is scored, each on the same splits. `finetune`, `knn`, `probe` and `centroid` use the run's checkpoint.
+    """What is scored, each on the same splits. `finetune`, `knn`, `probe`, `centroid` and `encoder_pca` use the run's checkpoint.
     `probe@untrained` uses random weights, `probe@NAME` one of `encoders`. The other names are baselines."""
     label_shares: tuple[float, ...] = option((), role="asked", above=0, most=1)
     """Shares of the training labels of the random split, for the label-efficiency curve, for example 0.01,0.05,0.1."""
@@ -91,9 +99,13 @@ class Classify:
     """Cells, drawn at random, on which each embedding is scored for the species and batches still visible in it.
     0: not scored."""
     knn: int = option(5, role="heads")
-    """Neighbours that vote in `knn` and `pca_knn`."""
+    """Neighbours that vote in `knn`, `pca_knn` and `joint_pca`."""
     num_hvgs: int = option(2000, role="heads")
     """Highly variable genes of the baselines that select genes."""
+    align: bool = option(True, role="heads")
+    """Cells of a data set or species without training cells are read relative to their own mean, for every model: the unlabelled
+    cells to predict are seen. Models on sentences read one-to-one orthologs, and their class scores are shifted to the mean of the
+    training cells. False: relative to the training cells."""
     epochs: int = option(10, role="finetune")
     """Epochs of fine-tuning."""
     min_steps: int = option(0, role="finetune", unit="steps")
@@ -115,9 +127,6 @@ class Classify:
     warm_start: bool = option(False, role="finetune")
     """Start fine-tuning from the head that logistic regression finds on the unchanged encoder. This start counts as epoch 0
     and is kept if no epoch has a lower validation loss."""
-    align: bool = option(False, role="finetune")
-    """Between species, a fine-tuned model reads only genes with a one-to-one ortholog, by the ids of the training species.
-    The class scores of the tested species are shifted to the mean of the training cells; no test label is used."""
     lora_rank: int = option(0, role="finetune", least=0)
     """Fine-tune low-rank adapters (LoRA) of this rank instead of all weights. 0: all weights."""
     lora_alpha: float = option(16.0, role="finetune", above=0)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+from scipy import sparse
 
 from mixgf.cells import counts, qc
 from mixgf.cells.reader import Reader
@@ -105,6 +106,8 @@ class Sentences:
     genes_N: npt.NDArray[np.int64]
     """Detected genes of the vocabulary in each cell; 0: the sentence is empty."""
     metrics: qc.Metrics | None = None
+    counts_NG: sparse.csr_matrix | None = None
+    """Raw counts over the genes of the species in the vocabulary (`Genes.of_species`), where they are asked for."""
 
     @property
     def lengths_N(self) -> I32:
@@ -125,8 +128,9 @@ def take(tokens_T: I32, offsets_N1: I64, cells_B: I64, max_len: int = 0) -> tupl
 
 
 def blocks(
-    reader: Reader, genes: Genes, tokens: Tokens, start: int, stop: int, *, rows: int, measure: bool = False
-) -> Iterator[Sentences]:
+    reader: Reader, genes: Genes, tokens: Tokens, start: int, stop: int, *, rows: int, measure: bool = False,
+    with_counts: bool = False,
+) -> Iterator[Sentences]:  # fmt: skip
     """Sentences of rows [start, stop), of at most `rows` cells at a time.
 
     Args:
@@ -137,6 +141,7 @@ def blocks(
         stop: Row after the last.
         rows: Cells held in memory at a time.
         measure: Work out the metrics of quality control, too.
+        with_counts: Keep the raw counts, too.
     """
     encode = rank_value.Encoder(rank_value.Ranks.of(genes.of_species, tokens.scaling), genes.position_G, tokens)
     masks = {f"{name}_G": genes.columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
@@ -148,6 +153,10 @@ def blocks(
         genes_N = np.bincount(row_E[counted_E], minlength=num_cells)
         metrics = qc.cell_metrics(block.data, block.indices, block.indptr, **masks, sums_G=sums_G) if measure else None
         tokens_T, offsets_N1 = encode(block.data, block.indices, block.indptr)
+        counts_NG = None
+        if with_counts:
+            entries = (block.data[counted_E], (row_E[counted_E], genes.position_G[block.indices[counted_E]]))
+            counts_NG = sparse.csr_matrix(entries, shape=(num_cells, len(genes.of_species.genes)), dtype=np.float32)
         yield Sentences(
             start=block.start,
             tokens_T=tokens_T,
@@ -155,6 +164,7 @@ def blocks(
             cls=tokens.cls,
             genes_N=genes_N,
             metrics=metrics,
+            counts_NG=counts_NG,
         )
 
 

@@ -30,6 +30,7 @@ TABLES = {
     "integration": ("classify", "integration.parquet"),
     "centroids": ("classify", "centroids.parquet"),
     "comparisons": ("classify", "comparisons.parquet"),
+    "added": ("classify", "added.parquet"),
     "epochs": ("classify", "epochs.parquet"),
     "per_class": ("classify", "per_class.parquet"),
     "confusion": ("classify", "confusion.parquet"),

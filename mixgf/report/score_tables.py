@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from mixgf.classification import registry
-from mixgf.classification.encoders import UNTRAINED
 from mixgf.report import verdicts, wording
 from mixgf.report.verdicts import TASK
 from mixgf.storage.artifacts import Record
@@ -30,22 +29,6 @@ def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
         seeds=("seed", "nunique"), interval_by=("interval_by", "first")
     )
     return out.merge(extra.reset_index(), on=keys)
-
-
-def pretraining_gain(table: pd.DataFrame, metric: str = "macro_f1") -> list[tuple[str, str, float, int]]:
-    """Gain by pretraining: rows of (split, model, mean difference to the same model on an untrained encoder, number of tasks)."""
-    rows = table[table["metric"] == metric]
-    wide = rows.pivot_table(index=TASK, columns="model", values="value", observed=True)
-    out = []
-    for split in [s for s in wording.SPLITS if s in set(rows["split"])]:
-        for model in [m for m in registry.OWN if m in wide]:
-            control = registry.on_encoder(registry.parse(model), UNTRAINED).name
-            if control not in wide:
-                continue
-            change = (wide[model] - wide[control]).xs(split, level="split").dropna()
-            if len(change):
-                out.append((split, model, float(change.mean()), len(change)))
-    return out
 
 
 def groups_of(record: Record | None) -> dict[str, Any]:

@@ -44,15 +44,21 @@ def run(model: str, source: Source, to: str, settings: Config, *, executor: Exec
         ]
     )
     work = f"{to}.parts-{key[:12]}"
+    form = files.join(work, "form")
+    first = Task(
+        part=files.join(form, kept_classifier.LAST_FILE), function=annotate.write_form, args=(uri, file, form), weight=1
+    )
     tasks = []
     for start in range(0, file.num_cells, PART_CELLS):
         stop, part = min(start + PART_CELLS, file.num_cells), files.join(work, f"{start:010d}.parquet")
-        plan = annotate.LabelPlan(model=uri, version=key, file=file, start=start, stop=stop, to=part)
+        plan = annotate.LabelPlan(model=form, version=key, file=file, start=start, stop=stop, to=part)
         tasks.append(Task(part=part, function=annotate.label_cells, args=(plan,), weight=stop - start))
-    if missing(tasks):
+    if missing([first, *tasks]):
         executor = executor or RayExecutor(settings)
         with executor.session():
+            fan_out("annotate: alignment to the file", [first], executor.run)
             fan_out("annotate", tasks, executor.run, unit="cells")
+    kept, _ = kept_classifier.read(form)
     table = annotate.frame([tables.read_table(task.part) for task in tasks])
     found = annotate.summary(uri, kept, file, table)
     annotate.write(to, file.source, table, kept.classes, annotate.facts(found))

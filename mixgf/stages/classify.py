@@ -21,7 +21,7 @@ import pyarrow as pa
 from mixgf.classification import encoders, kept_classifier, labels, prediction_task, registry, splits, tables
 from mixgf.classification.labels import Labelled
 from mixgf.classification.models.finetuned import Finetune
-from mixgf.classification.models.protocol import FEWEST_SECONDS, Model, Needs
+from mixgf.classification.models.protocol import FEWEST_SECONDS, Model
 from mixgf.classification.paths import SCRATCH, ArtifactPaths, slug
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import BLOCK_CELLS, Workspace, find_embeddings
@@ -135,8 +135,8 @@ def _plan(config: Config, uri: str) -> tuple[ArtifactPaths, Record]:
     checkpoint_uri = config.inputs.checkpoint or files.join(config.output, "pretrain")
     corpus = artifacts.require(corpus_uri, "corpus")
     models = registry.models(config.classify)
-    if "imported" in corpus.details and (counted := [m.name for m in models if m.needs is Needs.COUNTS]):
-        others = ",".join(m.name for m in models if m.needs is not Needs.COUNTS) or Finetune.head
+    if "imported" in corpus.details and (counted := [m.name for m in models if m.reads_counts]):
+        others = ",".join(m.name for m in models if not m.reads_counts) or Finetune.head
         msg = (f"classify.models: {', '.join(counted)} need raw counts, which the imported corpus {corpus_uri} does not have; "
                f"leave them out: --set classify.models={others}")  # fmt: skip
         raise UserError(msg)
@@ -283,7 +283,7 @@ class _Work:
         cells, models = np.sort(table.cells), {self.scored[task][1] for task in self.todo}
         asked = {str(task.args[-1]) for task in missing(self.whole)}
         found = []
-        if any(model.needs is Needs.COUNTS for model in models) or encoders.EXPRESSION in asked:
+        if any(model.reads_counts for model in models) or encoders.EXPRESSION in asked:
             for source in np.unique(table.sources).tolist():
                 mine = np.sort(table.cells[table.sources == source])
                 found.append(
@@ -292,7 +292,7 @@ class _Work:
                         weight=len(mine) / 1000, threads=1,
                     )
                 )  # fmt: skip
-        for encoder in sorted(set(registry.encoders_of(models, [Needs.VECTORS])) | asked - {encoders.EXPRESSION}):
+        for encoder in sorted(set(registry.encoders_of(models, registry.FROZEN)) | asked - {encoders.EXPRESSION}):
             if encoder == encoders.CHECKPOINT and paths.embeddings:
                 continue
             for number, start in enumerate(range(0, len(cells), BLOCK_CELLS)):

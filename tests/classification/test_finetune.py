@@ -23,6 +23,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed, lora
 from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
+from mixgf.genes.vocabulary import NUM_SPECIALS
 from mixgf.rng import dropout_keys, dropped, hashed
 from mixgf.training import worker_group
 
@@ -408,8 +409,8 @@ def test_another_species_is_read_by_the_ids_of_the_one_that_trains(corpus: Corpu
     shared = species_alignment.shared_tokens(vocabulary, pairs, "human", "mouse")
     assert shared[mouse.tokens[2]] == shared[human.tokens[0]] == human.tokens[0]
     assert shared[mouse.tokens[1]] == shared[human.tokens[3]] == human.tokens[3]
-    assert shared[: finetune.NUM_SPECIALS].tolist() == list(range(finetune.NUM_SPECIALS))
-    assert (shared >= 0).sum() == finetune.NUM_SPECIALS + 4
+    assert shared[:NUM_SPECIALS].tolist() == list(range(NUM_SPECIALS))
+    assert (shared >= 0).sum() == NUM_SPECIALS + 4
 
 
 def test_sentences_keep_shared_genes_in_order_and_one_without_any_stays(corpus: Corpus) -> None:

@@ -127,7 +127,7 @@ def test_the_stage_gives_the_same_classifier_in_this_process_and_annotate_takes_
     assert [name for name, value in expected.items() if not np.array_equal(ours[name], value)] == []
     kept, vocabulary, record = kept_classifier.load(kept_classifier.find(str(tmp_path)))
     corpus = Corpus(inputs[0])
-    p_NC = kept.probabilities(kept.vectors(corpus, np.arange(CELLS)))
+    p_NC = kept.probabilities(kept.cells(corpus, np.arange(CELLS), None, "human"))
     right = np.asarray(kept.classes)[p_NC.argmax(1)] == np.where(np.arange(CELLS) % 2, "alpha", "beta")
     assert right.mean() > 0.9
     assert (vocabulary.hash, record.counts) == (corpus.vocabulary.hash, {"classes": 2})

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from mixgf.classification import finetune, workspace
 from mixgf.classification.labels import Labelled
@@ -65,14 +66,21 @@ def test_finetuning_and_embedding_compute_on_the_gpu_that_is_asked_for_or_stop(d
     assert contexts == ([] if missing else [expected])
 
 
-def test_a_kept_probe_reads_vectors_that_are_there_and_needs_no_gpu(devices, monkeypatch):
+def test_a_probe_reads_vectors_that_are_there_and_needs_no_gpu(devices, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Workspace, "vectors", lambda self, encoder, cells: np.eye(6, dtype=np.float32)[cells])
-    fitted = Probe().fit(made(1.0).problem(SPLIT, Probe()))
-    linear = fitted.linear()
-    assert devices == [torch.device("cpu")]
-    assert linear.head_CD.shape == (2, 6)
-    np.testing.assert_array_equal(linear.vectors_ND.argmax(1), [0, 3, 1, 2, 4, 5])  # learning, validation, test
+    problem = made(1.0).problem(SPLIT, Probe())
+    fitted = Probe().fit(problem)
+    assert devices == []
+    assert fitted.encoder is None
+    np.testing.assert_array_equal(problem.train.x.argmax(1), np.arange(4))
+    assert fitted.predict(problem.target).shape == (2, 2)
+
+
+def test_genes_that_a_data_set_never_detects_are_left_out_where_data_sets_meet():
+    counts = sparse.csr_matrix(np.array([[1, 0, 2], [3, 0, 0], [0, 5, 1]], dtype=np.float32))
+    assert workspace.common_genes(counts, np.array(["a", "a", "b"])).tolist() == [False, False, True]
+    assert workspace.common_genes(counts, np.array(["a", "a", "a"])).all()
 
 
 def test_an_open_corpus_stays_in_its_process(devices):

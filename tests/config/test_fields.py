@@ -36,7 +36,7 @@ def test_a_later_field_is_in_the_content_only_where_it_is_set():
 def test_every_field_of_classify_has_one_role():
     roles = {name: facts.role for name, facts in facts_of(Classify).items()}
     assert set(roles.values()) == {"cells", "asked", "models", "heads", "finetune"}
-    assert names(Classify, role="heads") == ("knn", "num_hvgs")
+    assert names(Classify, role="heads") == ("knn", "num_hvgs", "align")
     assert {"temperature", "view", "pooling"} < set(names(Objective, role="contrast"))
     assert names(Train, role="finetune") == ("schedule", "weight_decay", "clip", "precision")
 

@@ -1,36 +1,49 @@
-"""Baselines on raw counts, scored on the same splits as the encoder's models.
+"""Models on raw counts, or on sentences without an encoder, scored on the same splits as the encoder's models.
 
-Genes, scales, components and weights are fitted on training cells only. Between species, counts are in the space of one-to-one
-orthologs and every feature is z-scored within its species (`features.Scale`). That uses the counts of the cells to predict, and
-never their labels.
+Genes, scales, components and weights are fitted on training cells only; a model that also reads the counts of the cells to predict
+says so. Between species, counts are in the space of one-to-one orthologs, between data sets in that of the genes that all of them
+detect. `readings` has how cells become vectors, and what is subtracted from a study without training cells.
 
-Shape letters: N training cells, M cells to predict, G genes, H chosen genes, C classes.
+Shape letters: N training cells, M cells to predict, G genes, H chosen genes, C classes, V tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+from scipy import sparse
 
 from mixgf.arrays import Floats, Names
-from mixgf.classification import simple_classifiers
+from mixgf.classification import linear_start, simple_classifiers
 from mixgf.classification.features import Scale, log_normalise, principal_components, rank_scores, variable_genes
-from mixgf.classification.models.protocol import CellSet, CountMatrix, CountsModel, Fitted, Problem
+from mixgf.classification.models.protocol import (
+    CellSet,
+    CountMatrix,
+    CountsModel,
+    Fitted,
+    Model,
+    Needs,
+    Problem,
+    SentenceSet,
+)
+from mixgf.classification.readings import Align, Classifier, Member, Reading, align_of, fit_reading
+from mixgf.classification.simple_classifiers import Head
+from mixgf.classification.species_alignment import align_scores, is_new_study, read_as, shared_tokens_of
+from mixgf.corpus.packed import truncate
 
 
-def _expression(problem: Problem[CountMatrix]) -> Callable[[CellSet[CountMatrix]], Floats]:
-    """Log-normalised variable genes, z-scored within species, as a function from cells to features (M, H)."""
-    logged = log_normalise(problem.train.x)
-    genes = variable_genes(logged, problem.config.classify.num_hvgs)
-    scale = Scale.fit(logged[:, genes].toarray(), problem.train.species)
-    return lambda cells: scale(log_normalise(cells.x)[:, genes].toarray(), cells.species)
+def one(reading: Reading, head: Head) -> Fitted[Any]:
+    """A model with one reading and one head."""
+    made = Classifier(members=(Member(readings=(reading,), head=head),))
+    return Fitted(predict=made, classifier=made)
 
 
 class Majority(CountsModel):
     """Every cell gets the class frequencies of the training cells."""
 
-    head, label = "majority", "majority class"
+    head, label, can_keep = "majority", "majority class", False
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         shares_C = np.bincount(problem.labels, minlength=problem.num_classes) / len(problem.labels)
@@ -38,51 +51,94 @@ class Majority(CountsModel):
 
 
 class HvgLogisticRegression(CountsModel):
-    """Logistic regression on log-normalised, z-scored variable genes."""
+    """Logistic regression (C = 1) on log-normalised, z-scored variable genes: the usual baseline of published comparisons."""
 
-    head, label, seconds = "hvg_logreg", "variable genes + logistic regression", 0.5
+    head, label, seconds = "hvg_logreg", "z-scored genes + logistic regression", 0.5
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
-        features = _expression(problem)
-        head = simple_classifiers.logistic_regression(features(problem.train), problem.labels, problem.num_classes)
-        return Fitted(predict=lambda cells: head(features(cells)))
+        reading = fit_reading(problem, "expression", z_scores=True, length="none")
+        head = simple_classifiers.logistic_regression(reading(problem.train), problem.labels, problem.num_classes)
+        return one(reading, head)
+
+
+class GenesLogisticRegression(CountsModel):
+    """Logistic regression on variable genes on one scale; cells have length 1, and every type the same weight in the loss."""
+
+    head, label, seconds = "genes_logreg", "genes on one scale + logistic regression", 0.5
+
+    def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
+        reading = fit_reading(problem, "expression")
+        return one(reading, balanced_regression(reading(problem.train), problem))
 
 
 class PcaNeighbours(CountsModel):
-    """K nearest neighbours (Euclidean) on 50 principal components of log-normalised, z-scored variable genes."""
+    """K nearest neighbours by cosine on 50 principal components of log-normalised variable genes, without z-scores."""
 
     head, label, seconds = "pca_knn", "PCA + 5-NN", 0.4
+    joint: ClassVar[bool] = False
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
-        features = _expression(problem)
-        train_NH = features(problem.train)
-        components = principal_components(train_NH, problem.seed())
-        head = simple_classifiers.nearest_neighbours(
-            components(train_NH), problem.labels, problem.num_classes, number=problem.config.classify.knn,
-            metric="euclidean",
-        )  # fmt: skip
-        return Fitted(predict=lambda cells: head(components(features(cells))))
+        reading = fit_reading(problem, "expression", components=True, joint=self.joint)
+        return one(reading, neighbours(reading(problem.train), problem))
+
+
+class JointPcaNeighbours(PcaNeighbours):
+    """The same on principal components of training cells and cells to predict, each study centred on its own mean.
+
+    Cells to predict are seen without their labels.
+    """
+
+    head, label, seconds, joint = "joint_pca", "joint PCA + 5-NN (unlabelled test cells seen)", 0.6, True
+
+
+class JointPcaCentroid(CountsModel):
+    """Nearest class mean by cosine on the components of `joint_pca`: unlabelled cells help where labels are few."""
+
+    head, label, seconds = "joint_pca_centroid", "joint PCA + centroid (unlabelled test cells seen)", 0.6
+
+    def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
+        reading = fit_reading(problem, "expression", components=True, joint=True)
+        head = simple_classifiers.nearest_centroid(reading(problem.train), problem.labels, problem.num_classes)
+        return one(reading, head)
+
+
+class PcaLogisticRegression(CountsModel):
+    """Logistic regression on 50 principal components of variable genes: `encoder_pca` without the encoder."""
+
+    head, label, seconds = "pca_logreg", "PCA + logistic regression", 0.5
+
+    def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
+        reading = fit_reading(problem, "expression", components=True, length="common")
+        return one(reading, balanced_regression(reading(problem.train), problem))
 
 
 class RankPca(CountsModel):
     """Normal scores of ranks within the cell (variable genes), 50 principal components, logistic regression."""
 
-    head, label, seconds = "rank_pca", "rank z-scores + PCA", 1.2
+    head, label, seconds, can_keep = "rank_pca", "rank z-scores + PCA", 1.2, False
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         genes = variable_genes(log_normalise(problem.train.x), problem.config.classify.num_hvgs)
-        train_NH = rank_scores(problem.train.x, genes)
-        within = Scale.fit(train_NH, problem.train.species) if problem.across else None
+        train_NH, studies = (
+            rank_scores(problem.train.x, genes),
+            np.union1d(problem.train.studies, problem.target.studies),
+        )
+        within = Scale.fit(train_NH, problem.train.studies)
+        several = len(studies) > 1 and align_of(problem) is Align.OWN_MEAN
 
-        def scaled(ranks_MH: Floats, species_M: Names) -> Floats:
-            return ranks_MH if within is None else within(ranks_MH, species_M)
+        def scaled(ranks_MH: Floats, studies_M: Names) -> Floats:
+            return within(ranks_MH, studies_M) if several else ranks_MH
 
-        train_NH = scaled(train_NH, problem.train.species)
-        components = principal_components(train_NH, problem.seed())
-        train_NK = components(train_NH)
+        train_NH = scaled(train_NH, problem.train.studies)
+        mean_H, components = train_NH.mean(0), principal_components(train_NH, problem.seed())
+        train_NK = (train_NH - mean_H) @ components
         scale = Scale.fit(train_NK)
         head = simple_classifiers.logistic_regression(scale(train_NK), problem.labels, problem.num_classes)
-        return Fitted(predict=lambda cells: head(scale(components(scaled(rank_scores(cells.x, genes), cells.species)))))
+        return Fitted(
+            predict=lambda cells: head(
+                scale((scaled(rank_scores(cells.x, genes), cells.studies) - mean_H) @ components)
+            )
+        )
 
 
 class Pseudobulk(CountsModel):
@@ -91,6 +147,78 @@ class Pseudobulk(CountsModel):
     head, label, seconds = "pseudobulk", "nearest pseudobulk", 0.3
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
-        features = _expression(problem)
-        head = simple_classifiers.nearest_centroid(features(problem.train), problem.labels, problem.num_classes)
-        return Fitted(predict=lambda cells: head(features(cells)))
+        reading = fit_reading(problem, "expression", z_scores=True)
+        head = simple_classifiers.nearest_centroid(reading(problem.train), problem.labels, problem.num_classes)
+        return one(reading, head)
+
+
+class GenesVote(CountsModel):
+    """Mean probability of `genes_logreg` and `pseudobulk`: they fail in different cells."""
+
+    head, label, seconds = "genes_vote", "regression and pseudobulk, mean of both", 0.8
+
+    def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
+        several = [kind().fit(problem).classifier for kind in (GenesLogisticRegression, Pseudobulk)]
+        made = Classifier(members=tuple(member for each in several if each is not None for member in each.members))
+        return Fitted(predict=made, classifier=made)
+
+
+@dataclass(frozen=True)
+class GenesRanks(Model):
+    """The convex start of `finetune_linear_start` without the encoder: regression on the genes of the sentence and their ranks.
+
+    Between species it reads one-to-one orthologs. Scores of a study without training cells are shifted to those of the training
+    cells (`species_alignment.align_scores`), as those of fine-tuned models are.
+    """
+
+    head, label, seconds = "genes_ranks", "gene ranks + logistic regression", 1.0
+    needs: ClassVar[Needs] = Needs.SENTENCES
+
+    @property
+    def encoder(self) -> None:
+        """None."""
+        return
+
+    def reads(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Length of sentences and alignment."""
+        settings = {name: run["classify"][name] for name in ("align", "max_len")}
+        return settings | ({"orthologs": run["vocab"]["orthologs"]} if settings["align"] else {})
+
+    def fit(self, problem: Problem[SentenceSet]) -> Fitted[SentenceSet]:
+        settings, shared_V = problem.config.classify, shared_tokens_of(problem)
+
+        def ranks(cells: CellSet[SentenceSet]) -> sparse.csr_matrix:
+            read = truncate(*read_as(cells.x.corpus.tokens(cells.x.cells), shared_V), settings.max_len)
+            return linear_start.gene_rows(*read, cells.x.corpus.vocabulary.size)
+
+        start = linear_start.fit_best(
+            np.zeros((len(problem.labels), 0)), ranks(problem.train), problem.labels, problem.num_classes,
+            seed=problem.seed(1), shares=(1.0,),
+        )  # fmt: skip
+        head = simple_classifiers.LinearHead(start.genes_CV, start.bias_C)
+        made = Classifier(members=(Member(readings=(Reading(raw="ranks"),), head=head),))
+        return Fitted(
+            predict=aligned(lambda cells: head(ranks(cells)), problem), classifier=made, max_len=settings.max_len
+        )
+
+
+def aligned(predict: Any, problem: Problem[Any]) -> Any:
+    """Predictions whose scores are shifted where no cell of the studies to predict has trained (`classify.align`)."""
+    if not is_new_study(problem):
+        return predict
+    own_NC = predict(problem.train)
+    return lambda cells: align_scores(predict(cells), own_NC, problem.labels)
+
+
+def neighbours(train_NK: Floats, problem: Problem[Any]) -> simple_classifiers.NeighbourHead:
+    """The `classify.knn` nearest training cells by cosine."""
+    return simple_classifiers.nearest_neighbours(
+        train_NK, problem.labels, problem.num_classes, number=problem.config.classify.knn
+    )
+
+
+def balanced_regression(train_NH: Floats, problem: Problem[Any]) -> simple_classifiers.LinearHead:
+    """Logistic regression for cells of length 1 with the same weight for every class."""
+    return simple_classifiers.logistic_regression(
+        train_NH, problem.labels, problem.num_classes, strength=simple_classifiers.STRENGTH, balanced=True
+    )

@@ -9,18 +9,19 @@ import numpy as np
 
 from mixgf.classification import finetune
 from mixgf.classification.finetune import Tuned
-from mixgf.classification.models.protocol import EncoderModel, Fitted, LinearClassifier, Needs, Problem, SentenceSet
+from mixgf.classification.models.protocol import EncoderModel, Fitted, Needs, Problem, SentenceSet
+from mixgf.classification.readings import Classifier, Member, Reading
+from mixgf.classification.simple_classifiers import LinearHead
 from mixgf.config.classification import Classify
 from mixgf.config.fields import names
 from mixgf.config.run import Config
 from mixgf.config.training import Train
-from mixgf.encoder import embed
 from mixgf.training.worker_group import LocalContext
 
 LORA_RANK = 8
 """Rank of `lora` where `classify.lora_rank` is 0."""
 _LINEAR_START: dict[str, Any] = {
-    "layer": "all", "gene_weights": True, "warm_start": True, "align": True, "epochs": 2, "min_steps": 0, "warmup_steps": 20,
+    "layer": "all", "gene_weights": True, "warm_start": True, "epochs": 2, "min_steps": 0, "warmup_steps": 20,
     "batch_cells": 16,
 }  # fmt: skip
 """Fields of `classify` for a training that begins with a fitted linear layer (`linear_start`).
@@ -33,7 +34,7 @@ they raise the validation loss, the linear layer predicts.
 class Finetune(EncoderModel):
     """Fine-tuning by the settings of `classify`, by default those of the paper (section 4.3)."""
 
-    head, label, can_keep = "finetune", "fine-tuned", True
+    head, label = "finetune", "fine-tuned"
     needs: ClassVar[Needs] = Needs.ENCODER
     sets: ClassVar[dict[str, Any]] = {}
     """Fields of `classify` that the model sets, whatever the config says."""
@@ -51,10 +52,10 @@ class Finetune(EncoderModel):
         return self.recipe(config).classify.epochs
 
     def reads(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Settings of the training; with `classify.align` the table of orthologs too."""
+        """Settings of the training and alignment; with `classify.align` the table of orthologs too."""
         train = {name: run["train"][name] for name in names(Train, role="finetune")}
         tuning = run["classify"] | self.changes(run["classify"]["lora_rank"])
-        rest = {name: tuning[name] for name in names(Classify, role="finetune")}
+        rest = {name: tuning[name] for name in ("align", *names(Classify, role="finetune"))}
         orthologs = run["vocab"]["orthologs"] if tuning["align"] else []
         return rest | {"embed": run["embed"], "train": train, "orthologs": orthologs}
 
@@ -63,8 +64,9 @@ class Finetune(EncoderModel):
         context = LocalContext(problem.device)
         tuned = finetune.finetune(problem.load_encoder(), problem, config=config, context=context)
         return Fitted(
-            predict=lambda cells: tuned.predict(cells.x.cells), notes=tuned.notes(),
-            linear=lambda: _linear(tuned, problem, config),
+            predict=lambda cells: tuned.predict(cells.x.cells), notes=tuned.notes(), classifier=classifier_of(tuned),
+            encoder=tuned.model.encoder, layer=config.classify.layer,
+            max_len=finetune.longest_read(tuned.model.encoder, config.classify),
         )  # fmt: skip
 
 
@@ -72,6 +74,7 @@ class FinetuneLinearStart(Finetune):
     """Fine-tuning that begins with the linear layer fitted to the untouched encoder and the genes of the sentences."""
 
     head, label = "finetune_linear_start", "fine-tuned from a convex start"
+    without: ClassVar[str] = "genes_ranks"
     sets: ClassVar[dict[str, Any]] = _LINEAR_START | {"lr": 3e-4}
 
 
@@ -79,6 +82,7 @@ class Lora(Finetune):
     """Low-rank adapters (LoRA, Hu et al. 2022) that begin with the same linear layer."""
 
     head, label = "lora", "LoRA from a convex start"
+    without: ClassVar[str] = "genes_ranks"
     sets: ClassVar[dict[str, Any]] = _LINEAR_START | {"lr": 1e-3}
 
     def changes(self, lora_rank: int) -> dict[str, Any]:
@@ -86,16 +90,9 @@ class Lora(Finetune):
         return self.sets | {"lora_rank": lora_rank or LORA_RANK, "freeze_layers": 0}
 
 
-def _linear(tuned: Tuned, problem: Problem[SentenceSet], config: Config) -> LinearClassifier:
-    """The trained encoder and its class head, with vectors of all cells of the problem by that encoder."""
-    encoder, max_len = tuned.model.encoder, finetune.longest_read(tuned.model.encoder, config.classify)
-    parts = (problem.learning, problem.validation, problem.target)
+def classifier_of(tuned: Tuned) -> Classifier:
+    """The class head on the trained encoder's vectors and, with `gene_weights`, on the genes of the sentence."""
     head_CD, bias_C, genes_CV = tuned.model.linear()
-    vectors_ND = embed.embed_cells(
-        encoder, problem.train.x.corpus, np.concatenate([part.x.cells for part in parts]), config.embed.pooling,
-        config.classify.layer, config.train.micro_tokens, max_len=max_len,
-    )  # fmt: skip
-    return LinearClassifier(
-        encoder=encoder, head_CD=head_CD, bias_C=bias_C, genes_CV=genes_CV, layer=config.classify.layer,
-        max_len=max_len, vectors_ND=vectors_ND,
-    )  # fmt: skip
+    readings = (Reading(raw="vectors"), Reading(raw="ranks"))[: 2 if genes_CV.shape[1] else 1]
+    head = LinearHead(np.hstack([head_CD, genes_CV]), bias_C)
+    return Classifier(members=(Member(readings=readings, head=head),))

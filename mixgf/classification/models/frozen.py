@@ -1,6 +1,6 @@
-"""Simple classifiers on frozen vectors of an encoder.
+"""Simple classifiers on frozen vectors of an encoder, alone or beside the cells' own principal components.
 
-Between species, vectors are first z-scored within each species, as the features of the baselines are.
+Vectors are read as `readings` has it: centred within each study, on one scale.
 
 Shape letters: N training cells, M cells to predict, D width of a vector, C classes.
 """
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
-
 from mixgf.arrays import Floats
 from mixgf.classification import simple_classifiers
-from mixgf.classification.features import Scale
-from mixgf.classification.models.protocol import CellSet, EncoderModel, Fitted, LinearClassifier, Needs, Problem
-from mixgf.classification.simple_classifiers import Predictor
+from mixgf.classification.models.baselines import balanced_regression, neighbours, one
+from mixgf.classification.models.protocol import EncoderModel, Fitted, Measured, Needs, Problem, counts_settings
+from mixgf.classification.readings import Classifier, Member, fit_reading, values_of
+from mixgf.classification.simple_classifiers import Head, Values
 
 
 class FrozenModel(EncoderModel):
@@ -23,49 +22,26 @@ class FrozenModel(EncoderModel):
 
     needs: ClassVar[Needs] = Needs.VECTORS
 
-    def classifier(self, train_ND: Floats, problem: Problem[Floats]) -> Predictor:
-        """Fit on vectors that are z-scored where species meet."""
+    def classifier(self, train_ND: Values, problem: Problem[Floats]) -> Head:
+        """Fit on vectors that are centred and of length 1."""
         raise NotImplementedError
 
     def fit(self, problem: Problem[Floats]) -> Fitted[Floats]:
-        train = problem.train
-        scale = Scale.fit(train.x, train.species) if problem.across else None
-
-        def scaled(cells: CellSet[Floats]) -> Floats:
-            return cells.x if scale is None else scale(cells.x, cells.species)
-
-        predict = self.classifier(scaled(train), problem)
-        linear = (lambda: self.linear(problem)) if self.can_keep else None
-        return Fitted(predict=lambda cells: predict(scaled(cells)), linear=linear)
-
-    def linear(self, problem: Problem[Floats]) -> LinearClassifier:
-        """The same as a linear layer, where there is one (`can_keep`)."""
-        raise NotImplementedError
+        reading = fit_reading(problem, "vectors")
+        return one(reading, self.classifier(reading(problem.train), problem))
 
     def reads(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Neighbours, and which vectors."""
-        return {"knn": run["classify"]["knn"], "embed": run["embed"]}
+        """Neighbours, alignment, and which vectors."""
+        return {name: run["classify"][name] for name in ("knn", "align")} | {"embed": run["embed"]}
 
 
 class Probe(FrozenModel):
-    """Logistic regression on z-scored vectors."""
+    """Logistic regression; every type has the same weight in the loss."""
 
-    head, label, seconds, can_keep = "probe", "frozen + logistic probe", 0.3, True
+    head, label, seconds = "probe", "frozen + logistic probe", 0.3
 
-    def classifier(self, train_ND: Floats, problem: Problem[Floats]) -> Predictor:
-        scale = Scale.fit(train_ND)
-        predict = simple_classifiers.logistic_regression(scale(train_ND), problem.labels, problem.num_classes)
-        return lambda values_MD: predict(scale(values_MD))
-
-    def linear(self, problem: Problem[Floats]) -> LinearClassifier:
-        """Fitted without the validation cells, on which its temperature and limits are fitted."""
-        learning, labels = problem.learning.x, problem.labels[~problem.is_validation]
-        head_CD, bias_C = simple_classifiers.scaled_logistic_layer(learning, labels, problem.num_classes)
-        return LinearClassifier(
-            encoder=problem.load_encoder(), head_CD=head_CD, bias_C=bias_C,
-            genes_CV=np.zeros((problem.num_classes, 0)), layer=problem.config.embed.layer, max_len=0,
-            vectors_ND=np.concatenate([learning, problem.validation.x, problem.target.x]),
-        )  # fmt: skip
+    def classifier(self, train_ND: Values, problem: Problem[Floats]) -> Head:
+        return balanced_regression(train_ND, problem)
 
 
 class Neighbours(FrozenModel):
@@ -76,10 +52,8 @@ class Neighbours(FrozenModel):
 
     head, label = "knn", "frozen 5-NN (“zero-shot”)"
 
-    def classifier(self, train_ND: Floats, problem: Problem[Floats]) -> Predictor:
-        return simple_classifiers.nearest_neighbours(
-            train_ND, problem.labels, problem.num_classes, number=problem.config.classify.knn, metric="cosine"
-        )
+    def classifier(self, train_ND: Values, problem: Problem[Floats]) -> Head:
+        return neighbours(train_ND, problem)
 
 
 class Centroid(FrozenModel):
@@ -87,5 +61,30 @@ class Centroid(FrozenModel):
 
     head, label = "centroid", "frozen, nearest centroid"
 
-    def classifier(self, train_ND: Floats, problem: Problem[Floats]) -> Predictor:
+    def classifier(self, train_ND: Values, problem: Problem[Floats]) -> Head:
         return simple_classifiers.nearest_centroid(train_ND, problem.labels, problem.num_classes)
+
+
+class EncoderPca(EncoderModel):
+    """Logistic regression on the encoder's vector beside 50 principal components of the training cells' variable genes.
+
+    Each of the two is divided by the root of its mean squared length, so that both count alike. What it adds to `pca_logreg`, the
+    same without the encoder, is what the encoder knows beyond the cells' own variation.
+    """
+
+    head, label, seconds = "encoder_pca", "frozen vector beside own PCA + logistic regression", 0.8
+    without: ClassVar[str] = "pca_logreg"
+    needs: ClassVar[Needs] = Needs.COUNTS_AND_VECTORS
+
+    def fit(self, problem: Problem[Measured]) -> Fitted[Measured]:
+        readings = (
+            fit_reading(problem, "expression", components=True, length="common"),
+            fit_reading(problem, "vectors", length="common"),
+        )
+        head = balanced_regression(values_of(readings, problem.train), problem)
+        made = Classifier(members=(Member(readings=readings, head=head),))
+        return Fitted(predict=made, classifier=made)
+
+    def reads(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Settings of counts, and which vectors."""
+        return counts_settings(run) | {"embed": run["embed"]}

@@ -17,8 +17,9 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from mixgf.config.training import LayerChoice
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder.bert import Encoder
 
+if TYPE_CHECKING:
+    from mixgf.classification.readings import Classifier
+
 X = TypeVar("X")
 """A model's input: `CountMatrix`, vectors (N, D) or `SentenceSet`."""
 
@@ -50,8 +54,12 @@ class Needs(Enum):
 
     COUNTS = "raw counts"
     """`CountMatrix` (N, G)."""
+    SENTENCES = "sentences"
+    """`SentenceSet`; no encoder reads them."""
     VECTORS = "frozen vectors of an encoder"
     """float32 (N, D)."""
+    COUNTS_AND_VECTORS = "raw counts, and frozen vectors of an encoder"
+    """`Measured`."""
     ENCODER = "an encoder and sentences"
     """`SentenceSet`; the model trains the encoder itself (`Problem.load_encoder`)."""
 
@@ -68,6 +76,20 @@ class SentenceSet:
         return SentenceSet(self.corpus, self.cells[rows])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """Several kinds of input of the same cells; None = not there."""
+
+    counts: CountMatrix | None = None
+    vectors: Floats | None = None
+    ranks: CountMatrix | None = None
+    """Genes of the sentences weighted by rank (N, V)."""
+
+    def __getitem__(self, rows: Any) -> Measured:
+        one = {name: getattr(self, name) for name in ("counts", "vectors", "ranks")}
+        return Measured(**{name: None if value is None else value[rows] for name, value in one.items()})
+
+
 @dataclass(frozen=True, eq=False)
 class CellSet(Generic[X]):
     """Cells as a model sees them, without labels."""
@@ -76,9 +98,19 @@ class CellSet(Generic[X]):
     """One row per cell, of the kind that the model `needs`."""
     species: Names
     """Species of each cell (N,)."""
+    datasets: Names | None = None
+    """Data set of each cell (N,); None = one for each species."""
 
     def __getitem__(self, rows: Any) -> CellSet[X]:
-        return CellSet(self.x[rows], self.species[rows])  # type: ignore[index] # matrices and SentenceSet take rows
+        datasets = None if self.datasets is None else self.datasets[rows]
+        return CellSet(self.x[rows], self.species[rows], datasets)  # type: ignore[index] # matrices and SentenceSet take rows
+
+    @cached_property
+    def studies(self) -> Names:
+        """Species and data set of each cell (N,): cells of one study are centred together."""
+        if self.datasets is None:
+            return self.species
+        return np.char.add(np.char.add(self.species, " "), self.datasets)
 
 
 def _no_encoder() -> Encoder:
@@ -109,7 +141,7 @@ class Problem(Generic[X]):
 
     @property
     def across(self) -> bool:
-        """Whether cells of more than one species meet, so that features are z-scored within species."""
+        """Whether cells of more than one species meet."""
         return len(np.union1d(self.train.species, self.target.species)) > 1
 
     @property
@@ -143,28 +175,12 @@ def problem_of(
         device: Where an encoder is trained; None = the CPU.
     """
     return Problem(
-        config=config, name=split.name, train=CellSet(train, table.species[split.train]),
+        config=config, name=split.name, train=CellSet(train, table.species[split.train], table.datasets[split.train]),
         labels=split.ids(table.labels[split.train]), num_classes=len(split.classes),
-        is_validation=np.isin(split.train, split.validation), target=CellSet(target, table.species[split.test]),
+        is_validation=np.isin(split.train, split.validation),
+        target=CellSet(target, table.species[split.test], table.datasets[split.test]),
         split_seed=split.seed, load_encoder=load_encoder, device=device or torch.device("cpu"),
     )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LinearClassifier:
-    """An encoder and a linear layer on its vectors: what `mixgf annotate` can use (`mixgf.classification.kept_classifier`)."""
-
-    encoder: Encoder
-    head_CD: Floats
-    bias_C: Floats
-    genes_CV: Floats
-    """Weights of tokens beside the encoder, or no columns (C, 0)."""
-    layer: LayerChoice
-    """Hidden layer that is pooled, as `embed.layer`."""
-    max_len: int
-    """Longest sentence that is read; 0 = as long as the encoder reads."""
-    vectors_ND: Floats
-    """Vectors of `Problem.learning`, then `validation`, then `target`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,8 +191,16 @@ class Fitted(Generic[X]):
     """Class probabilities [cells, classes]; every row sums to 1."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Plain facts that are stored beside the predictions, such as the epochs of a training."""
-    linear: Callable[[], LinearClassifier] | None = None
-    """Makes the classifier that can be kept for `mixgf annotate`; None = the model has none."""
+    classifier: Classifier | None = None
+    """The same as arrays, which `mixgf annotate` can use; None = there is none."""
+    encoder: Encoder | None = None
+    """The trained encoder whose vectors the classifier reads; None = it reads none, or the vectors it was given."""
+    layer: LayerChoice | None = None
+    """Hidden layer of `encoder` that is pooled; None = `embed.layer`."""
+    max_len: int = 0
+    """Longest sentence that is read; 0 = as long as the encoder reads."""
+    vectors: Callable[[Ints], Floats] | None = None
+    """Vectors by `encoder` of cells of the corpus that are computed already; None = none are."""
 
 
 class Model(Protocol):
@@ -191,8 +215,8 @@ class Model(Protocol):
     """Seconds per 1,000 training cells on an EPYC core, roughly. Only the projected time and the progress bar use them."""
     package: ClassVar[str] = ""
     """Optional module that it imports; without it the model is left out."""
-    can_keep: ClassVar[bool] = False
-    """Whether `Fitted.linear` is there."""
+    can_keep: ClassVar[bool] = True
+    """Whether `Fitted.classifier` is there."""
 
     @property
     def encoder(self) -> str | None:
@@ -220,6 +244,16 @@ class Model(Protocol):
         return f"{self.head}@{self.encoder}" if self.encoder else self.head
 
     @property
+    def reads_counts(self) -> bool:
+        """Whether it reads raw counts."""
+        return self.needs in {Needs.COUNTS, Needs.COUNTS_AND_VECTORS}
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether it reads frozen vectors of an encoder."""
+        return self.needs in {Needs.VECTORS, Needs.COUNTS_AND_VECTORS}
+
+    @property
     def trains_encoder(self) -> bool:
         """Whether it changes the encoder's weights: slow, on a GPU if there is one, and it needs validation cells."""
         return self.needs is Needs.ENCODER
@@ -244,13 +278,20 @@ class CountsModel(Model):
         return
 
     def reads(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Variable genes, neighbours and the table of orthologs."""
-        settings = {name: run["classify"][name] for name in names(Classify, role="heads")}
-        return settings | {"orthologs": run["vocab"]["orthologs"]}
+        """Variable genes, neighbours, alignment and the table of orthologs."""
+        return counts_settings(run)
+
+
+def counts_settings(run: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide how raw counts are read."""
+    settings = {name: run["classify"][name] for name in names(Classify, role="heads")}
+    return settings | {"orthologs": run["vocab"]["orthologs"]}
 
 
 @dataclass(frozen=True)
 class EncoderModel(Model):
     """A model that reads vectors of an encoder, or trains it."""
 
+    without: ClassVar[str] = ""
+    """Name of the same model without an encoder; empty = there is none."""
     encoder: str = ""

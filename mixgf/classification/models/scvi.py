@@ -31,7 +31,7 @@ class Scvi(CountsModel):
     batch, and never a label.
     """
 
-    head, label, seconds, package = "scvi", "scVI", 60.0, "scvi"
+    head, label, seconds, package, can_keep = "scvi", "scVI", 60.0, "scvi", False
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         logged = features.log_normalise(problem.train.x)

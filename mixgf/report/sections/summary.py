@@ -1,22 +1,23 @@
-"""Summary: what the run holds, what the model reaches, and where a baseline is better."""
+"""Summary: what a person can now do, what the pretrained encoder adds, what the run holds, and where a baseline is better."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mixgf.classification import registry
 from mixgf.perturbation import hits
-from mixgf.report import score_tables, verdicts, wording
+from mixgf.report import answers, score_tables, verdicts, wording
 from mixgf.report.elements import Section, Text
 from mixgf.report.results import RunResults
 
 
 def section(results: RunResults) -> Section:
     """Cells, classification against baselines, overlap with the pretraining cells, and perturbation, in sentences."""
-    blocks: list[Any] = [Text(_scope(results))]
+    blocks: list[Any] = [Text(text, tone) for tone, text in answers.answers(results)]
+    blocks += [Text(text[:1].upper() + text[1:], tone) for tone, text in answers.encoder_adds(results)]
+    blocks.append(Text(_scope(results)))
     scores = results.tables.get("scores")
     if scores is not None and len(scores):
         blocks += _verdicts(results, score_tables.mean_scores(scores))
@@ -89,16 +90,6 @@ def _verdicts(results: RunResults, mean_scores: pd.DataFrame) -> list[Text]:
         if model != wording.PAPER_MODEL and any(d.model == wording.PAPER_MODEL for d in mine):
             blocks.append(Text(f"{verdicts.tally_sentence(mine, wording.PAPER_MODEL)}."))
         blocks += [Text(text, tone) for tone, text in lines[:6]]
-    if gains := score_tables.pretraining_gain(mean_scores):
-        parts = [f"{registry.label(m)} {v:+.3f} ({wording.SPLIT_NAMES.get(s, s)})" for s, m, v, _ in gains]
-        none = [v for *_, v, _ in gains if v <= 0]
-        blocks.append(
-            Text(
-                "Gain by pretraining, as the difference in mean macro F1 to the same classifier on an untrained encoder: "
-                f"{'; '.join(parts)}.",
-                "warn" if none else "plain",
-            )
-        )
     return blocks
 
 
@@ -111,16 +102,17 @@ def tiles(results: RunResults) -> list[tuple[str, str]]:
         out.append((f"{cells.loc[cells['type'] != '', 'type'].nunique()}", "labelled cell types"))
     if history is not None and len(history):
         out.append((f"{int(history['step'].max()):,}", "pretraining steps"))
+    record = results.records.get("classify")
+    kept = record.details.get("classifiers", []) if record is not None else []
+    out += [
+        (f"{one['test']['macro_f1']:.2f}", f"macro F1, labels of {one['group']} ({registry.label(one['model'])})")
+        for one in kept
+    ]
     if scores is not None and len(scores):
-        mean_scores = score_tables.mean_scores(scores)
-        found = verdicts.paired_comparisons(mean_scores, results.tables.get("comparisons"), ("macro_f1",))
-        preferred = verdicts.best_own_model(mean_scores, results.tables.get("epochs"))
-        for split in ("random", "species"):
-            part = [d for d in found if d.split == split]
-            model = verdicts.headline_model(part, preferred)
-            part = [d for d in part if d.model == model]
-            if part:
-                ours, base = np.mean([d.score[0] for d in part]), np.mean([d.baseline_score[0] for d in part])
-                what = "random cells" if split == "random" else "across species"
-                out.append((f"{ours:.2f}", f"macro F1, {what} ({registry.label(model)}); best baseline {base:.2f}"))
+        means = score_tables.mean_scores(scores)
+        carried = means[
+            (means["split"] == "species") & (means["model"] == answers.JOINT) & (means["metric"] == "macro_f1")
+        ]
+        if len(carried):
+            out.append((f"{carried['value'].mean():.2f}", f"macro F1 across species ({registry.label(answers.JOINT)})"))
     return out

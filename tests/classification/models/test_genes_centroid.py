@@ -5,7 +5,6 @@ from scipy import sparse, special
 
 from mixgf.classification import registry
 from mixgf.classification.models.protocol import CellSet, Problem
-from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 
 
@@ -44,7 +43,6 @@ def test_cells_of_a_species_without_training_cells_are_centred_on_their_own_mean
     assert same.argmax(1).tolist() == [0, 0]
 
 
-def test_it_is_registered_and_in_no_default() -> None:
+def test_it_is_registered() -> None:
     assert "genes_centroid" in registry.BASELINES
-    assert "genes_centroid" not in Classify().models
     assert registry.label("genes_centroid") == "variable genes on one scale, nearest centroid"
