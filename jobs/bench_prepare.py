@@ -133,7 +133,12 @@ def published(path: Path, medians: dict[str, float], ids: dict[str, int], depth_
 
 def _config(path: Path, output: Path, **prepare_: Any) -> Config:
     # the cells are repetitions of a few: rules that look for outliers and duplicates would have odd things to do
-    rules = ["qc.drop_duplicates=false", "qc.method=none", *(f"prepare.{k}={v}" for k, v in prepare_.items())]
+    rules = [
+        "qc.drop_duplicates=false",
+        "qc.method=none",
+        "qc.doublets=off",
+        *(f"prepare.{k}={v}" for k, v in prepare_.items()),
+    ]
     plain = override(recipes.get("default"), [f"output={output}", *rules])
     return replace(plain, sources=(Source(uri=str(path), species="human", name="cells"),))
 
@@ -291,7 +296,7 @@ _WHOLE = """
 import json, os, resource, sys, threading, time
 from dataclasses import replace
 from mixgf.config import recipes
-from mixgf.config.data import Source
+from mixgf.config.data import QC, Source
 from mixgf.config.parse import override
 from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
@@ -337,6 +342,8 @@ if hasattr(s3, "ReadAhead"):
 
 def run(uri, name):
     rules = ["qc.drop_duplicates=false", "qc.method=none", "tracking.uri=off"]
+    if isinstance(QC().doublets, str):  # older code looks for doublets only where it is asked to
+        rules.append("qc.doublets=off")
     config = override(recipes.get("default"), [f"output={output}/{name}", *rules])
     prepare.run(replace(config, sources=(Source(uri=uri, species="human", name="cells"),)), executor=LocalExecutor())
 
