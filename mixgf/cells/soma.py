@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,7 +42,7 @@ def open_soma(uri: str, layer: str) -> Iterator[Reader]:
     import tiledbsoma  # noqa: PLC0415 (an extra, slow to import)
 
     options = {"soma.init_buffer_bytes": _BUFFER_BYTES, **({} if files.is_local(uri) else tiledb_options())}
-    context = tiledbsoma.SOMATileDBContext(tiledb_config=options)
+    context = _context(tuple(sorted(options.items())))
     where = str(files.local_path(uri)) if files.is_local(uri) else uri
     with _ask(uri, lambda: tiledbsoma.open(where, context=context)) as experiment:
         if experiment.soma_type != "SOMAExperiment":
@@ -51,6 +51,14 @@ def open_soma(uri: str, layer: str) -> Iterator[Reader]:
         if matrix.soma_type != "SOMASparseNDArray":
             raise file_error(uri, f"layer = {layer!r}: a {matrix.soma_type}; must be a SOMASparseNDArray")
         yield _reader(uri, experiment.obs, measurement.var, matrix)
+
+
+@lru_cache(maxsize=4)
+def _context(options: tuple[tuple[str, Any], ...]) -> Any:
+    """TileDB's context for some options, one per process: every context has pools of threads of its own."""
+    import tiledbsoma  # noqa: PLC0415 (an extra, slow to import)
+
+    return tiledbsoma.SOMATileDBContext(tiledb_config=dict(options))
 
 
 def _ask(uri: str, call: Callable[[], T]) -> T:

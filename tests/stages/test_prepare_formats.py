@@ -5,7 +5,6 @@ import gzip
 
 import anndata
 import pytest
-import tiledbsoma.io
 import zarr
 from scipy import io as scipy_io
 from scipy import sparse
@@ -36,11 +35,17 @@ def as_folder(cells, path):
     (path / "barcodes.tsv.gz").write_bytes(gzip.compress("".join(f"{c}\n" for c in cells.obs_names).encode()))
 
 
+def as_soma(cells, path):
+    import tiledbsoma.io  # not in every test process: see tests/cells/test_soma.py
+
+    tiledbsoma.io.from_anndata(str(path), cells, measurement_name="RNA")
+
+
 FORMATS = {
     "zarr2": lambda cells, path: as_zarr(cells, path, 2),
     "zarr3": lambda cells, path: as_zarr(cells, path, 3),
     "annbatch": as_annbatch,
-    "soma": lambda cells, path: tiledbsoma.io.from_anndata(str(path), cells, measurement_name="RNA"),
+    "soma": as_soma,
     "folder": as_folder,
     "anndata.h5": lambda cells, path: cells.write_h5ad(path),
 }
@@ -63,19 +68,27 @@ def rows_of(uri):
     ]
 
 
-def test_the_corpus_of_a_file_does_not_depend_on_its_format(ants, tmp_path):
+SOME = tuple(name for name in FORMATS if name != "soma")
+WITH_SOMA = pytest.param(tuple(FORMATS), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("names", [SOME, WITH_SOMA])
+def test_the_corpus_of_a_file_does_not_depend_on_its_format(ants, tmp_path, names):
     config, cells = ants
     known = rows_of(prepare.run(config, executor=LocalExecutor()))
-    for name, write in FORMATS.items():
-        write(cells, tmp_path / name)
+    for name in names:
+        FORMATS[name](cells, tmp_path / name)
         source = Source(uri=str(tmp_path / name), species="ant")
         found = dataclasses.replace(config, sources=(source,), output=str(tmp_path / f"run-{name}"))
         assert rows_of(prepare.run(found, executor=LocalExecutor())) == known, name
 
 
-def test_a_bad_source_of_any_format_ends_no_run(ants, tmp_path):
+@pytest.mark.parametrize(
+    "names", [("zarr3", "annbatch"), pytest.param(("zarr3", "annbatch", "soma"), marks=pytest.mark.slow)]
+)
+def test_a_bad_source_of_any_format_ends_no_run(ants, tmp_path, names):
     config, cells = ants
-    for name in ("zarr3", "annbatch", "soma"):
+    for name in names:
         FORMATS[name](cells, tmp_path / name)
     for folder, pattern in (
         ("zarr3", "X/data/c/0"),
@@ -85,9 +98,9 @@ def test_a_bad_source_of_any_format_ends_no_run(ants, tmp_path):
         for file in (tmp_path / folder).glob(pattern):
             file.write_bytes(file.read_bytes()[:-9])
     (tmp_path / "loom.h5ad").write_text("cell\tgene\n")
-    bad = tuple(Source(uri=str(tmp_path / name), species="ant") for name in ("zarr3", "annbatch", "soma", "loom.h5ad"))
+    bad = tuple(Source(uri=str(tmp_path / name), species="ant") for name in (*names, "loom.h5ad"))
     uri = prepare.run(dataclasses.replace(config, sources=(*config.sources, *bad)), executor=LocalExecutor())
     record = artifacts.find(uri)
-    assert [entry["name"] for entry in record.details["refused"]] == ["zarr3", "annbatch", "soma", "loom"]
+    assert [entry["name"] for entry in record.details["refused"]] == [*names, "loom"]
     assert all("\n" not in entry["error"] and str(tmp_path) in entry["error"] for entry in record.details["refused"])
     assert [entry["name"] for entry in record.details["sources"]] == ["ant"]
