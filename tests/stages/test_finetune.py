@@ -53,7 +53,9 @@ def test_two_ray_workers_give_the_losses_and_scores_of_this_process(ray_local, c
         assert found[key] == pytest.approx(value, rel=1e-5), key
     kept = [kept_classifier.load(kept_classifier.find(uri))[0] for uri in (alone, ours)]
     assert kept[0].about["test"]["accuracy"] == kept[1].about["test"]["accuracy"]
-    np.testing.assert_allclose(kept[1].head_CD, kept[0].head_CD, atol=1e-5)
+    heads = [one.classifier.members[0].head for one in kept]
+    np.testing.assert_allclose(heads[1].weights_CH, heads[0].weights_CH, atol=1e-5)
+    np.testing.assert_allclose(heads[1].bias_C, heads[0].bias_C, atol=1e-5)
 
 
 def test_a_corpus_without_the_column_of_labels_is_refused_and_nothing_is_left(config, tmp_path):

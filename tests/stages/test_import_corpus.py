@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -457,7 +458,9 @@ def test_an_imported_corpus_is_inspected_trained_on_and_told_from_a_prepared_one
     assert np.isfinite(losses).all()
     assert corpus.obs(["cell_type", "n_counts"])["n_counts"].isna().all()
     assert cli.main(command(settings, "classify")) == 2
-    assert "pca_knn, pseudobulk, rank_pca need raw counts, which the imported corpus" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert re.search(r"classify.models: .*pca_knn, pseudobulk, .* need raw counts, which the imported corpus", refused)
+    assert "leave them out: --set classify.models=finetune,knn,probe" in refused
 
 
 @pytest.mark.ray

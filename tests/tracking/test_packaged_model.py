@@ -68,7 +68,8 @@ def test_a_registered_classifier_answers_on_a_file_as_annotate_does_and_nothing_
     for part in ("## Data", "## Scores", "## Limits", "alpha cell"):
         assert part in version.description
     client = MlflowClient(tracking_uri)
-    logged = client.search_logged_models(["1", "2", "3"], f"source_run_id = '{version.run_id}'")
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    logged = client.search_logged_models(experiments, f"source_run_id = '{version.run_id}'")
     assert [one.name for one in logged] == ["classifier-islet"]
     assert {m.key for m in logged[0].metrics} == {"test/accuracy", "test/macro_f1"}
 
