@@ -94,26 +94,47 @@ def score(
         gaps = np.abs(_spread(counts_RE * weights, states_E % NUM_BINS, NUM_BINS)).sum(-1)
         return {**totals(table_RCC), "ece": gaps / np.maximum(counts_RE.sum(-1), 1)}
 
-    return _intervals(metrics, clusters_M, entry_M, len(states_E), by=by, rng=rng), by
+    found = _estimates(metrics, clusters_M, entry_M, len(states_E), by=by, rng=rng, bounded=True)
+    return {name: interval for name, (interval, _) in found.items()}, by
 
 
 Statistic = Callable[[npt.NDArray[np.number]], dict[str, Float64s]]
 """From counts (R, E) to named values, each (R,)."""
 
 
-def _intervals(
-    statistic: Statistic, clusters_M: Ints, entry_M: Ints, size: int, *, by: str, rng: np.random.Generator
-) -> dict[str, Interval]:
-    """Values of a statistic between 0 and 1, with their intervals over the given units; NaN limits without."""
+def _estimates(
+    statistic: Statistic,
+    clusters_M: Ints,
+    entry_M: Ints,
+    size: int,
+    *,
+    by: str,
+    rng: np.random.Generator,
+    bounded: bool,
+) -> dict[str, tuple[Interval, float]]:
+    """Values of a statistic with their intervals over the given units, and the two-sided p of each that it is 0.
+
+    `bounded`: the values lie between 0 and 1; they have no p (NaN). Without units there are no limits either (NaN).
+    """
     exact = {name: float(one[0]) for name, one in statistic(np.bincount(entry_M, minlength=size)[None, :]).items()}
+    none = float("nan")
     if by == "none":
-        return {name: Interval(one, float("nan"), float("nan")) for name, one in exact.items()}
+        return {name: (Interval(one, none, none), none) for name, one in exact.items()}
     if by == "donor":
         counts_KE, sizes_K = leave_one_out_counts(clusters_M, entry_M, size)
         without = statistic(counts_KE)
-        return {name: jackknife_interval(one, without[name], sizes_K, bounded=True)[0] for name, one in exact.items()}
+        return {name: jackknife_interval(one, without[name], sizes_K, bounded=bounded) for name, one in exact.items()}
     drawn = statistic(bootstrap_counts(clusters_M, entry_M, size, rng=rng))
-    return {name: percentile_interval(one, drawn[name]) for name, one in exact.items()}
+    return {
+        name: (percentile_interval(one, drawn[name]), none if bounded else _normal_p(one, drawn[name]))
+        for name, one in exact.items()
+    }
+
+
+def _normal_p(value: float, drawn_R: Float64s) -> float:
+    """Two-sided p that a value is 0, by the spread of its R bootstrap values."""
+    spread = float(drawn_R.std(ddof=1))
+    return float(2 * stats.norm.sf(abs(value) / spread)) if spread > 0 else float(value == 0)
 
 
 SIGNIFICANT = 0.05
@@ -154,7 +175,8 @@ def rejection(
             "rejected": _ratio((unseen * refused).sum(1), totals_[1]),
         }
 
-    return _intervals(metrics, clusters_M, entry_M, size, by=by, rng=rng), by
+    found = _estimates(metrics, clusters_M, entry_M, size, by=by, rng=rng, bounded=True)
+    return {name: interval for name, (interval, _) in found.items()}, by
 
 
 @dataclass(frozen=True)
@@ -226,36 +248,14 @@ def compare(
         of_baseline = totals(_spread(counts_RE, truth_E * num_classes + by_baseline_E, size).reshape(shape))
         return {name: (of_model[name] - of_baseline[name]).mean(-1) for name in ("accuracy", "macro_f1")}
 
-    found = _differences(differences, clusters_M, entry_M, len(states_E), by=by, rng=rng)
+    estimates = _estimates(differences, clusters_M, entry_M, len(states_E), by=by, rng=rng, bounded=False)
+    found = {name: Difference(one.value, one.low, one.high, p) for name, (one, p) in estimates.items()}
     cell_M = np.unique(cells_M, return_inverse=True)[1]
     net = np.bincount(
         cell_M, weights=(true_M == model_M).astype(float) - (true_M == baseline_M)
     )  # of each cell, over its seeds
     p_mcnemar = mcnemar(int((net > 0).sum()), int((net < 0).sum()))
     return Comparison(found["accuracy"], found["macro_f1"], p_mcnemar, by)
-
-
-def _differences(
-    statistic: Statistic, clusters_M: Ints, entry_M: Ints, size: int, *, by: str, rng: np.random.Generator
-) -> dict[str, Difference]:
-    """Differences with their intervals over the given units; NaN limits and p without."""
-    exact = {name: float(one[0]) for name, one in statistic(np.bincount(entry_M, minlength=size)[None, :]).items()}
-    out = {}
-    if by == "none":
-        return {name: Difference(one, float("nan"), float("nan"), float("nan")) for name, one in exact.items()}
-    if by == "donor":
-        counts_KE, sizes_K = leave_one_out_counts(clusters_M, entry_M, size)
-        without = statistic(counts_KE)
-        for name, one in exact.items():
-            found, p = jackknife_interval(one, without[name], sizes_K)
-            out[name] = Difference(found.value, found.low, found.high, p)
-        return out
-    drawn = statistic(bootstrap_counts(clusters_M, entry_M, size, rng=rng))
-    for name, one in exact.items():
-        found, spread = percentile_interval(one, drawn[name]), float(drawn[name].std(ddof=1))
-        p = float(2 * stats.norm.sf(abs(one) / spread)) if spread > 0 else float(one == 0)
-        out[name] = Difference(found.value, found.low, found.high, p)
-    return out
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

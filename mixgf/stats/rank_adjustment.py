@@ -135,7 +135,8 @@ def residual_percentile(
         fewer than half of that many an earlier or equal one: there the expectation would be extrapolated.
     """
     own_G = np.isfinite(effect_G) & np.isfinite(rank_G) & (True if among_G is None else among_G)
-    residual_G = effect_G - expected_by_rank(effect_G, rank_G, among_G)
+    expected_G, error_G = _rank_fit(effect_G, rank_G, among_G, span=SPAN, errors=True)
+    residual_G = effect_G - expected_G
     size_G = np.abs(residual_G)
     if not np.isfinite(size_G[own_G]).any():
         return np.full(len(effect_G), np.nan)
@@ -143,7 +144,7 @@ def residual_percentile(
         np.pi / 2
     )  # of a normal, from its mean absolute value
     spread_G = np.maximum(spread_G, 0.1 * np.nanmedian(size_G[own_G]))
-    scaled_G = residual_G / np.hypot(spread_G, expectation_error(effect_G, rank_G, among_G))
+    scaled_G = residual_G / np.hypot(spread_G, error_G)
     places = np.sort(rank_G[own_G])
     own, above, upto = own_G.astype(np.int64), *(np.searchsorted(places, rank_G + by) for by in (-np.log(ALIKE), 0))
     within_G = np.searchsorted(places, rank_G + np.log(ALIKE), "right") - above - own
