@@ -25,7 +25,7 @@ from mixgf.classification.encoders import CHECKPOINT
 from mixgf.classification.features import log_normalise
 from mixgf.classification.models.protocol import CellSet, Fitted, Measured, Model, Problem
 from mixgf.classification.places import Places
-from mixgf.classification.readings import Align, Classifier, Member, Reading
+from mixgf.classification.readings import Align, Classifier, Member, Reading, counts_of
 from mixgf.classification.simple_classifiers import CentroidHead, Head, LinearHead, NeighbourHead
 from mixgf.classification.splits import Split
 from mixgf.classification.validation import Validation, measured
@@ -180,8 +180,7 @@ class Kept:
         def lacking(reading: Reading) -> Reading:
             return replace(reading, absent_H=absent_G[reading.columns_H]) if reading.raw == "expression" else reading
 
-        members = tuple(replace(m, readings=tuple(lacking(r) for r in m.readings)) for m in self.classifier.members)
-        return replace(self, classifier=Classifier(members=members))
+        return replace(self, classifier=self.classifier.map_readings(lacking))
 
 
 def log_probabilities(p_NC: Floats) -> Floats:
@@ -209,8 +208,8 @@ def fit_temperature(logits_NC: Floats, labels_N: Integers) -> float:
 def aligned(kept: Kept, cells: CellSet[Measured]) -> Kept:
     """The classifier for a file of another study or species, whose labels are not known.
 
-    Expression is read relative to a shifted mean. The shift is the mean over types of the difference between the file's cells of
-    the type and the training cells of the type, so it does not depend on how many cells of each type a file has. Types of the file's
+    Expression is read relative to a shifted mean. For each type, the training cells' mean is subtracted from that of the
+    file's cells. The shift is the mean of these differences, so it does not depend on how many cells of each type a file has. Types of the file's
     cells are the predicted ones: first without a shift, then with it, until none changes. A type of fewer than `LEAST_CELLS` cells is
     left out. For a file like the training cells the shift is small.
 
@@ -242,8 +241,7 @@ def _shifted(kept: Kept, shift_G: Floats) -> Kept:
             return reading
         return replace(reading, mean_H=(reading.mean_H + shift_G[reading.columns_H]).astype(np.float32))
 
-    members = tuple(replace(m, readings=tuple(moved(r) for r in m.readings)) for m in kept.classifier.members)
-    return replace(kept, classifier=Classifier(members=members))
+    return replace(kept, classifier=kept.classifier.map_readings(moved))
 
 
 # From a classification
@@ -311,7 +309,8 @@ def assemble(fit: Fit, found: Validation, *, test: dict[str, float]) -> Kept:
         if model.trains_encoder
         else (problem.train, problem.labels)
     )
-    classifier = _as_trained(fitted.classifier)
+    # cells of other studies are read relative to the training cells
+    classifier = fitted.classifier.map_readings(lambda reading: replace(reading, align=Align.NONE))
     places = Places.fit(classifier.places(measured(fitted, train, run)), labels_N, len(split.classes))
     genes = workspace.split_counts(split, split.train)[1] if model.reads_counts else np.empty(0, dtype=np.str_)
     encoder = fitted.encoder
@@ -330,10 +329,9 @@ def assemble(fit: Fit, found: Validation, *, test: dict[str, float]) -> Kept:
         "validation": {"cells": len(found.main.rows_N), "by": found.main.by, "loss": _loss(found.main),
                        "accuracy": found.main.accuracy, "macro_f1": found.main.macro_f1}, "test": test,
     }  # fmt: skip
-    counts = problem.train.x.counts if isinstance(problem.train.x, Measured) else problem.train.x
     means_CG = np.empty((0, 0))
     if model.reads_counts and run.classify.align:
-        logged_NG = log_normalise(counts)
+        logged_NG = log_normalise(counts_of(problem.train.x))
         means = [np.asarray(logged_NG[problem.labels == c].mean(0)).ravel() for c in range(len(split.classes))]
         means_CG = np.stack(means)
     return Kept(
@@ -348,15 +346,6 @@ def genes_of(corpus: Any, cells: Integers) -> Ints:
     """Detected genes of cells of a corpus."""
     numbers = corpus.obs(["n_genes"])["n_genes"].to_numpy() if "n_genes" in corpus.columns else corpus.lengths_N
     return np.asarray(numbers[cells], dtype=np.int64)
-
-
-def _as_trained(classifier: Classifier) -> Classifier:
-    """The classifier with cells of other studies read relative to the training cells."""
-    members = tuple(
-        replace(member, readings=tuple(replace(reading, align=Align.NONE) for reading in member.readings))
-        for member in classifier.members
-    )
-    return Classifier(members=members)
 
 
 def _loss(found: Validation) -> float:

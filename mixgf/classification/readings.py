@@ -17,7 +17,7 @@ Shape letters: N training cells, M cells to predict, G genes, H chosen genes or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal, TypeAlias
@@ -130,8 +130,12 @@ def _raw(kind: RawKind, x: Any, columns_H: Ints) -> Values:
         return x.ranks
     if kind == "vectors":
         return np.asarray(x.vectors if isinstance(x, Measured) else x)
-    logged_MG = log_normalise(x.counts if isinstance(x, Measured) else x)
-    return np.asarray(logged_MG[:, columns_H].toarray())
+    return np.asarray(log_normalise(counts_of(x))[:, columns_H].toarray())
+
+
+def counts_of(x: Any) -> sparse.csr_matrix:
+    """Raw counts (M, G) of a model's input, alone or beside other kinds."""
+    return x.counts if isinstance(x, Measured) else x
 
 
 def _reciprocal(sd_H: Floats) -> Floats:
@@ -174,6 +178,11 @@ class Classifier:
         """The vectors in which distances to types are measured: the first reading of the first member."""
         return self.members[0].readings[0](cells)
 
+    def map_readings(self, change: Callable[[Reading], Reading]) -> Classifier:
+        """The classifier with every reading changed."""
+        members = (replace(m, readings=tuple(change(reading) for reading in m.readings)) for m in self.members)
+        return Classifier(members=tuple(members))
+
 
 def align_of(problem: Problem[Any]) -> Align:
     """`classify.align` as `Align`."""
@@ -182,6 +191,4 @@ def align_of(problem: Problem[Any]) -> Align:
 
 def expression_genes(problem: Problem[Any]) -> Ints:
     """The variable genes of the training cells."""
-    x = problem.train.x
-    logged = log_normalise(x.counts if isinstance(x, Measured) else x)
-    return variable_genes(logged, problem.config.classify.num_hvgs)
+    return variable_genes(log_normalise(counts_of(problem.train.x)), problem.config.classify.num_hvgs)
