@@ -75,7 +75,7 @@ def find_genes(
         )  # fmt: skip
         position_G = mine.positions(columns["gene"].combine_chunks())
         there = np.unique(position_G[position_G >= 0])
-        own = columns["canonical"].to_numpy() == np.arange(columns.num_rows)  # the others were added to theirs
+        own = identify.is_first(columns)
         # a gene counts by how it is written, so that ids of one species are not read as aliases of another
         written = sum(how in (identify.ID, identify.SYMBOL) for how in columns["how"].to_pylist())
         genes = Genes(

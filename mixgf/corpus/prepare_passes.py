@@ -533,11 +533,8 @@ def encode_cells(tables: Iterator[pa.Table], plan: ShardPlan) -> Iterator[pa.Tab
     row_range, tokens = plan.row_range, plan.tokens
     columns, source = _gene_columns(plan.work, row_range.index), row_range.source
     ranks = _ranks(plan.vocabulary, plan.digest, source.species, tokens.scaling)
-    own = columns["canonical"].to_numpy() == np.arange(
-        columns.num_rows
-    )  # counts of the other columns were added to these
     position_G = ranks.genes.positions(columns["gene"].combine_chunks())
-    encoder = rank_value.Encoder(ranks, np.where(own, position_G, -1).astype(np.int32), tokens)
+    encoder = rank_value.Encoder(ranks, np.where(identify.is_first(columns), position_G, -1).astype(np.int32), tokens)
     metrics, _ = read_metrics(plan.work, [row_range.number])
     mito_N = metrics.mito_fraction
     doublets = None if plan.doublets is None else _read_doublets(plan.work, plan.doublets, row_range)

@@ -56,7 +56,7 @@ def read_counts(
         columns = identify.identify_columns(reader.gene_names(source.genes), identify.gene_lookup(row), biotypes=(),
                                   vocabulary=frozenset(genes.genes.tolist()), is_gene=reader.is_gene)  # fmt: skip
         place = {gene: i for i, gene in enumerate(genes.genes.tolist())}
-        first = columns["canonical"].to_numpy() == np.arange(columns.num_rows)
+        first = identify.is_first(columns)
         to = np.array(
             [place.get(gene, -1) if one else -1 for gene, one in zip(columns["gene"].to_pylist(), first, strict=True)]
         )

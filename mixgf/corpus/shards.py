@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mixgf.cells.packed_counts import INT32S
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table, write_table, write_tables
 
 ROW_GROUP_CELLS = 2_500
-SENTENCES = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
+SENTENCES = pa.field("tokens", INT32S, nullable=False)
 COMPUTED_COLUMNS = {
     "cell": pa.string(), "species": pa.string(), "source": pa.string(), "source_row": pa.int64(), "length": pa.int32(),
     "n_counts": pa.int64(), "n_genes": pa.int32(), "mito_fraction": pa.float64(),

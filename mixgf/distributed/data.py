@@ -23,6 +23,7 @@ from ray.data import Dataset
 
 from mixgf.cells import counts, row_major
 from mixgf.cells.open import open_reader
+from mixgf.cells.packed_counts import INT32S
 from mixgf.cells.reader import Reader
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source, SpeciesRow
@@ -40,11 +41,10 @@ READ_CELLS = 1_024
 """Cells that a task of `read_cells` decodes at a time."""
 DESCRIBED = 32
 """Most files that a task opens to find their sizes and columns."""
-_INT32S = pa.list_(pa.field("element", pa.int32(), nullable=False))
 CELLS = pa.schema(
     [
         ("cell", pa.string()), ("species", pa.string()), ("source", pa.string()), ("source_row", pa.int64()),
-        ("genes", _INT32S), ("counts", _INT32S),
+        ("genes", INT32S), ("counts", INT32S),
     ]
 )  # fmt: skip
 """Columns of `read_cells` before those of obs."""
@@ -242,8 +242,7 @@ def _read_cells(  # noqa: PLR0917 (bound by `partial`)
             reader.gene_names(source.genes), identify.gene_lookup(row), biotypes=(), is_gene=reader.is_gene
         )
         number_G = pc.fill_null(pc.index_in(known["gene"].combine_chunks(), value_set=listed), -1).to_numpy()
-        own_G = known["canonical"].to_numpy() == np.arange(known.num_rows)  # the other columns were added to these
-        number_G = np.where(own_G, number_G, -1).astype(np.int32)
+        number_G = np.where(identify.is_first(known), number_G, -1).astype(np.int32)
         for block in counts.read_blocks(reader, known, start, stop, rows=READ_CELLS):
             num = len(block.indptr) - 1
             cell_T = np.repeat(np.arange(num), np.diff(block.indptr))
@@ -252,7 +251,7 @@ def _read_cells(  # noqa: PLR0917 (bound by `partial`)
             order = np.lexsort((gene_T[keep_T], cell_T[keep_T]))
             offsets = np.concatenate([[0], np.cumsum(np.bincount(cell_T[keep_T], minlength=num))]).astype(np.int32)
             lists = {
-                name: pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[keep_T][order]), _INT32S)
+                name: pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[keep_T][order]), INT32S)
                 for name, values in (("genes", gene_T), ("counts", block.data))
             }
             yield _table(reader, source, block.start, block.start + num, obs=obs, columns=columns, lists=lists)

@@ -156,6 +156,12 @@ class MappingReport:
     """Likely reason why columns are unmapped; empty where at most 10 % of the counts are lost."""
 
 
+def is_first(columns: pa.Table) -> np.ndarray:
+    """Which columns of `identify_columns` are the first of their gene, bool (G,): the counts of the others are added to these."""
+    found: np.ndarray = columns["canonical"].to_numpy() == np.arange(columns.num_rows)
+    return found
+
+
 def report_mapping(columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneLookup]) -> MappingReport:
     """Summarise the gene mapping of one source.
 
@@ -167,7 +173,6 @@ def report_mapping(columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneL
     counted = columns["counted"].to_numpy()
     unknown = columns["gene"].is_null().to_numpy() & counted
     how = {row["values"]: row["counts"] for row in pc.value_counts(columns["how"]).to_pylist()}
-    canonical = columns["canonical"].to_numpy()
     total = int(sums_G[counted].sum())
     lost = int(sums_G[unknown].sum()) / total if total else float(unknown.sum() / max(1, counted.sum()))
     named = columns["name"].filter(pa.array(unknown)).to_pylist()
@@ -176,7 +181,7 @@ def report_mapping(columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneL
         columns=int(counted.sum()),
         mapped=int((counted & ~unknown).sum()),
         renamed=how.get(PREVIOUS, 0) + how.get(ALIAS, 0),
-        summed=int((canonical != np.arange(len(canonical))).sum()),
+        summed=int((~is_first(columns)).sum()),
         unmapped=int(unknown.sum()),
         counts_lost=lost,
         unmapped_names=worst[:10],
