@@ -1,15 +1,16 @@
 """One fine-tuning by a group of workers: numbers do not depend on their number, and a killed one goes on with the same bits.
 
-The file is its own worker group: `python tests/classification/test_finetune_group.py SPEC` imports torch once and forks the workers.
+The file is its own worker group: `PYTHONPATH=tests python tests/classification/test_finetune_group.py SPEC` imports torch once and forks the workers.
 """
 
 import json
 import os
-import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+from forks import fork_workers, run_script
 
 from mixgf.config import parse, run, training
 from mixgf.config.classification import Classify
@@ -60,10 +61,7 @@ def outputs(inputs, tmp_path_factory):
     """Folders of all runs."""
     folder = tmp_path_factory.mktemp("group")
     spec = {"config": parse.to_dict(CONFIG), "corpus": inputs[0], "checkpoint": inputs[1], "folder": str(folder)}
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(spec)], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(__file__, spec)
     return {name: f"{folder}/{name}" for name in RUNS}
 
 
@@ -152,33 +150,13 @@ def main(spec):
     torch.set_num_threads(1)
     for name, (_, size, dies) in RUNS.items():
         if dies is not None:
-            ends = attempt(spec, name, size, dies, "killed")
+            ends = fork_workers(size, partial(worker, spec, name, size, dies, "killed"), f"{name} killed")
             assert ends[dies[0]] == -9, ends
-        assert attempt(spec, name, 1 if "elastic" in name else size, None, "last") == [0] * (
-            1 if "elastic" in name else size
-        )
+        last = 1 if "elastic" in name else size
+        assert fork_workers(last, partial(worker, spec, name, last, None, "last"), f"{name} last") == [0] * last
 
 
-def attempt(spec, name, size, dies, label):
-    """Exit codes of the workers of a group."""
-    pids = []
-    for rank in range(size):
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                worker(spec, name, rank, size, dies, label)
-                status = 0
-            except Exception as error:  # noqa: BLE001 (of the survivors of a group)
-                sys.stderr.write(f"{name} {label} {rank} {error!r}\n")
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        pids.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-
-def worker(spec, name, rank, size, dies, label):  # noqa: PLR0917
+def worker(spec, name, size, dies, label, rank):  # noqa: PLR0917
     import dataclasses
     import signal
 

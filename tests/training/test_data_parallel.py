@@ -1,16 +1,16 @@
 """Gradients in DistributedDataParallel are those of one worker, at every number of workers and for every share of a batch.
 
 Adam hides a wrong factor of all gradients, and losses hide it as well, so gradients and their norm are compared themselves. The file
-is its own worker group: `python tests/training/test_data_parallel.py SPEC` imports torch once and forks the workers.
+is its own worker group: `PYTHONPATH=tests python tests/training/test_data_parallel.py SPEC` imports torch once and forks the workers.
 """
 
 import json
-import os
-import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+from forks import fork_workers, run_script
 
 from mixgf.config import training
 from mixgf.config.data import Tokens
@@ -41,11 +41,7 @@ def gradients(make_corpus, tmp_path_factory):
     """By case, way and number of workers: the gradient of each step, (STEPS, parameters)."""
     folder = str(tmp_path_factory.mktemp("gradients"))
     corpus = make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 14])
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps({"corpus": corpus, "folder": folder})],
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(__file__, {"corpus": corpus, "folder": folder})
     return {n: dict(np.load(f"{folder}/{n}.npz")) for n in ("alone", *WORKERS)}
 
 
@@ -99,22 +95,11 @@ def main(spec):
 
     torch.set_num_threads(1)
     for size in (0, *WORKERS):
-        pids = []
-        for rank in range(max(size, 1)):
-            pid = os.fork()
-            if not pid:
-                status = 1
-                try:
-                    worker(spec, rank, size)
-                    status = 0
-                finally:
-                    sys.stderr.flush()
-                    os._exit(status)
-            pids.append(pid)
-        assert all(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 for pid in pids), size
+        number = max(size, 1)
+        assert fork_workers(number, partial(worker, spec, size), f"group of {size}") == [0] * number
 
 
-def worker(spec, rank, size):
+def worker(spec, size, rank):
     """Gradients of all cases in a group of `size`; 0 = without a process group."""
     import torch
     import torch.distributed as dist

@@ -1,17 +1,18 @@
 """A run whose workers are killed (SIGKILL) at random steps and in the middle of checkpoints, against the run never killed.
 
-The file is its own victim: `python tests/training/test_killed_workers.py SPEC` imports torch once and forks every worker of every attempt, so
+The file is its own victim: `PYTHONPATH=tests python tests/training/test_killed_workers.py SPEC` imports torch once and forks every worker of every attempt, so
 that a death costs little. What a worker does is `train.fit`; Ray's part is in stages/test_killed_ray.py.
 """
 
 import json
 import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import fork_workers, run_script
 
 from mixgf.config import parse, training
 from mixgf.config.data import Tokens
@@ -77,11 +78,7 @@ def runs(corpus, folder, s3_bucket):
         "plans": PLANS,
         "outputs": outputs,
     }
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(spec)], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout), outputs
+    return json.loads(run_script(__file__, spec)), outputs
 
 
 def result(output):
@@ -169,24 +166,10 @@ def run(spec, name, attempt):
     folder = Path(spec["folder"]) / name
     folder.mkdir(exist_ok=True)
     workers, *death = spec["plans"][name][attempt]
-    pids = []
-    for rank in range(workers):
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                worker(spec, name, attempt, rank, workers, death)
-                status = 0
-            except Exception as error:  # noqa: BLE001 (of the survivors of a group)
-                sys.stderr.write(f"{name} {attempt} {rank} {error!r}\n")
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        pids.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return fork_workers(workers, partial(worker, spec, name, attempt, workers, death), f"{name} {attempt}")
 
 
-def worker(spec, name, attempt, rank, workers, death):  # noqa: PLR0917
+def worker(spec, name, attempt, workers, death, rank):  # noqa: PLR0917
     """One worker of one attempt; the victim kills itself after `when` steps or writes."""
     import signal
 
