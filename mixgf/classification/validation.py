@@ -1,10 +1,12 @@
 """Validation of a model inside the training cells, by which the classifier to keep is chosen and its doubts are calibrated.
 
 Training cells are divided into folds by data set if there are several, else by donor if there are several, else at random within
-types. Each fold is predicted by the model fitted to the others, so a model is judged as it will be used: on donors or data sets
-that it has not seen. No fold has more than `MOST_LEFT_OUT` of the cells: models that do well with few cells are not the ones that do
-well with all of them, and the one that is kept is fitted to all. Test cells take no part. A model that trains an encoder is fitted once; it is judged on the split's validation
-cells, where the chosen one of the other models is, too (`choose`).
+types. Each fold is predicted by the model fitted to the others. So a model is evaluated as it will be used: on donors or data sets
+that it has not seen. Test cells take no part. No fold has more than `MOST_LEFT_OUT` of the cells, because the kept model is fitted
+to all of them, and other models do well with few cells.
+
+A model that trains an encoder is fitted once. It is evaluated on the split's validation cells, and compared there with the chosen
+one of the other models (`choose`).
 
 Shape letters: N training cells, C classes, K folds, R resamples.
 """

@@ -1,7 +1,7 @@
 """Genes of the sources of `prepare`: how columns map to genes, and which genes may enter the vocabulary.
 
-One task takes a group of sources, so that the process that runs the stage reads one small part per group and not the gene
-columns of every source.
+One task takes a group of sources. So the process that runs the stage reads one small part per group, not the gene columns of
+every source.
 """
 
 from __future__ import annotations

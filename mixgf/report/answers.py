@@ -21,7 +21,7 @@ from mixgf.stats.donors import smallest_p
 Line = tuple[str, str]
 """Tone (good, plain, warn or bad) and sentence."""
 JOINT = "joint_pca"
-"""The model that `mixgf annotate` uses for other studies and species."""
+"""The model whose scores across species are told."""
 
 
 def answers(results: RunResults) -> list[Line]:

@@ -53,7 +53,7 @@ SCHEMA = 2
 SELECT, TEST = "select", "test"
 """The cells that a score is of: those that choose arms, and those that take no part in the choice."""
 _WORST = 0.0
-"""What Ray Tune is told of an arm that cannot be trained: the lowest macro F1."""
+"""Score that Ray Tune gets for an arm that cannot be trained: the lowest macro F1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -398,7 +398,7 @@ class _Run:
         """Evaluate where it is due; returns whether the weights are the best so far."""
         if self.selection is None or not self.selection.due(step, self.num_steps):
             return False
-        figures, is_best = self.selection.judge(self.model, step, self.context, in_memory=not self.writer.uri)
+        figures, is_best = self.selection.update(self.model, step, self.context, in_memory=not self.writer.uri)
         self.log(step, epoch, figures)
         return is_best
 

@@ -50,7 +50,9 @@ class Selection:
         """Whether to evaluate after so many steps."""
         return (self.at_start if step == 0 else step % self.every == 0) or step == num_steps
 
-    def judge(self, model: nn.Module, step: int, context: Context, *, in_memory: bool) -> tuple[dict[str, float], bool]:
+    def update(
+        self, model: nn.Module, step: int, context: Context, *, in_memory: bool
+    ) -> tuple[dict[str, float], bool]:
         """Evaluate the model; returns its figures, and whether it is the best so far."""
         model.eval()
         figures = self.evaluate(model, context)

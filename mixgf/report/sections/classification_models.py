@@ -72,8 +72,8 @@ def _means(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
     grid = Table(
         "Means over tasks. ● models on the encoder of this run, ○ the same on another encoder, □ baselines; ★ best of the split. Macro F1 gives every type the same weight, however rare. The calibration error is the "
         "difference between the predicted probability and the share of correct predictions (0 is best). Wins, ties and losses count "
-        "tasks, in macro F1 against the best baseline of the task, by the paired difference over donors (or over cells, where all are "
-        "of one donor) at p ≤ 0.05, corrected for the number of tasks; `?` counts tasks with too few donors to say. The last column "
+        "tasks, in macro F1 against the best baseline of the task. They go by the paired difference at p ≤ 0.05, corrected for the number "
+        "of tasks. It is taken over donors, or over cells where all are of one donor. `?` counts tasks with too few donors to say. The last column "
         "tells over how many tasks and seeds a mean is taken.",
         ["Model", *[wording.metric_label(m) for m in metrics], "Wins / ties / losses", "Tasks × seeds"],
         rows,
