@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mixgf.config.checks import require
+from mixgf.config.expressions import check_expression
 from mixgf.config.fields import check, option
 from mixgf.config.training import LayerChoice
 
@@ -140,6 +141,7 @@ class Classify:
 
     def __post_init__(self) -> None:
         check(self, "classify")
+        check_expression(self.cells, "classify.cells")
         for field in ("models", "curve_models", "seeds_per_model"):
             for model in getattr(self, field):
                 head, at, encoder = model.partition("@")

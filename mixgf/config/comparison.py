@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mixgf.config.checks import require
 from mixgf.config.classification import HEADS
+from mixgf.config.expressions import check_expression
 from mixgf.config.fields import check, option, required
 
 
@@ -29,6 +30,8 @@ class ShiftSpec:
         for field in ("name", "before", "after"):
             value = getattr(self, field)
             require(value is None or value.strip() != "", f"compare.shifts[].{field}", value, "given")
+        check_expression(self.before, f"compare.shifts: {self.name}: before")
+        check_expression(self.after or "", f"compare.shifts: {self.name}: after")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

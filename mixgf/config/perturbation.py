@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixgf.config.checks import require
+from mixgf.config.expressions import check_expression
 from mixgf.config.fields import check, option
 
 GENE_TABLES = (".tsv", ".csv", ".txt", ".parquet", ".tsv.gz", ".csv.gz", ".txt.gz")
@@ -101,6 +102,10 @@ class Perturb:
 
     def __post_init__(self) -> None:
         check(self, "perturb")
+        for field in ("start", "goal"):
+            check_expression(getattr(self, field), f"perturb.{field}")
+        for text in self.alternatives:
+            check_expression(text, "perturb.alternatives")
         if self.screen:
             require(
                 bool(self.goal.strip()),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixgf.arrays import Float64s, Ints
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
-from mixgf.corpus.obs_query import select_cells
+from mixgf.corpus.obs_query import equals, select_cells
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.perturbation import operations
@@ -147,7 +147,7 @@ def _unrelated(corpus: Corpus, config: Config, obs: pd.DataFrame) -> tuple[str, 
     kinds = np.unique(corpus.species_N[start])
     if len(np.unique(corpus.species_N[own_N if where else slice(None)])) > len(kinds):
         where += f" and species in {[corpus.species[code] for code in kinds]!r}"
-    return tuple(f"{label} == {name!r}{where}" for name in names[: settings.unrelated])
+    return tuple(equals(obs, label, name) + where for name in names[: settings.unrelated])
 
 
 def _responding_genes(corpus: Corpus, settings: Perturb, cells: Ints) -> list[Target]:

@@ -1,52 +1,8 @@
-"""Choosing cells: what is misspelt is said, and a sample is balanced and repeatable."""
+"""A sample of cells is balanced over donors and repeatable."""
 
 import numpy as np
-import pandas as pd
-import pytest
 
-from mixgf.corpus import obs_query
-from mixgf.errors import UserError
 from mixgf.perturbation import sampling
-
-OBS = pd.DataFrame(
-    {
-        "cell_type": ["alpha", "beta", "alpha", None, "ductal"],
-        "donor": ["d1", "d1", "d2", "d2", "d3"],
-        "n_counts": [100, 200, 300, 400, 500],
-    }
-)
-
-
-@pytest.mark.parametrize(
-    ("expression", "cells"),
-    [
-        ("", [0, 1, 2, 3, 4]),
-        ("cell_type == 'alpha'", [0, 2]),
-        ("cell_type == 'alpha' and donor != 'd1'", [2]),
-        ("cell_type in ['beta', 'ductal'] or n_counts > 350", [1, 3, 4]),
-        ("not (donor == 'd1')", [2, 3, 4]),
-    ],
-)
-def test_expressions_select_cells(expression, cells):
-    assert obs_query.select_cells(OBS, expression, "perturb.start").tolist() == cells
-
-
-@pytest.mark.parametrize(
-    ("expression", "message"),
-    [
-        ("tissue == 'x'", r"perturb\.start = .*'tissue' is not defined; columns: cell_type, donor, n_counts"),
-        ("cell_type == 'alfa'", r"perturb\.start: cell_type has no value 'alfa'; did you mean one of alpha"),
-        ("cell_type in ['alpha', 'bta']", r"cell_type has no value 'bta'; did you mean one of .*beta"),
-        ("cell_type == 'beta' and donor == 'd3'", r"no cell of the corpus fits"),
-        ("cell_type = 'alpha'", r"cannot be read"),
-        ("cell_type ==", r"cannot be read"),
-        ("n_counts + 1", r"must be true or false for each cell"),
-        ("cell_type > 3", r"cannot be read"),
-    ],
-)
-def test_what_cannot_be_meant_is_said(expression, message):
-    with pytest.raises(UserError, match=message):
-        obs_query.select_cells(OBS, expression, "perturb.start")
 
 
 def test_a_sample_is_balanced_over_donors_repeatable_and_independent_of_the_other_cells():
