@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mixgf import execution
-from mixgf.config.run import Config
+from mixgf.config.run import Compute, Config
 from mixgf.execution import Pipeline, Receipt, Receipts, Shared, Task
 
 if TYPE_CHECKING:
@@ -73,9 +73,10 @@ class RayExecutor:
             while True:
                 while len(running) < self.in_flight and (following := next(todo, None)) is not None:
                     number, task = following
+                    cpus, gpus = resources(compute, task.threads, gpu=task.gpu)
                     options = {
-                        "num_cpus": max(compute.cpus_per_worker, float(task.threads)),
-                        "num_gpus": compute.gpus_per_worker if task.gpu else 0,
+                        "num_cpus": cpus,
+                        "num_gpus": gpus,
                         "max_retries": 3,
                         "retry_exceptions": [OSError],
                         "scheduling_strategy": "DEFAULT",  # not in the placement group of a Tune trial that runs the task
@@ -104,6 +105,18 @@ class RayExecutor:
             gpus=compute.gpus_per_worker,
         )
         return ActorPool(worker, size, retries=compute.max_failures)
+
+
+def resources(compute: Compute, threads: int, *, gpu: bool) -> tuple[float, float]:
+    """CPUs and GPUs that a task reserves, which may be fractions: many small tasks then share one.
+
+    Args:
+        compute: `cpus_per_worker` and `gpus_per_worker`.
+        threads: Of torch; several threads on a CPU reserve at least as many CPUs.
+        gpu: Whether the task computes on a GPU, if workers have one.
+    """
+    gpus = compute.gpus_per_worker if gpu else 0.0
+    return (compute.cpus_per_worker if gpus or threads <= 1 else max(compute.cpus_per_worker, float(threads))), gpus
 
 
 def attempt(number: int, task: Task, *args: Any) -> Receipt:

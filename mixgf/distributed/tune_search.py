@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mixgf.config.run import Config
+from mixgf.distributed.executor import resources
 from mixgf.distributed.session import require_gpus
 from mixgf.errors import require_package
 
@@ -106,12 +107,15 @@ class _Trainable:
 
 
 def _resources(config: Config) -> dict[str, float]:
-    """What a trial reserves: a worker's resources where it trains itself, next to nothing where it starts a group of workers."""
+    """What a trial reserves: a worker's resources where it trains itself, next to nothing where it starts a group of workers.
+
+    Ray Tune wants something, and a part of a CPU could be the one that the group lacks. So it is a byte of memory.
+    """
     compute = config.compute
     if compute.num_workers > 1:
-        return {"CPU": 0.01}
-    found = {"CPU": max(compute.cpus_per_worker, float(config.train.threads))}
-    return found | ({"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {})
+        return {"CPU": 0, "memory": 1}
+    cpus, gpus = resources(compute, config.train.threads, gpu=True)
+    return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
 
 
 def _fit(

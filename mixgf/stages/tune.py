@@ -85,11 +85,12 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
 
 
 def _wide(config: Config) -> Config:
-    """The config by whose size a local Ray is started: room for all trials that run at a time, and for Ray Train's controllers."""
+    """The config by whose size a local Ray is started: room for all trials that run at a time."""
     compute = config.compute
-    each = compute.num_workers + (compute.num_workers > 1)
     cpus = max(compute.cpus_per_worker, float(config.train.threads))
-    wide = replace(compute, num_workers=config.tune.concurrent * each, min_workers=0, cpus_per_worker=cpus)
+    wide = replace(
+        compute, num_workers=config.tune.concurrent * compute.num_workers, min_workers=0, cpus_per_worker=cpus
+    )
     return replace(config, compute=wide)
 
 
@@ -293,14 +294,6 @@ def _collected(trainings: Sequence[Training], part: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _untrained(config: Config) -> int:
-    return len(
-        pretrain.untrained(
-            config, Pretraining(config, Corpus(config.inputs.corpus, max_len=config.model.max_positions))
-        )
-    )
-
-
 def _register(
     config: Config,
     winner: Arm,
@@ -316,6 +309,7 @@ def _register(
         for training in trainings
         if training.arm == winner.key and files.exists(training.part(len(training.steps) - 1))
     )
+    best = _published(training, files.join(config.output, "tune", "best"))
     corpus = artifacts.require(training.config["inputs"]["corpus"], "corpus")
     lines = [
         f"{analysis.METRICS[row.metric]}: {row.test:.3f} on test cells (mean of {row.num_seeds} seeds; {row.select:.3f} on the cells that "
@@ -329,9 +323,9 @@ def _register(
     }  # fmt: skip
     text = model_card.write(
         name=f"{config.tune.register}: {winner.name}", corpus=about, changes=dict(winner.changes), scores=lines,
-        sentence=sentence, config=training.config, untrained=_untrained(from_dict(Config, training.config)),
+        sentence=sentence, config=training.config,
+        untrained=len(checkpoint.untrained_ids(artifacts.require(best, checkpoint.KIND))),
     )  # fmt: skip
-    best = _published(training, files.join(config.output, "tune", "best"))
     return tracked.register(
         config.tune.register, packaged_model.encoder(best, training.config["inputs"]["corpus"], text)
     )

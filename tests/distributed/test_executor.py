@@ -1,6 +1,9 @@
 """Ray runs tasks as the local executor does: the same receipts, each task once, and errors as the task raised them."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from mixgf.config.run import Compute, Config
-from mixgf.distributed.executor import RayExecutor
+from mixgf.distributed.executor import ALL_CPUS, RayExecutor
 from mixgf.errors import StorageError, UserError
 from mixgf.execution import LocalExecutor, Shared, Task
 
@@ -84,3 +87,67 @@ def test_no_more_tasks_are_in_flight_than_asked_for(executor, tmp_path, ray_loca
     monkeypatch.setattr(ray_local, "wait", lambda refs, **named: (most.append(len(refs)), wait(refs, **named))[1])
     assert len(list(executor.run(tasks(tmp_path, "abcdefgh")))) == 8
     assert max(most) == 2
+
+
+SHARED_GPUS = [
+    # CPUs, GPUs of the cluster; CPUs, GPUs of a worker; threads of a task; tasks at a time, CPUs that each reserves
+    (8, 1, 1.0, 0.25, 1, 4, 1.0),
+    (4, 2, 0.5, 0.5, 4, 4, 0.5),
+    (2, 1, 1.0, 0.25, 1, 2, 1.0),
+    (2, 0, 0.5, 0.0, 1, 4, 0.5),
+    (4, 0, 1.0, 0.0, 2, 2, 2.0),
+]
+
+
+def occupy(folder, name, expected):
+    """Stay until so many tasks run, and a while longer for more to come; notes what was reserved, and how many there were."""
+    import ray
+
+    here, most, until = Path(folder) / name, 0, time.monotonic() + 60
+    here.touch()
+    while time.monotonic() < until:
+        now = len(list(Path(folder).iterdir()))
+        if most < expected <= now:
+            until = time.monotonic() + 2
+        most = max(most, now)
+        time.sleep(0.05)
+    here.unlink()
+    reserved = ray.get_runtime_context().get_assigned_resources()
+    return {"most": most, "cpus": reserved.get("CPU", 0), "gpus": reserved.get("GPU", 0)}
+
+
+def main(folder):
+    """Small tasks on clusters with GPUs that Ray only counts; prints how many ran together, and with what."""
+    import ray
+
+    found = []
+    for number, (cpus, gpus, own_cpus, own_gpus, threads, expected, _) in enumerate(SHARED_GPUS):
+        place = Path(folder) / str(number)
+        place.mkdir()
+        ray.init(
+            address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, object_store_memory=100 << 20,
+            log_to_driver=False, logging_level="ERROR",
+        )  # fmt: skip
+        config = Config(compute=Compute(cpus_per_worker=own_cpus, gpus_per_worker=own_gpus))
+        some = [
+            Task(part=str(i), function=occupy, args=(str(place), str(i), expected), gpu=True, threads=threads)
+            for i in range(2 * expected)
+        ]
+        ended = list(RayExecutor(config, in_flight=ALL_CPUS).run(some))
+        found.append([receipt.result for receipt in ended])
+        ray.shutdown()
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_small_tasks_share_gpus_and_cpus_by_the_fractions_that_a_worker_reserves(tmp_path):
+    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, results in zip(SHARED_GPUS, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert max(result["most"] for result in results) == case[5], case
+        assert {(result["cpus"], result["gpus"]) for result in results} == {(case[6], case[3])}, case
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
