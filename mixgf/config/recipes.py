@@ -242,6 +242,7 @@ def data_ladder() -> Config:
         base,
         recipe="data_ladder",
         output="runs/data_ladder",
+        train=replace(base.train, heldout_share=0.02),
         tune=replace(
             base.tune,
             space=({"train.cells_share": (0.01, 0.03, 0.1, 0.3)}, {"train.max_steps": (25, 50, 100, 400)}),

@@ -43,6 +43,7 @@ from mixgf.stages import pretrain
 from mixgf.storage import artifacts, files, tables
 from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints
+from mixgf.training.held_out_loss import HeldOutLoss
 from mixgf.training.pretraining import Pretraining
 from mixgf.training.worker_group import LocalContext
 from mixgf.tuning import evaluate, held_out, search_space
@@ -224,6 +225,8 @@ def score_rung(training: Training, rung: int, tracked: mlflow_runs.Run) -> None:
     """Score the weights at a rung of the training on the cells that choose, and write the scores as their part."""
     config, corpus, held = _opened(training)
     found = _evaluated(training, rung, held.select, config, corpus)
+    if config.train.heldout_share > 0:
+        found = pd.concat([found, _held_out_loss(training, rung, config, corpus)], ignore_index=True)
     tracked.log(_figures(found, config), training.steps[rung])
     tracked.flush()  # a worker may end after its task
     _write(training.part(rung), found, training.steps[rung])
@@ -269,9 +272,7 @@ def _tracked(
 def _evaluated(training: Training, rung: int, tasks: Tasks, config: Config, corpus: Corpus) -> pd.DataFrame:
     """Scores of the weights at a rung (a number): without fine-tuning, and after the last rung with it, too."""
     device = pick_device(config.compute.gpus_per_worker)
-    model = MaskedModel(config.model, corpus.vocabulary.size)
-    checkpoints.load_step_weights(files.join(training.uri, "pretrain"), training.steps[rung], model)
-    encoder, chosen = model.encoder.to(device), tasks.of(config.tune.splits)
+    encoder, chosen = _weights(training, rung, config, corpus).encoder.to(device), tasks.of(config.tune.splits)
     found = evaluate.zero_shot(encoder, corpus, tasks.table, chosen, run=config, seed=training.base_seed)
     if rung == len(training.steps) - 1 and config.tune.finetune:
         random, context = tasks.of(["random"]), LocalContext(device)
@@ -280,11 +281,28 @@ def _evaluated(training: Training, rung: int, tasks: Tasks, config: Config, corp
     return found
 
 
+def _weights(training: Training, rung: int, config: Config, corpus: Corpus) -> MaskedModel:
+    """The model of a training at a rung (a number)."""
+    model = MaskedModel(config.model, corpus.vocabulary.size)
+    checkpoints.load_step_weights(files.join(training.uri, "pretrain"), training.steps[rung], model)
+    return model
+
+
+def _held_out_loss(training: Training, rung: int, config: Config, corpus: Corpus) -> pd.DataFrame:
+    """The losses at a rung on the cells that are never trained on, as rows of scores."""
+    context = LocalContext(pick_device(config.compute.gpus_per_worker))
+    model = _weights(training, rung, config, corpus).to(context.device).eval()
+    figures = HeldOutLoss(Pretraining(config, corpus))(model, context)
+    rows = [("all", "", "", evaluate.TRAINING, name, value) for name, value in figures.items()]
+    return pd.DataFrame(rows, columns=evaluate.COLUMNS)
+
+
 def _figures(found: pd.DataFrame, config: Config) -> dict[str, float]:
     """Scores for MLflow."""
     figures = {"score": evaluate.objective(found, config.tune.splits, config.tune.head)}
     for (model, split, metric), part in found.groupby(["model", "split", "metric"], sort=True):
-        figures[f"{model}/{split}/{metric}" if model != "space" else str(metric)] = float(part["value"].mean())
+        whole = model in ("space", evaluate.TRAINING)
+        figures[str(metric) if whole else f"{model}/{split}/{metric}"] = float(part["value"].mean())
     return figures
 
 

@@ -36,6 +36,8 @@ METRICS = {
     "uniformity": "uniformity",
 }
 """Columns of `arm_scores` by which arms are compared, and their names for readers."""
+HELD_OUT = "heldout_loss"
+"""Column of `arm_scores` with the loss on cells that are never trained on; only where a sweep has such cells."""
 GAIN = "best arm minus base"
 """The row of `final_scores` with the difference."""
 
@@ -43,12 +45,14 @@ GAIN = "best arm minus base"
 def arm_scores(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
     """One row per training and rung: arm, name, seed, rung, share, step, and the scores of `METRICS` (NaN where not computed).
 
+    There is a column `HELD_OUT` where a training has held-out cells.
+
     Args:
         found: Rows of `evaluate.zero_shot` and `evaluate.finetuned`, with arm, name, seed, rung, share and step.
         settings: `config.tune`.
     """
     keys = ["arm", "name", "seed", "rung", "share", "step"]
-    rows = []
+    rows, has_held_out = [], bool((found["model"] == evaluate.TRAINING).any())
     for key, part in found.groupby(keys, sort=False):
         row = dict(zip(keys, key, strict=True))
         row["score"] = evaluate.objective(part, settings.splits, settings.head)
@@ -56,6 +60,8 @@ def arm_scores(found: pd.DataFrame, settings: Tune) -> pd.DataFrame:
             row[name] = _mean(part, Finetune.head, metric)
         for metric in ("alignment", "uniformity"):
             row[metric] = _mean(part, "space", metric)
+        if has_held_out:
+            row[HELD_OUT] = _mean(part, evaluate.TRAINING, HELD_OUT)
         for head, kind in itertools.product(HEADS, settings.splits):
             row[f"{head}/{kind}"] = _mean(part[part["split"] == kind], head, "macro_f1")
         rows.append(row)
@@ -284,7 +290,7 @@ def saturation(x_P: Float64s, value_RP: Float64s) -> Float64s:
     return answer
 
 
-def forecast(points: pd.DataFrame, at: Float64s) -> pd.DataFrame:
+def forecast(points: pd.DataFrame, at: Float64s, *, falling: bool = False) -> pd.DataFrame:
     """The curve fitted to the means over seeds at given x, with a 95 % t interval over seeds.
 
     Each seed gives a curve of its own; their spread at an x gives the width there, with S - 1 degrees of freedom. A seed that
@@ -294,10 +300,14 @@ def forecast(points: pd.DataFrame, at: Float64s) -> pd.DataFrame:
     Args:
         points: Result of `scores_along` with at least three different x.
         at: Values of x; beyond the largest x of `points` the curve is an extrapolation.
+        falling: Whether the value falls along x, as a loss does; else it rises.
 
     Returns:
         x, value, low, high.
     """
+    if falling:
+        risen = forecast(points.assign(value=-points["value"]), at)
+        return pd.DataFrame({"x": at, "value": -risen["value"], "low": -risen["high"], "high": -risen["low"]})
     values = points.pivot_table(index="seed", columns="x", values="value")
     xs = values.columns.to_numpy(float)
     assert len(xs) >= 3, "a curve of three parameters needs three points"

@@ -31,6 +31,8 @@ from mixgf.training.worker_group import LocalContext
 
 COLUMNS = ["split", "group", "direction", "model", "metric", "value"]
 """Columns of a table of scores."""
+TRAINING = "training"
+"""The model of rows of the training itself, such as its losses on held-out cells (`training.held_out_loss`)."""
 SUBSAMPLE = 0.8
 """Share of the genes of a cell in its second view, for the alignment."""
 _DRAW = 0x4A554447

@@ -234,28 +234,39 @@ def test_ray_tune_gives_what_the_plain_loop_gives(ray_local, base, undisturbed, 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_sweep_whose_driver_is_killed_under_ray_goes_on_and_makes_no_part_twice(base, tmp_path):
-    """SIGKILL to the driver when the first scores are there; the same command again keeps them and ends as undisturbed."""
-    settings = at(base, tmp_path, compute=Compute(num_workers=1))
-    few = replace(settings, tune=replace(settings.tune, space=SPACE[:2], seeds=2, finetune=False, concurrent=1))
+@pytest.mark.parametrize(("workers", "arms", "seeds"), [(1, 2, 2), (2, 1, 1)])
+def test_a_sweep_whose_driver_is_killed_under_ray_goes_on_and_makes_no_part_twice(base, tmp_path, workers, arms, seeds):
+    """SIGKILL to the driver when the first scores are there; the same command again keeps them and ends as undisturbed.
+
+    With two workers, each training is a Ray Train group inside its trial.
+    """
+    settings = at(base, tmp_path, compute=Compute(num_workers=workers))
+    few = replace(settings, tune=replace(settings.tune, space=SPACE[:arms], seeds=seeds, finetune=False, concurrent=1))
+    first = 2 if workers == 1 else 1
     path, trials = tmp_path / "config.json", tmp_path / "sweep" / "tune" / "trials"
     path.write_text(json.dumps(parse.to_dict(few)))
     command = [sys.executable, "-m", "mixgf", "tune", "--config", str(path)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 600
-    while len(list(trials.glob("*/rung-*.parquet"))) < 2:
+    while len(list(trials.glob("*/rung-*.parquet"))) < first:
         assert driver.poll() is None, "it ends with all parts only"
         assert time.monotonic() < give_up
         time.sleep(0.05)
     driver.kill()
     assert driver.wait() == -9
     before = {part: part.stat().st_mtime_ns for part in trials.glob("*/rung-*.parquet")}
-    assert 2 <= len(before) < 10
+    assert first <= len(before) < 2 * seeds * (arms + 1)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(part.stat().st_mtime_ns == made for part, made in before.items())
-    plain = at(base, tmp_path / "plain", tune=few.tune)
-    assert tables(f"{tmp_path}/sweep/tune") == tables(tune.run(plain, executor=LocalExecutor()))
+    plain = at(base, tmp_path / "plain", tune=few.tune, compute=few.compute)
+    if workers == 1:
+        assert tables(f"{tmp_path}/sweep/tune") == tables(tune.run(plain, executor=LocalExecutor()))
+        return
+    path.write_text(json.dumps(parse.to_dict(plain)))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert tables(f"{tmp_path}/sweep/tune") == tables(f"{plain.output}/tune")
 
 
 @pytest.mark.ray
@@ -296,6 +307,64 @@ def test_asha_stops_trainings_by_their_scores_and_keeps_what_they_showed(ray_loc
     assert best_first in set(board.loc[board["rung"] == 1, "name"])
 
 
+def reserved(ray):
+    """Placement groups that are not removed, and what is free."""
+    groups = {one for one, facts in ray.util.placement_group_table().items() if facts["state"] != "REMOVED"}
+    return groups, ray.available_resources().get("CPU", 0)
+
+
+def waited(condition):
+    """Whether something holds, which Ray may need a moment for."""
+    give_up = time.monotonic() + 60
+    while not condition() and time.monotonic() < give_up:
+        time.sleep(0.2)
+    return condition()
+
+
+def expected_stops(board, order):
+    """Arms that the median rule stops at the first of two rungs, where trials run one after the other in this order."""
+    scores = board.pivot_table(index="arm", columns="rung", values="score")
+    seen, stopped = [], set()
+    for arm in order:
+        first = scores.loc[arm, 0]
+        if len(seen) >= 3 and first < np.median(seen):
+            stopped.add(arm)
+        seen.append(first)
+    return stopped
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_median_rule_stops_arms_and_groups_of_workers_inside_trials_leave_nothing_reserved(
+    ray_local, base, tmp_path, workers
+):
+    """Two CPUs are free for trials of two workers each, of which two run at a time: no deadlock, no placement group is left."""
+    taken = ray_local.util.placement_group([{"CPU": 2}])
+    ray_local.get(taken.ready())
+    try:
+        assert waited(lambda: reserved(ray_local)[1] == 2)
+        before = reserved(ray_local)
+        settings = at(base, tmp_path, compute=Compute(num_workers=workers))
+        space = ({"train.lr": (1e-9, 1e-4, 1e-2)}, {"objective.contrast_weight": (0.0,)})
+        median = replace(settings.tune, space=space, stop="median", seeds=1, finetune=False, concurrent=workers)
+        uri = tune.run(replace(settings, tune=median))
+        assert waited(lambda: reserved(ray_local) == before), reserved(ray_local)
+    finally:
+        ray_local.util.remove_placement_group(taken)
+    record = artifacts.require(uri, "sweep")
+    board = read_table(f"{uri}/arms.parquet").to_pandas()
+    order = [arm["key"] for arm in record.details["arms"]]
+    reached = board.groupby("arm")["rung"].max()
+    assert set(reached.index) == set(order)
+    assert reached[order[0]] == 1, "the base never stops"
+    if workers == 1:
+        stopped = expected_stops(board, order)
+        assert stopped, "the test needs an arm that is worse than the median of those before"
+        assert {arm for arm in order if reached[arm] == 0} == stopped
+
+
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(base, tmp_path):
     settings = at(base, tmp_path)
     for changes, said in (
@@ -324,6 +393,24 @@ def test_an_arm_of_other_tokens_is_trained_on_a_corpus_of_its_own(base, tmp_path
     made = artifacts.require(f"{uri}/corpora/{corpora[0]}/corpus", "corpus")
     assert made.config["tokens"]["scaling"] == "multiply"
     assert board["score"].nunique() == 2
+
+
+def test_a_ladder_with_held_out_cells_has_their_loss_at_every_rung_and_its_curve_comes_first(base, tmp_path):
+    settings = at(base, tmp_path)
+    ladder = replace(settings.tune, space=({"train.max_steps": (2, 4)},), stop="none", seeds=1, finetune=False)
+    train = replace(settings.train, heldout_share=0.2, heldout_steps=100)
+    settings = replace(settings, tune=ladder, train=train)
+    uri = tune.run(settings, executor=LocalExecutor())
+    board = read_table(f"{uri}/arms.parquet").to_pandas()
+    assert len(board) == 6
+    assert (board["heldout_loss"] > 0).all()
+    for row in board[board["rung"] == 1].itertuples():
+        rows = read_table(f"{uri}/trials/{row.arm[:12]}-0/pretrain/history.parquet").to_pylist()
+        logged = {one["step"]: one["value"] for one in rows if one["name"] == "heldout_loss"}
+        assert row.heldout_loss == pytest.approx(logged[row.step], rel=1e-6), "as the training itself has it at its end"
+    page = build.render(load.load_results(settings), "key")
+    assert "the fitted held-out loss is" in page
+    assert page.index("Loss on held-out cells by optimizer steps") < page.index("Zero-shot macro F1 by optimizer steps")
 
 
 def test_progress_counts_trainings():

@@ -194,6 +194,16 @@ def test_a_seed_that_is_given_twice_is_not_counted_twice():
     assert np.allclose(once, twice)
 
 
+def test_a_falling_curve_is_a_rising_one_upside_down():
+    points = ladder(lambda x: 0.9 - 3.0 * x**-0.5, 3, np.random.default_rng(0))
+    at = np.array([2e3, 2e5])
+    rising = analysis.forecast(points, at)
+    falling = analysis.forecast(points.assign(value=5 - points["value"]), at, falling=True)
+    assert np.allclose(falling["value"], 5 - rising["value"])
+    assert np.allclose(falling[["low", "high"]], 5 - rising[["high", "low"]])
+    assert falling["value"].iloc[1] < falling["value"].iloc[0]
+
+
 def test_a_ladder_has_the_base_and_only_arms_that_change_its_field():
     config = Config(tune=Tune(space=({"train.cells_share": (0.1, 0.3)}, {"train.lr": (0.5,)})))
     arms = search_space.arms(config)

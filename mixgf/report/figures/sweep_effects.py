@@ -64,13 +64,13 @@ def pareto(means: pd.DataFrame, name: str) -> str:
     return out[0]
 
 
-def scaling_curve(points: pd.DataFrame, curve: pd.DataFrame | None, axis: str, name: str) -> str:
-    """Score along one field: a dot per training, and the fitted curve with its interval, dashed where it extrapolates.
+def scaling_curve(points: pd.DataFrame, curve: pd.DataFrame | None, axes_labels: tuple[str, str], name: str) -> str:
+    """Score or loss along one field: a dot per training, and the fitted curve with its interval, dashed where it extrapolates.
 
     Args:
         points: Result of `tuning.analysis.scores_along`.
         curve: Result of `tuning.analysis.forecast`, ascending; None with too few points.
-        axis: Label of x.
+        axes_labels: Labels of x and y.
         name: Name of the figure on the page.
     """
     with canvas(name, 5.2, 3.2) as (figure, out):
@@ -85,5 +85,5 @@ def scaling_curve(points: pd.DataFrame, curve: pd.DataFrame | None, axis: str, n
                 part = slice(max(0, int(beyond[0]) - 1), None)
                 axes.plot(x[part], curve["value"][part], color=SPECIES_COLORS[0], linewidth=1.4, linestyle="--")
         axes.set_xscale("log")
-        axes.set(xlabel=axis, ylabel="zero-shot macro F1")
+        axes.set(xlabel=axes_labels[0], ylabel=axes_labels[1])
     return out[0]

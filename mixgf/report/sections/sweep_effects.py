@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,28 @@ from mixgf.tuning import analysis, search_space
 TITLE = "Ablations and tuning"
 SCALING_FIELDS = {"train.cells_share": "cells trained on", "train.max_steps": "optimizer steps"}
 """Fields along which a scaling curve is fitted, and their names for readers."""
-TOLERANCE = 0.01
-"""Loss of macro F1 that is accepted when the text names a sufficient amount."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """What a scaling curve is fitted to."""
+
+    column: str
+    """Of `analysis.arm_scores`; there is no curve without it."""
+    title: str
+    label: str
+    """Of the axis."""
+    short: str
+    tolerance: float
+    """Difference that is accepted when the text names a sufficient amount."""
+    falls: bool
+
+
+SCALED = (
+    _Measure(analysis.HELD_OUT, "Loss on held-out cells", "loss on held-out cells", "held-out loss", 0.01, falls=True),
+    _Measure("score", "Zero-shot macro F1", "zero-shot macro F1", "score", 0.01, falls=False),
+)
+"""Measures of scaling curves. The held-out loss comes first: it needs no labels."""
 
 
 def section(results: RunResults) -> Section:
@@ -135,39 +156,43 @@ def _interactions(found: pd.DataFrame) -> Table:
 
 
 def _scaling_curves(results: RunResults, arm_scores: pd.DataFrame) -> list[Any]:
-    """Fitted curves along `SCALING_FIELDS`, and a sentence on the amount that is sufficient."""
+    """Fitted curves along `SCALING_FIELDS`, each with a sentence on the amount that is sufficient."""
     record, blocks = results.records["tune"], []
     for field, axis in SCALING_FIELDS.items():
         part, leaf = field.split(".")
         base = float(getattr(getattr(results.config, part), leaf))
-        points = analysis.scores_along(arm_scores, record.details["arms"], field, base)
-        if points["x"].nunique() < 3 or points["x"].min() <= 0:
-            continue
-        if field == "train.cells_share" and "corpus" in results.records:
-            points["x"] *= results.records["corpus"].counts["kept"]
-        most = float(points["x"].max())
-        grid = np.geomspace(float(points["x"].min()), 10 * most, 60)
-        curve = analysis.forecast(points, np.append(grid, [most]))
-        here, ten = curve.iloc[-1], curve.iloc[-2]
-        known = curve.iloc[:-1]
-        enough = known[known["value"] >= here["value"] - TOLERANCE]
-        between = (
-            f"[{ten['low']:.3f}, {ten['high']:.3f}]"
-            if np.isfinite(ten["low"])
-            else "(too few seeds to say how certain this is)"
-        )
-        said = (f"{axis[:1].upper()}{axis[1:]}: at {most:,.0f} the fitted score is {here['value']:.3f}. By extrapolation, ten times as many would give "
-                f"{ten['value']:.3f} {between}, a change of {ten['value'] - here['value']:+.3f}. ")  # fmt: skip
-        said += (
-            f"{float(enough['x'].iloc[0]):,.0f} are sufficient for a score within {TOLERANCE:.2f} of that at {most:,.0f}."
-            if len(enough)
-            else ""
-        )
-        blocks += [
-            Figure(
-                sweep_effects.scaling_curve(points, known, axis, f"sweep-curve-{leaf}"),
-                f"Zero-shot macro F1 by {axis}. Dots are trainings; the shaded area is the 95 % interval of the fitted curve (t over seeds).",
-            ),
-            Text(said),
-        ]
+        for measure in SCALED:
+            if measure.column not in arm_scores:
+                continue
+            points = analysis.scores_along(arm_scores, record.details["arms"], field, base, measure.column)
+            if points["x"].nunique() < 3 or points["x"].min() <= 0:
+                continue
+            if field == "train.cells_share" and "corpus" in results.records:
+                points["x"] *= results.records["corpus"].counts["kept"]
+            blocks += _scaling_curve(points, measure, axis, leaf)
     return blocks
+
+
+def _scaling_curve(points: pd.DataFrame, measure: _Measure, axis: str, leaf: str) -> list[Any]:
+    """A figure of a fitted curve, and a sentence on it."""
+    most = float(points["x"].max())
+    grid = np.geomspace(float(points["x"].min()), 10 * most, 60)
+    curve = analysis.forecast(points, np.append(grid, [most]), falling=measure.falls)
+    here, ten = curve.iloc[-1], curve.iloc[-2]
+    known = curve.iloc[:-1]
+    enough = known[(known["value"] - here["value"]) * (-1 if measure.falls else 1) >= -measure.tolerance]
+    between = (
+        f"[{ten['low']:.3f}, {ten['high']:.3f}]"
+        if np.isfinite(ten["low"])
+        else "(too few seeds to say how certain this is)"
+    )
+    said = (f"{axis[:1].upper()}{axis[1:]}: at {most:,.0f} the fitted {measure.short} is {here['value']:.3f}. By extrapolation, ten times as many would give "
+            f"{ten['value']:.3f} {between}, a change of {ten['value'] - here['value']:+.3f}. ")  # fmt: skip
+    if len(enough):
+        said += f"{float(enough['x'].iloc[0]):,.0f} are sufficient for a {measure.short} within {measure.tolerance:.2f} of that at {most:,.0f}."
+    name = f"sweep-curve-{leaf}" + ("-loss" if measure.falls else "")
+    caption = (
+        f"{measure.title} by {axis}. Dots are trainings; the shaded area is the 95 % interval of the fitted curve (t over "
+        "seeds)."
+    )
+    return [Figure(sweep_effects.scaling_curve(points, known, (axis, measure.label), name), caption), Text(said)]
