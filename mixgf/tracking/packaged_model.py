@@ -49,19 +49,24 @@ def classifier(uri: str, card: str, metrics: Mapping[str, float]) -> dict[str, A
 
 
 def log(client: MlflowClient, experiment: str, runs: Sequence[str], name: str, model: Mapping[str, Any]) -> str:
-    """Log a model as an output of runs, once; returns its id. The first run is its source."""
+    """Log a model as an output of runs, once; returns its id.
+
+    Its scores are metrics of the first run. The last one is its source: MLflow's page of runs shows a model in the row of its
+    source only.
+    """
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
-    run_id = runs[0]
-    found = client.search_logged_models([experiment], f"name = '{name}' AND source_run_id = '{run_id}'")
-    ready = [one for one in found if str(one.status) in ("READY", "LoggedModelStatus.READY")]
-    if ready:
-        return str(ready[0].model_id)
+    run_id, source = runs[0], runs[-1]
     record = artifacts.find(model["uri"])
     tags = {"mixgf.kind": model["kind"], "mixgf.fingerprint": record.fingerprint if record is not None else ""}
+    found = client.search_logged_models([experiment], f"name = '{name}' AND source_run_id = '{source}'")
+    for there in found:
+        ready = str(there.status) in ("READY", "LoggedModelStatus.READY")
+        if ready and there.tags.get("mixgf.fingerprint") == tags["mixgf.fingerprint"]:
+            return str(there.model_id)
     made = client.create_logged_model(
-        experiment, name=name, source_run_id=run_id, model_type=f"mixgf {model['kind']}",
+        experiment, name=name, source_run_id=source, model_type=f"mixgf {model['kind']}",
         tags=tags | {"mlflow.note.content": model["card"]},
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="mixgf-model-") as scratch:

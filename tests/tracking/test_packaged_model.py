@@ -1,6 +1,10 @@
 """Models in MLflow: loaded without unpickling, they answer as the Python API does."""
 
+import subprocess
 import sys
+import time
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -10,11 +14,12 @@ import pandas as pd
 import pytest
 from invented import untrained_checkpoint
 from mlflow.tracking import MlflowClient
+from processes import die_with_us, free_port
 
 import mixgf as mg
 from mixgf.config.classification import Classify
 from mixgf.config.data import QC, Source, Tokens
-from mixgf.config.run import Config, Tracking
+from mixgf.config.run import Config, Inputs, Tracking
 from mixgf.config.training import Model, Train
 from mixgf.execution import LocalExecutor
 from mixgf.stages import classify, prepare
@@ -69,8 +74,13 @@ def test_a_registered_classifier_answers_on_a_file_as_annotate_does_and_nothing_
         assert part in version.description
     client = MlflowClient(tracking_uri)
     experiments = [one.experiment_id for one in client.search_experiments()]
-    logged = client.search_logged_models(experiments, f"source_run_id = '{version.run_id}'")
-    assert [one.name for one in logged] == ["classifier-islet"]
+    output = client.get_run(version.run_id).data.tags["mlflow.parentRunId"]
+    logged = client.search_logged_models(experiments, f"source_run_id = '{output}'")
+    assert [one.name for one in logged] == ["classifier-islet"], (
+        "MLflow's table of runs shows a model in the row of its source"
+    )
+    for made_by in (version.run_id, output):
+        assert [one.model_id for one in client.get_run(made_by).outputs.model_outputs] == [logged[0].model_id]
     assert {m.key for m in logged[0].metrics} == {"test/accuracy", "test/macro_f1"}
 
 
@@ -87,6 +97,62 @@ def test_an_encoder_gives_the_vectors_of_embed_and_one_logging_is_enough(run, tr
     assert len(outputs) == 1
 
 
+@pytest.fixture
+def server(tmp_path):
+    """URL of MLflow's own server: a process with SQLite, real HTTP on loopback."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/artifacts"),
+    ]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(die_with_us(command), stdout=log, stderr=log)
+    url, give_up = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/health")
+            break
+        except OSError:
+            assert process.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
+            assert time.monotonic() < give_up
+            time.sleep(0.2)
+    yield url
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_live_server_has_runs_data_sets_and_a_registered_model_that_answers(run, server, tmp_path, monkeypatch):
+    corpus, checkpoint = f"{run.output}/corpus", f"{run.output}/pretrain"
+    there = replace(
+        run, output=str(tmp_path / "there"), inputs=Inputs(corpus=corpus, checkpoint=checkpoint),
+        tracking=Tracking(uri=server, experiment="live", register="live"),
+    )  # fmt: skip
+    classify.run(there, executor=LocalExecutor())
+    client = MlflowClient(server)
+    ident = client.get_experiment_by_name("live").experiment_id
+    runs = {one.info.run_name: one for one in client.search_runs([ident])}
+    assert {one.info.status for one in runs.values()} == {"FINISHED"}
+    stage, output = runs["classify"], runs["there"]
+    assert stage.data.tags["mlflow.parentRunId"] == output.info.run_id
+    assert [one.tags[0].value for one in output.inputs.dataset_inputs] == ["corpus"]
+    below = [one for one in runs.values() if one.data.tags.get("mlflow.parentRunId") == stage.info.run_id]
+    assert below
+    assert all(0 <= one.data.metrics["macro_f1"] <= 1 for one in below)
+    (logged,) = client.search_logged_models([ident], f"source_run_id = '{output.info.run_id}'")
+    assert str(logged.status) in ("READY", "LoggedModelStatus.READY")
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(server)
+    try:
+        file = str(Path(run.output).parent / "cells.h5ad")
+        answer = mlflow.pyfunc.load_model("models:/live-islet/1").predict(pd.DataFrame({"path": [file]}))
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert answer["label"].tolist() == mg.load_classifier(there.output).annotate(file)["mixgf_label"].tolist()
+
+
 def test_a_model_folder_has_code_card_and_versions_and_no_pickle(run, tmp_path):
     packaged_model.save(
         tmp_path / "m", packaged_model.classifier(f"{run.output}/classify/classifiers/islet", "# Card", {})
@@ -101,8 +167,6 @@ def test_a_model_folder_has_code_card_and_versions_and_no_pickle(run, tmp_path):
 
 def test_a_folder_of_code_and_weights_answers_without_the_installed_package(run, tmp_path):
     """As `mlflow models serve` has it: another process, elsewhere, with the model's own code."""
-    import subprocess
-
     packaged_model.save(
         tmp_path / "m", packaged_model.encoder(f"{run.output}/pretrain", f"{run.output}/corpus", "", {})
     )
