@@ -1,10 +1,12 @@
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mixgf.config import parse, training
 from mixgf.config.data import Tokens
+from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
@@ -58,6 +60,53 @@ def test_an_unreadable_checkpoint_is_an_error_and_never_a_fresh_start(tmp_path, 
     files.write_bytes(f"{folder}/{name}", bytes(data))
     with pytest.raises(UserError, match=rf"{name}: .*Restore it, or remove the folder .*/00000002"):
         checkpoints.load_step(str(tmp_path), model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_a_flipped_bit_of_a_number_is_an_error_and_never_another_number(tmp_path, name, where):
+    model, optimizer = trained()
+    folder = checkpoints.save_step(str(tmp_path), 2, model, optimizer, {})
+    data = bytearray(files.read_bytes(f"{folder}/{name}"))
+    head = 8 + int.from_bytes(data[:8], "little")
+    data[{"first": head, "middle": (head + len(data)) // 2, "last": len(data) - 1}[where]] ^= 1
+    files.write_bytes(f"{folder}/{name}", bytes(data))
+    with pytest.raises(UserError, match=rf"{name}: .*Restore it, or remove the folder .*/00000002"):
+        checkpoints.load_step(str(tmp_path), model, optimizer)
+    if name == "model.safetensors":
+        with pytest.raises(UserError, match=rf"{name}: .*Restore it"):
+            checkpoints.load_step_weights(str(tmp_path), 2, model)
+
+
+def test_training_goes_on_from_the_latest_of_several_checkpoints(tmp_path):
+    for step in (9, 2, 10, 4):
+        checkpoints.save_step(str(tmp_path), step, *trained(steps=step), {"of": step})
+    model, optimizer = trained(steps=0)
+    assert checkpoints.load_step(str(tmp_path), model, optimizer) == checkpoints.State(10, {"of": 10})
+    latest = trained(steps=10)[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), latest.parameters(), strict=True))
+    assert {float(state["step"]) for state in optimizer.state.values()} == {10.0}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [({"scaling": "multiply"}, r'tokens.scaling = "multiply"'), ({"cls": True}, "tokens.cls = true")],
+)
+def test_sentences_of_another_scaling_or_with_cls_are_refused(make_corpus, tmp_path, tokens, said):
+    found = Corpus(make_corpus([5, 6], [0, 1], [2]))
+    for name, made in (("same", found.token_settings), ("other", replace(found.token_settings, **tokens))):
+        uri = str(tmp_path / name)
+        record = artifacts.plan("checkpoint", checkpoint.SCHEMA, {}, {})
+        artifacts.begin(uri, record)
+        model = MaskedModel(ROW, found.vocabulary.size)
+        done = checkpoint.publish_checkpoint(
+            uri, record, model, vocabulary=found.vocabulary.hash, tokens=made, objective=training.Objective()
+        )
+        if name == "same":
+            checkpoint.require_sentences(done, found)
+            continue
+        with pytest.raises(UserError, match=rf"inputs.checkpoint: trained on sentences with {said}"):
+            checkpoint.require_sentences(done, found)
 
 
 def test_a_missing_file_of_a_complete_checkpoint_is_an_error(tmp_path):

@@ -51,6 +51,46 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
     assert not np.array_equal(p.batch(3), p.batch(3 + p.steps_per_epoch))
 
 
+def test_the_order_of_shards_and_the_order_within_a_window_each_differ_between_epochs():
+    windows = make(window_shards=1)  # a window is a shard, so the order of windows is that of shards
+    shards = [
+        [windows.window_shards_of(epoch * windows.steps_per_epoch + step)[0] for step in range(windows.steps_per_epoch)]
+        for epoch in range(3)
+    ]
+    assert len({tuple(one) for one in shards}) == 3
+    whole = make(window_shards=len(ROWS), batch_cells=101)  # one window, one batch of the order of its cells
+    orders = [whole.batch(epoch) for epoch in range(3)]
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+    few = batch_plan.BatchPlan(  # cells of equal length, so that nothing is sorted; one shard
+        np.full(101, 7, np.int32), np.zeros(101, np.int8), [101], seed=0, batch_cells=8, window_shards=1
+    )
+    cells = [np.concatenate([few.batch(epoch * 13 + step) for step in range(13)]) for epoch in range(3)]
+    assert len({tuple(order) for order in cells}) == 3
+
+
+def test_a_mix_draws_other_cells_in_every_epoch():
+    p = make(mix={0: 0.25, 1: 0.75})
+    drawn = [
+        frozenset(
+            np.concatenate([p.batch(epoch * p.steps_per_epoch + step) for step in range(p.steps_per_epoch)]).tolist()
+        )
+        for epoch in range(3)
+    ]
+    assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_dealing_there_and_back_balances_tokens_better_than_dealing_in_one_direction(world_size):
+    p = make(batch_cells=16)
+    ours, straight = [], []
+    for step in range(p.steps_per_epoch - 1):
+        tokens = [p.lengths[p.share(step, rank, world_size).cells_B].sum() for rank in range(world_size)]
+        ordered = np.sort(p.lengths[p.batch(step)])[::-1]
+        ours.append(max(tokens) - min(tokens))
+        straight.append(ordered[::world_size].sum() - ordered[world_size - 1 :: world_size].sum())
+    assert np.mean(ours) < 0.5 * np.mean(straight)
+
+
 def test_a_window_reads_few_shards_and_batches_are_of_like_length():
     rows = [100] * 12
     p = make(batch_cells=10, window_shards=2, rows=rows)
