@@ -1,6 +1,7 @@
 """A whole campaign as a user submits it, over processes of their own on loopback: S3 (moto), MLflow, Ray's head and two nodes.
 
     python tests/cluster/test_campaign.py FOLDER        what it says is its transcript; with `prometheus` there, the boards as pictures, too
+    python tests/cluster/test_campaign.py FOLDER pretrain finetune       the corpus and these stages only; no head is lost
 
 Every stage is one `ray job submit` on bundled cells that lie in a bucket. In each of them a node is lost (SIGKILL to its raylet
 and all that it started) and another one comes; in prepare and pretrain then the head, and the same line is given again to a new
@@ -42,13 +43,14 @@ SETTINGS = {
     "pretrain": ["train.epochs=3", "train.batch_cells=16", "train.checkpoint_steps=5", "train.log_steps=1"],
     "embed": [],
     "classify": ["classify.epochs=2", "classify.seeds=2"],
+    "finetune": ["classify.epochs=2", "train.checkpoint_steps=5", "train.log_steps=1"],
     "perturb": ["perturb.max_cells=16", "perturb.max_genes=40", "perturb.block_cells=4", "perturb.block_genes=10"],
     "report": [],
 }
 FOLDERS = {"prepare": "corpus", "report": "report.html"}
 """Of a stage's artifact, where it is not called like the stage."""
-LOSE_NODE = {"prepare": 60, "pretrain": 30, "embed": 8, "classify": 12, "perturb": 8}
-"""Files of the stage (steps of pretrain) that are there when a node is killed."""
+LOSE_NODE = {"prepare": 60, "pretrain": 30, "embed": 8, "classify": 12, "finetune": 10, "perturb": 8}
+"""Files of the stage (steps of a training) that are there when a node is killed."""
 LOSE_HEAD = {"prepare": 130, "pretrain": 70}
 SLOW = {
     "RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "600",
@@ -57,7 +59,8 @@ SLOW = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
 }  # fmt: skip
 """Ray's patience with processes that are slow, not gone: a machine with other work on it is no lost node."""
-LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr", "alignment", "uniformity")
+LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr", "alignment", "uniformity", "val_loss", "val_accuracy")
+TRAININGS = ("pretrain", "finetune")
 
 
 def settings(stage):
@@ -238,9 +241,9 @@ class Site:
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
     def done(self, stage):
-        """Files of the stage's artifact so far; of pretrain, the step of its latest whole checkpoint."""
+        """Files of the stage's artifact so far; of a training, the step of its latest checkpoint."""
         keys = self.keys(f"run/{FOLDERS.get(stage, stage)}/")
-        if stage != "pretrain":
+        if stage not in TRAININGS:
             return sum("/cost/" not in key for key in keys)
         return max((int(key.split("/")[3]) for key in keys if "/steps/" in key), default=0)
 
@@ -273,24 +276,21 @@ class Site:
     def reached(self, stage, number, job):
         return self.wait(f"{number} of {stage}", lambda: (n := self.done(stage)) >= number and n, job)
 
-    def stage(self, stage):
+    def stage(self, stage, *, lose_node, lose_head):
         """Submit a stage, lose a node in its middle, and perhaps the head; submit it again as long as it ends badly."""
         job, reader = self.submit(stage)
-        if stage in LOSE_NODE:
+        unit = "steps" if stage in TRAININGS else "files"
+        if lose_node:
             there = self.reached(stage, LOSE_NODE[stage], job)
             number = self.kill(self.nodes.pop(0))
             assert not self.finished(stage), f"{stage}: too late to lose a node"
             self.nodes.append(self.node())
-            self.say(
-                f"!! {stage} has {there} {'steps' if stage == 'pretrain' else 'files'}: kill -9 to a node, {number} processes; another one starts"
-            )
-        if stage in LOSE_HEAD:
+            self.say(f"!! {stage} has {there} {unit}: kill -9 to a node, {number} processes; another one starts")
+        if lose_head:
             there = self.reached(stage, LOSE_HEAD[stage], job)
             number = self.kill(self.head)
             assert not self.finished(stage), f"{stage}: too late to lose the head"
-            self.say(
-                f"!! {stage} has {there} {'steps' if stage == 'pretrain' else 'files'}: kill -9 to the head, {number} processes"
-            )
+            self.say(f"!! {stage} has {there} {unit}: kill -9 to the head, {number} processes")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(60)
         while (code := self.ended(job, reader)) and self.renewed < len(LOSE_HEAD) + 3:
@@ -319,30 +319,29 @@ class Site:
 
     # what came of it
 
-    def whole(self):
-        """The same by `mixgf run` in one place, from the same cells; returns its folder."""
+    def whole(self, stages):
+        """The same in one place, from the same cells, the stages of `mixgf run` by it; returns its folder."""
         output = self.folder / "whole"
-        line = [
-            "mixgf",
-            "run",
-            *SOURCES,
-            "--recipe",
-            "demo",
-            "--output",
-            str(output),
-            *(part for stage in SETTINGS for part in settings(stage)),
-        ]
-        self.say(f"$ {shlex.join(line)}".replace(str(output), "whole"))
+        commands = ["run", "finetune"] if set(stages) == set(SETTINGS) else stages
+        for command in commands:
+            mine = SETTINGS if command == "run" else [command]
+            sources = SOURCES if command in ("run", "prepare") else []
+            given = (part for stage in mine for part in settings(stage))
+            self.local(["mixgf", command, *sources, "--recipe", "demo", "--output", str(output), *given])
+        return output
+
+    def local(self, line):
+        """Run a command without the cluster."""
+        self.say(f"$ {shlex.join(line)}".replace(str(self.folder / "whole"), "whole"))
         without = ("RAY_", "MLFLOW_TRACKING_URI", "MIXGF_PRICES")
         environment = {k: v for k, v in self.environment.items() if not k.startswith(without)} | {
             "PYTHONPATH": str(ROOT)
         }
-        with (self.folder / "whole.log").open("w") as log:
+        with (self.folder / "whole.log").open("a") as log:
             done = subprocess.run(
                 [sys.executable, "-m", *line], stdout=log, stderr=log, env=environment, cwd=ROOT, check=False
             )  # fmt: skip
         assert done.returncode == 0, (self.folder / "whole.log").read_text()[-3000:]
-        return output
 
     def contents(self, read, names):
         """By file of the artifacts: what it holds, without times and places."""
@@ -364,9 +363,9 @@ class Site:
                 found[name] = hashlib.sha256(data).hexdigest()
         return found
 
-    def compare(self):
+    def compare(self, stages):
         """Every file of the campaign with that of the run never disturbed; returns the number of files."""
-        whole = self.whole()
+        whole = self.whole(stages)
         here = [str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file() and "cost" not in p.parts]
         there = [key.removeprefix("run/") for key in self.keys("run/") if "/cost/" not in key]
         expected = self.contents(lambda name: (whole / name).read_bytes(), here)
@@ -390,12 +389,13 @@ class Site:
         return [
             (run.info.run_name, run.info.status, run.data.metrics)
             for run in runs[::-1]
-            if "mlflow.parentRunId" not in run.data.tags
+            if run.data.tags.get("mixgf.stage") in SETTINGS
         ]
 
 
-def main(folder):
-    """The campaign; raises where something is not as it must be."""
+def main(folder, *chosen):
+    """The campaign, or the corpus and some stages of it; raises where something is not as it must be."""
+    stages = ["prepare", *chosen] if chosen else list(SETTINGS)
     folder = Path(folder).absolute()
     folder.mkdir(parents=True)
     site = Site(folder)
@@ -404,8 +404,9 @@ def main(folder):
         site.servers()
         boards = site.prometheus()
         site.cluster()
-        for stage in SETTINGS:
-            site.stage(stage)
+        for stage in stages:
+            lose_node = stage in (chosen or LOSE_NODE)
+            site.stage(stage, lose_node=lose_node, lose_head=not chosen and stage in LOSE_HEAD)
         for name, status, metrics in site.tracked():
             assert status == "FINISHED", f"{name}: {status}"
             hours = sum(v for k, v in metrics.items() if k.startswith("cost/node_hours/"))
@@ -421,9 +422,23 @@ def main(folder):
             ]
             subprocess.run([str(part) for part in pictures], check=True)
             site.say("the boards are drawn")
-        site.say(f"{site.compare()} files hold what those of the run never disturbed hold, byte for byte")
+        site.say(f"{site.compare(stages)} files hold what those of the run never disturbed hold, byte for byte")
     finally:
         site.close()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_trainings_by_job_submit_that_lose_a_node_end_with_the_losses_of_those_never_disturbed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path / "trainings"), *TRAININGS],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert done.stdout.count("kill -9 to a node") == len(TRAININGS)
 
 
 @pytest.mark.ray
@@ -439,4 +454,4 @@ def test_a_campaign_that_loses_nodes_and_heads_ends_with_the_bytes_of_one_never_
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
