@@ -9,6 +9,7 @@ Nothing heavy is imported before a command runs. Exit codes:
 | 2 | the input cannot be used; one line says why and what to do |
 | 3 | done, but some sources were rejected |
 | 130 | stopped with Ctrl-C |
+| 143 | stopped by SIGTERM |
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mixgf import console
+from mixgf import console, termination
 from mixgf.config import recipes
 from mixgf.config.checks import did_you_mean, split_named
 from mixgf.config.data import Source
@@ -433,10 +434,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     console.setup(debug=args.debug)
     try:
-        return _dispatch(args)
-    except KeyboardInterrupt:
-        print("mixgf: stopped; the same command continues where it stopped", file=sys.stderr)
-        return 130
+        with termination.installed():
+            return _dispatch(args)
+    except (KeyboardInterrupt, termination.Terminated) as stop:
+        by, code = (" by SIGTERM", termination.EXIT_CODE) if isinstance(stop, termination.Terminated) else ("", 130)
+        print(f"mixgf: stopped{by}; the same command continues where it stopped", file=sys.stderr)
+        return code
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

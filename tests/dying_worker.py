@@ -13,6 +13,7 @@ from mixgf.distributed import train_group
 from mixgf.encoder.bert import MaskedModel
 from mixgf.training import loop
 from mixgf.training.pretraining import Pretraining
+from mixgf.training.worker_group import LocalContext
 
 
 def _write(settings, kind, rows):
@@ -24,6 +25,8 @@ def worker_session(settings, dies):
     """What a training worker does; it may kill itself when the figures of step 4 to 6 are to be logged."""
 
     class Context(train_group.RayContext):
+        asked, agree = LocalContext.asked, LocalContext.agree  # there is no Ray here
+
         def commit(self, rows):
             if dies and rows[0][0] == 4:
                 if dies == "amid":

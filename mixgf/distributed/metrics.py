@@ -146,7 +146,7 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self.step, self.figures, self.error = 0, dict[str, float](), ""
+        self.step, self.figures, self.error, self.stopping = 0, dict[str, float](), "", False
         self.recovered, self.committed = list[Any](), list[Any]()
 
     def report(self, step: int, figures: dict[str, float]) -> None:
@@ -156,6 +156,14 @@ class Board:
     def fail(self, error: str) -> None:
         """An error that another start of the workers would meet again."""
         self.error = error
+
+    def stop(self) -> None:
+        """Ask the workers to end."""
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether the workers are to end."""
+        return self.stopping
 
     def commit(self, rows: list[Any]) -> None:
         """Rows of the training's metrics, each once."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import ray
 
+from mixgf import termination
 from mixgf.config.run import Config
 from mixgf.console import say, warn
 from mixgf.errors import UserError
@@ -44,6 +45,7 @@ def session(config: Config) -> Iterator[None]:
         # pools and training workers are sized by the config, so a laptop with fewer cores than workers still runs
         wanted = max(os.cpu_count() or 1, int(config.compute.num_workers * config.compute.cpus_per_worker) + 1)
         _start(wanted, config.train.threads)
+    termination.renew()
     try:
         yield
     finally:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mixgf import termination
 from mixgf.config.parse import from_dict, to_dict
 from mixgf.config.run import Config, Tracking
 from mixgf.console import Progress
@@ -34,8 +38,13 @@ from mixgf.tracking import mlflow_runs
 from mixgf.training import held_out_loss
 from mixgf.training.gradient_sums import ARGUMENTS
 from mixgf.training.loop import fit
-from mixgf.training.pretraining import Pretraining, initial_model
-from mixgf.training.worker_group import Context, GroupContext, MetricRow
+from mixgf.training.pretraining import ContrastWatch, Pretraining, initial_model
+from mixgf.training.worker_group import Asked, Context, GroupContext, MetricRow, Seen, ignore
+
+ASK_SECONDS = 0.5
+"""Between two questions of a group to its driver whether it is to stop."""
+LOOK_SECONDS = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
+"""Between two questions of a group to Ray whether nodes will be lost: as often as Ray looks itself."""
 
 
 class RayContext(GroupContext):
@@ -44,6 +53,36 @@ class RayContext(GroupContext):
     def __init__(self, device: torch.device, board: Any, run: str, stage: str = "pretrain") -> None:
         super().__init__(device)
         self._board, self._run, self._stage = board, run, stage
+        self._answer: Any = None
+        self._asked_at, self._looked_at, self._preemption = -math.inf, time.monotonic(), None
+
+    def asked(self) -> Asked:
+        """To stop where the driver got SIGTERM, and now and then to look for lost nodes. Does not wait."""
+        if self.rank > 0:
+            return Asked()
+        look = time.monotonic() > self._looked_at + LOOK_SECONDS
+        if look:
+            self._looked_at = time.monotonic()
+        return Asked(stop=self._driver_stops(), look=look)
+
+    def agree(self, asked: Asked) -> Asked:
+        """To save, too, where Ray is about to lose nodes of the group; the workers meet to ask for that."""
+        if not asked.look:
+            return asked
+        found = ray.train.get_preemption_info()
+        save, self._preemption = found not in (None, self._preemption), found
+        return Asked(save=save, stop=asked.stop)
+
+    def _driver_stops(self) -> bool:
+        """The board's latest answer; it is asked again every `ASK_SECONDS`."""
+        if self._answer is None:
+            if time.monotonic() < self._asked_at + ASK_SECONDS:
+                return False
+            self._answer, self._asked_at = self._board.is_stopping.remote(), time.monotonic()
+        if not ray.wait([self._answer], timeout=0)[0]:
+            return False
+        answer, self._answer = self._answer, None
+        return bool(ray.get(answer))
 
     def wrap(self, module: nn.Module) -> DistributedDataParallel:
         """The module in DistributedDataParallel, by Ray Train."""
@@ -76,9 +115,9 @@ def work(params: dict[str, Any]) -> None:
             torch.set_num_threads(config.train.threads)
         context = RayContext(device, params["board"], params["run"], params["stage"])
         params["job"](context)
-    except (
-        UserError
-    ) as error:  # every worker has the same one: the driver raises it, and the group does not start again
+    except termination.Terminated:
+        return  # the driver, which asked for it, raises it
+    except UserError as error:  # the same on every worker: the driver raises it, and the group does not start again
         ray.get(params["board"].fail.remote(str(error)))
 
 
@@ -103,7 +142,7 @@ def train(
         UserError: it cannot be trained, for example because a loss is not finite.
     """
     job = partial(pretrain, replace(config, tracking=Tracking()), corpus, uri, identity, until)  # only the driver logs
-    run_group(job, config, stage="pretrain", num_steps=num_steps, tracked=tracked)
+    run_group(job, config, stage="pretrain", num_steps=num_steps, tracked=tracked, seen=ContrastWatch(config))
 
 
 def pretrain(config: Config, corpus: str, uri: str, identity: str, until: int, context: Context) -> None:  # noqa: PLR0917 (a job)
@@ -115,8 +154,9 @@ def pretrain(config: Config, corpus: str, uri: str, identity: str, until: int, c
 
 
 def run_group(
-    job: Callable[[Context], None], config: Config, *, stage: str, num_steps: int, tracked: mlflow_runs.Run
-) -> None:
+    job: Callable[[Context], None], config: Config, *, stage: str, num_steps: int, tracked: mlflow_runs.Run,
+    seen: Seen = ignore,
+) -> None:  # fmt: skip
     """Run a job on every worker of a group to its end; a lost group starts again, with as many workers as there are.
 
     Args:
@@ -125,9 +165,11 @@ def run_group(
         stage: For progress and metrics.
         num_steps: Steps of the training.
         tracked: Receives metrics.
+        seen: Receives figures in this process.
 
     Raises:
         UserError: The job raised it, in any worker.
+        Terminated: This process got SIGTERM; a training has written a checkpoint where the time allowed.
     """
     compute = config.compute
     require_gpus(compute.gpus_per_worker)
@@ -160,8 +202,10 @@ def run_group(
         ),
     )  # fmt: skip
     try:
-        with _watch(board, stage, num_steps, tracked):
+        with termination.listening(), _watch(board, stage, num_steps, tracked, seen):
             trainer.fit()
+        if termination.requested():
+            raise termination.Terminated
         error = ray.get(board.read.remote())[2]
     finally:
         ray.kill(board)
@@ -171,15 +215,18 @@ def run_group(
 
 
 @contextlib.contextmanager
-def _watch(board: Any, stage: str, num_steps: int, tracked: mlflow_runs.Run) -> Iterator[None]:
+def _watch(board: Any, stage: str, num_steps: int, tracked: mlflow_runs.Run, seen: Seen) -> Iterator[None]:
     """Show the board's figures as progress, and log them, from a thread."""
     ended = threading.Event()
 
     def look() -> None:
         progress: Progress | None = None
         while not ended.wait(0.5):
+            if termination.requested():
+                board.stop.remote()
             step, figures, _ = ray.get(board.read.remote())
             if step:
+                seen(step, figures)
                 progress = progress or Progress(stage, num_steps, "steps", done=step)
                 progress.update(step, **{k: figures[k] for k in SHOWN if k in figures})
             log_rows(tracked, *ray.get(board.take.remote()))

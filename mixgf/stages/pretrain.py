@@ -31,8 +31,8 @@ from mixgf.storage import artifacts, files
 from mixgf.tracking import mlflow_runs, model_card, packaged_model
 from mixgf.training import checkpoints, held_out_loss, loop
 from mixgf.training.loop import fit, measure_peak
-from mixgf.training.pretraining import Pretraining, initial_model
-from mixgf.training.worker_group import LocalContext, MetricRow
+from mixgf.training.pretraining import ContrastWatch, Pretraining, initial_model
+from mixgf.training.worker_group import LocalContext, MetricRow, Seen, ignore
 
 USUAL_MFU = 0.3
 """Share of the GEMM peak that small recipes reached on two CPU cores through the command line (.22 to .38), for the estimate."""
@@ -100,7 +100,8 @@ def train_here(
 ) -> None:
     """Train in this process to the end, or until a step, from the latest checkpoint in `uri` on."""
     found = Corpus(corpus, max_len=config.model.max_positions)
-    context = ProcessContext(pick_device(config.compute.gpus_per_worker), "pretrain", num_steps, tracked)
+    device = pick_device(config.compute.gpus_per_worker)
+    context = ProcessContext(device, "pretrain", num_steps, tracked, seen=ContrastWatch(config))
     model, task = initial_model(config, found), Pretraining(config, found)
     try:
         fit(
@@ -114,14 +115,17 @@ def train_here(
 class ProcessContext(LocalContext):
     """This process as the only worker; figures go to the progress, to the tracker and, inside Ray, to the boards."""
 
-    def __init__(self, device: torch.device, stage: str, num_steps: int, tracked: mlflow_runs.Run) -> None:
+    def __init__(
+        self, device: torch.device, stage: str, num_steps: int, tracked: mlflow_runs.Run, *, seen: Seen = ignore
+    ) -> None:  # fmt: skip
         super().__init__(device)
-        self._stage = stage
+        self._stage, self._seen = stage, seen
         self._num_steps, self._tracked = num_steps, tracked
         self._progress: Progress | None = None
 
     def report(self, step: int, figures: dict[str, float]) -> None:
         """Show the progress."""
+        self._seen(step, figures)
         self._progress = self._progress or Progress(self._stage, self._num_steps, "steps", done=step)
         self._progress.update(step, **{name: figures[name] for name in SHOWN if name in figures})
         Meter(self._stage, self._tracked.id).figures(step, figures)

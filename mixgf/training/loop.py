@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mixgf import termination
 from mixgf.config import training
 from mixgf.console import warn
 from mixgf.encoder.batch import Batch
@@ -32,7 +33,7 @@ from mixgf.training import checkpoints
 from mixgf.training.gradient_sums import settle_buckets
 from mixgf.training.prefetch import Prefetch
 from mixgf.training.selection import Selection
-from mixgf.training.worker_group import Context, Group, MetricRow, autocast
+from mixgf.training.worker_group import Asked, Context, Group, MetricRow, autocast
 
 W = TypeVar("W", bound="StepWork")
 M_contra = TypeVar("M_contra", bound=nn.Module, contravariant=True)
@@ -60,6 +61,9 @@ class TrainingTask(Protocol[M_contra, W]):
 
     @property
     def num_steps(self) -> int: ...
+
+    def is_short(self, step: int) -> bool:
+        """Whether the batch of a step (from 0) is so small, at the end of an epoch, that its figures say little."""
 
     def work(self, step: int, rank: int, world_size: int) -> W:
         """A worker's share of a step; a pure function, called in a background thread."""
@@ -120,6 +124,11 @@ class LossTask(Generic[M_contra]):
     sums: Callable[[Any, Batch], dict[str, Tensor]]
     precision: str = "fp32"
     names: tuple[str, ...] = ("loss",)
+
+    @staticmethod
+    def is_short(step: int) -> bool:
+        """Figures are means over cells, which a small batch has, too."""
+        return False
 
     def work(self, step: int, rank: int, world_size: int) -> BatchWork:
         """The worker's micro batches."""
@@ -221,6 +230,14 @@ def learning_rate(settings: training.Train, step: int, num_steps: int) -> float:
     return settings.lr * scale[settings.schedule]
 
 
+def _is_logged(task: TrainingTask[Any, Any], done: int, every: int) -> bool:
+    """Whether a step is logged: every so many steps, the first and the last one, but no step with a short batch."""
+    if task.is_short(done - 1):
+        return False
+    last = task.num_steps - task.is_short(task.num_steps - 1)
+    return done % every == 0 or done in (1, last)
+
+
 def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -238,10 +255,14 @@ def make_optimizer(model: nn.Module, settings: training.Train) -> torch.optim.Ad
 
 
 def measure_peak(device: torch.device, precision: str, *, seconds: float = 0.2) -> float:
-    """Measure the peak FLOP/s of a square matrix product on a device; MFU is a share of it."""
+    """Measure the peak FLOP/s of a product of square random matrices on a device; MFU is a share of it.
+
+    GPUs multiply constants faster than random numbers, with less power.
+    """
     size = 8192 if device.type == "cuda" else 768
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.ones(size, size, dtype=dtype, device=device)
+    draws = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, generator=draws).to(dtype)
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < end:
@@ -328,6 +349,7 @@ def fit(
 
     Raises:
         UserError: a loss or gradient is not finite, or a checkpoint cannot be used.
+        Terminated: a worker was asked to stop; there is a checkpoint of the last step.
     """
     device, num_steps = context.device, task.num_steps
     last = min(until or num_steps, num_steps)
@@ -343,7 +365,9 @@ def fit(
     module = _parallel(model, task, parameters, context, settings.reduce)
     clock = _RateMeter(measure_peak(device, settings.precision) * context.world_size)
     stop = start if selection is not None and selection.ended else max(start, last)
+    is_stopped = False
     with (
+        termination.listening(),
         checkpoints.CheckpointWriter(uri, keep=settings.keep_checkpoints) as writer,
         Prefetch(lambda step: task.work(step, context.rank, context.world_size), start, stop) as ahead,
     ):
@@ -355,23 +379,26 @@ def fit(
             lr = _set_learning_rate(optimizer, learning_rate(settings, step, num_steps))
             optimizer.zero_grad(set_to_none=False)
             figures = compute_gradients(module, work, context)
-            values, counted, norm = _reduce_step(parameters, figures, work, context)
+            values, counted, asked, norm = _reduce_step(parameters, figures, work, context)
             _require_finite(values, step, work.epoch)
             if 0 < settings.clip < values["grad_norm"]:
                 nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
             optimizer.step()
             done = step + 1
             clock.add(counted)
-            if done % settings.log_steps == 0 or done in (num_steps, 1):
+            if _is_logged(task, done, settings.log_steps):
                 run.log(done, work.epoch, values | {"lr": lr} | clock.figures(ahead.waited, device))
             is_best = run.evaluate(done, work.epoch)
             ends = done == last or (selection is not None and selection.ended)
-            if is_best or ends or done % settings.checkpoint_steps == 0:
+            is_stopped = asked.stop and not ends
+            if is_best or ends or any(asked) or done % settings.checkpoint_steps == 0:
                 run.save(done, work.epoch)
                 clock.pause(ahead.waited)
-            if ends:
+            if ends or is_stopped:
                 break
     context.barrier()
+    if is_stopped:
+        raise termination.Terminated
     return history.rows
 
 
@@ -455,15 +482,22 @@ def _recovered_history(uri: str, start: int, context: Context) -> History:
 
 def _reduce_step(
     parameters: list[nn.Parameter], figures: dict[str, Tensor], work: StepWork, context: Context
-) -> tuple[dict[str, float], dict[str, float], Tensor]:
-    """Sum metrics over the workers; returns them with the norm of the gradient, the counts of the step, and the norm as tensor."""
-    counts = torch.tensor([float(getattr(work, name)) for name in _RateMeter.COUNTS], device=context.device)
+) -> tuple[dict[str, float], dict[str, float], Asked, Tensor]:
+    """Sum metrics over the workers.
+
+    Returns:
+        The metrics with the norm of the gradient, the counts of the step, what any worker was asked to do, and the norm as tensor.
+    """
+    mine = [float(getattr(work, name)) for name in _RateMeter.COUNTS] + [float(flag) for flag in context.asked()]
+    counts = torch.tensor(mine, device=context.device)
     row = torch.cat([torch.stack([v.detach().float().reshape(()) for v in figures.values()]), counts])
     context.all_reduce(row)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     values = torch.cat([row, norm[None]]).tolist()  # the step waits for the device only here
-    counted = dict(zip(_RateMeter.COUNTS, values[len(figures) : -1], strict=True))
-    return dict(zip(figures, values, strict=False)) | {"grad_norm": values[-1]}, counted, norm
+    counts_and_flags = values[len(figures) : -1]
+    counted = dict(zip(_RateMeter.COUNTS, counts_and_flags, strict=False))
+    asked = context.agree(Asked(*(flag > 0 for flag in counts_and_flags[len(counted) :])))
+    return dict(zip(figures, values, strict=False)) | {"grad_norm": values[-1]}, counted, asked, norm
 
 
 def _require_finite(values: dict[str, float], step: int, epoch: int) -> None:

@@ -10,6 +10,8 @@ Shapes: T packed tokens, B cells, C cells of the global batch, K masked position
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor
 from mixgf import rng
 from mixgf.config.run import Config
 from mixgf.config.training import Objective
+from mixgf.console import warn
 from mixgf.corpus.held_out import HeldOut, held_out_cells
 from mixgf.corpus.packed import Packed
 from mixgf.corpus.reader import Corpus
@@ -57,6 +60,28 @@ def _require_cells(config: Config, corpus: Corpus, trained: I64, held_out: HeldO
             f"{len(held_out.cells):,} held out of {corpus.num_cells:,}; choose another share, or 0"
         )
         raise UserError(msg)
+
+
+class ContrastWatch:
+    """Warns once when the contrast has nothing left to teach: its loss is less than `SPENT` of that of random vectors."""
+
+    SPENT = 0.01
+
+    def __init__(self, config: Config) -> None:
+        self.chance = math.log(max(2, 2 * config.train.batch_cells - 1))
+        self._view, self._warned = config.objective.view, False
+
+    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
+        """Look at the figures of a logged step."""
+        value = figures.get("contrast", math.inf)
+        if self._warned or value >= self.SPENT * self.chance:
+            return
+        self._warned = True
+        warn(
+            f"pretrain: the contrast loss is {value:.2g} at step {step:,}, under {self.SPENT:.0%} of that of random vectors "
+            f"({self.chance:.2g}). The views of a cell (objective.view={self._view}) are already nearest to each other, so the contrast "
+            "hardly changes the encoder any more"
+        )
 
 
 _SUBSET = 0x50415254
@@ -177,6 +202,12 @@ class Pretraining:
         self.translate: Translator | None = None
         if "ortholog" in self.views:
             self.translate = Translator(corpus.vocabulary, species.orthologs(config.vocab.orthologs))
+
+    def is_short(self, step: int) -> bool:
+        """Whether a batch has less than half of the usual cells: losses on cell vectors depend on their number."""
+        usual = min(self.plan.batch_cells, self.plan.num_cells)
+        rest = self.plan.num_cells - (self.steps_per_epoch - 1) * self.plan.batch_cells
+        return (step + 1) % self.steps_per_epoch == 0 and 2 * rest < usual
 
     def facts(self) -> dict[str, float]:
         """Estimates before training, from a sample of the cells.

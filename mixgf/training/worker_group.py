@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mixgf import termination
 from mixgf.training.gradient_sums import ARGUMENTS, HOOKS
 
 
@@ -33,10 +35,33 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 MetricRow = tuple[int, int, str, float]
 """A metric: steps done, epoch, name, value."""
+Seen = Callable[[int, dict[str, float]], None]
+"""Called in the driver with the figures of some logged steps."""
+
+
+def ignore(step: int, figures: dict[str, float]) -> None:
+    """Do nothing with the figures of a step."""
+
+
+class Asked(NamedTuple):
+    """What a worker is asked to do after its step."""
+
+    save: bool = False
+    """Write a checkpoint and go on: the worker's node is about to be taken away."""
+    stop: bool = False
+    """Write a checkpoint and end."""
+    look: bool = False
+    """Find out by `Context.agree`, with all other workers."""
 
 
 class Context(Group, Protocol):
     """A worker of a group, with a place to report metrics to."""
+
+    def asked(self) -> Asked:
+        """What this worker was asked to do since the last step; the whole group does what any of its workers is asked."""
+
+    def agree(self, asked: Asked) -> Asked:
+        """What the group does, of what any of its workers was asked; called by all workers in the same step."""
 
     def parallel(self, module: nn.Module, reduce: str) -> nn.Module:
         """The module such that its backward pass sums gradients over all workers; in a group of one, the module itself.
@@ -71,6 +96,14 @@ class LocalContext:
     def parallel(self, module: nn.Module, reduce: str) -> nn.Module:
         """The module itself."""
         return module
+
+    def asked(self) -> Asked:
+        """To stop, once the process got SIGTERM."""
+        return Asked(stop=termination.requested())
+
+    def agree(self, asked: Asked) -> Asked:
+        """The same."""
+        return asked
 
     def all_reduce(self, x: Tensor) -> None:
         """Nothing to sum."""

@@ -1,12 +1,17 @@
 """`mixgf finetune` on a Ray Train group."""
 
 import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 from mixgf.classification import kept_classifier
-from mixgf.config import run, training
+from mixgf.config import parse, run, training
 from mixgf.config.classification import Classify
 from mixgf.config.data import Tokens
 from mixgf.corpus.reader import Corpus
@@ -15,7 +20,8 @@ from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor
 from mixgf.stages import finetune
-from mixgf.storage import artifacts, tables
+from mixgf.storage import artifacts, files, tables
+from mixgf.training import checkpoints
 
 CONFIG = run.Config(
     model=training.Model(num_layers=2, dim=32, num_heads=2, ffn_dim=64, max_positions=32),
@@ -65,3 +71,37 @@ def test_a_corpus_without_the_column_of_labels_is_refused_and_nothing_is_left(co
     with pytest.raises(UserError, match=r"classify.label = 'celltype': the corpus has no such column"):
         finetune.run(other, executor=LocalExecutor())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_fine_tuning_whose_driver_is_ended_goes_on_with_the_bits_of_one_never_ended(config, tmp_path, number):
+    """Two workers under Ray Train, by the command; the signal comes after some checkpoints, and the same command ends it."""
+    train = dataclasses.replace(config.train, checkpoint_steps=7, log_steps=1)
+    chosen = dataclasses.replace(config, train=train, classify=dataclasses.replace(config.classify, epochs=120))
+    results = {}
+    for name in ("whole", "ended"):
+        mine = dataclasses.replace(chosen, output=f"{tmp_path}/{name}")
+        path, uri = tmp_path / f"{name}.json", f"{tmp_path}/{name}/finetune"
+        path.write_text(json.dumps(parse.to_dict(mine)))
+        command = [sys.executable, "-m", "mixgf", "finetune", "--config", str(path)]
+        if name == "ended":
+            driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            give_up = time.monotonic() + 400
+            while checkpoints.complete_steps(uri)[-1:] < [14]:
+                assert driver.poll() is None
+                assert time.monotonic() < give_up
+                time.sleep(0.02)
+            driver.send_signal(number)
+            said = driver.communicate(timeout=100)[1]
+            assert driver.returncode == (-9 if number == signal.SIGKILL else 143), said
+            assert artifacts.find(uri) is None
+            assert checkpoints.complete_steps(uri)[-1] >= 14
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made = {file: files.sha256(f"{uri}/{file}") for file in files.list_dir(uri) if file.endswith(".safetensors")}
+        assert made
+        results[name] = losses(uri), made
+    assert results["ended"] == results["whole"]

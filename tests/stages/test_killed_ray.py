@@ -128,6 +128,32 @@ def test_a_killed_driver_goes_on_with_the_bits_of_the_run_never_killed(settings,
     assert result(uri) == undisturbed
 
 
+def test_a_driver_that_gets_sigterm_writes_a_checkpoint_and_goes_on_with_the_bits_of_the_run_never_stopped(
+    settings, undisturbed, tmp_path
+):
+    """One line and exit code 143 within half a minute; the checkpoint is of the step at which the signal came."""
+    train = dataclasses.replace(settings.train, checkpoint_steps=60)
+    chosen = dataclasses.replace(settings, output=str(tmp_path), train=train)
+    path, uri = tmp_path / "config.json", f"{tmp_path}/pretrain"
+    path.write_text(json.dumps(parse.to_dict(chosen)))
+    command = [sys.executable, "-m", "mixgf", "pretrain", "--config", str(path)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert reached(uri, 60) == 60
+    sent = time.monotonic()
+    driver.terminate()
+    said = driver.communicate(timeout=PATIENCE)[1].strip().splitlines()
+    assert driver.returncode == 143, said
+    assert time.monotonic() - sent < 30
+    assert said[-1] == "mixgf: stopped by SIGTERM; the same command continues where it stopped"
+    assert not any("Traceback" in line for line in said)
+    step = checkpoints.complete_steps(uri)[-1]
+    assert 60 < step < STEPS
+    assert step != 120, "a checkpoint of its own"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert result(uri) == undisturbed
+
+
 def alone(chosen):
     """Losses of the loop alone, by (step, name)."""
     corpus = reader.Corpus(chosen.inputs.corpus)
@@ -140,7 +166,9 @@ def resized(chosen, how):
     """Train in a process of its own on a cluster that changes; returns the numbers of workers, and the losses."""
     done = subprocess.run(
         [sys.executable, __file__, how, json.dumps(parse.to_dict(chosen))], capture_output=True, text=True, check=False,
-        env=os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10" if how == "lose" else "60"},
+        env=os.environ | {
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10" if how == "lose" else "60", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     said = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray has words of its own there
@@ -176,8 +204,31 @@ def test_a_new_node_makes_the_group_larger_and_the_run_goes_on_with_the_same_bat
     assert_near(losses, alone(chosen))
 
 
+def test_a_training_writes_a_checkpoint_before_a_drained_node_is_lost(settings, tmp_path):
+    """Ray tells of a node that it drains, as before a spot machine is taken away; the group goes on without it from that step."""
+    chosen = dataclasses.replace(
+        settings, output=str(tmp_path), model=training.Model(num_layers=4, dim=128, num_heads=4, ffn_dim=256, max_positions=200),
+        compute=run.Compute(num_workers=2, min_workers=1, max_failures=5), train=dataclasses.replace(settings.train, checkpoint_steps=50),
+    )  # fmt: skip
+    found, losses = resized(chosen, "drain")
+    assert found["saved"] % 50, "a checkpoint of its own"
+    assert (found["before"], found["after"]) == (2, 1)
+    assert_near(losses, alone(chosen))
+
+
+def drain(node):
+    """Tell Ray that a node will be taken away in ten minutes."""
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    reason, deadline = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), (time.time() + 600) * 1000
+    client = ray._private.worker.global_worker.gcs_client
+    accepted, why = client.drain_node(node.node_id, reason, "spot", int(deadline))
+    assert accepted, why
+
+
 def main(how, data):
-    """Train on a cluster that loses a training node, or gets one; prints the numbers of training workers."""
+    """Train on a cluster that loses or drains a training node, or gets one; prints the numbers of training workers."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -185,19 +236,24 @@ def main(how, data):
 
     chosen = parse.from_dict(run.Config, data)
     head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False}
-    if how == "lose":  # a death is noticed soon; where none is meant, a busy machine must not look like one
+    if how != "grow":  # a death is noticed soon; where none is meant, a busy machine must not look like one
         head["_system_config"] = {
             "health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10,
         }  # fmt: skip
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2 if how == "lose" else 1)]
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(1 if how == "grow" else 2)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     uri, sizes, ended = f"{chosen.output}/pretrain", {}, threading.Event()
 
     def change():
-        reached(uri, 20)
+        reached(uri, 50 if how == "drain" else 20)
         sizes["before"] = len(training_workers(os.getpid()))
         if how == "lose":
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            reached(uri, 100)
+        elif how == "drain":
+            drain(nodes[1])
+            sizes["saved"] = reached(uri, 51)
             cluster.remove_node(nodes[1], allow_graceful=False)
             reached(uri, 100)
         else:

@@ -235,10 +235,15 @@ def test_the_measured_peak_is_a_plausible_speed():
     assert 1e9 < loop.measure_peak(torch.device("cpu"), "fp32", seconds=0.05) < 1e13
 
 
-def test_memory_is_flat_over_a_run(make_corpus):
+on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=on_cuda)])
+def test_memory_is_flat_over_a_run(make_corpus, kind):
     """One tensor of hidden states that is not let go is 0.8 MB per step."""
     import psutil
 
+    device = torch.device(kind)
     lengths = np.random.default_rng(1).integers(20, 200, 120)
     corpus = reader.Corpus(make_corpus(lengths, np.arange(120) % 2, [60, 60], genes=220))
     row = dataclasses.replace(ROW, max_positions=200, num_layers=1, dim=128)
@@ -248,11 +253,12 @@ def test_memory_is_flat_over_a_run(make_corpus):
     metrics = task.metrics
 
     def watched(sums, gathered):
-        resident.append(psutil.Process().memory_info().rss / 1e6)
+        used = psutil.Process().memory_info().rss if kind == "cpu" else torch.cuda.memory_allocated()
+        resident.append(used / 1e6)
         return metrics(sums, gathered)
 
     task.metrics = watched
-    loop.fit(MaskedModel(row, corpus.vocabulary.size), task, settings, LocalContext())
+    loop.fit(MaskedModel(row, corpus.vocabulary.size), task, settings, LocalContext(device))
     assert len(resident) == 90
     assert max(resident[80:]) - max(resident[:20]) < 30  # MB
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from mixgf.config.run import Config
 from mixgf.corpus import reader
 from mixgf.encoder.bert import MaskedModel
 from mixgf.training import losses, pretraining
-from mixgf.training.loop import TaskForward, compute_gradients
+from mixgf.training.loop import TaskForward, compute_gradients, fit
 from mixgf.training.worker_group import LocalContext
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
@@ -187,6 +188,95 @@ def test_negatives_of_all_workers_enter_unless_gather_is_off(corpus):
     apart = run(corpus, workers=2, gather_negatives=False)
     assert apart[0]["contrast"] < one[0]["contrast"]
     assert apart[0]["mlm"] == pytest.approx(one[0]["mlm"], rel=1e-6)
+
+
+def test_a_batch_of_few_cells_at_the_end_is_not_logged_and_the_step_before_it_is(corpus):
+    """23 cells in batches of 11: each epoch ends with a batch of one cell, whose contrast is 0."""
+    settings = Config(model=ROW, train=training.Train(epochs=2, batch_cells=11, log_steps=2))
+    task = pretraining.Pretraining(settings, corpus)
+    assert [len(task.plan.batch(step)) for step in range(task.num_steps)] == [11, 11, 1, 11, 11, 1]
+    rows = fit(pretraining.initial_model(settings, corpus), task, settings.train, LocalContext())
+    contrast = {step: value for step, _, name, value in rows if name == "contrast"}
+    assert list(contrast) == [1, 2, 4, 5]
+    assert min(contrast.values()) > 0
+    whole = replace(settings, train=replace(settings.train, batch_cells=12, log_steps=100))
+    rows = fit(
+        pretraining.initial_model(whole, corpus), pretraining.Pretraining(whole, corpus), whole.train, LocalContext()
+    )
+    assert sorted({step for step, *_ in rows}) == [1, 4], "11 of 12 cells are enough"
+
+
+def test_a_contrast_without_anything_to_teach_is_told_once(caplog):
+    watch = pretraining.ContrastWatch(Config(train=training.Train(batch_cells=64)))
+    assert watch.chance == pytest.approx(math.log(127))
+    with caplog.at_level("WARNING", logger="mixgf"):
+        watch(1, {"mlm": 0.0})
+        watch(10, {"contrast": 0.05})
+        assert not caplog.messages
+        watch(20, {"contrast": 0.006})
+        watch(30, {"contrast": 0.005})
+    (said,) = caplog.messages
+    assert "contrast loss is 0.006 at step 20, under 1%" in said
+
+
+@pytest.mark.parametrize("cells", [3, 5, 9])
+def test_without_gathering_each_worker_counts_by_its_cells(corpus, cells):
+    """Shares are unequal: the figures and the gradient are means over cells of what each worker has alone."""
+    alone = {"gather_negatives": False, "mlm_weight": 0.0}
+    settings = Config(
+        model=ROW, objective=training.Objective(**alone), train=training.Train(epochs=1, batch_cells=cells)
+    )
+    task = pretraining.Pretraining(settings, corpus)
+    works = [task.work(0, rank, 2) for rank in range(2)]
+    assert works[0].num_cells != works[1].num_cells
+    totals, gradient = {"contrast": 0.0, "alignment": 0.0, "uniformity": 0.0}, 0.0
+    for rank, work in enumerate(works):
+        model, context = MaskedModel(ROW, corpus.vocabulary.size), LocalContext(torch.device("cpu"), rank, 1)
+        slots = [micro.slots_B for micro in work.micros]
+        mine = torch.cat(slots).argsort().argsort()
+        micros = [
+            replace(micro, slots_B=part)
+            for micro, part in zip(work.micros, mine.split([len(s) for s in slots]), strict=True)
+        ]
+        own = replace(work, micros=micros, batch_cells=work.num_cells)
+        figures = compute_gradients(TaskForward(model, task), own, context)
+        share = work.num_cells / cells
+        totals = {name: value + share * figures[name].item() for name, value in totals.items()}
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        gradient = gradient + share * torch.cat([g.reshape(-1) for g in grads])
+    found, together = run(corpus, workers=2, epochs=1, batch_cells=cells, **alone)
+    for name, value in totals.items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+    assert gradient.abs().max() > 1e-4
+    assert (together - gradient).abs().max() < 1e-6 * max(1.0, gradient.abs().max().item())
+
+
+def by_cell(work, values_T):
+    """Values of the tokens of each cell of a batch, by cell, in the first view."""
+    (micro,) = work.micros
+    bounds = micro.batch.offsets_B1.numpy()
+    slots, count = micro.slots_B.numpy(), len(micro.slots_B)
+    return {int(slots[i]): values_T[bounds[i] : bounds[i + 1]].tolist() for i in range(count)}
+
+
+def test_masks_and_dropout_of_a_cell_differ_between_epochs_and_not_between_runs(corpus):
+    """A batch is the whole corpus, so that each step is an epoch and has each cell once."""
+    settings = Config(model=ROW, train=training.Train(epochs=3, batch_cells=23))
+    task = pretraining.Pretraining(settings, corpus)
+    masks, dropout = [], []
+    for step in (0, 0, 1, 2):
+        work = task.work(step, 0, 1)
+        cells = task.plan.share(step).cells_B
+        slots = task.plan.share(step).slots_B
+        cell_of = dict(zip(slots.tolist(), cells.tolist(), strict=True))
+        ids, keys = (by_cell(work, getattr(work.micros[0].batch, name)) for name in ("ids_T", "keys_T"))
+        masks.append({cell_of[slot]: row for slot, row in ids.items()})
+        dropout.append({cell_of[slot]: row for slot, row in keys.items()})
+    for found in (masks, dropout):
+        assert found[0] == found[1]
+        for a, b in ((1, 2), (1, 3), (2, 3)):
+            assert found[a].keys() == found[b].keys()
+            assert sum(found[a][cell] != found[b][cell] for cell in found[a]) > 15, "short cells may be equal"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def loss_ends(history: pd.DataFrame, name: str) -> tuple[float, float]:
 
 def _trained(record: Record, history: pd.DataFrame) -> str:
     model, objective = record.details.get("model", {}), record.details.get("objective", {})
-    steps, epochs = int(history["step"].max()), int(history["epoch"].max())
+    steps, epochs = int(record.counts.get("steps", history["step"].max())), int(history["epoch"].max())
     text = (f"An encoder of {model.get('num_layers', '?')} layers, width {model.get('dim', '?')} and "
             f"{model.get('num_heads', '?')} heads was trained from {'another checkpoint' if 'start' in record.parents else 'random weights'} "
             f"for {wording.plural(steps, 'step')}")  # fmt: skip
