@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mixgf import rng
 from mixgf.corpus.reader import Corpus
@@ -67,20 +69,33 @@ def _units(corpus: Corpus, columns: tuple[str, ...]) -> tuple[npt.NDArray[np.int
     known: dict[tuple[str, ...], int] = {}
     unit_N = np.full(corpus.num_cells, -1, dtype=np.int32)
 
-    def read(shard: int) -> list[tuple[str, ...]]:
+    def read(shard: int) -> tuple[list[tuple[str, ...]], npt.NDArray[np.int64]]:
+        """Names of the units of a shard, and the place of each of its cells among them."""
         there = [name for name in columns if name in corpus.shard_schema(shard).names]
         if columns[-1] not in there:
-            return []
+            return [], np.zeros(0, dtype=np.int64)
         table = corpus.table(shard, there)
-        found = [[str(v) for v in table.column(name).to_pylist()] for name in there]
-        blank = [""] * table.num_rows
-        return list(zip(*(found[there.index(name)] if name in there else blank for name in columns), strict=True))
+        texts, place_N = [], np.zeros(table.num_rows, dtype=np.int64)
+        for name in columns:
+            text, code_N = _coded(table[name]) if name in there else ([""], 0)
+            texts.append(text)
+            place_N = place_N * len(text) + code_N
+        found, place_N = np.unique(place_N, return_inverse=True)
+        codes = np.unravel_index(found, [len(text) for text in texts])
+        return list(
+            zip(*([text[c] for c in code] for text, code in zip(texts, codes, strict=True)), strict=True)
+        ), place_N
 
     with ThreadPoolExecutor(_READERS) as threads:
-        for shard, rows in enumerate(threads.map(read, range(len(corpus.shards)))):
+        for shard, (rows, place_N) in enumerate(threads.map(read, range(len(corpus.shards)))):
+            units = [-1 if row[-1] in UNKNOWN else known.setdefault(row, len(known)) for row in rows]
             start = corpus.starts[shard]
-            for i, row in enumerate(rows):
-                if row[-1] not in UNKNOWN:
-                    unit_N[start + i] = known.setdefault(row, len(known))
+            unit_N[start : start + len(place_N)] = np.array(units, dtype=np.int32)[place_N]
     digests = [hashlib.blake2b("\x1f".join(row).encode(), digest_size=8).digest() for row in known]
     return unit_N, np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """The values of a column as text, and the place of each row's value among them."""
+    coded = pc.dictionary_encode(column.combine_chunks(), null_encoding="encode")
+    return [str(value) for value in coded.dictionary.to_pylist()], coded.indices.to_numpy()
