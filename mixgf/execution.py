@@ -95,6 +95,8 @@ class Receipt:
     """Why it wrote no part; empty = it did."""
     result: Any = None
     """What the function returned; small and plain."""
+    lost: bool = False
+    """Whether it ended its worker each time it ran: too little memory, for example, or a library that crashes."""
 
 
 Receipts = Generator[Receipt, None, None]

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from ray.data import Dataset
 
@@ -33,7 +32,7 @@ from mixgf.corpus.shards import OBS_TYPES, merge_kinds, obs_array, obs_kind
 from mixgf.distributed.datasource import Piece, Pieces, dataset
 from mixgf.errors import UserError
 from mixgf.genes import identify, species
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, tables
 
 BLOCK_CELLS = 10_000
 """Cells of a block of `read_cells`."""
@@ -97,15 +96,9 @@ def _pruned(source: Pieces, columns: Sequence[str] | None) -> Pieces:
 
 def _read_shard(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Tables of a shard, one per row group."""
-    with files.open_read(uri) as file:
-        shard = pq.ParquetFile(file)
-        there = [name for name in columns if name in shard.schema_arrow.names]
-        for group in range(shard.num_row_groups):
-            table = shard.read_row_group(group, there, use_threads=False)
-            for name in columns:
-                if name not in there:
-                    table = table.append_column(name, pa.nulls(table.num_rows))
-            yield table.select(list(columns))
+    for table in tables.read_row_groups(uri, list(columns)):
+        missing = {name: pa.nulls(table.num_rows) for name in columns if name not in table.column_names}
+        yield pa.table({name: missing[name] if name in missing else table[name] for name in columns})
 
 
 # count files

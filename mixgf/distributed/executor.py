@@ -52,12 +52,16 @@ class RayExecutor:
         from mixgf.distributed.session import require_gpus
 
         remote, compute = ray.remote(attempt), self.config.compute
+        gpus = compute.gpus_per_worker if any(task.gpu for task in tasks) else 0
+        require_gpus(gpus)
         if tasks and isinstance(tasks[0].function, Pipeline):
-            from mixgf.distributed.pipelines import run_pipeline
+            from mixgf.distributed.pipelines import Needs, run_pipeline
 
-            yield from run_pipeline(tasks, cpus=compute.cpus_per_worker, in_flight=self.in_flight)
+            needs = Needs(
+                cpus=compute.cpus_per_worker, gpus=gpus, in_flight=self.in_flight, min_actors=max(1, compute.min_workers)
+            )  # fmt: skip
+            yield from run_pipeline(tasks, needs)
             return
-        require_gpus(compute.gpus_per_worker if any(task.gpu for task in tasks) else 0)
         sent: dict[int, Any] = {}
 
         def argument(value: Any) -> Any:

@@ -9,6 +9,11 @@ one ends. Ray Data calls a function of `map_batches` once per block, but a step 
 So each step runs in a greenlet, which waits for the next block (`_Step`). A task that ends early, by an error or a
 cancellation, ends its steps: nothing is written.
 
+Ray gives each task with a GPU a process of its own, which would load a model and start CUDA for each part. So a pass with GPUs
+runs in a pool of actors. Its last operator is a class, and Ray Data fuses the others into it.
+
+A task that ends its worker again and again is not run once more. It gets a `lost` receipt instead, and the others go on.
+
 Other forms, at shards of 10,000 cells: one block per task holds a whole shard's counts (0.70 GB per worker against 0.53).
 Threads instead of greenlets hold 50 MB more, in memory pools of their own. A `Datasink` gets an iterator, but tells the
 driver nothing before the last task ends, and Ray Data calls every one `Write`.
@@ -20,6 +25,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +33,7 @@ import pyarrow as pa
 import ray
 from greenlet import getcurrent, greenlet
 from ray import cloudpickle
-from ray.data import DataContext, Dataset, ExecutionResources
+from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
 
 from mixgf.distributed.datasource import Piece, Pieces, dataset
 from mixgf.errors import UserError
@@ -38,7 +44,25 @@ BLOCK_BYTES = 4 << 20
 """Rows that an operator gives to the next one: smaller tables are put together, larger ones are cut."""
 
 
-def pipeline_dataset(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> Dataset:
+RETRIES = 3
+"""Times that a task runs again: after an error of storage, and after the loss of its worker or node."""
+LOST = f"it ended its worker each of the {RETRIES + 1} times it ran"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What each task of a pass needs, and how many run at a time."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    """Below 1: a share of one."""
+    in_flight: int = 1
+    """Most tasks at a time; with GPUs, the actors that are asked for."""
+    min_actors: int = 1
+    """Fewest actors, with GPUs."""
+
+
+def pipeline_dataset(tasks: Sequence[Task], needs: Needs) -> Dataset:
     """The data set of receipts that `run_pipeline` consumes: one row (`__task`, `__error`, `__result`) per task.
 
     Read, transform and write ask for the same resources and no concurrency of their own, so that Ray Data fuses them into
@@ -53,31 +77,54 @@ def pipeline_dataset(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> D
     own.enable_progress_bars = own.print_on_execution_start = False
     own.target_max_block_size = BLOCK_BYTES
     own.execution_options.preserve_order = False
-    own.execution_options.resource_limits = ExecutionResources(cpu=cpus * in_flight)
+    limits = {"cpu": needs.cpus * needs.in_flight} | ({"gpu": needs.gpus * needs.in_flight} if needs.gpus else {})
+    own.execution_options.resource_limits = ExecutionResources.for_limits(**limits)
     own.execution_no_progress_timeout_s = -1  # a large column-major file takes longer than Ray's 30 minutes
-    own.retried_map_errors, own.max_map_retries = ["StorageError", "OSError"], 3  # the whole task again
+    own.retried_map_errors, own.max_map_retries = ["StorageError", "OSError"], RETRIES  # the whole task again
     own.raise_original_map_exception = True
-    retries = {"max_retries": 3}  # of a lost worker; Ray Data's own number is infinite
-    pieces = [
-        Piece(
-            read=partial(_read_task, number, task), rows=max(1, int(task.weight)), num_bytes=int(task.weight) * 16_000
+    resources: dict[str, Any] = {"num_cpus": needs.cpus}
+    last: dict[str, Any] = {}
+    if needs.gpus:
+        actors = min(needs.in_flight, len(tasks))
+        # an actor gets one task at a time: if a task ends it, no other one loses a retry
+        last["compute"] = ActorPoolStrategy(
+            min_size=min(needs.min_actors, actors),
+            max_size=actors,
+            initial_size=actors,
+            max_tasks_in_flight_per_actor=1,
         )
+        resources["num_gpus"] = needs.gpus  # Ray Data restarts actors, and repeats their tasks, without end
+    else:
+        resources["max_retries"] = RETRIES + 1  # the last one only tells (`_Read`)
+    pieces = [
+        Piece(read=_Read(number, task), rows=max(1, int(task.weight)), num_bytes=int(task.weight) * 16_000)
         for number, task in enumerate(tasks)
     ]
     with DataContext.current(own), warnings.catch_warnings():
-        # a read takes `max_retries` only in this way
+        # a read takes all options only in this way
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        data = dataset(Pieces(pipeline.source, pieces), num_cpus=cpus, ray_remote_args=retries)
+        data = dataset(Pieces(pipeline.source, pieces), ray_remote_args=resources)
         for step in pipeline.steps:
-            data = _mapped(data, _transforming(step), num_cpus=cpus, **retries)
-        return _mapped(data, _writing(pipeline.write), num_cpus=cpus, **retries)
+            data = _mapped(data, _transforming(step), **resources)
+        write = _writing(pipeline.write)
+        return _mapped(data, _as_class(write) if needs.gpus else write, **resources, **last)
 
 
-def _mapped(data: Dataset, function: Callable[[pa.Table], Iterator[pa.Table]], **options: Any) -> Dataset:
-    return data.map_batches(function, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **options)
+def _mapped(data: Dataset, function: Callable[[pa.Table], Iterator[pa.Table]] | type, **options: Any) -> Dataset:
+    # `map_batches` wants a batch size where GPUs are asked for; a batch here is a block, and a step chooses its own batches
+    return data.map_batches_internal(function, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **options)
 
 
-def run_pipeline(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> Receipts:
+def _as_class(function: Callable[[pa.Table], Iterator[pa.Table]]) -> type:
+    """A function of blocks as a class for Ray Data, under the same name."""
+
+    def call(self: object, block: pa.Table) -> Iterator[pa.Table]:
+        return function(block)
+
+    return type(function.__name__, (), {"__call__": call})
+
+
+def run_pipeline(tasks: Sequence[Task], needs: Needs) -> Receipts:
     """Run the tasks of one `Pipeline` by Ray Data; yields receipts as parts are written.
 
     A lost worker or node, and an error of storage, repeats the task. A `UserError` becomes the receipt's error. Any other
@@ -85,10 +132,9 @@ def run_pipeline(tasks: Sequence[Task], *, cpus: float, in_flight: int) -> Recei
 
     Args:
         tasks: of one pipeline.
-        cpus: CPUs of a task.
-        in_flight: most tasks at a time.
+        needs: of each task.
     """
-    data = pipeline_dataset(tasks, cpus=cpus, in_flight=in_flight)
+    data = pipeline_dataset(tasks, needs)
     number = 0
     try:
         with closing(_receipts(data)) as receipts:
@@ -106,7 +152,8 @@ def _receipts(data: Dataset) -> Receipts:
     for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in batch.to_pylist():
             result = None if row[_RESULT] is None else cloudpickle.loads(row[_RESULT])
-            yield Receipt(row[_TASK], row[_ERROR] or "", result)
+            error = row[_ERROR] or ""
+            yield Receipt(row[_TASK], error=error, result=result, lost=error == LOST)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -167,19 +214,33 @@ class _Incoming:
         return (pa.Table.from_batches([batch]) for batch in self._block.to_batches() if self._block.num_columns)
 
 
-def _read_task(number: int, task: Task) -> Iterator[pa.Table]:
-    """Rows of one task."""
-    pa.set_memory_pool(pa.system_memory_pool())  # pyarrow's own one keeps about 40 MB more of what was freed
-    pipeline = task.function
-    assert isinstance(pipeline, Pipeline)
-    out = _Outgoing(cloudpickle.dumps((number, task)))
-    error = ""
-    try:
-        for table in pipeline.read(*task.arguments(), **task.kwargs):
-            yield from out.add(table)
-    except UserError as found:
-        error = str(found)
-    yield from out.end(error)
+class _Read:
+    """Gives the rows of one task."""
+
+    def __init__(self, number: int, task: Task) -> None:
+        self._number, self._task = number, task
+
+    def __call__(self) -> Iterator[pa.Table]:
+        pa.set_memory_pool(pa.system_memory_pool())  # pyarrow's own one keeps about 40 MB more of what was freed
+        pipeline, task = self._task.function, self._task
+        assert isinstance(pipeline, Pipeline)
+        out = _Outgoing(cloudpickle.dumps((self._number, task)))
+        error = ""
+        if _losses() > RETRIES:
+            yield from out.end(LOST)
+            return
+        try:
+            for table in pipeline.read(*task.arguments(), **task.kwargs):
+                yield from out.add(table)
+        except UserError as found:
+            error = str(found)
+        yield from out.end(error)
+
+
+def _losses() -> int:
+    """How often Ray has run the current task before and lost its worker. Ray has no public name for it."""
+    worker = ray._private.worker.global_worker
+    return int(worker.core_worker.get_current_task_attempt_number()) if worker.connected else 0
 
 
 _NEXT, _OVER = object(), object()

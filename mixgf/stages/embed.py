@@ -1,8 +1,7 @@
-"""Embedding of a corpus: one task per shard on a pool of workers, then one AnnData file."""
+"""Embedding of a corpus: one task per shard, then one AnnData file."""
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import require_layer
-from mixgf.encoder.embed import ShardEmbedder
+from mixgf.encoder.embed import embed_shard, plan_shards
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Task
 from mixgf.stages.fan_out import fan_out
@@ -53,7 +52,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         watch(config, "embed", tracked, uri) as watched,
     ):
         tracked.corpus(corpus.uri, "embedding")
-        _embed(config, corpus, weights, uri, executor=executor, meter=watched.meter, tracked=tracked)
+        _embed(config, corpus, trained, weights, uri, executor=executor, meter=watched.meter, tracked=tracked)
         watched.made(cells=corpus.num_cells)
         dim = _assemble(corpus, uri)
         names = [f"shards/{_name(i)}" for i in range(len(corpus.shards))] + ["cells.h5ad"]
@@ -84,25 +83,24 @@ def _name(shard: int) -> str:
 
 
 def _embed(
-    config: Config, corpus: Corpus, weights: str, uri: str, *, executor: Executor, meter: Meter, tracked: mlflow_runs.Run
+    config: Config, corpus: Corpus, trained: artifacts.Record, weights: str, uri: str, *, executor: Executor, meter: Meter,
+    tracked: mlflow_runs.Run,
 ) -> None:  # fmt: skip
     """Write the vectors of every shard."""
-    tasks = []
-    for shard in range(len(corpus.shards)):
-        part = files.join(uri, "shards", _name(shard))
-        tasks.append(
-            Task(part=part, function=ShardEmbedder.embed, args=(shard, part), weight=int(corpus.shard_rows[shard]))
+    parts = [files.join(uri, "shards", _name(shard)) for shard in range(len(corpus.shards))]
+    tasks = [
+        Task(part=plan.to, function=embed_shard, args=(plan,), weight=int(rows), gpu=True)
+        for plan, rows in zip(
+            plan_shards(config, corpus, weights, trained.fingerprint, parts), corpus.shard_rows, strict=True
         )
-    errors: dict[str, str] = {}
-    with executor.pool(functools.partial(ShardEmbedder, config, corpus.uri, weights)) as pool:
-        fan_out(
-            "embed", tasks, pool.run, meter=meter, tracked=tracked, unit="cells", counter="cells_encoded",
-            figures=lambda: {"actors_up": float(pool.num_up)},
-            done=lambda *_: meter.add("shards_written"), failed=lambda task, error: errors.update({task.part: error}),
-        )  # fmt: skip
+    ]
+    errors: list[str] = []
+    fan_out(
+        "embed", tasks, executor.run, meter=meter, tracked=tracked, unit="cells", counter="cells_encoded",
+        done=lambda *_: meter.add("shards_written"), failed=lambda _, error: errors.append(error),
+    )  # fmt: skip
     if errors:
-        part, reason = next(iter(errors.items()))
-        msg = f"embed: {len(errors)} shards failed every time, for instance {part}: {reason}; the others are kept, run it again"
+        msg = f"embed: {len(errors)} shards cannot be used, for instance {errors[0]}; the others are kept, run it again"
         raise UserError(msg)
 
 

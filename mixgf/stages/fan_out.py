@@ -45,6 +45,7 @@ def fan_out(
     failed_before: int = 0,
     done: Callable[[Task, Any], None] = lambda *_: None,
     failed: Callable[[Task, str], None] = raise_error,
+    name: Callable[[Task], str] = lambda task: task.part,
 ) -> tuple[int, bool]:
     """Run the tasks whose part is not there.
 
@@ -61,12 +62,13 @@ def fan_out(
         failed_before: tasks that failed in earlier work of the stage, for the meter.
         done: called in this process with every finished task and its result.
         failed: called with every task that has an error, and the error.
+        name: what a task is called in an error.
 
     Returns:
         Number of tasks that finished now, and whether all parts are there now; not so if a task failed or `run` ended early.
 
     Raises:
-        UserError: a task had an error, unless `failed` is given.
+        UserError: a task had an error, unless `failed` is given; or tasks were lost with their workers, after the others ended.
     """
     todo = missing(tasks)
     if longest_first:
@@ -78,6 +80,7 @@ def fan_out(
     total = sum(task.weight for task in tasks)
     spent = total - sum(task.weight for task in todo)
     finished = failures = 0
+    lost: list[str] = []
     pace = Pace(tracked, what.partition(": ")[2] or what, len(tasks), unit) if tracked is not None else None
 
     def tell(failing: int = 0) -> None:
@@ -92,7 +95,10 @@ def fan_out(
             for receipt in receipts:
                 task = todo[receipt.number]
                 if receipt.error:
-                    failed(task, receipt.error)
+                    if receipt.lost:
+                        lost.append(f"{name(task)}: {receipt.error}")
+                    else:
+                        failed(task, receipt.error)
                     failures += 1
                 else:
                     done(task, receipt.result)
@@ -107,6 +113,12 @@ def fan_out(
         except Exception:
             tell(failing=1)
             raise
+    if lost:
+        msg = (
+            f"{what}: {len(lost):,} of {len(todo):,} tasks were lost, for instance {lost[0]} (too little memory, or a library that crashes); "
+            f"finished parts are kept, run it again"
+        )
+        raise UserError(msg)
     return finished, finished == len(todo)
 
 
@@ -115,7 +127,8 @@ class SourcePasses:
     """The passes of one stage over its sources. A source with an error is refused, and the others go on."""
 
     stage: str
-    num_sources: int
+    sources: Sequence[str]
+    """URIs."""
     strict: bool
     """`prepare.strict`: the first source with an error stops the stage."""
     executor: Executor
@@ -129,8 +142,15 @@ class SourcePasses:
         """Run the tasks of a pass whose part is not there; `counter` is the metric that counts their weight."""
         fan_out(
             f"{self.stage}: {what}", tasks, self.executor.run, meter=self.meter, unit=unit, counter=counter,
-            failed_before=len(self.refused), failed=self._failed,
+            failed_before=len(self.refused), failed=self._failed, name=self._name,
         )  # fmt: skip
+
+    def _name(self, task: Task) -> str:
+        return (
+            task.part
+            if task.source < 0
+            else f"{self.sources[task.source]} (part {'/'.join(task.part.rsplit('/', 2)[-2:])})"
+        )
 
     def _failed(self, task: Task, error: str) -> None:
         if task.source < 0 or self.settled:
@@ -144,7 +164,7 @@ class SourcePasses:
         if index not in self.refused:
             warn(f"refused: {error}")
         self.refused[index] = min(self.refused.get(index, error), error)
-        if len(self.refused) == self.num_sources:
+        if len(self.refused) == len(self.sources):
             first = self.refused[min(self.refused)]
             several = f"all {len(self.refused)} sources are refused; the first: {first}"
             raise UserError(first if len(self.refused) == 1 else several)

@@ -92,7 +92,7 @@ class _Import:
         self.config, self.sources = self.given.config, self.given.sources
         self.work = files.join(self.uri, "work")
         self.passes = SourcePasses(
-            stage="import", num_sources=len(self.sources), strict=self.config.prepare.strict, executor=self.executor,
+            stage="import", sources=[s.uri for s in self.sources], strict=self.config.prepare.strict, executor=self.executor,
             meter=self.meter,
         )  # fmt: skip
         self.facts: dict[int, list[dict[str, Any]]] = {}

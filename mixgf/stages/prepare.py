@@ -5,8 +5,8 @@
 3. sentences, one shard per task.
 
 Every task reads its own rows and writes its own part under `corpus/work`. A part that is there is not made again, so a
-run killed at any moment continues. Only file names, masks and configs are sent to workers. Passes 1 and 3 are pipelines
-(`mixgf.execution.Pipeline`), which Ray Data runs; the sketch of pass 2 is a reduction, and so a plain task.
+run killed at any moment continues. Only file names, masks and configs are sent to workers. All three passes are pipelines
+(`mixgf.execution.Pipeline`), which Ray Data runs.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Prepare:
         self.work = files.join(self.uri, "work")
         self.rows = {row.name: row for row in self.config.species}
         self.passes = SourcePasses(
-            stage="prepare", num_sources=len(self.sources), strict=self.config.prepare.strict, executor=self.executor,
+            stage="prepare", sources=[s.uri for s in self.sources], strict=self.config.prepare.strict, executor=self.executor,
             meter=self.meter,
         )  # fmt: skip
         self.facts: dict[int, dict[str, Any]] = {}

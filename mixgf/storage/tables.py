@@ -20,6 +20,15 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(file, columns=columns, use_threads=False)
 
 
+def read_row_groups(uri: str, columns: list[str]) -> Iterator[pa.Table]:
+    """Those of the given columns that a Parquet file has, one row group in memory at a time."""
+    with open_read(uri) as file:
+        parquet = pq.ParquetFile(file)
+        there = [name for name in columns if name in parquet.schema_arrow.names]
+        for group in range(parquet.num_row_groups):
+            yield parquet.read_row_group(group, there, use_threads=False)
+
+
 class _HashingFile(io.RawIOBase):
     """A file that counts the bytes written to it and computes their SHA-256."""
 

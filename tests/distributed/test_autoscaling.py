@@ -1,6 +1,6 @@
 """Stages on a cluster without nodes, under Ray's autoscaler with fake nodes: what they wait for is demand; after them nobody stays.
 
-The pool of perturb and embed: `stages/test_killed_perturb.py`.
+The pool of perturb: `stages/test_killed_perturb.py`.
 """
 
 import dataclasses

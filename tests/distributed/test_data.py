@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,9 +26,10 @@ from mixgf.corpus.reader import Corpus
 from mixgf.distributed import data, pipelines
 from mixgf.distributed.data import read_cells, read_corpus
 from mixgf.distributed.executor import RayExecutor
-from mixgf.distributed.pipelines import pipeline_dataset
+from mixgf.distributed.pipelines import Needs, pipeline_dataset
+from mixgf.encoder import embed
 from mixgf.errors import StorageError, UserError
-from mixgf.execution import LocalExecutor, Pipeline, Task
+from mixgf.execution import LocalExecutor, Pipeline, Receipt, Task
 from mixgf.genes import species
 from mixgf.storage import tables
 
@@ -86,9 +88,11 @@ def test_all_columns_of_a_run_come_with_their_types_one_block_per_shard(corpus, 
 def asked_of_parquet(monkeypatch):
     """The columns that are read from row groups in this process."""
     asked = []
-    group = data.pq.ParquetFile.read_row_group
+    group = tables.pq.ParquetFile.read_row_group
     monkeypatch.setattr(
-        data.pq.ParquetFile, "read_row_group", lambda *args, **named: (asked.append(args[2]), group(*args, **named))[1]
+        tables.pq.ParquetFile,
+        "read_row_group",
+        lambda *args, **named: (asked.append(args[2]), group(*args, **named))[1],
     )
     return asked
 
@@ -359,7 +363,7 @@ def fails(name, step):
 
 def read(folder, name, number):
     """Three tables of rows; leaves a mark."""
-    (folder / f"read {name} {time.monotonic_ns()}").touch()
+    (folder / f"read {name} {time.monotonic_ns()} {os.getpid()}").touch()
     for k in range(3):
         if k == 1:
             fails(name, "read")
@@ -379,6 +383,8 @@ def write(tables, folder, name, number):
         raise StorageError(msg)
     if name == "long":
         time.sleep(600)
+    if name == "deadly":
+        os.kill(os.getpid(), signal.SIGKILL)
     return sum(table["square"].to_numpy().sum() for table in tables).item()
 
 
@@ -497,25 +503,72 @@ def test_an_error_of_storage_repeats_the_task_and_another_error_comes_through(ex
     assert next(executor.run(tasks(tmp_path, ["after"]))).error == ""  # its worker is free again
 
 
+def test_a_task_that_kills_its_worker_is_named_and_the_others_end(executor, tmp_path):
+    found = {receipt.number: receipt for receipt in executor.run(tasks(tmp_path / "ray", ["a", "deadly", "b", "c"]))}
+    assert found[1] == Receipt(1, error="it ended its worker each of the 4 times it ran", lost=True)
+    assert len(list((tmp_path / "ray").glob("read deadly *"))) == 4
+    local = list(LocalExecutor().run(tasks(tmp_path / "here", ["a", "b", "b", "c"])))
+    assert [found[i] for i in (0, 2, 3)] == [local[i] for i in (0, 2, 3)]
+
+
+GPUS = """
+import contextlib, io, json, sys
+from pathlib import Path
+import ray
+from ray.data import DataContext
+from test_data import tasks
+from mixgf.distributed.pipelines import Needs, pipeline_dataset, run_pipeline
+
+ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+work, needs = tasks(Path(sys.argv[1]), ["deadly", *map(str, range(9))]), Needs(gpus=0.5, in_flight=2)
+plan = io.StringIO()
+with contextlib.redirect_stdout(plan):
+    pipeline_dataset(work, needs).explain()
+found = [[r.number, r.error, r.lost, r.result] for r in run_pipeline(work, needs)]
+print(json.dumps([plan.getvalue(), found]))
+"""
+
+
+def test_a_pass_with_gpus_runs_in_a_pool_of_actors_and_loses_only_the_task_that_kills_them(tmp_path):
+    """GPUs that only Ray knows of: what a task computes on is tested elsewhere."""
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", GPUS, str(tmp_path / "ray")], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan, found = json.loads(done.stdout.splitlines()[-1])
+    assert "ActorPoolMapOperator[ReadNumbers->MapBatches(square)->MapBatches(write)]" in plan
+    local = LocalExecutor().run(tasks(tmp_path / "here", ["0", *map(str, range(9))]))
+    assert sorted(found[:-1]) == [[r.number, "", False, r.result] for r in local][1:]
+    assert found[-1] == [0, "it ended its worker each of the 4 times it ran", True, None]
+    processes = [path.name.rsplit(" ", 1)[1] for path in (tmp_path / "ray").glob("read [0-9] *")]
+    assert len(processes) == 9
+    assert len(set(processes)) <= 5, "a process for each actor, and four that died"
+
+
 PASSES = [
     ("prepare, metrics", prepare_passes.measure_cells),
     ("prepare, medians", prepare_passes.sketch_medians),
     ("prepare, sentences", prepare_passes.encode_shard),
     ("import, sentences", import_passes.translate_shard),
+    ("embed", embed.embed_shard),
     ("annotate", annotate.label_cells),
 ]
 
 
 @pytest.mark.parametrize(("name", "pipeline"), PASSES)
 def test_the_guide_shows_each_pass_as_ray_prints_it(name, pipeline, capsys):
-    pipeline_dataset([Task(part="", function=pipeline)], cpus=1, in_flight=1).explain()
+    pipeline_dataset([Task(part="", function=pipeline)], Needs()).explain()
     operator = capsys.readouterr().out.split("Physical Plan (Optimized)")[1].split("\n")[1]
     lines = (Path(__file__).parents[2] / "jobs/README.md").read_text().split("\n")
     assert f"{name:<20} {operator}" in lines
 
 
 def test_the_operators_of_a_pass_are_fused_and_each_task_is_one_block(tmp_path, capsys):
-    planned = pipeline_dataset(tasks(tmp_path, "abcdef"), cpus=1, in_flight=2)
+    planned = pipeline_dataset(tasks(tmp_path, "abcdef"), Needs(in_flight=2))
     blocks = [batch.num_rows for batch in planned.iter_batches(batch_size=None, batch_format="pyarrow")]
     assert blocks == [1] * 6
     assert "Operator 1 ReadNumbers->MapBatches(square)->MapBatches(write): 6 tasks executed" in planned.stats()

@@ -9,10 +9,11 @@ from mixgf.config import data, run, training
 from mixgf.corpus import reader
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
-from mixgf.encoder.embed import ShardEmbedder, embed_cells
+from mixgf.encoder.embed import embed_cells, embed_sentences, embed_shard, plan_shards, read_sentences, write_vectors
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
 from mixgf.stages import embed
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, tables
 
 pytestmark = pytest.mark.ray
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40)
@@ -89,15 +90,48 @@ def test_a_layer_the_model_does_not_have_and_foreign_sentences_are_refused(setti
         embed.run(dataclasses.replace(settings, inputs=run.Inputs(corpus=with_cls)))
 
 
-def test_an_actor_computes_on_the_gpu_that_is_asked_for_or_stops(settings, monkeypatch):
+def test_a_damaged_shard_is_named_and_the_others_are_kept(settings, make_corpus, tmp_path):
+    uri = make_corpus(np.arange(5, 12), np.zeros(7, int), [3, 4])
+    first, second = (f"{uri}/shards/0000{i}.parquet" for i in range(2))
+    whole = files.read_bytes(first)
+    tables.write_table(first, tables.read_table(first).take([1, 0, 2]))
+    inputs = run.Inputs(corpus=uri, checkpoint=f"{settings.output}/pretrain")
+    chosen = dataclasses.replace(settings, output=str(tmp_path), inputs=inputs)
+    with pytest.raises(UserError, match=r"embed: 1 shards cannot be used, .*00000.parquet: does not fit index.parquet"):
+        embed.run(chosen, executor=LocalExecutor())
+    assert files.list_dir(f"{tmp_path}/embed/shards") == ["00001.parquet"]
+    files.write_bytes(first, whole)
+    assert len(embed.load(embed.run(chosen, executor=LocalExecutor()))) == 7
+    assert files.exists(second)
+
+
+def test_no_cut_of_the_rows_changes_a_byte(settings, tmp_path):
+    corpus = reader.Corpus(settings.inputs.corpus)
+    record = artifacts.require(f"{settings.output}/pretrain", checkpoint.KIND)
+    parts = [f"{tmp_path}/{i}" for i in range(3)]
+    plan = plan_shards(settings, corpus, f"{settings.output}/pretrain", record.fingerprint, parts)[0]
+    (whole,) = read_sentences(plan)
+    for step in (1, 4, 10):
+        write_vectors(embed_sentences((whole.slice(i, step) for i in range(0, 9, step)), plan), plan)
+        found = files.read_bytes(plan.to)
+        embed_shard(plan)
+        assert files.read_bytes(plan.to) == found
+
+
+def test_a_worker_computes_on_the_gpu_that_is_asked_for_or_stops(settings, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(checkpoint, "load_encoder", lambda _, device: (asked.append(device), None))
-    weights = f"{settings.output}/pretrain"
+    encoder, _ = checkpoint.load_encoder(f"{settings.output}/pretrain")
+    monkeypatch.setattr(checkpoint, "load_encoder", lambda _, device: (asked.append(device), (encoder, None))[1])
+    corpus, weights = reader.Corpus(settings.inputs.corpus), f"{settings.output}/pretrain"
+
+    def work(gpus, version):
+        chosen = dataclasses.replace(settings, compute=run.Compute(gpus_per_worker=gpus))
+        for plan in plan_shards(chosen, corpus, weights, version, [f"{tmp_path}/{i}" for i in range(3)]):
+            embed_shard(plan)
+
     for available, gpus in ((True, 1.0), (True, 0.0), (False, 0.0)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
-        chosen = dataclasses.replace(settings, compute=run.Compute(gpus_per_worker=gpus))
-        ShardEmbedder(chosen, settings.inputs.corpus, weights)
-    assert asked == [torch.device(name) for name in ("cuda", "cpu", "cpu")]
-    chosen = dataclasses.replace(settings, compute=run.Compute(gpus_per_worker=1.0))
+        work(gpus, f"{available} {gpus}")
+    assert asked == [torch.device(name) for name in ("cuda", "cpu", "cpu")], "loaded once for three shards"
     with pytest.raises(UserError, match=r"^compute.gpus_per_worker = 1: no GPU here"):
-        ShardEmbedder(chosen, settings.inputs.corpus, weights)
+        work(1.0, "none")

@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
+from executors import Through
 
 from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
-from mixgf.execution import LocalExecutor, Task
+from mixgf.execution import LocalExecutor, Receipt, Task
 from mixgf.stages.fan_out import SourcePasses, fan_out
 
 
@@ -71,9 +72,28 @@ def test_a_user_error_ends_the_work_unless_the_stage_takes_it(tmp_path, told):
     assert told[-1] == {"waiting": 0, "done": 1, "failed": 1}
 
 
+def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them(tmp_path, told):
+    def losing(work):
+        yield Receipt(1, error="it ended its worker", lost=True)
+        yield from (receipt for receipt in LocalExecutor().run(work) if receipt.number != 1)
+
+    executor = Through(losing)
+    passes = SourcePasses(
+        stage="prepare", sources=["a", "b", "c"], strict=True, executor=executor, meter=Meter("prepare", "run0")
+    )
+    name = tmp_path.name
+    with pytest.raises(
+        UserError, match=rf"prepare: metrics: 1 of 3 tasks were lost, for instance b \(part {name}/y\): it ended"
+    ):
+        passes.run("metrics", tasks(tmp_path, ["x", "y", "z"]))
+    assert passes.refused == {}
+    assert {path.name for path in tmp_path.iterdir()} >= {"x", "z"}
+    assert told[-1] == {"waiting": 0, "done": 2, "failed": 1}
+
+
 def test_a_source_with_an_error_is_refused_until_the_refused_ones_are_settled(tmp_path):
     passes = SourcePasses(
-        stage="prepare", num_sources=3, strict=False, executor=LocalExecutor(), meter=Meter("prepare", "run0")
+        stage="prepare", sources=["a", "b", "c"], strict=False, executor=LocalExecutor(), meter=Meter("prepare", "run0")
     )
     passes.run("metrics", tasks(tmp_path, ["a", "refused", "c"]))
     assert passes.refused == {1: f"{tmp_path}/refused: not usable"}
@@ -81,7 +101,7 @@ def test_a_source_with_an_error_is_refused_until_the_refused_ones_are_settled(tm
     with pytest.raises(UserError, match="refused: not usable"):
         passes.run("sentences", tasks(tmp_path, ["refused"]))
     strict = SourcePasses(
-        stage="prepare", num_sources=3, strict=True, executor=LocalExecutor(), meter=Meter("prepare", "run0")
+        stage="prepare", sources=["a", "b", "c"], strict=True, executor=LocalExecutor(), meter=Meter("prepare", "run0")
     )
     with pytest.raises(UserError, match="refused: not usable"):
         strict.run("metrics", tasks(tmp_path, ["refused"]))
