@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +41,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import scipy.sparse as sp
-from measure import Figure, interleaved, rate
+from measure import Figure, interleaved, rate, s3_server
 
 from mixgf.cells.counts import read_blocks
 from mixgf.cells.open import open_reader
@@ -57,7 +56,7 @@ from mixgf.distributed.executor import RayExecutor
 from mixgf.execution import LocalExecutor, Task, attempt
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
-from mixgf.storage import files, s3, tables
+from mixgf.storage import files, tables
 
 NUM_CELLS = 12_000
 NUM_PUBLISHED = 2_000
@@ -381,35 +380,6 @@ def whole(tree: str, uri: str, small: str, folder: Path) -> dict[str, float]:
         raise RuntimeError(done.stderr)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-@contextmanager
-def s3_server() -> Iterator[str]:
-    """A bucket of moto's server on loopback; yields its URI."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )  # fmt: skip
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1",
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        for _ in range(100):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.2)
-        s3.request("s3://bench", lambda fs, key: fs.mkdir(key))
-        yield "s3://bench"
-    finally:
-        server.terminate()
-        server.wait()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        s3.forget_connections()
 
 
 def _whole_figure(  # noqa: PLR0917

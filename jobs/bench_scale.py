@@ -6,6 +6,9 @@ control, duplicates, caps, vocabulary, plans of shards, index and record. It is 
 again. Its other tasks run in two processes, whose time is not counted. Sketches are invented, and a shard is written without
 sentences: its footer, and the lengths of its cells. Then the finished corpus is opened.
 
+From object storage (moto's server on loopback), sources have few cells and few genes, and only the restart is measured, up to its
+first shard: requests, as the server counts them, and time.
+
 Every size is measured in a process of its own. CPU seconds are those of the process that runs the stage, with all its
 threads; memory is the most that the step held.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +34,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import Figure
+from measure import Figure, s3_server
 
 from mixgf.cells import qc
 from mixgf.config import recipes
@@ -41,12 +45,14 @@ from mixgf.corpus.reader import Corpus
 from mixgf.execution import LocalExecutor, Receipt, Receipts, Task, attempt
 from mixgf.genes import identify, medians, species
 from mixgf.stages import prepare
-from mixgf.storage import files, tables
+from mixgf.storage import files, s3, tables
 
 CELLS = 10_000
 """Of a source."""
 SIZES = (500, 5_000)
 """Numbers of sources."""
+REMOTE_SIZES, REMOTE_CELLS, FEW_GENES = (1_000, 5_000), 20, 500
+"""Numbers of sources in object storage, and cells and genes of each."""
 STEPS = ("_describe", "_measure", "_reports", "_filter_cells", "_vocabulary", "_encode", "_publish")
 GENES_OF_A_SKETCH = 20
 """Filled buckets of a gene in an invented sketch."""
@@ -55,7 +61,7 @@ GENES_OF_A_SKETCH = 20
 # invented parts
 
 
-def config(folder: Path, num_sources: int, cells: int) -> Config:
+def config(folder: Path | str, num_sources: int, cells: int) -> Config:
     """The config of the invented corpus: default settings, and caps per donor."""
     names = [f"source{i:05d}" for i in range(num_sources)]
     sources = tuple(
@@ -68,11 +74,11 @@ def config(folder: Path, num_sources: int, cells: int) -> Config:
     )  # fmt: skip
 
 
-def _columns(work: str, of: Config) -> dict[str, str]:
-    """Gene columns of a file with all genes of a species, and a tenth of unknown names; URIs by species."""
+def _columns(work: str, of: Config, most: int | None = None) -> dict[str, str]:
+    """Gene columns of a file with all (or `most`) genes of a species, and a tenth of unknown names; URIs by species."""
     found = {}
     for row in (HUMAN, MOUSE):
-        genes = species.gene_table(row)["gene"].to_pylist()
+        genes = species.gene_table(row)["gene"].to_pylist()[:most]
         names = [f"unknown{i}" if i % 10 == 0 else gene for i, gene in enumerate(genes)]
         columns = identify.identify_columns(names, identify.gene_lookup(row), biotypes=of.vocab.biotypes)
         found[row.name] = f"{work}/columns-{row.name}.parquet"
@@ -83,7 +89,7 @@ def _columns(work: str, of: Config) -> dict[str, str]:
 def _invent_source(work: str, index: int, source: Source, *, cells: int, columns: str) -> None:
     """The parts that describe and measure one source; `columns` is the URI of its gene columns."""
     rng, num_columns = np.random.default_rng(index), pq.read_metadata(columns).num_rows
-    Path(files.local_path(source.uri)).write_bytes(b"-")
+    files.write_bytes(source.uri, b"-")
     kinds = {"cell_type": "str", "donor": "str"}
     facts = {"rows": cells, "columns": num_columns, "obs": {k: k for k in kinds}, "kinds": kinds, "by_column": False,
              "size": 1}  # fmt: skip
@@ -111,9 +117,10 @@ def _call(work: Callable[[], None]) -> None:
     work()
 
 
-def _invent_sketch(part: str, cells: int) -> None:
+def _invent_sketch(part: str, cells: int, plan: prepare_passes.SketchPlan) -> None:
     rng = np.random.default_rng(cells)
-    genes = np.arange(18_000, dtype=np.uint32)[:, None] * medians.NUM_BUCKETS
+    listed = tables.read_table(shards.part_uri(plan.work, "genes", plan.parts[0][0].source.species))
+    genes = np.arange(min(18_000, listed.num_rows), dtype=np.uint32)[:, None] * medians.NUM_BUCKETS
     buckets = 5_000 + np.sort(rng.choice(900, GENES_OF_A_SKETCH, replace=False)).astype(np.uint32)
     keys = (genes + buckets).ravel().astype(np.uint32)
     prepare_passes.write_sketch(part, medians.Sketch(keys, rng.integers(1, 50, len(keys)).astype(np.uint32)))
@@ -133,7 +140,7 @@ def _work(numbered: tuple[int, Task]) -> Receipt:
     number, task = numbered
     kind = task.part.rsplit("/", 2)[-2]
     if kind == "sketch":
-        _invent_sketch(task.part, int(task.weight))
+        _invent_sketch(task.part, int(task.weight), task.args[0])
         return Receipt(number)
     if kind == "done":
         _invent_shard(task.args[0])
@@ -241,37 +248,76 @@ def _read_back(uri: str, steps: _Steps) -> None:
         assert len(missing(tasks)) == len(corpus.shards)
 
 
+def _invent(of: Config, columns: dict[str, str], cells: int, pool: Any) -> None:
+    work = f"{of.output}/corpus/work"
+    pool.map(
+        _call,
+        [
+            partial(_invent_source, work, i, s, cells=cells, columns=columns[s.species])
+            for i, s in enumerate(of.sources)
+        ],
+        chunksize=8,
+    )
+
+
 def measure(num_sources: int, cells: int) -> list[dict[str, Any]]:
     """All steps at one size, in this process."""
     steps = _Steps()
     with tempfile.TemporaryDirectory() as name, multiprocessing.get_context("spawn").Pool(2) as pool:
         folder = Path(name)
         of = config(folder, num_sources, cells)
-        work = f"{of.output}/corpus/work"
         (folder / "cells").mkdir()
-        columns = _columns(name, of)
-        pool.map(
-            _call,
-            [
-                partial(_invent_source, work, i, s, cells=cells, columns=columns[s.species])
-                for i, s in enumerate(of.sources)
-            ],
-            chunksize=8,
-        )
+        _invent(of, _columns(name, of), cells, pool)
         uri = _prepare_twice(of, pool, steps)
         _read_back(uri, steps)
     return steps.rows
 
 
+def measure_remote(num_sources: int, cells: int) -> list[dict[str, Any]]:
+    """The restart of a half-done corpus in object storage, up to its first shard."""
+    steps = _Steps()
+    with tempfile.TemporaryDirectory() as name, s3_server(log := Path(name, "log")) as bucket:
+        of = config(f"{bucket}/scale", num_sources, cells)
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            _invent(of, _columns(name, of, FEW_GENES), cells, pool)
+            with suppress(_Stopped):
+                prepare.run(of, executor=_Processes(pool, most_shards=num_sources // 2))
+        s3.forget_connections()
+        first = log.read_text().splitlines()
+        with (
+            multiprocessing.get_context("spawn").Pool(2) as pool, suppress(_Stopped),
+            steps.step("restart from S3, before its first shard"),
+        ):  # fmt: skip
+            prepare.run(of, executor=_Processes(pool, most_shards=0))
+        asked = log.read_text().splitlines()[len(first) :]
+        verbs = (re.search(r"(HEAD|GET|PUT|POST|DELETE) /(.*list-type=2)?", line) for line in asked)
+        kinds = Counter("list" if verb[2] else verb[1] for verb in verbs if verb is not None)
+        steps.rows[-1] |= {"requests": sum(kinds.values()), "kinds": dict(kinds)}
+    return steps.rows
+
+
+def _measured(*arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
 def figures(*, quick: bool = False) -> Iterator[Figure]:
-    """CPU, wall time and memory of every step at 5 and 50 million cells."""
+    """CPU, wall time and memory of every step at 5 and 50 million cells; restarts from S3 with 1,000 and 5,000 sources."""
+    for num_sources in (10, 20) if quick else REMOTE_SIZES:
+        (row,) = _measured(str(num_sources), str(REMOTE_CELLS), "s3")
+        what = f"{num_sources:,} sources: {row['step']}"
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(row["kinds"].items()))
+        bar = "60" if num_sources == REMOTE_SIZES[-1] else ""
+        yield Figure(figure=f"{what}: wall", value=row["wall_s"], unit="s", bar=bar)
+        yield Figure(figure=f"{what}: CPU of the driver", value=row["cpu_s"], unit="s")
+        yield Figure(figure=f"{what}: requests ({kinds})", value=row["requests"], unit="requests")
     for num_sources in (10, 20) if quick else SIZES:
         cells = 200 if quick else CELLS
-        command = [sys.executable, __file__, str(num_sources), str(cells)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         million = f"{num_sources * cells / 1e6:g} M cells"
         large = num_sources == SIZES[-1]
-        for row in json.loads(done.stdout.splitlines()[-1]):
+        for row in _measured(str(num_sources), str(cells)):
             whole = large and row["step"].endswith(": all")
             what = f"{million}: {row['step']}"
             yield Figure(figure=f"{what}: CPU of the driver", value=row["cpu_s"], unit="s", bar="60" if whole else "")
@@ -284,4 +330,5 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]))))
+    run = measure_remote if sys.argv[3:] == ["s3"] else measure
+    print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]))))

@@ -9,13 +9,19 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from mixgf.storage import s3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,3 +104,36 @@ def forked(works: list[Callable[[], Any]]) -> list[Any]:
         for pid in pids:
             os.waitpid(pid, 0)
         return [json.loads((Path(folder) / str(i)).read_text()) for i in range(len(works))]
+
+
+@contextmanager
+def s3_server(log: Path | None = None) -> Iterator[str]:
+    """A bucket of moto's server on loopback; yields its URI.
+
+    Args:
+        log: file that gets one line per request.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (log or Path(os.devnull)).open("wb") as sink:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sink)
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        for _ in range(100):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.2)
+        s3.request("s3://bench", lambda fs, key: fs.mkdir(key))
+        yield "s3://bench"
+    finally:
+        server.terminate()
+        server.wait()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        s3.forget_connections()

@@ -10,7 +10,7 @@ whole for every row range, in chunks of 4 M entries; to read them more than once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -51,7 +51,23 @@ def source_files(uri: str) -> dict[str, int]:
         return {file: files.size(file) for file in found}
     if names:
         return files.find(uri)
-    return {uri: files.size(uri)} if files.exists(uri) else {}
+    (size,) = files.sizes([uri])
+    return {} if size < 0 else {uri: size}
+
+
+def source_sizes(uris: Sequence[str]) -> list[int]:
+    """Bytes of each source, of all its files together; -1 where there is nothing."""
+    plain = [uri for uri in uris if not files.is_local(uri) and uri.endswith(_FILE_ENDINGS)]
+    found = dict(zip(plain, files.sizes(plain), strict=True))
+    rest = [uri for uri in uris if uri not in found]
+    remote = next((uri for uri in rest if not files.is_local(uri)), "")
+    found |= zip(rest, files.map_reads(remote, _source_size, rest), strict=True)
+    return [found[uri] for uri in uris]
+
+
+def _source_size(uri: str) -> int:
+    found = source_files(uri)
+    return sum(found.values()) if found else -1
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def note_doublets(work: str, cells: Mapping[int, SourceCells]) -> None:
 
 
 def _called(work: str, name: str) -> np.ndarray:
-    table = read_table(part_uri(work, "doublets", name), ["row", "doublet"])
+    table = read_table(part_uri(work, "doublets", name))
     return table["row"].filter(table["doublet"]).to_numpy()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.cells import doublets, qc
-from mixgf.cells.open import source_files
+from mixgf.cells.open import source_sizes
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source
 from mixgf.config.fields import content_of, sections_of
@@ -103,9 +103,7 @@ def _plans(
 ) -> tuple[artifacts.Record | None, artifacts.Record]:
     """Plans of the vocabulary (None where one is reused as it is) and of the corpus."""
     data = extend.recorded_settings(config)
-    uris = [s.uri for s in sources]
-    remote = next((uri for uri in uris if not files.is_local(uri)), uris[0])
-    sizes = files.map_reads(remote, _size, uris)
+    sizes = source_sizes([s.uri for s in sources])  # so that another file under an old name is noticed
     sized = [content_of(s) | {"size": size} for s, size in zip(sources, sizes, strict=True)]
     content = {name: data[name] for name in ("species", "qc", "vocab", "seed")} | {"sources": sized}
     vocabulary, reused = None, {}
@@ -117,12 +115,6 @@ def _plans(
     whole = content | {"tokens": data["tokens"], "prepare": content_of(config.prepare)}
     parents = {"vocabulary": parent} | ({"extends": older.record.fingerprint} if older else {})
     return vocabulary, artifacts.plan("corpus", SCHEMA, whole, parents)
-
-
-def _size(uri: str) -> int:
-    """Bytes of a source, so that another file under an old name is noticed; -1 where there is none."""
-    found = source_files(uri)
-    return sum(found.values()) if found else -1
 
 
 @dataclass

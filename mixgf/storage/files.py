@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import resources
@@ -30,7 +30,15 @@ import pyarrow as pa
 from mixgf.errors import AccessError
 from mixgf.redact import redact
 from mixgf.storage.retry import error_code
-from mixgf.storage.s3 import BUFFER_BYTES, RangeFile, async_filesystem, filesystem_and_key, range_reader, request
+from mixgf.storage.s3 import (
+    BUFFER_BYTES,
+    RangeFile,
+    async_filesystem,
+    filesystem_and_key,
+    listed_sizes,
+    range_reader,
+    request,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,6 +99,31 @@ def size(uri: str) -> int:
     return request(uri, lambda fs, key: int(fs.size(key)))
 
 
+def sizes(uris: Sequence[str]) -> list[int]:
+    """Bytes of each file; -1 where there is none. Files of one folder in s3:// are listed, not asked for one by one."""
+    folders: dict[str, set[str]] = {}
+    for uri in uris:
+        if uri.startswith("s3://"):
+            folder, _, name = uri.rpartition("/")
+            folders.setdefault(folder, set()).add(name)
+    found: dict[str, int] = {}
+    for folder, names in folders.items():
+        if len(names) > 1:
+            with suppress(FileNotFoundError, AccessError):  # some keys may read files, but list none
+                found |= {join(folder, name): size for name, size in listed_sizes(folder, names).items()}
+    rest = [uri for uri in uris if uri not in found]
+    remote = next((uri for uri in rest if not is_local(uri)), "")
+    found |= zip(rest, map_reads(remote, _size, rest), strict=True)
+    return [found[uri] for uri in uris]
+
+
+def _size(uri: str) -> int:
+    try:
+        return size(uri)
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+
+
 def list_dir(uri: str) -> list[str]:
     """Names of the files and folders directly in a folder, sorted; empty if there is no such folder."""
     if is_local(uri):
@@ -133,11 +166,13 @@ def glob(uri: str) -> list[str]:
     return sorted(f"{protocol}://{found}" for found in request(uri, lambda fs, key: fs.glob(key)))
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole of a file."""
+def read_bytes(uri: str, *, small: bool = False) -> bytes:
+    """The whole of a file; a `small` one, of a few MB, is read from object storage by one request."""
     if is_local(uri):
         return local_path(uri).read_bytes()
-    return cast("bytes", request(uri, lambda fs, key: fs.cat_file(key)))
+    # else s3fs asks for the size first, to read large files by several requests at a time
+    options = {"max_concurrency": 1} if small else {}
+    return cast("bytes", request(uri, lambda fs, key: fs.cat_file(key, **options)))
 
 
 def open_read(uri: str, block_size: int = 4 << 20) -> BinaryIO:
@@ -354,7 +389,7 @@ def sha256(uri: str) -> str:
 
 def read_json(uri: str) -> Any:
     """A JSON file's value."""
-    return json.loads(read_bytes(uri))
+    return json.loads(read_bytes(uri, small=True))
 
 
 def write_json(uri: str, value: Any) -> None:

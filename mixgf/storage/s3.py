@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import fsspec
@@ -121,6 +121,28 @@ def request(uri: str, call: Callable[[Any, str], T]) -> T:
     """Call `call(file system, key)` with retries; raises what `with_retries` raises."""
     fs, key = filesystem_and_key(uri)
     return with_retries(uri, lambda: call(fs, key))
+
+
+def listed_sizes(folder: str, names: Collection[str]) -> dict[str, int]:
+    """Bytes of files of an s3:// folder by name, from pages of its listing; those that it lacks are left out.
+
+    A page has 1,000 names, in order. The listing begins with the first wanted name and ends after the last one, or after as many
+    requests as there are names: in a folder with many other files, it is cheaper to ask for each file.
+    """
+    fs, key = filesystem_and_key(folder.rstrip("/") + "/")
+    bucket, _, prefix = key.partition("/")
+    client, first, last = _client(os.getpid(), _settings()), prefix + min(names), prefix + max(names)
+    where: dict[str, str] = {"StartAfter": first[:-1]}
+    found: dict[str, int] = {}
+    for _ in range(len(names)):
+        options = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", **where, **fs.req_kw}
+        page = with_retries(folder, partial(client.list_objects_v2, **options))
+        keys = {item["Key"]: int(item["Size"]) for item in page.get("Contents", ())}
+        found.update({name: keys[prefix + name] for name in names if prefix + name in keys})
+        if not page["IsTruncated"] or max(keys, default="") >= last:
+            break
+        where = {"ContinuationToken": page["NextContinuationToken"]}
+    return found
 
 
 def range_reader(uri: str, etag: str) -> Callable[[int, int], bytes]:

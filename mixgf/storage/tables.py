@@ -11,11 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mixgf.storage.files import is_local, local_path, open_arrow, open_read, replacing, write_bytes
+from mixgf.storage.files import is_local, local_path, open_arrow, open_read, read_bytes, replacing, write_bytes
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file's table."""
+    """A Parquet file's table, with the given columns; None = all. All columns are read from object storage in one request."""
+    if columns is None and not is_local(uri):
+        return pq.read_table(pa.BufferReader(read_bytes(uri, small=True)), use_threads=False)
     with open_read(uri) as file:
         return pq.read_table(file, columns=columns, use_threads=False)
 

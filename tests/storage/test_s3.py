@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import anndata
 import h5py
 import numpy as np
+import pyarrow as pa
 import pytest
 import s3_world
 from fault_proxy import Proxy, Rule, every, first
@@ -25,10 +27,10 @@ from mixgf.cells.open import open_reader
 from mixgf.config.data import Source
 from mixgf.config.parse import to_dict
 from mixgf.corpus import prepare_passes
-from mixgf.errors import StorageError
+from mixgf.errors import AccessError, StorageError
 from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
-from mixgf.storage import artifacts, files, retry
+from mixgf.storage import artifacts, files, retry, tables
 
 ROOT = f"s3://{s3_world.BUCKET}/data"
 
@@ -339,6 +341,43 @@ def test_a_claim_whose_answer_was_lost_is_ours(proxy):
     assert rule.hits == 1
     assert not files.create_bytes(uri, b"yours")
     assert files.read_bytes(uri) == b"mine"
+
+
+def test_sizes_of_many_files_are_listed_in_pages_and_few_are_asked_for(proxy, bucket, monkeypatch):
+    with ThreadPoolExecutor(16) as threads:
+        names = [f"many/{i:04d}.h5ad" for i in range(2_010)]
+        put = [
+            threads.submit(bucket.put_object, Bucket=s3_world.BUCKET, Key=n, Body=bytes(i % 7))
+            for i, n in enumerate(names)
+        ]
+        assert [one.result() for one in put]
+    uris = [f"s3://{s3_world.BUCKET}/{n}" for n in names]
+    kinds = [
+        (uris[:40], [i % 7 for i in range(40)], ["list"]),
+        ([*uris, f"s3://{s3_world.BUCKET}/many/none.h5ad"], [*(i % 7 for i in range(2_010)), -1], ["HEAD", *["list"] * 4]),  # one looks for a folder of that name
+        ([uris[1_700], uris[1_701]], [1_700 % 7, 1_701 % 7], ["list"]),  # from there on
+        ([uris[0], uris[2_009]], [0, 2_009 % 7], ["HEAD", "list", "list"]),  # far apart
+        ([uris[3]], [3], ["HEAD"]),
+    ]  # fmt: skip
+    for asked, sizes, requests in kinds:
+        proxy.fresh()
+        assert files.sizes(asked) == sizes
+        said = ["list" if "list-type=2" in p.what else p.what.split()[0] for p in proxy.passed]
+        assert sorted(said) == requests
+
+    def refuse(*_):
+        raise AccessError
+
+    monkeypatch.setattr(files, "listed_sizes", refuse)
+    assert files.sizes(uris[:9]) == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+
+
+def test_a_small_file_is_read_by_one_request(proxy):
+    uri = f"s3://{s3_world.BUCKET}/small.parquet"
+    tables.write_table(uri, pa.table({"x": [1, 2]}))
+    proxy.fresh()
+    assert tables.read_table(uri)["x"].to_pylist() == [1, 2]
+    assert [p.what.split()[0] for p in proxy.passed] == ["GET"]
 
 
 @pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])
