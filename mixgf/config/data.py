@@ -96,6 +96,10 @@ class QC:
         check(self, "qc")
 
 
+MIN_MEDIAN_CELLS = 100
+"""Fewest cells of a sample for medians."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocab:
     """The gene vocabulary of all species together."""
@@ -106,6 +110,9 @@ class Vocab:
     """`separate` (the paper): every species has token ids of its own. `ortholog`: one-to-one orthologs share one id."""
     medians: str = option("", path=True)
     """URI of a table of gene medians to use (Parquet or TSV: gene, median). Empty: computed from the kept cells."""
+    median_cells: int = option(0, omit_default=True, least=0, unit="cells")
+    """Compute the medians of each species from a random sample of about so many of its kept cells. For corpora above a few million
+    cells: the standard error is printed and recorded. 0: from all cells."""
     reuse: str = option("", path=True)
     """URI of an existing vocabulary, whose genes, ids and medians stay as they are. Genes of a species that it lacks are added
     after them. Empty: build one."""
@@ -114,6 +121,13 @@ class Vocab:
 
     def __post_init__(self) -> None:
         check(self, "vocab")
+        few = f"0 or at least {MIN_MEDIAN_CELLS}"
+        require(
+            self.median_cells == 0 or self.median_cells >= MIN_MEDIAN_CELLS,
+            "vocab.median_cells",
+            self.median_cells,
+            few,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

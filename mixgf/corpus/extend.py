@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from mixgf.cells import qc
 from mixgf.config.data import Source
+from mixgf.config.fields import content_of
 from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
 from mixgf.corpus.shards import write_shard_info
@@ -25,7 +26,7 @@ from mixgf.storage import artifacts, files, tables
 
 def recorded_settings(config: Config) -> dict[str, Any]:
     """Settings as a corpus' record holds them. `qc.doublets=off` is recorded as false, as earlier versions did."""
-    data = to_dict(config)
+    data = to_dict(config) | {"vocab": content_of(config.vocab)}
     if config.qc.doublets == "off":
         data["qc"]["doublets"] = False
     return data

@@ -129,9 +129,9 @@ class ImportInputs:
         uris = [*self.dictionary_uris, *self.median_uris.values()]
         uris += [self.config.vocab.medians] if self.config.vocab.medians and self.reused is None else []
         tables = {uri: files.sha256(uri) for uri in dict.fromkeys(uris) if files.exists(uri)}
-        content = {name: data[name] for name in ("species", "vocab")} | {
-            "imports": data["imports"] | {"sha256": tables}
-        }
+        content = {
+            "species": data["species"], "vocab": content_of(self.config.vocab), "imports": data["imports"] | {"sha256": tables}
+        }  # fmt: skip
         vocabulary = None
         if self.reused is not None:
             parent = artifacts.require(self.config.vocab.reuse, "vocabulary").fingerprint

@@ -212,7 +212,9 @@ def _copied_ranges(work: str, index: int, source: Source, start: int, stop: int)
     return found
 
 
-def _read_rows(work: str, row_range: RowRange, block_cells: int, reader: Reader | None = None) -> Iterator[pa.Table]:
+def _read_rows(
+    work: str, row_range: RowRange, block_cells: int, reader: Reader | None = None, wanted_N: np.ndarray | None = None
+) -> Iterator[pa.Table]:  # fmt: skip
     """Checked counts of a row range, one table per block.
 
     Args:
@@ -220,18 +222,39 @@ def _read_rows(work: str, row_range: RowRange, block_cells: int, reader: Reader 
         row_range: rows of one source.
         block_cells: rows of a block.
         reader: the source, if it is open already.
+        wanted_N: bool (rows,): the rows that are needed. A packed copy gives few others.
 
     Yields:
         Tables with `row` (in the file), `columns` and `counts` (lists: a CSR row over the file's columns). Counts are int32,
         columns uint16 or int32.
     """
+    copy = _copy_uri(work, row_range)
+    if wanted_N is not None and files.exists(copy):
+        yield from _read_wanted(copy, row_range.start, _gene_columns(work, row_range.index).num_rows, wanted_N)
+        return
     for b in _read_counts(work, row_range, block_cells, reader):
-        offsets = pa.array(b.indptr, pa.int32())
-        lists = {
-            name: pa.ListArray.from_arrays(offsets, pa.array(values))
-            for name, values in (("columns", b.indices), ("counts", b.data))
-        }
-        yield pa.table({"row": pa.array(np.arange(b.start, b.start + len(b.indptr) - 1), pa.int64()), **lists})
+        yield _rows_table(np.arange(b.start, b.start + len(b.indptr) - 1), b.data, b.indices, b.indptr)
+
+
+def _read_wanted(copy: str, start: int, num_columns: int, wanted_N: np.ndarray) -> Iterator[pa.Table]:
+    """Tables of `_read_rows` from packed counts whose first row is `start`: of batches with few wanted rows, these alone."""
+    first = 0
+    for batch in read_batches(copy):
+        rows, num = np.flatnonzero(wanted_N[first : first + batch.num_rows]), batch.num_rows
+        if 2 * len(rows) > num:
+            yield _rows_table(np.arange(num) + first + start, *packed_counts.unpack(batch, num_columns))
+        elif len(rows):
+            yield _rows_table(rows + first + start, *packed_counts.unpack(batch.take(pa.array(rows)), num_columns))
+        first += num
+
+
+def _rows_table(rows: np.ndarray, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> pa.Table:
+    offsets = pa.array(indptr, pa.int32())
+    lists = {
+        name: pa.ListArray.from_arrays(offsets, pa.array(values))
+        for name, values in (("columns", indices), ("counts", data))
+    }
+    return pa.table({"row": pa.array(rows, pa.int64()), **lists})
 
 
 def _with_columns(table: pa.Table, whole: Mapping[str, pa.Array], start: int) -> pa.Table:
@@ -407,15 +430,16 @@ class SketchPlan:
     """Row ranges of one species, each with bool (rows,): which cells are kept; at least one of each."""
     block_cells: int
     """Rows read at a time."""
+    sampled: bool = False
+    """Whether the cells are a sample of the kept ones. Then the sketch has one more gene, with a count of one in each cell."""
 
 
 def read_kept(plan: SketchPlan) -> Iterator[pa.Table]:
     """Pass 2, read: tables of counts with kept cells, and `part`, the place in `plan.parts`."""
     wide = max(_gene_columns(plan.work, index).num_rows for index in {r.index for r, _ in plan.parts}) > 1 << 16
     for k, (row_range, keep_N) in enumerate(plan.parts):
-        for table in _read_rows(plan.work, row_range, plan.block_cells):
-            first = table["row"][0].as_py() - row_range.start
-            if keep_N[first : first + len(table)].any():
+        for table in _read_rows(plan.work, row_range, plan.block_cells, wanted_N=keep_N):
+            if keep_N[table["row"].to_numpy() - row_range.start].any():
                 # one type in all tables
                 columns = table["columns"].cast(packed_counts.INT32S) if wide else table["columns"]
                 part = pa.array([k] * len(table), pa.int32())
@@ -425,7 +449,7 @@ def read_kept(plan: SketchPlan) -> Iterator[pa.Table]:
 def sketch_counts(tables: Iterator[pa.Table], plan: SketchPlan) -> Iterator[pa.Table]:
     """Pass 2, transform: the sketch of all cells, over the genes of `source_genes.merge_genes`, as one row of `packed_counts`."""
     listed = read_table(part_uri(plan.work, "genes", plan.parts[0][0].source.species))["gene"].combine_chunks()
-    filled = medians.SketchBuilder(len(listed))
+    filled = medians.SketchBuilder(len(listed) + plan.sampled)
     for part, own in groupby(tables, key=lambda table: table["part"][0].as_py()):
         row_range, keep_N = plan.parts[part]
         depth = read_metrics(plan.work, [row_range.number])[0].n_counts
@@ -434,7 +458,11 @@ def sketch_counts(tables: Iterator[pa.Table], plan: SketchPlan) -> Iterator[pa.T
         gene_G = np.where(columns["candidate"].to_numpy(), pc.fill_null(gene_G, -1).to_numpy(), -1).astype(np.int32)
         for table in own:
             rows = table["row"].to_numpy() - row_range.start
-            filled.update(*_csr(table), depth_N=depth[rows], keep_N=keep_N[rows], gene_G=gene_G)
+            of = {"depth_N": depth[rows], "keep_N": keep_N[rows]}
+            filled.update(*_csr(table), gene_G=gene_G, **of)
+            if plan.sampled:
+                ones, ends = np.ones(len(rows), np.int32), np.arange(len(rows) + 1)
+                filled.update(ones, np.zeros_like(ones), ends, gene_G=np.array([len(listed)], np.int32), **of)
     yield _pack_sketch(filled.finish())
 
 

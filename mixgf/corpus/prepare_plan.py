@@ -8,6 +8,7 @@ Letters: N cells of one source.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,10 +21,13 @@ from mixgf.cells.doublets import MIN_SCRUBLET, plan_calls
 from mixgf.config.data import QC, Source
 from mixgf.corpus.prepare_passes import RowRange, read_metrics
 from mixgf.corpus.shards import part_uri
+from mixgf.genes import medians
 from mixgf.genes.identify import MappingReport
 from mixgf.storage import files
 from mixgf.storage.tables import read_table
 
+_MEDIANS = 0x4D454449
+"""Draw of the sample for medians."""
 _DOUBLETS = pa.schema([
     ("source", pa.string()), ("sample", pa.string()), ("cells", pa.int64()), ("scored", pa.int64()), ("doublets", pa.int64()),
     ("kept", pa.int64()),
@@ -158,6 +162,46 @@ def doublet_parts(unit: RowRange, cells: SourceCells) -> tuple[str, ...] | None:
     if cells.doublets is None:
         return None
     return tuple(name for name, start, stop in cells.doublets.parts if start < unit.stop and unit.start < stop)
+
+
+def sample_cells(
+    units: Sequence[RowRange], keeps: Mapping[int, np.ndarray], most: int, seed: int
+) -> dict[int, np.ndarray]:  # fmt: skip
+    """A random sample of about `most` of the kept cells, as bool (rows,) by number of the row range.
+
+    Whether a cell is drawn depends on the seed, the name of its source, its row and the share that is drawn.
+    """
+    share = most / sum(int(keeps[u.number].sum()) for u in units)
+    out: dict[int, np.ndarray] = {}
+    for mine in by_source(units).values():
+        digest = hashlib.blake2b(mine[0].source.name.encode(), digest_size=8).digest()
+        draw = np.random.default_rng([seed, _MEDIANS, int.from_bytes(digest, "little")]).random(
+            max(u.stop for u in mine)
+        )
+        out |= {u.number: keeps[u.number] & (draw[u.start : u.stop] < share) for u in mine}
+    return out
+
+
+def describe_sample(sketch: medians.Sketch, genes: Sequence[str], sampled: int, kept: int) -> dict[str, Any]:
+    """Facts of medians that come from a sample, as the record of the vocabulary has them.
+
+    `standard_errors` are shares of the median: not exceeded by half and by 95 % of the genes with enough values; none if there is no
+    such gene.
+
+    Args:
+        sketch: of the sample; the gene after the last one is that of `SketchPlan.sampled`.
+        genes: all genes that get a median.
+        sampled: number of its cells.
+        kept: number of kept cells of the species.
+    """
+    errors = medians.standard_errors(sketch)
+    errors.pop(len(genes), None)
+    found = np.array(list(errors.values())) * np.sqrt(1 - sampled / kept)
+    return {
+        "cells": sampled, "of": kept, "genes": len(genes), "genes_with_error": len(errors),
+        "genes_without_cells": len(genes) + 1 - len(medians.median_by_gene(sketch)),
+        "standard_errors": np.quantile(found, [0.5, 0.95]).tolist() if len(found) else [],
+    }  # fmt: skip
 
 
 def count_cells(cells: Mapping[int, SourceCells]) -> dict[str, int]:

@@ -10,7 +10,7 @@ order or partition of the cells nor on the processor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -274,22 +274,44 @@ def merge_sketches(sketches: Iterable[Sketch]) -> Sketch:
 
 def median_by_gene(sketch: Sketch) -> dict[int, float]:
     """Median by gene number, for genes detected in at least one cell; relative error at most `RELATIVE_ERROR`."""
-    if not len(sketch.keys):
-        return {}
+    out = {}
+    for gene, bucket, ends in _by_gene(sketch):
+        n = int(ends[-1])
+        low, high = (_value(bucket, ends, rank) for rank in ((n - 1) // 2, n // 2))  # equal for odd n
+        out[gene] = (low + high) / 2
+    return out
+
+
+def standard_errors(sketch: Sketch, least: int = 30) -> dict[int, float]:
+    """Standard error of each median, as a share of it, if the cells are a small random sample.
+
+    The number of sampled values below the true median is binomial, with a standard deviation of sqrt(n) / 2. So two standard errors
+    are half the distance of the values sqrt(n) ranks below and above the middle one. Genes with fewer than `least` values are left out.
+    """
+    out = {}
+    for gene, bucket, ends in _by_gene(sketch):
+        n = int(ends[-1])
+        if n >= least:
+            away = np.sqrt(n)
+            low, middle, high = (_value(bucket, ends, round((n - 1) / 2 + d)) for d in (-away, 0.0, away))
+            out[gene] = (high - low) / 4 / middle
+    return out
+
+
+def _by_gene(sketch: Sketch) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, filled buckets and running numbers of values of each gene."""
     genes = sketch.keys // NUM_BUCKETS
     edges = np.concatenate([[0], np.flatnonzero(np.diff(genes)) + 1, [len(genes)]])
-    out = {}
     for lo, hi in pairwise(edges.tolist()):
-        counts = sketch.counts[lo:hi]
-        ends = np.cumsum(counts)
-        n = int(ends[-1])
-        values = []
-        for rank in ((n - 1) // 2, n // 2):  # the two middle values, equal for odd n
-            i = int(np.searchsorted(ends, rank, side="right"))
-            bucket = int(sketch.keys[lo + i] % NUM_BUCKETS)
-            left = np.ldexp(1 + (bucket & 255) / 256, (bucket >> SKETCH_BITS) - 20)
-            width = np.ldexp(1 / 256, (bucket >> SKETCH_BITS) - 20)
-            within = (rank - (int(ends[i]) - int(counts[i])) + 0.5) / int(counts[i])
-            values.append(float(left + width * within))
-        out[int(genes[lo])] = (values[0] + values[1]) / 2
-    return out
+        if hi > lo:
+            yield int(genes[lo]), sketch.keys[lo:hi] % NUM_BUCKETS, np.cumsum(sketch.counts[lo:hi])
+
+
+def _value(bucket: np.ndarray, ends: np.ndarray, rank: int) -> float:
+    """The value of a rank, 0 = the smallest."""
+    i = int(np.searchsorted(ends, rank, side="right"))
+    at, before = int(bucket[i]), int(ends[i - 1]) if i else 0
+    left = np.ldexp(1 + (at & 255) / 256, (at >> SKETCH_BITS) - 20)
+    width = np.ldexp(1 / 256, (at >> SKETCH_BITS) - 20)
+    within = (rank - before + 0.5) / (int(ends[i]) - before)
+    return float(left + width * within)

@@ -206,14 +206,19 @@ class Vocabulary:
         return found
 
 
-def publish_vocabulary(uri: str, record: artifacts.Record, vocabulary: Vocabulary) -> None:
-    """Write a vocabulary and finish its artifact, already begun at `uri` by the plan `record`."""
+def publish_vocabulary(
+    uri: str, record: artifacts.Record, vocabulary: Vocabulary, *, sampled: Mapping[str, Any] | None = None
+) -> None:
+    """Write a vocabulary and finish its artifact, already begun at `uri` by the plan `record`.
+
+    `sampled` are the facts of medians that come from a sample of the cells, by species; None = of none.
+    """
     size, digest = vocabulary.save(files.join(uri, "vocabulary.parquet"))
     genes = {name: len(vocabulary.species_genes(name).tokens) for name in vocabulary.species}
     artifacts.finish(
         uri, record, counts={"tokens": vocabulary.size, "genes": genes},
         files={"vocabulary.parquet": {"bytes": size, "sha256": digest}},
-        details={"hash": vocabulary.hash, "sharing": vocabulary.sharing},
+        details={"hash": vocabulary.hash, "sharing": vocabulary.sharing} | ({"sampled_medians": sampled} if sampled else {}),
     )  # fmt: skip
     say(f"vocabulary: {vocabulary.size:,} tokens ({', '.join(f'{n:,} {name} genes' for name, n in genes.items())})")
 

@@ -134,6 +134,8 @@ class _Prepare:
             meter=self.meter,
         )  # fmt: skip
         self.facts: dict[int, dict[str, Any]] = {}
+        self.sampled: dict[str, dict[str, Any]] = {}
+        """Facts of medians that come from a sample, by species."""
         self.shards = files.join(self.uri, "shards")
         self.first = self.older.num_shards if self.older else 0
         """Number of the first shard of the sources read here."""
@@ -302,24 +304,35 @@ class _Prepare:
         pairs = species.orthologs(self.config.vocab.orthologs)
         sharing = self.config.vocab.sharing if older is None else older.sharing
         made = build_vocabulary(with_genes, tables, sharing=sharing, orthologs=pairs, base=older)
-        publish_vocabulary(uri, record, made)
+        publish_vocabulary(uri, record, made, sampled=self.sampled)
         return made
 
     def _medians(
         self, kept: list[prepare_passes.RowRange], keeps: dict[int, np.ndarray], known: tuple[str, ...]
     ) -> dict[str, dict[str, float]]:
-        """Medians by species, in the config's order, from a tree of sketch merges; not of the `known` species."""
+        """Medians by species, in the config's order, from a tree of sketch merges; not of the `known` species.
+
+        From a sample of the cells, all candidate genes get one: those without a cell that of one count in a cell of median depth.
+        """
         present = [name for name in self.rows if name not in known and any(u.source.species == name for u in kept)]
         genes = {name: self._candidate_genes(name) for name in present}
         rows = self.config.prepare.block_cells
         tasks: list[Task] = []
         sketches: dict[str, list[str]] = {name: [] for name in present}
+        numbers: dict[str, tuple[int, int]] = {}
         for name in present:
             mine = [u for u in kept if u.source.species == name]
+            number, wanted = sum(int(keeps[u.number].sum()) for u in mine), keeps
+            if 0 < self.config.vocab.median_cells < number:
+                wanted = prepare_plan.sample_cells(mine, keeps, self.config.vocab.median_cells, self.config.seed)
+                mine = [u for u in mine if wanted[u.number].any()]
+                numbers[name] = sum(int(wanted[u.number].sum()) for u in mine), number
             each = max(1, min(SKETCH_UNITS, len(mine) // 64))
             for k in range(0, len(mine), each):
-                group = [(u, keeps[u.number]) for u in mine[k : k + each]]
-                plan = prepare_passes.SketchPlan(work=self.work, number=len(tasks), parts=group, block_cells=rows)
+                group = [(u, wanted[u.number]) for u in mine[k : k + each]]
+                plan = prepare_passes.SketchPlan(
+                    work=self.work, number=len(tasks), parts=group, block_cells=rows, sampled=name in numbers
+                )
                 sketches[name].append(prepare_passes.sketch_uri(self.work, "sketch", plan.number))
                 tasks.append(
                     Task(
@@ -331,8 +344,26 @@ class _Prepare:
         out = {}
         for name in present:
             total = medians.merge_sketches(prepare_passes.read_sketch(p) for p in self._merged(name, sketches[name]))
-            out[name] = {genes[name][g]: median for g, median in medians.median_by_gene(total).items()}
+            found = medians.median_by_gene(total)
+            if name in numbers:
+                self.sampled[name] = prepare_plan.describe_sample(total, genes[name], *numbers[name])
+                self._say_sample(name)
+                found = {g: found.get(g, found[len(genes[name])]) for g in range(len(genes[name]))}
+            out[name] = {genes[name][g]: median for g, median in found.items()}
         return out
+
+    def _say_sample(self, name: str) -> None:
+        of = self.sampled[name]
+        half, most = of["standard_errors"] or ["", ""]
+        error = (
+            f"standard error {half:.2%} of the median for half and {most:.2%} for 95 % of {of['genes_with_error']:,} genes; "
+            if half
+            else ""
+        )
+        say(
+            f"medians of {name} genes: from {of['cells']:,} of {of['of']:,} cells; {error}"
+            f"{of['genes_without_cells']:,} of {of['genes']:,} genes are in none of them"
+        )
 
     def _candidate_genes(self, name: str) -> list[str]:
         """Genes of a species that may enter the vocabulary, over its sources."""

@@ -123,3 +123,25 @@ def test_more_cells_than_sixteen_bits_hold_are_counted():
         gene_G=np.arange(2, dtype=np.int32),
     )  # fmt: skip
     assert a.finish().counts.tolist() == [cells, cells]
+
+
+def test_the_standard_error_is_the_spread_of_medians_of_samples():
+    rng, depth = np.random.default_rng(5), 1_000
+    found, stated = [], []
+    for _ in range(300):
+        counts = 1 + rng.negative_binomial(2, [0.05, 0.1, 0.3], (200, 3))
+        counts[20:, 2] = 0  # too few for an error
+        sketch = medians.SketchBuilder(3)
+        rows, columns = np.nonzero(counts)
+        sketch.update(
+            counts[rows, columns].astype(np.int32), columns.astype(np.int32),
+            np.concatenate([[0], np.cumsum((counts > 0).sum(1))]), depth_N=np.full(200, depth) + rng.integers(0, 500, 200),
+            keep_N=np.ones(200, bool), gene_G=np.arange(3, dtype=np.int32),
+        )  # fmt: skip
+        whole = sketch.finish()
+        found.append([medians.median_by_gene(whole)[g] for g in range(2)])
+        errors = medians.standard_errors(whole)
+        assert errors.keys() == {0, 1}
+        stated.append([errors[g] for g in range(2)])
+    spread = np.std(found, axis=0) / np.mean(found, axis=0)
+    assert np.mean(stated, axis=0) == pytest.approx(spread, rel=0.15)
