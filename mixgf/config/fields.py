@@ -54,6 +54,8 @@ class Facts:
     most: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    named: tuple[tuple[str, int], ...] = ()
+    """Names of values, such as a published convention; a config holds the value."""
     word: str = ""
     """Allowed beside the numbers, for messages: `'all'` or `null`. The field's type says so too."""
 
@@ -64,7 +66,8 @@ class Facts:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         words = " and ".join(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)
-        return f"{words} or {self.word}" if words and self.word else words
+        others = [*(repr(name) for name, _ in self.named), *([self.word] if self.word else [])]
+        return " or ".join([words, *others]) if words else words
 
 
 def option(default: T, **facts: Any) -> T:

@@ -89,7 +89,9 @@ def from_dict(cls: type[T], data: dict[str, Any], path: str = "") -> T:
     if missing:
         msg = f"{path}.{missing[0]}: missing; an object here has the fields {', '.join(hints)}"
         raise UserError(msg)
-    return cls(**{k: _coerce(hints[k], v, _join(path, k)) for k, v in data.items()})
+    named = {name: dict(facts.named) for name, facts in facts_of(cls).items() if facts.named}
+    values = {k: named[k].get(v, v) if k in named and isinstance(v, str) else v for k, v in data.items()}
+    return cls(**{k: _coerce(hints[k], v, _join(path, k)) for k, v in values.items()})
 
 
 def override(config: Config, assignments: list[str]) -> Config:

@@ -13,6 +13,8 @@ from mixgf.errors import UserError
 POOLINGS = ("mean", "first", "cls")
 LayerChoice = int | Literal["all"]
 """A hidden layer, counted from the last (-1), or `all` of them side by side, the embedding first."""
+LAYERS = (("second_last", -2),)
+"""Names of hidden layers in configs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,8 +150,9 @@ class Embed:
 
     pooling: str = option("mean", choices=POOLINGS)
     """`mean` over genes, the `first` position, or `cls`."""
-    layer: LayerChoice = option(-1, below=0, word="'all'")
-    """Hidden layer: -1 the last, -2 the one before it (used by the Geneformer family); `all` of them side by side."""
+    layer: LayerChoice = option(-1, below=0, named=LAYERS, word="'all'")
+    """Hidden layer: -1 the last, -2 or `second_last` the one before it (which the Geneformer family calls -1); `all` of them side by
+    side."""
 
     def __post_init__(self) -> None:
         check(self, "embed")

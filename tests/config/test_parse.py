@@ -164,7 +164,7 @@ def test_set_reads_mappings_words_and_null(assignment, value):
         ('compare.shifts=["a=b -> c"]', "compare.shifts[0] = 'a=b -> c': must be an object with fields name, before, after"),
         ('sources=[{"uri": "a", "species": "human", "obs": ["new=old"]}]', "a column's name; to rename it: rename = old=new"),
         ("compare.corpora=x=y", "compare.corpora = 'x': must be the name of one of compare.encoders"),
-        ("embed.layer=0", "embed.layer = 0: must be below 0 or 'all'"),
+        ("embed.layer=0", "embed.layer = 0: must be below 0 or 'second_last' or 'all'"),
         ("embed.layer=last", "embed.layer = 'last': must be a whole number or 'all'"),
         ("classify.freeze_layers=-1", "classify.freeze_layers = -1: must be at least 0 or 'all'"),
         ("perturb.null_genes=-1", "perturb.null_genes = -1: must be at least 0 or null"),
@@ -181,3 +181,14 @@ def test_a_value_of_another_form_is_refused_with_the_present_form(assignment, me
 def test_a_model_by_its_former_name_is_refused_with_the_present_one(field):
     with pytest.raises(UserError, match=r"must be 'finetune_linear_start(@mlm)?', its present name"):
         override(Config(), [f"classify.{field}"])
+
+
+def test_a_named_value_is_the_value():
+    """`second_last` is -2 wherever it is given, so a run with the name continues one with the number."""
+    base = Config()
+    for text in ("second_last", "-2"):
+        made = override(base, [f"perturb.layer={text}", f"embed.layer={text}"])
+        assert (made.perturb.layer, made.embed.layer) == (-2, -2)
+    assert override(base, ["embed.layer=all"]).embed.layer == "all"
+    with pytest.raises(UserError, match=r"perturb\.layer = 'secnd': must be"):
+        override(base, ["perturb.layer=secnd"])
