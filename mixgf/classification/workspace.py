@@ -23,7 +23,6 @@ from mixgf.classification.models.protocol import Measured, Model, Problem, Sente
 from mixgf.classification.paths import ArtifactPaths
 from mixgf.classification.splits import Split, random_order
 from mixgf.config import parse
-from mixgf.config.data import Source, SpeciesRow
 from mixgf.config.run import Config
 from mixgf.corpus import raw_counts
 from mixgf.corpus.raw_counts import Counts
@@ -101,19 +100,8 @@ class Workspace:
 
     def write_counts(self, source: str, cells: Ints) -> None:
         """Write raw counts of these cells (numbers in the corpus, ascending), all of one source."""
-        corpus = self.corpus
-        entry = next(dict(s) for s in corpus.record.config["sources"] if s["name"] == source)
-        entry.pop("size", None)
-        row_of = next(
-            parse.from_dict(SpeciesRow, s) for s in corpus.record.config["species"] if s["name"] == entry["species"]
-        )
-        rows = corpus.obs(["source_row"])["source_row"].to_numpy()[cells]
-        order = np.argsort(rows, kind="stable")
-        genes = corpus.vocabulary.species_genes(entry["species"])
-        found = raw_counts.read_counts(
-            parse.from_dict(Source, entry), row_of, genes, rows[order], block_cells=self.config.prepare.block_cells
-        )
-        raw_counts.save_counts(self.paths.counts(source), cells[order], found)
+        ordered, found = raw_counts.read_cells(self.corpus, cells, block_cells=self.config.prepare.block_cells)
+        raw_counts.save_counts(self.paths.counts(source), ordered, found)
 
     def counts(self, rows: Ints) -> tuple[sparse.csr_matrix, Names]:
         """Raw counts (N, G) of rows of the table, in their order, and their genes (`raw_counts.shared_gene_space`)."""

@@ -175,7 +175,8 @@ class MemoryCorpus(Corpus):
     """
 
     def __init__(
-        self, reader: Reader, genes: Genes, vocabulary: Vocabulary, tokens: Tokens, *, max_len: int = 0, source: str, rows: int = 512
+        self, reader: Reader, genes: Genes, vocabulary: Vocabulary, tokens: Tokens, *, max_len: int = 0, source: str, rows: int = 512,
+        with_counts: bool = False,
     ) -> None:  # fmt: skip
         """Read all cells.
 
@@ -186,10 +187,13 @@ class MemoryCorpus(Corpus):
             tokens: How sentences are made.
             max_len: Longest sentence that is seen, as of a `Corpus`; 0 = as they are.
             source: Name of the table, before the names of its cells.
-            rows: Cells whose counts are held at a time.
+            rows: Cells whose counts are read at a time.
+            with_counts: Keep the counts of the vocabulary's genes, 8 bytes each that is not 0.
         """
         self.uri, self._tokens, self._max_len = reader.uri, tokens, max_len
-        parts = list(blocks(reader, genes, tokens, 0, reader.num_rows, rows=rows, measure=True))
+        parts = list(
+            blocks(reader, genes, tokens, 0, reader.num_rows, rows=rows, measure=True, with_counts=with_counts)
+        )
         empty = np.flatnonzero(np.concatenate([part.genes_N for part in parts]) == 0)
         if len(empty):
             name = reader.cell_names(int(empty[0]), int(empty[0]) + 1)[0]
@@ -197,6 +201,9 @@ class MemoryCorpus(Corpus):
             raise UserError(msg)
         self._tokens_T = np.concatenate([part.tokens_T for part in parts])
         self._stored_N = np.concatenate([part.lengths_N for part in parts])
+        self.counts_NG = (
+            sparse.csr_matrix(sparse.vstack([part.counts_NG for part in parts], format="csr")) if with_counts else None
+        )
         self._offsets_N1 = offsets_of(self._stored_N)
         self.lengths_N = np.minimum(self._stored_N, max_len).astype(np.int32) if max_len else self._stored_N
         self.species = vocabulary.species
@@ -232,9 +239,10 @@ class MemoryCorpus(Corpus):
         """Names of all columns, without the tokens."""
         return frozenset(map(str, self._obs.columns))
 
-    def tokens(self, cells: npt.ArrayLike) -> tuple[I32, I64]:
-        """Sentences of the given cells, packed in the given order: tokens (T,) and offsets (B + 1,)."""
-        return take(self._tokens_T, self._offsets_N1, np.asarray(cells, dtype=np.int64), self._max_len)
+    def tokens(self, cells: npt.ArrayLike, *, whole: bool = False) -> tuple[I32, I64]:
+        """Sentences of the given cells, packed in the given order: tokens (T,) and offsets (B + 1,); as of `Corpus`."""
+        max_len = 0 if whole else self._max_len
+        return take(self._tokens_T, self._offsets_N1, np.asarray(cells, dtype=np.int64), max_len)
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
         """Everything but the tokens, one row per cell."""

@@ -15,7 +15,9 @@ from scipy import sparse
 from mixgf.arrays import Ints, Names
 from mixgf.cells import counts
 from mixgf.cells.open import open_reader
+from mixgf.config import parse
 from mixgf.config.data import Source, SpeciesRow
+from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.genes import identify
 from mixgf.genes.vocabulary import SpeciesGenes
@@ -65,6 +67,39 @@ def read_counts(
             low, high = np.searchsorted(rows, [block.start, block.start + len(block.indptr) - 1])
             parts.append(_pick(block, to, rows[low:high] - block.start, len(genes.genes)))
     return sparse.csr_matrix(sparse.vstack(parts, format="csr"))
+
+
+def read_cells(corpus: Corpus, cells: Ints, *, block_cells: int) -> tuple[Ints, sparse.csr_matrix]:
+    """Raw counts of cells of a corpus that are all of one source, over the genes of their species in the vocabulary.
+
+    Args:
+        corpus: The corpus.
+        cells: Numbers in the corpus.
+        block_cells: Rows of the file held in memory at a time.
+
+    Returns:
+        The cells in the order of the source's rows, and their counts (cells, genes).
+
+    Raises:
+        UserError: The corpus knows no source of the cells, as one that was imported, or the file is not there any more.
+    """
+    if corpus.counts_NG is not None:
+        return cells, sparse.csr_matrix(corpus.counts_NG[cells])
+    columns = corpus.obs(["source", "source_row"])
+    name = str(columns["source"].iloc[cells[0]])
+    entry = next((dict(s) for s in corpus.record.config.get("sources", ()) if s["name"] == name), None)
+    if entry is None:
+        msg = f"{corpus.uri}: has no record of source {name!r}, so there are no raw counts"
+        raise UserError(msg)
+    entry.pop("size", None)
+    row_of = next(
+        parse.from_dict(SpeciesRow, s) for s in corpus.record.config["species"] if s["name"] == entry["species"]
+    )
+    rows = columns["source_row"].to_numpy()[cells]
+    order = np.argsort(rows, kind="stable")
+    genes = corpus.vocabulary.species_genes(entry["species"])
+    found = read_counts(parse.from_dict(Source, entry), row_of, genes, rows[order], block_cells=block_cells)
+    return cells[order], found
 
 
 def _pick(block: counts.Block, to: Ints, rows: Ints, num_genes: int) -> sparse.csr_matrix:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy import sparse
 
 from mixgf.config import data, parse
 from mixgf.corpus.packed import I32, I64, offsets_of
@@ -55,6 +56,9 @@ class Corpus:
         self._cache: OrderedDict[int, tuple[I32, I64]] = OrderedDict()
         self._lock = threading.Lock()
 
+    counts_NG: sparse.csr_matrix | None = None
+    """Raw counts of all cells over the genes of their species in the vocabulary, where they are in memory."""
+
     @classmethod
     def open(cls, uri: str) -> Corpus:
         """Open a finished corpus."""
@@ -84,10 +88,13 @@ class Corpus:
         """Settings with which the sentences were made."""
         return parse.from_dict(data.Tokens, self.record.config["tokens"], "corpus.tokens")
 
-    def tokens(self, cells: npt.ArrayLike) -> tuple[I32, I64]:
-        """Sentences of the given cells (B,), packed in the given order: tokens (T,) and offsets (B + 1,)."""
+    def tokens(self, cells: npt.ArrayLike, *, whole: bool = False) -> tuple[I32, I64]:
+        """Sentences of the given cells (B,), packed in the given order: tokens (T,) and offsets (B + 1,).
+
+        `whole` sentences are as they are stored, not cut to `max_len`.
+        """
         cells_B = np.asarray(cells, dtype=np.int64)
-        lengths_B = self.lengths_N[cells_B].astype(np.int64)
+        lengths_B = (self._stored_N if whole else self.lengths_N)[cells_B].astype(np.int64)
         offsets_B1 = offsets_of(lengths_B)
         tokens_T = np.empty(offsets_B1[-1], dtype=np.int32)
         shard_B = np.searchsorted(self.starts, cells_B, side="right") - 1
