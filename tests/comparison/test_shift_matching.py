@@ -100,6 +100,39 @@ def test_the_same_shift_in_both_species_is_found_and_an_opposite_one_is_not():
     assert shift_matching.match(shifts, vectors, num_permutations=99, seed=0)[0].iloc[0]["p"] == 1
 
 
+@pytest.mark.parametrize("real", ["human", "mouse"])
+def test_the_p_of_a_pair_is_the_larger_of_both_sides(real):
+    """A match needs a shift in either species: one that is real cannot carry one that is not, whichever it is."""
+    rng, larger = np.random.default_rng(5), []
+    for seed in range(12):
+        effect = 3 * rng.normal(size=30)
+        shifts, vectors = two_species(rng, *((effect, 0) if real == "human" else (0, effect)))
+        row = shift_matching.match(shifts, vectors, num_permutations=99, seed=seed)[0].iloc[0]
+        assert row["p"] == max(row["p_shift"], row["p_other"])
+        larger.append(row["p"] - min(row["p_shift"], row["p_other"]))
+    assert max(larger) > 0.2
+
+
+def test_an_interval_counts_columns_that_both_species_have_seen():
+    """What stands in a column that one species has not seen moves neither the cosine nor its interval."""
+    rng = np.random.default_rng(6)
+    effect = 2 * rng.normal(size=30)
+    shifts, vectors = two_species(rng, effect, effect)
+    seen = np.ones((2, 30), dtype=bool)
+    seen[0, :5], seen[1, 5:8] = False, False
+    loud = vectors.copy()
+    loud[:, :8] += 1000 * rng.normal(size=(len(vectors), 8))
+    columns = ["cosine", "low", "high"]
+    rows = [
+        shift_matching.match(shifts, cells, num_permutations=19, seed=0, seen_KD=seen)[0].iloc[0][columns]
+        for cells in (vectors, loud)
+    ]
+    assert rows[0].to_numpy(float) == pytest.approx(rows[1].to_numpy(float), abs=1e-4)
+    both = shift_matching.match(shifts, vectors[:, 8:], num_permutations=19, seed=0)[0].iloc[0][columns]
+    assert rows[0].to_numpy(float) == pytest.approx(both.to_numpy(float), abs=1e-4)
+    assert rows[0]["low"] > 0.3
+
+
 def test_halves_of_one_condition_do_not_repeat():
     rng = np.random.default_rng(3)
     shifts, vectors = two_species(rng, 0, 0, num=400)
