@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixgf import datasets
-    from mixgf.api import CellClassifier, CellEncoder, classify, load, load_classifier, prepare, pretrain, write_report
+    from mixgf.api import (
+        CellClassifier,
+        CellEncoder,
+        classify,
+        load,
+        load_classifier,
+        prepare,
+        pretrain,
+        score_perturbations,
+        write_report,
+    )
     from mixgf.errors import UserError
 
 __version__ = "0.1.0"
@@ -30,6 +40,7 @@ __all__ = [
     "load_classifier",
     "prepare",
     "pretrain",
+    "score_perturbations",
     "write_report",
 ]
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import torch
+from scipy import sparse
 
 from mixgf import console
 from mixgf.classification import annotate, kept_classifier
@@ -453,8 +454,9 @@ class CellEncoder:
         with anndata.open_cells(adata, layer) as reader:
             found = in_memory.find_genes(reader, self.vocabulary, self._rows, species=species, column=gene_column)
             corpus = in_memory.MemoryCorpus(
-                reader, found, self.vocabulary, self.tokens, max_len=self.model.sizes.max_positions, source=source
-            )
+                reader, found, self.vocabulary, self.tokens, max_len=self.model.sizes.max_positions, source=source,
+                with_counts=bool(goal.strip()),
+            )  # fmt: skip
         with _torch_threads(threads), tempfile.TemporaryDirectory(prefix="mixgf-perturb-") as folder:
             tables, warnings = perturb.in_memory(config, corpus, self.model, folder)
         for text in warnings:
@@ -736,3 +738,80 @@ def write_report(
         'report.html'
     """
     return _run_stage("report", recipe, output, settings or {}, "local", "")
+
+
+def score_perturbations(
+    predicted: pd.DataFrame,
+    adata: Cells,
+    *,
+    perturbation: str,
+    control: str,
+    layer: str = "X",
+    signed: bool = True,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score predicted effects of perturbations against a Perturb-seq data set.
+
+    Args:
+        predicted: One row per perturbation, one column per gene, named as in `adata`; in any unit. NaN = no prediction. For
+            `perturb/responses.parquet`: `table.pivot_table(index="symbol", columns="responding_symbol", values="change_same_rank")`
+            of one operation, with `signed=False`.
+        adata: Raw counts, as an AnnData or the path of an `.h5ad`.
+        perturbation: Column of obs with the perturbed gene of each cell.
+        control: Its value for control cells.
+        layer: `X`, or the name of a layer.
+        signed: Whether predictions have a sign.
+        seed: Of the halves into which cells are divided.
+
+    Returns:
+        One row per perturbation and metric, and rows `all` with the means: columns perturbation, metric (`correlation`,
+        `discrimination`, `overlap`, `direction`), value, mean_response, replicate, and scaled: 0 = the mean effect of the other
+        perturbations, 1 = a replicate.
+
+    Raises:
+        UserError: no such column or control, or no perturbation or gene in common.
+
+    Examples:
+        >>> import mixgf as mg, pandas as pd
+        >>> adata = mg.datasets.pancreas()  # cell types in place of perturbations
+        >>> predicted = pd.DataFrame(0.0, index=["beta cell", "ductal cell"], columns=adata.var_names)
+        >>> found = mg.score_perturbations(predicted, adata, perturbation="cell_type", control="alpha cell")
+        >>> sorted(found["metric"].unique())
+        ['correlation', 'direction', 'discrimination', 'overlap']
+    """
+    from mixgf.perturbation import measured_effects  # noqa: PLC0415 (few need it)
+
+    data: Any = adata
+    if isinstance(adata, str | os.PathLike):
+        from anndata import read_h5ad  # noqa: PLC0415 (heavy)
+
+        data = read_h5ad(adata)
+    if perturbation not in data.obs:
+        msg = (
+            f"perturbation = {perturbation!r}: no such column of obs; there are {', '.join(map(str, data.obs.columns))}"
+        )
+        raise UserError(msg)
+    names_N = data.obs[perturbation].astype(str).to_numpy()
+    if control not in names_N:
+        msg = f"control = {control!r}: no cell of {perturbation} has this value"
+        raise UserError(msg)
+    given = data.X if layer == "X" else data.layers[layer]
+    if (
+        sparse.issparse(given) and given.indices.dtype.kind != "i"
+    ):  # files may hold unsigned indices, which scipy warns about
+        given = type(given)((given.data, given.indices.astype(np.int64), given.indptr), shape=given.shape)
+    counts = sparse.csr_matrix(given)
+    genes = pd.Index(data.var_names.astype(str))
+    kept = np.isin(names_N, [control, *predicted.index.astype(str)])
+    measured = measured_effects.measure(counts[kept], names_N[kept], control, seed=seed)
+    shared = genes.intersection(predicted.columns.astype(str))
+    if not measured.names or not len(shared):
+        what = f"perturbations has {measured_effects.MIN_CELLS} cells" if not measured.names else "genes is"
+        number = len(predicted) if not measured.names else predicted.shape[1]
+        msg = f"predicted: none of its {number} {what} in the data; name both as there"
+        raise UserError(msg)
+    table = predicted.set_axis(predicted.index.astype(str)).set_axis(predicted.columns.astype(str), axis=1)
+    predicted_PG = table.reindex(index=list(measured.names), columns=genes).to_numpy(np.float64)
+    scores = measured_effects.score(predicted_PG, measured, genes.get_indexer(list(measured.names)), signed=signed)
+    means = measured_effects.summarise(scores).drop(columns="num_perturbations").assign(perturbation="all")
+    return pd.concat([scores, means[scores.columns]], ignore_index=True)
