@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mixgf.config.checks import require
 from mixgf.config.expressions import check_expression
 from mixgf.config.fields import check, option
+from mixgf.config.training import LAYERS
 
 GENE_TABLES = (".tsv", ".csv", ".txt", ".parquet", ".tsv.gz", ".csv.gz", ".txt.gz")
 """Endings by which an entry of perturb.reference_genes is a table, not a gene."""
@@ -46,11 +47,12 @@ class Perturb:
     max_genes: int = option(0)
     """Test only this many genes, those with the highest coverage. 0: all."""
     max_cells: int = option(200)
-    """Start cells that are perturbed, drawn at random and balanced over donors. 0: all. States always use all their cells."""
+    """Start cells that are perturbed, drawn at random and balanced over donors. 0: all. A screen takes as many others, or,
+    where there are too few, half of them. States always use all their cells."""
     variant: str = option("remaining", choices=("remaining", "all", "cls"))
     """Embedding that is compared: mean over the `remaining` genes (V1, the paper), over `all` positions (V2), or `cls`."""
-    layer: int = option(-1, below=0)
-    """Hidden layer that is compared: -1 the last, -2 the one before it."""
+    layer: int = option(-1, below=0, named=LAYERS)
+    """Hidden layer that is compared: -1 the last, -2 or `second_last` the one before it."""
     donor: str = option("donor")
     """Column of `obs` with the donors over which an effect must repeat."""
     insert_absent: bool = option(True)
@@ -58,6 +60,9 @@ class Perturb:
     response: int = option(0, least=0)
     """Columns of the response matrix (`responses.parquet`): what each perturbation does to the contextual embeddings of this
     many other genes, those in most of the perturbed cells (1 - cos). About ten bytes a pair of genes. 0: no matrix."""
+    controls: bool = option(True)
+    """Negative controls beside the hits: the same genes by an untrained twin of the encoder, which takes as long as the run
+    itself, and towards false goals, which take no time. The error rate of hits is taken from the false goals."""
     block_genes: int = option(64)
     """Genes per work unit."""
     block_cells: int = option(16)

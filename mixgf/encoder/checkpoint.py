@@ -134,6 +134,16 @@ def load_encoder(uri: str, device: torch.device | str = "cpu") -> tuple[Encoder,
     return model.encoder, record
 
 
+def untrained_twin(record: Record, device: torch.device | str = "cpu") -> Encoder:
+    """An untrained encoder of the sizes of a checkpoint, in evaluation mode: the weights that its training began with.
+
+    Where the checkpoint began with other weights (`inputs.start`, `import-weights`), these are random weights of the same law.
+    """
+    sizes = parse.from_dict(training.Model, record.details["model"])
+    seed = int(record.config.get("seed", 0))
+    return MaskedModel(sizes, int(record.details["vocab_size"]), seed=seed).encoder.to(device).eval()
+
+
 def require_vocabulary(record: Record, vocabulary: str, what: str, field: str = "inputs.checkpoint") -> None:
     """Raise a `UserError` if a checkpoint has another vocabulary; `what` and `field` name both sides in the message."""
     if record.details["vocabulary"] != vocabulary:

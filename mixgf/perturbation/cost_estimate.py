@@ -5,7 +5,7 @@ The counts are exact without a screen. With a screen, the chosen genes are taken
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,21 +34,22 @@ def estimate_work(
 ) -> list[WorkPart]:
     """Work of a design, by part, in the order of execution."""
     layers = sizes.num_layers + 1 + settings.layer
+    encoders = 2 if settings.controls else 1  # the untrained twin does the same work
     states = np.unique(np.concatenate([state.cells for state in plan.states]))
     lengths = corpus.lengths_N[states].astype(np.float64)
     parts = [
         WorkPart(
-            name="states",
-            sentences=len(states),
-            tokens=lengths.sum(),
-            flops=forward_flops(sizes, lengths, layers=layers),
+            name="states" + (", both encoders" if settings.controls else ""),
+            sentences=encoders * len(states),
+            tokens=encoders * lengths.sum(),
+            flops=encoders * forward_flops(sizes, lengths, layers=layers),
         )
     ]
     length_N = corpus.lengths_N[plan.cells_N].astype(np.float64)
     one_N = np.array([forward_flops(sizes, [length], layers=layers) for length in length_N])
     width_K = np.array([len(target.tokens) for target in plan.targets])
     held_NW, allowed_NW = _held(plan, corpus, width_K)
-    if settings.screen:
+    if settings.screen:  # in as many other cells, which are taken to be like these
         genes_N = allowed_NW.sum(axis=1)
         parts += [_screened(name, settings, sizes, layers, length_N, one_N, genes_N) for name in settings.operations]
     share = (
@@ -68,14 +69,21 @@ def estimate_work(
                 flops += sum(
                     n * forward_flops(sizes, [x], layers=layers) for n, x in zip(num_N, new_N, strict=True) if n
                 )
-        parts.append(
-            WorkPart(
-                name=f"{operation}, {share:.0%} of the genes" if settings.screen else operation,
-                sentences=sentences * share,
-                tokens=tokens * share,
-                flops=flops * share + one_N.sum(),
-            )
+        of_genes = f"{operation}, {share:.0%} of the genes" if settings.screen else operation
+        exact = WorkPart(
+            name=of_genes, sentences=sentences * share, tokens=tokens * share, flops=flops * share + one_N.sum()
         )
+        parts.append(exact)
+        if settings.screen:
+            checked = min(1.0, settings.screen_sample / len(plan.targets))
+            parts.append(
+                WorkPart(
+                    name=f"{operation}, sample of the screen", sentences=sentences * checked, tokens=tokens * checked,
+                    flops=flops * checked,
+                )
+            )  # fmt: skip
+        if settings.controls:
+            parts.append(replace(exact, name=f"{of_genes}, untrained twin"))
     return parts
 
 

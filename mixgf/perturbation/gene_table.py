@@ -12,9 +12,11 @@ permuted shifts of the same run.
 Genes are compared with those drawn at random (`Target.drawn`) if a screen or the user chose the others, else with all.
 False discovery rates count every gene that a screen estimated.
 
-Differential expression is taken from the corpus, which holds ranks and no counts: a gene's rank score in a cell is
-1 - rank / (number of genes in the sentence), 0 where the sentence lacks it. `de_statistic` is Welch's t of the rank scores,
-all goal cells against all start cells (over cells: a ranking, no test); `de_log_fold` is the log2 ratio of the mean scores.
+A gene is a hit if its shift repeats over donors (FDR) and lies beyond what means nothing (`fdr_null`). Where genes were drawn for
+comparison, it must be unusual among those of like rank and coverage, too. All donors share one encoder, so what repeats may still mean nothing: `controls` has the null, and what an untrained
+encoder and a false goal give in place of the true ones.
+
+Differential expression (`de_statistic`, `de_log_fold`) and the covariance control (`covariance`) come from `expression`.
 
 Letters: P (cell, gene) pairs, G genes, C donors, S states, V vocabulary.
 """
@@ -30,20 +32,23 @@ from mixgf import arrays
 from mixgf.arrays import Float64s, Ints
 from mixgf.config.data import SpeciesRow
 from mixgf.config.run import Config
-from mixgf.corpus.reader import Corpus
 from mixgf.genes import species
+from mixgf.perturbation import controls
+from mixgf.perturbation.expression import Expression
 from mixgf.perturbation.group_design import Design
+from mixgf.perturbation.readability import Readability
+from mixgf.perturbation.reference_genes import LEVEL
 from mixgf.stats import rank_adjustment
 from mixgf.stats.donors import (
     MIN_BACKGROUND,
     MIN_CLUSTERS,
+    GroupMeans,
     benjamini_hochberg,
     cluster_means,
     group_means,
     means_by_group,
     rank_sums,
     sign_flip,
-    welch,
 )
 
 LOW_COVERAGE = 0.1
@@ -56,8 +61,6 @@ ORDINARY = (2.5, 97.5)
 """Percentiles among similar genes between which a shift is ordinary."""
 MARK = "differs itself between start and goal"
 """Warning on a gene that is a marker of the states."""
-PSEUDO_SCORE = 0.01
-"""Added to mean rank scores before their ratio."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,15 +85,6 @@ class Pairs:
             response_P=table["response"].to_numpy().astype(np.float64),
             shift_SP=np.stack(shifts) if shifts else np.empty((0, table.num_rows)),
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankScores:
-    """Mean and variance of the rank score of every token over the cells of one state."""
-
-    num_cells: int
-    mean_V: Float64s
-    variance_V: Float64s
 
 
 def state_means(parts: list[pa.Table], num_states: int) -> tuple[Float64s, pa.Table]:
@@ -118,24 +112,6 @@ def state_means(parts: list[pa.Table], num_states: int) -> tuple[Float64s, pa.Ta
     return means, pa.table(columns)
 
 
-def rank_scores(corpus: Corpus, cells: Ints, *, block: int = 2048) -> RankScores:
-    """Rank scores over the given cells, read block by block."""
-    size = corpus.vocabulary.size
-    total_V, squares_V = np.zeros(size), np.zeros(size)
-    lead = int(corpus.cls)
-    for part in np.array_split(cells, max(1, -(-len(cells) // block))):
-        ids_T, offsets_B1 = corpus.tokens(part)
-        lengths_B = np.diff(offsets_B1)
-        rank_T = np.arange(len(ids_T)) - np.repeat(offsets_B1[:-1], lengths_B) - lead
-        score_T = np.where(rank_T >= 0, 1 - rank_T / np.repeat(lengths_B - lead, lengths_B), 0.0)
-        total_V += np.bincount(ids_T, weights=score_T, minlength=size)
-        squares_V += np.bincount(ids_T, weights=score_T**2, minlength=size)
-    num = len(cells)
-    mean_V = total_V / num
-    variance_V = np.maximum(squares_V - num * mean_V**2, 0) / max(num - 1, 1)
-    return RankScores(num_cells=num, mean_V=mean_V, variance_V=variance_V)
-
-
 def keep_targets(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Design, dict[str, Pairs]]:
     """Keep the targets with the given numbers (ascending), renumbered, and their pairs."""
     found = {}
@@ -152,43 +128,147 @@ def keep_targets(plan: Design, pairs: dict[str, Pairs], kept: Ints) -> tuple[Des
 
 
 def build_gene_table(
-    plan: Design, pairs: dict[str, Pairs], expressed: dict[str, RankScores], config: Config, *, num_tests: int = 0
+    plan: Design,
+    pairs: dict[str, Pairs],
+    expressed: Expression | None,
+    config: Config,
+    *,
+    num_tests: int = 0,
+    twin: dict[str, Pairs] | None = None,
+    readable: Readability | None = None,
 ) -> pa.Table:
     """Table of genes: one row per operation and gene, by operation, then descending shift.
 
     Args:
         plan: the design.
         pairs: scored pairs by operation.
-        expressed: rank scores of the `start` cells and, with a goal, of the `goal` cells.
+        expressed: the genes' own differences between the states; None without a goal.
         config: of the run.
         num_tests: number of genes that a screen chose these from; 0 = no screen.
+        twin: the same pairs, scored by the untrained twin; None without that control.
+        readable: in how many start cells each gene can be read; None = not known.
     """
-    return pa.concat_tables(
-        [
-            _operation_table(plan, operation, pairs[operation], expressed, config, num_tests)
-            for operation in config.perturb.operations
-        ]
-    )
+    tables = []
+    for operation in config.perturb.operations:
+        own = Measured(plan=plan, operation=operation, pairs=pairs[operation], config=config, num_tests=num_tests)
+        other = None if twin is None else replace(own, pairs=twin[operation])
+        tables.append(_operation_table(own, other, expressed, readable))
+    return pa.concat_tables(tables)
 
 
-def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
-    plan: Design, operation: str, pairs: Pairs, expressed: dict[str, RankScores], config: Config, num_tests: int
-) -> pa.Table:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What is tested of one operation: shifts towards one state, or responses."""
+
+    plan: Design
+    operation: str
+    pairs: Pairs
+    config: Config
+    num_tests: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tests:
+    """p-values of both tests."""
+
+    mean_GC: Float64s
+    """Means by named donor; NaN where a donor has no cell."""
+    p_cell_G: Float64s
+    p_donor_G: Float64s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effects:
+    """Effects of the genes of one operation, with their tests (G,)."""
+
+    means: GroupMeans
+    tests: Tests
+    rank_G: Float64s
+    expected_G: Float64s
+    percentile_G: Float64s
+    p_null_G: Float64s
+    num_null: int
+    fdr_cell_G: Float64s
+    fdr_donor_G: Float64s
+    fdr_null_G: Float64s
+    hit_G: arrays.Bools
+
+
+def tested_effects(measured: Measured, towards: int | None) -> Effects:
+    """Means of the shifts towards a state (None = of the responses), all tests, and the hits.
+
+    The error rate of hits comes from `null_p_values` of the residuals after rank. The null are the comparison genes' residuals
+    towards the false goals other than `towards`; without such goals the residuals of the genes that were drawn for comparison. Where
+    there are neither, genes could only be compared with each other: no gene is a hit.
+    """
+    plan, pairs, config = measured.plan, measured.pairs, measured.config
     among_G, null_G = _reference(plan), np.array([target.null for target in plan.targets])
-    settings, num_genes = config.perturb, len(plan.targets)
-    values_P, donors = _values(plan, pairs), _donors(plan, pairs, config)
+    num_genes = len(plan.targets)
+    values_P, donors = _values(pairs, towards), _donors(plan, pairs, config)
     means = group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
     coverage_G = np.array([target.coverage for target in plan.targets])
     rank_G = _mean_ranks(pairs, num_genes)
     place_G = comparison_ranks(rank_G)
-    tests = _tests(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=_rng(config, operation, 92))
-    expected_G = rank_adjustment.expected_by_rank(means.mean, place_G, among_G)
+    rng = _rng(config, measured.operation, 92)
+    tests = _tests(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=rng)
+    scaled_G = rank_adjustment.scaled_residual(means.mean, place_G, among_G)
+    false = [s for s in controls.false_goals([state.name for state in plan.embedded]) if s != towards]
+    if towards is not None and false:
+        null_GB = np.stack(
+            [
+                rank_adjustment.scaled_residual(
+                    means_by_group(pairs.shift_SP[s], pairs.target_P, num_genes), place_G, among_G
+                )
+                for s in false
+            ],
+            axis=1,
+        )
+    else:
+        null_GB = scaled_G[:, None] if not among_G.all() else np.full((num_genes, 1), np.nan)
+    null_GB = np.where(among_G[:, None], null_GB, np.nan)
+    p_null_G = rank_adjustment.null_p_values(scaled_G, null_GB)
+    fdr_donor_G, fdr_null_G = (_discoveries(p_G, null_G, measured.num_tests) for p_G in (tests.p_donor_G, p_null_G))
     percentile_G = rank_adjustment.residual_percentile(means.mean, place_G, coverage_G, among_G)
+    return Effects(
+        means=means,
+        tests=tests,
+        rank_G=rank_G,
+        expected_G=rank_adjustment.expected_by_rank(means.mean, place_G, among_G),
+        percentile_G=percentile_G,
+        p_null_G=p_null_G,
+        num_null=int(np.isfinite(null_GB).sum()),
+        fdr_cell_G=_discoveries(tests.p_cell_G, null_G, measured.num_tests),
+        fdr_donor_G=fdr_donor_G,
+        fdr_null_G=fdr_null_G,
+        hit_G=is_hit(fdr_donor_G, fdr_null_G, percentile_G, among_G) & ~null_G,
+    )
+
+
+def is_hit(fdr_donor_G: Float64s, fdr_null_G: Float64s, percentile_G: Float64s, among_G: arrays.Bools) -> arrays.Bools:
+    """Hits: the effect repeats over donors, and lies beyond what means nothing.
+
+    Where genes were drawn for comparison (`among_G` is not all), it must also be unusual among those of like rank and coverage. Among all
+    genes, no more than 5 % could ever be unusual.
+    """
+    unusual_G = (percentile_G < ORDINARY[0]) | (percentile_G > ORDINARY[1]) | bool(among_G.all())
+    return (fdr_donor_G <= LEVEL) & (fdr_null_G <= LEVEL) & unusual_G
+
+
+def _operation_table(
+    measured: Measured, twin: Measured | None, expressed: Expression | None, readable: Readability | None
+) -> pa.Table:
+    plan, pairs, config, operation = measured.plan, measured.pairs, measured.config, measured.operation
+    settings, num_genes = config.perturb, len(plan.targets)
+    found = tested_effects(measured, plan.goal)
+    false = controls.false_goals([state.name for state in plan.embedded])
+    other = tested_effects(twin, plan.goal) if twin is not None else None
+    fake = tested_effects(measured, false[0]) if false else None
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
     towards = {plan.states[i].name: means_by_group(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
     other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
-    de_G, fold_G = _differential(plan, expressed)
+    de_G, fold_G, covariance_G = _differential(plan, expressed)
     orthologs = _orthologs(plan, config)
+    mean_G, expected_G = found.means.mean, found.expected_G
     columns: dict[str, object] = {
         "gene": [target.gene for target in plan.targets],
         "symbol": [target.symbol for target in plan.targets],
@@ -198,32 +278,44 @@ def _operation_table(  # noqa: PLR0917 (the arguments of one caller)
         "operation": [operation] * num_genes,
         "variant": [settings.variant] * num_genes,
         "role": ["null" if target.null else "target" for target in plan.targets],
-        "reference": among_G,
-        "num_cells": means.num_values,
-        "num_donors": np.isfinite(tests.mean_GC).sum(axis=1),
-        "coverage": coverage_G,
-        "mean_rank": rank_G,
-        "shift": means.mean,
-        "shift_low": means.low,
-        "shift_high": means.high,
+        "reference": _reference(plan),
+        "num_cells": found.means.num_values,
+        "num_donors": np.isfinite(found.tests.mean_GC).sum(axis=1),
+        "coverage": np.array([target.coverage for target in plan.targets]),
+        "mean_rank": found.rank_G,
+        "shift": mean_G,
+        "shift_low": found.means.low,
+        "shift_high": found.means.high,
         "response": means_by_group(pairs.response_P, pairs.target_P, num_genes),
-        "p_cell": tests.p_cell_G,
-        "fdr_cell": _discoveries(tests.p_cell_G, null_G, num_tests),
-        "p_donor": tests.p_donor_G,
-        "fdr_donor": _discoveries(tests.p_donor_G, null_G, num_tests),
-        "null_percentile": percentile_G,
+        "p_cell": found.tests.p_cell_G,
+        "fdr_cell": found.fdr_cell_G,
+        "p_donor": found.tests.p_donor_G,
+        "fdr_donor": found.fdr_donor_G,
+        "null_percentile": found.percentile_G,
+        "p_null": found.p_null_G,
+        "fdr_null": found.fdr_null_G,
+        "num_null": np.full(num_genes, found.num_null),
+        "hit": found.hit_G,
         "rank_expected": expected_G,
-        "shift_minus_rank_expected": means.mean - expected_G,
+        "shift_minus_rank_expected": mean_G - expected_G,
         "shift_alternatives": other_G,
-        "shift_minus_alternatives": means.mean - other_G,
+        "shift_minus_alternatives": mean_G - other_G,
         "de_statistic": de_G,
         "de_log_fold": fold_G,
         "de_rank": _ranking(de_G),
     }
+    if covariance_G is not None:
+        columns["covariance"] = covariance_G
+    if other is not None:
+        columns |= {"shift_untrained": other.means.mean, "hit_untrained": other.hit_G}
+    if fake is not None:
+        columns |= {"shift_false_goal": fake.means.mean, "hit_false_goal": fake.hit_G}
+    if readable is not None:
+        columns |= readable.columns()
     inserted = operation == "overexpress" and settings.insert_absent
-    columns["warnings"] = _warnings(columns, tests.mean_GC, has_goal=plan.goal is not None, inserted=inserted)
+    columns["warnings"] = _warnings(columns, found.tests.mean_GC, has_goal=plan.goal is not None, inserted=inserted)
     columns |= {f"shift_{name}": shift_G for name, shift_G in towards.items()}
-    order = np.lexsort((np.array(columns["gene"]), -np.nan_to_num(means.mean, nan=-np.inf)))
+    order = np.lexsort((np.array(columns["gene"]), -np.nan_to_num(mean_G, nan=-np.inf)))
     return pa.table({name: pa.array(values) for name, values in columns.items()}).take(order)
 
 
@@ -246,7 +338,7 @@ def calibrate_tests(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa
         if int(donors.named_C.sum()) < MIN_CLUSTERS or num_genes <= 2 * MIN_BACKGROUND:
             continue
         rank_G, rng = comparison_ranks(_mean_ranks(part, num_genes)), _rng(config, operation, 94)
-        values_P, cluster_P = _values(plan, part), (part.target_P, donors.of_P)
+        values_P, cluster_P = _values(part, plan.goal), (part.target_P, donors.of_P)
         mean_GC, _ = cluster_means(values_P, *cluster_P, num_genes, donors.num)
         expected_GC = mean_GC - rank_adjustment.residual_after_rank(mean_GC, rank_G)
         measured_GC = np.isfinite(expected_GC)
@@ -276,16 +368,8 @@ class _Donors:
         return len(self.named_C)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tests:
-    mean_GC: Float64s
-    """Means by named donor; NaN where a donor has no cell."""
-    p_cell_G: Float64s
-    p_donor_G: Float64s
-
-
-def _values(plan: Design, pairs: Pairs) -> Float64s:
-    return pairs.response_P if plan.goal is None else pairs.shift_SP[plan.goal]
+def _values(pairs: Pairs, towards: int | None) -> Float64s:
+    return pairs.response_P if towards is None else pairs.shift_SP[towards]
 
 
 def _donors(plan: Design, pairs: Pairs, config: Config) -> _Donors:
@@ -319,7 +403,7 @@ def _tests(
     *,
     among_G: arrays.Bools,
     rng: np.random.Generator,
-) -> _Tests:
+) -> Tests:
     """Both tests of every gene: over cells (as published with `perturb.test = published`), and over named donors."""
     # the published test takes the whole pool and no correction for ties
     paper = config.perturb.test == "published"
@@ -329,7 +413,7 @@ def _tests(
     mean_GC = mean_GC[:, donors.named_C]
     own_GC = rank_adjustment.residual_after_rank(mean_GC, rank_G, among_G) if mean_GC.shape[1] else mean_GC
     place_GC = rank_adjustment.normal_scores(own_GC, rank_G, among_G)
-    return _Tests(
+    return Tests(
         mean_GC=mean_GC,
         p_cell_G=p_cell_G,
         p_donor_G=sign_flip(place_GC, config.perturb.num_permutations, rng),
@@ -371,18 +455,21 @@ def _symbols(row: SpeciesRow) -> dict[str, str]:
     return dict(zip(table["gene"].to_pylist(), table["symbol"].to_pylist(), strict=True))
 
 
-def _differential(plan: Design, expressed: dict[str, RankScores]) -> tuple[Float64s, Float64s]:
-    """Welch's t and log2 ratio of rank scores, goal against start, for targets of one gene; else NaN."""
-    empty = np.full(len(plan.targets), np.nan)
-    if "goal" not in expressed:
-        return empty, empty
-    start, goal = expressed["start"], expressed["goal"]
-    num = np.broadcast_to(np.array([[start.num_cells], [goal.num_cells]], dtype=np.float64), (2, len(start.mean_V)))
-    t_V = welch(num, np.stack([start.mean_V, goal.mean_V]), np.stack([start.variance_V, goal.variance_V]))
-    fold_V = np.log2((goal.mean_V + PSEUDO_SCORE) / (start.mean_V + PSEUDO_SCORE))
+def _differential(plan: Design, expressed: Expression | None) -> tuple[Float64s, Float64s, Float64s | None]:
+    """t, log2 ratio and covariance control of targets of one gene; else NaN, and None where there is no covariance."""
+    empty_G = np.full(len(plan.targets), np.nan)
+    if expressed is None:
+        return empty_G, empty_G, None
     first_G = plan.genes_KM[:, 0]
     single_G = np.array([len(target.tokens) == 1 for target in plan.targets])
-    return np.where(single_G, t_V[first_G], np.nan), np.where(single_G, fold_V[first_G], np.nan)
+    one_of = np.array([expressed.species.index(target.species) for target in plan.targets])
+
+    def of_targets(values_SV: Float64s) -> Float64s:
+        return np.where(single_G, values_SV[one_of, first_G], np.nan)
+
+    covariance_SV = expressed.covariance_SV
+    covariance_G = None if covariance_SV is None else of_targets(covariance_SV)
+    return of_targets(expressed.t_SV), of_targets(expressed.fold_SV), covariance_G
 
 
 def _warnings(columns: dict[str, object], mean_GC: Float64s, *, has_goal: bool, inserted: bool) -> list[str]:

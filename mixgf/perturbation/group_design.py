@@ -6,7 +6,7 @@ Letters: N perturbed cells, K targets, M genes of a target.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,8 +19,8 @@ from mixgf.config.run import Config
 from mixgf.corpus.obs_query import equals, select_cells
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
-from mixgf.perturbation import operations
-from mixgf.perturbation.sampling import match_rows, sample_cells
+from mixgf.perturbation import controls, operations
+from mixgf.perturbation.sampling import match_rows, sample_cells, split_cells
 
 MIN_STATE_CELLS = 20
 """Fewest cells of an unrelated state."""
@@ -67,6 +67,19 @@ class Design:
     warnings: tuple[str, ...]
     responding: tuple[Target, ...] = ()
     """Genes whose responses to every perturbation are recorded."""
+    halves: tuple[State, ...] = ()
+    """Halves of the start cells, of which false goals are made (`controls`)."""
+    screened_N: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Cells on which a screen chooses genes, ordered as `cells_N`; the reported shifts are of `cells_N`, other cells."""
+
+    @cached_property
+    def embedded(self) -> tuple[State, ...]:
+        """The states, then the halves: all that is embedded, and towards which shifts are taken."""
+        return self.states + self.halves
+
+    def on_screened_cells(self) -> Design:
+        """The same design on the cells of the screen."""
+        return replace(self, cells_N=self.screened_N) if len(self.screened_N) else self
 
     @cached_property
     def responding_R(self) -> Ints:
@@ -109,8 +122,14 @@ def build_design(corpus: Corpus, config: Config) -> Design:
         shared = len(np.intersect1d(start, state.cells))
         if shared:
             warnings.append(f"{shared} of {len(start)} start cells are in {state.name}, too")
-    cells = sample_cells(start, donor_of, settings.max_cells, config.seed)
-    cells = cells[np.lexsort((cells, -corpus.lengths_N[cells].astype(np.int64)))]
+    cells = sample_cells(start, donor_of, settings.max_cells * (2 if settings.screen else 1), config.seed)
+    screened = np.empty(0, dtype=np.int64)
+    if settings.screen and len(cells) > 1:
+        cells, screened = split_cells(cells, donor_of, config.seed)
+        warnings.append(
+            f"genes were chosen by a screen of {len(screened)} start cells; shifts are of {len(cells)} others"
+        )
+    cells, screened = (part[np.lexsort((part, -corpus.lengths_N[part].astype(np.int64)))] for part in (cells, screened))
     num_donors = len(np.unique(donor_of[cells]))
     if num_donors < 3 and settings.donor in obs.columns:
         warnings.append(f"the start cells come from {num_donors} donor(s): no donor-level test with fewer than 3")
@@ -122,6 +141,17 @@ def build_design(corpus: Corpus, config: Config) -> Design:
         donor_of=donor_of,
         warnings=tuple(warnings),
         responding=tuple(_responding_genes(corpus, settings, cells)),
+        halves=_halves(start, donor_of, donors, config) if settings.controls and settings.goal.strip() else (),
+        screened_N=screened,
+    )
+
+
+def _halves(start: Ints, donor_of: Ints, donors: tuple[str, ...], config: Config) -> tuple[State, ...]:
+    """Halves of the start cells as states."""
+    named = np.array([d for d, name in enumerate(donors) if name not in config.classify.unlabelled], dtype=np.int64)
+    return tuple(
+        State(name=f"{controls.FALSE}{i}", expression="half of the start cells", cells=cells)
+        for i, cells in enumerate(controls.halves(start, donor_of, named, config.seed))
     )
 
 

@@ -1,7 +1,8 @@
 """Hits of a perturbation screen, and sentences that summarise the screen.
 
-A gene is a hit if two conditions hold: its shift beyond what its rank predicts repeats over donors (FDR), and the shift is
-unusual among genes of like rank and coverage. The published test, a rank-sum test over cells, is reported but makes no hit.
+A gene is a hit (`gene_table.is_hit`) if its shift beyond what its rank predicts repeats over donors (FDR) and lies beyond shifts that
+mean nothing (FDR, see `controls`). Where genes were drawn for comparison, it must be unusual among those of like rank and coverage, too.
+The published test, a rank-sum test over cells, is reported but makes no hit.
 """
 
 from __future__ import annotations
@@ -24,11 +25,44 @@ def comparison_genes(genes: pd.DataFrame) -> pd.DataFrame:
     return genes[genes["reference"]] if "reference" in genes and not genes["reference"].all() else genes.iloc[:0]
 
 
-def call_hits(genes: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
-    """Rows of the hits: repeated over donors at an FDR of `level`, and unusual for their rank; largest shift first."""
-    genes = tested_genes(genes)
-    unusual = (genes["null_percentile"] < gene_table.ORDINARY[0]) | (genes["null_percentile"] > gene_table.ORDINARY[1])
-    return genes[(genes["fdr_donor"] <= level) & unusual].sort_values(["shift", "gene"], ascending=[False, True])
+def call_hits(genes: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the hits (`gene_table.is_hit`), largest shift first."""
+    return tested_genes(genes)[lambda frame: frame["hit"]].sort_values(["shift", "gene"], ascending=[False, True])
+
+
+CONTROLS = {"hit": "hits", "hit_untrained": "by an untrained encoder", "hit_false_goal": "towards a false goal"}
+"""Columns of hits, of the run and of its negative controls."""
+
+
+def count_hits(genes: pd.DataFrame) -> dict[str, float]:
+    """Number of hits of the run and of its controls by operation, for example `hits/delete/untrained`."""
+    counts = {}
+    for operation, part in tested_genes(genes).groupby("operation", sort=False):
+        for column in CONTROLS:
+            if column in part:
+                kind = column.removeprefix("hit").strip("_") or "model"
+                counts[f"hits/{operation}/{kind}"] = float(part[column].sum())
+    return counts
+
+
+def control_sentence(genes: pd.DataFrame) -> tuple[str, str]:
+    """(tone, sentence) on the hits of one operation beside those of the negative controls."""
+    part = tested_genes(genes)
+    own = int(part["hit"].sum())
+    others = [(text, int(part[name].sum())) for name, text in CONTROLS.items() if name != "hit" and name in part]
+    if not others:
+        return "plain", f"{own:,} of {len(part):,} genes are hits; there are no negative controls (perturb.controls)."
+    beside = ", ".join(f"{num:,} {text}" for text, num in others)
+    tone = "warn" if max(num for _, num in others) > own / 2 and own else "plain"
+    return tone, f"{own:,} of {len(part):,} genes are hits; {beside}."
+
+
+def control_lines(genes: pd.DataFrame) -> list[str]:
+    """`control_sentence` of each operation, for the console."""
+    return [
+        f"{operation}: {control_sentence(part)[1].rstrip('.')}"
+        for operation, part in genes.groupby("operation", sort=False)
+    ]
 
 
 def _with_shifts(genes: pd.DataFrame) -> str:
@@ -61,13 +95,15 @@ def summarise_screen(genes: pd.DataFrame, *, goal: bool, num_tests: int = 0) -> 
     )
     num = f"{len(genes):,} gene{'s' * (len(genes) != 1)}"
     out += _on_hits(found, num, donors, repeated)
+    out.append(control_sentence(genes))
+    out += _on_null(genes, max(num_tests, len(genes)))
     if len(found) == 0 and smallest_p(donors) <= LEVEL:
         out.append(("plain", _power(donors, max(num_tests, len(genes)))))
     if len(nulls) and np.isfinite(nulls["fdr_donor"]).any():
         repeating, cells = (float((nulls[name] <= LEVEL).mean()) for name in ("fdr_donor", "fdr_cell"))
         text = (
             f"Of {len(nulls):,} genes that were drawn for comparison, whatever they do, {repeating:.0%} repeat over donors as well, and {cells:.0%} "
-            "are significant over cells: neither is enough, a hit must also be unusual among them."
+            "are significant over cells: neither is enough, a hit must also be unusual among them and lie beyond shifts that mean nothing."
         )
         out.append(("warn" if repeating > 0.1 else "plain", text))
     text = (
@@ -93,7 +129,7 @@ def _on_hits(found: pd.DataFrame, num: str, donors: int, repeated: int) -> list[
     if len(found):
         text = (
             f"{len(found):,} of {num} are hits: they repeat over {donors} donors at an FDR of 5 %, beyond what their rank "
-            f"predicts, and are unusual among genes of like rank and coverage."
+            f"predicts, and lie beyond shifts that mean nothing at an FDR of 5 %."
         )
         out.append(("good", text))
         out += _objections(found)
@@ -101,11 +137,22 @@ def _on_hits(found: pd.DataFrame, num: str, donors: int, repeated: int) -> list[
         few = f"with {donors} donor{'s' * (donors != 1)} the smallest p that a test over donors can give is {smallest_p(donors):.2g}"
         out.append(("warn", f"No gene can be called a replicated hit: {few}."))
     elif repeated:
-        text = f"{repeated:,} of {num} pass an FDR of 5 % over {donors} donors, and none of them is unusual for its rank and coverage: no hit."
+        text = f"{repeated:,} of {num} pass an FDR of 5 % over {donors} donors, and none of them lies beyond shifts that mean nothing: no hit."
         out.append(("warn", text))
     else:
         out.append(("warn", f"No gene passes an FDR of 5 % over {donors} donors."))
     return out
+
+
+def _on_null(genes: pd.DataFrame, num_genes: int) -> list[tuple[str, str]]:
+    """Sentence on the null of the hits, and how many genes must pass together."""
+    num = int(genes["num_null"].max())
+    if not num:
+        text = "Genes are compared only with each other, so no error rate of hits can be given: turn perturb.controls on, or draw perturb.null_genes."
+        return [("warn", text)]
+    fewest = int(np.ceil(2 / (1 + num) * num_genes / LEVEL - 1e-9))
+    text = f"The error rate of hits is taken from {num:,} shifts that mean nothing"
+    return [("plain", f"{text}; no fewer than {fewest:,} genes can pass together." if fewest > 1 else f"{text}.")]
 
 
 def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:

@@ -3,7 +3,8 @@
 Both use the finished table of genes, so that another list needs no new perturbation. Thresholds are fixed beforehand: the
 two tests at an FDR of 5 %, and for scores without a test as many top genes as there are reference genes.
 
-The model's shifts are compared with baselines that need no model: differential expression, coverage and rank.
+The model's shifts are compared with baselines that need no model: covariance among the start cells (`expression`), differential
+expression, coverage and rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mixgf.config.perturbation import GENE_TABLES
 from mixgf.config.run import Config
 from mixgf.errors import UserError
 from mixgf.genes import species
-from mixgf.stats.intervals import Interval, auroc, wilson
+from mixgf.stats.intervals import Interval, auroc, auroc_difference, wilson
 from mixgf.storage import files, tables
 
 _COLUMNS = ("ensembl_id", "gene", "gene_id", "symbol", "gene_symbol", "human_symbol", "mouse_symbol")
@@ -29,12 +30,21 @@ SCORES = {
     "shift": "model: shift",
     "shift_minus_rank_expected": "model: shift less what rank predicts",
     "shift_minus_alternatives": "model: shift less that towards unrelated states",
+    "shift_untrained": "control: shift by an untrained encoder",
+    "covariance": "baseline: covariance with the goal axis in start cells",
     "de_statistic": "baseline: differential expression (t)",
     "abs_de_statistic": "baseline: differential expression (|t|)",
     "coverage": "baseline: share of cells with the gene",
     "high_rank": "baseline: rank in the cells",
 }
-"""Scores by which genes are ordered, and their names in reports."""
+"""Scores by which genes are ordered, and their names in reports. Less of a gene is `delete` and `inhibit`; the covariance then
+counts with the opposite sign, as the linear response to less of it."""
+OF_MODEL = ("shift", "shift_minus_rank_expected", "shift_minus_alternatives")
+"""Scores of the model."""
+LESS = ("delete", "inhibit")
+"""Operations that leave less of a gene."""
+MIN_EACH = 5
+"""Fewest reference genes, and other genes, for a comparison with the covariance."""
 
 
 def read_reference_genes(config: Config) -> tuple[set[str], set[str]]:
@@ -145,6 +155,8 @@ def _calls(frame: pd.DataFrame, num: int) -> list[tuple[str, np.ndarray, str, np
     de = frame["de_statistic"].to_numpy(float)
     scores = {name: frame[name].to_numpy(float) for name in SCORES if name in frame}
     scores |= {"abs_de_statistic": np.abs(de), "high_rank": -frame["mean_rank"].to_numpy(float)}
+    if "covariance" in scores and len(frame) and str(frame["operation"].iloc[0]) in LESS:
+        scores["covariance"] = -scores["covariance"]
     out = []
     for column, call in (("fdr_donor", "donor-level FDR ≤ 5 %"), ("fdr_cell", "cell-level FDR ≤ 5 %, as published")):
         if np.isfinite(frame[column]).any():
@@ -180,6 +192,77 @@ def call_metrics(
         "specificity": wilson(neither, int((~reference).sum())),
         "auroc": auroc(score, reference),
     }
+
+
+def compare_with_covariance(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """Whether the encoder finds the reference genes better than the covariance among untreated cells does.
+
+    Both scores are turned so that their AUROC is at least 0.5: reference genes may move cells towards the goal or away.
+
+    Returns:
+        A row per operation: columns operation, num_known, num_genes, encoder, covariance (AUROC), difference, low, high (95 %,
+        paired), and `decided` (bool: there are reference genes enough). Empty without a covariance or reference genes.
+    """
+    names, negative = read_reference_genes(config)
+    if not names or "covariance" not in genes:
+        return pd.DataFrame()
+    rows = []
+    for operation, part in genes.groupby("operation", sort=False):
+        frame = part[np.isfinite(part["shift"]) & np.isfinite(part["covariance"])]
+        known = match_genes(frame, names, config)
+        if negative:
+            kept = known | match_genes(frame, negative, config)
+            frame, known = frame[kept], known[kept]
+        scores = [frame[name].to_numpy(float) for name in ("shift", "covariance")]
+        scores = [score if not auroc(score, known).value < 0.5 else -score for score in scores]
+        one, other = (auroc(score, known).value for score in scores)
+        apart = auroc_difference(scores[0], scores[1], known)
+        rows.append({
+            "operation": operation, "num_known": int(known.sum()), "num_genes": len(frame), "encoder": one, "covariance": other,
+            "difference": apart.value, "low": apart.low, "high": apart.high,
+            "decided": bool(min(int(known.sum()), int((~known).sum())) >= MIN_EACH),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def covariance_sentences(genes: pd.DataFrame, config: Config) -> list[tuple[str, str]]:
+    """(tone, sentence) on whether the encoder beats the covariance among untreated cells; one per operation, or why there is none."""
+    if not config.perturb.goal.strip():
+        return []
+    if "covariance" not in genes:
+        return [
+            (
+                "warn",
+                "The encoder is not compared with the covariance of untreated cells: their raw counts could not be read.",
+            )
+        ]
+    found = compare_with_covariance(genes, config)
+    if found.empty:
+        return [
+            (
+                "warn",
+                "It is not known whether the encoder beats the covariance of untreated cells: no known genes were given (perturb.reference_genes).",
+            )
+        ]
+    out = []
+    for row in found.to_dict("records"):
+        name = str(row["operation"]).capitalize()
+        if not row["decided"]:
+            out.append(
+                (
+                    "warn",
+                    f"{name}: {row['num_known']} known genes among {row['num_genes']:,} are too few to say whether the encoder beats the covariance of untreated cells.",
+                )
+            )
+            continue
+        better, worse = row["low"] > 0, row["high"] < 0
+        verdict = "beats" if better else "is worse than" if worse else "does not beat"
+        out.append((
+            "good" if better else "bad" if worse else "warn",
+            (f"{name}: the encoder {verdict} the covariance of untreated cells. Its AUROC on {row['num_known']} known genes is {row['encoder']:.2f}, "
+            f"the covariance has {row['covariance']:.2f} (difference {row['difference']:+.2f}, 95 % {row['low']:+.2f} to {row['high']:+.2f})."),
+        ))  # fmt: skip
+    return out
 
 
 def read_table4(experiment: str) -> pd.DataFrame:
@@ -260,6 +343,7 @@ def comparison_text(genes: pd.DataFrame, config: Config) -> str:
             for (operation, method, call, num), r in zip(wide.index, wide.to_dict("records"), strict=True)
         ]  # fmt: skip
         first = found.iloc[0]
+        parts += [text for _, text in covariance_sentences(genes, config)]
         parts.append(f"known genes, {first['num_known']} of {first['num_genes']:,} scored:\n{_aligned(lines)}")
     return "\n".join(parts)
 

@@ -9,29 +9,38 @@ Letters: N perturbed cells, B cells of a task, K targets, M genes of a target, S
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 
 from mixgf.arrays import Float64s, Ints
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
+from mixgf.corpus import raw_counts
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder, forward_flops
 from mixgf.encoder.device import pick_device
-from mixgf.perturbation import gene_responses, operations, screen
+from mixgf.errors import UserError
+from mixgf.perturbation import expression, gene_responses, operations, screen
+from mixgf.perturbation.expression import Expression, StateCounts
 from mixgf.perturbation.group_design import Design, targets_by_species
+from mixgf.perturbation.sampling import sample_cells
 from mixgf.perturbation.shift import ShiftScorer, UnperturbedCells
 from mixgf.storage import files, tables
 
 PROBE_SECONDS, PROBE_GENES = 2.0, 16
 STATE_CELLS = 256
 """Cells of a task of state embeddings."""
+TWIN = "twin-"
+"""Begin of the keys of tasks of the untrained twin (`controls`)."""
+SAMPLE = "sample-"
+"""Begin of the keys of exact scores in the cells of a screen."""
 RESPONSES = "responses"
 """Folder, beside the part files, of the responses of other genes (`perturb.response`); files are named after tasks."""
 
@@ -41,7 +50,7 @@ class ScoringTask:
     """One task: a block of targets in a block of cells.
 
     `operation` is one of `operations.OPERATIONS`; `screen-` and one of these for estimates; `embed` for state
-    embeddings; or `probe`, which measures the speed.
+    embeddings; `counts` for raw counts; or `probe`, which measures the speed.
     """
 
     key: str
@@ -59,6 +68,8 @@ class ScoringTask:
     donor_B: Ints
     responding_R: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Tokens whose responses are recorded; they are written to the folder `RESPONSES`, before the task's part file."""
+    twin: bool = False
+    """Whether the untrained twin of the encoder does the task; keys then begin with `TWIN`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +104,22 @@ def gene_block_number(task: ScoringTask) -> int:
     return int(task.key.rpartition("-g")[2])
 
 
+def twin_tasks(tasks: list[ScoringTask]) -> list[ScoringTask]:
+    """The same tasks for the untrained twin; it records no responses."""
+    none = np.empty(0, dtype=np.int64)
+    return [replace(task, key=TWIN + task.key, twin=True, responding_R=none) for task in tasks]
+
+
+def sample_tasks(tasks: list[ScoringTask]) -> list[ScoringTask]:
+    """The same tasks under keys of their own, for the cells of a screen; they record no responses."""
+    none = np.empty(0, dtype=np.int64)
+    return [replace(task, key=SAMPLE + task.key, responding_R=none) for task in tasks]
+
+
 def state_tasks(plan: Design, corpus: Corpus) -> list[ScoringTask]:
-    """Tasks that embed all cells of the states."""
+    """Tasks that embed all cells of the states and of the halves."""
     work = []
-    cells = np.unique(np.concatenate([state.cells for state in plan.states]))
+    cells = np.unique(np.concatenate([state.cells for state in plan.embedded]))
     for i, block in enumerate(_blocks(len(cells), STATE_CELLS)):
         part = cells[block]
         work.append(
@@ -108,11 +131,71 @@ def state_tasks(plan: Design, corpus: Corpus) -> list[ScoringTask]:
                 targets_K=np.empty(0, dtype=np.int64),
                 genes_KM=np.empty((0, 1), dtype=np.int64),
                 allowed_KB=np.empty((0, len(part)), dtype=bool),
-                states_SB=np.stack([np.isin(part, state.cells) for state in plan.states]),
+                states_SB=np.stack([np.isin(part, state.cells) for state in plan.embedded]),
                 donor_B=plan.donor_of[part],
             )
         )
     return work
+
+
+def count_tasks(plan: Design, corpus: Corpus, seed: int) -> list[ScoringTask]:
+    """Tasks that read raw counts of cells of start and goal, one per state and source; none without a goal.
+
+    A task whose source cannot be read writes a part without cells.
+    """
+    if plan.goal is None:
+        return []
+    source_N = corpus.obs(["source"])["source"].astype(str).to_numpy() if "source" in corpus.columns else None
+    work = []
+    for state in plan.states[: plan.goal + 1]:
+        cells = sample_cells(state.cells, plan.donor_of, expression.MAX_CELLS, seed)
+        names = np.zeros(len(cells), dtype=np.int64) if source_N is None else source_N[cells]
+        for i, name in enumerate(np.unique(names)):
+            part = cells[names == name]
+            work.append(
+                ScoringTask(
+                    key=f"counts-{state.name}-{i:05d}",
+                    operation="counts",
+                    cells_B=part,
+                    cost=0.0,
+                    targets_K=np.empty(0, dtype=np.int64),
+                    genes_KM=np.empty((0, 1), dtype=np.int64),
+                    allowed_KB=np.empty((0, len(part)), dtype=bool),
+                    states_SB=np.empty((0, len(part)), dtype=bool),
+                    donor_B=plan.donor_of[part],
+                )
+            )
+    return work
+
+
+def read_expression(plan: Design, corpus: Corpus, tasks: list[ScoringTask], folder: str) -> Expression | None:
+    """The genes' own differences between start and goal, from the parts of `count_tasks`; None without a goal.
+
+    Unless every part holds cells, they come from the sentences.
+    """
+    if plan.goal is None:
+        return None
+    found: dict[str, dict[str, list[tuple[Ints, sparse.csr_matrix]]]] = {}
+    for task in tasks:
+        name = corpus.species[int(corpus.species_N[task.cells_B[0]])]
+        num_genes = len(corpus.vocabulary.species_genes(name).genes)
+        cells, counts = raw_counts.load_counts(files.join(folder, f"{task.key}.parquet"), num_genes)
+        if not len(cells):
+            return expression.of_ranks(corpus, plan.states[0].cells, plan.states[plan.goal].cells)
+        state = task.key.split("-")[1]
+        found.setdefault(name, {}).setdefault(state, []).append((cells, counts))
+    states: dict[str, tuple[StateCounts, StateCounts]] = {}
+    for name, sides in found.items():
+        if len(sides) == 2:
+            start, goal = (
+                StateCounts(
+                    counts_NG=sparse.csr_matrix(sparse.vstack([counts for _, counts in sides[state]], format="csr")),
+                    donor_N=plan.donor_of[np.concatenate([cells for cells, _ in sides[state]])],
+                )
+                for state in ("start", "goal")
+            )
+            states[name] = (start, goal)
+    return expression.of_counts(corpus, states)
 
 
 def gene_tasks(
@@ -177,12 +260,15 @@ class ScoringWorker:
         config: of the run.
         corpus: URI of the corpus, or an open one, cut to the number of positions of the encoder.
         weights: URI of the checkpoint, or an encoder on the device to use.
+        twin: the untrained twin of `weights`; None = it is made of the checkpoint's record at its first task.
         folder: URI of the folder for part files, `<key>.parquet`.
     """
 
-    def __init__(self, config: Config, *, corpus: str | Corpus, weights: str | Encoder, folder: str) -> None:
+    def __init__(
+        self, config: Config, *, corpus: str | Corpus, weights: str | Encoder, folder: str, twin: Encoder | None = None
+    ) -> None:
         torch.set_num_threads(config.train.threads)
-        self.settings, self.folder = config.perturb, folder
+        self.settings, self.folder, self._block_cells = config.perturb, folder, config.prepare.block_cells
         if isinstance(weights, str):
             encoder, record = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
         else:
@@ -190,6 +276,7 @@ class ScoringWorker:
         self.corpus = Corpus(corpus, max_len=encoder.sizes.max_positions) if isinstance(corpus, str) else corpus
         if record is not None:
             checkpoint.require_sentences(record, self.corpus)
+        self._record, self._twin = record, None if twin is None else twin.eval()
         self.scorer = ShiftScorer(
             encoder=encoder.eval(),
             variant=self.settings.variant,
@@ -202,11 +289,23 @@ class ScoringWorker:
         )
         self._cells: tuple[bytes, UnperturbedCells] | None = None
 
+    def _scorer(self, task: ScoringTask) -> ShiftScorer:
+        """The scorer of the encoder that does the task."""
+        if not task.twin:
+            return self.scorer
+        if self._twin is None:
+            assert self._record is not None, "a twin comes with an encoder that has no record"
+            self._twin = checkpoint.untrained_twin(self._record, self.scorer.device)
+        return replace(self.scorer, encoder=self._twin)
+
     def __call__(self, item: tuple[ScoringTask, Float64s | None]) -> TaskResult:
         """Do one task and write its part file. The item is the task and, once known, the state embeddings, float64 (S, D)."""
         task, states = item
         if task.operation == "probe":
             return self.probe(task)
+        if task.operation == "counts":
+            self.read_counts(task)
+            return TaskResult(cost=0.0, sentences=0)
         if task.operation == "embed":
             table = self.embed(task)
         elif task.operation.startswith("screen-"):
@@ -234,6 +333,14 @@ class ScoringWorker:
         lengths = [length - 1] * len(genes_S1)
         flops = forward_flops(self.scorer.encoder.sizes, lengths, layers=self.scorer.layers)
         return TaskResult(cost=num * flops / (time.perf_counter() - start), sentences=0)
+
+    def read_counts(self, task: ScoringTask) -> None:
+        """Write raw counts of the task's cells; of none where they cannot be read."""
+        try:
+            cells, counts = raw_counts.read_cells(self.corpus, task.cells_B, block_cells=self._block_cells)
+        except UserError:
+            cells, counts = np.empty(0, dtype=np.int64), sparse.csr_matrix((0, 0), dtype=np.int32)
+        raw_counts.save_counts(files.join(self.folder, f"{task.key}.parquet"), cells, counts)
 
     def estimate(self, task: ScoringTask, states: Float64s | None) -> pa.Table:
         """Estimated shifts towards the goal of the pairs that `score` would score: columns target, cell, estimate.
@@ -266,7 +373,7 @@ class ScoringWorker:
     def embed(self, task: ScoringTask) -> pa.Table:
         """Sums of embeddings by state and donor: columns state, donor, num_cells, sum."""
         ids_T, offsets_B1 = self.corpus.tokens(task.cells_B)
-        vectors = self.scorer.vectors(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)).cpu().numpy()
+        vectors = self._scorer(task).vectors(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)).cpu().numpy()
         rows: dict[str, list[Any]] = {"state": [], "donor": [], "num_cells": [], "sum": []}
         for state, member_B in enumerate(task.states_SB):
             for donor in np.unique(task.donor_B[member_B]).tolist():
@@ -288,11 +395,11 @@ class ScoringWorker:
         shift_<i> towards state i.
         """
         assert states is not None, "states come before shifts"
-        original = self._unperturbed(task.cells_B)
-        device = self.scorer.device
+        scorer, original = self._scorer(task), self._unperturbed(task)
+        device = scorer.device
         genes_KM = torch.from_numpy(task.genes_KM).to(device)
         flat = operations.gene_ranks(
-            original.ids_T, original.offsets_B1, genes_KM.clamp(min=0).reshape(-1), lead=self.scorer.lead
+            original.ids_T, original.offsets_B1, genes_KM.clamp(min=0).reshape(-1), lead=scorer.lead
         ).reshape(len(task.cells_B), *task.genes_KM.shape)
         held_BK = ((flat >= 0) | (genes_KM < 0)).all(dim=2).cpu().numpy()
         everywhere = task.operation == "overexpress" and self.settings.insert_absent
@@ -303,7 +410,7 @@ class ScoringWorker:
             responses = gene_responses.ResponseAccumulator(
                 original, cells, targets, num_targets=len(genes_KM), tokens_R=task.responding_R
             )
-        shifts = self.scorer.score(
+        shifts = scorer.score(
             original, cells, genes_KM[targets], task.operation, torch.from_numpy(states), observer=responses
         )
         if responses is not None:
@@ -319,10 +426,10 @@ class ScoringWorker:
             columns[f"shift_{i}"] = pa.array(shifts.shift_SK[:, i].numpy(), pa.float32())
         return pa.table(columns)
 
-    def _unperturbed(self, cells_B: Ints) -> UnperturbedCells:
-        """Unperturbed cells of a block, computed once for consecutive tasks."""
-        key = cells_B.tobytes()
+    def _unperturbed(self, task: ScoringTask) -> UnperturbedCells:
+        """Unperturbed cells of a block, computed once for consecutive tasks of one encoder."""
+        key = bytes([task.twin]) + task.cells_B.tobytes()
         if self._cells is None or self._cells[0] != key:
-            ids_T, offsets_B1 = self.corpus.tokens(cells_B)
-            self._cells = (key, self.scorer.encode_cells(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)))
+            ids_T, offsets_B1 = self.corpus.tokens(task.cells_B)
+            self._cells = (key, self._scorer(task).encode_cells(torch.from_numpy(ids_T), torch.from_numpy(offsets_B1)))
         return self._cells[1]

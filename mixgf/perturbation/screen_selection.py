@@ -65,7 +65,7 @@ def choose_shortlist(
     """Choose genes by their best rank in any operation and direction.
 
     Args:
-        estimate_OK: estimated shift of every gene by operation; NaN = no estimate (sets of genes, which are always scored).
+        estimate_OK: estimated shift of every gene by operation; NaN = no estimate. Sets of genes have none and are always scored.
         features_KF: features in which matched genes resemble the best ones; NaN for sets.
         top: number of genes per operation to score exactly, besides the sample.
         sample: number of genes to draw at random among those with an estimate.
@@ -81,7 +81,10 @@ def choose_shortlist(
     order_OK = np.argsort(-np.nan_to_num(estimate_OK, nan=-np.inf), axis=1, kind="stable")
     place_OK = np.empty_like(order_OK)
     np.put_along_axis(place_OK, order_OK, np.broadcast_to(np.arange(num), order_OK.shape), axis=1)
-    place_K = np.where(some_K, place_OK.min(axis=0), -1)
+    set_K = ~np.isfinite(features_KF).all(axis=1)
+    place_K = np.where(
+        some_K, place_OK.min(axis=0), np.where(set_K, -1, num)
+    )  # genes that no screened cell has are last
     order = np.argsort(place_K, kind="stable").astype(np.int64)
     order = order[~np.isin(order, drawn)]
     chosen = place_K[order] < top

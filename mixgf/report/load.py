@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from mixgf.config.run import Config
+from mixgf.console import warn
 from mixgf.report.results import COMPARISON_PREFIX, RunResults
 from mixgf.storage import artifacts, files
 from mixgf.storage.artifacts import Record
@@ -73,6 +74,11 @@ def load_results(config: Config, *, light: bool = False) -> RunResults:
     uris = artifact_uris(config)
     records = {stage: record for stage, uri in uris.items() if (record := artifacts.find(uri)) is not None}
     tables = _tables(uris, records, TABLES if light else TABLES | CELL_TABLES)
+    if "genes" in tables and "hit" not in tables["genes"]:
+        warn(f"report: {uris['perturb']} is of an earlier version, without controls; it is left out: perturb again")
+        del records["perturb"]
+        for name in ("genes", "nulls", "responses"):
+            tables.pop(name, None)
     if light:
         return RunResults(config=config, uris=uris, records=records, tables=tables)
     tables |= _comparison_tables(uris, records)

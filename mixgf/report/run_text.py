@@ -40,9 +40,7 @@ def summary(config: Config) -> str:
     if (genes := results.tables.get("genes")) is not None and len(genes):
         for operation, part in genes.groupby("operation", sort=False):
             top = " ".join(part.sort_values(["shift", "gene"], ascending=[False, True]).head(8)["symbol"])
-            lines.append(
-                f"{operation:<10} {top}  ({len(hits.call_hits(part))} of {len(part):,} genes are hits: a donor-level FDR of 5 %, and unusual for their rank)"
-            )
+            lines.append(f"{operation:<10} {top}  ({hits.control_sentence(part)[1].rstrip('.')})")
         if left := results.records["perturb"].counts.get("not_scored", 0):
             lines.append(f"{'':<10} not complete: the budget was spent before {left:,} genes were scored")
     return "\n".join(lines) if lines else "no stage has been run yet"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,19 @@ from mixgf.corpus.reader import Corpus
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.encoder import checkpoint
-from mixgf.encoder.bert import Encoder
+from mixgf.encoder.bert import Encoder, MaskedModel
 from mixgf.errors import UserError
 from mixgf.execution import Executor, LocalExecutor, Task
-from mixgf.perturbation import cost_estimate, gene_responses, gene_table, group_design, reference_genes, scoring_tasks
+from mixgf.perturbation import (
+    cost_estimate,
+    gene_responses,
+    gene_table,
+    group_design,
+    hits,
+    readability,
+    reference_genes,
+    scoring_tasks,
+)
 from mixgf.perturbation.group_design import Design
 from mixgf.perturbation.scoring_tasks import ScoringWorker
 from mixgf.stages.perturb_phases import Outcome, Phases, part, score
@@ -35,7 +44,7 @@ from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import cost, mlflow_runs
 
-KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 4
+KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 5
 
 
 def run(config: Config, *, executor: Executor | None = None) -> str:
@@ -68,8 +77,6 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         corpus, config
     )  # before the folder is claimed: a wrong expression leaves nothing behind
     artifacts.begin(uri, record)
-    for text in plan.warnings:
-        warn(f"perturb: {text}")
     folder = files.join(uri, "parts", record.fingerprint[:16])
     make = functools.partial(ScoringWorker, config, corpus=source, weights=weights, folder=folder)
     with mlflow_runs.stage(config, "perturb", settings, record.fingerprint) as tracked:
@@ -80,14 +87,17 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             spend.num_workers = lambda: pool.num_up  # an actor that waits for a node costs nothing
             outcome = phases.complete(pool, watched.meter)
             watched.made(genes=len(outcome.scored), cells=len(plan.cells_N))
-        _publish(uri, record, phases, outcome)
-        tracked.log(outcome.figures)
+        made = _publish(uri, record, phases, outcome)
+        genes = made.by_name["genes"].to_pandas()
+        tracked.log(outcome.figures | hits.count_hits(genes))
         tracked.summary({"genes": float(len(outcome.scored)), "cells": float(len(plan.cells_N))})
-        tracked.table("genes", read_table(files.join(uri, "genes.parquet")))
-    for text in outcome.warnings:
+        tracked.table("genes", made.by_name["genes"])
+    for text in made.warnings:
         warn(f"perturb: {text}")
     of = f" of {len(outcome.scored) + len(outcome.beyond):,}" if len(outcome.beyond) else ""
     say(f"perturb: {len(outcome.scored):,}{of} genes in {len(plan.cells_N):,} cells, {uri}/genes.parquet")
+    for line in hits.control_lines(genes):
+        say(f"perturb: {line}")
     _say_known(uri, config)
     return uri
 
@@ -107,10 +117,12 @@ def in_memory(config: Config, corpus: Corpus, encoder: Encoder, folder: str) -> 
     reference_genes.read_reference_genes(config)
     plan = group_design.build_design(corpus, config)
     phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=cost.Spend(_limit(config)))
-    make = functools.partial(ScoringWorker, config, corpus=corpus, weights=encoder, folder=folder)
+    twin = MaskedModel(encoder.sizes, encoder.vocab_size, seed=config.seed).encoder.to(encoder.tokens.device)
+    make = functools.partial(ScoringWorker, config, corpus=corpus, weights=encoder, folder=folder, twin=twin)
     with LocalExecutor().pool(make) as pool:
         outcome = phases.complete(pool, Meter("perturb", ""))
-    return tables_of(phases, outcome)[2], [*plan.warnings, *outcome.warnings]
+    made = tables_of(phases, outcome)
+    return made.by_name, made.warnings
 
 
 def _say_known(uri: str, config: Config) -> None:
@@ -130,31 +142,50 @@ def _limit(config: Config) -> float:
     return min(hours, default=0.0) * cost.HOUR
 
 
-def tables_of(phases: Phases, outcome: Outcome) -> tuple[Design, dict[str, gene_table.Pairs], dict[str, pa.Table]]:
-    """The tested tables (`genes`, `states`, `calibration`, and those that the settings ask for) of the genes that were scored.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tables:
+    """The tested tables of the genes that were scored."""
 
-    Returns:
-        The design of those genes, their shifts by operation, and the tables by name.
-    """
+    plan: Design
+    """Design of these genes."""
+    pairs: dict[str, gene_table.Pairs]
+    """Their shifts by operation."""
+    by_name: dict[str, pa.Table]
+    """`genes`, `states`, `calibration`, and those that the settings ask for."""
+    warnings: list[str]
+    origin: str
+    """What differential expression was made of; empty without a goal."""
+
+
+def tables_of(phases: Phases, outcome: Outcome) -> Tables:
+    """Make the tested tables of the genes that were scored."""
     config, corpus, plan, folder = phases.config, phases.corpus, phases.plan, phases.folder
     states, settings = outcome.states, phases.config.perturb
     whole, all_scored = plan, len(outcome.scored) == len(plan.targets)
-    pairs = {}
-    for operation in settings.operations:
-        parts = pa.concat_tables([part(folder, key) for key in outcome.parts if key.startswith(f"{operation}-")])
-        pairs[operation] = gene_table.Pairs.from_table(parts, len(plan.states))
+
+    def read(keys: list[str], prefix: str) -> dict[str, gene_table.Pairs]:
+        tables = {
+            operation: pa.concat_tables([part(folder, key) for key in keys if key.startswith(f"{prefix}{operation}-")])
+            for operation in settings.operations
+        }
+        return {name: gene_table.Pairs.from_table(table, len(plan.embedded)) for name, table in tables.items()}
+
+    pairs = read(outcome.parts, "")
+    twin = read(outcome.twin_parts, scoring_tasks.TWIN) if outcome.twin_parts else None
     if not all_scored:
         drawn = set(outcome.drawn.tolist())
         marked = tuple(replace(t, drawn=t.drawn or k in drawn) for k, t in enumerate(whole.targets))
-        plan, pairs = gene_table.keep_targets(replace(whole, targets=marked), pairs, outcome.scored)
-    expressed = {
-        state.name: gene_table.rank_scores(corpus, state.cells)
-        for state in plan.states
-        if state.name in ("start", "goal")
-    }
+        marked_plan = replace(whole, targets=marked)
+        twin = gene_table.keep_targets(marked_plan, twin, outcome.scored)[1] if twin is not None else None
+        plan, pairs = gene_table.keep_targets(marked_plan, pairs, outcome.scored)
+    units = scoring_tasks.count_tasks(plan, corpus, config.seed)
+    expressed = scoring_tasks.read_expression(plan, corpus, units, folder)
+    readable = readability.measure(corpus, plan)
     chosen_from = len(whole.targets) if settings.screen and not all_scored else 0
     matrix = {"responses": _responses(phases, outcome)} if whole.responding else {}
-    genes = gene_table.build_gene_table(plan, pairs, expressed, config, num_tests=chosen_from)
+    genes = gene_table.build_gene_table(
+        plan, pairs, expressed, config, num_tests=chosen_from, twin=twin, readable=readable
+    )
     nulls = gene_table.calibrate_tests(plan, pairs, config)
     names = [plan.states[i].name for i in states["state"].to_pylist()]
     donors = ["" if d < 0 else plan.donors[d] for d in states["donor"].to_pylist()]
@@ -162,13 +193,23 @@ def tables_of(phases: Phases, outcome: Outcome) -> tuple[Design, dict[str, gene_
     tables = {"genes": genes, "states": vectors, "calibration": nulls} | matrix
     if not all_scored or outcome.estimate_OK is not None:
         tables["not_scored"] = _not_scored(whole, outcome, settings.operations)
-    return plan, pairs, tables
+    max_len = int(corpus.lengths_N[plan.cells_N].max())
+    warnings = [*whole.warnings, *outcome.warnings, *readability.warnings(plan, readable, max_len)]
+    if expressed is not None and expressed.covariance_SV is None:
+        warnings.append(
+            "the sources' raw counts cannot be read: differential expression is of ranks, and there is no covariance control"
+        )
+    if cut := readability.cut_warning(corpus, plan, settings.operations):
+        warnings.append(cut)
+    origin = expressed.origin if expressed is not None else ""
+    return Tables(plan=plan, pairs=pairs, by_name=tables, warnings=warnings, origin=origin)
 
 
-def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcome) -> None:
+def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcome) -> Tables:
     """Test, write the tables, finish the record."""
     config, corpus, folder = phases.config, phases.corpus, phases.folder
-    plan, pairs, tables = tables_of(phases, outcome)
+    made = tables_of(phases, outcome)
+    plan, pairs, tables = made.plan, made.pairs, made.by_name
     matrix = [tables["responses"]] if "responses" in tables else []
     checksums = artifacts.write_tables(uri, tables)
     counts = {
@@ -184,18 +225,19 @@ def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcom
     details = {
         "vocabulary": corpus.vocabulary.hash,
         "variant": config.perturb.variant,
-        "warnings": [*plan.warnings, *outcome.warnings],
+        "warnings": made.warnings,
         "screen": outcome.agreement,
         "budget": {"limit_hours": phases.spend.limit / cost.HOUR, "worker_hours": phases.spend.total / cost.HOUR},
         "states": {state.name: state.expression for state in plan.states},
         "parts": folder.removeprefix(uri).strip("/"),
-        "differential_expression": "rank scores, 1 - rank / length, Welch's t over all cells of goal against start",
+        "differential_expression": made.origin,
     }
     if len(outcome.beyond):
         scored = fingerprint({"targets": outcome.scored.tolist()})
         details["completed_by"] = record.fingerprint
         record = artifacts.plan(PARTIAL, SCHEMA, record.config | {"scored": scored}, record.parents)
     artifacts.finish(uri, record, counts=counts, files=checksums, details=details)
+    return made
 
 
 def _responses(phases: Phases, outcome: Outcome) -> pa.Table:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mixgf.arrays import Float64s, Ints
 from mixgf.config.run import Config
@@ -21,7 +22,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
 from mixgf.execution import Task, WorkerPool
-from mixgf.perturbation import gene_table, group_design, scoring_tasks, screen_selection
+from mixgf.perturbation import controls, gene_table, group_design, scoring_tasks, screen_selection
 from mixgf.perturbation.group_design import Design
 from mixgf.perturbation.scoring_tasks import ScoringTask, ScoringWorker, TaskResult
 from mixgf.stages.fan_out import fan_out
@@ -47,6 +48,8 @@ class Outcome:
     """Drawn without regard to their estimates, for the others to be compared with; empty without a screen."""
     parts: list[str]
     """Keys of the parts that hold the shifts, by operation, in order."""
+    twin_parts: list[str]
+    """Those of the untrained twin; empty without controls."""
     states: pa.Table
     estimate_OK: Float64s | None
     agreement: dict[str, Any]
@@ -86,6 +89,8 @@ class Phases:
     saved: float = 0.0
     sentences: float = 0.0
     """Scored in this session."""
+    _twin_means: Float64s | None = None
+    """State embeddings of the untrained twin."""
 
     def complete(self, pool: WorkerPool, meter: Meter) -> Outcome:
         """Work until everything is there, or the budget is spent."""
@@ -98,20 +103,24 @@ class Phases:
             figures[f"{what}_parts_computed"] = figures.get(f"{what}_parts_computed", 0.0) + number
             return whole
 
+        work("counts", scoring_tasks.count_tasks(plan, self.corpus, self.config.seed), None)
         first = scoring_tasks.state_tasks(plan, self.corpus)
-        self._needed(work("states", first, None), "the state embeddings")
-        means, states = gene_table.state_means([part(self.folder, unit.key) for unit in first], len(plan.states))
+        twins = scoring_tasks.twin_tasks(first) if self.config.perturb.controls else []
+        self._needed(work("states", first + twins, None), "the state embeddings")
+        means, states = self._state_means(first)
+        self._twin_means = self._state_means(twins)[0] if twins else None
         blocks = scoring_tasks.cut_gene_blocks(np.arange(num), self.config.perturb.block_genes)
         chosen = _Chosen(order=np.arange(num), blocks=blocks, number=num)
         if self.config.perturb.screen:
             chosen = self._screened(work, means)
         starts = np.cumsum([0, *map(len, chosen.blocks)])
         held = [block for block, start in zip(chosen.blocks, starts, strict=False) if start < chosen.number]
-        units = self._gene_units(held)
+        units = self._gene_units(held, with_twin=self.config.perturb.controls)
         work("genes", units, means)
         there = set(files.list_dir(self.folder))
         still_open = {scoring_tasks.gene_block_number(unit) for unit in units if f"{unit.key}.parquet" not in there}
         scored = [block for g, block in enumerate(held) if g not in still_open]
+        ended = [unit for unit in units if scoring_tasks.gene_block_number(unit) not in still_open]
         self._needed(bool(scored), "the first block of genes")
         self._save()
         beyond = np.sort(np.concatenate([*(held[g] for g in sorted(still_open)), np.empty(0, np.int64)]))
@@ -125,13 +134,22 @@ class Phases:
             skipped=np.sort(chosen.order[sum(map(len, held)) :]),
             beyond=beyond,
             drawn=chosen.drawn,
-            parts=sorted(unit.key for unit in units if scoring_tasks.gene_block_number(unit) not in still_open),
+            parts=sorted(unit.key for unit in ended if not unit.twin),
+            twin_parts=sorted(unit.key for unit in ended if unit.twin),
             states=states,
             estimate_OK=chosen.estimate_OK,
             agreement={name: asdict(seen) for name, seen in chosen.agreement.items()},
             figures=figures | {"worker_hours": self.spend.total / cost.HOUR},
             warnings=warnings,
         )
+
+    def _state_means(self, units: list[ScoringTask]) -> tuple[Float64s, pa.Table]:
+        """Embeddings of the states and false goals, and the table of the states."""
+        plan = self.plan
+        means, table = gene_table.state_means([part(self.folder, unit.key) for unit in units], len(plan.embedded))
+        sizes = np.array([len(state.cells) for state in plan.embedded], dtype=np.int64)
+        kept = table.filter(pc.less(table["state"], len(plan.states)))
+        return controls.place_false_goals(means, [state.name for state in plan.embedded], sizes), kept
 
     def _screened(self, work: Callable[[str, list[ScoringTask], Float64s], bool], means: Float64s) -> _Chosen:
         """The genes to score exactly by a screen: all, if its estimates agree too little with exact shifts of a sample."""
@@ -144,7 +162,10 @@ class Phases:
         )  # fmt: skip
         parts = (found.sample, found.top, found.matched, found.rest)
         blocks = [block for part in parts for block in scoring_tasks.cut_gene_blocks(part, settings.block_genes)]
-        sampled = self._gene_units(blocks[: -(-len(found.sample) // settings.block_genes)])
+        of_sample = self._gene_units(
+            blocks[: -(-len(found.sample) // settings.block_genes)], self.plan.on_screened_cells()
+        )
+        sampled = scoring_tasks.sample_tasks(of_sample) if len(self.plan.screened_N) else of_sample
         self._needed(work("genes", sampled, means), "the screen's sample")
         agreed = self._agreement(sampled, found.sample, estimate_OK)
         for name, seen in agreed.items():
@@ -164,24 +185,34 @@ class Phases:
             agreement=agreed, warnings=(warning,),
         )  # fmt: skip
 
-    def _gene_units(self, blocks: list[Ints]) -> list[ScoringTask]:
-        """Units of exact scores; where there is an order of genes or a bound, the first genes come first."""
-        settings = self.config.perturb
+    def _gene_units(
+        self, blocks: list[Ints], plan: Design | None = None, *, with_twin: bool = False
+    ) -> list[ScoringTask]:
+        """Units of exact scores; where there is an order of genes or a bound, the first genes come first.
+
+        Args:
+            blocks: of targets.
+            plan: design whose cells are perturbed; None = the run's.
+            with_twin: the untrained twin's units follow those of the encoder, so that a block ends with both.
+        """
+        settings, plan = self.config.perturb, plan or self.plan
         ordered = bool(settings.screen or self.spend.limit)
         units = [
             unit
             for operation in settings.operations
-            for unit in scoring_tasks.gene_tasks(
-                self.plan, self.corpus, settings, operation, blocks, best_first=ordered
-            )
+            for unit in scoring_tasks.gene_tasks(plan, self.corpus, settings, operation, blocks, best_first=ordered)
         ]
+        if with_twin:
+            units += scoring_tasks.twin_tasks(units)
         return sorted(units, key=scoring_tasks.gene_block_number) if ordered else units
 
     def _screen(self, work: Callable[[list[ScoringTask], Float64s], bool], means: Float64s) -> Float64s:
         """Mean estimates by operation and target."""
         every = [np.arange(len(self.plan.targets))]
         by_operation = {
-            name: scoring_tasks.gene_tasks(self.plan, self.corpus, self.config.perturb, f"screen-{name}", every)
+            name: scoring_tasks.gene_tasks(
+                self.plan.on_screened_cells(), self.corpus, self.config.perturb, f"screen-{name}", every
+            )
             for name in self.config.perturb.operations
         }
         self._needed(work([unit for units in by_operation.values() for unit in units], means), "the screen")
@@ -235,7 +266,7 @@ class Phases:
             Task(
                 part=files.join(self.folder, f"{unit.key}.parquet"),
                 function=score,
-                args=(unit, states),
+                args=(unit, states if not unit.twin else self._twin_means),
                 weight=unit.cost,
             )
             for unit in units

@@ -56,18 +56,48 @@ def auroc(score_G: NDArray[np.float64], positive_G: NDArray[np.bool_], *, confid
     Returns:
         NaN value without positives or without negatives; NaN limits with only one of either.
     """
+    above_M, below_N = _placements(score_G, positive_G)
+    found = _delong(above_M, below_N, confidence)
+    return (
+        Interval(value=found.value, low=max(0.0, found.low), high=min(1.0, found.high))
+        if np.isfinite(found.low)
+        else found
+    )
+
+
+def auroc_difference(
+    one_G: NDArray[np.float64], other_G: NDArray[np.float64], positive_G: NDArray[np.bool_], *, confidence: float = 0.95
+) -> Interval:
+    """Difference of the areas under the ROC curves of two scores of the same genes, with DeLong's paired interval.
+
+    Arguments and NaN as in `auroc`.
+    """
+    sides = [_placements(score_G, positive_G) for score_G in (one_G, other_G)]
+    return _delong(sides[0][0] - sides[1][0], sides[0][1] - sides[1][1], confidence)
+
+
+def _placements(score_G: NDArray[np.float64], positive_G: NDArray[np.bool_]) -> tuple[Float64s, Float64s]:
+    """Share of negatives below each positive, and of positives above each negative; equal scores count half."""
     positive, negative = score_G[positive_G], score_G[~positive_G]
     m, n = len(positive), len(negative)
     if m == 0 or n == 0:
-        return Interval(value=float("nan"), low=float("nan"), high=float("nan"))
+        return np.full(m, np.nan), np.full(n, np.nan)
     ranks = scipy_stats.rankdata(np.concatenate([positive, negative]))
-    above = (ranks[:m] - scipy_stats.rankdata(positive)) / n  # share of negatives below each positive
+    above = (ranks[:m] - scipy_stats.rankdata(positive)) / n
     below = 1 - (ranks[m:] - scipy_stats.rankdata(negative)) / m
-    value = float(above.mean())
+    return above, below
+
+
+def _delong(above_M: Float64s, below_N: Float64s, confidence: float) -> Interval:
+    """Mean of the placements, with the interval of DeLong et al. (1988)."""
+    m, n = len(above_M), len(below_N)
+    value = float(above_M.mean()) if m and n else float("nan")
     if m < 2 or n < 2:
         return Interval(value=value, low=float("nan"), high=float("nan"))
-    half = float(special.ndtri(0.5 + confidence / 2)) * float(np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n))
-    return Interval(value=value, low=max(0.0, value - half), high=min(1.0, value + half))
+    half = float(special.ndtri(0.5 + confidence / 2)) * float(
+        np.sqrt(above_M.var(ddof=1) / m + below_N.var(ddof=1) / n)
+    )
+    return Interval(value=value, low=value - half, high=value + half)
 
 
 def interval_units(donors_M: npt.NDArray[np.str_], *, held_out: bool = False) -> tuple[Ints, str]:

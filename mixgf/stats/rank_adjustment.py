@@ -134,6 +134,19 @@ def residual_percentile(
         NaN without an effect, or where fewer than `MIN_BACKGROUND` other groups have a rank within a factor of `ALIKE`, or
         fewer than half of that many an earlier or equal one: there the expectation would be extrapolated.
     """
+    scaled_G = scaled_residual(effect_G, rank_G, among_G)
+    num = int((np.isfinite(effect_G) & np.isfinite(rank_G) & (True if among_G is None else among_G)).sum())
+    if num < ENOUGH * num_matched:
+        num_matched = num
+    return matched_percentile(scaled_G, np.stack([rank_G, coverage_G], axis=1), among_G, num_matched=num_matched)
+
+
+def scaled_residual(effect_G: Float64s, rank_G: Float64s, among_G: Bools | None = None) -> Float64s:
+    """Effects less `expected_by_rank`, in units of the spread of such residuals at that rank, (G,).
+
+    The spread is a robust one of the genes of `among_G`, and includes the error of the expectation. Arguments and NaN as in
+    `residual_percentile`.
+    """
     own_G = np.isfinite(effect_G) & np.isfinite(rank_G) & (True if among_G is None else among_G)
     expected_G, error_G = _rank_fit(effect_G, rank_G, among_G, span=SPAN, errors=True)
     residual_G = effect_G - expected_G
@@ -150,9 +163,30 @@ def residual_percentile(
     within_G = np.searchsorted(places, rank_G + np.log(ALIKE), "right") - above - own
     equal_G = np.searchsorted(places, rank_G, "right") - upto - own
     scaled_G[(within_G < MIN_BACKGROUND) | (upto - above + equal_G < MIN_BACKGROUND // 2)] = np.nan
-    if len(places) < ENOUGH * num_matched:
-        num_matched = len(places)
-    return matched_percentile(scaled_G, np.stack([rank_G, coverage_G], axis=1), among_G, num_matched=num_matched)
+    return scaled_G
+
+
+def null_p_values(scaled_G: Float64s, null_GB: Float64s) -> Float64s:
+    """Two-sided empirical p of each residual among residuals that mean nothing, (G,).
+
+    p = 2 * (1 + number at least as far in the same direction) / (1 + number), at most 1. It is never 0. A gene's own
+    residuals do not count against it.
+
+    Args:
+        scaled_G: residuals by `scaled_residual`; NaN = none.
+        null_GB: such residuals where there is nothing to find, by gene and null; NaN = not used.
+
+    Returns:
+        NaN without a residual, or with fewer than `MIN_BACKGROUND` values of other genes.
+    """
+    pool = np.sort(null_GB[np.isfinite(null_GB)])
+    own_GB = np.where(np.isfinite(null_GB), null_GB, np.nan)
+    num_G = len(pool) - np.isfinite(own_GB).sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        above_G = len(pool) - np.searchsorted(pool, scaled_G, "left") - (own_GB >= scaled_G[:, None]).sum(axis=1)
+        below_G = np.searchsorted(pool, scaled_G, "right") - (own_GB <= scaled_G[:, None]).sum(axis=1)
+    p_G = np.minimum(1.0, 2 * (1 + np.minimum(above_G, below_G)) / (1 + num_G))
+    return np.where(np.isfinite(scaled_G) & (num_G >= MIN_BACKGROUND), p_G, np.nan)
 
 
 def expected_by_rank(

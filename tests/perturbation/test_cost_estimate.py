@@ -45,7 +45,10 @@ def test_equals_a_count_of_every_sentence(corpus, genes, insert_absent):
         if not genes or name != "overexpress":  # a set that is there in part grows by less than its size
             assert found[name].tokens == sum(made)
             assert found[name].flops == pytest.approx(forward_flops(ROW, made, layers=1) + originals)
-    assert found["states"].tokens == sum(LENGTHS)
+        assert found[f"{name}, untrained twin"].flops == found[name].flops
+    assert found["states, both encoders"].tokens == 2 * sum(LENGTHS)
+    design, alone = plan(corpus, genes=genes, controls=False)
+    assert cost_estimate.estimate_work(design, corpus, alone, ROW, 16)[0].tokens == sum(LENGTHS)
 
 
 def test_a_screen_costs_little_where_genes_are_many(make_corpus):
@@ -58,7 +61,9 @@ def test_a_screen_costs_little_where_genes_are_many(make_corpus):
     for name in ("delete", "overexpress"):
         assert parts[f"{name}, screen"].flops < every[name].flops / 5
     share = 50 / len(design.targets)
-    assert parts[f"delete, {share:.0%} of the genes"].sentences == pytest.approx(every["delete"].sentences * share)
+    half = every["delete"].sentences / 2  # the other two cells are those of the screen
+    assert parts[f"delete, {share:.0%} of the genes"].sentences == pytest.approx(half * share)
+    assert parts["delete, sample of the screen"].sentences == pytest.approx(half * 20 / len(design.targets))
 
 
 def test_the_text_says_time_and_cost(corpus):

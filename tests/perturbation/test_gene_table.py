@@ -9,7 +9,8 @@ import scipy.stats
 
 from mixgf.config import perturbation, run
 from mixgf.corpus.reader import Corpus
-from mixgf.perturbation import gene_table, group_design
+from mixgf.perturbation import expression, gene_table, group_design
+from mixgf.stats import rank_adjustment
 from mixgf.stats.donors import sign_flip, sign_flip_power, subtract_background
 
 
@@ -42,7 +43,7 @@ def pairs_of(shift_GN, alternatives=()):
 def table(plan, shift_GN, *, alternative=None, expressed=None, **settings):
     pairs = pairs_of(shift_GN, alternatives=[] if alternative is None else [alternative])
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",), **settings))
-    result = gene_table.build_gene_table(plan, {"delete": pairs}, expressed or {}, chosen)
+    result = gene_table.build_gene_table(plan, {"delete": pairs}, expressed, chosen)
     return result.to_pandas().set_index("symbol")
 
 
@@ -124,6 +125,36 @@ def test_null_screens_give_uniform_p_values_over_donors_and_not_over_cells():
     )  # and so does rank, unless it is subtracted
 
 
+def test_donor_flips_act_on_normal_scores_of_places_among_genes_of_like_rank():
+    """Skewed residuals: flips of the residuals themselves would give other p-values."""
+    rng = np.random.default_rng(23)
+    donor_of = np.repeat(np.arange(6), 4)
+    shift = rng.lognormal(0, 1.5, (80, 6))[:, donor_of] + rng.normal(0, 0.01, (80, 24))
+    frame = table(design(80, donor_of), shift)
+    rank = gene_table.comparison_ranks(np.arange(2.0, 82))
+    means = np.stack([shift[:, donor_of == d].mean(axis=1) for d in range(6)], axis=1)
+    residual = rank_adjustment.residual_after_rank(means, rank)
+    expected, plain = (
+        sign_flip(values, 10_000, rng) for values in (rank_adjustment.normal_scores(residual, rank), residual)
+    )
+    found = frame.loc[[f"g{g}" for g in range(80)], "p_donor"].to_numpy()
+    assert found == pytest.approx(expected)
+    assert np.abs(found - plain).max() > 0.1
+
+
+def test_num_permutations_bounds_the_flips_and_no_drawn_p_is_0():
+    donor_of = np.repeat(np.arange(12), 2)
+    shift = np.random.default_rng(24).normal(0, 0.01, (40, 24))
+    shift[::2] += 1.0
+    shift[1::2] -= 1.0
+    for number in (100, 1000):  # fewer than 2 ** 12 patterns: they are drawn
+        p = table(design(40, donor_of), shift, num_permutations=number)["p_donor"].to_numpy()
+        assert p * (number + 1) == pytest.approx(np.round(p * (number + 1)))
+        assert p.min() == pytest.approx(1 / (number + 1))
+    exact = table(design(40, donor_of), shift, num_permutations=4096)["p_donor"].to_numpy()
+    assert exact.min() == pytest.approx(2 / 4096)
+
+
 @pytest.mark.parametrize("donors", [3, 4, 6, 8])
 def test_with_few_donors_p_values_are_never_too_small(donors):
     rng = np.random.default_rng([14, donors])
@@ -168,7 +199,7 @@ def test_calibration_shows_what_each_test_says_of_exchanged_genes():
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
     nulls = gene_table.calibrate_tests(plan, {"delete": pairs}, chosen).to_pandas()
-    observed = gene_table.build_gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
+    observed = gene_table.build_gene_table(plan, {"delete": pairs}, None, chosen).to_pandas()
     assert (observed["p_donor"] <= 0.01).mean() > 0.4
     assert len(nulls) == 8 * 150
     assert 0.03 < (nulls["p_donor"] <= 0.05).mean() < 0.08
@@ -189,7 +220,7 @@ def test_a_gene_that_no_cell_holds_is_compared_with_others_like_it():
         shift_SP=np.stack([np.zeros(120), shift.ravel()]),
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("overexpress",)))
-    frame = gene_table.build_gene_table(plan, {"overexpress": pairs}, {}, chosen).to_pandas().set_index("symbol")
+    frame = gene_table.build_gene_table(plan, {"overexpress": pairs}, None, chosen).to_pandas().set_index("symbol")
     assert np.isnan(frame.loc["g35", "mean_rank"])
     assert frame.loc["g35", "null_percentile"] == 100
     assert np.isfinite(frame.loc["g35", "rank_expected"])
@@ -239,7 +270,7 @@ def test_a_gene_without_cells_has_no_figures():
         response_P=values, shift_SP=np.stack([values, values]),
     )  # fmt: skip
     chosen = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
-    frame = gene_table.build_gene_table(plan, {"delete": pairs}, {}, chosen).to_pandas()
+    frame = gene_table.build_gene_table(plan, {"delete": pairs}, None, chosen).to_pandas()
     last = frame.iloc[-1]
     assert (last["symbol"], last["num_cells"], last["warnings"]) == ("g11", 0, "in no sentence: not scored")
     assert last[["shift", "p_cell", "fdr_cell", "p_donor"]].isna().all()
@@ -253,12 +284,8 @@ def test_rank_scores_by_hand_and_their_welch_t(make_corpus):
         sentence = corpus.tokens([cell])[0].tolist()
         for rank, token in enumerate(sentence):
             scores[cell, token] = 1 - rank / len(sentence)
-    start, goal = (
-        gene_table.rank_scores(corpus, np.array([0, 1])),
-        gene_table.rank_scores(corpus, np.array([2, 3, 4]), block=2),
-    )
-    assert goal.mean_V == pytest.approx(scores[2:].mean(axis=0))
-    assert goal.variance_V == pytest.approx(scores[2:].var(axis=0, ddof=1))
+    found = expression.of_ranks(corpus, np.array([0, 1]), np.array([2, 3, 4]), block=2)
+    assert found.covariance_SV is None
     plan = group_design.Design(
         cells_N=np.arange(2), states=design(1, [0, 0]).states, donors=("d",), donor_of=np.zeros(5, int), warnings=(),
         targets=tuple(
@@ -266,12 +293,13 @@ def test_rank_scores_by_hand_and_their_welch_t(make_corpus):
             for t, tokens in enumerate([(3,), (4,), (5,), (6,), (7,), (3, 4)])
         ),
     )  # fmt: skip
-    frame = table(plan, np.random.default_rng(6).normal(size=(6, 2)), expressed={"start": start, "goal": goal})
+    frame = table(plan, np.random.default_rng(6).normal(size=(6, 2)), expressed=found)
     for g, token in enumerate((3, 4, 5, 6, 7)):
         expected = scipy.stats.ttest_ind(scores[2:, token], scores[:2, token], equal_var=False).statistic
         assert frame.loc[f"g{g}", "de_statistic"] == pytest.approx(0 if np.isnan(expected) else expected, rel=1e-9)
         fold = np.log2((scores[2:, token].mean() + 0.01) / (scores[:2, token].mean() + 0.01))
         assert frame.loc[f"g{g}", "de_log_fold"] == pytest.approx(fold)
+    assert "covariance" not in frame
     assert np.isnan(frame.loc["g5", "de_statistic"])  # a set has no expression of its own
 
 
@@ -300,14 +328,14 @@ def test_chosen_genes_are_compared_with_drawn_ones_and_keep_the_places_that_they
     few_plan, few = gene_table.keep_targets(marked, pairs, kept)
     chosen_config = run.Config(perturb=perturbation.Perturb(operations=("delete",)))
     frame = (
-        gene_table.build_gene_table(few_plan, few, {}, chosen_config, num_tests=1000).to_pandas().set_index("symbol")
+        gene_table.build_gene_table(few_plan, few, None, chosen_config, num_tests=1000).to_pandas().set_index("symbol")
     )
     names = [f"g{k}" for k in chosen]
     assert frame["reference"].sum() == 150
     assert np.abs(frame.loc[names, "null_percentile"] - every.loc[names, "null_percentile"]).mean() < 6
     assert np.abs(frame.loc[names, "rank_expected"] - every.loc[names, "rank_expected"]).median() < 0.25
     plain_plan, plain = gene_table.keep_targets(plan, pairs, np.sort(chosen))
-    among = gene_table.build_gene_table(plain_plan, plain, {}, chosen_config).to_pandas().set_index("symbol")
+    among = gene_table.build_gene_table(plain_plan, plain, None, chosen_config).to_pandas().set_index("symbol")
     assert np.abs(among.loc[names, "null_percentile"] - every.loc[names, "null_percentile"]).mean() > 25
     assert (frame["fdr_donor"] >= np.minimum(1, frame["p_donor"] * 1000 / len(frame)) - 1e-12).all()
     assert (frame["fdr_donor"] > 0.05).all()  # all thousand count as tests

@@ -1,5 +1,7 @@
 """The worker: every pair is scored once, and scored as plain code would."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
-from mixgf.perturbation import group_design, scoring_tasks
+from mixgf.perturbation import group_design, scoring_tasks, screen
 from mixgf.storage import artifacts, tables
 
 ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=16, init_sd=0.3)
@@ -122,6 +124,65 @@ def test_state_parts_add_up_to_the_means_of_all_cells(corpus, weights, tmp_path,
         ]
         assert means[state] == pytest.approx(np.mean(vectors, axis=0), abs=1e-6)
     assert table["num_cells"].to_pylist() == [5, 5, 4, 4]
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+def test_the_setting_decides_the_layer(corpus, weights, tmp_path, layer):
+    """-1 is the last of two layers, -3 the embedding: shifts equal those of an encoder of so many layers."""
+    design, states, rows, _, worker = run_units(
+        corpus, weights, tmp_path, operations=("delete",), goal="cell_type == 'alpha'", layer=layer
+    )
+    (_, k, cell), row = next(iter(rows.items()))
+    ids = corpus.tokens([cell])[0].tolist()
+    at = ids.index(design.targets[k].tokens[0])
+
+    def mean(sentence, left_out=None):
+        offsets = torch.tensor([0, len(sentence)])
+        hidden = worker.scorer.encoder(torch.tensor(sentence), offsets, layers=3 + layer).detach().double().numpy()
+        return (hidden if left_out is None else np.delete(hidden, left_out, axis=0)).mean(axis=0)
+
+    cosine = [
+        v @ states[1] / np.linalg.norm(v) / np.linalg.norm(states[1])
+        for v in (mean(ids[:at] + ids[at + 1 :]), mean(ids, at))
+    ]
+    assert row["shift_1"] == pytest.approx(cosine[0] - cosine[1], abs=1e-6)
+
+
+def test_the_grid_of_a_screen_reaches_the_estimate(corpus, weights, tmp_path):
+    ids = torch.from_numpy(corpus.tokens([4])[0]).long()
+    estimates = {}
+    for grid in (2, 5):
+        design, chosen = plan(corpus, goal="cell_type == 'alpha'", screen=5, screen_grid=grid, operations=("delete",))
+        worker = scoring_tasks.ScoringWorker(chosen, corpus=corpus.uri, weights=weights, folder=str(tmp_path))
+        states = np.random.default_rng(3).normal(size=(len(design.states), 16))
+        whole = dataclasses.replace(design, cells_N=np.array([4]), screened_N=np.array([4]))
+        (task,) = scoring_tasks.gene_tasks(
+            whole, corpus, chosen.perturb, "screen-delete", [np.arange(len(design.targets))]
+        )
+        table = worker.estimate(task, states)
+        tokens = torch.from_numpy(design.genes_KM[table["target"].to_numpy(), 0])
+        expected = screen.estimate(worker.scorer, ids, tokens, "delete", torch.from_numpy(states[1]), grid=grid)
+        estimates[grid] = table["estimate"].to_numpy()
+        assert estimates[grid] == pytest.approx(expected.numpy(), abs=1e-6)
+    assert np.abs(estimates[2] - estimates[5]).max() > 1e-5
+
+
+def test_the_untrained_twin_scores_with_the_weights_before_training(corpus, weights, tmp_path):
+    design, chosen = plan(corpus, goal="cell_type == 'alpha'", operations=("delete",))
+    worker = scoring_tasks.ScoringWorker(chosen, corpus=corpus.uri, weights=weights, folder=str(tmp_path))
+    states = np.random.default_rng(3).normal(size=(len(design.states), 16))
+    tasks = scoring_tasks.gene_tasks(design, corpus, chosen.perturb, "delete", [np.arange(len(design.targets))])
+    (twin,) = scoring_tasks.twin_tasks(tasks[:1])
+    assert twin.key == f"twin-{tasks[0].key}"
+    seed = int(checkpoint.artifacts.require(weights, "checkpoint").config.get("seed", 0))
+    other = scoring_tasks.ScoringWorker(
+        chosen, corpus=corpus, weights=MaskedModel(ROW, corpus.vocabulary.size, seed=seed).encoder, folder=str(tmp_path)
+    )
+    own = worker.score(tasks[0], states)
+    by_twin, expected = worker.score(twin, states), other.score(tasks[0], states)
+    assert by_twin.equals(expected)
+    assert not by_twin.equals(own)
+    assert worker.score(tasks[0], states).equals(own)  # after the twin's, the encoder's cells are its own again
 
 
 def test_a_worker_computes_on_the_gpu_that_is_asked_for_or_stops(corpus, weights, monkeypatch):

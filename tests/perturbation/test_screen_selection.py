@@ -30,6 +30,16 @@ def test_the_best_of_every_operation_come_first_and_nothing_is_lost():
     assert again.sample.tolist() == found.sample.tolist()
 
 
+def test_a_gene_that_no_screened_cell_holds_comes_last():
+    estimates = np.array([[NAN, 1.0, 3.0, 2.0]])
+    features = np.arange(8.0).reshape(4, 2)
+    found = choose_shortlist(
+        estimates, features, top=1, sample=0, nulls=0, direction="towards", rng=np.random.default_rng(0)
+    )
+    assert found.top.tolist() == [2]
+    assert found.rest.tolist() == [3, 1, 0]
+
+
 def test_sets_have_no_estimate_and_are_always_scored_and_never_drawn():
     estimates = np.array([[NAN, 1.0, 3.0, NAN, 2.0]])
     found = shortlist(estimates, top=1, sample=0, rng=0)

@@ -16,7 +16,7 @@ from mixgf.config.classification import Classify
 from mixgf.config.parse import to_dict
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Inputs
-from mixgf.perturbation import hits
+from mixgf.perturbation import gene_table, hits
 from mixgf.report import build, elements, load, results, run_text, score_tables, verdicts, wording
 from mixgf.report.figures import cell_maps, curves
 from mixgf.report.sections import corpus, embedding_map, perturbation, pretraining, summary
@@ -45,8 +45,13 @@ def _genes(num_donors=3, num=30, seed=0, **columns):
         "response": abs(shift), "p_cell": 1e-9, "fdr_cell": 1e-8, "p_donor": 0.25, "fdr_donor": 0.5, "null_percentile": 50.0,
         "rank_expected": rng.normal(0, 0.01, num), "shift_minus_rank_expected": 0.001, "shift_alternatives": 0.0,
         "shift_minus_alternatives": shift, "de_statistic": rng.normal(0, 1, num), "de_log_fold": 0.1, "warnings": "one donor carries it",
+        "p_null": 0.5, "fdr_null": 0.5, "num_null": 300, "start_cells": 50, "readable_cells": 40, "expressing_cells": 45, "reading_length": 300.0,
     }  # fmt: skip
-    return pd.DataFrame(frame | columns)
+    made = pd.DataFrame(frame | columns)
+    if "hit" not in made:
+        columns = (made[name].to_numpy(float) for name in ("fdr_donor", "fdr_null", "null_percentile"))
+        made["hit"] = gene_table.is_hit(*columns, np.zeros(num, dtype=bool))
+    return made
 
 
 def _text(section):
@@ -269,7 +274,8 @@ def test_only_genes_that_move_cells_to_the_goal_are_named_as_such():
 
 
 def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
-    genes = _genes(num_donors=8, fdr_donor=[0.01] * 10 + [0.5] * 20, null_percentile=[99.0, 1.0] + [50.0] * 27 + [99.0])
+    found = {"fdr_donor": [0.01] * 10 + [0.5] * 20, "null_percentile": [99.0, 1.0, 99.0] + [50.0] * 26 + [99.0]}
+    genes = _genes(num_donors=8, **found, fdr_null=[0.01] * 2 + [0.06] * 27 + [0.01])
     assert set(hits.call_hits(genes)["symbol"]) == {"GENE0", "GENE1"}
     assert ("good", "2 of 30 genes are hits") in [
         (tone, text[:22]) for tone, text in hits.summarise_screen(genes, goal=True)
@@ -291,8 +297,18 @@ def test_a_hit_repeats_over_donors_and_is_unusual_for_its_rank():
         "Of 25 genes that were drawn for comparison, whatever they do, 20% repeat over donors as well, and 100% are"
         in text
     )
-    ordinary = hits.summarise_screen(genes.assign(null_percentile=50.0), goal=True)
-    assert any(tone == "warn" and "none of them is unusual for its rank" in text for tone, text in ordinary)
+    ordinary = hits.summarise_screen(genes.assign(hit=False), goal=True)
+    assert any(
+        tone == "warn" and "none of them lies beyond shifts that mean nothing" in text for tone, text in ordinary
+    )
+
+
+def test_a_perturbation_of_an_earlier_version_is_left_out_and_named(tmp_path, caplog):
+    _artifact(f"{tmp_path}/perturb", "perturbation", {"genes.parquet": _genes().drop(columns="hit")})
+    found = load.load_results(Config(output=str(tmp_path)), light=True)
+    assert "genes" not in found.tables
+    assert "perturb" not in found.records
+    assert "is of an earlier version, without controls" in caplog.text
 
 
 def test_what_so_few_donors_can_find_is_said():
@@ -547,4 +563,4 @@ def test_the_summary_shows_every_model_and_marks_the_best(config):
     assert re.search(r"z-scored genes \+ logistic regression +1\.000 / 1\.000 \*\n", text)
     assert re.search(r"mixgf, fine-tuned +0\.700 / 0\.680\n", text)
     assert "WORSE" not in text
-    assert "(0 of 30 genes are hits: a donor-level FDR of 5 %" in text
+    assert "(0 of 30 genes are hits; there are no negative controls" in text

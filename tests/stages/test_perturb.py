@@ -30,9 +30,10 @@ ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_position
 NUM_CELLS = 40
 COLUMNS = [
     "gene", "symbol", "ortholog", "ortholog_symbol", "species", "operation", "variant", "role", "reference", "num_cells", "num_donors", "coverage", "mean_rank", "shift", "shift_low",
-    "shift_high", "response", "p_cell", "fdr_cell", "p_donor", "fdr_donor", "null_percentile", "rank_expected",
-    "shift_minus_rank_expected", "shift_alternatives", "shift_minus_alternatives", "de_statistic", "de_log_fold", "de_rank", "warnings",
-    "shift_alternative_0",
+    "shift_high", "response", "p_cell", "fdr_cell", "p_donor", "fdr_donor", "null_percentile", "p_null", "fdr_null", "num_null", "hit",
+    "rank_expected", "shift_minus_rank_expected", "shift_alternatives", "shift_minus_alternatives", "de_statistic", "de_log_fold",
+    "de_rank", "shift_untrained", "hit_untrained", "shift_false_goal", "hit_false_goal", "start_cells", "readable_cells",
+    "expressing_cells", "reading_length", "warnings", "shift_alternative_0",
 ]  # fmt: skip
 
 
@@ -163,6 +164,12 @@ def test_a_response_matrix_survives_a_kill_and_a_lost_part_and_leaves_the_shifts
     assert files.read_bytes(f"{again}/perturb/responses.parquet") == matrix
     few = tmp_path / "few"
     chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "null_genes": 3}
+    corpus = Corpus(inputs.corpus)
+    split = group_design.build_design(corpus, configure(inputs, few, response=6, **chosen))
+    names = corpus.obs()["cell"].iloc[split.cells_N].tolist()
+    every = tmp_path / "every"
+    perturb.run(configure(inputs, every, response=6, start=f"cell in {names!r}"), executor=LocalExecutor())
+    frame = tables.read_table(f"{every}/perturb/responses.parquet").to_pandas()
     perturb.run(configure(inputs, few, response=6, **chosen), executor=LocalExecutor())
     part = tables.read_table(f"{few}/perturb/responses.parquet").to_pandas()
     keys = ["operation", "gene", "responding"]
@@ -330,10 +337,24 @@ def shifts(output):
     return frame.set_index(["operation", "gene"])["shift"]
 
 
-def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agrees(inputs, whole, tmp_path):
+@pytest.fixture(scope="module")
+def reported(inputs, tmp_path_factory):
+    """A run without a screen, of the cells that runs with one report."""
+    corpus = Corpus(inputs.corpus)
+    plan = group_design.build_design(corpus, configure(inputs, "unused", screen=4))
+    alpha = np.flatnonzero(corpus.obs()["cell_type"] == "alpha")
+    assert len(plan.cells_N) == len(plan.screened_N) == len(alpha) / 2
+    assert np.array_equal(np.union1d(plan.cells_N, plan.screened_N), alpha)
+    names = corpus.obs()["cell"].iloc[plan.cells_N].tolist()
+    output = tmp_path_factory.mktemp("reported")
+    perturb.run(configure(inputs, output, start=f"cell in {names!r}"), executor=LocalExecutor())
+    return output
+
+
+def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agrees(inputs, reported, tmp_path):
     chosen = {"screen": 4, "screen_sample": 10, "screen_agreement": 0.0, "screen_grid": 6, "null_genes": 3}
     perturb.run(configure(inputs, tmp_path, **chosen), executor=LocalExecutor())
-    every, found = shifts(whole), shifts(tmp_path)
+    every, found = shifts(reported), shifts(tmp_path)
     assert 10 < len(found) / 2 < len(every) / 2
     reference = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas().groupby("gene")["reference"].first()
     assert reference.all()  # 13 drawn ones are no company
@@ -345,14 +366,12 @@ def test_a_screen_scores_its_best_and_a_sample_exactly_and_says_how_well_it_agre
         assert (fate.groupby("operation")["fate"].apply(lambda f, end=end: (f.iloc[end] == "scored").all())).all()
     record = artifacts.find(f"{tmp_path}/perturb")
     assert record.counts["screened_out"] == (fate["fate"] == "screened out").sum() / 2
-    estimates = fate.set_index(["operation", "gene"])["estimate"]
-    for operation, seen in record.details["screen"].items():
+    for seen in record.details["screen"].values():  # estimates and exact shifts of the cells of the screen
         assert seen["num_genes"] == 10
-        assert np.isfinite(seen["spearman"])
+        assert seen["spearman"] > 0.5
         assert 0 <= seen["recall"] <= 1
-        both = np.corrcoef(estimates[operation].rank(), every[operation][estimates[operation].index].rank())[0, 1]
-        assert both > 0.7
     assert any("drawn at random" in text for text in record.details["warnings"])
+    assert any("screen of 10 start cells; shifts are of 10 others" in text for text in record.details["warnings"])
 
 
 def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make_corpus, inputs, tmp_path):
@@ -375,8 +394,9 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
     frame = tables.read_table(f"{tmp_path}/perturb/genes.parquet").to_pandas()
     record = artifacts.find(f"{tmp_path}/perturb")
     whole = record.counts["screened_out"] + len(frame)
-    assert frame["reference"].sum() == 26
-    assert 26 < len(frame) <= 32 < whole
+    drawn = int(frame["reference"].sum())
+    assert 24 <= drawn <= 26
+    assert drawn < len(frame) <= 32 < whole
     fate = tables.read_table(f"{tmp_path}/perturb/not_scored.parquet").to_pandas()
     best = set(fate["gene"].iloc[:3]) | set(fate.dropna(subset="estimate")["gene"].iloc[-3:])
     assert best <= set(frame["gene"])
@@ -388,9 +408,9 @@ def test_after_a_screen_the_drawn_genes_are_the_company_and_all_genes_count(make
     assert any(f"count all {whole} genes" in text for text in record.details["warnings"])
 
 
-def test_a_screen_that_agrees_too_little_is_not_followed(inputs, whole, tmp_path):
+def test_a_screen_that_agrees_too_little_is_not_followed(inputs, reported, tmp_path):
     perturb.run(configure(inputs, tmp_path, screen=4, screen_sample=10, screen_agreement=1.0), executor=LocalExecutor())
-    every, found = shifts(whole), shifts(tmp_path)
+    every, found = shifts(reported), shifts(tmp_path)
     assert np.allclose(found[every.index], every, atol=1e-6)
     record = artifacts.find(f"{tmp_path}/perturb")
     assert record.counts["screened_out"] == 0
@@ -471,4 +491,4 @@ def test_scored_sentences_are_counted_for_the_boards(inputs, whole, tmp_path, mo
     monkeypatch.setattr(Meter, "add", lambda self, name, amount=1.0, **_: added.append((self.stage, name, amount)))
     perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     counted = sum(amount for stage, name, amount in added if (stage, name) == ("perturb", "sentences_scored"))
-    assert counted == artifacts.find(f"{whole}/perturb").counts["sentences"]
+    assert counted == 2 * artifacts.find(f"{whole}/perturb").counts["sentences"]  # of the encoder and its twin

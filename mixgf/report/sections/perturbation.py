@@ -31,7 +31,8 @@ def section(results: RunResults) -> Section:
     goal = bool(config.goal)
     toward = f" and compared with the state `{config.goal}`" if goal else ""
     variant = ", ".join(sorted(set(genes["variant"].astype(str))))
-    blocks: list[Any] = [
+    blocks: list[Any] = [Text(text, tone) for tone, text in _beside_covariance(genes, results)]
+    blocks += [
         Text(f"Genes were perturbed one at a time in the sentences of cells with `{config.start or 'all cells'}`{toward}. The shift is "
              + ("the increase of a cell's cosine similarity to the mean embedding of the goal state" if goal else "1 − cosine similarity of the cell before and after")
              + f" (embedding variant `{variant}`)."),
@@ -64,6 +65,14 @@ def section(results: RunResults) -> Section:
         blocks += _responses(results, str(operation), part)
     blocks += _published_genes(genes, results) + _reference_genes(genes, results)
     return Section("perturbation", TITLE, blocks)
+
+
+def _beside_covariance(genes: pd.DataFrame, results: RunResults) -> list[tuple[str, str]]:
+    """Whether the encoder beats the covariance of untreated cells; nothing where the list of known genes cannot be read."""
+    try:
+        return reference_genes.covariance_sentences(genes, results.config)
+    except UserError:
+        return []  # the section on reference genes says why
 
 
 def _calibration(part: pd.DataFrame, nulls: pd.DataFrame | None, operation: str) -> list[Any]:
@@ -187,7 +196,7 @@ def _reference_genes(genes: pd.DataFrame, results: RunResults) -> list[Any]:
     for keys, part in found.groupby(["operation", "method", "call", "num_called"], sort=False):
         operation, method, call, num = keys
         value = {r["metric"]: r for r in part.to_dict("records")}
-        rows.append([Cell(str(operation)), Cell(reference_genes.SCORES[str(method)], strong=str(method).startswith("shift")), Cell(f"{call}: {num}"),
+        rows.append([Cell(str(operation)), Cell(reference_genes.SCORES[str(method)], strong=method in reference_genes.OF_MODEL), Cell(f"{call}: {num}"),
                      *(_estimate(value[m]) for m in ("auroc", "ppv", "npv", "sensitivity", "specificity"))])  # fmt: skip
     best = found[(found["metric"] == "auroc") & found["call"].str.startswith("top")].sort_values(
         "value", ascending=False, kind="stable"
@@ -195,7 +204,7 @@ def _reference_genes(genes: pd.DataFrame, results: RunResults) -> list[Any]:
     first = found.iloc[0]
     texts = []
     for operation, part in best.groupby("operation", sort=False):
-        mine, base = (part[part["method"].str.startswith("shift") == own] for own in (True, False))
+        mine, base = (part[part["method"].isin(reference_genes.OF_MODEL) == own] for own in (True, False))
         if len(mine) and len(base):
             a, b = mine.iloc[0], base.iloc[0]
             said = f"{str(operation).capitalize()}: the model's best score has AUROC {a['value']:.2f}, the best baseline ({reference_genes.SCORES[b['method']].removeprefix('baseline: ')}) {b['value']:.2f}."
@@ -231,9 +240,21 @@ def doubts(value: Any) -> list[str]:
     return [str(part) for part in value] if isinstance(value, Iterable) else []
 
 
+def _read_in(gene: dict[Any, Any]) -> Cell:
+    """Start cells whose sentence shows the gene as it is read, of all; beneath, how many hold it at all."""
+    read, whole = int(gene["readable_cells"]), int(gene["start_cells"])
+    return Cell(f"{read:,} of {whole:,}", float(read), note=f"{int(gene['expressing_cells']):,} hold it")
+
+
+def _in_controls(gene: dict[Any, Any]) -> str:
+    """Whether the gene is a hit in each negative control."""
+    names = [name for name in hits.CONTROLS if name != "hit" and name in gene]
+    return ", ".join("yes" if gene[name] else "no" for name in names) or "–"
+
+
 def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Table:
-    head = ["Gene", "Shift (95 % interval)", "Cells", "Donors", "Seen in", "Mean rank", "Rank alone predicts", "Excess",
-            "Null percentile", "DE log fold", "p, donors", "FDR, donors", "FDR, cells (not replicated)", "Why it may be an artefact"]  # fmt: skip
+    head = ["Gene", "Shift (95 % interval)", "Cells", "Donors", "Read in", "Mean rank", "Rank alone predicts", "Excess",
+            "Null percentile", "FDR, null", "Hit by untrained, false goal", "Covariance", "DE log fold", "p, donors", "FDR, donors", "FDR, cells (not replicated)", "Why it may be an artefact"]  # fmt: skip
     ordered = genes.sort_values(["shift", "gene"], ascending=[False, True])
     few = ordered.head(MAX_GENES - 10) if len(ordered) > MAX_GENES and goal else ordered.head(MAX_GENES)
     rows = []
@@ -244,9 +265,10 @@ def _genes(genes: pd.DataFrame, operation: str, *, goal: bool) -> Table:
         rows.append([
             Cell(f"{gene['symbol'] or gene['gene']}", str(gene["symbol"] or gene["gene"]).upper(), strong=True, note=str(gene["ortholog_symbol"])),
             Cell(f"{gene['shift']:+.4f}", float(gene["shift"]), note=interval),
-            count_cell(gene["num_cells"]), count_cell(gene["num_donors"]), number_cell(gene["coverage"], ".0%"), number_cell(gene["mean_rank"], ",.0f"),
+            count_cell(gene["num_cells"]), count_cell(gene["num_donors"]), _read_in(gene), number_cell(gene["mean_rank"], ",.0f"),
             number_cell(gene["rank_expected"], "+.4f"), number_cell(gene["shift_minus_rank_expected"], "+.4f"),
-            number_cell(gene["null_percentile"], ".0f"), number_cell(gene["de_log_fold"], "+.2f"), number_cell(gene["p_donor"], ".2g"), number_cell(gene["fdr_donor"], ".2g"),
+            number_cell(gene["null_percentile"], ".0f"), number_cell(gene["fdr_null"], ".2g"), Cell(_in_controls(gene)),
+            number_cell(gene.get("covariance", np.nan), "+.2f"), number_cell(gene["de_log_fold"], "+.2f"), number_cell(gene["p_donor"], ".2g"), number_cell(gene["fdr_donor"], ".2g"),
             number_cell(gene["fdr_cell"], ".2g"), Cell("; ".join(why) or NO_DOUBT, len(why)),
         ])  # fmt: skip
     which = f"the {len(few)} largest shifts" + (
