@@ -1,7 +1,7 @@
 """The encoders that classification models may use, by name.
 
-"" is the run's own checkpoint. `untrained` has the shape of the run's checkpoint and random weights. Further encoders are named in
-`classify.encoders` (`mlm=URI of a checkpoint`).
+"" is the run's own checkpoint. `untrained` is that checkpoint before training: token vectors by `model.start`, other weights random.
+Further encoders are named in `classify.encoders` (`mlm=URI of a checkpoint`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from mixgf.config import training
 from mixgf.config.classification import Classify
-from mixgf.config.parse import from_dict
 from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
@@ -22,7 +20,7 @@ from mixgf.storage import artifacts
 from mixgf.storage.artifacts import Record
 
 CHECKPOINT, UNTRAINED = "", "untrained"
-"""Names of the run's own encoder and of the one with random weights."""
+"""Names of the run's own encoder and of the same one before training."""
 EXPRESSION = "expression"
 """The space of 50 principal components of the variable genes, which stands beside those of encoders."""
 _OWN_NAME = "trained"
@@ -83,9 +81,9 @@ def load(checkpoint_uri: str, encoder: str, run: Config, corpus: Corpus, device:
     """
     others = named_uris(run.classify)
     uri = others.get(encoder, checkpoint_uri)
-    made, record = checkpoint.load_encoder(uri, device)
+    if encoder == UNTRAINED:
+        made, record = checkpoint.load_start(uri, seed=run.seed + _UNTRAINED_SEED, device=device)
+    else:
+        made, record = checkpoint.load_encoder(uri, device)
     checkpoint.require_sentences(record, corpus, _field(encoder if encoder in others else "", uri))
-    if encoder != UNTRAINED:
-        return made
-    shape = from_dict(training.Model, record.details["model"])
-    return Encoder(shape, made.vocab_size, seed=run.seed + _UNTRAINED_SEED).to(device)
+    return made

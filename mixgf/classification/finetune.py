@@ -28,7 +28,7 @@ from mixgf.corpus.packed import Packed, truncate
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import embed, lora
 from mixgf.encoder.batch import Batch, pack_batch, split_micro_batches
-from mixgf.encoder.bert import Encoder, Linear, cell_vectors, forward_flops, require_layer, vector_width
+from mixgf.encoder.bert import Encoder, Linear, cell_vectors, forward_flops, rank_weight, require_layer, vector_width
 from mixgf.errors import UserError
 from mixgf.training import loop
 from mixgf.training.batch_plan import BatchPlan
@@ -83,7 +83,7 @@ class Classifier(nn.Module):
         y_BC: Tensor = self.head(z_BD)
         if self.genes is None:
             return y_BC
-        weights_T = linear_start.rank_weight(batch.positions_T).to(self.genes.dtype)
+        weights_T = rank_weight(batch.positions_T).to(self.genes.dtype)
         starts_B = batch.offsets_B1[:-1].long()
         sums_BC = F.embedding_bag(batch.ids_T, self.genes, starts_B, mode="sum", per_sample_weights=weights_T)
         squares_B = torch.segment_reduce(
@@ -122,8 +122,12 @@ class Classifier(nn.Module):
         self.encoder.positions.requires_grad = False
 
     def freeze_unread(self) -> None:
-        """Do not train the layers above the one that is pooled: nothing depends on them."""
-        if self.layer != "all":
+        """Do not train what the pooled vector does not depend on: layers above the one that is read; for `ranked` alone, all layers."""
+        if self.layer != "all" and self.pooling == "ranked" and self.encoder.residual is None:
+            for part in (self.encoder.norm, *self.encoder.layers):
+                part.requires_grad_(False)
+            self.encoder.positions.requires_grad = False
+        elif self.layer != "all":
             self.encoder.layers[self.encoder.sizes.num_layers + 1 + self.layer :].requires_grad_(False)
 
 

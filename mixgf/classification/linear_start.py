@@ -11,17 +11,15 @@ Shapes: N training cells, D width of a vector, V vocabulary, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import log
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, sparse, special
-from torch import Tensor
 
 from mixgf.arrays import Floats, Integers
 from mixgf.classification.simple_classifiers import logistic_regression
 from mixgf.corpus import packed
+from mixgf.encoder.bert import rank_weight
 
 STRENGTH = 1000.0
 """scikit-learn's `C` for blocks of variance 1. For sentences of 256 genes it is about C = 5 on indicators of 0 and 1."""
@@ -55,15 +53,6 @@ def gene_rows(tokens_T: npt.NDArray[np.int32], offsets_N1: npt.NDArray[np.int64]
     rows_NV = sparse.csr_matrix((weights_T, tokens_T, offsets_N1), shape=(len(offsets_N1) - 1, vocab_size))
     lengths_N = np.sqrt(np.asarray(rows_NV.multiply(rows_NV).sum(1)).ravel())
     return sparse.csr_matrix(sparse.diags(1 / np.maximum(lengths_N, 1e-9)) @ rows_NV)
-
-
-def rank_weight(places_T: Any) -> Any:
-    """Weight of a gene by its position in the sentence (from 0): 2 for the first, 1 for the 257th, logarithmic between.
-
-    Takes arrays and tensors. Presence of a gene counts most. Its rank distinguishes a cell's own transcripts of abundant genes from
-    ambient RNA.
-    """
-    return 2 - (places_T + 1.0).log() / log(257) if isinstance(places_T, Tensor) else 2 - np.log1p(places_T) / log(257)
 
 
 def fit(

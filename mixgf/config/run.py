@@ -58,7 +58,12 @@ class Inputs:
     """Perturbation, made by perturb."""
     start: str = option("", path=True)
     """Checkpoint with the corpus' vocabulary whose weights `pretrain` starts from, with a new schedule and optimizer state.
-    Empty: random weights."""
+    Empty: weights by `model.start`."""
+    gene_vectors: str = option("", path=True)
+    """Table of gene vectors for `model.start=table`: Parquet or CSV with a column `gene` of Ensembl ids, and numbers in the other
+    columns, or a column `vector` of lists. `gene_vectors/vectors.parquet` of another run is one."""
+    neighbours: str = option("", path=True)
+    """Neighbours of the corpus' cells, made by `pretrain` with objective.view=neighbour. Empty: made under `output`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

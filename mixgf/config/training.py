@@ -10,7 +10,7 @@ from mixgf.config.checks import require
 from mixgf.config.fields import check, option
 from mixgf.errors import UserError
 
-POOLINGS = ("mean", "first", "cls")
+POOLINGS = ("mean", "first", "cls", "ranked")
 LayerChoice = int | Literal["all"]
 """A hidden layer, counted from the last (-1), or `all` of them side by side, the embedding first."""
 LAYERS = (("second_last", -2),)
@@ -41,6 +41,12 @@ class Model:
     """Added to the variance in layer norms."""
     init_sd: float = option(0.02, role="training")
     """Standard deviation of the initial weights."""
+    start: str = option("random", role="training", omit_default=True, choices=("random", "svd", "table"))
+    """Token vectors before training: `random` (the paper); `svd`: of the genes' singular vectors in the corpus' sentences,
+    turned onto each other between species; `table`: of `inputs.gene_vectors`."""
+    residual: bool = option(False, omit_default=True)
+    """Give the pooling `ranked` a linear map of the mean hidden state, zero at first. Without it, `ranked` reads token vectors
+    alone."""
 
     def __post_init__(self) -> None:
         check(self, "model")
@@ -60,16 +66,25 @@ class Objective:
     stay as they are."""
     contrast_weight: float = option(1.0)
     """Weight of the contrastive loss. 0: no contrastive loss and a single view."""
-    view: str = option("dropout", role="contrast", choices=("dropout", "mask", "subsample", "ortholog"))
+    view: str = option("dropout", role="contrast", choices=("dropout", "mask", "subsample", "ortholog", "neighbour"))
     """How the second view of a cell differs. `dropout` (the paper): same masked input, other dropout. `mask`: other masks.
-    `subsample`: fewer genes. `ortholog`: genes translated to the other species."""
+    `subsample`: fewer genes. `ortholog`: genes translated to the other species. `neighbour`: a cell like it; a random half of
+    the genes is read of the cell, the other half of its neighbour. Batches are then of one data set and species, and vectors
+    are centred over the batch."""
+    neighbours: int = option(10, role="contrast", omit_default=True, least=1, unit="cells")
+    """Nearest cells from which the view `neighbour` draws; at most one in 40 cells of the data set."""
     subsample_fraction: float = option(0.8, role="contrast")
     """Share of genes that the `subsample` view keeps."""
     temperature: float = option(0.05, role="contrast", above=0)
     """Temperature of the contrastive loss (tau of paper eq. 3)."""
+    learn_temperature: bool = option(False, role="contrast", omit_default=True)
+    """Train the temperature too, from `temperature` on."""
+    projection: int = option(0, role="contrast", omit_default=True, least=0)
+    """Width of a hidden layer between the cell vector and the contrastive loss (projection head), which is dropped after the
+    training. 0: none."""
     pooling: str = option("mean", role="contrast", choices=POOLINGS)
-    """The cell vector of the contrastive loss: `mean` over genes, the `first` position (published code), or `cls` (needs
-    tokens.cls)."""
+    """The cell vector of the contrastive loss: `mean` over genes, the `first` position (published code), `cls` (needs
+    tokens.cls), or `ranked`: mean of the token vectors weighted by rank, and a residual of the layers (`model.residual`)."""
     gather_negatives: bool = option(True, role="contrast")
     """Use the cells of all workers as negatives, with gradients."""
     simcsepp_weight: float = option(0.0)
@@ -149,7 +164,7 @@ class Embed:
     """How the hidden states of a cell become its vector."""
 
     pooling: str = option("mean", choices=POOLINGS)
-    """`mean` over genes, the `first` position, or `cls`."""
+    """`mean` over genes, the `first` position, `cls`, or `ranked` (as `objective.pooling`)."""
     layer: LayerChoice = option(-1, below=0, named=LAYERS, word="'all'")
     """Hidden layer: -1 the last, -2 or `second_last` the one before it (which the Geneformer family calls -1); `all` of them side by
     side."""

@@ -71,7 +71,13 @@ class Batch:
         )  # fmt: skip
 
 
-def pack_batch(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.uint64] | None = None) -> Batch:
+def pack_batch(
+    packs: list[Packed],
+    cells: npt.ArrayLike,
+    keys: npt.NDArray[np.uint64] | None = None,
+    *,
+    positions: list[I64] | None = None,
+) -> Batch:
     """Join packed sentences to one `Batch`.
 
     Args:
@@ -79,6 +85,7 @@ def pack_batch(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.u
         cells: global numbers of the cells, (B,).
         keys: dropout key of each cell, `rng.hashed(seed, epoch, visits)`, (B,); the number of the pack is mixed in.
             None = no dropout.
+        positions: position of each token in its cell, by pack, ascending within a cell; None = 0, 1, 2, ...
     """
     cells_B = np.asarray(cells, dtype=np.int64)
     num_cells, num_tokens = len(cells_B), sum(len(tokens_T) for tokens_T, _ in packs)
@@ -89,6 +96,8 @@ def pack_batch(packs: list[Packed], cells: npt.ArrayLike, keys: npt.NDArray[np.u
     for number, (tokens_T, offsets) in enumerate(packs):
         longest = _append_pack(tokens_T, offsets, keys_B, number, ids_T, positions_T, offsets_B1, keys_T)
         max_len = max(max_len, int(longest))
+    if positions is not None:
+        np.concatenate(positions, out=positions_T)
     return Batch(
         ids_T=torch.from_numpy(ids_T),
         offsets_B1=torch.from_numpy(offsets_B1),

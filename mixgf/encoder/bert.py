@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mixgf import rng
 from mixgf.config import training
 from mixgf.errors import UserError
+from mixgf.genes.vocabulary import NUM_SPECIALS
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # largest number of logits in memory at a time
@@ -186,6 +187,7 @@ class Encoder(nn.Module):
         self.positions = nn.Parameter(torch.empty(sizes.max_positions, sizes.dim))
         self.norm = nn.LayerNorm(sizes.dim, eps=sizes.norm_eps)
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.num_layers))
+        self.residual = nn.Parameter(torch.empty(sizes.dim, sizes.dim)) if sizes.residual else None
         self.initialise(seed)
 
     def initialise(self, seed: int) -> None:
@@ -196,10 +198,13 @@ class Encoder(nn.Module):
         | matrices, token and position embeddings | normal(0, init_sd); the row of <pad> is 0 |
         | biases | 0 |
         | layer norms | weight 1, bias 0 |
+        | residual of the pooling `ranked` | 0 |
         """
         _initialise(self, self.sizes.init_sd, seed)
         with torch.no_grad():
             self.tokens[0].zero_()
+            if self.residual is not None:
+                self.residual.zero_()
 
     def forward(
         self,
@@ -279,25 +284,85 @@ def cell_vectors(
         encoder: the encoder.
         ids_T: token ids of all cells, one cell after the other.
         offsets_B1: offsets of the cells.
-        how: `mean`, `first` or `cls`, as in `pool_tokens`.
+        how: `mean`, `first` or `cls`, as in `pool_tokens`; `ranked`, as in `ranked_vectors`. With all layers, `ranked` takes
+            the place of the embedding's mean, and the means of the layers follow.
         layer: -1 = the last, -2 = the one before it, ...; `all` = all concatenated, the embedding first.
         cls: sentences begin with <cls>.
         positions_T: position of each token in its cell; None = 0, 1, 2, ...
         keys: dropout key of each token; None = no dropout.
         max_len: upper bound of the tokens of a cell; None = it is read from the device.
     """
-    count = encoder.sizes.num_layers
+    count, ranked = encoder.sizes.num_layers, how == "ranked"
+    if ranked and positions_T is None:
+        positions_T = token_positions(offsets_B1, ids_T.shape[0])
+    if ranked and layer != "all" and encoder.residual is None:
+        return ranked_vectors(encoder, ids_T, offsets_B1, positions_T)
     if layer != "all":
         h_TD = encoder(ids_T, offsets_B1, positions_T=positions_T, layers=count + 1 + layer, keys=keys, max_len=max_len)
+        if ranked:
+            return ranked_vectors(encoder, ids_T, offsets_B1, positions_T, h_TD, cls=cls)
         return pool_tokens(h_TD, offsets_B1, how, cls=cls)
     if positions_T is None:
         positions_T = token_positions(offsets_B1, ids_T.shape[0])
     h_TD, cells = encoder.embed_tokens(ids_T, positions_T, keys), Cells(offsets_B1, max_len)
+    how = "mean" if ranked else how
     parts = [pool_tokens(h_TD, offsets_B1, how, cls=cls)]
     for i in range(count):
         h_TD = encoder.layers[i](h_TD, cells, keys, 3 * i + 1, None)
         parts.append(pool_tokens(h_TD, offsets_B1, how, cls=cls))
+    if ranked:
+        residual_TD = None if encoder.residual is None else h_TD
+        parts[0] = ranked_vectors(encoder, ids_T, offsets_B1, positions_T, residual_TD, cls=cls)
     return torch.cat([part.float() for part in parts], 1)
+
+
+def rank_weight(places_T: Any) -> Any:
+    """Weight of a gene by its position in the sentence (from 0): 2 for the first, 1 for the 257th, logarithmic between.
+
+    Takes arrays and tensors. Presence of a gene counts most. Its rank distinguishes a cell's own transcripts of abundant genes from
+    ambient RNA.
+    """
+    if isinstance(places_T, Tensor):
+        return 2 - (places_T + 1.0).log() / math.log(257)
+    return 2 - np.log1p(places_T) / math.log(257)
+
+
+def ranked_vectors(
+    encoder: Encoder,
+    ids_T: Tensor,
+    offsets_B1: Tensor,
+    positions_T: Tensor | None,
+    h_TD: Tensor | None = None,
+    *,
+    cls: bool = False,
+) -> Tensor:
+    """Mean of the token vectors of each cell, weighted by `rank_weight`, plus the residual of hidden states, (B, D) float32.
+
+    Special tokens have weight 0. A cell without genes has a vector of zeros.
+
+    Args:
+        encoder: the encoder.
+        ids_T: token ids of all cells, one cell after the other.
+        offsets_B1: offsets of the cells.
+        positions_T: position of each token in the whole sentence of its cell; None = 0, 1, 2, ...
+        h_TD: hidden states, whose mean `model.residual` maps; None = no residual.
+        cls: sentences begin with <cls>.
+    """
+    if positions_T is None:
+        positions_T = token_positions(offsets_B1, ids_T.shape[0])
+    with torch.autocast(ids_T.device.type, enabled=False):
+        weights_T = rank_weight(positions_T).float() * (ids_T >= NUM_SPECIALS)
+        starts_B = offsets_B1.long()
+        sums_BD = F.embedding_bag(
+            ids_T, encoder.tokens.float(), starts_B, mode="sum", per_sample_weights=weights_T, include_last_offset=True
+        )
+        lengths_B = torch.diff(starts_B)
+        total_B = torch.segment_reduce(weights_T, "sum", lengths=lengths_B, axis=0, unsafe=True)
+        vectors_BD = sums_BD / total_B.clamp(min=1e-6)[:, None]
+        if h_TD is None:
+            return vectors_BD
+        assert encoder.residual is not None
+        return vectors_BD + F.linear(pool_tokens(h_TD, offsets_B1, "mean", cls=cls).float(), encoder.residual)
 
 
 def vector_width(sizes: training.Model, layer: training.LayerChoice) -> int:
@@ -351,6 +416,10 @@ class MaskedModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         for part, key in ((self.dense, seed + 1), (self.norm, seed + 1)):
             _initialise(part, sizes.init_sd, key)
+
+    def published(self) -> dict[str, Tensor]:
+        """The parameters that a checkpoint holds, by name."""
+        return dict(self.named_parameters())
 
     def transform(self, h_KD: Tensor) -> Tensor:
         """Input of the decoder, (K, D)."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mixgf.config import parse, training
 from mixgf.config.data import Tokens
+from mixgf.config.fields import content_of
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder.bert import Encoder, MaskedModel
 from mixgf.errors import UserError
@@ -28,6 +29,8 @@ from mixgf.storage.artifacts import Record
 
 KIND, SCHEMA = "checkpoint", 1
 WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
+START = "start.safetensors"
+"""Token vectors before training, where they are not random."""
 
 
 def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -82,6 +85,7 @@ def publish_checkpoint(
     checksums: dict[str, Any] | None = None,
     untrained: np.ndarray | None = None,
     held_out: dict[str, Any] | None = None,
+    start_VD: Tensor | None = None,
 ) -> Record:
     """Write a model's weights and finish its artifact.
 
@@ -96,14 +100,17 @@ def publish_checkpoint(
         checksums: bytes and SHA-256 of further files that were written.
         untrained: ids, ascending, without training data (see `untrained_ids`).
         held_out: how many cells of the corpus were not trained on, and in which units; None = there were none.
+        start_VD: token vectors before training, which an untrained encoder has, too; None = random ones.
     """
-    checksums = (checksums or {}) | {WEIGHTS: write_tensors(files.join(uri, WEIGHTS), dict(model.named_parameters()))}
+    checksums = (checksums or {}) | {WEIGHTS: write_tensors(files.join(uri, WEIGHTS), model.published())}
+    if start_VD is not None:
+        checksums[START] = write_tensors(files.join(uri, START), {"tokens": start_VD})
     details = {
         "vocabulary": vocabulary,
         "vocab_size": model.encoder.vocab_size,
-        "model": parse.to_dict(model.encoder.sizes),
+        "model": content_of(model.encoder.sizes),
         "tokens": parse.to_dict(tokens),
-        "objective": parse.to_dict(objective) if objective is not None else None,
+        "objective": content_of(objective) if objective is not None else None,
     }
     if held_out is not None:
         details["held_out"] = held_out
@@ -134,14 +141,25 @@ def load_encoder(uri: str, device: torch.device | str = "cpu") -> tuple[Encoder,
     return model.encoder, record
 
 
-def untrained_twin(record: Record, device: torch.device | str = "cpu") -> Encoder:
-    """An untrained encoder of the sizes of a checkpoint, in evaluation mode: the weights that its training began with.
+def load_start(uri: str, *, seed: int | None = None, device: torch.device | str = "cpu") -> tuple[Encoder, Record]:
+    """The encoder of a checkpoint artifact as it was before training, in evaluation mode, and the artifact's record.
 
-    Where the checkpoint began with other weights (`inputs.start`, `import-weights`), these are random weights of the same law.
+    Token vectors are those of `model.start`; other weights are random. Where the checkpoint began with other weights
+    (`inputs.start`, `import-weights`), all are random weights of the same law.
+
+    Args:
+        uri: of the artifact.
+        seed: of the random weights; None = that of the training.
+        device: where the weights are.
     """
+    record = artifacts.require(uri, KIND, SCHEMA)
+    seed = int(record.config.get("seed", 0)) if seed is None else seed
     sizes = parse.from_dict(training.Model, record.details["model"])
-    seed = int(record.config.get("seed", 0))
-    return MaskedModel(sizes, int(record.details["vocab_size"]), seed=seed).encoder.to(device).eval()
+    encoder = Encoder(sizes, int(record.details["vocab_size"]), seed=seed)
+    if START in record.files:
+        with torch.no_grad():
+            encoder.tokens.copy_(read_tensors(files.join(uri, START), record.files[START])["tokens"])
+    return encoder.to(device).eval(), record
 
 
 def require_vocabulary(record: Record, vocabulary: str, what: str, field: str = "inputs.checkpoint") -> None:

@@ -273,10 +273,11 @@ class ScoringWorker:
             encoder, record = checkpoint.load_encoder(weights, pick_device(config.compute.gpus_per_worker))
         else:
             encoder, record = weights, None
+        self._weights = weights if isinstance(weights, str) else ""
         self.corpus = Corpus(corpus, max_len=encoder.sizes.max_positions) if isinstance(corpus, str) else corpus
         if record is not None:
             checkpoint.require_sentences(record, self.corpus)
-        self._record, self._twin = record, None if twin is None else twin.eval()
+        self._twin = None if twin is None else twin.eval()
         self.scorer = ShiftScorer(
             encoder=encoder.eval(),
             variant=self.settings.variant,
@@ -294,8 +295,8 @@ class ScoringWorker:
         if not task.twin:
             return self.scorer
         if self._twin is None:
-            assert self._record is not None, "a twin comes with an encoder that has no record"
-            self._twin = checkpoint.untrained_twin(self._record, self.scorer.device)
+            assert self._weights, "a twin comes with an encoder that has no record"
+            self._twin = checkpoint.load_start(self._weights, device=self.scorer.device)[0]
         return replace(self.scorer, encoder=self._twin)
 
     def __call__(self, item: tuple[ScoringTask, Float64s | None]) -> TaskResult:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from mixgf.config.fields import content_of, names
-from mixgf.config.parse import difference, to_dict
+from mixgf.config.parse import difference, from_dict, to_dict
 from mixgf.config.run import Config
+from mixgf.config.training import Model
 from mixgf.console import Progress, duration, number, say
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.executor import RayExecutor
@@ -27,11 +29,12 @@ from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.execution import Executor
+from mixgf.stages import pretrain_inputs
 from mixgf.storage import artifacts, files
 from mixgf.tracking import mlflow_runs, model_card, packaged_model
 from mixgf.training import checkpoints, held_out_loss, loop
 from mixgf.training.loop import fit, measure_peak
-from mixgf.training.pretraining import ContrastWatch, Pretraining, initial_model
+from mixgf.training.pretraining import ContrastWatch, Pretraining, blank_model, initial_model, start_tokens
 from mixgf.training.worker_group import LocalContext, MetricRow, Seen, ignore
 
 USUAL_MFU = 0.3
@@ -47,13 +50,12 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     uri = files.join(config.output, "pretrain")
     corpus = Corpus(config.inputs.corpus or files.join(config.output, "corpus"), max_len=config.model.max_positions)
     record = planned(config, corpus)
-    task = Pretraining(
-        config, corpus
-    )  # before the folder is claimed: a config that cannot be trained leaves nothing behind
+    Pretraining(config, corpus)  # before the folder is claimed: a config that cannot be trained leaves nothing behind
     if not artifacts.begin(uri, record):
         say(f"pretrain: {uri} is already there")
         return uri
-    model = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed)
+    config = pretrain_inputs.prepared(config, corpus, executor)
+    task, model = Pretraining(config, corpus), blank_model(config, corpus.vocabulary.size)
     facts = _announce(config, task, model)
     with (
         executor.session(),
@@ -72,6 +74,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             uri, step, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings, objective=config.objective,
             counts={"steps": last, "epochs": -(-last // task.steps_per_epoch), "cells": task.plan.num_cells},
             untrained=untrained(config, task), held_out=task.held_out and task.held_out.details(),
+            start_VD=start_tokens(config, corpus),
         )  # fmt: skip
         final = loop.final_figures(uri, step)
         shown = {mlflow_runs.training_name(name): value for name, value in final.items()}
@@ -151,7 +154,8 @@ def _start(config: Config, corpus: Corpus) -> artifacts.Record | None:
     record = artifacts.require(config.inputs.start, checkpoint.KIND, checkpoint.SCHEMA)
     checkpoint.require_vocabulary(record, corpus.vocabulary.hash, "the corpus", "inputs.start")
     ours, free = to_dict(config.model), names(config.model, role="training")
-    changes = difference(record.details["model"], ours | {k: record.details["model"][k] for k in free}, "model")
+    theirs = to_dict(from_dict(Model, record.details["model"]))
+    changes = difference(theirs, ours | {k: theirs[k] for k in free}, "model")
     if changes:
         msg = f"inputs.start = {config.inputs.start!r}: a model of other sizes: {'; '.join(changes[:3])}; set the model's as there"
         raise UserError(msg)
@@ -167,16 +171,16 @@ def untrained(config: Config, task: Pretraining) -> np.ndarray:
 def planned(config: Config, corpus: Corpus) -> artifacts.Record:
     """The record of this training: all that decides the weights, nothing that only changes speed."""
     start = _start(config, corpus)
-    data = to_dict(config)
-    chosen = {
-        "model": data["model"],
-        "objective": data["objective"],
+    chosen: dict[str, Any] = {
+        "model": content_of(config.model),
+        "objective": content_of(config.objective),
         "train": content_of(config.train),
         "seed": config.seed,
     }
     if config.objective.ortholog_weight > 0 or config.objective.view == "ortholog":
-        chosen["orthologs"] = data["vocab"]["orthologs"]
+        chosen["orthologs"] = list(config.vocab.orthologs)
     parents = {"corpus": corpus.record.fingerprint} | ({"start": start.fingerprint} if start is not None else {})
+    parents |= pretrain_inputs.parents(config, corpus)
     return artifacts.plan(checkpoint.KIND, checkpoint.SCHEMA, chosen, parents)
 
 

@@ -26,7 +26,6 @@ from mixgf.corpus.reader import Corpus
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import watch
 from mixgf.encoder import checkpoint
-from mixgf.encoder.bert import MaskedModel
 from mixgf.errors import UserError
 from mixgf.execution import Executor
 from mixgf.redact import redact
@@ -45,12 +44,13 @@ from mixgf.stages.tune_trials import (
     rungs_of,
     score,
     test_tasks,
+    with_inputs,
 )
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs, model_card, packaged_model
 from mixgf.training import checkpoints
-from mixgf.training.pretraining import Pretraining
+from mixgf.training.pretraining import Pretraining, blank_model, start_tokens
 from mixgf.tuning import analysis, search_space
 from mixgf.tuning.search_space import Arm
 
@@ -337,10 +337,12 @@ def _published(training: Training, uri: str) -> str:
     corpus = Corpus(config.inputs.corpus, max_len=config.model.max_positions)
     record = pretrain.planned(config, corpus)
     if artifacts.begin(uri, record):
-        model = MaskedModel(config.model, corpus.vocabulary.size)
+        model = blank_model(config, corpus.vocabulary.size)
+        whole = with_inputs(config, corpus, uri.rsplit("/", 1)[0])
         checkpoints.load_step_weights(files.join(training.uri, "pretrain"), training.steps[-1], model)
         checkpoint.publish_checkpoint(
             uri, record, model, vocabulary=corpus.vocabulary.hash, tokens=corpus.token_settings,
             objective=config.objective, counts={"steps": training.steps[-1]}, untrained=pretrain.untrained(config, Pretraining(config, corpus)),
+            start_VD=start_tokens(whole, corpus),
         )  # fmt: skip
     return uri

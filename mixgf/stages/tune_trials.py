@@ -35,16 +35,15 @@ from mixgf.config.tuning import Tune
 from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
-from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
-from mixgf.execution import Executor, Task
-from mixgf.stages import pretrain
+from mixgf.execution import Executor, LocalExecutor, Task
+from mixgf.stages import pretrain, pretrain_inputs
 from mixgf.storage import artifacts, files, tables
 from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints
 from mixgf.training.held_out_loss import HeldOutLoss
-from mixgf.training.pretraining import Pretraining
+from mixgf.training.pretraining import Pretraining, blank_model
 from mixgf.training.worker_group import LocalContext
 from mixgf.tuning import evaluate, held_out, search_space
 from mixgf.tuning.held_out import HeldOut, Tasks
@@ -198,6 +197,7 @@ def _advance(sweep: Sweep, training: Training, rung: int) -> None:
         uri, steps = files.join(training.uri, "pretrain"), training.steps
         whole = replace(config, train=replace(config.train, patience=0))  # every rung is reached
         try:
+            whole = with_inputs(whole, corpus, sweep.uri, worker=f"{training.arm[:12]}-{training.seed}")
             train(whole, corpus.uri, uri, identity, num_steps=steps[-1], tracked=tracked, until=steps[rung])
         except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
             files.write_json(training.failed, {"why": str(error)})
@@ -207,6 +207,11 @@ def _advance(sweep: Sweep, training: Training, rung: int) -> None:
         else:
             task = _task(training.part(rung), score_rung, training, rung, tracked, config=config)
             run_tasks(sweep.executor, [task])
+
+
+def with_inputs(config: Config, corpus: Corpus, sweep: str, *, worker: str = "") -> Config:
+    """The config of a training with gene vectors and neighbours, which all trainings of a sweep (URI) share."""
+    return pretrain_inputs.prepared(config, corpus, LocalExecutor(), folder=files.join(sweep, "inputs"), worker=worker)
 
 
 def _task(part: str, function: Any, *args: Any, config: Config) -> Task:
@@ -283,7 +288,7 @@ def _evaluated(training: Training, rung: int, tasks: Tasks, config: Config, corp
 
 def _weights(training: Training, rung: int, config: Config, corpus: Corpus) -> MaskedModel:
     """The model of a training at a rung (a number)."""
-    model = MaskedModel(config.model, corpus.vocabulary.size)
+    model = blank_model(config, corpus.vocabulary.size)
     checkpoints.load_step_weights(files.join(training.uri, "pretrain"), training.steps[rung], model)
     return model
 
@@ -292,7 +297,8 @@ def _held_out_loss(training: Training, rung: int, config: Config, corpus: Corpus
     """The losses at a rung on the cells that are never trained on, as rows of scores."""
     context = LocalContext(pick_device(config.compute.gpus_per_worker))
     model = _weights(training, rung, config, corpus).to(context.device).eval()
-    figures = HeldOutLoss(Pretraining(config, corpus))(model, context)
+    whole = with_inputs(config, corpus, training.uri.rsplit("/", 2)[0])
+    figures = HeldOutLoss(Pretraining(whole, corpus))(model, context)
     rows = [("all", "", "", evaluate.TRAINING, name, value) for name, value in figures.items()]
     return pd.DataFrame(rows, columns=evaluate.COLUMNS)
 

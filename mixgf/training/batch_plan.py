@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mixgf import rng
 from mixgf.errors import UserError
 
 I64 = npt.NDArray[np.int64]
@@ -26,6 +27,7 @@ I64 = npt.NDArray[np.int64]
 WINDOW_SHARDS = 6
 GROUP_BATCHES = 50
 """Number of batches whose cells are sorted by length together."""
+_DATA_SET = 0x44534554
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class BatchPlan:
         batch_cells: cells of a global batch; the last batch of an epoch may be smaller.
         species_mix: share of an epoch by species code; empty = every cell once. An epoch always has N visits.
         window_shards: number of shards whose cells are mixed.
+        group_batches: number of batches whose cells are sorted by length together.
     """
 
     def __init__(
@@ -65,9 +68,11 @@ class BatchPlan:
         batch_cells: int,
         species_mix: dict[int, float] | None = None,
         window_shards: int = WINDOW_SHARDS,
+        group_batches: int = GROUP_BATCHES,
     ) -> None:
         self.lengths, self.species = lengths, species
         self.seed, self.batch_cells, self.window_shards = seed, batch_cells, window_shards
+        self.group_batches = group_batches
         self.num_cells = len(lengths)
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(shard_rows, dtype=np.int64))])
         assert self.starts[-1] == self.num_cells, (int(self.starts[-1]), self.num_cells)
@@ -120,17 +125,13 @@ class BatchPlan:
 
     def share(self, step: int, rank: int = 0, world_size: int = 1) -> WorkerShare:
         """One worker's share of a global batch, balanced by tokens: cells by length, assigned to workers in serpentine order."""
-        visits = self.batch(step)
-        order = np.argsort(-self.lengths[visits % self.num_cells], kind="stable")
-        slots = order[_worker_cells(len(visits), rank, world_size)]
-        mine = visits[slots]
-        return WorkerShare(step, step // self.steps_per_epoch, mine, mine % self.num_cells, slots, len(visits))
+        return _share(self, step, rank, world_size)
 
     def _order_epoch(self, epoch: int) -> None:
         """Order the passes (shard, repetition) of an epoch, species interleaved, and cut them into windows."""
         if epoch == self._epoch:
             return
-        rng = np.random.default_rng([self.seed, epoch, 0])
+        generator = np.random.default_rng([self.seed, epoch, 0])
         passes, sizes, kinds = [], [], []
         for shard, counts_P in enumerate(self._counts_SP):
             for repetition in range(int(self._whole_P.max()) + 1):
@@ -142,8 +143,8 @@ class BatchPlan:
                     kinds.append(int(visits_P.argmax()))
         kind, place = np.array(kinds, dtype=np.int64), np.empty(len(passes))
         for k in np.unique(kind):
-            of_kind = rng.permutation(np.flatnonzero(kind == k))
-            place[of_kind] = (np.arange(len(of_kind)) + rng.random(len(of_kind))) / len(of_kind)
+            of_kind = generator.permutation(np.flatnonzero(kind == k))
+            place[of_kind] = (np.arange(len(of_kind)) + generator.random(len(of_kind))) / len(of_kind)
         order = np.argsort(place, kind="stable")
         self._passes = [passes[i] for i in order]
         ends = np.cumsum(np.array(sizes, dtype=np.int64)[order])
@@ -167,18 +168,18 @@ class BatchPlan:
         """Visits of window `w` in order: the rest of the batch that the window before began, whole batches, a new rest."""
         if self._window is not None and self._window[:2] == (epoch, w):
             return self._window[2]
-        rng = np.random.default_rng([self.seed, epoch, 1, w])
-        visits = rng.permutation(
+        generator = np.random.default_rng([self.seed, epoch, 1, w])
+        visits = generator.permutation(
             np.concatenate([self._pass_visits(epoch, *one_pass) for one_pass in self._passes_of(w)])
         )
         b = self.batch_cells
         head = min(int(-self._bounds[w]) % b, len(visits))
         num_batches = (len(visits) - head) // b
         body = visits[head : head + num_batches * b]
-        for start in range(0, len(body), GROUP_BATCHES * b):
-            group = body[start : start + GROUP_BATCHES * b]
+        for start in range(0, len(body), self.group_batches * b):
+            group = body[start : start + self.group_batches * b]
             body[start : start + len(group)] = group[np.argsort(self.lengths[group % self.num_cells], kind="stable")]
-        body = body.reshape(num_batches, b)[rng.permutation(num_batches)].reshape(-1)
+        body = body.reshape(num_batches, b)[generator.permutation(num_batches)].reshape(-1)
         ordered = np.concatenate([visits[:head], body, visits[head + num_batches * b :]])
         self._window = (epoch, w, ordered)
         return ordered
@@ -190,9 +191,82 @@ class BatchPlan:
         keep = repetition < self._whole_P[codes]
         for p in np.flatnonzero((self._whole_P == repetition) & (self._extra_SP[shard] > 0)):
             of_kind = np.flatnonzero(codes == p)
-            rng = np.random.default_rng([self.seed, epoch, 2, shard, int(p)])
-            keep[rng.choice(of_kind, int(self._extra_SP[shard][p]), replace=False)] = True
+            generator = np.random.default_rng([self.seed, epoch, 2, shard, int(p)])
+            keep[generator.choice(of_kind, int(self._extra_SP[shard][p]), replace=False)] = True
         return (cells[keep] + repetition * self.num_cells).astype(np.int64)
+
+
+class DataSetPlan:
+    """Batches of one data set each. A step draws a data set with a chance that grows with the root of its number of cells.
+
+    The steps of a data set go through its cells epoch by epoch, as in `BatchPlan`, in batches of nearly equal size: a data set with
+    fewer cells than a batch is one batch. An epoch of the whole plan is as many steps as batches of all cells.
+
+    Args:
+        lengths: tokens per cell, (N,).
+        species: species code per cell, (N,).
+        shard_rows: cells per shard, in corpus order.
+        groups: data set of each cell, (N,).
+        seed: of the order.
+        batch_cells: most cells of a batch.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int32],
+        species: npt.NDArray[np.int8],
+        shard_rows: I64 | list[int],
+        groups: npt.NDArray[np.int32],
+        *,
+        seed: int,
+        batch_cells: int,
+    ) -> None:
+        self.lengths, self.num_cells, self.seed, self.batch_cells = lengths, len(lengths), seed, batch_cells
+        starts = np.concatenate([[0], np.cumsum(np.asarray(shard_rows, dtype=np.int64))])
+        self._cells = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+        self._plans = []
+        for g, cells in enumerate(self._cells):
+            rows, batches = np.diff(np.searchsorted(cells, starts)), -(-len(cells) // batch_cells)
+            one = BatchPlan(
+                lengths[cells], species[cells], rows[rows > 0], seed=int(rng.hashed(seed, g) >> np.uint64(33)),
+                batch_cells=-(-len(cells) // batches), group_batches=1,
+            )  # fmt: skip
+            self._plans.append(one)
+        roots = np.sqrt([len(cells) for cells in self._cells])
+        self._edges = np.cumsum(roots / roots.sum())[:-1]
+        self._drawn: I64 = np.empty(0, dtype=np.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps of one epoch."""
+        return -(-self.num_cells // self.batch_cells)
+
+    def data_set(self, step: int) -> tuple[int, int]:
+        """Number of the data set of a step, and how many earlier steps had the same."""
+        if step >= len(self._drawn):
+            draws = rng.uniform(np.arange(max(1024, 2 * (step + 1))), after=rng.hashed(self.seed, _DATA_SET))
+            self._drawn = np.searchsorted(self._edges, draws, side="right")
+        chosen = int(self._drawn[step])
+        return chosen, int((self._drawn[:step] == chosen).sum())
+
+    def batch(self, step: int) -> I64:
+        """Visits of the global batch of a step, (B,)."""
+        chosen, before = self.data_set(step)
+        plan = self._plans[chosen]
+        repetition = before // plan.steps_per_epoch  # all of an epoch of the data set have one
+        return self._cells[chosen][plan.batch(before) % plan.num_cells] + repetition * self.num_cells
+
+    def share(self, step: int, rank: int = 0, world_size: int = 1) -> WorkerShare:
+        """One worker's share of a global batch, as of `BatchPlan.share`."""
+        return _share(self, step, rank, world_size)
+
+
+def _share(plan: BatchPlan | DataSetPlan, step: int, rank: int, world_size: int) -> WorkerShare:
+    visits = plan.batch(step)
+    order = np.argsort(-plan.lengths[visits % plan.num_cells], kind="stable")
+    slots = order[_worker_cells(len(visits), rank, world_size)]
+    mine = visits[slots]
+    return WorkerShare(step, step // plan.steps_per_epoch, mine, mine % plan.num_cells, slots, len(visits))
 
 
 @functools.cache

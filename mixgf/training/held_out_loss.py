@@ -37,12 +37,13 @@ class HeldOutLoss:
 
     | figure | what it is |
     |---|---|
-    | heldout_mlm | mean of -log P(true gene) over masked genes, without dropout |
+    | heldout_mlm | mean of -log P(true gene) over masked genes, without dropout; only where genes are predicted |
     | heldout_contrast | SimCSE loss of two views, mean over batches; only with a contrastive loss |
     | heldout_contrast_accuracy | share of cells whose nearest vector in the batch is their other view |
     | heldout_loss | both losses, weighted as in training; other terms are left out |
 
-    Cells are evaluated in batches of `train.batch_cells`, each by one worker. Chance of the accuracy is 1 / (2 B - 1).
+    Cells are evaluated in batches of `train.batch_cells`, each by one worker; where neighbours are contrasted, a batch is of one
+    data set. The temperature is `objective.temperature`. Chance of the accuracy is 1 / (2 B - 1).
 
     Args:
         task: The training; its masks, views and weights of losses are used.
@@ -54,7 +55,9 @@ class HeldOutLoss:
         order = np.argsort(rng.uniform(cells, after=rng.of_numbers(*_KEY)), kind="stable")
         chosen = cells[order[:MOST_CELLS]]
         self.task, size = task, task.config.train.batch_cells
-        self.batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        groups = np.zeros(len(chosen), np.int32) if task.neighbours is None else task.neighbours.groups_C[chosen]
+        parts = [chosen[groups == group] for group in np.unique(groups)]
+        self.batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
     @torch.no_grad()
     def __call__(self, model: MaskedModel, context: Context) -> dict[str, float]:
@@ -67,8 +70,10 @@ class HeldOutLoss:
         context.all_reduce(on_device)  # every other worker's row is zeros, so the sum is exact
         rows_R4 = on_device.cpu()
         cells_R = torch.tensor([len(batch) for batch in self.batches], dtype=torch.float64)
-        mlm = (rows_R4[:, 0].sum() / rows_R4[:, 1].sum().clamp(min=1)).item()
-        figures = {METRIC: objective.mlm_weight * mlm, "heldout_mlm": mlm}
+        figures = {METRIC: 0.0}
+        if self.task.masks:
+            mlm = (rows_R4[:, 0].sum() / rows_R4[:, 1].sum().clamp(min=1)).item()
+            figures = {METRIC: objective.mlm_weight * mlm, "heldout_mlm": mlm}
         if objective.contrast_weight > 0:
             contrast, accuracy = ((rows_R4[:, k] * cells_R).sum().item() / cells_R.sum().item() for k in (2, 3))
             figures[METRIC] += objective.contrast_weight * contrast
@@ -78,6 +83,8 @@ class HeldOutLoss:
     def _masked_genes(self, model: MaskedModel, batch: int, context: Context) -> tuple[float, float]:
         """Sum of -log P(true gene) over the masked genes of a batch, and their number."""
         total, number = 0.0, 0
+        if not self.task.masks:
+            return total, float(number)
         for micro in self.task.evaluation_batches(self.batches[batch], self.task.views[:1], _KEY):
             if self.task.is_empty(micro):
                 continue
@@ -95,8 +102,9 @@ class HeldOutLoss:
         views = []
         for micro in self.task.evaluation_batches(self.batches[batch], self.task.views[:2], _KEY):
             there = micro.to(context.device)
-            views.append(self.task.vectors(self.task.hidden(model, there), there))
-        a_BD, b_BD = torch.cat(views, dim=1)
+            h = self.task.hidden(model, there) if self.task.reads_layers else None
+            views.append(self.task.vectors(model, h, there))
+        a_BD, b_BD = self.task.centred(*torch.cat(views, dim=1))
         loss = simcse_loss(a_BD, b_BD, self.task.objective.temperature).item()
         return loss, contrast_accuracy(a_BD, b_BD)
 

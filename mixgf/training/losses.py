@@ -33,7 +33,7 @@ def masked_gene_loss(summed: Tensor, num_masked: Tensor) -> Tensor:
     return summed / num_masked
 
 
-def simcse_loss(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
+def simcse_loss(a_BD: Tensor, b_BD: Tensor, temperature: float | Tensor) -> Tensor:
     """Paper eq. 3, as the mean over the 2B vectors of two views (NT-Xent).
 
     Similarity is the cosine over `temperature`. The positive of a vector is the other view of its cell; the negatives are

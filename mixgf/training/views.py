@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mixgf import rng
-from mixgf.corpus.packed import Packed, keep_tokens
+from mixgf.corpus.packed import Packed, keep_tokens, token_positions
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import MASK, NUM_SPECIALS, Vocabulary
 from mixgf.jit import jit
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-_SELECT, _ACTION, _GENE, _SUBSAMPLE, _TARGET = range(5)  # streams of random draws
+_SELECT, _ACTION, _GENE, _SUBSAMPLE, _TARGET, _SIDE = range(6)  # streams of random draws
 
 
 class ReplacementGenes(NamedTuple):
@@ -152,6 +152,24 @@ def subsample_genes(sentences: Packed, visits_B: I64, fraction: float, key: tupl
     keep = rng.chance(rng.of_places(rng.hashed(*key, visits_B), offsets), _SUBSAMPLE, fraction)
     keep[offsets[:-1][np.diff(offsets) > 0]] = True
     return keep_tokens(sentences, keep | ((tokens_T < NUM_SPECIALS) & (tokens_T != MASK)))
+
+
+def gene_sides(vocab_size: int, key: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """A side for every token id, drawn by a fair coin: bool (V,)."""
+    return rng.uniform(np.arange(vocab_size), after=rng.of_numbers(*key, _SIDE)) < 0.5
+
+
+def genes_of_side(sentences: Packed, side_V: npt.NDArray[np.bool_]) -> tuple[Packed, I64]:
+    """Sentences with the genes of one side only, and the positions of these in the whole sentences.
+
+    Special tokens stay. A sentence without a gene of the side keeps its first token.
+    """
+    tokens_T, offsets = sentences
+    keep_T = side_V[tokens_T] | (tokens_T < NUM_SPECIALS)
+    kept = np.concatenate([[0], np.cumsum(keep_T)])
+    empty = (np.diff(kept[offsets]) == 0) & (np.diff(offsets) > 0)
+    keep_T[offsets[:-1][empty]] = True
+    return keep_tokens(sentences, keep_T), token_positions(offsets)[keep_T]
 
 
 class Translator:

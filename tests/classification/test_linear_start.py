@@ -6,6 +6,7 @@ import torch
 from scipy import sparse, special
 
 from mixgf.classification import linear_start
+from mixgf.encoder.bert import rank_weight
 
 N, V = 90, 40
 
@@ -30,9 +31,7 @@ def test_rows_have_length_one_and_fall_with_the_logarithm_of_the_rank() -> None:
     np.testing.assert_allclose(rows, [[0, second, 0, 2, 0] / np.hypot(2, second), [0, 0, 1, 0, 0], [0] * 5])
     long = linear_start.gene_rows(np.arange(300, dtype=np.int32), np.array([0, 300]), 300).toarray()[0]
     assert long[256] / long[0] == pytest.approx(0.5)
-    np.testing.assert_allclose(
-        linear_start.rank_weight(torch.arange(300)), linear_start.rank_weight(np.arange(300)), rtol=1e-6
-    )
+    np.testing.assert_allclose(rank_weight(torch.arange(300)), rank_weight(np.arange(300)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("genes", [False, True])

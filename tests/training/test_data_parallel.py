@@ -6,6 +6,7 @@ is its own worker group: `PYTHONPATH=tests python tests/training/test_data_paral
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,12 +15,16 @@ from forks import fork_workers, run_script
 
 from mixgf.config import training
 from mixgf.config.data import Tokens
-from mixgf.config.run import Config
+from mixgf.config.run import Config, Inputs
+from mixgf.corpus.reader import Corpus
+from mixgf.execution import LocalExecutor
+from mixgf.stages import pretrain_inputs
 
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=48, max_positions=40, dropout=0.1)
 STEPS = 3
 WORKERS = (1, 2, 3)
 ALL = {"simcsepp_weight": 0.1}
+NEIGHBOURS = {"view": "neighbour", "pooling": "ranked", "mlm_weight": 0.0, "learn_temperature": True, "projection": 16}
 CASES = {
     "one micro batch": (ALL, {}),
     "several micro batches": (ALL, {"micro_tokens": 60}),
@@ -30,6 +35,10 @@ CASES = {
     "almost no masked genes": ({"contrast_weight": 0.0, "mlm_fraction": 0.02}, {"micro_tokens": 20, "batch_cells": 2}),
     "first position": ({"pooling": "first"}, {"micro_tokens": 60}),
     "contrast only": ({"mlm_weight": 0.0}, {"micro_tokens": 60}),
+    "neighbours": (NEIGHBOURS, {}),
+    "neighbours, several micro batches": (NEIGHBOURS, {"micro_tokens": 60}),
+    "neighbours, a cell for some workers": (NEIGHBOURS, {"batch_cells": 4}),
+    "neighbours and layers": (NEIGHBOURS | {"mlm_weight": 0.5}, {"micro_tokens": 150}),
     "frozen layers": ({}, {"micro_tokens": 60}),
     "adapters": ({}, {"batch_cells": 2}),
 }
@@ -41,7 +50,8 @@ def gradients(make_corpus, tmp_path_factory):
     """By case, way and number of workers: the gradient of each step, (STEPS, parameters)."""
     folder = str(tmp_path_factory.mktemp("gradients"))
     corpus = make_corpus(np.random.default_rng(0).integers(5, 30, 23), np.arange(23) % 2, [9, 14])
-    run_script(__file__, {"corpus": corpus, "folder": folder})
+    neighbours = pretrain_inputs.make_neighbours(Config(output=folder), Corpus(corpus), LocalExecutor())
+    run_script(__file__, {"corpus": corpus, "folder": folder, "neighbours": neighbours})
     return {n: dict(np.load(f"{folder}/{n}.npz")) for n in ("alone", *WORKERS)}
 
 
@@ -155,20 +165,23 @@ def model_and_task(spec, case):
     import torch.nn.functional as F
 
     from mixgf.classification.finetune import Classifier
-    from mixgf.corpus.reader import Corpus
     from mixgf.encoder import lora
     from mixgf.encoder.batch import pack_batch
     from mixgf.encoder.bert import Encoder, MaskedModel
     from mixgf.training import loop
-    from mixgf.training.pretraining import Pretraining
+    from mixgf.training.pretraining import Pretraining, blank_model
 
     objective, train = CASES[case]
+    row = replace(ROW, residual=case == "neighbours and layers")
+    inputs = Inputs(neighbours=spec["neighbours"]) if objective.get("view") == "neighbour" else Inputs()
     config = Config(
-        model=ROW, tokens=Tokens(max_len=40), objective=training.Objective(**objective),
+        model=row, inputs=inputs, tokens=Tokens(max_len=40), objective=training.Objective(**objective),
         train=training.Train(**({"batch_cells": 10, "micro_tokens": 10_000} | train)),
     )  # fmt: skip
     corpus = Corpus(spec["corpus"])
     pretraining = Pretraining(config, corpus)
+    if inputs.neighbours:
+        return blank_model(config, corpus.vocabulary.size), pretraining
     if case not in ("frozen layers", "adapters"):
         return MaskedModel(ROW, corpus.vocabulary.size, seed=1), pretraining
     model = Classifier(Encoder(ROW, corpus.vocabulary.size), 2, pooling="mean", cls=False, seed=0)

@@ -15,6 +15,8 @@ from mixgf.config.fields import names
 from mixgf.config.run import Config
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
+from mixgf.execution import LocalExecutor
+from mixgf.stages import pretrain_inputs
 from mixgf.training.loop import fit
 from mixgf.training.pretraining import Pretraining, initial_model
 from mixgf.training.worker_group import LocalContext
@@ -33,12 +35,17 @@ ARMS = {
     "model.attention_dropout": (0.3, {}),
     "model.norm_eps": (0.1, {}),
     "model.init_sd": (0.1, {}),
+    "model.start": ("svd", {}),
+    "model.residual": (True, {"objective.pooling": "ranked"}),
     "objective.mlm_weight": (0.5, {}),
     "objective.mlm_fraction": (0.3, {}),
     "objective.contrast_weight": (0.1, {}),
     "objective.view": ("mask", {}),
     "objective.subsample_fraction": (0.5, {"objective.view": "subsample"}),
+    "objective.neighbours": (1, {"objective.view": "neighbour"}),
     "objective.temperature": (0.2, {}),
+    "objective.learn_temperature": (True, {}),
+    "objective.projection": (12, {}),
     "objective.pooling": ("first", {}),
     "objective.simcsepp_weight": (0.1, {}),
     "objective.simcsepp_temperature": (1.0, {"objective.simcsepp_weight": 0.1}),
@@ -67,9 +74,16 @@ def corpus(make_corpus):
     return uri, Corpus(uri, max_len=24)
 
 
+@pytest.fixture(scope="module")
+def large_corpus(make_corpus):
+    """Enough cells of a species in a shard for two neighbours."""
+    return make_corpus(np.random.default_rng(0).integers(8, 24, 170), np.arange(170) % 2, [170])
+
+
 def losses(config, uri):
     """The losses of the first steps: (step, name) to value."""
     corpus = Corpus(uri, max_len=config.model.max_positions)
+    config = pretrain_inputs.prepared(config, corpus, LocalExecutor(), folder=f"{uri}-inputs")
     rows = fit(initial_model(config, corpus), Pretraining(config, corpus), config.train, LocalContext(), until=STEPS)
     found = {(step, name): value for step, _, name, value in rows if name in LOSSES}
     assert np.isfinite(list(found.values())).all()
@@ -92,8 +106,8 @@ def test_every_field_that_an_arm_may_change_has_a_case():
 
 
 @pytest.mark.parametrize("field", ARMS)
-def test_a_changed_field_changes_the_losses(corpus, field):
-    uri, _ = corpus
+def test_a_changed_field_changes_the_losses(corpus, large_corpus, field):
+    uri = large_corpus if field == "objective.neighbours" else corpus[0]
     value, needed = ARMS[field]
     config = base(uri, needed)
     arm = search_space.make(config, {field: value})

@@ -95,14 +95,23 @@ def loss_ends(history: pd.DataFrame, name: str) -> tuple[float, float]:
     return float(values.head(n).mean()), float(values.tail(n).mean())
 
 
+def _start(record: Record) -> str:
+    """What the weights were before the training."""
+    if "start" in record.parents:
+        return "another checkpoint"
+    vectors = {"svd": "singular vectors of the corpus", "table": "a table of gene vectors"}
+    return vectors.get(record.details.get("model", {}).get("start", ""), "random weights")
+
+
 def _trained(record: Record, history: pd.DataFrame) -> str:
     model, objective = record.details.get("model", {}), record.details.get("objective", {})
     steps, epochs = int(record.counts.get("steps", history["step"].max())), int(history["epoch"].max())
     text = (f"An encoder of {model.get('num_layers', '?')} layers, width {model.get('dim', '?')} and "
-            f"{model.get('num_heads', '?')} heads was trained from {'another checkpoint' if 'start' in record.parents else 'random weights'} "
+            f"{model.get('num_heads', '?')} heads was trained from {_start(record)} "
             f"for {wording.plural(steps, 'step')}")  # fmt: skip
     text += f" (epoch {epochs + 1})" if epochs >= 0 else ""
-    terms = [f"{objective.get('mlm_weight', 1):g} × masked genes"]
+    weight = objective.get("mlm_weight", 1)
+    terms = [f"{weight:g} × masked genes"] if weight else []
     if objective.get("contrast_weight", 0):
         terms.append(f"{objective['contrast_weight']:g} × SimCSE contrast ({objective.get('view', 'dropout')} views)")
     if objective.get("ortholog_weight", 0):
