@@ -53,7 +53,6 @@ from mixgf.classification.simple_classifiers import (
 from mixgf.config import parse, recipes
 from mixgf.config.data import QC, Source, SpeciesRow, Vocab
 from mixgf.config.run import Compute, Config, Tracking
-from mixgf.config.training import Model, Objective
 from mixgf.corpus import raw_counts
 from mixgf.corpus.packed import Packed, keep_tokens
 from mixgf.corpus.reader import Corpus
@@ -95,7 +94,7 @@ def base_config(folder: Path, names: tuple[str, ...], data: str, *, reuse: str =
     """The config of a run on some files."""
     sources = tuple(Source(uri=str(Path(data) / f"{n}.h5ad"), species=species_of(n), name=n) for n in names)
     return replace(
-        recipes.laptop(), output=str(folder), sources=sources, qc=QC(doublets="off"),
+        recipes.neighbours(), output=str(folder), sources=sources, qc=QC(doublets="off"),
         vocab=Vocab(sharing="ortholog", reuse=reuse), tracking=Tracking(uri="off"), compute=Compute(num_workers=1),
     )  # fmt: skip
 
@@ -112,18 +111,11 @@ def prepared(output: Path, data: str) -> dict[str, str]:
 
 
 def neighbour_config(corpus: str, output: Path, *, steps: int, seed: int) -> Config:
-    """Recipe N."""
-    base = recipes.laptop()
-    train = replace(
-        base.train, epochs=1000, max_steps=steps, batch_cells=256, micro_tokens=2_000_000, lr=1e-3, warmup_steps=20,
-        log_steps=50, checkpoint_steps=250,
-    )  # fmt: skip
+    """Recipe N: the recipe `neighbours`."""
+    base = recipes.neighbours()
     return replace(
         base, output=str(output), seed=seed, inputs=replace(base.inputs, corpus=corpus),
-        vocab=replace(base.vocab, sharing="ortholog"),
-        model=Model(num_layers=0, dim=128, num_heads=4, ffn_dim=256, max_positions=2048, start="svd"),
-        objective=Objective(mlm_weight=0.0, view="neighbour", pooling="ranked", temperature=0.1),
-        train=train, tracking=Tracking(uri="off"), compute=Compute(num_workers=1),
+        train=replace(base.train, epochs=1000, max_steps=steps), tracking=Tracking(uri="off"), compute=Compute(num_workers=1),
     )  # fmt: skip
 
 

@@ -125,13 +125,18 @@ def _load_checkpoint(uri: str, record: artifacts.Record, device: torch.device, g
         rows = [parse.from_dict(SpeciesRow, row) for row in config.get("species", [])]
         return CellEncoder(
             model, found, parse.from_dict(Tokens, record.details["tokens"]), rows or [HUMAN, MOUSE], uri=uri,
-            orthologs=config.get("vocab", {}).get("orthologs"),
+            orthologs=config.get("vocab", {}).get("orthologs"), pooling=_pooling_of(record),
         )  # fmt: skip
     if given:
         msg = f"vocabulary = {given!r}: not the one that {uri} was trained on ({wanted[:12]}); name that one"
         raise UserError(msg)
     msg = f"{uri}: its vocabulary is not beside it (in {' or '.join(places)}); pass vocabulary=URI of its vocabulary.parquet"
     raise UserError(msg)
+
+
+def _pooling_of(record: artifacts.Record) -> str:
+    """`ranked` for a model that was trained on such vectors; `mean` for others, as in `embed.pooling`."""
+    return "ranked" if (record.details.get("objective") or {}).get("pooling") == "ranked" else "mean"
 
 
 def _load_huggingface(
@@ -268,13 +273,15 @@ class CellEncoder:
         species: Names of the species that it reads.
         width: Numbers in a cell's vector.
         uri: Where it was loaded from.
+        pooling: The cell vector that it was trained for: `ranked`, or `mean`.
     """
 
     def __init__(
         self, model: bert.Encoder, vocabulary: Vocabulary, tokens: Tokens, rows: Sequence[SpeciesRow], *, uri: str = "",
-        orthologs: Sequence[str] | None = None,
+        orthologs: Sequence[str] | None = None, pooling: str = "mean",
     ) -> None:  # fmt: skip
         self.model, self.vocabulary, self.tokens, self.uri = model, vocabulary, tokens, uri
+        self.pooling = pooling
         self._rows = tuple(row for row in rows if row.name in vocabulary.species)
         self.species, self.width = tuple(vocabulary.species), model.sizes.dim
         self._orthologs = Vocab().orthologs if orthologs is None else tuple(orthologs)
@@ -316,7 +323,7 @@ class CellEncoder:
         layer: str = "X",
         genes: str = "",
         species: str = "",
-        pooling: str = "mean",
+        pooling: str = "",
         hidden_layer: LayerChoice = -1,
         inplace: bool = False,
         copy: bool = False,
@@ -334,7 +341,7 @@ class CellEncoder:
             genes: Column of var with Ensembl ids or symbols; empty = `ensembl_id` or `gene_ids` where there is such a
                 column, else the index.
             species: Of the cells; empty = found by the names of the genes.
-            pooling: `mean` over genes, `first` position, or `cls`.
+            pooling: `mean` over genes, `first` position, `cls`, or `ranked`; empty = `self.pooling`.
             hidden_layer: -1 = the last, -2 = the one before it; "all" = all side by side, the embedding first.
             inplace: Write `adata.obsm[key_added]` and return None.
             copy: Return a copy of `adata` with `obsm[key_added]`.
@@ -357,7 +364,7 @@ class CellEncoder:
         """
         console.setup_if_silent()
         target = _target(adata, inplace=inplace, copy=copy)
-        chosen = parse.from_dict(Embed, {"pooling": pooling, "layer": hidden_layer}, "embed")
+        chosen = parse.from_dict(Embed, {"pooling": pooling or self.pooling, "layer": hidden_layer}, "embed")
         bert.require_layer(self.model.sizes, chosen.layer, "hidden_layer")
         if pooling == "cls" and not self.tokens.cls:
             msg = "pooling = 'cls': this model was trained on sentences without <cls>; use 'mean' or 'first'"

@@ -10,7 +10,7 @@ from mixgf.config.classification import SPLITS, Classify
 from mixgf.config.data import QC, Source, Tokens, Vocab
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Compute, Config
-from mixgf.config.training import Model, Objective, Train
+from mixgf.config.training import Embed, Model, Objective, Train
 from mixgf.config.tuning import Tune
 from mixgf.errors import UserError
 
@@ -197,6 +197,48 @@ def laptop() -> Config:
     )
 
 
+def neighbours() -> Config:
+    """Cell vectors without layers: vectors of genes from the corpus, trained on neighbouring cells. Needs sources.
+
+    20,000 cells take some minutes of one core. Orthologs share one token id. Without layers no gene has a context, so the
+    encoder is for vectors of cells and labels, not for `perturb` or fine-tuning.
+    """
+    base = laptop()
+    return replace(
+        base,
+        recipe="neighbours",
+        output="runs/neighbours",
+        vocab=Vocab(sharing="ortholog"),
+        model=Model(num_layers=0, dim=128, num_heads=4, ffn_dim=256, max_positions=2048, start="svd"),
+        objective=Objective(mlm_weight=0.0, view="neighbour", pooling="ranked", temperature=0.1),
+        train=replace(
+            base.train,
+            epochs=50,
+            batch_cells=256,
+            warmup_steps=20,
+            micro_tokens=2_000_000,
+            checkpoint_steps=500,
+            log_steps=20,
+        ),
+        embed=Embed(pooling="ranked"),
+        classify=Classify(
+            models=(
+                *(
+                    "encoder_pca",
+                    "encoder_pca@untrained",
+                    "probe",
+                    "probe@untrained",
+                    "knn",
+                    "knn@untrained",
+                    "centroid",
+                ),
+                *("majority", "hvg_logreg", "pca_knn", "pseudobulk", "genes_vote", "genes_logreg", "genes_centroid"),
+                *("genes_ranks", "joint_pca", "pca_logreg"),
+            ),
+        ),
+    )
+
+
 def cl_ablation() -> Config:
     """A sweep over the contrastive loss: on or off, view, pooling, temperature, weight, and related settings.
 
@@ -295,6 +337,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         default,
         demo,
         laptop,
+        neighbours,
         cl_ablation,
         data_ladder,
         gpu_smoke,

@@ -35,6 +35,7 @@ from mixgf.config.tuning import Tune
 from mixgf.console import Progress
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
+from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.device import pick_device
 from mixgf.errors import UserError
 from mixgf.execution import Executor, LocalExecutor, Task

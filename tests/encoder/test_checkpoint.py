@@ -143,7 +143,7 @@ def test_a_published_model_is_loaded_whole(tmp_path):
     encoder, found = checkpoint.load_encoder(uri)
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
     assert not encoder.training
-    assert found.details["model"] == parse.to_dict(ROW)
+    assert parse.from_dict(training.Model, found.details["model"]) == ROW
     checkpoint.require_vocabulary(found, "abc", "the corpus")
     with pytest.raises(UserError, match=r"inputs.checkpoint: made with vocabulary abc, but the corpus has other"):
         checkpoint.require_vocabulary(found, "other", "the corpus")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+import mixgf as mg
 from mixgf.config import data, run, training
 from mixgf.corpus import reader
 from mixgf.encoder import checkpoint
@@ -15,7 +16,7 @@ from mixgf.encoder.bert import Encoder, cell_vectors, rank_weight, ranked_vector
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor
 from mixgf.stages import pretrain, pretrain_inputs
-from mixgf.storage import artifacts, files, tables
+from mixgf.storage import artifacts, tables
 from mixgf.training import held_out_loss, loop, neighbours, pretraining, views
 from mixgf.training.batch_plan import DataSetPlan
 from mixgf.training.loop import TaskForward, compute_gradients
@@ -401,4 +402,6 @@ def test_pretrain_makes_its_inputs_and_publishes_an_encoder_and_its_start(uri, t
     assert pretrain.run(chosen, executor=LocalExecutor()) == made  # nothing to do
     random = dataclasses.replace(chosen, model=ROW)
     assert pretrain.planned(random, reader.Corpus(uri)).fingerprint != record.fingerprint
-    assert files.exists(f"{made}/record.json")
+    assert mg.load(made, vocabulary=uri).pooling == "ranked"
+    plain = dataclasses.replace(random, output=f"{tmp_path}/plain", objective=training.Objective(contrast_weight=0.0))
+    assert mg.load(pretrain.run(plain, executor=LocalExecutor()), vocabulary=uri).pooling == "mean"
