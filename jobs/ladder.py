@@ -29,7 +29,7 @@ import argparse
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -82,7 +82,8 @@ SPECIES = (
 MOST_CELLS = 2000
 SPLITS = 3
 UNKNOWN = ("", "unknown", "nan", "None")
-HEADS = ("5-NN", "centroid", "probe")
+BASELINES = "baselines"
+"""Name of the methods that read no encoder."""
 
 
 def species_of(name: str) -> str:
@@ -224,7 +225,7 @@ class World:
     @property
     def rungs(self) -> list[str]:
         """Names of all encoders."""
-        return ["random", "start", *self.models]
+        return [BASELINES, "random", "start", *self.models]
 
 
 @dataclass(frozen=True)
@@ -240,11 +241,6 @@ class Task:
     test: np.ndarray
     panel: int = 0
     """Number of genes; 0 = all."""
-
-    @property
-    def key(self) -> str:
-        """Names the task in rows.jsonl."""
-        return f"{self.regime}|{self.name}|{self.split}"
 
 
 def tasks(world: World) -> Iterator[Task]:
@@ -285,7 +281,7 @@ def tasks(world: World) -> Iterator[Task]:
                     sides = [np.concatenate([world.cells(n) for n in side]) for side in (one, two)]
                     counts = [pd.Series(world.labels[side]).value_counts() for side in sides]
                     types = [t for t in counts[0].index if counts[0][t] >= 10 and counts[1].get(t, 0) >= 10]
-                    chosen = [rng.permutation(s[np.isin(world.labels[s], types)])[:MOST_CELLS] for s in sides]
+                    chosen = [rng.permutation(s[np.isin(world.labels[s], types)])[: MOST_CELLS // 2] for s in sides]
                     half = "select" if two[0] in SELECT else "confirm"
                     yield Task(regime, f"{one[0]} > {two[0]}", half, split, (*one, *two), chosen[0], chosen[1])
 
@@ -309,8 +305,8 @@ def heads(values: np.ndarray, num_train: int, labels: np.ndarray, classes: int) 
     return {name: head(test).argmax(1) for name, head in made.items()}
 
 
-def score(world: World, task: Task) -> dict[str, float]:
-    """Macro F1 of every method in a task."""
+def score(world: World, task: Task, wanted: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Macro F1 of every method in a task, by rung; `BASELINES` is a rung, too."""
     cells = np.concatenate([task.train, task.test])
     num = len(task.train)
     types, ids = np.unique(world.labels[cells], return_inverse=True)
@@ -325,64 +321,60 @@ def score(world: World, task: Task) -> dict[str, float]:
     expression = centred(logged[:, genes].toarray(), groups)
     components = principal_components(expression.astype(np.float32), 0)[:, : max(1, len(cells) - 1)]
     pca = expression @ components
-    found: dict[str, float] = {}
-
-    def add(name: str, said: np.ndarray) -> None:
-        scored = np.unique(ids[num:])
-        found[name] = float(f1_score(ids[num:], said, average="macro", labels=scored, zero_division=0))
-
-    def add_heads(name: str, values: np.ndarray) -> None:
-        for head, said in heads(values, num, labels, len(types)).items():
-            add(f"{name} {head}", said)
-
-    add_heads("PCA", pca)
-    rows = unit(expression)
-    add("genes centroid", nearest_centroid(rows[:num], labels, len(types))(rows[num:]).argmax(1))
-    if num <= 400:
-        regression = logistic_regression(rows[:num], labels, len(types), strength=STRENGTH, balanced=True)
-        add("genes regression", regression(rows[num:]).argmax(1))
     source = Panel(world.corpus, tokens) if task.panel else world.corpus
-    if num <= 400:
-        ranks = linear_start.gene_rows(*source.tokens(cells), world.corpus.vocabulary.size)
-        start = linear_start.fit_best(np.zeros((num, 0)), ranks[:num], labels, len(types), seed=0, shares=(1.0,))
-        add("genes_ranks", np.asarray(ranks[num:] @ start.genes_CV.T + start.bias_C).argmax(1))
-    other = {"select": "confirm", "confirm": "select"}[task.half]
-    for rung in world.rungs:
-        for part, word in ((other, "unseen"), ("all", "seen")):
+
+    def f1(said: np.ndarray) -> float:
+        return float(f1_score(ids[num:], said, average="macro", labels=np.unique(ids[num:]), zero_division=0))
+
+    def scores(name: str, values: np.ndarray) -> dict[str, float]:
+        return {f"{name} {head}": f1(said) for head, said in heads(values, num, labels, len(types)).items()}
+
+    found: dict[str, dict[str, float]] = {}
+    for rung in wanted:
+        if rung == BASELINES:
+            rows = unit(expression)
+            ranks = linear_start.gene_rows(*source.tokens(cells), world.corpus.vocabulary.size)
+            start = linear_start.fit_best(np.zeros((num, 0)), ranks[:num], labels, len(types), seed=0, shares=(1.0,))
+            regression = logistic_regression(rows[:num], labels, len(types), strength=STRENGTH, balanced=True)
+            found[rung] = scores("PCA", pca) | {
+                "genes centroid": f1(nearest_centroid(rows[:num], labels, len(types))(rows[num:]).argmax(1)),
+                "genes regression": f1(regression(rows[num:]).argmax(1)),
+                "genes_ranks": f1(np.asarray(ranks[num:] @ start.genes_CV.T + start.bias_C).argmax(1)),
+            }
+            continue
+        found[rung] = {}
+        for part, word in (({"select": "confirm", "confirm": "select"}[task.half], "unseen"), ("all", "seen")):
             if rung == "random" and word == "seen":
                 continue
-            vectors = (
-                embed_cells(world.encoder(rung, part), source, cells, "ranked")
-                if task.panel
-                else world.vectors(rung, part)[cells]
-            )
+            whole = None if task.panel else world.vectors(rung, part)[cells]
+            vectors = embed_cells(world.encoder(rung, part), source, cells, "ranked") if whole is None else whole
             vectors = centred(vectors, groups)
-            add_heads(f"{rung} {word}", vectors)
             sides = [v / max(np.sqrt((v**2).sum(1).mean()), 1e-9) for v in (vectors, pca)]
-            add_heads(f"{rung}+PCA {word}", np.hstack(sides))
+            name = rung.split("/")[0]
+            found[rung] |= scores(f"{name} {word}", vectors) | scores(f"{name}+PCA {word}", np.hstack(sides))
     return found
 
 
 def measured(world: World, output: Path, only: str) -> pd.DataFrame:
-    """Scores of all tasks: regime, name, half, method, score (mean over splits)."""
+    """Scores of all tasks: regime, name, half, split, rung, method, score."""
     log = output / "rows.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    have = {row["key"] for row in done}
+    have = {(row["regime"], row["name"], row["split"], row["rung"]) for row in done}
     with log.open("a") as file:
         for task in tasks(world):
-            if only in task.regime and task.key not in have and len(np.unique(world.labels[task.test])) > 1:
-                row = {"key": task.key, "half": task.half, "scores": score(world, task)}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                done.append(row)
-    rows = []
-    for row in done:
-        regime, name, split = row["key"].split("|")
-        for method, value in row["scores"].items():
-            plain = method.split("/")[0] + method[method.find("/") + 2 :] if "/" in method else method
-            rows.append((regime, name, row["half"], split, plain, value))
-    frame = pd.DataFrame(rows, columns=["regime", "name", "half", "split", "method", "score"])
-    return frame[frame["regime"].str.contains(only, regex=False)]
+            wanted = [r for r in world.rungs if (task.regime, task.name, task.split, r) not in have]
+            if only not in task.regime or not wanted or len(np.unique(world.labels[task.test])) < 2:
+                continue
+            about = {"regime": task.regime, "name": task.name, "half": task.half, "split": task.split}
+            for rung, values in score(world, task, wanted).items():
+                done.append(about | {"rung": rung, "scores": values})
+                file.write(json.dumps(done[-1]) + "\n")
+            file.flush()
+    rows = [
+        (*(row[name] for name in ("regime", "name", "half", "split", "rung")), method, value)
+        for row in done for method, value in row["scores"].items() if only in row["regime"]
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["regime", "name", "half", "split", "rung", "method", "score"])
 
 
 def interval(differences: np.ndarray) -> str:
@@ -425,6 +417,20 @@ def verdicts(frame: pd.DataFrame, say: Callable[[str], object]) -> None:
             )
 
 
+def print_tables(frame: pd.DataFrame, say: Callable[[str], object]) -> None:
+    """Mean scores by half, and what SELECT chooses."""
+    for half in ("select", "confirm", "all"):
+        part = frame if half == "all" else frame[frame["half"] == half]
+        table = part.groupby(["method", "regime"], sort=False)["score"].mean().unstack("regime")
+        say(f"\n{half}: macro F1, mean over data sets\n")
+        say("| method | " + " | ".join(table.columns) + " |")
+        say("|" + "---|" * (len(table.columns) + 1))
+        for method, row in table.iterrows():
+            say(f"| {method} | " + " | ".join("" if v != v else f"{v:.3f}" for v in row) + " |")  # noqa: PLR0124 (NaN)
+    say("")
+    verdicts(frame, say)
+
+
 def main(say: Callable[[str], object] = print) -> int:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -439,16 +445,7 @@ def main(say: Callable[[str], object] = print) -> int:
     corpora = prepared(args.output, args.data)
     models = checkpoints(args.output, corpora, steps=args.steps, seeds=args.seeds)
     frame = measured(World(corpora, models), args.output, args.only)
-    for half in ("select", "confirm", "all"):
-        part = frame if half == "all" else frame[frame["half"] == half]
-        table = part.groupby(["method", "regime"], sort=False)["score"].mean().unstack("regime")
-        say(f"\n{half}: macro F1, mean over data sets\n")
-        say("| method | " + " | ".join(table.columns) + " |")
-        say("|" + "---|" * (len(table.columns) + 1))
-        for method, row in table.iterrows():
-            say(f"| {method} | " + " | ".join("" if v != v else f"{v:.3f}" for v in row) + " |")  # noqa: PLR0124 (NaN)
-    say("")
-    verdicts(frame, say)
+    print_tables(frame, say)
     return 0
 
 

@@ -56,6 +56,9 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     trained = artifacts.require(weights, checkpoint.KIND)
     corpus = Corpus(source, max_len=int(trained.details["model"]["max_positions"]))
     checkpoint.require_sentences(trained, corpus)
+    if int(trained.details["model"]["num_layers"]) == 0:
+        msg = f"inputs.checkpoint = {weights!r}: an encoder without layers gives genes no context; name one with layers"
+        raise UserError(msg)
     settings = content_of(config.perturb)
     parents = {"corpus": corpus.record.fingerprint, "checkpoint": trained.fingerprint}
     record = artifacts.plan(

@@ -205,7 +205,7 @@ def _announce(config: Config, task: Pretraining, model: MaskedModel) -> dict[str
         f"pretrain: nothing is padded; padded batches would compute {facts['padding_random']:.2f} tokens per token in random "
         f"order, {facts['padding_grouped']:.2f} grouped by length"
     )
-    if not config.compute.gpus_per_worker:
+    if not config.compute.gpus_per_worker and task.reads_layers:  # without layers, memory is the bound
         cores = min(workers * config.train.threads, os.cpu_count() or 1)
         peak = cores * measure_peak(torch.device("cpu"), config.train.precision) / torch.get_num_threads()
         visits = min(task.num_steps * config.train.batch_cells, cells * config.train.epochs)

@@ -33,8 +33,9 @@ def encoder(trained: Record, corpus: Record, final: Mapping[str, float]) -> str:
     m, o = trained.details["model"], trained.details.get("objective")
     sources = ", ".join(s["name"] for s in corpus.config.get("sources", [])[:30]) or "not recorded"
     species = _species(list(corpus.details.get("species", [])))
+    masked = f"masked genes ({o['mlm_fraction']:.0%}), " if o and o["mlm_weight"] else ""
     recipe = "Imported weights." if o is None else (
-        f"Masked genes ({o['mlm_fraction']:.0%}), contrast of weight {o['contrast_weight']:g} (view {o['view']}, temperature "
+        f"Trained by {masked}contrast of weight {o['contrast_weight']:g} (view {o['view']}, temperature "
         f"{o['temperature']:g}), {trained.counts.get('steps', 0):,} steps."
     )  # fmt: skip
     figures = "\n".join(f"- {name}: {value:.4g}" for name, value in final.items()) or "- none"

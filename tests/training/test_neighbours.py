@@ -15,7 +15,7 @@ from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder, cell_vectors, rank_weight, ranked_vectors
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor
-from mixgf.stages import pretrain, pretrain_inputs
+from mixgf.stages import perturb, pretrain, pretrain_inputs
 from mixgf.storage import artifacts, tables
 from mixgf.training import held_out_loss, loop, neighbours, pretraining, views
 from mixgf.training.batch_plan import DataSetPlan
@@ -403,5 +403,7 @@ def test_pretrain_makes_its_inputs_and_publishes_an_encoder_and_its_start(uri, t
     random = dataclasses.replace(chosen, model=ROW)
     assert pretrain.planned(random, reader.Corpus(uri)).fingerprint != record.fingerprint
     assert mg.load(made, vocabulary=uri).pooling == "ranked"
+    with pytest.raises(UserError, match="an encoder without layers gives genes no context"):
+        perturb.run(chosen, executor=LocalExecutor())
     plain = dataclasses.replace(random, output=f"{tmp_path}/plain", objective=training.Objective(contrast_weight=0.0))
     assert mg.load(pretrain.run(plain, executor=LocalExecutor()), vocabulary=uri).pooling == "mean"
