@@ -54,11 +54,16 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     if not artifacts.begin(uri, record):
         say(f"pretrain: {uri} is already there")
         return uri
-    config = pretrain_inputs.prepared(config, corpus, executor)
+    with executor.session():
+        _train(pretrain_inputs.prepared(config, corpus, executor), corpus, record, uri=uri, executor=executor)
+    return uri
+
+
+def _train(config: Config, corpus: Corpus, record: artifacts.Record, *, uri: str, executor: Executor) -> None:
+    """Train the model to the end and publish it."""
     task, model = Pretraining(config, corpus), blank_model(config, corpus.vocabulary.size)
     facts = _announce(config, task, model)
     with (
-        executor.session(),
         mlflow_runs.stage(config, "pretrain", record.config, record.fingerprint) as tracked,
         watch(config, "pretrain", tracked, uri) as watched,
     ):
@@ -86,7 +91,6 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         tracked.model("encoder", packed, register=config.tracking.register)
     of_step = f" of step {step:,}" if step < last else ""
     say(f"pretrain: {done.counts['steps']:,} steps, weights{of_step} in {uri}")
-    return uri
 
 
 def trainer(executor: Executor) -> Callable[..., None]:
