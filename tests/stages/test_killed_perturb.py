@@ -29,6 +29,8 @@ from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table, write_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+FIRST = ("states-", "twin-states-", "counts-")
+"""Begin of the keys of parts that come before the genes'."""
 ROW = training.Model(num_layers=2, dim=16, num_heads=2, ffn_dim=32, max_positions=20, init_sd=0.3)
 NUM_CELLS = 40
 
@@ -90,7 +92,7 @@ class Work:
         self.leave(parts=10_000)
 
     def leave(self, *, parts, workers=1):
-        """Let it make so many parts, state embeddings not counted, as soon as there are so many workers."""
+        """Let it make so many parts, those of `FIRST` not counted, as soon as there are so many workers."""
         self.parts, new = parts, self.folder / "leave.new"
         new.write_text(json.dumps({"parts": parts, "workers": workers}))
         new.rename(self.folder / "leave")
@@ -112,8 +114,8 @@ class Work:
         return Counter(path.name.split("~")[1] for path in self.folder.glob("made~*"))
 
     def num_made(self):
-        """Parts made, state embeddings not counted."""
-        return sum(number for key, number in self.made().items() if not key.startswith("states-"))
+        """Parts made, those of `FIRST` not counted."""
+        return sum(number for key, number in self.made().items() if not key.startswith(FIRST))
 
     def built(self):
         """Process ids of the workers so far."""
@@ -158,7 +160,7 @@ def marking(folder):
 
         def __call__(self, item):
             key, waits = item[0].key, folder / f"waits~{os.getpid()}"
-            while not (key.startswith("states-") or self.allowed()):
+            while not (key.startswith(FIRST) or self.allowed()):
                 waits.touch()
                 time.sleep(0.02)
             waits.unlink(missing_ok=True)
@@ -168,7 +170,7 @@ def marking(folder):
 
         def allowed(self):
             leave = json.loads((folder / "leave").read_text())
-            made = [path for path in folder.glob("made~*") if "states-" not in path.name]
+            made = [path for path in folder.glob("made~*") if not path.name.split("~")[1].startswith(FIRST)]
             return len(made) < leave["parts"] and len(list(folder.glob("built~*"))) >= leave["workers"]
 
     return Marking
