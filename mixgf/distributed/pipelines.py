@@ -222,6 +222,7 @@ class _Read:
 
     def __call__(self) -> Iterator[pa.Table]:
         pa.set_memory_pool(pa.system_memory_pool())  # pyarrow's own one keeps about 40 MB more of what was freed
+        pa.default_memory_pool().release_unused()  # what earlier tasks of this process freed
         pipeline, task = self._task.function, self._task
         assert isinstance(pipeline, Pipeline)
         out = _Outgoing(cloudpickle.dumps((self._number, task)))

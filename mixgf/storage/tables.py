@@ -119,6 +119,8 @@ def write_batches(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
 def read_batches(uri: str) -> Iterator[pa.RecordBatch]:
     """Batches of an Arrow IPC file, one in memory at a time."""
     options = pa.ipc.IpcReadOptions(use_threads=False)
-    with open_arrow(uri) as file, pa.ipc.open_file(file, options=options) as batches:
+    # not mapped into memory: the pages that were read would count as the worker's
+    opened = pa.OSFile(str(local_path(uri))) if is_local(uri) else open_arrow(uri)
+    with opened as file, pa.ipc.open_file(file, options=options) as batches:
         for i in range(batches.num_record_batches):
             yield batches.get_batch(i)
