@@ -5,7 +5,7 @@ published algorithm, written plainly in the benchmark, and measured in turn with
 for the ratio (ends in x) or for the value.
 
 Submit: ray job submit --working-dir . -- python jobs/bench.py STAGE --json
-Inputs: none (bundled cells, or cells drawn with a seed; `doublets` reads labelled cells, see there). Outputs: standard output. Resources: two CPU cores; a GPU is used where there is one.
+Inputs: none (bundled cells, or cells drawn with a seed; `doublets`, `duplicates` and `models` read further cells, see there). Outputs: standard output. Resources: two CPU cores; a GPU is used where there is one.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Sources of 10,000 cells each are invented: no counts, but the parts that the first pass writes (metrics, hashes with 1 %
 duplicates, ten donors per source, gene columns and their sums). The real stage goes on from them: gene reports, quality
 control, duplicates, caps, vocabulary, plans of shards, index and record. It is stopped after half of the shards and started
-again. Its other tasks run in two processes, whose time is not counted. Sketches are invented, and a shard is written without
-sentences: its footer, and the lengths of its cells. Then the finished corpus is opened.
+again. Near duplicates are off: tasks look for them (`bench.py duplicates`). Its other tasks run in two processes, whose time
+is not counted. Sketches are invented, and a shard is written without sentences: its footer, and the lengths of its cells. Then
+the finished corpus is opened.
 
 From object storage (moto's server on loopback), sources have few cells and few genes, and only the restart is measured, up to its
 first shard: requests, as the server counts them, and time.
@@ -70,7 +71,7 @@ def config(folder: Path | str, num_sources: int, cells: int) -> Config:
     )
     return replace(
         recipes.get("default"), output=f"{folder}/run", sources=sources, tracking=Tracking(uri="off"),
-        qc=QC(doublets="off", max_cells_per_sample=max(1, cells // 11)),
+        qc=QC(doublets="off", near_duplicates="off", max_cells_per_sample=max(1, cells // 11)),
     )  # fmt: skip
 
 

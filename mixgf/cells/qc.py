@@ -90,7 +90,7 @@ class Samples:
 
 
 @jit
-def _splitmix64(x: np.uint64) -> np.uint64:  # the finaliser of splitmix64
+def splitmix64(x: np.uint64) -> np.uint64:  # the finaliser of splitmix64
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -110,7 +110,7 @@ def _cell_metrics(  # noqa: PLR0917 (a compiled kernel)
         a, b = np.uint64(0), np.uint64(0)
         for p in range(counts.shape[0]):
             k = key[columns[p]]
-            x = _splitmix64(k + np.uint64(counts[p]) * np.uint64(0x9E3779B97F4A7C15))
+            x = splitmix64(k + np.uint64(counts[p]) * np.uint64(0x9E3779B97F4A7C15))
             x *= np.uint64((k != 0) & (counts[p] != 0))
             a += x
             b += (x ^ (x >> np.uint64(29))) * np.uint64(0xD1B54A32D192ED03)

@@ -87,6 +87,9 @@ class QC:
     """Expected share of doublets, given to Scrublet."""
     drop_duplicates: bool = option(True)
     """Drop cells whose counts equal those of an earlier cell, in this or another source."""
+    near_duplicates: str = option("flag", choices=("flag", "drop", "off"))
+    """Cells that an earlier cell equals but for a gene filter: `flag` lists them in `near_duplicates.parquet`, `drop` drops them
+    too, `off` spares the work. A cell needs 32 detected genes to be compared."""
     max_cells_per_sample: int = option(0, least=0, unit="cells")
     """Most kept cells of each sample, drawn at random. 0: no limit."""
     min_mapped_fraction: float = option(0.5, least=0, most=1)

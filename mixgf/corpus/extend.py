@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mixgf.arrays import Ints
 from mixgf.cells import qc
 from mixgf.config.data import Source
 from mixgf.config.fields import content_of
 from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
+from mixgf.corpus import near_hashes
 from mixgf.corpus.shards import write_shard_info
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
@@ -25,8 +27,10 @@ from mixgf.storage import artifacts, files, tables
 
 
 def recorded_settings(config: Config) -> dict[str, Any]:
-    """Settings as a corpus' record holds them. `qc.doublets=off` is recorded as false, as earlier versions did."""
+    """Settings as a corpus' record holds them, as earlier versions did: `qc.doublets=off` is false, and `qc.near_duplicates=off` is left out."""
     data = to_dict(config) | {"vocab": content_of(config.vocab)}
+    if config.qc.near_duplicates == "off":
+        del data["qc"]["near_duplicates"]
     if config.qc.doublets == "off":
         data["qc"]["doublets"] = False
     return data
@@ -54,6 +58,18 @@ class BaseCorpus:
         for entry in self.record.details["shards"]:
             yield entry, lengths[start : start + entry["rows"]]
             start += entry["rows"]
+
+    def places(self, cells: Ints) -> tuple[list[str], list[int]]:
+        """Source and row in it of some cells of the corpus."""
+        starts = np.cumsum([0, *(entry["rows"] for entry in self.record.details["shards"])])
+        shard, found = np.searchsorted(starts, cells, "right") - 1, {}
+        for n in np.unique(shard).tolist():
+            uri = files.join(self.uri, "shards", self.record.details["shards"][n]["name"])
+            found[n] = tables.read_table(uri, ["source", "source_row"]).to_pydict()
+        at = (cells - starts[shard]).tolist()
+        return tuple(
+            [found[n][name][k] for n, k in zip(shard.tolist(), at, strict=True)] for name in ("source", "source_row")
+        )  # type: ignore[return-value] # two lists
 
     def hashes(self) -> qc.Hashes:
         """Hashes of the kept cells (hashes.parquet: uint64 a and b, in cell order)."""
@@ -100,8 +116,15 @@ def find_base_corpus(config: Config, sources: Sequence[Source]) -> BaseCorpus | 
     return BaseCorpus(uri, record)
 
 
-def copy_shard(work: str, number: int, older: str, *, entry: dict[str, Any], length_N: np.ndarray, to: str) -> None:
-    """Copy one shard of the corpus `older` to the folder `to`, then write its information to the work folder."""
+def copy_shard(
+    work: str, number: int, older: str, *, entry: dict[str, Any], length_N: np.ndarray, to: str, near: str
+) -> None:
+    """Copy one shard of the corpus `older` to the folder `to`, then write its information to the work folder.
+
+    Signatures of its cells go to the folder `near`, unless that is empty.
+    """
+    if near:
+        files.copy(files.join(older, near_hashes.FOLDER, entry["name"]), files.join(near, entry["name"]))
     uri = files.join(to, entry["name"])
     files.copy(files.join(older, "shards", entry["name"]), uri)
     if files.size(uri) != entry["bytes"]:

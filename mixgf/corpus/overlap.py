@@ -1,15 +1,17 @@
 """Data leakage: which cells, donors and data sets of an evaluation were in the corpus that a model was trained on.
 
-Cells are compared in two ways. First, by a hash of their counts over genes, whatever the order of columns. Imported
-corpora hold no hashes; there sentences are compared, if the vocabulary is the same. Second, by name within a data set of
-the same name, which also finds cells that were aligned again. Labels are not used.
+Cells are compared in three ways. First, by a hash of their counts over genes, whatever the order of columns. Imported
+corpora hold no hashes; there sentences are compared, if the vocabulary is the same. Second, by their highest counts
+(`cells.near_duplicates`), which also finds cells of a file from which genes were filtered. Third, by name within a data set
+of the same name, which also finds cells that were aligned again. Labels are not used.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +20,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from mixgf.arrays import Names
-from mixgf.cells import counts, qc
+from mixgf.cells import counts, near_duplicates, qc
 from mixgf.cells.open import open_reader
 from mixgf.config import checks
 from mixgf.config.data import Source, SpeciesRow
+from mixgf.corpus import near_hashes
 from mixgf.corpus.held_out import held_out_cells
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
@@ -38,7 +41,7 @@ class Overlap:
     """What an evaluation shares with a training corpus. A pair is (shared, all of the evaluation); None = unknown."""
 
     cells: tuple[int, int] | None
-    """Cells with the same counts (or sentence)."""
+    """Cells with the same counts (or sentence), or the same highest counts."""
     by: str
     """`counts`, `sentences`, or empty where cells could not be compared."""
     names: tuple[int, int] | None
@@ -47,6 +50,8 @@ class Overlap:
     """Shared values by kind of metadata (donors are compared within their data set)."""
     same: bool = False
     """Whether the evaluation is the training corpus itself."""
+    near: int | None = None
+    """Those of `cells` with the same highest counts, but other genes. None = not compared."""
     held_out: int | None = None
     """Cells that were in the pretraining corpus, but held out (`train.heldout_share`); the other counts leave these out. None = no
     cells were held out."""
@@ -60,6 +65,8 @@ class Overlap:
             shared, all_ = self.cells
             share = shared / all_ if all_ else 0.0
             said = f"{shared:,} of {all_:,} evaluation cells ({share:.1%}) were in the pretraining corpus, by {self.by}"
+            if self.near:
+                said += f" ({self.near:,} of them with other genes, by their highest counts)"
         parts = [said]
         if self.names is not None and (self.cells is None or self.names[0] > self.cells[0]):
             parts.append(f"{self.names[0]:,} by name within a data set of the same name")
@@ -71,8 +78,9 @@ class Overlap:
     def json(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
         found = asdict(self) | {"line": self.line}
-        if self.held_out is None:
-            del found["held_out"]
+        for name in ("near", "held_out"):
+            if found[name] is None:
+                del found[name]
         return found
 
 
@@ -85,6 +93,8 @@ class AuditedCells:
     names: Names
     """Names of the cells, without that of the source."""
     obs: pd.DataFrame
+    near: Callable[[], Iterator[np.ndarray]] | None = None
+    """Signatures (`cells.near_duplicates`) of the cells in blocks, uint32 (cells, bands); None = not stored."""
     corpus: Corpus | None = None
     """The corpus, if the cells are from one."""
     held_out: npt.NDArray[np.int64] | None = None
@@ -93,7 +103,10 @@ class AuditedCells:
     def only(self, rows: npt.NDArray[np.int64]) -> AuditedCells:
         """The cells with the given numbers."""
         hashes = None if self.hashes is None else self.hashes[rows]
-        return AuditedCells(hashes=hashes, names=self.names[rows], obs=self.obs.iloc[rows], corpus=self.corpus)
+        near = None if self.near is None or self.corpus is None else partial(near_hashes.blocks, self.corpus.uri, rows)
+        return AuditedCells(
+            hashes=hashes, names=self.names[rows], obs=self.obs.iloc[rows], near=near, corpus=self.corpus
+        )
 
 
 def evaluation_cells(uri: str, rows: Sequence[SpeciesRow]) -> AuditedCells:
@@ -125,7 +138,10 @@ def corpus_cells(uri: str) -> AuditedCells:
         table = tables.read_table(files.join(uri, "hashes.parquet"))
         hashes = _pairs(table["a"].to_numpy(), table["b"].to_numpy())
         assert len(hashes) == len(obs), "one hash per cell"
-    return AuditedCells(hashes=hashes, names=names, obs=obs.assign(cell_row=np.arange(len(obs))), corpus=found)
+    near = partial(near_hashes.blocks, uri, None) if near_hashes.are_there(uri) else None
+    return AuditedCells(
+        hashes=hashes, names=names, obs=obs.assign(cell_row=np.arange(len(obs))), near=near, corpus=found
+    )
 
 
 def file_cells(source: Source, row: SpeciesRow) -> AuditedCells:
@@ -137,13 +153,18 @@ def file_cells(source: Source, row: SpeciesRow) -> AuditedCells:
         masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
         sums_G = np.zeros(columns.num_rows, dtype=np.int64)
         found = counts.read_blocks(reader, columns, 0, reader.num_rows, rows=BLOCK_CELLS)
-        parts = [qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G) for b in found]
+        key_G = masks["key_G"] * masks["counted_G"]
+        parts, near = [], []
+        for b in found:
+            parts.append(qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G))
+            near.append(near_duplicates.signatures(b.data, b.indices, b.indptr, key_G))
         names = np.array([str(n) for n in reader.cell_names(0, reader.num_rows)], dtype=np.str_)
         obs = pd.DataFrame(
             {c: reader.obs(c, 0, reader.num_rows) for c in COLUMNS if c in reader.obs_columns}, index=range(len(names))
         )
     metrics = qc.Metrics.merge(parts)
-    return AuditedCells(hashes=_pairs(metrics.hash_a, metrics.hash_b), names=names, obs=obs)
+    hashes = _pairs(metrics.hash_a, metrics.hash_b)
+    return AuditedCells(hashes=hashes, names=names, obs=obs, near=lambda: iter(near))
 
 
 def training_cells(uri: str) -> AuditedCells:
@@ -196,9 +217,13 @@ def compare_cells(evaluated: AuditedCells, trained: AuditedCells) -> Overlap:
         and trained.corpus is not None
         and evaluated.corpus.record.fingerprint == trained.corpus.record.fingerprint
     )
-    cells, by = None, ""
+    cells, by, near = None, "", None
     if evaluated.hashes is not None and trained.hashes is not None:
-        cells, by = (int(np.isin(evaluated.hashes, trained.hashes).sum()), len(evaluated.hashes)), "counts"
+        shared = np.isin(evaluated.hashes, trained.hashes)
+        if evaluated.near is not None and trained.near is not None:
+            alike = near_duplicates.find(_signatures(evaluated), trained.near())
+            near = int((alike & ~shared).sum())
+        cells, by = (int(shared.sum()) + (near or 0), len(shared)), "counts"
     elif (
         evaluated.corpus is not None
         and trained.corpus is not None
@@ -223,7 +248,7 @@ def compare_cells(evaluated: AuditedCells, trained: AuditedCells) -> Overlap:
                 np.where(d == "", "", np.char.add(np.char.add(s, "\x1f"), d)) for s, d in zip(sets, donors, strict=True)
             ]
             metadata["donor"] = _shared(*pairs)
-    return Overlap(cells=cells, by=by, names=names, metadata=metadata, same=same)
+    return Overlap(cells=cells, by=by, names=names, metadata=metadata, same=same, near=near)
 
 
 def _pairs(a: npt.NDArray[np.uint64], b: npt.NDArray[np.uint64]) -> npt.NDArray[np.void]:
@@ -231,6 +256,17 @@ def _pairs(a: npt.NDArray[np.uint64], b: npt.NDArray[np.uint64]) -> npt.NDArray[
     out = np.empty((len(a), 2), dtype=np.uint64)
     out[:, 0], out[:, 1] = a, b
     return out.view(np.dtype((np.void, 16))).ravel()
+
+
+def _signatures(side: AuditedCells) -> np.ndarray:
+    """Signatures of the cells, in their order."""
+    assert side.near is not None
+    found_NK = np.concatenate(list(side.near()))
+    if side.corpus is None:
+        return found_NK
+    return found_NK[
+        np.argsort(np.argsort(side.obs["cell_row"].to_numpy(), kind="stable"))
+    ]  # blocks ascend in the corpus
 
 
 def _sentences(side: AuditedCells) -> list[bytes]:

@@ -8,7 +8,7 @@ be used raises `UserError`.
 
 Part files in the work folder (Parquet, but for the .json): sources/I.json and sources/I (facts and columns of source I),
 row_order-I and row_order/I (column-major sources as rows), counts-I/A-B (packed counts of rows [A, B)), sums/R and metrics/R
-(counts by column, and cells, of row range R), doublets/I-K (group K of calls of source I), mapping/K and
+(counts by column, and cells, of row range R), near/R (signatures of its cells), doublets/I-K (group K of calls of source I), mapping/K and
 genes-SPECIES/K (group K of sources), genes/SPECIES, sketch/N, done/N (information on shard N).
 """
 
@@ -25,12 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mixgf.arrays import empty
-from mixgf.cells import counts, packed_counts, qc, row_major
+from mixgf.cells import counts, near_duplicates, packed_counts, qc, row_major
 from mixgf.cells.doublets import scrublet
 from mixgf.cells.open import open_reader, source_files
 from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
-from mixgf.corpus import rank_value, shards
+from mixgf.corpus import near_hashes, rank_value, shards
 from mixgf.corpus.shards import (
     DOUBLET_COLUMNS,
     RESERVED,
@@ -289,6 +289,8 @@ class MetricsPlan:
     """Rows read at a time."""
     keep_counts: bool
     """Whether to write a packed copy of the counts, which the later passes read instead of the source."""
+    near_duplicates: bool = False
+    """Whether to write the signatures of `cells.near_duplicates`."""
 
 
 def read_counts(plan: MetricsPlan) -> Iterator[pa.Table]:
@@ -320,6 +322,10 @@ def measure_counts(tables: Iterator[pa.Table], plan: MetricsPlan) -> Iterator[pa
         before = pa.table({name: getattr(metrics, name) for name in qc.Metrics.__slots__})
         if plan.row_range.source.sample:
             before = before.append_column("sample", pc.fill_null(table["sample"], ""))
+        if plan.near_duplicates:
+            found_NK = near_duplicates.signatures(*rows, masks["key_G"] * masks["counted_G"])
+            near = pa.FixedSizeListArray.from_arrays(pa.array(found_NK.ravel()), near_duplicates.BANDS)
+            before = before.append_column("near", near)
         if plan.keep_counts:
             for field, packed in zip(packed_counts.SCHEMA, packed_counts.pack(*rows).columns, strict=True):
                 before = before.append_column(field, packed)
@@ -329,7 +335,7 @@ def measure_counts(tables: Iterator[pa.Table], plan: MetricsPlan) -> Iterator[pa
 
 
 def write_metrics(tables: Iterator[pa.Table], plan: MetricsPlan) -> None:
-    """Pass 1, write: the packed counts if they are kept, the sums of counts, then the metrics."""
+    """Pass 1, write: the packed counts if they are kept, the sums of counts, the signatures if they are made, then the metrics."""
     measured: list[pa.Table] = []
 
     def packed() -> Iterator[pa.Table]:
@@ -344,6 +350,10 @@ def write_metrics(tables: Iterator[pa.Table], plan: MetricsPlan) -> None:
     table = pa.concat_tables(measured).combine_chunks()
     sums = pa.table({"sum": table["sums"][-1].values})
     write_table(part_uri(plan.work, "sums", plan.row_range.number), sums)
+    if plan.near_duplicates:
+        near_NK = table["near"].combine_chunks().values.to_numpy().reshape(-1, near_duplicates.BANDS)
+        near_hashes.write_part(plan.work, plan.row_range.number, near_NK)
+        table = table.drop_columns(["near"])
     write_table(part_uri(plan.work, "metrics", plan.row_range.number), table.drop_columns(["sums"]))
 
 
@@ -532,6 +542,8 @@ class ShardPlan:
     """Rows read at a time."""
     doublets: tuple[str, ...] | None = None
     """Names of the parts of doublets that have some of the rows; None = doublets are not looked for."""
+    near: str = ""
+    """URI of the folder of signatures (`near_hashes`); empty = there are none."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -608,7 +620,9 @@ def _read_doublets(work: str, parts: tuple[str, ...], row_range: RowRange) -> pa
 
 
 def write_sentences(tables: Iterator[pa.Table], plan: ShardPlan) -> None:
-    """Pass 3, write: the shard, then its information to the work folder."""
+    """Pass 3, write: signatures of the cells if there are some, the shard, then its information to the work folder."""
+    if plan.near:
+        near_hashes.write_shard(plan.near, plan.work, plan.row_range.number, plan.shard, plan.keep_N)
     shards.write_sentences(tables, plan.schema, to=plan.to, work=plan.work, shard=plan.shard)
 
 

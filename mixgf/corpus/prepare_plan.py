@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mixgf.arrays import Bools, Ints
 from mixgf.cells import qc
 from mixgf.cells.doublets import MIN_SCRUBLET, plan_calls
 from mixgf.config.data import QC, Source
+from mixgf.corpus import near_hashes
 from mixgf.corpus.prepare_passes import RowRange, read_metrics
 from mixgf.corpus.shards import part_uri
 from mixgf.genes import medians
@@ -31,6 +33,11 @@ _MEDIANS = 0x4D454449
 _DOUBLETS = pa.schema([
     ("source", pa.string()), ("sample", pa.string()), ("cells", pa.int64()), ("scored", pa.int64()), ("doublets", pa.int64()),
     ("kept", pa.int64()),
+])  # fmt: skip
+
+
+_COPIES = pa.schema([
+    ("source", pa.string()), ("row", pa.int64()), ("same_source", pa.string()), ("same_row", pa.int64()), ("kept", pa.bool_()),
 ])  # fmt: skip
 
 
@@ -62,6 +69,8 @@ class SourceCells:
     """None if the source has no samples, or nothing needs them."""
     doublets: Doublets | None = None
     """None where they are not looked for."""
+    copies: near_hashes.Copies | None = None
+    """Cells that an earlier cell equals but for a gene filter; None where they are not looked for."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -80,6 +89,7 @@ def by_source(units: Iterable[RowRange]) -> dict[int, list[RowRange]]:
 def filter_cells(
     work: str, units: Sequence[RowRange], rules: QC, *, sources: Sequence[Source], seed: int, held: qc.Hashes | None,
     find_doublets: Callable[[Mapping[int, SourceCells]], None],
+    find_copies: Callable[[Mapping[int, Bools]], dict[int, near_hashes.Copies]],
 ) -> dict[int, SourceCells]:  # fmt: skip
     """Cells of every source with the reason why they are dropped, or `qc.KEPT`.
 
@@ -91,6 +101,7 @@ def filter_cells(
         seed: of caps.
         held: hashes of cells that are in the corpus already.
         find_doublets: runs the calls of `SourceCells.doublets` and notes the verdicts with `note_doublets`.
+        find_copies: looks for cells that an earlier cell equals but for a gene filter, among the given ones (bool (rows,)).
     """
     ranges = by_source(units)
     found = files.map_reads(work, lambda mine: _read_source(work, mine, rules), ranges.values())
@@ -110,6 +121,13 @@ def filter_cells(
             [*old, *(c.hashes_N for c in cells.values() if c.hashes_N is not None)],
             [*kept, *(c.reason_N for c in cells.values())],
         )
+    if rules.near_duplicates != "off":
+        kept_N = {i: c.reason_N == qc.KEPT for i, c in cells.items()}
+        near_hashes.write_kept(work, list(kept_N.values()))
+        for i, copies in find_copies(kept_N).items():
+            cells[i].copies = copies
+            if rules.near_duplicates == "drop":
+                cells[i].reason_N[copies.row_R] = qc.DUPLICATE
     if rules.max_cells_per_sample:
         for i, c in cells.items():
             qc.cap_per_sample(c.reason_N, c.samples_N, rules.max_cells_per_sample, sources[i].name, seed)
@@ -264,6 +282,31 @@ def doublets_table(sources: Sequence[Source], cells: Mapping[int, SourceCells]) 
                 }
             )
     return pa.Table.from_pylist(rows, _DOUBLETS)
+
+
+def near_duplicates_table(
+    sources: Sequence[Source],
+    cells: Mapping[int, SourceCells],
+    older: Callable[[Ints], tuple[list[str], list[int]]] | None,
+) -> pa.Table:
+    """One row per cell that an earlier cell equals but for a gene filter: both with source and row, and whether the cell is kept.
+
+    Args:
+        sources: all sources, by number.
+        cells: of every source.
+        older: gives source and row of cells of the corpus that is extended; None = there is none.
+    """
+    parts = [_COPIES.empty_table()]
+    for i, c in cells.items():
+        assert c.copies is not None
+        of_R, at_R = c.copies.same_source_R, c.copies.same_row_R.astype(object)
+        same_R = np.array([sources[j].name for j in of_R.tolist()], dtype=object)  # -1, the older corpus, is replaced
+        if older is not None and (of_R < 0).any():
+            same_R[of_R < 0], at_R[of_R < 0] = older(c.copies.same_row_R[of_R < 0])
+        kept_R = c.reason_N[c.copies.row_R] == qc.KEPT
+        columns = [[sources[i].name] * len(of_R), c.copies.row_R, same_R, at_R, kept_R]
+        parts.append(pa.table([pa.array(v, f.type) for v, f in zip(columns, _COPIES, strict=True)], schema=_COPIES))
+    return pa.concat_tables(parts)
 
 
 def hashes_table(cells: Mapping[int, SourceCells]) -> pa.Table:

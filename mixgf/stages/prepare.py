@@ -25,7 +25,7 @@ from mixgf.config.data import Source
 from mixgf.config.fields import content_of, sections_of
 from mixgf.config.run import Config
 from mixgf.console import say
-from mixgf.corpus import extend, prepare_passes, prepare_plan, shards, source_genes
+from mixgf.corpus import extend, near_hashes, prepare_passes, prepare_plan, shards, source_genes
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.errors import UserError
@@ -137,6 +137,7 @@ class _Prepare:
         self.sampled: dict[str, dict[str, Any]] = {}
         """Facts of medians that come from a sample, by species."""
         self.shards = files.join(self.uri, "shards")
+        self.near = files.join(self.uri, near_hashes.FOLDER) if self.config.qc.near_duplicates != "off" else ""
         self.first = self.older.num_shards if self.older else 0
         """Number of the first shard of the sources read here."""
 
@@ -221,6 +222,7 @@ class _Prepare:
                         work=self.work, row_range=u, block_cells=rows,
                         # a column-major source has a copy already: its rows
                         keep_counts=self.config.prepare.keep_counts and not self.facts[u.index]["by_column"],
+                        near_duplicates=self.config.qc.near_duplicates != "off",
                     ),
                 ),
             )
@@ -261,7 +263,7 @@ class _Prepare:
         return prepare_plan.filter_cells(
             self.work, all_units, rules, sources=self.sources, seed=self.config.seed,
             held=self.older.hashes() if self.older and rules.drop_duplicates else None,
-            find_doublets=self._find_doublets,
+            find_doublets=self._find_doublets, find_copies=lambda kept: self._find_copies(all_units, kept),
         )  # fmt: skip
 
     def _find_doublets(self, cells: Mapping[int, prepare_plan.SourceCells]) -> None:
@@ -283,6 +285,21 @@ class _Prepare:
         ]  # fmt: skip
         self.passes.run("doublets", tasks)
         prepare_plan.note_doublets(self.work, cells)
+
+    def _find_copies(
+        self, all_units: list[prepare_passes.RowRange], kept: Mapping[int, np.ndarray]
+    ) -> dict[int, near_hashes.Copies]:
+        numbers = [u.number for mine in prepare_plan.by_source(all_units).values() for u in mine]
+        older, num_older = (self.older.uri, self.older.record.counts["kept"]) if self.older else ("", 0)
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "near_pairs", k), weight=len(numbers), function=near_hashes.pair_cells,
+                args=(self.work, k, numbers, older),
+            )
+            for k in range(near_hashes.NUM_GROUPS)
+        ]  # fmt: skip
+        self.passes.run("near duplicates", tasks, "parts")
+        return near_hashes.read_copies(self.work, kept, num_older)
 
     def _vocabulary(
         self,
@@ -398,7 +415,8 @@ class _Prepare:
             tasks = [
                 Task(
                     part=shards.part_uri(self.work, "done", n), weight=entry["rows"], function=extend.copy_shard,
-                    args=(self.work, n, self.older.uri), kwargs={"entry": entry, "length_N": lengths, "to": self.shards},
+                    args=(self.work, n, self.older.uri),
+                    kwargs={"entry": entry, "length_N": lengths, "to": self.shards, "near": self.near},
                 )
                 for n, (entry, lengths) in enumerate(self.older.shards())
             ]  # fmt: skip
@@ -410,7 +428,7 @@ class _Prepare:
     ) -> None:  # fmt: skip
         options: dict[str, Any] = {
             "work": self.work, "to": self.shards, "vocabulary": files.join(self.uri, "vocabulary.parquet"), "digest": digest,
-            "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells,
+            "tokens": self.config.tokens, "obs": self._obs(), "block_cells": self.config.prepare.block_cells, "near": self.near,
         }  # fmt: skip
         plans = [
             prepare_passes.ShardPlan(
@@ -461,6 +479,12 @@ class _Prepare:
             tables["doublets"] = prepare_plan.doublets_table(self.sources, cells)
         if self.config.qc.drop_duplicates:
             tables["hashes"] = prepare_plan.hashes_table(cells)
+        near = 0
+        if self.config.qc.near_duplicates != "off":
+            tables["near_duplicates"] = prepare_plan.near_duplicates_table(
+                self.sources, cells, self.older.places if self.older else None
+            )
+            near = sum(tables["near_duplicates"]["kept"].to_pylist())
         sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(cells[i].reason_N), "cells_kept": cells[i].counts["kept"],
                     "size": self.facts[i]["size"], "counts_sha256": cells[i].identity} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
         if self.older is not None:
@@ -483,6 +507,11 @@ class _Prepare:
         say(
             f"corpus: {read:,} cells read, {tables['index'].num_rows:,} kept ({prepare_plan.describe_dropped(counts) or 'none dropped'}), {len(done)} shards"
             + (f"; {flagged:,} kept cells are flagged as doublets" if flagged else "")
+            + (
+                f"; {near:,} kept cells equal earlier ones but for a gene filter (qc.near_duplicates=drop drops them)"
+                if near
+                else ""
+            )
         )
         totals = {"read": read, "kept": tables["index"].num_rows, "dropped": dropped}
         return shards.publish_corpus(self.uri, record, tables=tables, counts=totals, details=details)

@@ -53,10 +53,34 @@ def test_one_count_more_is_another_cell_but_has_its_name(corpus: str, tmp_path: 
     x = data.X.tolil()
     x[3, 7] += 1
     data.X = sparse.csr_matrix(x)
-    found = overlap.compare_cells(mine(tmp_path / "a.h5ad", data), overlap.corpus_cells(corpus))
+    evaluated, trained = mine(tmp_path / "a.h5ad", data), overlap.corpus_cells(corpus)
+    found = overlap.compare_cells(replace(evaluated, near=None), trained)
     assert found.cells == (9, 10)
     assert found.names == (10, 10)
     assert "10 by name within a data set of the same name" in found.line
+    near = overlap.compare_cells(evaluated, trained)  # its highest counts are the same
+    assert (near.cells, near.near) == ((10, 10), 1)
+
+
+@pytest.mark.parametrize("min_cells", [3, 10])
+def test_cells_are_found_after_genes_were_filtered(corpus: str, tmp_path: Path, min_cells: int) -> None:
+    detected = np.asarray(
+        (anndata.read_h5ad(files.local_path("resource:pancreas_human_baron.h5ad")).X > 0).sum(0)
+    ).ravel()
+    data = cells(slice(40, 90))[:, detected >= min_cells].copy()
+    evaluated, trained = mine(tmp_path / "a.h5ad", data), overlap.corpus_cells(corpus)
+    found = overlap.compare_cells(evaluated, trained)
+    assert found.cells == (20, 50)
+    assert found.near is not None
+    exact = overlap.compare_cells(replace(evaluated, near=None), trained)
+    assert exact.cells == (20 - found.near, 50)
+    assert (exact.near, "near" in exact.json()) == (None, False)
+    if min_cells == 10:
+        assert found.near > 10
+        assert f"({found.near} of them with other genes, by their highest counts)" in found.line
+    few = trained.only(np.arange(50))  # ten of the twenty
+    assert overlap.compare_cells(evaluated, few).cells == (10, 50)
+    assert overlap.compare_cells(trained.only(np.arange(45, 60)), evaluated).cells == (15, 15)
 
 
 def test_donors_and_data_sets(corpus: str, tmp_path: Path) -> None:
@@ -79,6 +103,17 @@ def test_a_corpus_against_itself_by_hash_and_by_sentence(corpus: str) -> None:
     by_sentence = overlap.compare_cells(replace(one, hashes=None), one)
     assert (by_sentence.by, by_sentence.cells) == ("sentences", (60, 60))
     assert overlap.compare_cells(replace(one, hashes=None, corpus=None), one).cells is None
+
+
+def test_another_corpus_of_the_same_cells_is_not_these_very_cells(corpus: str, tmp_path: Path) -> None:
+    again = Config(output=str(tmp_path / "run"), tokens=Tokens(max_len=32), qc=QC(method="none"), tracking=Tracking(uri="off"),
+                   sources=(Source(uri=str(tmp_path / "seen.h5ad"), species="human", name="seen"),))  # fmt: skip
+    cells(slice(0, 60)).write_h5ad(tmp_path / "seen.h5ad")
+    other = overlap.corpus_cells(prepare.run(again, executor=LocalExecutor()))
+    found = overlap.compare_cells(other, overlap.corpus_cells(corpus))
+    assert found.cells == (60, 60)
+    assert not found.same
+    assert "these very cells" not in found.line
 
 
 def test_a_checkpoint_stands_for_the_corpus_beside_it(corpus: str, tmp_path: Path) -> None:

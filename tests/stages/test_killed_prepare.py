@@ -35,7 +35,8 @@ def contents(uri):
     """Hashes of every file but the record and the cost ledger, which hold times; no work folder, no temporary files are left."""
     names = [n for n in files.list_dir(uri) if n != "cost"]
     assert names == [
-        "doublets.parquet", "dropped.parquet", "hashes.parquet", "index.parquet", "mapping.parquet", "record.json", "shards", "vocabulary.parquet",
+        "doublets.parquet", "dropped.parquet", "hashes.parquet", "index.parquet", "mapping.parquet", "near_duplicates.parquet",
+        "near_hashes", "record.json", "shards", "vocabulary.parquet",
     ]  # fmt: skip
     paths = [f"{uri}/{n}" for n in names if n.endswith("parquet")] + [
         f"{uri}/shards/{n}" for n in files.list_dir(f"{uri}/shards")

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from mixgf.config.data import QC, Prepare, Source, SpeciesRow, Tokens, Vocab
 from mixgf.config.run import Config, Tracking
-from mixgf.corpus import prepare_passes
+from mixgf.corpus import near_hashes, prepare_passes
 from mixgf.corpus.summary import summarise_corpus
 from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
@@ -167,3 +167,81 @@ def test_without_scrublet_flags_are_left_out_in_one_line(lanes, monkeypatch, cap
     assert "predicted_doublet" not in read(uri).column_names
     monkeypatch.undo()
     assert made(lanes, "none", doublets="off") == uri  # the same corpus
+
+
+# Cells that another file has with other genes
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory):
+    """Three files of one study: 80 cells; 60 of them again without the genes that few cells have; 40 new cells and 10 of the second file."""
+    folder = tmp_path_factory.mktemp("near")
+    rng = np.random.default_rng(0)
+    rate = rng.lognormal(0, 1.5, NUM_GENES)
+    counts = rng.poisson(rate * rng.lognormal(0, 0.4, (120, NUM_GENES)))
+    less = counts.copy()
+    less[:, np.argsort(rate)[:150]] = 0
+    rows = (species(folder, "ant", "ENSA", {0}),)
+    files_ = {"whole": counts[:80], "filtered": less[20:80], "more": np.vstack([counts[80:], less[20:30]])}
+    made = []
+    for name, mine in files_.items():
+        one = source(folder, "ant", "ENSA", mine)
+        (folder / "ant.h5ad").rename(folder / f"{name}.h5ad")
+        made.append(dataclasses.replace(one, uri=str(folder / f"{name}.h5ad"), name=name))
+    return config(folder, rows, tuple(made))
+
+
+def near(filtered, name, **rules):
+    of = dataclasses.replace(
+        filtered, output=f"{filtered.output}-{name}", qc=QC(method="none", doublets="off", **rules)
+    )
+    return prepare.run(of, executor=LocalExecutor())
+
+
+def test_cells_of_another_file_with_other_genes_are_listed_or_dropped(filtered):
+    flag, drop, off = (near(filtered, how, near_duplicates=how) for how in ("flag", "drop", "off"))
+    same = [("filtered", i, "whole", 20 + i, True) for i in range(60)]
+    found = [tuple(row.values()) for row in tables.read_table(f"{flag}/near_duplicates.parquet").to_pylist()]
+    assert found == same  # the ten of the third file are exact copies
+    counts = {
+        how: artifacts.require(uri, "corpus").counts for how, uri in (("flag", flag), ("drop", drop), ("off", off))
+    }
+    assert [counts[how]["kept"] for how in ("flag", "drop", "off")] == [180, 120, 180]
+    assert [counts[how]["dropped"]["duplicate"] for how in ("flag", "drop", "off")] == [10, 70, 10]
+    assert [tuple(row.values()) for row in tables.read_table(f"{drop}/near_duplicates.parquet").to_pylist()] == [
+        (*row[:-1], False) for row in same
+    ]
+    assert not files.exists(f"{off}/near_duplicates.parquet")
+    assert not files.exists(f"{off}/near_hashes")
+    assert "near_duplicates" not in artifacts.require(off, "corpus").config["qc"]  # as before there was this setting
+    shards = [s["sha256"] for s in artifacts.require(flag, "corpus").details["shards"]]
+    assert shards == [s["sha256"] for s in artifacts.require(off, "corpus").details["shards"]]
+    for uri, number in ((flag, 180), (drop, 120)):
+        assert sum(len(block) for block in near_hashes.blocks(uri, None)) == number
+
+
+def test_without_a_search_for_equal_cells_the_third_file_equals_the_second(filtered):
+    uri = near(filtered, "all", drop_duplicates=False)
+    found = [tuple(row.values()) for row in tables.read_table(f"{uri}/near_duplicates.parquet").to_pylist()]
+    third = {row[1]: row[2:4] for row in found if row[0] == "more"}
+    assert set(third) == set(range(40, 50))
+    assert all(row in (("filtered", k - 40), ("whole", k - 20)) for k, row in third.items())
+
+
+def test_an_extended_corpus_lists_the_cells_of_the_older_one(filtered):
+    together = near(filtered, "flag")
+    first = dataclasses.replace(
+        filtered, output=f"{filtered.output}-first", sources=filtered.sources[:1], qc=QC(method="none", doublets="off"),
+        vocab=Vocab(reuse=f"{filtered.output}-flag/vocabulary", orthologs=filtered.vocab.orthologs),
+    )  # fmt: skip
+    older = prepare.run(first, executor=LocalExecutor())
+    more = dataclasses.replace(
+        first, output=f"{filtered.output}-more", sources=filtered.sources[1:],
+        prepare=dataclasses.replace(filtered.prepare, extend=older),
+    )  # fmt: skip
+    uri = prepare.run(more, executor=LocalExecutor())
+    assert tables.read_table(f"{uri}/near_duplicates.parquet").equals(
+        tables.read_table(f"{together}/near_duplicates.parquet")
+    )
+    signatures = [np.concatenate(list(near_hashes.blocks(of, None))) for of in (uri, together)]
+    np.testing.assert_array_equal(*signatures)
