@@ -23,10 +23,12 @@ from mixgf.classification.models.baselines import (
     Pseudobulk,
     RankPca,
 )
+from mixgf.classification.models.celltypist import CellTypist, CellTypistVote
 from mixgf.classification.models.finetuned import Finetune, FinetuneLinearStart, Lora
 from mixgf.classification.models.frozen import Centroid, EncoderPca, Neighbours, Probe
 from mixgf.classification.models.genes_centroid import GenesCentroid
 from mixgf.classification.models.protocol import EncoderModel, Model, Needs
+from mixgf.classification.models.scdeepsort import ScDeepSort
 from mixgf.classification.models.scvi import Scvi
 from mixgf.classification.splits import Split
 from mixgf.config.classification import Classify
@@ -46,7 +48,8 @@ MODELS: dict[str, type[Model]] = {
             GenesLogisticRegression,
             GenesCentroid,
         ),
-        *(GenesRanks, JointPcaNeighbours, JointPcaCentroid, PcaLogisticRegression, RankPca, Scvi),
+        *(GenesRanks, JointPcaNeighbours, JointPcaCentroid, PcaLogisticRegression, RankPca),
+        *(CellTypist, CellTypistVote, ScDeepSort, Scvi),
     )
 }
 """Class of each head, in the order of reports. A new model is one more class here."""

@@ -1,9 +1,7 @@
 """scVI, a baseline of another project; it runs where it is installed (`pip install 'mixgf[baselines]'`).
 
 Table 2 of the paper names scDeepSort and scVAE. scVI (Lopez et al. 2018) is a variational autoencoder of counts, of the same kind
-as scVAE, and takes its place. Nothing here takes the place of scDeepSort: its package is not maintained for current Python and
-torch. CellTypist 1.7.1 is left out because it does not train with scikit-learn 1.8 or later; like `hvg_logreg` it is a logistic
-regression.
+as scVAE, and takes its place. `scdeepsort` and `celltypist` are models of their own.
 """
 
 from __future__ import annotations

