@@ -142,6 +142,13 @@ def test_types_correspond_in_expression(done: Config) -> None:
     assert (found.loc[found["space"] == "expression", "num_types"] == 3).all()
     maps = table(done, "maps")
     assert set(maps["donor"]) == {f"ENS{s}{i}" for s in "AB" for i in range(4)}
+    dense = table(done, "compactness")
+    assert set(dense["other"]) == {"untrained", "expression", "shared", "shared_untrained"}
+    assert set(dense["on"]) == {"map", "space"}
+    assert len(dense) == 4 * 2 * 6  # three types of two species
+    assert (dense["dispersion"] > 0).all()
+    assert set(dense["interval_by"]) == {"donor"}
+    assert ((dense["dispersion_low"] < dense["dispersion"]) & (dense["dispersion"] < dense["dispersion_high"])).all()
 
 
 def test_again_does_nothing_and_a_classification_that_is_there_is_read(
