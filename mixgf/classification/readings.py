@@ -91,6 +91,7 @@ class Reading:
 
 def fit_reading(
     problem: Problem[Any], raw: RawKind, *, z_scores: bool = False, components: bool = False, joint: bool = False,
+    joint_genes: bool = False,
     length: Literal["cell", "common", "none"] = "cell",
 ) -> Reading:  # fmt: skip
     """Fit a reading on the training cells of a problem; for `expression`, of their variable genes.
@@ -101,10 +102,11 @@ def fit_reading(
         z_scores: Divide by the standard deviation within the study.
         components: Take principal components.
         joint: The cells to predict take part in the components.
+        joint_genes: They also take part in the choice of variable genes, as where few cells have a label.
         length: `cell`: every cell has length 1. `common`: all are divided by the root of the training cells' mean squared length.
     """
     train, target, align = problem.train, problem.target, align_of(problem)
-    columns_H = expression_genes(problem) if raw == "expression" else np.empty(0, dtype=np.int64)
+    columns_H = expression_genes(problem, joint=joint_genes) if raw == "expression" else np.empty(0, dtype=np.int64)
     raw_NH = np.asarray(_raw(raw, train.x, columns_H), dtype=np.float32)
     some = {study: raw_NH[train.studies == study] for study in np.unique(train.studies).tolist()}
     if align is Align.OWN_MEAN:
@@ -189,6 +191,8 @@ def align_of(problem: Problem[Any]) -> Align:
     return Align.OWN_MEAN if problem.config.classify.align else Align.NONE
 
 
-def expression_genes(problem: Problem[Any]) -> Ints:
-    """The variable genes of the training cells."""
-    return variable_genes(log_normalise(counts_of(problem.train.x)), problem.config.classify.num_hvgs)
+def expression_genes(problem: Problem[Any], *, joint: bool = False) -> Ints:
+    """The variable genes of the training cells, or of these and the cells to predict."""
+    sets = (problem.train, problem.target) if joint else (problem.train,)
+    counts = sparse.vstack([counts_of(cells.x) for cells in sets], format="csr")
+    return variable_genes(log_normalise(counts), problem.config.classify.num_hvgs)

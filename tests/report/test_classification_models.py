@@ -225,6 +225,20 @@ def test_few_labels_and_unknown_types_are_said_in_words_and_numbers() -> None:
     assert "2 types left out of training" in grids(section)[-1].caption
 
 
+def test_few_labels_are_told_beside_a_baseline_that_reads_the_unlabelled_cells() -> None:
+    curve = [
+        scores({("random", "a", "", "probe"): probe, ("random", "a", "", "joint_pca_centroid"): joint}).assign(
+            share=share
+        )
+        for share, probe, joint in ((1.0, 0.9, 0.8), (0.01, 0.45, 0.74), (0.05, 0.57, 0.82))
+    ]
+    section = classification_models.section(run(scores=curve[0], efficiency=pd.concat(curve)))
+    assert (
+        "Frozen vectors + logistic probe, and PCA of all cells + nearest centroid without an encoder: 0.450 and 0.740 with 1%, 0.570 and 0.820 with 5%."
+        in text(section)
+    )
+
+
 def frames() -> dict[str, pd.DataFrame]:
     measure = [
         ("trained", "species_probe", 0.9, 0.85, 0.95),

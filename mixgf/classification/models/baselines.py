@@ -92,12 +92,15 @@ class JointPcaNeighbours(PcaNeighbours):
 
 
 class JointPcaCentroid(CountsModel):
-    """Nearest class mean by cosine on the components of `joint_pca`: unlabelled cells help where labels are few."""
+    """Nearest class mean by cosine on components of training cells and cells to predict: the baseline where labels are few.
+
+    The variable genes are of both too. Cells to predict are seen without their labels.
+    """
 
     head, label, seconds = "joint_pca_centroid", "joint PCA + centroid (unlabelled test cells seen)", 0.6
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
-        reading = fit_reading(problem, "expression", components=True, joint=True)
+        reading = fit_reading(problem, "expression", components=True, joint=True, joint_genes=True)
         head = simple_classifiers.nearest_centroid(reading(problem.train), problem.labels, problem.num_classes)
         return one(reading, head)
 
