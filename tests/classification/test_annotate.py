@@ -297,6 +297,18 @@ def test_limits_doubt_the_stated_share_of_validation_cells_and_far_cells() -> No
     assert kept_classifier.FAR in kept.doubts(p, kept.distances(strange, p.argmax(1)), np.array([999]))[0]
 
 
+def test_a_cell_beyond_a_limit_is_doubted_for_that_reason_and_one_at_the_limit_is_not() -> None:
+    limits = kept_classifier.Limits(temperature=1.0, least_probability=0.7, greatest_distance=2.0)
+    kept = kept_classifier.Kept(
+        classifier=Classifier(members=()), encoder=None, classes=("a", "b"), pooling="mean", layer=-1, genes=np.empty(0, dtype=np.str_),
+        gene_species="human", limits=limits, places=Places(centres_CD=np.zeros((2, 1)), spread_C=np.ones(2)), share_V=np.zeros(3), least_genes=10,
+    )  # fmt: skip
+    p = np.array([[0.7, 0.3], [0.31, 0.69], [0.9, 0.1], [0.9, 0.1], [0.5, 0.5]])
+    found = kept.doubts(p, np.array([2.0, 0.1, 2.01, 1.0, 9.0]), np.array([10, 99, 99, 9, 1]))
+    unsure, far, shallow = kept_classifier.UNSURE, kept_classifier.FAR, kept_classifier.SHALLOW
+    assert found == ["", unsure, far, shallow, f"{unsure}; {far}; {shallow}"]
+
+
 def test_what_cannot_be_used_is_one_line(trained: Config, tmp_path: Path) -> None:
     cells("human", 3).write_h5ad(tmp_path / "a.h5ad")
     source = Source(uri=str(tmp_path / "a.h5ad"), species="human")

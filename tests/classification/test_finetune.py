@@ -260,11 +260,13 @@ def test_heads_tell_two_directions_apart(head: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_between_species_an_offset_of_all_cells_of_a_species_does_not_matter(head: str) -> None:
+    """Unless `classify.align` is off: then both cells are read as the type on their side of the training cells."""
     data, split = two_groups(across=True)
     shifted = np.array([[105.0, 3.0], [95.0, 3.0]])  # the mouse cells lie elsewhere, types apart in the same direction
-    made = problem_of(data, split, Config(classify=Classify(knn=2)), TRAIN, shifted)
-    found = registry.parse(head).fit(made).predict(made.target)
-    assert found.argmax(1).tolist() == [0, 1]
+    for align, expected in ((True, [0, 1]), (False, [0, 0])):
+        made = problem_of(data, split, Config(classify=Classify(knn=2, align=align)), TRAIN, shifted)
+        found = registry.parse(head).fit(made).predict(made.target)
+        assert found.argmax(1).tolist() == expected
 
 
 def test_labels_come_from_the_corpus_and_unknown_ones_are_left_out(corpus: Corpus) -> None:
@@ -371,6 +373,18 @@ def test_adapters_train_themselves_and_the_head_only(corpus: Corpus) -> None:
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
     true = only_split(table()).ids(table().labels[only_split(table()).test])
     assert (found.probabilities.argmax(1) == true).mean() >= 0.9
+
+
+def test_the_scale_of_adapters_reaches_the_training(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, add = [], lora.add_adapters
+    monkeypatch.setattr(lora, "add_adapters", lambda *args, seed: (seen.append(args[1:]), add(*args, seed=seed)))
+    run = replace(RUN, classify=replace(RUN.classify, lora_rank=2, epochs=1, lr=0.01))
+    made = [
+        tuned(corpus, table(), only_split(table()), replace(run, classify=replace(run.classify, lora_alpha=alpha)))
+        for alpha in (2.0, 32.0)
+    ]
+    assert seen == [(2, 2.0), (2, 32.0)]
+    assert not np.allclose(made[0].probabilities, made[1].probabilities, atol=1e-4)
 
 
 def test_a_layer_that_the_encoder_does_not_have_is_refused(corpus: Corpus) -> None:

@@ -58,6 +58,19 @@ def test_a_merged_matrix_is_the_matrix_and_a_product_of_the_rank() -> None:
             assert singular[3:].max() < 1e-5 * singular[0]
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 16.0), (4, 2.0), (2, 16.0)])
+def test_the_product_is_multiplied_by_alpha_over_rank(rank: int, alpha: float) -> None:
+    encoder = Encoder(SMALL, 12)
+    lora.add_adapters(encoder, rank, alpha, seed=1)
+    parts = {name: p.detach().clone() for name, p in with_products(encoder).named_parameters()}
+    lora.merge_adapters(encoder)
+    for i, (mine, old) in enumerate(zip(encoder.layers, Encoder(SMALL, 12).layers, strict=True)):
+        for name in lora.MATRICES:
+            a, b = (parts[f"layers.{i}.{name}.parametrizations.weight.0.{factor}"] for factor in "ab")
+            change = (getattr(mine, name).weight - getattr(old, name).weight).detach()
+            torch.testing.assert_close(change, alpha / rank * b @ a, atol=1e-6, rtol=1e-4)
+
+
 def test_only_adapters_are_trained() -> None:
     encoder = adapted()
     trained = {name.split("parametrizations.weight.")[-1] for name, p in encoder.named_parameters() if p.requires_grad}

@@ -112,3 +112,27 @@ def test_a_cell_of_one_gene_gives_numbers():
             ShiftScorer(encoder=encoder()), torch.tensor([5]), torch.tensor([5, 6]), operation, torch.ones(32)
         )
         assert torch.isfinite(found).all()
+
+
+def test_interpolation_between_knots_by_hand():
+    knots, values = torch.tensor([0, 1, 4]), torch.tensor([0.0, 10.0, 40.0], dtype=torch.float64)
+    at = torch.tensor([0, 1, 2, 3, 4])
+    assert screen._interpolate(knots, values, at).tolist() == [0, 10, 20, 30, 40]
+    assert screen._interpolate(knots[:1], values[1:2], at).tolist() == [10] * 5
+
+
+def test_an_inserted_gene_reads_the_cell_and_itself():
+    """In one layer without positions its last vector is that of the sentence with the gene in front."""
+    ids, genes = cell(0, 20)
+    one = Encoder(
+        training.Model(num_layers=1, dim=32, num_heads=4, ffn_dim=64, max_positions=41, init_sd=0.2), 90, seed=3
+    ).eval()
+    with torch.no_grad():
+        one.positions.zero_()
+    engine = ShiftScorer(encoder=one, variant="all")
+    goal = torch.nn.functional.normalize(torch.linspace(-1, 1, 32, dtype=torch.float64), dim=0)
+    traced = screen._trace(engine, ids, torch.arange(20), goal)
+    _, own = screen._inserted(engine, traced, genes[20:24])
+    for k, gene in enumerate(genes[20:24]):
+        whole = engine.hidden(torch.cat([gene[None], ids]), torch.tensor([0, 21]))
+        torch.testing.assert_close(own[k], whole[0].double(), atol=1e-5, rtol=1e-4)

@@ -221,6 +221,20 @@ def test_rank_expectation_recovers_a_line_and_ignores_the_gene_itself():
     assert np.isnan(rank_adjustment.expected_by_rank(holed, rank)[3])
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-4, 1e4])
+def test_an_outlier_does_not_bend_the_rank_expectation_in_any_unit(unit):
+    rng = np.random.default_rng(17)
+    rank = np.arange(200.0)
+    line = unit * (1 - rank / 400 + 0.01 * rng.normal(size=200))
+    spiked = line.copy()
+    spiked[100] += 2 * unit
+    found = rank_adjustment.expected_by_rank(spiked, rank)
+    assert found == pytest.approx(unit * (1 - rank / 400), abs=0.02 * unit)
+    assert np.delete(found, 100) == pytest.approx(
+        np.delete(rank_adjustment.expected_by_rank(line, rank), 100), abs=0.005 * unit
+    )
+
+
 def test_welch_equals_scipy():
     rng = np.random.default_rng(8)
     a, b = rng.normal(0, 1, 9), rng.normal(1, 2, 14)

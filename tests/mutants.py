@@ -1,0 +1,338 @@
+"""Mutation testing: change one place of a module, run its tests, and see that one fails.
+
+    python tests/mutants.py run --ledger mutants.jsonl --minutes 30   # goes on where the last run ended
+    python tests/mutants.py report --ledger mutants.jsonl             # tried, killed, and every survivor with its line
+
+A mutant differs from the module in one operator, comparison, constant, condition or argument. It is compiled in memory in
+a forked process, so no file of the package changes. The process imports third-party packages once, and every mutant runs
+only the tests in `TARGETS` (no Ray, no slow tests), until one fails. Mutants come in an order drawn from their hash, so
+those tried first are a sample of all. A survivor is tried again after its tests have changed. Tests that failed for earlier
+mutants of a module run first.
+
+`EQUIVALENT` lists mutants that no test can tell apart, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import hashlib
+import importlib
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TARGETS = {
+    "stats/donors": ("stats/test_donors", "perturbation/test_gene_table"),
+    "stats/intervals": ("classification/test_metrics", "perturbation/test_reference_genes"),
+    "stats/rank_adjustment": ("stats/test_donors", "perturbation/test_gene_table"),
+    "cells/qc": ("cells/test_qc", "stages/test_prepare_qc"),
+    "cells/doublets": ("cells/test_qc", "stages/test_prepare_qc"),
+    "training/losses": ("training/test_pretraining", "training/test_views", "training/test_parity"),
+    "training/views": ("training/test_views", "training/test_pretraining"),
+    "training/batch_plan": ("training/test_batch_plan", "corpus/test_reader"),
+    "classification/splits": ("classification/test_splits", "classification/test_workspace"),
+    "classification/metrics": ("classification/test_metrics",),
+    "perturbation/operations": ("perturbation/test_operations", "perturbation/test_shift"),
+    "perturbation/screen": ("perturbation/test_screen",),
+    "perturbation/screen_selection": ("perturbation/test_screen_selection",),
+    "perturbation/shift": ("perturbation/test_shift", "perturbation/test_gene_responses"),
+}
+"""Tests of each module; those that fail most often come first."""
+HEAVY = (
+    "numpy", "scipy.stats", "scipy.sparse", "scipy.special", "sklearn.linear_model", "torch", "polars", "pandas", "pyarrow.parquet",
+    "anndata", "numba", "pytest", "statsmodels.stats.multitest",
+)  # fmt: skip
+"""Third-party packages that are imported once, before the forks."""
+SWAPS: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or,
+    ast.Or: ast.And, ast.USub: ast.UAdd, ast.MatMult: ast.Mult,
+}  # fmt: skip
+NAMES = {
+    "min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum", "argmin": "argmax",
+    "argmax": "argmin", "floor": "ceil", "ceil": "floor", "sum": "mean", "mean": "sum", "std": "var", "var": "std",
+}  # fmt: skip
+EQUIVALENT: dict[tuple[str, str], str] = {}
+"""(module, line of the mutant) -> why it behaves as the module does."""
+
+Mutant = tuple[str, str, int, str, str]
+"""Id, kind, line, the line as it is and as it becomes."""
+
+
+def mutants(source: str) -> Iterator[tuple[Mutant, Callable[[], str]]]:
+    """Every mutant of a module, and a function that makes its source."""
+    tree = ast.parse(source)
+    for number, statement in enumerate(_statements(tree)):
+        before, place = ast.unparse(statement), statement.lineno - _first(tree, statement)
+        for k, node in enumerate(_nodes(statement)):
+            for kind, change in _changes(node):
+                twin = copy.deepcopy(statement)
+                change(list(_nodes(twin))[k])
+                after = ast.unparse(twin)
+                if line := _differs(before, after):
+                    digest = hashlib.sha256(f"{place}{before}{after}".encode()).hexdigest()[:12]
+                    yield (digest, kind, node.lineno, *line), partial(_mutated, source, number, k, change)
+
+
+def _mutated(source: str, number: int, k: int, change: Callable[[Any], None]) -> str:
+    """A module with a change at node `k` of statement `number`."""
+    tree = ast.parse(source)
+    change(list(_nodes(_statements(tree)[number]))[k])
+    return ast.unparse(tree)
+
+
+def _first(tree: ast.Module, statement: ast.stmt) -> int:
+    """First line of the function or class at the top level that holds a statement: moved code keeps its ids."""
+    return max(top.lineno for top in tree.body if top.lineno <= statement.lineno)
+
+
+def _differs(before: str, after: str) -> tuple[str, str] | None:
+    """The first line that differs, before and after; None if none does."""
+    old, new = before.splitlines(), after.splitlines()
+    return next(((a.strip(), b.strip()) for a, b in zip(old, new, strict=False) if a != b), None)
+
+
+def _statements(tree: ast.AST) -> list[ast.stmt]:
+    """Statements that compute something: no docstrings, imports, assertions, or errors for users."""
+    skipped = (ast.Import, ast.ImportFrom, ast.Assert, ast.Raise, ast.FunctionDef, ast.ClassDef)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt) and not isinstance(node, skipped):
+            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            names = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+            if not text and names not in (["msg"], ["__all__"]):
+                found.append(node)
+    return found
+
+
+def _nodes(statement: ast.stmt) -> Iterator[ast.expr | ast.stmt]:
+    """The statement and its expressions, without annotations, texts and the statements inside of it."""
+    yield statement
+    rest: list[ast.AST] = [
+        child
+        for name, value in ast.iter_fields(statement)
+        if name not in {"annotation", "type_comment"}
+        for child in (value if isinstance(value, list) else [value])
+        if isinstance(child, ast.AST) and not isinstance(child, ast.stmt)
+    ]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, ast.JoinedStr | ast.ExceptHandler | ast.Lambda):
+            continue
+        if isinstance(node, ast.expr):
+            yield node
+        rest.extend(ast.iter_child_nodes(node))
+
+
+def _changes(node: Any) -> Iterator[tuple[str, Any]]:
+    """Kinds of change at a node, and the function that makes each in a copy of it."""
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
+        yield "comparison", lambda n: setattr(n, "ops", [SWAPS[type(n.ops[0])]()])
+        if isinstance(node.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE):
+            turned = ast.Gt if isinstance(node.ops[0], ast.Lt | ast.LtE) else ast.Lt
+            yield "comparison turned", lambda n: setattr(n, "ops", [turned()])
+    if isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp | ast.UnaryOp) and type(node.op) in SWAPS:
+        yield "operator", lambda n: setattr(n, "op", SWAPS[type(n.op)]())
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "constant", lambda n: setattr(n, "value", not n.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield "constant", lambda n: setattr(n, "value", n.value + 1 if isinstance(n.value, int) else n.value * 2 or 1.0)
+    if isinstance(node, ast.If | ast.IfExp | ast.While):
+        yield "condition", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
+    if isinstance(node, ast.Name) and node.id in NAMES and isinstance(node.ctx, ast.Load):
+        yield "name", lambda n: setattr(n, "id", NAMES[n.id])
+    if isinstance(node, ast.Attribute) and node.attr in NAMES:
+        yield "name", lambda n: setattr(n, "attr", NAMES[n.attr])
+    if isinstance(node, ast.Call):
+        for i, keyword in enumerate(node.keywords):
+            if keyword.arg and keyword.arg not in {"dtype", "strict", "kind"}:
+                yield "argument", lambda n, i=i: n.keywords.pop(i)
+    if isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        yield "statement", _replace_by_pass
+
+
+def _replace_by_pass(node: Any) -> None:
+    """Make a statement do nothing, in place."""
+    node.__class__ = ast.Pass
+    for name in ("value", "target", "op"):
+        with contextlib.suppress(AttributeError):
+            delattr(node, name)
+
+
+def run_tests(module: str, code: str | None, seconds: float, first: list[str]) -> tuple[str, str]:
+    """Run the tests of a module in a forked process, with other code in its place if there is some.
+
+    Args:
+        module: Key of `TARGETS`.
+        code: Source that takes the module's place; None = its own.
+        seconds: Limit.
+        first: Ids of tests that run before the others.
+
+    Returns:
+        `passed`, `failed` or `timeout`; and the first failing test.
+    """
+    with tempfile.TemporaryDirectory(prefix="mutant") as folder:
+        log = Path(folder) / "log"
+        child = os.fork()
+        if child == 0:
+            _child(module, code, Path(folder), log, first)
+        end = time.monotonic() + seconds
+        outcome = "timeout"
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                outcome = "passed" if os.waitstatus_to_exitcode(status) == 0 else "failed"
+                break
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # and what the tests started
+        if outcome == "timeout":
+            os.waitpid(child, 0)
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    failing = next((line for line in lines if line.startswith(("FAILED ", "ERROR "))), "")
+    return outcome, failing.removeprefix("FAILED ").split(" - ")[0] or (
+        "" if outcome == "passed" else " ".join(lines[-1:])
+    )
+
+
+def _child(module: str, code: str | None, folder: Path, log: Path, first: list[str]) -> None:
+    """The forked process: never returns."""
+    os.setsid()
+    os.chdir(ROOT)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    if code is not None:
+        original, mutant = str(ROOT / "mixgf" / f"{module}.py"), folder / "mutant.py"
+        mutant.write_text(code)
+        compiled = compile(code, str(mutant), "exec")  # a path of its own: numba keeps compiled code by path
+        get_code = importlib.machinery.SourceFileLoader.get_code
+
+        def patched(loader: Any, name: str) -> Any:
+            return compiled if loader.path == original else get_code(loader, name)
+
+        importlib.machinery.SourceFileLoader.get_code = patched  # type: ignore[method-assign]
+    import pytest
+
+    options = ["-x", "-m", "not ray and not slow and not gpu", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=no"]
+    status = 3
+    with contextlib.suppress(BaseException):
+        for tests in filter(None, (first, [f"tests/{name}.py" for name in TARGETS[module]])):
+            status = int(pytest.main([*tests, *options, f"--basetemp={folder / 'tmp'}"]))
+            if status in {1, 2, 3}:  # not where a test of `first` is no longer there
+                break
+    os._exit(status)
+
+
+def tests_digest(module: str) -> str:
+    """Hash of the tests of a module."""
+    files = [ROOT / "tests" / f"{name}.py" for name in TARGETS[module]]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
+
+
+def read(ledger: Path) -> dict[str, dict[str, Any]]:
+    """The last result of every mutant."""
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    return {entry["id"]: entry for entry in map(json.loads, lines)}
+
+
+def all_mutants(only: list[str]) -> list[tuple[str, Mutant, Callable[[], str]]]:
+    """Module, mutant and the maker of its code, in the order in which they are tried."""
+    found = [
+        (module, mutant, code)
+        for module in TARGETS
+        if not only or module in only
+        for mutant, code in mutants((ROOT / "mixgf" / f"{module}.py").read_text())
+    ]
+    return sorted(found, key=lambda one: one[1][0])
+
+
+def run(ledger: Path, minutes: float, only: list[str]) -> None:
+    """Try mutants that have no result yet, until the time is up."""
+    for name in HEAVY:
+        importlib.import_module(name)
+    end, done, allowed = time.monotonic() + minutes * 60, read(ledger), {}
+    killers = {module: Counter[str]() for module in TARGETS}
+    for ident, entry in done.items():
+        if "::" in entry["by"]:
+            killers[ident.split(":")[0]][entry["by"]] += 1
+    for module, (ident, kind, line, before, after), code in all_mutants(only):
+        old = done.get(f"{module}:{ident}")
+        if old is not None and (old["outcome"] != "passed" or old["tests"] == tests_digest(module)):
+            continue
+        if time.monotonic() > end:
+            break
+        if module not in allowed:
+            start = time.monotonic()
+            outcome, failing = run_tests(module, None, 600, [])
+            assert outcome == "passed", f"{module}: the tests fail without a mutant: {failing}"
+            allowed[module] = 3 * (time.monotonic() - start) + 15
+        start = time.monotonic()
+        outcome, failing = run_tests(
+            module, code(), allowed[module], [name for name, _ in killers[module].most_common(6)]
+        )
+        entry = {
+            "id": f"{module}:{ident}", "outcome": outcome, "kind": kind, "line": line, "before": before, "after": after, "by": failing,
+            "seconds": round(time.monotonic() - start, 1), "tests": tests_digest(module),
+        }  # fmt: skip
+        if "::" in failing:
+            killers[module][failing] += 1
+        with ledger.open("a") as out:
+            out.write(json.dumps(entry) + "\n")
+        print(f"{outcome:8s} {module}:{line}: {before}  ->  {after}", flush=True)
+
+
+def report(ledger: Path) -> None:
+    """Print how many mutants were tried and killed, by module, and the survivors."""
+    known = {f"{module}:{mutant[0]}": module for module, mutant, _ in all_mutants([])}
+    found = {ident: entry for ident, entry in read(ledger).items() if ident in known}  # of the code as it is
+    tried, lived = Counter(known[i] for i in found), Counter[str]()
+    for ident, entry in sorted(found.items(), key=lambda one: (known[one[0]], one[1]["line"])):
+        if entry["outcome"] == "passed":
+            why = EQUIVALENT.get((known[ident], entry["after"]))
+            lived[known[ident]] += why is None
+            print(
+                f"{known[ident]}:{entry['line']}: {entry['before']}  ->  {entry['after']}"
+                + (f"  [{why}]" if why else "")
+            )
+    total = Counter(known.values())
+    for module in TARGETS:
+        print(f"{module:34s} {tried[module]:4d} of {total[module]:4d} tried, {lived[module]:3d} survived")
+    number, alive = sum(tried.values()), sum(lived.values())
+    print(
+        f"{number} of {len(known)} tried, {number - alive} killed or equivalent ({1 - alive / max(number, 1):.1%}), {alive} survived"
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--ledger", type=Path, default=Path("mutants.jsonl"))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--only", nargs="*", default=[], help="modules, such as stats/donors")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    if options.command == "run":
+        run(options.ledger, options.minutes, options.only)
+    else:
+        report(options.ledger)
+
+
+if __name__ == "__main__":
+    main()
