@@ -5,9 +5,9 @@ and cut at 10. A first regression over all genes chooses `TOP_GENES` genes of ea
 one over these genes predicts. Regressions are one type against the rest, and the type with the highest score is taken.
 
 `celltypist_vote` adds its `majority_voting=True`: cells to predict are clustered finely without labels, and each cluster gets its
-commonest type. CellTypist clusters with Leiden at a high resolution. Here k-means on 50 principal components takes its place, so that
-no further package is needed. The number of clusters is the square root of the number of cells. `VOTERS` or fewer cells
-are not clustered, as there.
+commonest type. CellTypist clusters with Leiden at a high resolution. Here k-means by cosine on principal components takes its place, so
+that no further package is needed. There are twice as many clusters as the square root of the number of cells. `VOTERS` or fewer cells
+are not clustered, as there. A type with fewer cells than a cluster may be outvoted.
 
 The package itself does not train with the present scikit-learn.
 
@@ -24,13 +24,14 @@ from sklearn.cluster import KMeans
 from sklearn.linear_model import SGDClassifier
 
 from mixgf.arrays import Floats, Ints
-from mixgf.classification.features import expression_space, log_normalise
+from mixgf.classification.features import log_normalise, principal_components, variable_genes
 from mixgf.classification.models.protocol import CellSet, CountMatrix, CountsModel, Fitted, Problem
+from mixgf.classification.simple_classifiers import unit
 
 PENALTY, MAX_ITERATIONS, TOP_GENES = 1e-4, 1000, 300
 LARGEST = 10.0
 """Largest z-score."""
-VOTERS = 50
+VOTERS, NUM_COMPONENTS = 50, 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +98,7 @@ class CellTypistVote(CellTypist):
             own_MC = single.predict(cells)
             if len(own_MC) <= VOTERS:
                 return own_MC
-            space = expression_space(cells.x, problem.config.classify.num_hvgs, problem.seed(3))
-            number = round(len(own_MC) ** 0.5)
-            cluster_M = KMeans(number, n_init=1, random_state=problem.seed(4)).fit_predict(space)
-            return vote(own_MC, cluster_M)
+            return vote(own_MC, clusters(cells.x, problem.config.classify.num_hvgs, problem.seed(3)))
 
         return Fitted(predict=predict, notes=single.notes)
 
@@ -117,6 +115,15 @@ def one_against_rest(odds_MC: Floats) -> Floats:
         odds_MC, axis=1
     )  # several may round to 1
     return sigmoid_MC / sigmoid_MC.sum(1, keepdims=True)
+
+
+def clusters(counts: CountMatrix, num_hvgs: int, seed: int) -> Ints:
+    """Cluster of each cell (M,): k-means by cosine on principal components of log-normalised variable genes."""
+    logged = log_normalise(counts)
+    dense_MH = logged[:, variable_genes(logged, num_hvgs)].toarray()
+    dense_MH -= dense_MH.mean(0)
+    space_MK = unit(dense_MH @ principal_components(dense_MH, seed, NUM_COMPONENTS))
+    return KMeans(round(2 * len(space_MK) ** 0.5), n_init=1, random_state=seed).fit_predict(space_MK)
 
 
 def top_genes(weights_CH: Floats, number: int) -> Ints:

@@ -77,7 +77,7 @@ INSTALLED = sorted(
 FLOORS = {
     "majority": 0.15,
     "celltypist": 0.93,
-    "celltypist_vote": 0.93,
+    "celltypist_vote": 0.88,
     "scdeepsort": 0.9,
     "genes_centroid": 0.9,
     "genes_logreg": 0.95,
