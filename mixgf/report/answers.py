@@ -107,7 +107,8 @@ def encoder_adds(results: RunResults) -> list[Line]:
 def _verdict(rows: list[dict[str, Any]]) -> Line:
     """The first sentence: whether the encoder adds anything."""
     wins, losses, unknown = (sum(row["outcome"] == name for row in rows) for name in ("win", "loss", "unknown"))
-    what = f"What the pretrained encoder adds, in macro F1 to the same models without it or with random weights ({wording.plural(len(rows), 'paired comparison')}, Holm-corrected)"
+    middle = float(np.median([row["difference"] for row in rows]))
+    what = f"What the pretrained encoder adds, in macro F1 to the same models without it or with random weights ({wording.plural(len(rows), 'paired comparison')}, median difference {middle:+.3f}, Holm-corrected)"
     if not wins:
         told = (
             f"nothing that can be told from zero; it takes away in {losses}"

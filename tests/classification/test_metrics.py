@@ -256,6 +256,15 @@ def test_more_seeds_of_the_same_cells_are_no_more_evidence() -> None:
     assert p(5) == p(1)
 
 
+def test_rejection_of_cells_of_one_held_out_donor_has_no_interval() -> None:
+    rng = np.random.default_rng(0)
+    confidence, unseen = rng.random(40), np.arange(40) < 20
+    for held_out, by in ((False, "cell"), (True, "none")):
+        found, over = rejection(confidence, unseen, np.full(40, "d"), rng=np.random.default_rng(0), held_out=held_out)
+        assert over == by
+        assert np.isnan(found["auroc"].low) == held_out
+
+
 def test_rejection_by_hand_and_against_scikit_learn() -> None:
     # unseen .2 and .5; known .5 (a tie), .6 ... : of 2 x 4 pairs 7.5 are in order
     confidence, unseen = np.array([0.2, 0.5, 0.5, 0.6, 0.8, 0.9]), np.array([True, True, False, False, False, False])

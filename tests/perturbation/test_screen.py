@@ -136,3 +136,13 @@ def test_an_inserted_gene_reads_the_cell_and_itself():
     for k, gene in enumerate(genes[20:24]):
         whole = engine.hidden(torch.cat([gene[None], ids]), torch.tensor([0, 21]))
         torch.testing.assert_close(own[k], whole[0].double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("grid", "knots"), [(1, [0]), (2, [0, 19]), (4, [0, 6, 13, 19]), (50, list(range(20)))])
+def test_ranks_are_computed_exactly_from_the_first_to_the_last(monkeypatch, grid, knots):
+    ids, genes = cell(1, 21)
+    seen = []
+    plain = screen._rank_shift_cosines
+    monkeypatch.setattr(screen, "_rank_shift_cosines", lambda *a: (seen.append(a[2].tolist()), plain(*a))[1])
+    screen.estimate(ShiftScorer(encoder=encoder(), lead=1), ids, genes, "delete", torch.ones(32), grid=grid)
+    assert seen == [knots]

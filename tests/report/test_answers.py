@@ -68,6 +68,7 @@ def test_the_encoder_is_credited_with_paired_differences_only(outcomes: tuple[st
     )  # its control has random weights only: no credit in the first line
     (_, first), (_, line) = answers.encoder_adds(results(added=pd.DataFrame(rows)))
     assert first.endswith(said)
+    assert "2 paired comparisons, median difference +0.020, Holm-corrected" in first
     assert "over PCA + logistic regression +0.020" in line
     assert "over random weights +0.020" in line
     assert "probe" not in line

@@ -207,6 +207,17 @@ def test_the_percentile_of_a_residual_is_fair_at_every_rank(num_nulls, most):
     assert np.mean(np.array(plain)[:, :2]) > 0.5
 
 
+def test_a_percentile_needs_ten_genes_of_like_rank_and_five_that_are_no_later():
+    rng = np.random.default_rng(19)
+    for earlier, later, known in ((4, 30, False), (5, 30, True), (5, 4, False), (5, 5, True)):
+        rank = np.concatenate(
+            [np.linspace(5, 9.9, earlier), np.linspace(11, 29, later), np.linspace(100, 200, 60), [10.0]]
+        )
+        among = np.arange(len(rank)) < len(rank) - 1
+        found = rank_adjustment.residual_percentile(rng.normal(size=len(rank)), np.log(rank), np.ones(len(rank)), among)
+        assert np.isfinite(found[-1]) == known, (earlier, later)
+
+
 def test_rank_expectation_recovers_a_line_and_ignores_the_gene_itself():
     rng = np.random.default_rng(7)
     rank = rng.uniform(0, 2000, 200)
