@@ -66,7 +66,23 @@ NAMES = {
     "min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum", "argmin": "argmax",
     "argmax": "argmin", "floor": "ceil", "ceil": "floor", "sum": "mean", "mean": "sum", "std": "var", "var": "std",
 }  # fmt: skip
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "cells/doublets",
+        "detectable = float((result['doublet_scores_sim'] >= result['threshold']).mean())",
+    ): "no score equals the threshold",
+    ("stats/donors", "size = int(code_P.max(initial=0)) + 2"): "the number only keeps keys apart",
+    ("stats/donors", "low, high = (0.0, 16.0)"): "the bisection ends within .02 of the same effect",
+    (
+        "stats/donors",
+        "return float(a @ b) / size if size > 1 else float('nan')",
+    ): "five ranks that differ have a size above 1",
+    ("training/batch_plan", "GROUP_BATCHES = 51"): "the size of a window is free; laws hold for any",
+    (
+        "training/views",
+        "self.maps = {pair: table for pair, table in maps.items() if (table >= 1).any()}",
+    ): "token 0 is no gene",
+}
 """(module, line of the mutant) -> why it behaves as the module does."""
 
 Mutant = tuple[str, str, int, str, str]

@@ -63,6 +63,7 @@ def summarise_corpus(uri: str) -> dict[str, Any]:
     | cells | read, kept, dropped by reason |
     | sources | by source: cells read, kept, dropped by reason, share of counts on known genes, means over kept cells |
     | doublets | by source: cells that Scrublet saw, called doublets, and those among kept cells; null if not looked for |
+    | near_duplicates | cells that equal those of an earlier source but for a gene filter: source, same_source, cells, kept |
     | refused | sources that could not be used |
     | cell_types, unlabelled | by species; null without a column cell_type |
     | columns | share of cells with a value |
@@ -90,6 +91,7 @@ def summarise_corpus(uri: str) -> dict[str, Any]:
         "cells": {"read": counts.get("read"), "kept": cells, "dropped": counts.get("dropped") or {}},
         "sources": _sources(uri, record, kept),
         "doublets": _doublets(uri),
+        "near_duplicates": _near_duplicates(uri),
         "refused": [dict(r) for r in details.get("refused") or []],
         "cell_types": {n: {k: c for k, c in s.types.most_common() if k is not None} for n, s in seen.items()}
         if typed
@@ -223,6 +225,17 @@ def _doublets(uri: str) -> dict[str, dict[str, int]] | None:
         for name in mine:
             mine[name] += row[name]
     return found
+
+
+def _near_duplicates(uri: str) -> list[dict[str, Any]]:
+    """One row per pair of sources; no rows where they were not looked for."""
+    pairs: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in _rows(uri, "near_duplicates.parquet"):
+        names = {"source": row["source"], "same_source": row["same_source"]}
+        mine = pairs.setdefault((row["source"], row["same_source"]), names | {"cells": 0, "kept": 0})
+        mine["cells"] += 1
+        mine["kept"] += row["kept"]
+    return list(pairs.values())
 
 
 def _sources(uri: str, record: artifacts.Record, kept: dict[str, _SourceSums]) -> list[dict[str, Any]]:

@@ -76,6 +76,10 @@ def text(found: dict[str, Any]) -> str:
     if found["doublets"]:
         scored, called, kept = (sum(s[k] for s in found["doublets"].values()) for k in ("scored", "doublets", "kept"))
         lines.append(f"  doublets {called:,} called by Scrublet among {scored:,} cells; {kept:,} are kept and flagged")
+    lines += [
+        f"  same cells  {pair['cells']:,} of {pair['source']} equal cells of {pair['same_source']} but for a gene filter; {pair['kept']:,} are kept"
+        for pair in found["near_duplicates"]
+    ]
     lines += [f"  refused  {r.get('name', '')}: {r['error']}" for r in found["refused"]]
     lines += ["", *_type_lines(found), "", *_length_lines(found), "", *_vocabulary_lines(words, found["lengths"])]
     lines += ["", *_column_lines(found["columns"])]

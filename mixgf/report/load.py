@@ -24,6 +24,7 @@ TABLES = {
     "mapping": ("corpus", "mapping.parquet"),
     "dropped": ("corpus", "dropped.parquet"),
     "doublets": ("corpus", "doublets.parquet"),
+    "near_duplicates": ("corpus", "near_duplicates.parquet"),
     "history": ("pretrain", "history.parquet"),
     "scores": ("classify", "scores.parquet"),
     "efficiency": ("classify", "efficiency.parquet"),

@@ -16,6 +16,7 @@ from mixgf.config.run import Config, Tracking
 from mixgf.corpus import near_hashes, prepare_passes
 from mixgf.corpus.summary import summarise_corpus
 from mixgf.execution import LocalExecutor
+from mixgf.report import corpus_text
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files, tables
 
@@ -214,6 +215,10 @@ def test_cells_of_another_file_with_other_genes_are_listed_or_dropped(filtered):
     assert not files.exists(f"{off}/near_duplicates.parquet")
     assert not files.exists(f"{off}/near_hashes")
     assert "near_duplicates" not in artifacts.require(off, "corpus").config["qc"]  # as before there was this setting
+    pair = {"source": "filtered", "same_source": "whole", "cells": 60}
+    told = [summarise_corpus(uri) for uri in (flag, drop, off)]
+    assert [one["near_duplicates"] for one in told] == [[pair | {"kept": 60}], [pair | {"kept": 0}], []]
+    assert "60 of filtered equal cells of whole but for a gene filter; 60 are kept" in corpus_text.text(told[0])
     shards = [s["sha256"] for s in artifacts.require(flag, "corpus").details["shards"]]
     assert shards == [s["sha256"] for s in artifacts.require(off, "corpus").details["shards"]]
     for uri, number in ((flag, 180), (drop, 120)):

@@ -40,6 +40,8 @@ def section(results: RunResults) -> Section:
     ]
     if (found := results.tables.get("doublets")) is not None and len(found):
         blocks.append(Text(_doublets(found)))
+    if (found := results.tables.get("near_duplicates")) is not None and len(found):
+        blocks.append(Text(*_near_duplicates(found)))
     blocks += [
         Text(f"{entry['name']} was refused: {entry['error']}", "refused") for entry in record.details.get("refused", [])
     ]
@@ -93,6 +95,18 @@ def _doublets(found: pd.DataFrame) -> str:
     words += f"; {kept:,} of these are kept, and flagged in the column predicted_doublet." if kept else "."
     small = len(found) - seen
     return words + (f" {wording.plural(small, 'sample')} had too few cells." if small else "")
+
+
+def _near_duplicates(found: pd.DataFrame) -> tuple[str, str]:
+    """Sentence on the cells that two sources share, and its tone."""
+    pairs = found.groupby(["source", "same_source"], sort=False)["kept"].agg(["size", "sum"])
+    parts = [f"{row['size']:,} of {of} equal cells of {same}" for (of, same), row in pairs.iterrows()]
+    kept = int(found["kept"].sum())
+    end = f"{kept:,} of them are kept; qc.near_duplicates=drop drops them" if kept else "they are dropped"
+    return (
+        f"The same cells but for a gene filter: {'; '.join(parts)}. {end[:1].upper()}{end[1:]}.",
+        "warn" if kept else "plain",
+    )
 
 
 def _sources(cells: pd.DataFrame, dropped: pd.DataFrame | None, reasons: list[str]) -> Table:
