@@ -297,8 +297,8 @@ def data_ladder() -> Config:
 def table() -> Config:
     """The paper's Tables 1 to 3, with further splits and baselines, on the labelled cells of a corpus (`mixgf classify`).
 
-    All splits, five seeds, all heads and all installed baselines, on at most 2,000 cells of a data set. Fine-tuned models and
-    scVI have one seed, because they take most of the time. Encoders that are added later with
+    All splits, five seeds, all heads and all installed baselines, on at most 2,000 cells of a data set. Fine-tuned models,
+    scDeepSort and scVI have one seed, because they take most of the time. Encoders that are added later with
     classify.encoders reuse the finished scores.
     """
     return Config(
@@ -312,13 +312,15 @@ def table() -> Config:
                 "finetune": 1,
                 "finetune_linear_start": 1,
                 "finetune_linear_start@untrained": 1,
+                "scdeepsort": 1,
                 "scvi": 1,
             },
             models=(
                 *("finetune", "finetune_linear_start", "finetune_linear_start@untrained", "encoder_pca"),
                 *("encoder_pca@untrained", "knn", "probe", "centroid", "knn@untrained", "probe@untrained"),
                 *("majority", "hvg_logreg", "pca_knn", "pseudobulk", "genes_vote", "genes_logreg", "genes_centroid"),
-                *("genes_ranks", "joint_pca", "joint_pca_centroid", "pca_logreg", "rank_pca", "scvi"),
+                *("genes_ranks", "joint_pca", "joint_pca_centroid", "pca_logreg", "rank_pca"),
+                *("celltypist", "celltypist_vote", "scdeepsort", "scvi"),
             ),
             label_shares=(0.01, 0.05, 0.1),
             unseen_types=3,

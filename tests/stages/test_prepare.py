@@ -111,8 +111,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path):
         total += len(made_calls)
     made_calls.clear()
     uri = prepare.run(config, executor=dying(10**9, made_calls))
-    # three sources, eight units in three passes, one gene report, genes of three species: nothing was made twice
-    assert total + len(made_calls) == 3 + 3 * 8 + 1 + 3
+    # three sources, eight units in three passes, one gene report, genes of three species, four searches for near duplicates:
+    # nothing was made twice
+    assert total + len(made_calls) == 3 + 3 * 8 + 1 + 3 + 4
     assert bytes_of(uri) == expected
     assert not files.exists(f"{uri}/work")
     made_calls.clear()
