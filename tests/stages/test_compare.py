@@ -167,7 +167,10 @@ def test_again_does_nothing_and_a_classification_that_is_there_is_read(
 def test_the_report_shows_every_part(done: Config) -> None:
     made = species_comparison.section(load.load_results(done))
     headings = [b.text for b in made.blocks if b.kind == "text" and b.tone == "heading"]
-    assert headings == ["Corresponding types", "Label transfer to the other species", "Matched shifts", "Gene networks"]
+    assert headings == [
+        "Corresponding types", "Dispersion and local density of types", "Label transfer to the other species", "Matched shifts",
+        "Gene networks",
+    ]  # fmt: skip
     assert "Matched shifts" in build.render(load.load_results(done), "key")
 
 
