@@ -74,6 +74,7 @@ def between() -> tuple[Problem, np.ndarray]:
 INSTALLED = sorted(
     name for name in BASELINES if not registry.parse(name).skipped and registry.parse(name).needs is Needs.COUNTS
 )
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name == "scdeepsort")) for name in INSTALLED]
 FLOORS = {
     "majority": 0.15,
     "celltypist": 0.93,
@@ -92,7 +93,7 @@ FLOORS = {
 }
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", NAMES)
 def test_on_real_cells_a_baseline_reaches_its_floor(name: str, within: tuple[Problem, np.ndarray]) -> None:
     made, true = within
     found = predicted(name, made)
@@ -120,7 +121,7 @@ def test_between_species_a_baseline_carries_types_over(
     assert metrics.accuracy_score(true, predicted(name, made).argmax(1)) >= floor
 
 
-@pytest.mark.parametrize("name", [name for name in INSTALLED if name != "celltypist_vote"])
+@pytest.mark.parametrize("name", [name for name in INSTALLED if name not in {"celltypist_vote", "scdeepsort"}])
 def test_a_cell_gets_the_same_prediction_whoever_is_tested_beside_it(
     name: str, within: tuple[Problem, np.ndarray]
 ) -> None:

@@ -86,6 +86,9 @@ def test_types_are_told_apart_with_the_same_numbers_each_time_and_torch_keeps_it
     found = fitted.predict(made.target)
     assert (found.argmax(1) == true).mean() > 0.9
     np.testing.assert_array_equal(ScDeepSort().fit(made).predict(made.target), found)
+    np.testing.assert_allclose(
+        fitted.predict(made.target[[3, 8]]), found[[3, 8]], atol=1e-6
+    )  # whoever is tested beside it
 
 
 def test_validation_cells_choose_the_epoch_and_do_not_train(monkeypatch) -> None:
