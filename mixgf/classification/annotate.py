@@ -8,11 +8,9 @@ Shapes: N cells of a block, C classes, G columns of the file, V vocabulary.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +18,13 @@ import pandas as pd
 import pyarrow as pa
 from scipy import sparse
 
-from mixgf.arrays import Ints
-from mixgf.cells.open import format_of, open_reader
+from mixgf.arrays import Bools, Floats, Ints
+from mixgf.cells.open import open_reader
 from mixgf.cells.reader import Reader
-from mixgf.classification import kept_classifier
+from mixgf.classification import clusters, kept_classifier, ontology
 from mixgf.classification.kept_classifier import DOUBTED, EMPTY, Kept
 from mixgf.classification.models.protocol import CellSet, Measured
+from mixgf.classification.workspace import as_column as vector_column
 from mixgf.config import data, parse
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.corpus import in_memory
@@ -43,6 +42,12 @@ LOW_COVERAGE = 0.8
 """Share of the tokens of training sentences whose genes a file must measure; below it the file gets a warning."""
 MANY = 3.0
 """Multiple of the expected share of doubted cells above which the file gets a warning."""
+NAMES = "names"
+"""Ids of the Cell Ontology are those of the terms with the labels' names."""
+_EXTRA: dict[str, Any] = {
+    "cluster": np.int32, "majority": str, "majority_share": np.float32, "ontology_id": str, "term_id": str, "term": str,
+}  # fmt: skip
+"""Columns of `Extras`, and their types."""
 SAMPLE_CELLS = 4_000
 """Cells that a classifier is aligned to, at most, up to a block."""
 
@@ -96,30 +101,41 @@ def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary)
 
 
 def form_for(
-    reader: Reader, genes: in_memory.Genes, file: File, kept: Kept, *, block_cells: int = BLOCK_CELLS
+    reader: Reader, genes: in_memory.Genes, file: File, kept: Kept, *, axes: bool = False, block_cells: int = BLOCK_CELLS
 ) -> Kept:  # fmt: skip
-    """The classifier for a file: without the genes that it lacks, and aligned to a sample of its cells (`kept_classifier.aligned`).
+    """The classifier for a file: aligned to a sample of its cells, and to the genes that it has (`kept_classifier.for_study`).
 
     Args:
         reader: Of the counts.
         genes: Genes of `describe`.
         file: Facts of `describe`.
         kept: The classifier.
+        axes: Find the directions in which the cells differ most, for clusters (`Extras.majority`).
         block_cells: Rows held in memory at a time.
     """
-    plain, pick = fit_to_file(kept, genes)
-    if not kept.means_CG.size:
-        return plain
+    measured_G, pick = fit_to_file(kept, genes)
+    if kept.reference is None and not axes:
+        return kept.without(~measured_G)
     tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
     starts = range(0, file.num_cells, block_cells)
     order = np.random.default_rng(0).permutation(len(starts))  # whole blocks, from all of the file
     found = []
     for start in sorted(starts[i] for i in order[: -(-SAMPLE_CELLS // block_cells)]):
         stop = min(start + block_cells, file.num_cells)
-        for block in in_memory.blocks(reader, genes, tokens, start, stop, rows=block_cells, with_counts=True):
+        blocks = in_memory.blocks(reader, genes, tokens, start, stop, rows=block_cells, with_counts=kept.reads_counts)
+        for block in blocks:
             full = np.flatnonzero(block.genes_N > 0)
-            found += [plain.cells(block, full, _counts(block, full, pick), genes.row.name)] * (len(full) > 0)
-    return kept_classifier.aligned(plain, _together(found)) if found else plain
+            found += [kept.cells(block, full, _counts(block, full, pick), genes.row.name)] * (len(full) > 0)
+    if not found:
+        return kept.without(~measured_G)
+    cells = _together(found)
+    made = kept_classifier.for_study(kept, cells, measured_G)
+    if not axes:
+        return made
+    if cells.x.counts is not None and len(made.genes) < len(kept.genes):  # it was fitted to fewer genes
+        counts = sparse.csr_matrix(cells.x.counts[:, np.isin(kept.genes, made.genes)])
+        cells = CellSet(replace(cells.x, counts=counts), cells.species, cells.datasets)
+    return replace(made, axes_HK=clusters.components(made.classifier.places(cells)))
 
 
 def _together(several: Sequence[CellSet[Measured]]) -> CellSet[Measured]:
@@ -130,20 +146,22 @@ def _together(several: Sequence[CellSet[Measured]]) -> CellSet[Measured]:
         vectors=None if one.vectors is None else np.concatenate([np.asarray(s.x.vectors) for s in several]),
         ranks=None if one.ranks is None else sparse.vstack([s.x.ranks for s in several], format="csr"),
     )
-    species = np.concatenate([s.species for s in several])
-    return CellSet(x, species, np.full(len(species), "file"))
+    species, datasets = (
+        np.concatenate(names) for names in zip(*((s.species, s.datasets) for s in several), strict=True)
+    )
+    return CellSet(x, species, datasets)
 
 
-def fit_to_file(kept: Kept, genes: in_memory.Genes) -> tuple[Kept, sparse.csr_matrix | None]:
-    """The classifier without the genes that a file lacks, and the matrix that takes the file's genes to its own; None = it reads none."""
+def fit_to_file(kept: Kept, genes: in_memory.Genes) -> tuple[Bools, sparse.csr_matrix | None]:
+    """Genes of the classifier that a file measures, and the matrix that takes the file's genes to them; None = it reads none."""
     if not len(kept.genes):
-        return kept, None
+        return np.empty(0, dtype=bool), None
     names = np.asarray(genes.of_species.genes, dtype=np.str_)
     column_G = kept.columns(genes.row.name, names)
     measured = np.isin(genes.of_species.tokens, genes.measured)
     there_G = (column_G >= 0) & measured[np.maximum(column_G, 0)]
     entries = (np.ones(int(there_G.sum()), np.float32), (column_G[there_G], np.flatnonzero(there_G)))
-    return kept.without(~there_G), sparse.csr_matrix(entries, shape=(len(names), len(kept.genes)))
+    return there_G, sparse.csr_matrix(entries, shape=(len(names), len(kept.genes)))
 
 
 def _counts(block: in_memory.Sentences, full: Ints, pick: sparse.csr_matrix | None) -> sparse.csr_matrix | None:
@@ -232,13 +250,13 @@ label_cells = Pipeline(
 """Labels of some rows of a file as a Parquet part, with the columns of `label_rows`. Takes a `LabelPlan`."""
 
 
-def write_form(model: str, file: File, to: str, *, device: str = "cpu") -> None:
+def write_form(model: str, file: File, to: str, *, axes: bool = False, device: str = "cpu") -> None:
     """Write the form of a classifier that fits a file (`form_for`) into a folder."""
     kept, vocabulary = kept_classifier.read(model, device)
     with open_reader(file.source.uri, file.source.layer) as reader:
         reader.layer_option = "--layer"
         _, genes = describe(reader, file.source, kept, vocabulary)
-        kept_classifier.save(to, form_for(reader, genes, file, kept), vocabulary)
+        kept_classifier.save(to, form_for(reader, genes, file, kept, axes=axes), vocabulary)
 
 
 def label_rows(
@@ -247,7 +265,8 @@ def label_rows(
     """Labels of rows [start, stop), as tables of at most `block_cells` cells.
 
     Columns: `label`, `probability`, `second`, `second_probability`, `entropy` (nats), `distance` (to the type's
-    centre, in units of its training cells' mean distance), `genes` (detected vocabulary genes), `doubt` (text, empty = none found), `p` (probability of every class).
+    centre, in units of its training cells' mean distance), `genes` (detected vocabulary genes), `doubt` (text, empty = none found),
+    `p` (probability of every class), and with `Kept.axes_HK` `vector` (the cell along these).
 
     Args:
         reader: Reader of the counts.
@@ -271,11 +290,14 @@ def _label_block(kept: Kept, block: in_memory.Sentences, counts_NG: sparse.csr_m
     p_NC = np.full((num_cells, num_classes), np.nan)
     distance_N = np.full(num_cells, np.nan)
     doubt = np.full(num_cells, EMPTY, dtype=object)
+    vectors_NK = None if not kept.axes_HK.size else np.zeros((num_cells, kept.axes_HK.shape[1]), dtype=np.float32)
     if len(full):
         cells = kept.cells(block, full, None if counts_NG is None else counts_NG[full], species)
         p_NC[full] = kept.probabilities(cells)
         distance_N[full] = kept.distances(cells, p_NC[full].argmax(1))
         doubt[full] = kept.doubts(p_NC[full], distance_N[full], genes_N[full])
+        if vectors_NK is not None:
+            vectors_NK[full] = clusters.vectors(kept.classifier.places(cells), kept.axes_HK)
     order_NC = np.argsort(-np.nan_to_num(p_NC), axis=1, kind="stable")
     classes, empty = np.array(kept.classes, dtype=object), genes_N == 0
     entropy_N = -(p_NC * np.log(np.maximum(p_NC, 1e-300))).sum(1)
@@ -292,14 +314,60 @@ def _label_block(kept: Kept, block: in_memory.Sentences, counts_NG: sparse.csr_m
         "label": named(0), "probability": ranked(0), "second": named(last), "second_probability": ranked(last),
         "entropy": pa.array(entropy_N), "distance": pa.array(distance_N), "genes": pa.array(genes_N.astype(np.int64)),
         "doubt": pa.array(doubt.tolist(), pa.string()), "p": pa.FixedSizeListArray.from_arrays(flat, num_classes),
-    })  # fmt: skip
+    } | ({} if vectors_NK is None else {"vector": vector_column(vectors_NK)}))  # fmt: skip
 
 
 def frame(parts: Sequence[pa.Table]) -> pd.DataFrame:
     """Labels of consecutive cells (`label_rows`) as one data frame; `p` holds an array per cell."""
     whole = pa.concat_tables(parts)
-    p_NC = whole["p"].combine_chunks().flatten().to_numpy().reshape(whole.num_rows, -1)
-    return whole.drop_columns(["p"]).to_pandas().assign(p=list(p_NC))
+    lists = [name for name in ("p", "vector") if name in whole.column_names]
+    rows = {name: list(_matrix(whole[name])) for name in lists}
+    return whole.drop_columns(lists).to_pandas().assign(**rows)
+
+
+def _matrix(column: pa.ChunkedArray) -> Floats:
+    return np.asarray(column.combine_chunks().flatten().to_numpy().reshape(len(column), -1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extras:
+    """What is added to the labels of the single cells."""
+
+    majority: bool = False
+    """Labels by majority over small clusters of the file's cells (`clusters`)."""
+    ontology: str = ""
+    """Ids of the Cell Ontology, and terms that cover the plausible labels of doubted cells (`ontology`): `names`, or the URI of a
+    table of labels and ids. Empty: none."""
+
+    def ids(self, kept: Kept) -> dict[str, str] | None:
+        """Id of each class that has one; None = they are not asked for.
+
+        Raises:
+            UserError: the table cannot be used.
+        """
+        if not self.ontology:
+            return None
+        own = ontology.read_ids(self.ontology) if self.ontology != NAMES else {}
+        return ontology.ids_of(kept.classes, dict(kept.about.get("label_ids", {})) | own)
+
+    def add(self, table: pd.DataFrame, kept: Kept, ids: dict[str, str] | None) -> pd.DataFrame:
+        """The labels of all cells of a file (`frame`) with the columns that are asked for."""
+        out = table.drop(columns=["vector"], errors="ignore")
+        has = table["label"].notna().to_numpy()
+        if self.majority:
+            cluster_N = np.full(len(table), -1, dtype=np.int64)
+            named = np.full(len(table), "", dtype=object)
+            share_N = np.full(len(table), np.nan, dtype=np.float32)
+            if has.any():
+                cluster_N[has] = clusters.find(np.stack(table.loc[has, "vector"].to_list()))
+                named[has], share_N[has] = clusters.majority(
+                    table.loc[has, "label"].to_numpy().astype(np.str_), cluster_N[has]
+                )
+            out = out.assign(cluster=cluster_N, majority=named, majority_share=share_N)
+        if ids is not None:
+            doubted = (table["doubt"] != "").to_numpy()
+            out = out.assign(**ontology.columns(np.stack(table["p"].to_list()), doubted, kept.classes, ids))
+        return out
 
 
 # The whole file
@@ -367,7 +435,11 @@ def columns(table: pd.DataFrame) -> pd.DataFrame:
         name: table[name].to_numpy(np.float32) for name in ("probability", "second_probability", "entropy", "distance")
     }
     out = {**text, **numbers, "genes": table["genes"].to_numpy(np.int32), "trusted": (table["doubt"] == "").to_numpy()}
-    order = ("label", "probability", "second", "second_probability", "entropy", "distance", "genes", "trusted", "doubt")
+    order = ["label", "probability", "second", "second_probability", "entropy", "distance", "genes", "trusted", "doubt"]
+    for name, kind in _EXTRA.items():
+        if name in table:
+            out[name] = table[name].to_numpy(kind) if kind is not str else pd.Categorical(table[name])
+            order.append(name)
     return pd.DataFrame({PREFIX + name: out[name] for name in order})
 
 
@@ -383,8 +455,7 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
 
     Everything in the .h5ad file stays, and X is not read. For 10x files the .h5ad file holds obs and probabilities only.
     """
-    import anndata as ad  # noqa: PLC0415 (slow to import)
-    import h5py  # noqa: PLC0415
+    from mixgf.corpus import h5ad  # noqa: PLC0415 (anndata is slow to import)
 
     with open_reader(source.uri, source.layer) as reader:
         names = [str(n) for n in reader.cell_names(0, reader.num_rows)]
@@ -398,20 +469,4 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
             tables.write_table(to, pa.Table.from_pandas(frame, preserve_index=False))
         return
     p_NC = probabilities(table, classes, names)
-    with tempfile.TemporaryDirectory(prefix="mixgf-annotate-") as folder:
-        path = Path(folder) / "cells.h5ad"
-        if format_of(source.uri, source.layer) == "h5ad":
-            with files.local_copy(source.uri) as original:
-                path.write_bytes(original.read_bytes())
-            with h5py.File(path, "r") as file:
-                obs = ad.io.read_elem(file["obs"])
-        else:
-            obs = pd.DataFrame(index=names)
-            ad.AnnData(obs=obs).write_h5ad(path)
-        for name in added.columns:
-            obs[name] = added[name].to_numpy() if added[name].dtype != "category" else added[name].array
-        p_NC.index = obs.index
-        with h5py.File(path, "r+") as file:
-            for group, name, value in (("/", "obs", obs), ("obsm", OBSM, p_NC), ("uns", "mixgf_annotate", about)):
-                ad.io.write_elem(file.require_group(group), name, value)  # anndata 0.13 takes no path as a name
-        files.upload(path, to)
+    h5ad.write_copy(source, to, names, obs=added, obsm={OBSM: p_NC}, uns={"mixgf_annotate": about})

@@ -4,45 +4,50 @@ All models have one file format. `readings.Classifier` turns counts, an encoder'
 Temperature and limits are fitted on predictions of training cells by models that were not fitted to these cells (`validation`).
 Each limit doubts a known share of those cells: `DOUBTED` by the probability and as many by the distance.
 
-A classifier that reads counts is aligned to each file (`aligned`), which may be of another study or species.
+A classifier that reads counts carries some of its training cells. With these it is aligned to each file (`for_study`), which may be
+of another study or species.
 
 Shapes: N cells, D width of a vector, C classes, V vocabulary, G genes of the counts, H chosen genes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from scipy import optimize, sparse, special
 
-from mixgf.arrays import Floats, Integers, Ints, Names
-from mixgf.classification import linear_start, metrics, registry, validation
+from mixgf.arrays import Bools, Floats, Integers, Ints, Names
+from mixgf.classification import linear_start, metrics, registry, study_shift, validation
 from mixgf.classification.encoders import CHECKPOINT
-from mixgf.classification.features import log_normalise
-from mixgf.classification.models.protocol import CellSet, Fitted, Measured, Model, Problem
+from mixgf.classification.labels import ids_of_labels
+from mixgf.classification.models.protocol import CellSet, Fitted, Measured, Model, Problem, counts_of
 from mixgf.classification.places import Places
-from mixgf.classification.readings import Align, Classifier, Member, Reading, counts_of
+from mixgf.classification.readings import Align, Classifier, Member, Reading
 from mixgf.classification.simple_classifiers import CentroidHead, Head, LinearHead, NeighbourHead
 from mixgf.classification.splits import Split
 from mixgf.classification.validation import Validation, measured
-from mixgf.classification.workspace import Workspace
+from mixgf.classification.workspace import Workspace, as_column, vector_column
 from mixgf.config import parse, training
+from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 from mixgf.config.training import LayerChoice
 from mixgf.corpus import packed
+from mixgf.corpus.packed import offsets_of
 from mixgf.encoder import checkpoint, embed
 from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
 from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
 from mixgf.rng import hashed
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, model_store, tables
 
-KIND, SCHEMA = "classifier", 4
+KIND, SCHEMA = "classifier", 5
 FOLDER = "classifiers"
 """Beside the tables of a classification, one classifier per group of cells."""
 DOUBTED = 0.025
@@ -55,10 +60,11 @@ LEAST_PROBABILITY = 1e-4
 """Probabilities are at least this before they are calibrated: five neighbours give many zeros."""
 NO_LIMIT = 1e9
 """A distance that no cell has."""
-LEAST_CELLS, ROUNDS = 5, 10
-"""Fewest cells of a type that take part in the alignment to a file, and most repetitions of it."""
-_WEIGHTS, _FACTS, _VOCABULARY = "model.safetensors", "classifier.json", "vocabulary.parquet"
-_FILES = (_WEIGHTS, _VOCABULARY, _FACTS)
+MOST_CELLS, LEAST_GENES = 5_000, 50
+"""Most training cells that a classifier carries, and fewest genes with which it is fitted to a file."""
+AS_TRAINED, ALIGNED, REFITTED = "as trained", "aligned", "fitted again and aligned"
+"""Forms of a classifier: as it was kept, and as `for_study` makes it for a file."""
+_WEIGHTS, _FACTS, _VOCABULARY, _CELLS = "model.safetensors", "classifier.json", "vocabulary.parquet", "cells.parquet"
 LAST_FILE = _FACTS
 """The file that `save` writes last."""
 
@@ -105,8 +111,14 @@ class Kept:
     least_genes: int = 0
     share_V: Floats
     """How often each token occurs in the training sentences, as a share of all tokens."""
-    means_CG: Floats = field(default_factory=lambda: np.empty((0, 0)))
-    """Mean log-normalised expression of each class's training cells, for `aligned`; no rows where it is not aligned."""
+    reference: Reference | None = None
+    """Training cells for `for_study`; None where the classifier reads no counts, is not aligned, or has been fitted to a file."""
+    axes_HK: Floats = field(default_factory=lambda: np.empty((0, 0)))
+    """Directions in which the cells of a file differ most, for clusters of them (`clusters.components`); no numbers = none."""
+    across: str = ""
+    """The model that `for_study` fits to a file of another species, or one that lacks genes."""
+    limits_across: Limits = field(default_factory=Limits)
+    """Calibration of that model."""
     about: dict[str, Any] = field(default_factory=dict)
     """Plain facts: model, group, split, species and tokens of training, species rows, scores on the test cells, other models."""
 
@@ -202,35 +214,130 @@ def fit_temperature(logits_NC: Floats, labels_N: Integers) -> float:
     return float(np.exp(optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
-# Another study
+# Another study or species
 
 
-def aligned(kept: Kept, cells: CellSet[Measured]) -> Kept:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """Training cells that a classifier carries, with which it is fitted to a file of another study or species."""
+
+    counts_NG: sparse.csr_matrix
+    """Raw counts over `Kept.genes`."""
+    vectors_ND: Floats
+    """Vectors of the encoder, where the model reads them; else no columns."""
+    labels_N: Ints
+    studies_N: Ints
+    """Place of each cell's study in `studies`."""
+    studies: tuple[tuple[str, str], ...]
+    """Species and data set of each study."""
+
+    @classmethod
+    def of(cls, cells: CellSet[Any], labels_N: Ints, seed: int) -> Reference:
+        """A sample of training cells: at most `MOST_CELLS`, and as many of each type as of any other, as far as they go."""
+        rows = balanced_rows(labels_N, MOST_CELLS, seed)
+        counts, picked = sparse.csr_matrix(counts_of(cells.x)[rows]), cells[rows]
+        vectors = cells.x.vectors if isinstance(cells.x, Measured) else None
+        names = picked.species if picked.datasets is None else picked.datasets
+        pairs = list(zip(picked.species.tolist(), names.tolist(), strict=True))
+        studies = sorted(set(pairs))
+        return cls(
+            counts_NG=counts, vectors_ND=np.empty((len(rows), 0), np.float32) if vectors is None else vectors[rows],
+            labels_N=labels_N[rows], studies_N=np.array([studies.index(pair) for pair in pairs]), studies=tuple(studies),
+        )  # fmt: skip
+
+    def fewer(self, most: int, seed: int) -> Reference | None:
+        """At most `most` of the cells; None = none."""
+        rows = balanced_rows(self.labels_N, most, seed)
+        sizes = np.bincount(self.labels_N)
+        if (np.bincount(self.labels_N[rows], minlength=len(sizes)) < np.minimum(sizes, 1)).any():
+            return None  # a type without a cell could not be fitted
+        return replace(
+            self, counts_NG=sparse.csr_matrix(self.counts_NG[rows]), vectors_ND=self.vectors_ND[rows],
+            labels_N=self.labels_N[rows], studies_N=self.studies_N[rows],
+        )  # fmt: skip
+
+    def cells(self, columns: Ints) -> CellSet[Any]:
+        """The cells as a model sees them, over some of the genes."""
+        counts = sparse.csr_matrix(self.counts_NG[:, columns])
+        x = Measured(counts=counts, vectors=self.vectors_ND) if self.vectors_ND.shape[1] else counts
+        species, datasets = (np.array([pair[i] for pair in self.studies])[self.studies_N] for i in range(2))
+        return CellSet(x, species, datasets)
+
+
+def balanced_rows(labels_N: Ints, most: int, seed: int) -> Ints:
+    """At most `most` rows, ascending: all of the rare types, and equally many of the others."""
+    sizes = np.bincount(labels_N)
+    totals = np.minimum(sizes[None], np.arange(1, int(sizes.max()) + 1)[:, None]).sum(1)
+    each = int(np.searchsorted(totals, most, side="right"))  # the most of a type with which all fit
+    order = np.random.default_rng([seed, 19]).permutation(len(labels_N))
+    grouped = order[np.argsort(labels_N[order], kind="stable")]
+    place = np.arange(len(grouped)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(grouped[place < each])
+
+
+def carrying(kept: Kept, most: int | None) -> Kept:
+    """The classifier with at most `most` cells that it carries; None = all. Too few for one of each type: none."""
+    if most is None or kept.reference is None:
+        return kept
+    return replace(kept, reference=kept.reference.fewer(most, int(kept.about["seed"])))
+
+
+def for_study(kept: Kept, cells: CellSet[Measured], measured_G: Bools) -> Kept:
     """The classifier for a file of another study or species, whose labels are not known.
 
-    Expression is read relative to a shifted mean. For each type, the training cells' mean is subtracted from that of the
-    file's cells. The shift is the mean of these differences, so it does not depend on how many cells of each type a file has. Types of the file's
-    cells are the predicted ones: first without a shift, then with it, until none changes. A type of fewer than `LEAST_CELLS` cells is
-    left out. For a file like the training cells the shift is small.
+    Expression is read relative to a shifted mean (`study_shift`). Where the file lacks genes that the classifier reads, as one of
+    another species does, a model is fitted (`Kept.across`), to the cells that the classifier carries and to the genes that both
+    have. For a file like the training cells the shift is small.
 
     Args:
-        kept: The classifier, without the genes that the file lacks.
+        kept: The classifier.
         cells: Cells of the file (`Kept.cells`), a sample of a large one.
+        measured_G: Genes of `Kept.genes` that the file measures.
     """
-    if not kept.means_CG.size or cells.x.counts is None:
-        return kept
-    logged_MG = log_normalise(cells.x.counts)
-    made, said_M = kept, kept.classifier(cells).argmax(1)
-    for _ in range(ROUNDS):
-        there = [c for c in range(len(kept.classes)) if (said_M == c).sum() >= LEAST_CELLS]
-        if not there:
-            return kept
-        differences = [np.asarray(logged_MG[said_M == c].mean(0)).ravel() - kept.means_CG[c] for c in there]
-        made = _shifted(kept, np.mean(differences, axis=0))
-        before_M, said_M = said_M, made.classifier(cells).argmax(1)
-        if (said_M == before_M).all():
-            break
-    return replace(made, about=kept.about | {"form": "aligned"})
+    if kept.reference is None or cells.x.counts is None:
+        return kept.without(~measured_G)
+    read = [r.columns_H for member in kept.classifier.members for r in member.readings if r.raw == "expression"]
+    whole = bool(measured_G[np.concatenate(read)].all())
+    found_G = measured_G
+    if not whole:
+        for counts in (cells.x.counts, kept.reference.counts_NG):
+            found_G = found_G & (np.asarray(counts.sum(0)).ravel() > 0)
+    columns = np.flatnonzero(found_G)
+    if len(columns) < LEAST_GENES:
+        return kept.without(~measured_G)
+    problem, study = _problem(kept, cells, columns), str(cells.studies[0])
+    if whole:
+        shift_G = np.zeros(len(kept.genes), dtype=np.float32)
+        shift_G[columns] = study_shift.shifts(problem)[study]
+        return replace(
+            _shifted(kept.without(~measured_G), shift_G), reference=None, about=kept.about | {"form": ALIGNED}
+        )
+    fitted = registry.parse(kept.across).fit(problem)
+    assert fitted.classifier is not None, "a model to keep has arrays"
+
+    def for_file(reading: Reading) -> Reading:
+        centre = reading.centres[study] if reading.raw == "expression" else reading.mean_H
+        return replace(reading, centres={study: centre}, mean_H=centre, deviations={}, align=Align.NONE)
+
+    places = Places.fit(fitted.classifier.places(problem.train), problem.labels, problem.num_classes)
+    return replace(
+        kept, classifier=fitted.classifier.map_readings(for_file), places=places, genes=kept.genes[columns], reference=None,
+        limits=kept.limits_across, about=kept.about | {"form": REFITTED, "form_genes": len(columns), "form_model": kept.across},
+    )  # fmt: skip
+
+
+def _problem(kept: Kept, cells: CellSet[Measured], columns: Ints) -> Problem[Any]:
+    """The cells that the classifier carries as training cells, and cells of a file to predict, over some genes."""
+    assert kept.reference is not None, "a classifier of counts carries cells"
+    counts = sparse.csr_matrix(counts_of(cells.x)[:, columns])
+    x = Measured(counts=counts, vectors=cells.x.vectors) if kept.reference.vectors_ND.shape[1] else counts
+    about, labels_N = kept.about, kept.reference.labels_N
+    settings = Classify(knn=about["knn"], num_hvgs=about["num_hvgs"])
+    return Problem(
+        config=Config(classify=settings, seed=about["seed"]), train=kept.reference.cells(columns), labels=labels_N,
+        num_classes=len(kept.classes), is_validation=np.zeros(len(labels_N), dtype=bool),
+        target=CellSet(x, cells.species, cells.datasets), by_types=True,
+    )  # fmt: skip
 
 
 def _shifted(kept: Kept, shift_G: Floats) -> Kept:
@@ -292,13 +399,22 @@ def all_cells(workspace: Workspace, split: Split) -> Split:
     )  # fmt: skip
 
 
-def assemble(fit: Fit, found: Validation, *, test: dict[str, float]) -> Kept:
+def model_across(chosen: str, names: Iterable[str]) -> str:
+    """The model for files of another species: the chosen one if it centres by types, else the preferred one of those that do."""
+    able = [name for name in registry.PREFERRED if name in names and registry.parse(name).by_types]
+    return chosen if registry.parse(chosen).by_types or not able else able[0]
+
+
+def assemble(
+    fit: Fit, found: Validation, *, test: dict[str, float], across: tuple[str, Validation] | None = None
+) -> Kept:  # fmt: skip
     """A classifier to keep.
 
     Args:
         fit: The model.
         found: Its validation, for the limits.
         test: Scores on test cells, by `test_scores`.
+        across: Name and validation of the model for files of another species (`model_across`); None = the model itself.
     """
     workspace, split, model, problem, fitted = fit.workspace, fit.split, fit.model, fit.problem, fit.fitted
     run, corpus, table = workspace.config, workspace.corpus, workspace.table
@@ -325,17 +441,17 @@ def assemble(fit: Fit, found: Validation, *, test: dict[str, float]) -> Kept:
         "tokens": parse.to_dict(corpus.token_settings), "species": species,
         "species_rows": corpus.record.config.get("species", []), "label": run.classify.label, "training_cells": len(rows),
         "sources": sorted(set(table.sources[rows].tolist())), "orthologs": list(run.vocab.orthologs),
-        "knn": run.classify.knn, "num_hvgs": run.classify.num_hvgs, "form": "as trained",
+        "label_ids": ids_of_labels(corpus, run.classify, table.cells[rows], table.labels[rows]),
+        "knn": run.classify.knn, "num_hvgs": run.classify.num_hvgs, "form": AS_TRAINED,
         "validation": {"cells": len(found.main.rows_N), "by": found.main.by, "loss": _loss(found.main),
                        "accuracy": found.main.accuracy, "macro_f1": found.main.macro_f1}, "test": test,
     }  # fmt: skip
-    means_CG = np.empty((0, 0))
+    reference = None
     if model.reads_counts and run.classify.align:
-        logged_NG = log_normalise(counts_of(problem.train.x))
-        means = [np.asarray(logged_NG[problem.labels == c].mean(0)).ravel() for c in range(len(split.classes))]
-        means_CG = np.stack(means)
+        reference = Reference.of(problem.train, problem.labels, run.seed)
+    named, validated = across or (model.name, found)
     return Kept(
-        classifier=classifier, encoder=encoder, means_CG=means_CG, classes=split.classes, pooling=run.embed.pooling,
+        across=named, limits_across=Limits.fit(validated.main), classifier=classifier, encoder=encoder, reference=reference, classes=split.classes, pooling=run.embed.pooling,
         layer=run.embed.layer if fitted.layer is None else fitted.layer, genes=genes, gene_species=species[0], places=places,
         limits=Limits.fit(found.main), least_genes=int(np.quantile(genes_N, FEW_GENES)), about=about,
         share_V=np.bincount(tokens_T, minlength=corpus.vocabulary.size) / max(len(tokens_T), 1),
@@ -376,7 +492,7 @@ def test_scores(kept: Kept, fit: Fit) -> dict[str, float]:
 # Storage
 
 _HEADS: dict[str, type[Head]] = {one.kind: one for one in (LinearHead, NeighbourHead, CentroidHead)}
-_NUMBERS = ("pooling", "layer", "least_genes", "gene_species")
+_NUMBERS = ("pooling", "layer", "least_genes", "gene_species", "across")
 
 
 def _flatten(one: Any, prefix: str, arrays: dict[str, Any], skip: Sequence[str] = ()) -> dict[str, Any]:
@@ -411,9 +527,9 @@ def _restore(kind: Any, facts: dict[str, Any], prefix: str, arrays: dict[str, An
     return kind(**made)
 
 
-def save(uri: str, kept: Kept, vocabulary: Vocabulary) -> None:
-    """Write a classifier's files; `publish` makes them an artifact."""
-    arrays: dict[str, Any] = {"share_V": kept.share_V, "means_CG": kept.means_CG}
+def save(uri: str, kept: Kept, vocabulary: Vocabulary, *, half: bool = False) -> None:
+    """Write a classifier's files; `publish` makes them an artifact. `half`: numbers in half precision."""
+    arrays: dict[str, Any] = {"share_V": kept.share_V, "axes_HK": kept.axes_HK}
     weights: dict[str, torch.Tensor] = {}
     if kept.encoder is not None:
         weights |= {f"encoder.{name}": p for name, p in kept.encoder.named_parameters()}
@@ -423,17 +539,65 @@ def save(uri: str, kept: Kept, vocabulary: Vocabulary) -> None:
         head = {"kind": member.head.kind} | _flatten(member.head, f"members.{i}.head.", arrays)
         members.append({"readings": readings, "head": head})
     facts = {name: getattr(kept, name) for name in _NUMBERS} | {
-        "members": members, "limits": _flatten(kept.limits, "limits.", arrays), "places": _flatten(kept.places, "places.", arrays),
+        "members": members, "limits": _flatten(kept.limits, "limits.", arrays),
+        "limits_across": _flatten(kept.limits_across, "limits_across.", arrays), "places": _flatten(kept.places, "places.", arrays),
         "classes": list(kept.classes), "vocabulary": vocabulary.hash, "about": kept.about,
         "encoder": None if kept.encoder is None else parse.to_dict(kept.encoder.sizes),
+        "carries_cells": kept.reference is not None,
     }  # fmt: skip
     if len(kept.genes):
         place = {gene: i for i, gene in enumerate(vocabulary.species_genes(kept.gene_species).genes.tolist())}
         arrays["genes"] = np.array([place[gene] for gene in kept.genes.tolist()], dtype=np.int32)
     weights |= {name: torch.from_numpy(_stored(value)) for name, value in arrays.items()}
+    if half:
+        weights = {
+            name: _halved(value) if name.startswith(("encoder.", "members.")) else value
+            for name, value in weights.items()
+        }
     checkpoint.write_tensors(files.join(uri, _WEIGHTS), weights)
     vocabulary.save(files.join(uri, _VOCABULARY))
+    if kept.reference is not None:
+        _write_reference(files.join(uri, _CELLS), kept.reference)
     files.write_json(files.join(uri, _FACTS), facts)
+
+
+def _write_reference(uri: str, reference: Reference) -> None:
+    """One row per cell: its genes (places in `Kept.genes`) and their counts, its class, study, and vector."""
+    counts = sparse.csr_matrix(reference.counts_NG)
+    counts.sort_indices()
+    offsets = pa.array(counts.indptr.astype(np.int32))
+    lists = {
+        "genes": pa.ListArray.from_arrays(offsets, pa.array(counts.indices.astype(np.int32))),
+        "counts": pa.ListArray.from_arrays(offsets, pa.array(counts.data.astype(np.int32))),
+    }
+    numbers = {"label": pa.array(reference.labels_N, pa.int32()), "study": pa.array(reference.studies_N, pa.int32())}
+    vectors = {"vector": as_column(reference.vectors_ND.astype(np.float32))} if reference.vectors_ND.shape[1] else {}
+    studies = {"studies": json.dumps([list(pair) for pair in reference.studies]), "num_genes": str(counts.shape[1])}
+    table = pa.table(lists | numbers | vectors).replace_schema_metadata(studies)
+    packed = dict.fromkeys(("genes.list.element", "counts.list.element"), "DELTA_BINARY_PACKED")
+    tables.write_table(
+        uri, table, use_dictionary=False, column_encoding=packed, compression="zstd", compression_level=12
+    )
+
+
+def _read_reference(uri: str) -> Reference:
+    table = tables.read_table(uri)
+    genes, counts = (table[name].combine_chunks() for name in ("genes", "counts"))
+    offsets = offsets_of(genes.value_lengths().to_numpy())
+    parts = (counts.flatten().to_numpy().astype(np.float32), genes.flatten().to_numpy(), offsets)
+    meta = table.schema.metadata
+    vectors = vector_column(table) if "vector" in table.column_names else np.empty((table.num_rows, 0), np.float32)
+    return Reference(
+        counts_NG=sparse.csr_matrix(parts, shape=(table.num_rows, int(meta[b"num_genes"]))), vectors_ND=vectors,
+        labels_N=table["label"].to_numpy().astype(np.int64), studies_N=table["study"].to_numpy().astype(np.int64),
+        studies=tuple((a, b) for a, b in json.loads(meta[b"studies"])),
+    )  # fmt: skip
+
+
+def _halved(value: torch.Tensor) -> torch.Tensor:
+    """In half precision, where all numbers fit."""
+    made = value.detach().half() if value.is_floating_point() else value
+    return made if bool(torch.isfinite(made).all()) else value
 
 
 def _stored(value: np.ndarray) -> np.ndarray:
@@ -447,9 +611,14 @@ def publish(uri: str, folder: str, parents: dict[str, str]) -> None:
     record = artifacts.plan(KIND, SCHEMA, {name: about[name] for name in ("model", "group", "split", "seed")}, parents)
     if not artifacts.begin(uri, record):
         return
-    for name in _FILES:
+    for name in _names(files.read_json(files.join(folder, _FACTS))):
         files.copy(files.join(folder, name), files.join(uri, name))
     finish(uri, record)
+
+
+def _names(found: dict[str, Any]) -> list[str]:
+    """Files of a classifier, by its facts."""
+    return [_WEIGHTS, _VOCABULARY, *([_CELLS] if found["carries_cells"] else []), _FACTS]
 
 
 def finish(uri: str, record: artifacts.Record) -> dict[str, Any]:
@@ -457,7 +626,7 @@ def finish(uri: str, record: artifacts.Record) -> dict[str, Any]:
     found = facts(uri)
     about: dict[str, Any] = found["about"]
     details = {"vocabulary": found["vocabulary"], "classes": found["classes"]} | about
-    checksums = artifacts.checksums_of(uri, _FILES)
+    checksums = artifacts.checksums_of(uri, _names(found))
     artifacts.finish(uri, record, counts={"classes": len(found["classes"])}, files=checksums, details=details)
     return about
 
@@ -470,28 +639,33 @@ def facts(uri: str) -> dict[str, Any]:
 def find(uri: str) -> str:
     """URI of a classifier: `uri` itself, that of `mixgf finetune`, or the only one of a classification, in the run at `uri`.
 
+    `uri` may also be a published model, by its folder or its name (`model_store.resolve`).
+
     Raises:
         UserError: there is none, or more than one.
     """
+    uri = model_store.resolve(uri)
     for place in (uri, files.join(uri, "finetune"), files.join(uri, "classify")):
         record = artifacts.find(place)
-        if record is None:
+        published = record is None and files.exists(files.join(place, model_store.MANIFEST))
+        if record is None and not published:
             continue
-        if record.kind == KIND:
+        if record is not None and record.kind == KIND:
             return place
         folder = files.join(place, FOLDER)
-        names = files.list_dir(folder) if record.kind == "classification" else []
+        names = files.list_dir(folder) if published or (record is not None and record.kind == "classification") else []
         if len(names) == 1:
             return files.join(folder, names[0].rstrip("/"))
         if names:
             listed = ", ".join(files.join(folder, n.rstrip("/")) for n in names[:8])
             msg = f"--model {uri}: {len(names)} classifiers there, one per group of cells; name one of {listed}"
             raise UserError(msg)
-        if record.kind == "classification":
+        if record is not None and record.kind == "classification":
             able = [head for head, kind in registry.MODELS.items() if kind.can_keep]
             msg = f"--model {uri}: this classification kept no classifier; it needs {' or '.join(able)} among classify.models and classify.keep = true; make it again in another output"
             raise UserError(msg)
-    msg = f"--model {uri}: no classifier there; `mixgf classify` makes them under OUTPUT/classify/{FOLDER}/, `mixgf finetune` makes OUTPUT/finetune"
+    there = f"; models with a name: {', '.join(model_store.names())}" if model_store.names() else ""
+    msg = f"--model {uri}: no classifier there; `mixgf classify` makes them under OUTPUT/classify/{FOLDER}/, `mixgf finetune` makes OUTPUT/finetune{there}"
     raise UserError(msg)
 
 
@@ -521,7 +695,9 @@ def read(uri: str, device: torch.device | str = "cpu", expected: Any = None) -> 
         mine = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
         checkpoint.load_weights(encoder, mine, uri)
         encoder = encoder.to(device).eval()
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith("encoder.")}
+    # a published classifier may hold half precision
+    wide = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
+    arrays = {name: tensor.numpy() for name, tensor in wide.items() if not name.startswith("encoder.")}
     members = []
     for i, one in enumerate(found["members"]):
         readings = [_restore(Reading, r, f"members.{i}.readings.{j}.", arrays) for j, r in enumerate(one["readings"])]
@@ -529,10 +705,12 @@ def read(uri: str, device: torch.device | str = "cpu", expected: Any = None) -> 
         members.append(Member(readings=tuple(readings), head=head))
     names = np.asarray(vocabulary.species_genes(found["gene_species"]).genes, dtype=np.str_)
     genes = names[arrays["genes"]] if "genes" in arrays else np.empty(0, dtype=np.str_)
+    reference = _read_reference(files.join(uri, _CELLS)) if found["carries_cells"] else None
     kept = Kept(
         classifier=Classifier(members=tuple(members)), encoder=encoder, classes=tuple(found["classes"]), genes=genes,
-        limits=_restore(Limits, found["limits"], "limits.", arrays), places=_restore(Places, found["places"], "places.", arrays),
-        share_V=arrays["share_V"], about=found["about"], means_CG=arrays["means_CG"],
+        limits=_restore(Limits, found["limits"], "limits.", arrays),
+        limits_across=_restore(Limits, found["limits_across"], "limits_across.", arrays), places=_restore(Places, found["places"], "places.", arrays),
+        share_V=arrays["share_V"], axes_HK=arrays["axes_HK"], about=found["about"], reference=reference,
         **{name: found[name] for name in _NUMBERS},
     )  # fmt: skip
     return kept, vocabulary

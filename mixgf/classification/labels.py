@@ -21,7 +21,8 @@ def labelled(corpus: Corpus, settings: Classify) -> Labelled:
         UserError: The label or group column is not there, or no cell has a label.
     """
     there = corpus.columns
-    for name, wanted_column in (("label", settings.label), ("group", settings.group)):
+    needed = (("label", settings.label), ("group", settings.group), ("label_id", settings.label_id or settings.label))
+    for name, wanted_column in needed:
         if wanted_column not in there:
             msg = (
                 f"classify.{name} = {wanted_column!r}: the corpus has no such column; it has {', '.join(sorted(there))}"
@@ -51,6 +52,27 @@ def labelled(corpus: Corpus, settings: Classify) -> Labelled:
         donors=column(settings.donor)[rows], datasets=column(settings.dataset)[rows], transfer=column(settings.transfer)[rows],
         sources=obs["source"].to_numpy().astype(np.str_)[rows],
     )  # fmt: skip
+
+
+def ids_of_labels(corpus: Corpus, settings: Classify, cells: Cells, labels_N: Names) -> dict[str, str]:
+    """The most frequent id of the cells of each label (`classify.label_id`); labels without any are left out.
+
+    Args:
+        corpus: The corpus.
+        settings: Of the classification.
+        cells: Numbers of cells in the corpus (N,).
+        labels_N: Their labels.
+    """
+    if not settings.label_id:
+        return {}
+    column = corpus.obs([settings.label_id])[settings.label_id]
+    ids_N = names_of(column.tolist(), unknown=settings.unlabelled)[cells]
+    found = {}
+    for label in np.unique(labels_N).tolist():
+        ids, counts = np.unique(ids_N[(labels_N == label) & (ids_N != UNKNOWN)], return_counts=True)
+        if len(ids):
+            found[label] = str(ids[counts.argmax()])
+    return found
 
 
 def merged(labels_N: Names, merge: Mapping[str, Sequence[str]]) -> Names:

@@ -138,7 +138,10 @@ def keep_best(workspace: Workspace, splits: Sequence[Split], parents: dict[str, 
         kept.append(
             {
                 "uri": uri,
-                **{name: about[name] for name in ("group", "model", "why", "candidates", "validation", "test")},
+                **{
+                    name: about[name]
+                    for name in ("group", "model", "across", "why", "candidates", "validation", "test")
+                },
             }
         )
     return kept
@@ -162,13 +165,14 @@ def _publish(
         problem = workspace.problem(whole, model)
         test = dict(files.read_json(f"{paths.validation(split.group, chosen)}.json"))
         fit = kept_classifier.Fit(workspace, whole, model, problem, model.fit(problem))
-        kept = kept_classifier.assemble(fit, found[chosen], test=test)
+        across = kept_classifier.model_across(chosen, found)
+        kept = kept_classifier.assemble(fit, found[chosen], test=test, across=(across, found[across]))
     candidates: list[dict[str, Any]] = [
         {"model": name, "macro_f1": one.main.macro_f1, "accuracy": one.main.accuracy, "by": one.main.by, "cells": len(one.main.rows_N)}
         for name, one in found.items()
     ]  # fmt: skip
     candidates.sort(key=lambda row: -row["macro_f1"])
-    kept = replace(kept, about=kept.about | {"why": why, "candidates": candidates})
+    kept = replace(kept, about=kept.about | {"why": why, "candidates": candidates, "across": kept.across})
     kept_classifier.save(folder, kept, workspace.corpus.vocabulary)
     files.remove(uri)
     kept_classifier.publish(uri, folder, parents)

@@ -8,9 +8,8 @@
 | components | nothing; or principal components |
 | length | cells are scaled to length 1 for linear models. Cosines do not depend on it |
 
-Columns are not z-scored by default: this enlarges the noise of columns that vary little. The mean of a study without training cells
-is that of its cells to predict (`Align.OWN_MEAN`): they are seen, their labels are not. With `Align.NONE` it is the mean of all
-training cells.
+Columns are not z-scored by default: this enlarges the noise of columns that vary little. What is subtracted from a study without
+training cells is stated by `Align`. Its cells to predict are seen, their labels are not.
 
 Shape letters: N training cells, M cells to predict, G genes, H chosen genes or raw features, K components, V tokens.
 """
@@ -26,8 +25,9 @@ import numpy as np
 from scipy import sparse
 
 from mixgf.arrays import Bools, Floats, Ints
+from mixgf.classification import study_shift
 from mixgf.classification.features import log_normalise, principal_components, variable_genes
-from mixgf.classification.models.protocol import CellSet, Measured, Problem
+from mixgf.classification.models.protocol import CellSet, Measured, Problem, counts_of
 from mixgf.classification.simple_classifiers import Head, Values, unit
 
 RawKind: TypeAlias = Literal["expression", "vectors", "ranks"]
@@ -38,6 +38,7 @@ class Align(Enum):
 
     NONE = "the mean of all training cells"
     OWN_MEAN = "the mean of the study's own cells"
+    BY_TYPES = "the mean of all training cells and the study's shift, which does not depend on its shares of types (`study_shift`)"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +85,7 @@ class Reading:
     def _moments(self, study: str, own_MH: Floats) -> tuple[Floats, Floats]:
         if study in self.centres:
             return self.centres[study], self.deviations.get(study, self.deviation_H)
-        if self.align is Align.NONE:
+        if self.align is not Align.OWN_MEAN:
             return self.mean_H, self.deviation_H
         return own_MH.mean(0), _reciprocal(own_MH.std(0)) if self.deviation_H.size else self.deviation_H
 
@@ -107,15 +108,19 @@ def fit_reading(
     """
     train, target, align = problem.train, problem.target, align_of(problem)
     columns_H = expression_genes(problem, joint=joint_genes) if raw == "expression" else np.empty(0, dtype=np.int64)
+    by_types = align is not Align.NONE and raw == "expression" and problem.by_types
     raw_NH = np.asarray(_raw(raw, train.x, columns_H), dtype=np.float32)
     some = {study: raw_NH[train.studies == study] for study in np.unique(train.studies).tolist()}
-    if align is Align.OWN_MEAN:
+    if align is Align.OWN_MEAN and not by_types:
         for study in np.setdiff1d(target.studies, train.studies).tolist():
             some[study] = np.asarray(_raw(raw, target[target.studies == study].x, columns_H), dtype=np.float32)
+    mean_H, centres = raw_NH.mean(0), {study: values.mean(0) for study, values in some.items()}
+    if by_types:
+        centres |= {study: mean_H + shift_G[columns_H] for study, shift_G in study_shift.shifts(problem).items()}
     made = Reading(
-        raw=raw, columns_H=columns_H, centres={study: values.mean(0) for study, values in some.items()}, align=align,
+        raw=raw, columns_H=columns_H, centres=centres, align=Align.BY_TYPES if by_types else align,
         deviations={study: _reciprocal(values.std(0)) for study, values in some.items()} if z_scores else {},
-        mean_H=raw_NH.mean(0), deviation_H=_reciprocal(raw_NH.std(0)) if z_scores else np.empty(0), length=1.0,
+        mean_H=mean_H, deviation_H=_reciprocal(raw_NH.std(0)) if z_scores else np.empty(0), length=1.0,
     )  # fmt: skip
     if components:
         several = [made(train)] + [made(target)] * (joint and len(target.species) > 0)
@@ -133,11 +138,6 @@ def _raw(kind: RawKind, x: Any, columns_H: Ints) -> Values:
     if kind == "vectors":
         return np.asarray(x.vectors if isinstance(x, Measured) else x)
     return np.asarray(log_normalise(counts_of(x))[:, columns_H].toarray())
-
-
-def counts_of(x: Any) -> sparse.csr_matrix:
-    """Raw counts (M, G) of a model's input, alone or beside other kinds."""
-    return x.counts if isinstance(x, Measured) else x
 
 
 def _reciprocal(sd_H: Floats) -> Floats:

@@ -14,7 +14,7 @@ Shape letters: N training cells, C classes, K folds, R resamples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,13 +54,15 @@ class Validation:
     """Distance to the predicted type (`places.Places`)."""
     part_N: Names
     """`fold` or `validation`."""
+    fold_N: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Number of the fold with which the cell was left out; no numbers = not known."""
 
     def of(self, part: str) -> Validation:
         """The predictions of one part."""
         mine = self.part_N == part
         return Validation(
             by=self.by, rows_N=self.rows_N[mine], labels_N=self.labels_N[mine], distance_N=self.distance_N[mine],
-            probabilities_NC=self.probabilities_NC[mine], part_N=self.part_N[mine],
+            probabilities_NC=self.probabilities_NC[mine], part_N=self.part_N[mine], fold_N=self.fold_N[mine[: len(self.fold_N)]],
         )  # fmt: skip
 
     @property
@@ -111,10 +113,10 @@ def validate(
     """
     if model.trains_encoder:
         return _gather("cell", [_left_out(fitted, problem, problem.is_validation, SPLIT)])
-    wanted = [(fold_N == fold, FOLD) for fold in np.unique(fold_N[fold_N >= 0])]
-    wanted += [(problem.is_validation, SPLIT)] * (also_split and bool(problem.is_validation.any()))
+    wanted = [(fold_N == fold, FOLD, int(fold)) for fold in np.unique(fold_N[fold_N >= 0])]
+    wanted += [(problem.is_validation, SPLIT, -1)] * (also_split and bool(problem.is_validation.any()))
     found = []
-    for out_N, part in wanted:
+    for out_N, part, fold in wanted:
         known = np.isin(problem.labels, problem.labels[~out_N])  # a type of this fold only cannot be predicted
         if not (out_N & known).any() or len(np.unique(problem.labels[~out_N])) < 2:
             continue
@@ -122,12 +124,18 @@ def validate(
             problem, train=problem.train[~out_N], labels=problem.labels[~out_N], target=problem.train[out_N & known],
             is_validation=np.zeros(int((~out_N).sum()), dtype=bool),
         )  # fmt: skip
-        found.append(_left_out(model.fit(rest), problem, out_N & known, part, learned=rest))
+        found.append(_left_out(model.fit(rest), problem, out_N & known, part, fold=fold, learned=rest))
     return _gather(by, found)
 
 
 def _left_out(
-    fitted: Fitted[Any], problem: Problem[Any], out_N: Bools, part: str, *, learned: Problem[Any] | None = None
+    fitted: Fitted[Any],
+    problem: Problem[Any],
+    out_N: Bools,
+    part: str,
+    *,
+    fold: int = -1,
+    learned: Problem[Any] | None = None,
 ) -> dict[str, Any]:
     cells = problem.train[out_N]
     assert fitted.classifier is not None, "a model to keep has arrays"
@@ -140,7 +148,7 @@ def _left_out(
     where = Places.fit(fitted.classifier.places(train), labels_N, problem.num_classes)
     distance_N = where.distances(fitted.classifier.places(cells), p_NC.argmax(1))
     return {
-        "rows": np.flatnonzero(out_N), "labels": problem.labels[out_N], "p": p_NC, "distance": distance_N,
+        "fold": np.full(len(p_NC), fold), "rows": np.flatnonzero(out_N), "labels": problem.labels[out_N], "p": p_NC, "distance": distance_N,
         "part": np.full(len(p_NC), part),
     }  # fmt: skip
 
@@ -165,11 +173,17 @@ def measured(fitted: Fitted[Any], cells: CellSet[Any], config: Config) -> CellSe
 
 
 def _gather(by: str, found: Sequence[dict[str, Any]]) -> Validation:
-    rows, labels, p, distance, part = (
-        np.concatenate([one[name] for one in found]) for name in ("rows", "labels", "p", "distance", "part")
+    rows, labels, p, distance, part, fold = (
+        np.concatenate([one[name] for one in found]) for name in ("rows", "labels", "p", "distance", "part", "fold")
     )
     return Validation(
-        by=by, rows_N=rows, labels_N=labels, probabilities_NC=p, distance_N=distance, part_N=part.astype(np.str_)
+        by=by,
+        rows_N=rows,
+        labels_N=labels,
+        probabilities_NC=p,
+        distance_N=distance,
+        part_N=part.astype(np.str_),
+        fold_N=fold,
     )
 
 
@@ -197,7 +211,8 @@ def choose(found: Mapping[str, Validation], order: Sequence[str], seed: int) -> 
     """The model to keep, and why in words.
 
     Of the models with folds, the first of `order` whose macro F1 is within one standard error of the best (the one-standard-error
-    rule: Hastie et al. 2009, section 7.10). A model that trains an encoder takes its place if it is better on the split's
+    rule: Hastie et al. 2009, section 7.10). The error is the larger one of that over cells (`standard_error`) and that over folds
+    (`fold_error`): models can differ by donor more than cells tell. A model that trains an encoder takes its place if it is better on the split's
     validation cells by more than one standard error.
 
     Args:
@@ -238,14 +253,27 @@ def _of_split(mine: Validation) -> str:
 def _paired_error(first: Validation, second: Validation, seed: int) -> float:
     _, mine, theirs = np.intersect1d(first.rows_N, second.rows_N, return_indices=True)
     said = first.probabilities_NC.argmax(1)[mine], second.probabilities_NC.argmax(1)[theirs]
-    return standard_error(first.labels_N[mine], *said, seed)
+    over_cells = standard_error(first.labels_N[mine], *said, seed)
+    if not len(first.fold_N):
+        return over_cells
+    return max(over_cells, fold_error(first.labels_N[mine], *said, first.fold_N[mine]))
+
+
+def fold_error(labels_N: Ints, first_N: Ints, second_N: Ints, fold_N: Ints) -> float:
+    """Standard error of the mean difference in macro F1 of two predictions, over folds (sets of donors or studies); 0 with one fold."""
+    folds = np.unique(fold_N)
+    if len(folds) < 2:
+        return 0.0
+    rows = [fold_N == fold for fold in folds]
+    gaps = [_macro_f1(labels_N[mine], first_N[mine]) - _macro_f1(labels_N[mine], second_N[mine]) for mine in rows]
+    return float(np.std(gaps, ddof=1) / len(gaps) ** 0.5)
 
 
 def save(uri: str, found: Validation) -> None:
     """Write a validation as Parquet."""
     frame = pd.DataFrame(
         {"row": found.rows_N, "label": found.labels_N, "distance": found.distance_N, "part": found.part_N}
-    )
+    ).assign(**({"fold": found.fold_N} if len(found.fold_N) else {}))
     table = pa.Table.from_pandas(frame, preserve_index=False)
     flat = pa.array(found.probabilities_NC.reshape(-1))
     table = table.append_column("p", pa.FixedSizeListArray.from_arrays(flat, found.probabilities_NC.shape[1]))
@@ -260,4 +288,5 @@ def load(uri: str) -> Validation:
         by=table.schema.metadata[b"by"].decode(), rows_N=table["row"].to_numpy(), labels_N=table["label"].to_numpy(),
         distance_N=table["distance"].to_numpy(), probabilities_NC=p_NC,
         part_N=np.asarray(table["part"].to_pylist(), dtype=np.str_),
+        fold_N=table["fold"].to_numpy() if "fold" in table.column_names else np.empty(0, dtype=np.int64),
     )  # fmt: skip

@@ -34,6 +34,9 @@ class Classify:
 
     label: str = option("cell_type", role="cells")
     """Column of `obs` with the labels."""
+    label_id: str = option("", role="cells", omit_default=True)
+    """Column of `obs` with the Cell Ontology id of each label, for example cell_type_ontology_term_id. The kept classifier carries
+    them for `mixgf annotate --ontology`. Empty: none."""
     cells: str = option("", role="cells")
     """Cells that take part, as an expression over `obs`, for example organ == 'pancreas'. Empty: all cells."""
     merge: Mapping[str, tuple[str, ...]] = option({}, role="cells", omit_default=True)

@@ -6,7 +6,7 @@ Memory: one shard's obs, one column of obs (8 bytes per cell), and one slice of 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from mixgf.cells.open import format_of
+from mixgf.config.data import Source
 from mixgf.corpus.reader import Corpus
 from mixgf.corpus.shards import regroup
+from mixgf.storage import files
 
 CHUNK_BYTES = 1 << 20
 """Of vectors that HDF5 compresses together."""
@@ -129,3 +132,40 @@ def _slices(vectors: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield from tables
 
     yield from regroup(all_tables(), rows)
+
+
+def write_copy(
+    source: Source, to: str, names: Sequence[str], *, obs: pd.DataFrame | None = None, obsm: Mapping[str, Any], uns: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write a copy of a file of counts as .h5ad, with more columns, matrices and facts.
+
+    Everything in an .h5ad source stays, and X is not read. The copy of another format has no counts.
+
+    Args:
+        source: The file.
+        to: URI of the copy.
+        names: Of the cells, where the source is no .h5ad file.
+        obs: Columns to add, one row per cell in the order of the file; None = none.
+        obsm: Matrices to add, by name; frames get the names of the cells.
+        uns: Facts to add, by name.
+    """
+    with tempfile.TemporaryDirectory(prefix="mixgf-copy-") as folder:
+        path = Path(folder) / "cells.h5ad"
+        if format_of(source.uri, source.layer) == "h5ad":
+            with files.local_copy(source.uri) as original:
+                path.write_bytes(original.read_bytes())
+            with h5py.File(path, "r") as file:
+                own = ad.io.read_elem(file["obs"])
+        else:
+            own = pd.DataFrame(index=names)
+            ad.AnnData(obs=own).write_h5ad(path)
+        for name, column in {} if obs is None else obs.items():
+            own[name] = column.to_numpy() if column.dtype != "category" else column.array
+        added: list[tuple[str, str, Any]] = [("/", "obs", own)]
+        for name, value in obsm.items():
+            added.append(("obsm", name, value.set_axis(own.index) if isinstance(value, pd.DataFrame) else value))
+        added += [("uns", name, value) for name, value in uns.items()]
+        with h5py.File(path, "r+") as file:
+            for group, name, value in added:
+                ad.io.write_elem(file.require_group(group), name, value)  # anndata 0.13 takes no path as a name
+        files.upload(path, to)

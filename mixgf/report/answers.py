@@ -20,8 +20,6 @@ from mixgf.stats.donors import smallest_p
 
 Line = tuple[str, str]
 """Tone (good, plain, warn or bad) and sentence."""
-JOINT = "joint_pca"
-"""The model whose scores across species are told."""
 
 
 def answers(results: RunResults) -> list[Line]:
@@ -50,7 +48,8 @@ def _across_species(results: RunResults) -> list[Line]:
     if scores is None or scores.empty:
         return []
     means = score_tables.mean_scores(scores)
-    found = means[(means["split"] == "species") & (means["model"] == JOINT)]
+    model = carrier(results, means)
+    found = means[(means["split"] == "species") & (means["model"] == model)]
     parts, values = [], []
     for keys, task in found.groupby(TASK, sort=False):
         value = {row.metric: row.value for row in task.itertuples()}
@@ -58,8 +57,25 @@ def _across_species(results: RunResults) -> list[Line]:
         parts.append(f"{wording.task_label(*keys)} macro F1 {wording.score_text(value['macro_f1'])}, accuracy {wording.score_text(value['accuracy'])}")  # fmt: skip
     if not parts:
         return []
-    text = f"Carry labels across species: {'; '.join(parts)}. By {_said(JOINT)}."
+    text = f"Carry labels across species: {'; '.join(parts)}. By {_said(model)}, the one that `mixgf annotate` uses across species."
     return [("good" if min(values) >= 0.9 else "plain", text)]
+
+
+def carrier(results: RunResults, means: pd.DataFrame) -> str:
+    """The model that `mixgf annotate` uses for cells of another species, of those that were scored across species; "" = none was.
+
+    Args:
+        results: Of the run.
+        means: Scores by model and split.
+    """
+    record = results.records.get("classify")
+    kept = record.details.get("classifiers", []) if record is not None else []
+    scored = set(means.loc[means["split"] == "species", "model"])
+    wanted = [one.get("across", one["model"]) for one in kept] + [
+        name for name in registry.PREFERRED if registry.parse(name).by_types
+    ]
+    able = [name for name in wanted if (model := registry.find(name)) is not None and model.by_types]
+    return next((name for name in able if name in scored), "")
 
 
 def _genes(results: RunResults) -> list[Line]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixgf.classification import annotate, kept_classifier
+from mixgf.classification.annotate import Extras
 from mixgf.config import parse
 from mixgf.config.data import Source
 from mixgf.config.run import Config
@@ -20,7 +21,9 @@ from mixgf.storage import files, tables
 PART_CELLS = 2_000
 
 
-def run(model: str, source: Source, to: str, settings: Config, *, executor: Executor | None = None) -> dict[str, Any]:
+def run(
+    model: str, source: Source, to: str, settings: Config, *, extras: Extras | None = None, executor: Executor | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Label all cells of `source` and write `to`; returns what was found. `executor` runs the tasks; None = Ray.
 
     Raises:
@@ -34,19 +37,26 @@ def run(model: str, source: Source, to: str, settings: Config, *, executor: Exec
         raise UserError(msg)
     uri = kept_classifier.find(model)
     kept, vocabulary, record = kept_classifier.load(uri)
+    extras = extras or Extras()
+    ids = extras.ids(kept)
     file = annotate.look(source, kept, vocabulary)
     key = parse.fingerprint(
         [
             record.fingerprint,
             record.files,
             parse.to_dict(file.source),
+            extras.majority,
             files.sha256(source.uri) if not files.is_folder(source.uri) else "",
         ]
     )
     work = f"{to}.parts-{key[:12]}"
     form = files.join(work, "form")
     first = Task(
-        part=files.join(form, kept_classifier.LAST_FILE), function=annotate.write_form, args=(uri, file, form), weight=1
+        part=files.join(form, kept_classifier.LAST_FILE),
+        function=annotate.write_form,
+        args=(uri, file, form),
+        kwargs={"axes": extras.majority},
+        weight=1,
     )
     tasks = []
     for start in range(0, file.num_cells, PART_CELLS):
@@ -59,7 +69,7 @@ def run(model: str, source: Source, to: str, settings: Config, *, executor: Exec
             fan_out("annotate: alignment to the file", [first], executor.run)
             fan_out("annotate", tasks, executor.run, unit="cells")
     kept, _ = kept_classifier.read(form)
-    table = annotate.frame([tables.read_table(task.part) for task in tasks])
+    table = extras.add(annotate.frame([tables.read_table(task.part) for task in tasks]), kept, ids)
     found = annotate.summary(uri, kept, file, table)
     annotate.write(to, file.source, table, kept.classes, annotate.facts(found))
     files.remove(work)

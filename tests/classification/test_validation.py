@@ -1,5 +1,7 @@
 """Which classifier is kept: folds inside the training cells, the one-standard-error rule, and fine-tuned models on validation cells."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -57,6 +59,26 @@ def test_models_that_cannot_be_told_apart_are_chosen_by_order_and_others_by_scor
     assert why == f"macro F1 {said(2).macro_f1:.3f} on training cells, left out by cell"
 
 
+def test_the_error_over_folds_is_that_of_their_differences() -> None:
+    """Four folds of 15 cells: the first model is right in all; the second has no type right in one fold, and is right in the others."""
+    fold = np.arange(60) // 15
+    other = np.where(fold == 0, (LABELS + 1) % 3, LABELS)
+    assert validation.fold_error(LABELS, LABELS, other, fold) == pytest.approx(np.std([1, 0, 0, 0], ddof=1) / 2)
+    assert validation.fold_error(LABELS, LABELS, other, np.zeros(60, dtype=int)) == 0
+
+
+def test_a_model_that_is_better_in_one_fold_only_is_not_preferred() -> None:
+    good, p = said(0), np.eye(3)
+    fold = np.arange(60) // 15
+    worse = replace(
+        said(0), probabilities_NC=p[np.where((fold == 0) & (np.arange(60) % 2 == 0), (LABELS + 1) % 3, LABELS)]
+    )
+    order = ["genes_vote", "pca_knn"]
+    assert validation.choose({"pca_knn": good, "genes_vote": worse}, order, 0)[0] == "pca_knn"  # by cells alone
+    found = {"pca_knn": replace(good, fold_N=fold), "genes_vote": replace(worse, fold_N=fold)}
+    assert validation.choose(found, order, 0)[0] == "genes_vote"
+
+
 @pytest.mark.parametrize(("wrong", "chosen"), [(0, "finetune"), (19, "pca_knn"), (30, "pca_knn")])
 def test_a_fine_tuned_model_must_be_better_on_the_validation_cells(wrong: int, chosen: str) -> None:
     found = {"pca_knn": both(said(2), said(20, part=SPLIT)), "finetune": said(wrong, part=SPLIT, seed=0)}
@@ -80,13 +102,16 @@ def test_cells_are_predicted_by_a_model_that_did_not_see_them() -> None:
     folded, split = found.of(FOLD), found.of(SPLIT)
     assert sorted(folded.rows_N.tolist()) == list(range(60))
     assert sorted(split.rows_N.tolist()) == list(range(12))
+    assert (folded.fold_N == fold_N[folded.rows_N]).all()
     assert folded.accuracy < 0.8
 
 
 def test_a_validation_is_read_as_it_was_written(tmp_path) -> None:
     uri = str(tmp_path / "v.parquet")
-    validation.save(uri, both(said(3), said(5, part=SPLIT)))
+    written = replace(both(said(3), said(5, part=SPLIT)), fold_N=np.arange(120) - 60)
+    validation.save(uri, written)
     found = validation.load(uri)
+    assert found.of(SPLIT).fold_N.tolist() == list(range(60))
     assert found.by == "cell"
     assert found.main.macro_f1 == said(3).macro_f1
     np.testing.assert_array_equal(found.of(SPLIT).probabilities_NC, said(5).probabilities_NC)

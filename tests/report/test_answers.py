@@ -38,15 +38,26 @@ def test_labels_are_credited_to_the_model_that_gives_them() -> None:
     assert "(with the encoder)" in answers.answers(run)[0][1]
 
 
-def test_labels_across_species_are_those_of_the_joint_form() -> None:
+@pytest.mark.parametrize(
+    ("across", "expected"),
+    [("genes_vote", "0.930"), ("genes_logreg", "0.910"), ("hvg_logreg", "0.930"), (None, "0.930")],
+)
+def test_labels_across_species_are_those_of_the_model_that_annotate_uses(across: str | None, expected: str) -> None:
+    """That of the kept classifier if it was scored and centres by types, else the preferred one that does; never the best score."""
     rows = [
         {"group": "pancreas", "split": "species", "direction": "human>mouse", "seed": 0, "model": model, "metric": metric, "value": value,
          "low": value, "high": value, "num_train": 9, "num_test": 9, "num_classes": 2, "interval_by": "cell"}
-        for model, value in (("joint_pca", 0.93), ("hvg_logreg", 0.99)) for metric in ("accuracy", "macro_f1")
+        for model, value in (("genes_vote", 0.93), ("genes_logreg", 0.91), ("joint_pca", 0.99), ("hvg_logreg", 0.98))
+        for metric in ("accuracy", "macro_f1")
     ]  # fmt: skip
-    ((_, text),) = answers.answers(results(scores=pd.DataFrame(rows)))
-    assert "human → mouse (pancreas) macro F1 0.930" in text
-    assert "0.990" not in text
+    run = results(scores=pd.DataFrame(rows))
+    if across is not None:
+        test = {"macro_f1": 0.9, "accuracy": 0.9, "cells": 3, "doubted": 0.0}
+        kept = {"group": "pancreas", "model": "probe", "across": across, "candidates": [], "test": test}
+        run.records["classify"] = SimpleNamespace(details={"classifiers": [kept]})
+    text = answers.answers(run)[-1][1]
+    assert f"human → mouse (pancreas) macro F1 {expected}" in text
+    assert "0.99" not in text
 
 
 @pytest.mark.parametrize(

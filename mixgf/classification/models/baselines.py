@@ -9,7 +9,7 @@ Shape letters: N training cells, M cells to predict, G genes, H chosen genes, C 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +29,7 @@ from mixgf.classification.models.protocol import (
     SentenceSet,
 )
 from mixgf.classification.readings import Align, Classifier, Member, Reading, align_of, fit_reading
-from mixgf.classification.simple_classifiers import Head
+from mixgf.classification.simple_classifiers import CentroidHead, Head
 from mixgf.classification.species_alignment import align_scores, is_new_study, read_as, shared_tokens_of
 from mixgf.corpus.packed import truncate
 
@@ -38,6 +38,11 @@ def one(reading: Reading, head: Head) -> Fitted[Any]:
     """A model with one reading and one head."""
     made = Classifier(members=(Member(readings=(reading,), head=head),))
     return Fitted(predict=made, classifier=made)
+
+
+def centred_by_types(problem: Problem[Any]) -> Problem[Any]:
+    """The problem in which every reading of expression centres a study without training cells by types."""
+    return problem if problem.by_types else replace(problem, by_types=True)
 
 
 class Majority(CountsModel):
@@ -62,11 +67,15 @@ class HvgLogisticRegression(CountsModel):
 
 
 class GenesLogisticRegression(CountsModel):
-    """Logistic regression on variable genes on one scale; cells have length 1, and every type the same weight in the loss."""
+    """Logistic regression on variable genes on one scale; cells have length 1, and every type the same weight in the loss.
 
-    head, label, seconds = "genes_logreg", "genes on one scale + logistic regression", 0.5
+    A study without training cells is centred by types (`study_shift`).
+    """
+
+    head, label, seconds, by_types = "genes_logreg", "genes on one scale + logistic regression", 0.5, True
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
+        problem = centred_by_types(problem)
         reading = fit_reading(problem, "expression")
         return one(reading, balanced_regression(reading(problem.train), problem))
 
@@ -106,11 +115,15 @@ class JointPcaCentroid(CountsModel):
 
 
 class PcaLogisticRegression(CountsModel):
-    """Logistic regression on 50 principal components of variable genes: `encoder_pca` without the encoder."""
+    """Logistic regression on 50 principal components of variable genes: `encoder_pca` without the encoder.
 
-    head, label, seconds = "pca_logreg", "PCA + logistic regression", 0.5
+    A study without training cells is centred by types (`study_shift`).
+    """
+
+    head, label, seconds, by_types = "pca_logreg", "PCA + logistic regression", 0.5, True
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
+        problem = centred_by_types(problem)
         reading = fit_reading(problem, "expression", components=True, length="common")
         return one(reading, balanced_regression(reading(problem.train), problem))
 
@@ -156,14 +169,29 @@ class Pseudobulk(CountsModel):
 
 
 class GenesVote(CountsModel):
-    """Mean probability of `genes_logreg` and `pseudobulk`: they fail in different cells."""
+    """Mean probability of `genes_logreg` and `pseudobulk`: they fail in different cells.
 
-    head, label, seconds = "genes_vote", "regression and pseudobulk, mean of both", 0.8
+    The probabilities of `pseudobulk` are sharper here (`TEMPERATURE`), so that neither of the two decides alone. In both, a study
+    without training cells is centred by types (`study_shift`).
+    """
+
+    TEMPERATURE: ClassVar[float] = 0.05
+    """Of the cosines (`CentroidHead`)."""
+
+    head, label, seconds, by_types = "genes_vote", "regression and pseudobulk, mean of both", 0.8, True
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
+        problem = centred_by_types(problem)
         several = [kind().fit(problem).classifier for kind in (GenesLogisticRegression, Pseudobulk)]
-        made = Classifier(members=tuple(member for each in several if each is not None for member in each.members))
+        members = [member for each in several if each is not None for member in each.members]
+        made = Classifier(members=tuple(_sharper(member, self.TEMPERATURE) for member in members))
         return Fitted(predict=made, classifier=made)
+
+
+def _sharper(member: Member, temperature: float) -> Member:
+    """The member with this temperature of its cosines, if it has any."""
+    head = member.head
+    return replace(member, head=replace(head, temperature=temperature)) if isinstance(head, CentroidHead) else member
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mixgf.arrays import Floats
 from mixgf.classification import simple_classifiers
-from mixgf.classification.models.baselines import balanced_regression, neighbours, one
+from mixgf.classification.models.baselines import balanced_regression, centred_by_types, neighbours, one
 from mixgf.classification.models.protocol import EncoderModel, Fitted, Measured, Needs, Problem, counts_settings
 from mixgf.classification.readings import Classifier, Member, fit_reading, values_of
 from mixgf.classification.simple_classifiers import Head, Values
@@ -74,9 +74,11 @@ class EncoderPca(EncoderModel):
 
     head, label, seconds = "encoder_pca", "frozen vector beside own PCA + logistic regression", 0.8
     without: ClassVar[str] = "pca_logreg"
+    by_types: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs.COUNTS_AND_VECTORS
 
     def fit(self, problem: Problem[Measured]) -> Fitted[Measured]:
+        problem = centred_by_types(problem)
         readings = (
             fit_reading(problem, "expression", components=True, length="common"),
             fit_reading(problem, "vectors", length="common"),

@@ -90,6 +90,11 @@ class Measured:
         return Measured(**{name: None if value is None else value[rows] for name, value in one.items()})
 
 
+def counts_of(x: Any) -> CountMatrix:
+    """Raw counts (N, G) of a model's input, alone or beside other kinds."""
+    return x.counts if isinstance(x, Measured) else x
+
+
 @dataclass(frozen=True, eq=False)
 class CellSet(Generic[X]):
     """Cells as a model sees them, without labels."""
@@ -137,6 +142,9 @@ class Problem(Generic[X]):
     split_seed: int = 0
     load_encoder: Callable[[], Encoder] = _no_encoder
     """A new copy of the model's encoder, on `device`."""
+    by_types: bool = False
+    """Expression of a study without training cells is centred by types in every model (`readings.Align.BY_TYPES`); else each model
+    decides. It has no effect with `classify.align` = false."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -217,6 +225,8 @@ class Model(Protocol):
     """Optional module that it imports; without it the model is left out."""
     can_keep: ClassVar[bool] = True
     """Whether `Fitted.classifier` is there."""
+    by_types: ClassVar[bool] = False
+    """Whether it centres a study without training cells by types (`study_shift`), as `mixgf annotate` does with a file."""
 
     @property
     def encoder(self) -> str | None:

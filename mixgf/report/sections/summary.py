@@ -110,9 +110,8 @@ def tiles(results: RunResults) -> list[tuple[str, str]]:
     ]
     if scores is not None and len(scores):
         means = score_tables.mean_scores(scores)
-        carried = means[
-            (means["split"] == "species") & (means["model"] == answers.JOINT) & (means["metric"] == "macro_f1")
-        ]
+        model = answers.carrier(results, means)
+        carried = means[(means["split"] == "species") & (means["model"] == model) & (means["metric"] == "macro_f1")]
         if len(carried):
-            out.append((f"{carried['value'].mean():.2f}", f"macro F1 across species ({registry.label(answers.JOINT)})"))
+            out.append((f"{carried['value'].mean():.2f}", f"macro F1 across species ({registry.label(model)})"))
     return out
