@@ -115,7 +115,9 @@ def read_batch(file: pa.NativeFile, where: Layout, number: int, uri: str) -> pa.
         file.seek(begin)
         pieces.append(file.read_buffer(size))
     with _arrow_errors(uri):
-        return pa.ipc.open_stream(pa.BufferReader(b"".join(pieces))).read_next_batch()
+        batch = pa.ipc.open_stream(pa.BufferReader(b"".join(pieces))).read_next_batch()
+        batch.validate(full=True)  # offsets of lists are used by compiled code
+        return batch
 
 
 def read_schema(file: pa.NativeFile, where: Layout, uri: str) -> pa.Schema:

@@ -13,9 +13,9 @@ import pickle
 import re
 import struct
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,9 @@ from mixgf.storage import files, tables
 
 MAX_DICTIONARY_BYTES = 256 << 20
 MAX_ID = 1 << 24
+MAX_ENTRIES = 1 << 22
+MAX_DEPTH = 8
+"""Levels of tuples in tuples; a numpy scalar needs two."""
 _KEYS = ("gene", "key", "ensembl_id")
 
 
@@ -46,11 +49,30 @@ class _Dtype:
         self.code = order + self.code.lstrip("<>=|")
 
 
-class _Unpickler(pickle.Unpickler):
+_ReadOpcode: TypeAlias = Callable[[pickle.Unpickler], None]
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be bounded
     """Unpickler for text, numbers, numpy scalars and dictionaries; any other global in the file is an error.
 
-    The allowed names are bound to methods of this class, so a file cannot call functions of numpy or Python.
+    The allowed names are bound to methods of this class, so a file cannot call functions of numpy or Python. Tuples are bounded in
+    depth: the time to hash a tuple of tuples doubles with each level.
     """
+
+    dispatch: ClassVar[dict[int, _ReadOpcode]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._depth: dict[int, int] = {}
+
+    def bound(self) -> None:
+        """Check the tuple that was made last."""
+        made = getattr(self, "stack")[-1]  # noqa: B009 (typeshed does not know it)
+        depth = 1 + max((self._depth.get(id(part), 0) for part in made if isinstance(part, tuple)), default=0)
+        self._depth[id(made)] = depth
+        if depth > MAX_DEPTH:
+            msg = f"it holds tuples in tuples, {depth} deep"
+            raise pickle.UnpicklingError(msg)
 
     def find_class(self, module: str, name: str) -> Any:
         """Replacement for an allowed global; any other is an error that names it."""
@@ -97,6 +119,18 @@ class _Unpickler(pickle.Unpickler):
         return text.encode("latin1")
 
 
+def _bounded(read: _ReadOpcode) -> _ReadOpcode:
+    def bounded(self: pickle.Unpickler) -> None:
+        assert isinstance(self, _Unpickler)
+        read(self)
+        self.bound()
+
+    return bounded
+
+
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _Unpickler.dispatch[_code[0]] = _bounded(_Unpickler.dispatch[_code[0]])
+
 PICKLE_ERRORS = (
     pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, ImportError, OverflowError, MemoryError,
     RecursionError, struct.error,
@@ -121,6 +155,11 @@ def load_pickle(data: bytes, where: str) -> dict[Any, Any]:
             "Check where it comes from, or give it as JSON or TSV"
         )
         raise UserError(msg) from None
+    if isinstance(found, dict) and (
+        len(found) > MAX_ENTRIES or any(type(v) is int and v.bit_length() > 64 for v in found.values())
+    ):
+        msg = f"{where}: refused: it holds more than {MAX_ENTRIES:,} entries, or numbers of more than 64 bits; check where it comes from"
+        raise UserError(msg)
     if not isinstance(found, dict):
         msg = f"{where}: holds a {type(found).__name__}; must be a dictionary of gene to number"
         raise UserError(msg)
