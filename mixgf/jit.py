@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 from numba import types
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
-jit: Callable[[F], F] = numba.njit(cache=True, nogil=True)
+
+
+def jit(function: F) -> F:
+    """Compile a function; without a cache where neither its folder nor the user's cache folder can be written."""
+    try:
+        return cast("F", numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # "no locator available": a read-only installation and no home
+        return cast("F", numba.njit(nogil=True)(function))
 
 
 @intrinsic  # type: ignore[untyped-decorator]

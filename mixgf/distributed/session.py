@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 
@@ -52,12 +55,38 @@ def session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+SOCKET_BYTES = 107 - len("/ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+"""Longest path of a temporary folder: Linux takes names of sockets up to 107 bytes, and Ray adds these to the folder."""
+
+
+def short_folder() -> str | None:
+    """Folder for the files of a local Ray where the usual one has too long a path; None = the usual one.
+
+    Raises:
+        UserError: no shorter folder can be written.
+    """
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if len(os.fsencode(usual)) <= SOCKET_BYTES:
+        return None
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.access(folder, os.W_OK | os.X_OK):
+            return tempfile.mkdtemp(prefix="mixgf-ray-", dir=folder)
+    msg = (
+        f"TMPDIR = {usual!r}: {len(os.fsencode(usual))} bytes; Ray's sockets need a temporary folder of at most {SOCKET_BYTES}; "
+        "set RAY_TMPDIR to a short one that can be written"
+    )
+    raise UserError(msg)
+
+
 def _start(num_cpus: int, threads: int) -> None:
     """Start a local Ray; a machine so busy that it takes more than Ray's 30 seconds gets two more chances.
 
     Workers inherit this process' environment: a runtime environment would give every one a second start.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    folder = short_folder()
+    if folder is not None:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for chance in (2, 1, 0):
         try:
             ray.init(
@@ -67,6 +96,7 @@ def _start(num_cpus: int, threads: int) -> None:
                 logging_level="ERROR",
                 log_to_driver=False,
                 object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=folder,
             )
         except Exception as error:
             if not chance or "timed out during startup" not in str(error):

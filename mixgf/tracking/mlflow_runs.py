@@ -12,11 +12,13 @@ import json
 import math
 import os
 import re
+import shlex
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +33,7 @@ from mixgf.redact import redact
 from mixgf.storage import artifacts, files
 from mixgf.tracking import datasets
 from mixgf.tracking.delivery import OPEN_SECONDS, QUIET_SECONDS, STOPPED_SECONDS, Delivery, Operation
-from mixgf.tracking.store import OFF, VIEW_KEY, Store, client_of, require_store
+from mixgf.tracking.store import OFF, SQLITE, VIEW_KEY, Store, client_of, require_store, sqlite_path, sqlite_uri
 
 FOLDER = "tracking"
 """Folder of an output with the key of its run, and what could not be sent."""
@@ -87,7 +89,7 @@ def uri(config: Config) -> str:
         else files.local_path("mlflow").absolute()
     )
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return sqlite_uri(str(folder / "mlflow.db"))
 
 
 def how_to_look(config: Config) -> list[str]:
@@ -101,6 +103,7 @@ def how_to_look(config: Config) -> list[str]:
     stored = redact(where)
     if stored != where:
         stored = "$MLFLOW_TRACKING_URI"
+    stored = stored if stored.startswith("$") else shlex.quote(stored)
     return [f"mlflow ui --backend-store-uri {stored} --port 5000", f"then open {page(config)}"]
 
 
@@ -530,6 +533,7 @@ def _artifacts(where: str, output: str) -> str:
     """Folder for files of a database: beside it if it is a file, else beside the output; empty for a server, which has its own."""
     if where.partition("://")[0] in ("http", "https") or where.startswith("databricks"):
         return ""
-    if where.startswith("sqlite:///"):
-        return f"{where.removeprefix('sqlite:///').removesuffix('.db')}-artifacts"
+    if where.startswith(SQLITE):
+        folder = f"{sqlite_path(where).removesuffix('.db')}-artifacts"
+        return Path(folder).as_uri() if "%" in folder else folder  # MLflow decodes a path as it decodes a URI
     return files.join(output.rstrip("/").rpartition("/")[0], "mlflow-artifacts")

@@ -9,10 +9,14 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from mixgf.errors import UserError
 from mixgf.redact import is_redacted, redact
@@ -31,6 +35,7 @@ os.environ.setdefault(
     "MLFLOW_HTTP_REQUEST_TIMEOUT", "20"
 )  # seconds; MLflow's own 120 with 7 tries is a quarter of an hour
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+SQLITE = "sqlite:///"
 OFF = "off"
 """Value of `tracking.uri` without tracking: MLflow is not imported, and nothing is logged."""
 KEY, PARENT = "mixgf.key", "mlflow.parentRunId"
@@ -93,6 +98,61 @@ def client_of(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
+def sqlite_uri(path: str) -> str:
+    """URI of a SQLite database. SQLAlchemy reads `%` and `?` of a path as marks of a URL from version 2.1 on."""
+    return f"{SQLITE}{path.replace('%', '%25').replace('?', '%3F') if _paths_are_quoted() else path}"
+
+
+def sqlite_path(uri: str) -> str:
+    """Path of the database of `sqlite_uri`."""
+    path = uri.removeprefix(SQLITE)
+    return unquote(path) if _paths_are_quoted() else path
+
+
+def _paths_are_quoted() -> bool:
+    major, minor = version("sqlalchemy").split(".")[:2]  # MLflow brings it
+    return (int(major), int(minor)) >= (2, 1)
+
+
+def make_database(uri: str) -> None:
+    """Make a local SQLite database that is not there, or that was never finished, in one step.
+
+    MLflow makes its tables one by one. A process that is killed meanwhile would leave a database that MLflow can neither use
+    nor finish. So they are made in a file of another name, which is renamed.
+    """
+    if not uri.startswith(SQLITE) or "?" in uri:
+        return
+    path = Path(sqlite_path(uri))
+    if _is_whole(path):
+        return
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        client_of(sqlite_uri(str(scratch))).search_experiments(max_results=1)
+        with sqlite3.connect(scratch) as found:
+            found.execute("pragma wal_checkpoint(truncate)")
+        if path.exists() and not _is_whole(path):
+            path.unlink()  # a database without a version holds no run
+        with suppress(FileExistsError):  # another process was faster
+            os.link(scratch, path)
+    finally:
+        for name in (scratch, *(scratch.with_name(scratch.name + end) for end in ("-wal", "-shm", "-journal"))):
+            name.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is a database in which MLflow has made its tables: their version is written last."""
+    if not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(path, timeout=60)) as found:
+            tables = [name for (name,) in found.execute("select name from sqlite_master where type = 'table'")]
+            return not tables or bool(found.execute("select count(*) from alembic_version").fetchone()[0])
+    except sqlite3.OperationalError as error:
+        return "no such table" not in str(error)
+    except sqlite3.DatabaseError:
+        return True  # not ours to remove
+
+
 class Store:
     """One tracker, used by one thread."""
 
@@ -106,6 +166,7 @@ class Store:
     def client(self) -> MlflowClient:
         """MLflow's client; a SQLite database is made here."""
         if self._made is None:
+            make_database(self._uri)
             self._made = client_of(self._uri)
         return self._made
 
