@@ -28,6 +28,11 @@ def warn(text: str) -> None:
     _log.warning(redact(text))
 
 
+def debug(text: str) -> None:
+    """Print lines where `--debug` is given."""
+    _log.debug(redact(text))
+
+
 def setup(stream: object = None, *, debug: bool = False) -> None:
     """Send messages to stderr without prefix; called once, by the command line."""
     handler = logging.StreamHandler(stream or sys.stderr)  # type: ignore[arg-type]

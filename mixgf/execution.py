@@ -8,6 +8,7 @@ Results do not depend on the executor, because a part depends on its task alone.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ class Receipt:
     number: int
     """Place of the task in the sequence given to `run`."""
     error: str = ""
-    """Why it wrote no part; empty = it did."""
+    """Why it wrote no part, as `error_of` says it; empty = it did."""
     result: Any = None
     """What the function returned; small and plain."""
     lost: bool = False
@@ -134,7 +135,7 @@ class Executor(Protocol):
         """What must be open while tasks run. Sessions may be nested; the outermost one counts."""
 
     def run(self, tasks: Sequence[Task]) -> Receipts:
-        """Run tasks. A `UserError` of a task becomes its receipt's error; any other error is raised and ends the run."""
+        """Run tasks. What the source of a task makes it raise becomes the receipt's error (`error_of`); other errors end the run."""
 
     def pool(self, worker: Callable[[], Any], *, most: int = 0) -> AbstractContextManager[WorkerPool]:
         """Open a pool of workers.
@@ -146,11 +147,25 @@ class Executor(Protocol):
 
 
 def attempt(number: int, task: Task) -> Receipt:
-    """Run one task; a `UserError` becomes the receipt's error, so that one bad source does not lose a run."""
+    """Run one task; what its source makes it raise becomes the receipt's error, so that one bad source does not lose a run."""
     try:
         return Receipt(number, result=task.call())
-    except UserError as error:
-        return Receipt(number, error=str(error))
+    except Exception as error:  # noqa: BLE001 (raised again unless it is the source's)
+        return Receipt(number, error=error_of(task, error))
+
+
+def error_of(task: Task, error: Exception) -> str:
+    """What a task's receipt says of an error: one line, and after it the traceback of an error that is no `UserError`.
+
+    Raises:
+        Exception: the error itself, where it ends the run: a task of no source, or a failure of storage, which is tried again.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if task.source < 0 or isinstance(error, OSError):
+        raise error
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"cannot be used ({type(error).__name__}: {first[:300]}); --debug shows where\n{''.join(traceback.format_exception(error))}"
 
 
 class LocalExecutor:

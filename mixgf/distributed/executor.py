@@ -90,8 +90,8 @@ class RayExecutor:
                 if not running:
                     return
                 for ref in ray.wait(list(running), num_returns=1)[0]:
-                    del running[ref]
-                    yield _received(ref)
+                    number = running.pop(ref)
+                    yield _received(ref, number)
         finally:
             for ref in running:
                 ray.cancel(ref, force=True)
@@ -132,10 +132,14 @@ def attempt(number: int, task: Task, *args: Any) -> Receipt:
     return execution.attempt(number, replace(task, args=args))
 
 
-def _received(ref: Any) -> Receipt:
+def _received(ref: Any, number: int) -> Receipt:
     import ray
+
+    from mixgf.distributed.pipelines import LOST
 
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause or error) from None
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+        return Receipt(number, error=LOST, lost=True)

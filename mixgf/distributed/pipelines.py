@@ -36,8 +36,7 @@ from ray import cloudpickle
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
 
 from mixgf.distributed.datasource import Piece, Pieces, dataset
-from mixgf.errors import UserError
-from mixgf.execution import Pipeline, Receipt, Receipts, Task
+from mixgf.execution import Pipeline, Receipt, Receipts, Task, error_of
 
 _TASK, _END, _ERROR, _RESULT = "__task", "__end", "__error", "__result"
 BLOCK_BYTES = 4 << 20
@@ -127,8 +126,8 @@ def _as_class(function: Callable[[pa.Table], Iterator[pa.Table]]) -> type:
 def run_pipeline(tasks: Sequence[Task], needs: Needs) -> Receipts:
     """Run the tasks of one `Pipeline` by Ray Data; yields receipts as parts are written.
 
-    A lost worker or node, and an error of storage, repeats the task. A `UserError` becomes the receipt's error. Any other
-    error is raised as the task raised it.
+    A lost worker or node, and an error of storage, repeats the task. An error that is the source's (`execution.error_of`)
+    becomes the receipt's error. Any other error is raised as the task raised it.
 
     Args:
         tasks: of one pipeline.
@@ -233,8 +232,8 @@ class _Read:
         try:
             for table in pipeline.read(*task.arguments(), **task.kwargs):
                 yield from out.add(table)
-        except UserError as found:
-            error = str(found)
+        except Exception as found:  # noqa: BLE001 (raised again unless it is the source's)
+            error = error_of(task, found)
         yield from out.end(error)
 
 
@@ -304,12 +303,13 @@ class _Operator:
         self._function, self._outgoing = function, outgoing
         self._step: _Step | None = None
         self._out: _Outgoing | _Outcome | None = None
+        self._task: Task | None = None
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         incoming = _Incoming(block)
         if incoming.begin is not None:
-            _, task = cloudpickle.loads(incoming.begin)
-            arguments = partial(self._function, task=task)
+            _, self._task = cloudpickle.loads(incoming.begin)
+            arguments = partial(self._function, task=self._task)
             self._step, self._out = _Step(arguments), self._outgoing(incoming.begin)
         if self._out is None:
             msg = "a block in the middle of a task came first: Ray Data has not fused the operators"
@@ -324,8 +324,9 @@ class _Operator:
                 for made in self._step.feed(None):
                     yield from self._out.add(made)
             error = incoming.end
-        except UserError as found:
-            error = str(found)
+        except Exception as found:  # noqa: BLE001 (raised again unless it is the source's)
+            assert self._task is not None
+            error = error_of(self._task, found)
         if error is not None:
             self._step = None
             yield from self._out.end(error)

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixgf.console import Progress, say, warn
+from mixgf.console import Progress, debug, say, warn
 from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Receipts, Task
@@ -45,6 +45,7 @@ def fan_out(
     failed_before: int = 0,
     done: Callable[[Task, Any], None] = lambda *_: None,
     failed: Callable[[Task, str], None] = raise_error,
+    leave_out: Callable[[Task, str], bool] = lambda *_: False,
     name: Callable[[Task], str] = lambda task: task.part,
 ) -> tuple[int, bool]:
     """Run the tasks whose part is not there.
@@ -62,6 +63,7 @@ def fan_out(
         failed_before: tasks that failed in earlier work of the stage, for the meter.
         done: called in this process with every finished task and its result.
         failed: called with every task that has an error, and the error.
+        leave_out: called with every task that was lost with its workers, and why; true = the stage goes on without it.
         name: what a task is called in an error.
 
     Returns:
@@ -95,9 +97,9 @@ def fan_out(
             for receipt in receipts:
                 task = todo[receipt.number]
                 if receipt.error:
-                    if receipt.lost:
+                    if receipt.lost and not leave_out(task, receipt.error):
                         lost.append(f"{name(task)}: {receipt.error}")
-                    else:
+                    elif not receipt.lost:
                         failed(task, receipt.error)
                     failures += 1
                 else:
@@ -142,7 +144,7 @@ class SourcePasses:
         """Run the tasks of a pass whose part is not there; `counter` is the metric that counts their weight."""
         fan_out(
             f"{self.stage}: {what}", tasks, self.executor.run, meter=self.meter, unit=unit, counter=counter,
-            failed_before=len(self.refused), failed=self._failed, name=self._name,
+            failed_before=len(self.refused), failed=self._failed, leave_out=self._leave_out, name=self._name,
         )  # fmt: skip
 
     def _name(self, task: Task) -> str:
@@ -152,10 +154,25 @@ class SourcePasses:
             else f"{self.sources[task.source]} (part {'/'.join(task.part.rsplit('/', 2)[-2:])})"
         )
 
+    def _leave_out(self, task: Task, error: str) -> bool:
+        """Refuse the source of a task that ended its worker each time: it may be damaged so that a library crashes."""
+        if task.source < 0 or self.settled or self.strict:
+            return False
+        way = "damaged, or too large for the memory of compute.num_workers at a time; read it with anndata and write it again"
+        self.refuse(task.source, f"{self.sources[task.source]}: {error}: {way}")
+        return True
+
     def _failed(self, task: Task, error: str) -> None:
+        line, _, trace = error.partition("\n")
+        if trace:
+            debug(trace)
+        if task.source >= 0 and self.sources[task.source] not in line:
+            line = f"{self.sources[task.source]}: {line}"
         if task.source < 0 or self.settled:
-            raise UserError(error)
-        self.refuse(task.source, error)
+            if trace:  # what a source holds was checked before: an error of the program
+                raise RuntimeError(line)
+            raise UserError(line)
+        self.refuse(task.source, line)
 
     def refuse(self, index: int, error: str) -> None:
         """Leave a source out; a `UserError` if none is left, or if `strict`."""

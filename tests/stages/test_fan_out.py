@@ -91,6 +91,20 @@ def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them
     assert told[-1] == {"waiting": 0, "done": 2, "failed": 1}
 
 
+def test_a_source_that_ends_its_worker_each_time_is_left_out_and_the_others_go_on(tmp_path):
+    def losing(work):
+        yield Receipt(1, error="it ended its worker", lost=True)
+        yield from (receipt for receipt in LocalExecutor().run(work) if receipt.number != 1)
+
+    passes = SourcePasses(
+        stage="prepare", sources=["a", "b", "c"], strict=False, executor=Through(losing), meter=Meter("prepare", "run0")
+    )
+    passes.run("metrics", tasks(tmp_path, ["x", "y", "z"]))
+    assert list(passes.refused) == [1]
+    assert passes.refused[1].startswith("b: it ended its worker: damaged, or too large")
+    assert {path.name for path in tmp_path.iterdir()} >= {"x", "z"}
+
+
 def test_a_source_with_an_error_is_refused_until_the_refused_ones_are_settled(tmp_path):
     passes = SourcePasses(
         stage="prepare", sources=["a", "b", "c"], strict=False, executor=LocalExecutor(), meter=Meter("prepare", "run0")
