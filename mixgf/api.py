@@ -390,6 +390,13 @@ class CellEncoder:
         target.obsm[key_added] = out_ND
         return target if copy else None
 
+    def _start(self) -> bert.Encoder:
+        """The encoder before training, the control of a perturbation; random weights where no checkpoint says."""
+        made = artifacts.find(self.uri) if self.uri else None
+        if made is not None and made.kind == checkpoint.KIND:
+            return checkpoint.load_start(self.uri, device=self.device)[0]
+        return bert.Encoder(self.model.sizes, self.model.vocab_size).to(self.device)
+
     def perturb(
         self,
         adata: Cells,
@@ -465,7 +472,7 @@ class CellEncoder:
                 with_counts=bool(goal.strip()),
             )  # fmt: skip
         with _torch_threads(threads), tempfile.TemporaryDirectory(prefix="mixgf-perturb-") as folder:
-            tables, warnings = perturb.in_memory(config, corpus, self.model, folder)
+            tables, warnings = perturb.in_memory(config, corpus, self.model, folder, start=self._start)
         for text in warnings:
             warn(f"perturb: {text}")
         frame = tables["genes"].to_pandas()

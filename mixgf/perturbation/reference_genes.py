@@ -197,11 +197,12 @@ def call_metrics(
 def compare_with_covariance(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
     """Whether the encoder finds the reference genes better than the covariance among untreated cells does.
 
-    Both scores are turned so that their AUROC is at least 0.5: reference genes may move cells towards the goal or away.
+    The encoder is given the best of its scores (`OF_MODEL`). All scores are turned so that their AUROC is at least 0.5: reference genes may
+    move cells towards the goal or away.
 
     Returns:
-        A row per operation: columns operation, num_known, num_genes, encoder, covariance (AUROC), difference, low, high (95 %,
-        paired), and `decided` (bool: there are reference genes enough). Empty without a covariance or reference genes.
+        A row per operation: columns operation, score (of the encoder), num_known, num_genes, encoder, covariance (AUROC), difference,
+        low, high (95 %, paired), and `decided` (bool: there are reference genes enough). Empty without a covariance or reference genes.
     """
     names, negative = read_reference_genes(config)
     if not names or "covariance" not in genes:
@@ -213,12 +214,17 @@ def compare_with_covariance(genes: pd.DataFrame, config: Config) -> pd.DataFrame
         if negative:
             kept = known | match_genes(frame, negative, config)
             frame, known = frame[kept], known[kept]
-        scores = [frame[name].to_numpy(float) for name in ("shift", "covariance")]
-        scores = [score if not auroc(score, known).value < 0.5 else -score for score in scores]
-        one, other = (auroc(score, known).value for score in scores)
-        apart = auroc_difference(scores[0], scores[1], known)
+        scores = {}
+        for name in (*OF_MODEL, "covariance"):
+            values = frame[name].to_numpy(float)
+            if np.isfinite(values).all():
+                found = auroc(values, known).value
+                scores[name] = (found, values) if not found < 0.5 else (1 - found, -values)
+        best = max((name for name in OF_MODEL if name in scores), key=lambda name: scores[name][0])
+        apart = auroc_difference(scores[best][1], scores["covariance"][1], known)
         rows.append({
-            "operation": operation, "num_known": int(known.sum()), "num_genes": len(frame), "encoder": one, "covariance": other,
+            "operation": operation, "score": best, "num_known": int(known.sum()), "num_genes": len(frame),
+            "encoder": scores[best][0], "covariance": scores["covariance"][0],
             "difference": apart.value, "low": apart.low, "high": apart.high,
             "decided": bool(min(int(known.sum()), int((~known).sum())) >= MIN_EACH),
         })  # fmt: skip
@@ -230,38 +236,33 @@ def covariance_sentences(genes: pd.DataFrame, config: Config) -> list[tuple[str,
     if not config.perturb.goal.strip():
         return []
     if "covariance" not in genes:
-        return [
-            (
-                "warn",
-                "The encoder is not compared with the covariance of untreated cells: their raw counts could not be read.",
-            )
-        ]
+        text = "The encoder is not compared with the covariance of untreated cells: their raw counts could not be read."
+        return [("warn", text)]
     found = compare_with_covariance(genes, config)
     if found.empty:
-        return [
-            (
-                "warn",
-                "It is not known whether the encoder beats the covariance of untreated cells: no known genes were given (perturb.reference_genes).",
-            )
-        ]
+        text = (
+            "It is not known whether the encoder beats the covariance of untreated cells: no known genes were given "
+            "(perturb.reference_genes)."
+        )
+        return [("warn", text)]
     out = []
     for row in found.to_dict("records"):
         name = str(row["operation"]).capitalize()
         if not row["decided"]:
-            out.append(
-                (
-                    "warn",
-                    f"{name}: {row['num_known']} known genes among {row['num_genes']:,} are too few to say whether the encoder beats the covariance of untreated cells.",
-                )
+            text = (
+                f"{name}: {row['num_known']} known genes among {row['num_genes']:,} are too few to say whether the encoder beats "
+                "the covariance of untreated cells."
             )
+            out.append(("warn", text))
             continue
         better, worse = row["low"] > 0, row["high"] < 0
         verdict = "beats" if better else "is worse than" if worse else "does not beat"
-        out.append((
-            "good" if better else "bad" if worse else "warn",
-            (f"{name}: the encoder {verdict} the covariance of untreated cells. Its AUROC on {row['num_known']} known genes is {row['encoder']:.2f}, "
-            f"the covariance has {row['covariance']:.2f} (difference {row['difference']:+.2f}, 95 % {row['low']:+.2f} to {row['high']:+.2f})."),
-        ))  # fmt: skip
+        text = (
+            f"{name}: the encoder {verdict} the covariance of untreated cells. Its best score ({SCORES[row['score']].removeprefix('model: ')}) "
+            f"has an AUROC of {row['encoder']:.2f} on {row['num_known']} known genes, the covariance {row['covariance']:.2f} "
+            f"(difference {row['difference']:+.2f}, 95 % {row['low']:+.2f} to {row['high']:+.2f})."
+        )
+        out.append(("good" if better else "bad" if worse else "warn", text))
     return out
 
 

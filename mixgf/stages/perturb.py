@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
 from mixgf.encoder import checkpoint
-from mixgf.encoder.bert import Encoder, MaskedModel
+from mixgf.encoder.bert import Encoder
 from mixgf.errors import UserError
 from mixgf.execution import Executor, LocalExecutor, Task
 from mixgf.perturbation import (
@@ -105,7 +106,9 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     return uri
 
 
-def in_memory(config: Config, corpus: Corpus, encoder: Encoder, folder: str) -> tuple[dict[str, pa.Table], list[str]]:
+def in_memory(
+    config: Config, corpus: Corpus, encoder: Encoder, folder: str, *, start: Callable[[], Encoder]
+) -> tuple[dict[str, pa.Table], list[str]]:
     """Perturb the cells of an open corpus in this process.
 
     Args:
@@ -113,6 +116,7 @@ def in_memory(config: Config, corpus: Corpus, encoder: Encoder, folder: str) -> 
         corpus: the sentences.
         encoder: trained, on the device that computes.
         folder: an empty local folder for the parts.
+        start: gives the encoder before training, if it is asked for (`perturb.controls`).
 
     Returns:
         The tables that `run` publishes, by name, and the warnings.
@@ -120,7 +124,7 @@ def in_memory(config: Config, corpus: Corpus, encoder: Encoder, folder: str) -> 
     reference_genes.read_reference_genes(config)
     plan = group_design.build_design(corpus, config)
     phases = Phases(config=config, plan=plan, corpus=corpus, folder=folder, spend=cost.Spend(_limit(config)))
-    twin = MaskedModel(encoder.sizes, encoder.vocab_size, seed=config.seed).encoder.to(encoder.tokens.device)
+    twin = start() if config.perturb.controls else None
     make = functools.partial(ScoringWorker, config, corpus=corpus, weights=encoder, folder=folder, twin=twin)
     with LocalExecutor().pool(make) as pool:
         outcome = phases.complete(pool, Meter("perturb", ""))

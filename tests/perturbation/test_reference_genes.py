@@ -15,7 +15,7 @@ from mixgf.config.run import Config
 from mixgf.errors import UserError
 from mixgf.perturbation import reference_genes
 from mixgf.perturbation.reference_genes import call_metrics
-from mixgf.stats.intervals import auroc
+from mixgf.stats.intervals import auroc, auroc_difference
 
 SHARED = Path(os.environ.get("MIXGF_SHARED", Path(__file__).parents[3] / "shared"))
 
@@ -148,3 +148,51 @@ def test_auroc_equals_sklearn_and_its_interval_covers():
         assert estimate.value == pytest.approx(roc_auc_score(known, score), rel=1e-12)
         covered += estimate.low < scipy.stats.norm.cdf(0.8 / np.sqrt(2)) < estimate.high
     assert 0.9 < covered / 200 < 0.99
+
+
+def test_the_interval_of_a_difference_of_two_auroc_is_paired_and_covers():
+    """Two scores of the same genes with the same truth: their difference is 0, and correlated scores give a narrow interval."""
+    rng = np.random.default_rng(6)
+    positive = np.arange(120) < 30
+    covered, widths = [], []
+    for _ in range(300):
+        common = rng.normal(0, 1, 120) + positive
+        one, other = (common + rng.normal(0, 0.3, 120) for _ in range(2))
+        found = auroc_difference(one, other, positive)
+        assert found.value == pytest.approx(auroc(one, positive).value - auroc(other, positive).value)
+        covered.append(found.low <= 0 <= found.high)
+        widths.append(found.high - found.low)
+        plain = auroc(one, positive)
+    assert 0.91 < np.mean(covered) < 0.985
+    assert np.mean(widths) < 0.6 * (plain.high - plain.low)
+    assert np.isnan(auroc_difference(one, other, np.zeros(120, bool)).value)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "covariance", "verdict"),
+    [(3.0, 0.3, "beats"), (0.3, 3.0, "is worse than"), (1.0, 1.0, "does not beat")],
+)
+def test_it_is_said_whether_the_encoder_beats_the_covariance(encoder, covariance, verdict):
+    """Known genes stand out by so many standard deviations; deletions move them away, which counts as much."""
+    rng = np.random.default_rng(7)
+    known = np.arange(200) < 40
+    symbols = [f"s{i}" for i in range(200)]
+    columns = {
+        "covariance": rng.normal(0, 1, 200) + covariance * known, "operation": "delete",
+        "shift_minus_alternatives": rng.normal(0, 1, 200),
+    }  # fmt: skip
+    genes = _genes(symbols, rng.normal(0, 1, 200) - encoder * known, **columns)
+    config = Config(perturb=Perturb(reference_genes=tuple(symbols[:40]), goal="state == 'b'"))
+    ((tone, text),) = reference_genes.covariance_sentences(genes, config)
+    assert text.startswith(f"Delete: the encoder {verdict} the covariance of untreated cells.")
+    assert tone == {"beats": "good", "is worse than": "bad", "does not beat": "warn"}[verdict]
+    assert "on 40 known genes" in text
+    scored = reference_genes.score_reference_genes(genes, config).set_index(["method", "metric"])["value"]
+    if covariance > 1:
+        assert scored["covariance", "auroc"].max() < 0.1  # less of a gene: the linear response is the opposite
+    few = Config(perturb=Perturb(reference_genes=tuple(symbols[:4]), goal="state == 'b'"))
+    assert "too few to say" in reference_genes.covariance_sentences(genes, few)[0][1]
+    blind = reference_genes.covariance_sentences(genes.drop(columns="covariance"), config)[0][1]
+    assert "raw counts could not be read" in blind
+    none = Config(perturb=Perturb(goal="state == 'b'"))
+    assert "no known genes were given" in reference_genes.covariance_sentences(genes, none)[0][1]
