@@ -9,6 +9,7 @@ import numpy as np
 
 from mixgf.arrays import Cells, Names
 from mixgf.config.classification import Classify
+from mixgf.console import warn
 from mixgf.corpus import obs_query
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
@@ -43,6 +44,12 @@ def labelled(corpus: Corpus, settings: Classify) -> Labelled:
         chosen[:] = False
         chosen[obs_query.select_cells(corpus.obs(), settings.cells, "classify.cells")] = True
     rows = np.flatnonzero((labels != UNKNOWN) & chosen)
+    doubted = [name for name in np.unique(labels[rows]).tolist() if name.strip().casefold() in _NO_TYPES]
+    if doubted:
+        shown = ", ".join(f"{name!r} ({int((labels[rows] == name).sum()):,} cells)" for name in doubted)
+        warn(
+            f"classify.label = {settings.label!r}: {shown} are taken for types; if they mean 'no label', add them to classify.unlabelled"
+        )
     if not len(rows):
         msg = f"classify.label = {settings.label!r}: none of {chosen.sum():,} cells has a label; name another column of obs"
         raise UserError(msg)
@@ -96,6 +103,11 @@ def merged(labels_N: Names, merge: Mapping[str, Sequence[str]]) -> Names:
     return np.array([to.get(label, label) for label in labels_N.tolist()], dtype=np.str_) if to else labels_N
 
 
+_NO_TYPES = {
+    "na", "n/a", "none", "null", "nan", "unknown", "unassigned", "unclassified", "unlabeled", "unlabelled", "unidentified", "undefined",
+    "undetermined", "not assigned", "ambiguous", "doublet", "doublets", "low quality", "low_quality", "-", "?", "other",
+}  # fmt: skip
+"""Labels that often mean no cell type."""
 UNKNOWN = ""
 """A label, donor, data set or organ that is not known."""
 
@@ -134,7 +146,7 @@ class Labelled:
 
 
 def names_of(values: Sequence[object], *, unknown: Sequence[str]) -> Names:
-    """A column as text; missing values and the values of `unknown` become `UNKNOWN`."""
-    gone = set(unknown)
+    """A column as text; missing values and the values of `unknown`, in any letters (Unknown, UNKNOWN), become `UNKNOWN`."""
+    gone = {value.casefold() for value in unknown}
     text = ["" if value is None or value != value else str(value) for value in values]  # noqa: PLR0124 (NaN is not itself)
-    return np.asarray([UNKNOWN if value in gone else value for value in text], dtype=np.str_)
+    return np.asarray([UNKNOWN if value.strip().casefold() in gone else value for value in text], dtype=np.str_)

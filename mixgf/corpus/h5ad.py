@@ -1,4 +1,4 @@
-"""Write obs of a corpus and vectors of its cells as an .h5ad file, slice by slice.
+"""Write obs of a corpus and vectors of its cells as an .h5ad file, slice by slice; and columns into the .h5ad file of a user.
 
 Memory: one shard's obs, one column of obs (8 bytes per cell), and one slice of vectors, whatever the number of cells.
 """
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from mixgf.cells import frames
 from mixgf.cells.open import format_of
 from mixgf.config.data import Source
 from mixgf.corpus.reader import Corpus
@@ -27,10 +28,14 @@ CHUNK_BYTES = 1 << 20
 SLICE_CHUNKS = 8
 INDEX = "cell"
 """Column of a corpus that becomes the index of obs."""
+INDEX_NAME = "_index"
+"""What anndata calls an index without a name."""
+OWN_NAME = "cell_name"
+"""Column with the name that the cell has in its source file: the index without the source's name."""
 _COMPRESSED = {"compression": "gzip"}
 
 
-def write_h5ad(path: Path, corpus: Corpus, obsm: str, vectors: Iterable[pa.Table]) -> int:
+def write_h5ad(path: Path, corpus: Corpus, obsm: str, vectors: Iterable[pa.Table], *, own_names: bool = False) -> int:
     """Write obs and vectors of all cells, without X; returns the width of the vectors.
 
     Args:
@@ -38,6 +43,7 @@ def write_h5ad(path: Path, corpus: Corpus, obsm: str, vectors: Iterable[pa.Table
         corpus: its columns become obs, `cell` the index.
         obsm: name of the vectors in obsm.
         vectors: tables of all cells in order, with the column `vector` (fixed-size list of float32).
+        own_names: also write the column `OWN_NAME`, if the corpus has none of that name.
     """
     ad.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))).write_h5ad(path)
     with h5py.File(path, "r+") as file, tempfile.TemporaryDirectory(prefix="mixgf-obs-") as folder:
@@ -45,14 +51,93 @@ def write_h5ad(path: Path, corpus: Corpus, obsm: str, vectors: Iterable[pa.Table
         del file["obs"]
         group = file.create_group("obs")
         names = [name for name in obs.column_names if name != INDEX]
+        own = [OWN_NAME] if own_names and OWN_NAME not in names else []
+        paths = path_names(names)
         group.attrs.update({
-            "_index": INDEX, "column-order": np.array(names, h5py.string_dtype()), "encoding-type": "dataframe",
+            "_index": INDEX, "column-order": np.array([*paths, *own], h5py.string_dtype()), "encoding-type": "dataframe",
             "encoding-version": "0.2.0",
         })  # fmt: skip
-        _write_index(group, obs[INDEX])
-        for name in names:
-            ad.io.write_elem(group, name, _values(obs[name]), dataset_kwargs=_COMPRESSED)
+        _write_texts(group, INDEX, len(obs), (chunk.to_numpy(zero_copy_only=False) for chunk in obs[INDEX].chunks))
+        if own:
+            _write_texts(group, OWN_NAME, len(obs), _own_names(obs[INDEX], obs["source"]))
+        for path_name, name in zip(paths, names, strict=True):
+            write_column(group, path_name, _values(obs[name]), dataset_kwargs=_COMPRESSED)
         return _write_vectors(file["obsm"], obsm, corpus.num_cells, vectors)
+
+
+def _own_names(cells: pa.ChunkedArray, sources: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """Names of cells without the name of their source and a colon, chunk by chunk."""
+    for a, b in zip(cells.chunks, sources.chunks, strict=True):
+        pairs = zip(a.to_pylist(), b.to_pylist(), strict=True)
+        yield np.asarray([cell.removeprefix(f"{source}:") for cell, source in pairs], object)
+
+
+def write_column(group: h5py.Group, name: str, values: Any, **options: Any) -> None:
+    """Write a column of a data frame. A name with slashes is a path in the group, which anndata reads as one name."""
+    folder, _, leaf = name.rpartition("/")
+    ad.io.write_elem(group.require_group(folder) if folder else group, leaf, values, **options)
+
+
+def path_names(columns: Iterable[object]) -> list[str]:
+    """Names of columns that are paths in HDF5. Where slashes cannot be (`NK` beside `NK/T`, `/x`), they become U+2215."""
+    names = [str(column) for column in columns]
+    clash = any(name != name.strip("/") or "//" in name for name in names) or any(
+        name.startswith(f"{other}/") for name in names if "/" in name for other in names
+    )
+    return [name.replace("/", "\u2215") for name in names] if clash else names
+
+
+def write_frame(group: h5py.Group, name: str, frame: pd.DataFrame) -> None:
+    """Write a data frame with any names of columns, in place of an earlier one."""
+    if name in group:
+        del group[name]
+    columns = path_names(frame.columns)
+    made = group.create_group(name)
+    made.attrs.update({
+        "_index": INDEX_NAME, "column-order": np.array(columns, h5py.string_dtype()), "encoding-type": "dataframe",
+        "encoding-version": "0.2.0",
+    })  # fmt: skip
+    ad.io.write_elem(made, INDEX_NAME, frame.index.to_numpy().astype(object))
+    for column, (_, values) in zip(columns, frame.items(), strict=True):
+        write_column(made, column, values.array if values.dtype == "category" else values.to_numpy())
+
+
+def add_columns(file: h5py.File, added: pd.DataFrame) -> None:
+    """Add columns to obs of an open .h5ad file, in place of earlier ones of these names; everything else stays as it is."""
+    obs = file["obs"]
+    if isinstance(obs, h5py.Dataset):  # before anndata 0.7: an array of records
+        held = frames.open_frame(file, "obs")
+        index = pd.Index(frames.read_strings(frames.index_of(held), 0, len(obs)), dtype=object)
+        frame = pd.DataFrame(
+            {n: frames.read_column(held[n], 0, len(obs)) for n in frames.columns_of(held)}, index=index
+        )
+        del file["obs"]
+        write_frame(file, "obs", frame)
+        obs = file["obs"]
+    for name, values in added.items():
+        if name in obs:
+            del obs[name]
+        write_column(obs, str(name), values.array if values.dtype == "category" else values.to_numpy())
+    before = [str(name) for name in obs.attrs.get("column-order", [])]
+    names = list(dict.fromkeys([*before, *map(str, added.columns)]))
+    obs.attrs["column-order"] = np.array(names, h5py.string_dtype())
+
+
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+"""First characters of text that a spreadsheet runs as a formula."""
+
+
+def for_spreadsheets(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table for CSV: text that a spreadsheet would run as a formula has a quote before it."""
+    out = frame.rename(columns=lambda name: _quoted(str(name)))
+    for name in out.columns:
+        if out[name].dtype == object or isinstance(out[name].dtype, pd.CategoricalDtype | pd.StringDtype):
+            out[name] = out[name].astype(object).map(lambda value: _quoted(value) if isinstance(value, str) else value)
+    return out
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULAS) else text
 
 
 def _local_obs(corpus: Corpus, path: Path) -> pa.Table:
@@ -70,13 +155,13 @@ def _local_obs(corpus: Corpus, path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _write_index(group: h5py.Group, names: pa.ChunkedArray) -> None:
-    data = group.create_dataset(INDEX, (len(names),), h5py.string_dtype(), **_COMPRESSED)
+def _write_texts(group: h5py.Group, name: str, num: int, chunks: Iterable[np.ndarray]) -> None:
+    data = group.create_dataset(name, (num,), h5py.string_dtype(), **_COMPRESSED)
     data.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
     start = 0
-    for chunk in names.chunks:
-        data[start : start + len(chunk)] = chunk.to_numpy(zero_copy_only=False)
-        start += len(chunk)
+    for texts in chunks:
+        data[start : start + len(texts)] = texts
+        start += len(texts)
 
 
 def _values(column: pa.ChunkedArray) -> Any:

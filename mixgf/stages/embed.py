@@ -109,6 +109,6 @@ def _assemble(corpus: Corpus, uri: str) -> int:
     parts = (tables.read_table(files.join(uri, "shards", _name(shard))) for shard in range(len(corpus.shards)))
     with tempfile.TemporaryDirectory(prefix="mixgf-embed-") as folder:
         path = Path(folder) / "cells.h5ad"
-        dim = write_h5ad(path, corpus, OBSM, parts)
+        dim = write_h5ad(path, corpus, OBSM, parts, own_names=True)
         files.upload(path, files.join(uri, "cells.h5ad"))
     return dim

@@ -52,6 +52,13 @@ def test_slices_read_back_as_the_whole(corpus, tmp_path, monkeypatch, chunk_byte
     assert np.array_equal(found.obsm["X_mixgf"], values_ND)
 
 
+def test_cells_have_the_names_of_their_own_file_beside_those_of_the_corpus(corpus, tmp_path):
+    values_ND = np.zeros((23, 5), np.float32)
+    h5ad.write_h5ad(tmp_path / "cells.h5ad", corpus, "X", vectors(values_ND, 7), own_names=True)
+    obs = ad.read_h5ad(tmp_path / "cells.h5ad").obs
+    assert [f"{s}:{c}" for s, c in zip(obs["source"], obs["cell_name"], strict=True)] == obs.index.tolist()
+
+
 def test_vectors_that_do_not_belong_to_all_cells_are_an_error(corpus, tmp_path):
     with pytest.raises(AssertionError, match="vectors of 22 of 23 cells"):
         h5ad.write_h5ad(tmp_path / "cells.h5ad", corpus, "X", vectors(np.zeros((22, 3), np.float32), 5))
