@@ -15,9 +15,11 @@ Nothing heavy is imported before a command runs. Exit codes:
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
+import re
 import sys
 import textwrap
 import time
@@ -144,7 +146,7 @@ def _stage_arguments(command: argparse.ArgumentParser, name: str) -> None:
     """Arguments of the commands that work on a config."""
     if name in ("prepare", "run", "import", "tune"):
         wanted = _ARROW if name == "import" else _COUNTS
-        command.add_argument("sources", nargs="*", metavar="SPECIES=URI", help=wanted)
+        command.add_argument("sources", nargs="*", metavar="SPECIES=[NAME=]URI", help=wanted)
     if name == "import-weights":
         command.add_argument(
             "folder",
@@ -226,18 +228,19 @@ def _config(args: argparse.Namespace) -> Config:
         raise UserError(msg)
     else:
         config = _read_config(args.config, args.command)
-    changes = list(args.set)
+    sources = [_source(text) for text in getattr(args, "sources", [])]
+    changes = [*([f"sources={json.dumps(sources)}"] if sources else []), *args.set]
     if args.output:
         changes.append(f"output={args.output}")
-    sources = [_source(text) for text in getattr(args, "sources", [])]
-    if sources:
-        changes.append(f"sources={json.dumps(sources)}")
     return override(config, changes)
 
 
 def _read_config(file: str, command: str) -> Config:
     path = Path(file)
-    if not path.is_file():
+    if path.is_fifo() and not file.startswith(("/dev/fd/", "/proc/")):  # those are <(...) of a shell
+        msg = f"--config {file}: a pipe, not a file; give a file, or <(COMMAND)"
+        raise UserError(msg)
+    if not (path.is_file() or path.is_fifo()):
         msg = f"--config {file}: no such file; write one with `mixgf {command} --print-config > my.json`"
         raise UserError(msg)
     try:
@@ -254,9 +257,12 @@ def _read_config(file: str, command: str) -> Config:
 def _source(text: str) -> dict[str, str]:
     species, eq, uri = text.partition("=")
     if not (eq and species and uri):
-        msg = f"{text}: must look like SPECIES=URI, for example human={text if not eq else 'cells.h5ad'}"
+        msg = f"{text[:500]}: must look like SPECIES=URI, for example human={text[:500] if not eq else 'cells.h5ad'}"
         raise UserError(msg)
-    return {"species": species, "uri": uri}
+    name, path = split_named(uri)
+    if not name or any(Path().glob(uri)):  # a path may have = in it
+        return {"species": species, "uri": uri}
+    return {"species": species, "uri": path, "name": name}
 
 
 # Commands
@@ -451,10 +457,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def _short(text: str) -> str:
+    """A message with long words cut: a value of 60,000 characters hides what the message says."""
+    return re.sub(r"\S{600,}", lambda word: f"{word.group()[:80]}... ({len(word.group()):,} characters)", text)[:8_000]
+
+
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and one line for an error."""
     if isinstance(error, UserError):
-        return 2, f"mixgf: {error}"
+        return 2, f"mixgf: {_short(str(error))}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return (
+            2,
+            f"mixgf: {_short(str(error.filename))}: a path of {len(str(error.filename)):,} characters, longer than this machine takes",
+        )
     error = getattr(error, "cause", None) or error  # an error of a Ray worker holds the original one
     first = (str(error).strip() or repr(error)).split("\n")[0]
     if isinstance(error, AccessError):

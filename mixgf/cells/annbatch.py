@@ -78,6 +78,7 @@ def concatenate(uri: str, readers: list[Reader]) -> Reader:
     return Reader(
         uri=uri, num_rows=starts[-1], num_columns=first.num_columns, gene_names=first.gene_names, read=read,
         cell_names=cell_names, obs_columns=columns, obs=obs, is_gene=first.is_gene,
+        kinds=first.kinds, gene_columns=first.gene_columns,
     )  # fmt: skip
 
 

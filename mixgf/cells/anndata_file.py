@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixgf.cells.features import KIND_COLUMNS, choose_gene_names, find_genes
-from mixgf.cells.frames import Group, column_length, columns_of, index_of, is_array, read_column, read_strings
+from mixgf.cells.features import choose_gene_names, find_kinds, gene_columns
+from mixgf.cells.frames import Group, column, column_length, columns_of, index_of, open_frame, read_column, read_strings
+from mixgf.cells.hdf5 import child
 from mixgf.cells.matrices import matrix_reader, shape_of
 from mixgf.cells.reader import Reader, file_error
 
@@ -16,49 +17,45 @@ def open_anndata(uri: str, root: Group, layer: str) -> Reader:
     Raises:
         UserError: no such layer, a matrix encoding that is not supported, no RNA among the features, or a damaged file.
     """
-    where = {"X": "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
+    raw, raw_var = ("raw.X", "raw.var") if "raw.X" in root else ("raw/X", "raw/var")  # raw.X: before anndata 0.7
+    where = {"X": "X", "raw": raw}.get(layer, f"layers/{layer}")
     if where not in root:
-        have = [*(k for k in ("X",) if k in root), *(["raw"] if "raw/X" in root else [])]
-        have += list(root["layers"]) if "layers" in root else []
+        have = matrices_of(root)
         raise file_error(uri, f"layer = {layer!r}: not in the file; it has {', '.join(have) or 'no counts'}")
-    var, obs = root["raw/var" if layer == "raw" else "var"], root["obs"]
-    if is_array(obs) or is_array(var):
-        raise file_error(uri, "written by anndata before 0.7; read it with anndata and write it again")
-    num_rows, num_columns = shape_of(root[where])
-    index = index_of(obs)
-    for name, node, expected in (("obs", index, num_rows), ("var", index_of(var), num_columns)):
+    var, obs = open_frame(root, raw_var if layer == "raw" else "var"), open_frame(root, "obs")
+    matrix = child(root, where)
+    num_rows, num_columns = shape_of(matrix)
+    index, genes = index_of(obs), index_of(var)
+    for name, node, expected in (("obs", index, num_rows), ("var", genes, num_columns)):
         if (length := column_length(node)) != expected:
             raise file_error(uri, f"{name} has {length} rows, {where} has {expected}; the file is damaged")
-    read, scan = matrix_reader(uri, root[where], num_rows, num_columns)
+    read, scan = matrix_reader(uri, matrix, num_rows, num_columns)
+    named = (name for name in map(str, var) if not name.startswith("_"))  # the index may have a name, too
+    columns = list(dict.fromkeys([*columns_of(var), *named]))
+
+    def of_var(name: str) -> np.ndarray:
+        return read_column(column(var, name), 0, num_columns)
+
+    is_gene, kinds = find_kinds(uri, columns_of(var), of_var)
     return Reader(
         uri=uri,
         num_rows=num_rows,
         num_columns=num_columns,
-        gene_names=lambda column: _gene_names(uri, var, column),
+        gene_names=lambda name: choose_gene_names(uri, read_strings(genes, 0, num_columns), columns, of_var, name),
+        gene_columns=gene_columns(columns),
         read=read,
         scan=scan,
         cell_names=lambda a, b: read_strings(index, a, b),
         obs_columns=columns_of(obs),
-        obs=lambda name, a, b: read_column(obs[name], a, b),
-        is_gene=_which_are_genes(uri, var),
+        obs=lambda name, a, b: read_column(column(obs, name), a, b),
+        is_gene=is_gene,
+        kinds=kinds,
+        layer=layer,
+        others=lambda: {name: open_anndata(uri, root, name) for name in matrices_of(root) if name != layer},
     )
 
 
-def _gene_names(uri: str, var: Group, column: str) -> np.ndarray:
-    index = index_of(var)
-    length = column_length(index)
-    named = (name for name in map(str, var) if not name.startswith("_"))  # the index may have a name, too
-    columns = list(dict.fromkeys([*columns_of(var), *named]))
-    return choose_gene_names(
-        uri, read_strings(index, 0, length), columns, lambda n: read_column(var[n], 0, length), column
-    )
-
-
-def _which_are_genes(uri: str, var: Group) -> np.ndarray | None:
-    columns = columns_of(var)
-    for name in KIND_COLUMNS:
-        if name in columns:
-            found = find_genes(uri, read_column(var[name], 0, column_length(index_of(var))), f"var[{name!r}]")
-            if found is not None:
-                return found
-    return None
+def matrices_of(root: Group) -> list[str]:
+    """Names of the matrices of cells and genes: `X`, `raw`, and those of the layers."""
+    have = [*(["X"] if "X" in root else []), *(["raw"] if "raw/X" in root or "raw.X" in root else [])]
+    return have + (list(root["layers"]) if "layers" in root else [])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mixgf.cells import kinds
 from mixgf.cells.reader import RawBlock, Reader
 from mixgf.errors import UserError
 from mixgf.jit import jit
@@ -203,7 +204,7 @@ def read_blocks(reader: Reader, columns: pa.Table, start: int, stop: int, *, row
         if len(raw.data) > len(held):
             held = np.empty(len(raw.data), dtype=np.int32)
         data = held[: len(raw.data)]
-        if not _to_counts(raw.data, data, _largest(raw.data.dtype)):
+        if not _to_counts(raw.data, data, _largest(raw.data.dtype)) and not (reader.rounded and _round(raw, data)):
             raise _bad_value(reader, columns, raw, *_first_invalid(raw.data))
         order = _column_order(raw.indices, raw.indptr, reader.num_columns)
         if order == 0:
@@ -222,24 +223,21 @@ def read_blocks(reader: Reader, columns: pa.Table, start: int, stop: int, *, row
         yield Block(raw.start, out[:n], indices[:n], indptr)
 
 
+def _round(raw: RawBlock, data: np.ndarray) -> bool:
+    """Fill `data` with the rounded values; returns False if they are no counts even so."""
+    whole = np.rint(raw.data.astype(np.float64))
+    if not (np.isfinite(whole).all() and (whole >= 0).all() and (whole < 2147483648.0).all()):
+        return False
+    if kinds.is_normalised(raw.data, raw.indptr):
+        return False
+    data[:] = whole
+    return True
+
+
 def _bad_value(reader: Reader, columns: pa.Table, raw: RawBlock, reason: int, at: int) -> UserError:
     row = int(np.searchsorted(raw.indptr, at, side="right")) - 1
     cell = reader.cell_names(raw.start + row, raw.start + row + 1)[0]
     where = f"cell {cell} (row {raw.start + row}), gene {columns['name'][int(raw.indices[at])].as_py()}"
-    msg = f"{reader.uri}: count {raw.data[at]} of {where} is {_INVALID[reason]}; {_advice(raw, reason, reader.layer_option)}"
+    advice = kinds.advise(reader, raw, row) if reason != _LARGE else "no count is that large: damaged, or not counts"
+    msg = f"{reader.uri}: count {raw.data[at]} of {where} is {_INVALID[reason]}; {advice}"
     return UserError(msg)
-
-
-def _advice(raw: RawBlock, reason: int, option: str) -> str:
-    with np.errstate(all="ignore"):
-        for name, values in (("normalised", raw.data), ("log-normalised", np.expm1(raw.data.astype(np.float64)))):
-            rows = np.repeat(np.arange(len(raw.indptr) - 1), np.diff(raw.indptr))
-            sums = np.bincount(rows, weights=values, minlength=len(raw.indptr) - 1)
-            sums = sums[sums > 0]
-            if reason == _WHOLE and len(sums) and np.ptp(sums) < 1e-3 * sums.mean():
-                return (
-                    f"the matrix is already {name} (every cell sums to {sums.mean():,.0f}): give raw counts ({option})"
-                )
-    if reason == _NEGATIVE:
-        return f"the matrix looks scaled: give raw counts ({option} = 'raw' or a layer's name)"
-    return f"counts must be whole numbers from 0: give raw counts ({option} = 'raw' or a layer's name)"

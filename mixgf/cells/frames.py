@@ -1,32 +1,91 @@
 """Columns of AnnData's data frames (obs, var) in HDF5 or Zarr, by ranges of rows.
 
 A column is an array of numbers or strings, a categorical (codes and categories; in anndata 0.7 an array of codes with a
-reference to its categories), or a nullable array (values and mask).
+reference to its categories), or a nullable array (values and mask). Before anndata 0.7 the frame is one array of records
+(`Records`), whose categories are in `uns`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
 
+from mixgf.cells.hdf5 import child
 from mixgf.cells.zarr_store import ZarrArray
 
 Group: TypeAlias = Any
 """`h5py.Group` (h5py has no types) or `ZarrGroup`."""
 Array: TypeAlias = Any
-"""`h5py.Dataset` or `ZarrArray`."""
+"""`h5py.Dataset`, `ZarrArray` or `RecordField`."""
+
+
+class RecordField:
+    """One field of an array of records, as a column."""
+
+    def __init__(self, records: h5py.Dataset, name: str, categories: Array | None) -> None:
+        self._records, self._name, self.categories = records, name, categories
+        self.shape, self.ndim = records.shape, records.ndim
+        self.attrs: dict[str, Any] = {}
+        self.dtype = records.dtype[name]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return np.asarray(self._records[key][self._name])
+
+
+class Records:
+    """A data frame of anndata before 0.7: an array of records, of which the first field is the index."""
+
+    def __init__(self, records: h5py.Dataset, uns: Group | None) -> None:
+        self._records, self._uns = records, uns
+        self._names = list(records.dtype.names or ())
+        self.attrs = {"_index": self._names[0] if self._names else "index", "column-order": self._names[1:]}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> RecordField:
+        known = f"{name}_categories"
+        categories = child(self._uns, known) if self._uns is not None and known in self._uns else None
+        return RecordField(self._records, name, categories)
+
+
+def open_frame(root: Group, name: str) -> Group | Records:
+    """A data frame of a file.
+
+    Raises:
+        ValueError: an array that is no data frame.
+    """
+    frame = child(root, name)
+    if not is_array(frame):
+        return frame
+    if not getattr(frame.dtype, "names", None):
+        msg = f"{name} is an array of {frame.dtype}, not a data frame"
+        raise ValueError(msg)
+    return Records(frame, child(root, "uns") if "uns" in root else None)
+
+
+def column(frame: Group | Records, name: str) -> Group | Array:
+    """A column of a data frame."""
+    return frame[name] if isinstance(frame, Records) else child(frame, name)
 
 
 def is_array(node: Group | Array) -> bool:
     """Whether a node is an array, not a group."""
-    return isinstance(node, h5py.Dataset | ZarrArray)
+    return isinstance(node, h5py.Dataset | ZarrArray | RecordField)
 
 
 def index_of(frame: Group) -> Group | Array:
     """Index of a data frame: strings, categories with codes, or strings with a mask (anndata 0.13 with pandas 3)."""
-    return frame[_text(frame.attrs.get("_index", "_index"))]
+    named = _text(frame.attrs.get("_index", "_index"))
+    return column(
+        frame, named if named in frame else next(n for n in ("_index", "index", named) if n in frame or n == named)
+    )
 
 
 def columns_of(frame: Group) -> list[str]:
@@ -38,7 +97,7 @@ def columns_of(frame: Group) -> list[str]:
 def column_length(node: Group | Array) -> int:
     """Rows of a column."""
     if not is_array(node):
-        node = node["codes" if "codes" in node else "values"]
+        node = child(node, "codes" if "codes" in node else "values")
     return int(node.shape[0])
 
 
@@ -56,14 +115,16 @@ def read_column(node: Group | Array, start: int, stop: int) -> np.ndarray:
     """
     if is_array(node):
         values = _read_array(node, start, stop)
+        if isinstance(node, RecordField):
+            return values if node.categories is None else _of_codes(node.categories, values)
         return _of_codes(node.parent[node.attrs["categories"]], values) if "categories" in node.attrs else values
     if "codes" in node:
-        return _of_codes(node["categories"], _read_array(node["codes"], start, stop))
+        return _of_codes(child(node, "categories"), _read_array(child(node, "codes"), start, stop))
     if "values" not in node or "mask" not in node:
         msg = f"encoding {node.attrs.get('encoding-type', 'unknown')!r} is not read"
         raise ValueError(msg)
-    values = read_column(node["values"], start, stop)  # nullable integer, boolean or string
-    mask = np.asarray(node["mask"][start:stop]).astype(bool)
+    values = read_column(child(node, "values"), start, stop)  # nullable integer, boolean or string
+    mask = np.asarray(child(node, "mask")[start:stop]).astype(bool)
     if not mask.any():
         return values
     values = values.astype(object if values.dtype == object else np.float64)

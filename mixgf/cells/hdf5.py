@@ -38,6 +38,27 @@ def open_hdf5(uri: str) -> Iterator[h5py.File]:
             _REMOTE.pop(name, None)
 
 
+def child(group: Any, name: str) -> Any:
+    """A node of an HDF5 group or a Zarr group; in HDF5 its data must lie in the file itself.
+
+    Raises:
+        ValueError: an external link, external storage or a virtual data set, which could show another file's content.
+    """
+    node = group[name]
+    if isinstance(group, h5py.Group):
+        what = ""
+        if h5py.h5f.get_name(node.id) != h5py.h5f.get_name(group.id):
+            what = "an external link"
+        elif isinstance(node, h5py.Dataset) and node.is_virtual:
+            what = "a virtual data set"
+        elif isinstance(node, h5py.Dataset) and node.external:
+            what = "external storage"
+        if what:
+            msg = f"{group.name.rstrip('/')}/{name} lies in another file ({what}), which is not read"
+            raise ValueError(msg)
+    return node
+
+
 def require_filters(uri: str, *arrays: Any) -> None:
     """Check that HDF5 can decompress these arrays; arrays of Zarr pass.
 

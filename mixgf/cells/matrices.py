@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import cast
 
 import h5py
 import numpy as np
@@ -12,6 +11,7 @@ from scipy import sparse
 
 from mixgf.cells import hdf5, zarr_store
 from mixgf.cells.frames import Array, Group, is_array
+from mixgf.cells.hdf5 import child
 from mixgf.cells.reader import SCAN_ENTRIES, RawBlock, Triples, check_entries, cut_rows, file_error, gather_rows
 
 DENSE_BYTES = 64 << 20
@@ -21,6 +21,9 @@ DENSE_BYTES = 64 << 20
 def shape_of(matrix: Group | Array) -> tuple[int, int]:
     """Rows and columns of a matrix."""
     shape = matrix.shape if is_array(matrix) else matrix.attrs["shape" if "shape" in matrix.attrs else "h5sparse_shape"]
+    if len(shape) != 2:
+        msg = f"a matrix of {len(shape)} dimensions"
+        raise ValueError(msg)
     rows, columns = (int(n) for n in shape)
     return rows, columns
 
@@ -52,9 +55,18 @@ def check_pointers(uri: str, matrix: Group, major: int) -> None:
     Raises:
         UserError: it has not, or its values are no numbers.
     """
-    indptr, data, indices = (matrix[name] for name in ("indptr", "data", "indices"))
+    indptr, data, indices = (child(matrix, name) for name in ("indptr", "data", "indices"))
+    if (
+        any(array.ndim != 1 for array in (indptr, data, indices))
+        or indptr.dtype.kind not in "iu"
+        or indices.dtype.kind not in "iu"
+    ):
+        raise file_error(
+            uri, "its sparse matrix is no three lists of numbers: damaged; read it with anndata and write it again"
+        )
     last = int(indptr[indptr.shape[0] - 1]) if indptr.shape[0] else -1
-    if indptr.shape[0] != major + 1 or not last == data.shape[0] == indices.shape[0]:
+    first = int(indptr[0]) if indptr.shape[0] else -1
+    if first or indptr.shape[0] != major + 1 or not last == data.shape[0] == indices.shape[0]:
         raise file_error(uri, "its row pointers do not fit its data: truncated or damaged; fetch it again")
     _require_numbers(uri, data)
     hdf5.require_filters(uri, data, indices)
@@ -89,11 +101,17 @@ def _native(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype).newbyteorder("=")
 
 
+def _ascending(uri: str, pointers: np.ndarray, num_values: int) -> np.ndarray:
+    """Pointers of a sparse matrix as int64, each within its values and none below the one before it."""
+    indptr = pointers.astype(np.int64)
+    if (np.diff(indptr) < 0).any() or (len(indptr) and not 0 <= indptr[0] <= indptr[-1] <= num_values):
+        raise file_error(uri, "its row pointers do not ascend: damaged; fetch it again")
+    return indptr
+
+
 def csr_blocks(uri: str, matrix: Group, start: int, stop: int, rows: int, num_columns: int) -> Iterator[RawBlock]:  # noqa: PLR0917
     """Rows [start, stop) of a CSR group (data, indices, indptr), in blocks of `rows` rows; the arrays are reused."""
-    indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
-    if (np.diff(indptr) < 0).any():
-        raise file_error(uri, "its row pointers do not ascend: damaged; fetch it again")
+    indptr = _ascending(uri, matrix["indptr"][start : stop + 1], matrix["data"].shape[0])
     columns = _values_and_indices(matrix)
     firsts = np.arange(start, stop, rows) - start
     room = int((indptr[np.minimum(firsts + rows, stop - start)] - indptr[firsts]).max(initial=0))
@@ -123,7 +141,7 @@ def _dense_blocks(matrix: Array, start: int, stop: int, rows: int) -> Iterator[R
 
 
 def _csc_scan(uri: str, matrix: Group) -> Iterator[Triples]:
-    indptr = cast("np.ndarray", matrix["indptr"][:]).astype(np.int64)
+    indptr = _ascending(uri, matrix["indptr"][:], matrix["data"].shape[0])
     columns = _values_and_indices(matrix)
     for lo in range(0, int(indptr[-1]), SCAN_ENTRIES):
         hi = min(lo + SCAN_ENTRIES, int(indptr[-1]))

@@ -10,9 +10,10 @@ whole for every row range, in chunks of 4 M entries; to read them more than once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -21,10 +22,11 @@ from mixgf.cells import unknown
 from mixgf.cells.annbatch import dataset_names, open_annbatch
 from mixgf.cells.anndata_file import open_anndata
 from mixgf.cells.hdf5 import open_hdf5
-from mixgf.cells.reader import Reader, file_error
+from mixgf.cells.reader import OPTION, Reader, file_error
 from mixgf.cells.soma import open_soma
-from mixgf.cells.tenx import MTX_FILES, genome_groups, open_mtx, open_tenx_h5
+from mixgf.cells.tenx import genome_groups, mtx_files, mtx_matrices, open_mtx, open_tenx_h5
 from mixgf.cells.zarr_store import open_zarr
+from mixgf.config.data import Source
 from mixgf.errors import StorageError, UserError
 from mixgf.storage import files
 
@@ -46,9 +48,10 @@ def format_of(uri: str, layer: str = "X") -> str:
 def source_files(uri: str) -> dict[str, int]:
     """URIs and bytes of the files that a source consists of, sorted; empty where there is nothing."""
     names = _names(uri)
-    if set(MTX_FILES) & set(names):
-        found = [files.join(uri, name) for name in names if name in MTX_FILES]
-        return {file: files.size(file) for file in found}
+    folder, matrix = (uri, _matrix(names)) if names else _split(uri)
+    if mtx_matrices([matrix]):
+        found = [files.join(folder, name) for name in mtx_files(matrix, names or files.list_dir(folder))]
+        return {file: files.size(file) for file in sorted(found) if files.exists(file)}
     if names:
         return files.find(uri)
     (size,) = files.sizes([uri])
@@ -68,6 +71,19 @@ def source_sizes(uris: Sequence[str]) -> list[int]:
 def _source_size(uri: str) -> int:
     found = source_files(uri)
     return sum(found.values()) if found else -1
+
+
+@contextmanager
+def open_source(source: Source, *, option: str = OPTION) -> Iterator[Reader]:
+    """`open_reader` of a source, with its settings.
+
+    Args:
+        source: The source.
+        option: How the user gives a field of it, for messages (`Reader.option`).
+    """
+    with open_reader(source.uri, source.layer) as reader:
+        reader.rounded, reader.option = source.round, option
+        yield reader
 
 
 @contextmanager
@@ -92,11 +108,13 @@ def _open(stack: ExitStack, uri: str, layer: str) -> Reader:
     if not files.exists(uri):
         raise file_error(uri, "no such file; check the path (and the endpoint and keys, on object storage)")
     names = set(_names(uri))
-    folder, _, name = uri.rstrip("/").rpartition("/")
+    folder, name = _split(uri)
     if names or uri.endswith(".zarr.zip") or (files.is_local(uri) and files.is_folder(uri)):
         return _open_folder(stack, uri, layer, names)
-    if name in ("matrix.mtx", "matrix.mtx.gz"):
-        return replace(open_mtx(uri, folder or ".", layer), format="mtx")
+    if mtx_matrices([name]):
+        return replace(open_mtx(uri, folder, name, layer), format="mtx")
+    if files.is_local(uri) and not Path(files.local_path(uri)).is_file():
+        raise file_error(uri, "a pipe or a device, not a file; write it to a file first")
     try:
         file = stack.enter_context(open_hdf5(uri))
     except StorageError:
@@ -113,8 +131,8 @@ def _open(stack: ExitStack, uri: str, layer: str) -> Reader:
 
 
 def _open_folder(stack: ExitStack, uri: str, layer: str, names: set[str]) -> Reader:
-    if {"matrix.mtx", "matrix.mtx.gz"} & names:
-        return replace(open_mtx(uri, uri, layer), format="mtx")
+    if matrix := _matrix(names):
+        return replace(open_mtx(uri, uri, matrix, layer), format="mtx")
     if names & _SOMA_FILES:
         return replace(stack.enter_context(open_soma(uri, layer)), format="soma")
     if not (names & _ZARR_FILES or uri.endswith(".zip")):
@@ -125,6 +143,22 @@ def _open_folder(stack: ExitStack, uri: str, layer: str, names: set[str]) -> Rea
     if not {"obs", "var"} <= set(root):
         raise file_error(uri, unknown.describe_zarr(uri, root))
     return replace(open_anndata(uri, root, layer), format="zarr")
+
+
+def _matrix(names: Iterable[str]) -> str:
+    """Name of the Matrix Market file with the entries of a folder of one sample; empty if there is none, or several."""
+    found = mtx_matrices(list(names))
+    plain = [name for name in ("matrix.mtx.gz", "matrix.mtx") if name in found]
+    one = len({name.removesuffix(".gz") for name in found}) == 1
+    return (
+        plain[0] if plain else next((name for name in found if one and (name.endswith(".gz") or len(found) == 1)), "")
+    )
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """Folder and name of a file."""
+    folder, _, name = uri.rstrip("/").rpartition("/")
+    return folder or ("/" if uri.startswith("/") else "."), name
 
 
 def _names(uri: str) -> list[str]:
@@ -142,20 +176,23 @@ def refusals(uri: str, what: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, StorageError, MemoryError):
+    except (UserError, StorageError):
         raise  # a failure of storage is no fault of the file: the caller retries
     except UnicodeDecodeError as error:
-        way = "name the columns to keep (sources[i].obs)" if what.startswith("obs") else "write the file again"
+        way = _KEEP_COLUMNS if what.startswith("obs") else "write the file again"
         raise file_error(uri, f"{what}text that is not UTF-8 ({error.object[:40]!r}); {way}") from None
+    except MemoryError as error:
+        raise file_error(
+            uri, f"{what}does not fit into memory ({_line(error)}): damaged, or larger than this machine can read"
+        ) from None
     except (OSError, EOFError) as error:
         raise file_error(uri, f"{what}truncated or damaged ({_line(error)}); fetch it again") from None
     except Exception as error:
-        way = (
-            "name the columns to keep (sources[i].obs)"
-            if what.startswith("obs")
-            else "read it with anndata and write it again"
-        )
+        way = _KEEP_COLUMNS if what.startswith("obs") else "read it with anndata and write it again"
         raise file_error(uri, f"{what}cannot be read ({_line(error)}); {way}") from error
+
+
+_KEEP_COLUMNS = "name the columns to keep: " + OPTION.format(field="obs", value="COLUMN,COLUMN")
 
 
 def _line(error: Exception) -> str:

@@ -158,6 +158,23 @@ def cell_metrics(
     return out
 
 
+EQUAL_SUMS = 0.02
+"""Spread of the cells' sums of counts, in units of their median, within which they are called equal."""
+FEW_CELLS = 20
+
+
+def equal_sums(metrics: Metrics) -> int:
+    """The sum of counts that all but one in a hundred cells have, within `EQUAL_SUMS`; 0 if they differ, or cells are few.
+
+    Sums of raw counts differ from cell to cell by far more.
+    """
+    sums = metrics.n_counts[metrics.n_counts > 0]
+    if len(sums) < FEW_CELLS:
+        return 0
+    low, middle, high = np.percentile(sums, [0.5, 50, 99.5])
+    return int(float(f"{middle:.3g}")) if middle >= 1 / EQUAL_SUMS and high - low <= EQUAL_SUMS * middle else 0
+
+
 def filter_cells(metrics: Metrics, rules: QC) -> np.ndarray:
     """Reasons (int8[N], codes of `REASONS`, 0 = kept) by the filters within one source.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from mixgf.errors import UserError
 
+OPTION = "--set sources.{field}={value}"
+"""How the user of `mixgf prepare` gives a field of a source."""
 SCAN_ENTRIES = 4_000_000
 """Entries in memory at a time while a column-major file is scanned."""
 
@@ -36,7 +39,8 @@ class Reader:
     num_rows: int
     num_columns: int
     gene_names: Callable[[str], np.ndarray]
-    """Names (ids or symbols) of the columns, from the column of var that the argument (`Source.genes`) names."""
+    """Names (ids or symbols) of the columns, from the column of var that the argument (`Source.genes`) names; empty = the first
+    of `gene_columns`."""
     read: Callable[[int, int, int], Iterator[RawBlock]]
     """(start, stop, rows): rows [start, stop) in blocks of at most `rows` rows. Arrays may be reused for the next block."""
     cell_names: Callable[[int, int], np.ndarray]
@@ -46,12 +50,31 @@ class Reader:
     """(column, start, stop): values of an obs column: float64, int64, or objects (str or None)."""
     is_gene: np.ndarray | None = None
     """bool, one per column: which are genes, in files that hold other features (antibodies) too; None = all."""
+    kinds: np.ndarray | None = None
+    """Where `is_gene` is given: the kind of each feature, as the file calls it."""
+    gene_columns: list[str] = field(default_factory=list)
+    """Columns of var that may hold names, `index` included; the first one is read where none is asked for."""
+    others: Callable[[], dict[str, Reader]] = dict
+    """The other matrices of the file by the name of their layer."""
+    layer: str = "X"
+    """Of AnnData: the layer that is read."""
+    rounded: bool = False
+    """Round values to whole numbers (`Source.round`)."""
     scan: Callable[[], Iterator[Triples]] | None = None
     """Column-major files only: all entries, in the order of the file. There, `read` scans the whole file."""
     format: str = ""
     """`h5ad`, `zarr`, `annbatch`, `soma`, `10x_h5`, `mtx`; empty for AnnData in memory."""
-    layer_option: str = "sources[i].layer"
-    """How the user names the layer with the counts; for messages."""
+    option: str = OPTION
+    """How the user gives a field of a source, such as `layer`, to the command or function that reads; for messages."""
+
+    def setting(self, field: str, value: str) -> str:
+        """What the user writes to set a field of the source."""
+        return self.option.format(field=field, value=value if "!r" in self.option else shlex.quote(value))
+
+    @staticmethod
+    def setting_of(field: str, value: str) -> str:
+        """What the user of `mixgf prepare` writes to set a field of the source."""
+        return OPTION.format(field=field, value=value)
 
 
 def file_error(uri: str, what: str) -> UserError:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixgf.cells.features import KIND_COLUMNS, choose_gene_names, find_genes
+from mixgf.cells.features import choose_gene_names, find_kinds, gene_columns
 from mixgf.cells.reader import RawBlock, Reader, by_row, cut_rows, file_error
 from mixgf.errors import StorageError, require_package
 from mixgf.storage import files
@@ -135,10 +135,7 @@ def _reader(uri: str, obs: Any, var: Any, matrix: Any) -> Reader:
     obs_names, var_names = list(obs.keys()), list(var.keys())
     cell_name = next((name for name in _CELL_NAMES if name in obs_names), "soma_joinid")
     index = next((name for name in _GENE_NAMES if name in var_names), "soma_joinid")
-    is_gene = None
-    for name in KIND_COLUMNS:
-        if name in var_names and is_gene is None:
-            is_gene = find_genes(uri, read_frame(var, name, column_ids), f"var[{name!r}]")
+    is_gene, kinds = find_kinds(uri, var_names, lambda name: read_frame(var, name, column_ids))
     return Reader(
         uri=uri,
         num_rows=len(row_ids),
@@ -151,6 +148,8 @@ def _reader(uri: str, obs: Any, var: Any, matrix: Any) -> Reader:
         obs_columns=[name for name in obs_names if name not in ("soma_joinid", cell_name)],
         obs=lambda name, a, b: read_frame(obs, name, row_ids[a:b]),
         is_gene=is_gene,
+        kinds=kinds,
+        gene_columns=gene_columns([name for name in var_names if name not in ("soma_joinid", index)]),
     )
 
 

@@ -1,11 +1,17 @@
-"""Readers of 10x Genomics files: Cell Ranger .h5 (versions 2 and 3), and Matrix Market folders."""
+"""Readers of 10x Genomics files: Cell Ranger .h5 (versions 2 and 3), and Matrix Market folders of several programs.
+
+A Matrix Market sample is three files: entries, genes, cells. `LAYOUTS` has the names that programs give them; the files of
+a sample may begin with a prefix of its own (`GSM123_S1_matrix.mtx.gz`).
+"""
 
 from __future__ import annotations
 
+import csv
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO, cast
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
 
 import h5py
 import numpy as np
@@ -14,97 +20,207 @@ import pyarrow.csv as pa_csv
 
 from mixgf.cells.features import fill_missing, find_genes
 from mixgf.cells.frames import read_strings
+from mixgf.cells.hdf5 import child
 from mixgf.cells.matrices import check_pointers, csr_blocks
 from mixgf.cells.reader import Reader, Triples, check_entries, file_error, gather_rows
 from mixgf.storage import files
 
-MTX_FILES = tuple(
-    f"{name}{gz}" for name in ("matrix.mtx", "features.tsv", "genes.tsv", "barcodes.tsv") for gz in ("", ".gz")
-)
-"""Files of a Matrix Market folder; others are not looked at."""
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Names of the files of a Matrix Market sample, without prefix and `.gz`."""
+
+    matrix: str
+    genes: tuple[str, ...]
+    cells: tuple[str, ...]
+    symbols: str = ""
+    """A file of symbols beside the ids; empty = they are in the file of the genes."""
+
+
+LAYOUTS = (
+    Layout("matrix.mtx", ("features.tsv", "genes.tsv"), ("barcodes.tsv",)),  # Cell Ranger, STARsolo
+    Layout("cells_x_genes.mtx", ("cells_x_genes.genes.txt",), ("cells_x_genes.barcodes.txt",), "cells_x_genes.genes.names.txt"),  # kb-python
+    Layout("quants_mat.mtx", ("quants_mat_cols.txt",), ("quants_mat_rows.txt",)),  # alevin-fry
+)  # fmt: skip
+PLAIN_MATRICES = tuple(layout.matrix for layout in LAYOUTS)
+"""Files with the entries of a sample without a name of its own."""
+_GZ = ("", ".gz")
+_HEADER_WORDS = {
+    "barcode", "barcodes", "cell", "cells", "cell_id", "cellid", "cell_barcode", "x", "v1", "index", "gene_id", "geneid", "gene_ids",
+    "gene", "genes", "gene_name", "gene_symbol", "symbol", "feature", "features", "feature_id", "id", "ensembl_id", "name",
+}  # fmt: skip
+"""What the first word of a line of column names is called."""
+
+
+def mtx_matrices(names: Sequence[str]) -> list[str]:
+    """Names of the Matrix Market files with entries in a folder, by the layouts; with a prefix or without."""
+    endings = tuple(f"{layout.matrix}{gz}" for layout in LAYOUTS for gz in _GZ)
+    return sorted(name for name in names if name.endswith(endings))
+
+
+def mtx_files(name: str, names: Sequence[str]) -> list[str]:
+    """Names of the files of a sample in a folder: of the entries, the genes, the cells and the symbols, each if it is there."""
+    layout, prefix = _layout(name)
+    groups = ((layout.matrix,), layout.genes, layout.cells, (layout.symbols,) if layout.symbols else ())
+    found = (_first(names, prefix, group) for group in groups)
+    return [one for one in found if one]
+
+
+def _layout(name: str) -> tuple[Layout, str]:
+    """Layout and prefix of a sample, by the name of the file with its entries."""
+    bare = name.removesuffix(".gz")
+    layout = next(layout for layout in LAYOUTS if bare.endswith(layout.matrix))
+    return layout, bare.removesuffix(layout.matrix)
+
+
+def _first(names: Sequence[str], prefix: str, group: Sequence[str]) -> str:
+    wanted = (f"{prefix}{name}{gz}" for name in group for gz in reversed(_GZ))
+    return next((name for name in wanted if name in names), "")
 
 
 def genome_groups(file: h5py.File) -> list[str]:
     """Names of the matrices, one per genome, in a file of Cell Ranger 2."""
-    return [name for name, node in file.items() if isinstance(node, h5py.Group) and {"indptr", "barcodes"} <= set(node)]
+    inside = (name for name in file if not isinstance(file.get(name, getlink=True), h5py.ExternalLink))
+    groups = {name: file[name] for name in inside}
+    return [
+        name for name, node in groups.items() if isinstance(node, h5py.Group) and {"indptr", "barcodes"} <= set(node)
+    ]
 
 
 def open_tenx_h5(uri: str, file: h5py.File, layer: str) -> Reader:
-    """Reader of an open 10x .h5 file; features that are not genes are marked in `is_gene`."""
-    if layer != "X":
-        raise file_error(uri, f"layer = {layer!r}: a 10x file has only 'X'")
-    group = file.get("matrix")
-    if group is None:  # Cell Ranger 2: one group per genome
-        genomes = genome_groups(file)
-        if len(genomes) > 1:
-            raise file_error(
-                uri, f"holds {len(genomes)} genomes ({', '.join(genomes)}): must be one; give one file per species"
-            )
-        group = file[genomes[0]]
-    features = group.get("features")
-    num_columns, num_rows = (int(n) for n in group["shape"][:])
-    nodes = (group["genes"], group["gene_names"]) if features is None else (features["id"], features["name"])
-    for name, node, expected in (("features", nodes[0], num_columns), ("barcodes", group["barcodes"], num_rows)):
+    """Reader of an open 10x .h5 file; features that are not genes are marked in `is_gene`.
+
+    `layer` is `X`, or the name of a genome in a file of several.
+    """
+    if "matrix" in file:
+        group = child(file, "matrix")
+        genomes = _genomes(group)
+    else:  # Cell Ranger 2: one group per genome
+        genomes = dict.fromkeys(genome_groups(file))
+        group = child(file, layer if layer in genomes else next(iter(genomes)))
+    if layer not in ("X", *genomes):
+        raise file_error(
+            uri,
+            f"layer = {layer!r}: a 10x file has only 'X'" + (f", or a genome: {', '.join(genomes)}" if genomes else ""),
+        )
+    if len(genomes) > 1 and layer == "X":
+        ways = " or ".join(Reader.setting_of("layer", name) for name in genomes)
+        raise file_error(
+            uri, f"genes of {len(genomes)} genomes ({', '.join(genomes)}), that is cells of several species; take the genes of one: {ways}, "
+            "and leave out the cells of the others (their counts of these genes are ambient RNA)"
+        )  # fmt: skip
+    features = child(group, "features") if "features" in group else None
+    num_columns, num_rows = (int(n) for n in child(group, "shape")[:])
+    at = (group, "genes", "gene_names") if features is None else (features, "id", "name")
+    nodes = (child(at[0], at[1]), child(at[0], at[2]))
+    barcodes = child(group, "barcodes")
+    for name, node, expected in (("features", nodes[0], num_columns), ("barcodes", barcodes, num_rows)):
         if node.shape[0] != expected:
             raise file_error(uri, f"{node.shape[0]} {name}, and the matrix has {expected}: damaged; fetch it again")
-    kinds = None
+    is_gene = kinds = None
     if features is not None and "feature_type" in features:
-        kinds = find_genes(uri, read_strings(features["feature_type"], 0, num_columns), "feature_type")
+        kinds = read_strings(child(features, "feature_type"), 0, num_columns)
+        is_gene = find_genes(uri, kinds, "feature_type")
+    if features is not None and layer in genomes and len(genomes) > 1:
+        of = read_strings(child(features, "genome"), 0, num_columns)
+        mine = of == layer
+        kinds = np.where(mine, kinds if kinds is not None else "", [f"of the genome {name}" for name in of]).astype(
+            object
+        )
+        is_gene = mine if is_gene is None else mine & is_gene
     check_pointers(uri, group, num_rows)
     return Reader(
         uri=uri,
         num_rows=num_rows,
         num_columns=num_columns,
         gene_names=lambda column: _names([read_strings(node, 0, num_columns) for node in nodes], column),
+        gene_columns=["id", "name"],
         read=lambda a, b, rows: csr_blocks(
             uri, group, a, b, rows, num_columns
         ),  # genes x cells by column = cells by row
-        cell_names=lambda a, b: read_strings(group["barcodes"], a, b),
-        is_gene=kinds,
+        cell_names=lambda a, b: read_strings(barcodes, a, b),
+        is_gene=is_gene,
+        kinds=kinds,
     )
 
 
-def open_mtx(uri: str, folder: str, layer: str) -> Reader:
-    """Reader of a Matrix Market folder (matrix.mtx, features.tsv or genes.tsv, barcodes.tsv; each may be .gz)."""
+def _genomes(group: h5py.Group) -> dict[str, None]:
+    """Genomes of the genes in a file of Cell Ranger 3 or later; none where features have no genome."""
+    if "features" not in group or "genome" not in group["features"]:
+        return {}
+    features = child(group, "features")
+    of = read_strings(child(features, "genome"), 0, features["genome"].shape[0])
+    kinds = read_strings(child(features, "feature_type"), 0, len(of)) if "feature_type" in features else None
+    genes = np.ones(len(of), bool) if kinds is None or len(kinds) != len(of) else kinds == "Gene Expression"
+    return dict.fromkeys(name for name in of[genes] if name)
+
+
+def open_mtx(uri: str, folder: str, name: str, layer: str) -> Reader:
+    """Reader of a Matrix Market sample; the matrix may have genes or cells in its rows.
+
+    Args:
+        uri: What the user gave, for messages.
+        folder: That holds the files.
+        name: Of the file with the entries.
+        layer: Must be `X`.
+    """
     if layer != "X":
         raise file_error(uri, f"layer = {layer!r}: a Matrix Market folder has only 'X'")
     have = files.list_dir(folder)
+    layout, prefix = _layout(name)
 
     def find(*names: str) -> str:
-        for name in names:
-            if name in have:
-                return files.join(folder, name)
+        found = _first(have, prefix, names)
+        if found:
+            return files.join(folder, found)
         raise file_error(
-            folder, f"no {names[0]}; a Matrix Market folder has matrix.mtx, features.tsv (genes.tsv) and barcodes.tsv"
-        )
+            uri, f"no {prefix}{names[0]} beside {name}; a Matrix Market sample is {layout.matrix}, {' or '.join(layout.genes)} and {layout.cells[0]}"
+        )  # fmt: skip
 
-    matrix = find("matrix.mtx.gz", "matrix.mtx")
-    features = _lines(find("features.tsv.gz", "features.tsv", "genes.tsv.gz", "genes.tsv"))
-    barcodes = np.asarray([line[0] for line in _lines(find("barcodes.tsv.gz", "barcodes.tsv"))], dtype=object)
+    matrix = files.join(folder, name)
+    features, barcodes = _lines(find(*layout.genes)), [line[0] for line in _lines(find(*layout.cells))]
     skip, (num_columns, num_rows, num_entries), mark = _mtx_header(matrix)
-    if (num_rows, num_columns) == (len(features), len(barcodes)) and num_rows != num_columns:
-        raise file_error(
-            folder, f"matrix is {num_columns} x {num_rows}, cells in rows; transpose it: genes must be in rows"
-        )
-    if (num_columns, num_rows) != (len(features), len(barcodes)):
+    for columns, rows in ((num_columns, num_rows), (num_rows, num_columns)):
+        genes, cells = _without_header(features, columns), _without_header([[name] for name in barcodes], rows)
+        if (len(genes), len(cells)) == (columns, rows):
+            transposed = columns != num_columns
+            features, barcodes, num_columns, num_rows = genes, [line[0] for line in cells], columns, rows
+            break
+    else:
         shapes = f"{num_columns} x {num_rows} but {len(features)} features and {len(barcodes)} barcodes"
-        raise file_error(folder, f"matrix is {shapes}; the files do not belong together")
+        if len(features) in (2 * num_columns, 3 * num_columns) or len(features) * 3 == num_rows:
+            shapes += " (spliced, unspliced and ambiguous counts?)"
+        raise file_error(uri, f"matrix is {shapes}; the files do not belong together")
     names = [np.asarray([line[min(i, len(line) - 1)] for line in features], dtype=object) for i in (0, 1)]
+    if layout.symbols and (symbols := _first(have, prefix, [layout.symbols])):
+        found = [line[0] if line else "" for line in _lines(files.join(folder, symbols), empty=True)]
+        names[1] = np.asarray(found, dtype=object) if len(found) == num_columns else names[1]
 
     def scan() -> Iterator[Triples]:
-        return check_entries(matrix, _mtx_scan(matrix, skip, num_entries, mark), num_rows, num_columns)
+        entries = _mtx_scan(matrix, skip, num_entries, mark)
+        if transposed:
+            entries = ((gene, cell, count) for cell, gene, count in entries)
+        return check_entries(matrix, entries, num_rows, num_columns)
 
     kinds = np.asarray([line[2] if len(line) > 2 else None for line in features], dtype=object)
+    is_gene = find_genes(uri, kinds, "third column of features.tsv")
     return Reader(
         uri=uri,
         num_rows=num_rows,
         num_columns=num_columns,
         gene_names=lambda column: _names(names, column),
+        gene_columns=["id", "name"],
         read=lambda a, b, rows: gather_rows(scan(), a, b, rows, num_columns),
         scan=scan,
-        cell_names=lambda a, b: barcodes[a:b],
-        is_gene=find_genes(folder, kinds, "third column of features.tsv"),
+        cell_names=lambda a, b: np.asarray(barcodes[a:b], dtype=object),
+        is_gene=is_gene,
+        kinds=None if is_gene is None else kinds,
     )
+
+
+def _without_header(lines: list[list[str]], expected: int) -> list[list[str]]:
+    """The lines without a first line of column names, where there is one line too many."""
+    return lines[1:] if len(lines) == expected + 1 and lines[0][0].strip().lower() in _HEADER_WORDS else lines
 
 
 def _names(ids_and_symbols: list[np.ndarray], column: str) -> np.ndarray:
@@ -122,25 +238,32 @@ def _text(uri: str) -> Iterator[BinaryIO]:
             yield cast("BinaryIO", stream)
 
 
-def _lines(uri: str) -> list[list[str]]:
+def _lines(uri: str, *, empty: bool = False) -> list[list[str]]:
+    """Lines of a table in tab-separated columns, without quotes; empty lines only where they are asked for."""
     with _text(uri) as stream:
-        return [line.split("\t") for line in stream.read().decode().splitlines() if line]
+        lines = stream.read().decode("utf-8-sig").splitlines()
+    if any(line.startswith('"') for line in lines[:2]):
+        rows: Any = csv.reader(lines, delimiter="\t")
+        return [row for row in rows if row or empty]
+    return [line.split("\t") for line in lines if line or empty]
 
 
 def _mtx_header(uri: str) -> tuple[int, tuple[int, int, int], str]:
     """Number of lines before the entries; rows (genes), columns (cells) and entries of the file; what separates columns."""
     with _text(uri) as stream:
         first = stream.readline().decode("latin-1").lower().split()
+        if first and set(first[0]) == {"%"} and len(first) == 1:
+            first = ["%%matrixmarket", "matrix", "coordinate"]  # some programs write %% and nothing else
         if first[:3] != ["%%matrixmarket", "matrix", "coordinate"]:
             what = "its first line must be '%%MatrixMarket matrix coordinate integer general', as Cell Ranger writes it"
             raise file_error(uri, f"not a coordinate Matrix Market file; {what}")
         if wrong := {"pattern", "complex", "symmetric", "skew-symmetric", "hermitian"} & set(first[3:]):
             raise file_error(uri, f"a matrix of the kind {wrong.pop()!r}: must be 'integer general' or 'real general'")
         skip = 1
-        while (line := stream.readline().decode("latin-1")).startswith("%"):
+        while (line := stream.readline().decode("latin-1")) and (line.startswith("%") or not line.strip()):
             skip += 1
-        sizes = [int(n) for n in line.split()]
-        if len(sizes) != 3:
+        sizes = [int(n) for n in line.split() if n.isdigit()]
+        if len(sizes) != 3 or len(line.split()) != 3:
             raise file_error(uri, "empty or truncated: no line of sizes; fetch it again")
         entry = stream.readline().decode("latin-1")
         if entry and len(entry.split()) != 3:

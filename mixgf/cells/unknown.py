@@ -137,15 +137,15 @@ def describe_folder(uri: str, names: list[str]) -> str:
     """What a folder is that holds no counts of a known format."""
     if uri.rstrip("/").endswith(".zarr"):
         return "a Zarr store without zarr.json or .zgroup: an incomplete copy, or not finished; copy it again"
-    triplet = next((name for name in names if name.endswith(("matrix.mtx", "matrix.mtx.gz"))), "")
-    if triplet:
-        prefix = triplet.partition("matrix.mtx")[0]
-        return (
-            f"no matrix.mtx but {triplet}; take the prefix {prefix!r} away from its three files (one folder per sample)"
-        )
+    matrices = [name for name in names if name.endswith((".mtx", ".mtx.gz"))]
+    if len(matrices) > 1 and all(name.removesuffix(".gz").endswith("matrix.mtx") for name in matrices):
+        return f"a folder of {len(matrices)} samples ({', '.join(matrices[:3])}); give their matrices by a pattern: '{uri.rstrip('/')}/*matrix.mtx*'"
+    if matrices:
+        if {"spliced.mtx", "spliced.mtx.gz"} & set(names):
+            return "spliced and unspliced counts of STARsolo (Velocyto); give the folder Gene or GeneFull beside it"
+        return f"{', '.join(matrices[:3])}, and a Matrix Market folder has matrix.mtx(.gz), features.tsv(.gz) and barcodes.tsv(.gz); rename the files"
     for ending in (".h5ad", ".h5", ".zarr"):
         if any(name.endswith(ending) for name in names):
             return f"a folder of several files; give them by a pattern: {uri.rstrip('/')}/*{ending}"
-    if not names:
-        return "an empty folder; " + KNOWN
-    return f"a folder of something else (it holds {', '.join(names[:4])}); {KNOWN}"
+    what = f"a folder of something else (it holds {', '.join(names[:4])})" if names else "an empty folder"
+    return f"{what}; {KNOWN}"

@@ -19,7 +19,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from mixgf.arrays import Bools, Floats, Ints
-from mixgf.cells.open import open_reader
+from mixgf.cells.open import open_source
 from mixgf.cells.reader import Reader
 from mixgf.classification import clusters, kept_classifier, ontology
 from mixgf.classification.kept_classifier import DOUBTED, EMPTY, Kept
@@ -34,6 +34,8 @@ from mixgf.execution import Pipeline
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files, tables
 
+OPTION = "--{field} {value}"
+"""How `mixgf annotate` takes a field of the source, for messages."""
 PREFIX = "mixgf_"
 """Prefix of the columns that are added to obs."""
 OBSM = "mixgf_probabilities"
@@ -63,6 +65,8 @@ class File:
     """Share of the tokens of training sentences (of this species, where the model saw it) whose genes the file measures."""
     genes: int
     """Number of genes of the species' vocabulary that it measures."""
+    notes: tuple[str, ...] = ()
+    """What is to be said about the names of its genes."""
 
 
 def species_rows(kept: Kept, vocabulary: Vocabulary) -> list[SpeciesRow]:
@@ -77,7 +81,7 @@ def look(source: Source, kept: Kept, vocabulary: Vocabulary) -> File:
     Raises:
         UserError: the file cannot be read, or knows none of the model's genes.
     """
-    with open_reader(source.uri, source.layer) as reader:
+    with open_source(source, option=OPTION) as reader:
         return describe(reader, source, kept, vocabulary)[0]
 
 
@@ -95,7 +99,7 @@ def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary)
     coverage = float(kept.share_V[genes.measured].sum()) / whole if whole > 0 else number / len(genes.of_species.tokens)
     file = File(
         source=replace(source, species=genes.row.name), row=genes.row, num_cells=reader.num_rows, coverage=coverage,
-        genes=number,
+        genes=number, notes=genes.notes,
     )  # fmt: skip
     return file, genes
 
@@ -201,8 +205,7 @@ def read_sentences(plan: LabelPlan) -> Iterator[pa.Table]:
     """
     kept, vocabulary = _loaded(plan.model, plan.version)
     tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
-    with open_reader(plan.file.source.uri, plan.file.source.layer) as reader:
-        reader.layer_option = "--layer"
+    with open_source(plan.file.source, option=OPTION) as reader:
         _, genes = describe(reader, plan.file.source, kept, vocabulary)
         _, pick = fit_to_file(kept, genes)
         blocks = in_memory.blocks(
@@ -253,8 +256,7 @@ label_cells = Pipeline(
 def write_form(model: str, file: File, to: str, *, axes: bool = False, device: str = "cpu") -> None:
     """Write the form of a classifier that fits a file (`form_for`) into a folder."""
     kept, vocabulary = kept_classifier.read(model, device)
-    with open_reader(file.source.uri, file.source.layer) as reader:
-        reader.layer_option = "--layer"
+    with open_source(file.source, option=OPTION) as reader:
         _, genes = describe(reader, file.source, kept, vocabulary)
         kept_classifier.save(to, form_for(reader, genes, file, kept, axes=axes), vocabulary)
 
@@ -453,18 +455,19 @@ def probabilities(table: pd.DataFrame, classes: Iterable[str], names: Iterable[s
 def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], about: dict[str, Any]) -> None:
     """Write the labels into a copy of an .h5ad file, or as .parquet or .csv.
 
-    Everything in the .h5ad file stays, and X is not read. For 10x files the .h5ad file holds obs and probabilities only.
+    Everything in the .h5ad file stays as it is, the other columns of obs too, and X is not read. For other formats the .h5ad
+    file holds obs and probabilities only.
     """
     from mixgf.corpus import h5ad  # noqa: PLC0415 (anndata is slow to import)
 
-    with open_reader(source.uri, source.layer) as reader:
+    with open_source(source) as reader:
         names = [str(n) for n in reader.cell_names(0, reader.num_rows)]
     added = columns(table)
     if to.endswith((".parquet", ".csv")):
         frame = added.assign(**{c: table["p"].str[i] for i, c in enumerate(f"p: {c}" for c in classes)})
         frame.insert(0, "cell", names)
         if to.endswith(".csv"):
-            files.write_bytes(to, frame.to_csv(index=False).encode())
+            files.write_bytes(to, h5ad.for_spreadsheets(frame).to_csv(index=False).encode())
         else:
             tables.write_table(to, pa.Table.from_pandas(frame, preserve_index=False))
         return

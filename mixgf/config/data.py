@@ -32,18 +32,22 @@ class Source:
     """One file (or glob) of raw counts; for `mixgf import`, one tokenised Arrow data set."""
 
     uri: str = required(path=True)
-    """`.h5ad`, `.zarr`, 10x `.h5` or a 10x Matrix Market folder: a path, a glob, or an s3:// URI. `resource:` names a bundled file.
+    """`.h5ad`, `.zarr`, 10x `.h5`, a Matrix Market folder, or its matrix file: a path, a glob, or an s3:// URI. `resource:` names a
+    bundled file.
     For `mixgf import`: a folder that Hugging Face's save_to_disk wrote, a folder of `.arrow` files, or one such file."""
     species: str
     """Name of one row of `species`."""
     name: str = ""
     """Name in the corpus, unique. Empty: the file name without its ending."""
     layer: str = "X"
-    """Where the counts are: `X`, `raw` (that is, raw.X) or the name of a layer."""
+    """Where the counts are: `X`, `raw` (that is, raw.X) or the name of a layer. In a 10x file of several genomes: one of them."""
     genes: str = ""
-    """Column of `var` with Ensembl ids or symbols. Empty: `ensembl_id` where that column exists, else the index of `var`."""
+    """Column of `var` with Ensembl ids or symbols; `index` = the index of `var`. Empty: `ensembl_id` or `gene_ids` where that
+    column exists, else the index; where the names there are not known, a column with known ones."""
     sample: str = ""
     """Column of `obs` with the sample, for doublets and caps. Empty: the whole source is one sample."""
+    round: bool = option(False, omit_default=True)
+    """Round the values to whole numbers: for counts after a correction of ambient RNA. Normalised values are rejected all the same."""
     obs: tuple[str, ...] = ()
     """Columns of `obs` to keep, by their names in the file. Empty: all."""
     rename: Mapping[str, str] = option({}, omit_default=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mixgf.config.checks import did_you_mean, split_named
+from mixgf.config.data import Source
 from mixgf.config.fields import Facts, facts_of, required_names
 from mixgf.config.run import Config
 from mixgf.errors import UserError
@@ -108,6 +109,9 @@ def override(config: Config, assignments: list[str]) -> Config:
             raise UserError(msg)
         node, cls = data, typing.cast("Any", Config)
         *parents, leaf = path.strip().split(".")
+        if parents[:1] == ["sources"]:
+            _set_sources(data["sources"], parents[1:], leaf, text, assignment)
+            continue
         for i, name in enumerate(parents):
             cls = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
             if not dataclasses.is_dataclass(cls):
@@ -123,6 +127,19 @@ def override(config: Config, assignments: list[str]) -> Config:
             raise UserError(msg)
         node[leaf] = _read_value(hints[leaf], text, facts_of(cls)[leaf])
     return from_dict(Config, data)
+
+
+def _set_sources(rows: list[dict[str, Any]], which: list[str], field: str, text: str, assignment: str) -> None:
+    """Apply `sources.FIELD=value` to all sources, or `sources.N.FIELD=value` to number N, from 0."""
+    hints = typing.get_type_hints(Source)
+    numbers = [int(n) for n in which if n.isdigit() and int(n) < len(rows)]
+    if field not in hints or len(numbers) < len(which) or len(which) > 1 or not rows:
+        how = "sources.FIELD=value for all sources, or sources.N.FIELD=value for one"
+        there = f"there are {len(rows)} sources, from 0; fields: {', '.join(hints)}"
+        msg = f"--set {assignment}: must look like {how}; {there}"
+        raise UserError(msg)
+    for row in (rows[i] for i in numbers) if which else rows:
+        row[field] = _read_value(hints[field], text, facts_of(Source)[field])
 
 
 def sections() -> list[str]:

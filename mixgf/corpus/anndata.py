@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from mixgf.cells.features import KIND_COLUMNS, choose_gene_names, find_genes
+from mixgf.cells.features import choose_gene_names, find_kinds, gene_columns
 from mixgf.cells.matrices import DENSE_BYTES, matrix_reader
 from mixgf.cells.open import open_reader
 from mixgf.cells.reader import RawBlock, Reader, Triples
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 NAME = "adata"
 """What an AnnData object is called in messages."""
+OPTION = "{field}={value!r}"
+"""How an argument of the Python API is written, for messages."""
 
 ReadRows = Callable[[int, int, int], Iterator[RawBlock]]
 
@@ -54,7 +56,7 @@ def open_cells(data: AnnData | str | os.PathLike[str], layer: str = "X") -> Iter
         yield _reader(data, layer)
     elif isinstance(data, str | os.PathLike):
         with open_reader(os.fspath(data), layer) as reader:
-            reader.layer_option = "layer"
+            reader.option = OPTION
             yield reader
     else:
         msg = f"{NAME} is {type(data).__name__}: must be an AnnData, or the path or URI of an .h5ad, .zarr, 10x .h5 or 10x folder"
@@ -65,28 +67,33 @@ def _reader(adata: Any, layer: str) -> Reader:
     var = adata.raw.var if layer == "raw" and adata.raw is not None else adata.var
     frame = var if var.index.name is None else var.assign(**{str(var.index.name): var.index})
     read, scan = _rows(adata, layer)
+    is_gene, kinds = find_kinds(NAME, list(map(str, var.columns)), lambda name: values(var[name]))
+    columns = list(map(str, frame.columns))
     return Reader(
         uri=NAME,
-        layer_option="layer",
+        option=OPTION,
         num_rows=adata.n_obs,
         num_columns=len(var),
         gene_names=lambda column: choose_gene_names(
-            NAME, _text(var.index), list(map(str, frame.columns)), lambda name: values(frame[name]), column
+            NAME, _text(var.index), columns, lambda name: values(frame[name]), column
         ),
+        gene_columns=gene_columns(columns),
         read=read,
         scan=scan,
         cell_names=lambda start, stop: _text(adata.obs_names[start:stop]),
         obs_columns=list(map(str, adata.obs.columns)),
         obs=lambda name, start, stop: values(adata.obs[name].iloc[start:stop]),
-        is_gene=_which_are_genes(var),
+        is_gene=is_gene,
+        kinds=kinds,
+        layer=layer,
+        others=lambda: {name: _reader(adata, name) for name in _layers(adata) if name != layer},
     )
 
 
-def _which_are_genes(var: pd.DataFrame) -> np.ndarray | None:
-    for name in KIND_COLUMNS:
-        if name in var and (found := find_genes(NAME, values(var[name]), f"var[{name!r}]")) is not None:
-            return found
-    return None
+def _layers(adata: Any) -> list[str]:
+    """Names of the matrices: `X`, `raw`, and the layers."""
+    named = [name for name in adata.layers if name is not None]  # from anndata 0.13 on None is the name of X
+    return [*(["X"] if adata.X is not None else []), *(["raw"] if adata.raw is not None else []), *named]
 
 
 def _text(index: pd.Index) -> np.ndarray:
@@ -134,9 +141,7 @@ def _matrix(adata: Any, layer: str) -> Any:
     else:
         found = adata.X if layer == "X" else adata.layers.get(layer)
     if found is None:
-        named = [name for name in adata.layers if name is not None]  # from anndata 0.13 on None is the name of X
-        have = [*(["X"] if adata.X is not None else []), *(["raw"] if adata.raw is not None else []), *named]
-        msg = f"{NAME}: layer = {layer!r}: not there; it has {', '.join(have) or 'no counts'}"
+        msg = f"{NAME}: layer = {layer!r}: not there; it has {', '.join(_layers(adata)) or 'no counts'}"
         raise UserError(msg)
     usable = isinstance(found, np.ndarray | h5py.Dataset) or sparse.issparse(found) or hasattr(found, "group")
     if not usable:

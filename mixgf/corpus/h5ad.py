@@ -224,7 +224,7 @@ def write_copy(
 ) -> None:  # fmt: skip
     """Write a copy of a file of counts as .h5ad, with more columns, matrices and facts.
 
-    Everything in an .h5ad source stays, and X is not read. The copy of another format has no counts.
+    Everything in an .h5ad source stays as it is, the other columns of obs too, and X is not read. The copy of another format has no counts.
 
     Args:
         source: The file.
@@ -239,18 +239,17 @@ def write_copy(
         if format_of(source.uri, source.layer) == "h5ad":
             with files.local_copy(source.uri) as original:
                 path.write_bytes(original.read_bytes())
-            with h5py.File(path, "r") as file:
-                own = ad.io.read_elem(file["obs"])
         else:
-            own = pd.DataFrame(index=names)
-            ad.AnnData(obs=own).write_h5ad(path)
-        for name, column in {} if obs is None else obs.items():
-            own[name] = column.to_numpy() if column.dtype != "category" else column.array
-        added: list[tuple[str, str, Any]] = [("/", "obs", own)]
-        for name, value in obsm.items():
-            added.append(("obsm", name, value.set_axis(own.index) if isinstance(value, pd.DataFrame) else value))
-        added += [("uns", name, value) for name, value in uns.items()]
+            ad.AnnData(obs=pd.DataFrame(index=pd.Index(names, dtype=object))).write_h5ad(path)
         with h5py.File(path, "r+") as file:
-            for group, name, value in added:
-                ad.io.write_elem(file.require_group(group), name, value)  # anndata 0.13 takes no path as a name
+            add_columns(file, pd.DataFrame() if obs is None else obs)
+            index = frames.index_of(file["obs"])
+            cells = pd.Index(frames.read_strings(index, 0, frames.column_length(index)), dtype=object)
+            for name, value in obsm.items():
+                if isinstance(value, pd.DataFrame):
+                    write_frame(file.require_group("obsm"), name, value.set_axis(cells))
+                else:
+                    ad.io.write_elem(file.require_group("obsm"), name, value)
+            for name, value in uns.items():
+                ad.io.write_elem(file.require_group("uns"), name, value)  # anndata 0.13 takes no path as a name
         files.upload(path, to)

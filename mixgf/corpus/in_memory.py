@@ -18,13 +18,14 @@ import pyarrow as pa
 from scipy import sparse
 
 from mixgf.cells import counts, qc
+from mixgf.cells.features import identify_genes
 from mixgf.cells.reader import Reader
 from mixgf.config.data import SpeciesRow, Tokens
 from mixgf.config.parse import to_dict
 from mixgf.corpus import rank_value
 from mixgf.corpus.packed import I32, I64, offsets_of
 from mixgf.corpus.reader import Corpus
-from mixgf.corpus.shards import RESERVED, obs_array
+from mixgf.corpus.shards import name_obs, obs_array
 from mixgf.errors import UserError
 from mixgf.genes import identify
 from mixgf.genes.vocabulary import SpeciesGenes, Vocabulary
@@ -44,6 +45,8 @@ class Genes:
     """Tokens of the vocabulary genes that the table measures, ascending."""
     of_species: SpeciesGenes
     """All genes of the species in the vocabulary."""
+    notes: tuple[str, ...] = ()
+    """What is to be said about the names, for the user."""
 
 
 def find_genes(
@@ -67,31 +70,52 @@ def find_genes(
         msg = f"{reader.uri}: species = {species!r}: the model reads {', '.join(row.name for row in rows)}"
         raise UserError(msg)
     names = reader.gene_names(column)
-    found = []
-    for row in asked:
-        mine = vocabulary.species_genes(row.name)
-        columns = identify.identify_columns(
-            names, identify.gene_lookup(row), biotypes=(), vocabulary=frozenset(mine.genes.tolist()), is_gene=reader.is_gene
-        )  # fmt: skip
-        position_G = mine.positions(columns["gene"].combine_chunks())
-        there = np.unique(position_G[position_G >= 0])
-        own = identify.is_first(columns)
-        # a gene counts by how it is written, so that ids of one species are not read as aliases of another
-        written = sum(how in (identify.ID, identify.SYMBOL) for how in columns["how"].to_pylist())
-        genes = Genes(
-            row=row, columns=columns, position_G=np.where(own, position_G, -1).astype(np.int32),
-            measured=mine.tokens[there], of_species=mine,
-        )  # fmt: skip
-        found.append((written, len(there), genes))
-    _, number, genes = max(found, key=lambda one: one[:2])
-    if not number or not reader.num_rows:
+    found = [_genes_of(reader, row, vocabulary, names=names) for row in asked]
+    best = max(found, key=_written)
+    if not column and len(found) > 1 and best.columns["gene"].null_count > 0.5 * best.columns.num_rows:
+        found = [_genes_of(reader, one.row, vocabulary, column=column, columns=one.columns) for one in found]
+        best = max(found, key=_written)  # another column of var may say more
+    else:
+        best = _genes_of(reader, best.row, vocabulary, column=column, columns=best.columns)
+    if not len(best.measured) or not reader.num_rows:
         shown = ", ".join(str(name) for name in names[:5])
+        lookups = [identify.gene_lookup(row) for row in rows]
+        cause = identify.likely_cause([str(name) for name in names], lookups[0], lookups[1:])
         msg = (
             f"{reader.uri}: {reader.num_rows} cells, none of {len(names)} genes is known to the model; names are like "
-            f"{shown}: another species, or another column of var (genes)?"
+            f"{shown}: {cause} ({reader.setting('genes', 'COLUMN')} names another column of var)"
         )
         raise UserError(msg)
-    return genes
+    return best
+
+
+def _genes_of(
+    reader: Reader, row: SpeciesRow, vocabulary: Vocabulary, *, names: np.ndarray | None = None, column: str = "",
+    columns: pa.Table | None = None,
+) -> Genes:  # fmt: skip
+    """Genes of one species: by these names, or by what `cells.features.identify_genes` reads instead of them."""
+    mine, lookup = vocabulary.species_genes(row.name), identify.gene_lookup(row)
+    known = frozenset(mine.genes.tolist())
+    notes: list[str] = []
+    if names is not None:
+        columns = identify.identify_columns(
+            names, lookup, biotypes=(), vocabulary=known, is_gene=reader.is_gene, kinds=reader.kinds
+        )
+    else:
+        columns, notes = identify_genes(reader, lookup, column, vocabulary=known, columns=columns)
+    position_G = mine.positions(columns["gene"].combine_chunks())
+    there = np.unique(position_G[position_G >= 0])
+    own = identify.is_first(columns)
+    return Genes(
+        row=row, columns=columns, position_G=np.where(own, position_G, -1).astype(np.int32),
+        measured=mine.tokens[there], of_species=mine, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _written(genes: Genes) -> tuple[int, int]:
+    """Genes that are written as ids or current symbols, so that ids of one species are not read as aliases of another; and all."""
+    how = zip(genes.columns["how"].to_pylist(), genes.columns["spelling"].to_pylist(), strict=True)
+    return sum(kind in (identify.ID, identify.SYMBOL) and not other for kind, other in how), len(genes.measured)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,11 +251,10 @@ class MemoryCorpus(Corpus):
             "n_genes": pa.array(metrics.n_genes, pa.int32()),
             "mito_fraction": pa.array(metrics.mito_fraction, pa.float64()),
         }
-        for name in reader.obs_columns:
-            if name not in RESERVED:
-                found = reader.obs(name, 0, num)
-                kind = "str" if found.dtype == object else "float" if found.dtype.kind == "f" else "int"
-                columns[name] = obs_array(found, kind, num)
+        for name, old in name_obs({name: name for name in reader.obs_columns})[0].items():
+            found = reader.obs(old, 0, num)
+            kind = "str" if found.dtype == object else "float" if found.dtype.kind == "f" else "int"
+            columns[name] = obs_array(found, kind, num)
         return pa.table(columns).to_pandas()
 
     @property

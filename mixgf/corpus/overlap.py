@@ -21,9 +21,11 @@ import pandas as pd
 
 from mixgf.arrays import Names
 from mixgf.cells import counts, near_duplicates, qc
-from mixgf.cells.open import open_reader
+from mixgf.cells.features import identify_genes
+from mixgf.cells.open import open_source
 from mixgf.config import checks
 from mixgf.config.data import Source, SpeciesRow
+from mixgf.console import warn
 from mixgf.corpus import near_hashes
 from mixgf.corpus.held_out import held_out_cells
 from mixgf.corpus.reader import Corpus
@@ -146,10 +148,10 @@ def corpus_cells(uri: str) -> AuditedCells:
 
 def file_cells(source: Source, row: SpeciesRow) -> AuditedCells:
     """Cells of a file of raw counts, read block by block."""
-    with open_reader(source.uri, source.layer) as reader:
-        columns = identify.identify_columns(
-            reader.gene_names(source.genes), identify.gene_lookup(row), biotypes=(), is_gene=reader.is_gene
-        )
+    with open_source(source) as reader:
+        columns, notes = identify_genes(reader, identify.gene_lookup(row), source.genes)
+        for note in notes:
+            warn(f"{source.uri}: {note}")
         masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
         sums_G = np.zeros(columns.num_rows, dtype=np.int64)
         found = counts.read_blocks(reader, columns, 0, reader.num_rows, rows=BLOCK_CELLS)

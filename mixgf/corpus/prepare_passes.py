@@ -14,7 +14,7 @@ genes-SPECIES/K (group K of sources), genes/SPECIES, sketch/N, done/N (informati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -27,15 +27,16 @@ import pyarrow.compute as pc
 from mixgf.arrays import empty
 from mixgf.cells import counts, near_duplicates, packed_counts, qc, row_major
 from mixgf.cells.doublets import scrublet
-from mixgf.cells.open import open_reader, source_files
+from mixgf.cells.features import NAME_COLUMNS, identify_genes
+from mixgf.cells.open import open_source, source_files
 from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
 from mixgf.corpus import near_hashes, rank_value, shards
 from mixgf.corpus.shards import (
     DOUBLET_COLUMNS,
-    RESERVED,
     SENTENCES,
     facts_uri,
+    name_obs,
     obs_array,
     obs_kind,
     part_uri,
@@ -79,6 +80,7 @@ def describe_source(
     rules: QC,
     biotypes: tuple[str, ...],
     allowed: dict[str, list[str]] | None,
+    others: Sequence[SpeciesRow] = (),
 ) -> None:
     """Open one source, identify its genes and obs columns; write the facts as part files.
 
@@ -90,41 +92,73 @@ def describe_source(
         rules: quality control.
         biotypes: biotypes of genes that may enter the vocabulary.
         allowed: by species, the only genes that may enter it (from imported medians or a given vocabulary); None = any.
+        others: the other species, to recognise a wrong one.
 
     Raises:
         UserError: the file cannot be read, is empty, lacks a column, or too few of its genes are known.
     """
-    with open_reader(source.uri, source.layer) as reader:
+    with open_source(source) as reader:
         if reader.num_rows == 0 or reader.num_columns == 0:
             msg = f"{source.uri}: empty ({reader.num_rows} cells x {reader.num_columns} genes); give a file with counts"
             raise UserError(msg)
-        names = reader.gene_names(source.genes)
         vocabulary = frozenset(allowed[source.species]) if allowed and source.species in allowed else None
         known = identify.gene_lookup(row)
-        columns = identify.identify_columns(
-            names, known, biotypes=biotypes, vocabulary=vocabulary, is_gene=reader.is_gene
-        )
+        columns, notes = identify_genes(reader, known, source.genes, biotypes=biotypes, vocabulary=vocabulary)
         num_known = sum(columns["candidate"].to_pylist())
         if num_known < rules.min_genes:
-            shown = ", ".join(str(n) for n in names[:5])
-            msg = (
-                f"{source.uri}: species = {source.species!r}: only {num_known} of {len(names)} genes are known "
-                f"(qc.min_genes = {rules.min_genes}); names are like {shown}: wrong species, or another column of var (sources[{index}].genes)?"
-            )
-            raise UserError(msg)
-        reserved = RESERVED if rules.doublets == "off" else (*RESERVED, *DOUBLET_COLUMNS)
-        obs = {new: old for new, old in _obs_names(reader, source).items() if new not in reserved}
+            raise _unknown_genes(reader, source, columns, known, others, num_known=num_known, least=rules.min_genes)
+        obs, more = name_obs(_obs_names(reader, source), () if rules.doublets == "off" else tuple(DOUBLET_COLUMNS))
+        notes += more
+        if source.round:
+            notes.append("values are rounded to whole numbers (round)")
         if source.sample and source.sample not in reader.obs_columns:
             raise _no_column(reader, f"sources[{index}].sample", source.sample)
+        _check_obs(reader, obs.values())
         kinds = {new: obs_kind(reader.obs(old, 0, 1)) for new, old in obs.items()}
         rows = reader.num_rows
         by_column = reader.scan is not None
     facts = {
-        "rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column,
+        "rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column, "notes": notes,
         "size": sum(source_files(source.uri).values()),
     }  # fmt: skip
     files.write_json(facts_uri(work, index), facts)
     write_table(part_uri(work, "sources", index), columns)  # written last: it marks the source as done
+
+
+def _unknown_genes(
+    reader: Reader, source: Source, columns: pa.Table, known: identify.GeneLookup, others: Sequence[SpeciesRow],
+    *, num_known: int, least: int,
+) -> UserError:  # fmt: skip
+    """The refusal of a file of which too few genes are known."""
+    unknown = columns.filter(pc.and_(columns["counted"], pc.is_null(columns["gene"])))["name"].to_pylist()
+    genes = sum(columns["counted"].to_pylist())
+    cause = identify.likely_cause(unknown, known, map(identify.gene_lookup, others)) if unknown else (
+        "the known ones are of other biotypes (vocab.biotypes)"
+    )  # fmt: skip
+    also = [name for name in reader.gene_columns if name in NAME_COLUMNS]
+    ways = (
+        f"; var has also {', '.join(also)} ({reader.setting('genes', 'COLUMN')})" if also and not source.genes else ""
+    )
+    msg = (
+        f"{source.uri}: species = {source.species!r}: only {num_known} of {genes} genes are known (qc.min_genes = {least}); "
+        f"names are like {', '.join(map(str, columns['name'].to_pylist()[:5]))}: {cause}{ways}"
+    )
+    return UserError(msg)
+
+
+OBS_ROWS = 1 << 16
+"""Rows of obs that are checked at a time."""
+
+
+def _check_obs(reader: Reader, columns: Iterable[str]) -> None:
+    """Read names of cells and obs columns once, so that a damaged one is found before cells of other sources depend on it."""
+    for start in range(0, reader.num_rows, OBS_ROWS):
+        stop = min(start + OBS_ROWS, reader.num_rows)
+        reader.cell_names(start, stop)
+        for name in columns:
+            if (length := len(reader.obs(name, start, stop))) != stop - start:
+                msg = f"{reader.uri}: obs column {name!r} has {start + length:,} rows, and there are {reader.num_rows:,} cells: damaged"
+                raise UserError(msg)
 
 
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:
@@ -148,7 +182,7 @@ def _gene_columns(work: str, index: int) -> pa.Table:
 
 def write_row_order(work: str, index: int, source: Source) -> None:
     """Write a column-major source as rows (`cells.row_major`), which the later passes read."""
-    with open_reader(source.uri, source.layer) as reader:
+    with open_source(source) as reader:
         row_major.write_rows(reader, _row_order_folder(work, index))
         write_table(
             part_uri(work, "row_order", index), pa.table({"rows": [reader.num_rows]})
@@ -162,7 +196,7 @@ def _row_order_folder(work: str, index: int) -> str:
 @contextmanager
 def _open_source(work: str, index: int, source: Source) -> Iterator[Reader]:
     """Open a source; a column-major one is read from its rows (`write_row_order`), where they exist."""
-    with open_reader(source.uri, source.layer) as reader:
+    with open_source(source) as reader:
         if reader.scan is not None and files.exists(part_uri(work, "row_order", index)):
             reader.read = partial(row_major.read_rows, _row_order_folder(work, index))
         yield reader

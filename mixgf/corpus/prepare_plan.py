@@ -71,6 +71,8 @@ class SourceCells:
     """None where they are not looked for."""
     copies: near_hashes.Copies | None = None
     """Cells that an earlier cell equals but for a gene filter; None where they are not looked for."""
+    equal_sums: int = 0
+    """The sum of counts that (nearly) all cells have; 0 = they differ."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -140,6 +142,7 @@ def _read_source(work: str, units: Sequence[RowRange], rules: QC) -> SourceCells
         identity=metrics.identity,
         reason_N=qc.filter_cells(metrics, rules),
         hashes_N=metrics.hashes if rules.drop_duplicates else None,
+        equal_sums=qc.equal_sums(metrics),
         samples_N=samples if rules.doublets != "off" or rules.max_cells_per_sample else None,
     )
 

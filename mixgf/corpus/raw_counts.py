@@ -14,7 +14,8 @@ from scipy import sparse
 
 from mixgf.arrays import Ints, Names
 from mixgf.cells import counts
-from mixgf.cells.open import open_reader
+from mixgf.cells.features import identify_genes
+from mixgf.cells.open import open_source
 from mixgf.config import parse
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.corpus.reader import Corpus
@@ -54,9 +55,10 @@ def read_counts(
                "put it back, or leave baselines out of classify.models")  # fmt: skip
         raise UserError(msg)
     parts: list[sparse.csr_matrix] = []
-    with open_reader(source.uri, source.layer) as reader:
-        columns = identify.identify_columns(reader.gene_names(source.genes), identify.gene_lookup(row), biotypes=(),
-                                  vocabulary=frozenset(genes.genes.tolist()), is_gene=reader.is_gene)  # fmt: skip
+    with open_source(source) as reader:
+        columns, _ = identify_genes(
+            reader, identify.gene_lookup(row), source.genes, vocabulary=frozenset(genes.genes.tolist())
+        )
         place = {gene: i for i, gene in enumerate(genes.genes.tolist())}
         first = identify.is_first(columns)
         to = np.array(

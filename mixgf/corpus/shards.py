@@ -22,7 +22,7 @@ COMPUTED_COLUMNS = {
 DOUBLET_COLUMNS = {"doublet_score": pa.float64(), "predicted_doublet": pa.bool_()}
 """Columns where doublets are looked for, with scanpy's names. The score is null in cells that Scrublet did not see."""
 RESERVED = (SENTENCES.name, *COMPUTED_COLUMNS)
-"""Columns that mixgf computes; an obs column of the same name is left out."""
+"""Columns that mixgf computes; an obs column of the same name is kept as `original_NAME`."""
 OBS_TYPES = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}
 
 
@@ -125,6 +125,28 @@ def _first_rows(held: list[pa.Table], rows: int) -> pa.Table:
     whole = pa.concat_tables(held)
     held[:] = [whole.slice(rows)]
     return whole.slice(0, rows).combine_chunks()
+
+
+def name_obs(columns: Mapping[str, str], replaced: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
+    """Names of obs columns in the corpus, beside those that mixgf computes. A column of such a name is kept as `original_NAME`.
+
+    Args:
+        columns: wanted name to name in the file.
+        replaced: further columns that this run computes, such as `DOUBLET_COLUMNS`; those of the file are left out.
+
+    Returns:
+        Name to name in the file, and a sentence for the user where a column is renamed or left out.
+    """
+    out = {new: old for new, old in columns.items() if new not in (*RESERVED, *replaced)}
+    moved = {f"original_{new}": old for new, old in columns.items() if new in RESERVED and f"original_{new}" not in out}
+    lost = [old for new, old in columns.items() if new not in out and f"original_{new}" not in moved]
+    notes = []
+    if moved:
+        shown = ", ".join(f"{old} as {new}" for new, old in moved.items())
+        notes.append(f"obs columns that mixgf computes itself are kept under another name: {shown}")
+    if lost:
+        notes.append(f"obs columns {', '.join(lost)} are left out: mixgf computes columns of these names")
+    return out | moved, notes
 
 
 def obs_kind(values: np.ndarray) -> str:

@@ -24,6 +24,8 @@ _REPORT = pa.schema(
     [
         ("source", pa.int64()), ("columns", pa.int64()), ("mapped", pa.int64()), ("renamed", pa.int64()), ("summed", pa.int64()),
         ("unmapped", pa.int64()), ("counts_lost", pa.float64()), ("unmapped_names", pa.list_(pa.string())), ("cause", pa.string()),
+        ("left_out", pa.int64()), ("left_out_kinds", pa.list_(pa.string())),
+        ("respelled", pa.int64()), ("respelled_names", pa.list_(pa.string())),
     ]
 )  # fmt: skip
 
@@ -51,9 +53,12 @@ def report_group(
     found = []
     for i, ranges in numbers.items():
         sums_G = np.sum([read_table(part_uri(work, "sums", n))["sum"].to_numpy() for n in ranges], axis=0)
-        columns = read_table(part_uri(work, "sources", i), ["name", "gene", "how", "counted", "canonical"])
+        columns = read_table(
+            part_uri(work, "sources", i), ["name", "kind", "gene", "how", "spelling", "counted", "canonical"]
+        )
+        own = next(identify.gene_lookup(row) for row in rows if row.name == species[i])
         others = (identify.gene_lookup(row) for row in rows if row.name != species[i])
-        found.append({"source": i} | asdict(identify.report_mapping(columns, sums_G, others)))
+        found.append({"source": i} | asdict(identify.report_mapping(columns, sums_G, others, own)))
     write_table(part_uri(work, "mapping", group), pa.Table.from_pylist(found, _REPORT))
 
 

@@ -21,7 +21,8 @@ import ray
 from ray.data import Dataset
 
 from mixgf.cells import counts, row_major
-from mixgf.cells.open import open_reader
+from mixgf.cells.features import identify_genes
+from mixgf.cells.open import open_source
 from mixgf.cells.packed_counts import INT32S
 from mixgf.cells.reader import Reader
 from mixgf.cells.sources import expand_sources
@@ -188,7 +189,7 @@ def _describe(sources: Sequence[Source], obs: Sequence[str] | None) -> list[_Fac
     found: list[_Facts | str] = []
     for source in sources:
         try:
-            with open_reader(source.uri, source.layer) as reader:
+            with open_source(source) as reader:
                 names = [name for name in (reader.obs_columns if obs is None else obs) if name not in CELLS.names]
                 kinds = {name: obs_kind(reader.obs(name, 0, 1)) for name in names if name in reader.obs_columns}
                 found.append(_Facts(reader.num_rows, reader.scan is not None, kinds))
@@ -222,7 +223,7 @@ def _read_cells(  # noqa: PLR0917 (bound by `partial`)
     source: Source, row: SpeciesRow, start: int, stop: int, obs: Mapping[str, str], columns: Sequence[str]
 ) -> Iterator[pa.Table]:  # fmt: skip
     """Tables of rows [start, stop) of a source with the given columns, of `CELLS` and of `obs` (name to kind)."""
-    with open_reader(source.uri, source.layer) as reader, tempfile.TemporaryDirectory(prefix="mixgf-") as folder:
+    with open_source(source) as reader, tempfile.TemporaryDirectory(prefix="mixgf-") as folder:
         if not {"genes", "counts"} & set(columns):
             for a in range(start, stop, READ_CELLS):
                 yield _table(reader, source, a, min(a + READ_CELLS, stop), obs=obs, columns=columns, lists={})
@@ -231,9 +232,7 @@ def _read_cells(  # noqa: PLR0917 (bound by `partial`)
             row_major.write_rows(reader, folder)
             reader.read = partial(row_major.read_rows, folder)
         listed = species.gene_table(row)["gene"].combine_chunks()
-        known = identify.identify_columns(
-            reader.gene_names(source.genes), identify.gene_lookup(row), biotypes=(), is_gene=reader.is_gene
-        )
+        known, _ = identify_genes(reader, identify.gene_lookup(row), source.genes)
         number_G = pc.fill_null(pc.index_in(known["gene"].combine_chunks(), value_set=listed), -1).to_numpy()
         number_G = np.where(identify.is_first(known), number_G, -1).astype(np.int32)
         for block in counts.read_blocks(reader, known, start, stop, rows=READ_CELLS):

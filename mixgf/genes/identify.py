@@ -1,13 +1,19 @@
-"""Which gene each column of a count file is: by Ensembl id, current symbol, previous symbol or alias."""
+"""Which gene each column of a count file is: by Ensembl id, current symbol, previous symbol or alias.
+
+A name that is none of these is read in another spelling where only one gene can be meant (`SPELLINGS`): the prefix of a
+reference (`GRCh38_CD4`), the dots that R puts for dashes (`MT.CO1`), an id joined with a symbol. Else it stays unknown,
+and `likely_cause` says why.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +25,25 @@ from mixgf.genes import species
 ID, SYMBOL, PREVIOUS, ALIAS, AMBIGUOUS, UNKNOWN, NOT_A_GENE = (
     "id", "symbol", "previous", "alias", "ambiguous", "unknown", "not a gene"
 )  # fmt: skip
-_MADE_UNIQUE = re.compile(r"^(.+)[-.]\d{1,2}$")
+SPELLINGS = {
+    "prefix": "without the name of the reference",
+    "joined": "by the id within the name",
+    "separators": "with dashes for dots",
+    "unique": "without the ending of a repeated name",
+    "quotes": "without quotes",
+    "case": "with the capital letters of the ids",
+    "digit": "without R's X before a digit",
+}
+"""Spellings in which a name is read that is no gene as it stands, and what was done."""
+_MADE_UNIQUE = re.compile(r"^(.+)[-._]\d{1,2}$")
 _MISSING = re.compile(r"(na|nan|none|n/a|null|nil|-|<na>|#n/a)?([-._]\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+_REFERENCE_NAME = r"(?:refdata[A-Za-z0-9\-]*?-)?(?:GRC[a-z]{1,2}\d+|hg\d{2}|mm\d{1,2}|rn\d{1,2}|T2T[-A-Za-z0-9]*|CHM13|mRatBN\d+|Rnor)(?:[.\-][A-Za-z0-9.\-]*)?(?:_pre-?m?rna)?"
+_REFERENCE = re.compile(rf"^({_REFERENCE_NAME})[_\-.]{{1,3}}(?=[A-Za-z0-9])", re.IGNORECASE)
+_REFERENCE_AFTER = re.compile(rf"[_\-.]{{1,3}}({_REFERENCE_NAME})$", re.IGNORECASE)
+_DATE = re.compile(r"(\d{1,2}-(mar|sep|dec|apr|oct)|(mar|sep|dec|apr|oct)-\d{1,2})", re.IGNORECASE)
+_REGION = re.compile(r"(chr)?[A-Za-z0-9.]+[:_-]\d+[-_]\d+")
+_GENE_ID = re.compile(r"^(ENS[A-Z]*\d{6,}|[A-Z]{2,7}\d{6,})")
 
 
 def is_missing(name: str) -> bool:
@@ -42,6 +65,10 @@ class GeneLookup:
     """Mitochondrial genes."""
     names: tuple[tuple[str, dict[str, str | None]], ...]
     """(kind, name to gene) of current symbols, previous symbols and aliases, in this order; None = the name is ambiguous."""
+    by_letters: dict[str, str | None]
+    """Current symbol with a dash for every other character (`_letters`), to gene; None = of several genes."""
+    symbols: dict[str, str]
+    """Current symbol of every Ensembl id that has one."""
 
 
 @lru_cache(maxsize=16)
@@ -71,7 +98,17 @@ def gene_lookup(row: SpeciesRow) -> GeneLookup:
                 other.setdefault(name, []).append(gene)
         maps.append((how, {name: found[0] if len(set(found)) == 1 else None for name, found in other.items()}))
     mito = frozenset(g for g, m in zip(genes, table["is_mito"].to_pylist(), strict=True) if m)
-    return GeneLookup(row, biotype, mito, tuple(maps))
+    by_letters: dict[str, str | None] = {}
+    for name, gene in main.items():
+        letters = _letters(name)
+        by_letters[letters] = gene if by_letters.get(letters, gene) == gene else None
+    symbols = {gene: symbol for gene, symbol in zip(genes, table["symbol"].to_pylist(), strict=True) if symbol}
+    return GeneLookup(row, biotype, mito, tuple(maps), by_letters, symbols)
+
+
+def _letters(name: str) -> str:
+    """A name with a dash for every character that is no letter or digit."""
+    return re.sub(r"[^A-Za-z0-9]", "-", name)
 
 
 @lru_cache(maxsize=64)
@@ -79,9 +116,139 @@ def _id_pattern(prefix: str) -> re.Pattern[str]:
     return re.compile(rf"^({re.escape(prefix)}\d+)(\.\d+)?(_PAR_Y)?$")
 
 
+@lru_cache(maxsize=64)
+def _id_within(prefix: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![A-Za-z0-9])({re.escape(prefix)}\d+)(\.\d+)?(?![A-Za-z0-9])")
+
+
+def references(names: Iterable[str]) -> dict[str, int]:
+    """Names of references (GRCh38, mm10) before the names of genes, and their number, the commonest first."""
+    found = Counter(match.group(1) for name in names if (match := _REFERENCE.match(name)))
+    return dict(found.most_common())
+
+
+class Found(NamedTuple):
+    """The gene of a name."""
+
+    gene: str | None
+    """Ensembl id; None = none, or several."""
+    how: str
+    """Kind of the name: `ID`, `SYMBOL`, `PREVIOUS`, `ALIAS`, `AMBIGUOUS` or `UNKNOWN`."""
+    spelling: str = ""
+    """How the name was read, a key of `SPELLINGS`; empty = as it stands."""
+
+
+class GeneNames:
+    """Names of one file (or one name of a user) to genes of one species.
+
+    Args:
+        lookup: genes of the species.
+        names: all names of the file. They tell whether dots stand for dashes, and whether an ending made a name unique.
+        vocabulary: ids that are genes, beside those of the gene table.
+    """
+
+    def __init__(
+        self, lookup: GeneLookup, names: Iterable[str] = (), *, vocabulary: frozenset[str] = frozenset()
+    ) -> None:
+        self._lookup, self._vocabulary, self._names = lookup, vocabulary, names
+        self._pattern, self._within = _id_pattern(lookup.row.gene_prefix), _id_within(lookup.row.gene_prefix)
+        self._held: frozenset[str] | None = None
+        self._dots: bool | None = None
+        self._beside: Counter[str] | None = None
+
+    def find(self, name: str) -> Found:
+        """The gene of a name."""
+        found = self.exact(name)
+        if "." in name and found.how not in (ID, SYMBOL):
+            other = self._lookup.by_letters.get(_letters(name))
+            # NKX6.1: an alias of NKX6-2, or NKX6-1 as R writes it; SNORD115.1: the second SNORD115, or SNORD115-1
+            rival = found.gene if found.how != UNKNOWN else self.exact(_first_name(name)).gene
+            if other is not None and (rival or found.how == AMBIGUOUS) and rival != other:
+                return Found(other, SYMBOL, "separators") if self._dots_for_dashes() else Found(None, AMBIGUOUS)
+        if found.how != UNKNOWN or is_missing(name):
+            return found
+        return next((Found(*other[:2], how) for other, how in self._spelled(name) if other.gene), found)
+
+    def exact(self, name: str) -> Found:
+        """The gene of a name as it stands; of an id, without its version."""
+        match = self._pattern.match(name)
+        bare = match.group(1) if match else name
+        if bare in self._lookup.biotype or bare in self._vocabulary:
+            return Found(bare, ID)
+        if is_missing(name) or _NUMBER.fullmatch(name):
+            return Found(None, UNKNOWN)
+        for how, genes in self._lookup.names:
+            if name in genes:
+                gene = genes[name]
+                return Found(gene, how if gene else AMBIGUOUS)
+        return Found(None, UNKNOWN)
+
+    def _spelled(self, name: str) -> Iterator[tuple[Found, str]]:
+        """Genes of a name in other spellings, the surest one first."""
+        plain = name.strip().strip("\"'").strip()
+        if plain != name and plain:
+            yield self.exact(plain), "quotes"
+        bare = _REFERENCE_AFTER.sub("", _REFERENCE.sub("", plain))
+        if bare != plain:
+            yield self.exact(bare), "prefix"
+        upper = self._pattern.match(bare.upper())
+        if upper and upper.group(1) in self._lookup.biotype:
+            yield Found(upper.group(1), ID), "case"
+        yield self._by_joined_id(bare), "joined"
+        yield Found(self._lookup.by_letters.get(_letters(bare)), SYMBOL), "separators"
+        if first := _first_name(bare):
+            found = self.find(first)
+            if found.how in (ID, SYMBOL) or first in self._all():
+                yield found, "unique"
+        if re.match(r"X\d", bare):
+            yield Found(self._lookup.by_letters.get(_letters(bare[1:])), SYMBOL), "digit"
+
+    def _by_joined_id(self, name: str) -> Found:
+        """The gene of an id within a name whose rest is its symbol, or is another one in every name of the file."""
+        found = self._within.findall(name)
+        if len(found) != 1 or not (found[0][0] in self._lookup.biotype or found[0][0] in self._vocabulary):
+            return Found(None, UNKNOWN)
+        gene = found[0][0]
+        rest = _rest(self._within.sub("", name))
+        if self.exact(rest).gene == gene or 0 < self._rests().get(rest, 0) <= _REPEATS:
+            return Found(gene, ID)
+        return Found(None, UNKNOWN)
+
+    def _all(self) -> frozenset[str]:
+        if self._held is None:
+            self._held = frozenset(self._names)
+        return self._held
+
+    def _dots_for_dashes(self) -> bool:
+        """Whether the file has dots where symbols have dashes: three names at least, and no name with a dash."""
+        if self._dots is None:
+            self._dots = not any("-" in name for name in self._all()) and (
+                sum("." in n and self.exact(n).how == UNKNOWN and n.replace(".", "-") in self._lookup.names[0][1] for n in self._all()) > 2
+            )  # fmt: skip
+        return self._dots
+
+    def _rests(self) -> Counter[str]:
+        """What names hold beside an id, and how often; empty if it does not differ from name to name (`-U` of unspliced counts)."""
+        if self._beside is None:
+            held = Counter(_rest(self._within.sub("", n)) for n in self._all() if len(self._within.findall(n)) == 1)
+            del held[""]
+            self._beside = held if len(held) > max(2, 0.5 * held.total()) else Counter()
+        return self._beside
+
+
+def _first_name(name: str) -> str:
+    """The name before it was made unique (`CD4-1`: `CD4`); empty if it does not look like that."""
+    match = _MADE_UNIQUE.match(name)
+    return match.group(1) if match else ""
+
+
+def _rest(name: str) -> str:
+    return name.strip("_|:;,/-. ()")
+
+
 def identify_columns(
     names: Iterable[str], lookup: GeneLookup, *, biotypes: tuple[str, ...], vocabulary: frozenset[str] | None = None,
-    is_gene: np.ndarray | None = None,
+    is_gene: np.ndarray | None = None, kinds: np.ndarray | None = None,
 ) -> pa.Table:  # fmt: skip
     """Identify the gene of each column of a source.
 
@@ -91,47 +258,34 @@ def identify_columns(
         biotypes: biotypes of genes that may enter the vocabulary.
         vocabulary: if given, exactly these genes may enter the vocabulary, whatever their biotype.
         is_gene: False for other features (antibodies), which are ignored.
+        kinds: kind of each feature, as the file gives it; for `report_mapping`.
 
     Returns:
-        Table with one row per column: name; gene (Ensembl id, null = unknown); how (kind of the name); counted (a gene);
-        mito; candidate (may enter the vocabulary); canonical (int32, first column of the same gene); key (uint64, hash of
-        the gene, 0 = unknown).
+        Table with one row per column: name; gene (Ensembl id, null = unknown); how (kind of the name); spelling (how it
+        was read, `SPELLINGS`); kind (of a feature that is no gene, else null); counted (a gene); mito; candidate (may
+        enter the vocabulary); canonical (int32, first column of the same gene); key (uint64, hash of the gene, 0 = unknown).
     """
     names = list(names)
-    pattern = _id_pattern(lookup.row.gene_prefix)
-    rows: dict[str, list[Any]] = {n: [] for n in ("gene", "how", "counted", "mito", "candidate", "canonical", "key")}
+    known = GeneNames(lookup, names, vocabulary=vocabulary or frozenset())
+    rows: dict[str, list[Any]] = {
+        n: [] for n in ("gene", "how", "spelling", "counted", "mito", "candidate", "canonical", "key")
+    }
     first: dict[str, int] = {}
     for i, name in enumerate(names):
         counted = is_gene is None or bool(is_gene[i])
-        gene, how = _resolve(name, lookup, pattern, vocabulary or frozenset()) if counted else (None, NOT_A_GENE)
+        gene, how, spelling = known.find(name) if counted else (None, NOT_A_GENE, "")
         allowed = gene is not None and (
             gene in vocabulary if vocabulary is not None else lookup.biotype.get(gene) in biotypes
         )
         key = int.from_bytes(hashlib.blake2b(gene.encode(), digest_size=8).digest(), "little") if gene else 0
         canonical = first.setdefault(gene, i) if gene else i
-        values = (gene, how, counted, gene in lookup.mito, allowed, canonical, key)
+        values = (gene, how, spelling, counted, gene in lookup.mito, allowed, canonical, key)
         for column, value in zip(rows.values(), values, strict=True):
             column.append(value)
-    types = (pa.string(), pa.string(), pa.bool_(), pa.bool_(), pa.bool_(), pa.int32(), pa.uint64())
+    types = (pa.string(), pa.string(), pa.string(), pa.bool_(), pa.bool_(), pa.bool_(), pa.int32(), pa.uint64())
     columns = {n: pa.array(v, type=t) for (n, v), t in zip(rows.items(), types, strict=True)}
-    return pa.table({"name": pa.array(names, type=pa.string())} | columns)
-
-
-def _resolve(
-    name: str, lookup: GeneLookup, pattern: re.Pattern[str], vocabulary: frozenset[str]
-) -> tuple[str | None, str]:
-    if is_missing(name):
-        return None, UNKNOWN
-    match = pattern.match(name)
-    bare = match.group(1) if match else name
-    if bare in lookup.biotype or bare in vocabulary:
-        return bare, ID
-    for text in (name, unique.group(1) if (unique := _MADE_UNIQUE.match(name)) else None):
-        for how, genes in lookup.names if text else ():
-            if text in genes:
-                gene = genes[text]
-                return gene, how if gene else AMBIGUOUS
-    return None, UNKNOWN
+    other = [None if kinds is None or counted else str(kinds[i]) for i, counted in enumerate(rows["counted"])]
+    return pa.table({"name": pa.array(names, pa.string()), "kind": pa.array(other, pa.string())} | columns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,11 +303,39 @@ class MappingReport:
     unmapped: int
     """Columns without a known gene."""
     counts_lost: float
-    """Share of all counts in unmapped columns, 0 to 1."""
+    """Share of the counts of genes in unmapped columns, 0 to 1."""
     unmapped_names: list[str]
     """The ten unmapped columns with the most counts."""
     cause: str
     """Likely reason why columns are unmapped; empty where at most 10 % of the counts are lost."""
+    left_out: int
+    """Columns of other features, such as antibodies."""
+    left_out_kinds: list[str]
+    """Number and examples of each kind of these: `6 Antibody Capture (CD4, CD45, CD8)`."""
+    respelled: int
+    """Mapped in another spelling (`SPELLINGS`)."""
+    respelled_names: list[str]
+    """An example of each spelling: `with dashes for dots (MT.CO1 = MT-CO1)`."""
+
+    def describe(self, species: str) -> str:
+        """What is left out, renamed or summed, as one line; empty where every column is the gene that it says."""
+        parts = []
+        if self.left_out:
+            kinds = "; ".join(self.left_out_kinds)
+            parts.append(f"{self.left_out:,} features are no genes and are left out: {kinds}")
+        if self.respelled:
+            parts.append(f"{self.respelled:,} names are read in another spelling: {'; '.join(self.respelled_names)}")
+        if self.renamed:
+            parts.append(f"{self.renamed:,} are former symbols or aliases")
+        if self.summed:
+            parts.append(f"{self.summed:,} columns are added to another column of their gene")
+        if self.unmapped:
+            shown = ", ".join(self.unmapped_names[:5])
+            cause = f"; {self.cause}" if self.cause else ""
+            parts.append(
+                f"{self.unmapped:,} are no known {species} gene, with {self.counts_lost:.1%} of the counts ({shown}, ...){cause}"
+            )
+        return f"{self.mapped:,} of {self.columns:,} columns are known genes; " + "; ".join(parts) if parts else ""
 
 
 def is_first(columns: pa.Table) -> np.ndarray:
@@ -162,14 +344,18 @@ def is_first(columns: pa.Table) -> np.ndarray:
     return found
 
 
-def report_mapping(columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneLookup]) -> MappingReport:
+def report_mapping(
+    columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneLookup], lookup: GeneLookup | None = None
+) -> MappingReport:
     """Summarise the gene mapping of one source.
 
     Args:
         columns: from `identify_columns`.
-        sums_G: sum of counts of each column.
+        sums_G: sum of counts of each column that is a gene.
         others: the other species, to recognise a wrong one.
+        lookup: the species of the source, to recognise its names in other letters, and to give examples.
     """
+    symbols = {} if lookup is None else lookup.symbols
     counted = columns["counted"].to_numpy()
     unknown = columns["gene"].is_null().to_numpy() & counted
     how = {row["values"]: row["counts"] for row in pc.value_counts(columns["how"]).to_pylist()}
@@ -177,6 +363,8 @@ def report_mapping(columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneL
     lost = int(sums_G[unknown].sum()) / total if total else float(unknown.sum() / max(1, counted.sum()))
     named = columns["name"].filter(pa.array(unknown)).to_pylist()
     worst = [name for _, name in sorted(zip((-sums_G[unknown]).tolist(), named, strict=True))]
+    spelled = columns.filter(pc.not_equal(columns["spelling"], "")).select(["name", "gene", "spelling"]).to_pylist()
+    examples = {row["spelling"]: row for row in reversed(spelled)}
     return MappingReport(
         columns=int(counted.sum()),
         mapped=int((counted & ~unknown).sum()),
@@ -185,18 +373,86 @@ def report_mapping(columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneL
         unmapped=int(unknown.sum()),
         counts_lost=lost,
         unmapped_names=worst[:10],
-        cause=_cause(worst, others) if lost > 0.1 else "",
+        cause=likely_cause(worst, lookup, others) if lost > 0.1 else "",
+        left_out=int((~counted).sum()),
+        left_out_kinds=_kinds(columns),
+        respelled=len(spelled),
+        respelled_names=[
+            f"{SPELLINGS[kind]} ({row['name']} = {symbols.get(row['gene'], row['gene'])})"
+            for kind, row in sorted(examples.items())
+        ],
     )
 
 
-def _cause(unmapped: list[str], others: Iterable[GeneLookup]) -> str:
+def _kinds(columns: pa.Table) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for row in columns.filter(pc.invert(columns["counted"])).select(["name", "kind"]).to_pylist():
+        names.setdefault(row["kind"] or "of another kind", []).append(row["name"])
+    return [
+        f"{len(held):,} {kind} ({', '.join(held[:3])}{', ...' if len(held) > 3 else ''})"
+        for kind, held in sorted(names.items())
+    ]
+
+
+_REPEATS = 3
+"""Names of a file that may hold the same text beside different ids."""
+_MOST = 0.5
+"""Share of the unknown names that a cause must explain."""
+
+
+def likely_cause(unknown: Sequence[str], lookup: GeneLookup | None, others: Iterable[GeneLookup]) -> str:
+    """The likely reason why names are unknown, and what to do.
+
+    Args:
+        unknown: the names.
+        lookup: the species that they were taken for; None = not known.
+        others: the other species.
+    """
+    enough = _MOST * len(unknown)
+    lower = {} if lookup is None else {name.lower(): name for name in lookup.names[0][1]}
+    letters = [(name, lower[name.lower()]) for name in unknown if name.lower() in lower]
+    case = f"only the case of their letters differs from the species' symbols ({letters[0][0]}: {letters[0][1]})" if letters else ""  # fmt: skip
     for other in others:
-        pattern = _id_pattern(other.row.gene_prefix)
-        fits = sum(_resolve(name, other, pattern, frozenset())[0] is not None for name in unmapped)
-        if fits > 0.5 * len(unmapped):
-            return f"they are {other.row.name} genes: wrong species?"
-    if sum(bool(re.match(r"^(ENS[A-Z]*\d{6,}|[A-Z]{2,7}\d{6,})", name)) for name in unmapped) > 0.5 * len(unmapped):
-        return "they are ids that the gene table does not have: another species, or retired ids?"
-    if sum(name.isdigit() for name in unmapped) > 0.5 * len(unmapped):
-        return "they are bare numbers: name the column of var with ids or symbols (sources[i].genes)"
+        known = GeneNames(other)
+        if sum(known.exact(name).gene is not None for name in unknown) > enough:
+            either = f", or {case}: spell them as the species does" if len(letters) > enough else ""
+            return f"they are {other.row.name} genes: wrong species?{either}"
+    if len(letters) > enough:
+        return (
+            f"{case}: spell them as the species does (adata.var_names = adata.var_names.str.upper()), or wrong species?"
+        )
+    if sum((found := references(unknown)).values()) > enough:
+        return f"they begin with the name of a reference ({', '.join(list(found)[:3])}): of another species?"
+    patterns = (
+        (_GENE_ID, "they are ids that the gene table does not have: another species, or retired ids?"),
+        (_NUMBER, "they are bare numbers: name the column of var with ids or symbols (sources[i].genes)"),
+        (_REGION, "they are regions of a genome: peaks of ATAC-seq? Give the file with the RNA counts"),
+        (_DATE, "they are dates: a spreadsheet changed symbols such as MARCH1 and SEPT2; take the names from the original file"),
+    )  # fmt: skip
+    for pattern, cause in patterns:
+        if (
+            sum(
+                pattern.fullmatch(name) is not None or (pattern is _GENE_ID and pattern.match(name) is not None)
+                for name in unknown
+            )
+            > enough
+        ):
+            return cause
+    for what, ends in (("begin with", _common_starts(unknown)), ("end with", _common_ends(unknown))):
+        text, number = ends
+        if text and number > enough:
+            return f"{number:,} of them {what} {text!r}: take that away"
     return "they are neither Ensembl ids nor known symbols: spike-ins or repeats, or another column of var has the names (sources[i].genes)"
+
+
+def _common_starts(names: Sequence[str]) -> tuple[str, int]:
+    return _commonest(re.match(r"[A-Za-z0-9.\-]{2,}?[_:|]+(?=.)", name) for name in names)
+
+
+def _common_ends(names: Sequence[str]) -> tuple[str, int]:
+    return _commonest(re.search(r"[_:|]+[A-Za-z0-9.\-]+$", name) for name in names)
+
+
+def _commonest(matches: Iterable[re.Match[str] | None]) -> tuple[str, int]:
+    found = Counter(match.group(0) for match in matches if match)
+    return found.most_common(1)[0] if found else ("", 0)

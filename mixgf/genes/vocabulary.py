@@ -24,6 +24,7 @@ import pyarrow.csv as pa_csv
 from mixgf.config.data import SpeciesRow
 from mixgf.console import say
 from mixgf.errors import UserError
+from mixgf.genes.identify import AMBIGUOUS, GeneLookup, GeneNames, gene_lookup
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table, write_table
 
@@ -165,17 +166,38 @@ class Vocabulary:
         """Ensembl id per token id."""
         return self._per_token("gene")
 
-    def find(self, gene_or_symbol: str, species: str) -> int:
-        """Token id of a gene, by Ensembl id or symbol, within one species; a `UserError` for an unknown gene."""
+    def find(self, gene_or_symbol: str, species: str, row: SpeciesRow | None = None) -> int:
+        """Token id of a gene within one species, by Ensembl id or symbol.
+
+        Args:
+            gene_or_symbol: of the gene. With `row`, in every spelling that `prepare` reads: ids with versions, former symbols,
+                aliases (`identify.GeneNames`).
+            species: the species.
+            row: its row of the config; None = ids and symbols of the vocabulary alone.
+
+        Raises:
+            UserError: an unknown gene, or one without a token; the message says why.
+        """
         self.species_genes(species)
         part = self.table.filter(pc.equal(self.table["species"], species))
+        name = gene_or_symbol.strip()
         for column in ("gene", "symbol"):
-            found = part.filter(pc.equal(part[column], gene_or_symbol))
+            found = part.filter(pc.equal(part[column], name))
             if found.num_rows:
                 return int(found["token"][0].as_py())
-        near = [s for s in part["symbol"].to_pylist() if s.lower() == gene_or_symbol.lower()]
-        hint = f"; did you mean {near[0]}?" if near else "; give an Ensembl id or a current symbol of a detected gene"
-        msg = f"gene = {gene_or_symbol!r}: not in the {species} vocabulary{hint}"
+        near = [s for s in part["symbol"].to_pylist() if s.lower() == name.lower()]
+        hint = f"did you mean {near[0]}?" if near else "give an Ensembl id or a current symbol of a detected gene"
+        if row is not None:
+            lookup = gene_lookup(row)
+            gene, how, _ = GeneNames(lookup, vocabulary=frozenset(part["gene"].to_pylist())).find(name)
+            held = part.filter(pc.equal(part["gene"], gene)) if gene is not None else part.slice(0, 0)
+            if held.num_rows:
+                return int(held["token"][0].as_py())
+            if gene is not None:
+                hint = _why_no_token(lookup, gene, set(part["biotype"].to_pylist()))
+            elif how == AMBIGUOUS:
+                hint = "several genes have that name; give an Ensembl id"
+        msg = f"gene = {gene_or_symbol!r}: not in the {species} vocabulary; {hint}"
         raise UserError(msg)
 
     def save(self, uri: str) -> tuple[int, str]:
@@ -281,6 +303,14 @@ def build_vocabulary(
             ):
                 rows[name].append(value)
     return Vocabulary(pa.table(rows, schema=SCHEMA), species=tuple(names), sharing=sharing)
+
+
+def _why_no_token(lookup: GeneLookup, gene: str, biotypes: set[str]) -> str:
+    """Why a gene of the species' table is not in a vocabulary with genes of these biotypes."""
+    kind, symbol = lookup.biotype.get(gene, ""), lookup.symbols.get(gene, gene)
+    if kind in biotypes:
+        return f"{symbol} ({gene}) is a gene, and no kept cell detects it"
+    return f"{symbol} ({gene}, {kind or 'retired'}) is a gene, and has no token: the vocabulary was made with vocab.biotypes = {', '.join(sorted(biotypes))}"
 
 
 def read_median_table(

@@ -5,7 +5,7 @@ Letters: N perturbed cells, K targets, M genes of a target.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mixgf.arrays import Float64s, Ints
+from mixgf.config.data import SpeciesRow
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
 from mixgf.corpus.obs_query import equals, select_cells
@@ -130,13 +131,16 @@ def build_design(corpus: Corpus, config: Config) -> Design:
             f"genes were chosen by a screen of {len(screened)} start cells; shifts are of {len(cells)} others"
         )
     cells, screened = (part[np.lexsort((part, -corpus.lengths_N[part].astype(np.int64)))] for part in (cells, screened))
+    rows = {row.name: row for row in config.species}
     num_donors = len(np.unique(donor_of[cells]))
     if num_donors < 3 and settings.donor in obs.columns:
         warnings.append(f"the start cells come from {num_donors} donor(s): no donor-level test with fewer than 3")
     return Design(
         cells_N=cells,
         states=states,
-        targets=tuple(_paired(corpus, settings, cells, _targets(corpus, settings, cells, seed=config.seed))),
+        targets=tuple(
+            _paired(corpus, settings, cells, _targets(corpus, settings, cells, rows, seed=config.seed), rows)
+        ),
         donors=donors,
         donor_of=donor_of,
         warnings=tuple(warnings),
@@ -212,14 +216,16 @@ def matching_features(corpus: Corpus, plan: Design) -> Float64s:
     return np.where(single_K[:, None], np.stack([place_K, coverage_K], axis=1), np.nan)
 
 
-def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> list[Target]:
+def _targets(
+    corpus: Corpus, settings: Perturb, cells: Ints, rows: Mapping[str, SpeciesRow], *, seed: int
+) -> list[Target]:
     """Targets: the genes of `perturb.genes`, or all genes in at least `perturb.min_coverage` of the cells."""
     species_N = corpus.species_N[cells]
     present = [name for code, name in enumerate(corpus.species) if (species_N == code).any()]
     num = {name: int((species_N == corpus.species.index(name)).sum()) for name in present}
     genes, symbols = _names(corpus, present)
     if settings.genes:
-        given = [target for text in settings.genes for target in _named(corpus, text, cells, num)]
+        given = [target for text in settings.genes for target in _named(corpus, text, cells, num, rows)]
         named = list({(target.species, target.tokens): target for target in given}.values())  # each once
         if not settings.num_nulls or settings.screen:  # a screen draws its own later
             return named
@@ -247,7 +253,9 @@ def _targets(corpus: Corpus, settings: Perturb, cells: Ints, *, seed: int) -> li
     return found
 
 
-def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target]) -> list[Target]:
+def _paired(
+    corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target], rows: Mapping[str, SpeciesRow]
+) -> list[Target]:
     """With `perturb.anchor`: the anchor alone, and together with every target of its species. Else the targets unchanged."""
     if not settings.anchor:
         return targets
@@ -257,7 +265,7 @@ def _paired(corpus: Corpus, settings: Perturb, cells: Ints, targets: list[Target
     for name in species:
         mine = cells[corpus.species_N[cells] == corpus.species.index(name)]
         try:
-            token = corpus.vocabulary.find(settings.anchor, name)
+            token = corpus.vocabulary.find(settings.anchor, name, rows.get(name))
         except UserError as unknown:
             error = error or unknown
             continue
@@ -295,14 +303,16 @@ def _names(corpus: Corpus, species: list[str]) -> tuple[dict[tuple[str, int], st
     return {(s, t): g for s, t, g, _ in kept}, {(s, t): symbol or g for s, t, g, symbol in kept}
 
 
-def _named(corpus: Corpus, text: str, cells: Ints, num: dict[str, int]) -> Iterator[Target]:
+def _named(
+    corpus: Corpus, text: str, cells: Ints, num: dict[str, int], rows: Mapping[str, SpeciesRow]
+) -> Iterator[Target]:
     """Targets of one entry of perturb.genes, one for each species of the cells that has all its genes."""
     parts = [part.strip() for part in text.split("+")]
     first_error: UserError | None = None
     found = False
     for species in num:
         try:
-            tokens = tuple(corpus.vocabulary.find(part, species) for part in parts)
+            tokens = tuple(corpus.vocabulary.find(part, species, rows.get(species)) for part in parts)
         except UserError as error:
             first_error = first_error or error
             continue

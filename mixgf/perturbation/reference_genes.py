@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mixgf.config.perturbation import GENE_TABLES
 from mixgf.config.run import Config
 from mixgf.errors import UserError
-from mixgf.genes import species
+from mixgf.genes.identify import GeneNames, gene_lookup
 from mixgf.stats.intervals import Interval, auroc, auroc_difference, wilson
 from mixgf.storage import files, tables
 
@@ -96,17 +96,11 @@ def _table(uri: str) -> pd.DataFrame:
 
 
 def match_genes(genes: pd.DataFrame, names: set[str], config: Config) -> np.ndarray:
-    """Rows whose gene, or its one-to-one ortholog, is named by Ensembl id or symbol: bool (G,).
-
-    A former symbol counts if no gene of the species has it now.
-    """
+    """Rows whose gene, or its one-to-one ortholog, is named by Ensembl id, symbol or alias, as `prepare` reads names: bool (G,)."""
     ids = set(names)
     for row in config.species:
-        table = species.gene_table(row)
-        gone = names - set(table["symbol"].to_pylist())
-        for gene, symbol, previous in zip(*(table[c].to_pylist() for c in ("gene", "symbol", "previous")), strict=True):
-            if symbol in names or any(old in gone for old in previous or ()):
-                ids.add(gene)
+        known = GeneNames(gene_lookup(row), names)
+        ids.update(gene for name in names if (gene := known.find(name).gene) is not None)
     return np.array(
         [
             bool(ids & {gene, *str(ortholog).split(";")}) or symbol in names

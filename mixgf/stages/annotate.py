@@ -12,6 +12,7 @@ from mixgf.classification.annotate import Extras
 from mixgf.config import parse
 from mixgf.config.data import Source
 from mixgf.config.run import Config
+from mixgf.console import warn
 from mixgf.distributed.executor import RayExecutor
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Task
@@ -40,6 +41,8 @@ def run(
     extras = extras or Extras()
     ids = extras.ids(kept)
     file = annotate.look(source, kept, vocabulary)
+    for note in file.notes:
+        warn(f"{source.uri}: {note}")
     key = parse.fingerprint(
         [
             record.fingerprint,

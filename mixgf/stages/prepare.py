@@ -21,10 +21,10 @@ import pyarrow as pa
 from mixgf.cells import doublets, qc
 from mixgf.cells.open import source_sizes
 from mixgf.cells.sources import expand_sources
-from mixgf.config.data import Source
+from mixgf.config.data import Source, SpeciesRow
 from mixgf.config.fields import content_of, sections_of
 from mixgf.config.run import Config
-from mixgf.console import say
+from mixgf.console import say, warn
 from mixgf.corpus import extend, near_hashes, prepare_passes, prepare_plan, shards, source_genes
 from mixgf.distributed.executor import RayExecutor
 from mixgf.distributed.metrics import Meter, watch
@@ -38,6 +38,8 @@ from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejecte
 from mixgf.tracking import mlflow_runs
 
 SCHEMA = 1
+MOST_LINES = 20
+"""Sources of which `prepare` prints how their names map to genes."""
 MERGE_FAN_IN = 32
 """Sketch parts merged by one task."""
 SKETCH_UNITS = 4
@@ -153,6 +155,11 @@ class _Prepare:
         self.passes.settled = True
         all_units = [u for u in all_units if u.index not in self.passes.refused]
         cells = self._filter_cells(all_units)
+        for i, of in cells.items():
+            if of.equal_sums:
+                warn(
+                    f"{self.sources[i].name}: all cells have the same sum of counts ({of.equal_sums:,}): normalised and rounded, or drawn down to one depth? Raw counts differ from cell to cell"
+                )
         counts = prepare_plan.count_cells(cells)
         for reason, number in counts.items():
             if reason != "kept":
@@ -187,7 +194,7 @@ class _Prepare:
         tasks = [
             Task(
                 part=shards.part_uri(self.work, "sources", i), source=i, function=prepare_passes.describe_source,
-                args=(self.work, i, source), kwargs={"row": self.rows[source.species], **options},
+                args=(self.work, i, source), kwargs={"row": self.rows[source.species], "others": self._others(source), **options},
             )
             for i, source in enumerate(self.sources)
         ]  # fmt: skip
@@ -195,6 +202,9 @@ class _Prepare:
         there = [i for i in range(len(self.sources)) if i not in self.passes.refused]
         uris = [shards.facts_uri(self.work, i) for i in there]
         self.facts = dict(zip(there, files.map_reads(self.work, files.read_json, uris), strict=True))
+
+    def _others(self, source: Source) -> tuple[SpeciesRow, ...]:
+        return tuple(row for name, row in self.rows.items() if name != source.species)
 
     def _leave_out(self) -> None:
         self.facts = {i: f for i, f in self.facts.items() if i not in self.passes.refused}
@@ -255,7 +265,22 @@ class _Prepare:
                     f"{', '.join(found.unmapped_names[:5])}; {found.cause}"
                 ))  # fmt: skip
         self._leave_out()
+        self._say_mapping(out)
         return out
+
+    def _say_mapping(self, reports: Mapping[int, identify.MappingReport]) -> None:
+        """One line for each source of which something is left out, renamed or doubted."""
+        lines = {}
+        for i, facts in self.facts.items():
+            told = reports[i].describe(self.sources[i].species)
+            if text := "; ".join([*facts["notes"], *([told] if told else [])]):
+                lines[i] = f"{self.sources[i].name}: {text}"
+        for i, line in list(lines.items())[:MOST_LINES]:
+            (warn if self.facts[i]["notes"] or reports[i].cause else say)(line)
+        if len(lines) > MOST_LINES:
+            say(
+                f"{len(lines) - MOST_LINES:,} more sources with names that are left out or renamed: mapping.parquet of the corpus"
+            )
 
     def _filter_cells(self, all_units: list[prepare_passes.RowRange]) -> dict[int, prepare_plan.SourceCells]:
         """All cells, by source."""

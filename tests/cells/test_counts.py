@@ -310,9 +310,7 @@ def test_globs_expand_and_names_must_differ(tmp_path):
     with pytest.raises(UserError, match="matches no file"):
         sources.expand_sources([Source(uri=f"{tmp_path}/*.h5", species="human")])
     with pytest.raises(UserError, match=r"sources\.name = 'a': used by 2 sources"):
-        sources.expand_sources(
-            [Source(uri=f"{tmp_path}/a.h5ad", species="human"), Source(uri="other/a.h5ad", species="human")]
-        )
+        sources.expand_sources([Source(uri=f"{tmp_path}/{n}.h5ad", species="human", name="a") for n in ("a", "b")])
     with pytest.raises(UserError, match="must name at least one file"):
         sources.expand_sources([])
 

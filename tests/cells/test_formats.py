@@ -417,7 +417,11 @@ def test_what_is_no_count_file_is_one_line_with_the_way_out(name, tmp_path):
 
 def test_folders_that_hold_no_counts_are_one_line(counts, tmp_path):
     for name, inside, message in (
-        ("geo", ["GSM1_a_matrix.mtx.gz", "GSM1_a_barcodes.tsv.gz"], r"take the prefix 'GSM1_a_' away"),
+        (
+            "geo",
+            ["GSM1_a_matrix.mtx.gz", "GSM1_a_barcodes.tsv.gz"],
+            r"no GSM1_a_features.tsv beside GSM1_a_matrix.mtx.gz",
+        ),
         ("many", ["a.h5ad", "b.h5ad"], r"a folder of several files; give them by a pattern: .*many/\*.h5ad"),
         ("what", ["x.png"], r"a folder of something else \(it holds x.png\)"),
         ("none", [], "an empty folder"),
@@ -452,6 +456,7 @@ def test_matrix_market_files_are_read_or_refused_by_what_is_in_them(tmp_path):
     good = [[5, 0, 2], [0, 7, 0]]
     for number, change in enumerate((
         {}, {"size": "3\t2\t3", "entries": ("1\t1\t5", "3\t1\t2", "2\t2\t7")}, {"entries": ("1 1 5.0", "3 1 2.0", "2 2 7.0")},
+        {"head": "%%\n%"}, {"size": "2 3 3", "entries": ("1 1 5", "1 3 2", "2 2 7")},  # the last: cells in rows
     )):  # fmt: skip
         assert read_all(mtx(tmp_path / f"good{number}", **change), stop=2)[0].tolist() == good
     for number, (change, message) in enumerate((
@@ -459,9 +464,9 @@ def test_matrix_market_files_are_read_or_refused_by_what_is_in_them(tmp_path):
         ({"entries": ("1 1 5", "0 1 2", "2 2 7")}, r"an entry of gene 0 \(of 3\)"),
         ({"entries": ("1 1 5", "4 1 2", "2 2 7")}, r"an entry of gene 4 \(of 3\)"),
         ({"entries": ("1 1 5 0 0", "3 1 2 0 0")}, r"5 columns \('1 1 5 0 0'\): must be gene, cell and one count"),
-        ({"head": "%%\n%"}, r"its first line must be '%%MatrixMarket matrix coordinate integer general'"),
+        ({"head": "%%Matrix\n%"}, r"its first line must be '%%MatrixMarket matrix coordinate integer general'"),
         ({"head": "%%MatrixMarket matrix coordinate integer symmetric"}, "of the kind 'symmetric'"),
-        ({"size": "2 3 3"}, "cells in rows; transpose it"),
+        ({"size": "2 4 3"}, "the files do not belong together"),
         ({"entries": ("1 1 5", "3 x 2", "2 2 7")}, r"cannot be read \(.*conversion error"),
         ({"entries": ("1 1 5",)}, "has 1 of the 3 entries that its header states"),
     )):  # fmt: skip

@@ -192,3 +192,17 @@ def test_a_named_value_is_the_value():
     assert override(base, ["embed.layer=all"]).embed.layer == "all"
     with pytest.raises(UserError, match=r"perturb\.layer = 'secnd': must be"):
         override(base, ["perturb.layer=secnd"])
+
+
+def test_a_field_of_all_sources_or_of_one_is_set_by_name():
+    config = from_dict(Config, {"sources": [{"uri": f"{n}.h5ad", "species": "human"} for n in "ab"]})
+    both = override(config, ["sources.layer=counts", "sources.1.round=true", "sources.0.obs=donor,type"])
+    assert [(s.layer, s.round, s.obs) for s in both.sources] == [
+        ("counts", False, ("donor", "type")),
+        ("counts", True, ()),
+    ]
+    for wrong in ("sources.2.layer=X", "sources.lay=X", "sources.0.1.layer=X", "sources.-1.layer=X"):
+        with pytest.raises(UserError, match=r"sources\.FIELD=value for all sources, or sources\.N\.FIELD=value"):
+            override(config, [wrong])
+    with pytest.raises(UserError, match="there are 0 sources"):
+        override(Config(), ["sources.layer=X"])

@@ -1,0 +1,143 @@
+"""What the values of a matrix are (counts, normalised, log-normalised, scaled), for the message about a value that is no count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mixgf.cells.reader import RawBlock, Reader
+
+COUNTS, NORMALISED, LOGGED, SCALED, FRACTIONS, NOT_NUMBERS = (
+    "counts", "normalised", "log-normalised", "scaled", "fractions of counts", "not finite",
+)  # fmt: skip
+"""Kinds of a matrix."""
+SAMPLE_ROWS = 64
+"""Rows that a kind is told by."""
+_FEW = 0.01
+"""Share of values that may be no counts in a matrix of counts."""
+_EARLIER = 5
+"""Rows before the first wrong value that must hold counts, to say that another part of the matrix does."""
+_EQUAL = 1e-3
+"""Spread of sums, in units of their mean, below which they count as equal."""
+
+
+def of_rows(data: np.ndarray, indptr: np.ndarray) -> str:
+    """Kind of the values of some rows (CSR), a constant of this module."""
+    x = np.asarray(data, dtype=np.float64)
+    tests = {
+        NOT_NUMBERS: not np.isfinite(x).all(),
+        SCALED: np.count_nonzero(x < 0) > _FEW * len(x),
+        COUNTS: np.count_nonzero(x != np.floor(x)) <= _FEW * len(x),
+    }
+    plain = next((kind for kind, found in tests.items() if found), "")
+    return plain or _normalised(x, indptr) or FRACTIONS
+
+
+def is_normalised(data: np.ndarray, indptr: np.ndarray) -> bool:
+    """Whether values are normalised, or log-normalised: no rounding makes counts of them."""
+    return of_rows(data, indptr) in (NORMALISED, LOGGED)
+
+
+def _normalised(x: np.ndarray, indptr: np.ndarray) -> str:
+    """`NORMALISED` or `LOGGED` for values of rows that are, else empty."""
+    starts = indptr[:-1][np.diff(indptr) > 0] - indptr[0]
+    with np.errstate(all="ignore"):
+        for kind, values in ((NORMALISED, x), (LOGGED, np.expm1(x))):
+            sums = np.add.reduceat(values, starts)
+            if not np.isfinite(sums).all():
+                continue
+            if len(sums) > 1 and np.ptp(sums) < _EQUAL * sums.mean():
+                return kind
+            # a cell's counts times one factor: each is a multiple of the smallest, also where genes were left out
+            lengths = np.diff(np.append(starts, len(x)))
+            ratio = values / np.repeat(np.minimum.reduceat(np.where(values > 0, values, np.inf), starts), lengths)
+            if len(x) > len(starts) and (np.abs(ratio - np.rint(ratio)) < 1e-3 * ratio).mean() > 0.9:
+                return kind
+    return ""
+
+
+def of_matrix(reader: Reader) -> tuple[str, float]:
+    """Kind of a file's matrix by its first and its last rows, and the sum of these."""
+    blocks = list(_sample(reader))
+    found = [of_rows(b.data, b.indptr) for b in blocks]
+    worst = next((kind for kind in found if kind != COUNTS), COUNTS)
+    return worst, float(sum(np.asarray(b.data, dtype=np.float64).sum() for b in blocks))
+
+
+def _sample(reader: Reader) -> Iterator[RawBlock]:
+    rows = min(SAMPLE_ROWS, reader.num_rows)
+    ranges = [(0, rows)] if reader.num_rows <= 2 * rows else [(0, rows), (reader.num_rows - rows, reader.num_rows)]
+    for start, stop in ranges:
+        for b in reader.read(start, stop, rows):
+            yield RawBlock(b.start, b.data.copy(), b.indices, b.indptr.copy())
+
+
+def advise(reader: Reader, raw: RawBlock, row: int) -> str:
+    """What a matrix is that holds a value which is no count, where the counts are, and what to do.
+
+    Args:
+        reader: Of the file.
+        raw: Block with the value.
+        row: Row of the block with the first such value.
+    """
+    here = of_rows(raw.data[raw.indptr[row] :], raw.indptr[row:])
+    matrix = _matrix(reader)
+    if here == COUNTS:
+        return f"the other values of {matrix} are raw counts, not scaled or normalised: changed or damaged there; get the file from its source again"
+    if raw.start + row >= _EARLIER:
+        what = f"earlier cells hold counts, and from here on they are {here}: files of two kinds were put together"
+    else:
+        what = f"{matrix} {_WORDS[here]}{_sums(raw, here)}"
+    others = {}
+    for name, other in _others(reader):
+        try:
+            others[name] = of_matrix(other)
+        except Exception:  # noqa: BLE001 (a matrix that cannot be read holds no counts)
+            others[name] = ("not readable", 0.0)
+    counts = sorted(
+        (name for name, (kind, total) in others.items() if kind == COUNTS and total > 0),
+        key=lambda name: -others[name][1],
+    )
+    if counts:
+        more = f" (and {', '.join(counts[1:])}, which sum to less)" if counts[1:] else ""
+        return f"{what}; {_named(counts[0])} holds counts{more}: {reader.setting('layer', counts[0])}"
+    if here == FRACTIONS:
+        return f"{what}; to round them to whole numbers: {reader.setting('round', 'true')}"
+    if others:
+        rest = ", ".join(f"{_named(name)} is {kind}" for name, (kind, _) in others.items())
+        return f"{what}, {rest}: no matrix of this file holds counts; give the file with raw counts"
+    return f"{what}: give raw counts"
+
+
+_WORDS = {
+    NORMALISED: "is already normalised",
+    LOGGED: "is already log-normalised",
+    SCALED: "is scaled",
+    FRACTIONS: "holds fractions of counts (after a correction of ambient RNA, or of reads of several genes?)",
+    NOT_NUMBERS: "holds values that are no numbers",
+}
+
+
+def _sums(raw: RawBlock, kind: str) -> str:
+    """The sum of every cell of normalised values, in words; empty if they differ."""
+    if kind not in (NORMALISED, LOGGED):
+        return ""
+    values = raw.data.astype(np.float64) if kind == NORMALISED else np.expm1(raw.data.astype(np.float64))
+    sums = np.add.reduceat(values, raw.indptr[:-1][np.diff(raw.indptr) > 0])
+    return f" (every cell sums to {sums.mean():,.0f})" if np.ptp(sums) < _EQUAL * sums.mean() else ""
+
+
+def _others(reader: Reader) -> Iterator[tuple[str, Reader]]:
+    try:
+        yield from reader.others().items()
+    except Exception:  # noqa: BLE001 (as above)
+        return
+
+
+def _matrix(reader: Reader) -> str:
+    return "the matrix" if reader.format in ("mtx", "10x_h5") else _named(reader.layer)
+
+
+def _named(layer: str) -> str:
+    return layer if layer in ("X", "raw") else f"layer {layer!r}"
