@@ -87,8 +87,11 @@ def path_names(columns: Iterable[object]) -> list[str]:
     return [name.replace("/", "\u2215") for name in names] if clash else names
 
 
-def write_frame(group: h5py.Group, name: str, frame: pd.DataFrame) -> None:
-    """Write a data frame with any names of columns, in place of an earlier one."""
+def write_frame(group: h5py.Group, name: str, frame: pd.DataFrame, index: Any = None) -> None:
+    """Write a data frame with any names of columns, in place of an earlier one.
+
+    `index`: index of another frame of the file, which is copied as it is stored; None = that of the frame.
+    """
     if name in group:
         del group[name]
     columns = path_names(frame.columns)
@@ -97,7 +100,10 @@ def write_frame(group: h5py.Group, name: str, frame: pd.DataFrame) -> None:
         "_index": INDEX_NAME, "column-order": np.array(columns, h5py.string_dtype()), "encoding-type": "dataframe",
         "encoding-version": "0.2.0",
     })  # fmt: skip
-    ad.io.write_elem(made, INDEX_NAME, frame.index.to_numpy().astype(object))
+    if index is None:
+        ad.io.write_elem(made, INDEX_NAME, frame.index.to_numpy().astype(object))
+    else:
+        group.copy(index, made, INDEX_NAME)
     for column, (_, values) in zip(columns, frame.items(), strict=True):
         write_column(made, column, values.array if values.dtype == "category" else values.to_numpy())
 
@@ -243,11 +249,9 @@ def write_copy(
             ad.AnnData(obs=pd.DataFrame(index=pd.Index(names, dtype=object))).write_h5ad(path)
         with h5py.File(path, "r+") as file:
             add_columns(file, pd.DataFrame() if obs is None else obs)
-            index = frames.index_of(file["obs"])
-            cells = pd.Index(frames.read_strings(index, 0, frames.column_length(index)), dtype=object)
             for name, value in obsm.items():
                 if isinstance(value, pd.DataFrame):
-                    write_frame(file.require_group("obsm"), name, value.set_axis(cells))
+                    write_frame(file.require_group("obsm"), name, value, frames.index_of(file["obs"]))
                 else:
                     ad.io.write_elem(file.require_group("obsm"), name, value)
             for name, value in uns.items():

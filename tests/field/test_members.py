@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import warnings
 
 import anndata as ad
 import h5py
@@ -435,6 +436,34 @@ def test_columns_of_any_name_are_written_and_read_without_a_warning(names, kept,
     assert found.obsm["p"].columns.tolist() == kept
     np.testing.assert_array_equal(found.obsm["p"].to_numpy(), frame.to_numpy())
     assert found.obs.columns.tolist() == ["cell_type", "donor", "mixgf_label"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["machine/in", "nullable-string-index/in", "bytes-for-text/in", "categories-of-2020/a", "column-called-index/in"],
+)
+def test_a_copy_with_labels_is_read_by_anndata_whatever_the_layout_of_obs(case, tmp_path):
+    make.make(tmp_path, case.partition("/")[0])
+    before = ad.read_h5ad(tmp_path / f"{case}.h5ad")
+    num = before.n_obs
+    frame = pd.DataFrame(np.ones((num, 2), np.float32), columns=["NK/T", "G1/S"])
+    labels = pd.DataFrame({"mixgf_label": pd.Categorical(["NK/T"] * num)})
+    source = Source(uri=f"{tmp_path}/{case}.h5ad", species="human")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        h5ad.write_copy(
+            source,
+            f"{tmp_path}/out.h5ad",
+            [],
+            obs=labels,
+            obsm={"p": frame, "X": frame.to_numpy()},
+            uns={"facts": {"a": 1}},
+        )
+    found = ad.read_h5ad(tmp_path / "out.h5ad")
+    pd.testing.assert_frame_equal(found.obs.drop(columns="mixgf_label"), before.obs)
+    assert found.obsm["p"].columns.tolist() == ["NK/T", "G1/S"]
+    assert found.obsm["p"].index.tolist() == before.obs_names.tolist()
+    assert set(found.obs["mixgf_label"]) == {"NK/T"}
 
 
 def test_columns_are_added_to_an_obs_that_anndata_cannot_write(tmp_path):
