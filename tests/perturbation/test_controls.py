@@ -47,15 +47,15 @@ def test_a_false_goal_lies_where_its_half_points_as_far_away_as_the_goal():
 
 
 def test_null_p_by_hand():
-    null = np.array([[1.0, np.nan], [-2.0, 3.0], [0.5, 4.0], [-1.0, 2.0], [-3.0, 0.0]])
+    null = np.array([[1.0, np.nan], [-2.6, 3.0], [0.5, 4.0], [-1.0, 2.0], [-3.0, 10.0]])
     null = np.concatenate([null, np.linspace(-0.1, 0.1, 40).reshape(20, 2)])
     own = np.concatenate([[3.5, -2.5, np.nan, 0.0, 9.0], np.zeros(20)])
     p = rank_adjustment.null_p_values(own, null)
-    assert p[0] == pytest.approx(2 * (1 + 1) / (1 + 48))  # 4 is beyond; the gene's own 1 does not count
-    assert p[1] == pytest.approx(2 * (1 + 1) / (1 + 47))  # -3 is beyond
+    assert p[0] == pytest.approx(2 * (1 + 2) / (1 + 48))  # 4 and 10 are beyond
+    assert p[1] == pytest.approx(2 * (1 + 1) / (1 + 47))  # -3 is beyond; the gene's own -2.6 does not count
     assert np.isnan(p[2])
-    assert p[3] == 1
-    assert p[4] == pytest.approx(2 / (1 + 47))  # never 0
+    assert p[3] == pytest.approx(2 * (1 + 22) / (1 + 47))  # below 0: 20, -2.6 and -3
+    assert p[4] == pytest.approx(2 / (1 + 47))  # its own 10 does not count; p is never 0
     assert np.isnan(rank_adjustment.null_p_values(own[:5], null[:5])).all()  # too few to tell
 
 
