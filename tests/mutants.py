@@ -77,6 +77,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "stats/donors",
         "return float(a @ b) / size if size > 1 else float('nan')",
     ): "five ranks that differ have a size above 1",
+    ("stats/donors", "block = max(1, 20000001 // len(signs_RC))"): "the size of a block only bounds memory",
     ("training/batch_plan", "GROUP_BATCHES = 51"): "the size of a window is free; laws hold for any",
     (
         "training/views",

@@ -64,7 +64,7 @@ class ZScores:
 class CellTypist(CountsModel):
     """Two rounds of one-against-rest logistic regression: see the module."""
 
-    head, label, seconds, can_keep = "celltypist", "CellTypist's regression", 3.0, False
+    head, label, seconds, can_keep = "celltypist", "CellTypist's regression", 25.0, False
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         scores = ZScores.fit(problem.train.x)
@@ -89,7 +89,7 @@ class CellTypist(CountsModel):
 class CellTypistVote(CellTypist):
     """The same with a majority vote over clusters of the cells to predict; these are seen without labels."""
 
-    head, label, seconds = "celltypist_vote", "CellTypist's regression and vote (unlabelled test cells seen)", 3.5
+    head, label, seconds = "celltypist_vote", "CellTypist's regression and vote (unlabelled test cells seen)", 25.0
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         single = super().fit(problem)

@@ -108,7 +108,7 @@ class GraphNetwork(nn.Module):
 class ScDeepSort(CountsModel):
     """A weighted cell-gene graph network: see the module. It reads all genes, and no cell to predict takes part in training."""
 
-    head, label, seconds, can_keep = "scdeepsort", "scDeepSort (cell-gene graph network)", 40.0, False
+    head, label, seconds, can_keep = "scdeepsort", "scDeepSort (cell-gene graph network)", 60.0, False
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         edges = Edges.of(problem.train.x)
