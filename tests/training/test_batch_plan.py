@@ -79,6 +79,11 @@ def test_a_mix_draws_other_cells_in_every_epoch():
     assert len(set(drawn)) == 3
 
 
+def test_cells_by_length_are_dealt_there_and_back_by_hand():
+    assert [batch_plan._worker_cells(8, rank, 2).tolist() for rank in range(2)] == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert [batch_plan._worker_cells(8, rank, 3).tolist() for rank in range(3)] == [[0, 5, 6], [1, 4, 7], [2, 3]]
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_dealing_there_and_back_balances_tokens_better_than_dealing_in_one_direction(world_size):
     p = make(batch_cells=16)
