@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         load_classifier,
         prepare,
         pretrain,
+        pull,
+        push,
         score_perturbations,
         write_report,
     )
@@ -40,6 +42,8 @@ __all__ = [
     "load_classifier",
     "prepare",
     "pretrain",
+    "pull",
+    "push",
     "score_perturbations",
     "write_report",
 ]

@@ -43,7 +43,7 @@ from mixgf.execution import LocalExecutor
 from mixgf.genes import token_dictionaries, vocabulary
 from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, model_store
 from mixgf.tracking import store
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ def load(
     """Load a trained encoder.
 
     Args:
-        uri: A run's folder, a checkpoint (`OUTPUT/pretrain`), or a Hugging Face folder with config.json and
-            model.safetensors or pytorch_model.bin; local or `s3://`.
+        uri: The name of a published model (`push`, `pull`); a run's folder, a
+            checkpoint (`OUTPUT/pretrain`), or a Hugging Face folder with config.json and model.safetensors or
+            pytorch_model.bin; local or `s3://`.
         device: Of torch, for example `cuda`; None = a GPU where torch finds one, else the CPU.
         vocabulary: URI of the vocabulary that a checkpoint was trained on; empty = the one of the corpus beside it.
         dictionary: For a Hugging Face folder: URI of its token dictionary (gene to id: pickle, JSON, Parquet or TSV);
@@ -97,7 +98,7 @@ def load(
         ('human', 'mouse')
     """
     console.setup_if_silent()
-    uri = _uri(uri)
+    uri = model_store.resolve(_uri(uri))
     where = _device(device)
     for place in (uri, files.join(uri, "pretrain")):
         record = artifacts.find(place)
@@ -193,7 +194,8 @@ def load_classifier(uri: str | os.PathLike[str], *, device: str | None = None) -
     """Load a classifier that `mixgf classify` kept.
 
     Args:
-        uri: The classifier's folder (`OUTPUT/classify/classifiers/GROUP`), or a classification or run with a single one.
+        uri: The classifier's folder (`OUTPUT/classify/classifiers/GROUP`), or a classification or run with a single one. Or
+            the name of a published model (`push`, `pull`).
         device: As of `load`.
 
     Raises:
@@ -509,17 +511,17 @@ class CellClassifier:
     @overload
     def annotate(
         self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., inplace: Literal[False] = ...,
-        copy: Literal[False] = ..., threads: int = ...,
+        copy: Literal[False] = ..., majority: bool = ..., ontology: str = ..., threads: int = ...,
     ) -> pd.DataFrame: ...  # fmt: skip
     @overload
     def annotate(
         self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., inplace: Literal[True],
-        copy: Literal[False] = ..., threads: int = ...,
+        copy: Literal[False] = ..., majority: bool = ..., ontology: str = ..., threads: int = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def annotate(
         self, adata: Cells, *, layer: str = ..., genes: str = ..., species: str = ..., inplace: Literal[False] = ...,
-        copy: Literal[True], threads: int = ...,
+        copy: Literal[True], majority: bool = ..., ontology: str = ..., threads: int = ...,
     ) -> AnnData: ...  # fmt: skip
     def annotate(
         self,
@@ -530,6 +532,8 @@ class CellClassifier:
         species: str = "",
         inplace: bool = False,
         copy: bool = False,
+        majority: bool = False,
+        ontology: str = "",
         threads: int = 1,
     ) -> pd.DataFrame | AnnData | None:
         """Label all cells, as `mixgf annotate` does.
@@ -542,6 +546,10 @@ class CellClassifier:
             inplace: Add the columns to `adata.obs`, the probability of every type to `obsm["mixgf_probabilities"]` and
                 facts of the whole to `uns["mixgf_annotate"]`, and return None.
             copy: Return a copy of `adata` with all of these.
+            majority: Also label small clusters of cells by the majority of their cells: `mixgf_cluster`, `mixgf_majority`,
+                `mixgf_majority_share`.
+            ontology: Also give ids of the Cell Ontology: `mixgf_ontology_id`, and `mixgf_term_id` and `mixgf_term`, which cover
+                the plausible labels of a doubted cell. `names`, or the path of a table of labels and ids.
             threads: Of torch, on a CPU. Another number than 1 changes the last bits.
 
         Returns:
@@ -565,9 +573,11 @@ class CellClassifier:
         target = _target(adata, inplace=inplace, copy=copy)
         name = adata if isinstance(adata, str) else anndata.NAME
         source = Source(uri=str(name), species=species, layer=layer, genes=genes, name="mine")
+        extras = annotate.Extras(majority=majority, ontology=ontology)
+        ids = extras.ids(self.kept)
         with anndata.open_cells(adata, layer) as reader, _torch_threads(threads):
             file, found = annotate.describe(reader, source, self.kept, self.vocabulary)
-            kept = annotate.form_for(reader, found, file, self.kept)
+            kept = annotate.form_for(reader, found, file, self.kept, axes=majority)
             parts: list[pa.Table] = []
             with Progress("annotate", file.num_cells, "cells") as progress:
                 for start in range(
@@ -577,7 +587,7 @@ class CellClassifier:
                     parts += annotate.label_rows(reader, found, kept, start, stop)
                     progress.update(stop)
             names = reader.cell_names(0, file.num_cells)
-        table = annotate.frame(parts)
+        table = extras.add(annotate.frame(parts), kept, ids)
         told = annotate.summary(self.uri, kept, file, table)
         for text in told["verdicts"]:
             warn(f"annotate: do not trust without a check: {text}")
@@ -829,3 +839,66 @@ def score_perturbations(
     scores = measured_effects.score(predicted_PG, measured, genes.get_indexer(list(measured.names)), signed=signed)
     means = measured_effects.summarise(scores).drop(columns="num_perturbations").assign(perturbation="all")
     return pd.concat([scores, means[scores.columns]], ignore_index=True)
+
+
+# Models with a name
+
+
+def push(
+    name: str, run: str | os.PathLike[str], *, licence: str, to: str | os.PathLike[str] = "", note: str = "", half: bool = False,
+    cells: int | None = None, huggingface: bool = False,
+) -> str:  # fmt: skip
+    """Publish a run's encoder and classifiers under a name, as `mixgf push`.
+
+    Args:
+        name: Of the model.
+        run: A run, or a classifier that `mixgf classify` kept.
+        licence: Of the weights, for example `MIT`.
+        to: A folder or `s3://` prefix that holds models by name, or an MLflow tracker (its registry receives a new version); empty =
+            the models of this machine.
+        note: What the model is for and what not, for its card.
+        half: Store weights in half precision.
+        cells: Most training cells that each classifier carries, with their raw counts; None = as it was kept.
+        huggingface: Add the encoder as `transformers` reads it.
+
+    Returns:
+        URI of the model.
+
+    Raises:
+        UserError: nothing to publish, or another model of this name is there.
+
+    Examples:
+        >>> import mixgf as mg
+        >>> mg.push("mine", "runs/mine", licence="MIT", to="models").rpartition("/")[2]
+        'mine'
+    """
+    from mixgf.stages import publish  # noqa: PLC0415 (heavy)
+
+    asked = publish.Push(
+        run=_uri(run), name=name, licence=licence, half=half, cells=cells, huggingface=huggingface, note=note
+    )
+    return publish.push(asked, os.fspath(to))
+
+
+def pull(name: str, place: str | os.PathLike[str], *, to: str | os.PathLike[str] = "") -> str:
+    """Fetch a published model, with all checksums verified, as `mixgf pull`.
+
+    Args:
+        name: Of the model; `NAME@VERSION` of an MLflow registry.
+        place: Where it was pushed to.
+        to: Folder of models that receives it; empty = that of this machine, where `load` and `load_classifier` find it by name.
+
+    Returns:
+        URI of the model.
+
+    Raises:
+        UserError: there is no such model, or a file is not as it was pushed.
+
+    Examples:
+        >>> import mixgf as mg
+        >>> mg.pull("mine", "models", to="pulled").rpartition("/")[2]
+        'mine'
+    """
+    from mixgf.stages import publish  # noqa: PLC0415 (heavy)
+
+    return publish.pull(name, os.fspath(place), os.fspath(to))

@@ -69,6 +69,10 @@ _GROUPS = {
         "annotate": "cell types of your own cells, with a warning where they are doubtful",
         "audit": "how much of an evaluation set was in a pretraining corpus",
     },
+    "models with a name": {
+        "push": "publish a run's encoder and classifiers under a name: to this machine, a folder, s3:// or MLflow's registry",
+        "pull": "fetch a published model, checksums verified; `annotate --model NAME` and mg.load(NAME) then find it",
+    },
 }
 COMMANDS = {name: text for group in _GROUPS.values() for name, text in group.items()}
 """Every command and what it does."""
@@ -147,6 +151,14 @@ def _stage_arguments(command: argparse.ArgumentParser, name: str) -> None:
     if name in ("prepare", "run", "import", "tune"):
         wanted = _ARROW if name == "import" else _COUNTS
         command.add_argument("sources", nargs="*", metavar="SPECIES=[NAME=]URI", help=wanted)
+    if name == "embed":
+        command.add_argument(
+            "file", nargs="?", default="", metavar="[SPECIES=]FILE",
+            help="instead of a run's corpus: a file of raw counts, whose vectors --model gives (one process); --output names the copy",
+        )  # fmt: skip
+        command.add_argument(
+            "--model", default="", metavar="URI", help="with FILE: a published model by name, a run or a checkpoint"
+        )
     if name == "import-weights":
         command.add_argument(
             "folder",
@@ -187,17 +199,72 @@ def _annotate_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--layer", default="X", help="where the counts are: X, raw, or a layer's name")
     command.add_argument("--genes", default="", metavar="COLUMN", help="column of var with Ensembl ids or symbols")
+    command.add_argument(
+        "--majority", action="store_true", help="also label small clusters of cells by the majority of their cells"
+    )
+    command.add_argument(
+        "--ontology",
+        default="",
+        metavar="names|TABLE",
+        help="also give ids of the Cell Ontology, and for doubted cells the term that covers the plausible labels: ids of the terms "
+        "with the labels' names, or of a table (.csv, .tsv, .parquet) with the columns label and id",
+    )
     command.add_argument("--workers", type=int, default=2, metavar="N", help="Ray tasks at a time (default: 2)")
     command.add_argument("--json", action="store_true", help="print one JSON object with every number")
 
 
 def _audit_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("evaluation", metavar="EVAL", help="a corpus, or SPECIES=FILE of raw counts")
-    command.add_argument("corpus", metavar="CORPUS", help="a corpus, or a checkpoint beside its corpus")
+    command.add_argument(
+        "corpus",
+        metavar="CORPUS",
+        help="a corpus, a checkpoint beside its corpus, or a published model by name or folder",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object with every number")
 
 
-_OWN_ARGUMENTS = {"inspect": _inspect_arguments, "annotate": _annotate_arguments, "audit": _audit_arguments}
+_PLACE = "a folder or s3:// prefix that holds models by name, an MLflow tracker (http://..., sqlite:///...), or `mlflow` for that of MLFLOW_TRACKING_URI"
+
+
+def _push_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", metavar="NAME", help="name of the model, for example islets-2026")
+    command.add_argument(
+        "--from", dest="run", required=True, metavar="URI", help="a run, or a classifier that `mixgf classify` kept"
+    )
+    command.add_argument(
+        "--licence", required=True, metavar="ID", help="licence of the weights, for example MIT or CC-BY-4.0"
+    )
+    command.add_argument("--to", default="", metavar="PLACE", help=f"{_PLACE} (default: the models of this machine)")
+    command.add_argument("--note", default="", metavar="TEXT", help="what the model is for and what not, for its card")
+    command.add_argument("--half", action="store_true", help="store weights in half precision")
+    command.add_argument(
+        "--cells",
+        type=int,
+        default=None,
+        metavar="N",
+        help="most training cells, with their raw counts, that a classifier carries for files of other studies and species "
+        "(default: as it was kept, at most 5,000; 0: none, and files of other species are labelled less well)",
+    )
+    command.add_argument("--huggingface", action="store_true", help="add the encoder as transformers reads it")
+
+
+def _pull_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "name", metavar="NAME[@VERSION]", help="name of the model; versions are those of MLflow's registry"
+    )
+    command.add_argument("--from", dest="place", required=True, metavar="PLACE", help=_PLACE)
+    command.add_argument(
+        "--to", default="", metavar="FOLDER", help="folder of models (default: MIXGF_MODELS, or ~/.cache/mixgf/models)"
+    )
+
+
+_OWN_ARGUMENTS = {
+    "inspect": _inspect_arguments,
+    "annotate": _annotate_arguments,
+    "audit": _audit_arguments,
+    "push": _push_arguments,
+    "pull": _pull_arguments,
+}
 """Commands that work on files, not on a config."""
 
 
@@ -334,6 +401,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _annotate(args: argparse.Namespace) -> int:
+    from mixgf.classification.annotate import NAMES, Extras
     from mixgf.stages import annotate
 
     species, uri = split_named(args.file)
@@ -341,7 +409,10 @@ def _annotate(args: argparse.Namespace) -> int:
     to = absolute(args.output or f"{stem}.annotated.h5ad")
     source = Source(uri=absolute(uri), species=species, layer=args.layer, genes=args.genes, name="mine")
     settings = replace(Config(), compute=Compute(num_workers=args.workers))
-    found = annotate.run(absolute(args.model), source, to, settings)
+    table = args.ontology if args.ontology in ("", NAMES) else absolute(args.ontology)
+    found = annotate.run(
+        _model(args.model), source, to, settings, extras=Extras(majority=args.majority, ontology=table)
+    )
     if args.json:
         print(json.dumps(found))
         return 0
@@ -364,8 +435,10 @@ def _annotation_lines(found: dict[str, Any]) -> list[str]:
         ),
         f"chosen of {len(found['candidates'])} models: {found['why']}",
         *(
-            ["aligned to this file: expression is read relative to the shift between its cells and the training cells"]
-            if found["form"] == "aligned"
+            [
+                f"{found['form']} to this file: expression is read relative to the shift between its cells and the training cells"
+            ]
+            if found["form"] != "as trained"
             else []
         ),
         f"{found['genes']:,} of the model's genes measured, {found['coverage']:.1%} of the tokens of training sentences",
@@ -381,7 +454,7 @@ def _annotation_lines(found: dict[str, Any]) -> list[str]:
 def _audit(args: argparse.Namespace) -> int:
     from mixgf.corpus import overlap
 
-    theirs = overlap.training_cells(absolute(args.corpus))
+    theirs = overlap.training_cells(_model(args.corpus))
     species, uri = split_named(args.evaluation)
     mine = overlap.evaluation_cells(f"{species}={absolute(uri)}" if species else absolute(uri), Config().species)
     found = overlap.compare_cells(mine, theirs)
@@ -389,7 +462,39 @@ def _audit(args: argparse.Namespace) -> int:
     return 0
 
 
-_OWN_COMMANDS = {"inspect": _inspect, "annotate": _annotate, "audit": _audit}
+def _model(text: str) -> str:
+    """The folder of a published model, given its name; else an absolute URI."""
+    from mixgf.storage import model_store
+
+    return absolute(model_store.resolve(text))
+
+
+def _place(text: str) -> str:
+    """A place of models, absolute if it is a folder."""
+    return text if text in ("", "mlflow") or "://" in text else absolute(text)
+
+
+def _push(args: argparse.Namespace) -> int:
+    from mixgf.stages import publish
+
+    asked = publish.Push(
+        run=absolute(args.run), name=args.name, licence=args.licence, half=args.half, cells=args.cells,
+        huggingface=args.huggingface, note=args.note,
+    )  # fmt: skip
+    print(redact(f"push: {publish.push(asked, _place(args.to))}"))
+    if not args.to:
+        print(f"next: mixgf annotate my.h5ad --model {args.name}")
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from mixgf.stages import publish
+
+    print(f"pull: {publish.pull(args.name, _place(args.place), _place(args.to))}")
+    return 0
+
+
+_OWN_COMMANDS = {"inspect": _inspect, "annotate": _annotate, "audit": _audit, "push": _push, "pull": _pull}
 
 
 def _check_tracker(config: Config) -> None:
@@ -399,10 +504,36 @@ def _check_tracker(config: Config) -> None:
     mlflow_runs.uri(config)
 
 
+def _embed_file(args: argparse.Namespace) -> int:
+    """Vectors of the cells of one file, by an encoder that is there already."""
+    from mixgf import api
+    from mixgf.cells.open import open_reader
+    from mixgf.corpus import h5ad
+
+    if not (args.file and args.model):
+        msg = "embed: FILE and --model go together, for example mixgf embed my.h5ad --model runs/mine"
+        raise UserError(msg)
+    species, uri = split_named(args.file)
+    to = absolute(args.output or f"{uri.rstrip('/').removesuffix('.h5ad').removesuffix('.h5')}.embedded.h5ad")
+    source = Source(uri=absolute(uri), species=species, name="mine")
+    if to == source.uri:
+        msg = f"--output {to}: is the input itself, which stays as it is; name another file"
+        raise UserError(msg)
+    encoder = api.load(_model(args.model))
+    vectors = encoder.embed(source.uri, species=species)
+    with open_reader(source.uri, "X") as reader:
+        names = [str(name) for name in reader.cell_names(0, reader.num_rows)]
+    h5ad.write_copy(source, to, names, obsm={api.EMBEDDING: vectors}, uns={"mixgf_embed": {"model": encoder.uri}})
+    print(f"embed: {to}: obsm[{api.EMBEDDING!r}], {vectors.shape[0]:,} cells x {vectors.shape[1]}")
+    return 0
+
+
 def _dispatch(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if args.command in _OWN_COMMANDS:
         return _OWN_COMMANDS[args.command](args)
+    if args.command == "embed" and (args.file or args.model) and not args.print_config:
+        return _embed_file(args)
     config = _config(args)
     if args.print_config:
         print(redact(json.dumps(to_dict(config), indent=1)))

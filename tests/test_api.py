@@ -33,7 +33,7 @@ from mixgf.storage import artifacts, files, tables
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SMALL = Model(num_layers=1, dim=32, num_heads=2, ffn_dim=32, max_positions=48)
 PUBLIC = [
-    mg.load, mg.load_classifier, mg.prepare, mg.pretrain, mg.classify, mg.write_report, mg.score_perturbations, mg.CellEncoder.embed, mg.CellEncoder.perturb, mg.CellClassifier.annotate,
+    mg.load, mg.load_classifier, mg.prepare, mg.pretrain, mg.classify, mg.write_report, mg.score_perturbations, mg.push, mg.pull, mg.CellEncoder.embed, mg.CellEncoder.perturb, mg.CellClassifier.annotate,
     mg.datasets.pancreas, mg.datasets.pancreas_path,
 ]  # fmt: skip
 

@@ -35,7 +35,7 @@ MADE = {
 }
 """Paths that a reader makes."""
 FIELDS = {section: set(facts_of(getattr(Config(), section))) for section in parse.sections()}
-WITHOUT_CONFIG = ("inspect", "annotate", "audit")
+WITHOUT_CONFIG = ("inspect", "annotate", "audit", "push", "pull")
 
 RECORDER = r"""
 command_not_found_handle() { printf '%s\0' "$@"; printf '\n\0'; }

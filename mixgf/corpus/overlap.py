@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 
 from mixgf.arrays import Names
 from mixgf.cells import counts, near_duplicates, qc
@@ -36,6 +37,8 @@ from mixgf.storage import artifacts, files, tables
 COLUMNS = ("dataset", "donor")
 """Metadata that is compared, if both sides have it."""
 BLOCK_CELLS = 4_096
+SEEN = "seen.parquet"
+"""File of a published model: the cells that it was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,11 +173,42 @@ def file_cells(source: Source, row: SpeciesRow) -> AuditedCells:
 
 
 def training_cells(uri: str) -> AuditedCells:
-    """Cells of a training corpus, given as in `training_corpus`; a checkpoint tells which of them were held out."""
+    """Cells of a training corpus, given as in `training_corpus`; a checkpoint tells which of them were held out.
+
+    A published model has a list of them instead of a corpus (`save_seen`).
+    """
+    if files.exists(files.join(uri, SEEN)):
+        return _read_seen(files.join(uri, SEEN))
     found, record = corpus_cells(training_corpus(uri)), artifacts.find(uri)
     if record is None or record.kind != "checkpoint" or found.corpus is None:
         return found
     return replace(found, held_out=held_out_of(record, found.corpus))
+
+
+def save_seen(cells: AuditedCells, uri: str) -> None:
+    """Write training cells as hashes of counts, names, data sets and donors: what `compare_cells` needs, and no counts."""
+    columns: dict[str, pa.Array] = {"name": pa.array(cells.names.tolist())}
+    columns |= {
+        name: pa.array(_text(cells.obs[name]).tolist()).dictionary_encode() for name in COLUMNS if name in cells.obs
+    }
+    if cells.hashes is not None:
+        halves = cells.hashes.view(np.uint64).reshape(-1, 2)
+        columns |= {"a": pa.array(halves[:, 0]), "b": pa.array(halves[:, 1])}
+    rows = np.arange(len(cells.names))
+    held_out = np.isin(rows, cells.held_out) if cells.held_out is not None else np.zeros(len(rows), dtype=bool)
+    table = pa.table(columns | {"held_out": pa.array(held_out)})
+    tables.write_table(uri, table.replace_schema_metadata({"some_held_out": str(int(cells.held_out is not None))}))
+
+
+def _read_seen(uri: str) -> AuditedCells:
+    table = tables.read_table(uri)
+    hashes = _pairs(table["a"].to_numpy(), table["b"].to_numpy()) if "a" in table.column_names else None
+    obs = table.select([name for name in COLUMNS if name in table.column_names]).to_pandas()
+    some = (table.schema.metadata or {}).get(b"some_held_out") == b"1"
+    return AuditedCells(
+        hashes=hashes, names=np.asarray(table["name"].to_pylist(), dtype=np.str_), obs=obs,
+        held_out=np.flatnonzero(table["held_out"].to_numpy()) if some else None,
+    )  # fmt: skip
 
 
 def held_out_of(checkpoint: artifacts.Record, corpus: Corpus) -> npt.NDArray[np.int64] | None:

@@ -9,8 +9,9 @@ from mixgf.config.run import Config
 from mixgf.console import say
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint, huggingface
+from mixgf.encoder.bert import MaskedModel
 from mixgf.encoder.huggingface import CONFIG_FIELDS, DICTIONARIES, WEIGHT_FILES
-from mixgf.genes.vocabulary import PAD, SPECIALS
+from mixgf.genes.vocabulary import PAD, SPECIALS, Vocabulary
 from mixgf.stages.import_weights import SCHEMA
 from mixgf.storage import artifacts, files
 
@@ -28,6 +29,12 @@ def export(settings: Config) -> str:
     if not artifacts.begin(uri, record):
         say(f"export: {uri} is already there")
         return uri
+    artifacts.finish(uri, record, files=artifacts.checksums_of(uri, write_bert(model, corpus.vocabulary, uri)))
+    return uri
+
+
+def write_bert(model: MaskedModel, vocabulary: Vocabulary, to: str) -> list[str]:
+    """Write a model as `transformers` reads it (`BertForMaskedLM`), with its token dictionary; returns names of files."""
     row = model.encoder.sizes
     sizes = {theirs: to_dict(row)[ours] for ours, theirs in CONFIG_FIELDS.items()} | {
         "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": model.encoder.vocab_size, "pad_token_id": PAD,
@@ -39,10 +46,8 @@ def export(settings: Config) -> str:
         for k, v in huggingface.to_bert(model).items()
         if not k.startswith("cls.predictions.decoder")
     }
-    files.write_bytes(files.join(uri, WEIGHT_FILES[0]), save_tensors(state, metadata={"format": "pt"}))
-    vocabulary = corpus.vocabulary
+    files.write_bytes(files.join(to, WEIGHT_FILES[0]), save_tensors(state, metadata={"format": "pt"}))
     genes = zip(vocabulary.table["gene"].to_pylist(), vocabulary.table["token"].to_pylist(), strict=True)
-    files.write_json(files.join(uri, DICTIONARIES[0]), {name: i for i, name in enumerate(SPECIALS)} | dict(genes))
-    files.write_json(files.join(uri, "config.json"), sizes)
-    artifacts.finish(uri, record, files=artifacts.checksums_of(uri, (WEIGHT_FILES[0], DICTIONARIES[0], "config.json")))
-    return uri
+    files.write_json(files.join(to, DICTIONARIES[0]), {name: i for i, name in enumerate(SPECIALS)} | dict(genes))
+    files.write_json(files.join(to, "config.json"), sizes)
+    return [WEIGHT_FILES[0], DICTIONARIES[0], "config.json"]

@@ -28,7 +28,7 @@ ENCODER, CLASSIFIER = "encoder", "classifier"
 """Kinds of models."""
 _CODE = Path(mixgf.__file__).parent
 _SERVED = _CODE / "served_model.py"
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.h5ad")
+_DATA = shutil.ignore_patterns("__pycache__", "*.h5ad")
 
 
 def encoder(uri: str, corpus: str, card: str, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -46,6 +46,11 @@ def encoder(uri: str, corpus: str, card: str, metrics: Mapping[str, float] | Non
 def classifier(uri: str, card: str, metrics: Mapping[str, float]) -> dict[str, Any]:
     """The plain description of a kept classifier as a model; arguments as of `encoder`."""
     return {"kind": CLASSIFIER, "uri": uri, "card": card, "metrics": dict(metrics)}
+
+
+def published(folder: str, kind: str, card: str) -> dict[str, Any]:
+    """The plain description of a published model (`model_store`): its whole folder. `kind`: what MLflow serves of it."""
+    return {"kind": kind, "uri": folder, "card": card, "metrics": {}, "whole": True}
 
 
 def log(client: MlflowClient, experiment: str, runs: Sequence[str], name: str, model: Mapping[str, Any]) -> str:
@@ -112,7 +117,7 @@ def save(folder: Path, model: Mapping[str, Any], described: Any = None) -> None:
     with tempfile.TemporaryDirectory(prefix="mixgf-model-") as scratch:
         run, code = Path(scratch) / "run", Path(scratch) / "mixgf"
         _fetch(model, run)
-        shutil.copytree(_CODE, code, ignore=_LEFT_OUT)
+        shutil.copytree(_CODE, code, ignore=_left_out)
         mlflow.pyfunc.save_model(
             str(folder), python_model=str(_SERVED), artifacts={"run": str(run)}, code_paths=[str(code)],
             signature=signature(str(model["kind"])), pip_requirements=requirements(), mlflow_model=described,
@@ -121,9 +126,21 @@ def save(folder: Path, model: Mapping[str, Any], described: Any = None) -> None:
     (folder / "README.md").write_text(model["card"])
 
 
+def _left_out(folder: Any, names: list[str]) -> set[str]:
+    """Files of the package that a model does not need: bundled cells and models."""
+    return set(_DATA(folder, names)) | ({"models"} if Path(folder).name == "resources" else set())
+
+
 def _fetch(model: Mapping[str, Any], to: Path) -> None:
     """Copy what the model needs into a folder that `mixgf.api.load` or `load_classifier` takes."""
-    if model["kind"] == CLASSIFIER:
+    parts: dict[str, tuple[str, list[str]]]
+    if model.get("whole"):
+        root = model["uri"].rstrip("/")
+        parts = {}
+        for found in files.find(root):
+            folder, _, name = found.removeprefix(f"{root}/").rpartition("/")
+            parts.setdefault(folder, (files.join(root, folder) if folder else root, []))[1].append(name)
+    elif model["kind"] == CLASSIFIER:
         parts = {"": (model["uri"], [n for n in files.list_dir(model["uri"]) if not n.endswith("/")])}
     else:
         weights = [n for n in files.list_dir(model["uri"]) if n in ("record.json", "model.safetensors")]
