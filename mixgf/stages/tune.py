@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 
 from mixgf.config.fields import content_of, names
-from mixgf.config.parse import fingerprint, from_dict, to_dict
+from mixgf.config.parse import by_field, fingerprint, from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.console import say, warn
 from mixgf.corpus.reader import Corpus
@@ -77,6 +77,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             mlflow_runs.stage(config, "tune", {"tune": record.config["tune"]}, record.fingerprint) as tracked,
             watch(config, "tune", tracked, uri) as watched,
         ):
+            tracked.corpus(corpora[arms[0].key], "training")
             sweep = Sweep(
                 config=config, uri=uri, executor=executor, tracked=tracked, meter=watched.meter, corpora=corpora, steps=steps
             )  # fmt: skip
@@ -259,6 +260,7 @@ def _publish(sweep: Sweep, record: artifacts.Record, arms: Sequence[Arm]) -> Non
     details = {
         "arms": [{"key": a.key, "name": a.name, "changes": dict(a.changes)} for a in arms], "best": best, "failed": failed,
         "sentence": analysis.sentence(effects, final),
+        "base": {name: value for name, value in by_field(arms[0].config).items() if name.startswith("train.")},
     }  # fmt: skip
     artifacts.finish(
         uri,
@@ -274,6 +276,8 @@ def _publish(sweep: Sweep, record: artifacts.Record, arms: Sequence[Arm]) -> Non
     say(f"tune: {details['sentence']}")
     say(f"tune: best arm: {winner.name}; train it by itself: mixgf pretrain --config {files.join(uri, 'best.json')}")
     figures = final[(final["what"] == winner.name) & (final["metric"] == "score")].iloc[0]
+    for name in ("final", "effects", "arms"):
+        tracked.table(name, pa.Table.from_pandas(tables[name], preserve_index=False))
     tracked.summary({"best_score": float(figures["select"]), "best_test_score": float(figures["test"])})
     if config.tune.register:
         version = _register(config, winner, trainings, final=final, tracked=tracked, sentence=str(details["sentence"]))

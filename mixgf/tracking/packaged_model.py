@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import re
 import shutil
 import tempfile
@@ -89,17 +90,27 @@ def log(client: MlflowClient, experiment: str, runs: Sequence[str], name: str, m
 def register(client: MlflowClient, name: str, model_id: str, *, run_id: str, card: str, server: bool) -> str:
     """Make a logged model a version of a registered one, once; returns the version. `server`: the tracker is one."""
     from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     with contextlib.suppress(MlflowException):  # it exists; an unreachable registry fails below
         client.create_registered_model(name)
-    folder = client.get_logged_model(model_id).artifact_location
-    for version in client.search_model_versions(f"name='{name}'"):
-        if version.source in (folder, f"models:/{model_id}"):
-            return str(version.version)
-    # a server follows the link to the logged model; a database looks for it at the tracker of the process, not at its own
-    source = f"models:/{model_id}" if server else folder
-    made = client.create_model_version(name, source, run_id=run_id, description=card, model_id=model_id)
-    return str(made.version)
+    logged = client.get_logged_model(model_id)
+    folder = logged.artifact_location
+    there = [
+        one for one in client.search_model_versions(f"name='{name}'") if one.source in (folder, f"models:/{model_id}")
+    ]
+    if there:
+        version = str(there[0].version)
+    else:
+        # a server follows the link to the logged model; a database looks for it at the tracker of the process, not at its own
+        source = f"models:/{model_id}" if server else folder
+        made = client.create_model_version(name, source, run_id=run_id, description=card, model_id=model_id)
+        version = str(made.version)
+    if not server:  # which links the two itself
+        mine, versions = {"name": name, "version": version}, json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+        if mine not in versions:
+            client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*versions, mine])})
+    return version
 
 
 def save(folder: Path, model: Mapping[str, Any], described: Any = None) -> None:

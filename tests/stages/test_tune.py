@@ -125,6 +125,9 @@ def test_mlflow_has_one_parent_and_a_child_per_training_with_the_arms_parameters
     for part in ("## Data", "## Recipe", "## Scores", "## Limits", "human", "zero-shot macro F1"):
         assert part in versions[0].description, part
     assert len(parents[0].outputs.model_outputs) == 1
+    assert [one.tags[0].value for one in parents[0].inputs.dataset_inputs] == ["training"]
+    shown = {one["path"] for one in json.loads(parents[0].data.tags["mlflow.loggedArtifacts"])}
+    assert shown == {"final.json", "effects.json", "arms.json"}
 
 
 def test_the_best_arm_is_a_config_that_pretrain_takes_as_it_is(undisturbed):
@@ -408,8 +411,9 @@ def test_a_ladder_with_held_out_cells_has_their_loss_at_every_rung_and_its_curve
         rows = read_table(f"{uri}/trials/{row.arm[:12]}-0/pretrain/history.parquet").to_pylist()
         logged = {one["step"]: one["value"] for one in rows if one["name"] == "heldout_loss"}
         assert row.heldout_loss == pytest.approx(logged[row.step], rel=1e-6), "as the training itself has it at its end"
-    page = build.render(load.load_results(settings), "key")
-    assert "the fitted held-out loss is" in page
+    other = replace(settings, train=replace(settings.train, max_steps=500))  # a report by another recipe
+    page = build.render(load.load_results(other), "key")
+    assert "Optimizer steps: at 8 the fitted held-out loss is" in page
     assert page.index("Loss on held-out cells by optimizer steps") < page.index("Zero-shot macro F1 by optimizer steps")
 
 

@@ -1,5 +1,6 @@
 """Models in MLflow: loaded without unpickling, they answer as the Python API does."""
 
+import json
 import subprocess
 import sys
 import time
@@ -79,6 +80,7 @@ def test_a_registered_classifier_answers_on_a_file_as_annotate_does_and_nothing_
     assert [one.name for one in logged] == ["classifier-islet"], (
         "MLflow's table of runs shows a model in the row of its source"
     )
+    assert json.loads(logged[0].tags["mlflow.modelVersions"]) == [{"name": "islet-islet", "version": "1"}]
     for made_by in (version.run_id, output):
         assert [one.model_id for one in client.get_run(made_by).outputs.model_outputs] == [logged[0].model_id]
     assert {m.key for m in logged[0].metrics} == {"test/accuracy", "test/macro_f1"}

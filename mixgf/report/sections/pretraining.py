@@ -20,7 +20,7 @@ CURVES = {
     "wait_share": "Share of time waiting for data", "mfu": "Share of peak FLOPs", "grad_norm": "Gradient norm",
     "heldout_loss": "Total loss, held-out cells", "heldout_mlm": "Masked genes (MLM), held-out cells",
     "heldout_contrast": "Contrast (SimCSE), held-out cells",
-    "heldout_contrast_accuracy": "Share of cells nearest to their other view, held-out cells",
+    "heldout_contrast_accuracy": "Contrast accuracy, held-out cells",
     "alignment": "Alignment of two views", "uniformity": "Uniformity of embeddings", "memory_gb": "Memory (GB)",
 }  # fmt: skip
 """Name of a training curve in the history to its name for readers. Other curves keep their own name."""

@@ -160,7 +160,8 @@ def _scaling_curves(results: RunResults, arm_scores: pd.DataFrame) -> list[Any]:
     record, blocks = results.records["tune"], []
     for field, axis in SCALING_FIELDS.items():
         part, leaf = field.split(".")
-        base = float(getattr(getattr(results.config, part), leaf))
+        of_config = getattr(getattr(results.config, part), leaf)  # sweeps of earlier versions do not name it
+        base = float(record.details.get("base", {}).get(field, of_config))
         for measure in SCALED:
             if measure.column not in arm_scores:
                 continue
