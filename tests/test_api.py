@@ -168,7 +168,7 @@ def test_counts_may_lie_in_a_layer_and_genes_in_a_column(cells, encoder):
     assert np.array_equal(encoder.embed(other, layer="counts", genes="id"), encoder.embed(cells))
     with pytest.raises(
         mg.UserError,
-        match=r"adata: count .* is not a whole number; .* give raw counts \(layer = 'raw' or a layer's name\)",
+        match=r"adata: count .* is not a whole number; X is already log-normalised; layer 'counts' holds counts: layer='counts'",
     ):
         encoder.embed(other, genes="id")
 
