@@ -106,7 +106,9 @@ def pipeline_dataset(tasks: Sequence[Task], needs: Needs) -> Dataset:
         for step in pipeline.steps:
             data = _mapped(data, _transforming(step), **resources)
         write = _writing(pipeline.write)
-        return _mapped(data, _as_class(write) if needs.gpus else write, **resources, **last)
+        whole = _mapped(data, _as_class(write) if needs.gpus else write, **resources, **last)
+        whole.set_name(pipeline.name)  # in Ray's dashboard
+        return whole
 
 
 def _mapped(data: Dataset, function: Callable[[pa.Table], Iterator[pa.Table]] | type, **options: Any) -> Dataset:
