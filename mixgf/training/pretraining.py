@@ -107,13 +107,13 @@ def blank_model(config: Config, vocab_size: int) -> MaskedModel:
             idle += [encoder.norm, encoder.layers, encoder.positions]
         for part in idle:
             part.requires_grad_(False)
-    if encoder_residual_is_idle(config):
+    if _residual_is_idle(config):
         assert model.encoder.residual is not None
         model.encoder.residual.requires_grad_(False)
     return model
 
 
-def encoder_residual_is_idle(config: Config) -> bool:
+def _residual_is_idle(config: Config) -> bool:
     """Whether the encoder has a residual (`model.residual`) that no loss depends on."""
     o = config.objective
     contrast = o.contrast_weight > 0 or o.simcsepp_weight > 0 or o.ortholog_weight > 0
