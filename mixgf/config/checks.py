@@ -6,12 +6,21 @@ from collections.abc import Iterable
 
 from mixgf.errors import UserError
 
+SHOWN = 120
+"""Characters of a value that a message shows."""
+
 
 def require(ok: bool, path: str, value: object, allowed: str) -> None:  # noqa: FBT001 (a condition reads better first)
     """Raise a `UserError` that names the field, its value and what is allowed, unless `ok`."""
     if not ok:
-        msg = f"{path} = {value!r}: must be {allowed}"
+        msg = f"{path} = {shown(value)}: must be {allowed}"
         raise UserError(msg)
+
+
+def shown(value: object) -> str:
+    """A value as Python text, cut to `SHOWN` characters for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def split_named(text: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mixgf.config.checks import require
-from mixgf.config.expressions import check_expression
+from mixgf.config.expressions import MAX_LENGTH, check_expression
 from mixgf.config.fields import check, option
 from mixgf.config.training import LayerChoice
 
@@ -37,7 +37,7 @@ class Classify:
     label_id: str = option("", role="cells", omit_default=True)
     """Column of `obs` with the Cell Ontology id of each label, for example cell_type_ontology_term_id. The kept classifier carries
     them for `mixgf annotate --ontology`. Empty: none."""
-    cells: str = option("", role="cells")
+    cells: str = option("", role="cells", longest=MAX_LENGTH, lines=True)
     """Cells that take part, as an expression over `obs`, for example organ == 'pancreas'. Empty: all cells."""
     merge: Mapping[str, tuple[str, ...]] = option({}, role="cells", omit_default=True)
     """New label to the labels that it replaces, for example {"T cell": ["CD4 T cell", "CD8 T cell"]}."""
@@ -53,11 +53,11 @@ class Classify:
     """Column of data sets, for held-out-dataset splits."""
     transfer: str = option("organ", role="cells")
     """Column within which species are compared, and data sets of one species. Without this column all cells are one group."""
-    min_class_fraction: float = option(0.005, role="cells")
+    min_class_fraction: float = option(0.005, role="cells", least=0, below=1)
     """Types rarer than this share of the group's cells are dropped, as in the paper."""
     test_fraction: float = option(0.2, role="cells", above=0, below=1)
     """Share of the cells that are tested (paper: 80:20). Donor splits hold out whole donors."""
-    validation_fraction: float = option(0.1, role="cells")
+    validation_fraction: float = option(0.1, role="cells", least=0, below=1)
     """Share of the training cells on which the epoch is selected. Test cells are never used for this."""
     splits: tuple[str, ...] = option(("random", "species"), role="asked", choices=SPLITS)
     """Kinds of splits: `random` cells (the paper), held-out `donor`, held-out `dataset`, the other `species`."""
@@ -102,23 +102,23 @@ class Classify:
     integration_cells: int = option(0, role="models", least=0)
     """Cells, drawn at random, on which each embedding is scored for the species and batches still visible in it.
     0: not scored."""
-    knn: int = option(5, role="heads")
+    knn: int = option(5, role="heads", least=1)
     """Neighbours that vote in `knn`, `pca_knn` and `joint_pca`."""
-    num_hvgs: int = option(2000, role="heads")
+    num_hvgs: int = option(2000, role="heads", least=1)
     """Highly variable genes of the baselines that select genes."""
     align: bool = option(True, role="heads")
     """Cells of a data set or species without training cells are read relative to their own mean, for every model: the unlabelled
     cells to predict are seen. Models on sentences read one-to-one orthologs, and their class scores are shifted to the mean of the
     training cells. False: relative to the training cells."""
-    epochs: int = option(10, role="finetune")
+    epochs: int = option(10, role="finetune", least=1)
     """Epochs of fine-tuning."""
-    min_steps: int = option(0, role="finetune", unit="steps")
+    min_steps: int = option(0, role="finetune", least=0, unit="steps")
     """Fewest steps of fine-tuning: epochs are added for small data sets until they are reached. 0: `epochs` decides."""
-    lr: float = option(5e-5, role="finetune")
+    lr: float = option(5e-5, role="finetune", above=0)
     """Peak learning rate of fine-tuning."""
-    batch_cells: int = option(8, role="finetune", unit="cells")
+    batch_cells: int = option(8, role="finetune", least=1, unit="cells")
     """Batch size of fine-tuning."""
-    warmup_steps: int = option(500, role="finetune", unit="steps")
+    warmup_steps: int = option(500, role="finetune", least=0, unit="steps")
     """Warm-up of the learning rate in fine-tuning, at most a quarter of all steps."""
     freeze_layers: int | Literal["all"] = option(0, role="finetune", least=0, word="'all'")
     """Encoder layers, from the embedding on, that fine-tuning does not change: a number, or `all`."""
@@ -135,7 +135,7 @@ class Classify:
     """Fine-tune low-rank adapters (LoRA) of this rank instead of all weights. 0: all weights."""
     lora_alpha: float = option(16.0, role="finetune", above=0)
     """LoRA adapters are scaled by alpha / rank."""
-    max_len: int = option(0, role="finetune", unit="tokens")
+    max_len: int = option(0, role="finetune", least=0, unit="tokens")
     """Longest sentence that is read. 0: as in the corpus. The encoder reads at most `model.max_positions` tokens; the weights
     of `gene_weights` read all."""
     keep: bool = option(True, role="asked")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mixgf.config.checks import require
 from mixgf.config.classification import HEADS
-from mixgf.config.expressions import check_expression
+from mixgf.config.expressions import MAX_LENGTH, check_expression
 from mixgf.config.fields import check, option, required
 
 
@@ -17,9 +17,9 @@ class ShiftSpec:
 
     name: str = required()
     """Name in tables and figures, unique."""
-    before: str = required()
+    before: str = required(longest=MAX_LENGTH, lines=True)
     """Expression over `obs` that chooses the first set."""
-    after: str | None = required()
+    after: str | None = required(longest=MAX_LENGTH, lines=True)
     """Expression that chooses the second set. null: two random halves of `before` are compared, as a control."""
     tag: str = option("")
     """Shifts of the same tag are expected to be alike. Empty: no expectation."""
@@ -27,6 +27,7 @@ class ShiftSpec:
     """Take the shift within the values of `compare.within`. False: compare the sets as they are, such as two cell types."""
 
     def __post_init__(self) -> None:
+        check(self, "compare.shifts[]")
         for field in ("name", "before", "after"):
             value = getattr(self, field)
             require(value is None or value.strip() != "", f"compare.shifts[].{field}", value, "given")

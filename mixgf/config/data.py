@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mixgf.config.checks import require
+from mixgf.config.checks import require, shown
 from mixgf.config.fields import check, option, required
 
 
@@ -15,12 +15,19 @@ class SpeciesRow:
 
     name: str
     """Name in sources (human=FILE) and in the corpus' column species."""
-    taxon: int
+    taxon: int = required(least=1)
     """NCBI taxonomy id."""
     gene_prefix: str
     """Prefix of its Ensembl gene ids, for example ENSG."""
     genes: str = required(path=True)
     """URI of its gene table (Parquet: gene, symbol, biotype, is_mito, previous, alias). `resource:` names a bundled file."""
+
+    def __post_init__(self) -> None:
+        check(self, "species[]")
+        require(
+            self.name.strip(" .") != "" and "/" not in self.name and "\\" not in self.name, "species[].name", self.name,
+            "a name without slashes, for example human",
+        )  # fmt: skip
 
 
 HUMAN = SpeciesRow(name="human", taxon=9606, gene_prefix="ENSG", genes="resource:genes_human.parquet")
@@ -54,6 +61,7 @@ class Source:
     """Columns of `obs` to rename, old name to new, for example {"donor_id": "donor"}. They are kept without being in `obs`."""
 
     def __post_init__(self) -> None:
+        check(self, f"sources[{shown(self.name or self.uri)}]")
         for name in self.obs:
             new, eq, old = name.partition("=")
             require(
@@ -156,7 +164,7 @@ class Tokens:
 class Prepare:
     """How the corpus is divided into tasks and files. No sentence depends on it."""
 
-    shard_cells: int = option(10_000, unit="cells")
+    shard_cells: int = option(10_000, least=1, unit="cells")
     """Cells of a source per task and Parquet shard."""
     block_cells: int = option(128, result=False, least=1, unit="cells")
     """Cells held in memory at a time."""

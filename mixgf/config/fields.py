@@ -10,7 +10,9 @@ metadata (`Facts`). The readers here answer the questions that the stages ask:
 | Which fields have a certain role? | `names` |
 | Which values are paths on this machine? | `with_absolute_paths` |
 
-`least`, `above`, `most`, `below` and `choices` hold for each item of a list and each value of a mapping.
+`least`, `above`, `most`, `below` and `choices` hold for each item of a list and each value of a mapping. Every number has a lower
+or an upper limit of its own. Beside these, numbers are finite, whole numbers lie within `MOST_WHOLE` and others within
+`MOST_NUMBER`, and text has no line breaks and at most `longest` characters.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from mixgf.errors import UserError
+from mixgf.config.checks import require
 
 T = TypeVar("T")
 _KEY = "mixgf"
+MOST_WHOLE = 2**31 - 1
+"""Largest whole number of a field without `most` or `below`; below 0, the smallest."""
+MOST_NUMBER = 1e12
+"""The same for other numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +62,17 @@ class Facts:
     choices: tuple[str, ...] = ()
     named: tuple[tuple[str, int], ...] = ()
     """Names of values, such as a published convention; a config holds the value."""
+    longest: int = 4096
+    """Most characters of a text."""
+    lines: bool = False
+    """A text may have line breaks."""
     word: str = ""
     """Allowed beside the numbers, for messages: `'all'` or `null`. The field's type says so too."""
+
+    @property
+    def limits_size(self) -> bool:
+        """Whether the field has an upper limit of its own."""
+        return self.most is not None or (self.below is not None and self.below > 0)
 
     @property
     def allowed(self) -> str:
@@ -65,7 +80,7 @@ class Facts:
         if self.choices:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        words = " and ".join(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)
+        words = " and ".join(f"{word} {limit:.12g}" for word, limit in bounds.items() if limit is not None)
         others = [*(repr(name) for name, _ in self.named), *([self.word] if self.word else [])]
         return " or ".join([words, *others]) if words else words
 
@@ -146,29 +161,55 @@ def check(part: Any, path: str) -> None:
     Raises:
         UserError: A value is not allowed.
     """
-    for name, facts in facts_of(part).items():
-        if not facts.allowed:
-            continue
-        for value in _single_values(getattr(part, name)):
-            fits = value in facts.choices if facts.choices else _within(value, facts)
-            if not fits:
-                msg = f"{path}.{name} = {value!r}: must be {facts.allowed}"
-                raise UserError(msg)
+    for field in dataclasses.fields(part):
+        facts: Facts = field.metadata.get(_KEY, Facts())
+        where = f"{path}.{field.name}" if path else field.name
+        fractions, found = "float" in str(field.type), getattr(part, field.name)
+        for name in found if isinstance(found, Mapping) else ():
+            require(not (allowed := _refusal(name, Facts(), fractions=False)), f"{where}: name", name, allowed)
+        for value in _single_values(found):
+            allowed = _refusal(value, facts, fractions=fractions)
+            require(not allowed, where, value, allowed)
 
 
 def _single_values(value: Any) -> Iterator[Any]:
-    """The value, the items of a list, or the values of a mapping; nothing for None."""
+    """The value, the items of a list, or the values of a mapping and their items; nothing for None."""
     if isinstance(value, Mapping):
-        yield from value.values()
+        for item in value.values():
+            yield from _single_values(item)
     elif isinstance(value, tuple):
         yield from value
     elif value is not None:
         yield value
 
 
-def _within(value: Any, facts: Facts) -> bool:
-    if not isinstance(value, int | float):
-        return True  # a word beside the numbers, such as "all": the field's type allows it
+def _refusal(value: Any, facts: Facts, *, fractions: bool) -> str:
+    """What a value must be, where it is not; `fractions` says whether a number may have some."""
+    if facts.choices:
+        return "" if value in facts.choices else facts.allowed
+    if isinstance(value, str):  # a text, or a word beside the numbers, such as "all": the field's type allows it
+        return _text_refusal(value, facts)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if not fractions and not isinstance(value, int):
+        return "a whole number" + f", {facts.allowed}" * bool(facts.allowed)
+    largest = MOST_NUMBER if fractions else MOST_WHOLE
+    if _within(value, facts) and (facts.limits_size or abs(value) <= largest):  # NaN is within no limits
+        return ""
+    return (
+        facts.allowed if abs(value) <= largest else f"{facts.allowed or 'a finite number'}, and within {largest:,.0f}"
+    )
+
+
+def _text_refusal(text: str, facts: Facts) -> str:
+    if len(text) > facts.longest:
+        return f"text of at most {facts.longest:,} characters, not {len(text):,}"
+    return "" if facts.lines or not {"\0", "\n", "\r"} & set(text) else "text without line breaks"
+
+
+def _within(value: float, facts: Facts) -> bool:
+    if value != value or abs(value) == float("inf"):  # noqa: PLR0124 (NaN is not itself)
+        return False
     return (
         (facts.least is None or value >= facts.least)
         and (facts.above is None or value > facts.above)

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mixgf.config.checks import did_you_mean, split_named
+from mixgf.config.checks import SHOWN, did_you_mean, shown, split_named
 from mixgf.config.data import Source
 from mixgf.config.fields import Facts, facts_of, required_names
 from mixgf.config.run import Config
@@ -64,6 +64,30 @@ def _limits(facts: Facts) -> str:
     return f" [{'; '.join(known)}]" if known else ""
 
 
+class DuplicateKeyError(ValueError):
+    """A JSON object has one key twice."""
+
+
+def read_json(text: str | bytes) -> Any:
+    """The value of JSON text. A key that an object has twice is an error, not a choice of the last one.
+
+    Raises:
+        ValueError: The text is no JSON.
+        DuplicateKeyError: An object has a key twice.
+    """
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        msg = f"the key {shown(twice)} is given twice; keep one"
+        raise DuplicateKeyError(msg)
+    return found
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain JSON form of a config or of one of its sections."""
     return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
@@ -105,7 +129,7 @@ def override(config: Config, assignments: list[str]) -> Config:
     for assignment in assignments:
         path, eq, text = assignment.partition("=")
         if not eq:
-            msg = f"--set {assignment}: must look like section.field=value"
+            msg = f"--set {assignment[:SHOWN]}: must look like section.field=value"
             raise UserError(msg)
         node, cls = data, typing.cast("Any", Config)
         *parents, leaf = path.strip().split(".")
@@ -116,14 +140,18 @@ def override(config: Config, assignments: list[str]) -> Config:
             cls = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
             if not dataclasses.is_dataclass(cls):
                 where = ".".join(parents[: i + 1])
-                msg = f"--set {assignment}: no section {where!r}; {did_you_mean(name, sections(), 'sections:')}"
+                msg = f"--set {assignment[:SHOWN]}: no section {where!r}; {did_you_mean(name, sections(), 'sections:')}"
                 raise UserError(msg)
             node = node[name]
         hints = typing.get_type_hints(cls)
         if leaf not in hints:
             now = RENAMED.get(path.strip())
             known = f"no field {leaf!r}; {did_you_mean(leaf, sorted(hints), 'known:')}"
-            msg = f"--set {assignment}: {path.strip()} is now {now}" if now else f"--set {assignment}: {known}"
+            msg = (
+                f"--set {assignment[:SHOWN]}: {path.strip()} is now {now}"
+                if now
+                else f"--set {assignment[:SHOWN]}: {known}"
+            )
             raise UserError(msg)
         node[leaf] = _read_value(hints[leaf], text, facts_of(cls)[leaf])
     return from_dict(Config, data)
@@ -190,8 +218,11 @@ def _read_value(hint: Any, text: str, facts: Facts) -> Any:
     if hint is str:
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return read_json(text)
+    except DuplicateKeyError as error:
+        msg = f"--set: {error}"
+        raise UserError(msg) from None
+    except (ValueError, RecursionError):
         parts = [part.strip() for part in text.split(",")]
     if typing.get_origin(hint) is tuple:
         return parts
@@ -217,7 +248,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             fields = ", ".join(typing.get_type_hints(hint))
-            msg = f"{path} = {value!r}: must be an object with fields {fields}"
+            msg = f"{path} = {shown(value)}: must be an object with fields {fields}"
             raise UserError(msg)
         return from_dict(typing.cast("type[Any]", hint), value, path)
     if origin is tuple:
@@ -225,7 +256,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         return tuple(_coerce(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(values))
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            msg = f"{path} = {value!r}: must be {_mapping_form(value, arguments[1])}"
+            msg = f"{path} = {shown(value)}: must be {_mapping_form(value, arguments[1])}"
             raise UserError(msg)
         return {str(name): _coerce(arguments[1], v, f"{path}[{name}]") for name, v in value.items()}
     allowed = [
@@ -234,10 +265,10 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     for one in allowed:
         if value == one if isinstance(one, str) else type(value) is one:
             return value
-    if float in allowed and type(value) is int:
+    if float in allowed and type(value) is int and abs(value) < 1e300:
         return float(value)
     words = " or ".join(repr(one) if isinstance(one, str) else _WORDS[one] for one in allowed)
-    msg = f"{path} = {value!r}: must be {words}"
+    msg = f"{path} = {shown(value)}: must be {words}"
     raise UserError(msg)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixgf.config.checks import require
-from mixgf.config.expressions import check_expression
+from mixgf.config.expressions import MAX_LENGTH, check_expression
 from mixgf.config.fields import check, option
 from mixgf.config.training import LAYERS
 
@@ -19,11 +19,11 @@ SCREENED = ("delete", "overexpress")
 class Perturb:
     """In silico perturbation (paper sections 4.2 and 4.5)."""
 
-    start: str = option("")
+    start: str = option("", longest=MAX_LENGTH, lines=True)
     """Cells that are perturbed, as an expression over `obs`, for example cell_type == 'alpha' and species == 'human'."""
-    goal: str = option("")
+    goal: str = option("", longest=MAX_LENGTH, lines=True)
     """Cells that define the goal state. Empty: no goal; the shift is then 1 - cos(original, perturbed)."""
-    alternatives: tuple[str, ...] = option(())
+    alternatives: tuple[str, ...] = option((), longest=MAX_LENGTH, lines=True)
     """Expressions of further states. Shifts towards each of them, and towards their average, are reported too."""
     unrelated: int = option(6, least=0)
     """States that are added as controls where there is a goal and no `alternatives`: they show effects that go everywhere.
@@ -33,7 +33,7 @@ class Perturb:
         ("delete", "overexpress"), choices=("delete", "overexpress", "inhibit", "activate")
     )
     """What is done to a gene: `delete`, `overexpress`, `inhibit`, `activate`."""
-    rank_share: float = option(0.25)
+    rank_share: float = option(0.25, above=0, most=1)
     """How far inhibit and activate move a gene, as a share of the sentence."""
     genes: tuple[str, ...] = option(())
     """Ensembl ids or symbols; `+` joins genes that are perturbed together. Empty: all detected genes."""
@@ -42,11 +42,11 @@ class Perturb:
     of a `screen` cannot be told from usual ones. null: 100 after a screen, else 0."""
     anchor: str = option("")
     """A gene that is perturbed together with each of the others (pairs), and once alone. Empty: none."""
-    min_coverage: float = option(0.05)
+    min_coverage: float = option(0.05, least=0, most=1)
     """Genes in the sentences of a smaller share of the start cells are not tested."""
-    max_genes: int = option(0)
+    max_genes: int = option(0, least=0)
     """Test only this many genes, those with the highest coverage. 0: all."""
-    max_cells: int = option(200)
+    max_cells: int = option(200, least=0)
     """Start cells that are perturbed, drawn at random and balanced over donors. 0: all. A screen takes as many others, or,
     where there are too few, half of them. States always use all their cells."""
     variant: str = option("remaining", choices=("remaining", "all", "cls"))
@@ -63,13 +63,13 @@ class Perturb:
     controls: bool = option(True)
     """Negative controls beside the hits: the same genes by an untrained twin of the encoder, which takes as long as the run
     itself, and towards false goals, which take no time. The error rate of hits is taken from the false goals."""
-    block_genes: int = option(64)
+    block_genes: int = option(64, least=1)
     """Genes per work unit."""
-    block_cells: int = option(16)
+    block_cells: int = option(16, least=1)
     """Cells per work unit."""
-    micro_tokens: int = option(16_384, result=False, unit="tokens")
+    micro_tokens: int = option(16_384, result=False, least=1, unit="tokens")
     """Most tokens in one forward pass. Changes speed and memory only."""
-    num_permutations: int = option(10_000)
+    num_permutations: int = option(10_000, least=1)
     """Most sign flips of donors in a test. Fewer donors allow fewer."""
     test: str = option("donor", choices=("donor", "published"))
     """`donor`: an effect must repeat over donors. `published`: the published rank-sum test against the pooled shifts of all
@@ -88,7 +88,7 @@ class Perturb:
     """Ranks per cell at which the estimate is exact. More is more accurate and slower."""
     screen_sample: int = option(64, least=10)
     """Genes drawn at random that are scored exactly as well, to check the estimate."""
-    screen_agreement: float = option(0.8)
+    screen_agreement: float = option(0.8, least=-1, most=1)
     """Least rank correlation of estimated and exact shifts of these genes. Below it, all genes are scored exactly."""
     budget_hours: float = option(0.0, result=False, least=0, unit="h")
     """Worker-hours to spend over all runs together (a worker has compute.cpus_per_worker and gpus_per_worker). Genes that are
@@ -97,7 +97,7 @@ class Perturb:
     """The same limit as money, at perturb.price. 0: no limit."""
     price: float = option(0.0, result=False, least=0, unit="per worker-hour")
     """Price of one worker-hour, in your currency. 0: not known."""
-    worker_flops: float = option(0.0, result=False, least=0, unit="FLOP/s")
+    worker_flops: float = option(0.0, result=False, least=0, most=1e21, unit="FLOP/s")
     """Speed of a worker, for the estimate of --dry-run. 0: it is measured, in a few seconds."""
 
     @property

@@ -25,11 +25,11 @@ class Compute:
     resize_seconds: float = option(60.0, least=1, unit="s")
     """With `min_workers`: time between two checks for room for more workers. On a change of size the group restarts from its
     latest checkpoint."""
-    cpus_per_worker: float = option(1.0)
+    cpus_per_worker: float = option(1.0, above=0)
     """CPUs that a worker reserves in Ray."""
-    gpus_per_worker: float = option(0.0)
+    gpus_per_worker: float = option(0.0, least=0)
     """GPUs that a worker reserves in Ray; below 1, a share of one. 0: the CPU computes. A run stops if a GPU is missing."""
-    max_failures: int = option(3)
+    max_failures: int = option(3, least=0)
     """Times that a lost group of training workers is restarted."""
 
     def __post_init__(self) -> None:
@@ -65,6 +65,9 @@ class Inputs:
     neighbours: str = option("", path=True)
     """Neighbours of the corpus' cells, made by `pretrain` with objective.view=neighbour. Empty: made under `output`."""
 
+    def __post_init__(self) -> None:
+        check(self, "inputs")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
@@ -80,6 +83,9 @@ class Tracking:
     prices: str = option("")
     """URI of a JSON object, node type to price per node-hour, for the costs of a run. Empty: MIXGF_PRICES, else no prices."""
 
+    def __post_init__(self) -> None:
+        check(self, "tracking")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -89,7 +95,7 @@ class Config:
     """Name of the recipe that it began as."""
     output: str = option("runs/default", swept=False, path=True)
     """URI of the folder that receives every artifact of the run, local or s3://."""
-    seed: int = option(0, swept=False)
+    seed: int = option(0, swept=False, least=0)
     """Seed of every random draw."""
     species: tuple[SpeciesRow, ...] = option((HUMAN, MOUSE), role="corpus", swept=False)
     sources: tuple[Source, ...] = option((), role="corpus", swept=False)
@@ -115,6 +121,7 @@ class Config:
     tracking: Tracking = section(Tracking, swept=False)
 
     def __post_init__(self) -> None:
+        check(self, "")
         names = tuple(row.name for row in self.species)
         require(len(set(names)) == len(names), "species", names, "rows with different names")
         for i, source in enumerate(self.sources):

@@ -21,15 +21,15 @@ LAYERS = (("second_last", -2),)
 class Model:
     """The BERT encoder (paper section 3.3). Fields of the role `training` do not change the weights' shapes."""
 
-    num_layers: int = option(6)
+    num_layers: int = option(6, least=1, most=1000)
     """Transformer blocks."""
-    dim: int = option(256)
+    dim: int = option(256, least=1, most=65536)
     """Width of the hidden states and of a cell's vector."""
-    num_heads: int = option(4)
+    num_heads: int = option(4, least=1, most=1024)
     """Attention heads, which share `dim`."""
-    ffn_dim: int = option(512)
+    ffn_dim: int = option(512, least=1, most=1_048_576)
     """Width inside a feed-forward block."""
-    max_positions: int = option(2048, unit="tokens")
+    max_positions: int = option(2048, least=2, most=65536, unit="tokens")
     """Tokens of a sentence that the encoder reads, from its beginning."""
     activation: str = option("silu", choices=("silu", "relu", "gelu"))
     """Activation: `silu` as in the paper, `relu` and `gelu` as in published relatives."""
@@ -37,9 +37,9 @@ class Model:
     """Dropout after the embedding, attention and feed-forward blocks."""
     attention_dropout: float = option(0.0, role="training", least=0, below=1)
     """Dropout on attention weights. The paper gives none. Above 0, a slower exact attention is used."""
-    norm_eps: float = option(1e-12)
+    norm_eps: float = option(1e-12, above=0, below=1)
     """Added to the variance in layer norms."""
-    init_sd: float = option(0.02, role="training")
+    init_sd: float = option(0.02, role="training", above=0, most=10)
     """Standard deviation of the initial weights."""
     start: str = option("random", role="training", omit_default=True, choices=("random", "svd", "table"))
     """Token vectors before training: `random` (the paper); `svd`: of the genes' singular vectors in the corpus' sentences,
@@ -59,12 +59,12 @@ class Model:
 class Objective:
     """What pretraining minimises (paper eq. 1 to 3). Fields of the role `contrast` matter only with a contrastive term."""
 
-    mlm_weight: float = option(1.0)
+    mlm_weight: float = option(1.0, least=0)
     """Weight of the masked-gene loss."""
     mlm_fraction: float = option(0.15, above=0, below=1)
     """Share of gene positions that are predicted. Of these, 80 % become <mask>, 10 % a random gene of the species, and 10 %
     stay as they are."""
-    contrast_weight: float = option(1.0)
+    contrast_weight: float = option(1.0, least=0)
     """Weight of the contrastive loss. 0: no contrastive loss and a single view."""
     view: str = option("dropout", role="contrast", choices=("dropout", "mask", "subsample", "ortholog", "neighbour"))
     """How the second view of a cell differs. `dropout` (the paper): same masked input, other dropout. `mask`: other masks.
@@ -73,7 +73,7 @@ class Objective:
     are centred over the batch."""
     neighbours: int = option(10, role="contrast", omit_default=True, least=1, unit="cells")
     """Nearest cells from which the view `neighbour` draws; at most one in 40 cells of the data set."""
-    subsample_fraction: float = option(0.8, role="contrast")
+    subsample_fraction: float = option(0.8, role="contrast", above=0, most=1)
     """Share of genes that the `subsample` view keeps."""
     temperature: float = option(0.05, role="contrast", above=0)
     """Temperature of the contrastive loss (tau of paper eq. 3)."""
@@ -87,15 +87,17 @@ class Objective:
     tokens.cls), or `ranked`: mean of the token vectors weighted by rank, and a residual of the layers (`model.residual`)."""
     gather_negatives: bool = option(True, role="contrast")
     """Use the cells of all workers as negatives, with gradients."""
-    simcsepp_weight: float = option(0.0)
+    simcsepp_weight: float = option(0.0, least=0)
     """Weight of the dimension-wise SimCSE++ loss. The published value is 0.1, with temperature 5."""
-    simcsepp_temperature: float = option(5.0)
+    simcsepp_temperature: float = option(5.0, above=0)
     """Temperature of the SimCSE++ loss."""
-    ortholog_weight: float = option(0.0)
+    ortholog_weight: float = option(0.0, least=0)
     """Weight of a contrastive loss between a cell and its gene-by-gene translation to the other species."""
 
     def __post_init__(self) -> None:
         check(self, "objective")
+        weights = (self.mlm_weight, self.contrast_weight, self.simcsepp_weight, self.ortholog_weight)
+        require(any(weights), "objective.mlm_weight", self.mlm_weight, "above 0 where every other weight is 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +109,7 @@ class Train:
 
     epochs: int = option(10, least=1)
     """Passes over all cells."""
-    max_steps: int = option(0, unit="steps")
+    max_steps: int = option(0, least=0, unit="steps")
     """Stop after this many optimizer steps; the learning rate's schedule ends there too. 0: all epochs."""
     cells_share: float = option(1.0, omit_default=True, above=0, most=1)
     """Share of the corpus' cells that are trained on, drawn at random. A smaller share is part of every larger one."""
@@ -128,11 +130,11 @@ class Train:
     """Peak learning rate of AdamW."""
     schedule: str = option("cosine", role="finetune", choices=("cosine", "linear", "constant"))
     """Learning rate after the warm-up: `cosine` or `linear` to zero, or `constant`."""
-    warmup_steps: int = option(10_000, unit="steps")
+    warmup_steps: int = option(10_000, least=0, unit="steps")
     """Steps in which the learning rate rises from 0 to its peak."""
-    weight_decay: float = option(0.001, role="finetune")
+    weight_decay: float = option(0.001, role="finetune", least=0)
     """Weight decay of AdamW, on matrices only."""
-    clip: float = option(1.0, role="finetune")
+    clip: float = option(1.0, role="finetune", least=0)
     """Largest norm of the gradient. 0: no clipping."""
     precision: str = option("fp32", role="finetune", choices=("fp32", "bf16"))
     """`fp32`, or `bf16` (autocast; the weights stay float32)."""
