@@ -307,6 +307,36 @@ def test_compose_publishes_on_loopback_alone():
     assert not any(s.get("network_mode") == "host" or s.get("privileged") for s in services.values())
 
 
+def test_no_service_has_capabilities_or_can_write_to_its_image():
+    for name, service in load("compose.yaml")["services"].items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service.get("cap_add", []) == (["CHOWN"] if name == "s3-volume" else []), name
+        assert service["read_only"] is True, name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
+def test_versions_with_known_vulnerabilities_are_not_used_and_the_list_says_what_is():
+    least = {"grafana/grafana": (12, 1, 10), "postgres": (17, 8)}
+    said = (CLUSTER / "VERSIONS.md").read_text()
+    for name, service in load("compose.yaml")["services"].items():
+        image, _, tag = service["image"].partition(":")
+        if image.startswith("mixgf"):
+            continue
+        assert f"| `{image}` | {tag} |" in said, name
+        numbers = tuple(map(int, re.findall(r"\d+", tag.partition("-")[0])))
+        assert numbers >= least.get(image, (0,)), f"{name}: {tag}"
+    assert re.search(r"Checked on \d{4}-\d\d-\d\d", said)
+
+
+def test_google_nodes_have_the_scopes_they_need_and_no_more():
+    types = load("gcp.yaml")["available_node_types"]
+    prefix = "https://www.googleapis.com/auth/"
+    for name, row in types.items():
+        (account,) = row["node_config"]["serviceAccounts"]
+        wanted = {"devstorage.read_only"} | ({"compute"} if name == "head" else set())
+        assert {scope.removeprefix(prefix) for scope in account["scopes"]} == wanted, name
+
+
 def test_compose_is_complete_pinned_and_whole():
     config = load("compose.yaml")
     services = config["services"]
