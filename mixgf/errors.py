@@ -11,6 +11,8 @@ Other exceptions are errors of the program. The command line prints each as one 
 
 from __future__ import annotations
 
+import errno
+import os
 from importlib.util import find_spec
 
 
@@ -24,6 +26,33 @@ class StorageError(OSError):
 
 class AccessError(StorageError):
     """Object storage denies access: keys, rights or the bucket's name are wrong. Finished work is kept."""
+
+
+_FAULTS = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "files may not be larger (ulimit -f)",
+    errno.EROFS: "read-only file system",
+    errno.EMFILE: "too many open files",
+    errno.ENFILE: "too many open files on this machine",
+}
+_FILES = "raise the limit (ulimit -n 4096), or use fewer workers (compute.num_workers)"
+_SPACE = "free some, or choose another --output or TMPDIR"
+
+
+def machine_fault(error: BaseException) -> str:
+    """One line for a full disk or too few file handles behind an error, with the way out; empty for other errors."""
+    seen: BaseException | None = error
+    while seen is not None:
+        code = seen.errno if isinstance(seen, OSError) else None
+        if code not in _FAULTS:  # libraries put the system's words into errors of their own
+            code = next((one for one in _FAULTS if os.strerror(one) in str(seen)), None)
+        if code is not None:
+            name = getattr(seen, "filename", None)
+            way_out = _FILES if code in {errno.EMFILE, errno.ENFILE} else _SPACE
+            return f"{name or 'the disk'}: {_FAULTS[code]}; {way_out}. Finished work is kept, and the same command continues"
+        seen = seen.__cause__ or seen.__context__
+    return ""
 
 
 def require_package(module: str, purpose: str, requirement: str) -> None:

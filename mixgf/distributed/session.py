@@ -1,4 +1,8 @@
-"""One Ray session for a run: the cluster of RAY_ADDRESS, or a quiet local Ray in this process."""
+"""One Ray session for a run: the cluster of RAY_ADDRESS, or a quiet local Ray in this process.
+
+A local Ray is closed: its ports are bound to 127.0.0.1, calls need a token that only this process and its workers have, and
+its dashboard is off.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,16 @@ import atexit
 import contextlib
 import logging
 import os
+import secrets
 import shutil
+import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
 
 import ray
+from ray._private import ray_constants
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 from mixgf import termination
 from mixgf.config.run import Config
@@ -24,10 +32,10 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")  # Ray gives a busy laptop 60
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-if "RAY_ADDRESS" not in os.environ:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray is private to this process
 
 _QUIET = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
+CONNECT_SECONDS = 20.0
+"""Longest wait for the cluster of RAY_ADDRESS to answer."""
 OBJECT_STORE_BYTES = 256 << 20
 """Of a local Ray: counts never travel through the object store, so a small one does."""
 
@@ -41,8 +49,8 @@ def session(config: Config) -> Iterator[None]:
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="ERROR", log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _connect(address)
         say(f"ray: cluster at {ray.get_runtime_context().gcs_address}, {cpus():g} CPUs, {gpus():g} GPUs")
     else:
         # pools and training workers are sized by the config, so a laptop with fewer cores than workers still runs
@@ -78,6 +86,32 @@ def short_folder() -> str | None:
     raise UserError(msg)
 
 
+def _connect(address: str) -> None:
+    """Connect to the cluster of RAY_ADDRESS.
+
+    Raises:
+        UserError: None answers there, or it does not take the token.
+    """
+    host, _, port = address.rpartition("://")[2].strip("/").rpartition(":")
+    way_out = "start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine"
+    if port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            msg = f"RAY_ADDRESS = {address}: nothing answers there ({error}); {way_out}"
+            raise UserError(msg) from None
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    except ray.exceptions.AuthenticationError as error:
+        first = str(error).strip().split("\n")[0][:200]
+        msg = f"RAY_ADDRESS = {address}: {first}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token"
+        raise UserError(msg) from None
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0][:200]
+        msg = f"RAY_ADDRESS = {address}: {first}; {way_out}. A cluster with a token needs RAY_AUTH_MODE and RAY_AUTH_TOKEN"
+        raise UserError(msg) from None
+
+
 def _start(num_cpus: int, threads: int) -> None:
     """Start a local Ray; a machine so busy that it takes more than Ray's 30 seconds gets two more chances.
 
@@ -87,17 +121,19 @@ def _start(num_cpus: int, threads: int) -> None:
     folder = short_folder()
     if folder is not None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _require_token()
     for chance in (2, 1, 0):
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                logging_level="ERROR",
-                log_to_driver=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=folder,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    logging_level="ERROR",
+                    log_to_driver=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=folder,
+                )
         except Exception as error:
             if not chance or "timed out during startup" not in str(error):
                 raise
@@ -105,6 +141,34 @@ def _start(num_cpus: int, threads: int) -> None:
             ray.shutdown()
         else:
             return
+
+
+def _require_token() -> None:
+    """Turn Ray's authentication on, with a token of this process, unless RAY_AUTH_MODE says otherwise.
+
+    The token lies in the environment alone. Without it there, Ray would write one into the home folder.
+    """
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    RayConfig.initialize("")  # the mode was read when Ray was imported
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Make a Ray that starts meanwhile bind its ports to 127.0.0.1, as it does on macOS. Its processes inherit the variable."""
+    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    given = os.environ.get(variable)
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if given is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = given
 
 
 def cpus() -> float:
