@@ -167,13 +167,15 @@ class Workspace:
 
     def _vectors_of_artifact(self, cells: Ints) -> npt.NDArray[np.float32]:
         """Vectors from the shards of an embeddings artifact."""
-        corpus, folder = self.corpus, files.join(self.paths.embeddings, "shards")
-        names = files.list_dir(folder)
+        corpus, folder = self.corpus, self.paths.embeddings
+        known = artifacts.require(folder, "embeddings").files
+        names = sorted(name for name in known if name.endswith(".parquet"))
         assert len(names) == len(corpus.shards), "embeddings lie beside the shards of their corpus"
         by_shard: dict[int, npt.NDArray[np.float32]] = {}
         shard_of = np.searchsorted(corpus.starts, cells, side="right") - 1
         for shard in np.unique(shard_of).tolist() or [0]:  # of no cells: the width
-            matrix = vector_column(tables.read_table(files.join(folder, names[shard]), ["vector"]))
+            uri = files.join(folder, names[shard])
+            matrix = vector_column(tables.read_table(uri, ["vector"], sha256=known[names[shard]]["sha256"]))
             by_shard[shard] = matrix[cells[shard_of == shard] - corpus.starts[shard]]
         out = np.empty((len(cells), next(iter(by_shard.values())).shape[1]), dtype=np.float32)
         for shard, matrix in by_shard.items():

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import chain, groupby
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +28,10 @@ from mixgf.arrays import empty
 from mixgf.cells import counts, near_duplicates, packed_counts, qc, row_major
 from mixgf.cells.doublets import scrublet
 from mixgf.cells.features import NAME_COLUMNS, identify_genes
-from mixgf.cells.open import open_source, source_files
+from mixgf.cells.open import Identity, open_source, source_files
 from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
+from mixgf.console import warn
 from mixgf.corpus import near_hashes, rank_value, shards
 from mixgf.corpus.shards import (
     DOUBLET_COLUMNS,
@@ -47,6 +48,7 @@ from mixgf.execution import Pipeline
 from mixgf.genes import identify, medians
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files
+from mixgf.storage.sealed import read_sealed, write_sealed
 from mixgf.storage.tables import read_batches, read_table, write_batches, write_table
 
 
@@ -98,6 +100,7 @@ def describe_source(
         UserError: the file cannot be read, is empty, lacks a column, or too few of its genes are known.
     """
     with open_source(source) as reader:
+        identity = Identity.of(source.uri)  # what changes from now on is noticed
         if reader.num_rows == 0 or reader.num_columns == 0:
             msg = f"{source.uri}: empty ({reader.num_rows} cells x {reader.num_columns} genes); give a file with counts"
             raise UserError(msg)
@@ -119,9 +122,9 @@ def describe_source(
         by_column = reader.scan is not None
     facts = {
         "rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column, "notes": notes,
-        "size": sum(source_files(source.uri).values()),
+        "size": sum(source_files(source.uri).values()), "identity": asdict(identity),
     }  # fmt: skip
-    files.write_json(facts_uri(work, index), facts)
+    write_sealed(facts_uri(work, index), facts)
     write_table(part_uri(work, "sources", index), columns)  # written last: it marks the source as done
 
 
@@ -161,6 +164,13 @@ def _check_obs(reader: Reader, columns: Iterable[str]) -> None:
                 raise UserError(msg)
 
 
+def require_unchanged(uri: str, known: Identity) -> None:
+    """Raise a `UserError` if a source is not what it was when its corpus was begun."""
+    if files.exists(uri) and not known.is_of(uri):
+        msg = f"{uri}: has changed since its cells were first read; put the file back, or prepare to another output"
+        raise UserError(msg)
+
+
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:
     """Obs columns to keep: new name to name in the file."""
     kept = source.kept_columns(reader.obs_columns)
@@ -195,7 +205,14 @@ def _row_order_folder(work: str, index: int) -> str:
 
 @contextmanager
 def _open_source(work: str, index: int, source: Source) -> Iterator[Reader]:
-    """Open a source; a column-major one is read from its rows (`write_row_order`), where they exist."""
+    """Open a source; a column-major one is read from its rows (`write_row_order`), where they exist.
+
+    Raises:
+        UserError: the source is not what it was when its genes were read.
+    """
+    known = read_sealed(facts_uri(work, index)).get("identity")
+    if known is not None:
+        require_unchanged(source.uri, Identity(**known))
     with open_source(source) as reader:
         if reader.scan is not None and files.exists(part_uri(work, "row_order", index)):
             reader.read = partial(row_major.read_rows, _row_order_folder(work, index))
@@ -217,9 +234,9 @@ def _read_counts(work: str, row_range: RowRange, block_cells: int, reader: Reade
     """
     columns = _gene_columns(work, row_range.index)
     copy = _copy_uri(work, row_range)
-    if files.exists(copy):
+    if (batches := _copied_batches(copy)) is not None:
         start = row_range.start
-        for batch in read_batches(copy):
+        for batch in batches:
             yield counts.Block(start, *packed_counts.unpack(batch, columns.num_rows))
             start += batch.num_rows
         return
@@ -230,6 +247,19 @@ def _read_counts(work: str, row_range: RowRange, block_cells: int, reader: Reade
             data, indices = empty(len(b.data), np.int32), empty(len(b.indices), small)
             data[:], indices[:] = b.data, b.indices
             yield counts.Block(b.start, data, indices, b.indptr)
+
+
+def _copied_batches(copy: str) -> Iterator[pa.RecordBatch] | None:
+    """Batches of a packed copy; None where there is none, or it is damaged, so that the source is read instead."""
+    if not files.exists(copy):
+        return None
+    batches = read_batches(copy)
+    try:
+        first = next(batches, None)  # the whole file is checked before the first batch
+    except UserError as error:
+        warn(f"{error}. Its counts are read from the source")
+        return None
+    return iter(()) if first is None else chain([first], batches)
 
 
 def _copied_ranges(work: str, index: int, source: Source, start: int, stop: int) -> list[RowRange]:
@@ -262,18 +292,19 @@ def _read_rows(
         Tables with `row` (in the file), `columns` and `counts` (lists: a CSR row over the file's columns). Counts are int32,
         columns uint16 or int32.
     """
-    copy = _copy_uri(work, row_range)
-    if wanted_N is not None and files.exists(copy):
-        yield from _read_wanted(copy, row_range.start, _gene_columns(work, row_range.index).num_rows, wanted_N)
+    if wanted_N is not None and (batches := _copied_batches(_copy_uri(work, row_range))) is not None:
+        yield from _read_wanted(batches, row_range.start, _gene_columns(work, row_range.index).num_rows, wanted_N)
         return
     for b in _read_counts(work, row_range, block_cells, reader):
         yield _rows_table(np.arange(b.start, b.start + len(b.indptr) - 1), b.data, b.indices, b.indptr)
 
 
-def _read_wanted(copy: str, start: int, num_columns: int, wanted_N: np.ndarray) -> Iterator[pa.Table]:
+def _read_wanted(
+    batches: Iterable[pa.RecordBatch], start: int, num_columns: int, wanted_N: np.ndarray
+) -> Iterator[pa.Table]:
     """Tables of `_read_rows` from packed counts whose first row is `start`: of batches with few wanted rows, these alone."""
     first = 0
-    for batch in read_batches(copy):
+    for batch in batches:
         rows, num = np.flatnonzero(wanted_N[first : first + batch.num_rows]), batch.num_rows
         if 2 * len(rows) > num:
             yield _rows_table(np.arange(num) + first + start, *packed_counts.unpack(batch, num_columns))
@@ -589,7 +620,7 @@ def read_cells(plan: ShardPlan) -> Iterator[pa.Table]:
     """Pass 3, read: tables of counts with cell names (`cell`) and obs, for the blocks with kept cells."""
     row_range, source = plan.row_range, plan.row_range.source
     start, stop = row_range.start, row_range.stop
-    held = files.read_json(facts_uri(plan.work, row_range.index))["obs"]
+    held = read_sealed(facts_uri(plan.work, row_range.index))["obs"]
     with _open_source(plan.work, row_range.index, source) as reader:
         names = pa.array(reader.cell_names(start, stop), pa.string())
         whole = {"cell": pc.binary_join_element_wise(source.name, names, ":")}

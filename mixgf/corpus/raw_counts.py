@@ -13,16 +13,18 @@ import pyarrow as pa
 from scipy import sparse
 
 from mixgf.arrays import Ints, Names
-from mixgf.cells import counts
+from mixgf.cells import counts, qc
 from mixgf.cells.features import identify_genes
 from mixgf.cells.open import open_source
+from mixgf.cells.reader import Reader
 from mixgf.config import parse
 from mixgf.config.data import Source, SpeciesRow
+from mixgf.console import warn
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.genes import identify
 from mixgf.genes.vocabulary import SpeciesGenes
-from mixgf.storage import files, tables
+from mixgf.storage import artifacts, files, tables
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,26 +37,60 @@ class Counts:
     species: str
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellsOfSource:
+    """N cells of one source, as a corpus knows them."""
+
+    rows_N: Ints
+    """Rows that they had in the file."""
+    names_N: Names
+    """Their names in the file."""
+    depth_N: Ints
+    """Sum of all their counts."""
+    hashes_N: qc.Hashes | None
+    """Hashes of their counts by gene; None where the corpus has none."""
+
+    @classmethod
+    def of_corpus(cls, corpus: Corpus, source: str, cells: Ints) -> CellsOfSource:
+        """Cells by their numbers in the corpus, all of one source."""
+        obs = corpus.obs(["cell", "source_row", "n_counts"]).iloc[cells]
+        hashes = None
+        if "hashes.parquet" in corpus.record.files:
+            table = artifacts.read_artifact_table(corpus.uri, "hashes")
+            hashes = qc.Hashes(*(table[name].to_numpy()[cells] for name in qc.Hashes._fields))
+        return cls(
+            rows_N=obs["source_row"].to_numpy(), depth_N=obs["n_counts"].to_numpy(), hashes_N=hashes,
+            names_N=np.array([name.removeprefix(f"{source}:") for name in obs["cell"]], dtype=object),
+        )  # fmt: skip
+
+
 def read_counts(
-    source: Source, row: SpeciesRow, genes: SpeciesGenes, rows: Ints, *, block_cells: int
+    source: Source, row: SpeciesRow, genes: SpeciesGenes, wanted: CellsOfSource, *, block_cells: int
 ) -> sparse.csr_matrix:
     """Raw counts of some cells of a source over the genes of the vocabulary.
+
+    The cells are the rows that they were when the corpus was made, if the file has their names there, else the rows with their
+    names. Depth and hash of what is read must be those of the corpus.
 
     Args:
         source: The file of counts.
         row: The file's species.
         genes: The vocabulary's genes of that species; columns of the result are in their order.
-        rows: Rows in the file, ascending.
+        wanted: The cells.
         block_cells: Rows of the file held in memory at a time.
 
     Returns:
-        int32 counts, (rows, genes).
+        int32 counts, (cells, genes), in the order of the cells.
+
+    Raises:
+        UserError: The file is gone, lacks a cell, or has other counts for one.
     """
     if not files.exists(source.uri):
         msg = (f"sources: {source.uri} (source {source.name!r}) is not there any more, and baselines need its raw counts; "
                "put it back, or leave baselines out of classify.models")  # fmt: skip
         raise UserError(msg)
     parts: list[sparse.csr_matrix] = []
+    measured: list[qc.Metrics] = []
     with open_source(source) as reader:
         columns, _ = identify_genes(
             reader, identify.gene_lookup(row), source.genes, vocabulary=frozenset(genes.genes.tolist())
@@ -64,11 +100,69 @@ def read_counts(
         to = np.array(
             [place.get(gene, -1) if one else -1 for gene, one in zip(columns["gene"].to_pylist(), first, strict=True)]
         )
+        masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
+        rows_N = _rows_of(reader, source, wanted)
+        order = np.argsort(rows_N, kind="stable")
+        rows = rows_N[order]
         start, stop = int(rows[0]), int(rows[-1]) + 1
         for block in counts.read_blocks(reader, columns, start, stop, rows=block_cells):
             low, high = np.searchsorted(rows, [block.start, block.start + len(block.indptr) - 1])
-            parts.append(_pick(block, to, rows[low:high] - block.start, len(genes.genes)))
-    return sparse.csr_matrix(sparse.vstack(parts, format="csr"))
+            mine = rows[low:high] - block.start
+            sums_G = np.zeros(columns.num_rows, dtype=np.int64)
+            metrics = qc.cell_metrics(block.data, block.indices, block.indptr, **masks, sums_G=sums_G)
+            measured.append(qc.Metrics(*(getattr(metrics, name)[mine] for name in qc.Metrics.__slots__)))
+            parts.append(_pick(block, to, mine, len(genes.genes)))
+    _require_same(source, wanted, order, qc.Metrics.merge(measured))
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return sparse.csr_matrix(sparse.vstack(parts, format="csr")[back])
+
+
+_RESTORE = "put the file back as it was, or prepare the corpus again"
+
+
+def _rows_of(reader: Reader, source: Source, wanted: CellsOfSource) -> Ints:
+    """Row of every cell: where it was, if all have their names there, else by name."""
+    start, stop = int(wanted.rows_N.min()), int(wanted.rows_N.max()) + 1
+    if stop <= reader.num_rows:
+        names = np.array(list(reader.cell_names(start, stop)), dtype=object)
+        if (names[wanted.rows_N - start] == wanted.names_N).all():
+            return wanted.rows_N
+    asked, row_of = set(wanted.names_N), dict[str, int]()
+    for row, name in enumerate(reader.cell_names(0, reader.num_rows)):
+        if name in asked and row_of.setdefault(name, row) != row:
+            msg = f"{source.uri}: rows are not those that the corpus was made from, and two are called {name!r}; {_RESTORE}"
+            raise UserError(msg)
+    gone = [name for name in wanted.names_N if name not in row_of]
+    if gone:
+        msg = (
+            f"{source.uri}: {len(gone):,} of {len(wanted.names_N):,} cells of the corpus are not there, "
+            f"such as {gone[0]!r}; {_RESTORE}"
+        )
+        raise UserError(msg)
+    warn(f"{source.uri}: rows are in another order than when the corpus was made; cells are found by their names")
+    return np.array([row_of[name] for name in wanted.names_N], dtype=np.int64)
+
+
+def _require_same(source: Source, wanted: CellsOfSource, order: Ints, found: qc.Metrics) -> None:
+    """Raise a `UserError` if the counts that were read, of the cells in `order`, are not those of the corpus."""
+    depth_N = wanted.depth_N[order]
+    other_N = found.n_counts != depth_N
+    if other_N.any():
+        at = int(np.flatnonzero(other_N)[0])
+        what = f"{wanted.names_N[order][at]!r} has a depth of {found.n_counts[at]:,}, not {depth_N[at]:,}"
+    elif wanted.hashes_N is not None:
+        other_N = (found.hash_a != wanted.hashes_N.a[order]) | (found.hash_b != wanted.hashes_N.b[order])
+        if not other_N.any():
+            return
+        what = f"{wanted.names_N[order][int(np.flatnonzero(other_N)[0])]!r} has the same depth on other genes"
+    else:
+        return
+    msg = (
+        f"{source.uri}: {other_N.sum():,} of {len(other_N):,} cells have other counts than when the corpus was made: "
+        f"{what}; {_RESTORE}"
+    )
+    raise UserError(msg)
 
 
 def read_cells(corpus: Corpus, cells: Ints, *, block_cells: int) -> tuple[Ints, sparse.csr_matrix]:
@@ -100,7 +194,8 @@ def read_cells(corpus: Corpus, cells: Ints, *, block_cells: int) -> tuple[Ints, 
     rows = columns["source_row"].to_numpy()[cells]
     order = np.argsort(rows, kind="stable")
     genes = corpus.vocabulary.species_genes(entry["species"])
-    found = read_counts(parse.from_dict(Source, entry), row_of, genes, rows[order], block_cells=block_cells)
+    wanted = CellsOfSource.of_corpus(corpus, name, cells[order])
+    found = read_counts(parse.from_dict(Source, entry), row_of, genes, wanted, block_cells=block_cells)
     return cells[order], found
 
 

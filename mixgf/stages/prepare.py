@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.cells import doublets, qc
-from mixgf.cells.open import source_sizes
+from mixgf.cells.open import Identity, source_sizes
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.config.fields import content_of, sections_of
@@ -33,8 +33,9 @@ from mixgf.execution import Executor, Task
 from mixgf.genes import identify, medians, species
 from mixgf.genes.vocabulary import Vocabulary, build_vocabulary, publish_vocabulary, read_median_table
 from mixgf.stages.fan_out import SourcePasses
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, layout
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
+from mixgf.storage.sealed import read_sealed
 from mixgf.tracking import mlflow_runs
 
 SCHEMA = 1
@@ -55,11 +56,12 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     older = extend.find_base_corpus(config, sources)
     vocabulary, record = _plans(config, sources, older)
     if not _begin(uri, record):
-        files.remove(files.join(uri, "work"))
+        _require_unchanged(uri)
+        layout.remove_own(uri, "corpus", scratch=True)
         return uri
     params = {name: record.config[name] for name in sections_of(Config, "prepare")}
     with (
-        remove_output_if_all_rejected(uri),
+        remove_output_if_all_rejected(uri, "corpus"),
         mlflow_runs.stage(config, "prepare", params, record.fingerprint) as tracked,
         executor.session(),
         watch(config, "prepare", tracked, uri) as watched,
@@ -70,7 +72,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         watched.made(cells=done.counts["read"])
         tracked.corpus(uri, "output")
         tracked.summary({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
-    files.remove(files.join(uri, "work"))
+    layout.remove_own(uri, "corpus", scratch=True)
     return uri
 
 
@@ -84,6 +86,14 @@ def _with_scrublet(config: Config) -> Config:
         "doublets are not looked for: Scrublet is not installed; pip install 'mixgf[doublets]' adds it, --set qc.doublets=off spares this line"
     )
     return replace(config, qc=replace(config.qc, doublets="off"))
+
+
+def _require_unchanged(uri: str) -> None:
+    """Raise a `UserError` if a source of a finished corpus has changed since."""
+    done = artifacts.find(uri)
+    for source in done.details["sources"] if done is not None else ():
+        if "identity" in source:
+            prepare_passes.require_unchanged(source["uri"], Identity(**source["identity"]))
 
 
 def _begin(uri: str, record: artifacts.Record) -> bool:
@@ -193,7 +203,8 @@ class _Prepare:
         options: dict[str, Any] = {"rules": self.config.qc, "biotypes": self.config.vocab.biotypes, "allowed": allowed}
         tasks = [
             Task(
-                part=shards.part_uri(self.work, "sources", i), source=i, function=prepare_passes.describe_source,
+                part=shards.part_uri(self.work, "sources", i), also=(shards.facts_uri(self.work, i),), source=i,
+                function=prepare_passes.describe_source,
                 args=(self.work, i, source), kwargs={"row": self.rows[source.species], "others": self._others(source), **options},
             )
             for i, source in enumerate(self.sources)
@@ -201,7 +212,7 @@ class _Prepare:
         self.passes.run("sources", tasks, "files")
         there = [i for i in range(len(self.sources)) if i not in self.passes.refused]
         uris = [shards.facts_uri(self.work, i) for i in there]
-        self.facts = dict(zip(there, files.map_reads(self.work, files.read_json, uris), strict=True))
+        self.facts = dict(zip(there, files.map_reads(self.work, read_sealed, uris), strict=True))
 
     def _others(self, source: Source) -> tuple[SpeciesRow, ...]:
         return tuple(row for name, row in self.rows.items() if name != source.species)
@@ -225,7 +236,8 @@ class _Prepare:
         rows = self.config.prepare.block_cells
         tasks = [
             Task(
-                part=shards.part_uri(self.work, "metrics", u.number), source=u.index, weight=u.stop - u.start,
+                part=shards.part_uri(self.work, "metrics", u.number), also=(shards.part_uri(self.work, "sums", u.number),),
+                source=u.index, weight=u.stop - u.start,
                 function=prepare_passes.measure_cells,
                 args=(
                     prepare_passes.MetricsPlan(
@@ -467,7 +479,8 @@ class _Prepare:
         ]
         tasks = [
             Task(
-                part=shards.part_uri(self.work, "done", plan.shard), source=plan.row_range.index,
+                part=shards.part_uri(self.work, "done", plan.shard), also=(files.join(self.shards, shards.shard_name(plan.shard)),),
+                source=plan.row_range.index,
                 weight=plan.row_range.stop - plan.row_range.start, function=prepare_passes.encode_shard, args=(plan,),
             )
             for plan in plans
@@ -511,7 +524,7 @@ class _Prepare:
             )
             near = sum(tables["near_duplicates"]["kept"].to_pylist())
         sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(cells[i].reason_N), "cells_kept": cells[i].counts["kept"],
-                    "size": self.facts[i]["size"], "counts_sha256": cells[i].identity} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
+                    "size": self.facts[i]["size"], "counts_sha256": cells[i].identity} | {k: v for k, v in self.facts[i].items() if k == "identity"} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
         if self.older is not None:
             tables = {
                 name: pa.Table.from_pylist(self.older.table(name).to_pylist() + table.to_pylist())

@@ -307,3 +307,51 @@ def test_units_cover_every_row_once():
         (3, 2, 0, 10),
         (4, 3, 0, 1),
     ]
+
+
+def reordered(path):
+    """The file's cells from the last to the first, in a file of as many bytes."""
+    data = anndata.read_h5ad(path)
+    before = path.stat().st_size
+    data[::-1].copy().write_h5ad(path)
+    with path.open("ab") as file:  # bytes behind the end of HDF5 are not read
+        file.write(b"\0" * max(0, before - path.stat().st_size))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("after", range(1, 30, 4))
+def test_a_source_that_changes_while_it_is_prepared_is_never_mixed_with_what_it_was(world, tmp_path, after, keep):
+    config, _ = world
+    config = dataclasses.replace(
+        config, output=str(tmp_path / "run"), prepare=dataclasses.replace(config.prepare, keep_counts=keep)
+    )
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        prepare.run(config, executor=dying(after, calls))
+    path = files.local_path(config.sources[1].uri)
+    reordered(path)
+    described = calls.count("describe_source") >= 2
+    error = ""
+    try:
+        uri = prepare.run(config, executor=LocalExecutor())
+    except UserError as refusal:
+        error = str(refusal)
+    if error:
+        assert "has changed since its cells were first read" in error or "another corpus: config.sources" in error
+        return
+    refused = [one["uri"] for one in artifacts.require(uri, "corpus").details["refused"]]
+    assert not described or refused == [str(path)]
+
+
+def test_a_finished_corpus_of_a_source_that_changed_is_not_up_to_date(world, tmp_path):
+    config, _ = world
+    uri = made(config, tmp_path, "run")
+    path = files.local_path(config.sources[0].uri)
+    content = path.read_bytes()
+    path.write_bytes(content)  # written again, the same
+    assert made(config, tmp_path, "run") == uri
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="has changed since its cells were first read"):
+        made(config, tmp_path, "run")
+    path.write_bytes(content)
+    assert made(config, tmp_path, "run") == uri
