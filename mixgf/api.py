@@ -43,7 +43,7 @@ from mixgf.execution import LocalExecutor
 from mixgf.genes import token_dictionaries, vocabulary
 from mixgf.genes.species import gene_table
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.storage import artifacts, files, model_store
+from mixgf.storage import artifacts, files, lease, model_store
 from mixgf.tracking import store
 
 if TYPE_CHECKING:
@@ -626,7 +626,10 @@ def _run_stage(  # noqa: PLR0917 (as its callers have them)
 
             return build.build_report(config, files.join(config.output, "report.html"))
         module = importlib.import_module(f"mixgf.stages.{stage}")
-        return str(module.run(config, executor=LocalExecutor() if engine == "local" else None))
+        try:
+            return str(module.run(config, executor=LocalExecutor() if engine == "local" else None))
+        finally:
+            lease.release_all()
 
 
 def prepare(

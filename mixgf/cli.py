@@ -34,9 +34,9 @@ from mixgf.config import recipes
 from mixgf.config.checks import did_you_mean, split_named
 from mixgf.config.data import Source
 from mixgf.config.fields import absolute, sections_of, with_absolute_paths
-from mixgf.config.parse import from_dict, meanings, override, to_dict
+from mixgf.config.parse import from_dict, meanings, override, read_json, to_dict
 from mixgf.config.run import Compute, Config
-from mixgf.errors import AccessError, UserError
+from mixgf.errors import AccessError, UserError, machine_fault
 from mixgf.redact import redact
 
 STAGES = {
@@ -311,9 +311,9 @@ def _read_config(file: str, command: str) -> Config:
         msg = f"--config {file}: no such file; write one with `mixgf {command} --print-config > my.json`"
         raise UserError(msg)
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path.read_text())
     except ValueError as error:
-        msg = f"--config {file}: not JSON ({error}); write one with --print-config"
+        msg = f"--config {file}: not a usable JSON file ({error}); write one with --print-config"
         raise UserError(msg) from None
     if not isinstance(data, dict):
         msg = f"--config {file}: must be a JSON object, as --print-config prints it"
@@ -586,6 +586,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             told = f"{traceback.format_exc()}{told}"
         print(redact(told), file=sys.stderr)
         return code
+    finally:
+        from mixgf.storage import lease
+
+        lease.release_all()
 
 
 def _short(text: str) -> str:
@@ -604,6 +608,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         )
     error = getattr(error, "cause", None) or error  # an error of a Ray worker holds the original one
     first = (str(error).strip() or repr(error)).split("\n")[0]
+    if told := machine_fault(error):
+        return 1, f"mixgf: {told}"
     if isinstance(error, AccessError):
         return 2, f"mixgf: {first}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mixgf"):

@@ -33,6 +33,8 @@ class Task:
 
     part: str
     """URI of the file that it writes; a stage does not run a task whose file is there."""
+    also: tuple[str, ...] = ()
+    """URIs of further files that it writes before its part."""
     function: Callable[..., Any]
     args: tuple[Any, ...] = ()
     """Positional arguments; `Shared` ones are sent once."""

@@ -8,6 +8,7 @@ Shapes: N cells of a block, C classes, G columns of the file, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from scipy import sparse
 
 from mixgf.arrays import Bools, Floats, Ints
@@ -39,6 +41,8 @@ OPTION = "--{field} {value}"
 PREFIX = "mixgf_"
 """Prefix of the columns that are added to obs."""
 OBSM = "mixgf_probabilities"
+UNS = "mixgf_annotate"
+"""Facts of the labels, in `uns` of an .h5ad file and in the metadata of a Parquet file."""
 BLOCK_CELLS = 512
 LOW_COVERAGE = 0.8
 """Share of the tokens of training sentences whose genes a file must measure; below it the file gets a warning."""
@@ -445,6 +449,26 @@ def columns(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({PREFIX + name: out[name] for name in order})
 
 
+def is_own(uri: str) -> bool:
+    """Whether a file was written by `write`: it has `UNS`, or as .csv begins with the columns that `write` gives it."""
+    import h5py  # noqa: PLC0415
+
+    if files.is_folder(uri):
+        return False
+    with files.open_read(uri) as file:
+        try:
+            if uri.endswith(".csv"):
+                return file.readline(1 << 20).startswith(
+                    f"cell,{PREFIX}label,{PREFIX}probability,{PREFIX}second,".encode()
+                )
+            if uri.endswith(".parquet"):
+                return UNS.encode() in (pq.read_schema(file).metadata or {})
+            with h5py.File(file, "r") as found:
+                return f"uns/{UNS}" in found
+        except (OSError, pa.ArrowInvalid):  # of another format
+            return False
+
+
 def probabilities(table: pd.DataFrame, classes: Iterable[str], names: Iterable[str]) -> pd.DataFrame:
     """Probability of every class (columns) of every cell (rows, called `names`), float32."""
     return pd.DataFrame(np.stack(table["p"].to_numpy()), index=pd.Index(names), columns=list(classes)).astype(
@@ -469,7 +493,9 @@ def write(to: str, source: Source, table: pd.DataFrame, classes: Iterable[str], 
         if to.endswith(".csv"):
             files.write_bytes(to, h5ad.for_spreadsheets(frame).to_csv(index=False).encode())
         else:
-            tables.write_table(to, pa.Table.from_pandas(frame, preserve_index=False))
+            labels = pa.Table.from_pandas(frame, preserve_index=False)
+            marked = {**labels.schema.metadata, UNS: json.dumps(about)}
+            tables.write_table(to, labels.replace_schema_metadata(marked))
         return
     p_NC = probabilities(table, classes, names)
-    h5ad.write_copy(source, to, names, obs=added, obsm={OBSM: p_NC}, uns={"mixgf_annotate": about})
+    h5ad.write_copy(source, to, names, obs=added, obsm={OBSM: p_NC}, uns={UNS: about})

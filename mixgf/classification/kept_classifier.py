@@ -46,6 +46,7 @@ from mixgf.genes.species import orthologs
 from mixgf.genes.vocabulary import NUM_SPECIALS, Vocabulary
 from mixgf.rng import hashed
 from mixgf.storage import artifacts, files, model_store, tables
+from mixgf.storage.sealed import read_sealed, write_sealed
 
 KIND, SCHEMA = "classifier", 5
 FOLDER = "classifiers"
@@ -558,7 +559,7 @@ def save(uri: str, kept: Kept, vocabulary: Vocabulary, *, half: bool = False) ->
     vocabulary.save(files.join(uri, _VOCABULARY))
     if kept.reference is not None:
         _write_reference(files.join(uri, _CELLS), kept.reference)
-    files.write_json(files.join(uri, _FACTS), facts)
+    write_sealed(files.join(uri, _FACTS), facts)
 
 
 def _write_reference(uri: str, reference: Reference) -> None:
@@ -607,7 +608,7 @@ def _stored(value: np.ndarray) -> np.ndarray:
 
 def publish(uri: str, folder: str, parents: dict[str, str]) -> None:
     """Copy the files that `save` wrote into a folder to `uri`, as an artifact."""
-    about = files.read_json(files.join(folder, _FACTS))["about"]
+    about = read_sealed(files.join(folder, _FACTS))["about"]
     record = artifacts.plan(KIND, SCHEMA, {name: about[name] for name in ("model", "group", "split", "seed")}, parents)
     if not artifacts.begin(uri, record):
         return
@@ -633,7 +634,7 @@ def finish(uri: str, record: artifacts.Record) -> dict[str, Any]:
 
 def facts(uri: str) -> dict[str, Any]:
     """Plain facts of a stored classifier; its weights are not read."""
-    return dict(files.read_json(files.join(uri, _FACTS)))
+    return read_sealed(files.join(uri, _FACTS))
 
 
 def find(uri: str) -> str:

@@ -1,22 +1,20 @@
 """Where a classification keeps its files: results of the artifact, and the intermediate files from which they are made.
 
 Predictions and measures of whole embeddings stay, so that models can be added later. Counts, vectors and candidate classifiers
-are removed at the end (`SCRATCH`).
+are removed at the end (`storage.layout.SCRATCH`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mixgf.classification.encoders import space_name
 from mixgf.classification.splits import Split
 from mixgf.config import parse
 from mixgf.storage import files
-
-SCRATCH = ("counts", "vectors", "classifiers")
-"""Folders of intermediate files that are removed at the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +69,21 @@ class ArtifactPaths:
 
 
 def slug(text: str) -> str:
-    """A file name that people can read; two texts may have the same."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-")[:60]
+    """A file name of at most 60 bytes that people can read, with letters of all scripts; two texts may have the same."""
+    name = re.sub(r"[^\w.]+", "-", text).lstrip(".-").rstrip("-")
+    return name.encode(errors="ignore")[:60].decode(errors="ignore") or "_"
+
+
+def unique_slugs(texts: Iterable[str]) -> dict[str, str]:
+    """Each text's slug, with a key where two texts have the same one; upper and lower case count as the same."""
+    names = {text: slug(text) for text in texts}
+    alike = Counter(name.lower() for name in names.values())
+    return {
+        text: name if alike[name.lower()] == 1 else f"{name}-{parse.fingerprint(text)[:8]}"
+        for text, name in names.items()
+    }
 
 
 def group_folder(group: str, splits: Sequence[Split]) -> str:
-    """A group's folder: its name as a slug, with a key where two groups have the same slug."""
-    alike = {s.group for s in splits if slug(s.group) == slug(group)}
-    return slug(group) if len(alike) == 1 else f"{slug(group)}-{parse.fingerprint(group)[:8]}"
+    """A group's folder."""
+    return unique_slugs(s.group for s in splits)[group]

@@ -22,7 +22,8 @@ from mixgf.classification.paths import group_folder
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace, as_column
 from mixgf.genes import species
-from mixgf.storage import artifacts, files, tables
+from mixgf.storage import artifacts, files, layout, tables
+from mixgf.storage.sealed import read_sealed, write_sealed
 
 
 def predict(workspace: Workspace, split: Split, model: Model) -> None:
@@ -100,7 +101,7 @@ def _offer(workspace: Workspace, split: Split, model: Model, problem: Problem[An
     if model.trains_encoder:
         kept = replace(kept, about=kept.about | {"test": test})
         kept_classifier.save(workspace.paths.classifier(split.group, model.name), kept, workspace.corpus.vocabulary)
-    files.write_json(f"{uri}.json", test)
+    write_sealed(f"{uri}.json", test)
     validation.save(uri, found)
 
 
@@ -163,7 +164,7 @@ def _publish(
         return  # the classification is extended, and this model lost before
     else:
         problem = workspace.problem(whole, model)
-        test = dict(files.read_json(f"{paths.validation(split.group, chosen)}.json"))
+        test = read_sealed(f"{paths.validation(split.group, chosen)}.json")
         fit = kept_classifier.Fit(workspace, whole, model, problem, model.fit(problem))
         across = kept_classifier.model_across(chosen, found)
         kept = kept_classifier.assemble(fit, found[chosen], test=test, across=(across, found[across]))
@@ -174,5 +175,5 @@ def _publish(
     candidates.sort(key=lambda row: -row["macro_f1"])
     kept = replace(kept, about=kept.about | {"why": why, "candidates": candidates, "across": kept.across})
     kept_classifier.save(folder, kept, workspace.corpus.vocabulary)
-    files.remove(uri)
+    layout.remove_own(uri, kept_classifier.KIND)
     kept_classifier.publish(uri, folder, parents)

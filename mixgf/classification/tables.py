@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from mixgf.classification import embedding_measures, encoders, metrics, registry
 from mixgf.classification.labels import Labelled
@@ -21,7 +20,7 @@ from mixgf.classification.splits import Split
 from mixgf.classification.workspace import Workspace, vector_column
 from mixgf.stats import donors
 from mixgf.storage import files
-from mixgf.storage.tables import read_table
+from mixgf.storage.tables import read_schema, read_table
 
 
 def tables(workspace: Workspace, splits: Sequence[Split], spaces: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -148,8 +147,7 @@ def _centroids(spaces: dict[str, tuple[Any, Any]], kinds_N: Any) -> pd.DataFrame
 
 def facts(uri: str) -> dict[str, Any]:
     """Facts stored in a file of predictions: scores, what was resampled, seconds, epochs of a fine-tuning."""
-    with files.open_read(uri) as file:
-        return dict(json.loads(pq.read_schema(file).metadata[b"mixgf"]))
+    return dict(json.loads(read_schema(uri).metadata[b"mixgf"]))
 
 
 def figures(found: dict[str, Any]) -> dict[str, float]:

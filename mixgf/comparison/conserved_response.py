@@ -30,8 +30,7 @@ from mixgf.genes import species
 from mixgf.perturbation import gene_table
 from mixgf.stats import rank_adjustment
 from mixgf.stats.donors import MIN_BACKGROUND, MIN_CLUSTERS, benjamini_hochberg, spearman
-from mixgf.storage import artifacts, files
-from mixgf.storage.tables import read_table
+from mixgf.storage import artifacts
 
 LEVEL = 0.05
 """False discovery rate of the counts in the summary."""
@@ -220,7 +219,7 @@ def load_perturbations(config: Config) -> dict[str, pd.DataFrame]:
     found = {}
     for name, uri in config.compare.responses.items():
         artifacts.require(uri, "perturbation")
-        frame = read_table(files.join(uri, "genes.parquet")).to_pandas()
+        frame = artifacts.read_artifact_table(uri, "genes").to_pandas()
         mine = frame[frame["species"] == name]
         if mine.empty:
             msg = f"compare.responses = {name}={uri}: its genes are of {', '.join(sorted(set(frame['species'])))}; name each perturbation after its species"

@@ -22,7 +22,7 @@ from mixgf.config.parse import to_dict
 from mixgf.config.run import Config, Inputs
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
-from mixgf.storage import artifacts, files, tables
+from mixgf.storage import artifacts, files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ def _is_sufficient(uri: str, encoder_set: EncoderSet) -> bool:
 
 def read_classification(encoder_set: EncoderSet, name: str) -> pd.DataFrame:
     """A table of the set's classification."""
-    return tables.read_table(files.join(encoder_set.classification, f"{name}.parquet")).to_pandas()
+    return artifacts.read_artifact_table(encoder_set.classification, name).to_pandas()
 
 
 def donors_of(encoder_set: EncoderSet, obs: pd.DataFrame) -> Names:

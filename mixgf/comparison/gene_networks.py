@@ -31,8 +31,7 @@ from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.perturbation import gene_responses, gene_table
 from mixgf.rng import hashed
-from mixgf.storage import files
-from mixgf.storage.tables import read_table
+from mixgf.storage import artifacts, files
 
 TIE = np.float32(1e-6)
 """Cosines that differ by less are treated as equal."""
@@ -183,7 +182,7 @@ def _of_responses(config: Config) -> list[dict[str, object]]:
     if lacking:
         why = f"{' and '.join(lacking)} perturbed without a response matrix (perturb.response)"
         return [{"space": "responses", "first": one, "second": other, "num_genes": 0, "why": why}]
-    matrices = [read_table(file).to_pandas() for file in paths.values()]
+    matrices = [artifacts.read_artifact_table(uris[s], "responses").to_pandas() for s in paths]
     partners, rows = ortholog_partners(config, one, other), []
     for operation in sorted(set(matrices[0]["operation"]) & set(matrices[1]["operation"])):
         first, second = (profiles(matrix, str(operation)) for matrix in matrices)

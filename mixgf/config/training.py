@@ -21,7 +21,7 @@ LAYERS = (("second_last", -2),)
 class Model:
     """The BERT encoder (paper section 3.3). Fields of the role `training` do not change the weights' shapes."""
 
-    num_layers: int = option(6, least=1, most=1000)
+    num_layers: int = option(6, least=0, most=1000)
     """Transformer blocks."""
     dim: int = option(256, least=1, most=65536)
     """Width of the hidden states and of a cell's vector."""

@@ -23,7 +23,7 @@ from mixgf.corpus import near_hashes
 from mixgf.corpus.shards import write_shard_info
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.storage import artifacts, files, tables
+from mixgf.storage import artifacts, files
 
 
 def recorded_settings(config: Config) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class BaseCorpus:
 
     def table(self, name: str) -> pa.Table:
         """One of the corpus' tables: `index`, `mapping`, `dropped` or `hashes`."""
-        return tables.read_table(files.join(self.uri, f"{name}.parquet"))
+        return artifacts.read_artifact_table(self.uri, name)
 
     def shards(self) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Manifest entry and lengths of every shard."""

@@ -32,7 +32,7 @@ from mixgf.corpus.held_out import held_out_cells
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.genes import identify
-from mixgf.storage import artifacts, files, tables
+from mixgf.storage import artifacts, files
 
 COLUMNS = ("dataset", "donor")
 """Metadata that is compared, if both sides have it."""
@@ -140,7 +140,7 @@ def corpus_cells(uri: str) -> AuditedCells:
     )
     hashes = None
     if files.exists(files.join(uri, "hashes.parquet")):
-        table = tables.read_table(files.join(uri, "hashes.parquet"))
+        table = artifacts.read_artifact_table(uri, "hashes")
         hashes = _pairs(table["a"].to_numpy(), table["b"].to_numpy())
         assert len(hashes) == len(obs), "one hash per cell"
     near = partial(near_hashes.blocks, uri, None) if near_hashes.are_there(uri) else None

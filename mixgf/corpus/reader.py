@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy import sparse
 
 from mixgf.config import data, parse
@@ -41,7 +40,7 @@ class Corpus:
     def __init__(self, uri: str, *, max_len: int = 0, cached_shards: int = CACHED_SHARDS) -> None:
         self.uri = uri
         self.record: Record = artifacts.require(uri, "corpus")
-        index = tables.read_table(files.join(uri, "index.parquet"), ["length", "species"])
+        index = artifacts.read_artifact_table(uri, "index", ["length", "species"])
         self._stored_N: I32 = index.column("length").to_numpy().astype(np.int32, copy=False)
         self.lengths_N: I32 = np.minimum(self._stored_N, max_len).astype(np.int32) if max_len else self._stored_N
         self.species_N: npt.NDArray[np.int8] = index.column("species").to_numpy().astype(np.int8, copy=False)
@@ -108,7 +107,9 @@ class Corpus:
             if shard in self._cache:
                 self._cache.move_to_end(shard)
                 return self._cache[shard]
-        column = self.table(shard, ["tokens"]).column("tokens").combine_chunks()
+        known = str(self.shards[shard].get("sha256", ""))
+        table = tables.read_table(self.shard_uri(shard), ["tokens"], sha256=known)
+        column = table.column("tokens").combine_chunks()
         chunk = column if isinstance(column, pa.ListArray | pa.LargeListArray) else column.chunk(0)
         bounds = chunk.offsets.to_numpy().astype(np.int64)
         read = (chunk.values.to_numpy().astype(np.int32, copy=False), bounds)
@@ -135,8 +136,7 @@ class Corpus:
 
     def shard_schema(self, shard: int) -> pa.Schema:
         """Columns of one shard, `tokens` first."""
-        with files.open_read(self.shard_uri(shard)) as file:
-            return pq.read_schema(file).remove_metadata()
+        return tables.read_schema(self.shard_uri(shard)).remove_metadata()
 
     @cached_property
     def columns(self) -> frozenset[str]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mixgf.config.data import SpeciesRow
 from mixgf.console import Progress
@@ -163,23 +162,17 @@ def _batches(where: str, filled: Counter[str]) -> Iterator[pa.Table]:
     if not files.exists(where):
         msg = f"{where}: a shard of the corpus is missing; restore it, or make the corpus again with `mixgf prepare`"
         raise UserError(msg)
-    try:
-        with files.open_read(where) as stream:
-            file = pq.ParquetFile(stream)
-            for group in range(file.num_row_groups):
-                meta = file.metadata.row_group(group)
-                for i in range(meta.num_columns):
-                    column = meta.column(i)
-                    if "." not in column.path_in_schema:
-                        nulls = column.statistics.null_count if column.statistics else 0
-                        filled[column.path_in_schema] += meta.num_rows - (nulls or 0)
-            have = [name for name in wanted if name in file.schema_arrow.names]
-            for batch in file.iter_batches(BATCH_CELLS, columns=have, use_threads=False):
-                yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as error:
-        first = str(error).split("\n", maxsplit=1)[0]
-        msg = f"{where}: cannot be read ({first}); restore it, or make the corpus again with `mixgf prepare`"
-        raise UserError(msg) from None
+    with tables.open_parquet(where) as file:
+        for group in range(file.num_row_groups):
+            meta = file.metadata.row_group(group)
+            for i in range(meta.num_columns):
+                column = meta.column(i)
+                if "." not in column.path_in_schema:
+                    nulls = column.statistics.null_count if column.statistics else 0
+                    filled[column.path_in_schema] += meta.num_rows - (nulls or 0)
+        have = [name for name in wanted if name in file.schema_arrow.names]
+        for batch in file.iter_batches(BATCH_CELLS, columns=have, use_threads=False):
+            yield pa.Table.from_batches([batch])
 
 
 def _add(batch: pa.Table, seen: dict[str, _SpeciesCounts], kept: dict[str, _SourceSums]) -> None:

@@ -53,8 +53,14 @@ def read_tensors(uri: str, expected: Mapping[str, Any] | None = None) -> dict[st
 
 
 def restore_hint(what: str, uri: str) -> str:
-    """Message for a damaged file of a checkpoint."""
-    return f"{what}. Restore it, or remove the folder {uri.rsplit('/', 1)[0]} to go on from what lies before it"
+    """Message for a damaged file of a checkpoint: of a step, or of the published weights, which the steps can give again."""
+    folder = uri.rsplit("/", 1)[0]
+    if folder.rsplit("/", 1)[-1].isdigit():
+        return f"{what}. Restore it, or remove the folder {folder} to go on from what lies before it"
+    return (
+        f"{what}. Restore it, or remove it and {files.join(folder, 'record.json')}: the command that made it takes it again from "
+        "the checkpoints under steps, which stay"
+    )
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -13,6 +13,7 @@ import mixgf
 from mixgf import console
 from mixgf.config.parse import fingerprint, to_dict
 from mixgf.config.run import Config
+from mixgf.errors import UserError
 from mixgf.redact import redact
 from mixgf.report.elements import Figure, Section, Table
 from mixgf.report.load import artifact_uris, load_results
@@ -62,9 +63,14 @@ def build_report(config: Config, uri: str) -> str:
         `uri`.
     """
     key = input_key(config)
-    if files.exists(uri) and f"{_KEY}{key}" in files.read_bytes(uri)[:4096].decode(errors="ignore"):
-        console.say(f"report: {uri} is up to date")
-        return uri
+    if files.exists(uri):
+        head = "" if files.is_folder(uri) else files.read_bytes(uri)[:4096].decode(errors="ignore")
+        if f"{_KEY}{key}" in head:
+            console.say(f"report: {uri} is up to date")
+            return uri
+        if _KEY not in head:
+            msg = f"{uri}: is no report of mixgf; move it away, or choose another output (--output)"
+            raise UserError(msg)
     results = load_results(config)
     sections = make_sections(results)
     files.write_bytes(uri, redact(render(results, key, sections)).encode())

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import polars as pl
-import pyarrow.parquet as pq
 
 from mixgf.config.run import Config
 from mixgf.console import warn
 from mixgf.report.results import COMPARISON_PREFIX, RunResults
 from mixgf.storage import artifacts, files
-from mixgf.storage.artifacts import Record
-from mixgf.storage.tables import read_table
+from mixgf.storage.artifacts import Record, read_artifact_table
+from mixgf.storage.tables import read_schema, read_table
 
 MAX_PAIRS = 2_000_000
 """Most pairs of genes in a response matrix that is read."""
@@ -105,7 +104,8 @@ def _tables(
         if stage not in records or not files.exists(uri := files.join(uris[stage], file)):
             continue
         if name != "responses" or records[stage].counts.get(name, 0) <= MAX_PAIRS:
-            tables[name] = read_table(uri).to_pandas()
+            known = records[stage].files.get(file, {})
+            tables[name] = read_table(uri, sha256=known.get("sha256", "")).to_pandas()
     return tables
 
 
@@ -113,7 +113,9 @@ def _comparison_tables(uris: dict[str, str], records: dict[str, Record]) -> dict
     """Every table of `mixgf compare`, named after its file."""
     names = records["compare"].files if "compare" in records else ()
     return {
-        COMPARISON_PREFIX + file.removesuffix(".parquet"): read_table(files.join(uris["compare"], file)).to_pandas()
+        COMPARISON_PREFIX + file.removesuffix(".parquet"): read_artifact_table(
+            uris["compare"], file.removesuffix(".parquet")
+        ).to_pandas()
         for file in names
         if file.endswith(".parquet")
     }
@@ -124,8 +126,7 @@ def _obs(config: Config, shard: str, extra: tuple[str, ...] = ()) -> pl.DataFram
 
     `type` is empty where the label is missing or means "no label" (`classify.unlabelled`); `donor` is empty where it is missing.
     """
-    with files.open_read(shard) as file:
-        present = set(pq.read_schema(file).names)
+    present = set(read_schema(shard).names)
     label, donor = config.classify.label, config.classify.donor
     columns = [c for c in dict.fromkeys(("species", "source", label, donor, *extra)) if c in present]
     frame = pl.DataFrame(read_table(shard, columns))

@@ -17,7 +17,7 @@ from mixgf.distributed.executor import RayExecutor
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Task
 from mixgf.stages.fan_out import fan_out, missing
-from mixgf.storage import files, tables
+from mixgf.storage import files, layout, tables
 
 PART_CELLS = 2_000
 
@@ -33,8 +33,11 @@ def run(
     if not to.endswith((".h5ad", ".parquet", ".csv")):
         msg = f"--output {to}: must end in .h5ad, .parquet or .csv"
         raise UserError(msg)
-    if to == source.uri:
+    if files.is_same(to, source.uri):
         msg = f"--output {to}: is the input itself, which stays as it is; name another file"
+        raise UserError(msg)
+    if files.exists(to) and not annotate.is_own(to):
+        msg = f"--output {to}: is there and was not written by `mixgf annotate`; name another file, or move it away"
         raise UserError(msg)
     uri = kept_classifier.find(model)
     kept, vocabulary, record = kept_classifier.load(uri)
@@ -53,6 +56,7 @@ def run(
         ]
     )
     work = f"{to}.parts-{key[:12]}"
+    layout.require_own(work, layout.ANNOTATION)
     form = files.join(work, "form")
     first = Task(
         part=files.join(form, kept_classifier.LAST_FILE),
@@ -75,5 +79,5 @@ def run(
     table = extras.add(annotate.frame([tables.read_table(task.part) for task in tasks]), kept, ids)
     found = annotate.summary(uri, kept, file, table)
     annotate.write(to, file.source, table, kept.classes, annotate.facts(found))
-    files.remove(work)
+    layout.remove_own(work, layout.ANNOTATION)
     return found | {"output": to}

@@ -22,7 +22,7 @@ from mixgf.classification import encoders, kept_classifier, labels, prediction_t
 from mixgf.classification.labels import Labelled
 from mixgf.classification.models.finetuned import Finetune
 from mixgf.classification.models.protocol import FEWEST_SECONDS, Model
-from mixgf.classification.paths import SCRATCH, ArtifactPaths, slug
+from mixgf.classification.paths import ArtifactPaths, unique_slugs
 from mixgf.classification.splits import Split
 from mixgf.classification.workspace import BLOCK_CELLS, Workspace, find_embeddings
 from mixgf.config.fields import content_of
@@ -37,7 +37,7 @@ from mixgf.encoder import checkpoint, embed
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Shared, Task
 from mixgf.stages.fan_out import fan_out, missing
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, layout
 from mixgf.storage.artifacts import Record
 from mixgf.tracking import mlflow_runs, model_card, packaged_model
 
@@ -61,9 +61,9 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     workspace, made = _splits(config, paths)
     if finished is not None and _extends(finished, record):
         say(f"classify: {uri} is extended; its predictions are used again")
-    artifacts.begin(
-        uri, record, replaces=lambda there: _extends(there, record)
-    )  # a config that cannot be scored leaves nothing
+    # a config that cannot be scored leaves nothing
+    if not artifacts.begin(uri, record, replaces=lambda there: _extends(there, record)):
+        return uri
     for split in made:
         dropped = ", ".join(f"{n:,} ({reason})" for reason, n in split.dropped.items())
         if split.seed == 0 and split.whole:
@@ -125,8 +125,7 @@ def _splits(config: Config, paths: ArtifactPaths) -> tuple[Workspace, list[Split
 
 def _clean(paths: ArtifactPaths) -> None:
     """Remove the intermediate files that no later model needs."""
-    for kind in SCRATCH:
-        files.remove(files.join(paths.intermediates, kind))
+    layout.remove_own(paths.output, "classification", scratch=True)
 
 
 def _plan(config: Config, uri: str) -> tuple[ArtifactPaths, Record]:
@@ -361,8 +360,9 @@ def _track_results(
     tests = [{name: float(one["test"][name]) for name in ("accuracy", "macro_f1")} for one in kept]
     if tests:
         tracked.summary({f"kept/{name}": float(np.mean([test[name] for test in tests])) for name in tests[0]})
+    names = unique_slugs(one["group"] for one in kept)
     for one, test in zip(kept, tests, strict=True):
-        group = slug(one["group"])
+        group = names[one["group"]]
         tracked.summary({f"kept/{group}/{name}": value for name, value in test.items()})
         model = packaged_model.classifier(
             one["uri"], model_card.classifier(kept_classifier.facts(one["uri"])), {f"test/{n}": v for n, v in test.items()}
@@ -412,7 +412,8 @@ def _figures(scores: pd.DataFrame) -> dict[str, float]:
     """Mean over seeds of each score, by the name it has in MLflow."""
     keys = ["model", "split", "group", "direction", "metric"]
     means = scores.groupby(keys, sort=False)["value"].mean()
+    names = [unique_slugs(str(value) for value in scores[key].unique()) for key in keys]
     return {
-        "/".join(slug(str(part)) for part in key if part): float(value)
+        "/".join(of[str(part)] for of, part in zip(names, key, strict=True) if part): float(value)
         for key, value in zip(means.index, means.to_numpy(), strict=True)
     }

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from mixgf.classification.paths import SCRATCH
 from mixgf.classification.workspace import BLOCK_CELLS, Workspace
 from mixgf.comparison import (
     conserved_response,
@@ -36,7 +35,7 @@ from mixgf.errors import UserError
 from mixgf.execution import Executor, Shared, Task
 from mixgf.stages import classify
 from mixgf.stages.fan_out import fan_out
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, layout
 from mixgf.storage.artifacts import Record
 from mixgf.tracking import mlflow_runs
 
@@ -91,8 +90,7 @@ def _run(context: ComparisonContext, executor: Executor) -> str:
             if len(frame):
                 tracked.table(name, pa.Table.from_pandas(frame.head(mlflow_runs.SHOWN_ROWS), preserve_index=False))
         for encoder_set in context.encoder_sets:
-            for kind in SCRATCH:
-                files.remove(files.join(encoder_set.paths.intermediates, kind))
+            layout.remove_own(encoder_set.paths.output, "classification", scratch=True)
         encoders = [w.space_name(e) for w in context.encoder_sets for e in w.encoders]
         classifications = {w.space_name(""): w.classification for w in context.encoder_sets}
         artifacts.finish(

@@ -66,14 +66,13 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
 
 def load(uri: str) -> np.ndarray:
     """All vectors of a finished artifact in cell order, float32 (N, D)."""
-    artifacts.require(uri, KIND, SCHEMA)
-    folder = files.join(uri, "shards")
-    parts = [_read(files.join(folder, name)) for name in files.list_dir(folder) if name.endswith(".parquet")]
-    return np.concatenate(parts)
+    known = artifacts.require(uri, KIND, SCHEMA).files
+    names = sorted(name for name in known if name.endswith(".parquet"))
+    return np.concatenate([_read(files.join(uri, name), known[name]["sha256"]) for name in names])
 
 
-def _read(uri: str) -> np.ndarray:
-    column = tables.read_table(uri).column("vector").combine_chunks()
+def _read(uri: str, sha256: str) -> np.ndarray:
+    column = tables.read_table(uri, sha256=sha256).column("vector").combine_chunks()
     chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     return chunk.values.to_numpy().reshape(-1, chunk.type.list_size)
 

@@ -5,7 +5,7 @@ A part that is there is not made again, so a stage killed at any moment goes on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +14,33 @@ from mixgf.console import Progress, debug, say, warn
 from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Receipts, Task
-from mixgf.storage import files
+from mixgf.storage import files, tables
 from mixgf.tracking.mlflow_runs import Pace, Run
 
 
 def missing(tasks: Iterable[Task]) -> list[Task]:
-    """Tasks whose part is not there, in order. Lists every folder of parts once."""
+    """Tasks whose files are not all there and whole, in order. Lists every folder of files once; removes what is damaged."""
     tasks = list(tasks)
-    split = [task.part.rpartition("/") for task in tasks]
-    there = {folder: set(files.list_dir(folder)) for folder in {folder for folder, _, _ in split}}
-    return [task for task, (folder, _, name) in zip(tasks, split, strict=True) if name not in there[folder]]
+    written = [(*task.also, task.part) for task in tasks]
+    folders = {uri.rpartition("/")[0] for uris in written for uri in uris}
+    there = {folder: set(files.list_dir(folder)) for folder in folders}
+    return [task for task, uris in zip(tasks, written, strict=True) if not _is_done(uris, there)]
+
+
+def _is_done(uris: Sequence[str], there: Mapping[str, set[str]]) -> bool:
+    """Whether all files of a task are there and whole; if one is damaged, the part, which marks the task as done, is removed."""
+    *also, part = uris
+    folder, _, name = part.rpartition("/")
+    if name not in there[folder]:
+        return False
+    for uri in (*also, part):
+        folder, _, name = uri.rpartition("/")
+        whole = name in there[folder] and tables.is_whole(uri)
+        if not whole:
+            warn(f"{uri}: {'damaged' if name in there[folder] else 'gone'}; it is made again")
+            files.remove(part)
+            return False
+    return True
 
 
 def raise_error(_: Task, error: str) -> None:

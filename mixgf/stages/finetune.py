@@ -22,7 +22,7 @@ from mixgf.distributed.metrics import watch
 from mixgf.encoder.device import pick_device
 from mixgf.execution import Executor
 from mixgf.stages.pretrain import ProcessContext
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, layout
 from mixgf.storage.artifacts import Record
 from mixgf.tracking import mlflow_runs, model_card, packaged_model
 
@@ -72,7 +72,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         )  # fmt: skip
         name = f"{config.tracking.register}-finetuned" if config.tracking.register else ""
         tracked.model("classifier", packed, register=name)
-    files.remove(files.join(uri, "steps"))
+    layout.remove_own(uri, kept_classifier.KIND, scratch=True)
     test = about["test"]
     say(
         f"finetune: accuracy {test['accuracy']:.3f} and macro F1 {test['macro_f1']:.3f} on test cells; classifier in {uri}"

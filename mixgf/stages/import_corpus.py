@@ -30,7 +30,7 @@ from mixgf.execution import Executor, Task
 from mixgf.genes import identify
 from mixgf.genes.vocabulary import Vocabulary, publish_vocabulary
 from mixgf.stages.fan_out import SourcePasses
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, layout
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
 from mixgf.storage.tables import write_table
 from mixgf.tracking import mlflow_runs
@@ -47,11 +47,11 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     given = import_passes.ImportInputs(config, sources)
     vocabulary, record = given.plans()
     if not artifacts.begin(uri, record):
-        files.remove(files.join(uri, "work"))
+        layout.remove_own(uri, "corpus", scratch=True)
         return uri
     params = {name: to_dict(getattr(config, name)) for name in sections_of(Config, "import")}
     with (
-        remove_output_if_all_rejected(uri),
+        remove_output_if_all_rejected(uri, "corpus"),
         mlflow_runs.stage(config, "import", params, record.fingerprint) as tracked,
         executor.session(),
         watch(config, "import", tracked, uri) as watched,
@@ -62,7 +62,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         watched.made(cells=done.counts["read"])
         tracked.corpus(uri, "output")
         tracked.summary({f"cells/{k}": float(v) for k, v in done.counts.items() if not isinstance(v, dict)})
-    files.remove(files.join(uri, "work"))
+    layout.remove_own(uri, "corpus", scratch=True)
     return uri
 
 
@@ -205,7 +205,8 @@ class _Import:
         }  # fmt: skip
         tasks = [
             Task(
-                part=shards.part_uri(self.work, "done", n), source=u.index, weight=u.stop - u.start,
+                part=shards.part_uri(self.work, "done", n), also=(files.join(self.uri, "shards", shards.shard_name(n)),),
+                source=u.index, weight=u.stop - u.start,
                 function=import_passes.translate_shard, args=(self.work, u, n), kwargs=options,
             )
             for n, u in enumerate(kept)

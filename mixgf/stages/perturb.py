@@ -42,7 +42,6 @@ from mixgf.perturbation.group_design import Design
 from mixgf.perturbation.scoring_tasks import ScoringWorker
 from mixgf.stages.perturb_phases import Outcome, Phases, part, score
 from mixgf.storage import artifacts, files
-from mixgf.storage.tables import read_table
 from mixgf.tracking import cost, mlflow_runs
 
 KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 5
@@ -75,12 +74,13 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
             )
             _say_known(uri, config)
             return uri
-        files.remove(files.join(uri, "record.json"))  # unfinished again
     reference_genes.read_reference_genes(config)  # a list that cannot be read is said before the work, not after it
     plan = group_design.build_design(
         corpus, config
     )  # before the folder is claimed: a wrong expression leaves nothing behind
-    artifacts.begin(uri, record)
+    # what a smaller budget scored stays until more of it is
+    if not artifacts.begin(uri, record, replaces=lambda older: older.details.get("completed_by") == record.fingerprint):
+        return uri
     folder = files.join(uri, "parts", record.fingerprint[:16])
     make = functools.partial(ScoringWorker, config, corpus=source, weights=weights, folder=folder)
     with mlflow_runs.stage(config, "perturb", settings, record.fingerprint) as tracked:
@@ -136,7 +136,7 @@ def _say_known(uri: str, config: Config) -> None:
     """Print what is known of the genes beside what was found, where the config asks for it."""
     if config.perturb.reference_genes or config.perturb.published:
         for line in reference_genes.comparison_text(
-            read_table(files.join(uri, "genes.parquet")).to_pandas(), config
+            artifacts.read_artifact_table(uri, "genes").to_pandas(), config
         ).splitlines():
             say(line)
 
@@ -218,6 +218,8 @@ def _publish(uri: str, record: artifacts.Record, phases: Phases, outcome: Outcom
     made = tables_of(phases, outcome)
     plan, pairs, tables = made.plan, made.pairs, made.by_name
     matrix = [tables["responses"]] if "responses" in tables else []
+    if artifacts.find(uri) is not None:
+        artifacts.reopen(uri)
     checksums = artifacts.write_tables(uri, tables)
     counts = {
         "cells": len(plan.cells_N),

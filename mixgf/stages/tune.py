@@ -47,6 +47,7 @@ from mixgf.stages.tune_trials import (
     with_inputs,
 )
 from mixgf.storage import artifacts, files
+from mixgf.storage.sealed import read_sealed
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs, model_card, packaged_model
 from mixgf.training import checkpoints
@@ -224,7 +225,7 @@ def _publish(sweep: Sweep, record: artifacts.Record, arms: Sequence[Arm]) -> Non
     config, uri, tracked = sweep.config, sweep.uri, sweep.tracked
     trainings = [training for arm in arms for training in sweep.trainings(arm)]
     failed = {
-        f"{training.name} (seed {training.seed})": files.read_json(training.failed)["why"]
+        f"{training.name} (seed {training.seed})": read_sealed(training.failed)["why"]
         for training in trainings if files.exists(training.failed)
     }  # fmt: skip
     failed |= {json.dumps(note["chosen"]): note["why"] for note in sweep.noted() if note["why"]}

@@ -41,6 +41,7 @@ from mixgf.errors import UserError
 from mixgf.execution import Executor, LocalExecutor, Task
 from mixgf.stages import pretrain, pretrain_inputs
 from mixgf.storage import artifacts, files, tables
+from mixgf.storage.sealed import read_sealed, write_sealed
 from mixgf.tracking import mlflow_runs
 from mixgf.training import checkpoints
 from mixgf.training.held_out_loss import HeldOutLoss
@@ -136,12 +137,12 @@ class Sweep:
         """Keep hyperparameters that the search chose on the way, once, and why they make no arm, if so."""
         uri = files.join(self.uri, "arms", f"{fingerprint(dict(chosen))[:12]}.json")
         if not files.exists(uri):
-            files.write_json(uri, {"chosen": dict(chosen), "why": why})
+            write_sealed(uri, {"chosen": dict(chosen), "why": why})
 
     def noted(self) -> list[dict[str, Any]]:
         """What was kept by `note`, in the order of file names."""
         folder = files.join(self.uri, "arms")
-        return [files.read_json(files.join(folder, name)) for name in sorted(files.list_dir(folder))]
+        return [read_sealed(files.join(folder, name)) for name in sorted(files.list_dir(folder))]
 
 
 def rungs_of(arm: Arm, corpus: str) -> tuple[int, ...]:
@@ -201,7 +202,7 @@ def _advance(sweep: Sweep, training: Training, rung: int) -> None:
             whole = with_inputs(whole, corpus, sweep.uri, worker=f"{training.arm[:12]}-{training.seed}")
             train(whole, corpus.uri, uri, identity, num_steps=steps[-1], tracked=tracked, until=steps[rung])
         except UserError as error:  # an arm that cannot be trained is a finding, and stops no other
-            files.write_json(training.failed, {"why": str(error)})
+            write_sealed(training.failed, {"why": str(error)})
             return
         if alone:
             score_rung(training, rung, tracked)

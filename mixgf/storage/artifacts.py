@@ -24,20 +24,14 @@ import mixgf
 from mixgf.config.parse import difference, fingerprint
 from mixgf.console import say
 from mixgf.errors import UserError
-from mixgf.storage.files import create_bytes, exists, join, json_bytes, read_json, remove, sha256, size, write_json
-from mixgf.storage.tables import write_table
+from mixgf.storage import layout, lease
+from mixgf.storage.damage import MAKERS
+from mixgf.storage.files import create_bytes, exists, join, read_bytes, remove, sha256, size
+from mixgf.storage.sealed import sealed_bytes, unsealed, write_sealed
+from mixgf.storage.tables import read_table, write_table
 
-_MAKERS = {
-    "vocabulary": "mixgf prepare",
-    "corpus": "mixgf prepare",
-    "checkpoint": "mixgf pretrain",
-    "embeddings": "mixgf embed",
-    "classification": "mixgf classify",
-    "classifier": "mixgf classify",
-    "perturbation": "mixgf perturb",
-    "comparison": "mixgf compare",
-    "sweep": "mixgf tune",
-}
+_SHARED = ("corpus", "vocabulary")
+"""Kinds on whose parts several drivers work at a time; see `build_or_reuse`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +82,8 @@ def _read(uri: str, name: str) -> Record | None:
     if not exists(where):
         return None
     try:
-        return Record(**read_json(where))
-    except (ValueError, TypeError) as error:
+        return Record(**unsealed(read_bytes(where, small=True)))
+    except (ValueError, TypeError, IsADirectoryError) as error:
         msg = f"{where}: not a readable record ({error}); restore it, or remove {uri} to start again"
         raise UserError(msg) from None
 
@@ -100,7 +94,7 @@ def find(uri: str) -> Record | None:
 
 
 def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lambda _: False) -> bool:
-    """Claim a folder for a planned artifact.
+    """Claim a folder for a planned artifact. Waits while another driver works on it, except where drivers help each other.
 
     Args:
         uri: The folder.
@@ -109,11 +103,31 @@ def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lamb
             until the new files are written; see `reopen`.
 
     Returns:
-        True if there is work to do (a new plan, or the same plan unfinished); False if the artifact is finished.
+        True if there is work to do (a new plan, or the same plan unfinished); False if the artifact is finished. Where there is
+        work, this process holds the folder's lease until `finish`, or its end.
 
     Raises:
-        UserError: The folder holds another artifact, finished or not.
+        UserError: The folder holds another artifact, finished or not, or files that mixgf did not make.
     """
+    if not _claim(uri, record, replaces=replaces):
+        return False
+    if record.kind in _SHARED:
+        return True
+
+    def is_done() -> bool:
+        there = find(uri)
+        return there is not None and there.fingerprint == record.fingerprint
+
+    if not lease.hold(uri, is_done):
+        return False
+    if is_done():  # just before this process got the lease
+        lease.release(uri)
+        return False
+    return True
+
+
+def _claim(uri: str, record: Record, *, replaces: Callable[[Record], bool]) -> bool:
+    """`begin` without the lease: write or compare the plan."""
     plan_uri = join(uri, "plan.json")
     finished, planned = (_read(uri, name) for name in ("record.json", "plan.json"))
     if finished is not None and (finished.fingerprint == record.fingerprint or not replaces(finished)):
@@ -121,10 +135,12 @@ def begin(uri: str, record: Record, *, replaces: Callable[[Record], bool] = lamb
         return False
     if planned is not None and (planned.fingerprint == record.fingerprint or not replaces(planned)):
         _require_same(uri, planned, record)
+        layout.require_own(uri, record.kind)
         return True
+    layout.require_own(uri, record.kind)
     if finished is not None or planned is not None:
-        write_json(plan_uri, asdict(record))
-    elif not create_bytes(plan_uri, json_bytes(asdict(record))):
+        write_sealed(plan_uri, asdict(record))
+    elif not create_bytes(plan_uri, sealed_bytes(asdict(record))):
         there = _read(uri, "plan.json")  # another run claimed the folder in the meantime
         if there is not None:
             _require_same(uri, there, record)
@@ -161,6 +177,13 @@ def checksums_of(uri: str, names: Iterable[str]) -> dict[str, Any]:
     return {name: {"bytes": size(at), "sha256": sha256(at)} for name, at in uris.items()}
 
 
+def read_artifact_table(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """The table NAME.parquet of a finished artifact; a `UserError` if it is not what the record says."""
+    record, file = find(uri), f"{name}.parquet"
+    known = record.files.get(file, {}) if record is not None else {}
+    return read_table(join(uri, file), columns, sha256=known.get("sha256", ""))
+
+
 def write_tables(uri: str, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
     """Write tables of an artifact as NAME.parquet; returns their bytes and SHA-256, in the form that `finish` takes."""
     files = {}
@@ -179,9 +202,11 @@ def finish(
     details: dict[str, Any] | None = None,
 ) -> Record:
     """Write the record of an artifact, after all of its files."""
+    assert layout.are_own(record.kind, files or {}), f"{record.kind}: files that `storage.layout` does not list"
     done = replace(record, counts=counts or {}, files=files or {}, details=details or {})
-    write_json(join(uri, "record.json"), asdict(done))
+    write_sealed(join(uri, "record.json"), asdict(done))
     remove(join(uri, "plan.json"))
+    lease.release(uri)
     return done
 
 
@@ -192,7 +217,7 @@ def require(uri: str, kind: str, schema: int | None = None) -> Record:
         UserError: There is none, or it is of another kind or schema. The message names the command that makes it.
     """
     record = find(uri)
-    maker = _MAKERS.get(kind, "the stage that makes it")
+    maker = MAKERS.get(kind, "the stage that makes it")
     if record is None:
         state = "unfinished" if _read(uri, "plan.json") else "not there"
         msg = f"{uri}: no finished {kind} ({state}); run `{maker}` first, or name another with --set inputs.NAME=URI"
@@ -207,13 +232,13 @@ def require(uri: str, kind: str, schema: int | None = None) -> Record:
 
 
 @contextlib.contextmanager
-def remove_output_if_all_rejected(uri: str) -> Iterator[None]:
+def remove_output_if_all_rejected(uri: str, kind: str) -> Iterator[None]:
     """Remove an unfinished artifact if all of its sources were rejected, so that another plan can use the folder."""
     try:
         yield
     except UserError:
         if find(uri) is None:  # otherwise another run of the same plan has finished it
-            remove(uri)
+            layout.remove_own(uri, kind)
         raise
 
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -27,6 +28,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 
+from mixgf.config import parse
 from mixgf.errors import AccessError
 from mixgf.redact import redact
 from mixgf.storage.retry import error_code
@@ -92,6 +94,14 @@ def is_folder(uri: str) -> bool:
     return request(uri, lambda fs, key: bool(fs.isdir(key)))
 
 
+def is_same(uri: str, other: str) -> bool:
+    """Whether two URIs name one file that is there, however they are spelled; true for links on local disk, too."""
+    if is_local(uri) and is_local(other):
+        one, two = local_path(uri), local_path(other)
+        return one.exists() and two.exists() and one.samefile(two)
+    return uri.rstrip("/") == other.rstrip("/")
+
+
 def size(uri: str) -> int:
     """Bytes of a file."""
     if is_local(uri):
@@ -148,6 +158,19 @@ def find(uri: str) -> dict[str, int]:
     protocol, _, itself = uri.rstrip("/").partition("://")
     facts = request(uri, lambda fs, key: fs.find(key, detail=True))
     return {f"{protocol}://{name}": int(facts[name]["size"]) for name in sorted(facts) if name.rstrip("/") != itself}
+
+
+def stamps(uris: Iterable[str]) -> dict[str, str]:
+    """A text for each file that is another one after the file was written again: bytes and time of change, or the ETag."""
+    found = {}
+    for uri in uris:
+        if is_local(uri):
+            facts = local_path(uri).stat()
+            found[uri] = f"{facts.st_size}-{facts.st_mtime_ns}"
+        else:
+            remote = request(uri, lambda fs, key: fs.info(key))
+            found[uri] = f"{remote['size']}-{str(remote.get('ETag', '')).strip(chr(34))}"
+    return found
 
 
 def glob(uri: str) -> list[str]:
@@ -350,6 +373,40 @@ def remove(uri: str) -> None:
         request(uri, lambda fs, key: fs.rm(key, recursive=True))
 
 
+def remove_matching(uri: str, pattern: re.Pattern[str], *, last: str = "") -> list[str]:
+    """Delete the files of a folder whose names, relative to it, match a pattern, and folders that are then empty.
+
+    Args:
+        uri: The folder; it may be missing.
+        pattern: Must match the whole name.
+        last: Name of the file that is deleted after all others.
+
+    Returns:
+        Names of the files that are left.
+    """
+    root = uri.rstrip("/")
+    names = [found.removeprefix(root).lstrip("/") for found in find(uri)]
+    mine = sorted((name for name in names if pattern.fullmatch(name)), key=lambda name: (name == last, name))
+    for name in mine:
+        remove(join(uri, name))
+    if is_local(uri):
+        _remove_empty(local_path(uri))
+    return sorted(set(names) - set(mine))
+
+
+def _remove_empty(folder: Path) -> None:
+    """Delete a folder's abandoned temporary files, its empty folders, and the folder itself where nothing is left in it."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            _remove_empty(path)
+        elif path.name.startswith(_TEMPORARY):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, or gone
+        folder.rmdir()
+
+
 def map_reads(uri: str, read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Results of `read` for each item, in order.
 
@@ -389,7 +446,7 @@ def sha256(uri: str) -> str:
 
 def read_json(uri: str) -> Any:
     """A JSON file's value."""
-    return json.loads(read_bytes(uri, small=True))
+    return parse.read_json(read_bytes(uri, small=True))
 
 
 def write_json(uri: str, value: Any) -> None:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixgf.config.run import Config
+from mixgf.console import warn
 from mixgf.errors import UserError
 from mixgf.storage import files
+from mixgf.storage.sealed import read_sealed, write_sealed
 
 HOUR = 3600.0
 LOCAL = "local"
@@ -103,14 +105,19 @@ def load_prices(uri: str) -> dict[str, float]:
 
 def save(uri: str, session: str, seconds: Mapping[str, float]) -> None:
     """Write a session's node-seconds so far under its artifact; a later call replaces an earlier one."""
-    files.write_json(files.join(uri, "cost", f"{session}.json"), dict(seconds))
+    write_sealed(files.join(uri, "cost", f"{session}.json"), dict(seconds))
 
 
 def load(uri: str, *, without: str = "") -> dict[str, float]:
-    """Node-seconds of all sessions of an artifact, except the session `without`."""
-    folder = files.join(uri, "cost")
-    names = [n for n in files.list_dir(folder) if n.endswith(".json")]
-    return merge(files.read_json(files.join(folder, n)) for n in names if n != f"{without}.json")
+    """Node-seconds of all sessions of an artifact, except the session `without` and those whose file is damaged."""
+    folder, found = files.join(uri, "cost"), list[dict[str, float]]()
+    for name in files.list_dir(folder):
+        if name.endswith(".json") and name != f"{without}.json":
+            try:
+                found.append(read_sealed(files.join(folder, name)))
+            except UserError as error:
+                warn(f"{error}. The cost of this session is not counted")
+    return merge(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

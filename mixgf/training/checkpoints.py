@@ -6,6 +6,7 @@ the checkpoint complete. A complete checkpoint that cannot be read is an error; 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ from mixgf.encoder.checkpoint import (
 from mixgf.errors import UserError
 from mixgf.storage import files
 from mixgf.storage.artifacts import Record
+from mixgf.storage.sealed import read_sealed, write_sealed
+
+_OWN = re.compile("|".join(map(re.escape, (WEIGHTS, MOMENTS, "state.json"))))
+"""Files of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def write_step(uri: str, step: int, taken: Snapshot, details: dict[str, Any]) ->
         MOMENTS: write_tensors(files.join(folder, MOMENTS), taken.moments),
     }
     state = {"step": step, "files": checksums, "details": details}
-    files.write_json(files.join(folder, "state.json"), state)
+    write_sealed(files.join(folder, "state.json"), state)
     return folder
 
 
@@ -165,7 +170,7 @@ class CheckpointWriter:
 
 def _steps(uri: str) -> list[int]:
     names = [name.rstrip("/").rsplit("/", 1)[-1] for name in files.list_dir(files.join(uri, "steps"))]
-    return [int(name) for name in sorted(names) if name.isdigit()]
+    return [int(name) for name in sorted(names) if re.fullmatch("[0-9]{8}", name)]
 
 
 def complete_steps(uri: str) -> list[int]:
@@ -185,7 +190,7 @@ def load_step(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> S
     folder = step_folder(uri, steps[-1])
     where = files.join(folder, "state.json")
     try:
-        state = files.read_json(where)
+        state = read_sealed(where)
         step, checksums, details = int(state["step"]), dict(state["files"]), dict(state["details"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(restore_hint(f"{where}: not a readable state ({error!r})", where)) from None
@@ -209,14 +214,14 @@ def publish_step(uri: str, step: int, record: Record, model: MaskedModel, **abou
 def last_and_best(uri: str) -> tuple[int, int]:
     """Step of the latest complete checkpoint, and of the one with the best weights (`Selection`), or the same without one."""
     last = complete_steps(uri)[-1]
-    state = files.read_json(files.join(step_folder(uri, last), "state.json"))["details"].get("selection")
+    state = read_sealed(files.join(step_folder(uri, last), "state.json"))["details"].get("selection")
     return last, int(state["best_step"]) if state else last
 
 
 def load_step_weights(uri: str, step: int, model: nn.Module) -> None:
     """Copy the weights of the complete checkpoint of a step into a model."""
     folder = step_folder(uri, step)
-    checksums = files.read_json(files.join(folder, "state.json"))["files"]
+    checksums = read_sealed(files.join(folder, "state.json"))["files"]
     load_weights(model, read_tensors(files.join(folder, WEIGHTS), checksums[WEIGHTS]), folder)
 
 
@@ -225,6 +230,6 @@ def remove_old_steps(uri: str, keep: int, spare: int | None = None) -> None:
     kept = complete_steps(uri)[-keep:]
     for step in _steps(uri):
         if kept and step < kept[0] and step != spare:
-            folder = step_folder(uri, step)
-            files.remove(files.join(folder, "state.json"))  # first, so that a partly removed checkpoint is incomplete
-            files.remove(folder)
+            # the state first, so that a partly removed checkpoint is incomplete; files of others stay
+            files.remove(files.join(step_folder(uri, step), "state.json"))
+            files.remove_matching(step_folder(uri, step), _OWN)

@@ -6,6 +6,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from invented import untrained_checkpoint
 from scipy import sparse, special
@@ -240,6 +241,46 @@ def test_the_input_and_all_that_is_in_it_stay(trained: Config, tmp_path: Path) -
     np.testing.assert_array_equal(out.obsm["X_mine"], data.obsm["X_mine"])
     assert (out.layers["twice"] != data.layers["twice"]).nnz == 0
     assert (out.X != data.X).nnz == 0
+
+
+def test_the_output_is_neither_the_input_by_another_spelling_nor_a_file_of_somebody_else(
+    trained: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "d" / "x.h5ad"
+    cells("human", 3).write_h5ad(path)
+    (tmp_path / "symlink.h5ad").symlink_to(path)
+    (tmp_path / "link.h5ad").hardlink_to(path)
+    (tmp_path / "e").symlink_to(tmp_path / "d", target_is_directory=True)
+    for name in ("mine.h5ad", "other.h5ad", "table.csv", "table.parquet", "empty.csv", "no.h5ad"):
+        (tmp_path / name).write_bytes(b"cell,label\n" if name != "empty.csv" else b"")
+    cells("human", 2).write_h5ad(tmp_path / "other.h5ad")
+    tables.write_table(str(tmp_path / "table.parquet"), pa.table({"cell": ["a"]}))
+    (tmp_path / "folder.h5ad").mkdir()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    own = ("d/x.h5ad", "d/../d/x.h5ad", "./d//x.h5ad", "e/x.h5ad", "symlink.h5ad", "link.h5ad")
+    foreign = ("mine.h5ad", "other.h5ad", "table.csv", "table.parquet", "empty.csv", "no.h5ad", "folder.h5ad")
+    for name in (*own, *foreign):
+        with pytest.raises(
+            UserError, match="is the input itself" if name in own else "not written by `mixgf annotate`"
+        ):
+            annotate.run(
+                model(trained),
+                Source(uri=str(path), species=""),
+                f"{tmp_path}/{name}",
+                Config(),
+                executor=LocalExecutor(),
+            )
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "csv", "parquet"])
+def test_labels_of_an_earlier_command_are_replaced(trained: Config, tmp_path: Path, ending: str) -> None:
+    cells("human", 3).write_h5ad(tmp_path / "x.h5ad")
+    source, to = Source(uri=str(tmp_path / "x.h5ad"), species="human"), tmp_path / f"out.{ending}"
+    for group in ("human", "mouse"):
+        annotate.run(model(trained, group), source, str(to), Config(), executor=LocalExecutor())
+        assert to.exists()
 
 
 def test_parts_of_any_size_and_a_csv_hold_the_same_labels(

@@ -200,6 +200,13 @@ def test_the_command_prints_text_or_one_object_and_draws_where_told(corpus, tmp_
     assert cli.main(["inspect", corpus, "--json", "--plot", str(tmp_path / "c.PNG")]) == 0
     assert json.loads(capsys.readouterr().out)["cells"]["read"] == 240
     assert (tmp_path / "c.PNG").stat().st_size > 10_000
+    for kind in ("PNG", "svg", "pdf"):
+        for _ in range(2):  # its own figure is replaced
+            assert cli.main(["inspect", corpus, "--json", "--plot", str(tmp_path / f"c.{kind}")]) == 0
+    (tmp_path / "mine.png").write_bytes(b"of a user")
+    assert cli.main(["inspect", corpus, "--plot", str(tmp_path / "mine.png")]) == 2
+    assert "mine.png: is there and was not drawn by mixgf" in capsys.readouterr().err
+    assert (tmp_path / "mine.png").read_bytes() == b"of a user"
     assert sorted(files.list_dir(corpus)) == before
 
 

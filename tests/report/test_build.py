@@ -16,6 +16,7 @@ from mixgf.config.classification import Classify
 from mixgf.config.parse import to_dict
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config, Inputs
+from mixgf.errors import UserError
 from mixgf.perturbation import gene_table, hits
 from mixgf.report import build, elements, load, results, run_text, score_tables, verdicts, wording
 from mixgf.report.figures import cell_maps, curves
@@ -151,6 +152,15 @@ def config(tmp_path_factory):
 
 
 # findings
+
+
+@pytest.mark.parametrize("content", [b"<html>mine</html>", b"", bytes(range(256)) * 40])
+def test_a_file_that_is_no_report_is_not_replaced(tmp_path, content):
+    page = tmp_path / "report.html"
+    page.write_bytes(content)
+    with pytest.raises(UserError, match=r"report\.html: is no report of mixgf; move it away"):
+        build.build_report(Config(output=str(tmp_path)), str(page))
+    assert page.read_bytes() == content
 
 
 @pytest.mark.parametrize(

@@ -462,6 +462,14 @@ def test_a_budget_ends_a_run_cleanly_and_a_larger_one_computes_only_the_rest(inp
     assert (fate["fate"] == "beyond the budget").sum() == 2 * record.counts["not_scored"]
     perturb.run(configure(inputs, tmp_path, budget_hours=60 / 3600), executor=LocalExecutor())
     assert len(keys) == done  # the same budget: nothing to do
+    before = {name: files.sha256(f"{tmp_path}/perturb/{name}") for name in ("record.json", "genes.parquet")}
+    with pytest.raises(UserError, match="no such file"):
+        perturb.run(configure(inputs, tmp_path, reference_genes=("gone.csv",)), executor=LocalExecutor())
+    with monkeypatch.context() as killed:
+        killed.setattr(perturb, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
+    assert {name: files.sha256(f"{tmp_path}/perturb/{name}") for name in before} == before, "the old result stays"
     perturb.run(configure(inputs, tmp_path), executor=LocalExecutor())
     assert len(keys) == len(set(keys))
     ours, theirs = (artifacts.require(f"{output}/perturb", "perturbation") for output in (tmp_path, whole))

@@ -13,7 +13,7 @@ def make(config=None, parents=None, kind="corpus", schema=1):
 def test_an_artifact_is_visible_only_when_its_record_is(tmp_path):
     uri = str(tmp_path / "corpus")
     assert artifacts.begin(uri, make())
-    files.write_bytes(files.join(uri, "half.bin"), b"x")
+    files.write_bytes(files.join(uri, "index.parquet"), b"x")
     with pytest.raises(UserError, match=r"no finished corpus \(unfinished\); run `mixgf prepare` first"):
         artifacts.require(uri, "corpus")
     assert artifacts.begin(uri, make()), "the same plan goes on"

@@ -12,13 +12,15 @@ from mixgf.report.figures import style
 from mixgf.storage import files
 
 FORMATS = ("png", "svg", "pdf")
+TITLE = "mixgf inspect"
+"""Title in the metadata of the figure. Only a file with it is replaced."""
 
 
 def check_plot(plot: str, uri: str) -> str:
     """Format of a figure's file name.
 
     Raises:
-        UserError: The name does not end in .png, .svg or .pdf, or lies inside the corpus.
+        UserError: The name does not end in .png, .svg or .pdf, lies inside the corpus, or is that of another file.
     """
     kind = plot.rsplit(".", 1)[-1].lower() if "." in plot.rsplit("/", 1)[-1] else ""
     if kind not in FORMATS:
@@ -26,6 +28,9 @@ def check_plot(plot: str, uri: str) -> str:
         raise UserError(msg)
     if plot.startswith(uri.rstrip("/") + "/"):
         msg = f"--plot {plot}: lies inside the corpus, to which nothing may be added; give a file elsewhere"
+        raise UserError(msg)
+    if files.exists(plot) and (files.is_folder(plot) or TITLE.encode() not in files.read_bytes(plot)):
+        msg = f"--plot {plot}: is there and was not drawn by mixgf; give another name, or move it away"
         raise UserError(msg)
     return kind
 
@@ -46,7 +51,7 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
     """The figure as png, svg or pdf: cells by source with dropped cells by reason, sentence lengths, genes by share of cells."""
     sources = _drawn(found["sources"])
     height = max(5.2, 1.7 + 0.27 * len(sources))
-    with style.sheet("corpus", 11.0, height, kind=kind, wspace=0.04, hspace=0.06) as (figure, paths):
+    with style.sheet("corpus", 11.0, height, kind=kind, title=TITLE, wspace=0.04, hspace=0.06) as (figure, paths):
         grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
         species = list(found["lengths"])
         _draw_sources(figure.add_subplot(grid[:, 0]), sources, species)

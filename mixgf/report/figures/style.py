@@ -32,11 +32,11 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def sheet(
-    name: str, width: float, height: float, *, kind: str = "svg", **layout: Any
+    name: str, width: float, height: float, *, kind: str = "svg", title: str = "", **layout: Any
 ) -> Iterator[tuple[Any, list[bytes]]]:
     """A matplotlib figure of `width` x `height` inches.
 
-    The list receives the file at the end of the block: svg, or png or pdf on white.
+    The list receives the file at the end of the block: svg, or png or pdf on white. `title` stands in the file's metadata.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -50,7 +50,13 @@ def sheet(
         FigureCanvasSVG(figure)
         yield figure, out
         file, back = io.BytesIO(), "none" if kind == "svg" else "white"
-        figure.savefig(file, format=kind, dpi=170, metadata=dict.fromkeys(undated), facecolor=back)
+        figure.savefig(
+            file,
+            format=kind,
+            dpi=170,
+            metadata=dict.fromkeys(undated) | ({"Title": title} if title else {}),
+            facecolor=back,
+        )
         out.append(file.getvalue())
 
 

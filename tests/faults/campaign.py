@@ -1,0 +1,89 @@
+"""A campaign of faults: seeded tries of several kinds, a ledger that remembers them, and a table of how they ended.
+
+| ending | meaning |
+|---|---|
+| refused | one short line that names what is wrong, no traceback; the exit code says so |
+| survived | the result is the same as without the fault |
+| lost | anything else: other values, a traceback, a file of a user that changed |
+
+A try is a kind and a number, which seeds it, so every try can be made again. The ledger is a JSON line per try; a campaign that is
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REFUSED, SURVIVED, LOST = "refused", "survived", "lost"
+LONGEST = 1_000
+"""Most characters of a refusal."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault."""
+
+    name: str
+    wanted: int
+    """Tries of the whole campaign."""
+    attempt: Callable[[int], tuple[str, str]]
+    """Makes the try of a number; returns its ending and one line about it."""
+
+
+def ending_of(line: str) -> tuple[str, str]:
+    """The ending of a try that was refused with this text."""
+    clear = 0 < len(line) <= LONGEST and "\n" not in line.strip() and "Traceback" not in line
+    return (REFUSED if clear else LOST), line[:300]
+
+
+class Ledger:
+    """The tries that are made, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        whole = [line for line in lines if line.endswith("}")]  # the last may be cut off by a kill
+        if len(whole) < len(lines):
+            path.write_text("".join(f"{line}\n" for line in whole))
+        self.rows = [json.loads(line) for line in whole]
+        self.made = {(row["kind"], row["number"]) for row in self.rows}
+
+    def add(self, kind: str, number: int, ending: str, line: str) -> None:
+        row = {"kind": kind, "number": number, "ending": ending, "line": line}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        self.made.add((kind, number))
+
+
+def run(kinds: list[Kind], ledger: Ledger, *, seconds: float = float("inf")) -> None:
+    """Make the tries that the ledger lacks, of all kinds in turn, for at most so long."""
+    end = time.monotonic() + seconds
+    for kind, number in _in_turn(kinds):
+        if (kind.name, number) in ledger.made:
+            continue
+        if time.monotonic() > end:
+            return
+        ledger.add(kind.name, number, *kind.attempt(number))
+
+
+def _in_turn(kinds: list[Kind]) -> Iterator[tuple[Kind, int]]:
+    for number in range(max(kind.wanted for kind in kinds)):
+        yield from ((kind, number) for kind in kinds if number < kind.wanted)
+
+
+def table(ledger: Ledger) -> str:
+    """The table of endings by kind, in Markdown, and every try that was lost."""
+    counts: dict[str, Counter[str]] = {}
+    for row in ledger.rows:
+        counts.setdefault(row["kind"], Counter())[row["ending"]] += 1
+    lines = ["| kind | tries | refused clearly | survived | lost |", "|---|---|---|---|---|"]
+    for kind, of in counts.items():
+        lines.append(f"| {kind} | {of.total()} | {of[REFUSED]} | {of[SURVIVED]} | {of[LOST]} |")
+    lost = [f"lost: {row['kind']} {row['number']}: {row['line']}" for row in ledger.rows if row["ending"] == LOST]
+    return "\n".join([*lines, *lost])
