@@ -1,5 +1,7 @@
 """Three invented species with small real files, for the tests of prepare."""
 
+import dataclasses
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from mixgf.config.run import Config, Tracking
 from mixgf.corpus import reader
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
-from mixgf.storage import artifacts
+from mixgf.storage import artifacts, files, sealed
 
 NUM_GENES = 30
 
@@ -56,6 +58,14 @@ def make(tmp_path, tracking_uri):
         prepare=Prepare(shard_cells=10, block_cells=4), tracking=Tracking(uri=tracking_uri),
     )  # fmt: skip
     return config, counts
+
+
+def record_shards(uri):
+    """Make the record of a corpus say what its shards hold now, after a test has written them again."""
+    record = artifacts.find(uri)
+    for shard in record.details["shards"]:
+        shard["sha256"] = files.sha256(f"{uri}/shards/{shard['name']}")
+    sealed.write_sealed(f"{uri}/record.json", dataclasses.asdict(record))
 
 
 def untrained_checkpoint(run, model):

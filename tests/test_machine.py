@@ -25,10 +25,12 @@ import mixgf.corpus.prepare_passes, mixgf.cells.open, anndata, mixgf.distributed
 what, limit = sys.argv[2], int(sys.argv[3])
 config = from_dict(Config, json.load(open(sys.argv[1])))
 kind = {"size": resource.RLIMIT_FSIZE, "handles": resource.RLIMIT_NOFILE}[what]
-resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
+before = resource.getrlimit(kind)
+resource.setrlimit(kind, (limit, before[1]))
 try:
     prepare.run(config, executor=LocalExecutor())
 except Exception as error:
+    resource.setrlimit(kind, before)
     code, line = cli._explain(error)
     print(line, file=sys.stderr)
     sys.exit(code)

@@ -121,6 +121,8 @@ class EmbedPlan:
     """Its fingerprint: a process loads the encoder once for all shards."""
     shard: str
     """URI of the shard."""
+    sha256: str
+    """Of its file; empty = not known."""
     lengths: str
     """Hash of the cells' lengths in the index of the corpus (`hash_lengths`)."""
     cls: bool
@@ -147,7 +149,8 @@ def plan_shards(config: Config, corpus: Corpus, weights: str, version: str, part
     lengths = [corpus.lengths_N[a:b] for a, b in zip(corpus.starts[:-1], corpus.starts[1:], strict=True)]
     return [
         EmbedPlan(
-            config=config, weights=weights, version=version, shard=corpus.shard_uri(i), lengths=hash_lengths(lengths[i]),
+            config=config, weights=weights, version=version, shard=corpus.shard_uri(i),
+            sha256=str(corpus.shards[i].get("sha256", "")), lengths=hash_lengths(lengths[i]),
             cls=corpus.cls, to=part,
         )
         for i, part in enumerate(parts)
@@ -163,7 +166,7 @@ def _loaded(weights: str, version: str, gpus: float) -> Encoder:
 def read_sentences(plan: EmbedPlan) -> Iterator[pa.Table]:
     """Read: sentences of a shard, column `tokens`, one table per row group."""
     lengths = []
-    for table in tables.read_row_groups(plan.shard, ["tokens"]):
+    for table in tables.read_row_groups(plan.shard, ["tokens"], sha256=plan.sha256):
         lengths.append(table["tokens"].combine_chunks().value_lengths().to_numpy())
         yield table
     if hash_lengths(np.concatenate(lengths)) != plan.lengths:

@@ -9,21 +9,21 @@ import json
 from typing import Any
 
 from mixgf.config.parse import fingerprint, read_json
+from mixgf.storage import files
 from mixgf.storage.damage import damaged
-from mixgf.storage.files import json_bytes, read_bytes, write_bytes
 
 _SEAL = "seal"
 
 
 def sealed_bytes(value: dict[str, Any]) -> bytes:
     """The object as JSON with its seal, without secrets."""
-    plain = json.loads(json_bytes({name: part for name, part in value.items() if name != _SEAL}))
-    return json_bytes(plain | {_SEAL: fingerprint(plain)})
+    plain = json.loads(files.json_bytes({name: part for name, part in value.items() if name != _SEAL}))
+    return files.json_bytes(plain | {_SEAL: fingerprint(plain)})
 
 
 def write_sealed(uri: str, value: dict[str, Any]) -> None:
     """Write an object atomically, with its seal."""
-    write_bytes(uri, sealed_bytes(value))
+    files.write_bytes(uri, sealed_bytes(value))
 
 
 def read_sealed(uri: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def read_sealed(uri: str) -> dict[str, Any]:
         UserError: It is not what was written, or no JSON object.
     """
     try:
-        return unsealed(read_bytes(uri, small=True))
+        return unsealed(files.read_bytes(uri, small=True))
     except ValueError as error:
         raise damaged(uri, str(error)) from None
 

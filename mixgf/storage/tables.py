@@ -30,9 +30,9 @@ from mixgf.storage.files import (
     read_bytes,
     read_json,
     replacing,
-    size,
     write_bytes,
 )
+from mixgf.storage.files import sha256 as file_sha256
 
 _MAGIC, _PARQUET = b"mixgfPQ1", b"PAR1"
 _TAIL_BYTES = 64 << 10
@@ -142,7 +142,7 @@ def _check_seal(uri: str, file: BinaryIO) -> None:
 def is_whole(uri: str) -> bool:
     """Whether a local file has the beginning, length and end that it was written with; its pages are not read.
 
-    True for remote files, which appear whole or not at all.
+    True for remote files, which appear whole or not at all, and for files of other kinds.
     """
     if not is_local(uri):
         return True
@@ -157,15 +157,21 @@ def is_whole(uri: str) -> bool:
                 return _CHECKED in (end := file.read()) and _CHECKSUM.unpack(end)[2] == total - _CHECKSUM.size
         elif uri.endswith(".json"):
             read_json(uri)
-        else:
-            return size(uri) > 0
     except (ValueError, OSError):
         return False
     return True
 
 
-def read_row_groups(uri: str, columns: list[str]) -> Iterator[pa.Table]:
-    """Those of the given columns that a Parquet file has, one row group in memory at a time."""
+def read_row_groups(uri: str, columns: list[str], *, sha256: str = "") -> Iterator[pa.Table]:
+    """Those of the given columns that a Parquet file has, one row group in memory at a time.
+
+    Args:
+        uri: Of the file.
+        columns: To read.
+        sha256: Of the whole file, which is read and compared before.
+    """
+    if sha256 and file_sha256(uri) != sha256:
+        raise damaged(uri, "it has other bytes than were written")
     with open_parquet(uri) as parquet:
         there = [name for name in columns if name in parquet.schema_arrow.names]
         for group in range(parquet.num_row_groups):

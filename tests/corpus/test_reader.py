@@ -90,7 +90,7 @@ def test_a_corpus_with_another_vocabulary_is_refused(make_corpus):
 def test_a_shard_that_does_not_fit_the_index_is_refused(make_corpus):
     uri, other = make_corpus(LENGTHS, SPECIES, [3, 4]), make_corpus(LENGTHS[::-1], SPECIES, [3, 4])
     files.write_bytes(f"{uri}/shards/00000.parquet", files.read_bytes(f"{other}/shards/00000.parquet"))
-    with pytest.raises(errors.UserError, match=r"does not fit index.parquet"):
+    with pytest.raises(errors.UserError, match=r"00000.parquet: damaged \(it has other bytes than were written\)"):
         reader.Corpus(uri).tokens([0])
 
 

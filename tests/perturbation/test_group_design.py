@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from invented import record_shards
 
 from mixgf.config import data, perturbation, run
 from mixgf.corpus.reader import Corpus
@@ -116,6 +117,7 @@ def many(make_corpus):
         table = table.set_column(table.column_names.index(name), name, pa.array(values)) if name in table.column_names else (
             table.append_column(name, pa.array(values)))  # fmt: skip
     tables.write_table(shard, table)
+    record_shards(uri)
     return Corpus(uri)
 
 

@@ -97,7 +97,9 @@ def test_a_damaged_shard_is_named_and_the_others_are_kept(settings, make_corpus,
     tables.write_table(first, tables.read_table(first).take([1, 0, 2]))
     inputs = run.Inputs(corpus=uri, checkpoint=f"{settings.output}/pretrain")
     chosen = dataclasses.replace(settings, output=str(tmp_path), inputs=inputs)
-    with pytest.raises(UserError, match=r"embed: 1 shards cannot be used, .*00000.parquet: does not fit index.parquet"):
+    with pytest.raises(
+        UserError, match=r"embed: 1 shards cannot be used, .*00000.parquet: damaged \(it has other bytes"
+    ):
         embed.run(chosen, executor=LocalExecutor())
     assert files.list_dir(f"{tmp_path}/embed/shards") == ["00001.parquet"]
     files.write_bytes(first, whole)

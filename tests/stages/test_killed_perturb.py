@@ -48,6 +48,7 @@ def settings(make_corpus, tmp_path_factory, tracking_uri):
     shard = f"{corpus}/shards/00000.parquet"
     donors = pa.array([f"d{c // 2 % 4}" for c in range(NUM_CELLS)])
     write_table(shard, read_table(shard).append_column("donor", donors))
+    invented.record_shards(str(corpus))
     chosen = run.Config(
         output=str(folder),
         tokens=data.Tokens(max_len=20),

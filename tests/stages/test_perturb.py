@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from invented import record_shards
 
 from mixgf.config import data, training
 from mixgf.config.perturbation import Perturb
@@ -48,6 +49,7 @@ def inputs(make_corpus, tmp_path_factory):
         donors = [f"d{c // 2 % 4}" for c in range(start, start + rows)]
         tables.write_table(uri, tables.read_table(uri).append_column("donor", pa.array(donors)))
         start += rows
+    record_shards(corpus)
     weights = str(tmp_path_factory.mktemp("pretrain"))
     vocabulary = Corpus(corpus).vocabulary
     record = artifacts.plan("checkpoint", 1, {}, {})
@@ -314,6 +316,7 @@ def test_overexpressing_the_gene_that_marks_the_goal_is_the_strongest_shift(inpu
             table.column_names.index("tokens"), "tokens", pa.array(sentences, pa.list_(pa.int32()))
         )
         tables.write_table(f"{copy}/shards/{name}", table.append_column("state", pa.array(marked)))
+    record_shards(copy)
     inputs = Inputs(corpus=copy, checkpoint=inputs.checkpoint)
     chosen = {
         "start": "state == 'without'",

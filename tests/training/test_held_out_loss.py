@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from invented import record_shards
 
 from mixgf.config import data, run, training
 from mixgf.corpus import held_out, overlap, reader
@@ -45,6 +46,7 @@ def add_column(uri, name, values):
         part = pa.array(list(values[start : start + table.num_rows]))
         tables.write_table(where, table.append_column(name, part))
         start += table.num_rows
+    record_shards(uri)
 
 
 def fit(uri, output="", *, until=0, **train):
