@@ -169,13 +169,15 @@ class Workspace:
         """Vectors from the shards of an embeddings artifact."""
         corpus, folder = self.corpus, self.paths.embeddings
         known = artifacts.require(folder, "embeddings").files
-        names = sorted(name for name in known if name.endswith(".parquet"))
+        names = [f"shards/{name}" for name in files.list_dir(files.join(folder, "shards"))]
         assert len(names) == len(corpus.shards), "embeddings lie beside the shards of their corpus"
         by_shard: dict[int, npt.NDArray[np.float32]] = {}
         shard_of = np.searchsorted(corpus.starts, cells, side="right") - 1
         for shard in np.unique(shard_of).tolist() or [0]:  # of no cells: the width
             uri = files.join(folder, names[shard])
-            matrix = vector_column(tables.read_table(uri, ["vector"], sha256=known[names[shard]]["sha256"]))
+            matrix = vector_column(
+                tables.read_table(uri, ["vector"], sha256=known.get(names[shard], {}).get("sha256", ""))
+            )
             by_shard[shard] = matrix[cells[shard_of == shard] - corpus.starts[shard]]
         out = np.empty((len(cells), next(iter(by_shard.values())).shape[1]), dtype=np.float32)
         for shard, matrix in by_shard.items():

@@ -30,7 +30,7 @@ from mixgf.storage.files import create_bytes, exists, join, read_bytes, remove, 
 from mixgf.storage.sealed import sealed_bytes, unsealed, write_sealed
 from mixgf.storage.tables import read_table, write_table
 
-_SHARED = ("corpus", "vocabulary")
+_SHARED = ("corpus", "vocabulary", "gene_vectors", "neighbours")
 """Kinds on whose parts several drivers work at a time; see `build_or_reuse`."""
 
 

@@ -16,6 +16,8 @@ MAKERS = {
     "perturbation": "mixgf perturb",
     "comparison": "mixgf compare",
     "sweep": "mixgf tune",
+    "gene_vectors": "mixgf pretrain",
+    "neighbours": "mixgf pretrain",
 }
 """Kind of artifact to the command that makes it."""
 _ABOVE = 5

@@ -44,7 +44,9 @@ _FILES = {
         r"shards/\d{5}\.parquet",
         r"(index|mapping|dropped|doublets|hashes|vocabulary|imported)\.parquet",
     ),
-    "checkpoint": (*_STEPS, r"model\.safetensors"),
+    "checkpoint": (*_STEPS, r"(model|start)\.safetensors"),
+    "gene_vectors": (r"work(-[^/]+)?/(state-\d+|pass-\d+/\d{5})\.safetensors", r"vectors\.parquet"),
+    "neighbours": (r"shards/\d{5}\.parquet", r"groups\.parquet"),
     "embeddings": (r"shards/\d{5}\.parquet", r"cells\.h5ad"),
     "classification": (
         *SCRATCH["classification"],
@@ -66,7 +68,7 @@ _FILES = {
         r"(transfer|failures|integration|maps|corresponding|pairs|shifts|together|conserved|conserved_summary|networks)\.parquet",
     ),
     "sweep": (
-        r"(corpora|trials|arms|best)/.+",
+        r"(corpora|trials|arms|best|inputs)/.+",
         r"(trials|arms|effects|interactions|final)\.parquet",
         r"best\.json",
     ),
