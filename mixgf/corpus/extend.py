@@ -23,7 +23,7 @@ from mixgf.corpus import near_hashes
 from mixgf.corpus.shards import write_shard_info
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, tables
 
 
 def recorded_settings(config: Config) -> dict[str, Any]:

@@ -7,7 +7,6 @@ user lies between them. Files that systems put into folders (`_SYSTEM`) are neit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from functools import cache
 
 from mixgf.console import warn
@@ -23,6 +22,7 @@ _STEPS = (r"steps/\d{8}/(model|optimizer)\.safetensors", r"steps/\d{8}/state\.js
 _WORK = (
     r"work/[a-z_]+(-[^/]+)?/\d{5}\.(parquet|arrow|json)",
     r"work/genes/[^/]+\.parquet",
+    r"work/near_kept\.parquet",
     r"work/doublets/\d{5}-\d{5}\.parquet",
     r"work/row_order-\d{5}/\d{6}\.parquet",
     r"work/counts-\d{5}/\d{10}-\d{10}\.arrow",
@@ -79,6 +79,9 @@ _FILES = {
 _SYSTEM = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini|\.directory|\.nfs[0-9a-f]+|\.gitkeep)")
 
 
+_PARTS = re.compile(r"(work|parts)(-[^/]+)?/.+\.(parquet|arrow|json|safetensors)")
+
+
 @cache
 def _pattern(kind: str) -> re.Pattern[str]:
     return _any_of(*_EVERY, *_FILES[kind.removeprefix("partial ")])
@@ -88,15 +91,14 @@ def _any_of(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{one})" for one in patterns))
 
 
-def are_own(kind: str, names: Iterable[str]) -> bool:
-    """Whether an artifact of this kind has files of these names."""
-    return all(_pattern(kind).fullmatch(name) for name in names)
-
-
 def foreign_files(uri: str, kind: str) -> list[str]:
-    """Names, relative to the folder, of the files that no artifact of this kind has; sorted."""
+    """Names, relative to the folder, of the files that no artifact of this kind has; sorted.
+
+    Data files among parts count as mixgf's here, whatever their names: earlier versions had others. They are not removed.
+    """
     names = [found.removeprefix(uri.rstrip("/")).lstrip("/") for found in files.find(uri)]
-    return [name for name in names if not _pattern(kind).fullmatch(name) and not _SYSTEM.fullmatch(name)]
+    own = (_pattern(kind), _PARTS, _SYSTEM)
+    return [name for name in names if not any(pattern.fullmatch(name) for pattern in own)]
 
 
 def require_own(uri: str, kind: str) -> None:
