@@ -41,7 +41,7 @@ _FILES = {
     "vocabulary": (r"vocabulary\.parquet",),
     "corpus": (
         *_WORK,
-        r"shards/\d{5}\.parquet",
+        r"(shards|near_hashes)/\d{5}\.parquet",
         r"(index|mapping|dropped|doublets|hashes|vocabulary|imported)\.parquet",
     ),
     "checkpoint": (*_STEPS, r"(model|start)\.safetensors"),
