@@ -32,7 +32,7 @@ from mixgf.corpus.held_out import held_out_cells
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.genes import identify
-from mixgf.storage import artifacts, files
+from mixgf.storage import artifacts, files, tables
 
 COLUMNS = ("dataset", "donor")
 """Metadata that is compared, if both sides have it."""
