@@ -20,12 +20,9 @@ _EVERY = (r"(record|plan)\.json", r"[a-z_]+\.parquet", r"cost/[^/]+\.json", r"le
 _CLASSIFIER = r"(model\.safetensors|[a-z_]+\.parquet|classifier\.json)"
 _STEPS = (r"steps/\d{8}/(model|optimizer)\.safetensors", r"steps/\d{8}/state\.json", r"history\.parquet")
 _WORK = (
-    r"work/[a-z_]+(-[^/]+)?/\d{5}\.(parquet|arrow|json)",
+    r"work/[a-z_]+(-[^/]+)?/\d{5,10}(-\d{5,10})?\.(parquet|arrow|json)",
     r"work/genes/[^/]+\.parquet",
     r"work/near_kept\.parquet",
-    r"work/doublets/\d{5}-\d{5}\.parquet",
-    r"work/row_order-\d{5}/\d{6}\.parquet",
-    r"work/counts-\d{5}/\d{10}-\d{10}\.arrow",
 )
 SCRATCH = {
     "corpus": _WORK,

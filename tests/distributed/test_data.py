@@ -261,7 +261,7 @@ def test_a_limit_reads_no_more_blocks_than_it_needs(ants, monkeypatch):
 
 def test_the_driver_opens_no_file(ants, monkeypatch):
     files, _, rows = ants
-    monkeypatch.setattr(data, "open_reader", None)
+    monkeypatch.setattr(data, "open_source", None)
     monkeypatch.setattr(data, "DESCRIBED", 2)
     found = read_cells({"ant": files}, species_rows=rows)
     assert found.count() == 74
