@@ -139,12 +139,15 @@ def contents(uri: str) -> dict[str, str]:
     record = artifacts.require(uri, "corpus")
     assert set(files.list_dir(uri)) - {"cost"} == {
         "record.json", "index.parquet", "mapping.parquet", "dropped.parquet", "doublets.parquet", "hashes.parquet", "vocabulary.parquet",
-        "shards",
+        "near_duplicates.parquet", "near_hashes", "shards",
     }  # fmt: skip
     shards = files.list_dir(f"{uri}/shards")
     assert [s["name"] for s in record.details["shards"]] == shards
+    assert files.list_dir(f"{uri}/near_hashes") == shards
     paths = [
         "index.parquet",
+        "near_duplicates.parquet",
+        *(f"near_hashes/{n}" for n in shards),
         "mapping.parquet",
         "dropped.parquet",
         "doublets.parquet",

@@ -34,6 +34,16 @@ SCRATCH = {
     "classifier": _STEPS[:2],
 }
 """Patterns of the files that are removed when the artifact is finished, by kind."""
+_CLASSIFICATION = (
+    *SCRATCH["classification"],
+    r"parts/predictions/[^/]*-[0-9a-f]{10}\.parquet",
+    r"parts/validation/[^/]*-[0-9a-f]{8}\.parquet(\.json)?",
+    r"parts/integration/[^/]+-\d+\.parquet",
+    rf"classifiers/[^/]+/({_CLASSIFIER}|(record|plan)\.json|lease/\d{{8}}\.json)",
+    r"(scores|comparisons|confusion|efficiency|epochs|per_class|predictions|rejection|splits|added)\.parquet",
+    r"(integration|maps|centroids)\.parquet",
+    r"cells\.h5ad",
+)
 _FILES = {
     "vocabulary": (r"vocabulary\.parquet",),
     "corpus": (
@@ -45,16 +55,7 @@ _FILES = {
     "gene_vectors": (r"work(-[^/]+)?/(state-\d+|pass-\d+/\d{5})\.safetensors", r"vectors\.parquet"),
     "neighbours": (r"shards/\d{5}\.parquet", r"groups\.parquet"),
     "embeddings": (r"shards/\d{5}\.parquet", r"cells\.h5ad"),
-    "classification": (
-        *SCRATCH["classification"],
-        r"parts/predictions/[^/]*-[0-9a-f]{10}\.parquet",
-        r"parts/validation/[^/]*-[0-9a-f]{8}\.parquet(\.json)?",
-        r"parts/integration/[^/]+-\d+\.parquet",
-        rf"classifiers/[^/]+/({_CLASSIFIER}|(record|plan)\.json|lease/\d{{8}}\.json)",
-        r"(scores|comparisons|confusion|efficiency|epochs|per_class|predictions|rejection|splits|added)\.parquet",
-        r"(integration|maps|centroids)\.parquet",
-        r"cells\.h5ad",
-    ),
+    "classification": _CLASSIFICATION,
     "classifier": (*_STEPS, _CLASSIFIER),
     "perturbation": (
         rf"parts/{_HEX}{{16}}/(cost/[^/]+\.json|(responses/)?[a-z]+-[^/]+\.parquet)",
@@ -62,6 +63,7 @@ _FILES = {
     ),
     "comparison": (
         r"encoders/[^/]+/.+",
+        *(rf"classify/(?:{one})" for one in (*_EVERY, *_CLASSIFICATION)),
         r"(transfer|failures|integration|maps|corresponding|pairs|shifts|together|conserved|conserved_summary|networks)\.parquet",
     ),
     "sweep": (

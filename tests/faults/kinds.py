@@ -14,7 +14,6 @@ from typing import Any, get_type_hints
 
 import anndata
 import numpy as np
-from campaign import LOST, SURVIVED, Kind, ending_of
 from invented import untrained_checkpoint
 from scipy import sparse
 
@@ -31,6 +30,7 @@ from mixgf.execution import LocalExecutor
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import classify, embed, prepare
 from mixgf.storage import artifacts, files
+from tests.faults.campaign import LOST, SURVIVED, Kind, ending_of
 
 SMALL = Model(num_layers=1, dim=32, num_heads=2, ffn_dim=32, max_positions=48)
 TYPES = ("beta cell", "alpha cell", "ductal cell")

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import kinds
-from campaign import LOST, SURVIVED, Kind, Ledger, run, table
+from tests.faults import kinds
+from tests.faults.campaign import LOST, SURVIVED, Kind, Ledger, run, table
 
 SECONDS = 100
 """Of the part that runs in the ordinary suite."""

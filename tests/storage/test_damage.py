@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from executors import dying
 
+from mixgf.corpus import near_hashes
 from mixgf.corpus.reader import Corpus
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor
@@ -136,6 +137,7 @@ def content(uri: str):
         tokens.tolist(), offsets.tolist(), corpus.obs().astype(str).to_numpy().tolist(), corpus.record.details["sources"],
         corpus.species_N.tolist(), vocabulary.table.to_pydict(), corpus.record.counts, corpus.vocabulary.hash,
         artifacts.read_artifact_table(uri, "hashes").to_pydict(),
+        [block.tolist() for block in near_hashes.blocks(uri, None)],
     )  # fmt: skip
 
 
@@ -144,7 +146,10 @@ def test_no_flipped_bit_in_a_corpus_gives_another_corpus(world):
     uri = prepare.run(config, executor=LocalExecutor())
     expected, draw = content(uri), random.Random(7)
     for found in files.find(uri):
-        if found.endswith(("mapping.parquet", "dropped.parquet", "doublets.parquet")) or "/cost/" in found:
+        if (
+            found.endswith(("mapping.parquet", "dropped.parquet", "doublets.parquet", "near_duplicates.parquet"))
+            or "/cost/" in found
+        ):
             continue
         path = Path(found)
         data = path.read_bytes()
