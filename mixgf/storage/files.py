@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -156,7 +157,10 @@ def find(uri: str) -> dict[str, int]:
         found = (p for p in root.rglob("*") if p.is_file() and not p.name.startswith(_TEMPORARY))
         return {join(uri, p.relative_to(root).as_posix()): p.stat().st_size for p in sorted(found)}
     protocol, _, itself = uri.rstrip("/").partition("://")
-    facts = request(uri, lambda fs, key: fs.find(key, detail=True))
+    try:
+        facts = request(uri, lambda fs, key: fs.find(key, detail=True))
+    except FileNotFoundError:  # no such bucket
+        return {}
     return {f"{protocol}://{name}": int(facts[name]["size"]) for name in sorted(facts) if name.rstrip("/") != itself}
 
 
@@ -387,11 +391,19 @@ def remove_matching(uri: str, pattern: re.Pattern[str], *, last: str = "") -> li
     root = uri.rstrip("/")
     names = [found.removeprefix(root).lstrip("/") for found in find(uri)]
     mine = sorted((name for name in names if pattern.fullmatch(name)), key=lambda name: (name == last, name))
-    for name in mine:
-        remove(join(uri, name))
     if is_local(uri):
+        for name in mine:
+            remove(join(uri, name))
         _remove_empty(local_path(uri))
+    else:
+        for names_at_once in ([name for name in mine if name != last], [name for name in mine if name == last]):
+            if names_at_once:
+                request(root, partial(_remove_keys, names=names_at_once))
     return sorted(set(names) - set(mine))
+
+
+def _remove_keys(fs: Any, key: str, *, names: list[str]) -> None:
+    fs.rm([f"{key}/{name}" for name in names])
 
 
 def _remove_empty(folder: Path) -> None:

@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import psutil
-
 from mixgf.console import say, warn
 from mixgf.errors import StorageError
 from mixgf.storage import files
@@ -32,6 +30,24 @@ STALE_SECONDS = 60.0
 """Without a sign of life, after which a holder counts as gone."""
 POLL_SECONDS = 2.0
 """Between two looks of a driver that waits."""
+
+
+def _started(pid: int) -> float | None:
+    """Start of a process of this machine, seconds since 1970; 0 where it is not known (no psutil); None = no such process."""
+    try:
+        import psutil  # noqa: PLC0415 (machines that only train may lack it)
+    except ModuleNotFoundError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return 0.0
+        return 0.0
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +69,7 @@ class Holder:
         """A new lease of this process."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(
-            host=socket.gethostname(), pid=os.getpid(), started=psutil.Process().create_time(), since=now,
+            host=socket.gethostname(), pid=os.getpid(), started=_started(os.getpid()) or 0.0, since=now,
             key=secrets.token_hex(8), beat=0,
         )  # fmt: skip
 
@@ -62,10 +78,8 @@ class Holder:
         """Whether the holder was a process of this machine that is not there any more."""
         if self.host != socket.gethostname():
             return False
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1
-        except psutil.NoSuchProcess:
-            return True
+        started = _started(self.pid)
+        return started is None or (0.0 not in (started, self.started) and abs(started - self.started) > 1)
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.host}, since {self.since}"

@@ -19,8 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from scipy import sparse
-from sklearn.decomposition import PCA
-from sklearn.neighbors import NearestNeighbors
 
 from mixgf import rng
 from mixgf.corpus.packed import I32, I64, token_positions
@@ -82,6 +80,8 @@ def components(tokens_T: I32, offsets: I64, vocab_size: int) -> npt.NDArray[np.f
     number = min(COMPONENTS, *values_NG.shape)
     if len(values_NG) < 2:
         return np.zeros((len(values_NG), 1), dtype=np.float32)
+    from sklearn.decomposition import PCA  # noqa: PLC0415 (not needed to train)
+
     return PCA(number, svd_solver="randomized", random_state=0).fit_transform(values_NG)
 
 
@@ -96,6 +96,8 @@ def nearest(values_ND: npt.NDArray[np.float32], number: int) -> I32:
         return np.empty((num, 0), dtype=np.int32)
     lengths_N = np.linalg.norm(values_ND, axis=1, keepdims=True)
     unit_ND = values_ND / np.maximum(lengths_N, 1e-9)
+    from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415 (not needed to train)
+
     index = NearestNeighbors(n_neighbors=few + 1, algorithm="brute").fit(unit_ND)
     found = index.kneighbors(unit_ND, return_distance=False)
     other = found != np.arange(num)[:, None]

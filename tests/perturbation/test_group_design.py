@@ -37,7 +37,7 @@ def test_all_detected_genes_are_targets_of_their_species_with_their_coverage(cor
     few, _ = plan(corpus, max_genes=3)
     best = sorted(design.targets, key=lambda t: (-t.coverage, t.tokens))[:3]
     assert {t.tokens for t in few.targets} == {t.tokens for t in best}
-    with pytest.raises(UserError, match=r"perturb\.min_coverage = 2\.0: no gene is in so many of the 9 cells"):
+    with pytest.raises(UserError, match=r"perturb\.min_coverage = 2\.0: must be at least 0 and at most 1"):
         plan(corpus, min_coverage=2.0)
 
 
