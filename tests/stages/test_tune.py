@@ -95,7 +95,7 @@ def test_the_board_has_what_was_trained_and_arms_stop_at_the_rung(undisturbed):
     assert set(reached.index) == {"base", "contrast_weight=0.0", "view=mask"}
     assert reached["base"] == [0, 1]
     assert sum(1 for rungs in reached if rungs == [0, 1]) in (2, 3), "the best 40 % of four arms, and the base"
-    assert {name.split(" (")[0] for name in record.details["failed"]} == {"lr=1e+12"}
+    assert {name.split(" (")[0] for name in record.details["failed"]} == {"lr=1000000000000.0"}
     assert all("lower train.lr" in why for why in record.details["failed"].values())
     scores = board[["score", "knn/donor", "knn/species", "probe/donor"]].to_numpy()
     assert ((scores >= 0) & (scores <= 1)).all()
@@ -189,7 +189,7 @@ def test_the_report_says_the_sentence_and_draws_the_effects(undisturbed):
     assert "with the contrast instead of without" in sentence
     assert "sweep-effects" in page
     assert "Cells that chose" in page
-    assert "lr=1e+12" in page
+    assert "lr=1000000000000.0" in page
 
 
 @pytest.mark.parametrize("after", [1, 9])
