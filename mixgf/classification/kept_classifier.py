@@ -460,9 +460,12 @@ def assemble(
 
 
 def genes_of(corpus: Any, cells: Integers) -> Ints:
-    """Detected genes of cells of a corpus."""
-    numbers = corpus.obs(["n_genes"])["n_genes"].to_numpy() if "n_genes" in corpus.columns else corpus.lengths_N
-    return np.asarray(numbers[cells], dtype=np.int64)
+    """Detected genes of cells of a corpus; tokens of the sentence where the number is not known, as in an imported corpus."""
+    lengths_M = np.asarray(corpus.lengths_N[cells], dtype=np.int64)
+    if "n_genes" not in corpus.columns:
+        return lengths_M
+    known_M = corpus.obs(["n_genes"])["n_genes"].to_numpy(dtype=np.float64, na_value=np.nan)[cells]
+    return np.where(np.isnan(known_M), lengths_M, known_M).astype(np.int64)
 
 
 def _loss(found: Validation) -> float:

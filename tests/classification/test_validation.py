@@ -1,12 +1,14 @@
 """Which classifier is kept: folds inside the training cells, the one-standard-error rule, and fine-tuned models on validation cells."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
-from mixgf.classification import registry, validation
+from mixgf.classification import kept_classifier, registry, validation
 from mixgf.classification.models.protocol import CellSet, Problem
 from mixgf.classification.validation import FOLD, SPLIT, Validation
 from mixgf.config.run import Config
@@ -115,3 +117,12 @@ def test_a_validation_is_read_as_it_was_written(tmp_path) -> None:
     assert found.by == "cell"
     assert found.main.macro_f1 == said(3).macro_f1
     np.testing.assert_array_equal(found.of(SPLIT).probabilities_NC, said(5).probabilities_NC)
+
+
+@pytest.mark.parametrize("known", [None, [7, None, 5], [7.0, float("nan"), 5.0]])
+def test_cells_without_a_number_of_detected_genes_count_their_tokens(known):
+    columns = [] if known is None else ["n_genes"]
+    obs = pd.DataFrame({"n_genes": pd.Series(known, dtype=object)} if columns else {})
+    corpus = SimpleNamespace(columns=columns, lengths_N=np.array([3, 4, 2]), obs=lambda names: obs[names])
+    expected = [3, 4] if known is None else [7, 4]
+    assert kept_classifier.genes_of(corpus, np.array([0, 1])).tolist() == expected
