@@ -41,6 +41,18 @@ def test_all_detected_genes_are_targets_of_their_species_with_their_coverage(cor
         plan(corpus, min_coverage=2.0)
 
 
+def test_where_no_gene_is_in_so_many_cells_the_bound_is_named(corpus):
+    sentences = [set(corpus.tokens([c])[0].tolist()) for c in range(9) if SPECIES[c] == 0]
+    assert not set.intersection(*sentences)
+    most = max(sum(gene in s for s in sentences) for gene in set.union(*sentences)) / 6
+    with pytest.raises(
+        UserError, match=r"perturb\.min_coverage = 1\.0: no gene is in so many of the 6 cells; lower it"
+    ):
+        plan(corpus, start="species == 'human'", min_coverage=1.0)
+    found, _ = plan(corpus, start="species == 'human'", min_coverage=most)
+    assert {target.coverage for target in found.targets} == {most}
+
+
 def test_named_genes_come_once_and_bring_as_many_nulls_as_asked(corpus):
     design, _ = plan(corpus, genes=("human3", "human3", "Ghuman00003", "mouse7"), null_genes=6)
     targets, nulls = ([t for t in design.targets if t.null is null] for null in (False, True))
