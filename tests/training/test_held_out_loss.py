@@ -1,7 +1,6 @@
 """Held-out cells: whole donors, never trained on, evaluated with the same bits at any number of workers; early end and best weights."""
 
 import dataclasses
-import threading
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from invented import record_shards
+from thread_workers import run_workers
 
 from mixgf.config import data, run, training
 from mixgf.corpus import held_out, overlap, reader
@@ -126,31 +126,17 @@ def test_figures_by_hand(uri):
 def test_figures_have_the_same_bits_at_any_number_of_workers(uri, workers):
     corpus = reader.Corpus(uri)
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(TRAIN, batch_cells=3))
-    barrier, buffers = threading.Barrier(workers), {}
 
-    class Worker(LocalContext):
-        def all_reduce(self, x):
-            buffers[self.rank] = x.clone()
-            barrier.wait(60)
-            x.copy_(sum(buffers[r] for r in range(workers)))
-
-    found = {}
-
-    def work(rank):
+    def work(context):
         model = MaskedModel(ROW, corpus.vocabulary.size, seed=1)
-        evaluate = held_out_loss.HeldOutLoss(Pretraining(config, corpus))
-        found[rank] = evaluate(model, Worker(torch.device("cpu"), rank, workers))
+        return held_out_loss.HeldOutLoss(Pretraining(config, corpus))(model, context)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = run_workers(workers, work)
     alone = held_out_loss.HeldOutLoss(Pretraining(config, corpus))(
         MaskedModel(ROW, corpus.vocabulary.size, seed=1), LocalContext()
     )
     assert len(alone) == 4
-    assert all(found[rank] == alone for rank in range(workers))
+    assert found == [alone] * workers
 
 
 def test_evaluations_are_logged_and_do_not_change_the_training(uri):

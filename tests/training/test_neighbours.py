@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from thread_workers import assert_same_step, run_first_step
 
 import mixgf as mg
 from mixgf.config import data, run, training
@@ -229,50 +231,17 @@ def test_ranked_vectors_are_weighted_means_of_token_vectors_and_the_residual_beg
 # training
 
 
-def gradients(config, corpus, *, workers=1, step=0, **changes):
-    """Losses and flat gradient of one step at the initial weights, added over workers that meet in every sum (threads)."""
-    import threading
-
+def gradients(config, corpus, *, workers=1, **changes):
+    """Losses and flat gradient of the first step, summed over workers."""
     settings = dataclasses.replace(config, **changes)
-    barrier, buffers, lock = threading.Barrier(workers), {}, threading.Lock()
 
-    class Worker(LocalContext):
-        calls = 0
+    def make():
+        return pretraining.Pretraining(settings, corpus), pretraining.initial_model(settings, corpus)
 
-        def all_reduce(self, x):
-            key, self.calls = self.calls, self.calls + 1
-            with lock:
-                buffers.setdefault(key, {})[self.rank] = x.clone()
-            barrier.wait(60)
-            x.copy_(sum(buffers[key][r] for r in range(workers)))
-
-    results = {}
-
-    def work(rank):
-        task = pretraining.Pretraining(settings, corpus)
-        model = pretraining.initial_model(settings, corpus)
-        figures = compute_gradients(
-            TaskForward(model, task), task.work(step, rank, workers), Worker(torch.device("cpu"), rank, workers)
-        )
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
-        results[rank] = ({k: v.item() for k, v in figures.items()}, torch.cat([g.reshape(-1) for g in grads]))
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == workers
-    return {k: sum(results[r][0][k] for r in results) for k in results[0][0]}, sum(results[r][1] for r in results)
+    return run_first_step(make, workers)
 
 
-def same(a, b, tolerance=2e-6):
-    assert a[0].keys() == b[0].keys()
-    for name, value in a[0].items():
-        assert value == pytest.approx(b[0][name], rel=tolerance, abs=tolerance), name
-    assert (a[1] - b[1]).abs().max() <= tolerance * max(1.0, a[1].abs().max().item())
-
-
+same = partial(assert_same_step, tolerance=2e-6)
 CASES = {
     "token vectors alone": (ROW, {}),
     "residual of layers": (DEEP, {}),

@@ -1,9 +1,11 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from thread_workers import assert_same_step, run_first_step
 
 from mixgf.config import data, parse, training
 from mixgf.config.run import Config
@@ -53,7 +55,6 @@ def run(
     *,
     workers=1,
     micro_tokens=10_000,
-    step=0,
     epochs=2,
     batch_cells=10,
     model_row=ROW,
@@ -61,46 +62,20 @@ def run(
     whole_last_layer=False,
     **objective,
 ):
-    """Losses and flat gradient of one step, summed over simulated workers (threads that meet in every reduction)."""
-    import threading
-
+    """Losses and flat gradient of the first step, summed over workers."""
     settings = Config(
         model=model_row, tokens=data.Tokens(max_len=40, cls=corpus.cls), objective=training.Objective(**objective), vocab=data.Vocab(orthologs=(orthologs,)),
         train=training.Train(epochs=epochs, batch_cells=batch_cells, micro_tokens=micro_tokens),
     )  # fmt: skip
-    barrier, buffers, lock = threading.Barrier(workers), {}, threading.Lock()
 
-    class Worker(LocalContext):
-        calls = 0
-
-        def all_reduce(self, x):
-            key, self.calls = self.calls, self.calls + 1
-            with lock:
-                buffers.setdefault(key, {})[self.rank] = x.clone()
-            barrier.wait(60)
-            x.copy_(sum(buffers[key][r] for r in range(workers)))
-
-    results = {}
-
-    def work(rank):
+    def make():
         task = pretraining.Pretraining(settings, corpus)
         if whole_last_layer:
             assert task.last_layer_at_queries
             task.last_layer_at_queries = False
-        model = MaskedModel(model_row, corpus.vocabulary.size)
-        context = Worker(torch.device("cpu"), rank, workers)
-        figures = compute_gradients(TaskForward(model, task), task.work(step, rank, workers), context)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        results[rank] = ({k: v.item() for k, v in figures.items()}, torch.cat([g.reshape(-1) for g in grads]))
+        return task, MaskedModel(model_row, corpus.vocabulary.size)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == workers
-    figures = {k: sum(results[r][0][k] for r in results) for k in results[0][0]}
-    return figures, sum(results[r][1] for r in results)
+    return run_first_step(make, workers)
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +89,7 @@ def corpus(uri):
     return reader.Corpus(uri)
 
 
-def same(a, b, tolerance=1e-6):
-    assert a[0].keys() == b[0].keys()
-    for name, value in a[0].items():
-        assert value == pytest.approx(b[0][name], rel=tolerance, abs=tolerance), name
-    assert (a[1] - b[1]).abs().max() <= tolerance * max(1.0, a[1].abs().max().item())
-
-
+same = partial(assert_same_step, tolerance=1e-6)
 ALL = {"simcsepp_weight": 0.1, "ortholog_weight": 0.5}
 
 
