@@ -22,7 +22,7 @@ from mixgf.encoder.embed import embed_shard, plan_shards
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Task
 from mixgf.stages.fan_out import fan_out
-from mixgf.storage import artifacts, files, tables
+from mixgf.storage import artifacts, files, layout, tables
 from mixgf.tracking import mlflow_runs
 
 KIND, SCHEMA = "embeddings", 1
@@ -60,6 +60,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
         details = {"vocabulary": corpus.vocabulary.hash, "dim": dim, "obsm": OBSM}
         artifacts.finish(uri, record, counts={"cells": corpus.num_cells}, files=checksums, details=details)
         tracked.summary({"cells": float(corpus.num_cells), "dim": float(dim)})
+    layout.remove_own(uri, KIND, scratch=True)
     say(f"embed: {corpus.num_cells:,} cells, {dim} dimensions: {uri}/cells.h5ad (obsm {OBSM!r})")
     return uri
 

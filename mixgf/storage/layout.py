@@ -32,8 +32,9 @@ SCRATCH = {
         rf"parts/classifiers/[^/]*-[0-9a-f]{{8}}/{_CLASSIFIER}",
     ),
     "classifier": _STEPS[:2],
+    "embeddings": (),
 }
-"""Patterns of the files that are removed when the artifact is finished, by kind."""
+"""Patterns of the files that are removed when the artifact is finished, by kind; temporary files of killed workers go with them."""
 _CLASSIFICATION = (
     *SCRATCH["classification"],
     r"parts/predictions/[^/]*-[0-9a-f]{10}\.parquet",

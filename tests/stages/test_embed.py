@@ -107,6 +107,16 @@ def test_a_damaged_shard_is_named_and_the_others_are_kept(settings, make_corpus,
     assert files.exists(second)
 
 
+def test_a_temporary_file_of_a_killed_worker_does_not_stay(settings, tmp_path):
+    left = tmp_path / "embed" / "shards" / ".writing-0"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    inputs = run.Inputs(corpus=settings.inputs.corpus, checkpoint=f"{settings.output}/pretrain")
+    uri = embed.run(dataclasses.replace(settings, output=str(tmp_path), inputs=inputs), executor=LocalExecutor())
+    assert len(embed.load(uri)) == reader.Corpus(inputs.corpus).num_cells
+    assert not left.exists()
+
+
 def test_no_cut_of_the_rows_changes_a_byte(settings, tmp_path):
     corpus = reader.Corpus(settings.inputs.corpus)
     record = artifacts.require(f"{settings.output}/pretrain", checkpoint.KIND)
