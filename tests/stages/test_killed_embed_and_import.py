@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import os
 import pickle
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
+import killing
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 
@@ -100,48 +97,16 @@ def shards(uri):
 
 def until(uri, number, alive):
     """Wait for so many shards while `alive()`; returns whether they came."""
-    give_up = time.monotonic() + PATIENCE
-    while alive() and time.monotonic() < give_up:
-        if shards(uri) >= number:
-            return True
-        time.sleep(0.002)
-    return False
-
-
-def workers(parent):
-    """The live Ray workers under a process that are at a task of Ray Data."""
-    found = []
-    for process in psutil.Process(parent).children(recursive=True):
-        try:
-            if any("ray::Read" in part for part in process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
+    return killing.until(lambda: shards(uri), number, alive, patience=PATIENCE)
 
 
 def test_killed_workers_change_nothing(work, tmp_path, ray_local):
     name, chosen, expected = work
     chosen = dataclasses.replace(chosen, output=str(tmp_path))
-    uri, rng, killed, over = f"{tmp_path}/{OUTPUTS[name]}", np.random.default_rng(), [], threading.Event()
-
-    def kill():
-        for number in (int(rng.integers(2, SHARDS // 3)), int(rng.integers(SHARDS // 3, SHARDS // 2))):
-            until(uri, number, lambda: not over.is_set())
-            while not over.is_set():
-                if victims := workers(os.getpid()):
-                    victims[int(rng.integers(len(victims)))].kill()
-                    killed.append(number)
-                    break
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
+    uri, rng = f"{tmp_path}/{OUTPUTS[name]}", np.random.default_rng()
+    moments = (int(rng.integers(2, SHARDS // 3)), int(rng.integers(SHARDS // 3, SHARDS // 2)))
+    with killing.workers_killed(moments, lambda *moment: until(uri, *moment), "ray::Read") as killed:
         STAGES[name].run(chosen)
-    finally:
-        over.set()
-        thread.join()
-    assert killed
     assert contents(uri) == expected, killed
 
 
@@ -171,31 +136,15 @@ def test_a_killed_driver_and_a_lost_node_change_nothing(work, tmp_path):
 
 
 def main(name, path):
-    """Run a stage on a head without CPUs and two nodes, of which one is killed; prints how many nodes are left."""
-    import ray
-    from ray.cluster_utils import Cluster
-
+    """Run a stage on a cluster that loses a node."""
     chosen = parse.from_dict(run.Config, json.loads(Path(path).read_text()))
     uri = f"{chosen.output}/{OUTPUTS[name]}"
-    store = {"object_store_memory": 100 << 20, "include_dashboard": False}
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, "_system_config": health})
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
-    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     first = shards(uri)
 
-    def lose():
+    def wait():
         assert until(uri, first + (SHARDS - first) // 4, lambda: True)
-        cluster.remove_node(nodes[1], allow_graceful=False)
 
-    thread = threading.Thread(target=lose)
-    thread.start()
-    STAGES[name].run(chosen)
-    thread.join()
-    sys.stdout.write(json.dumps({"nodes": sum(n["Alive"] for n in ray.nodes())}) + "\n")
-    sys.stdout.flush()
-    ray.shutdown()
-    cluster.shutdown()
+    killing.run_with_a_lost_node(lambda: STAGES[name].run(chosen), wait)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+import killing
 import numpy as np
-import psutil
 import pytest
 from executors import Through
 
@@ -56,12 +54,7 @@ def parts(uri):
 
 def until(uri, number, alive):
     """Wait for so many parts while `alive()`; returns whether they came."""
-    give_up = time.monotonic() + PATIENCE
-    while alive() and time.monotonic() < give_up:
-        if parts(uri) >= number:
-            return True
-        time.sleep(0.002)
-    return False
+    return killing.until(lambda: parts(uri), number, alive, patience=PATIENCE)
 
 
 LOOP = """
@@ -124,42 +117,14 @@ def test_two_drivers_started_together_at_one_output_both_end_well_with_the_same_
     assert contents(f"{chosen.output}/corpus") == expected
 
 
-def tasks(parent):
-    """The live Ray workers under a process that are at work units."""
-    found = []
-    for process in psutil.Process(parent).children(recursive=True):
-        try:
-            if any("ray::attempt" in part or "ray::Read" in part for part in process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
-
-
 @pytest.mark.ray
 def test_killed_ray_workers_change_nothing(settings, tmp_path, ray_local):
     expected = contents(prepare.run(moved(settings, tmp_path, "whole"), executor=LocalExecutor()))
     chosen = moved(settings, tmp_path, "killed")
-    uri, rng, killed, over = f"{chosen.output}/corpus", np.random.default_rng(), [], threading.Event()
-
-    def kill():
-        for number in (int(rng.integers(2, 30)), int(rng.integers(31, 70))):
-            until(uri, number, lambda: not over.is_set())
-            while not over.is_set():
-                victims = tasks(os.getpid())
-                if victims:
-                    victims[int(rng.integers(len(victims)))].kill()
-                    killed.append(number)
-                    break
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
+    uri, rng = f"{chosen.output}/corpus", np.random.default_rng()
+    moments = (int(rng.integers(2, 30)), int(rng.integers(31, 70)))
+    with killing.workers_killed(moments, lambda *moment: until(uri, *moment), "ray::attempt", "ray::Read") as killed:
         prepare.run(chosen)
-    finally:
-        over.set()
-        thread.join()
-    assert killed
     assert contents(uri) == expected, killed
 
 
@@ -185,29 +150,11 @@ def test_a_killed_ray_driver_and_a_lost_node_change_nothing(settings, tmp_path):
 
 
 def main(path):
-    """Prepare on a head without CPUs and two nodes, of which one is killed; prints how many nodes are left."""
-    import ray
-    from ray.cluster_utils import Cluster
-
+    """Prepare on a cluster that loses a node."""
     chosen = parse.from_dict(run.Config, json.loads(Path(path).read_text()))
-    store = {"object_store_memory": 100 << 20, "include_dashboard": False}
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, "_system_config": health})
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
-    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-
-    def lose():
-        until(f"{chosen.output}/corpus", 40, lambda: True)
-        cluster.remove_node(nodes[1], allow_graceful=False)
-
-    thread = threading.Thread(target=lose)
-    thread.start()
-    prepare.run(chosen)
-    thread.join()
-    sys.stdout.write(json.dumps({"nodes": sum(n["Alive"] for n in ray.nodes())}) + "\n")
-    sys.stdout.flush()
-    ray.shutdown()
-    cluster.shutdown()
+    killing.run_with_a_lost_node(
+        lambda: prepare.run(chosen), lambda: until(f"{chosen.output}/corpus", 40, lambda: True)
+    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+import killing
 import numpy as np
-import psutil
 import pytest
 
 from mixgf.config import parse, run, training
@@ -68,16 +68,9 @@ def reached(uri, step):
     raise AssertionError(msg)
 
 
-def training_workers(parent):
+def training_workers():
     """The live processes of a Ray Train group under this process."""
-    found = []
-    for process in psutil.Process(parent).children(recursive=True):
-        try:
-            if any("RayTrainWorker" in part for part in [process.name(), *process.cmdline()]):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return sorted(found, key=lambda process: process.pid)
+    return killing.workers(os.getpid(), "RayTrainWorker")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +89,7 @@ def test_killed_workers_give_the_bits_of_the_run_never_killed(ray_local, setting
     def kill():
         for after in (int(rng.integers(5, 40)), int(rng.integers(60, 110))):
             at = reached(uri, after)
-            workers = training_workers(os.getpid())
+            workers = training_workers()
             victim = workers[int(rng.integers(len(workers)))]
             victim.kill()
             killed.append((victim.pid, at))
@@ -247,7 +240,7 @@ def main(how, data):
 
     def change():
         reached(uri, 50 if how == "drain" else 20)
-        sizes["before"] = len(training_workers(os.getpid()))
+        sizes["before"] = len(training_workers())
         if how == "lose":
             cluster.remove_node(nodes[1], allow_graceful=False)
             reached(uri, 100)
@@ -259,10 +252,10 @@ def main(how, data):
         else:
             cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
             give_up = time.monotonic() + PATIENCE
-            while len(training_workers(os.getpid())) < 2 and time.monotonic() < give_up:
+            while len(training_workers()) < 2 and time.monotonic() < give_up:
                 time.sleep(0.1)
             reached(uri, checkpoints.complete_steps(uri)[-1] + 10)  # with both at work
-        sizes["after"] = len(training_workers(os.getpid()))
+        sizes["after"] = len(training_workers())
         ended.wait()  # the kernel ends a node with the thread that started it
 
     handle = signal.signal
