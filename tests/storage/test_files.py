@@ -3,28 +3,13 @@
 import subprocess
 import sys
 import threading
-import uuid
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pytest
 
 from mixgf.errors import UserError
 from mixgf.storage import files, tables
-
-
-@pytest.fixture
-def s3(s3_server, s3_settings):
-    """A bucket of moto's server."""
-    s3_settings(s3_server)
-    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="cells")  # there already is fine
-    return f"s3://cells/{uuid.uuid4().hex}"
-
-
-@pytest.fixture(params=["disk", "s3"])
-def root(request, tmp_path):
-    return str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3")
 
 
 def test_what_is_written_is_read_listed_and_removed(root):

@@ -1,10 +1,8 @@
 """Files of a user are neither removed nor replaced: a folder with any of them is refused before work, whatever the artifact."""
 
 import os
-import uuid
 from pathlib import Path
 
-import boto3
 import pytest
 
 from mixgf.errors import UserError
@@ -31,15 +29,6 @@ FOREIGN = (
     "record.json.old",
 )
 KINDS = sorted(set(layout._FILES) - {layout.ANNOTATION})
-
-
-@pytest.fixture(params=["disk", "s3"])
-def root(request, tmp_path):
-    if request.param == "disk":
-        return str(tmp_path)
-    request.getfixturevalue("s3_settings")(server := request.getfixturevalue("s3_server"))
-    boto3.client("s3", endpoint_url=server).create_bucket(Bucket="cells")
-    return f"s3://cells/{uuid.uuid4().hex}"
 
 
 def put(folder: str, name: str) -> str:

@@ -7,10 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from dataclasses import asdict, replace
 
-import boto3
 import pytest
 
 from mixgf.storage import artifacts, files, lease
@@ -30,15 +28,6 @@ if work:
         artifacts.finish(sys.argv[1], record)
 """
 RECORD = artifacts.plan("embeddings", 1, {"seed": 1}, {})
-
-
-@pytest.fixture(params=["disk", "s3"])
-def root(request, tmp_path):
-    if request.param == "disk":
-        return str(tmp_path / "out")
-    request.getfixturevalue("s3_settings")(server := request.getfixturevalue("s3_server"))
-    boto3.client("s3", endpoint_url=server).create_bucket(Bucket="cells")
-    return f"s3://cells/{uuid.uuid4().hex}"
 
 
 @pytest.fixture(autouse=True)
