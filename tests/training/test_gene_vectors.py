@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 import pytest
+from executors import Through, dying
 
 from mixgf.config import data, run, training
 from mixgf.corpus import reader
@@ -95,17 +96,15 @@ def test_bytes_do_not_depend_on_the_cut_of_tables_or_the_order_of_parts(uri, tmp
     corpus = reader.Corpus(uri)
     made = pretrain_inputs.make_gene_vectors(config(uri, tmp_path / "a"), corpus, LocalExecutor())
 
-    class Cutting(LocalExecutor):
-        """Runs the last task first, and cuts what is read into tables of 7 rows."""
+    def cutting(tasks):
+        """Run the last task first, and cut what is read into tables of 7 rows."""
+        for number, task in reversed(list(enumerate(tasks))):
+            (plan,) = task.args
+            rows = pa.concat_tables(gene_vectors.read_sentences(plan))
+            gene_vectors.write_sums((rows.slice(i, 7) for i in range(0, len(rows), 7)), plan)
+            yield Receipt(number)
 
-        def run(self, tasks):
-            for number, task in reversed(list(enumerate(tasks))):
-                (plan,) = task.args
-                rows = pa.concat_tables(gene_vectors.read_sentences(plan))
-                gene_vectors.write_sums((rows.slice(i, 7) for i in range(0, len(rows), 7)), plan)
-                yield Receipt(number)
-
-    other = pretrain_inputs.make_gene_vectors(config(uri, tmp_path / "b"), corpus, Cutting())
+    other = pretrain_inputs.make_gene_vectors(config(uri, tmp_path / "b"), corpus, Through(cutting))
     assert files.read_bytes(made) == files.read_bytes(other)
 
 
@@ -113,26 +112,10 @@ def test_a_killed_computation_goes_on_to_the_same_bytes(uri, tmp_path):
     corpus = reader.Corpus(uri)
     made = pretrain_inputs.make_gene_vectors(config(uri, tmp_path / "a"), corpus, LocalExecutor())
 
-    class Dying(LocalExecutor):
-        left = 8
-
-        def run(self, tasks):
-            for receipt in super().run(tasks):
-                self.left -= 1
-                if self.left == 0:
-                    raise KeyboardInterrupt
-                yield receipt
-
     with pytest.raises(KeyboardInterrupt):
-        pretrain_inputs.make_gene_vectors(config(uri, tmp_path / "b"), corpus, Dying())
+        pretrain_inputs.make_gene_vectors(config(uri, tmp_path / "b"), corpus, dying(8, []))
     ran = []
-
-    class Counting(LocalExecutor):
-        def run(self, tasks):
-            ran.extend(tasks)
-            return super().run(tasks)
-
-    again = pretrain_inputs.make_gene_vectors(config(uri, tmp_path / "b"), corpus, Counting())
+    again = pretrain_inputs.make_gene_vectors(config(uri, tmp_path / "b"), corpus, dying(10**9, ran))
     assert files.read_bytes(made) == files.read_bytes(again)
     assert 0 < len(ran) <= 3 * (gene_vectors.PASSES + 1) - 7
     assert not files.list_dir(str(tmp_path / "b" / "gene_vectors" / "work"))
