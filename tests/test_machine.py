@@ -2,11 +2,11 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+from processes import free_port
 
 from mixgf.config.parse import to_dict
 from mixgf.errors import machine_fault
@@ -88,9 +88,7 @@ def test_faults_of_the_machine_are_known_through_the_errors_of_libraries(error, 
 
 
 def test_a_dead_ray_address_is_one_line(tmp_path, world):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     config, _ = world
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "no.such.host.invalid:6379"):

@@ -174,7 +174,7 @@ def test_the_untrained_twin_scores_with_the_weights_before_training(corpus, weig
     tasks = scoring_tasks.gene_tasks(design, corpus, chosen.perturb, "delete", [np.arange(len(design.targets))])
     (twin,) = scoring_tasks.twin_tasks(tasks[:1])
     assert twin.key == f"twin-{tasks[0].key}"
-    seed = int(checkpoint.artifacts.require(weights, "checkpoint").config.get("seed", 0))
+    seed = int(artifacts.require(weights, "checkpoint").config.get("seed", 0))
     other = scoring_tasks.ScoringWorker(
         chosen, corpus=corpus, weights=MaskedModel(ROW, corpus.vocabulary.size, seed=seed).encoder, folder=str(tmp_path)
     )

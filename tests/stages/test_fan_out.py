@@ -72,11 +72,13 @@ def test_a_user_error_ends_the_work_unless_the_stage_takes_it(tmp_path, told):
     assert told[-1] == {"waiting": 0, "done": 1, "failed": 1}
 
 
-def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them(tmp_path, told):
-    def losing(work):
-        yield Receipt(1, error="it ended its worker", lost=True)
-        yield from (receipt for receipt in LocalExecutor().run(work) if receipt.number != 1)
+def losing(work):
+    """Receipts of tasks of which the second ended its worker."""
+    yield Receipt(1, error="it ended its worker", lost=True)
+    yield from (receipt for receipt in LocalExecutor().run(work) if receipt.number != 1)
 
+
+def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them(tmp_path, told):
     executor = Through(losing)
     passes = SourcePasses(
         stage="prepare", sources=["a", "b", "c"], strict=True, executor=executor, meter=Meter("prepare", "run0")
@@ -92,10 +94,6 @@ def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them
 
 
 def test_a_source_that_ends_its_worker_each_time_is_left_out_and_the_others_go_on(tmp_path):
-    def losing(work):
-        yield Receipt(1, error="it ended its worker", lost=True)
-        yield from (receipt for receipt in LocalExecutor().run(work) if receipt.number != 1)
-
     passes = SourcePasses(
         stage="prepare", sources=["a", "b", "c"], strict=False, executor=Through(losing), meter=Meter("prepare", "run0")
     )
