@@ -178,30 +178,51 @@ def read_row_groups(uri: str, columns: list[str], *, sha256: str = "") -> Iterat
             yield parquet.read_row_group(group, there, use_threads=False)
 
 
-class _HashingFile(io.RawIOBase):
-    """A file that counts the bytes written to it and computes their SHA-256. What is written after `hold` waits for `seal`."""
+class _CountingFile(io.RawIOBase):
+    """A file that counts the bytes written to it, and computes a checksum of them (`add`)."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.num_bytes, self.digest = file, 0, hashlib.sha256()
-        self.held: list[bytes] | None = None
+        self.file, self.num_bytes = file, 0
+
+    def add(self, data: memoryview) -> None:
+        """Add bytes to the checksum."""
+        raise NotImplementedError
 
     def writable(self) -> bool:
         return True
 
     def tell(self) -> int:
-        return self.num_bytes + sum(map(len, self.held or ()))
+        return self.num_bytes
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
         whole = len(left)
-        if self.held is not None:
-            self.held.append(bytes(left))
-            return whole
-        self.digest.update(left)
+        self.add(left)
         self.num_bytes += whole
         while len(left):
             left = left[self.file.write(left) :]
         return whole
+
+
+class _HashingFile(_CountingFile):
+    """A file that computes the SHA-256 of the bytes written to it. What is written after `hold` waits for `seal`."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.digest = hashlib.sha256()
+        self.held: list[bytes] | None = None
+
+    def add(self, data: memoryview) -> None:
+        self.digest.update(data)
+
+    def tell(self) -> int:
+        return self.num_bytes + sum(map(len, self.held or ()))
+
+    def write(self, data: Any) -> int:
+        if self.held is None:
+            return super().write(data)
+        self.held.append(bytes(data))
+        return len(self.held[-1])
 
     def hold(self) -> None:
         """Keep what is written from now on: the footer."""
@@ -259,26 +280,15 @@ def write_tables(
     return hashing.num_bytes, hashing.digest.hexdigest()
 
 
-class _CheckedFile(io.RawIOBase):
+class _CheckedFile(_CountingFile):
     """A file that computes the CRC-32 of what is written to it."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.num_bytes, self.crc = file, 0, 0
+        super().__init__(file)
+        self.crc = 0
 
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.num_bytes
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        whole = len(left)
-        self.crc = zlib.crc32(left, self.crc)
-        self.num_bytes += whole
-        while len(left):
-            left = left[self.file.write(left) :]
-        return whole
+    def add(self, data: memoryview) -> None:
+        self.crc = zlib.crc32(data, self.crc)
 
 
 def write_batches(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
@@ -314,34 +324,11 @@ def read_batches(uri: str) -> Iterator[pa.RecordBatch]:
     options = pa.ipc.IpcReadOptions(use_threads=False)
     # not mapped into memory: the pages that were read would count as the worker's
     stream: BinaryIO = open_read(uri) if is_local(uri) else io.BytesIO(read_bytes(uri))
-    with stream, _refusals(uri), pa.PythonFile(_Head(stream, _checked_bytes(uri, stream)), mode="r") as file:
-        batches = pa.ipc.open_file(file, options=options)
+    with stream, _refusals(uri):
+        end = _checked_bytes(uri, stream)
+        batches = pa.ipc.open_file(stream, end, options=options)
         for i in range(batches.num_record_batches):
             yield batches.get_batch(i)
-
-
-class _Head(io.RawIOBase):
-    """The first bytes of a file, as a file."""
-
-    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
-        self.file, self.num_bytes = file, num_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.file.tell(), os.SEEK_END: self.num_bytes}[whence]
-        return self.file.seek(start + offset)
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self.num_bytes - self.file.tell())
-        return self.file.read(left if size < 0 else min(size, left))
 
 
 def _checked_bytes(uri: str, file: BinaryIO) -> int:
