@@ -587,9 +587,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(redact(told), file=sys.stderr)
         return code
     finally:
-        from mixgf.storage import lease
-
-        lease.release_all()
+        if "mixgf.storage.lease" in sys.modules:  # else nothing is held, and the import takes longer than many commands
+            sys.modules["mixgf.storage.lease"].release_all()
 
 
 def _short(text: str) -> str:

@@ -116,6 +116,12 @@ def test_config_and_cli_import_nothing_heavy():
     )
 
 
+def test_a_command_that_prints_a_config_imports_nothing_heavy():
+    code = "import sys, mixgf.cli; mixgf.cli.main(['demo', '--print-config']); print([m for m in ('numpy','pyarrow','fsspec') if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("old", RENAMED)
 def test_a_field_by_its_former_name_is_refused_with_the_present_one(old):
     section, name = old.split(".")
