@@ -471,7 +471,7 @@ def _model(text: str) -> str:
 
 def _place(text: str) -> str:
     """A place of models, absolute if it is a folder."""
-    return text if text in ("", "mlflow") or "://" in text else absolute(text)
+    return text if text == "mlflow" else absolute(text)
 
 
 def _push(args: argparse.Namespace) -> int:

@@ -38,6 +38,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_RESERVED = {"and", "or", "not", "in", "True", "False"}
 _WORDS = {"&": "and", "|": "or", "~": "not"}
 _COMPARISONS = ("==", "!=", "<=", ">=", "<", ">")
 _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
@@ -111,7 +112,7 @@ def shortened(text: str) -> str:
 
 def quoted(column: str) -> str:
     """The column's name as an expression has it: in backticks unless it is a plain word."""
-    plain = re.fullmatch(r"[^\W\d]\w*", column) and column not in {"and", "or", "not", "in", "True", "False"}
+    plain = re.fullmatch(r"[^\W\d]\w*", column) and column not in _RESERVED
     return column if plain else "`" + column.replace("`", "``") + "`"
 
 
@@ -150,7 +151,7 @@ class _Parser:
             token = found[kind]
             if kind == "quoted":
                 yield _Token("column", token[1:-1].replace("``", "`"))
-            elif kind == "name" and token not in {"and", "or", "not", "in", "True", "False"}:
+            elif kind == "name" and token not in _RESERVED:
                 yield _Token("column", token)
             elif kind in {"name", "sign"}:
                 yield _Token("sign", _WORDS.get(token, token))

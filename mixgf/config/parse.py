@@ -147,11 +147,7 @@ def override(config: Config, assignments: list[str]) -> Config:
         if leaf not in hints:
             now = RENAMED.get(path.strip())
             known = f"no field {leaf!r}; {did_you_mean(leaf, sorted(hints), 'known:')}"
-            msg = (
-                f"--set {assignment[:SHOWN]}: {path.strip()} is now {now}"
-                if now
-                else f"--set {assignment[:SHOWN]}: {known}"
-            )
+            msg = f"--set {assignment[:SHOWN]}: {f'{path.strip()} is now {now}' if now else known}"
             raise UserError(msg)
         node[leaf] = _read_value(hints[leaf], text, facts_of(cls)[leaf])
     return from_dict(Config, data)

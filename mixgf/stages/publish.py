@@ -181,7 +181,7 @@ def _parts(run: str) -> tuple[Record | None, dict[str, str]]:
         return None, {run.rstrip("/").rpartition("/")[2]: run}
     encoder = artifacts.find(files.join(run, "pretrain"))
     folder = files.join(run, "classify", kept_classifier.FOLDER)
-    found = {name.rstrip("/"): files.join(folder, name.rstrip("/")) for name in files.list_dir(folder)}
+    found = {name: files.join(folder, name) for name in files.list_dir(folder)}
     tuned = files.join(run, "finetune")
     if artifacts.find(tuned) is not None:
         found["finetuned"] = tuned

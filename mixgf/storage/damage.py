@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mixgf.config.parse import read_json
 from mixgf.errors import StorageError, UserError
 from mixgf.storage import files
 
@@ -47,6 +46,6 @@ def _way_out(uri: str) -> str:
 def _kind(uri: str) -> str:
     """Kind of the artifact of a record; empty where there is none, or it cannot be read."""
     try:
-        return str(dict(read_json(files.read_bytes(uri))).get("kind", ""))
+        return str(dict(files.read_json(uri)).get("kind", ""))
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, StorageError):
         return ""

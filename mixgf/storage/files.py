@@ -164,6 +164,11 @@ def find(uri: str) -> dict[str, int]:
     return {f"{protocol}://{name}": int(facts[name]["size"]) for name in sorted(facts) if name.rstrip("/") != itself}
 
 
+def names_in(uri: str) -> list[str]:
+    """Names of all files in a folder and its folders, relative to it."""
+    return [found.removeprefix(uri.rstrip("/")).lstrip("/") for found in find(uri)]
+
+
 def stamps(uris: Iterable[str]) -> dict[str, str]:
     """A text for each file that is another one after the file was written again: bytes and time of change, or the ETag."""
     found = {}
@@ -388,8 +393,7 @@ def remove_matching(uri: str, pattern: re.Pattern[str], *, last: str = "") -> li
     Returns:
         Names of the files that are left.
     """
-    root = uri.rstrip("/")
-    names = [found.removeprefix(root).lstrip("/") for found in find(uri)]
+    names = names_in(uri)
     mine = sorted((name for name in names if pattern.fullmatch(name)), key=lambda name: (name == last, name))
     if is_local(uri):
         for name in mine:
@@ -398,7 +402,7 @@ def remove_matching(uri: str, pattern: re.Pattern[str], *, last: str = "") -> li
     else:
         for names_at_once in ([name for name in mine if name != last], [name for name in mine if name == last]):
             if names_at_once:
-                request(root, partial(_remove_keys, names=names_at_once))
+                request(uri.rstrip("/"), partial(_remove_keys, names=names_at_once))
     return sorted(set(names) - set(mine))
 
 

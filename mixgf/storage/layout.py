@@ -1,7 +1,7 @@
 """Which files in the folder of an artifact are mixgf's own, by their names.
 
-mixgf removes and replaces only its own files. A folder with any other file is refused before work begins, so that nothing of a
-user lies between them. Files that systems put into folders (`_SYSTEM`) are neither refused nor removed.
+mixgf removes and replaces only its own files. A folder with any other file is refused before work begins, so that files of a user
+are not mixed with them. Files that systems put into folders (`_SYSTEM`) are neither refused nor removed.
 """
 
 from __future__ import annotations
@@ -76,10 +76,9 @@ _FILES = {
     "bert": (r"model\.safetensors", r"token_dictionary\.json", r"config\.json"),
 }
 """Patterns of all further files, by kind of artifact."""
-_SYSTEM = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini|\.directory|\.nfs[0-9a-f]+|\.gitkeep)")
-
-
 _PARTS = re.compile(r"(work|parts)(-[^/]+)?/.+\.(parquet|arrow|json|safetensors)")
+"""Data files among parts, of this version or an earlier one."""
+_SYSTEM = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini|\.directory|\.nfs[0-9a-f]+|\.gitkeep)")
 
 
 @cache
@@ -96,9 +95,8 @@ def foreign_files(uri: str, kind: str) -> list[str]:
 
     Data files among parts count as mixgf's here, whatever their names: earlier versions had others. They are not removed.
     """
-    names = [found.removeprefix(uri.rstrip("/")).lstrip("/") for found in files.find(uri)]
     own = (_pattern(kind), _PARTS, _SYSTEM)
-    return [name for name in names if not any(pattern.fullmatch(name) for pattern in own)]
+    return [name for name in files.names_in(uri) if not any(pattern.fullmatch(name) for pattern in own)]
 
 
 def require_own(uri: str, kind: str) -> None:

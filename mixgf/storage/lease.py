@@ -38,11 +38,10 @@ def _started(pid: int) -> float | None:
         import psutil  # noqa: PLC0415 (machines that only train may lack it)
     except ModuleNotFoundError:
         try:
-            os.kill(pid, 0)
+            with suppress(PermissionError):  # it is there, of another user
+                os.kill(pid, 0)
         except ProcessLookupError:
             return None
-        except PermissionError:
-            return 0.0
         return 0.0
     try:
         return psutil.Process(pid).create_time()

@@ -51,7 +51,7 @@ def resolve(uri: str) -> str:
 
 def names() -> list[str]:
     """Names of the models that can be loaded here."""
-    found = [name.rstrip("/") for place in (home(), BUNDLED) for name in files.list_dir(place)]
+    found = [name for place in (home(), BUNDLED) for name in files.list_dir(place)]
     return sorted({name for name in found if resolve(name) != name})
 
 

@@ -146,11 +146,7 @@ def _fetch(model: Mapping[str, Any], to: Path) -> None:
     """Copy what the model needs into a folder that `mixgf.api.load` or `load_classifier` takes."""
     parts: dict[str, tuple[str, list[str]]]
     if model.get("whole"):
-        root = model["uri"].rstrip("/")
-        parts = {}
-        for found in files.find(root):
-            folder, _, name = found.removeprefix(f"{root}/").rpartition("/")
-            parts.setdefault(folder, (files.join(root, folder) if folder else root, []))[1].append(name)
+        parts = {"": (model["uri"], files.names_in(model["uri"]))}
     elif model["kind"] == CLASSIFIER:
         parts = {"": (model["uri"], [n for n in files.list_dir(model["uri"]) if not n.endswith("/")])}
     else:
@@ -160,10 +156,10 @@ def _fetch(model: Mapping[str, Any], to: Path) -> None:
             "corpus": (model["corpus"], ["record.json", "vocabulary.parquet"]),
         }
     for folder, (uri, names) in parts.items():
-        (to / folder).mkdir(parents=True, exist_ok=True)
         for name in names:
             with files.local_copy(files.join(uri, name)) as path:
                 if path.is_file():
+                    (to / folder / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, to / folder / name)
 
 
