@@ -404,10 +404,8 @@ def _annotate(args: argparse.Namespace) -> int:
     from mixgf.classification.annotate import NAMES, Extras
     from mixgf.stages import annotate
 
-    species, uri = split_named(args.file)
-    stem = uri.rstrip("/").removesuffix(".h5ad").removesuffix(".h5")
-    to = absolute(args.output or f"{stem}.annotated.h5ad")
-    source = Source(uri=absolute(uri), species=species, layer=args.layer, genes=args.genes, name="mine")
+    species, uri, to = _file_and_copy(args, "annotated")
+    source = Source(uri=uri, species=species, layer=args.layer, genes=args.genes, name="mine")
     settings = replace(Config(), compute=Compute(num_workers=args.workers))
     table = args.ontology if args.ontology in ("", NAMES) else absolute(args.ontology)
     found = annotate.run(
@@ -422,6 +420,13 @@ def _annotate(args: argparse.Namespace) -> int:
         console.warn(f"do not trust without a check: {text}")
     print(f"annotate: {found['output']}")
     return 0
+
+
+def _file_and_copy(args: argparse.Namespace, what: str) -> tuple[str, str, str]:
+    """Species and URI of the file that a command reads, and the URI that it writes: --output, or FILE.`what`.h5ad."""
+    species, uri = split_named(args.file)
+    stem = uri.rstrip("/").removesuffix(".h5ad").removesuffix(".h5")
+    return species, absolute(uri), absolute(args.output or f"{stem}.{what}.h5ad")
 
 
 def _annotation_lines(found: dict[str, Any]) -> list[str]:
@@ -509,14 +514,14 @@ def _embed_file(args: argparse.Namespace) -> int:
     from mixgf import api
     from mixgf.cells.open import open_reader
     from mixgf.corpus import h5ad
+    from mixgf.storage import files
 
     if not (args.file and args.model):
         msg = "embed: FILE and --model go together, for example mixgf embed my.h5ad --model runs/mine"
         raise UserError(msg)
-    species, uri = split_named(args.file)
-    to = absolute(args.output or f"{uri.rstrip('/').removesuffix('.h5ad').removesuffix('.h5')}.embedded.h5ad")
-    source = Source(uri=absolute(uri), species=species, name="mine")
-    if to == source.uri:
+    species, uri, to = _file_and_copy(args, "embedded")
+    source = Source(uri=uri, species=species, name="mine")
+    if files.is_same(to, source.uri):
         msg = f"--output {to}: is the input itself, which stays as it is; name another file"
         raise UserError(msg)
     encoder = api.load(_model(args.model))

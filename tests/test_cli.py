@@ -106,6 +106,16 @@ def test_a_wrong_command_or_option_is_one_line(argv, message):
     assert done.stderr.count("\n") == 1
 
 
+def test_embed_keeps_its_input_under_every_name(tmp_path, capsys):
+    (tmp_path / "cells.h5ad").write_bytes(b"counts")
+    (tmp_path / "link.h5ad").symlink_to(tmp_path / "cells.h5ad")
+    for name in ("cells.h5ad", "link.h5ad"):
+        argv = ["embed", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path), "--output", str(tmp_path / name)]
+        assert cli.main(argv) == 2
+        assert "is the input itself" in capsys.readouterr().err
+    assert (tmp_path / "link.h5ad").read_bytes() == b"counts"
+
+
 def test_no_command_prints_the_help(capsys):
     assert cli.main([]) == 0
     assert capsys.readouterr().out == mixgf("--help").stdout
