@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +32,7 @@ from mixgf.redact import redact
 from mixgf.storage import artifacts, files
 from mixgf.tracking import datasets
 from mixgf.tracking.delivery import OPEN_SECONDS, QUIET_SECONDS, STOPPED_SECONDS, Delivery, Operation
-from mixgf.tracking.store import OFF, SQLITE, VIEW_KEY, Store, client_of, require_store, sqlite_path, sqlite_uri
+from mixgf.tracking.store import OFF, SQLITE, VIEW_KEY, Store, client_of, require_store, sqlite_artifacts, sqlite_uri
 
 FOLDER = "tracking"
 """Folder of an output with the key of its run, and what could not be sent."""
@@ -534,6 +533,5 @@ def _artifacts(where: str, output: str) -> str:
     if where.partition("://")[0] in ("http", "https") or where.startswith("databricks"):
         return ""
     if where.startswith(SQLITE):
-        folder = f"{sqlite_path(where).removesuffix('.db')}-artifacts"
-        return Path(folder).as_uri() if "%" in folder else folder  # MLflow decodes a path as it decodes a URI
+        return sqlite_artifacts(where)
     return files.join(output.rstrip("/").rpartition("/")[0], "mlflow-artifacts")

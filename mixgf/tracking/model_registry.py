@@ -9,7 +9,7 @@ from mixgf.errors import UserError
 from mixgf.redact import redact
 from mixgf.storage import model_store
 from mixgf.tracking import packaged_model
-from mixgf.tracking.store import client_of, require_store
+from mixgf.tracking.store import SQLITE, client_of, require_store, sqlite_artifacts
 
 EXPERIMENT = "mixgf-models"
 """Experiment of the runs that pushed models."""
@@ -35,11 +35,7 @@ def push(where: str, name: str, folder: str, *, kind: str, card: str) -> str:
     try:
         found = client.get_experiment_by_name(EXPERIMENT)
         # a database of one file has its artifacts beside it; a server has a place of its own
-        beside = (
-            f"{where.removeprefix('sqlite:///').removesuffix('.db')}-artifacts"
-            if where.startswith("sqlite:///")
-            else None
-        )
+        beside = sqlite_artifacts(where) if where.startswith(SQLITE) else None
         experiment = (
             found.experiment_id if found is not None else client.create_experiment(EXPERIMENT, artifact_location=beside)
         )

@@ -109,6 +109,12 @@ def sqlite_path(uri: str) -> str:
     return unquote(path) if _paths_are_quoted() else path
 
 
+def sqlite_artifacts(uri: str) -> str:
+    """Folder beside the database of `sqlite_uri`, for the files of its runs."""
+    folder = f"{sqlite_path(uri).removesuffix('.db')}-artifacts"
+    return Path(folder).absolute().as_uri() if "%" in folder else folder  # MLflow decodes a path as it decodes a URI
+
+
 def _paths_are_quoted() -> bool:
     major, minor = version("sqlalchemy").split(".")[:2]  # MLflow brings it
     return (int(major), int(minor)) >= (2, 1)
