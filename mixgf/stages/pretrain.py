@@ -50,18 +50,22 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     uri = files.join(config.output, "pretrain")
     corpus = Corpus(config.inputs.corpus or files.join(config.output, "corpus"), max_len=config.model.max_positions)
     record = planned(config, corpus)
-    Pretraining(config, corpus)  # before the folder is claimed: a config that cannot be trained leaves nothing behind
+    task = Pretraining(
+        config, corpus
+    )  # before the folder is claimed: a config that cannot be trained leaves nothing behind
     if not artifacts.begin(uri, record):
         say(f"pretrain: {uri} is already there")
         return uri
     with executor.session():
-        _train(pretrain_inputs.prepared(config, corpus, executor), corpus, record, uri=uri, executor=executor)
+        whole = pretrain_inputs.prepared(config, corpus, executor)
+        _train(task if whole == config else Pretraining(whole, corpus), record, uri=uri, executor=executor)
     return uri
 
 
-def _train(config: Config, corpus: Corpus, record: artifacts.Record, *, uri: str, executor: Executor) -> None:
+def _train(task: Pretraining, record: artifacts.Record, *, uri: str, executor: Executor) -> None:
     """Train the model to the end and publish it."""
-    task, model = Pretraining(config, corpus), blank_model(config, corpus.vocabulary.size)
+    config, corpus = task.config, task.corpus
+    model = blank_model(config, corpus.vocabulary.size)
     facts = _announce(config, task, model)
     with (
         mlflow_runs.stage(config, "pretrain", record.config, record.fingerprint) as tracked,
