@@ -1,4 +1,4 @@
-"""JSON objects that know whether they are what was written: the field `seal` is the SHA-256 of all others.
+"""JSON objects with a checksum: the field `seal` is the SHA-256 of all others. Reading compares it.
 
 An object without a seal, of an earlier version, is read without the check.
 """
