@@ -32,6 +32,8 @@ def shifts(problem: Problem[Any]) -> dict[str, Floats]:
     if problem not in _FOUND:
         train, target = problem.train, problem.target
         new = np.setdiff1d(target.studies, train.studies).tolist()
+        if not new:
+            return {}
         logged_NG = log_normalise(counts_of(train.x))
         logged_MG = log_normalise(counts_of(target.x))
         made = _Types(logged_NG, problem.labels, train.studies, problem.num_classes, problem.config.classify.num_hvgs)

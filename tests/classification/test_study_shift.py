@@ -84,3 +84,14 @@ def test_a_known_study_and_a_config_without_alignment_have_no_shift() -> None:
     assert study_shift.shifts(problem(target, study="old")) == {}
     reading = GenesLogisticRegression().fit(problem(target, align=False)).classifier.members[0].readings[0]
     assert set(reading.centres) == {"human old"}
+
+
+def test_no_classifier_of_types_is_fitted_without_a_new_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = cells((40, 40, 40), PLATFORM)
+    fitted = []
+    kind = study_shift._Types
+    monkeypatch.setattr(study_shift, "_Types", lambda *args: fitted.append(1) or kind(*args))
+    GenesLogisticRegression().fit(problem(target, study="old"))
+    assert not fitted
+    GenesLogisticRegression().fit(problem(target))
+    assert fitted
