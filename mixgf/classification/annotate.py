@@ -20,13 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from mixgf.arrays import Bools, Floats, Ints
+from mixgf.arrays import Bools, Ints
 from mixgf.cells.open import open_source
 from mixgf.cells.reader import Reader
 from mixgf.classification import clusters, kept_classifier, ontology
 from mixgf.classification.kept_classifier import DOUBTED, EMPTY, Kept
 from mixgf.classification.models.protocol import CellSet, Measured
-from mixgf.classification.workspace import as_column as vector_column
+from mixgf.classification.workspace import as_column, vector_column
 from mixgf.config import data, parse
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.corpus import in_memory
@@ -315,24 +315,19 @@ def _label_block(kept: Kept, block: in_memory.Sentences, counts_NG: sparse.csr_m
         return pa.array(np.take_along_axis(p_NC, order_NC[:, [place]], axis=1)[:, 0], pa.float64())
 
     last = min(1, num_classes - 1)
-    flat = pa.array(p_NC.reshape(-1).astype(np.float32))
     return pa.table({
         "label": named(0), "probability": ranked(0), "second": named(last), "second_probability": ranked(last),
         "entropy": pa.array(entropy_N), "distance": pa.array(distance_N), "genes": pa.array(genes_N.astype(np.int64)),
-        "doubt": pa.array(doubt.tolist(), pa.string()), "p": pa.FixedSizeListArray.from_arrays(flat, num_classes),
-    } | ({} if vectors_NK is None else {"vector": vector_column(vectors_NK)}))  # fmt: skip
+        "doubt": pa.array(doubt.tolist(), pa.string()), "p": as_column(p_NC.astype(np.float32)),
+    } | ({} if vectors_NK is None else {"vector": as_column(vectors_NK)}))  # fmt: skip
 
 
 def frame(parts: Sequence[pa.Table]) -> pd.DataFrame:
     """Labels of consecutive cells (`label_rows`) as one data frame; `p` holds an array per cell."""
     whole = pa.concat_tables(parts)
     lists = [name for name in ("p", "vector") if name in whole.column_names]
-    rows = {name: list(_matrix(whole[name])) for name in lists}
+    rows = {name: list(vector_column(whole, name)) for name in lists}
     return whole.drop_columns(lists).to_pandas().assign(**rows)
-
-
-def _matrix(column: pa.ChunkedArray) -> Floats:
-    return np.asarray(column.combine_chunks().flatten().to_numpy().reshape(len(column), -1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

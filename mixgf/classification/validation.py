@@ -26,6 +26,7 @@ from mixgf.classification import linear_start, metrics
 from mixgf.classification.labels import UNKNOWN
 from mixgf.classification.models.protocol import CellSet, Fitted, Measured, Model, Problem, SentenceSet
 from mixgf.classification.places import Places
+from mixgf.classification.workspace import as_column, vector_column
 from mixgf.config.run import Config
 from mixgf.corpus import packed
 from mixgf.encoder import embed
@@ -275,18 +276,16 @@ def save(uri: str, found: Validation) -> None:
         {"row": found.rows_N, "label": found.labels_N, "distance": found.distance_N, "part": found.part_N}
     ).assign(**({"fold": found.fold_N} if len(found.fold_N) else {}))
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    flat = pa.array(found.probabilities_NC.reshape(-1))
-    table = table.append_column("p", pa.FixedSizeListArray.from_arrays(flat, found.probabilities_NC.shape[1]))
+    table = table.append_column("p", as_column(found.probabilities_NC))
     tables.write_table(uri, table.replace_schema_metadata({"by": found.by}))
 
 
 def load(uri: str) -> Validation:
     """Read what `save` wrote."""
     table = tables.read_table(uri)
-    p_NC = table["p"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
     return Validation(
         by=table.schema.metadata[b"by"].decode(), rows_N=table["row"].to_numpy(), labels_N=table["label"].to_numpy(),
-        distance_N=table["distance"].to_numpy(), probabilities_NC=p_NC,
+        distance_N=table["distance"].to_numpy(), probabilities_NC=vector_column(table, "p"),
         part_N=np.asarray(table["part"].to_pylist(), dtype=np.str_),
         fold_N=table["fold"].to_numpy() if "fold" in table.column_names else np.empty(0, dtype=np.int64),
     )  # fmt: skip

@@ -214,13 +214,13 @@ def common_genes(counts_NG: sparse.csr_matrix, datasets_N: Names) -> Bools:
 
 
 def as_column(vectors_ND: Floats) -> pa.FixedSizeListArray:
-    """Vectors (N, D) as a column of a table."""
+    """Vectors (N, D), or another matrix, as a column of a table."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
 
 
-def vector_column(table: pa.Table) -> npt.NDArray[np.float32]:
-    """The column `vector` of a table, (N, D)."""
-    column = table["vector"].combine_chunks()
+def vector_column(table: pa.Table, name: str = "vector") -> npt.NDArray[Any]:
+    """A column of a table that `as_column` made, (N, D)."""
+    column = table[name].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1)
 
 
