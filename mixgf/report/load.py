@@ -10,7 +10,7 @@ from mixgf.config.run import Config
 from mixgf.console import warn
 from mixgf.report.results import COMPARISON_PREFIX, RunResults
 from mixgf.storage import artifacts, files
-from mixgf.storage.artifacts import Record, read_artifact_table
+from mixgf.storage.artifacts import Record
 from mixgf.storage.tables import read_schema, read_table
 
 MAX_PAIRS = 2_000_000
@@ -101,24 +101,26 @@ def _tables(
     """The wanted tables that are there; a response matrix of more than `MAX_PAIRS` rows is left out."""
     tables: dict[str, pd.DataFrame] = {}
     for name, (stage, file) in wanted.items():
-        if stage not in records or not files.exists(uri := files.join(uris[stage], file)):
+        if stage not in records or not files.exists(files.join(uris[stage], file)):
             continue
         if name != "responses" or records[stage].counts.get(name, 0) <= MAX_PAIRS:
-            known = records[stage].files.get(file, {})
-            tables[name] = read_table(uri, sha256=known.get("sha256", "")).to_pandas()
+            tables[name] = _read(uris[stage], records[stage], file)
     return tables
 
 
 def _comparison_tables(uris: dict[str, str], records: dict[str, Record]) -> dict[str, pd.DataFrame]:
     """Every table of `mixgf compare`, named after its file."""
-    names = records["compare"].files if "compare" in records else ()
-    return {
-        COMPARISON_PREFIX + file.removesuffix(".parquet"): read_artifact_table(
-            uris["compare"], file.removesuffix(".parquet")
-        ).to_pandas()
-        for file in names
-        if file.endswith(".parquet")
-    }
+    if "compare" not in records:
+        return {}
+    uri, record = uris["compare"], records["compare"]
+    names = [file.removesuffix(".parquet") for file in record.files if file.endswith(".parquet")]
+    return {COMPARISON_PREFIX + name: _read(uri, record, f"{name}.parquet") for name in names}
+
+
+def _read(uri: str, record: Record, file: str) -> pd.DataFrame:
+    """A table of a finished artifact."""
+    known = record.files.get(file, {})
+    return read_table(files.join(uri, file), sha256=known.get("sha256", "")).to_pandas()
 
 
 def _obs(config: Config, shard: str, extra: tuple[str, ...] = ()) -> pl.DataFrame:
