@@ -108,17 +108,18 @@ def fit_reading(
     """
     train, target, align = problem.train, problem.target, align_of(problem)
     columns_H = expression_genes(problem, joint=joint_genes) if raw == "expression" else np.empty(0, dtype=np.int64)
-    by_types = align is not Align.NONE and raw == "expression" and problem.by_types
+    if align is Align.OWN_MEAN and raw == "expression" and problem.by_types:
+        align = Align.BY_TYPES
     raw_NH = np.asarray(_raw(raw, train.x, columns_H), dtype=np.float32)
     some = {study: raw_NH[train.studies == study] for study in np.unique(train.studies).tolist()}
-    if align is Align.OWN_MEAN and not by_types:
+    if align is Align.OWN_MEAN:
         for study in np.setdiff1d(target.studies, train.studies).tolist():
             some[study] = np.asarray(_raw(raw, target[target.studies == study].x, columns_H), dtype=np.float32)
     mean_H, centres = raw_NH.mean(0), {study: values.mean(0) for study, values in some.items()}
-    if by_types:
+    if align is Align.BY_TYPES:
         centres |= {study: mean_H + shift_G[columns_H] for study, shift_G in study_shift.shifts(problem).items()}
     made = Reading(
-        raw=raw, columns_H=columns_H, centres=centres, align=Align.BY_TYPES if by_types else align,
+        raw=raw, columns_H=columns_H, centres=centres, align=align,
         deviations={study: _reciprocal(values.std(0)) for study, values in some.items()} if z_scores else {},
         mean_H=mean_H, deviation_H=_reciprocal(raw_NH.std(0)) if z_scores else np.empty(0), length=1.0,
     )  # fmt: skip
