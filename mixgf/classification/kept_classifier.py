@@ -268,7 +268,7 @@ class Reference:
 def balanced_rows(labels_N: Ints, most: int, seed: int) -> Ints:
     """At most `most` rows, ascending: all of the rare types, and equally many of the others."""
     sizes = np.bincount(labels_N)
-    totals = np.minimum(sizes[None], np.arange(1, int(sizes.max()) + 1)[:, None]).sum(1)
+    totals = np.minimum(sizes[None], np.arange(1, min(int(sizes.max()), most) + 1)[:, None]).sum(1)
     each = int(np.searchsorted(totals, most, side="right"))  # the most of a type with which all fit
     order = np.random.default_rng([seed, 19]).permutation(len(labels_N))
     grouped = order[np.argsort(labels_N[order], kind="stable")]
@@ -611,11 +611,12 @@ def _stored(value: np.ndarray) -> np.ndarray:
 
 def publish(uri: str, folder: str, parents: dict[str, str]) -> None:
     """Copy the files that `save` wrote into a folder to `uri`, as an artifact."""
-    about = read_sealed(files.join(folder, _FACTS))["about"]
+    found = facts(folder)
+    about = found["about"]
     record = artifacts.plan(KIND, SCHEMA, {name: about[name] for name in ("model", "group", "split", "seed")}, parents)
     if not artifacts.begin(uri, record):
         return
-    for name in _names(files.read_json(files.join(folder, _FACTS))):
+    for name in _names(found):
         files.copy(files.join(folder, name), files.join(uri, name))
     finish(uri, record)
 
@@ -651,24 +652,24 @@ def find(uri: str) -> str:
     uri = model_store.resolve(uri)
     for place in (uri, files.join(uri, "finetune"), files.join(uri, "classify")):
         record = artifacts.find(place)
-        published = record is None and files.exists(files.join(place, model_store.MANIFEST))
-        if record is None and not published:
-            continue
         if record is not None and record.kind == KIND:
             return place
+        classified = record is not None and record.kind == "classification"
+        published = record is None and files.exists(files.join(place, model_store.MANIFEST))
         folder = files.join(place, FOLDER)
-        names = files.list_dir(folder) if published or (record is not None and record.kind == "classification") else []
+        names = files.list_dir(folder) if classified or published else []
         if len(names) == 1:
             return files.join(folder, names[0].rstrip("/"))
         if names:
             listed = ", ".join(files.join(folder, n.rstrip("/")) for n in names[:8])
             msg = f"--model {uri}: {len(names)} classifiers there, one per group of cells; name one of {listed}"
             raise UserError(msg)
-        if record is not None and record.kind == "classification":
+        if classified:
             able = [head for head, kind in registry.MODELS.items() if kind.can_keep]
             msg = f"--model {uri}: this classification kept no classifier; it needs {' or '.join(able)} among classify.models and classify.keep = true; make it again in another output"
             raise UserError(msg)
-    there = f"; models with a name: {', '.join(model_store.names())}" if model_store.names() else ""
+    named = model_store.names()
+    there = f"; models with a name: {', '.join(named)}" if named else ""
     msg = f"--model {uri}: no classifier there; `mixgf classify` makes them under OUTPUT/classify/{FOLDER}/, `mixgf finetune` makes OUTPUT/finetune{there}"
     raise UserError(msg)
 
