@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -101,7 +101,7 @@ def scored_types(row: Row) -> list[str]:
     )
 
 
-def macro_f1(true: np.ndarray, said: np.ndarray, types: list[str]) -> float:
+def macro_f1(true: np.ndarray, said: np.ndarray, types: Sequence[object]) -> float:
     """Mean F1 of the types."""
     return float(f1_score(true, said, average="macro", labels=types, zero_division=0))
 

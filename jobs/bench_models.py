@@ -17,10 +17,10 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+from bench_annotate import macro_f1
 from bench_doublets import folder
 from measure import Figure
 from scipy import sparse
-from sklearn.metrics import f1_score
 
 from mixgf.classification import registry, splits
 from mixgf.classification.labels import Labelled
@@ -32,8 +32,8 @@ from mixgf.config.run import Config
 SETS = ("lung_mouse_zilionis", "immune_mouse_tabulamuris", "pbmc_human_pbmc3k")
 
 
-def read(path: Path) -> tuple[sparse.csr_matrix, Labelled]:
-    """Raw counts and labelled cells of one file, as one data set of one donor."""
+def read(path: Path) -> tuple[sparse.csr_matrix, Labelled, np.ndarray]:
+    """Raw counts, labelled cells and ids of the genes of one file, as one data set of one donor."""
     data = anndata.read_h5ad(path)
     same = np.full(data.n_obs, path.stem)
     labels = data.obs["cell_type"].astype(str).to_numpy().astype(np.str_)
@@ -41,7 +41,7 @@ def read(path: Path) -> tuple[sparse.csr_matrix, Labelled]:
         cells=np.arange(data.n_obs), names=data.obs_names.to_numpy().astype(np.str_), labels=labels, species=same, groups=same,
         donors=same, datasets=same, transfer=same, sources=same,
     )  # fmt: skip
-    return sparse.csr_matrix(data.X, dtype=np.float32), table
+    return sparse.csr_matrix(data.X, dtype=np.float32), table, data.var["ensembl_id"].to_numpy().astype(np.str_)
 
 
 PAIRS = (
@@ -54,23 +54,16 @@ PAIRS = (
 def new_genes(config: Config) -> Iterator[Figure]:
     """Macro F1 with the genes of both files beside that with all genes."""
     for name, other in PAIRS:
-        counts, table = read(folder() / f"{name}.h5ad")
+        counts, table, genes = read(folder() / f"{name}.h5ad")
         (split,) = splits.make(table, config.classify, seed=0)
-        theirs = anndata.read_h5ad(folder() / f"{other}.h5ad")
-        has = theirs.var["ensembl_id"].astype(str)[np.asarray((theirs.X > 0).sum(0)).ravel() > 0]
-        both = (
-            anndata.read_h5ad(folder() / f"{name}.h5ad", backed="r")
-            .var["ensembl_id"]
-            .astype(str)
-            .isin(set(has))
-            .to_numpy()
-        )
+        theirs, _, their_genes = read(folder() / f"{other}.h5ad")
+        both = np.isin(genes, their_genes[np.asarray((theirs > 0).sum(0)).ravel() > 0])
         true, scores = split.ids(table.labels[split.test]), []
         masked = sparse.csr_matrix(counts @ sparse.diags(both.astype(np.float32)))
         for train, target in ((counts[:, both], counts[:, both]), (counts, masked)):
             problem = problem_of(table, split, config, train[split.train], target[split.test])
             guess = GenesLogisticRegression().fit(problem).predict(problem.target).argmax(1)
-            scores.append(float(f1_score(true, guess, average="macro", labels=np.unique(true), zero_division=0)))
+            scores.append(macro_f1(true, guess, np.unique(true).tolist()))
         label = f"genes_logreg on {name}, {both.mean():.0%} of its genes are in {other}: genes of both / all, macro F1"
         yield Figure(figure=label, value=scores[0], unit="F1", baseline=scores[1], ratio=scores[0] / scores[1])
 
@@ -80,7 +73,7 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
     config = Config(classify=Classify(splits=("random",)))
     kinds = [kind() for kind in registry.MODELS.values() if issubclass(kind, CountsModel)]
     for name in SETS[: 1 if quick else None]:
-        counts, table = read(folder() / f"{name}.h5ad")
+        counts, table, _ = read(folder() / f"{name}.h5ad")
         (split,) = splits.make(table, config.classify, seed=0)
         problem = problem_of(table, split, config, counts[split.train], counts[split.test])
         true = split.ids(table.labels[split.test])
@@ -90,7 +83,7 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
                 continue
             start = time.process_time()
             guess = model.fit(problem).predict(problem.target).argmax(1)
-            f1 = float(f1_score(true, guess, average="macro", labels=np.unique(true), zero_division=0))
+            f1 = macro_f1(true, guess, np.unique(true).tolist())
             found[model.head] = f1, time.process_time() - start
         usual = found["hvg_logreg"][0]
         label = f"{name} ({len(split.train):,} + {len(true):,} cells, {len(split.classes)} types)"
