@@ -51,7 +51,7 @@ def _corpus(folder: str, *, cells: int, shards: int) -> Corpus:
 
 
 class Usage:
-    """CPU seconds and memory of this process and all that it started, sampled."""
+    """CPU seconds and memory of this process and all that it started, as they are when asked for."""
 
     def __init__(self) -> None:
         self.peak, self.began = 0.0, time.perf_counter()
