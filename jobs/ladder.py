@@ -50,8 +50,8 @@ from mixgf.classification.simple_classifiers import (
     nearest_neighbours,
     unit,
 )
-from mixgf.config import parse, recipes
-from mixgf.config.data import QC, Source, SpeciesRow, Vocab
+from mixgf.config import recipes
+from mixgf.config.data import QC, Source, Vocab
 from mixgf.config.run import Compute, Config, Tracking
 from mixgf.corpus import raw_counts
 from mixgf.corpus.packed import Packed, keep_tokens
@@ -157,10 +157,9 @@ class World:
 
     def __init__(self, corpora: Mapping[str, str], models: dict[str, dict[str, str]]) -> None:
         self.corpus = Corpus(corpora["all"], max_len=2048)
-        obs = self.corpus.obs(["source", "cell_type", "source_row"])
+        obs = self.corpus.obs(["source", "cell_type"])
         self.sources = obs["source"].to_numpy().astype(str)
         self.labels = obs["cell_type"].to_numpy().astype(str)
-        self.rows = obs["source_row"].to_numpy()
         self.models = models
         self.orthologs = species.orthologs(("resource:orthologs.parquet",))
         self._encoders: dict[str, Encoder] = {}
@@ -174,17 +173,9 @@ class World:
     @cache  # noqa: B019 (one world per process)
     def counts(self, name: str) -> tuple[np.ndarray, raw_counts.Counts]:
         """All cells of a study, and their counts over the vocabulary's genes of the species."""
-        mine = np.flatnonzero(self.sources == name)
-        entry = next(dict(one) for one in self.corpus.record.config["sources"] if one["name"] == name)
-        entry.pop("size", None)
-        rows = self.corpus.record.config["species"]
-        row = next(parse.from_dict(SpeciesRow, one) for one in rows if one["name"] == entry["species"])
-        genes = self.corpus.vocabulary.species_genes(row.name)
-        order = np.argsort(self.rows[mine], kind="stable")
-        found = raw_counts.read_counts(
-            parse.from_dict(Source, entry), row, genes, self.rows[mine][order], block_cells=128
-        )
-        return mine[order], raw_counts.Counts(matrix=found, genes=genes.genes.astype(np.str_), species=row.name)
+        mine, found = raw_counts.read_cells(self.corpus, np.flatnonzero(self.sources == name), block_cells=128)
+        genes = self.corpus.vocabulary.species_genes(species_of(name)).genes
+        return mine, raw_counts.Counts(matrix=found, genes=genes.astype(np.str_), species=species_of(name))
 
     def expression(self, names: tuple[str, ...], cells: np.ndarray) -> tuple[sparse.csr_matrix, np.ndarray]:
         """Log-normalised counts of cells of some studies over genes that all of them detect, and the genes' token ids."""
