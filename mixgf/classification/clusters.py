@@ -1,7 +1,7 @@
 """Labels by majority over small clusters of cells, as CellTypist has them (Domínguez Conde et al. 2022).
 
-Cells of one small cluster are of one type more often than their single labels agree, so the most frequent label of the cluster is
-given to all of its cells. CellTypist finds clusters by Leiden at a high resolution. Here they come from k-means on the principal
+Cells of one small cluster are mostly of one type, even where their single labels differ. So all of them get the most frequent label
+of the cluster. CellTypist finds clusters by Leiden at a high resolution. Here they come from k-means on the principal
 components of the file's cells, which is in scikit-learn and takes any number of cells.
 
 Shape letters: N cells, H features of a reading, K components.

@@ -286,9 +286,9 @@ def carrying(kept: Kept, most: int | None) -> Kept:
 def for_study(kept: Kept, cells: CellSet[Measured], measured_G: Bools) -> Kept:
     """The classifier for a file of another study or species, whose labels are not known.
 
-    Expression is read relative to a shifted mean (`study_shift`). Where the file lacks genes that the classifier reads, as one of
-    another species does, a model is fitted (`Kept.across`), to the cells that the classifier carries and to the genes that both
-    have. For a file like the training cells the shift is small.
+    Expression is read relative to a shifted mean (`study_shift`). For a file like the training cells the shift is small. A file of
+    another species lacks genes that the classifier reads. Then a model is fitted (`Kept.across`), to the cells that the classifier
+    carries and to the genes that both have.
 
     Args:
         kept: The classifier.
