@@ -24,6 +24,7 @@ Letters: P (cell, gene) pairs, G genes, C donors, S states, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -156,9 +157,9 @@ def build_gene_table(
     return pa.concat_tables(tables)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What is tested of one operation: shifts towards one state, or responses."""
+    """What is tested of one operation: shifts towards the goal and the false goals, or responses."""
 
     plan: Design
     operation: str
@@ -166,15 +167,30 @@ class Measured:
     config: Config
     num_tests: int = 0
 
+    @cached_property
+    def false(self) -> list[int]:
+        """Numbers of the states that are false goals."""
+        return controls.false_goals([state.name for state in self.plan.embedded])
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tests:
-    """p-values of both tests."""
+    @cached_property
+    def donors(self) -> _Donors:
+        """Donors of the pairs."""
+        return _donors(self.plan, self.pairs, self.config)
 
-    mean_GC: Float64s
-    """Means by named donor; NaN where a donor has no cell."""
-    p_cell_G: Float64s
-    p_donor_G: Float64s
+    @cached_property
+    def rank_G(self) -> Float64s:
+        """Mean rank of each gene."""
+        return _mean_ranks(self.pairs, len(self.plan.targets))
+
+    @cached_property
+    def residuals(self) -> dict[int | None, Float64s]:
+        """Residuals after rank (`scaled_residual`), (G,), towards the goal (None = of the responses) and each false goal."""
+        place_G, among_G = comparison_ranks(self.rank_G), _reference(self.plan)
+        means = {
+            towards: means_by_group(_values(self.pairs, towards), self.pairs.target_P, len(place_G))
+            for towards in (self.plan.goal, *self.false)
+        }
+        return {towards: rank_adjustment.scaled_residual(mean_G, place_G, among_G) for towards, mean_G in means.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,62 +198,49 @@ class Effects:
     """Effects of the genes of one operation, with their tests (G,)."""
 
     means: GroupMeans
-    tests: Tests
-    rank_G: Float64s
-    expected_G: Float64s
+    mean_GC: Float64s
+    """Means by named donor; NaN where a donor has no cell."""
+    p_donor_G: Float64s
     percentile_G: Float64s
     p_null_G: Float64s
     num_null: int
-    fdr_cell_G: Float64s
     fdr_donor_G: Float64s
     fdr_null_G: Float64s
     hit_G: arrays.Bools
 
 
 def tested_effects(measured: Measured, towards: int | None) -> Effects:
-    """Means of the shifts towards a state (None = of the responses), all tests, and the hits.
+    """Means of the shifts towards a state (None = of the responses), the donor-level test, and the hits.
 
     The error rate of hits comes from `null_p_values` of the residuals after rank. The null are the comparison genes' residuals
     towards the false goals other than `towards`; without such goals the residuals of the genes that were drawn for comparison. Where
     there are neither, genes could only be compared with each other: no gene is a hit.
     """
-    plan, pairs, config = measured.plan, measured.pairs, measured.config
+    plan, pairs, config, donors = measured.plan, measured.pairs, measured.config, measured.donors
     among_G, null_G = _reference(plan), np.array([target.null for target in plan.targets])
     num_genes = len(plan.targets)
-    values_P, donors = _values(pairs, towards), _donors(plan, pairs, config)
+    values_P, place_G = _values(pairs, towards), comparison_ranks(measured.rank_G)
     means = group_means(values_P, pairs.target_P, donors.of_P, num_genes, max(1, donors.num))
     coverage_G = np.array([target.coverage for target in plan.targets])
-    rank_G = _mean_ranks(pairs, num_genes)
-    place_G = comparison_ranks(rank_G)
     rng = _rng(config, measured.operation, 92)
-    tests = _tests(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=rng)
-    scaled_G = rank_adjustment.scaled_residual(means.mean, place_G, among_G)
-    false = [s for s in controls.false_goals([state.name for state in plan.embedded]) if s != towards]
+    mean_GC, p_donor_G = _donor_test(values_P, pairs.target_P, place_G, donors, config, among_G=among_G, rng=rng)
+    scaled_G = measured.residuals[towards]
+    false = [s for s in measured.false if s != towards]
     if towards is not None and false:
-        null_GB = np.stack(
-            [
-                rank_adjustment.scaled_residual(
-                    means_by_group(pairs.shift_SP[s], pairs.target_P, num_genes), place_G, among_G
-                )
-                for s in false
-            ],
-            axis=1,
-        )
+        null_GB = np.stack([measured.residuals[s] for s in false], axis=1)
     else:
         null_GB = scaled_G[:, None] if not among_G.all() else np.full((num_genes, 1), np.nan)
     null_GB = np.where(among_G[:, None], null_GB, np.nan)
     p_null_G = rank_adjustment.null_p_values(scaled_G, null_GB)
-    fdr_donor_G, fdr_null_G = (_discoveries(p_G, null_G, measured.num_tests) for p_G in (tests.p_donor_G, p_null_G))
-    percentile_G = rank_adjustment.residual_percentile(means.mean, place_G, coverage_G, among_G)
+    fdr_donor_G, fdr_null_G = (_discoveries(p_G, null_G, measured.num_tests) for p_G in (p_donor_G, p_null_G))
+    percentile_G = rank_adjustment.residual_percentile(means.mean, scaled_G, place_G, coverage_G, among_G)
     return Effects(
         means=means,
-        tests=tests,
-        rank_G=rank_G,
-        expected_G=rank_adjustment.expected_by_rank(means.mean, place_G, among_G),
+        mean_GC=mean_GC,
+        p_donor_G=p_donor_G,
         percentile_G=percentile_G,
         p_null_G=p_null_G,
         num_null=int(np.isfinite(null_GB).sum()),
-        fdr_cell_G=_discoveries(tests.p_cell_G, null_G, measured.num_tests),
         fdr_donor_G=fdr_donor_G,
         fdr_null_G=fdr_null_G,
         hit_G=is_hit(fdr_donor_G, fdr_null_G, percentile_G, among_G) & ~null_G,
@@ -259,16 +262,18 @@ def _operation_table(
 ) -> pa.Table:
     plan, pairs, config, operation = measured.plan, measured.pairs, measured.config, measured.operation
     settings, num_genes = config.perturb, len(plan.targets)
+    among_G, null_G = _reference(plan), np.array([target.null for target in plan.targets])
     found = tested_effects(measured, plan.goal)
-    false = controls.false_goals([state.name for state in plan.embedded])
     other = tested_effects(twin, plan.goal) if twin is not None else None
-    fake = tested_effects(measured, false[0]) if false else None
+    fake = tested_effects(measured, measured.false[0]) if measured.false else None
+    p_cell_G = _cell_test(_values(pairs, plan.goal), pairs.target_P, num_genes, config, among_G=among_G)
     others = [i for i, state in enumerate(plan.states) if state.name.startswith("alternative")]
     towards = {plan.states[i].name: means_by_group(pairs.shift_SP[i], pairs.target_P, num_genes) for i in others}
     other_G = np.mean(list(towards.values()), axis=0) if others else np.full(num_genes, np.nan)
     de_G, fold_G, covariance_G = _differential(plan, expressed)
     orthologs = _orthologs(plan, config)
-    mean_G, expected_G = found.means.mean, found.expected_G
+    mean_G, rank_G = found.means.mean, measured.rank_G
+    expected_G = rank_adjustment.expected_by_rank(mean_G, comparison_ranks(rank_G), among_G)
     columns: dict[str, object] = {
         "gene": [target.gene for target in plan.targets],
         "symbol": [target.symbol for target in plan.targets],
@@ -278,18 +283,18 @@ def _operation_table(
         "operation": [operation] * num_genes,
         "variant": [settings.variant] * num_genes,
         "role": ["null" if target.null else "target" for target in plan.targets],
-        "reference": _reference(plan),
+        "reference": among_G,
         "num_cells": found.means.num_values,
-        "num_donors": np.isfinite(found.tests.mean_GC).sum(axis=1),
+        "num_donors": np.isfinite(found.mean_GC).sum(axis=1),
         "coverage": np.array([target.coverage for target in plan.targets]),
-        "mean_rank": found.rank_G,
+        "mean_rank": rank_G,
         "shift": mean_G,
         "shift_low": found.means.low,
         "shift_high": found.means.high,
         "response": means_by_group(pairs.response_P, pairs.target_P, num_genes),
-        "p_cell": found.tests.p_cell_G,
-        "fdr_cell": found.fdr_cell_G,
-        "p_donor": found.tests.p_donor_G,
+        "p_cell": p_cell_G,
+        "fdr_cell": _discoveries(p_cell_G, null_G, measured.num_tests),
+        "p_donor": found.p_donor_G,
         "fdr_donor": found.fdr_donor_G,
         "null_percentile": found.percentile_G,
         "p_null": found.p_null_G,
@@ -313,7 +318,7 @@ def _operation_table(
     if readable is not None:
         columns |= readable.columns()
     inserted = operation == "overexpress" and settings.insert_absent
-    columns["warnings"] = _warnings(columns, found.tests.mean_GC, has_goal=plan.goal is not None, inserted=inserted)
+    columns["warnings"] = _warnings(columns, found.mean_GC, has_goal=plan.goal is not None, inserted=inserted)
     columns |= {f"shift_{name}": shift_G for name, shift_G in towards.items()}
     order = np.lexsort((np.array(columns["gene"]), -np.nan_to_num(mean_G, nan=-np.inf)))
     return pa.table({name: pa.array(values) for name, values in columns.items()}).take(order)
@@ -349,9 +354,9 @@ def calibrate_tests(plan: Design, pairs: dict[str, Pairs], config: Config) -> pa
         for _ in range(max(1, min(8, 2000 // num_genes))):  # several permutations if there are few genes
             shuffled_P = rank_adjustment.permute_within_rank(rank_G, measured_GC, rng)[of_P, target_P]
             values_Q = own_P + expected_GC[shuffled_P, of_P]
-            tests = _tests(values_Q, shuffled_P, rank_G, kept, config, among_G=among_G, rng=rng)
-            columns = {"p_cell": tests.p_cell_G, "p_donor": tests.p_donor_G}
-            tables.append(pa.table({"operation": [operation] * num_genes} | columns))
+            p_cell_G = _cell_test(values_Q, shuffled_P, num_genes, config, among_G=among_G)
+            p_donor_G = _donor_test(values_Q, shuffled_P, rank_G, kept, config, among_G=among_G, rng=rng)[1]
+            tables.append(pa.table({"operation": [operation] * num_genes, "p_cell": p_cell_G, "p_donor": p_donor_G}))
     schema = pa.schema([("operation", pa.string()), ("p_cell", pa.float64()), ("p_donor", pa.float64())])
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
@@ -394,7 +399,17 @@ def _discoveries(p_G: Float64s, null_G: arrays.Bools, num_tests: int) -> Float64
     return np.where(null_G, benjamini_hochberg(np.where(null_G, p_G, np.nan)), tested_G)
 
 
-def _tests(
+def _cell_test(
+    values_P: Float64s, target_P: Ints, num_genes: int, config: Config, *, among_G: arrays.Bools
+) -> Float64s:
+    """p-values of the test over cells, (G,); as published with `perturb.test = published`."""
+    # the published test takes the whole pool and no correction for ties
+    paper = config.perturb.test == "published"
+    pool_G = np.ones_like(among_G) if paper else among_G
+    return rank_sums(values_P, target_P, num_genes, among_G=pool_G, include_self=paper, correct_ties=not paper)[1]
+
+
+def _donor_test(
     values_P: Float64s,
     target_P: Ints,
     rank_G: Float64s,
@@ -403,21 +418,13 @@ def _tests(
     *,
     among_G: arrays.Bools,
     rng: np.random.Generator,
-) -> Tests:
-    """Both tests of every gene: over cells (as published with `perturb.test = published`), and over named donors."""
-    # the published test takes the whole pool and no correction for ties
-    paper = config.perturb.test == "published"
-    pool_G = np.ones_like(among_G) if paper else among_G
-    p_cell_G = rank_sums(values_P, target_P, len(rank_G), among_G=pool_G, include_self=paper, correct_ties=not paper)[1]
+) -> tuple[Float64s, Float64s]:
+    """Means by named donor, (G, C), and p-values of the test over them, (G,)."""
     mean_GC, _ = cluster_means(values_P, target_P, donors.of_P, len(rank_G), max(1, donors.num))
     mean_GC = mean_GC[:, donors.named_C]
     own_GC = rank_adjustment.residual_after_rank(mean_GC, rank_G, among_G) if mean_GC.shape[1] else mean_GC
     place_GC = rank_adjustment.normal_scores(own_GC, rank_G, among_G)
-    return Tests(
-        mean_GC=mean_GC,
-        p_cell_G=p_cell_G,
-        p_donor_G=sign_flip(place_GC, config.perturb.num_permutations, rng),
-    )
+    return mean_GC, sign_flip(place_GC, config.perturb.num_permutations, rng)
 
 
 def _mean_ranks(pairs: Pairs, num_genes: int) -> Float64s:

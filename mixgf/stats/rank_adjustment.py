@@ -111,6 +111,7 @@ def matched_percentile(
 
 def residual_percentile(
     effect_G: Float64s,
+    scaled_G: Float64s,
     rank_G: Float64s,
     coverage_G: Float64s,
     among_G: Bools | None = None,
@@ -125,6 +126,7 @@ def residual_percentile(
 
     Args:
         effect_G: effects; NaN = none.
+        scaled_G: their `scaled_residual`.
         rank_G: log of the mean rank of each gene.
         coverage_G: share of cells with the gene.
         among_G: groups that others are compared with; None = all.
@@ -134,7 +136,6 @@ def residual_percentile(
         NaN without an effect, or where fewer than `MIN_BACKGROUND` other groups have a rank within a factor of `ALIKE`, or
         fewer than half of that many an earlier or equal one: there the expectation would be extrapolated.
     """
-    scaled_G = scaled_residual(effect_G, rank_G, among_G)
     num = int((np.isfinite(effect_G) & np.isfinite(rank_G) & (True if among_G is None else among_G)).sum())
     if num < ENOUGH * num_matched:
         num_matched = num

@@ -197,7 +197,8 @@ def test_the_percentile_of_a_residual_is_fair_at_every_rank(num_nulls, most):
         own = np.concatenate([np.zeros(num_nulls), planted])
         effect = (0.05 + 0.01 * (own + rng.normal(size=len(rank)))) / np.sqrt(rank)
         among, coverage = np.arange(len(rank)) < num_nulls, np.exp(-rank / 1500)
-        found = rank_adjustment.residual_percentile(effect, np.log(rank), coverage, among)[num_nulls:]
+        scaled = rank_adjustment.scaled_residual(effect, np.log(rank), among)
+        found = rank_adjustment.residual_percentile(effect, scaled, np.log(rank), coverage, among)[num_nulls:]
         of_all = rank_adjustment.matched_percentile(effect, np.stack([rank, coverage], axis=1), among)[num_nulls:]
         unusual.append(np.where(np.isnan(found), np.nan, np.abs(found - 50) > 47.5))
         plain.append(np.abs(of_all - 50) > 47.5)
@@ -214,7 +215,9 @@ def test_a_percentile_needs_ten_genes_of_like_rank_and_five_that_are_no_later():
             [np.linspace(5, 9.9, earlier), np.linspace(11, 29, later), np.linspace(100, 200, 60), [10.0]]
         )
         among = np.arange(len(rank)) < len(rank) - 1
-        found = rank_adjustment.residual_percentile(rng.normal(size=len(rank)), np.log(rank), np.ones(len(rank)), among)
+        effect = rng.normal(size=len(rank))
+        scaled = rank_adjustment.scaled_residual(effect, np.log(rank), among)
+        found = rank_adjustment.residual_percentile(effect, scaled, np.log(rank), np.ones(len(rank)), among)
         assert np.isfinite(found[-1]) == known, (earlier, later)
 
 
