@@ -224,12 +224,12 @@ class MemoryCorpus(Corpus):
             msg = f"{reader.uri}: {len(empty)} cells hold no gene of the model, for instance {name} (row {empty[0]}); leave them out"
             raise UserError(msg)
         self._tokens_T = np.concatenate([part.tokens_T for part in parts])
-        self._stored_N = np.concatenate([part.lengths_N for part in parts])
+        self.stored_N = np.concatenate([part.lengths_N for part in parts])
         self.counts_NG = (
             sparse.csr_matrix(sparse.vstack([part.counts_NG for part in parts], format="csr")) if with_counts else None
         )
-        self._offsets_N1 = offsets_of(self._stored_N)
-        self.lengths_N = np.minimum(self._stored_N, max_len).astype(np.int32) if max_len else self._stored_N
+        self._offsets_N1 = offsets_of(self.stored_N)
+        self.lengths_N = np.minimum(self.stored_N, max_len).astype(np.int32) if max_len else self.stored_N
         self.species = vocabulary.species
         self.species_N = np.full(len(self.lengths_N), self.species.index(genes.row.name), dtype=np.int8)
         self.vocabulary = vocabulary
@@ -246,7 +246,7 @@ class MemoryCorpus(Corpus):
             "species": pa.array([species] * num, pa.string()),
             "source": pa.array([source] * num, pa.string()),
             "source_row": pa.array(np.arange(num), pa.int64()),
-            "length": pa.array(self._stored_N, pa.int32()),
+            "length": pa.array(self.stored_N, pa.int32()),
             "n_counts": pa.array(metrics.n_counts, pa.int64()),
             "n_genes": pa.array(metrics.n_genes, pa.int32()),
             "mito_fraction": pa.array(metrics.mito_fraction, pa.float64()),

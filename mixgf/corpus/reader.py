@@ -41,8 +41,9 @@ class Corpus:
         self.uri = uri
         self.record: Record = artifacts.require(uri, "corpus")
         index = artifacts.read_artifact_table(uri, "index", ["length", "species"])
-        self._stored_N: I32 = index.column("length").to_numpy().astype(np.int32, copy=False)
-        self.lengths_N: I32 = np.minimum(self._stored_N, max_len).astype(np.int32) if max_len else self._stored_N
+        self.stored_N: I32 = index.column("length").to_numpy().astype(np.int32, copy=False)
+        """Tokens of each cell's sentence as it is stored; `lengths_N` as it is cut to `max_len`."""
+        self.lengths_N: I32 = np.minimum(self.stored_N, max_len).astype(np.int32) if max_len else self.stored_N
         self.species_N: npt.NDArray[np.int8] = index.column("species").to_numpy().astype(np.int8, copy=False)
         self.species: tuple[str, ...] = tuple(self.record.details["species"])
         self.shards: list[dict[str, Any]] = list(self.record.details["shards"])
@@ -93,7 +94,7 @@ class Corpus:
         `whole` sentences are as they are stored, not cut to `max_len`.
         """
         cells_B = np.asarray(cells, dtype=np.int64)
-        lengths_B = (self._stored_N if whole else self.lengths_N)[cells_B].astype(np.int64)
+        lengths_B = (self.stored_N if whole else self.lengths_N)[cells_B].astype(np.int64)
         offsets_B1 = offsets_of(lengths_B)
         tokens_T = np.empty(offsets_B1[-1], dtype=np.int32)
         shard_B = np.searchsorted(self.starts, cells_B, side="right") - 1
@@ -111,7 +112,7 @@ class Corpus:
         chunk = column if isinstance(column, pa.ListArray | pa.LargeListArray) else column.chunk(0)
         bounds = chunk.offsets.to_numpy().astype(np.int64)
         read = (chunk.values.to_numpy().astype(np.int32, copy=False), bounds)
-        expected = self._stored_N[self.starts[shard] : self.starts[shard + 1]]
+        expected = self.stored_N[self.starts[shard] : self.starts[shard + 1]]
         if not np.array_equal(np.diff(bounds), expected):
             msg = f"{self.uri}: shard {self.shards[shard]['name']} does not fit index.parquet; restore it"
             raise UserError(msg)

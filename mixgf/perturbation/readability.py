@@ -101,11 +101,11 @@ def warnings(plan: Design, found: Readability, max_len: int) -> list[str]:
 
 def cut_warning(corpus: Corpus, plan: Design, operations: tuple[str, ...]) -> str:
     """A line on sentences that are cut, where genes are deleted; empty where there are none."""
-    lengths = [np.diff(corpus.tokens(plan.cells_N, whole=whole)[1]) for whole in (True, False)]
-    num = int((lengths[0] > lengths[1]).sum())
+    read_N = corpus.lengths_N[plan.cells_N]
+    num = int((corpus.stored_N[plan.cells_N] > read_N).sum())
     if "delete" not in operations or not num:
         return ""
     return (
-        f"{num:,} of {len(plan.cells_N):,} sentences are cut to {int(lengths[1].max()):,} tokens: a deletion makes them shorter and "
+        f"{num:,} of {len(plan.cells_N):,} sentences are cut to {int(read_N.max()):,} tokens: a deletion makes them shorter and "
         "does not pull the next gene in, as in the published code"
     )
