@@ -45,6 +45,14 @@ RESPONSES = "responses"
 """Folder, beside the part files, of the responses of other genes (`perturb.response`); files are named after tasks."""
 
 
+def _no_numbers() -> Ints:
+    return np.empty(0, dtype=np.int64)
+
+
+def _no_mask() -> NDArray[np.bool_]:
+    return np.empty((0, 0), dtype=bool)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringTask:
     """One task: a block of targets in a block of cells.
@@ -58,15 +66,15 @@ class ScoringTask:
     cells_B: Ints
     cost: float
     """Expected tokens to encode."""
-    targets_K: Ints
-    """Numbers of the targets; empty for `embed`."""
-    genes_KM: Ints
-    allowed_KB: NDArray[np.bool_]
+    targets_K: Ints = field(default_factory=_no_numbers)
+    """Numbers of the targets; empty for `embed`, `counts` and `probe`."""
+    genes_KM: Ints = field(default_factory=lambda: np.empty((0, 1), dtype=np.int64))
+    allowed_KB: NDArray[np.bool_] = field(default_factory=_no_mask)
     """Whether the target's species is the cell's."""
-    states_SB: NDArray[np.bool_]
+    states_SB: NDArray[np.bool_] = field(default_factory=_no_mask)
     """For `embed`: which cells belong to which state."""
     donor_B: Ints
-    responding_R: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    responding_R: Ints = field(default_factory=_no_numbers)
     """Tokens whose responses are recorded; they are written to the folder `RESPONSES`, before the task's part file."""
     twin: bool = False
     """Whether the untrained twin of the encoder does the task; keys then begin with `TWIN`."""
@@ -106,14 +114,12 @@ def gene_block_number(task: ScoringTask) -> int:
 
 def twin_tasks(tasks: list[ScoringTask]) -> list[ScoringTask]:
     """The same tasks for the untrained twin; it records no responses."""
-    none = np.empty(0, dtype=np.int64)
-    return [replace(task, key=TWIN + task.key, twin=True, responding_R=none) for task in tasks]
+    return [replace(task, key=TWIN + task.key, twin=True, responding_R=_no_numbers()) for task in tasks]
 
 
 def sample_tasks(tasks: list[ScoringTask]) -> list[ScoringTask]:
     """The same tasks under keys of their own, for the cells of a screen; they record no responses."""
-    none = np.empty(0, dtype=np.int64)
-    return [replace(task, key=SAMPLE + task.key, responding_R=none) for task in tasks]
+    return [replace(task, key=SAMPLE + task.key, responding_R=_no_numbers()) for task in tasks]
 
 
 def state_tasks(plan: Design, corpus: Corpus) -> list[ScoringTask]:
@@ -128,9 +134,6 @@ def state_tasks(plan: Design, corpus: Corpus) -> list[ScoringTask]:
                 operation="embed",
                 cells_B=part,
                 cost=float(corpus.lengths_N[part].sum()),
-                targets_K=np.empty(0, dtype=np.int64),
-                genes_KM=np.empty((0, 1), dtype=np.int64),
-                allowed_KB=np.empty((0, len(part)), dtype=bool),
                 states_SB=np.stack([np.isin(part, state.cells) for state in plan.embedded]),
                 donor_B=plan.donor_of[part],
             )
@@ -158,10 +161,6 @@ def count_tasks(plan: Design, corpus: Corpus, seed: int) -> list[ScoringTask]:
                     operation="counts",
                     cells_B=part,
                     cost=0.0,
-                    targets_K=np.empty(0, dtype=np.int64),
-                    genes_KM=np.empty((0, 1), dtype=np.int64),
-                    allowed_KB=np.empty((0, len(part)), dtype=bool),
-                    states_SB=np.empty((0, len(part)), dtype=bool),
                     donor_B=plan.donor_of[part],
                 )
             )
@@ -225,7 +224,6 @@ def gene_tasks(
                 targets_K=numbers,
                 genes_KM=plan.genes_KM[numbers],
                 allowed_KB=allowed,
-                states_SB=np.empty((0, len(part)), dtype=bool),
                 donor_B=plan.donor_of[part],
                 responding_R=plan.responding_R[: None if not screened else 0],
             )
@@ -241,10 +239,6 @@ def probe_task(plan: Design) -> ScoringTask:
         operation="probe",
         cells_B=cell,
         cost=0.0,
-        targets_K=np.empty(0, dtype=np.int64),
-        genes_KM=np.empty((0, 1), dtype=np.int64),
-        allowed_KB=np.empty((0, 1), dtype=bool),
-        states_SB=np.empty((0, 1), dtype=bool),
         donor_B=plan.donor_of[cell],
     )
 
