@@ -110,6 +110,17 @@ def match_genes(genes: pd.DataFrame, names: set[str], config: Config) -> np.ndar
     )
 
 
+def _with_reference(
+    genes: pd.DataFrame, names: set[str], negative: set[str], config: Config
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Genes to compare, and which of them are reference genes. With a list of negatives, genes in neither list are left out."""
+    reference = match_genes(genes, names, config)
+    if negative:
+        kept = reference | match_genes(genes, negative, config)
+        genes, reference = genes[kept], reference[kept]
+    return genes, reference
+
+
 def score_reference_genes(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
     """How well each score and each test finds the reference genes among the scored ones.
 
@@ -126,11 +137,7 @@ def score_reference_genes(genes: pd.DataFrame, config: Config) -> pd.DataFrame:
         return pd.DataFrame()
     rows: list[dict[str, Any]] = []
     for operation, part in genes.groupby("operation", sort=False):
-        frame = part[part["num_cells"] > 0]
-        reference = match_genes(frame, names, config)
-        if negative:
-            kept = reference | match_genes(frame, negative, config)
-            frame, reference = frame[kept], reference[kept]
+        frame, reference = _with_reference(part[part["num_cells"] > 0], names, negative, config)
         if not reference.any() or reference.all():
             what = "none of them is" if not reference.any() else "all scored genes are among them:"
             msg = f"perturb.reference_genes names {len(names):,} genes: {what} among the {len(frame):,} scored genes; score more genes (perturb.genes, perturb.min_coverage)"
@@ -203,11 +210,8 @@ def compare_with_covariance(genes: pd.DataFrame, config: Config) -> pd.DataFrame
         return pd.DataFrame()
     rows = []
     for operation, part in genes.groupby("operation", sort=False):
-        frame = part[np.isfinite(part["shift"]) & np.isfinite(part["covariance"])]
-        known = match_genes(frame, names, config)
-        if negative:
-            kept = known | match_genes(frame, negative, config)
-            frame, known = frame[kept], known[kept]
+        both = part[np.isfinite(part["shift"]) & np.isfinite(part["covariance"])]
+        frame, known = _with_reference(both, names, negative, config)
         scores = {}
         for name in (*OF_MODEL, "covariance"):
             values = frame[name].to_numpy(float)
