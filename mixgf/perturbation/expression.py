@@ -24,6 +24,7 @@ import numpy as np
 from scipy import sparse
 
 from mixgf.arrays import Float64s, Ints
+from mixgf.corpus.packed import token_positions
 from mixgf.corpus.reader import Corpus
 from mixgf.stats.donors import welch
 
@@ -89,8 +90,9 @@ def of_counts(corpus: Corpus, states: dict[str, tuple[StateCounts, StateCounts]]
             continue
         at = corpus.species.index(name), corpus.vocabulary.species_genes(name).tokens.astype(np.int64)
         t_SV[at], fold_SV[at] = differential(start.counts_NG, goal.counts_NG)
-        axis_G = np.asarray(log_normalised(goal.counts_NG).mean(axis=0) - log_normalised(start.counts_NG).mean(axis=0))
-        covariance_SV[at] = axis_correlation(log_normalised(start.counts_NG), axis_G.ravel(), start.donor_N)
+        start_NG, goal_NG = (log_normalised(side.counts_NG) for side in (start, goal))
+        axis_G = np.asarray(goal_NG.mean(axis=0) - start_NG.mean(axis=0))
+        covariance_SV[at] = axis_correlation(start_NG, axis_G.ravel(), start.donor_N)
     return Expression(species=tuple(corpus.species), t_SV=t_SV, fold_SV=fold_SV, covariance_SV=covariance_SV)
 
 
@@ -109,13 +111,19 @@ def per_ten_thousand(counts_NG: sparse.csr_matrix) -> sparse.csr_matrix:
     return scaled
 
 
+def moments(x_NG: sparse.csr_matrix) -> tuple[Float64s, Float64s]:
+    """Mean and variance (over N, not N - 1) of each column, (G,) each."""
+    mean_G = np.asarray(x_NG.mean(axis=0)).ravel()
+    squares_G = np.asarray(x_NG.multiply(x_NG).mean(axis=0)).ravel()
+    return mean_G, np.maximum(squares_G - mean_G**2, 0)
+
+
 def differential(start_NG: sparse.csr_matrix, goal_NG: sparse.csr_matrix) -> tuple[Float64s, Float64s]:
     """Welch's t of log-normalised counts, goal against start, and log2 ratio of mean counts per 10,000, (G,) each."""
     sides = [log_normalised(start_NG), log_normalised(goal_NG)]
     num = np.array([[side.shape[0]] for side in sides], dtype=np.float64)
-    mean = np.stack([np.asarray(side.mean(axis=0)).ravel() for side in sides])
-    squares = np.stack([np.asarray(side.multiply(side).mean(axis=0)).ravel() for side in sides])
-    variance = np.maximum(squares - mean**2, 0) * num / np.maximum(num - 1, 1)
+    mean, spread = (np.stack(values) for values in zip(*map(moments, sides), strict=True))
+    variance = spread * num / np.maximum(num - 1, 1)
     t_G = welch(np.broadcast_to(num, mean.shape), mean, variance)
     plain = [np.asarray(per_ten_thousand(counts).mean(axis=0)).ravel() for counts in (start_NG, goal_NG)]
     return t_G, np.log2((plain[1] + PSEUDO_COUNT) / (plain[0] + PSEUDO_COUNT))
@@ -155,7 +163,7 @@ def _rank_scores(corpus: Corpus, cells: Ints, block: int) -> tuple[Float64s, Flo
     for part in np.array_split(cells, max(1, -(-len(cells) // block))):
         ids_T, offsets_B1 = corpus.tokens(part)
         lengths_B = np.diff(offsets_B1)
-        rank_T = np.arange(len(ids_T)) - np.repeat(offsets_B1[:-1], lengths_B) - lead
+        rank_T = token_positions(offsets_B1) - lead
         score_T = np.where(rank_T >= 0, 1 - rank_T / np.repeat(lengths_B - lead, lengths_B), 0.0)
         total_V += np.bincount(ids_T, weights=score_T, minlength=size)
         squares_V += np.bincount(ids_T, weights=score_T**2, minlength=size)

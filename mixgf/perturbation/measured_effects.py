@@ -23,7 +23,7 @@ import pandas as pd
 from scipy import sparse, special
 
 from mixgf.arrays import Bools, Float64s, Ints
-from mixgf.perturbation.expression import log_normalised
+from mixgf.perturbation.expression import log_normalised, moments
 from mixgf.stats.donors import benjamini_hochberg
 
 METRICS = ("correlation", "discrimination", "overlap", "direction")
@@ -138,10 +138,8 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
 
 def _moments(x_NG: sparse.csr_matrix, rows: Ints) -> tuple[Float64s, Float64s]:
     """Mean, and squared standard error of it, of some cells, (G,)."""
-    part = x_NG[rows]
-    mean_G = np.asarray(part.mean(axis=0)).ravel()
-    squares_G = np.asarray(part.multiply(part).mean(axis=0)).ravel()
-    return mean_G, np.maximum(squares_G - mean_G**2, 0) / max(1, len(rows) - 1)
+    mean_G, variance_G = moments(x_NG[rows])
+    return mean_G, variance_G / max(1, len(rows) - 1)
 
 
 def _metrics(effect_G: Float64s, p: int, measured: Measured, used_G: Bools) -> dict[str, float]:
