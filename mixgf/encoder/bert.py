@@ -293,7 +293,7 @@ def cell_vectors(
         max_len: upper bound of the tokens of a cell; None = it is read from the device.
     """
     count, ranked = encoder.sizes.num_layers, how == "ranked"
-    if ranked and positions_T is None:
+    if positions_T is None:
         positions_T = token_positions(offsets_B1, ids_T.shape[0])
     if ranked and layer != "all" and encoder.residual is None:
         return ranked_vectors(encoder, ids_T, offsets_B1, positions_T)
@@ -302,8 +302,6 @@ def cell_vectors(
         if ranked:
             return ranked_vectors(encoder, ids_T, offsets_B1, positions_T, h_TD, cls=cls)
         return pool_tokens(h_TD, offsets_B1, how, cls=cls)
-    if positions_T is None:
-        positions_T = token_positions(offsets_B1, ids_T.shape[0])
     h_TD, cells = encoder.embed_tokens(ids_T, positions_T, keys), Cells(offsets_B1, max_len)
     how = "mean" if ranked else how
     parts = [pool_tokens(h_TD, offsets_B1, how, cls=cls)]
@@ -331,7 +329,7 @@ def ranked_vectors(
     encoder: Encoder,
     ids_T: Tensor,
     offsets_B1: Tensor,
-    positions_T: Tensor | None,
+    positions_T: Tensor,
     h_TD: Tensor | None = None,
     *,
     cls: bool = False,
@@ -344,12 +342,10 @@ def ranked_vectors(
         encoder: the encoder.
         ids_T: token ids of all cells, one cell after the other.
         offsets_B1: offsets of the cells.
-        positions_T: position of each token in the whole sentence of its cell; None = 0, 1, 2, ...
+        positions_T: position of each token in the whole sentence of its cell.
         h_TD: hidden states, whose mean `model.residual` maps; None = no residual.
         cls: sentences begin with <cls>.
     """
-    if positions_T is None:
-        positions_T = token_positions(offsets_B1, ids_T.shape[0])
     with torch.autocast(ids_T.device.type, enabled=False):
         weights_T = rank_weight(positions_T).float() * (ids_T >= NUM_SPECIALS)
         starts_B = offsets_B1.long()
