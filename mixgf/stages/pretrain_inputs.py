@@ -156,7 +156,7 @@ def make_neighbours(config: Config, corpus: Corpus, executor: Executor, *, folde
         )
     with executor.session():
         fan_out("pretrain: neighbours", tasks, executor.run, unit="cells")
-    groups, names = neighbours.groups_of(corpus, [task.part for task in tasks])
+    groups, names = neighbours.groups_of([task.part for task in tasks])
     checksums = artifacts.checksums_of(uri, [f"shards/{task.part.rsplit('/', 1)[1]}" for task in tasks])
     checksums |= artifacts.write_tables(uri, {"groups": groups})
     artifacts.finish(uri, record, counts={"cells": corpus.num_cells, "groups": names}, files=checksums)

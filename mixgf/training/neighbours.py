@@ -10,8 +10,7 @@ Shapes: N cells of a data set in a shard, C cells of the corpus, G genes, K neig
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +104,7 @@ def nearest(values_ND: npt.NDArray[np.float32], number: int) -> I32:
     return found[other].reshape(num, few).astype(np.int32)
 
 
-def groups_of(corpus: Corpus, parts: Sequence[str]) -> tuple[pa.Table, list[str]]:
+def groups_of(parts: Sequence[str]) -> tuple[pa.Table, list[str]]:
     """The data set of each cell, as an index (`group`, int32) into the returned names."""
     codes, numbers = dict[str, int](), []
     for part in parts:
@@ -127,8 +126,7 @@ class Neighbours:
         self.record = artifacts.require(uri, KIND, SCHEMA)
         self.uri, self._starts, self._allowed_C = uri, corpus.starts, allowed_C
         self.groups_C: I32 = tables.read_table(files.join(uri, "groups.parquet"))["group"].to_numpy()
-        self._cache: OrderedDict[int, I32] = OrderedDict()
-        self._lock = threading.Lock()
+        self._shard = functools.lru_cache(maxsize=_CACHED_SHARDS)(self._read_shard)
 
     def draw(self, cells_B: I64, keys_B: Any) -> I64:
         """One neighbour of each cell, drawn by a hash of the cell's key; a cell without neighbours is its own.
@@ -154,16 +152,8 @@ class Neighbours:
             out_B[mine] = np.where(number > 0, chosen, cells_B[mine])
         return out_B
 
-    def _shard(self, shard: int) -> I32:
-        with self._lock:
-            if shard in self._cache:
-                self._cache.move_to_end(shard)
-                return self._cache[shard]
+    def _read_shard(self, shard: int) -> I32:
         column = tables.read_table(part_uri(self.uri, shard), ["neighbours"])["neighbours"].combine_chunks()
         lists = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         read: I32 = lists.values.to_numpy().reshape(-1, lists.type.list_size)
-        with self._lock:
-            self._cache[shard] = read
-            while len(self._cache) > _CACHED_SHARDS:
-                self._cache.popitem(last=False)
         return read

@@ -28,7 +28,7 @@ from mixgf.corpus.packed import Packed, token_positions
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.batch import Batch, pack_batch, split_micro_batches
-from mixgf.encoder.bert import MaskedModel, forward_flops, head_flops, pool_tokens, ranked_vectors
+from mixgf.encoder.bert import Encoder, MaskedModel, forward_flops, head_flops, pool_tokens, ranked_vectors
 from mixgf.errors import UserError
 from mixgf.genes import species
 from mixgf.genes.vocabulary import NUM_SPECIALS
@@ -128,7 +128,7 @@ def start_tokens(config: Config, corpus: Corpus) -> Tensor | None:
     found, _ = gene_vectors.start_tokens(
         config.inputs.gene_vectors, corpus.vocabulary, dim=config.model.dim, orthologs=pairs
     )
-    tokens_VD = MaskedModel(config.model, corpus.vocabulary.size, seed=config.seed).encoder.tokens.detach().clone()
+    tokens_VD = Encoder(config.model, corpus.vocabulary.size, seed=config.seed).tokens.detach().clone()
     tokens_VD[NUM_SPECIALS:] = torch.from_numpy(found[NUM_SPECIALS:])
     return tokens_VD
 

@@ -100,7 +100,7 @@ def test_a_draw_takes_each_allowed_neighbour_equally_often_and_no_other(config, 
     )
     listed.uri, allowed = config.inputs.neighbours + "-wide", np.ones(N, dtype=bool)
     allowed[6] = False
-    listed._cache.clear()
+    listed._shard.cache_clear()
     listed._allowed_C = allowed
     there, counts = np.unique(listed.draw(many, keys), return_counts=True)
     assert there.tolist() == [5, 7, 8]
