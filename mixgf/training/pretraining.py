@@ -290,8 +290,9 @@ class Pretraining:
         self.neighbours: Neighbours | None = None
         self.plan: BatchPlan | DataSetPlan
         size = config.train.batch_cells
+        if reads_neighbours(config.objective):
+            _require_no_mix(config)  # before neighbours are made, too
         if reads_neighbours(config.objective) and config.inputs.neighbours:
-            _require_no_mix(config)
             allowed_C = None if self.cells_N is None else np.isin(np.arange(corpus.num_cells), self.cells_N)
             self.neighbours = Neighbours(config.inputs.neighbours, corpus, allowed_C)
             groups_N = self.neighbours.groups_C if self.cells_N is None else self.neighbours.groups_C[self.cells_N]

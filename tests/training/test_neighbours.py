@@ -342,10 +342,12 @@ def test_held_out_cells_are_neither_trained_on_nor_neighbours(config, uri):
     assert figures["heldout_loss"] == figures["heldout_contrast"] > 0
 
 
-def test_species_mix_is_refused(config, uri):
+@pytest.mark.parametrize("made", [True, False])
+def test_species_mix_is_refused_before_neighbours_are_made(config, uri, made):
     train = dataclasses.replace(TRAIN, species_mix={"human": 1.0})
+    inputs = config.inputs if made else dataclasses.replace(config.inputs, neighbours="")
     with pytest.raises(UserError, match=r"train\.species_mix = .*not with objective\.view = 'neighbour'"):
-        pretraining.Pretraining(dataclasses.replace(config, train=train), reader.Corpus(uri))
+        pretraining.Pretraining(dataclasses.replace(config, train=train, inputs=inputs), reader.Corpus(uri))
 
 
 def test_pretrain_makes_its_inputs_and_publishes_an_encoder_and_its_start(uri, tmp_path):
