@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import torch
 from scipy import linalg
@@ -351,9 +352,7 @@ def read_vectors(uri: str) -> tuple[list[str], F64]:
         raise UserError(msg)
     genes = [re.sub(r"\.\d+$", "", str(gene)) for gene in table[key].to_pylist()]
     if "vector" in table.column_names:
-        lists = table["vector"].to_pylist()
-        widths = {len(one or ()) for one in lists}
-        values = np.array(lists, dtype=np.float64) if len(widths) == 1 else np.empty((0, 0))
+        values = _rows_of(table["vector"])
     else:
         numbers = [f.name for f in table.schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
         values = np.stack([table[n].to_numpy().astype(np.float64) for n in numbers], 1) if numbers else np.empty((0, 0))
@@ -361,6 +360,17 @@ def read_vectors(uri: str) -> tuple[list[str], F64]:
         msg = f"{where}: vectors must be finite numbers, and all of one length"
         raise UserError(msg)
     return genes, values
+
+
+def _rows_of(column: pa.ChunkedArray) -> F64:
+    """Lists of one length as rows; no rows if they are not."""
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return np.empty((0, 0))
+    widths = pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(widths) != 1 or not widths[0] or column.null_count:
+        return np.empty((0, 0))
+    return pc.list_flatten(column).to_numpy().astype(np.float64).reshape(-1, widths[0])
 
 
 def start_tokens(
