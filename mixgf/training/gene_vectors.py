@@ -244,7 +244,7 @@ def first_state(parts: Sequence[str], uri: str, *, dim: int) -> None:
     """
     total = _added(parts)
     state: dict[str, npt.NDArray[Any]] = {}
-    for p in range(len(total) // 3):
+    for p in range(len(total) // 3):  # each species has cells, sum and squares
         number = total[f"cells.{p}"][0]
         mean_G, square_G = (total[f"{name}.{p}"] / max(number, 1) for name in ("sum", "squares"))
         sd_G = np.sqrt(np.maximum(square_G - mean_G**2, 0))
@@ -262,7 +262,7 @@ def next_state(parts: Sequence[str], before: str, uri: str) -> None:
     """Write the state after a pass of products: left singular vectors of the product, and their singular values."""
     total, old = _added(parts), read_tensors(before)
     state: dict[str, npt.NDArray[Any]] = {}
-    for p in range(len(total) // 2):
+    for p in range(len(total) // 2):  # each species has cells and product
         scale_G = old[f"scale.{p}"].numpy()
         vectors_GK, values_K, _ = np.linalg.svd(total[f"product.{p}"] * scale_G[:, None], full_matrices=False)
         top = np.abs(vectors_GK).argmax(0) if len(vectors_GK) else np.empty(0, np.int64)
@@ -280,7 +280,7 @@ def species_vectors(state: str, *, dim: int) -> list[F64]:
     """Gene vectors of each species (G, D), of length 1, or 0 for genes in no sentence; columns that the corpus cannot fill are 0."""
     found = read_tensors(state)
     out = []
-    for p in range(len(found) // 4):
+    for p in range(len(found) // 4):  # each species has four tensors, as `first_state` says
         values_K, vectors_GK = found[f"values.{p}"].numpy(), found[f"vectors.{p}"].numpy()
         kept_GD = (vectors_GK * values_K**0.25)[:, 1 : dim + 1]  # values are squares of singular values
         out.append(np.pad(_unit(kept_GD), ((0, 0), (0, dim - kept_GD.shape[1]))))
