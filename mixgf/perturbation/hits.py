@@ -150,7 +150,7 @@ def _on_null(genes: pd.DataFrame, num_genes: int) -> list[tuple[str, str]]:
     if not num:
         text = "Genes are compared only with each other, so no error rate of hits can be given: turn perturb.controls on, or draw perturb.null_genes."
         return [("warn", text)]
-    fewest = int(np.ceil(2 / (1 + num) * num_genes / LEVEL - 1e-9))
+    fewest = fewest_discoveries(2 / (1 + num), num_genes)
     text = f"The error rate of hits is taken from {num:,} shifts that mean nothing"
     return [("plain", f"{text}; no fewer than {fewest:,} genes can pass together." if fewest > 1 else f"{text}.")]
 
@@ -173,7 +173,7 @@ def _objections(found: pd.DataFrame) -> list[tuple[str, str]]:
 
 def _power(donors: int, num_genes: int) -> str:
     """Sentence on the power of the test with this number of donors."""
-    fewest = fewest_discoveries(donors, num_genes)
+    fewest = fewest_discoveries(smallest_p(donors), num_genes)
     text = (
         f"Over {donors} donors, a gene of its own effect {smallest_detectable_effect(donors):.1f} times the spread between donors is found in 80 % "
         "of cases at p ≤ 0.05, before correction"

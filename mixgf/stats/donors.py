@@ -250,9 +250,9 @@ def attainable_level(num_clusters: int, level: float = 0.05) -> float:
     return np.floor(level / smallest_p(num_clusters) + 1e-9) * smallest_p(num_clusters)
 
 
-def fewest_discoveries(num_clusters: int, num_tests: int, *, level: float = 0.05) -> int:
-    """Fewest tests with the smallest possible p that can pass Benjamini-Hochberg at `level` together."""
-    return max(1, int(np.ceil(smallest_p(num_clusters) * num_tests / level - 1e-9)))
+def fewest_discoveries(smallest: float, num_tests: int, *, level: float = 0.05) -> int:
+    """Fewest tests with the smallest possible p, `smallest`, that can pass Benjamini-Hochberg at `level` together."""
+    return max(1, int(np.ceil(smallest * num_tests / level - 1e-9)))
 
 
 def spearman(a_G: Float64s, b_G: Float64s) -> float:

@@ -271,7 +271,7 @@ def test_power_is_what_the_test_reaches_and_too_few_donors_have_none():
 
 def test_few_donors_and_many_genes_cannot_pass_alone():
     # 8 donors: the smallest p is 1/128; with 1,000 genes 157 of them must reach it, and no fewer
-    num = fewest_discoveries(8, 1000)
+    num = fewest_discoveries(smallest_p(8), 1000)
     p = np.ones(1000)
     p[: num - 1] = smallest_p(8)
     assert (benjamini_hochberg(p) > 0.05).all()
