@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections import deque
@@ -139,7 +140,10 @@ def list_dir(uri: str) -> list[str]:
     """Names of the files and folders directly in a folder, sorted; empty if there is no such folder."""
     if is_local(uri):
         path = local_path(uri)
-        return sorted(p.name for p in path.iterdir() if not p.name.startswith(_TEMPORARY)) if path.is_dir() else []
+        try:
+            return sorted(name for name in os.listdir(path) if not name.startswith(_TEMPORARY))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
     try:
         found = request(uri, lambda fs, key: fs.ls(key, detail=False))
     except FileNotFoundError:
@@ -151,11 +155,18 @@ def list_dir(uri: str) -> list[str]:
 
 
 def find(uri: str) -> dict[str, int]:
-    """URIs and bytes of all files in a folder and its folders, sorted; empty if there is no such folder."""
+    """URIs and bytes of all files in a folder and its folders, sorted; empty if there is no such folder.
+
+    Other processes may write or delete there.
+    """
     if is_local(uri):
-        root = local_path(uri)
-        found = (p for p in root.rglob("*") if p.is_file() and not p.name.startswith(_TEMPORARY))
-        return {join(uri, p.relative_to(root).as_posix()): p.stat().st_size for p in sorted(found)}
+        root, found = local_path(uri), {}
+        for folder, _, names in os.walk(root):
+            for path in (Path(folder, name) for name in names if not name.startswith(_TEMPORARY)):
+                with suppress(FileNotFoundError):  # deleted by another process since it was listed
+                    if stat.S_ISREG((facts := path.stat()).st_mode):
+                        found[path.relative_to(root)] = facts.st_size
+        return {join(uri, path.as_posix()): found[path] for path in sorted(found)}
     protocol, _, itself = uri.rstrip("/").partition("://")
     try:
         facts = request(uri, lambda fs, key: fs.find(key, detail=True))
@@ -412,13 +423,12 @@ def _remove_keys(fs: Any, key: str, *, names: list[str]) -> None:
 
 def _remove_empty(folder: Path) -> None:
     """Delete a folder's abandoned temporary files, its empty folders, and the folder itself where nothing is left in it."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            _remove_empty(path)
-        elif path.name.startswith(_TEMPORARY):
-            path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another process may delete it meanwhile
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                _remove_empty(path)
+            elif path.name.startswith(_TEMPORARY):
+                path.unlink(missing_ok=True)
     with suppress(OSError):  # not empty, or gone
         folder.rmdir()
 

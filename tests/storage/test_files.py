@@ -1,8 +1,10 @@
 """Laws of storage: atomic, deterministic, the same on disk and on S3 (moto's server: real HTTP on loopback)."""
 
+import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,6 +64,23 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert files.read_bytes(uri) == b"old"
     assert files.list_dir(str(tmp_path)) == ["f"]  # the torn temporary is not listed
+
+
+def test_two_drivers_that_tidy_one_folder_at_the_same_time_both_end(tmp_path):
+    root, mine, left = str(tmp_path / "run"), re.compile(r"work/\d+/\d+"), []
+
+    def tidy(start):
+        start.wait()
+        left.append((files.remove_matching(root, mine), files.list_dir(files.join(root, "work")), files.find(root)))
+
+    for _ in range(5):
+        for number in range(200):
+            files.write_bytes(files.join(root, "work", str(number % 7), str(number)), b"")
+        start = threading.Barrier(3)
+        with ThreadPoolExecutor(3) as threads:
+            for done in [threads.submit(tidy, start) for _ in range(3)]:
+                done.result()
+    assert left == [([], [], {})] * 15
 
 
 def test_an_unknown_storage_is_refused():
