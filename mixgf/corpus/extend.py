@@ -20,10 +20,11 @@ from mixgf.config.fields import content_of
 from mixgf.config.parse import difference, to_dict
 from mixgf.config.run import Config
 from mixgf.corpus import near_hashes
+from mixgf.corpus.reader import Corpus
 from mixgf.corpus.shards import write_shard_info
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary
-from mixgf.storage import artifacts, files, tables
+from mixgf.storage import artifacts, files
 
 
 def recorded_settings(config: Config) -> dict[str, Any]:
@@ -61,15 +62,8 @@ class BaseCorpus:
 
     def places(self, cells: Ints) -> tuple[list[str], list[int]]:
         """Source and row in it of some cells of the corpus."""
-        starts = np.cumsum([0, *(entry["rows"] for entry in self.record.details["shards"])])
-        shard, found = np.searchsorted(starts, cells, "right") - 1, {}
-        for n in np.unique(shard).tolist():
-            uri = files.join(self.uri, "shards", self.record.details["shards"][n]["name"])
-            found[n] = tables.read_table(uri, ["source", "source_row"]).to_pydict()
-        at = (cells - starts[shard]).tolist()
-        return tuple(
-            [found[n][name][k] for n, k in zip(shard.tolist(), at, strict=True)] for name in ("source", "source_row")
-        )  # type: ignore[return-value] # two lists
+        found = Corpus.open(self.uri).obs_of(cells, ["source", "source_row"])
+        return found["source"].tolist(), found["source_row"].tolist()
 
     def hashes(self) -> qc.Hashes:
         """Hashes of the kept cells (hashes.parquet: uint64 a and b, in cell order)."""

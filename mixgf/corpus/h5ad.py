@@ -5,6 +5,7 @@ Memory: one shard's obs, one column of obs (8 bytes per cell), and one slice of 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -244,7 +245,7 @@ def write_copy(
         path = Path(folder) / "cells.h5ad"
         if format_of(source.uri, source.layer) == "h5ad":
             with files.local_copy(source.uri) as original:
-                path.write_bytes(original.read_bytes())
+                shutil.copyfile(original, path)
         else:
             ad.AnnData(obs=pd.DataFrame(index=pd.Index(names, dtype=object))).write_h5ad(path)
         with h5py.File(path, "r+") as file:

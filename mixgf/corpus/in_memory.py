@@ -274,3 +274,7 @@ class MemoryCorpus(Corpus):
             msg = f"{self.uri}: no column {missing[0]!r}; there are {', '.join(self._obs.columns)}"
             raise UserError(msg)
         return self._obs.copy() if columns is None else self._obs[columns].copy()
+
+    def obs_of(self, cells: I64, columns: list[str]) -> pd.DataFrame:
+        """Metadata of some cells (B,), in their order; as of `Corpus`."""
+        return self.obs(columns).iloc[cells].reset_index(drop=True)

@@ -53,7 +53,7 @@ class CellsOfSource:
     @classmethod
     def of_corpus(cls, corpus: Corpus, source: str, cells: Ints) -> CellsOfSource:
         """Cells by their numbers in the corpus, all of one source."""
-        obs = corpus.obs(["cell", "source_row", "n_counts"]).iloc[cells]
+        obs = corpus.obs_of(cells, ["cell", "source_row", "n_counts"])
         hashes = None
         if "hashes.parquet" in corpus.record.files:
             table = artifacts.read_artifact_table(corpus.uri, "hashes")
@@ -181,8 +181,7 @@ def read_cells(corpus: Corpus, cells: Ints, *, block_cells: int) -> tuple[Ints, 
     """
     if corpus.counts_NG is not None:
         return cells, sparse.csr_matrix(corpus.counts_NG[cells])
-    columns = corpus.obs(["source", "source_row"])
-    name = str(columns["source"].iloc[cells[0]])
+    name = str(corpus.obs_of(cells[:1], ["source"])["source"][0])
     entry = next((dict(s) for s in corpus.record.config.get("sources", ()) if s["name"] == name), None)
     if entry is None:
         msg = f"{corpus.uri}: has no record of source {name!r}, so there are no raw counts"
@@ -191,7 +190,7 @@ def read_cells(corpus: Corpus, cells: Ints, *, block_cells: int) -> tuple[Ints, 
     row_of = next(
         parse.from_dict(SpeciesRow, s) for s in corpus.record.config["species"] if s["name"] == entry["species"]
     )
-    rows = columns["source_row"].to_numpy()[cells]
+    rows = corpus.obs_of(cells, ["source_row"])["source_row"].to_numpy()
     order = np.argsort(rows, kind="stable")
     genes = corpus.vocabulary.species_genes(entry["species"])
     wanted = CellsOfSource.of_corpus(corpus, name, cells[order])

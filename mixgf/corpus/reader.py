@@ -166,6 +166,19 @@ class Corpus:
             raise UserError(msg)
         return frame if columns is None else frame[columns]
 
+    def obs_of(self, cells: I64, columns: list[str]) -> pd.DataFrame:
+        """Metadata of some cells (B,), in their order, as rows of `obs`; only shards with one of the cells are read."""
+        shard_B = np.searchsorted(self.starts, cells, side="right") - 1
+        parts = []
+        for shard in np.unique(shard_B).tolist():
+            table = self.table(shard, columns)
+            if not set(columns) <= set(table.column_names):  # the other shards tell whether there is such a column
+                return self.obs(columns).iloc[cells].reset_index(drop=True)
+            parts.append(table.select(columns).take(cells[shard_B == shard] - self.starts[shard]).to_pandas())
+        found = pd.concat(parts, ignore_index=True)
+        place_B = np.argsort(np.argsort(shard_B, kind="stable"), kind="stable")
+        return found.iloc[place_B].reset_index(drop=True)
+
 
 @jit
 def _gather(  # noqa: PLR0917 (compiled)

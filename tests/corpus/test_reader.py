@@ -80,6 +80,17 @@ def test_obs_comes_in_cell_order_and_names_unknown_columns(uri):
         corpus.obs(["donor"])
 
 
+def test_obs_of_some_cells_are_their_rows_of_obs_and_other_shards_are_not_read(uri, monkeypatch):
+    corpus = reader.Corpus(uri)
+    whole, read, table = corpus.obs(["species", "cell"]), [], corpus.table
+    monkeypatch.setattr(corpus, "table", lambda shard, columns: read.append(shard) or table(shard, columns))
+    found = corpus.obs_of(np.array([6, 1, 4, 1]), ["species", "cell"])
+    assert found.equals(whole.iloc[[6, 1, 4, 1]].reset_index(drop=True))
+    assert read == [0, 2]
+    with pytest.raises(errors.UserError, match="no column 'donor'; there are cell, species"):
+        corpus.obs_of(np.array([6]), ["donor"])
+
+
 def test_a_corpus_with_another_vocabulary_is_refused(make_corpus):
     uri, other = make_corpus(LENGTHS, SPECIES, [7]), make_corpus(LENGTHS, SPECIES, [7], genes=41)
     files.write_bytes(f"{uri}/vocabulary.parquet", files.read_bytes(f"{other}/vocabulary.parquet"))
