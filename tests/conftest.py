@@ -62,6 +62,18 @@ def world(tmp_path, tracking_uri):
 
 
 @pytest.fixture(scope="session")
+def whole_corpus(tmp_path_factory, tracking_uri):
+    """URI of the corpus of the three invented species, prepared once: to compare others with, not to change."""
+    import invented
+
+    from mixgf.execution import LocalExecutor
+    from mixgf.stages import prepare
+
+    config, _ = invented.make(tmp_path_factory.mktemp("whole"), tracking_uri)
+    return prepare.run(config, executor=LocalExecutor())
+
+
+@pytest.fixture(scope="session")
 def s3_server():
     """URL of moto's S3 server: a process of its own, real HTTP on loopback, in memory. It asks for no keys."""
     port = free_port()

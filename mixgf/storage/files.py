@@ -141,7 +141,7 @@ def list_dir(uri: str) -> list[str]:
     if is_local(uri):
         path = local_path(uri)
         try:
-            return sorted(name for name in os.listdir(path) if not name.startswith(_TEMPORARY))
+            return sorted(p.name for p in path.iterdir() if not p.name.startswith(_TEMPORARY))
         except (FileNotFoundError, NotADirectoryError):
             return []
     try:

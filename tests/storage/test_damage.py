@@ -180,26 +180,22 @@ def test_reversed_sentences_are_refused_with_the_way_to_make_them_again(world):
 
 @pytest.mark.parametrize("damage", ["empty", "half", "gone"])
 @pytest.mark.parametrize("after", [3, 9, 14, 20, 27])
-def test_damaged_files_of_an_unfinished_stage_are_made_again(world, tmp_path, after, damage):
-    import dataclasses
-
+def test_damaged_files_of_an_unfinished_stage_are_made_again(world, whole_corpus, after, damage):
     config, _ = world
-    whole = prepare.run(dataclasses.replace(config, output=str(tmp_path / "whole")), executor=LocalExecutor())
-    broken = dataclasses.replace(config, output=str(tmp_path / "broken"))
     with pytest.raises(KeyboardInterrupt):
-        prepare.run(broken, executor=dying(after, []))
-    for found in files.find(f"{broken.output}/corpus"):
+        prepare.run(config, executor=dying(after, []))
+    for found in files.find(f"{config.output}/corpus"):
         if not found.endswith("plan.json"):
             path = Path(found)
             data = path.read_bytes()
             path.unlink()
             if damage != "gone":
                 path.write_bytes(data[: len(data) // 2] if damage == "half" else b"")
-    uri = prepare.run(broken, executor=LocalExecutor())
-    assert content(uri)[:3] == content(whole)[:3]
+    uri = prepare.run(config, executor=LocalExecutor())
+    assert content(uri)[:3] == content(whole_corpus)[:3]
     same = files.list_dir(f"{uri}/shards")
     assert [files.sha256(f"{uri}/shards/{name}") for name in same] == [
-        files.sha256(f"{whole}/shards/{name}") for name in same
+        files.sha256(f"{whole_corpus}/shards/{name}") for name in same
     ]
 
 
