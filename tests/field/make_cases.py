@@ -114,7 +114,7 @@ def logged(a):
 
 
 def old_categories(path, frames=("obs",)):
-    """Turn categorical columns into the layout of anndata 0.7: integer codes, and the names in FRAME/__categories."""
+    """Turn categorical columns into the layout of anndata 0.7: integer codes, and the categories in FRAME/__categories."""
     with h5py.File(path, "r+") as f:
         for frame in frames:
             g = f[frame]
@@ -122,9 +122,9 @@ def old_categories(path, frames=("obs",)):
             store = g.create_group("__categories")
             for name in list(g.attrs["column-order"]):
                 if isinstance(g[name], h5py.Group) and "codes" in g[name]:
-                    codes, values = g[name]["codes"][:], g[name]["categories"].asstr()[:].astype(object)
+                    codes = g[name]["codes"][:]
+                    g.copy(g[name]["categories"], store, name)  # names or numbers, as they are
                     del g[name]
-                    store.create_dataset(name, data=values, dtype=h5py.string_dtype())
                     g.create_dataset(name, data=codes).attrs["categories"] = store[name].ref
 
 
