@@ -21,7 +21,6 @@ from scipy import sparse
 from mixgf.arrays import Float64s, Ints
 from mixgf.config.perturbation import Perturb
 from mixgf.config.run import Config
-from mixgf.corpus import raw_counts
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import Encoder, forward_flops
@@ -172,6 +171,8 @@ def read_expression(plan: Design, corpus: Corpus, tasks: list[ScoringTask], fold
 
     Unless every part holds cells, they come from the sentences.
     """
+    from mixgf.corpus import raw_counts  # noqa: PLC0415 (its readers of files are not needed to score)
+
     if plan.goal is None:
         return None
     found: dict[str, dict[str, list[tuple[Ints, sparse.csr_matrix]]]] = {}
@@ -331,6 +332,8 @@ class ScoringWorker:
 
     def read_counts(self, task: ScoringTask) -> None:
         """Write raw counts of the task's cells; of none where they cannot be read."""
+        from mixgf.corpus import raw_counts  # noqa: PLC0415 (its readers of files are not needed to score)
+
         try:
             cells, counts = raw_counts.read_cells(self.corpus, task.cells_B, block_cells=self._block_cells)
         except UserError:
