@@ -113,9 +113,9 @@ def _screened(  # noqa: PLR0917 (the sums of one caller)
     one_N: Float64s,
     genes_N: Float64s,
 ) -> WorkPart:
-    """Passes of `screen.estimate`: the grid, one forward and backward (as three), for overexpression two and the probes."""
+    """Passes of `screen.estimate`: the grid but one, a forward and backward (as three), for overexpression two and the probes."""
     traces = 1 if operation == "delete" else 2
-    passes_N = np.minimum(settings.screen_grid, length_N) + 3 * traces
+    passes_N = np.minimum(settings.screen_grid, length_N) - 1 + 3 * traces
     flops = float(passes_N @ one_N)
     if operation == "overexpress":
         probe_N = layers * (2 * (4 * sizes.dim**2 + 2 * sizes.dim * sizes.ffn_dim) + 8 * length_N * sizes.dim)

@@ -216,7 +216,7 @@ def gene_tasks(
         for g, numbers in enumerate(blocks):
             allowed = owned_KS[numbers][:, corpus.species_N[part]]
             tokens_K = (allowed @ lengths_B) * (1.0 if everywhere else coverage_K[numbers])
-            cost = lengths_B.sum() * (settings.screen_grid + 6) if screened else tokens_K.sum()
+            cost = lengths_B.sum() * (settings.screen_grid + 5) if screened else tokens_K.sum()
             task = ScoringTask(
                 key=f"{operation}-c{c:05d}-g{g:05d}",
                 operation=operation,

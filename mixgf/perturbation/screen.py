@@ -5,7 +5,7 @@ The shift towards the goal (`perturbation.shift`) is the sum of four parts:
 
 | part | what changes | how it is computed |
 |---|---|---|
-| rank shift | genes behind (delete) or before (overexpress) the gene move by one rank | exact at a grid of ranks, linear between |
+| rank shift | genes behind (delete) or before (overexpress) the gene move by one rank | exact at a grid of ranks; between two of them by parts (`_between`) |
 | removal | no token attends to the gene at its old position | derivative by the log weight of its key: one backward pass |
 | insertion | all tokens attend to the gene at the front | the gene's attention in each layer, times the gradient there |
 | mean | variant `all` includes the gene's own vector | exact |
@@ -13,7 +13,8 @@ The shift towards the goal (`perturbation.shift`) is the sum of four parts:
 A first-order estimate of the rank shift is not enough, as it consists of many small moves that interact. Without a goal
 there is no estimate: 1 - cos has no gradient at the unperturbed cell.
 
-Letters: L tokens of the cell, D width, H heads, E width of a head, K genes, R grid of ranks.
+Letters: L tokens of the cell, D width, H heads, E width of a head, K genes, G ranks of the cell, N tokens that move between
+two ranks of the grid.
 """
 
 from __future__ import annotations
@@ -38,6 +39,30 @@ _PROBE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _State:
+    """Forward pass of one cell."""
+
+    hidden_LD: Tensor
+    """After the last layer."""
+    keys: tuple[Tensor, ...]
+    """By layer, (H, L, E)."""
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Attention:
+    """Attention of one layer, (H, L, E) each, with gradients of the cosine."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    output: Tensor
+    key_grad: Tensor
+    value_grad: Tensor
+    output_grad: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Trace:
     """Forward and backward pass of one cell."""
 
@@ -45,17 +70,15 @@ class _Trace:
     """Sum over the positions of the variant, float64."""
     count: int
     """Number of these positions."""
-    hidden_LD: Tensor
     removal_L: Tensor
     """First-order change of the cosine if no token attends to this one."""
-    place_grad_LD: Tensor
-    """Gradient of the cosine by the position embedding of each token."""
-    attention: tuple[tuple[Tensor, ...], ...]
-    """By layer: queries, keys, values and output, each (H, L, E), and the gradient of the cosine by the output."""
+    state: _State
+    attention: tuple[_Attention, ...]
+    """By layer."""
 
 
 def estimate(
-    scorer: ShiftScorer, ids_L: Tensor, genes_K: Tensor, operation: str, goal_D: Tensor, *, grid: int = 12
+    scorer: ShiftScorer, ids_L: Tensor, genes_K: Tensor, operation: str, goal_D: Tensor, *, grid: int = 3
 ) -> Tensor:
     """Estimated shifts of one cell towards the goal, float64 (K,); 0 where `delete` has no gene to delete.
 
@@ -65,26 +88,21 @@ def estimate(
         genes_K: token ids, perturbed one at a time.
         operation: `delete` or `overexpress`.
         goal_D: embedding of the goal state.
-        grid: largest number of ranks at which the rank shift is computed exactly.
+        grid: largest number of ranks at which the rank shift is computed exactly, at least 2; one of them takes no pass.
     """
     assert operation in OPERATIONS, operation
     ids_L, genes_K = ids_L.to(scorer.device).long(), genes_K.to(scorer.device).long()
     goal_D = F.normalize(goal_D.to(scorer.device, torch.float64), dim=0)
-    num_genes = len(ids_L) - scorer.lead
     offsets = torch.tensor([0, len(ids_L)], device=scorer.device)
     rank_K = operations.gene_ranks(ids_L, offsets, genes_K, lead=scorer.lead)[0]
     at_K = (rank_K + scorer.lead).clamp(min=0)
     there_K = rank_K >= 0
     places_L = torch.arange(len(ids_L), device=scorer.device)
     base = _trace(scorer, ids_L, places_L, goal_D)
-    knots_R = torch.linspace(0, num_genes - 1, min(grid, num_genes), device=scorer.device).round().long()
-    step = -1 if operation == "delete" else 1
-    moved_R = _rank_shift_cosines(scorer, ids_L, knots_R, step, goal_D) - _cosine(base.sum_D[None], goal_D)
-    small_R = _first_order_shifts(scorer, base, step)
-    smooth_K = _interpolate(knots_R, moved_R - small_R[knots_R], rank_K.clamp(min=0))
-    shift_K = torch.where(there_K, smooth_K + small_R[rank_K.clamp(min=0)], 0.0)
+    moved_G = _rank_shifts(scorer, ids_L, base, -1 if operation == "delete" else 1, goal_D, grid)
+    shift_K = torch.where(there_K, moved_G[rank_K.clamp(min=0)], 0.0)
     removal_K = torch.where(there_K, base.removal_L[at_K].double(), 0.0)
-    own_KD = torch.where(there_K[:, None], base.hidden_LD[at_K].double(), 0.0)
+    own_KD = torch.where(there_K[:, None], base.state.hidden_LD[at_K].double(), 0.0)
     after_KD = base.sum_D - own_KD
     if operation == "delete":
         scale = base.count / max(1, base.count - 1) if scorer.variant != "cls" else 1.0
@@ -110,55 +128,100 @@ def _cosine(x_KD: Tensor, goal_D: Tensor) -> Tensor:
     return F.normalize(x_KD.double(), dim=1, eps=1e-300) @ goal_D
 
 
-def _rank_shift_cosines(scorer: ShiftScorer, ids_L: Tensor, knots_R: Tensor, step: int, goal_D: Tensor) -> Tensor:
-    """Cosine of the cell if the genes behind each rank move up by one (step -1), or those before it down by one (step 1)."""
-    length, lead = len(ids_L), scorer.lead
-    places_RL = torch.arange(length, device=ids_L.device).expand(len(knots_R), length)
-    cut_R1 = knots_R[:, None] + lead
-    moves_RL = places_RL > cut_R1 if step < 0 else (places_RL < cut_R1) & (places_RL >= lead)
-    places_RL = places_RL + step * moves_RL
-    rows = max(1, scorer.micro_tokens // length)
-    out = []
-    for a, b in pairwise([*range(0, len(knots_R), rows), len(knots_R)]):
-        offsets = torch.arange(b - a + 1, device=ids_L.device) * length
-        with torch.no_grad(), scorer.autocast():
-            h_TD = scorer.encoder(
-                ids_L.repeat(b - a), offsets.int(), positions_T=places_RL[a:b].reshape(-1), layers=scorer.layers
-            )
-        out.append(_cosine(scorer.sums(h_TD, offsets)[0], goal_D))
-    return torch.cat(out)
+def _rank_shifts(  # noqa: PLR0917 (the arguments of one caller)
+    scorer: ShiftScorer, ids_L: Tensor, base: _Trace, step: int, goal_D: Tensor, grid: int
+) -> Tensor:
+    """Change of the cosine if the genes behind each rank move up by one (step -1), or those before it down by one (step 1), (G,).
+
+    The rank at which no gene moves is one of the grid: its pass is that of the unperturbed cell.
+    """
+    lead, num_genes = scorer.lead, len(ids_L) - scorer.lead
+    shift_G = torch.zeros(num_genes, dtype=torch.float64, device=ids_L.device)
+    if num_genes < 2:
+        return shift_G
+    knots = torch.linspace(0, num_genes - 1, min(grid, num_genes)).round().long().tolist()
+    none_moves = num_genes - 1 if step < 0 else 0
+    places_L = torch.arange(len(ids_L), device=ids_L.device)
+
+    def state(rank: int) -> _State:
+        if rank == none_moves:
+            return base.state
+        moves_L = places_L > rank + lead if step < 0 else (places_L < rank + lead) & (places_L >= lead)
+        return _forward(scorer, ids_L, places_L + step * moves_L)
+
+    before = _cosine(base.sum_D[None], goal_D)
+    for (left, a), (right, b) in pairwise((state(rank), rank) for rank in knots):
+        first = lead + (1 if step < 0 else 0)
+        shift_G[a : b + 1] = _between(scorer, base, left, right, slice(first + a, first + b), goal_D) - before
+    return shift_G
 
 
-def _first_order_shifts(scorer: ShiftScorer, base: _Trace, step: int) -> Tensor:
-    """First-order effect of the moves of `_rank_shift_cosines`, by rank of the gene; used only for differences between ranks."""
-    positions_LD = scorer.encoder.positions.detach()[: len(base.place_grad_LD)]
-    lead = scorer.lead
-    worth_R = (base.place_grad_LD * (torch.roll(positions_LD, -step, 0) - positions_LD)).sum(1).double()[lead:]
-    before_R = torch.cumsum(worth_R, 0) - worth_R
-    return before_R if step > 0 else worth_R.sum() - worth_R - before_R
+def _between(  # noqa: PLR0917 (the arguments of one caller)
+    scorer: ShiftScorer, base: _Trace, left: _State, right: _State, span: slice, goal_D: Tensor
+) -> Tensor:
+    """Cosines of the cell at all ranks from one of the grid to the next, (N + 1,); the first and the last are exact.
+
+    The tokens of `span` go from their position in `left` to that in `right`, one with every rank. Between the two ranks:
+
+    | of | it is |
+    |---|---|
+    | the vectors of these tokens | that of `left` before the token goes, then that of `right` |
+    | the vectors of all other tokens | linear between `left` and `right` |
+    | what a token does to others | the change of its keys and values times their gradients; only the difference from linear counts |
+    """
+    left_LD, right_LD = _averaged(scorer, left.hidden_LD), _averaged(scorer, right.hidden_LD)
+    left_ND, right_ND = left_LD[span], right_LD[span]
+    share_N = torch.linspace(0, 1, len(left_ND) + 1, dtype=torch.float64, device=left_LD.device)
+    own_ND = left_ND.sum(0) + _running(right_ND - left_ND)
+    rest_D, change_D = (
+        (left_LD.sum(0) - left_ND.sum(0)),
+        (right_LD.sum(0) - left_LD.sum(0) - (right_ND - left_ND).sum(0)),
+    )
+    worth_N = torch.zeros(len(left_ND), dtype=torch.float64, device=left_LD.device)
+    for i, layer in enumerate(base.attention):
+        keys, values = (right.keys[i] - left.keys[i])[:, span], (right.values[i] - left.values[i])[:, span]
+        worth_N += (
+            (keys * layer.key_grad[:, span]).sum((0, 2)) + (values * layer.value_grad[:, span]).sum((0, 2))
+        ).double()
+    others_N = _running(worth_N)
+    return _cosine(own_ND + rest_D + share_N[:, None] * change_D, goal_D) + others_N - share_N * others_N[-1]
 
 
-def _interpolate(knots_R: Tensor, values_R: Tensor, at_K: Tensor) -> Tensor:
-    """Linear interpolation between the knots."""
-    right_K = torch.searchsorted(knots_R, at_K).clamp(1, max(1, len(knots_R) - 1))
-    if len(knots_R) == 1:
-        return values_R[torch.zeros_like(at_K)]
-    left_K = right_K - 1
-    width_K = (knots_R[right_K] - knots_R[left_K]).clamp(min=1).double()
-    share_K = (at_K - knots_R[left_K]).double() / width_K
-    return values_R[left_K] + share_K * (values_R[right_K] - values_R[left_K])
+def _running(x_N: Tensor) -> Tensor:
+    """Sums of the first 0, 1, ... N rows."""
+    return torch.cat([torch.zeros_like(x_N[:1]), torch.cumsum(x_N, 0)])
+
+
+def _averaged(scorer: ShiftScorer, hidden_LD: Tensor) -> Tensor:
+    """Hidden states, float64, with zeros at positions that the variant does not average."""
+    hidden_LD = hidden_LD.double()
+    if scorer.variant == "all" or not scorer.lead:
+        return hidden_LD
+    special_L1 = (torch.arange(len(hidden_LD), device=hidden_LD.device) < scorer.lead)[:, None]
+    return hidden_LD * (special_L1 if scorer.variant == "cls" else ~special_L1)
+
+
+def _forward(scorer: ShiftScorer, ids_L: Tensor, places_L: Tensor) -> _State:
+    """One forward pass of a cell with the given positions."""
+    encoder, kept = scorer.encoder, []
+    with torch.no_grad(), scorer.autocast():
+        h_LD = encoder.embed_tokens(ids_L, places_L)
+        for layer in _layers(encoder)[: scorer.layers]:
+            q, k, v = _heads(encoder, layer.qkv(h_LD))
+            a = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+            kept.append((k.float(), v.float()))
+            h_LD = layer.after_attention(h_LD, a.transpose(0, 1).reshape(len(ids_L), -1))
+    return _State(hidden_LD=h_LD, keys=tuple(k for k, _ in kept), values=tuple(v for _, v in kept))
 
 
 def _trace(scorer: ShiftScorer, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _Trace:
     """One forward and one backward pass of a cell."""
     encoder = scorer.encoder
-    num_layers = encoder.sizes.num_layers if scorer.layers is None else scorer.layers
     log_weight_L = torch.zeros(len(ids_L), device=ids_L.device, requires_grad=True)
     kept = []
     with torch.enable_grad(), scorer.autocast():
-        places_LD = F.embedding(places_L, encoder.positions).detach().requires_grad_()
-        h_LD = encoder.norm(F.embedding(ids_L, encoder.tokens) + places_LD)
-        for layer in _layers(encoder)[:num_layers]:
+        h_LD = encoder.embed_tokens(ids_L, places_L)
+        for layer in _layers(encoder)[: scorer.layers]:
             q, k, v = _heads(encoder, layer.qkv(h_LD))
             a = _weighted(q, k, v, log_weight_L)
             kept.append([q, k, v, a])
@@ -166,18 +229,27 @@ def _trace(scorer: ShiftScorer, ids_L: Tensor, places_L: Tensor, goal_D: Tensor)
         offsets = torch.tensor([0, len(ids_L)], device=ids_L.device)
         sum_1D, count_1 = scorer.sums(h_LD, offsets)
         cosine = _cosine(sum_1D, goal_D).sum()
-    weight_grad, place_grad_LD, *grads = torch.autograd.grad(
-        cosine, [log_weight_L, places_LD, *(row[3] for row in kept)]
-    )
+    wanted = [x for row in kept for x in row[1:]]
+    weight_grad, *grads = torch.autograd.grad(cosine, [log_weight_L, *wanted])
+    attention = []
+    for i, row in enumerate(kept):
+        q, k, v, a = (x.detach().float() for x in row)
+        key, value, output = (x.float() for x in grads[3 * i : 3 * i + 3])
+        attention.append(
+            _Attention(
+                queries=q, keys=k, values=v, output=a, key_grad=key, value_grad=value, output_grad=output,
+            )
+        )  # fmt: skip
     return _Trace(
         sum_D=sum_1D[0].detach(),
         count=int(count_1),
-        hidden_LD=h_LD.detach(),
         removal_L=-weight_grad,
-        place_grad_LD=place_grad_LD,
-        attention=tuple(
-            (*(x.detach().float() for x in row), grad.float()) for row, grad in zip(kept, grads, strict=True)
+        state=_State(
+            hidden_LD=h_LD.detach(),
+            keys=tuple(layer.keys for layer in attention),
+            values=tuple(layer.values for layer in attention),
         ),
+        attention=tuple(attention),
     )
 
 
@@ -215,10 +287,11 @@ def _inserted(scorer: ShiftScorer, cell: _Trace, genes_K: Tensor) -> tuple[Tenso
     encoder, lead = scorer.encoder, scorer.lead
     total_K = torch.zeros(len(genes_K), dtype=torch.float64, device=genes_K.device)
     h_KD = encoder.embed_tokens(genes_K, torch.full_like(genes_K, lead))
-    H, L, E = cell.attention[0][0].shape if cell.attention else (1, 1, 1)
+    H, L, E = cell.attention[0].queries.shape if cell.attention else (1, 1, 1)
     rows = max(1, _PROBE_ELEMENTS // (H * L))
     parts = [list(range(a, b)) for a, b in pairwise([*range(0, len(genes_K), rows), len(genes_K)])]
-    for layer, (q, k, v, out, grad) in zip(_layers(encoder), cell.attention, strict=False):
+    for layer, seen in zip(_layers(encoder), cell.attention, strict=False):
+        q, k, v, out, grad = seen.queries, seen.keys, seen.values, seen.output, seen.output_grad
         pq, pk, pv = _heads(encoder, layer.qkv(h_KD))
         log_sum = torch.logsumexp(q @ k.transpose(1, 2) / math.sqrt(E), dim=2)
         worth = (grad * out).sum(2, keepdim=True)

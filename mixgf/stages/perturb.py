@@ -44,7 +44,7 @@ from mixgf.stages.perturb_phases import Outcome, Phases, part, score
 from mixgf.storage import artifacts, files
 from mixgf.tracking import cost, mlflow_runs
 
-KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 5
+KIND, PARTIAL, SCHEMA = "perturbation", "partial perturbation", 6
 
 
 def run(config: Config, *, executor: Executor | None = None) -> str:

@@ -93,16 +93,20 @@ def test_the_removal_term_is_the_derivative_by_the_log_weight_of_a_key(monkeypat
 def test_the_traced_pass_is_the_encoder_s_pass():
     ids, _ = cell(1, 25)
     engine = ShiftScorer(encoder=encoder(), lead=1)
-    traced = screen._trace(engine, ids, torch.arange(25), torch.ones(32).double()).hidden_LD
-    assert traced == pytest.approx(engine.hidden(ids, torch.tensor([0, 25])), abs=1e-5)
+    places = torch.arange(25)
+    traced = screen._trace(engine, ids, places, torch.ones(32).double()).state
+    plain = screen._forward(engine, ids, places)
+    torch.testing.assert_close(traced.hidden_LD, engine.hidden(ids, torch.tensor([0, 25])), atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain.hidden_LD, engine.hidden(ids, torch.tensor([0, 25])), atol=1e-5, rtol=0)
+    torch.testing.assert_close(list(traced.keys + traced.values), list(plain.keys + plain.values), atol=1e-5, rtol=0)
 
 
-def test_the_grid_s_size_and_the_packing_change_little(monkeypatch):
+def test_the_number_of_genes_at_a_time_changes_little(monkeypatch):
     ids, genes = cell(0, 40)
     goal = torch.from_numpy(np.random.default_rng(1).normal(size=32))
     wide = screen.estimate(ShiftScorer(encoder=encoder()), ids, genes, "overexpress", goal, grid=12)
     monkeypatch.setattr(screen, "_PROBE_ELEMENTS", 4 * 40 * 7)  # seven genes at a time
-    narrow = screen.estimate(ShiftScorer(encoder=encoder(), micro_tokens=50), ids, genes, "overexpress", goal, grid=12)
+    narrow = screen.estimate(ShiftScorer(encoder=encoder()), ids, genes, "overexpress", goal, grid=12)
     assert (wide - narrow).abs().max() < 1e-6
 
 
@@ -112,13 +116,6 @@ def test_a_cell_of_one_gene_gives_numbers():
             ShiftScorer(encoder=encoder()), torch.tensor([5]), torch.tensor([5, 6]), operation, torch.ones(32)
         )
         assert torch.isfinite(found).all()
-
-
-def test_interpolation_between_knots_by_hand():
-    knots, values = torch.tensor([0, 1, 4]), torch.tensor([0.0, 10.0, 40.0], dtype=torch.float64)
-    at = torch.tensor([0, 1, 2, 3, 4])
-    assert screen._interpolate(knots, values, at).tolist() == [0, 10, 20, 30, 40]
-    assert screen._interpolate(knots[:1], values[1:2], at).tolist() == [10] * 5
 
 
 def test_an_inserted_gene_reads_the_cell_and_itself():
@@ -138,11 +135,60 @@ def test_an_inserted_gene_reads_the_cell_and_itself():
         torch.testing.assert_close(own[k], whole[0].double(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("grid", "knots"), [(1, [0]), (2, [0, 19]), (4, [0, 6, 13, 19]), (50, list(range(20)))])
-def test_ranks_are_computed_exactly_from_the_first_to_the_last(monkeypatch, grid, knots):
+def rank_shifts(engine, ids, operation, grid):
+    """Change of the cosine by the moves at every rank: by the screen, and by a pass for each."""
+    lead, places = engine.lead, torch.arange(len(ids))
+    goal = torch.nn.functional.normalize(torch.linspace(-1, 1, 32, dtype=torch.float64), dim=0)
+    base = screen._trace(engine, ids, places, goal)
+    step = -1 if operation == "delete" else 1
+    found = screen._rank_shifts(engine, ids, base, step, goal, grid)
+    exact = []
+    for rank in range(len(ids) - lead):
+        moved = places.clone()
+        if step < 0:
+            moved[lead + rank + 1 :] -= 1
+        else:
+            moved[lead : lead + rank] += 1
+        hidden = engine.encoder(ids, torch.tensor([0, len(ids)]), positions_T=moved, layers=engine.layers).detach()
+        exact.append(screen._cosine(engine.sums(hidden, torch.tensor([0, len(ids)]))[0], goal))
+    return found, torch.cat(exact) - screen._cosine(base.sum_D[None], goal)
+
+
+@pytest.mark.parametrize("operation", screen.OPERATIONS)
+@pytest.mark.parametrize(("variant", "lead"), VARIANTS)
+@pytest.mark.parametrize(("grid", "knots"), [(2, [0, 19]), (4, [0, 6, 13, 19]), (50, list(range(20)))])
+def test_moves_of_ranks_are_exact_at_the_ranks_of_the_grid(grid, knots, variant, lead, operation):
+    engine = ShiftScorer(encoder=encoder(), variant=variant, lead=lead)
+    found, exact = rank_shifts(engine, cell(lead, 20 + lead)[0], operation, grid)
+    assert found[knots] == pytest.approx(exact[knots], abs=1e-6)
+    assert exact.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("operation", screen.OPERATIONS)
+@pytest.mark.parametrize(("variant", "lead"), VARIANTS)
+def test_moves_of_ranks_are_exact_at_all_ranks_where_no_gene_knows_of_another(variant, lead, operation):
+    """A cell's vector is then the sum of vectors of which each has one of two values."""
+    engine = ShiftScorer(encoder=encoder(deaf=True), variant=variant, lead=lead)
+    found, exact = rank_shifts(engine, cell(lead, 30)[0], operation, grid=2)
+    assert found == pytest.approx(exact, abs=1e-6)
+
+
+@pytest.mark.parametrize("operation", screen.OPERATIONS)
+@pytest.mark.parametrize(("variant", "lead"), VARIANTS)
+def test_two_ranks_are_enough_for_an_encoder_whose_positions_are_random(variant, lead, operation):
+    """Every move has then an effect of its own, on the gene's vector and on the others' (all of it in the variant `cls`)."""
+    sizes = training.Model(num_layers=3, dim=32, num_heads=4, ffn_dim=64, max_positions=41, init_sd=0.05)
+    engine = ShiftScorer(encoder=Encoder(sizes, 90, seed=3).eval(), variant=variant, lead=lead)
+    found, exact = rank_shifts(engine, cell(lead, 40)[0], operation, grid=2)
+    assert ((found - exact).std() / exact.std()).item() < 0.15
+
+
+@pytest.mark.parametrize(("grid", "passes"), [(2, 1), (4, 3), (50, 19)])
+@pytest.mark.parametrize("operation", screen.OPERATIONS)
+def test_the_rank_at_which_no_gene_moves_takes_no_pass(monkeypatch, operation, grid, passes):
     ids, genes = cell(1, 21)
     seen = []
-    plain = screen._rank_shift_cosines
-    monkeypatch.setattr(screen, "_rank_shift_cosines", lambda *a: (seen.append(a[2].tolist()), plain(*a))[1])
-    screen.estimate(ShiftScorer(encoder=encoder(), lead=1), ids, genes, "delete", torch.ones(32), grid=grid)
-    assert seen == [knots]
+    plain = screen._forward
+    monkeypatch.setattr(screen, "_forward", lambda *a: (seen.append(a), plain(*a))[1])
+    screen.estimate(ShiftScorer(encoder=encoder(), lead=1), ids, genes, operation, torch.ones(32), grid=grid)
+    assert len(seen) == passes
