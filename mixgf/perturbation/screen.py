@@ -34,7 +34,7 @@ from mixgf.perturbation.shift import ShiftScorer
 OPERATIONS = ("delete", "overexpress")
 _SPARE = 8
 """Channels added to every head; the first holds the log weight of the key. Fused kernels need multiples of 8."""
-_PROBE_ELEMENTS = 1 << 22
+_PROBE_ELEMENTS = 1 << 20
 """Largest number of attention weights of inserted genes in memory at a time."""
 
 
@@ -289,20 +289,24 @@ def _inserted(scorer: ShiftScorer, cell: _Trace, genes_K: Tensor) -> tuple[Tenso
     h_KD = encoder.embed_tokens(genes_K, torch.full_like(genes_K, lead))
     H, L, E = cell.attention[0].queries.shape if cell.attention else (1, 1, 1)
     rows = max(1, _PROBE_ELEMENTS // (H * L))
-    parts = [list(range(a, b)) for a, b in pairwise([*range(0, len(genes_K), rows), len(genes_K)])]
+    spans = [slice(a, a + rows) for a in range(0, len(genes_K), rows)]
     for layer, seen in zip(_layers(encoder), cell.attention, strict=False):
-        q, k, v, out, grad = seen.queries, seen.keys, seen.values, seen.output, seen.output_grad
-        pq, pk, pv = _heads(encoder, layer.qkv(h_KD))
-        log_sum = torch.logsumexp(q @ k.transpose(1, 2) / math.sqrt(E), dim=2)
-        worth = (grad * out).sum(2, keepdim=True)
+        v, grad = seen.values, seen.output_grad
+        q, k = (seen.queries / math.sqrt(E)).transpose(1, 2), seen.keys.transpose(1, 2)
+        log_sum = torch.logsumexp(q.transpose(1, 2) @ k, dim=2)[:, None]
+        worth = (grad * seen.output).sum(2, keepdim=True)
+        gene_q, gene_k, gene_v = _heads(encoder, layer.qkv(h_KD))
+        gene_q = gene_q / math.sqrt(E)
+        own = (gene_q * gene_k).sum(2, keepdim=True)
         read = []
-        for part in parts:
-            span = slice(part[0], part[-1] + 1)
-            own = (pq[:, span] * pk[:, span]).sum(2, keepdim=True)
-            weights = torch.softmax(torch.cat([pq[:, span] @ k.transpose(1, 2), own], 2) / math.sqrt(E), dim=2)
-            read.append(weights[..., :-1] @ v + weights[..., -1:] * pv[:, span])
-            odds = torch.exp(pk[:, span] @ q.transpose(1, 2) / math.sqrt(E) - log_sum[:, None])
-            share = odds / (1 + odds)
-            total_K[span] += ((share @ grad * pv[:, span]).sum(2) - (share @ worth)[..., 0]).sum(0).double()
+        for span in spans:  # in place, since memory takes more time than the matrix products
+            weights = gene_q[:, span] @ k
+            top = torch.maximum(weights.amax(2, keepdim=True), own[:, span])
+            weights, of_itself = weights.sub_(top).exp_(), (own[:, span] - top).exp()
+            total = weights.sum(2, keepdim=True) + of_itself
+            read.append((weights @ v + of_itself * gene_v[:, span]) / total)
+            share = (gene_k[:, span] @ q).sub_(log_sum).sigmoid_()
+            gained = (share @ grad * gene_v[:, span]).sum(2) - (share @ worth)[..., 0]
+            total_K[span] += gained.sum(0).double()
         h_KD = layer.after_attention(h_KD, torch.cat(read, 1).transpose(0, 1).reshape(len(genes_K), H * E))
     return total_K, h_KD.double()
