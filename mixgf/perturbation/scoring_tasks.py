@@ -71,7 +71,7 @@ class ScoringTask:
     allowed_KB: NDArray[np.bool_] = field(default_factory=_no_mask)
     """Whether the target's species is the cell's."""
     states_SB: NDArray[np.bool_] = field(default_factory=_no_mask)
-    """For `embed`: which cells belong to which state."""
+    """For `embed` and `counts`: which cells belong to which state; for `counts`, start and goal alone."""
     donor_B: Ints
     responding_R: Ints = field(default_factory=_no_numbers)
     """Tokens whose responses are recorded; they are written to the folder `RESPONSES`, before the task's part file."""
@@ -141,28 +141,31 @@ def state_tasks(plan: Design, corpus: Corpus) -> list[ScoringTask]:
 
 
 def count_tasks(plan: Design, corpus: Corpus, seed: int) -> list[ScoringTask]:
-    """Tasks that read raw counts of cells of start and goal, one per state and source; none without a goal.
+    """Tasks that read raw counts of cells of start and goal, one per source; none without a goal.
 
     A task whose source cannot be read writes a part without cells.
     """
     if plan.goal is None:
         return []
     source_N = corpus.obs(["source"])["source"].astype(str).to_numpy() if "source" in corpus.columns else None
+    sides = [
+        sample_cells(state.cells, plan.donor_of, expression.MAX_CELLS, seed) for state in plan.states[: plan.goal + 1]
+    ]
+    cells = np.unique(np.concatenate(sides))
+    names = np.zeros(len(cells), dtype=np.int64) if source_N is None else source_N[cells]
     work = []
-    for state in plan.states[: plan.goal + 1]:
-        cells = sample_cells(state.cells, plan.donor_of, expression.MAX_CELLS, seed)
-        names = np.zeros(len(cells), dtype=np.int64) if source_N is None else source_N[cells]
-        for i, name in enumerate(np.unique(names)):
-            part = cells[names == name]
-            work.append(
-                ScoringTask(
-                    key=f"counts-{state.name}-{i:05d}",
-                    operation="counts",
-                    cells_B=part,
-                    cost=0.0,
-                    donor_B=plan.donor_of[part],
-                )
+    for i, name in enumerate(np.unique(names)):
+        part = cells[names == name]
+        work.append(
+            ScoringTask(
+                key=f"counts-{i:05d}",
+                operation="counts",
+                cells_B=part,
+                cost=0.0,
+                states_SB=np.stack([np.isin(part, side) for side in sides]),
+                donor_B=plan.donor_of[part],
             )
+        )
     return work
 
 
@@ -175,24 +178,27 @@ def read_expression(plan: Design, corpus: Corpus, tasks: list[ScoringTask], fold
 
     if plan.goal is None:
         return None
-    found: dict[str, dict[str, list[tuple[Ints, sparse.csr_matrix]]]] = {}
+    found: dict[str, list[list[tuple[Ints, sparse.csr_matrix]]]] = {}
     for task in tasks:
         name = corpus.species[int(corpus.species_N[task.cells_B[0]])]
         num_genes = len(corpus.vocabulary.species_genes(name).genes)
         cells, counts = raw_counts.load_counts(files.join(folder, f"{task.key}.parquet"), num_genes)
         if not len(cells):
             return expression.of_ranks(corpus, plan.states[0].cells, plan.states[plan.goal].cells)
-        state = task.key.split("-")[1]
-        found.setdefault(name, {}).setdefault(state, []).append((cells, counts))
+        sides = found.setdefault(name, [[] for _ in task.states_SB])
+        for side, member_B in zip(sides, task.states_SB, strict=True):
+            mine = np.flatnonzero(np.isin(cells, task.cells_B[member_B]))
+            if len(mine):
+                side.append((cells[mine], sparse.csr_matrix(counts[mine])))
     states: dict[str, tuple[StateCounts, StateCounts]] = {}
     for name, sides in found.items():
-        if len(sides) == 2:
+        if all(sides):
             start, goal = (
                 StateCounts(
-                    counts_NG=sparse.csr_matrix(sparse.vstack([counts for _, counts in sides[state]], format="csr")),
-                    donor_N=plan.donor_of[np.concatenate([cells for cells, _ in sides[state]])],
+                    counts_NG=sparse.csr_matrix(sparse.vstack([counts for _, counts in side], format="csr")),
+                    donor_N=plan.donor_of[np.concatenate([cells for cells, _ in side])],
                 )
-                for state in ("start", "goal")
+                for side in sides
             )
             states[name] = (start, goal)
     return expression.of_counts(corpus, states)

@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from mixgf.config import data, perturbation, run, training
+from mixgf.corpus import raw_counts
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.bert import MaskedModel
@@ -204,3 +206,24 @@ def test_a_worker_computes_on_the_gpu_that_is_asked_for_or_stops(corpus, weights
             run.Config(compute=run.Compute(gpus_per_worker=1.0)), corpus=corpus.uri, weights=weights, folder=""
         )
     assert len(asked) == 3
+
+
+def test_counts_are_read_once_and_a_cell_of_both_states_counts_in_both(corpus, tmp_path, monkeypatch):
+    design, _ = plan(corpus, goal="cell_type == 'alpha'")  # all cells are the start
+    (task,) = scoring_tasks.count_tasks(design, corpus, 0)
+    assert task.cells_B.tolist() == list(range(9))
+    one = dataclasses.replace(task, cells_B=np.flatnonzero(np.array(SPECIES) == 0))  # a source has one species
+    one = dataclasses.replace(one, states_SB=task.states_SB[:, one.cells_B])
+    num_genes = len(corpus.vocabulary.species_genes(corpus.species[0]).genes)
+    order = one.cells_B[::-1]  # a file may have the cells in another order
+    counts = np.arange(1, len(order) * num_genes + 1).reshape(len(order), num_genes)
+    raw_counts.save_counts(f"{tmp_path}/{one.key}.parquet", order, sparse.csr_matrix(counts))
+    seen = []
+    monkeypatch.setattr(scoring_tasks.expression, "of_counts", lambda _, states: seen.append(states))
+    scoring_tasks.read_expression(design, corpus, [one], str(tmp_path))
+    start, goal = seen[0][corpus.species[0]]
+    assert np.array_equal(start.counts_NG.toarray(), counts)
+    alpha = np.isin(order, design.states[design.goal].cells)
+    assert 0 < alpha.sum() < len(order)
+    assert np.array_equal(goal.counts_NG.toarray(), counts[alpha])
+    assert np.array_equal(goal.donor_N, design.donor_of[order[alpha]])
