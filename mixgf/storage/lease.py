@@ -18,6 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from mixgf.console import say, warn
@@ -32,21 +34,39 @@ POLL_SECONDS = 2.0
 """Between two looks of a driver that waits."""
 
 
+@cache
+def _space() -> str:
+    """Within which process numbers mean the same process: a machine since its start, and there one container.
+
+    Several machines, or containers on one, can have one host name.
+    """
+    host = socket.gethostname()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{host} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux
+        return host
+
+
 def _started(pid: int) -> float | None:
-    """Start of a process of this machine, seconds since 1970; 0 where it is not known (no psutil); None = no such process."""
+    """Start of a process of this machine, in clock ticks since the machine's; None = it is not there, or has ended.
+
+    Where there is no /proc, 0 for every process that is there.
+    """
     try:
-        import psutil  # noqa: PLC0415 (machines that only train may lack it)
-    except ModuleNotFoundError:
-        try:
-            with suppress(PermissionError):  # it is there, of another user
-                os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        return 0.0
+        # after the name in parentheses, which may hold anything: state, then 18 numbers up to the start (proc(5))
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # a process that ended stays in the table until its parent asks for it
+        return None if state in {"Z", "X"} else float(numbers[18])
+    except (FileNotFoundError, ProcessLookupError):
+        pass
     try:
-        return psutil.Process(pid).create_time()
-    except psutil.NoSuchProcess:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return None
+    except (PermissionError, OverflowError):
+        pass
+    return 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +76,14 @@ class Holder:
     host: str
     pid: int
     started: float
-    """Of the process, in seconds since 1970: a later process may have the same number."""
+    """Of the process (`_started`): a later process may have the same number."""
     since: str
     key: str
     """Different for every lease."""
     beat: int
     """Signs of life so far."""
+    space: str = ""
+    """See `_space`. Empty in leases of an earlier version."""
 
     @classmethod
     def of_this_process(cls) -> Holder:
@@ -69,16 +91,16 @@ class Holder:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(
             host=socket.gethostname(), pid=os.getpid(), started=_started(os.getpid()) or 0.0, since=now,
-            key=secrets.token_hex(8), beat=0,
+            key=secrets.token_hex(8), beat=0, space=_space(),
         )  # fmt: skip
 
     @property
     def has_ended(self) -> bool:
         """Whether the holder was a process of this machine that is not there any more."""
-        if self.host != socket.gethostname():
+        if self.space != _space():
             return False
         started = _started(self.pid)
-        return started is None or (0.0 not in (started, self.started) and abs(started - self.started) > 1)
+        return started is None or started != self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.host}, since {self.since}"

@@ -71,7 +71,7 @@ def test_a_waiting_driver_says_for_whom_and_takes_the_output_of_one_that_ended_o
 
 def test_a_holder_of_another_machine_is_passed_over_only_without_a_sign_of_life(root, monkeypatch):
     monkeypatch.setattr(lease, "STALE_SECONDS", 1.5)
-    far = replace(lease.Holder.of_this_process(), host="far", key="far")
+    far = replace(lease.Holder.of_this_process(), host="far", space="far", key="far")
     place = files.join(root, "lease", "00000001.json")
     files.write_json(place, asdict(far))
     stop = threading.Event()
@@ -92,6 +92,31 @@ def test_a_holder_of_another_machine_is_passed_over_only_without_a_sign_of_life(
     assert files.list_dir(files.join(root, "lease")) == ["00000001.json", "00000002.json"]
     lease.release(root)
     assert files.list_dir(files.join(root, "lease")) == []
+
+
+def test_a_process_that_ended_holds_nothing_though_its_parent_did_not_ask_for_it(tmp_path):
+    uri = str(tmp_path / "a")
+    other = driver(uri, tmp_path / "log", 600)
+    assert other.stdout.readline() == "work\n"
+    other.kill()
+    began = time.monotonic()
+    assert artifacts.begin(uri, RECORD)
+    assert time.monotonic() - began < lease.STALE_SECONDS / 2
+    other.wait()
+
+
+@pytest.mark.parametrize("gone", [0, 2**22 + 1])
+def test_a_process_of_another_container_with_this_host_name_is_not_taken_for_one_that_ended(gone):
+    mine = lease.Holder.of_this_process()
+    other = replace(mine, pid=gone, space=f"{mine.host} another")
+    assert not other.has_ended
+    assert replace(other, space=mine.space).has_ended
+
+
+def test_a_later_process_with_the_number_of_a_holder_is_another_one():
+    mine = lease.Holder.of_this_process()
+    assert not mine.has_ended
+    assert replace(mine, started=mine.started - 100).has_ended
 
 
 def test_a_holder_gives_signs_of_life_and_holds_again_at_once(tmp_path):
