@@ -256,10 +256,19 @@ def test_pods_are_unprivileged_and_the_cluster_wants_a_token(name):
         for container in pod["containers"]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             }
             assert container["resources"]["requests"] == container["resources"]["limits"], "Ray counts what it is given"
             assert {"secretRef": {"name": "mixgf-credentials", "optional": True}} in container["envFrom"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounts = {mount["name"]: mount for one in pod["containers"] for mount in one["volumeMounts"]}
+        assert mounts.keys() == volumes.keys()
+        assert (mounts["tmp"]["mountPath"], volumes["tmp"]) == ("/tmp", {"name": "tmp", "emptyDir": {}})
+        assert all(mount.get("readOnly") for name, mount in mounts.items() if name != "tmp")
+    autoscaler = spec["autoscalerOptions"]
+    assert autoscaler["securityContext"]["readOnlyRootFilesystem"] is True
+    assert [mount["mountPath"] for mount in autoscaler["volumeMounts"]] == ["/tmp"]
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -272,6 +281,13 @@ def test_groups_start_at_zero_and_the_head_does_no_work_on_kubernetes(name):
         assert row["template"]["spec"]["nodeSelector"] == {"mixgf.io/pool": group}
         gpu = "nvidia.com/gpu" in row["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert gpu == (group != "prepare") == row["template"]["spec"]["containers"][0]["image"].endswith("-cuda")
+
+
+def test_the_config_of_a_job_is_where_its_command_looks():
+    spec = load("kubernetes/rayjob.yaml")["spec"]
+    path = re.search(r"--config (\S+)", spec["entrypoint"])[1]
+    (container,) = groups("rayjob")["head"]["template"]["spec"]["containers"]
+    assert str(Path(path).parent) in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
 def test_a_lost_job_is_submitted_again_and_a_finished_one_costs_nothing():
