@@ -2,6 +2,7 @@
 
     ValueError
     └── UserError         input that cannot be used; the command ends with exit code 2
+        └── DamagedError  a file that mixgf wrote is not what was written
     OSError
     └── StorageError      object storage or the network failed, after all retries; exit code 1
         └── AccessError   object storage denies access; exit code 2
@@ -18,6 +19,10 @@ from importlib.util import find_spec
 
 class UserError(ValueError):
     """Input that cannot be used: one line with the field, its value, what is allowed and what to do."""
+
+
+class DamagedError(UserError):
+    """A file that mixgf wrote is not what was written, so no source is to blame."""
 
 
 class StorageError(OSError):

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mixgf.errors import UserError
+from mixgf.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,8 +160,11 @@ def error_of(task: Task, error: Exception) -> str:
     """What a task's receipt says of an error: one line, and after it the traceback of an error that is no `UserError`.
 
     Raises:
-        Exception: the error itself, where it ends the run: a task of no source, or a failure of storage, which is tried again.
+        Exception: the error itself, where it ends the run: a task of no source, a damaged file of mixgf's own, or a failure of
+            storage, which is tried again.
     """
+    if isinstance(error, DamagedError):
+        raise error
     if isinstance(error, UserError):
         return str(error)
     if task.source < 0 or isinstance(error, OSError):

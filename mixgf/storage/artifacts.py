@@ -23,7 +23,7 @@ import pyarrow as pa
 import mixgf
 from mixgf.config.parse import difference, fingerprint
 from mixgf.console import say
-from mixgf.errors import UserError
+from mixgf.errors import DamagedError, UserError
 from mixgf.storage import layout, lease
 from mixgf.storage.damage import MAKERS
 from mixgf.storage.files import create_bytes, exists, join, read_bytes, remove, sha256, size
@@ -82,7 +82,7 @@ def _read(uri: str, name: str) -> Record | None:
     if not exists(where):
         return None
     try:
-        return Record(**unsealed(read_bytes(where, small=True)))
+        return Record(**unsealed(read_bytes(where)))
     except (ValueError, TypeError, IsADirectoryError) as error:
         msg = f"{where}: not a readable record ({error}); restore it, or remove {uri} to start again"
         raise UserError(msg) from None
@@ -235,6 +235,8 @@ def remove_output_if_all_rejected(uri: str, kind: str) -> Iterator[None]:
     """Remove an unfinished artifact if all of its sources were rejected, so that another plan can use the folder."""
     try:
         yield
+    except DamagedError:  # the other parts are good, and stay
+        raise
     except UserError:
         if find(uri) is None:  # otherwise another run of the same plan has finished it
             layout.remove_own(uri, kind)

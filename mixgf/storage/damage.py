@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixgf.errors import StorageError, UserError
+from mixgf.errors import DamagedError, StorageError
 from mixgf.storage import files
 
 MAKERS = {
@@ -23,9 +23,9 @@ _ABOVE = 5
 """Folders above a file in which the artifact that it belongs to is looked for."""
 
 
-def damaged(uri: str, why: str) -> UserError:
+def damaged(uri: str, why: str) -> DamagedError:
     """The error of a file that cannot be read, or is not what was written; the message says how to make it again."""
-    return UserError(f"{uri}: damaged ({why}); {_way_out(uri)}")
+    return DamagedError(f"{uri}: damaged ({why}); {_way_out(uri)}")
 
 
 def _way_out(uri: str) -> str:

@@ -41,6 +41,7 @@ from mixgf.storage.s3 import (
     filesystem_and_key,
     listed_sizes,
     range_reader,
+    read_whole,
     request,
 )
 
@@ -209,13 +210,13 @@ def glob(uri: str) -> list[str]:
     return sorted(f"{protocol}://{found}" for found in request(uri, lambda fs, key: fs.glob(key)))
 
 
-def read_bytes(uri: str, *, small: bool = False) -> bytes:
-    """The whole of a file; a `small` one, of a few MB, is read from object storage by one request."""
+def read_bytes(uri: str) -> bytes:
+    """The whole of a file."""
     if is_local(uri):
         return local_path(uri).read_bytes()
-    # else s3fs asks for the size first, to read large files by several requests at a time
-    options = {"max_concurrency": 1} if small else {}
-    return cast("bytes", request(uri, lambda fs, key: fs.cat_file(key, **options)))
+    if uri.startswith("s3://"):
+        return read_whole(uri)
+    return cast("bytes", request(uri, lambda fs, key: fs.cat_file(key)))
 
 
 def open_read(uri: str, block_size: int = 4 << 20) -> BinaryIO:
@@ -369,8 +370,16 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="mixgf-") as folder:
         path = Path(folder) / uri.rsplit("/", 1)[-1]
-        request(uri, lambda fs, key: fs.get_file(key, str(path)))
+        request(uri, lambda fs, key: _download(fs, key, path))
         yield path
+
+
+def _download(fs: Any, key: str, path: Path) -> None:
+    fs.get_file(key, str(path))
+    found, wanted = path.stat().st_size, int(fs.size(key))
+    if found != wanted:  # the answer was cut short, without a sign of it
+        msg = f"the answer broke off after {found} of {wanted} bytes"
+        raise EOFError(msg)
 
 
 def remove(uri: str) -> None:
@@ -472,7 +481,7 @@ def sha256(uri: str) -> str:
 
 def read_json(uri: str) -> Any:
     """A JSON file's value."""
-    return parse.read_json(read_bytes(uri, small=True))
+    return parse.read_json(read_bytes(uri))
 
 
 def write_json(uri: str, value: Any) -> None:

@@ -7,6 +7,7 @@ FSSPEC_AZ_ACCOUNT_NAME=...). s3fs and botocore are imported at the first request
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from bisect import bisect_right
@@ -19,7 +20,7 @@ import fsspec
 import fsspec.config
 
 from mixgf.errors import UserError, require_package
-from mixgf.storage.retry import with_retries
+from mixgf.storage.retry import error_code, with_retries
 
 T = TypeVar("T")
 CONNECT_SECONDS = 5
@@ -32,6 +33,10 @@ PACKAGES = {
     "az": ("adlfs", "az://", "mixgf[az]"),
 }
 """Schemes, with the package that reads each and the extra that installs it."""
+WHOLE_BYTES = 32 << 20
+"""Most bytes that one request asks for of a file that is read whole."""
+CONNECTIONS = 32
+"""Kept open to a store by one process."""
 GAP_BYTES = 64 << 10
 """Bytes that are read for nothing rather than with a further request."""
 FIRST_BYTES, NUM_BLOCKS = 96 << 10, 8
@@ -72,7 +77,9 @@ def _settings() -> tuple[tuple[str, str], ...]:
 def _options() -> dict[str, Any]:
     """Options of `botocore.config.Config`. botocore itself reads the region from AWS_DEFAULT_REGION only."""
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
-    return {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS, "region_name": region}
+    return {
+        "connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS, "region_name": region, "max_pool_connections": CONNECTIONS,
+    }  # fmt: skip
 
 
 @cache
@@ -173,6 +180,45 @@ def range_reader(uri: str, etag: str) -> Callable[[int, int], bytes]:
     return fetch
 
 
+def read_whole(uri: str) -> bytes:
+    """A file of s3://, by one request if it has at most `WHOLE_BYTES`.
+
+    A range is asked for, even of a small file: the answer then says how many bytes the file has, and one that is cut short on the
+    way is known as such, and asked for again.
+    """
+    fs, key = filesystem_and_key(uri)
+    bucket, name, _ = fs.split_path(key)
+    client = _client(os.getpid(), _settings())
+
+    def get() -> tuple[bytes, int, str]:
+        try:
+            answer = client.get_object(Bucket=bucket, Key=name, Range=f"bytes=0-{WHOLE_BYTES - 1}", **fs.req_kw)
+        except Exception as error:
+            if error_code(error) not in ("InvalidRange", "416"):
+                raise
+            return b"", 0, ""  # an empty file has no range
+        with contextlib.closing(answer["Body"]) as body:
+            data = cast("bytes", body.read())
+        total = int(str(answer.get("ContentRange", len(data))).rpartition("/")[2])
+        require_length(data, min(total, WHOLE_BYTES) if "ContentRange" in answer else len(data))
+        return data, total, answer.get("ETag", "")
+
+    data, total, etag = with_retries(uri, get)
+    if len(data) == total:
+        return data
+    file = RangeFile(uri, range_reader(uri, etag), total, WHOLE_BYTES)
+    starts = range(len(data), total, WHOLE_BYTES)
+    with ThreadPoolExecutor(4) as pool:
+        return b"".join([data, *pool.map(lambda at: file.read_range(at, min(at + WHOLE_BYTES, total)), starts)])
+
+
+def require_length(data: bytes, wanted: int) -> None:
+    """Raise an `EOFError`, after which a request is repeated, if an answer has another length than it must have."""
+    if len(data) != wanted:
+        msg = f"the answer broke off after {len(data)} of {wanted} bytes"
+        raise EOFError(msg)
+
+
 class RangeFile(io.RawIOBase):
     """A remote file that is read by ranges.
 
@@ -231,9 +277,7 @@ class RangeFile(io.RawIOBase):
 
         def get() -> bytes:
             data = self.fetch(start, stop)
-            if len(data) != stop - start:
-                msg = f"the answer broke off after {len(data)} of {stop - start} bytes"
-                raise EOFError(msg)
+            require_length(data, stop - start)
             return data
 
         return with_retries(self.uri, get)

@@ -33,7 +33,7 @@ def read_sealed(uri: str) -> dict[str, Any]:
         UserError: It is not what was written, or no JSON object.
     """
     try:
-        return unsealed(files.read_bytes(uri, small=True))
+        return unsealed(files.read_bytes(uri))
     except ValueError as error:
         raise damaged(uri, str(error)) from None
 

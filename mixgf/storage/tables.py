@@ -70,7 +70,7 @@ def read_table(uri: str, columns: list[str] | None = None, *, sha256: str = "") 
         UserError: The file is not what was written.
     """
     if sha256 or (columns is None and not is_local(uri)):
-        data = read_bytes(uri, small=not sha256)
+        data = read_bytes(uri)
         if sha256 and hashlib.sha256(data).hexdigest() != sha256:
             raise damaged(uri, "it has other bytes than were written")
         with _refusals(uri):

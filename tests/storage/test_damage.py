@@ -13,7 +13,7 @@ from executors import dying
 
 from mixgf.corpus import near_hashes
 from mixgf.corpus.reader import Corpus
-from mixgf.errors import UserError
+from mixgf.errors import DamagedError, UserError
 from mixgf.execution import LocalExecutor
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
@@ -213,3 +213,30 @@ def test_nothing_but_storage_opens_parquet():
             assert name not in {"read_parquet", "scan_parquet", "ParquetFile", "read_metadata", "ParquetDataset"}, (
                 f"{path}:{node.lineno}"
             )
+
+
+class Damaging(LocalExecutor):
+    """Flips bits in the middle of a part as soon as it is there."""
+
+    def __init__(self, part: Path) -> None:
+        self.part = part
+
+    def run(self, tasks):
+        for receipt in super().run(tasks):
+            yield receipt
+            if self.part.exists():
+                data = self.part.read_bytes()
+                middle = len(data) // 2
+                self.part.write_bytes(data[:middle] + bytes(8) + data[middle + 8 :])
+
+
+def test_no_source_is_left_out_for_a_damaged_part_of_the_work(world, whole_corpus):
+    config, _ = world
+    part = Path(f"{config.output}/corpus/work/sources/00001.parquet")
+    with pytest.raises(DamagedError, match=rf"^{part}: damaged .*; remove it, and the command"):
+        prepare.run(config, executor=Damaging(part))
+    part.unlink()
+    uri = prepare.run(config, executor=LocalExecutor())
+    assert artifacts.require(uri, "corpus").details["refused"] == []
+    for name in files.list_dir(f"{uri}/shards"):
+        assert files.sha256(f"{uri}/shards/{name}") == files.sha256(f"{whole_corpus}/shards/{name}")

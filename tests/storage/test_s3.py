@@ -132,6 +132,7 @@ TRANSIENT = {
         Rule("delay", "^(GET|PUT|POST|HEAD) ", when=every(50), seconds=0.05),
     ],
     "in the middle of an answer": lambda: [
+        Rule("short", "^GET .*/corpus/(work/|plan.json)", when=lambda i: i % 5 == 2),
         Rule("break", "^GET .*/ant1.h5ad", when=lambda i: i % 4 == 1),
         Rule("break", "^GET .*/barcodes.tsv.gz", when=first(2)),
         Rule("cut", "^GET .*/(ant2.h5ad|features.tsv.gz|work)", when=lambda i: i % 12 == 1),
