@@ -1,6 +1,7 @@
 """How every stage runs its tasks: those whose part is not there, with progress, metrics and refused sources.
 
-A part that is there is not made again, so a stage killed at any moment goes on with the same command.
+A part that is there is not made again, so a stage killed at any moment goes on with the same command. Sources that a killed run
+left out stay left out: parts are numbered without them, and the corpus is that of a run that was never killed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mixgf.distributed.metrics import Meter
 from mixgf.errors import UserError
 from mixgf.execution import Executor, Receipts, Task
 from mixgf.storage import files, tables
+from mixgf.storage.sealed import read_sealed, sealed_bytes
 from mixgf.tracking.mlflow_runs import Pace, Run
 
 
@@ -152,17 +154,72 @@ class SourcePasses:
     """`prepare.strict`: the first source with an error stops the stage."""
     executor: Executor
     meter: Meter
+    work: str
+    """URI of the work folder, which keeps what runs have settled."""
     refused: dict[int, str] = field(default_factory=dict)
     """Error by source: the first in alphabetical order, so that records do not depend on the order of work."""
     settled: bool = False
     """Whether the refused sources are final; a later error of any source stops the stage."""
+    _settled: dict[int, dict[int, str]] = field(default_factory=dict)
+    """What the first run of the plan has left out, by step."""
 
-    def run(self, what: str, tasks: Sequence[Task], unit: str = "cells", counter: str = "") -> None:
-        """Run the tasks of a pass whose part is not there; `counter` is the metric that counts their weight."""
-        fan_out(
+    def run(
+        self, what: str, tasks: Sequence[Task], unit: str = "cells", counter: str = "", *, step: int | None = None
+    ) -> int:
+        """Run the tasks of a pass whose part is not there.
+
+        Args:
+            what: name of the pass in the progress.
+            tasks: of the pass.
+            unit: of their weights.
+            counter: metric that counts the weights.
+            step: number of a pass that may leave out sources, on which later passes depend; ascending. What the first run of a
+                plan has left out up to here stays left out. None = another pass.
+
+        Returns:
+            Number of tasks that finished now.
+        """
+        if step is not None:
+            self._resume(step)
+            tasks = [task for task in tasks if task.source not in self.refused]
+        finished, _ = fan_out(
             f"{self.stage}: {what}", tasks, self.executor.run, meter=self.meter, unit=unit, counter=counter,
             failed_before=len(self.refused), failed=self._failed, leave_out=self._leave_out, name=self._name,
         )  # fmt: skip
+        if step is not None:
+            self._settle(step)
+        return finished
+
+    def _resume(self, step: int) -> None:
+        """Leave out the sources that an earlier run has left out up to a step."""
+        folder = files.join(self.work, "refused")
+        if not self._settled:
+            for name in files.list_dir(folder):
+                found = read_sealed(files.join(folder, name))
+                self._settled[int(name.partition(".")[0])] = {int(i): error for i, error in found.items()}
+        again = {i: error for i, error in self._settled.get(step, {}).items() if i not in self.refused}
+        for i, error in again.items():
+            self.refuse(i, error)
+        if again:
+            say(
+                f"{len(again):,} sources stay left out, as when {self.stage} was begun; remove the output to read them again"
+            )
+
+    def _settle(self, step: int) -> None:
+        """Keep which sources are left out up to a step.
+
+        Raises:
+            UserError: this run has left out a source that the first one used.
+        """
+        if step not in self._settled:
+            uri = files.join(self.work, "refused", f"{step:05d}.json")
+            mine: dict[str, Any] = {str(i): error for i, error in self.refused.items()}
+            found = mine if files.create_bytes(uri, sealed_bytes(mine)) else read_sealed(uri)
+            self._settled[step] = {int(i): error for i, error in found.items()}
+        for i, error in self.refused.items():
+            if i not in self._settled[step]:
+                raise UserError(error)
+        self.refused = dict(self._settled[step])
 
     def _name(self, task: Task) -> str:
         return (

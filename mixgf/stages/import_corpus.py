@@ -93,7 +93,7 @@ class _Import:
         self.work = files.join(self.uri, "work")
         self.passes = SourcePasses(
             stage="import", sources=[s.uri for s in self.sources], strict=self.config.prepare.strict, executor=self.executor,
-            meter=self.meter,
+            meter=self.meter, work=self.work,
         )  # fmt: skip
         self.facts: dict[int, list[dict[str, Any]]] = {}
         self.genes: dict[int, list[np.ndarray]] = {}
@@ -148,7 +148,7 @@ class _Import:
                         kwargs={"dictionary": dictionary.uri, "rules": self.rules},
                     )
                 )  # fmt: skip
-        self.passes.run("files", tasks, "bytes")
+        self.passes.run("files", tasks, "bytes", step=0)
         for i, number in lengths.items():
             if i in self.passes.refused:
                 continue

@@ -143,7 +143,7 @@ class _Prepare:
         self.rows = {row.name: row for row in self.config.species}
         self.passes = SourcePasses(
             stage="prepare", sources=[s.uri for s in self.sources], strict=self.config.prepare.strict, executor=self.executor,
-            meter=self.meter,
+            meter=self.meter, work=self.work,
         )  # fmt: skip
         self.facts: dict[int, dict[str, Any]] = {}
         self.sampled: dict[str, dict[str, Any]] = {}
@@ -209,7 +209,7 @@ class _Prepare:
             )
             for i, source in enumerate(self.sources)
         ]  # fmt: skip
-        self.passes.run("sources", tasks, "files")
+        self.passes.run("sources", tasks, "files", step=0)
         there = [i for i in range(len(self.sources)) if i not in self.passes.refused]
         uris = [shards.facts_uri(self.work, i) for i in there]
         self.facts = dict(zip(there, files.map_reads(self.work, read_sealed, uris), strict=True))
@@ -229,7 +229,7 @@ class _Prepare:
             for i, facts in sorted(self.facts.items())
             if facts["by_column"]
         ]  # fmt: skip
-        self.passes.run("rows", tasks)
+        self.passes.run("rows", tasks, step=1)  # row ranges are numbered without what is left out
         self._leave_out()
 
     def _measure(self, all_units: list[prepare_passes.RowRange]) -> None:
@@ -250,7 +250,7 @@ class _Prepare:
             )
             for u in all_units
         ]  # fmt: skip
-        self.passes.run("metrics", tasks, counter="cells_read")
+        self.passes.run("metrics", tasks, counter="cells_read", step=2)
         self._leave_out()
 
     def _reports(self, all_units: list[prepare_passes.RowRange]) -> dict[int, identify.MappingReport]:

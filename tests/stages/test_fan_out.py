@@ -81,7 +81,12 @@ def losing(work):
 def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them(tmp_path, told):
     executor = Through(losing)
     passes = SourcePasses(
-        stage="prepare", sources=["a", "b", "c"], strict=True, executor=executor, meter=Meter("prepare", "run0")
+        stage="prepare",
+        sources=["a", "b", "c"],
+        strict=True,
+        executor=executor,
+        meter=Meter("prepare", "run0"),
+        work=str(tmp_path),
     )
     name = tmp_path.name
     with pytest.raises(
@@ -95,7 +100,12 @@ def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them
 
 def test_a_source_that_ends_its_worker_each_time_is_left_out_and_the_others_go_on(tmp_path):
     passes = SourcePasses(
-        stage="prepare", sources=["a", "b", "c"], strict=False, executor=Through(losing), meter=Meter("prepare", "run0")
+        stage="prepare",
+        sources=["a", "b", "c"],
+        strict=False,
+        executor=Through(losing),
+        meter=Meter("prepare", "run0"),
+        work=str(tmp_path),
     )
     passes.run("metrics", tasks(tmp_path, ["x", "y", "z"]))
     assert list(passes.refused) == [1]
@@ -105,7 +115,12 @@ def test_a_source_that_ends_its_worker_each_time_is_left_out_and_the_others_go_o
 
 def test_a_source_with_an_error_is_refused_until_the_refused_ones_are_settled(tmp_path):
     passes = SourcePasses(
-        stage="prepare", sources=["a", "b", "c"], strict=False, executor=LocalExecutor(), meter=Meter("prepare", "run0")
+        stage="prepare",
+        sources=["a", "b", "c"],
+        strict=False,
+        executor=LocalExecutor(),
+        meter=Meter("prepare", "run0"),
+        work=str(tmp_path),
     )
     passes.run("metrics", tasks(tmp_path, ["a", "refused", "c"]))
     assert passes.refused == {1: f"{tmp_path}/refused: not usable"}
@@ -113,7 +128,12 @@ def test_a_source_with_an_error_is_refused_until_the_refused_ones_are_settled(tm
     with pytest.raises(UserError, match="refused: not usable"):
         passes.run("sentences", tasks(tmp_path, ["refused"]))
     strict = SourcePasses(
-        stage="prepare", sources=["a", "b", "c"], strict=True, executor=LocalExecutor(), meter=Meter("prepare", "run0")
+        stage="prepare",
+        sources=["a", "b", "c"],
+        strict=True,
+        executor=LocalExecutor(),
+        meter=Meter("prepare", "run0"),
+        work=str(tmp_path),
     )
     with pytest.raises(UserError, match="refused: not usable"):
         strict.run("metrics", tasks(tmp_path, ["refused"]))

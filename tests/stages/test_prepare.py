@@ -14,7 +14,7 @@ from mixgf.cells import counts, packed_counts, row_major
 from mixgf.config.data import QC, Prepare, Source, Tokens, Vocab
 from mixgf.corpus import prepare_passes
 from mixgf.errors import UserError
-from mixgf.execution import LocalExecutor
+from mixgf.execution import LocalExecutor, Receipt, attempt
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files, tables
@@ -137,6 +137,54 @@ def test_a_bad_source_does_not_lose_the_run_unless_strict(world, tmp_path):
     with pytest.raises(UserError, match=r"count 0\.5 of cell c17"):
         made(config, tmp_path, "only", sources=config.sources[1:2])
     assert artifacts.find(str(tmp_path / "only" / "corpus")) is None
+
+
+def losing(lost, after=1 << 30):
+    """An executor in which the second source ends the workers of one function; it dies after so many other tasks."""
+    done = []
+
+    def run(tasks):
+        for number, task in enumerate(tasks):
+            if task.source == 1 and task.function.__name__ == lost:
+                yield Receipt(number, error="it ended its worker", lost=True)
+                continue
+            if len(done) >= after:
+                raise KeyboardInterrupt
+            done.append(task)
+            yield attempt(number, task)
+
+    return Through(run)
+
+
+@pytest.mark.parametrize("lost", ["describe_source", "measure_cells"])
+def test_a_source_that_a_killed_run_left_out_stays_left_out(world, tmp_path, lost):
+    config, _ = world
+    whole = prepare.run(dataclasses.replace(config, output=str(tmp_path / "whole")), executor=losing(lost))
+    known = artifacts.require(whole, "corpus")
+    assert [r["name"] for r in known.details["refused"]] == ["bee"]
+    # it dies among the metrics, after the gene reports, and among the shards: then the source can be read
+    for after in (4, 10, 25):
+        again = dataclasses.replace(config, output=str(tmp_path / f"after{after}"))
+        with pytest.raises(KeyboardInterrupt):
+            prepare.run(again, executor=losing(lost, after))
+        uri = prepare.run(again, executor=LocalExecutor())
+        record = artifacts.require(uri, "corpus")
+        if lost == "measure_cells" and after == 4:  # the first run had not come to its end with the metrics
+            assert record.details["refused"] == []
+            assert bytes_of(uri) == bytes_of(made(config, tmp_path, "all"))
+        else:
+            assert (record.details["refused"], record.counts) == (known.details["refused"], known.counts)
+            assert bytes_of(uri) == bytes_of(whole)
+
+
+def test_a_source_that_a_killed_run_used_is_not_left_out(world, tmp_path):
+    config, _ = world
+    with pytest.raises(KeyboardInterrupt):
+        prepare.run(config, executor=losing("", after=14))  # after the gene reports
+    files.remove(f"{config.output}/corpus/work/metrics/00004.parquet")  # of the second source
+    with pytest.raises(UserError, match=r"bee\.h5ad: it ended its worker"):
+        prepare.run(config, executor=losing("measure_cells"))
+    assert bytes_of(prepare.run(config, executor=LocalExecutor())) == bytes_of(made(config, tmp_path, "whole"))
 
 
 @pytest.mark.parametrize(
