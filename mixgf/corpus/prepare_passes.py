@@ -8,7 +8,7 @@ be used raises `UserError`.
 
 Part files in the work folder (Parquet, but for the .json): sources/I.json and sources/I (facts and columns of source I),
 row_order-I and row_order/I (column-major sources as rows), counts-I/A-B (packed counts of rows [A, B)), sums/R and metrics/R
-(counts by column, and cells, of row range R), near/R (signatures of its cells), doublets/I-K (group K of calls of source I), mapping/K and
+(counts by column, and cells, of row range R), group_metrics/K (cells of group K of sources), near/R (signatures of its cells), doublets/I-K (group K of calls of source I), mapping/K and
 genes-SPECIES/K (group K of sources), genes/SPECIES, sketch/N, done/N (information on shard N).
 """
 
@@ -49,7 +49,7 @@ from mixgf.genes import identify, medians
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files
 from mixgf.storage.sealed import read_sealed, write_sealed
-from mixgf.storage.tables import read_batches, read_table, write_batches, write_table
+from mixgf.storage.tables import read_batches, read_table, write_batches, write_table, write_tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -430,8 +430,10 @@ measure_cells = Pipeline(
 
 def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, qc.Samples | None]:
     """Metrics, and samples if there are any, of consecutive row ranges."""
-    tables = [read_table(part_uri(work, "metrics", n)) for n in numbers]
-    table = pa.concat_tables(tables)
+    return _as_metrics(pa.concat_tables([read_table(part_uri(work, "metrics", n)) for n in numbers]))
+
+
+def _as_metrics(table: pa.Table) -> tuple[qc.Metrics, qc.Samples | None]:
     samples = None
     if "sample" in table.column_names:
         coded = table["sample"].combine_chunks().dictionary_encode()
@@ -440,6 +442,57 @@ def read_metrics(work: str, numbers: list[int]) -> tuple[qc.Metrics, qc.Samples 
         place = {name: i for i, name in enumerate(names)}
         samples = qc.Samples(np.array([place[n] for n in held], np.int32)[coded.indices.to_numpy()], names)
     return qc.Metrics(*(table[name].to_numpy() for name in qc.Metrics.__slots__)), samples
+
+
+GROUP_SOURCES, GROUP_CELLS = 64, 200_000
+"""Most sources, and cells of several sources, whose metrics stand in one file for the process that runs the stage."""
+_GROUPED = pa.schema([
+    ("n_counts", pa.int64()), ("n_genes", pa.int32()), ("n_mito", pa.int64()), ("hash_a", pa.uint64()), ("hash_b", pa.uint64()),
+    ("sample", pa.string()),
+])  # fmt: skip
+
+
+def group_ranges(units: Iterable[RowRange]) -> list[list[list[RowRange]]]:
+    """Row ranges by source, sources in groups. A source of more than `GROUP_CELLS` cells is alone."""
+    groups: list[list[list[RowRange]]] = []
+    free = 0
+    for _, ranges in groupby(units, key=lambda unit: unit.index):
+        mine = list(ranges)
+        cells = sum(unit.stop - unit.start for unit in mine)
+        if not groups or cells > free or len(groups[-1]) == GROUP_SOURCES:
+            groups.append([])
+            free = GROUP_CELLS
+        groups[-1].append(mine)
+        free -= cells
+    return groups
+
+
+def group_metrics(work: str, group: int, numbers: Sequence[int]) -> None:
+    """Write the metrics of row ranges as one file, so that the process that runs the stage reads few."""
+
+    def read(number: int) -> pa.Table:
+        table = read_table(part_uri(work, "metrics", number))
+        if "sample" not in table.column_names:
+            table = table.append_column("sample", pa.nulls(table.num_rows, pa.string()))
+        return table.select(_GROUPED.names).cast(_GROUPED)
+
+    write_tables(part_uri(work, "group_metrics", group), _GROUPED, files.map_reads(work, read, numbers))
+
+
+def read_group(
+    work: str, group: int, sources: Sequence[Sequence[RowRange]]
+) -> Iterator[tuple[qc.Metrics, qc.Samples | None]]:
+    """What `read_metrics` gives for each source of a group, whose file is there if it has several."""
+    if len(sources) == 1:
+        yield read_metrics(work, [unit.number for unit in sources[0]])
+        return
+    table = read_table(part_uri(work, "group_metrics", group))
+    start = 0
+    for mine in sources:
+        num = sum(unit.stop - unit.start for unit in mine)
+        part = table.slice(start, num)
+        yield _as_metrics(part if mine[0].source.sample else part.drop_columns(["sample"]))
+        start += num
 
 
 def find_doublets(

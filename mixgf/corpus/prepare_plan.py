@@ -21,7 +21,7 @@ from mixgf.cells import qc
 from mixgf.cells.doublets import MIN_SCRUBLET, plan_calls
 from mixgf.config.data import QC, Source
 from mixgf.corpus import near_hashes
-from mixgf.corpus.prepare_passes import RowRange, read_metrics
+from mixgf.corpus.prepare_passes import RowRange, group_ranges, read_group
 from mixgf.corpus.shards import part_uri
 from mixgf.genes import medians
 from mixgf.genes.identify import MappingReport
@@ -105,9 +105,10 @@ def filter_cells(
         find_doublets: runs the calls of `SourceCells.doublets` and notes the verdicts with `note_doublets`.
         find_copies: looks for cells that an earlier cell equals but for a gene filter, among the given ones (bool (rows,)).
     """
-    ranges = by_source(units)
-    found = files.map_reads(work, lambda mine: _read_source(work, mine, rules), ranges.values())
-    cells = dict(zip(ranges, found, strict=True))
+    groups = enumerate(group_ranges(units))
+    cells: dict[int, SourceCells] = {}
+    for found in files.map_reads(work, lambda group: _read_group(work, *group, rules), groups):
+        cells |= found
     if rules.doublets != "off":
         for i, c in cells.items():
             c.doublets = _plan_doublets(i, c)
@@ -136,15 +137,20 @@ def filter_cells(
     return cells
 
 
-def _read_source(work: str, units: Sequence[RowRange], rules: QC) -> SourceCells:
-    metrics, samples = read_metrics(work, [u.number for u in units])
-    return SourceCells(
-        identity=metrics.identity,
-        reason_N=qc.filter_cells(metrics, rules),
-        hashes_N=metrics.hashes if rules.drop_duplicates else None,
-        equal_sums=qc.equal_sums(metrics),
-        samples_N=samples if rules.doublets != "off" or rules.max_cells_per_sample else None,
-    )
+def _read_group(
+    work: str, group: int, sources: Sequence[Sequence[RowRange]], rules: QC
+) -> dict[int, SourceCells]:  # fmt: skip
+    """Cells of the sources of a group, after the rules that concern one source."""
+    return {
+        mine[0].index: SourceCells(
+            identity=metrics.identity,
+            reason_N=qc.filter_cells(metrics, rules),
+            hashes_N=metrics.hashes if rules.drop_duplicates else None,
+            equal_sums=qc.equal_sums(metrics),
+            samples_N=samples if rules.doublets != "off" or rules.max_cells_per_sample else None,
+        )
+        for mine, (metrics, samples) in zip(sources, read_group(work, group, sources), strict=True)
+    }
 
 
 def _plan_doublets(index: int, cells: SourceCells) -> Doublets:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from mixgf.cells.packed_counts import INT32S
 from mixgf.storage import artifacts, files
+from mixgf.storage.sealed import read_sealed
 from mixgf.storage.tables import read_table, write_table, write_tables
 
 ROW_GROUP_CELLS = 2_500
@@ -34,6 +35,25 @@ def part_uri(work: str, kind: str, name: int | str) -> str:
 def facts_uri(work: str, index: int) -> str:
     """URI of the facts of a source (JSON)."""
     return files.join(work, "sources", f"{index:05d}.json")
+
+
+def read_facts(work: str, indices: Sequence[int], *, again: bool) -> dict[int, dict[str, Any]]:
+    """Facts of sources by number. They are also written as one file, which is read if it is there.
+
+    Args:
+        work: URI of the work folder.
+        indices: numbers of the sources.
+        again: Whether facts of some sources were written since, so that all are read anew.
+    """
+    uri = part_uri(work, "facts", 0)
+    if not again and files.exists(uri):
+        table = read_table(uri)
+        found = dict(zip(table["source"].to_pylist(), map(json.loads, table["facts"].to_pylist()), strict=True))
+        if list(found) == list(indices):
+            return found
+    found = dict(zip(indices, files.map_reads(work, lambda i: read_sealed(facts_uri(work, i)), indices), strict=True))
+    write_table(uri, pa.table({"source": list(found), "facts": [json.dumps(facts) for facts in found.values()]}))
+    return found
 
 
 def shard_name(shard: int) -> str:

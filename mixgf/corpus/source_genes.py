@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from mixgf.config.data import SpeciesRow
 from mixgf.corpus.shards import part_uri
 from mixgf.genes import identify
+from mixgf.storage import files
 from mixgf.storage.tables import read_table, write_table
 
 GROUP_SOURCES = 64
@@ -64,8 +65,8 @@ def report_group(
 
 def read_reports(work: str, groups: Iterable[int]) -> Iterator[tuple[int, identify.MappingReport]]:
     """Source and its gene mapping, from the parts of `report_group`, in order."""
-    for group in groups:
-        for row in read_table(part_uri(work, "mapping", group)).to_pylist():
+    for part in files.map_reads(work, lambda group: read_table(part_uri(work, "mapping", group)), groups):
+        for row in part.to_pylist():
             yield row.pop("source"), identify.MappingReport(**row)
 
 
@@ -77,7 +78,7 @@ def collect_genes(work: str, species: str, group: int, indices: Sequence[int]) -
 
 def merge_genes(work: str, species: str, groups: Sequence[int]) -> list[str]:
     """Candidate genes of a species over all groups, ascending; also written as a part file, which the sketches read."""
-    parts = (read_table(part_uri(work, f"genes-{species}", group))["gene"] for group in groups)
+    parts = files.map_reads(work, lambda group: read_table(part_uri(work, f"genes-{species}", group))["gene"], groups)
     return _write_genes(part_uri(work, "genes", species), parts)
 
 

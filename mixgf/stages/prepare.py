@@ -35,7 +35,6 @@ from mixgf.genes.vocabulary import Vocabulary, build_vocabulary, publish_vocabul
 from mixgf.stages.fan_out import SourcePasses
 from mixgf.storage import artifacts, files, layout
 from mixgf.storage.artifacts import build_or_reuse, remove_output_if_all_rejected
-from mixgf.storage.sealed import read_sealed
 from mixgf.tracking import mlflow_runs
 
 SCHEMA = 1
@@ -209,10 +208,9 @@ class _Prepare:
             )
             for i, source in enumerate(self.sources)
         ]  # fmt: skip
-        self.passes.run("sources", tasks, "files", step=0)
+        number = self.passes.run("sources", tasks, "files", step=0)
         there = [i for i in range(len(self.sources)) if i not in self.passes.refused]
-        uris = [shards.facts_uri(self.work, i) for i in there]
-        self.facts = dict(zip(there, files.map_reads(self.work, read_sealed, uris), strict=True))
+        self.facts = shards.read_facts(self.work, there, again=number > 0)
 
     def _others(self, source: Source) -> tuple[SpeciesRow, ...]:
         return tuple(row for name, row in self.rows.items() if name != source.species)
@@ -297,6 +295,19 @@ class _Prepare:
     def _filter_cells(self, all_units: list[prepare_passes.RowRange]) -> dict[int, prepare_plan.SourceCells]:
         """All cells, by source."""
         rules = self.config.qc
+        groups = {
+            k: [u for mine in of for u in mine]
+            for k, of in enumerate(prepare_passes.group_ranges(all_units))
+            if len(of) > 1
+        }
+        tasks = [
+            Task(
+                part=shards.part_uri(self.work, "group_metrics", k), weight=sum(u.stop - u.start for u in mine),
+                function=prepare_passes.group_metrics, args=(self.work, k, [u.number for u in mine]),
+            )
+            for k, mine in groups.items()
+        ]  # fmt: skip
+        self.passes.run("metrics of the sources", tasks)
         return prepare_plan.filter_cells(
             self.work, all_units, rules, sources=self.sources, seed=self.config.seed,
             held=self.older.hashes() if self.older and rules.drop_duplicates else None,

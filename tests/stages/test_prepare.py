@@ -88,6 +88,27 @@ def test_neither_blocks_nor_the_order_of_work_change_a_byte(world, tmp_path):
     assert shards(other).equals(shards(str(tmp_path / "one" / "corpus")))
 
 
+def test_groups_of_sources_change_no_byte(world, tmp_path, monkeypatch):
+    config, _ = world
+    ant, *others = config.sources
+    config = dataclasses.replace(
+        config, sources=(dataclasses.replace(ant, sample="donor"), *others), qc=QC(min_genes=3, max_cells_per_sample=9)
+    )
+    calls = []
+    config = dataclasses.replace(config, output=str(tmp_path / "one"))
+    expected = bytes_of(prepare.run(config, executor=dying(10**9, calls)))
+    assert calls.count("group_metrics") == 1
+    for name, value, number in (("GROUP_CELLS", 40, 1), ("GROUP_CELLS", 20, 0), ("GROUP_SOURCES", 2, 1)):
+        monkeypatch.setattr(prepare_passes, name, value)
+        calls.clear()
+        output = str(tmp_path / f"{name}{value}")
+        assert (
+            bytes_of(prepare.run(dataclasses.replace(config, output=output), executor=dying(10**9, calls))) == expected
+        )
+        assert calls.count("group_metrics") == number  # of several sources
+        monkeypatch.undo()
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [1, 3])
 def test_ray_gives_what_the_loop_gives(world, tmp_path, ray_local, workers):
@@ -111,9 +132,10 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(world, tmp_path):
         total += len(made_calls)
     made_calls.clear()
     uri = prepare.run(config, executor=dying(10**9, made_calls))
-    # three sources, eight units in three passes, one gene report, genes of three species, four searches for near duplicates:
+    # three sources, eight units in three passes, one gene report, one group of metrics, genes of three species, four searches
+    # for near duplicates:
     # nothing was made twice
-    assert total + len(made_calls) == 3 + 3 * 8 + 1 + 3 + 4
+    assert total + len(made_calls) == 3 + 3 * 8 + 1 + 1 + 3 + 4
     assert bytes_of(uri) == expected
     assert not files.exists(f"{uri}/work")
     made_calls.clear()
