@@ -8,7 +8,7 @@ is not counted. Sketches are invented, and a shard is written without sentences:
 the finished corpus is opened.
 
 From object storage (moto's server on loopback), sources have few cells and few genes, and only the restart is measured, up to its
-first shard: requests, as the server counts them, and time.
+first shard: requests, as the server counts them, time, and CPU seconds of this process and of the server.
 
 Every size is measured in a process of its own. CPU seconds are those of the process that runs the stage, with all its
 threads; memory is the most that the step held.
@@ -33,6 +33,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from measure import Figure, s3_server
@@ -93,7 +94,7 @@ def _invent_source(work: str, index: int, source: Source, *, cells: int, columns
     files.write_bytes(source.uri, b"-")
     kinds = {"cell_type": "str", "donor": "str"}
     facts = {"rows": cells, "columns": num_columns, "obs": {k: k for k in kinds}, "kinds": kinds, "by_column": False,
-             "size": 1}  # fmt: skip
+             "notes": [], "size": 1}  # fmt: skip
     files.write_json(shards.facts_uri(work, index), facts)
     files.copy(columns, shards.part_uri(work, "sources", index))
     sums = rng.poisson(200, num_columns) * (rng.random(num_columns) < 0.7)
@@ -284,16 +285,18 @@ def measure_remote(num_sources: int, cells: int) -> list[dict[str, Any]]:
             with suppress(_Stopped):
                 prepare.run(of, executor=_Processes(pool, most_shards=num_sources // 2))
         s3.forget_connections()
-        first = log.read_text().splitlines()
+        (server,) = (p for p in psutil.Process().children() if "moto.server" in p.cmdline())
+        first, before = log.read_text().splitlines(), server.cpu_times()
         with (
             multiprocessing.get_context("spawn").Pool(2) as pool, suppress(_Stopped),
             steps.step("restart from S3, before its first shard"),
         ):  # fmt: skip
             prepare.run(of, executor=_Processes(pool, most_shards=0))
-        asked = log.read_text().splitlines()[len(first) :]
+        after, asked = server.cpu_times(), log.read_text().splitlines()[len(first) :]
         verbs = (re.search(r"(HEAD|GET|PUT|POST|DELETE) /(.*list-type=2)?", line) for line in asked)
         kinds = Counter("list" if verb[2] else verb[1] for verb in verbs if verb is not None)
-        steps.rows[-1] |= {"requests": sum(kinds.values()), "kinds": dict(kinds)}
+        served = after.user + after.system - before.user - before.system
+        steps.rows[-1] |= {"requests": sum(kinds.values()), "kinds": dict(kinds), "server_cpu_s": served}
     return steps.rows
 
 
@@ -313,6 +316,7 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
         bar = "60" if num_sources == REMOTE_SIZES[-1] else ""
         yield Figure(figure=f"{what}: wall", value=row["wall_s"], unit="s", bar=bar)
         yield Figure(figure=f"{what}: CPU of the driver", value=row["cpu_s"], unit="s")
+        yield Figure(figure=f"{what}: CPU of the server (moto)", value=row["server_cpu_s"], unit="s")
         yield Figure(figure=f"{what}: requests ({kinds})", value=row["requests"], unit="requests")
     for num_sources in (10, 20) if quick else SIZES:
         cells = 200 if quick else CELLS
