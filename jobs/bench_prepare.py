@@ -136,6 +136,7 @@ def _config(path: Path, output: Path, **prepare_: Any) -> Config:
         "qc.drop_duplicates=false",
         "qc.method=none",
         "qc.doublets=off",
+        "qc.near_duplicates=off",
         *(f"prepare.{k}={v}" for k, v in prepare_.items()),
     ]
     plain = override(recipes.get("default"), [f"output={output}", *rules])
@@ -306,7 +307,7 @@ from mixgf.execution import LocalExecutor
 from mixgf.stages import prepare
 from mixgf.storage import files, s3
 
-uri, small, output, rate = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+uri, small, output, rate, near = *sys.argv[1:4], float(sys.argv[4]), sys.argv[5]
 found = dict(requests=0, bytes=0, wait=0.0, copy=0)
 range_reader, remove = files.range_reader, files.remove
 
@@ -333,14 +334,26 @@ def waiting(function):
         return data
     return wait
 
+def count_copy(work):
+    for folder, _, names in os.walk(work):
+        if "/counts-" in folder:
+            found["copy"] += sum(os.path.getsize(os.path.join(folder, n)) for n in names)
+
+def removing_own(uri, kind, **options):
+    count_copy(uri + "/work")
+    remove_own(uri, kind, **options)
+
 def removing(uri):
     if uri.endswith("/work"):
-        for folder, _, names in os.walk(uri):
-            if "/counts-" in folder:
-                found["copy"] += sum(os.path.getsize(os.path.join(folder, n)) for n in names)
+        count_copy(uri)
     remove(uri)
 
-files.range_reader, s3.RangeFile._bytes, files.remove = counting, waiting(s3.RangeFile._bytes), removing
+try:
+    from mixgf.storage import layout
+    remove_own, layout.remove_own = layout.remove_own, removing_own
+except ImportError:  # older code removes the folder as a whole
+    files.remove = removing
+files.range_reader, s3.RangeFile._bytes = counting, waiting(s3.RangeFile._bytes)
 if hasattr(s3, "ReadAhead"):
     s3.ReadAhead.read = waiting(s3.ReadAhead.read)
 
@@ -348,6 +361,8 @@ def run(uri, name):
     rules = ["qc.drop_duplicates=false", "qc.method=none", "tracking.uri=off"]
     if isinstance(QC().doublets, str):  # older code looks for doublets only where it is asked to
         rules.append("qc.doublets=off")
+    if hasattr(QC(), "near_duplicates"):
+        rules.append("qc.near_duplicates=" + near)
     config = override(recipes.get("default"), [f"output={output}/{name}", *rules])
     prepare.run(replace(config, sources=(Source(uri=uri, species="human", name="cells"),)), executor=LocalExecutor())
 
@@ -374,10 +389,18 @@ print(json.dumps(found))
 """Runs `prepare` by the code of any checkout: small file, then the measured one."""
 
 
-def whole(tree: str, uri: str, small: str, folder: Path) -> dict[str, float]:
-    """What one `prepare` costs: CPU seconds, wall seconds, bytes read, requests, seconds of waiting, bytes of the copy, peak memory."""
+def whole(tree: str, uri: str, small: str, folder: Path, *, near: str = "off") -> dict[str, float]:
+    """What one `prepare` costs: CPU seconds, wall seconds, bytes read, requests, seconds of waiting, bytes of the copy, peak memory.
+
+    Args:
+        tree: checkout whose code runs.
+        uri: the source.
+        small: a source of `NUM_SMALL` cells, whose cost is subtracted.
+        folder: for the output.
+        near: `qc.near_duplicates`, where the code has it.
+    """
     output = tempfile.mkdtemp(dir=folder)
-    command = [sys.executable, "-c", _WHOLE, uri, small, output, "1e8"]
+    command = [sys.executable, "-c", _WHOLE, uri, small, output, "1e8", near]
     settings = os.environ | {"PYTHONPATH": tree}
     done = subprocess.run(command, env=settings, cwd=tree, capture_output=True, text=True, check=False)
     shutil.rmtree(output)
@@ -418,13 +441,19 @@ def whole_figures(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Fig
             if bucket:
                 files.upload(path, uri)
             found: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
+            searched: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": found["ours"]}
             for _ in range(repeats):
                 for name, tree in trees.items():
                     found[name].append(whole(tree, uri, str(small), folder))
+                if place == "gzip":
+                    searched["ours"].append(whole(trees["ours"], uri, str(small), folder, near="flag"))
 
         one = partial(_whole_figure, place, found)
         more = num_cells - NUM_SMALL
         yield one(f"CPU per cell beyond the first {NUM_SMALL}", "us", "cpu", 1e-6 * more, "1.7x")
+        if place == "gzip":
+            what = "CPU per cell with the search for near duplicates, against none"
+            yield _whole_figure(place, searched, what, "us", "cpu", 1e-6 * more)
         if bucket:
             yield one("bytes read per byte of the source", "", "bytes", size, "1.3")
             yield one("requests per 10,000 cells", "", "requests", num_cells / 1e4)
