@@ -187,6 +187,8 @@ def _load_huggingface(
         msg = "cls = True: this model knows no <cls>; leave it out"
         raise UserError(msg)
     tokens = Tokens(max_len=published.sizes.max_positions, cls=known_cls if cls is None else cls)
+    for line in huggingface.CONVENTIONS:
+        console.warn(f"load: {line}")
     return CellEncoder(model.encoder.to(device).eval(), words, tokens, rows, uri=uri)
 
 

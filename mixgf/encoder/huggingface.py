@@ -100,6 +100,12 @@ CONFIG_FIELDS = {
 }  # fmt: skip
 """Fields of `training.Model` and their Hugging Face names. Attention dropout is not imported: fused kernels need 0."""
 
+CONVENTIONS = (
+    "layer -1 is the last one here; the Geneformer family calls the second last so: take second_last, -2 (embed.layer, perturb.layer)",
+    "a cell is the mean over its genes; poolers and projection heads are not imported (embed.pooling=first is what a pooler reads)",
+)
+"""Where published models read vectors in another way: lines for their users."""
+
 
 @dataclass(frozen=True, slots=True)
 class PretrainedBert:

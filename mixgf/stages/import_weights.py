@@ -21,6 +21,7 @@ from mixgf.console import say, warn
 from mixgf.corpus.reader import Corpus
 from mixgf.encoder import checkpoint
 from mixgf.encoder.huggingface import (
+    CONVENTIONS,
     PretrainedBert,
     find_dictionary,
     place_embeddings,
@@ -139,4 +140,6 @@ def bring(settings: Config, folder: str) -> str:
             untrained=untrained[untrained >= NUM_SPECIALS],
         )  # fmt: skip
         _track_model(settings, tracked, uri, done, corpus)
+    for line in CONVENTIONS:
+        warn(f"import-weights: {line}")
     return uri

@@ -165,6 +165,11 @@ def test_genes_that_a_model_does_not_know_are_counted_and_start_anew(small, tmp_
         uri = import_weights.bring(settings(tmp_path, tracking_uri), str(small))
     assert "human: 50 of 50 genes have the model's vectors" in caplog.text
     assert "mouse: 0 of 50 genes" in caplog.text
+    assert (
+        "the Geneformer family calls the second last so: take second_last, -2 (embed.layer, perturb.layer)\n"
+        in caplog.text
+    )
+    assert "a cell is the mean over its genes; poolers and projection heads are not imported" in caplog.text
     tokens = checkpoint.load_model(uri)[0].encoder.tokens.detach()
     theirs = transformers.BertForMaskedLM.from_pretrained(small).get_input_embeddings().weight
     dictionary, genes = json.loads((small / "token_dictionary.json").read_text()), cells.vocabulary.genes()
