@@ -7,7 +7,7 @@ A mutant differs from the module in one operator, comparison, constant, conditio
 a forked process, so no file of the package changes. The process imports third-party packages once, and every mutant runs
 only the tests in `TARGETS` (no Ray, no slow tests), until one fails. Mutants come in an order drawn from their hash, so
 those tried first are a sample of all. A survivor is tried again after its tests have changed. Tests that failed for earlier
-mutants of a module run first.
+mutants of a module run first, then quick ones before slow ones.
 
 `EQUIVALENT` lists mutants that no test can tell apart, with the reason.
 """
@@ -29,20 +29,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TARGETS = {
     "stats/donors": ("stats/test_donors", "perturbation/test_gene_table"),
-    "stats/intervals": ("classification/test_metrics", "perturbation/test_reference_genes"),
-    "stats/rank_adjustment": ("stats/test_donors", "perturbation/test_gene_table"),
+    "stats/intervals": ("stats/test_intervals", "classification/test_metrics", "perturbation/test_reference_genes"),
+    "stats/rank_adjustment": ("stats/test_rank_adjustment", "stats/test_donors", "perturbation/test_gene_table"),
     "cells/qc": ("cells/test_qc", "stages/test_prepare_qc"),
     "cells/doublets": ("cells/test_qc", "stages/test_prepare_qc"),
     "training/losses": ("training/test_pretraining", "training/test_views", "training/test_parity"),
-    "training/views": ("training/test_views", "training/test_pretraining"),
-    "training/batch_plan": ("training/test_batch_plan", "corpus/test_reader"),
+    "training/views": ("training/test_views", "training/test_neighbours", "training/test_pretraining"),
+    "training/batch_plan": ("training/test_batch_plan", "training/test_neighbours", "corpus/test_reader"),
     "classification/splits": ("classification/test_splits", "classification/test_workspace"),
     "classification/metrics": ("classification/test_metrics",),
     "perturbation/operations": ("perturbation/test_operations", "perturbation/test_shift"),
@@ -191,24 +194,54 @@ def _replace_by_pass(node: Any) -> None:
             delattr(node, name)
 
 
-def run_tests(module: str, code: str | None, seconds: float, first: list[str]) -> tuple[str, str]:
+@dataclass
+class Order:
+    """Pytest plugin: runs tests in a given order, and writes how long each took."""
+
+    first: list[str]
+    """Ids of tests that run before the others."""
+    seconds: dict[str, float]
+    """How long tests take; those that take less run earlier."""
+    out: Path
+    """JSON file for what each test took."""
+    took: Counter[str] = field(default_factory=Counter)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Sort the tests."""
+        place = {name: i for i, name in enumerate(self.first)}
+        items.sort(key=lambda item: (place.get(item.nodeid, len(place)), self.seconds.get(item.nodeid, 0.0)))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add up setup, call and teardown."""
+        self.took[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the file."""
+        self.out.write_text(json.dumps(self.took))
+
+
+def run_tests(
+    module: str, code: str | None, limit: float, first: list[str], seconds: dict[str, float]
+) -> tuple[str, str, dict[str, float]]:
     """Run the tests of a module in a forked process, with other code in its place if there is some.
 
     Args:
         module: Key of `TARGETS`.
         code: Source that takes the module's place; None = its own.
-        seconds: Limit.
+        limit: Seconds until the process is ended.
         first: Ids of tests that run before the others.
+        seconds: How long each test takes, as far as known.
 
     Returns:
-        `passed`, `failed` or `timeout`; and the first failing test.
+        `passed`, `failed` or `timeout`; the first failing test; and how long each test took.
     """
     with tempfile.TemporaryDirectory(prefix="mutant") as folder:
-        log = Path(folder) / "log"
+        log, took = Path(folder) / "log", Path(folder) / "took.json"
         child = os.fork()
         if child == 0:
-            _child(module, code, Path(folder), log, first)
-        end = time.monotonic() + seconds
+            _child(module, code, Path(folder), log, Order(first, seconds, took))
+        end = time.monotonic() + limit
         outcome = "timeout"
         while time.monotonic() < end:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -221,13 +254,13 @@ def run_tests(module: str, code: str | None, seconds: float, first: list[str]) -
         if outcome == "timeout":
             os.waitpid(child, 0)
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        durations = json.loads(took.read_text()) if took.exists() else {}
     failing = next((line for line in lines if line.startswith(("FAILED ", "ERROR "))), "")
-    return outcome, failing.removeprefix("FAILED ").split(" - ")[0] or (
-        "" if outcome == "passed" else " ".join(lines[-1:])
-    )
+    by = failing.removeprefix("FAILED ").split(" - ")[0] or ("" if outcome == "passed" else " ".join(lines[-1:]))
+    return outcome, by, durations
 
 
-def _child(module: str, code: str | None, folder: Path, log: Path, first: list[str]) -> None:
+def _child(module: str, code: str | None, folder: Path, log: Path, order: Order) -> None:
     """The forked process: never returns."""
     os.setsid()
     os.chdir(ROOT)
@@ -244,15 +277,10 @@ def _child(module: str, code: str | None, folder: Path, log: Path, first: list[s
             return compiled if loader.path == original else get_code(loader, name)
 
         importlib.machinery.SourceFileLoader.get_code = patched  # type: ignore[method-assign]
-    import pytest
-
     options = ["-x", "-m", "not ray and not slow and not gpu", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=no"]
-    status = 3
+    tests, status = [f"tests/{name}.py" for name in TARGETS[module]], 3
     with contextlib.suppress(BaseException):
-        for tests in filter(None, (first, [f"tests/{name}.py" for name in TARGETS[module]])):
-            status = int(pytest.main([*tests, *options, f"--basetemp={folder / 'tmp'}"]))
-            if status in {1, 2, 3}:  # not where a test of `first` is no longer there
-                break
+        status = int(pytest.main([*tests, *options, f"--basetemp={folder / 'tmp'}"], plugins=[order]))
     os._exit(status)
 
 
@@ -279,11 +307,31 @@ def all_mutants(only: list[str]) -> list[tuple[str, Mutant, Callable[[], str]]]:
     return sorted(found, key=lambda one: one[1][0])
 
 
+def durations(module: str, where: Path) -> dict[str, float]:
+    """Seconds of each test of a module, which run once without a mutant; all must pass.
+
+    Args:
+        module: Key of `TARGETS`.
+        where: JSON file in which they are kept, so that they are not measured again before a test or the module changes.
+    """
+    known = json.loads(where.read_text()) if where.exists() else {}
+    source = (ROOT / "mixgf" / f"{module}.py").read_bytes()
+    digest = tests_digest(module) + hashlib.sha256(source).hexdigest()[:12]
+    if module not in known or known[module]["of"] != digest:
+        old = known.get(module, {"seconds": {}})["seconds"]
+        outcome, failing, seconds = run_tests(module, None, 600, [], old)
+        assert outcome == "passed", f"{module}: without a mutant the tests fail: {failing}"
+        known[module] = {"of": digest, "seconds": seconds}
+        where.write_text(json.dumps(known))
+    return known[module]["seconds"]
+
+
 def run(ledger: Path, minutes: float, only: list[str]) -> None:
     """Try mutants that have no result yet, until the time is up."""
     for name in HEAVY:
         importlib.import_module(name)
-    end, done, allowed = time.monotonic() + minutes * 60, read(ledger), {}
+    end, done = time.monotonic() + minutes * 60, read(ledger)
+    seconds: dict[str, dict[str, float]] = {}
     killers = {module: Counter[str]() for module in TARGETS}
     for ident, entry in done.items():
         if "::" in entry["by"]:
@@ -294,15 +342,12 @@ def run(ledger: Path, minutes: float, only: list[str]) -> None:
             continue
         if time.monotonic() > end:
             break
-        if module not in allowed:
-            start = time.monotonic()
-            outcome, failing = run_tests(module, None, 600, [])
-            assert outcome == "passed", f"{module}: the tests fail without a mutant: {failing}"
-            allowed[module] = 3 * (time.monotonic() - start) + 15
+        if module not in seconds:
+            seconds[module] = durations(module, ledger.with_suffix(".seconds.json"))
         start = time.monotonic()
-        outcome, failing = run_tests(
-            module, code(), allowed[module], [name for name, _ in killers[module].most_common(6)]
-        )
+        limit = 3 * sum(seconds[module].values()) + 30
+        first = [name for name, _ in killers[module].most_common(6)]
+        outcome, failing, _ = run_tests(module, code(), limit, first, seconds[module])
         entry = {
             "id": f"{module}:{ident}", "outcome": outcome, "kind": kind, "line": line, "before": before, "after": after, "by": failing,
             "seconds": round(time.monotonic() - start, 1), "tests": tests_digest(module),

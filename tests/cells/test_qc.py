@@ -291,3 +291,105 @@ def test_scrublet_against_labelled_doublets(name, sample, floor):
         called, right = called + verdict.sum(), right + (verdict & truth[of == one]).sum()
     assert np.mean(areas) > floor
     assert right > 0.5 * called > 0  # what is dropped is mostly doublets, of 9 to 36 % in the file
+
+
+def test_cells_of_equal_sums_are_told_and_raw_counts_are_not():
+    def told(sums):
+        return qc.equal_sums(metrics_of(sums))
+
+    assert told([10_000] * 20) == 10_000
+    assert told([10_000] * 19 + [0]) == 0  # 19 cells with counts are too few
+    assert told([12_345] * 20) == 12_300  # three digits
+    assert told([49] * 20) == 0
+    assert told([50] * 20) == 50
+    assert told([10_000] * 15 + [10_200] * 15) in {10_000, 10_100, 10_200}  # a spread of 2 %
+    assert told([10_000] * 15 + [10_203] * 15) == 0
+    assert told([10_000] * 297 + [1, 99_999]) == 10_000  # fewer than one in a hundred differ
+    assert told([10_000] * 96 + [1] * 4) == 0
+    assert told(np.random.default_rng(0).poisson(1_000, 200)) == 0
+
+
+def test_mad_rule_is_exact_at_the_bound_by_hand():
+    # depths e^k - 1, whose logs are k: the median is 11, the MAD 1
+    depth = [round(np.expm1(k)) for k in (10, 10, 11, 11, 12, 12, 11, 10, 12)]
+    near, far = round(0.99 * np.expm1(14.0)), round(1.01 * np.expm1(14.0))
+    reason = qc.filter_cells(metrics_of([*depth, near, far]), QC(method="mad", num_mads=3))
+    assert np.flatnonzero(reason).tolist() == [10]
+    # shares of 10,000: log1p of 0, 10 and 100 counts in 10,000
+    mito = qc.filter_cells(
+        metrics_of([10_000] * 9, n_mito=[0, 0, 0, 0, 10, 10, 10, 10, 3000]), QC(method="mad", num_mads=2)
+    )
+    assert [qc.REASONS[r] for r in mito[-1:]] == ["mito"]
+    assert (mito[:-1] == qc.KEPT).all()
+
+
+def test_cells_at_a_limit_are_kept():
+    rules = QC(method="none", min_genes=7, max_mito_fraction=0.25)
+    reason = qc.filter_cells(metrics_of([100] * 4, n_genes=[6, 7, 7, 7], n_mito=[0, 0, 25, 26]), rules)
+    assert [qc.REASONS[r] for r in reason] == ["few_genes", "kept", "kept", "mito"]
+
+
+def test_without_cells_of_enough_genes_nothing_is_measured():
+    for method in ("sd", "mad", "none"):
+        reason = qc.filter_cells(metrics_of([5, 9], n_genes=[1, 1]), QC(method=method))
+        assert (reason == qc.FEW_GENES).all()
+        assert not len(qc.filter_cells(metrics_of([]), QC(method=method)))
+
+
+def test_a_cap_of_one_sample_and_of_none_by_hand():
+    reason = np.zeros(9, dtype=np.int8)
+    qc.cap_per_sample(reason, None, 4, "source", 0)
+    assert (reason == qc.KEPT).sum() == 4
+    assert (reason == qc.CAP).sum() == 5
+    other = np.zeros(9, dtype=np.int8)
+    qc.cap_per_sample(other, None, 4, "another source", 0)
+    assert other.tolist() != reason.tolist()
+    drawn = np.zeros(9)
+    for seed in range(600):  # every cell is kept as often
+        one = np.zeros(9, dtype=np.int8)
+        qc.cap_per_sample(one, None, 4, "source", seed)
+        drawn += one == qc.KEPT
+    assert np.abs(drawn / 600 - 4 / 9).max() < 4 * np.sqrt(4 / 9 * 5 / 9 / 600)
+
+
+def test_metrics_leave_out_columns_that_are_no_genes_and_add_to_sums():
+    x = sparse.csr_array(np.array([[5, 7, 2], [0, 1, 0]]))
+    sums = np.array([10, 20, 30])
+    found = qc.cell_metrics(
+        x.data.astype(np.int32), x.indices.astype(np.int32), x.indptr.astype(np.int64),
+        counted_G=np.array([True, True, False]), mito_G=np.array([False, True, True]),
+        candidate_G=np.array([True, True, True]), key_G=np.array([1, 2, 3], np.uint64), sums_G=sums,
+    )  # fmt: skip
+    assert (found.n_counts.tolist(), found.n_mito.tolist(), found.n_genes.tolist()) == ([12, 1], [7, 1], [2, 1])
+    assert sums.tolist() == [15, 28, 30]
+    assert found.hash_a[1] != 0
+    without = measure([[5, 7, 0], [0, 1, 0]])[0]
+    assert (found.hash_a.tolist(), found.hash_b.tolist()) == (without.hash_a.tolist(), without.hash_b.tolist())
+
+
+def test_hashes_of_counts_are_those_of_earlier_versions():
+    """A corpus that is extended finds the cells of the older part, and an audit those of a published model."""
+    found, _ = measure([[1, 2, 3], [0, 0, 70_000]], key=[11, 2**63 + 5, 7])
+    assert found.hash_a.tolist() == [0x49BD281DB9592DBE, 0xF590E591F7B30408]
+    assert found.hash_b.tolist() == [0x8C1DB9A2AFC45414, 0x77CE6C65AF1F7495]
+    assert found.identity.startswith("ff314e48317d58dc")
+
+
+def test_scrublet_is_called_as_its_authors_have_it(monkeypatch):
+    scanpy = pytest.importorskip("scanpy")
+    pytest.importorskip("skimage", reason="scanpy's Scrublet needs scikit-image")
+    plain, seen = scanpy.pp.scrublet, []
+
+    def spy(cells, **given):
+        seen.append(given)
+        return plain(cells, **given)
+
+    monkeypatch.setattr(scanpy.pp, "scrublet", spy)
+    rng = np.random.default_rng(0)
+    programs = rng.lognormal(0, 1.5, (3, 200))
+    counts = rng.poisson(programs[np.arange(90) % 3])
+    x = sparse.csr_array(counts)
+    scrublet(x.data.astype(np.int32), x.indices, x.indptr, 200, rate=0.07, seed=5)
+    (given,) = seen
+    assert (given["n_prin_comps"], given["expected_doublet_rate"], given["random_state"]) == (30, 0.07, 5)
+    assert given["use_approx_neighbors"] is False

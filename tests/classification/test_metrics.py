@@ -281,3 +281,77 @@ def test_rejection_by_hand_and_against_scikit_learn() -> None:
     assert found["rejected"].value == pytest.approx((confidence[unseen] < limit).mean(), abs=0.05)
     assert found["auroc"].low < found["auroc"].value < found["auroc"].high
     assert by == "donor"
+
+
+def test_the_calibration_error_is_over_fifteen_bins_that_hold_their_upper_edge() -> None:
+    rng = np.random.default_rng(3)
+    true, predicted = rng.integers(0, 3, 300), rng.integers(0, 3, 300)
+    confidence = np.concatenate([np.arange(1, 16) / 15, [1e-9, 1.0], rng.uniform(0, 1, 283)])
+    right = (true == predicted).astype(float)
+    gap = 0.0
+    for k in range(15):
+        mine = (confidence > k / 15 + 1e-12) & (confidence <= (k + 1) / 15 + 1e-12)
+        gap += abs((right - confidence)[mine].sum())
+    assert value("ece", true, predicted, confidence, 3).value == pytest.approx(gap / 300)
+
+
+def test_the_p_of_a_difference_over_cells_is_normal_with_the_spread_of_the_bootstrap() -> None:
+    # 30 of 100 cells are right only in the model, 10 only in the baseline: accuracy + .2, standard error sqrt(.4 - .04) / 10
+    true = np.zeros(100, int)
+    model, baseline = np.repeat([0, 1, 0], [30, 10, 60]), np.repeat([1, 0, 0], [30, 10, 60])
+    found = compare(
+        true_M=true, model_M=model, baseline_M=baseline, cells_M=np.arange(100), donors_M=np.full(100, "d"), seeds_M=true,
+        num_classes=2, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    assert found.by == "cell"
+    assert found.accuracy.value == pytest.approx(0.2)
+    assert found.accuracy.high - found.accuracy.low == pytest.approx(2 * 1.96 * 0.06, rel=0.1)
+    assert np.log(found.accuracy.p) == pytest.approx(np.log(2 * stats.norm.sf(0.2 / 0.06)), rel=0.15)
+    assert found.p_mcnemar == pytest.approx(stats.binomtest(30, 40).pvalue)
+
+
+def test_a_p_of_exactly_the_level_is_a_win() -> None:
+    assert outcomes(np.array([0.1, -0.1, 0.0]), np.array([0.05, 0.05, 0.0501])) == ["win", "loss", "tie"]
+
+
+def test_differences_are_means_over_seeds_of_differences_within_a_seed() -> None:
+    # seed 0 tests 2 cells, seed 1 tests 8: macro F1 is 1 and 0 in seed 0, equal in seed 1
+    true = np.array([0, 1, *[0, 1] * 4])
+    model, baseline = true.copy(), np.array([1, 0, *[0, 1] * 4])
+    seeds = np.array([7, 7, *[9] * 8])
+    found = compare(
+        true_M=true, model_M=model, baseline_M=baseline, cells_M=np.arange(10), donors_M=np.full(10, "d"), seeds_M=seeds,
+        num_classes=2, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    assert (found.accuracy.value, found.macro_f1.value) == pytest.approx((0.5, 0.5))
+
+
+def test_the_limit_of_rejection_lets_95_percent_of_the_known_cells_pass() -> None:
+    # 20 known cells: one may be refused, the lowest; unseen cells at its probability are refused, those above are not
+    confidence = np.concatenate([np.linspace(0.3, 0.9, 20), [0.2, 0.3, 0.34, 0.8]])
+    unseen = np.arange(24) >= 20
+    found, _ = rejection(confidence, unseen, np.full(24, "d"), rng=np.random.default_rng(0))
+    assert found["rejected"].value == 0.5
+    assert found["auroc"].value == pytest.approx(metrics.roc_auc_score(unseen, -confidence))
+    few, _ = rejection(confidence[1:], unseen[1:], np.full(23, "d"), rng=np.random.default_rng(0))
+    assert few["rejected"].value == 0.5  # of 19 known cells none may be refused: below the lowest, .33
+
+
+def test_a_resample_without_unseen_cells_says_nothing_for_or_against() -> None:
+    confidence, unseen = np.array([0.1, *np.linspace(0.5, 0.9, 30)]), np.arange(31) < 1
+    found, _ = rejection(confidence, unseen, np.full(31, "d"), rng=np.random.default_rng(0))
+    assert found["auroc"].value == 1.0
+    assert found["auroc"].low == 0.5  # a third of the resamples lack the only unseen cell
+
+
+def test_scores_of_donors_are_bounded_and_their_differences_are_not() -> None:
+    true = np.zeros(400, dtype=np.int64)
+    predicted = np.concatenate([np.repeat([0, 1], [n, 100 - n]) for n in (100, 99, 100, 60)])
+    found, by = score(true, predicted, np.ones(400), donors_of([100] * 4), 2, rng=np.random.default_rng(0))
+    assert by == "donor"
+    assert 0 < found["accuracy"].low < found["accuracy"].value < found["accuracy"].high < 1
+    difference = compare(
+        true_M=true, model_M=true, baseline_M=predicted, cells_M=np.arange(400), donors_M=donors_of([100] * 4),
+        seeds_M=true, num_classes=2, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    assert difference.accuracy.low < 0 < difference.accuracy.p < 1

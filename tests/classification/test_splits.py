@@ -1,5 +1,7 @@
 """Laws of splits: disjoint, complete, a function of names, and honest about donors and species."""
 
+import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -254,3 +256,51 @@ def test_a_type_left_out_has_test_cells_and_no_training_cell() -> None:
         assert set(data.labels[split.train]) == set(split.classes)
         assert set(split.validation) < set(split.train)
     assert len({s.name for s in found}) == len(found)
+
+
+def test_the_splits_of_a_seed_are_those_of_earlier_versions() -> None:
+    """A classification that an earlier version began is extended by models on the same cells."""
+    data = table(cells=1500)
+    donors = data.donors.copy()
+    donors[::17] = UNKNOWN
+    data = splits.capped(replace(data, donors=donors), Classify(max_cells=430), seed=5)
+    settings = replace(ALL, label_shares=(0.02, 0.3), unseen_types=2, min_class_fraction=0.02)
+    made = make(data, settings, seed=5)
+    text = json.dumps([
+        [s.name, s.task, s.classes, s.dropped, s.donors, [data.names[rows].tolist() for rows in (s.train, s.validation, s.test)]]
+        for s in made
+    ])  # fmt: skip
+    assert (len(made), hashlib.sha256(text.encode()).hexdigest()[:16]) == (54, "4670933ea682f7a4")
+
+
+def test_a_split_says_in_one_line_what_it_holds_out() -> None:
+    one = make(table(), replace(ALL, splits=("species",), seeds=1), seed=0)[0]
+    assert one.name == "pancreas: species, human>mouse, seed 0"
+    assert replace(one, share=0.05, direction="").name == "pancreas: species, seed 0, 5% of the labels"
+    assert replace(one, unseen="beta").name == "pancreas: species, human>mouse, seed 0, without beta"
+    assert [replace(one, **some).whole for some in ({}, {"share": 0.5}, {"unseen": "beta"})] == [True, False, False]
+    assert one.task == {"group": "pancreas", "split": "species", "direction": "human>mouse", "seed": 0}
+
+
+def test_a_type_is_rare_below_the_fraction_or_the_least_number_and_not_at_them() -> None:
+    labels = np.repeat(["a", "b", "c"], [90, 8, 2])
+    rows = np.arange(100)
+    assert splits.without_rare_types(rows, labels, 0.08, least=2)[1] == {"rare type: c": 2}
+    assert splits.without_rare_types(rows, labels, 0.02, least=2)[1] == {}
+    assert splits.without_rare_types(rows, labels, 0.02, least=3)[1] == {"rare type: c": 2}
+    kept, _ = splits.without_rare_types(rows[::2], labels, 0.05, least=1)  # shares are of the given rows
+    assert kept.tolist() == rows[:98:2].tolist()
+
+
+def test_donors_are_held_out_until_the_share_is_reached_and_one_stays() -> None:
+    """Donors of 30, 20 and 50 cells: 30 % are one donor of 30 or 50, or 20 and one more. 90 % are two donors."""
+    size = {"x": 30, "y": 20, "z": 50}
+    donors = np.repeat(list(size), list(size.values()))
+    data = replace(table(cells=100), labels=np.tile(["a", "b"], 50), groups=np.full(100, "g"), donors=donors)
+    for fraction in (0.1, 0.3, 0.9):
+        found = make(data, replace(ALL, splits=("donor",), seeds=3, test_fraction=fraction), seed=0)
+        assert len(found) == 3
+        for split in found:
+            cells = [size[d] for d in split.donors]
+            assert len(split.donors) == 2 or sum(cells) >= fraction * 100
+            assert sum(cells) - max(cells) < fraction * 100

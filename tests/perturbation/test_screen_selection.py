@@ -111,3 +111,73 @@ def test_everything_drawn_is_scored_and_the_draws_share_follows_the_best():
     assert not len(
         draw_similar(np.full((5, 2), NAN), np.array([1]), 3, taken=np.array([], int), rng=np.random.default_rng(0))
     )
+
+
+def test_agreement_needs_three_genes_that_differ_and_looks_for_a_tenth_among_a_fifth():
+    two = estimate_agreement(np.array([1.0, 2]), np.array([1.0, 2]))
+    assert math.isnan(two.spearman)
+    assert math.isnan(two.recall)
+    assert estimate_agreement(np.array([1.0, 2, 4]), np.array([1.0, 2, 3])).spearman == pytest.approx(1.0)
+    assert math.isnan(estimate_agreement(np.arange(5.0), np.ones(5)).spearman)
+    exact = np.arange(21.0)  # its top are three genes, looked for among six
+    estimate = exact.copy()
+    estimate[[20, 19]] = [15.5, 13.5]  # places four and seven
+    assert estimate_agreement(estimate, exact).recall == pytest.approx(2 / 3)
+    assert estimate_agreement(exact, exact).reaches(1.0 - 1e-9)
+
+
+def test_strata_are_fifths_of_each_feature_and_shares_add_up():
+    features = np.stack([np.arange(100.0), np.arange(100.0)[::-1]], axis=1)
+    wanted = np.array([0, 1, 2, 25, 99])  # three in the first fifth, one each in the second and the last
+    drawn = draw_similar(features, wanted, 10, taken=np.array([], int), rng=np.random.default_rng(0))
+    assert np.bincount(drawn // 20, minlength=5).tolist() == [6, 2, 0, 0, 2]
+    drawn = draw_similar(features, wanted, 7, taken=np.array([], int), rng=np.random.default_rng(0))
+    assert len(drawn) == 7
+    every = draw_similar(features, wanted, 500, taken=np.array([3, 4]), rng=np.random.default_rng(0))
+    assert every.tolist() == [k for k in range(100) if k // 20 in {0, 1, 4} and k not in {3, 4}]
+    one = np.stack([np.arange(100.0), np.arange(100) % 2 * 1.0], axis=1)  # two features: a gene's stratum is of both
+    drawn = draw_similar(one, np.array([0, 2]), 500, taken=np.array([], int), rng=np.random.default_rng(0))
+    assert drawn.tolist() == list(range(0, 20, 2))
+    for none in (
+        draw_similar(features, wanted, 0, taken=wanted[:0], rng=np.random.default_rng(0)),
+        draw_similar(features, wanted[:0], 5, taken=wanted[:0], rng=np.random.default_rng(0)),
+    ):
+        assert not len(none)
+
+
+def test_sets_among_the_wanted_draw_nothing_like_them():
+    features = np.arange(40.0)[:, None].repeat(2, 1)
+    features[7] = NAN
+    drawn = draw_similar(features, np.array([7, 30]), 6, taken=np.array([], int), rng=np.random.default_rng(0))
+    assert len(drawn) == 6
+    assert 7 not in drawn
+    assert (np.abs(drawn - 28) <= 5).all()
+
+
+def test_with_two_operations_and_both_directions_each_end_gets_half_of_the_number():
+    rng = np.random.default_rng(5)
+    estimates = rng.normal(size=(2, 60))
+    found = shortlist(estimates, top=3, sample=0, rng=0, direction="both")
+    ends = [np.argsort(sign * row)[:2] for row in estimates for sign in (1, -1)]  # two of each end: 3 / 2, rounded up
+    assert sorted(found.top.tolist()) == sorted(set(np.concatenate(ends).tolist()))
+    assert len(found.rest) == 60 - len(found.top)
+
+
+def test_a_gene_with_an_estimate_of_one_operation_takes_part_and_is_drawn():
+    estimates = np.array([[NAN, 5.0, 1, 2], [9.0, NAN, 3, 4]])
+    found = shortlist(estimates, top=1, sample=0, rng=0)
+    assert found.top.tolist() == [0, 1]
+    assert found.rest.tolist() == [3, 2]
+    assert shortlist(estimates, top=1, sample=9, rng=0).sample.tolist() == [0, 1, 2, 3]
+
+
+def test_the_genes_like_the_best_are_like_those_of_the_sample_too():
+    """The best of the sample count among the wanted, since they are as extreme."""
+    estimates = np.arange(100.0)[None]  # gene 99 is the best; features follow the number
+    found = shortlist(estimates, top=20, sample=100, rng=0, nulls=10)
+    assert not len(found.matched)
+    assert found.drawn.tolist() == list(range(100))
+    found = shortlist(estimates, top=20, sample=50, rng=0, nulls=8)
+    alike = np.setdiff1d(found.drawn, found.sample)
+    assert len(alike) == 8
+    assert (alike >= 80).all()

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -161,3 +163,56 @@ def test_shards_are_counted_by_species_with_empty_ones_among_them():
     made = batch_plan.BatchPlan(np.ones(6, np.int32), species, [0, 3, 0, 0, 2, 1, 0], seed=0, batch_cells=2)
     assert made._counts_SP.tolist() == [[0, 0, 0], [1, 0, 2], [0, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
     assert batch_plan.BatchPlan(np.ones(0, np.int32), species[:0], [0], seed=0, batch_cells=2).steps_per_epoch == 0
+
+
+def digest(arrays):
+    return hashlib.sha256(b"".join(np.asarray(a).astype("<i8").tobytes() for a in arrays)).hexdigest()[:16]
+
+
+def test_the_order_of_a_seed_is_that_of_earlier_versions():
+    """A training that an earlier version began goes on with the cells that it has not seen."""
+    lengths = np.random.default_rng(0).integers(1, 60, 1010).astype(np.int32)
+    rows, species = [100, 10, 330, 70, 200, 20, 280], (np.arange(1010) // 37 % 3).astype(np.int8)
+    plans = [
+        batch_plan.BatchPlan(lengths, species, rows, seed=3, batch_cells=8, window_shards=2, group_batches=5, species_mix=mix)
+        for mix in (None, {0: 0.2, 1: 0.5, 2: 0.3})
+    ]  # fmt: skip
+    plans.append(
+        batch_plan.BatchPlan(lengths, species, rows, seed=3, batch_cells=2)
+    )  # the sizes of windows and groups in use
+    steps = [0, 1, 13, 60, 125, 126, 127, 128, 260, 400, 503, 505, 620]
+    found = [digest([p.batch(k) for k in steps] + [p.window_shards_of(k) for k in steps]) for p in plans]
+    groups = (np.arange(1010) // 101 % 4 + (np.arange(1010) > 990) * 3).astype(np.int32)
+    of_sets = batch_plan.DataSetPlan(lengths, species, rows, groups, seed=3, batch_cells=16)
+    found.append(digest([of_sets.batch(k) for k in (*steps, 1500, 4000)] + [of_sets.share(70, 1, 3).slots_B]))
+    assert found == ["202617aac03feb6d", "51241e25ebb17642", "07e6a1fff5d25efb", "7ccc227b291ccc74"]
+
+
+def test_padding_counts_the_longest_cell_wherever_it_stands():
+    lengths = np.array([9, 1, 1, 1], dtype=np.int32)  # cell 0 is the longest: four cells as long as it, for 12 tokens
+    assert batch_plan.padding_ratios(lengths, 4) == {"random": 3.0, "grouped": 3.0}
+
+
+def test_batches_are_grouped_by_length_among_so_many_only(monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 60, 64).astype(np.int32)
+    wide = batch_plan.padding_ratios(lengths, 4)
+    monkeypatch.setattr(batch_plan, "GROUP_BATCHES", 1)
+    assert batch_plan.padding_ratios(lengths, 4)["grouped"] == batch_plan.padding_ratios(lengths, 4)["random"]
+    assert wide["grouped"] < 1.1 < wide["random"]
+
+
+def test_the_last_batch_of_an_epoch_holds_what_is_left_and_the_next_epoch_begins_anew():
+    p = make(batch_cells=8)
+    assert p.steps_per_epoch == 13
+    assert len(p.batch(12)) == 5
+    assert p.share(12, 0, 1).epoch == 0
+    assert p.share(13, 0, 1).epoch == 1
+    assert sorted(np.concatenate([p.batch(step) for step in range(13, 26)])) == list(range(101))
+
+
+def test_a_share_of_0_leaves_a_species_out_and_shares_below_0_are_refused():
+    p = make(mix={0: 1.0, 1: 0.0})
+    assert set(p.species[np.concatenate([p.batch(step) for step in range(p.steps_per_epoch)]) % 101]) == {0}
+    for mix in ({0: 1.0, 1: -0.5}, {0: 0.0, 1: 0.0}, {0: 1.0, 2: 1.0}):
+        with pytest.raises(errors.UserError, match=r"shares above 0 to species that the corpus has"):
+            make(mix=mix)

@@ -126,3 +126,57 @@ def test_places_looked_at_by_hand():
     found = views.merge_query_positions(at, begins[:0], offsets)
     assert [x.tolist() for x in found] == [[0, 3, 9], [0, 1, 2], [], [0, 2, 2, 3, 3]]
     assert [len(x) for x in views.merge_query_positions(at[:0], begins[:0], offsets[:1])] == [0, 0, 0, 1]
+
+
+def test_thinned_genes_are_the_plain_ones_draw_by_draw():
+    """Each gene by a draw of its own; special tokens and first tokens stay, and masked genes may go."""
+    lengths, visits = np.array([40, 0, 1, 30]), np.array([7, 8, 10**12, 2])
+    offsets = packed.offsets_of(lengths)
+    tokens = np.random.default_rng(0).integers(0, 6, offsets[-1]).astype(np.int32)
+    found, bounds = views.subsample_genes((tokens, offsets), visits, 0.4, (5, 6, 1))
+    cell, place = np.repeat(np.arange(4), lengths), np.concatenate([np.arange(n) for n in lengths])
+    keep = (rng.uniform(5, 6, 1, visits[cell], place, 3) < 0.4) | (place == 0) | ((tokens < 3) & (tokens != MASK))
+    assert found.tolist() == tokens[keep].tolist()
+    assert np.diff(bounds).tolist() == np.bincount(cell[keep], minlength=4).tolist()
+    assert 20 < len(found) < 60
+
+
+def test_sides_are_fair_coins_of_token_and_key():
+    side = views.gene_sides(10_000, (3, 4))
+    assert side.tolist() == (rng.uniform(3, 4, 5, np.arange(10_000)) < 0.5).tolist()
+    assert side.mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_genes_of_a_side_by_hand():
+    side = np.array([False, False, False, True, True, False, False])
+    tokens, offsets = np.array([CLS, 3, 5, 4, 6, 5, 3], np.int32), np.array([0, 4, 6, 6, 7])
+    (out, bounds), places = views.genes_of_side((tokens, offsets), side)
+    # <cls> stays; the second cell has no gene of the side and keeps its first token; the third is empty
+    assert out.tolist() == [CLS, 3, 4, 6, 3]
+    assert bounds.tolist() == [0, 3, 4, 4, 5]
+    assert places.tolist() == [0, 1, 3, 0, 0]
+
+
+def test_with_two_other_species_each_cell_is_translated_to_one_drawn_evenly(make_corpus):
+    uri = make_corpus([5, 5, 5], [0, 1, 2], [3], names=("human", "mouse", "rat"))
+    vocabulary = reader.Corpus(uri).vocabulary
+    translate = views.Translator(vocabulary, species.orthologs((f"{uri}/orthologs.parquet",)))
+    num = 3000
+    kinds, visits = np.arange(num) % 3, np.arange(num) + 50
+    tokens = (3 + 40 * kinds + 7).astype(np.int32)  # gene 7 of the own species, an ortholog in both others
+    (out, bounds), found = translate((tokens, np.arange(num + 1)), visits, kinds, (8, 9))
+    assert found.all()
+    assert bounds.tolist() == list(range(num + 1))
+    draw = rng.uniform(8, 9, visits, 4)
+    others = np.array([[1, 2], [0, 2], [0, 1]])
+    assert out.tolist() == (3 + 40 * others[kinds, (draw >= 0.5).astype(int)] + 7).tolist()
+    assert np.bincount((out - 3) // 40, minlength=3) == pytest.approx([1000] * 3, abs=130)
+
+
+def test_special_tokens_are_no_translation_and_stay_in_one(corpus, uri):
+    translate = views.Translator(corpus.vocabulary, species.orthologs((f"{uri}/orthologs.parquet",)))
+    tokens, offsets = np.array([CLS, 30, CLS, 3, MASK], np.int32), np.array([0, 2, 5])
+    (out, bounds), found = translate((tokens, offsets), np.arange(2), np.array([0, 0]), (0, 0))
+    assert found.tolist() == [False, True]  # <cls> and a gene without an ortholog: no translation
+    assert out.tolist() == [CLS, 30, CLS, 43, MASK]
+    assert bounds.tolist() == [0, 2, 5]
