@@ -6,6 +6,9 @@ training and prediction. Baseline: logistic regression on z-scored variable gene
 Then the genes of a new data set, decided on validation cells: a model is trained on one file, and tested on cells of the same file in
 which the genes are zero that another file never detects. It reads the genes of both files, or (baseline) all genes.
 
+Then the strength of the regressions' penalty, which is the same on all data: `genes_logreg` and `pca_logreg` with the strength that
+cross-validation inside the training cells prefers, beside the fixed one (baseline). Most cells of a file: `MOST_CELLS`; five splits.
+
 Inputs: labelled cells in MIXGF_SHARED/data/h5ad/.
 """
 
@@ -22,10 +25,11 @@ from bench_doublets import folder
 from measure import Figure
 from scipy import sparse
 
-from mixgf.classification import registry, splits
+from mixgf.classification import linear_start, registry, simple_classifiers, splits
 from mixgf.classification.labels import Labelled
 from mixgf.classification.models.baselines import GenesLogisticRegression
-from mixgf.classification.models.protocol import CountsModel, problem_of
+from mixgf.classification.models.protocol import CountMatrix, CountsModel, Problem, problem_of
+from mixgf.classification.readings import fit_reading
 from mixgf.config.classification import Classify
 from mixgf.config.run import Config
 
@@ -35,6 +39,7 @@ SETS = ("lung_mouse_zilionis", "immune_mouse_tabulamuris", "pbmc_human_pbmc3k")
 def read(path: Path) -> tuple[sparse.csr_matrix, Labelled, np.ndarray]:
     """Raw counts, labelled cells and ids of the genes of one file, as one data set of one donor."""
     data = anndata.read_h5ad(path)
+    data = data[~data.obs["cell_type"].astype(str).isin(["", "nan", "unknown"]).to_numpy()]
     same = np.full(data.n_obs, path.stem)
     labels = data.obs["cell_type"].astype(str).to_numpy().astype(np.str_)
     table = Labelled(
@@ -68,6 +73,72 @@ def new_genes(config: Config) -> Iterator[Figure]:
         yield Figure(figure=label, value=scores[0], unit="F1", baseline=scores[1], ratio=scores[0] / scores[1])
 
 
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+"""scikit-learn's `C` that are tried."""
+MOST_CELLS = 750
+LABELLED = (
+    "brain_mouse_marques", "cellline_human_hashing", "cellline_human_scmixology", "gut_mouse_mca", "immune_mouse_tabulamuris",
+    "kidney_mouse_tabulamuris", "lung_mouse_zilionis", "pancreas_human_baron", "pancreas_mouse_baron", "pbmc_human_kang_ifnb",
+    "pbmc_human_pbmc3k", "spleen_mouse_jaitin",
+)  # fmt: skip
+
+
+def nested_strength(config: Config) -> Iterator[Figure]:
+    """Macro F1 with the strength chosen inside the training cells beside that with the fixed one; of each file, and their mean."""
+    fixed = simple_classifiers.STRENGTH
+    means: dict[str, list[tuple[float, float]]] = {"genes_logreg": [], "pca_logreg": []}
+    for name in LABELLED:
+        counts, table, _ = read(folder() / f"{name}.h5ad")
+        capped = splits.capped(table, config.classify, seed=0)
+        counts = counts[capped.cells]
+        found: dict[str, list[tuple[float, float]]] = {head: [] for head in means}
+        for split in splits.make(capped, config.classify, seed=0):
+            problem = problem_of(capped, split, config, counts[split.train], counts[split.test])
+            true = split.ids(capped.labels[split.test])
+            for head, scores in found.items():
+                by_strength = _scores(problem, true, components=head == "pca_logreg")
+                chosen = max(STRENGTHS, key=lambda c: (by_strength[c][0], c == fixed))
+                scores.append((by_strength[chosen][1], by_strength[fixed][1]))
+        for head, scores in found.items():
+            means[head].append((float(np.mean([a for a, _ in scores])), float(np.mean([b for _, b in scores]))))
+            yield _beside(f"{head} on {name}", *means[head][-1])
+    for head, several in means.items():
+        gap = np.array([a - b for a, b in several])
+        error = gap.std(ddof=1) / len(gap) ** 0.5
+        label = (
+            f"{head}, mean of {len(gap)} files (difference {gap.mean():+.4f}, standard error over files {error:.4f})"
+        )
+        yield _beside(label, *(float(np.mean(side)) for side in zip(*several, strict=True)))
+
+
+def _beside(label: str, chosen: float, fixed: float) -> Figure:
+    label = f"{label}: strength chosen inside the training cells / fixed, macro F1"
+    return Figure(figure=label, value=chosen, unit="F1", baseline=fixed, ratio=chosen / fixed)
+
+
+def _scores(problem: Problem[CountMatrix], true: np.ndarray, *, components: bool) -> dict[float, tuple[float, float]]:
+    """By strength, macro F1 of left-out training cells (three folds) and of the test cells."""
+    reading = fit_reading(problem, "expression", components=components, length="common" if components else "cell")
+    train, target = reading(problem.train), reading(problem.target)
+    fold = linear_start.folds(problem.labels, problem.seed(7))
+
+    def predict(rows: np.ndarray, cells: np.ndarray, strength: float) -> np.ndarray:
+        head = simple_classifiers.logistic_regression(
+            train[rows], problem.labels[rows], problem.num_classes, strength=strength, balanced=True
+        )
+        return head(cells).argmax(1)
+
+    out = {}
+    for strength in STRENGTHS:
+        said = problem.labels.copy()
+        for k in np.unique(fold[fold >= 0]):
+            said[fold == k] = predict(fold != k, train[fold == k], strength)
+        inside = macro_f1(problem.labels[fold >= 0], said[fold >= 0], np.unique(problem.labels[fold >= 0]).tolist())
+        test = macro_f1(true, predict(fold >= -1, target, strength), np.unique(true).tolist())
+        out[strength] = inside, test
+    return out
+
+
 def figures(*, quick: bool = False) -> Iterator[Figure]:
     """All figures."""
     config = Config(classify=Classify(splits=("random",)))
@@ -90,4 +161,6 @@ def figures(*, quick: bool = False) -> Iterator[Figure]:
         for head, (f1, cpu) in found.items():
             yield Figure(figure=f"{label}: {head}, macro F1", value=f1, unit="F1", baseline=usual, ratio=f1 / usual)
             yield Figure(figure=f"{label}: {head}, CPU", value=cpu, unit="s")
-    yield from () if quick else new_genes(config)
+    if not quick:
+        yield from new_genes(config)
+        yield from nested_strength(Config(classify=Classify(splits=("random",), seeds=5, max_cells=MOST_CELLS)))
