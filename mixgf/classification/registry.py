@@ -171,6 +171,12 @@ def is_baseline(name: str) -> bool:
     return model is None or model.encoder is None
 
 
+def chosen_on_public(name: str) -> bool:
+    """Whether a number of a model, by its name in a table, was chosen with scores of public data sets in sight."""
+    model = find(name)
+    return model is not None and model.chosen_on_public
+
+
 def is_own(name: str) -> bool:
     """Whether a model, by its name in a table, uses the run's own encoder."""
     model = find(name)

@@ -295,3 +295,15 @@ def test_the_page_holds_both_sections(monkeypatch) -> None:
     assert '<section id="models">' in html
     assert '<section id="spaces">' in html
     assert "Table 3" in html
+
+
+def test_models_with_numbers_that_were_chosen_with_public_scores_in_sight_are_named() -> None:
+    models = ("finetune_linear_start", "knn", "probe@untrained", "genes_vote", "hvg_logreg", "majority")
+    said = text(classification_models.section(run(scores=scores({("random", "baron", "", m): 0.5 for m in models}))))
+    (line,) = [one for one in said.splitlines() if "public data sets in sight" in one]
+    named = line.partition("in sight: ")[2].partition(". On those")[0].split("; ")
+    assert named == [
+        "mixgf, fine-tuned from a convex start", "untrained encoder, frozen + logistic probe", "regression and pseudobulk, mean of both",
+    ]  # fmt: skip
+    usual = classification_models.section(run(scores=scores({("random", "baron", "", "hvg_logreg"): 0.5})))
+    assert "in sight" not in text(usual)

@@ -73,6 +73,7 @@ class GenesLogisticRegression(CountsModel):
     """
 
     head, label, seconds, by_types = "genes_logreg", "genes on one scale + logistic regression", 0.5, True
+    chosen_on_public = True
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         problem = centred_by_types(problem)
@@ -121,6 +122,7 @@ class PcaLogisticRegression(CountsModel):
     """
 
     head, label, seconds, by_types = "pca_logreg", "PCA + logistic regression", 0.5, True
+    chosen_on_public = True
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         problem = centred_by_types(problem)
@@ -179,6 +181,7 @@ class GenesVote(CountsModel):
     """Of the cosines (`CentroidHead`)."""
 
     head, label, seconds, by_types = "genes_vote", "regression and pseudobulk, mean of both", 0.8, True
+    chosen_on_public = True
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         problem = centred_by_types(problem)
@@ -203,6 +206,7 @@ class GenesRanks(Model):
     """
 
     head, label, seconds = "genes_ranks", "gene ranks + logistic regression", 1.0
+    chosen_on_public = True
     needs: ClassVar[Needs] = Needs.SENTENCES
 
     @property

@@ -73,7 +73,7 @@ class Finetune(EncoderModel):
 class FinetuneLinearStart(Finetune):
     """Fine-tuning that begins with the linear layer fitted to the untouched encoder and the genes of the sentences."""
 
-    head, label = "finetune_linear_start", "fine-tuned from a convex start"
+    head, label, chosen_on_public = "finetune_linear_start", "fine-tuned from a convex start", True
     without: ClassVar[str] = "genes_ranks"
     sets: ClassVar[dict[str, Any]] = _LINEAR_START | {"lr": 3e-4}
 
@@ -81,7 +81,7 @@ class FinetuneLinearStart(Finetune):
 class Lora(Finetune):
     """Low-rank adapters (LoRA, Hu et al. 2022) that begin with the same linear layer."""
 
-    head, label = "lora", "LoRA from a convex start"
+    head, label, chosen_on_public = "lora", "LoRA from a convex start", True
     without: ClassVar[str] = "genes_ranks"
     sets: ClassVar[dict[str, Any]] = _LINEAR_START | {"lr": 1e-3}
 

@@ -38,7 +38,7 @@ class FrozenModel(EncoderModel):
 class Probe(FrozenModel):
     """Logistic regression; every type has the same weight in the loss."""
 
-    head, label, seconds = "probe", "frozen + logistic probe", 0.3
+    head, label, seconds, chosen_on_public = "probe", "frozen + logistic probe", 0.3, True
 
     def classifier(self, train_ND: Values, problem: Problem[Floats]) -> Head:
         return balanced_regression(train_ND, problem)
@@ -73,6 +73,7 @@ class EncoderPca(EncoderModel):
     """
 
     head, label, seconds = "encoder_pca", "frozen vector beside own PCA + logistic regression", 0.8
+    chosen_on_public = True
     without: ClassVar[str] = "pca_logreg"
     by_types: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs.COUNTS_AND_VECTORS

@@ -227,6 +227,9 @@ class Model(Protocol):
     """Whether `Fitted.classifier` is there."""
     by_types: ClassVar[bool] = False
     """Whether it centres a study without training cells by types (`study_shift`), as `mixgf annotate` does with a file."""
+    chosen_on_public: ClassVar[bool] = False
+    """Whether a number that is the same on all data (a penalty, a rate) was chosen with scores of public data sets in sight. The
+    user guide lists these numbers. The others are usual values, or those of the method's authors."""
 
     @property
     def encoder(self) -> str | None:

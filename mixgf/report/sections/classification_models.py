@@ -78,7 +78,20 @@ def _means(mean_scores: pd.DataFrame, results: RunResults) -> list[Any]:
         ["Model", *[wording.metric_label(m) for m in metrics], "Wins / ties / losses", "Tasks × seeds"],
         rows,
     )
-    return [grid]
+    return [grid, *_fixed_numbers(sorted(set(table["model"])))]
+
+
+def _fixed_numbers(models: list[str]) -> list[Any]:
+    """Which models have numbers that were chosen with scores in sight."""
+    chosen = [registry.label(model) for model in wording.order_models(models) if registry.chosen_on_public(model)]
+    if not chosen:
+        return []
+    text = (
+        f"These models have penalties or rates that were chosen with scores of public data sets in sight: {'; '.join(chosen)}. On those "
+        "sets (pancreas of Baron et al., pbmc3k, Kang et al. and others) their scores may be too high. The other models have usual values, "
+        "or those of their authors."
+    )
+    return [Text(text)]
 
 
 def _mark(model: str) -> str:
