@@ -12,11 +12,14 @@ from mixgf.stats.donors import (
     cluster_means,
     fewest_discoveries,
     group_means,
+    holm,
+    means_by_group,
     rank_sums,
     sign_flip,
     sign_flip_power,
     smallest_detectable_effect,
     smallest_p,
+    spearman,
     subtract_background,
     welch,
 )
@@ -350,3 +353,102 @@ def test_few_values_of_p_give_less_than_the_level():
     assert attainable_level(5) == 0
     assert attainable_level(3, 0.25) == 0.25
     assert attainable_level(40) == pytest.approx(0.05)
+
+
+def test_spearman_equals_scipy_on_the_pairs_that_are_there():
+    rng = np.random.default_rng(30)
+    a, b = np.round(rng.normal(size=40)), rng.normal(size=40)
+    a[3], b[5] = np.nan, np.nan
+    there = np.isfinite(a) & np.isfinite(b)
+    assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a[there], b[there]).statistic, rel=1e-12)
+    assert spearman(np.arange(5.0), -np.arange(5.0)) == pytest.approx(-1)
+    assert np.isnan(spearman(np.arange(4.0), np.arange(4.0)))
+    assert np.isnan(spearman(np.ones(9), np.arange(9.0)))
+    assert np.isnan(spearman(np.arange(9.0), np.ones(9)))
+
+
+def test_holm_equals_statsmodels_and_leaves_out_what_was_not_tested():
+    p = np.array([0.04, np.nan, 0.01, 0.5, 0.012, 0.9, np.nan])
+    found = holm(p)
+    tested = np.isfinite(p)
+    assert found[tested] == pytest.approx(multipletests(p[tested], method="holm")[1])
+    assert np.isnan(found[~tested]).all()
+
+
+def test_means_of_groups_and_of_clusters_by_hand():
+    values, group, cluster = np.array([1.0, 3, 5, 7]), np.array([0, 0, 2, 0]), np.array([0, 1, 1, 1])
+    assert means_by_group(values, group, 3) == pytest.approx([11 / 3, np.nan, 5], nan_ok=True)
+    mean, num = cluster_means(values, group, cluster, 3, 2)
+    assert num.tolist() == [[1, 2], [0, 0], [0, 1]]
+    assert mean == pytest.approx(np.array([[1, 5], [np.nan, np.nan], [np.nan, 5]]), nan_ok=True)
+
+
+def test_an_interval_has_the_confidence_that_is_asked_for_and_needs_three_donors_to_count_them():
+    values, donor = np.array([1.0, 2, 4, 9, 3, 5]), np.array([0, 0, 1, 1, 2, 2])
+    group = np.zeros(6, int)
+    means = group_means(values, group, donor, 1, 3, confidence=0.8)
+    residual = values - 4
+    sums = [residual[donor == d].sum() for d in range(3)]
+    half = scipy.stats.t.ppf(0.9, 2) * np.sqrt(sum(v * v for v in sums) * 3 / 2) / 6
+    assert (means.low[0], means.high[0]) == pytest.approx((4 - half, 4 + half))
+    assert (means.num_values.tolist(), means.num_clusters.tolist()) == ([6], [3])
+    two = group_means(np.array([1.0, 3]), np.zeros(2, int), np.array([0, 1]), 1, 2)
+    low, high = scipy.stats.t.interval(0.95, 1, 2.0, scipy.stats.sem([1.0, 3]))
+    assert (two.low[0], two.high[0]) == pytest.approx((low, high))
+
+
+def test_flips_are_exact_up_to_the_number_that_is_allowed():
+    means = np.random.default_rng(31).normal(0.3, 1, (40, 7))
+    exact = sign_flip(means, 128, np.random.default_rng(0))
+    assert (exact == sign_flip(means, 10_000, np.random.default_rng(1))).all()
+    assert np.allclose(exact * 128 % 1, 0)
+    assert np.allclose(exact * 64 % 1, 0)  # two-sided: a pattern and its opposite
+    drawn = sign_flip(means, 127, np.random.default_rng(0))
+    assert np.allclose(drawn * 128 % 1, 0)  # of 127 drawn patterns and the observed one
+    assert (drawn != exact).any()
+    assert (drawn != sign_flip(means, 127, np.random.default_rng(1))).any()
+
+
+def test_patterns_that_are_equal_but_for_rounding_are_as_extreme():
+    # 0.1 + 0.2 - 0.3 is not 0 in floating point: all eight patterns of (.1, .2, -.3) that sum to 0 count
+    row = np.array([[0.1, 0.2, -0.3]])
+    assert sign_flip(row, 100, np.random.default_rng(0))[0] == 1.0
+    tied = np.array([[0.1, 0.2, 0.3, 0.4]])  # |sum| 1.0 only by two of 16
+    assert sign_flip(tied, 100, np.random.default_rng(0))[0] == 2 / 16
+    thirds = np.array([[0.1 + 0.2, -0.3, 1.0]])  # (.3, -.3, 1): |sum| is 1, 1, 1.6 or .4, each of two patterns
+    assert sign_flip(thirds, 100, np.random.default_rng(0))[0] == 6 / 8
+
+
+def test_smallest_p_and_levels_by_hand():
+    assert [smallest_p(n) for n in (0, 1, 2, 3, 6)] == [1, 1, 0.5, 0.25, 1 / 32]
+    assert attainable_level(6) == 1 / 32
+    assert attainable_level(7, 1 / 64) == 1 / 64
+    assert attainable_level(2, 0.6) == 0.5
+    assert fewest_discoveries(1 / 128, 1280) == 200
+    assert fewest_discoveries(1 / 128, 1281) == 201
+    assert fewest_discoveries(1e-9, 10) == 1
+    assert fewest_discoveries(0.25, 8, level=0.5) == 4
+
+
+def test_rates_of_the_smallest_of_many_tests_are_those_of_all():
+    p = np.random.default_rng(32).random(300) ** 3
+    whole = benjamini_hochberg(p)
+    few = np.sort(p)[:20]
+    assert benjamini_hochberg(few, 300)[:5] == pytest.approx(np.sort(whole)[:5], rel=0.3)
+    assert benjamini_hochberg(np.array([0.001, np.nan, 0.02]), 10) == pytest.approx([0.01, np.nan, 0.1], nan_ok=True)
+    assert benjamini_hochberg(np.array([0.001, 0.02]), 1) == pytest.approx([0.002, 0.02])
+
+
+def test_values_of_one_kind_say_nothing_and_groups_alone_have_nothing_to_compare_with():
+    z, p = rank_sums(np.ones(6), np.array([0, 0, 1, 1, 2, 2]), 4)
+    assert (z[:3].tolist(), p[:3].tolist()) == ([0, 0, 0], [1, 1, 1])
+    assert np.isnan([z[3], p[3]]).all()  # a group without values
+    z, p = rank_sums(np.array([1.0, 2, 3]), np.zeros(3, int), 1)
+    assert np.isnan([z[0], p[0]]).all()
+    z, _ = rank_sums(np.array([1.0, 2, 3]), np.zeros(3, int), 1, include_self=True)
+    assert z[0] == 0
+
+
+def test_welch_needs_two_values_on_each_side():
+    num, mean, variance = np.array([[2.0, 1, 2], [2, 5, 1]]), np.array([[0.0] * 3, [1.0] * 3]), np.ones((2, 3))
+    assert welch(num, mean, variance) == pytest.approx([1.0, np.nan, np.nan], nan_ok=True)
