@@ -133,7 +133,7 @@ def _scrublet(counts: sparse.csr_matrix, *, rate: float, seed: int) -> tuple[np.
     # exact neighbours at any size: from 2,731 cells on scanpy uses pynndescent, whose result Scrublet cannot use
     scanpy.pp.scrublet(
         cells, expected_doublet_rate=rate, random_state=seed, verbose=False, use_approx_neighbors=False,
-        n_prin_comps=min(30, num_variable - 1, probe.n_obs - 1),
+        n_prin_comps=min(30, num_variable - 1),
     )  # fmt: skip
     score = np.nan_to_num(cells.obs["doublet_score"].to_numpy(dtype=np.float64))  # filtered cells have no score
     result = cells.uns["scrublet"]

@@ -9,7 +9,7 @@ import torch
 from mixgf.config import training
 from mixgf.encoder.bert import Encoder
 from mixgf.perturbation import operations
-from mixgf.perturbation.shift import ShiftScorer
+from mixgf.perturbation.shift import ShiftScorer, _ranges
 
 CLS = 2
 ROW = training.Model(num_layers=2, dim=32, num_heads=4, ffn_dim=64, max_positions=24, init_sd=0.3)
@@ -145,3 +145,57 @@ def test_a_cell_of_nothing_but_the_gene_gives_numbers(encoder):
         result = engine.score(original, torch.tensor([0]), torch.tensor([[5]]), operation, torch.ones(1, 32))
         assert torch.isfinite(result.shift_SK).all()
         assert torch.isfinite(result.response_S).all()
+
+
+def test_sentences_are_packed_up_to_the_limit_by_hand():
+    assert list(_ranges([5, 5, 1, 30, 2, 2], 10)) == [(0, 2), (2, 3), (3, 4), (4, 6)]
+    assert list(_ranges([10, 1, 9], 10)) == [(0, 1), (1, 3)]
+    assert list(_ranges([4, 4, 4, 4], 10)) == [(0, 2), (2, 4)]
+    assert list(_ranges([], 10)) == []
+    assert list(_ranges([99], 10)) == [(0, 1)]
+
+
+def test_cells_of_two_genes_are_those_of_the_plain_implementation(encoder):
+    engine = ShiftScorer(encoder=encoder)
+    original = engine.encode_cells(torch.tensor([5, 9]), torch.tensor([0, 2]))
+    goal = np.random.default_rng(1).normal(size=32)
+    for operation in operations.OPERATIONS:
+        result = engine.score(original, torch.tensor([0]), torch.tensor([[9]]), operation, torch.tensor(goal[None]))
+        before = embedding(encoder, [5, 9], "remaining", lead=0, without=(9,), layers=None)
+        after = embedding(encoder, plain([5, 9], (9,), operation), "remaining", lead=0, without=(9,), layers=None)
+        assert result.shift_SK.item() == pytest.approx(cosine(after, goal) - cosine(before, goal), abs=1e-6)
+        assert result.response_S.item() == pytest.approx(1 - cosine(before, after), abs=1e-6)
+
+
+def test_no_sentences_give_no_shifts(encoder):
+    engine = ShiftScorer(encoder=encoder)
+    original = engine.encode_cells(torch.tensor([5, 9]), torch.tensor([0, 2]))
+    none = engine.score(original, torch.arange(0), torch.empty(0, 1, dtype=torch.int64), "delete", torch.ones(3, 32))
+    assert none.response_S.shape == (0,)
+    assert none.shift_SK.shape == (0, 3)
+    assert none.shift_SK.dtype == none.response_S.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("variant", "lead"), [("remaining", 0), ("remaining", 1), ("all", 1), ("cls", 1)])
+def test_vectors_of_cells_are_the_means_of_the_plain_implementation(encoder, variant, lead):
+    engine = ShiftScorer(encoder=encoder, variant=variant, lead=lead, micro_tokens=10)
+    sentences = [[CLS] * lead + rest for rest in ([5, 9, 7], [8], [30, 31, 32, 33, 34, 35, 36])]
+    ids, offsets = [t for s in sentences for t in s], np.cumsum([0, *map(len, sentences)])
+    found = engine.vectors(torch.tensor(ids, dtype=torch.int32), torch.tensor(offsets))
+    for vector, sentence in zip(found.numpy(), sentences, strict=True):
+        expected = embedding(encoder, sentence, variant, lead=lead, without=(), layers=None)
+        assert vector == pytest.approx(expected, abs=5e-6)
+    assert found.dtype == torch.float64
+
+
+def test_half_precision_is_near_full_precision_and_not_equal(encoder):
+    ids, offsets = torch.arange(3, 20), torch.tensor([0, 17])
+    full, half = (
+        ShiftScorer(encoder=encoder, precision=precision).vectors(ids, offsets) for precision in ("fp32", "bf16")
+    )
+    assert 0 < (full - half).abs().max() < 0.05
+
+
+def test_an_overexpressed_sentence_has_at_most_2048_genes_unless_another_length_is_given(encoder):
+    assert ShiftScorer(encoder=encoder).max_len == 2048
+    assert ShiftScorer(encoder=encoder).rank_share == 0.25

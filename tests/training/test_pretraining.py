@@ -48,6 +48,14 @@ def test_alignment_and_uniformity_by_hand():
     assert losses.alignment(a, b).item() == pytest.approx((0 + 2) / 2)
     assert losses.uniformity(a).item() == pytest.approx(-2 * 2)
     assert losses.uniformity(a[:1]).item() == 0
+    c = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])  # squared distances 2, 2 and 4, each in both orders
+    assert losses.uniformity(c).item() == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3), rel=1e-5)
+    assert losses.uniformity(torch.ones(4, 3)).item() == pytest.approx(0, abs=1e-6)  # all in one direction
+
+
+def test_the_whole_loss_is_the_weighted_mean_over_masked_genes_plus_the_losses_on_vectors():
+    assert losses.masked_gene_loss(torch.tensor(6.0), torch.tensor(4)).item() == 1.5
+    assert losses.total_loss(torch.tensor(3.0), torch.tensor(5.0), masked_gene_weight=2.0).item() == 11
 
 
 def run(
