@@ -24,6 +24,8 @@ from mixgf.stats.donors import (
     welch,
 )
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 def _flat(groups):
     values = np.concatenate(groups)

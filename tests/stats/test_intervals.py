@@ -10,6 +10,8 @@ from statsmodels.stats.proportion import proportion_confint
 from mixgf.stats import intervals
 from mixgf.stats.intervals import Interval
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 7), (7, 7), (3, 7), (1, 1), (40, 1000)])
 @pytest.mark.parametrize("confidence", [0.95, 0.8])

@@ -9,6 +9,8 @@ import scipy.stats
 from mixgf.stats import rank_adjustment
 from mixgf.stats.donors import subtract_background
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 NAN = math.nan
 
 
