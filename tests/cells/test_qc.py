@@ -393,3 +393,36 @@ def test_scrublet_is_called_as_its_authors_have_it(monkeypatch):
     (given,) = seen
     assert (given["n_prin_comps"], given["expected_doublet_rate"], given["random_state"]) == (30, 0.07, 5)
     assert given["use_approx_neighbors"] is False
+
+
+def two_types(cells):
+    """Counts of two types of cells, alternating, with some doublets of both."""
+    rng = np.random.default_rng(3)
+    programs = rng.lognormal(0, 1.5, (2, 300))
+    counts = rng.poisson(programs[np.arange(cells) % 2])
+    counts[:6] += rng.poisson(programs[[1, 0, 1, 0, 1, 0]])
+    return counts
+
+
+def test_fifty_cells_are_enough_for_scrublet():
+    pytest.importorskip("skimage", reason="scanpy's Scrublet needs scikit-image")
+    score, _ = scores(two_types(50))
+    assert (score > 0).sum() > 40
+    assert not scores(two_types(50)[:49])[0].any()
+
+
+def test_where_scanpy_finds_no_threshold_scores_stay_and_no_cell_is_called(monkeypatch):
+    scanpy = pytest.importorskip("scanpy")
+    pytest.importorskip("skimage", reason="scanpy's Scrublet needs scikit-image")
+    plain = scanpy.pp.scrublet
+
+    def without_threshold(cells, **given):
+        plain(cells, **given)
+        cells.uns["scrublet"].pop("threshold", None)
+
+    monkeypatch.setattr(scanpy.pp, "scrublet", without_threshold)
+    score, verdict = scores(two_types(80))
+    assert (score > 0).sum() > 40
+    assert verdict.shape == (80,)
+    assert verdict.dtype == bool
+    assert not verdict.any()
