@@ -82,6 +82,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "return float(a @ b) / size if size > 1 else float('nan')",
     ): "five ranks that differ have a size above 1",
     ("stats/donors", "block = max(1, 20000001 // len(signs_RC))"): "the size of a block only bounds memory",
+    ("stats/intervals", "return np.asarray((contents.T * drawn.T).T, dtype=np.int64)"): "* of a sparse matrix is @",
     ("stats/intervals", "below = 1 + (ranks[m:] - scipy_stats.rankdata(negative)) / m"): "only its variance is read",
     ("stats/rank_adjustment", "with np.errstate():"): "NumPy does not warn of comparisons with NaN",
     (

@@ -342,6 +342,8 @@ def test_a_resample_without_unseen_cells_says_nothing_for_or_against() -> None:
     found, _ = rejection(confidence, unseen, np.full(31, "d"), rng=np.random.default_rng(0))
     assert found["auroc"].value == 1.0
     assert found["auroc"].low == 0.5  # a third of the resamples lack the only unseen cell
+    one_known, _ = rejection(1 - confidence, ~unseen, np.full(31, "d"), rng=np.random.default_rng(0))
+    assert (one_known["auroc"].value, one_known["auroc"].low) == (1.0, 0.5)
 
 
 def test_scores_of_donors_are_bounded_and_their_differences_are_not() -> None:

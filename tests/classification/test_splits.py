@@ -179,6 +179,7 @@ def test_stratified_draws_at_least_the_least_and_never_all() -> None:
     drawn = stratified(rows, labels, names, 0.9, "key", least=1)
     assert [int((labels[drawn] == name).sum()) for name in ("one", "two", "ten")] == [0, 1, 9]
     assert len(stratified(rows, labels, names, 0.04, "key", least=0)) == 0
+    assert len(stratified(rows[:0], labels, names, 0.5, "key", least=1)) == 0
 
 
 def test_a_random_order_is_a_permutation_that_does_not_follow_the_names() -> None:

@@ -454,3 +454,16 @@ def test_values_of_one_kind_say_nothing_and_groups_alone_have_nothing_to_compare
 def test_welch_needs_two_values_on_each_side():
     num, mean, variance = np.array([[2.0, 1, 2], [2, 5, 1]]), np.array([[0.0] * 3, [1.0] * 3]), np.ones((2, 3))
     assert welch(num, mean, variance) == pytest.approx([1.0, np.nan, np.nan], nan_ok=True)
+
+
+def test_rank_sums_of_groups_outside_the_pool_are_corrected_for_the_ties_of_both():
+    rng = np.random.default_rng(33)
+    groups = [np.round(rng.normal(i / 3, 1, n)) for i, n in enumerate((20, 9, 14, 6))]
+    values, group = np.concatenate(groups), np.repeat(np.arange(4), [len(g) for g in groups])
+    among = np.array([True, True, False, False])
+    z, p = rank_sums(values, group, 4, among_G=among)
+    for g, own in enumerate(groups):
+        pool = np.concatenate([groups[k] for k in (0, 1) if k != g])
+        expected = scipy.stats.mannwhitneyu(own, pool, method="asymptotic", use_continuity=False)
+        assert p[g] == pytest.approx(expected.pvalue, rel=1e-9)
+        assert np.sign(z[g]) == np.sign(expected.statistic - len(own) * len(pool) / 2)
