@@ -5,6 +5,7 @@ in training/test_killed_workers.py, in every run of the tests.
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from mixgf.config import parse, run, training
+from mixgf.config.classification import Classify
 from mixgf.config.data import Tokens
 from mixgf.corpus import reader
 from mixgf.encoder.bert import MaskedModel
@@ -155,17 +157,22 @@ def alone(chosen):
     return {(step, name): value for step, _, name, value in rows if name in LOSSES}
 
 
-def resized(chosen, how):
-    """Train in a process of its own on a cluster that changes; returns the numbers of workers, and the losses."""
+def trained_on(chosen, how, stage="pretrain"):
+    """Train in a process of its own on a cluster that changes; returns the numbers of workers."""
     done = subprocess.run(
-        [sys.executable, __file__, how, json.dumps(parse.to_dict(chosen))], capture_output=True, text=True, check=False,
+        [sys.executable, __file__, how, json.dumps(parse.to_dict(chosen)), stage], capture_output=True, text=True, check=False,
         env=os.environ | {
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10" if how == "lose" else "60", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     said = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray has words of its own there
-    return json.loads(said), result(f"{chosen.output}/pretrain")[0]
+    return json.loads(said)
+
+
+def resized(chosen, how):
+    """Pretrain on a cluster that changes; returns the numbers of workers, and the losses."""
+    return trained_on(chosen, how), result(f"{chosen.output}/pretrain")[0]
 
 
 def assert_near(losses, expected):
@@ -209,6 +216,45 @@ def test_a_training_writes_a_checkpoint_before_a_drained_node_is_lost(settings, 
     assert_near(losses, alone(chosen))
 
 
+def test_a_node_lost_and_replaced_gives_the_bits_of_the_run_never_disturbed_in_object_storage(
+    settings, undisturbed, s3_bucket
+):
+    """Two nodes of one worker each, and S3 on loopback: a node is killed, and another one comes."""
+    chosen = dataclasses.replace(
+        settings,
+        output=f"{s3_bucket}/lost",
+        compute=run.Compute(num_workers=2, max_failures=5),
+        tracking=run.Tracking(uri="off"),
+    )
+    assert trained_on(chosen, "replace")["before"] == 2
+    assert result(f"{chosen.output}/pretrain") == undisturbed
+
+
+def fine_tuned(uri):
+    """Losses and validation scores of a fine-tuning by (step, name), and hashes of its weights."""
+    rows = tables.read_table(f"{uri}/history.parquet").to_pylist()
+    names = ("loss", "grad_norm", "val_loss", "val_accuracy")
+    trace = {(row["step"], row["name"]): row["value"] for row in rows if row["name"] in names}
+    weights = [name for name in files.list_dir(uri) if name.endswith(".safetensors")]
+    assert weights
+    return trace, {name: files.sha256(f"{uri}/{name}") for name in weights}
+
+
+def test_a_fine_tuning_that_loses_a_node_gives_the_bits_of_one_never_disturbed_in_object_storage(
+    ray_local, settings, undisturbed, s3_bucket, tmp_path
+):
+    from mixgf.stages import finetune
+
+    inputs = dataclasses.replace(settings.inputs, checkpoint=f"{settings.output}/pretrain")
+    classify = Classify(epochs=15, lr=1e-3, warmup_steps=5, batch_cells=16, splits=("random",))
+    chosen = dataclasses.replace(
+        settings, inputs=inputs, classify=classify, output=f"{s3_bucket}/tuned", compute=run.Compute(num_workers=2, max_failures=5), tracking=run.Tracking(uri="off"),
+    )  # fmt: skip
+    assert trained_on(chosen, "replace", "finetune")["before"] == 2
+    whole = finetune.run(dataclasses.replace(chosen, output=str(tmp_path)))
+    assert fine_tuned(f"{chosen.output}/finetune") == fine_tuned(whole)
+
+
 def drain(node):
     """Tell Ray that a node will be taken away in ten minutes."""
     import ray
@@ -220,12 +266,10 @@ def drain(node):
     assert accepted, why
 
 
-def main(how, data):
-    """Train on a cluster that loses or drains a training node, or gets one; prints the numbers of training workers."""
+def main(how, data, stage):
+    """Train on a cluster that loses, replaces or drains a training node, or gets one; prints the numbers of training workers."""
     import ray
     from ray.cluster_utils import Cluster
-
-    from mixgf.stages import pretrain
 
     chosen = parse.from_dict(run.Config, data)
     head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False}
@@ -236,7 +280,7 @@ def main(how, data):
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(1 if how == "grow" else 2)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    uri, sizes, ended = f"{chosen.output}/pretrain", {}, threading.Event()
+    uri, sizes, ended = f"{chosen.output}/{stage}", {}, threading.Event()
 
     def change():
         reached(uri, 50 if how == "drain" else 20)
@@ -244,6 +288,9 @@ def main(how, data):
         if how == "lose":
             cluster.remove_node(nodes[1], allow_graceful=False)
             reached(uri, 100)
+        elif how == "replace":
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
         elif how == "drain":
             drain(nodes[1])
             sizes["saved"] = reached(uri, 51)
@@ -264,7 +311,7 @@ def main(how, data):
         target=change, daemon=True
     )  # Ray Train wants the main thread, a new node would want it too
     thread.start()
-    pretrain.run(chosen)
+    importlib.import_module(f"mixgf.stages.{stage}").run(chosen)
     ended.set()
     thread.join(60)
     sys.stdout.write(json.dumps(sizes) + "\n")
@@ -275,4 +322,4 @@ def main(how, data):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])
