@@ -148,7 +148,9 @@ def _fetch(model: Mapping[str, Any], to: Path) -> None:
     if model.get("whole"):
         parts = {"": (model["uri"], files.names_in(model["uri"]))}
     elif model["kind"] == CLASSIFIER:
-        parts = {"": (model["uri"], [n for n in files.list_dir(model["uri"]) if not n.endswith("/")])}
+        record = artifacts.find(model["uri"])
+        assert record is not None, "a kept classifier is finished"
+        parts = {"": (model["uri"], ["record.json", *record.files])}
     else:
         weights = [n for n in files.list_dir(model["uri"]) if n in ("record.json", "model.safetensors")]
         parts = {
@@ -158,9 +160,8 @@ def _fetch(model: Mapping[str, Any], to: Path) -> None:
     for folder, (uri, names) in parts.items():
         for name in names:
             with files.local_copy(files.join(uri, name)) as path:
-                if path.is_file():
-                    (to / folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, to / folder / name)
+                (to / folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, to / folder / name)
 
 
 def signature(kind: str) -> ModelSignature:

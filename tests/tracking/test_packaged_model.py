@@ -24,6 +24,7 @@ from mixgf.config.run import Config, Inputs, Tracking
 from mixgf.config.training import Model, Train
 from mixgf.execution import LocalExecutor
 from mixgf.stages import classify, prepare
+from mixgf.storage import files
 from mixgf.tracking import mlflow_runs, packaged_model
 
 SMALL = Model(num_layers=1, dim=16, num_heads=2, ffn_dim=16, max_positions=32)
@@ -165,6 +166,21 @@ def test_a_model_folder_has_code_card_and_versions_and_no_pickle(run, tmp_path):
     lines = (tmp_path / "m" / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch==") and "+" not in line for line in lines)
     assert any(line.startswith("anndata==") for line in lines)
+
+
+def test_a_classifier_in_object_storage_is_packed_like_one_on_disk_whatever_lies_beside_it(run, s3_bucket, tmp_path):
+    """Its folder holds folders, too, while a stage goes on: a lease, costs, checkpoints."""
+    local, there = f"{run.output}/classify/classifiers/islet", f"{s3_bucket}/islet"
+    for name in files.names_in(local):
+        files.copy(f"{local}/{name}", f"{there}/{name}")
+    files.write_bytes(f"{there}/steps/00000005/state.json", b"{}")
+    found = []
+    for name, uri in (("local", local), ("there", there)):
+        packaged_model.save(tmp_path / name, packaged_model.classifier(uri, "# Card", {}))
+        kept = tmp_path / name / "artifacts" / "run"
+        found.append({p.relative_to(kept).as_posix(): p.read_bytes() for p in kept.rglob("*") if p.is_file()})
+    assert found[0] == found[1]
+    assert {"record.json", "model.safetensors", "classifier.json", "vocabulary.parquet"} <= set(found[0])
 
 
 def test_a_folder_of_code_and_weights_answers_without_the_installed_package(run, tmp_path):
