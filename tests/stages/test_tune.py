@@ -1,16 +1,20 @@
 """A sweep from end to end on small real cells: resumed equals undisturbed, Ray Tune equals the plain loop, bad arms stop nothing."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import anndata
+import fake_cluster
 import numpy as np
 import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
+from processes import die_with_us
 from scipy import sparse
 
 from mixgf.config import parse
@@ -27,6 +31,7 @@ from mixgf.stages import prepare, pretrain, tune, tune_trials
 from mixgf.storage import artifacts, files
 from mixgf.storage.tables import read_table
 from mixgf.tracking import mlflow_runs
+from mixgf.training import checkpoints
 from mixgf.tuning import held_out
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
@@ -270,6 +275,82 @@ def test_a_sweep_whose_driver_is_killed_under_ray_goes_on_and_makes_no_part_twic
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert tables(f"{tmp_path}/sweep/tune") == tables(f"{plain.output}/tune")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sweep_of_groups_killed_on_a_cluster_frees_all_it_reserved_and_trains_nothing_twice(base, tmp_path):
+    """The cluster outlives the driver, which gets SIGKILL while a group of two trains and another one waits for its place."""
+    settings = at(base, tmp_path, compute=Compute(num_workers=2))
+    few = replace(settings.tune, space=SPACE[:1], seeds=1, stop="none", finetune=False, concurrent=2)
+    train = replace(settings.train, max_steps=120, checkpoint_steps=10, keep_checkpoints=100)
+    settings = replace(settings, tune=few, train=train)
+    with fake_cluster.cluster(num_cpus=2) as made:
+        driver = submitted(settings, made)
+        killed_in = fake_cluster.until(
+            lambda: driver.poll() is not None or in_the_middle(settings), "a training after a first score"
+        )
+        assert driver.poll() is None, "the sweep ends with all parts only"
+        assert len(groups(made)) > 1, "trials reserve something, and so does a group of workers"
+        driver.kill()
+        assert driver.wait() == -9
+        fake_cluster.until(lambda: not groups(made) and free_cpus(made) == 2, "two free CPUs without a placement group")
+        before = files_of_trainings(settings)
+        assert any(path.name == "rung-0.parquet" for path in before)
+        last = checkpoints.complete_steps(killed_in)[-1]
+        assert 0 < last < train.max_steps
+        again = submitted(settings, made)
+        assert again.wait() == 0
+        fake_cluster.until(lambda: not groups(made) and free_cpus(made) == 2, "two free CPUs without a placement group")
+        after = files_of_trainings(settings)
+        assert {path: after[path] for path in before} == before, "no score and no checkpoint is made again"
+        whole = at(base, tmp_path / "whole", compute=settings.compute, tune=few, train=train)
+        assert submitted(whole, made).wait() == 0
+    assert tables(f"{settings.output}/tune") == tables(f"{whole.output}/tune")
+    mine, theirs = (files_of_trainings(each) for each in (settings, whole))
+    assert len(mine) == len(theirs)
+
+
+def submitted(settings, made):
+    """`mixgf tune` in a process of its own, on a cluster that is there."""
+    path = Path(settings.output).parent / "config.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(parse.to_dict(settings)))
+    with (path.parent / "said.log").open("a") as said:
+        return subprocess.Popen(
+            die_with_us([sys.executable, "-m", "mixgf", "tune", "--config", str(path)]),
+            stdout=said, stderr=said, env=os.environ | {"RAY_ADDRESS": made.address},
+        )  # fmt: skip
+
+
+def groups(made):
+    """Ids of the placement groups that are not removed."""
+    return {one for one, facts in made.global_state.placement_group_table().items() if facts["state"] != "REMOVED"}
+
+
+def free_cpus(made):
+    """CPUs that nothing reserves."""
+    return sum(node.get("CPU", 0) for node in made.global_state.available_resources_per_node().values())
+
+
+def in_the_middle(settings):
+    """URI of a training between two rungs, where some training has a score already."""
+    trials = Path(settings.output) / "tune" / "trials"
+    if not list(trials.glob("*/rung-*.parquet")):
+        return ""
+    for folder in trials.glob("*/pretrain"):
+        steps = checkpoints.complete_steps(str(folder))
+        if steps and steps[-1] % 60:
+            return str(folder)
+    return ""
+
+
+def files_of_trainings(settings):
+    """Scores, and states of complete checkpoints, with the time at which each was written."""
+    trials = Path(settings.output) / "tune" / "trials"
+    found = [*trials.glob("*/rung-*.parquet"), *trials.glob("*/pretrain/steps/*/state.json")]
+    return {path: path.stat().st_mtime_ns for path in found}
 
 
 @pytest.mark.ray
