@@ -1,7 +1,8 @@
-"""The numba decorator of all compiled functions: cached on disk, and run without Python's global lock; one machine instruction."""
+"""The numba decorator of all compiled functions: cached on disk, and run without Python's global lock; numba's threads; one machine instruction."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -18,6 +19,18 @@ def jit(function: F) -> F:
         return cast("F", numba.njit(cache=True, nogil=True)(function))
     except RuntimeError:  # "no locator available": a read-only installation and no home
         return cast("F", numba.njit(nogil=True)(function))
+
+
+def start_threads() -> None:
+    """Start the threads of numba's parallel functions, which scanpy and umap have, in a way that leaves those of torch alone.
+
+    Over OpenMP, the thread that calls the first parallel function gets as many OpenMP threads as there are cores. Torch takes its
+    number of threads from there, even after `torch.set_num_threads`, and float32 sums depend on it. So a thread of its own starts
+    them.
+    """
+    starter = threading.Thread(target=numba.get_num_threads, name="mixgf-numba")
+    starter.start()
+    starter.join()
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mixgf.errors import UserError, require_package
+from mixgf.jit import start_threads
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -101,6 +102,7 @@ def scrublet(
 
     n = len(indptr) - 1
     counts = sparse.csr_matrix((data.astype(np.float32), indices, indptr), shape=(n, num_columns))
+    start_threads()
     threads = numba.get_num_threads()
     numba.set_num_threads(1)
     try:

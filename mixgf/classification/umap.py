@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
+from mixgf.jit import start_threads
+
 MIN_UMAP_CELLS = 200
 """Fewest cells for a UMAP; fewer cells have too few neighbours."""
 
@@ -25,6 +27,7 @@ def umap_layout(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
     """UMAP of the cells, (N, 2): 15 nearest neighbours by cosine, the same for the same vectors and seed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # umap warns of threads and of its search index; neither is used
+        start_threads()
         import umap
 
         k = min(15, len(vectors_ND) - 1)
