@@ -6,6 +6,7 @@ Shapes: T packed tokens, B cells.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,13 +62,16 @@ class Batch:
         """Batch on a device; copies to a GPU are asynchronous, from pinned memory."""
         if torch.device(device).type == "cpu":
             return self
+        return self._changed(lambda x: (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True))
 
-        def move(x: Tensor) -> Tensor:
-            return x.pin_memory().to(device, non_blocking=True)
+    def pinned(self) -> Batch:
+        """Batch in pinned memory, so that `to` only starts the copies to a GPU. Needs one."""
+        return self._changed(torch.Tensor.pin_memory)
 
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
-            self, ids_T=move(self.ids_T), offsets_B1=move(self.offsets_B1), positions_T=move(self.positions_T),
-            cells_B=move(self.cells_B), keys_T=None if self.keys_T is None else move(self.keys_T),
+            self, ids_T=change(self.ids_T), offsets_B1=change(self.offsets_B1), positions_T=change(self.positions_T),
+            cells_B=change(self.cells_B), keys_T=None if self.keys_T is None else change(self.keys_T),
         )  # fmt: skip
 
 

@@ -1,15 +1,16 @@
 """Embed cells with a frozen encoder; `embed_shard` does it for one shard of a corpus.
 
 On a CPU each cell is computed alone, so its vector does not depend on the other cells, to the bit. On a GPU cells of
-similar length are packed up to a number of tokens.
+similar length are packed up to a number of tokens; a background thread reads, packs and pins the next batches meanwhile.
 
 Shapes: N requested cells, D width of a vector, T packed tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from mixgf.config.run import Config
 from mixgf.config.training import LayerChoice
@@ -26,9 +28,10 @@ from mixgf.corpus.in_memory import Sentences
 from mixgf.corpus.reader import Corpus
 from mixgf.corpus.shards import regroup
 from mixgf.encoder import checkpoint
-from mixgf.encoder.batch import pack_batch, split_micro_batches
+from mixgf.encoder.batch import Batch, pack_batch, split_micro_batches
 from mixgf.encoder.bert import Encoder, cell_vectors, vector_width
 from mixgf.encoder.device import pick_device
+from mixgf.encoder.prefetch import Prefetch
 from mixgf.errors import UserError
 from mixgf.execution import Pipeline
 from mixgf.storage import tables
@@ -79,34 +82,94 @@ def embed_cells(  # noqa: PLR0917 (the signature that the stages share)
         precision: `fp32`, or `bf16` (autocast).
     """
     cells_N = np.asarray(cells, dtype=np.int64)
-    device = encoder.tokens.device
-    max_len = min(max_len or encoder.sizes.max_positions, encoder.sizes.max_positions)
-    out_ND = np.empty((len(cells_N), vector_width(encoder.sizes, layer)), dtype=np.float32)
-    by_shard = np.argsort(cells_N, kind="stable")  # shards are read once, in order
+    on_gpu = encoder.tokens.is_cuda
+    longest = min(max_len or encoder.sizes.max_positions, encoder.sizes.max_positions)
+    runs = PackedRuns(corpus, cells_N, longest, micro_tokens if on_gpu else 0)
     was_training = encoder.training
     encoder.eval()
-    for start in range(0, len(cells_N), _FETCH_CELLS):
-        chunk = by_shard[start : start + _FETCH_CELLS]
-        chunk = chunk[np.argsort(-corpus.lengths_N[cells_N[chunk]], kind="stable")]
-        lengths = corpus.lengths_N[cells_N[chunk]]
-        runs = (
-            [slice(i, i + 1) for i in range(len(chunk))]
-            if device.type == "cpu"
-            else split_micro_batches(lengths, micro_tokens)
-        )
-        tokens_T, offsets = corpus.tokens(cells_N[chunk])
-        for run in runs:
-            part = slice(int(offsets[run.start]), int(offsets[run.stop]))
-            few = packed.truncate(tokens_T[part], offsets[run.start : run.stop + 1] - offsets[run.start], max_len)
-            batch = pack_batch([few], cells_N[chunk[run]]).to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                v_BD = cell_vectors(
-                    encoder, batch.ids_T, batch.offsets_B1, pooling, layer=layer, cls=corpus.cls,
-                    positions_T=batch.positions_T, max_len=batch.max_len,
-                )  # fmt: skip
-            out_ND[chunk[run]] = v_BD.float().cpu().numpy()
+    with runs.ahead() if on_gpu else contextlib.nullcontext(map(runs, range(len(runs)))) as batches:
+        out_ND = embed_runs(encoder, corpus, runs, batches, pooling=pooling, layer=layer, precision=precision)
     encoder.train(was_training)
     return out_ND
+
+
+def embed_runs(
+    encoder: Encoder, corpus: SentenceSource, runs: PackedRuns, batches: Iterable[Batch], *,
+    pooling: str, layer: LayerChoice, precision: str,
+) -> npt.NDArray[np.float32]:  # fmt: skip
+    """Vectors of the cells of `runs`, whose batches come one after the other; arguments as of `embed_cells`.
+
+    The device is waited for once in `_FETCH_CELLS` cells.
+    """
+    device = encoder.tokens.device
+    out_ND = np.empty((len(runs.cells_N), vector_width(encoder.sizes, layer)), dtype=np.float32)
+    found: list[Tensor] = []
+    for number, batch in enumerate(batches):
+        there = batch.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            v_BD = cell_vectors(
+                encoder, there.ids_T, there.offsets_B1, pooling, layer=layer, cls=corpus.cls,
+                positions_T=there.positions_T, max_len=there.max_len,
+            )  # fmt: skip
+        found.append(v_BD.float())
+        if runs.ends_chunk(number):
+            out_ND[runs.chunk(number)] = torch.cat(found).cpu().numpy()
+            found.clear()
+    return out_ND
+
+
+class PackedRuns:
+    """The batches of an embedding, by number: in the order of the shards, and in each `_FETCH_CELLS` cells the long ones first.
+
+    Called with rising numbers, from one thread, it reads the sentences of each chunk once.
+
+    Args:
+        corpus: source of the sentences.
+        cells_N: global cell numbers.
+        max_len: sentences are cut to this many tokens.
+        micro_tokens: most tokens of a batch; 0 = one cell in each.
+    """
+
+    def __init__(self, corpus: SentenceSource, cells_N: npt.NDArray[np.int64], max_len: int, micro_tokens: int) -> None:
+        self.cells_N, self._corpus, self._max_len = cells_N, corpus, max_len
+        by_shard = np.argsort(cells_N, kind="stable")
+        self._chunks, self._runs = list[npt.NDArray[np.int64]](), list[tuple[int, slice]]()
+        for start in range(0, len(cells_N), _FETCH_CELLS):
+            rows = by_shard[start : start + _FETCH_CELLS]
+            rows = rows[np.argsort(-corpus.lengths_N[cells_N[rows]], kind="stable")]
+            lengths = corpus.lengths_N[cells_N[rows]]
+            each = [slice(i, i + 1) for i in range(len(rows))]
+            parts = split_micro_batches(lengths, micro_tokens) if micro_tokens else each
+            self._runs += [(len(self._chunks), part) for part in parts]
+            self._chunks.append(rows)
+        self._read: tuple[int, packed.Packed] = (-1, (np.empty(0, np.int32), np.zeros(1, np.int64)))
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def chunk(self, number: int) -> npt.NDArray[np.int64]:
+        """Rows, among the cells asked for, of the chunk of a batch, in the order of its batches."""
+        return self._chunks[self._runs[number][0]]
+
+    def ends_chunk(self, number: int) -> bool:
+        """Whether a batch is the last one of its chunk."""
+        return self._runs[number][1].stop == len(self.chunk(number))
+
+    def __call__(self, number: int) -> Batch:
+        """The batch of a number."""
+        chunk, run = self._runs[number]
+        rows = self._chunks[chunk]
+        if self._read[0] != chunk:
+            self._read = (chunk, self._corpus.tokens(self.cells_N[rows]))
+        tokens_T, offsets = self._read[1]
+        part = slice(int(offsets[run.start]), int(offsets[run.stop]))
+        few = packed.truncate(tokens_T[part], offsets[run.start : run.stop + 1] - offsets[run.start], self._max_len)
+        return pack_batch([few], self.cells_N[rows[run]])
+
+    def ahead(self) -> Prefetch[Batch]:
+        """All batches in order, made in a background thread, in pinned memory where there is a GPU."""
+        pin = torch.cuda.is_available()
+        return Prefetch(lambda number: self(number).pinned() if pin else self(number), 0, len(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Prepare the input of the next training steps in a background thread."""
+"""Prepare the input of the next steps in a background thread."""
 
 from __future__ import annotations
 

@@ -92,10 +92,11 @@ class ShiftScorer:
 
     def encode_cells(self, ids_T: Tensor, offsets_B1: Tensor) -> UnperturbedCells:
         """Encode unperturbed cells; the tokens may be on any device."""
+        bounds, lengths = offsets_B1.tolist(), torch.diff(offsets_B1).tolist()
         ids_T, offsets_B1 = ids_T.to(self.device).long(), offsets_B1.to(self.device).long()
         parts = [
-            self.hidden(ids_T[int(offsets_B1[a]) : int(offsets_B1[b])], offsets_B1[a : b + 1] - offsets_B1[a])
-            for a, b in _ranges(torch.diff(offsets_B1).tolist(), self.micro_tokens)
+            self.hidden(ids_T[bounds[a] : bounds[b]], offsets_B1[a : b + 1] - offsets_B1[a])
+            for a, b in _ranges(lengths, self.micro_tokens)
         ]
         hidden_TD = torch.cat(parts)
         sum_BD, count_B = self.sums(hidden_TD, offsets_B1)
@@ -136,8 +137,8 @@ class ShiftScorer:
             none = torch.empty(0, dtype=torch.float64)
             return Shifts(response_S=none, shift_SK=none.new_empty(0, len(states_KD)))
         return Shifts(
-            response_S=torch.cat([part.response_S for part in parts]),
-            shift_SK=torch.cat([part.shift_SK for part in parts]),
+            response_S=torch.cat([part.response_S for part in parts]).cpu(),
+            shift_SK=torch.cat([part.shift_SK for part in parts]).cpu(),
         )
 
     def _score(  # noqa: PLR0917 (the arguments of one caller)
@@ -173,7 +174,7 @@ class ShiftScorer:
         after_SD, before_SD = after_SD / after_S[:, None], before_SD / before_S[:, None]
         response_S = 1 - (_unit(after_SD) * _unit(before_SD)).sum(1)
         shift_SK = (_unit(after_SD) - _unit(before_SD)) @ _unit(states_KD).T
-        return Shifts(response_S=response_S.cpu(), shift_SK=shift_SK.cpu())
+        return Shifts(response_S=response_S, shift_SK=shift_SK)
 
     def sums(self, hidden_TD: Tensor, offsets_B1: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over the positions of the variant, and their number, both float64."""

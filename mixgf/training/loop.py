@@ -27,11 +27,11 @@ from mixgf import termination
 from mixgf.config import training
 from mixgf.console import warn
 from mixgf.encoder.batch import Batch
+from mixgf.encoder.prefetch import Prefetch
 from mixgf.errors import UserError
 from mixgf.storage import files, tables
 from mixgf.training import checkpoints
 from mixgf.training.gradient_sums import settle_buckets
-from mixgf.training.prefetch import Prefetch
 from mixgf.training.selection import Selection
 from mixgf.training.worker_group import Asked, Context, Group, MetricRow, autocast
 

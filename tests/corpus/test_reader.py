@@ -1,5 +1,4 @@
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from mixgf.corpus import packed, reader
 from mixgf.encoder.batch import pack_batch
 from mixgf.rng import dropout_keys, hashed
 from mixgf.storage import files
-from mixgf.training import batch_plan, prefetch
+from mixgf.training import batch_plan
 
 LENGTHS = [5, 1, 7, 3, 3, 9, 2]
 SPECIES = [0, 1, 0, 1, 0, 0, 1]
@@ -130,27 +129,3 @@ def test_packs_of_several_views_lie_one_after_the_other_with_the_plain_dropout_k
     assert torch.equal(batch.keys_T, dropout_keys(3, 1, visit_T, view_T, batch.positions_T.numpy()))
     none = pack_batch([(first[0][:0], np.array([0]))], [])
     assert (none.num_cells, none.num_tokens, none.max_len) == (0, 0, 1)
-
-
-def test_prefetch_gives_all_steps_in_order_and_counts_the_time_waited():
-    def slow(step):
-        time.sleep(0.02)
-        return step
-
-    with prefetch.Prefetch(slow, 3, 8, depth=1) as ahead:
-        assert list(ahead) == [3, 4, 5, 6, 7]
-    assert 0.05 < ahead.waited < 5
-
-
-def test_prefetch_raises_the_error_of_its_thread_and_stops_when_left():
-    def fail(step):
-        if step == 2:
-            msg = "at 2"
-            raise RuntimeError(msg)
-        return step
-
-    with prefetch.Prefetch(fail, 0, 1000, depth=2) as ahead, pytest.raises(RuntimeError, match="at 2"):
-        list(ahead)
-    with prefetch.Prefetch(lambda step: step, 0, 10**9, depth=2) as ahead:
-        next(iter(ahead))
-    assert not ahead._thread.is_alive()

@@ -50,6 +50,31 @@ def test_embedding_leaves_the_encoder_as_it_was(corpus):
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("micro_tokens", [0, 1, 40, 1000])
+def test_batches_made_ahead_are_those_made_one_by_one_and_give_the_same_vectors(corpus, monkeypatch, micro_tokens):
+    """The CPU twin of the path of a GPU, where batches also go through pinned memory. Chunks are of three cells."""
+    monkeypatch.setattr(embed, "_FETCH_CELLS", 3)
+    encoder, cells = Encoder(ROW, corpus.vocabulary.size).eval(), np.array([5, 0, 7, 2, 2, 6, 1])
+    runs = embed.PackedRuns(corpus, cells, 30, micro_tokens)
+    one_by_one = [runs(number) for number in range(len(runs))]
+    with runs.ahead() as batches:
+        made = list(batches)
+    assert len(made) == len(one_by_one) == {0: 7, 1: 7, 40: 4, 1000: 3}[micro_tokens]
+    for a, b in zip(made, one_by_one, strict=True):
+        assert torch.equal(a.ids_T, b.ids_T)
+        assert torch.equal(a.offsets_B1, b.offsets_B1)
+        assert torch.equal(a.cells_B, b.cells_B)
+    order = np.concatenate([runs.chunk(n) for n in range(len(runs)) if runs.ends_chunk(n)])
+    assert torch.cat([batch.cells_B for batch in made]).tolist() == cells[order].tolist()
+    how = {"pooling": "mean", "layer": -1, "precision": "fp32"}
+    with torch.inference_mode():
+        expected = embed.embed_runs(encoder, corpus, runs, one_by_one, **how)
+        with runs.ahead() as batches:
+            assert np.array_equal(embed.embed_runs(encoder, corpus, runs, batches, **how), expected)
+    alone = embed.embed_cells(encoder, corpus, cells, max_len=30)
+    assert np.array_equal(expected, alone) if micro_tokens < 2 else np.allclose(expected, alone, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_packed_vectors_on_cuda_are_those_of_the_cpu(corpus):
