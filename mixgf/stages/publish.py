@@ -200,10 +200,11 @@ def _write_encoder(asked: Push, to: str, record: Record) -> list[str]:
     tensors = {name: p.detach().half() if asked.half else p.detach() for name, p in model.named_parameters()}
     weights = checkpoint.write_tensors(files.join(to, "pretrain", checkpoint.WEIGHTS), tensors)
     plain, trained = (
-        replace(one, config=_portable(one.config)) for one in (record, artifacts.require(corpus, "corpus"))
+        replace(one, config=_portable(one.config), details=_portable(one.details))
+        for one in (record, artifacts.require(corpus, "corpus"))
     )
     artifacts.finish(
-        files.join(to, "pretrain"), plain, counts=record.counts, files={checkpoint.WEIGHTS: weights}, details=record.details
+        files.join(to, "pretrain"), plain, counts=record.counts, files={checkpoint.WEIGHTS: weights}, details=plain.details
     )  # fmt: skip
     words.save(files.join(to, "corpus", "vocabulary.parquet"))
     checksums = artifacts.checksums_of(files.join(to, "corpus"), ["vocabulary.parquet"])

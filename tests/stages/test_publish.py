@@ -84,7 +84,9 @@ def test_a_model_pushed_to_a_folder_and_pulled_answers_by_its_name(
     assert [one["uri"] for one in recipe["corpus"]["sources"]] == [
         "human.h5ad",
         "mouse.h5ad",
-    ]  # no paths of this machine
+    ]
+    for name in found["files"]:  # no paths of this machine
+        assert str(Path(run).parent).encode() not in (tmp_path / "home" / "islets" / name).read_bytes(), name
     monkeypatch.chdir(tmp_path)
     (tmp_path / "islets").mkdir()  # a folder of this name here comes first
     assert model_store.resolve("islets") == "islets"
