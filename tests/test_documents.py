@@ -38,9 +38,10 @@ FIELDS = {section: set(facts_of(getattr(Config(), section))) for section in pars
 WITHOUT_CONFIG = ("inspect", "annotate", "audit", "push", "pull")
 
 RECORDER = r"""
-command_not_found_handle() { printf '%s\0' "$@"; printf '\n\0'; }
+command_not_found_handle() { printf '%s\0' "$@" $'\n'; }
 """
-"""With nothing on its PATH, bash hands every command that is not its own to this function, after all its quoting."""
+"""With nothing on its PATH, bash hands every command that is not its own to this function, after all its quoting. One write
+for each command: those behind `&` write at the same time."""
 
 
 def text_of(path):
