@@ -6,8 +6,10 @@ import textwrap
 
 from mixgf.config.run import Config
 from mixgf.perturbation import hits
+from mixgf.redact import redact
 from mixgf.report import answers, wording
 from mixgf.report.load import load_results
+from mixgf.report.results import RunResults
 from mixgf.report.sections import pretraining
 
 
@@ -16,7 +18,7 @@ def summary(config: Config) -> str:
     results = load_results(config, light=True)
     lines = []
     if told := answers.answers(results):
-        lines += ["what you can do now", *_listed(told), ""]
+        lines += ["what you can do now", *_listed(told), *_annotate(results), ""]
     if told := answers.encoder_adds(results):
         lines += [told[0][1], *_listed(told[1:]), ""]
     if "corpus" in results.records:
@@ -44,6 +46,16 @@ def summary(config: Config) -> str:
         if left := results.records["perturb"].counts.get("not_scored", 0):
             lines.append(f"{'':<10} not complete: the budget was spent before {left:,} genes were scored")
     return "\n".join(lines) if lines else "no stage has been run yet"
+
+
+def _annotate(results: RunResults) -> list[str]:
+    """The command that labels other cells, for each kept classifier; not wrapped, so that it can be copied."""
+    record = results.records.get("classify")
+    kept = record.details.get("classifiers", []) if record is not None else []
+    return [
+        "    your own cells:",
+        *(f"    mixgf annotate my.h5ad --model {redact(one['uri'])}" for one in kept),
+    ] * bool(kept)
 
 
 def _listed(told: list[tuple[str, str]]) -> list[str]:

@@ -574,3 +574,14 @@ def test_the_summary_shows_every_model_and_marks_the_best(config):
     assert re.search(r"mixgf, fine-tuned +0\.700 / 0\.680\n", text)
     assert "WORSE" not in text
     assert "(0 of 30 genes are hits; there are no negative controls" in text
+
+
+def test_the_summary_has_the_command_for_other_cells_in_one_line(config, monkeypatch):
+    """However long the path of the classifier is."""
+    found = load.load_results(config, light=True)
+    uri = f"/{'long/' * 40}classifiers/baron_human"
+    test = {"macro_f1": 0.9, "accuracy": 0.9, "cells": 3, "doubted": 0.0}
+    kept = {"group": "pancreas", "model": "genes_vote", "candidates": [], "test": test, "uri": uri}
+    found.records["classify"].details["classifiers"] = [kept]
+    monkeypatch.setattr(run_text, "load_results", lambda *_, **__: found)
+    assert f"    mixgf annotate my.h5ad --model {uri}\n" in run_text.summary(config)
