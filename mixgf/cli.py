@@ -423,9 +423,12 @@ def _annotate(args: argparse.Namespace) -> int:
 
 
 def _file_and_copy(args: argparse.Namespace, what: str) -> tuple[str, str, str]:
-    """Species and URI of the file that a command reads, and the URI that it writes: --output, or FILE.`what`.h5ad."""
+    """Species and URI of the file that a command reads, and the URI that it writes: --output, or FILE.`what`.h5ad.
+
+    The copy of a bundled file (`resource:`) is written where the command runs, not into the package.
+    """
     species, uri = split_named(args.file)
-    stem = uri.rstrip("/").removesuffix(".h5ad").removesuffix(".h5")
+    stem = uri.rstrip("/").removeprefix("resource:").removesuffix(".h5ad").removesuffix(".h5")
     return species, absolute(uri), absolute(args.output or f"{stem}.{what}.h5ad")
 
 

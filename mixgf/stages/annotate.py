@@ -5,6 +5,7 @@ Parts lie beside the output until it is written, so a killed command continues.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from mixgf.classification import annotate, kept_classifier
@@ -13,19 +14,22 @@ from mixgf.config import parse
 from mixgf.config.data import Source
 from mixgf.config.run import Config
 from mixgf.console import warn
-from mixgf.distributed.executor import RayExecutor
 from mixgf.errors import UserError
-from mixgf.execution import Executor, Task
+from mixgf.execution import Executor, LocalExecutor, Task
 from mixgf.stages.fan_out import fan_out, missing
 from mixgf.storage import files, layout, tables
 
 PART_CELLS = 2_000
+FEW_CELLS = 10_000
+"""Most cells that a classifier without an encoder labels in this process, in less time than Ray takes to start."""
 
 
 def run(
     model: str, source: Source, to: str, settings: Config, *, extras: Extras | None = None, executor: Executor | None = None
 ) -> dict[str, Any]:  # fmt: skip
-    """Label all cells of `source` and write `to`; returns what was found. `executor` runs the tasks; None = Ray.
+    """Label all cells of `source` and write `to`; returns what was found.
+
+    `executor` runs the tasks; None = Ray, or this process for few cells (`FEW_CELLS`) where RAY_ADDRESS names no cluster.
 
     Raises:
         UserError: no such classifier or file, or a file that cannot be read.
@@ -71,7 +75,7 @@ def run(
         plan = annotate.LabelPlan(model=form, version=key, file=file, start=start, stop=stop, to=part)
         tasks.append(Task(part=part, function=annotate.label_cells, args=(plan,), weight=stop - start))
     if missing([first, *tasks]):
-        executor = executor or RayExecutor(settings)
+        executor = executor or _executor(settings, few=kept.encoder is None and file.num_cells <= FEW_CELLS)
         with executor.session():
             fan_out("annotate: alignment to the file", [first], executor.run)
             fan_out("annotate", tasks, executor.run, unit="cells")
@@ -81,3 +85,12 @@ def run(
     annotate.write(to, file.source, table, kept.classes, annotate.facts(found))
     layout.remove_own(work, layout.ANNOTATION)
     return found | {"output": to}
+
+
+def _executor(settings: Config, *, few: bool) -> Executor:
+    """This process for few cells, if no cluster is named; else Ray, which takes seconds to import and to start."""
+    if few and "RAY_ADDRESS" not in os.environ:
+        return LocalExecutor()
+    from mixgf.distributed.executor import RayExecutor
+
+    return RayExecutor(settings)
