@@ -169,6 +169,15 @@ class _Processes(LocalExecutor):
             yield receipt
 
 
+class _Nothing(LocalExecutor):
+    """Stops at the first task."""
+
+    def run(self, tasks: Sequence[Task]) -> Receipts:
+        assert tasks[0].part.rsplit("/", 2)[-2] == "done", f"{tasks[0].part} is made again"
+        raise _Stopped
+        yield Receipt(0)  # a generator
+
+
 # measuring
 
 
@@ -287,11 +296,8 @@ def measure_remote(num_sources: int, cells: int) -> list[dict[str, Any]]:
         s3.forget_connections()
         (server,) = (p for p in psutil.Process().children() if "moto.server" in p.cmdline())
         first, before = log.read_text().splitlines(), server.cpu_times()
-        with (
-            multiprocessing.get_context("spawn").Pool(2) as pool, suppress(_Stopped),
-            steps.step("restart from S3, before its first shard"),
-        ):  # fmt: skip
-            prepare.run(of, executor=_Processes(pool, most_shards=0))
+        with suppress(_Stopped), steps.step("restart from S3, before its first shard"):
+            prepare.run(of, executor=_Nothing())
         after, asked = server.cpu_times(), log.read_text().splitlines()[len(first) :]
         verbs = (re.search(r"(HEAD|GET|PUT|POST|DELETE) /(.*list-type=2)?", line) for line in asked)
         kinds = Counter("list" if verb[2] else verb[1] for verb in verbs if verb is not None)
