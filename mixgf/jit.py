@@ -25,8 +25,8 @@ def start_threads() -> None:
     """Start the threads of numba's parallel functions, which scanpy and umap have, in a way that leaves those of torch alone.
 
     Over OpenMP, the thread that calls the first parallel function gets as many OpenMP threads as there are cores. Torch takes its
-    number of threads from there, even after `torch.set_num_threads`, and float32 sums depend on it. So a thread of its own starts
-    them.
+    number of threads from there once it has worked in that thread, whatever `torch.set_num_threads` said before, and float32 sums
+    depend on it. So a thread of its own starts them.
     """
     starter = threading.Thread(target=numba.get_num_threads, name="mixgf-numba")
     starter.start()
