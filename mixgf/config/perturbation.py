@@ -84,8 +84,8 @@ class Perturb:
     genes are scored exactly."""
     direction: str = option("both", choices=("both", "towards", "away"))
     """What a screen selects: genes that move cells `towards` the goal, `away` from it, or `both` (half of `screen` each)."""
-    screen_grid: int = option(3, least=2)
-    """Ranks per cell at which the estimate of the moves of ranks is exact. Each beyond the first takes one pass of the encoder."""
+    screen_grid: int = option(2, least=2)
+    """Ranks per cell at which the moves of ranks are computed exactly. Each beyond the first takes one pass of the encoder."""
     screen_sample: int = option(64, least=10)
     """Genes drawn at random that are scored exactly as well, to check the estimate."""
     screen_agreement: float = option(0.8, least=-1, most=1)

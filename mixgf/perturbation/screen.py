@@ -5,10 +5,12 @@ The shift towards the goal (`perturbation.shift`) is the sum of four parts:
 
 | part | what changes | how it is computed |
 |---|---|---|
-| rank shift | genes behind (delete) or before (overexpress) the gene move by one rank | exact at a grid of ranks; between two of them by parts (`_between`) |
-| removal | no token attends to the gene at its old position | derivative by the log weight of its key: one backward pass |
-| insertion | all tokens attend to the gene at the front | the gene's attention in each layer, times the gradient there |
+| rank shift | genes behind (delete) or before (overexpress) the gene move by one rank | exact at a grid of ranks; between two of them by parts (`_rank_shifts`) |
+| removal | no token attends to the gene at its old position | the attention of each layer without its key, times the gradient there |
+| insertion | all tokens attend to the gene at the front | the attention of each layer with its key, times the gradient there |
 | mean | variant `all` includes the gene's own vector | exact |
+
+The gradients of the cosine by the attention outputs come from one backward pass. They include the effect on later layers.
 
 A first-order estimate of the rank shift is not enough, as it consists of many small moves that interact. Without a goal
 there is no estimate: 1 - cos has no gradient at the unperturbed cell.
@@ -20,7 +22,7 @@ two ranks of the grid.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -32,10 +34,10 @@ from mixgf.perturbation import operations
 from mixgf.perturbation.shift import ShiftScorer
 
 OPERATIONS = ("delete", "overexpress")
-_SPARE = 8
-"""Channels added to every head; the first holds the log weight of the key. Fused kernels need multiples of 8."""
-_PROBE_ELEMENTS = 1 << 20
-"""Largest number of attention weights of inserted genes in memory at a time."""
+_PROBE_ELEMENTS = 1 << 19
+"""Largest number of attention weights in memory at a time."""
+_LEAST_LEFT = 1e-4
+"""Least weight of the other keys when one is taken out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,15 +53,14 @@ class _State:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Attention:
-    """Attention of one layer, (H, L, E) each, with gradients of the cosine."""
+    """Attention of one layer, (H, L, E) each."""
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     output: Tensor
-    key_grad: Tensor
-    value_grad: Tensor
-    output_grad: Tensor
+    grad: Tensor
+    """Gradient of the cosine by the output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,15 +71,13 @@ class _Trace:
     """Sum over the positions of the variant, float64."""
     count: int
     """Number of these positions."""
-    removal_L: Tensor
-    """First-order change of the cosine if no token attends to this one."""
     state: _State
     attention: tuple[_Attention, ...]
     """By layer."""
 
 
 def estimate(
-    scorer: ShiftScorer, ids_L: Tensor, genes_K: Tensor, operation: str, goal_D: Tensor, *, grid: int = 3
+    scorer: ShiftScorer, ids_L: Tensor, genes_K: Tensor, operation: str, goal_D: Tensor, *, grid: int = 2
 ) -> Tensor:
     """Estimated shifts of one cell towards the goal, float64 (K,); 0 where `delete` has no gene to delete.
 
@@ -99,9 +98,9 @@ def estimate(
     there_K = rank_K >= 0
     places_L = torch.arange(len(ids_L), device=scorer.device)
     base = _trace(scorer, ids_L, places_L, goal_D)
-    moved_G = _rank_shifts(scorer, ids_L, base, -1 if operation == "delete" else 1, goal_D, grid)
+    moved_G, removal_L = _rank_shifts(scorer, ids_L, base, -1 if operation == "delete" else 1, goal_D, grid)
     shift_K = torch.where(there_K, moved_G[rank_K.clamp(min=0)], 0.0)
-    removal_K = torch.where(there_K, base.removal_L[at_K].double(), 0.0)
+    removal_K = torch.where(there_K, removal_L[at_K], 0.0)
     own_KD = torch.where(there_K[:, None], base.state.hidden_LD[at_K].double(), 0.0)
     after_KD = base.sum_D - own_KD
     if operation == "delete":
@@ -130,16 +129,21 @@ def _cosine(x_KD: Tensor, goal_D: Tensor) -> Tensor:
 
 def _rank_shifts(  # noqa: PLR0917 (the arguments of one caller)
     scorer: ShiftScorer, ids_L: Tensor, base: _Trace, step: int, goal_D: Tensor, grid: int
-) -> Tensor:
-    """Change of the cosine if the genes behind each rank move up by one (step -1), or those before it down by one (step 1), (G,).
+) -> tuple[Tensor, Tensor]:
+    """Change of the cosine by the moves of ranks (G,), and by the removal of each token from attention (L,), float64.
 
-    The rank at which no gene moves is one of the grid: its pass is that of the unperturbed cell.
+    Genes behind a rank move up by one (step -1), or those before it down by one (step 1). The pass of the rank at which no
+    gene moves is that of the unperturbed cell. From one exact rank to the next (left, right), a token moves with every rank:
+
+    | of | it is |
+    |---|---|
+    | the vectors of the tokens that move | that of `left` before the token moves, then that of `right` |
+    | the vectors of all other tokens | linear between `left` and `right` |
+    | what a token does to others | attention with its key and value where it has moved (`_effects`); only the difference from linear counts |
     """
     lead, num_genes = scorer.lead, len(ids_L) - scorer.lead
     shift_G = torch.zeros(num_genes, dtype=torch.float64, device=ids_L.device)
-    if num_genes < 2:
-        return shift_G
-    knots = torch.linspace(0, num_genes - 1, min(grid, num_genes)).round().long().tolist()
+    knots = torch.linspace(0, num_genes - 1, min(max(grid, 2), num_genes)).round().long().tolist()
     none_moves = num_genes - 1 if step < 0 else 0
     places_L = torch.arange(len(ids_L), device=ids_L.device)
 
@@ -150,41 +154,68 @@ def _rank_shifts(  # noqa: PLR0917 (the arguments of one caller)
         return _forward(scorer, ids_L, places_L + step * moves_L)
 
     before = _cosine(base.sum_D[None], goal_D)
+    moved = [(layer.keys.clone(), layer.values.clone()) for layer in base.attention]
+    spans = []
     for (left, a), (right, b) in pairwise((state(rank), rank) for rank in knots):
         first = lead + (1 if step < 0 else 0)
-        shift_G[a : b + 1] = _between(scorer, base, left, right, slice(first + a, first + b), goal_D) - before
-    return shift_G
+        span, there = slice(first + a, first + b), left if step < 0 else right
+        shift_G[a : b + 1] = _cosine(_sums_between(scorer, left, right, span), goal_D) - before
+        for i, (keys, values) in enumerate(moved):
+            keys[:, span], values[:, span] = there.keys[i][:, span], there.values[i][:, span]
+        spans.append((slice(a, b + 1), span))
+    removal_L, effect_L = _effects(base, moved)
+    for ranks, span in spans:
+        others_N = step * _running(effect_L[span])
+        shift_G[ranks] += others_N - _shares(others_N) * others_N[-1]
+    return shift_G, removal_L
 
 
-def _between(  # noqa: PLR0917 (the arguments of one caller)
-    scorer: ShiftScorer, base: _Trace, left: _State, right: _State, span: slice, goal_D: Tensor
-) -> Tensor:
-    """Cosines of the cell at all ranks from one of the grid to the next, (N + 1,); the first and the last are exact.
-
-    The tokens of `span` go from their position in `left` to that in `right`, one with every rank. Between the two ranks:
-
-    | of | it is |
-    |---|---|
-    | the vectors of these tokens | that of `left` before the token goes, then that of `right` |
-    | the vectors of all other tokens | linear between `left` and `right` |
-    | what a token does to others | the change of its keys and values times their gradients; only the difference from linear counts |
-    """
+def _sums_between(scorer: ShiftScorer, left: _State, right: _State, span: slice) -> Tensor:
+    """Sums over the positions of the variant at all ranks from one exact rank to the next, (N + 1, D)."""
     left_LD, right_LD = _averaged(scorer, left.hidden_LD), _averaged(scorer, right.hidden_LD)
-    left_ND, right_ND = left_LD[span], right_LD[span]
-    share_N = torch.linspace(0, 1, len(left_ND) + 1, dtype=torch.float64, device=left_LD.device)
-    own_ND = left_ND.sum(0) + _running(right_ND - left_ND)
-    rest_D, change_D = (
-        (left_LD.sum(0) - left_ND.sum(0)),
-        (right_LD.sum(0) - left_LD.sum(0) - (right_ND - left_ND).sum(0)),
+    own_ND = _running(right_LD[span] - left_LD[span])
+    change_D = right_LD.sum(0) - left_LD.sum(0) - own_ND[-1]
+    return left_LD.sum(0) + own_ND + _shares(own_ND)[:, None] * change_D
+
+
+def _shares(x_N: Tensor) -> Tensor:
+    """From 0 to 1 in equal steps, as many as `x_N` has rows."""
+    return torch.linspace(0, 1, len(x_N), dtype=torch.float64, device=x_N.device)
+
+
+@torch.no_grad()
+def _effects(cell: _Trace, moved: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Change of the cosine if no other token attends to a token, and if it has another key and value, (L,) each, float64.
+
+    Each layer's attention output changes exactly, and the cosine by its gradient. A token's attention to itself is left out.
+
+    Args:
+        cell: the unperturbed cell.
+        moved: other keys and values by layer, (H, L, E) each.
+    """
+    removal_L, effect_L = (
+        torch.zeros(len(cell.state.hidden_LD), dtype=torch.float64, device=cell.sum_D.device) for _ in range(2)
     )
-    worth_N = torch.zeros(len(left_ND), dtype=torch.float64, device=left_LD.device)
-    for i, layer in enumerate(base.attention):
-        keys, values = (right.keys[i] - left.keys[i])[:, span], (right.values[i] - left.values[i])[:, span]
-        worth_N += (
-            (keys * layer.key_grad[:, span]).sum((0, 2)) + (values * layer.value_grad[:, span]).sum((0, 2))
-        ).double()
-    others_N = _running(worth_N)
-    return _cosine(own_ND + rest_D + share_N[:, None] * change_D, goal_D) + others_N - share_N * others_N[-1]
+    for layer, other in zip(cell.attention, moved, strict=True):
+        H, L, E = layer.keys.shape
+        worth = (layer.grad * layer.output).sum(2, keepdim=True)
+        k, v, other_k, other_v = (x.transpose(1, 2) for x in (layer.keys, layer.values, *other))
+        rows = max(1, _PROBE_ELEMENTS // (H * L))
+        for start in range(0, L, rows):
+            part = slice(start, start + rows)
+            q, grad, own = layer.queries[:, part] / math.sqrt(E), layer.grad[:, part], -worth[:, part]
+            scores = q @ k
+            weight = torch.softmax(scores, 2)
+            log_sum = scores.amax(2, keepdim=True) - weight.amax(2, keepdim=True).log_()
+            other_weight = torch.baddbmm(-log_sum, q, other_k).exp_()
+            for one in (weight, other_weight):
+                one.diagonal(start, 1, 2).zero_()
+            gain = torch.baddbmm(own, grad, v).mul_(weight)
+            other_gain = torch.baddbmm(own, grad, other_v).mul_(other_weight).sub_(gain)
+            left = weight.neg_().add_(1).clamp_(min=_LEAST_LEFT)
+            effect_L += other_gain.div_(other_weight.add_(left)).sum((0, 1)).double()
+            removal_L -= gain.div_(left).sum((0, 1)).double()
+    return removal_L, effect_L
 
 
 def _running(x_N: Tensor) -> Tensor:
@@ -203,54 +234,38 @@ def _averaged(scorer: ShiftScorer, hidden_LD: Tensor) -> Tensor:
 
 def _forward(scorer: ShiftScorer, ids_L: Tensor, places_L: Tensor) -> _State:
     """One forward pass of a cell with the given positions."""
-    encoder, kept = scorer.encoder, []
-    with torch.no_grad(), scorer.autocast():
+    with torch.no_grad():
+        return _run(scorer, ids_L, places_L)[0]
+
+
+def _run(scorer: ShiftScorer, ids_L: Tensor, places_L: Tensor) -> tuple[_State, list[tuple[Tensor, Tensor]]]:
+    """Forward pass of a cell: its state, and queries and attention output of each layer, (H, L, E)."""
+    encoder, state, rest = scorer.encoder, [], []
+    with scorer.autocast():
         h_LD = encoder.embed_tokens(ids_L, places_L)
         for layer in _layers(encoder)[: scorer.layers]:
             q, k, v = _heads(encoder, layer.qkv(h_LD))
             a = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-            kept.append((k.float(), v.float()))
+            state.append((k.detach().float(), v.detach().float()))
+            rest.append((q, a))
             h_LD = layer.after_attention(h_LD, a.transpose(0, 1).reshape(len(ids_L), -1))
-    return _State(hidden_LD=h_LD, keys=tuple(k for k, _ in kept), values=tuple(v for _, v in kept))
+    return _State(hidden_LD=h_LD, keys=tuple(k for k, _ in state), values=tuple(v for _, v in state)), rest
 
 
 def _trace(scorer: ShiftScorer, ids_L: Tensor, places_L: Tensor, goal_D: Tensor) -> _Trace:
     """One forward and one backward pass of a cell."""
-    encoder = scorer.encoder
-    log_weight_L = torch.zeros(len(ids_L), device=ids_L.device, requires_grad=True)
-    kept = []
-    with torch.enable_grad(), scorer.autocast():
-        h_LD = encoder.embed_tokens(ids_L, places_L)
-        for layer in _layers(encoder)[: scorer.layers]:
-            q, k, v = _heads(encoder, layer.qkv(h_LD))
-            a = _weighted(q, k, v, log_weight_L)
-            kept.append([q, k, v, a])
-            h_LD = layer.after_attention(h_LD, a.transpose(0, 1).reshape(len(ids_L), -1).to(h_LD.dtype))
-        offsets = torch.tensor([0, len(ids_L)], device=ids_L.device)
-        sum_1D, count_1 = scorer.sums(h_LD, offsets)
+    with torch.enable_grad():
+        state, rest = _run(scorer, ids_L, places_L)
+        sum_1D, count_1 = scorer.sums(state.hidden_LD, torch.tensor([0, len(ids_L)], device=ids_L.device))
         cosine = _cosine(sum_1D, goal_D).sum()
-    wanted = [x for row in kept for x in row[1:]]
-    weight_grad, *grads = torch.autograd.grad(cosine, [log_weight_L, *wanted])
-    attention = []
-    for i, row in enumerate(kept):
-        q, k, v, a = (x.detach().float() for x in row)
-        key, value, output = (x.float() for x in grads[3 * i : 3 * i + 3])
-        attention.append(
-            _Attention(
-                queries=q, keys=k, values=v, output=a, key_grad=key, value_grad=value, output_grad=output,
-            )
-        )  # fmt: skip
-    return _Trace(
-        sum_D=sum_1D[0].detach(),
-        count=int(count_1),
-        removal_L=-weight_grad,
-        state=_State(
-            hidden_LD=h_LD.detach(),
-            keys=tuple(layer.keys for layer in attention),
-            values=tuple(layer.values for layer in attention),
-        ),
-        attention=tuple(attention),
+    grads = torch.autograd.grad(cosine, [a for _, a in rest])
+    attention = tuple(
+        _Attention(queries=q.detach().float(), keys=k, values=v, output=a.detach().float(), grad=grad.float())
+        for (q, a), k, v, grad in zip(rest, state.keys, state.values, grads, strict=True)
     )
+    return _Trace(
+        sum_D=sum_1D[0].detach(), count=int(count_1), attention=attention, state=replace(state, hidden_LD=state.hidden_LD.detach())
+    )  # fmt: skip
 
 
 def _layers(encoder: Encoder) -> list[Layer]:
@@ -261,19 +276,6 @@ def _heads(encoder: Encoder, x_T3D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values by head, (H, T, E) each."""
     q, k, v = x_T3D.view(len(x_T3D), 3, encoder.sizes.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
     return q, k, v
-
-
-def _weighted(q: Tensor, k: Tensor, v: Tensor, log_weight_L: Tensor) -> Tensor:
-    """Attention in which each key is weighted by exp(log weight), (H, L, E)."""
-    H, L, E = q.shape
-    spare = q.new_zeros(H, L, _SPARE)
-    one = torch.cat([q.new_ones(H, L, 1), spare[..., 1:]], 2)
-    weight = (log_weight_L * math.sqrt(E)).to(q.dtype)[None, :, None].expand(H, L, 1)
-    keys = torch.cat([k, weight, spare[..., 1:]], 2)
-    out = F.scaled_dot_product_attention(
-        torch.cat([q, one], 2)[None], keys[None], torch.cat([v, spare], 2)[None], scale=1 / math.sqrt(E)
-    )
-    return out[0, :, :, :E]
 
 
 @torch.no_grad()
@@ -291,7 +293,7 @@ def _inserted(scorer: ShiftScorer, cell: _Trace, genes_K: Tensor) -> tuple[Tenso
     rows = max(1, _PROBE_ELEMENTS // (H * L))
     spans = [slice(a, a + rows) for a in range(0, len(genes_K), rows)]
     for layer, seen in zip(_layers(encoder), cell.attention, strict=False):
-        v, grad = seen.values, seen.output_grad
+        v, grad = seen.values, seen.grad
         q, k = (seen.queries / math.sqrt(E)).transpose(1, 2), seen.keys.transpose(1, 2)
         log_sum = torch.logsumexp(q.transpose(1, 2) @ k, dim=2)[:, None]
         worth = (grad * seen.output).sum(2, keepdim=True)

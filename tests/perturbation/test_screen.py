@@ -72,22 +72,57 @@ def test_deleting_an_absent_gene_is_estimated_as_nothing():
     assert (estimated[:20] != 0).all()
 
 
-def test_the_removal_term_is_the_derivative_by_the_log_weight_of_a_key(monkeypatch):
+@pytest.mark.parametrize("at_a_time", [1 << 20, 7 * 2 * 11])
+def test_removed_and_exchanged_keys_change_the_attention_exactly(monkeypatch, at_a_time):
+    """Of all tokens but the one itself; the cosine changes by the gradient."""
+    monkeypatch.setattr(screen, "_PROBE_ELEMENTS", at_a_time)
+    generator = torch.Generator().manual_seed(4)
+    q, k, v, grad, other_k, other_v = torch.randn(6, 2, 11, 8, generator=generator, dtype=torch.float64).unbind(0)
+    q *= 2  # some weights are large
+
+    def attended(query, keys, values):
+        return torch.softmax(keys @ query / 8**0.5, 0) @ values
+
+    output = torch.stack([torch.stack([attended(x, k[h], v[h]) for x in q[h]]) for h in range(2)])
+    removal, exchange = torch.zeros(2, 11, dtype=torch.float64)
+    for token in range(11):
+        rest = torch.arange(11) != token
+        for h in range(2):
+            keys, values = k[h].clone(), v[h].clone()
+            keys[token], values[token] = other_k[h, token], other_v[h, token]
+            for x in torch.nonzero(rest)[:, 0]:
+                removal[token] += grad[h, x] @ (attended(q[h, x], k[h][rest], v[h][rest]) - output[h, x])
+                exchange[token] += grad[h, x] @ (attended(q[h, x], keys, values) - output[h, x])
+    layer = screen._Attention(queries=q, keys=k, values=v, output=output, grad=grad)
+    state = screen._State(hidden_LD=torch.zeros(11, 16), keys=(k,), values=(v,))
+    traced = screen._Trace(sum_D=torch.zeros(16), count=11, state=state, attention=(layer,))
+    found = screen._effects(traced, [(other_k, other_v)])
+    torch.testing.assert_close(found, (removal, exchange), atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("variant", ["remaining", "all"])
+def test_the_gradient_by_the_attention_output_is_that_of_the_cosine(monkeypatch, variant):
     ids, _ = cell(0, 12)
     goal = torch.nn.functional.normalize(torch.linspace(-1, 1, 32, dtype=torch.float64), dim=0)
-    engine = ShiftScorer(encoder=encoder().double(), variant="all")
-    places = torch.arange(12)
-    found = screen._trace(engine, ids, places, goal).removal_L
-    plain = screen._weighted
+    engine = ShiftScorer(encoder=encoder().double(), variant=variant)
+    places, plain = torch.arange(12), screen.F.scaled_dot_product_attention
+    found = screen._trace(engine, ids, places, goal).attention[1].grad[2, 7, 3]
 
     def cosine(step):
-        moved = torch.zeros(12, dtype=torch.float64)
-        moved[7] = step
-        with monkeypatch.context() as patch:
-            patch.setattr(screen, "_weighted", lambda q, k, v, w: plain(q, k, v, w + moved))
-            return screen._cosine(screen._trace(engine, ids, places, goal).sum_D[None], goal).item()
+        calls = []
 
-    assert found[7].item() == pytest.approx(-(cosine(1e-4) - cosine(-1e-4)) / 2e-4, rel=1e-5)
+        def attention(*heads):
+            out = plain(*heads)
+            if len(calls) == 1:
+                out[0, 2, 7, 3] += step
+            calls.append(0)
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(screen.F, "scaled_dot_product_attention", attention)
+            return screen._cosine(screen._forward(engine, ids, places).hidden_LD.sum(0)[None], goal).item()
+
+    assert found.item() == pytest.approx((cosine(1e-4) - cosine(-1e-4)) / 2e-4, rel=1e-5)
 
 
 def test_the_traced_pass_is_the_encoder_s_pass():
@@ -141,7 +176,7 @@ def rank_shifts(engine, ids, operation, grid):
     goal = torch.nn.functional.normalize(torch.linspace(-1, 1, 32, dtype=torch.float64), dim=0)
     base = screen._trace(engine, ids, places, goal)
     step = -1 if operation == "delete" else 1
-    found = screen._rank_shifts(engine, ids, base, step, goal, grid)
+    found, _ = screen._rank_shifts(engine, ids, base, step, goal, grid)
     exact = []
     for rank in range(len(ids) - lead):
         moved = places.clone()
