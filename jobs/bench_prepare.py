@@ -437,16 +437,17 @@ def whole_figures(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Fig
             write_cells(path, num_cells, gzip="gzip" in place)
         size = path.stat().st_size
         with s3_server() if place.startswith("S3") else nullcontext("") as bucket:
-            uri = f"{bucket}/cells.h5ad" if bucket else str(path)
+            uri, first = (f"{bucket}/cells.h5ad", f"{bucket}/small.h5ad") if bucket else (str(path), str(small))
             if bucket:
                 files.upload(path, uri)
+                files.upload(small, first)
             found: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
             searched: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": found["ours"]}
             for _ in range(repeats):
                 for name, tree in trees.items():
-                    found[name].append(whole(tree, uri, str(small), folder))
+                    found[name].append(whole(tree, uri, first, folder))
                 if place == "gzip":
-                    searched["ours"].append(whole(trees["ours"], uri, str(small), folder, near="flag"))
+                    searched["ours"].append(whole(trees["ours"], uri, first, folder, near="flag"))
 
         one = partial(_whole_figure, place, found)
         more = num_cells - NUM_SMALL
