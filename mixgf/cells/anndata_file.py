@@ -5,14 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from mixgf.cells.features import choose_gene_names, find_kinds, gene_columns
-from mixgf.cells.frames import Group, column, column_length, columns_of, index_of, open_frame, read_column, read_strings
+from mixgf.cells.frames import (
+    Group,
+    column,
+    column_length,
+    columns_of,
+    index_of,
+    is_array,
+    open_frame,
+    read_column,
+    read_strings,
+)
 from mixgf.cells.hdf5 import child
 from mixgf.cells.matrices import matrix_reader, shape_of
-from mixgf.cells.reader import Reader, file_error
+from mixgf.cells.reader import OPTION, Reader, file_error, setting
 
 
-def open_anndata(uri: str, root: Group, layer: str) -> Reader:
+def open_anndata(uri: str, root: Group, layer: str, option: str = OPTION) -> Reader:
     """Reader of AnnData in an open HDF5 file or Zarr group; `layer` is `X`, `raw` (raw/X) or the name of a layer.
+
+    `option` is `Reader.option`, for messages.
 
     Raises:
         UserError: no such layer, a matrix encoding that is not supported, no RNA among the features, or a damaged file.
@@ -20,8 +32,7 @@ def open_anndata(uri: str, root: Group, layer: str) -> Reader:
     raw, raw_var = ("raw.X", "raw.var") if "raw.X" in root else ("raw/X", "raw/var")  # raw.X: before anndata 0.7
     where = {"X": "X", "raw": raw}.get(layer, f"layers/{layer}")
     if where not in root:
-        have = matrices_of(root)
-        raise file_error(uri, f"layer = {layer!r}: not in the file; it has {', '.join(have) or 'no counts'}")
+        raise file_error(uri, _no_layer(root, layer, option))
     var, obs = open_frame(root, raw_var if layer == "raw" else "var"), open_frame(root, "obs")
     matrix = child(root, where)
     num_rows, num_columns = shape_of(matrix)
@@ -37,6 +48,8 @@ def open_anndata(uri: str, root: Group, layer: str) -> Reader:
         return read_column(column(var, name), 0, num_columns)
 
     is_gene, kinds = find_kinds(uri, columns_of(var), of_var)
+    if kinds is None and layer == "raw" and "var" in root:
+        is_gene, kinds = _kinds_by_name(uri, open_frame(root, "var"), read_strings(genes, 0, num_columns))
     return Reader(
         uri=uri,
         num_rows=num_rows,
@@ -44,6 +57,7 @@ def open_anndata(uri: str, root: Group, layer: str) -> Reader:
         gene_names=lambda name: choose_gene_names(uri, read_strings(genes, 0, num_columns), columns, of_var, name),
         gene_columns=gene_columns(columns),
         read=read,
+        value_type=(matrix if is_array(matrix) else child(matrix, "data")).dtype,
         scan=scan,
         cell_names=lambda a, b: read_strings(index, a, b),
         obs_columns=columns_of(obs),
@@ -53,6 +67,30 @@ def open_anndata(uri: str, root: Group, layer: str) -> Reader:
         layer=layer,
         others=lambda: {name: open_anndata(uri, root, name) for name in matrices_of(root) if name != layer},
     )
+
+
+def _kinds_by_name(uri: str, var: Group, names: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """`find_kinds` for the features of raw, whose own table says nothing, by their names in var; other features count as genes."""
+    index = index_of(var)
+    num = column_length(index)
+    is_gene, kinds = find_kinds(uri, columns_of(var), lambda name: read_column(column(var, name), 0, num))
+    if is_gene is None or kinds is None:
+        return None, None
+    place = {name: i for i, name in enumerate(read_strings(index, 0, num))}
+    at = [place.get(name, -1) for name in names]
+    return np.asarray([i < 0 or bool(is_gene[i]) for i in at]), np.asarray(
+        [None if i < 0 else kinds[i] for i in at], object
+    )
+
+
+def _no_layer(root: Group, layer: str, option: str) -> str:
+    """What to do where a file has no matrix of this name."""
+    have = matrices_of(root)
+    if not have:
+        held = ", ".join(sorted(name for name in root if list(root[name]))) or "nothing"
+        return f"AnnData without a matrix of cells and genes (it holds {held}): annotations alone; give the file with the counts"
+    ways = " or ".join(setting(option, "layer", name) for name in have)
+    return f"layer = {layer!r}: not in the file; it has {', '.join(have)}: {ways}"
 
 
 def matrices_of(root: Group) -> list[str]:

@@ -90,7 +90,10 @@ def index_of(frame: Group) -> Group | Array:
 
 def columns_of(frame: Group) -> list[str]:
     """Names of the columns of a data frame, in their order, without the index."""
-    named = [_text(name) for name in frame.attrs.get("column-order", [])]
+    if "column-order" not in frame.attrs:  # written by another program
+        index = {_text(frame.attrs.get("_index", "_index")), "_index", "index", "__categories"}
+        return [name for name in map(str, frame) if name not in index]
+    named = [_text(name) for name in frame.attrs["column-order"]]
     return [name for name in named if name in frame]  # some tools remove a column and leave its name
 
 
@@ -98,7 +101,7 @@ def column_length(node: Group | Array) -> int:
     """Rows of a column."""
     if not is_array(node):
         node = child(node, "codes" if "codes" in node else "values")
-    return int(node.shape[0])
+    return int(node.shape[0]) if node.ndim else 1
 
 
 def read_strings(column: Group | Array, start: int, stop: int) -> np.ndarray:
@@ -146,6 +149,9 @@ def _of_codes(categories: Group | Array, codes: np.ndarray) -> np.ndarray:
 
 
 def _read_array(array: Array, start: int, stop: int) -> np.ndarray:
+    if array.ndim == 0 and isinstance(array, h5py.Dataset):  # the only category, in files of 2018
+        value = array.asstr()[()] if h5py.check_string_dtype(array.dtype) is not None else array[()]
+        return np.asarray([value], dtype=object if isinstance(value, str | bytes) else None)[start:stop]
     if array.ndim != 1:
         msg = f"an array of {array.ndim} dimensions is no column"
         raise ValueError(msg)

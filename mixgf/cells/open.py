@@ -116,18 +116,19 @@ def open_source(source: Source, *, option: str = OPTION) -> Iterator[Reader]:
         source: The source.
         option: How the user gives a field of it, for messages (`Reader.option`).
     """
-    with open_reader(source.uri, source.layer) as reader:
-        reader.rounded, reader.option = source.round, option
+    with open_reader(source.uri, source.layer, option=option) as reader:
+        reader.rounded = source.round
         yield reader
 
 
 @contextmanager
-def open_reader(uri: str, layer: str = "X") -> Iterator[Reader]:
+def open_reader(uri: str, layer: str = "X", *, option: str = OPTION) -> Iterator[Reader]:
     """Open counts for reading.
 
     Args:
         uri: path or URI of the file or folder.
         layer: of AnnData: `X`, `raw`, or the name of a layer.
+        option: How the user gives a field of the source, for messages (`Reader.option`).
 
     Raises:
         UserError: the file is missing, truncated, damaged or of another format, or has no such layer. Whatever a file's
@@ -135,17 +136,17 @@ def open_reader(uri: str, layer: str = "X") -> Iterator[Reader]:
     """
     with ExitStack() as stack:
         with refusals(uri):
-            reader = _open(stack, uri, layer)
-        yield _guarded(reader)
+            reader = _open(stack, uri, layer, option)
+        yield _guarded(replace(reader, option=option))
 
 
-def _open(stack: ExitStack, uri: str, layer: str) -> Reader:
+def _open(stack: ExitStack, uri: str, layer: str, option: str) -> Reader:
     if not files.exists(uri):
         raise file_error(uri, "no such file; check the path (and the endpoint and keys, on object storage)")
     names = set(_names(uri))
     folder, name = _split(uri)
     if names or uri.endswith(".zarr.zip") or (files.is_local(uri) and files.is_folder(uri)):
-        return _open_folder(stack, uri, layer, names)
+        return _open_folder(stack, uri, layer, names, option)
     if mtx_matrices([name]):
         return replace(open_mtx(uri, folder, name, layer), format="mtx")
     if files.is_local(uri) and not Path(files.local_path(uri)).is_file():
@@ -158,26 +159,29 @@ def _open(stack: ExitStack, uri: str, layer: str) -> Reader:
         if unknown.is_hdf5(uri):
             raise
         raise file_error(uri, unknown.describe_file(uri)) from None
-    if {"obs", "var"} <= set(file):
-        return replace(open_anndata(uri, file, layer), format="h5ad")
+    if {"obs", "var"} <= set(file) and "mod" not in file:
+        return replace(open_anndata(uri, file, layer, option), format="h5ad")
     if isinstance(file.get("matrix"), h5py.Group) or genome_groups(file):
-        return replace(open_tenx_h5(uri, file, layer), format="10x_h5")
+        return replace(open_tenx_h5(uri, file, layer, option), format="10x_h5")
     raise file_error(uri, unknown.describe_hdf5(uri, file))
 
 
-def _open_folder(stack: ExitStack, uri: str, layer: str, names: set[str]) -> Reader:
+def _open_folder(stack: ExitStack, uri: str, layer: str, names: set[str], option: str) -> Reader:
     if matrix := _matrix(names):
         return replace(open_mtx(uri, uri, matrix, layer), format="mtx")
     if names & _SOMA_FILES:
         return replace(stack.enter_context(open_soma(uri, layer)), format="soma")
     if not (names & _ZARR_FILES or uri.endswith(".zip")):
         raise file_error(uri, unknown.describe_folder(uri, sorted(names)))
-    root = stack.enter_context(open_zarr(uri))
+    try:
+        root = stack.enter_context(open_zarr(uri))
+    except FileNotFoundError:
+        raise file_error(uri, unknown.describe_no_group(uri)) from None
     if dataset_names(root):
         return replace(open_annbatch(uri, root, layer), format="annbatch")
-    if not {"obs", "var"} <= set(root):
+    if not {"obs", "var"} <= set(root) or "mod" in root:
         raise file_error(uri, unknown.describe_zarr(uri, root))
-    return replace(open_anndata(uri, root, layer), format="zarr")
+    return replace(open_anndata(uri, root, layer, option), format="zarr")
 
 
 def _matrix(names: Iterable[str]) -> str:

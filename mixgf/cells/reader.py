@@ -60,6 +60,8 @@ class Reader:
     """Of AnnData: the layer that is read."""
     rounded: bool = False
     """Round values to whole numbers (`Source.round`)."""
+    value_type: np.dtype | None = None
+    """Type of the values in the file, where it is known."""
     scan: Callable[[], Iterator[Triples]] | None = None
     """Column-major files only: all entries, in the order of the file. There, `read` scans the whole file."""
     format: str = ""
@@ -69,12 +71,12 @@ class Reader:
 
     def setting(self, field: str, value: str) -> str:
         """What the user writes to set a field of the source."""
-        return self.option.format(field=field, value=value if "!r" in self.option else shlex.quote(value))
+        return setting(self.option, field, value)
 
-    @staticmethod
-    def setting_of(field: str, value: str) -> str:
-        """What the user of `mixgf prepare` writes to set a field of the source."""
-        return OPTION.format(field=field, value=value)
+
+def setting(option: str, field: str, value: str) -> str:
+    """What the user writes to set a field of the source, where `option` is how (`Reader.option`)."""
+    return option.format(field=field, value=value if "!r" in option else shlex.quote(value))
 
 
 def file_error(uri: str, what: str) -> UserError:

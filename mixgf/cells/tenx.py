@@ -6,6 +6,7 @@ a sample may begin with a prefix of its own (`GSM123_S1_matrix.mtx.gz`).
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,8 @@ from mixgf.cells.features import fill_missing, find_genes
 from mixgf.cells.frames import read_strings
 from mixgf.cells.hdf5 import child
 from mixgf.cells.matrices import check_pointers, csr_blocks
-from mixgf.cells.reader import Reader, Triples, check_entries, file_error, gather_rows
+from mixgf.cells.reader import OPTION, SCAN_ENTRIES, Reader, Triples, check_entries, file_error, gather_rows, setting
+from mixgf.errors import UserError
 from mixgf.storage import files
 
 
@@ -45,6 +47,10 @@ LAYOUTS = (
 PLAIN_MATRICES = tuple(layout.matrix for layout in LAYOUTS)
 """Files with the entries of a sample without a name of its own."""
 _GZ = ("", ".gz")
+_GZIP = b"\x1f\x8b"
+"""First bytes of a gzip file."""
+ANY_SPACE = r"\s+"
+"""What separates the columns of a Matrix Market file that are aligned by spaces."""
 _HEADER_WORDS = {
     "barcode", "barcodes", "cell", "cells", "cell_id", "cellid", "cell_barcode", "x", "v1", "index", "gene_id", "geneid", "gene_ids",
     "gene", "genes", "gene_name", "gene_symbol", "symbol", "feature", "features", "feature_id", "id", "ensembl_id", "name",
@@ -61,8 +67,8 @@ def mtx_matrices(names: Sequence[str]) -> list[str]:
 def mtx_files(name: str, names: Sequence[str]) -> list[str]:
     """Names of the files of a sample in a folder: of the entries, the genes, the cells and the symbols, each if it is there."""
     layout, prefix = _layout(name)
-    groups = ((layout.matrix,), layout.genes, layout.cells, (layout.symbols,) if layout.symbols else ())
-    found = (_first(names, prefix, group) for group in groups)
+    groups = ((layout.matrix,), layout.cells, (layout.symbols,) if layout.symbols else ())
+    found = [*(_first(names, prefix, group) for group in groups), _genes_file(names, layout, prefix)]
     return [one for one in found if one]
 
 
@@ -78,6 +84,16 @@ def _first(names: Sequence[str], prefix: str, group: Sequence[str]) -> str:
     return next((name for name in wanted if name in names), "")
 
 
+def _genes_file(names: Sequence[str], layout: Layout, prefix: str) -> str:
+    """File of the genes of a sample; without one of its own, the only one in the folder that belongs to no other sample."""
+    if own := _first(names, prefix, layout.genes):
+        return own
+    others = {_layout(name)[1] for name in mtx_matrices(names)}
+    endings = {f"{name}{gz}": name for name in layout.genes for gz in _GZ}
+    shared = [name for name in names for end in endings if name.endswith(end) and name.removesuffix(end) not in others]
+    return shared[0] if len(shared) == 1 else ""
+
+
 def genome_groups(file: h5py.File) -> list[str]:
     """Names of the matrices, one per genome, in a file of Cell Ranger 2."""
     inside = (name for name in file if not isinstance(file.get(name, getlink=True), h5py.ExternalLink))
@@ -87,10 +103,10 @@ def genome_groups(file: h5py.File) -> list[str]:
     ]
 
 
-def open_tenx_h5(uri: str, file: h5py.File, layer: str) -> Reader:
+def open_tenx_h5(uri: str, file: h5py.File, layer: str, option: str = OPTION) -> Reader:
     """Reader of an open 10x .h5 file; features that are not genes are marked in `is_gene`.
 
-    `layer` is `X`, or the name of a genome in a file of several.
+    `layer` is `X`, or the name of a genome in a file of several; `option` is `Reader.option`, for messages.
     """
     if "matrix" in file:
         group = child(file, "matrix")
@@ -104,7 +120,7 @@ def open_tenx_h5(uri: str, file: h5py.File, layer: str) -> Reader:
             f"layer = {layer!r}: a 10x file has only 'X'" + (f", or a genome: {', '.join(genomes)}" if genomes else ""),
         )
     if len(genomes) > 1 and layer == "X":
-        ways = " or ".join(Reader.setting_of("layer", name) for name in genomes)
+        ways = " or ".join(setting(option, "layer", name) for name in genomes)
         raise file_error(
             uri, f"genes of {len(genomes)} genomes ({', '.join(genomes)}), that is cells of several species; take the genes of one: {ways}, "
             "and leave out the cells of the others (their counts of these genes are ambient RNA)"
@@ -138,6 +154,7 @@ def open_tenx_h5(uri: str, file: h5py.File, layer: str) -> Reader:
         read=lambda a, b, rows: csr_blocks(
             uri, group, a, b, rows, num_columns
         ),  # genes x cells by column = cells by row
+        value_type=child(group, "data").dtype,
         cell_names=lambda a, b: read_strings(barcodes, a, b),
         is_gene=is_gene,
         kinds=kinds,
@@ -173,12 +190,16 @@ def open_mtx(uri: str, folder: str, name: str, layer: str) -> Reader:
         found = _first(have, prefix, names)
         if found:
             return files.join(folder, found)
+        if "all_genes.csv" in have:
+            raise file_error(uri, "the output of Parse Biosciences' pipeline; give the anndata.h5ad of the same folder")
         raise file_error(
             uri, f"no {prefix}{names[0]} beside {name}; a Matrix Market sample is {layout.matrix}, {' or '.join(layout.genes)} and {layout.cells[0]}"
         )  # fmt: skip
 
     matrix = files.join(folder, name)
-    features, barcodes = _lines(find(*layout.genes)), [line[0] for line in _lines(find(*layout.cells))]
+    shared = _genes_file(have, layout, prefix)
+    features = _lines(files.join(folder, shared) if shared else find(*layout.genes))
+    barcodes = [line[0] for line in _lines(find(*layout.cells))]
     skip, (num_columns, num_rows, num_entries), mark = _mtx_header(matrix)
     for columns, rows in ((num_columns, num_rows), (num_rows, num_columns)):
         genes, cells = _without_header(features, columns), _without_header([[name] for name in barcodes], rows)
@@ -231,7 +252,9 @@ def _names(ids_and_symbols: list[np.ndarray], column: str) -> np.ndarray:
 @contextmanager
 def _text(uri: str) -> Iterator[BinaryIO]:
     with files.open_read(uri) as raw:
-        if not uri.endswith(".gz"):
+        packed = raw.read(2) == _GZIP  # names do not tell: browsers unpack files on the way, or leave .gz out
+        raw.seek(0)
+        if not packed:
             yield raw
             return
         with gzip.GzipFile(fileobj=raw) as stream:
@@ -241,7 +264,15 @@ def _text(uri: str) -> Iterator[BinaryIO]:
 def _lines(uri: str, *, empty: bool = False) -> list[list[str]]:
     """Lines of a table in tab-separated columns, without quotes; empty lines only where they are asked for."""
     with _text(uri) as stream:
-        lines = stream.read().decode("utf-8-sig").splitlines()
+        data = stream.read()
+    try:
+        lines = data.decode(
+            "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        ).splitlines()
+    except UnicodeDecodeError as error:
+        raise file_error(
+            uri, f"text that is not UTF-8 ({data[error.start : error.start + 40]!r}); write the file again"
+        ) from None
     if any(line.startswith('"') for line in lines[:2]):
         rows: Any = csv.reader(lines, delimiter="\t")
         return [row for row in rows if row or empty]
@@ -251,7 +282,10 @@ def _lines(uri: str, *, empty: bool = False) -> list[list[str]]:
 def _mtx_header(uri: str) -> tuple[int, tuple[int, int, int], str]:
     """Number of lines before the entries; rows (genes), columns (cells) and entries of the file; what separates columns."""
     with _text(uri) as stream:
-        first = stream.readline().decode("latin-1").lower().split()
+        head = stream.readline()
+        if not head:
+            raise file_error(uri, "an empty file; fetch it again")
+        first = head.removeprefix(codecs.BOM_UTF8).decode("latin-1").lower().split()
         if first and set(first[0]) == {"%"} and len(first) == 1:
             first = ["%%matrixmarket", "matrix", "coordinate"]  # some programs write %% and nothing else
         if first[:3] != ["%%matrixmarket", "matrix", "coordinate"]:
@@ -269,7 +303,9 @@ def _mtx_header(uri: str) -> tuple[int, tuple[int, int, int], str]:
         if entry and len(entry.split()) != 3:
             what = f"{len(entry.split())} columns ({entry.strip()!r}): must be gene, cell and one count"
             raise file_error(uri, f"{what}; write spliced, unspliced and ambiguous counts as files of their own")
-        return skip + 1, (sizes[0], sizes[1], sizes[2]), "\t" if "\t" in entry else " "
+        plain = entry.rstrip("\r\n")
+        mark = next((mark for mark in " \t" if plain.count(mark) == 2 and plain == plain.strip()), "")
+        return skip + 1, (sizes[0], sizes[1], sizes[2]), mark or ANY_SPACE
 
 
 def _mtx_scan(uri: str, skip: int, num_entries: int, mark: str) -> Iterator[Triples]:
@@ -279,20 +315,70 @@ def _mtx_scan(uri: str, skip: int, num_entries: int, mark: str) -> Iterator[Trip
             stream.readline()
         if num_entries == 0:
             return
-        names = ["gene", "cell", "count"]
-        with pa_csv.open_csv(
-            pa.PythonFile(stream, mode="r"),
-            read_options=pa_csv.ReadOptions(column_names=names, block_size=16 << 20, use_threads=False),
-            parse_options=pa_csv.ParseOptions(delimiter=mark),
-            convert_options=pa_csv.ConvertOptions(
-                column_types={"gene": pa.int32(), "cell": pa.int32(), "count": pa.float64()}
-            ),
-        ) as reader:
-            for batch in reader:
-                gene, cell, count = (batch.column(i).to_numpy(zero_copy_only=False) for i in range(3))
-                seen += len(gene)
-                yield cell - 1, gene - 1, count
+        for gene, cell, count in _aligned(uri, stream) if mark == ANY_SPACE else _separated(uri, stream, mark):
+            seen += len(gene)
+            if len(gene) and (gene.min() == 0 or cell.min() == 0):
+                raise file_error(
+                    uri, "an entry of gene or cell 0: Matrix Market counts from 1; add 1 to both numbers of every entry"
+                )
+            yield cell - 1, gene - 1, count
     if seen != num_entries:
         raise file_error(
             uri, f"has {seen} of the {num_entries} entries that its header states: truncated; fetch it again"
         )
+
+
+_ENTRY = ("gene", "cell", "count")
+
+
+@contextmanager
+def _entries_of(uri: str) -> Iterator[None]:
+    """Turn a line that is no entry into a refusal."""
+    try:
+        yield
+    except (pa.ArrowInvalid, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        what = str(error).splitlines()[0].removeprefix("CSV parse error: ")
+        raise file_error(uri, f"a line that is not gene, cell and count ({what}): damaged; fetch it again") from None
+
+
+def _separated(uri: str, stream: BinaryIO, mark: str) -> Iterator[Triples]:
+    """Gene, cell (from 1) and count of entries whose columns are separated by one character."""
+    with (
+        _entries_of(uri),
+        pa_csv.open_csv(
+            pa.PythonFile(stream, mode="r"),
+            read_options=pa_csv.ReadOptions(column_names=list(_ENTRY), block_size=16 << 20, use_threads=False),
+            parse_options=pa_csv.ParseOptions(delimiter=mark),
+            convert_options=pa_csv.ConvertOptions(
+                column_types={"gene": pa.int32(), "cell": pa.int32(), "count": pa.float64()}, null_values=[]
+            ),
+        ) as reader,
+    ):
+        for batch in reader:
+            gene, cell, count = (batch.column(i).to_numpy(zero_copy_only=False) for i in range(3))
+            yield gene, cell, count
+
+
+def _aligned(uri: str, stream: BinaryIO) -> Iterator[Triples]:
+    """`_separated` for columns that are aligned by spaces."""
+    import pandas as pd  # noqa: PLC0415 (few files need it)
+
+    types = {"gene": np.int32, "cell": np.int32, "count": np.float64}
+    with (
+        _entries_of(uri),
+        pd.read_csv(
+            stream,
+            sep=r"\s+",
+            header=None,
+            names=_ENTRY,
+            dtype=types,
+            chunksize=SCAN_ENTRIES,
+            engine="c",
+            index_col=False,
+        ) as chunks,
+    ):
+        for chunk in chunks:
+            gene, cell, count = (chunk[name].to_numpy() for name in _ENTRY)
+            yield gene, cell, count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zipfile
 import zlib
 from typing import Any
 
@@ -38,17 +39,32 @@ def describe_file(uri: str) -> str:
     found = next((what for mark, what in _MARKS if head.startswith(mark) or text.startswith(mark)), "")
     if not head:
         found = "an empty file; fetch it again"
+    elif head.startswith(b"PK\x03\x04"):
+        found = _describe_zip(uri)
+    elif _is_tar(head):
+        found = _TAR
     elif head.startswith(b"\x1f\x8b"):
         inner = _gunzipped(head)
-        found = (
-            f"HDF5 in gzip; run: gunzip {name}" if inner.startswith(_HDF5) else _describe_text(inner, name, _stem(uri))
-        )
+        if inner.startswith(_HDF5):
+            found = f"HDF5 in gzip; run: gunzip {name}"
+        else:
+            found = _TAR if _is_tar(inner) else _describe_text(inner, name, _stem(uri))
     elif found and name.lower().endswith((".rds", ".rda", ".rdata")):
         found = _RDS  # in bzip2 or xz
-    return (found or _describe_text(head, name, _stem(uri)) or f"not a known format; {KNOWN}").replace("{name}", name)
+    found = found or _describe_text(head, name, _stem(uri)) or f"not a known format; {KNOWN}"
+    return found.replace("{name}", name).replace("{stem}", _stem(uri))
+
+
+def _convert(table: str) -> str:
+    """Command that makes AnnData of a table of cells and genes, which pandas reads as `table` says."""
+    code = f"import anndata, pandas as pd; anndata.AnnData(pd.{table}.astype('float32')).write_h5ad('{{stem}}.h5ad')"
+    return f'convert it: python -c "{code}" (genes in rows: write .T after the reading)'
 
 
 _PACKED = f"a compressed file (bzip2, xz or zstd); unpack it, and {KNOWN}"
+_EXCEL = "an Excel table; " + _convert("read_excel('{name}', index_col=0)")
+_PICKLE = "a pickle of Python, which is not opened, because it can run code; write the AnnData in it: adata.write_h5ad('{stem}.h5ad')"
+_TAR = f"a tar archive; run: tar -xf {{name}}, and {KNOWN}"
 _MARKS = (
     (b"version https://git-lfs", "a pointer of git-lfs, not the file itself; run: git lfs pull --include '*{name}'"),
     (b"<!doctype", "a web page, not the file itself: the download failed; fetch it again"),
@@ -57,8 +73,12 @@ _MARKS = (
     (b"BZh", _PACKED),
     (b"\xfd7zXZ", _PACKED),
     (b"\x28\xb5\x2f\xfd", _PACKED),
-    (b"PK\x03\x04", "a zip archive; name it .zarr.zip if it is a Zarr store, else unpack it"),
-    (b"PAR1", f"a Parquet table; {KNOWN}"),
+    (b"PAR1", "a Parquet table; " + _convert("read_parquet('{name}')")),
+    (b"ARROW1", "a Feather table; " + _convert("read_feather('{name}')")),
+    (b"\x93NUMPY", f"an array of NumPy, without names of genes; {KNOWN}"),
+    (b"\x80\x04", _PICKLE),
+    (b"\x80\x05", _PICKLE),
+    (b"\xd0\xcf\x11\xe0", _EXCEL),
     (b"%PDF", f"a PDF; {KNOWN}"),
 )
 """First bytes of files, and what they are."""
@@ -66,6 +86,26 @@ _RDS = (
     "an object of R; convert it in R: zellkonverter::writeH5AD(X, 'cells.h5ad'), where X is a SingleCellExperiment "
     "(of a Seurat object: Seurat::as.SingleCellExperiment)"
 )
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
+
+
+def _describe_zip(uri: str) -> str:
+    """What is in a zip archive that is not called .zarr.zip."""
+    try:
+        with files.open_read(uri) as file, zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return "a zip archive, truncated or damaged; fetch it again"
+    if "xl/workbook.xml" in names:
+        return _EXCEL
+    if names and all(name.endswith(".npy") for name in names):
+        return f"arrays of NumPy (.npz), without names of genes; {KNOWN}"
+    if {"zarr.json", ".zgroup"} & set(names):
+        return "a Zarr store in a zip archive; rename it to {stem}.zarr.zip"
+    return f"a zip archive (it holds {', '.join(names[:3]) or 'nothing'}); run: unzip {{name}}, and {KNOWN}"
 
 
 def _gunzipped(head: bytes) -> bytes:
@@ -92,7 +132,9 @@ def _describe_text(head: bytes, name: str, stem: str) -> str:
         return ""
     for mark, kind, call in (
         ("\t", "tab-separated", f"read_text('{name}', delimiter='\\t')"),
+        (";", "semicolon-separated", f"read_csv('{name}', delimiter=';')"),
         (",", "comma-separated", f"read_csv('{name}')"),
+        (" ", "space-separated", f"read_text('{name}')"),
     ):
         if mark in line:
             how = _PYTHON.format(code=f"ad.io.{call}.write_h5ad('{stem}.h5ad')")
@@ -128,24 +170,60 @@ def describe_zarr(uri: str, root: Any) -> str:
     top = list(root)
     if "mod" in top:
         return f"MuData with the modalities {', '.join(root['mod'])}; give one of them: {uri.rstrip('/')}/mod/{next(iter(root['mod']), 'rna')}"
+    if within := [name for name in top if {"obs", "var"} <= set(_members(root[name]))]:
+        more = f" ({len(within)} such stores)" if len(within) > 1 else ""
+        return f"a Zarr group with AnnData in it{more}; give {uri.rstrip('/')}/{within[0]}"
     if "tables" in top:
         return f"SpatialData; give its table: {uri.rstrip('/')}/tables/{next(iter(root['tables']), 'table')}"
     return f"a Zarr store that is not AnnData (it holds {', '.join(top[:6]) or 'nothing'}); {KNOWN}"
 
 
+def describe_no_group(uri: str) -> str:
+    """What a Zarr store, or an archive of one, is that has no group at its root."""
+    if not uri.endswith(".zip"):
+        return "a Zarr store without a group: an incomplete copy, or not finished; copy it again"
+    with files.open_read(uri) as file, zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    folder = next((name.rpartition("/")[0] for name in names if name.endswith(("/zarr.json", "/.zgroup"))), "")
+    if folder:
+        return f"the Zarr store lies in the folder {folder} of the archive; zip what is in that folder: unzip, cd {folder}, zip -0 -r ../{uri.rsplit('/', 1)[-1]} ."
+    return f"a zip archive without a Zarr store (it holds {', '.join(names[:3]) or 'nothing'}); {KNOWN}"
+
+
+def _members(node: Any) -> list[str]:
+    return list(node) if hasattr(node, "__iter__") else []
+
+
+_TENX = (
+    "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices_h5.h5", "sample_filtered_feature_bc_matrix.h5",
+    "sample_filtered_feature_bc_matrix", "cell_feature_matrix.h5", "cell_feature_matrix",
+)  # fmt: skip
+"""Names of the matrix of cells in a folder of 10x Genomics' programs (Cell Ranger, Space Ranger, Xenium)."""
+
+
 def describe_folder(uri: str, names: list[str]) -> str:
     """What a folder is that holds no counts of a known format."""
-    if uri.rstrip("/").endswith(".zarr"):
+    here = uri.rstrip("/")
+    if here.endswith(".zarr"):
         return "a Zarr store without zarr.json or .zgroup: an incomplete copy, or not finished; copy it again"
-    matrices = [name for name in names if name.endswith((".mtx", ".mtx.gz"))]
-    if len(matrices) > 1 and all(name.removesuffix(".gz").endswith("matrix.mtx") for name in matrices):
-        return f"a folder of {len(matrices)} samples ({', '.join(matrices[:3])}); give their matrices by a pattern: '{uri.rstrip('/')}/*matrix.mtx*'"
-    if matrices:
-        if {"spliced.mtx", "spliced.mtx.gz"} & set(names):
-            return "spliced and unspliced counts of STARsolo (Velocyto); give the folder Gene or GeneFull beside it"
-        return f"{', '.join(matrices[:3])}, and a Matrix Market folder has matrix.mtx(.gz), features.tsv(.gz) and barcodes.tsv(.gz); rename the files"
+    if matrices := [name for name in names if name.endswith((".mtx", ".mtx.gz"))]:
+        return _describe_matrices(here, names, matrices)
+    outs = f"{here}/outs" if "outs" in names else here
+    if found := [name for name in _TENX if files.exists(f"{outs}/{name}")]:
+        return (
+            f"a folder of Cell Ranger or Space Ranger, with several matrices; give the one of cells: {outs}/{found[0]}"
+        )
     for ending in (".h5ad", ".h5", ".zarr"):
         if any(name.endswith(ending) for name in names):
-            return f"a folder of several files; give them by a pattern: {uri.rstrip('/')}/*{ending}"
+            return f"a folder of several files; give them by a pattern: {here}/*{ending}"
     what = f"a folder of something else (it holds {', '.join(names[:4])})" if names else "an empty folder"
     return f"{what}; {KNOWN}"
+
+
+def _describe_matrices(here: str, names: list[str], matrices: list[str]) -> str:
+    """What a folder of Matrix Market files is that is not one sample."""
+    if len(matrices) > 1 and all(name.removesuffix(".gz").endswith("matrix.mtx") for name in matrices):
+        return f"a folder of {len(matrices)} samples ({', '.join(matrices[:3])}); give their matrices by a pattern: '{here}/*matrix.mtx*'"
+    if {"spliced.mtx", "spliced.mtx.gz"} & set(names):
+        return "spliced and unspliced counts of STARsolo (Velocyto); give the folder Gene or GeneFull beside it"
+    return f"{', '.join(matrices[:3])}, and a Matrix Market folder has matrix.mtx(.gz), features.tsv(.gz) and barcodes.tsv(.gz); rename the files"

@@ -55,8 +55,7 @@ def open_cells(data: AnnData | str | os.PathLike[str], layer: str = "X") -> Iter
     if is_anndata(data):
         yield _reader(data, layer)
     elif isinstance(data, str | os.PathLike):
-        with open_reader(os.fspath(data), layer) as reader:
-            reader.option = OPTION
+        with open_reader(os.fspath(data), layer, option=OPTION) as reader:
             yield reader
     else:
         msg = f"{NAME} is {type(data).__name__}: must be an AnnData, or the path or URI of an .h5ad, .zarr, 10x .h5 or 10x folder"

@@ -111,7 +111,7 @@ def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...], 
         fs = fsspec.filesystem(
             protocol, use_listings_cache=False, skip_instance_cache=True, asynchronous=asynchronous, **options
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         msg = f"{protocol}:// is not a known storage: use a local path or {', '.join(f'{p}://' for p in PACKAGES)} ({error})"
         raise UserError(msg) from None
     fs.retries = 1  # s3fs multiplies botocore's attempts by 5, and by 25 where it reads ranges
