@@ -165,6 +165,17 @@ def identify_genes(
     return chosen, notes + _disagreements(reader, lookup, chosen, read, asked=bool(column))
 
 
+SWAPPED = "the names of the cells are genes: cells stand in columns; turn it round (adata.T)"
+_NAMES_TRIED = 1_000
+
+
+def are_swapped(reader: Reader, lookup: GeneLookup) -> bool:
+    """Whether the names of cells are names of genes, so that the matrix has genes in rows."""
+    known = GeneNames(lookup)
+    names = reader.cell_names(0, min(reader.num_rows, _NAMES_TRIED))
+    return sum(known.exact(str(name)).gene is not None for name in names) > _ENOUGH * len(names)
+
+
 def _number_known(columns: pa.Table) -> int:
     return columns.num_rows - columns["gene"].null_count
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mixgf.cells.reader import RawBlock, Reader
+from mixgf.cells.reader import OPTION, RawBlock, Reader
 
 COUNTS, NORMALISED, LOGGED, SCALED, FRACTIONS, NOT_NUMBERS = (
     "counts", "normalised", "log-normalised", "scaled", "fractions of counts", "not finite",
@@ -18,6 +18,11 @@ _FEW = 0.01
 """Share of values that may be no counts in a matrix of counts."""
 _EARLIER = 5
 """Rows before the first wrong value that must hold counts, to say that another part of the matrix does."""
+_NOISE = 1e-3
+"""Distance from a whole number that errors of rounding leave."""
+_TELLING = 50.0
+"""Ratio of two values of a cell below which it tells whether they are multiples."""
+_FEW_RATIOS = 5
 _EQUAL = 1e-3
 """Spread of sums, in units of their mean, below which they count as equal."""
 
@@ -30,8 +35,40 @@ def of_rows(data: np.ndarray, indptr: np.ndarray) -> str:
         SCALED: np.count_nonzero(x < 0) > _FEW * len(x),
         COUNTS: np.count_nonzero(x != np.floor(x)) <= _FEW * len(x),
     }
+    whole = np.rint(np.nan_to_num(x))
+    tests[FRACTIONS] = np.count_nonzero((np.abs(x - whole) < _NOISE) & ((whole >= 1) | (x == 0))) >= (1 - _FEW) * len(x)
     plain = next((kind for kind, found in tests.items() if found), "")
     return plain or _normalised(x, indptr) or FRACTIONS
+
+
+SMALL_TYPES = {"uint8": 255, "int8": 127, "float16": 2048}
+"""Types in which larger counts have no exact value, and the largest whole number up to which all have one."""
+_NEAR_END = 0.9
+"""Share of the largest value of a type from which a count may have been cut, or have begun again at 0."""
+
+
+def doubt_type(reader: Reader) -> str:
+    """What is to be said about counts that are stored in a type too small for them; empty where nothing is.
+
+    Reads all values where the type is one of `SMALL_TYPES`, else none.
+    """
+    name = "" if reader.value_type is None else reader.value_type.newbyteorder("=").name
+    if name not in SMALL_TYPES:
+        return ""
+    limit = SMALL_TYPES[name]
+    values = (value for _, _, value in reader.scan()) if reader.scan is not None else (
+        block.data for block in reader.read(0, reader.num_rows, DOUBT_ROWS)
+    )  # fmt: skip
+    highest = max((float(part.max()) for part in values if len(part)), default=0.0)
+    if name == "float16" and highest > limit:
+        return f"values are stored as float16, which has no exact whole numbers above 2,048, and the largest is {highest:,.0f}: large counts were rounded; write them as float32 or int32"
+    if name != "float16" and highest >= _NEAR_END * limit:
+        return f"values are stored as {name}, which ends at {limit}, and the largest is {highest:,.0f}: larger counts may have been cut, or begun again at 0; write them as int32"
+    return ""
+
+
+DOUBT_ROWS = 4096
+"""Rows in memory while `doubt_type` reads."""
 
 
 def is_normalised(data: np.ndarray, indptr: np.ndarray) -> bool:
@@ -43,7 +80,7 @@ def _normalised(x: np.ndarray, indptr: np.ndarray) -> str:
     """`NORMALISED` or `LOGGED` for values of rows that are, else empty."""
     starts = indptr[:-1][np.diff(indptr) > 0] - indptr[0]
     with np.errstate(all="ignore"):
-        for kind, values in ((NORMALISED, x), (LOGGED, np.expm1(x))):
+        for kind, values in _unlogged(x):
             sums = np.add.reduceat(values, starts)
             if not np.isfinite(sums).all():
                 continue
@@ -52,9 +89,20 @@ def _normalised(x: np.ndarray, indptr: np.ndarray) -> str:
             # a cell's counts times one factor: each is a multiple of the smallest, also where genes were left out
             lengths = np.diff(np.append(starts, len(x)))
             ratio = values / np.repeat(np.minimum.reduceat(np.where(values > 0, values, np.inf), starts), lengths)
-            if len(x) > len(starts) and (np.abs(ratio - np.rint(ratio)) < 1e-3 * ratio).mean() > 0.9:
+            ratio = ratio[
+                (ratio > 1.5) & (ratio < _TELLING)
+            ]  # the smallest itself and large ones are near whole numbers anyway
+            if len(ratio) >= _FEW_RATIOS and (np.abs(ratio - np.rint(ratio)) < 1e-3 * ratio).mean() > 0.9:
                 return kind
     return ""
+
+
+def _unlogged(x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Values as they are, and what they were before log(1 + x), by its base."""
+    yield NORMALISED, x
+    yield LOGGED, np.expm1(x)
+    yield LOGGED, np.exp2(x) - 1
+    yield LOGGED, np.power(10.0, x) - 1
 
 
 def of_matrix(reader: Reader) -> tuple[str, float]:
@@ -103,7 +151,8 @@ def advise(reader: Reader, raw: RawBlock, row: int) -> str:
         more = f" (and {', '.join(counts[1:])}, which sum to less)" if counts[1:] else ""
         return f"{what}; {_named(counts[0])} holds counts{more}: {reader.setting('layer', counts[0])}"
     if here == FRACTIONS:
-        return f"{what}; to round them to whole numbers: {reader.setting('round', 'true')}"
+        way = reader.setting("round", "true") if reader.option == OPTION else "numpy.rint, before this"
+        return f"{what}; to round them to whole numbers: {way}"
     if others:
         rest = ", ".join(f"{_named(name)} is {kind}" for name, (kind, _) in others.items())
         return f"{what}, {rest}: no matrix of this file holds counts; give the file with raw counts"
@@ -123,9 +172,13 @@ def _sums(raw: RawBlock, kind: str) -> str:
     """The sum of every cell of normalised values, in words; empty if they differ."""
     if kind not in (NORMALISED, LOGGED):
         return ""
-    values = raw.data.astype(np.float64) if kind == NORMALISED else np.expm1(raw.data.astype(np.float64))
-    sums = np.add.reduceat(values, raw.indptr[:-1][np.diff(raw.indptr) > 0])
-    return f" (every cell sums to {sums.mean():,.0f})" if np.ptp(sums) < _EQUAL * sums.mean() else ""
+    starts = raw.indptr[:-1][np.diff(raw.indptr) > 0]
+    with np.errstate(all="ignore"):
+        for this, values in _unlogged(raw.data.astype(np.float64)):
+            sums = np.add.reduceat(values, starts)
+            if this == kind and np.isfinite(sums).all() and np.ptp(sums) < _EQUAL * sums.mean():
+                return f" (every cell sums to {sums.mean():,.0f})"
+    return ""
 
 
 def _others(reader: Reader) -> Iterator[tuple[str, Reader]]:

@@ -175,6 +175,22 @@ def equal_sums(metrics: Metrics) -> int:
     return int(float(f"{middle:.3g}")) if middle >= 1 / EQUAL_SUMS and high - low <= EQUAL_SUMS * middle else 0
 
 
+def doubt_counts(metrics: Metrics) -> str:
+    """What is to be said about the counts of all cells of a source: zeros, ones, or equal sums; empty where nothing is."""
+    total, genes = int(metrics.n_counts.sum()), int(metrics.n_genes.sum())
+    if not total:
+        return "every count is 0: no molecules; give another layer, or the file with counts"
+    if total == genes and len(metrics.n_counts) >= FEW_CELLS and genes >= MANY_GENES * len(metrics.n_counts):
+        return "every count above 0 is 1: binarised (detected or not), or one read per gene? Ranks need raw counts"
+    if found := equal_sums(metrics):
+        return f"all cells have the same sum of counts ({found:,}): normalised and rounded, or drawn down to one depth? Raw counts differ from cell to cell"
+    return ""
+
+
+MANY_GENES = 20
+"""Detected genes of a mean cell from which some gene should have two molecules."""
+
+
 def filter_cells(metrics: Metrics, rules: QC) -> np.ndarray:
     """Reasons (int8[N], codes of `REASONS`, 0 = kept) by the filters within one source.
 

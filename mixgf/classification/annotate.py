@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from mixgf.arrays import Bools, Ints
+from mixgf.cells.kinds import doubt_type
 from mixgf.cells.open import open_source
 from mixgf.cells.reader import Reader
 from mixgf.classification import clusters, kept_classifier, ontology
@@ -86,7 +87,8 @@ def look(source: Source, kept: Kept, vocabulary: Vocabulary) -> File:
         UserError: the file cannot be read, or knows none of the model's genes.
     """
     with open_source(source, option=OPTION) as reader:
-        return describe(reader, source, kept, vocabulary)[0]
+        file, _ = describe(reader, source, kept, vocabulary)
+        return replace(file, notes=(*file.notes, *filter(None, [doubt_type(reader)])))
 
 
 def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary) -> tuple[File, in_memory.Genes]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from mixgf.cells import counts, qc
-from mixgf.cells.features import identify_genes
+from mixgf.cells.features import SWAPPED, are_swapped, identify_genes
 from mixgf.cells.reader import Reader
 from mixgf.config.data import SpeciesRow, Tokens
 from mixgf.config.parse import to_dict
@@ -80,7 +80,8 @@ def find_genes(
     if not len(best.measured) or not reader.num_rows:
         shown = ", ".join(str(name) for name in names[:5])
         lookups = [identify.gene_lookup(row) for row in rows]
-        cause = identify.likely_cause([str(name) for name in names], lookups[0], lookups[1:])
+        swapped = any(are_swapped(reader, lookup) for lookup in lookups)
+        cause = SWAPPED if swapped else identify.likely_cause([str(name) for name in names], lookups[0], lookups[1:])
         msg = (
             f"{reader.uri}: {reader.num_rows} cells, none of {len(names)} genes is known to the model; names are like "
             f"{shown}: {cause} ({reader.setting('genes', 'COLUMN')} names another column of var)"

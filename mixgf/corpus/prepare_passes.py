@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 from mixgf.arrays import empty
 from mixgf.cells import counts, near_duplicates, packed_counts, qc, row_major
 from mixgf.cells.doublets import scrublet
-from mixgf.cells.features import NAME_COLUMNS, identify_genes
+from mixgf.cells.features import NAME_COLUMNS, SWAPPED, are_swapped, identify_genes
+from mixgf.cells.kinds import doubt_type
 from mixgf.cells.open import Identity, open_source, source_files
 from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
@@ -112,6 +113,8 @@ def describe_source(
             raise _unknown_genes(reader, source, columns, known, others, num_known=num_known, least=rules.min_genes)
         obs, more = name_obs(_obs_names(reader, source), () if rules.doublets == "off" else tuple(DOUBLET_COLUMNS))
         notes += more
+        if doubt := doubt_type(reader):
+            notes.append(doubt)
         if source.round:
             notes.append("values are rounded to whole numbers (round)")
         if source.sample and source.sample not in reader.obs_columns:
@@ -135,9 +138,14 @@ def _unknown_genes(
     """The refusal of a file of which too few genes are known."""
     unknown = columns.filter(pc.and_(columns["counted"], pc.is_null(columns["gene"])))["name"].to_pylist()
     genes = sum(columns["counted"].to_pylist())
-    cause = identify.likely_cause(unknown, known, map(identify.gene_lookup, others)) if unknown else (
-        "the known ones are of other biotypes (vocab.biotypes)"
-    )  # fmt: skip
+    if are_swapped(reader, known):
+        cause = SWAPPED
+    elif unknown:
+        cause = identify.likely_cause(unknown, known, map(identify.gene_lookup, others))
+    elif num_known == genes:
+        cause = "the file has no others"
+    else:
+        cause = "the known ones are of other biotypes (vocab.biotypes)"
     also = [name for name in reader.gene_columns if name in NAME_COLUMNS]
     ways = (
         f"; var has also {', '.join(also)} ({reader.setting('genes', 'COLUMN')})" if also and not source.genes else ""

@@ -71,8 +71,8 @@ class SourceCells:
     """None where they are not looked for."""
     copies: near_hashes.Copies | None = None
     """Cells that an earlier cell equals but for a gene filter; None where they are not looked for."""
-    equal_sums: int = 0
-    """The sum of counts that (nearly) all cells have; 0 = they differ."""
+    doubt: str = ""
+    """What is to be said about the counts of all cells (`qc.doubt_counts`)."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -146,7 +146,7 @@ def _read_group(
             identity=metrics.identity,
             reason_N=qc.filter_cells(metrics, rules),
             hashes_N=metrics.hashes if rules.drop_duplicates else None,
-            equal_sums=qc.equal_sums(metrics),
+            doubt=qc.doubt_counts(metrics),
             samples_N=samples if rules.doublets != "off" or rules.max_cells_per_sample else None,
         )
         for mine, (metrics, samples) in zip(sources, read_group(work, group, sources), strict=True)

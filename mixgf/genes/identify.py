@@ -41,7 +41,13 @@ _NUMBER = re.compile(r"\d+(\.\d+)?")
 _REFERENCE_NAME = r"(?:refdata[A-Za-z0-9\-]*?-)?(?:GRC[a-z]{1,2}\d+|hg\d{2}|mm\d{1,2}|rn\d{1,2}|T2T[-A-Za-z0-9]*|CHM13|mRatBN\d+|Rnor)(?:[.\-][A-Za-z0-9.\-]*)?(?:_pre-?m?rna)?"
 _REFERENCE = re.compile(rf"^({_REFERENCE_NAME})[_\-.]{{1,3}}(?=[A-Za-z0-9])", re.IGNORECASE)
 _REFERENCE_AFTER = re.compile(rf"[_\-.]{{1,3}}({_REFERENCE_NAME})$", re.IGNORECASE)
-_DATE = re.compile(r"(\d{1,2}-(mar|sep|dec|apr|oct)|(mar|sep|dec|apr|oct)-\d{1,2})", re.IGNORECASE)
+_DATE = re.compile(
+    r"(\d{1,2}[-. /](mar|mrz|sept?|dec|dez|apr|oct|okt|feb|nov)|(mar|sept?|dec|apr|oct|feb|nov)-\d{1,2})([-/]\d{2,4})?"
+    r"|\d{4}-\d{2}-\d{2}( 00:00:00)?|\d{1,2}/\d{1,2}(/\d{2,4})?|\d(\.\d+)?E\+\d+",
+    re.IGNORECASE,
+)
+_TRANSCRIPT = re.compile(r"(ENS[A-Z]{0,4}T\d{6,}|[NX][MR]_\d+)(\.\d+)?([_|].*)?")
+_PROTEIN = re.compile(r"(ENS[A-Z]{0,4}P\d{6,}|[NX]P_\d+)(\.\d+)?")
 _REGION = re.compile(r"(chr)?[A-Za-z0-9.]+[:_-]\d+[-_]\d+")
 _GENE_ID = re.compile(r"^(ENS[A-Z]*\d{6,}|[A-Z]{2,7}\d{6,})")
 
@@ -373,7 +379,7 @@ def report_mapping(
         unmapped=int(unknown.sum()),
         counts_lost=lost,
         unmapped_names=worst[:10],
-        cause=likely_cause(worst, lookup, others) if lost > 0.1 else "",
+        cause=likely_cause(worst, lookup, others) if lost > 0.1 else _dates(worst),
         left_out=int((~counted).sum()),
         left_out_kinds=_kinds(columns),
         respelled=len(spelled),
@@ -424,10 +430,12 @@ def likely_cause(unknown: Sequence[str], lookup: GeneLookup | None, others: Iter
     if sum((found := references(unknown)).values()) > enough:
         return f"they begin with the name of a reference ({', '.join(list(found)[:3])}): of another species?"
     patterns = (
+        (_TRANSCRIPT, "they are ids of transcripts: give a matrix of genes, in which the transcripts of a gene are added"),
+        (_PROTEIN, "they are ids of proteins: give a matrix of genes"),
         (_GENE_ID, "they are ids that the gene table does not have: another species, or retired ids?"),
-        (_NUMBER, "they are bare numbers: name the column of var with ids or symbols (sources[i].genes)"),
+        (_NUMBER, "they are bare numbers (rows, or ids of NCBI Gene): name the column of var with Ensembl ids or symbols (sources[i].genes)"),
         (_REGION, "they are regions of a genome: peaks of ATAC-seq? Give the file with the RNA counts"),
-        (_DATE, "they are dates: a spreadsheet changed symbols such as MARCH1 and SEPT2; take the names from the original file"),
+        (_DATE, f"they are dates: {_SPREADSHEET}"),
     )  # fmt: skip
     for pattern, cause in patterns:
         if (
@@ -443,6 +451,16 @@ def likely_cause(unknown: Sequence[str], lookup: GeneLookup | None, others: Iter
         if text and number > enough:
             return f"{number:,} of them {what} {text!r}: take that away"
     return "they are neither Ensembl ids nor known symbols: spike-ins or repeats, or another column of var has the names (sources[i].genes)"
+
+
+def _dates(unknown: Sequence[str]) -> str:
+    """What is said of dates among unknown names, however few; empty where there is none."""
+    found = [name for name in unknown if _DATE.fullmatch(name)]
+    shown = ", ".join(found[:3])
+    return f"{len(found):,} of them are dates or exponents ({shown}): {_SPREADSHEET}" if found else ""
+
+
+_SPREADSHEET = "a spreadsheet changed symbols such as MARCH1 and SEPT2; take the names from the original file"
 
 
 def _common_starts(names: Sequence[str]) -> tuple[str, int]:

@@ -165,10 +165,8 @@ class _Prepare:
         all_units = [u for u in all_units if u.index not in self.passes.refused]
         cells = self._filter_cells(all_units)
         for i, of in cells.items():
-            if of.equal_sums:
-                warn(
-                    f"{self.sources[i].name}: all cells have the same sum of counts ({of.equal_sums:,}): normalised and rounded, or drawn down to one depth? Raw counts differ from cell to cell"
-                )
+            if of.doubt:
+                warn(f"{self.sources[i].name}: {of.doubt}")
         counts = prepare_plan.count_cells(cells)
         for reason, number in counts.items():
             if reason != "kept":
