@@ -16,6 +16,7 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray._private import ray_constants
@@ -67,23 +68,36 @@ SOCKET_BYTES = 107 - len("/ray/session_2000-01-01_00-00-00_000000_0000000/socket
 """Longest path of a temporary folder: Linux takes names of sockets up to 107 bytes, and Ray adds these to the folder."""
 
 
-def short_folder() -> str | None:
-    """Folder for the files of a local Ray where the usual one has too long a path; None = the usual one.
+def own_folder() -> str | None:
+    """A folder for the files of a local Ray, where the usual one cannot serve; None = the usual one.
+
+    The usual one is shared: Ray makes `ray` in it for all users of the machine. It cannot serve where its path is too long, or where
+    that `ray` belongs to somebody else and cannot be written.
 
     Raises:
-        UserError: no shorter folder can be written.
+        UserError: no other folder can be written.
     """
     usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    if len(os.fsencode(usual)) <= SOCKET_BYTES:
+    long = len(os.fsencode(usual)) > SOCKET_BYTES
+    if not long and _can_hold_ray(usual):
         return None
     for folder in ("/tmp", "/var/tmp", "/dev/shm"):
         if os.access(folder, os.W_OK | os.X_OK):
             return tempfile.mkdtemp(prefix="mixgf-ray-", dir=folder)
-    msg = (
-        f"TMPDIR = {usual!r}: {len(os.fsencode(usual))} bytes; Ray's sockets need a temporary folder of at most {SOCKET_BYTES}; "
-        "set RAY_TMPDIR to a short one that can be written"
+    what = (
+        f"TMPDIR = {usual!r}: {len(os.fsencode(usual))} bytes; Ray's sockets need a temporary folder of at most {SOCKET_BYTES}"
+        if long
+        else f"{usual}/ray: cannot be written (of another user?), and Ray puts its files there"
     )
+    msg = f"{what}; set RAY_TMPDIR to a short one that can be written"
     raise UserError(msg)
+
+
+def _can_hold_ray(folder: str) -> bool:
+    """Whether Ray can make its session in `folder`/ray."""
+    shared = Path(folder, "ray")
+    place = shared if shared.exists() or shared.is_symlink() else Path(folder)
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def _connect(address: str) -> None:
@@ -118,7 +132,7 @@ def _start(num_cpus: int, threads: int) -> None:
     Workers inherit this process' environment: a runtime environment would give every one a second start.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    folder = short_folder()
+    folder = own_folder()
     if folder is not None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _require_token()
