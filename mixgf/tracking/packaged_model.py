@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,8 +122,6 @@ def save(folder: Path, model: Mapping[str, Any], described: Any = None) -> None:
     """
     import mlflow.pyfunc
 
-    for text in ("An input example was not provided", "Add type hints to the `predict` method"):
-        warnings.filterwarnings("ignore", f"(?s).*{text}")  # the signature is given
     with tempfile.TemporaryDirectory(prefix="mixgf-model-") as scratch:
         run, code = Path(scratch) / "run", Path(scratch) / "mixgf"
         _fetch(model, run)

@@ -11,6 +11,7 @@ import os
 import re
 import sqlite3
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from importlib.metadata import version
@@ -21,13 +22,16 @@ from urllib.parse import unquote
 from mixgf.errors import UserError
 from mixgf.redact import is_redacted, redact
 from mixgf.storage import files
-from mixgf.tracking import packaged_model
+from mixgf.tracking import packaged_model, proxies
 from mixgf.tracking.delivery import Operation, Rejected
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
+for _text in ("An input example was not provided", "Add type hints to the `predict` method"):
+    # the signature of a model is given; here, because filters that a thread sets do not last
+    warnings.filterwarnings("ignore", f"(?s).*{_text}")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the stage prints the one line that is useful
@@ -88,6 +92,7 @@ def client_of(uri: str) -> MlflowClient:
     """MLflow's client. MLflow is imported here, because the import takes seconds and most processes never log."""
     from mlflow.tracking import MlflowClient
 
+    proxies.go_past(uri)
     for name in ("mlflow", "alembic"):  # after the import, which sets their levels
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in (
