@@ -159,6 +159,10 @@ def _stage_arguments(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument(
             "--model", default="", metavar="URI", help="with FILE: a published model by name, a run or a checkpoint"
         )
+        command.add_argument("--layer", default="X", help="with FILE: where the counts are: X, raw, or a layer's name")
+        command.add_argument(
+            "--genes", default="", metavar="COLUMN", help="with FILE: column of var with Ensembl ids or symbols"
+        )
     if name == "import-weights":
         command.add_argument(
             "folder",
@@ -523,13 +527,13 @@ def _embed_file(args: argparse.Namespace) -> int:
         msg = "embed: FILE and --model go together, for example mixgf embed my.h5ad --model runs/mine"
         raise UserError(msg)
     species, uri, to = _file_and_copy(args, "embedded")
-    source = Source(uri=uri, species=species, name="mine")
+    source = Source(uri=uri, species=species, layer=args.layer, genes=args.genes, name="mine")
     if files.is_same(to, source.uri):
         msg = f"--output {to}: is the input itself, which stays as it is; name another file"
         raise UserError(msg)
     encoder = api.load(_model(args.model))
-    vectors = encoder.embed(source.uri, species=species)
-    with open_reader(source.uri, "X") as reader:
+    vectors = encoder.embed(source.uri, species=species, layer=source.layer, genes=source.genes)
+    with open_reader(source.uri, source.layer) as reader:
         names = [str(name) for name in reader.cell_names(0, reader.num_rows)]
     h5ad.write_copy(source, to, names, obsm={api.EMBEDDING: vectors}, uns={"mixgf_embed": {"model": encoder.uri}})
     print(f"embed: {to}: obsm[{api.EMBEDDING!r}], {vectors.shape[0]:,} cells x {vectors.shape[1]}")
