@@ -14,6 +14,7 @@ from mixgf.report.figures.style import (
     SPECIES_MARKERS,
     TYPE_COLORS,
     canvas,
+    short,
 )
 
 MAX_TYPES = 30
@@ -52,7 +53,7 @@ def species_and_types(xy_N2: np.ndarray, species_N: np.ndarray, types_N: np.ndar
         _numbers(right, clouds, 0.036 * _span(xy_N2), size=9, halo=2.6)
         for i, kind in enumerate(order):
             right.scatter(
-                [], [], s=34, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {kind} ({(types_N == kind).sum():,})"
+                [], [], s=34, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {short(kind)} ({(types_N == kind).sum():,})"
             )
         if rest := int(np.isin(types_N, order, invert=True).sum()):
             right.scatter([], [], s=34, c=FAINT, label=f"–  unlabelled or rarer ({rest:,})")
@@ -122,7 +123,7 @@ def side_by_side(maps_: dict[str, pd.DataFrame], key: str = "spaces") -> str:
             for i, n in enumerate(names)
         ]
         marks += [
-            panels[0, 0].scatter([], [], s=26, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {k}")
+            panels[0, 0].scatter([], [], s=26, color=TYPE_COLORS[i % 20], label=f"{i + 1}  {short(k)}")
             for i, k in enumerate(order)
         ]
         figure.legend(

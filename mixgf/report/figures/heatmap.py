@@ -11,7 +11,12 @@ from mixgf.report.figures.style import (
     INK,
     SPECIES_COLORS,
     canvas,
+    short,
 )
+
+
+_LONG, _INCHES = 24, 0.08
+"""Characters of a name from which a figure becomes larger, and by how much with each."""
 
 
 def heatmap(
@@ -23,8 +28,10 @@ def heatmap(
 
     ends = ("#f3f6f9", "#56B4E9", "#003d66")
     shades = LinearSegmentedColormap.from_list("mixgf", ends[::-1] if outline == "smallest" else ends)
-    width = min(10.0, 2.4 + 0.47 * table.shape[1])
-    with canvas(name, width, 1.6 + 0.31 * len(table)) as (figure, out):
+    down, across = [short(one) for one in table.index], [short(one) for one in table.columns]
+    more, higher = (_INCHES * max(0, max(map(len, names), default=0) - _LONG) for names in (down, across))
+    width = min(10.0, 2.4 + 0.47 * table.shape[1] + more)
+    with canvas(name, width, 1.6 + 0.31 * len(table) + higher) as (figure, out):
         axes = figure.subplots()
         values = table.to_numpy(float)
         low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if outline else (0.0, 1.0)
@@ -52,11 +59,11 @@ def heatmap(
         axes.set(
             xticks=np.arange(table.shape[1]) + 0.5,
             yticks=np.arange(len(table)) + 0.5,
-            yticklabels=list(table.index),
+            yticklabels=down,
             xlabel=columns,
             ylabel=rows,
         )
-        axes.set_xticklabels(list(table.columns), rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_xticklabels(across, rotation=40, ha="right", rotation_mode="anchor")
         axes.invert_yaxis()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)

@@ -27,7 +27,18 @@ _STYLE: dict[str, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "text.color": INK, "xtick.color": SOFT,
     "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "hatch.linewidth": 0.6,
     "figure.facecolor": "none", "savefig.facecolor": "none", "axes.facecolor": "none", "figure.dpi": 100,
+    "text.parse_math": False,
 }  # fmt: skip
+
+
+LONGEST_NAME = 48
+"""Characters of a cell type's or gene's name that a figure has room for."""
+
+
+def short(name: object) -> str:
+    """A name for a figure: on one line, and with its middle left out where it is too long."""
+    text = " ".join(str(name).split())
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 16]}…{text[-15:]}"
 
 
 @contextmanager
