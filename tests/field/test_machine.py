@@ -1,12 +1,18 @@
-"""Laws of machines as people have them: long paths, percent signs, folders that cannot be written, kills at a bad moment."""
+"""Laws of machines as people have them: long paths, other users, proxies, folders that cannot be written, kills at a bad moment."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -14,6 +20,7 @@ from mixgf.config.data import HUMAN
 from mixgf.errors import UserError
 from mixgf.genes.vocabulary import Vocabulary, build_vocabulary
 from mixgf.tracking import store
+from mixgf.tracking.delivery import Delivery
 from tests.field import make_cases as make
 from tests.field.prepared import run_prepare
 
@@ -23,9 +30,10 @@ def test_a_long_temporary_folder_gives_ray_a_shorter_one(monkeypatch, tmp_path):
 
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/tmp")
-    assert session.short_folder() is None
+    monkeypatch.setattr(session, "_can_hold_ray", lambda _: True)
+    assert session.own_folder() is None
     monkeypatch.setenv("TMPDIR", "/tmp/" + "x" * 100)
-    folder = session.short_folder()
+    folder = session.own_folder()
     try:
         socket = f"{folder}/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
         assert len(socket) <= 107
@@ -33,7 +41,170 @@ def test_a_long_temporary_folder_gives_ray_a_shorter_one(monkeypatch, tmp_path):
         Path(folder).rmdir()
     monkeypatch.setattr(session.os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"TMPDIR = '/tmp/x+': 105 bytes; .* set RAY_TMPDIR to a short one"):
-        session.short_folder()
+        session.own_folder()
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_a_ray_folder_that_cannot_be_used_gives_ray_another_one(kind, monkeypatch, tmp_path):
+    from mixgf.distributed import session
+
+    short = Path(tempfile.mkdtemp(dir="/tmp", prefix="r"))
+    try:
+        monkeypatch.setenv("RAY_TMPDIR", str(short))
+        assert session.own_folder() is None
+        (short / "ray").mkdir()
+        assert session.own_folder() is None
+        (short / "ray").rmdir()
+        (short / "ray").write_text("") if kind == "file" else (short / "ray").symlink_to(tmp_path / "gone")
+        folder = session.own_folder()
+        assert folder is not None
+        Path(folder).rmdir()
+        monkeypatch.setattr(session.os, "access", lambda *_: False)
+        with pytest.raises(
+            UserError, match=rf"{short}/ray: cannot be written \(of another user\?\), .* set RAY_TMPDIR to a short one"
+        ):
+            session.own_folder()
+    finally:
+        shutil.rmtree(short)
+
+
+USERS = """
+import os, sys
+from mixgf.config.run import Config
+from mixgf.distributed import session
+import ray
+with session.session(Config()):
+    print(os.geteuid(), ray.get(ray.remote(lambda: 6 * 7).remote()), ray._private.worker._global_node.get_session_dir_path())
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can become another user")
+@pytest.mark.parametrize("mode", [0o777, 0o755])
+def test_a_second_user_of_a_machine_starts_ray_beside_the_first_one(mode, tmp_path):
+    """The folder of Ray is the first user's, as a strict umask leaves it (0755), or as Ray makes it (0777)."""
+    shared = Path(tempfile.mkdtemp(dir="/tmp", prefix="u"))
+    shared.chmod(0o777)
+    (shared / "ray").mkdir()
+    (shared / "ray").chmod(mode)
+    (shared / "ray/session_latest").symlink_to("session_of_the_first_user")
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 65534, 65534)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "HOME": str(home),
+        "RAY_TMPDIR": str(shared),
+    }
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    try:
+        done = subprocess.run(
+            [*user, sys.executable, "-B", "-c", USERS],
+            check=False,
+            env=environment,
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2_000:]
+        uid, answer, session = done.stdout.split()
+        assert (uid, answer) == ("65534", "42")
+        assert session.startswith(str(shared)) == (mode == 0o777)
+    finally:
+        shutil.rmtree(shared)
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """A server that answers every request, and keeps what was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self):
+        self.asked.append(self.path)
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b'{"experiments": []}'
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def answering():
+    _Answers.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+
+
+@pytest.mark.parametrize("before", ["", "example.org"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_tracker_on_this_machine_is_reached_past_a_proxy(before, host, answering, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")  # nothing listens there
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", before)
+    monkeypatch.setenv("no_proxy", "")
+    assert store.Store(f"http://{host}:{answering}").answers()
+    assert _Answers.asked
+    for name in ("NO_PROXY", "no_proxy"):
+        assert os.environ[name].split(",") == [*filter(None, [before]), host]
+
+
+def test_a_tracker_elsewhere_takes_the_proxy_and_the_warning_names_it(monkeypatch, caplog):
+    from mixgf.tracking import proxies
+
+    for name in ("http_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@proxy:3128")
+    proxies.go_past("http://tracker:5000")
+    assert "NO_PROXY" not in os.environ
+    assert proxies.proxy_of("http://tracker:5000") == "http://***@proxy:3128"
+    assert not proxies.proxy_of("sqlite:///mlflow.db")
+    down = Delivery("http://tracker:5000", lambda _: None, lambda: False)
+    down.tell("the work goes on")
+    assert "requests take the proxy http://***@proxy:3128: set NO_PROXY to the tracker's host" in caplog.text
+    monkeypatch.setenv("NO_PROXY", "tracker")
+    assert not proxies.proxy_of("http://tracker:5000")
+
+
+def test_a_submitted_job_carries_the_code_without_cells_and_models(tmp_path):
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    root = Path(__file__).parents[2]
+    left_out = [
+        "cells.h5ad",
+        "data/sample.zarr/X/0",
+        "data/matrix.mtx.gz",
+        "runs/mine/corpus/index.parquet",
+        ".git/objects/pack",
+        "model.safetensors",
+    ]
+    carried = [
+        "mixgf/cli.py",
+        "mixgf/resources/genes_human.parquet",
+        "mixgf/resources/pancreas_human_baron.h5ad",
+        "jobs/prepare.py",
+    ]
+    for name in [*left_out, *carried]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(root / name, tmp_path / name)
+    packaging.create_package(str(tmp_path), tmp_path.parent / "out.zip", include_gitignore=True)
+    with zipfile.ZipFile(tmp_path.parent / "out.zip") as package:
+        names = {name for name in package.namelist() if not name.endswith("/")}
+    assert names - {".gitignore", ".rayignore"} == set(carried)
 
 
 @pytest.mark.parametrize("name", ["a%20b", "a b", "100%", "a?b", "%41", "plain"])
