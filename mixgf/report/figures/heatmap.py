@@ -14,7 +14,6 @@ from mixgf.report.figures.style import (
     short,
 )
 
-
 _LONG, _INCHES = 24, 0.08
 """Characters of a name from which a figure becomes larger, and by how much with each."""
 
