@@ -78,37 +78,42 @@ with session.session(Config()):
 """
 
 
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+
+def python_of_nobody(environment):
+    """A Python with the packages of this one that the user `nobody` can start, or a skip."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("only root can become another user")
+    starts = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import ray'], check=True)"
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        command = [*NOBODY, python, "-B", "-c", starts]
+        if (
+            Path(python).exists()
+            and not subprocess.run(command, check=False, env=environment, capture_output=True, cwd="/").returncode
+        ):
+            return python
+    return pytest.skip("another user cannot start this Python")
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can become another user")
 @pytest.mark.parametrize("mode", [0o777, 0o755])
 def test_a_second_user_of_a_machine_starts_ray_beside_the_first_one(mode, tmp_path):
-    """The folder of Ray is the first user's, as a strict umask leaves it (0755), or as Ray makes it (0777)."""
+    """The folder of Ray is the first user's: as Ray makes it (0777), or with the rights of a strict machine (0755)."""
     shared = Path(tempfile.mkdtemp(dir="/tmp", prefix="u"))
-    shared.chmod(0o777)
-    (shared / "ray").mkdir()
-    (shared / "ray").chmod(mode)
-    (shared / "ray/session_latest").symlink_to("session_of_the_first_user")
-    home = tmp_path / "home"
-    home.mkdir()
-    os.chown(home, 65534, 65534)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "HOME": str(home),
-        "RAY_TMPDIR": str(shared),
-    }
-    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    packages = os.pathsep.join([str(Path.cwd()), *(p for p in sys.path if p.endswith("-packages"))])
+    environment = kept | {"HOME": "/proc/none", "RAY_TMPDIR": str(shared), "PYTHONPATH": packages}
     try:
+        python = python_of_nobody(environment)
+        shared.chmod(0o777)
+        (shared / "ray").mkdir()
+        (shared / "ray").chmod(mode)
+        (shared / "ray/session_latest").symlink_to("session_of_the_first_user")
         done = subprocess.run(
-            [*user, sys.executable, "-B", "-c", USERS],
-            check=False,
-            env=environment,
-            cwd=home,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+            [*NOBODY, python, "-B", "-c", USERS], check=False, env=environment, cwd="/", capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2_000:]
         uid, answer, session = done.stdout.split()
         assert (uid, answer) == ("65534", "42")

@@ -483,3 +483,10 @@ def test_a_storage_that_is_not_known_is_one_line(uri, tmp_path):
     found = run_prepare(tmp_path, f"human={uri}")
     assert found.code == 2
     assert f"{uri.partition(':')[0]}:// is not a known storage: use a local path or s3://" in found.error
+
+
+def test_columns_of_a_frame_without_a_list_of_them_are_read(tmp_path):
+    a = make.cells()
+    with open_reader(str(h5ad(a, tmp_path, without_order))) as reader:
+        assert sorted(reader.obs_columns) == ["cell_type", "donor"]
+        assert reader.obs("donor", 0, 60).tolist() == a.obs["donor"].tolist()

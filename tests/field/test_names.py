@@ -85,6 +85,7 @@ def chain(tmp_path_factory):
     return a, folder, output
 
 
+@pytest.mark.slow
 def test_every_column_is_in_the_corpus_and_can_be_asked_for(chain):
     a, _, output = chain
     obs = Corpus(str(output / "corpus")).obs()
@@ -96,6 +97,7 @@ def test_every_column_is_in_the_corpus_and_can_be_asked_for(chain):
         np.testing.assert_array_equal(found, np.flatnonzero(a.obs[column].to_numpy() == value))
 
 
+@pytest.mark.slow
 def test_vectors_join_to_the_cells_of_the_file_by_its_own_names(chain):
     a, _, output = chain
     joined = ad.read_h5ad(output / "embed/cells.h5ad").obs.set_index("cell_name").loc[a.obs_names]
@@ -103,6 +105,7 @@ def test_vectors_join_to_the_cells_of_the_file_by_its_own_names(chain):
         assert joined[column].astype(str).tolist() == a.obs[column].tolist(), column
 
 
+@pytest.mark.slow
 def test_labels_of_any_spelling_are_scored_and_shown(chain):
     _, _, output = chain
     predictions = tables.read_table(str(output / "classify/predictions.parquet")).to_pandas()
@@ -119,6 +122,7 @@ READ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", READ)
 def test_labels_go_into_files_that_join_by_the_user_s_names(ending, chain):
     a, folder, output = chain
@@ -142,9 +146,10 @@ def test_names_in_figures_are_short_and_no_mathematics():
     long = "../" + "\u03b1" * 150
     assert len(style.short(long)) == style.LONGEST_NAME
     assert style.short("CD4$^+$ T\ncell") == "CD4$^+$ T cell"
-    table = pd.DataFrame([[1.0, 0.0], [0.0, 1.0]], index=["CD4$^+$", long], columns=["$x$ $", "b"])
+    table = pd.DataFrame([[1.0, 0.0], [0.0, 1.0]], index=["CD4$^+$", long], columns=["$x$ $", "\u65e5\u672c"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         svg = heatmap.heatmap(table, "t", rows="true", columns="predicted", text=[["1", "0"], ["0", "1"]])
     assert "CD4$^+$" in svg
     assert "$x$ $" in svg
+    assert "\u65e5\u672c" in svg

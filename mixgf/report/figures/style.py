@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,7 +57,9 @@ def sheet(
 
     undated = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate",), "png": ("Software",)}[kind]
     out: list[bytes] = []
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"mixgf-{name}"}):
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"mixgf-{name}"}), warnings.catch_warnings():
+        if kind == "svg":  # whose text the reader's own fonts draw
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, **layout))
         FigureCanvasSVG(figure)
         yield figure, out
