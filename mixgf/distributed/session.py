@@ -72,7 +72,7 @@ def own_folder() -> str | None:
     """A folder for the files of a local Ray, where the usual one cannot serve; None = the usual one.
 
     The usual one is shared: Ray makes `ray` in it for all users of the machine. It cannot serve where its path is too long, or where
-    that `ray` belongs to somebody else and cannot be written.
+    that `ray` belongs to another user and cannot be written.
 
     Raises:
         UserError: no other folder can be written.
