@@ -151,8 +151,9 @@ def advise(reader: Reader, raw: RawBlock, row: int) -> str:
         more = f" (and {', '.join(counts[1:])}, which sum to less)" if counts[1:] else ""
         return f"{what}; {_named(counts[0])} holds counts{more}: {reader.setting('layer', counts[0])}"
     if here == FRACTIONS:
-        way = reader.setting("round", "true") if reader.option == OPTION else "numpy.rint, before this"
-        return f"{what}; to round them to whole numbers: {way}"
+        if reader.option == OPTION:
+            return f"{what}; to round them to whole numbers: {reader.setting('round', 'true')}"
+        return f"{what}; round them in the file first (numpy.rint)"
     if others:
         rest = ", ".join(f"{_named(name)} is {kind}" for name, (kind, _) in others.items())
         return f"{what}, {rest}: no matrix of this file holds counts; give the file with raw counts"

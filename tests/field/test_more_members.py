@@ -16,9 +16,13 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from mixgf.cells.counts import read_blocks
 from mixgf.cells.open import open_reader
+from mixgf.cells.reader import OPTION
 from mixgf.cells.tenx import mtx_files
+from mixgf.config.data import HUMAN
 from mixgf.errors import UserError
+from mixgf.genes.identify import gene_lookup, identify_columns
 from tests.field import make_cases as make
 from tests.field.prepared import run_prepare
 from tests.field.test_cases import GOOD
@@ -490,3 +494,14 @@ def test_columns_of_a_frame_without_a_list_of_them_are_read(tmp_path):
     with open_reader(str(h5ad(a, tmp_path, without_order))) as reader:
         assert sorted(reader.obs_columns) == ["cell_type", "donor"]
         assert reader.obs("donor", 0, 60).tolist() == a.obs["donor"].tolist()
+
+
+def test_rounding_is_offered_where_the_command_has_it(tmp_path):
+    path = h5ad(with_values(lambda v: v + 0.3), tmp_path)
+    columns = identify_columns(IDS, gene_lookup(HUMAN), biotypes=())
+    for option, way in (
+        (OPTION, "--set sources.round=true"),
+        ("--{field} {value}", "round them in the file first (numpy.rint)"),
+    ):
+        with open_reader(str(path), option=option) as reader, pytest.raises(UserError, match=re.escape(way)):
+            list(read_blocks(reader, columns, 0, 60, rows=60))
