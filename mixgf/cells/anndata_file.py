@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixgf.cells.features import choose_gene_names, find_kinds, gene_columns
+from mixgf.cells.features import choose_gene_names, find_kinds, gene_columns, kinds_by_name
 from mixgf.cells.frames import (
     Group,
     column,
@@ -49,7 +49,12 @@ def open_anndata(uri: str, root: Group, layer: str, option: str = OPTION) -> Rea
 
     is_gene, kinds = find_kinds(uri, columns_of(var), of_var)
     if kinds is None and layer == "raw" and "var" in root:
-        is_gene, kinds = _kinds_by_name(uri, open_frame(root, "var"), read_strings(genes, 0, num_columns))
+        other = open_frame(root, "var")
+        num = column_length(index_of(other))
+        is_gene, kinds = kinds_by_name(
+            uri, columns_of(other), lambda name: read_column(column(other, name), 0, num),
+            index=read_strings(index_of(other), 0, num), names=read_strings(genes, 0, num_columns),
+        )  # fmt: skip
     return Reader(
         uri=uri,
         num_rows=num_rows,
@@ -66,20 +71,6 @@ def open_anndata(uri: str, root: Group, layer: str, option: str = OPTION) -> Rea
         kinds=kinds,
         layer=layer,
         others=lambda: {name: open_anndata(uri, root, name) for name in matrices_of(root) if name != layer},
-    )
-
-
-def _kinds_by_name(uri: str, var: Group, names: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """`find_kinds` for the features of raw, whose own table says nothing, by their names in var; other features count as genes."""
-    index = index_of(var)
-    num = column_length(index)
-    is_gene, kinds = find_kinds(uri, columns_of(var), lambda name: read_column(column(var, name), 0, num))
-    if is_gene is None or kinds is None:
-        return None, None
-    place = {name: i for i, name in enumerate(read_strings(index, 0, num))}
-    at = [place.get(name, -1) for name in names]
-    return np.asarray([i < 0 or bool(is_gene[i]) for i in at]), np.asarray(
-        [None if i < 0 else kinds[i] for i in at], object
     )
 
 

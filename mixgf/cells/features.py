@@ -85,6 +85,28 @@ def find_kinds(
     return None, None
 
 
+def kinds_by_name(
+    uri: str, columns: Sequence[str], read: Callable[[str], np.ndarray], *, index: np.ndarray, names: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | None]:  # fmt: skip
+    """`find_kinds` for the features of raw, where raw's own table says nothing, by their names in var.
+
+    Args:
+        uri: Of the file, for messages.
+        columns: Names of the columns of var.
+        read: Gives the values of one column of var.
+        index: The index of var.
+        names: The index of raw's table; a name that var lacks counts as a gene.
+    """
+    is_gene, kinds = find_kinds(uri, columns, read)
+    if is_gene is None or kinds is None:
+        return None, None
+    place = {name: i for i, name in enumerate(index)}
+    at = [place.get(name, -1) for name in names]
+    return np.asarray([i < 0 or bool(is_gene[i]) for i in at]), np.asarray(
+        [None if i < 0 else kinds[i] for i in at], object
+    )
+
+
 def find_genes(uri: str, kinds: np.ndarray, column: str) -> np.ndarray | None:
     """Which features are genes, bool per feature, by the kinds that the file gives (Gene Expression, Antibody Capture, ...).
 

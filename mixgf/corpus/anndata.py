@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from mixgf.cells.features import choose_gene_names, find_kinds, gene_columns
+from mixgf.cells.features import choose_gene_names, find_kinds, gene_columns, kinds_by_name
 from mixgf.cells.matrices import DENSE_BYTES, matrix_reader
 from mixgf.cells.open import open_reader
 from mixgf.cells.reader import RawBlock, Reader, Triples
@@ -67,6 +67,11 @@ def _reader(adata: Any, layer: str) -> Reader:
     frame = var if var.index.name is None else var.assign(**{str(var.index.name): var.index})
     read, scan = _rows(adata, layer)
     is_gene, kinds = find_kinds(NAME, list(map(str, var.columns)), lambda name: values(var[name]))
+    if kinds is None and layer == "raw":
+        is_gene, kinds = kinds_by_name(
+            NAME, list(map(str, adata.var.columns)), lambda name: values(adata.var[name]),
+            index=_text(adata.var.index), names=_text(var.index),
+        )  # fmt: skip
     columns = list(map(str, frame.columns))
     return Reader(
         uri=NAME,

@@ -21,6 +21,7 @@ from mixgf.cells.open import open_reader
 from mixgf.cells.reader import OPTION
 from mixgf.cells.tenx import mtx_files
 from mixgf.config.data import HUMAN
+from mixgf.corpus.anndata import open_cells
 from mixgf.errors import UserError
 from mixgf.genes.identify import gene_lookup, identify_columns
 from tests.field import make_cases as make
@@ -505,3 +506,11 @@ def test_rounding_is_offered_where_the_command_has_it(tmp_path):
     ):
         with open_reader(str(path), option=option) as reader, pytest.raises(UserError, match=re.escape(way)):
             list(read_blocks(reader, columns, 0, 60, rows=60))
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_antibodies_in_raw_are_known_by_var_on_disk_and_in_memory(memory, tmp_path):
+    path = raw_cite(tmp_path)
+    with open_cells(ad.read_h5ad(path) if memory else path, "raw") as reader:
+        assert reader.is_gene.tolist() == [True] * 300 + [False] * 6
+        assert set(reader.kinds[300:]) == {"Antibody Capture"}
