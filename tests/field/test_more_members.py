@@ -333,6 +333,13 @@ def parse(d):
     return d / "in"
 
 
+def nested(d):
+    zarr = pytest.importorskip("zarr")
+    zarr.open_group(d / "outer.zarr", mode="w", zarr_format=2)
+    make.cells().write_zarr(d / "outer.zarr/sample1")
+    return d / "outer.zarr"
+
+
 REFUSED = {
     "X is none, a layer holds counts": (layer_alone, r"layer = 'X': not in the file; it has raw counts: --set sources\.layer='raw counts'"),
     "annotations alone": (lambda d: h5ad(ad.AnnData(obs=make.cells().obs, obsm={"X_pca": np.ones((60, 3), "f4")}), d), r"AnnData without a matrix of cells and genes \(it holds obs, obsm.*\)"),
@@ -383,6 +390,7 @@ REFUSED = {
     "whole numbers but for errors": (lambda d: h5ad(with_values(lambda v: v + 1e-6, np.float64), d), r"fractions of counts .*--set sources\.round=true"),
     "Parse Biosciences": (parse, r"output of Parse Biosciences' pipeline; give the anndata\.h5ad"),
     "a single gene": (lambda d: h5ad(make.cells()[:, :1].copy(), d), r"only 1 of 1 genes are known .*: the file has no others"),
+    "a Zarr group of samples": (nested, r"a Zarr group with AnnData in it; give .*/outer\.zarr/sample1"),
 }  # fmt: skip
 
 
