@@ -106,7 +106,9 @@ def load(
             return _load_checkpoint(place, record, where, vocabulary)
     if "config.json" in files.list_dir(uri):
         return _load_huggingface(uri, where, dictionary, medians, cls)
-    msg = f"{uri}: no run, checkpoint or Hugging Face folder there; `mixgf pretrain` makes OUTPUT/pretrain"
+    named = model_store.names()
+    there = f"; models with a name: {', '.join(named)}" if named else ""
+    msg = f"{uri}: no run, checkpoint or Hugging Face folder there; `mixgf pretrain` makes OUTPUT/pretrain{there}"
     raise UserError(msg)
 
 

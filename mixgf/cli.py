@@ -90,6 +90,7 @@ _NEXT = {
 }
 """What usually comes after a command."""
 _EPILOG = """examples:
+  mixgf annotate resource:pancreas_human_baron.h5ad --model pancreas --output labels.csv
   mixgf demo
   mixgf prepare human=pbmc.h5ad mouse=spleen.h5ad --recipe laptop --output runs/mine
   mixgf pretrain --recipe laptop --output runs/mine
@@ -157,7 +158,10 @@ def _stage_arguments(command: argparse.ArgumentParser, name: str) -> None:
             help="instead of a run's corpus: a file of raw counts, whose vectors --model gives (one process); --output names the copy",
         )  # fmt: skip
         command.add_argument(
-            "--model", default="", metavar="URI", help="with FILE: a published model by name, a run or a checkpoint"
+            "--model",
+            default="",
+            metavar="URI",
+            help="with FILE: a published model by name (pancreas comes with the package), a run or a checkpoint",
         )
         command.add_argument("--layer", default="X", help="with FILE: where the counts are: X, raw, or a layer's name")
         command.add_argument(
@@ -196,7 +200,10 @@ def _annotate_arguments(command: argparse.ArgumentParser) -> None:
         help="raw counts: .h5ad, .zarr, 10x .h5 or a 10x folder; it is not changed. The species is found by gene names if not given",
     )
     command.add_argument(
-        "--model", required=True, metavar="URI", help="a classifier, or the run or classification that kept one"
+        "--model",
+        required=True,
+        metavar="URI",
+        help="a published model by name (pancreas comes with the package), a classifier, or the run or classification that kept one",
     )
     command.add_argument(
         "--output", default="", metavar="FILE", help=".h5ad, .parquet or .csv (default: NAME.annotated.h5ad)"

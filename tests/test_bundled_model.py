@@ -52,6 +52,12 @@ def test_it_labels_pancreas_cells_of_both_species(classifier: mg.CellClassifier,
     assert "CL:0000169" in set(said["mixgf_ontology_id"])
 
 
+def test_another_name_is_refused_with_the_names_that_there_are() -> None:
+    for load in (mg.load, mg.load_classifier):
+        with pytest.raises(mg.UserError, match=r"models with a name: .*pancreas"):
+            load("pancreass")
+
+
 @pytest.mark.parametrize("species", ["human", "mouse"])
 def test_its_encoder_tells_types_apart(species: str) -> None:
     """Each cell's nearest other cell by cosine has the same type more often than the most frequent type is guessed right."""
