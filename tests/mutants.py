@@ -84,6 +84,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("stats/donors", "block = max(1, 20000001 // len(signs_RC))"): "the size of a block only bounds memory",
     ("stats/intervals", "return np.asarray((contents.T * drawn.T).T, dtype=np.int64)"): "* of a sparse matrix is @",
     ("stats/intervals", "below = 1 + (ranks[m:] - scipy_stats.rankdata(negative)) / m"): "only its variance is read",
+    (
+        "stats/rank_adjustment",
+        "near = np.abs(dx) / np.where(far > 0, far * (1 + 2e-09), 1.0)",
+    ): "the farthest gene has almost no weight",
     ("stats/rank_adjustment", "with np.errstate():"): "NumPy does not warn of comparisons with NaN",
     (
         "training/views",

@@ -393,6 +393,17 @@ def test_scrublet_is_called_as_its_authors_have_it(monkeypatch):
     (given,) = seen
     assert (given["n_prin_comps"], given["expected_doublet_rate"], given["random_state"]) == (30, 0.07, 5)
     assert given["use_approx_neighbors"] is False
+    few = counts[
+        :, :40
+    ]  # fewer variable genes than 31: one component less than these, as an exact decomposition allows
+    scores(few)
+    cells = scanpy.AnnData(few.astype(np.float32))
+    scanpy.pp.filter_genes(cells, min_cells=3)
+    scanpy.pp.normalize_total(cells)
+    scanpy.pp.log1p(cells)
+    scanpy.pp.highly_variable_genes(cells)
+    assert 10 <= cells.var["highly_variable"].sum() <= 30
+    assert seen[1]["n_prin_comps"] == cells.var["highly_variable"].sum() - 1
 
 
 def two_types(cells):

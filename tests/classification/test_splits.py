@@ -305,3 +305,18 @@ def test_donors_are_held_out_until_the_share_is_reached_and_one_stays() -> None:
             cells = [size[d] for d in split.donors]
             assert len(split.donors) == 2 or sum(cells) >= fraction * 100
             assert sum(cells) - max(cells) < fraction * 100
+
+
+@pytest.mark.parametrize("kind", ["random", "donor", "dataset", "species"])
+def test_a_type_with_two_cells_to_train_on_takes_part_and_one_with_a_single_cell_does_not(kind: str) -> None:
+    """Two sides of 20 cells; type b has two of them on each side, type c one. (Random cells are of one group: c has two.)"""
+    labels = np.array((["a"] * 17 + ["b"] * 2 + ["c"]) * 2)
+    side = np.repeat(["x", "y"], 20)
+    one = np.full(40, "one")
+    data = replace(
+        table(cells=40), labels=labels, groups=one, transfer=one, species=side if kind == "species" else one,
+        donors=side if kind == "donor" else one, datasets=side if kind == "dataset" else one,
+    )  # fmt: skip
+    found = make(data, Classify(splits=(kind,), min_class_fraction=0.0), seed=0)
+    assert found
+    assert {split.classes for split in found} == {("a", "b", "c") if kind in {"random", "donor"} else ("a", "b")}
