@@ -12,10 +12,11 @@ is nearer to its own type's response than to the others'. No gene was perturbed:
 | `none` | one random number per gene |
 | `covariance` | correlation of each gene with the mean of STAT1, STAT2 and IRF9 (the complex that IFN-beta activates) in untreated cells |
 | `CD14+ monocyte` | the measured response of these cells, for all other types |
-| `encoder` | FOLDER/TYPE/perturb/responses.parquet: overexpression of STAT1+STAT2+IRF9, size of the effect on each gene (no sign) |
+| `encoder` | FOLDER/TYPE/perturb/responses.parquet: overexpression of STAT1+STAT2+IRF9, size of the effect on each gene (`change`, no sign) |
 
 FOLDER/TYPE is the output of `mixgf perturb --set perturb.genes=STAT1+STAT2+IRF9 --set perturb.operations=overexpress --set
-perturb.response=1500` on untreated cells of the type; spaces of its name are `_`.
+perturb.response=1500` on untreated cells of the type; spaces of its name are `_`. A gene in front moves all others by a rank, which is part
+of `change`; so `change_same_rank` is empty.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def covariance(data: anndata.AnnData, name: str) -> np.ndarray:
 def encoder_effects(data: anndata.AnnData, folder: Path, name: str) -> np.ndarray:
     """Size of the effect of the overexpression on each gene, (G,); NaN = not in the matrix."""
     table = pd.read_parquet(folder / name.replace(" ", "_") / "perturb" / "responses.parquet")
-    by_gene = table.groupby("responding_symbol")["change_same_rank"].mean()
+    by_gene = table.groupby("responding_symbol", observed=True)["change"].mean()
     return by_gene.reindex(data.var_names).to_numpy(np.float64)
 
 

@@ -786,7 +786,7 @@ def score_perturbations(
     Args:
         predicted: One row per perturbation, one column per gene, named as in `adata`; in any unit. NaN = no prediction. For
             `perturb/responses.parquet`: `table.pivot_table(index="symbol", columns="responding_symbol", values="change_same_rank")`
-            of one operation, with `signed=False`.
+            of deletions, with `signed=False`. Overexpression gives the other genes a new rank: take `change`, which includes that.
         adata: Raw counts, as an AnnData or the path of an `.h5ad`.
         perturbation: Column of obs with the perturbed gene of each cell.
         control: Its value for control cells.

@@ -437,3 +437,14 @@ def test_where_scanpy_finds_no_threshold_scores_stay_and_no_cell_is_called(monke
     assert verdict.shape == (80,)
     assert verdict.dtype == bool
     assert not verdict.any()
+
+
+def test_doublets_of_two_unlike_types_are_called_and_few_others():
+    pytest.importorskip("skimage", reason="scanpy's Scrublet needs scikit-image")
+    rng = np.random.default_rng(4)
+    programs = rng.lognormal(0, 1.5, (2, 300))
+    counts = rng.poisson(programs[np.arange(240) % 2] * 3)
+    counts[:12] += rng.poisson(programs[(np.arange(12) + 1) % 2] * 3)
+    _, verdict = scores(counts)
+    assert verdict[:12].sum() >= 8
+    assert verdict[12:].sum() <= 8

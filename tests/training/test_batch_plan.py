@@ -211,8 +211,9 @@ def test_the_last_batch_of_an_epoch_holds_what_is_left_and_the_next_epoch_begins
 
 
 def test_a_share_of_0_leaves_a_species_out_and_shares_below_0_are_refused():
-    p = make(mix={0: 1.0, 1: 0.0})
-    assert set(p.species[np.concatenate([p.batch(step) for step in range(p.steps_per_epoch)]) % 101]) == {0}
+    for mix in ({0: 1.0, 1: 0.0}, {0: 1.0}):  # a species that the mix does not name has no share
+        p = make(mix=mix)
+        assert set(p.species[np.concatenate([p.batch(step) for step in range(p.steps_per_epoch)]) % 101]) == {0}
     for mix in ({0: 1.0, 1: -0.5}, {0: 0.0, 1: 0.0}, {0: 1.0, 2: 1.0}):
         with pytest.raises(errors.UserError, match=r"shares above 0 to species that the corpus has"):
             make(mix=mix)
