@@ -90,6 +90,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "the farthest gene has almost no weight",
     ("stats/rank_adjustment", "with np.errstate():"): "NumPy does not warn of comparisons with NaN",
     (
+        "training/batch_plan",
+        "rows = np.where(cut >= 0, lengths[cut], 0).reshape(-2, batch_cells)",
+    ): "NumPy takes any negative number for the rest",
+    (
         "training/views",
         "self.maps = {pair: table for pair, table in maps.items() if (table >= 1).any()}",
     ): "token 0 is no gene",

@@ -320,3 +320,16 @@ def test_a_type_with_two_cells_to_train_on_takes_part_and_one_with_a_single_cell
     found = make(data, Classify(splits=(kind,), min_class_fraction=0.0), seed=0)
     assert found
     assert {split.classes for split in found} == {("a", "b", "c") if kind in {"random", "donor"} else ("a", "b")}
+
+
+def test_validation_cells_are_drawn_anew_where_all_of_them_are_of_the_type_that_is_left_out() -> None:
+    labels = np.array(["a"] * 21 + ["b"] * 5 + ["c"] * 5)  # a tenth of the training cells of b and of c is no cell
+    data = replace(table(cells=31), labels=labels, groups=np.full(31, "g"))
+    found = make(data, Classify(splits=("random",), unseen_types=3), seed=0)
+    whole = next(split for split in found if split.whole)
+    assert set(data.labels[whole.validation]) == {"a"}
+    (without,) = [split for split in found if split.unseen == "a"]
+    assert len(without.validation) == 1
+    assert set(without.validation) < set(without.train)
+    (other,) = [split for split in found if split.unseen == "b"]
+    assert other.validation.tolist() == whole.validation.tolist()
