@@ -88,6 +88,24 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "stats/rank_adjustment",
         "near = np.abs(dx) / np.where(far > 0, far * (1 + 2e-09), 1.0)",
     ): "the farthest gene has almost no weight",
+    (
+        "stats/rank_adjustment",
+        "near = np.abs(dx) / np.where(far > 0, far * (1 + 1e-09), 2.0)",
+    ): "0 divided by any number is 0",
+    (
+        "perturbation/shift",
+        "after_SD, before_SD = (after_SD / after_S[:, None], before_SD * before_S[:, None])",
+    ): "a cosine does not depend on the length of a vector",
+    (
+        "perturbation/shift",
+        "after_SD, before_SD = (after_SD * after_S[:, None], before_SD / before_S[:, None])",
+    ): "a cosine does not depend on the length of a vector",
+    ("perturbation/screen", "none_moves = num_genes - 1 if step <= 0 else 0"): "a step is 1 or -1",
+    ("perturbation/screen", "none_moves = num_genes - 1 if step < 1 else 0"): "a step is 1 or -1",
+    (
+        "training/views",
+        "if i <= len(at_K) and at_K[i] == place:",
+    ): "the value behind the end is the place by chance only",
     ("stats/rank_adjustment", "with np.errstate():"): "NumPy does not warn of comparisons with NaN",
     (
         "training/batch_plan",

@@ -227,3 +227,72 @@ def test_the_rank_at_which_no_gene_moves_takes_no_pass(monkeypatch, operation, g
     monkeypatch.setattr(screen, "_forward", lambda *a: (seen.append(a), plain(*a))[1])
     screen.estimate(ShiftScorer(encoder=encoder(), lead=1), ids, genes, operation, torch.ones(32), grid=grid)
     assert len(seen) == passes
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x.double(), dim=-1)
+
+
+@pytest.mark.parametrize(("variant", "lead"), VARIANTS)
+@pytest.mark.parametrize("max_len", [20, 41], ids=["full", "with room"])
+def test_the_estimate_is_the_sum_of_its_parts(variant, lead, max_len):
+    """Ranks, removal, insertion and mean, gene by gene. A gene in front moves all others behind it by one place; <cls> stays."""
+    ids, genes = cell(lead, 20)
+    goal = unit(torch.from_numpy(np.random.default_rng(1).normal(size=32)))
+    engine = ShiftScorer(encoder=encoder(), variant=variant, lead=lead, max_len=max_len)
+    num, sentence = 20 - lead, ids.tolist()
+    asked = torch.cat([genes[:num], genes[30:34]])  # all genes of the cell, and four others
+    base = screen._trace(engine, ids, torch.arange(20), goal)
+    plain = screen._cosine(base.sum_D[None], goal).item()
+    kept = min(20, max_len - 1)
+    moved_down = torch.tensor([p + 1 if p >= lead else p for p in range(20)])
+    front = screen._trace(engine, ids[:kept], moved_down[:kept], goal)
+    insertion, vector = screen._inserted(engine, front, asked)
+    for operation, step in (("delete", -1), ("overexpress", 1)):
+        by_rank = screen._rank_shifts(engine, ids, base, step, goal, 5)
+        found = screen.estimate(engine, ids, asked, operation, goal, grid=5)
+        for k, gene in enumerate(asked.tolist()):
+            at = sentence.index(gene) if gene in sentence else None
+            sums = base.sum_D if at is None else base.sum_D - base.state.hidden_LD[at].double()
+            if operation == "delete":
+                if at is None:
+                    assert found[k].item() == pytest.approx(0, abs=1e-15)
+                    continue
+                expected = by_rank[at - lead].item()
+                expected += base.removal_L[at].item() * (1 if variant == "cls" else base.count / (base.count - 1))
+                before, after = base.sum_D, sums
+            elif at is None:
+                expected = insertion[k].item() + screen._cosine(front.sum_D[None], goal).item() - plain
+                before, after = front.sum_D, front.sum_D + vector[k]
+            else:
+                expected = insertion[k].item() + by_rank[at - lead].item() + base.removal_L[at].item()
+                before, after = base.sum_D, sums + vector[k]
+            if variant == "all":
+                expected += (unit(after) @ goal - unit(before) @ goal).item()
+            assert found[k].item() == pytest.approx(expected, abs=2e-6), (operation, k)
+
+
+def test_an_inserted_gene_is_one_more_key_of_every_token_s_softmax(monkeypatch):
+    """Change of the cosine: the gradient by each layer's attention output, times the change of that output, written out."""
+    ids, genes = cell(0, 9)
+    goal = unit(torch.linspace(-1, 1, 32))
+    engine = ShiftScorer(encoder=encoder())
+    traced = screen._trace(engine, ids, torch.arange(9), goal)
+    asked = genes[20:25]
+    monkeypatch.setattr(screen, "_PROBE_ELEMENTS", 4 * 9 * 2)  # two genes at a time
+    found, _ = screen._inserted(engine, traced, asked)
+    for k, gene in enumerate(asked):
+        h = engine.encoder.embed_tokens(gene[None], torch.tensor([0])).detach()
+        expected = 0.0
+        for layer, seen in zip(engine.encoder.layers, traced.attention, strict=True):
+            gene_q, gene_k, gene_v = (x.detach()[:, 0] for x in screen._heads(engine.encoder, layer.qkv(h)))  # (H, E)
+            own = []
+            for head in range(4):
+                keys = torch.cat([seen.keys[head], gene_k[head][None]])
+                values = torch.cat([seen.values[head], gene_v[head][None]])
+                new = torch.softmax(seen.queries[head] @ keys.T / 8**0.5, dim=1) @ values
+                expected += (seen.output_grad[head] * (new - seen.output[head])).sum().item()
+                own.append(torch.softmax(gene_q[head] @ keys.T / 8**0.5, dim=0) @ values)
+            h = layer.after_attention(h, torch.cat(own)[None]).detach()
+        assert found[k].item() == pytest.approx(expected, abs=1e-6)
+    assert found.abs().max() > 1e-4

@@ -385,6 +385,15 @@ def test_means_of_groups_and_of_clusters_by_hand():
     assert mean == pytest.approx(np.array([[1, 5], [np.nan, np.nan], [np.nan, 5]]), nan_ok=True)
 
 
+def test_a_group_has_as_many_donors_as_have_values_of_it():
+    values, group, donor = np.array([1.0, 3, 5, 7, 2]), np.array([0, 0, 1, 1, 1]), np.array([0, 1, 0, 0, 0])
+    means = group_means(values, group, donor, 2, 4)
+    assert means.num_clusters.tolist() == [2, 1]
+    assert means.num_values.tolist() == [2, 3]
+    low, high = scipy.stats.t.interval(0.95, 1, 2.0, scipy.stats.sem([1.0, 3]))  # two donors: every value is its own
+    assert (means.low[0], means.high[0]) == pytest.approx((low, high))
+
+
 def test_an_interval_has_the_confidence_that_is_asked_for_and_needs_three_donors_to_count_them():
     values, donor = np.array([1.0, 2, 4, 9, 3, 5]), np.array([0, 0, 1, 1, 2, 2])
     group = np.zeros(6, int)
