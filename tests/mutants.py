@@ -100,6 +100,21 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "perturbation/shift",
         "after_SD, before_SD = (after_SD * after_S[:, None], before_SD / before_S[:, None])",
     ): "a cosine does not depend on the length of a vector",
+    (
+        "perturbation/shift",
+        "lengths = (torch.diff(original.offsets_B1)[cells_S] - genes_SM.shape[1]).tolist()",
+    ): "the lengths only bound the tokens of a pass",
+    (
+        "perturbation/shift",
+        "return (sum_SD * (count_S > 0)[:, None], count_S.clamp(min=2))",
+    ): "a cosine does not depend on the length of a vector",
+    (
+        "classification/metrics",
+        "return {name: (of_model[name] - of_baseline[name]).mean(+1) for name in ('accuracy', 'macro_f1')}",
+    ): "axis 1 is the last axis",
+    ("stats/rank_adjustment", "rows = slice(start, start + 4097)"): "one row is computed twice, with the same result",
+    ("cells/doublets", "called = score >= result['threshold']"): "no score equals the threshold",
+    ("cells/qc", "bits = min(0, kept // SORTED_CELLS).bit_length()"): "the groups only bound memory",
     ("perturbation/screen", "none_moves = num_genes - 1 if step <= 0 else 0"): "a step is 1 or -1",
     ("perturbation/screen", "none_moves = num_genes - 1 if step < 1 else 0"): "a step is 1 or -1",
     (

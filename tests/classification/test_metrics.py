@@ -295,6 +295,15 @@ def test_the_calibration_error_is_over_fifteen_bins_that_hold_their_upper_edge()
     assert value("ece", true, predicted, confidence, 3).value == pytest.approx(gap / 300)
 
 
+def test_the_two_highest_bins_of_the_calibration_error_are_two() -> None:
+    # .95 and all wrong; .9 and all right: gaps of .95 and .1 of half of the cells each, which do not cancel
+    true, predicted = np.array([0, 0, 1, 1]), np.ones(4, dtype=np.int64)
+    confidence = np.array([0.95, 0.95, 0.9, 0.9])
+    assert value("ece", true, predicted, confidence, 2).value == pytest.approx((0.95 + 0.1) / 2)
+    low = np.array([0.05, 0.05, 0.1, 0.1])  # in the two lowest bins: gaps of .05 and .9
+    assert value("ece", true, predicted, low, 2).value == pytest.approx((0.05 + 0.9) / 2)
+
+
 def test_the_p_of_a_difference_over_cells_is_normal_with_the_spread_of_the_bootstrap() -> None:
     # 30 of 100 cells are right only in the model, 10 only in the baseline: accuracy + .2, standard error sqrt(.4 - .04) / 10
     true = np.zeros(100, int)
