@@ -70,6 +70,18 @@ NAMES = {
     "argmax": "argmin", "floor": "ceil", "ceil": "floor", "sum": "mean", "mean": "sum", "std": "var", "var": "std",
 }  # fmt: skip
 EQUIVALENT: dict[tuple[str, str], str] = {
+    ("training/views", "if action <= 0.8:"): "no draw equals 0.8",
+    ("training/views", "if action <= 0.9:"): "no draw equals 0.9",
+    (
+        "training/losses",
+        "return (F.normalize(a_BD.float()) - F.normalize(b_BD.float(), dim=1)).square().sum(1).mean()",
+    ): "1 is the default",
+    (
+        "training/losses",
+        "return (F.normalize(a_BD.float(), dim=1) - F.normalize(b_BD.float())).square().sum(1).mean()",
+    ): "1 is the default",
+    ("training/losses", "z = F.normalize(torch.cat([a_BD, b_BD]).float())"): "1 is the default",
+    ("training/losses", "z = F.normalize(a_BD.float())"): "1 is the default",
     (
         "cells/doublets",
         "detectable = float((result['doublet_scores_sim'] >= result['threshold']).mean())",
