@@ -448,3 +448,12 @@ def test_doublets_of_two_unlike_types_are_called_and_few_others():
     _, verdict = scores(counts)
     assert verdict[:12].sum() >= 8
     assert verdict[12:].sum() <= 8
+
+
+def test_samples_are_read_together_up_to_the_bound_by_hand(monkeypatch):
+    monkeypatch.setattr(doublets, "CALL_CELLS", 100)
+    monkeypatch.setattr(doublets, "READ_CELLS", 300)
+    groups = doublets.plan_calls([np.arange(100 * k, 100 * k + 100) for k in range(5)])
+    assert [[len(call) for call in group] for group in groups] == [[100, 100, 100], [100, 100]]
+    groups = doublets.plan_calls([np.arange(200), np.arange(200, 350), np.arange(350, 450)])
+    assert [sum(map(len, group)) for group in groups] == [200, 250]
