@@ -249,7 +249,7 @@ def test_the_estimate_is_the_sum_of_its_parts(variant, lead, max_len):
     front = screen._trace(engine, ids[:kept], moved_down[:kept], goal)
     insertion, vector = screen._inserted(engine, front, asked)
     for operation, step in (("delete", -1), ("overexpress", 1)):
-        by_rank = screen._rank_shifts(engine, ids, base, step, goal, 5)
+        by_rank, removal = screen._rank_shifts(engine, ids, base, step, goal, 5)
         found = screen.estimate(engine, ids, asked, operation, goal, grid=5)
         for k, gene in enumerate(asked.tolist()):
             at = sentence.index(gene) if gene in sentence else None
@@ -259,13 +259,13 @@ def test_the_estimate_is_the_sum_of_its_parts(variant, lead, max_len):
                     assert found[k].item() == pytest.approx(0, abs=1e-15)
                     continue
                 expected = by_rank[at - lead].item()
-                expected += base.removal_L[at].item() * (1 if variant == "cls" else base.count / (base.count - 1))
+                expected += removal[at].item() * (1 if variant == "cls" else base.count / (base.count - 1))
                 before, after = base.sum_D, sums
             elif at is None:
                 expected = insertion[k].item() + screen._cosine(front.sum_D[None], goal).item() - plain
                 before, after = front.sum_D, front.sum_D + vector[k]
             else:
-                expected = insertion[k].item() + by_rank[at - lead].item() + base.removal_L[at].item()
+                expected = insertion[k].item() + by_rank[at - lead].item() + removal[at].item()
                 before, after = base.sum_D, sums + vector[k]
             if variant == "all":
                 expected += (unit(after) @ goal - unit(before) @ goal).item()
@@ -291,7 +291,7 @@ def test_an_inserted_gene_is_one_more_key_of_every_token_s_softmax(monkeypatch):
                 keys = torch.cat([seen.keys[head], gene_k[head][None]])
                 values = torch.cat([seen.values[head], gene_v[head][None]])
                 new = torch.softmax(seen.queries[head] @ keys.T / 8**0.5, dim=1) @ values
-                expected += (seen.output_grad[head] * (new - seen.output[head])).sum().item()
+                expected += (seen.grad[head] * (new - seen.output[head])).sum().item()
                 own.append(torch.softmax(gene_q[head] @ keys.T / 8**0.5, dim=0) @ values)
             h = layer.after_attention(h, torch.cat(own)[None]).detach()
         assert found[k].item() == pytest.approx(expected, abs=1e-6)
