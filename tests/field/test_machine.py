@@ -199,6 +199,7 @@ def test_a_submitted_job_carries_the_code_without_cells_and_models(tmp_path):
         "mixgf/cli.py",
         "mixgf/resources/genes_human.parquet",
         "mixgf/resources/pancreas_human_baron.h5ad",
+        "mixgf/resources/models/pancreas/pretrain/model.safetensors",
         "jobs/prepare.py",
     ]
     for name in [*left_out, *carried]:
