@@ -70,6 +70,20 @@ NAMES = {
     "argmax": "argmin", "floor": "ceil", "ceil": "floor", "sum": "mean", "mean": "sum", "std": "var", "var": "std",
 }  # fmt: skip
 EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "perturbation/shift",
+        "sum_BD = torch.segment_reduce(hidden_TD.double(), 'sum', lengths=lengths_B, unsafe=True)",
+    ): "0 is the default",
+    (
+        "perturbation/shift",
+        "sum_BD = torch.segment_reduce(hidden_TD.double(), 'sum', lengths=lengths_B, axis=0, unsafe=False)",
+    ): "the lengths are checked once more",
+    (
+        "perturbation/shift",
+        "sum_BD = torch.segment_reduce(hidden_TD.double(), 'sum', lengths=lengths_B, axis=0)",
+    ): "the lengths are checked once more",
+    ("perturbation/screen", "_PROBE_ELEMENTS = 2 << 19"): "the number only bounds memory",
+    ("perturbation/screen", "_PROBE_ELEMENTS = 1 << 20"): "the number only bounds memory",
     ("training/views", "if action <= 0.8:"): "no draw equals 0.8",
     ("training/views", "if action <= 0.9:"): "no draw equals 0.9",
     (

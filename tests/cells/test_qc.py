@@ -457,3 +457,28 @@ def test_samples_are_read_together_up_to_the_bound_by_hand(monkeypatch):
     assert [[len(call) for call in group] for group in groups] == [[100, 100, 100], [100, 100]]
     groups = doublets.plan_calls([np.arange(200), np.arange(200, 350), np.arange(350, 450)])
     assert [sum(map(len, group)) for group in groups] == [200, 250]
+
+
+def test_what_is_odd_about_counts_is_said_in_one_line_by_hand():
+    def said(depth, genes):
+        return qc.doubt_counts(metrics_of(depth, genes))
+
+    assert said([0] * 30, [0] * 30).startswith("every count is 0")
+    assert said([20] * 20, [20] * 20).startswith("every count above 0 is 1")
+    assert "is 1" not in said([19] * 20, [19] * 20)  # few genes may have one molecule each
+    assert "is 1" not in said([20] * 19, [20] * 19)  # and so may few cells
+    assert "is 1" not in said([21] + [20] * 19, [20] * 20)
+    assert said([500] * 20, [100] * 20).startswith("all cells have the same sum of counts (500)")
+    assert said(list(range(400, 440)), [100] * 40) == ""
+
+
+def test_doublets_of_many_types_are_called_and_few_others():
+    """Most doublets of eight types can be seen, so a share of them that is well below what could be called is kept."""
+    pytest.importorskip("skimage", reason="scanpy's Scrublet needs scikit-image")
+    rng = np.random.default_rng(5)
+    programs = rng.lognormal(0, 1.5, (8, 300))
+    counts = rng.poisson(programs[np.arange(320) % 8] * 3)
+    counts[:40] += rng.poisson(programs[(np.arange(40) + 3) % 8] * 3)
+    _, verdict = scores(counts)
+    assert verdict[:40].sum() >= 30
+    assert verdict[40:].sum() <= 10
