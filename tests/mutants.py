@@ -71,6 +71,14 @@ NAMES = {
 }  # fmt: skip
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
+        "stats/rank_adjustment",
+        "num = max(2, min(num_matched, int((candidate_G & np.isfinite(column)).sum()) - 1))",
+    ): "with so few genes there is no score",
+    (
+        "training/batch_plan",
+        "body = body.reshape(num_batches, b)[generator.permutation(num_batches)].reshape(-2)",
+    ): "NumPy takes any negative number for the rest",
+    (
         "perturbation/shift",
         "sum_BD = torch.segment_reduce(hidden_TD.double(), 'sum', lengths=lengths_B, unsafe=True)",
     ): "0 is the default",

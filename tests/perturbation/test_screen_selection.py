@@ -135,6 +135,9 @@ def test_strata_are_fifths_of_each_feature_and_shares_add_up():
     assert len(drawn) == 7
     every = draw_similar(features, wanted, 500, taken=np.array([3, 4]), rng=np.random.default_rng(0))
     assert every.tolist() == [k for k in range(100) if k // 20 in {0, 1, 4} and k not in {3, 4}]
+    both = np.stack([np.arange(100.0), np.arange(100.0)], axis=1)  # the lowest fifth of both features is a stratum, too
+    drawn = draw_similar(both, np.array([0, 1, 50]), 6, taken=np.array([], int), rng=np.random.default_rng(0))
+    assert np.bincount(drawn // 20, minlength=5).tolist() == [4, 0, 2, 0, 0]
     one = np.stack([np.arange(100.0), np.arange(100) % 2 * 1.0], axis=1)  # two features: a gene's stratum is of both
     drawn = draw_similar(one, np.array([0, 2]), 500, taken=np.array([], int), rng=np.random.default_rng(0))
     assert drawn.tolist() == list(range(0, 20, 2))

@@ -266,6 +266,7 @@ def test_welch_equals_scipy():
 def test_power_is_what_the_test_reaches_and_too_few_donors_have_none():
     assert sign_flip_power(5, 9.0) == 0.0  # the smallest p is 1/16
     assert smallest_detectable_effect(5) == np.inf
+    assert smallest_detectable_effect(5, level=1 / 16) < 4
     assert sign_flip_power(6, 0.0) == pytest.approx(2 / 2**6, abs=0.015)  # only the two extreme patterns reject
     # 6 donors: rejected where all six have one sign
     assert sign_flip_power(6, 1.5) == pytest.approx(scipy.stats.norm.cdf(1.5) ** 6, abs=0.03)

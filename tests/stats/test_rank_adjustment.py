@@ -232,3 +232,8 @@ def test_normal_scores_are_of_the_share_of_values_below_with_half_a_place_of_roo
         assert found[among, c] == pytest.approx(scipy.stats.norm.ppf((below + 0.5) / (num + 1))[among], nan_ok=True)
     usual = rank_adjustment.normal_scores(values, rank, among)
     assert usual == pytest.approx(rank_adjustment.normal_scores(values, rank, among, num_matched=50), nan_ok=True)
+
+
+def test_more_genes_than_are_fitted_at_a_time_are_all_fitted():
+    rank = np.linspace(0, 8, 4200)
+    assert rank_adjustment.expected_by_rank(3 - rank, rank) == pytest.approx(3 - rank, abs=1e-9)
