@@ -11,6 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from mixgf.classification.metrics import (
     Comparison,
     Difference,
+    _normal_p,
     class_scores,
     compare,
     confusion,
@@ -366,3 +367,9 @@ def test_scores_of_donors_are_bounded_and_their_differences_are_not() -> None:
         seeds_M=true, num_classes=2, rng=np.random.default_rng(0),
     )  # fmt: skip
     assert difference.accuracy.low < 0 < difference.accuracy.p < 1
+
+
+def test_the_normal_p_of_a_bootstrap_by_hand() -> None:
+    drawn = np.array([0.1, 0.2, 0.3, 0.4])
+    assert _normal_p(-0.25, drawn) == pytest.approx(2 * stats.norm.sf(0.25 / drawn.std(ddof=1)))
+    assert (_normal_p(0.0, np.zeros(3)), _normal_p(0.1, np.zeros(3))) == (1.0, 0.0)
