@@ -23,6 +23,10 @@ _SLOW_DOWN = (
     b"<?xml version='1.0' encoding='UTF-8'?>"
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
+_INTERNAL = (
+    b"<?xml version='1.0' encoding='UTF-8'?>"
+    b"<Error><Code>InternalError</Code><Message>We encountered an internal error. Please try again.</Message></Error>"
+)
 
 
 def always(_: int) -> bool:
@@ -44,7 +48,8 @@ class Rule:
 
     `drop`: the connection is reset before an answer; `lose`: the request reaches the server, its answer is lost; `break`:
     half of the body, then a reset; `cut`: the header promises all bytes, the connection ends in good order after half;
-    `short`: half of the body, and a header that says so; `busy`: 503 SlowDown; `stall`: half of the body, then silence of `seconds`; `delay`: an answer after `seconds`;
+    `short`: half of the body, and a header that says so; `busy`: 503 SlowDown; `error`: 500 InternalError;
+    `stall`: half of the body, then silence of `seconds`; `delay`: an answer after `seconds`;
     `hold`: the request waits, unforwarded, until the test says `go`, and is then dropped.
     """
 
@@ -137,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         if kind == "busy":
             return self._answer(503, {"Content-Type": "application/xml"}, _SLOW_DOWN, len(_SLOW_DOWN))
+        if kind == "error":
+            return self._answer(500, {"Content-Type": "application/xml"}, _INTERNAL, len(_INTERNAL))
         if rule:
             rule.on_hit()
         if kind == "delay":

@@ -31,24 +31,17 @@ from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import classify, embed, prepare
 from mixgf.storage import artifacts, files
 from tests.faults.campaign import LOST, SURVIVED, Kind, ending_of
+from tests.faults.chain import write_cells
 
 SMALL = Model(num_layers=1, dim=32, num_heads=2, ffn_dim=32, max_positions=48)
-TYPES = ("beta cell", "alpha cell", "ductal cell")
 
 
 def make_run(folder: Path) -> Config:
     """A run with one artifact of most kinds, of bundled cells, without Ray and MLflow."""
-    for name in ("human", "mouse"):
-        data = anndata.read_h5ad(files.local_path(f"resource:pancreas_{name}_baron.h5ad"))
-        labels = data.obs["cell_type"].astype(str).to_numpy()
-        rows = np.concatenate([np.flatnonzero(labels == kind)[:30] for kind in TYPES])
-        x = sparse.csr_matrix(data.X[rows]).astype(np.int32)
-        obs, var = data.obs.iloc[rows][["cell_type", "organ"]].astype(str), data.var[["ensembl_id"]]
-        anndata.AnnData(x, obs=obs, var=var).write_h5ad(folder / f"{name}.h5ad")
     run = Config(
         output=str(folder / "run"), model=SMALL, tokens=Tokens(max_len=48), train=Train(micro_tokens=2048),
         tracking=Tracking(uri="off"),
-        sources=tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in ("human", "mouse")),
+        sources=write_cells(folder),
         classify=Classify(group="source", splits=("random",), models=("probe", "majority"), epochs=1),
     )  # fmt: skip
     prepare.run(run, executor=LocalExecutor())

@@ -1,7 +1,7 @@
 """Faults of many kinds: nothing is lost, nothing is wrong in silence, and every refusal is one line.
 
-pytest -m faults tests/faults -s            # the whole campaign, hours; goes on after a stop
-MIXGF_FAULTS=ledger.jsonl pytest -m faults tests/faults -s
+pytest -m faults tests/faults -s                                 # the whole campaign, hours
+MIXGF_FAULTS=ledger.jsonl pytest -m faults tests/faults -s       # the same; goes on after a stop
 """
 
 import os
@@ -10,20 +10,46 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import kinds
+from tests.faults import disturbed, kinds
 from tests.faults.campaign import LOST, SURVIVED, Kind, Ledger, run, table
+from tests.faults.chain import STAGES, Chain
 
-SECONDS = 100
-"""Of the part that runs in the ordinary suite."""
+SECONDS = 60
+"""Of each part that runs in the ordinary suite."""
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory):
+def files_and_words(tmp_path_factory):
+    """Faults of files and arguments."""
     folder = tmp_path_factory.mktemp("faults")
     made = kinds.make_run(folder)
     return [
         kinds.bit_flips(made, 1_000), kinds.wrong_arguments(folder, 300), kinds.wrong_sources(made, folder, 200),
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    made = Chain(tmp_path_factory.mktemp("chain"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def runs(chain, s3_server):
+    """Faults while a stage runs, without Ray."""
+    disk = [disturbed.full_disk(chain, 4 * len(STAGES))] if disturbed.can_mount() else []
+    return [
+        disturbed.kills(chain, 120), *disk, disturbed.s3_faults(chain, s3_server, 20, 36), disturbed.s3_faults(chain, s3_server, 5, 24),
+        disturbed.dead_tracker(chain, 20),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_ray(chain):
+    nodes = disturbed.Nodes(chain)
+    yield disturbed.kills_on_ray(chain, nodes, 88)
+    nodes.close()
 
 
 def report(ledger):
@@ -34,19 +60,28 @@ def report(ledger):
 
 
 @pytest.mark.timeout(400)
-def test_two_minutes_of_the_campaign_lose_nothing(campaign, tmp_path):
+def test_a_minute_of_faults_in_files_and_arguments_loses_nothing(files_and_words, tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    run(campaign, ledger, seconds=SECONDS)
+    run(files_and_words, ledger, seconds=SECONDS)
     assert len(ledger.rows) >= 30
     report(ledger)
 
 
+@pytest.mark.timeout(900)
+def test_a_minute_of_faults_while_stages_run_loses_nothing(runs, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    run(runs, ledger, seconds=SECONDS)
+    assert len(ledger.rows) >= 2
+    report(ledger)
+
+
 @pytest.mark.faults
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_the_whole_campaign_loses_nothing(campaign, tmp_path):
+def test_the_whole_campaign_loses_nothing(files_and_words, runs, on_ray, tmp_path):
     ledger = Ledger(Path(os.environ.get("MIXGF_FAULTS", tmp_path / "ledger.jsonl")))
-    run(campaign, ledger)
+    run([*files_and_words, *runs, on_ray], ledger)
     report(ledger)
 
 

@@ -1,0 +1,358 @@
+"""Kinds of faults while a stage runs: it is killed, its store or tracker fails, its disk is full. The same command must then go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from fake_cluster import STORE, cluster
+from fault_proxy import Proxy, Rule
+from s3_world import client
+
+from mixgf.storage import files
+from tests.faults.campaign import LOST, REFUSED, SURVIVED, Kind
+from tests.faults.chain import STAGES, Chain, Ended, stage_of
+
+STOPPED = "mixgf: stopped by SIGTERM; the same command continues where it stopped"
+COMMANDS = 4
+"""Most times that a command is given until it ends well."""
+BUCKET = "faults"
+
+Ending = tuple[str, str]
+
+
+def _wrong(ended: Ended) -> str:
+    """What is wrong with a command that ended with an error of its own; "" = it is one clear line."""
+    lines = [line for line in ended.said.splitlines() if line.startswith("mixgf: ")]
+    if ended.has_traceback:
+        return "a traceback: " + ended.said[-300:].replace("\n", " | ")
+    if len(lines) != 1 or "did not end" in ended.line:
+        return f"exit {ended.code} with {len(lines)} lines: {ended.said[-300:]}".replace("\n", " | ")
+    return "" if len(ended.line) <= 1_000 and "failed: " not in ended.line else f"not clear: {ended.line[:300]}"
+
+
+def _finished(chain: Chain, name: str, output: str, again: Callable[[int], Ended], *, ray: bool = False) -> Ending:
+    """Give the command until it ends well, then compare what is there with what the stage makes undisturbed."""
+    told = ""
+    for time_given in range(COMMANDS):
+        ended = again(time_given)
+        if ended.code == 0:
+            if ended.has_traceback:
+                return LOST, f"{name}: exit 0 and a traceback: {ended.said[-300:]}"
+            unequal = chain.unequal(name, output, ray=ray)
+            return (
+                (LOST, f"{name}: other files: {unequal[:5]}")
+                if unequal
+                else (REFUSED if told else SURVIVED, told[:300])
+            )
+        if wrong := _wrong(ended):
+            return LOST, f"{name}: {wrong}"
+        told = ended.line
+    return LOST, f"{name}: does not go on after {COMMANDS} commands: {told}"
+
+
+def _stopped(ended: Ended, number: int) -> str:
+    """What is wrong with a command that a signal ended; "" = nothing."""
+    if number == signal.SIGKILL:
+        return "" if ended.code == -signal.SIGKILL else f"exit {ended.code} after SIGKILL"
+    if ended.code == -signal.SIGTERM and not ended.said.strip():
+        return ""  # before the command began
+    if ended.code != 143 or ended.line != STOPPED or ended.has_traceback:
+        return f"exit {ended.code} after SIGTERM: {ended.said[-300:]}".replace("\n", " | ")
+    return ""
+
+
+def kills(chain: Chain, wanted: int) -> Kind:
+    """SIGKILL or SIGTERM to a command that does all work itself, once to three times, then the command again."""
+
+    def attempt(number: int) -> Ending:
+        draw, name = random.Random(number), stage_of(number)
+        chain.undisturbed(name)
+        with chain.output(name, number) as output:
+            words, log = chain.words(name, str(output)), Path(f"{output}.log")
+            seconds, hits = chain.seconds[name, False], 0
+            for _ in range(draw.randrange(1, 4)):
+                which = draw.choice([signal.SIGKILL, signal.SIGTERM])
+                log.unlink(missing_ok=True)
+                chain.server.start(words, log)
+                ended = chain.server.ended(seconds * draw.random())
+                if ended is None:
+                    os.kill(chain.server.pid, which)
+                    sent = time.monotonic()
+                    ended = chain.server.end()
+                    if ended.code == 0:
+                        break  # it ended meanwhile
+                    hits += 1
+                    if wrong := _stopped(ended, which):
+                        return LOST, f"{name}: {wrong}"
+                    if time.monotonic() - sent > 30:
+                        return LOST, f"{name}: {time.monotonic() - sent:.0f} s until its end"
+                elif ended.code:
+                    return LOST, f"{name}: went not on: {ended.said[-300:]}"
+                else:
+                    break
+            log.unlink(missing_ok=True)
+            ending, line = _finished(chain, name, str(output), lambda _: chain.server.run(words, log))
+            return (
+                (LOST, f"{name}: refused after a kill: {line}")
+                if ending == REFUSED
+                else (ending, line or f"{name}: {hits} kills")
+            )
+
+    return Kind("kills of a command", wanted, attempt)
+
+
+class Nodes:
+    """A Ray cluster of a head without CPUs and two nodes of one, of which one can be lost."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain, self.stack = chain, contextlib.ExitStack()
+        self.made: Any = None
+
+    def up(self) -> None:
+        """Start the cluster, or the nodes that are missing."""
+        if self.made is None:
+            self.made = self.stack.enter_context(cluster())
+            self.nodes = []
+            self.chain.env = {"RAY_ADDRESS": self.made.address, "RAY_AUTH_MODE": "disabled"}
+        while len(self.nodes) < 2:
+            self.nodes.append(self.made.add_node(num_cpus=1, **STORE))
+
+    def workers(self) -> list[psutil.Process]:
+        """Processes that work on tasks, actors or a training."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if title.startswith("ray::") and "ray::IDLE" not in title:
+                    found.append(process)
+        return found
+
+    def lose_worker(self, draw: random.Random) -> bool:
+        if found := self.workers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                draw.choice(found).kill()
+                return True
+        return False
+
+    def lose_node(self, draw: random.Random) -> bool:
+        self.made.remove_node(self.nodes.pop(draw.randrange(2)), allow_graceful=False)
+        return True
+
+    def close(self) -> None:
+        self.stack.close()
+
+
+def kills_on_ray(chain: Chain, nodes: Nodes, wanted: int) -> Kind:
+    """SIGKILL to the driver, to a worker or to a raylet with all that it started, or SIGTERM to the driver, on two nodes."""
+    stages = [name for name in STAGES if name not in ("report", "export")]  # these do not use Ray
+    victims = ("worker", "raylet", "driver", "driver, SIGTERM")
+
+    def attempt(number: int) -> Ending:
+        draw, name = random.Random(number), stages[number % len(stages)]
+        victim = victims[(number // len(stages) + number) % len(victims)]
+        nodes.up()
+        chain.undisturbed(name, ray=True)
+        with chain.output(name, number) as output:
+            words, log = chain.words(name, str(output)), Path(f"{output}.log")
+            seconds, hit = chain.seconds[name, True] * 0.95, False
+            which = signal.SIGTERM if "SIGTERM" in victim else signal.SIGKILL
+            chain.server.start(words, log, env=chain.env, ray=True)
+            ended = chain.server.ended(seconds * draw.uniform(0.15, 1.0))
+            while ended is None and not hit:
+                if victim == "worker":
+                    hit = nodes.lose_worker(draw)
+                elif victim == "raylet":
+                    hit = nodes.lose_node(draw)
+                else:
+                    hit = True
+                    os.kill(chain.server.pid, which)
+                ended = chain.server.ended(0.02) if not hit else None
+            nodes.up()
+            first = ended or chain.server.end()
+            if "driver" in victim and hit and first.code != 0 and (wrong := _stopped(first, which)):
+                return LOST, f"{name}, {victim}: {wrong}"
+
+            def again(time_given: int) -> Ended:
+                if time_given == 0 and not ("driver" in victim and first.code):
+                    return first
+                log.unlink(missing_ok=True)
+                return chain.server.run(words, log, env=chain.env, ray=True)
+
+            ending, line = _finished(chain, name, str(output), again, ray=True)
+            return ending, f"{name}, {victim}, {'hit' if hit else 'too late'}: {line}"
+
+    return Kind("kills on Ray", wanted, attempt)
+
+
+def s3_faults(chain: Chain, url: str, percent: int, wanted: int) -> Kind:
+    """So many of a hundred requests to object storage are slow, answered by 500 or 503, dropped, or cut off."""
+    keys = ("faultkey", "faultsecret-planted")
+    s3 = client(url, *keys)
+    stages = [name for name in STAGES if name != "annotate"]  # its file lies on disk
+    there: set[str] = set()
+
+    def put(artifact: str) -> None:
+        """Upload an artifact, once."""
+        if artifact in there:
+            return
+        made = chain.made(artifact, ray=False)
+        for path in [made] if made.is_file() else [one for one in made.rglob("*") if one.is_file()]:
+            s3.upload_file(str(path), BUCKET, f"whole/{artifact}/{path.relative_to(made)}")
+        there.add(artifact)
+
+    def attempt(number: int) -> Ending:
+        draw, name = random.Random(number), stages[number % len(stages)]
+        chain.undisturbed(name)
+        with contextlib.suppress(s3.exceptions.BucketAlreadyOwnedByYou, s3.exceptions.BucketAlreadyExists):
+            s3.create_bucket(Bucket=BUCKET)
+        output, log = f"s3://{BUCKET}/{percent}-{number}", chain.folder / f"s3-{percent}-{number}.log"
+        s3.put_object(Bucket=BUCKET, Key=f"{percent}-{number}/notes.txt", Body=b"of a user")
+        for artifact in STAGES[name].needs:
+            put(artifact)
+            for item in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"whole/{artifact}/")["Contents"]:
+                s3.copy_object(
+                    Bucket=BUCKET, CopySource={"Bucket": BUCKET, "Key": item["Key"]},
+                    Key=item["Key"].replace("whole", f"{percent}-{number}", 1),
+                )  # fmt: skip
+        kinds = ("delay", "error", "busy", "drop", "lose", "break", "cut", "short")
+        share = percent / 100 / len(kinds)
+        rules = [Rule(kind, "", when=lambda _: draw.random() < share, seconds=1.0) for kind in kinds]
+        with Proxy(url.removeprefix("http://"), rules) as proxy:
+            env = {
+                "AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": keys[0], "AWS_SECRET_ACCESS_KEY": keys[1],
+                "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+            }  # fmt: skip
+
+            def again(time_given: int) -> Ended:
+                if time_given == COMMANDS - 1:
+                    proxy.fresh()  # the network is well again
+                log.unlink(missing_ok=True)
+                return chain.server.run(chain.words(name, output), log, env=env)
+
+            with _s3_in_this_process(url, keys):
+                ending, line = _finished(chain, name, output, again)
+            return ending, f"{name}, {sum(rule.hits for rule in rules)} faults: {line}"
+
+    return Kind(f"{percent} % of S3 requests fail", wanted, attempt)
+
+
+@contextlib.contextmanager
+def _s3_in_this_process(url: str, keys: tuple[str, str]) -> Iterator[None]:
+    """Read the bucket here, past the proxy."""
+    from mixgf.storage import s3
+
+    new = {
+        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": keys[0], "AWS_SECRET_ACCESS_KEY": keys[1], "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in new}
+    os.environ.update(new)
+    s3.forget_connections()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        s3.forget_connections()
+
+
+def can_mount() -> bool:
+    """Whether this process may mount a file system in memory."""
+    if os.geteuid() or shutil.which("mount") is None:
+        return False
+    with tempfile.TemporaryDirectory() as place:
+        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, check=False)
+        if done.returncode == 0:
+            subprocess.run(["umount", place], check=True)
+    return done.returncode == 0
+
+
+def full_disk(chain: Chain, wanted: int) -> Kind:
+    """The output is a small file system that is full when a part of the stage's files is written; then it has room again."""
+
+    def attempt(number: int) -> Ending:
+        draw, name = random.Random(number), stage_of(number)
+        chain.undisturbed(name)
+        with chain.output(name, number) as linked:
+            place = chain.folder / f"disk-{number}"
+            place.mkdir(exist_ok=True)
+            needed = sum(path.stat().st_size for path in linked.rglob("*") if path.is_file())
+            whole = sum(files.find(str(chain.undisturbed(name))).values())
+            # a file takes whole blocks of 4 KiB
+            blocks = 4096 * (sum(1 for _ in linked.rglob("*")) + 4)
+            size = (needed + blocks + int((whole - needed) * draw.random())) // 4096 * 4096
+            _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place))
+            try:
+                shutil.copytree(linked, place, dirs_exist_ok=True)
+                words, log = chain.words(name, str(place)), Path(f"{linked}.log")
+
+                def again(time_given: int) -> Ended:
+                    if time_given:
+                        _mount("-o", f"remount,size={64 << 20}", str(place))
+                    log.unlink(missing_ok=True)
+                    return chain.server.run(words, log)
+
+                ending, line = _finished(chain, name, str(place), again)
+                if ending == REFUSED and "no space left" not in line:
+                    return LOST, f"{name}: {line}"
+                return ending, f"{name}: {line}"
+            finally:
+                subprocess.run(["umount", "--lazy", str(place)], check=True)
+                place.rmdir()
+
+    return Kind("full disk", wanted, attempt)
+
+
+def _mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True)
+
+
+TRACKED = [name for name in STAGES if name not in ("annotate", "report", "export")]
+"""Stages that have a run in MLflow."""
+
+
+def dead_tracker(chain: Chain, wanted: int) -> Kind:
+    """Nobody listens where MLflow should be, or a server is there that never answers."""
+
+    def attempt(number: int) -> Ending:
+        name = TRACKED[number // 2 % len(TRACKED)]
+        if number % 2 == 0:
+            return _tracked(chain, name, number, "dead", "http://127.0.0.1:9", most=60)
+        with Proxy("127.0.0.1:9", [Rule("hold", "")]) as silent:
+            ending = _tracked(chain, name, number, "silent", silent.url, most=90)
+            silent.rules[0].go.set()
+            return ending
+
+    return Kind("dead MLflow", wanted, attempt)
+
+
+def _tracked(chain: Chain, name: str, number: int, how: str, uri: str, *, most: float) -> Ending:
+    """A stage with a tracker; it may take `most` seconds more than without, whatever the tracker does."""
+    chain.undisturbed(name)
+    with chain.output(name, number) as output:
+        log = Path(f"{output}-{how}.log")
+        ended = chain.server.run(chain.words(name, str(output), tracker=uri), log)
+        if ended.code or ended.has_traceback:
+            return LOST, f"{name}: exit {ended.code}: {ended.said[-300:]}"
+        told = [line for line in ended.said.splitlines() if "MLflow" in line and "the work goes on" in line]
+        if len(told) != 1:
+            return LOST, f"{name}: said {len(told)} times that MLflow is away: {ended.said[-500:]}"
+        if ended.seconds > 3 * chain.seconds[name, False] + most:
+            return LOST, f"{name}: {ended.seconds:.0f} s, {chain.seconds[name, False]:.0f} s without a tracker"
+        unequal = chain.unequal(name, str(output))
+        return (
+            (LOST, f"{name}: other files: {unequal[:5]}")
+            if unequal
+            else (SURVIVED, f"{name}, {how}: {ended.seconds:.0f} s")
+        )
