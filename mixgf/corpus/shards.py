@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from mixgf.cells.packed_counts import INT32S
+from mixgf.errors import DamagedError
 from mixgf.storage import artifacts, files
 from mixgf.storage.sealed import read_sealed
 from mixgf.storage.tables import read_table, write_table, write_tables
@@ -47,10 +49,11 @@ def read_facts(work: str, indices: Sequence[int], *, again: bool) -> dict[int, d
     """
     uri = part_uri(work, "facts", 0)
     if not again and files.exists(uri):
-        table = read_table(uri)
-        found = dict(zip(table["source"].to_pylist(), map(json.loads, table["facts"].to_pylist()), strict=True))
-        if list(found) == list(indices):
-            return found
+        with suppress(DamagedError):  # it is written again
+            table = read_table(uri)
+            found = dict(zip(table["source"].to_pylist(), map(json.loads, table["facts"].to_pylist()), strict=True))
+            if list(found) == list(indices):
+                return found
     found = dict(zip(indices, files.map_reads(work, lambda i: read_sealed(facts_uri(work, i)), indices), strict=True))
     write_table(uri, pa.table({"source": list(found), "facts": [json.dumps(facts) for facts in found.values()]}))
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from mixgf.console import Progress, debug, say, warn
 from mixgf.distributed.metrics import Meter
-from mixgf.errors import UserError
+from mixgf.errors import DamagedError, UserError
 from mixgf.execution import Executor, Receipts, Task
 from mixgf.storage import files, tables
 from mixgf.storage.sealed import read_sealed, sealed_bytes
@@ -192,11 +192,8 @@ class SourcePasses:
 
     def _resume(self, step: int) -> None:
         """Leave out the sources that an earlier run has left out up to a step."""
-        folder = files.join(self.work, "refused")
         if not self._settled:
-            for name in files.list_dir(folder):
-                found = read_sealed(files.join(folder, name))
-                self._settled[int(name.partition(".")[0])] = {int(i): error for i, error in found.items()}
+            self._settled = self._read_settled()
         again = {i: error for i, error in self._settled.get(step, {}).items() if i not in self.refused}
         for i, error in again.items():
             self.refuse(i, error)
@@ -204,6 +201,18 @@ class SourcePasses:
             say(
                 f"{len(again):,} sources stay left out, as when {self.stage} was begun; remove the output to read them again"
             )
+
+    def _read_settled(self) -> dict[int, dict[int, str]]:
+        """What earlier runs have left out, by step. If it cannot be read, all parts are made again: they are numbered by it."""
+        folder = files.join(self.work, "refused")
+        names = files.list_dir(folder)
+        try:
+            found = {int(name.partition(".")[0]): read_sealed(files.join(folder, name)) for name in names}
+        except DamagedError as error:
+            warn(f"{error.args[0].partition(';')[0]}: all unfinished work is made again")
+            files.remove(self.work)
+            return {}
+        return {step: {int(i): why for i, why in those.items()} for step, those in found.items()}
 
     def _settle(self, step: int) -> None:
         """Keep which sources are left out up to a step.

@@ -1,7 +1,10 @@
 """What is read is what was written: a damaged file is refused in one line, or read as it was; it never gives other values."""
 
+import dataclasses
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +179,28 @@ def test_reversed_sentences_are_refused_with_the_way_to_make_them_again(world):
         UserError, match=rf"{shard}: damaged .*; restore it from a copy, or remove {uri} and .*`mixgf prepare`"
     ):
         Corpus(uri).tokens([0])
+
+
+@pytest.mark.parametrize("damage", ["empty", "half"])
+def test_one_damaged_file_of_an_unfinished_stage_is_made_again_whichever_it_is(world, whole_corpus, tmp_path, damage):
+    config, _ = world
+    with pytest.raises(KeyboardInterrupt):
+        prepare.run(config, executor=dying(30, []))
+    begun, seen = Path(config.output), set()
+    same = [files.sha256(f"{whole_corpus}/shards/{name}") for name in files.list_dir(f"{whole_corpus}/shards")]
+    for name in files.names_in(f"{begun}/corpus"):
+        kind = re.sub(r"\d+", "", name)
+        if kind in seen or name == "plan.json":
+            continue
+        seen.add(kind)
+        other = dataclasses.replace(config, output=str(tmp_path / "other"))
+        shutil.copytree(begun, other.output)
+        path = Path(other.output) / "corpus" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "half" else 0])
+        uri = prepare.run(other, executor=LocalExecutor())
+        assert [files.sha256(f"{uri}/shards/{n}") for n in files.list_dir(f"{uri}/shards")] == same, name
+        shutil.rmtree(other.output)
+    assert {"work/facts/.parquet", "work/refused/.json", "work/group_metrics/.parquet"} <= seen
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "gone"])
