@@ -160,10 +160,10 @@ def error_of(task: Task, error: Exception) -> str:
     """What a task's receipt says of an error: one line, and after it the traceback of an error that is no `UserError`.
 
     Raises:
-        Exception: the error itself, where it ends the run: a task of no source, a damaged file of mixgf's own, or a failure of
-            storage, which is tried again.
+        Exception: the error itself, where it ends the run: a damaged file of mixgf's own, for which no source is refused; an
+            error of a task of no source that is no `UserError`; or a failure of storage, which is tried again.
     """
-    if isinstance(error, DamagedError):
+    if isinstance(error, DamagedError) and task.source >= 0:
         raise error
     if isinstance(error, UserError):
         return str(error)

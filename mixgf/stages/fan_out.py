@@ -254,7 +254,8 @@ class SourcePasses:
         if task.source < 0 or self.settled:
             if trace:  # what a source holds was checked before: an error of the program
                 raise RuntimeError(line)
-            raise UserError(line)
+            # a task of no source reads only what mixgf wrote; the other parts stay
+            raise DamagedError(line) if task.source < 0 else UserError(line)
         self.refuse(task.source, line)
 
     def refuse(self, index: int, error: str) -> None:

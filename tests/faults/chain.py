@@ -334,7 +334,6 @@ def serve() -> None:
     import importlib
     import pkgutil
 
-    import aiobotocore.session  # noqa: F401
     import h5py  # noqa: F401
     import mlflow.tracking  # noqa: F401
     import ray.data

@@ -4,12 +4,14 @@ pytest -m faults tests/faults -s                                 # the whole cam
 MIXGF_FAULTS=ledger.jsonl pytest -m faults tests/faults -s       # the same; goes on after a stop
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from mixgf.storage import artifacts, files, layout
 from tests.faults import disturbed, kinds
 from tests.faults.campaign import LOST, SURVIVED, Kind, Ledger, run, table
 from tests.faults.chain import STAGES, Chain
@@ -73,6 +75,27 @@ def test_a_minute_of_faults_while_stages_run_loses_nothing(runs, tmp_path):
     run(runs, ledger, seconds=SECONDS)
     assert len(ledger.rows) >= 2
     report(ledger)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_file_that_a_stage_writes_is_listed_among_those_of_its_artifact(chain):
+    """A file that is not would make an unfinished run refuse to go on, and would stay when the others are removed."""
+    seen = set()
+    for name in STAGES:
+        output = chain.undisturbed(name)
+        places = [Path(json.loads(line)) for line in Path(f"{output}.log.written").read_text().splitlines()]
+        written = [path for path in places if not path.name.startswith(files._TEMPORARY)]
+        assert written, name
+        for path in written:
+            above = (one for one in path.parents if (one / "record.json").exists() and one.is_relative_to(output))
+            if (folder := next(above, None)) is None:
+                continue  # beside the artifacts
+            kind = artifacts.find(str(folder)).kind
+            seen.add(kind)
+            own = layout._pattern(kind).fullmatch(path.relative_to(folder).as_posix())
+            assert own, f"{name}: {path}: not among the files of a {kind}"
+    assert seen >= set(layout._FILES) - {layout.ANNOTATION, "bert"}
 
 
 @pytest.mark.faults
