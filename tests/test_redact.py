@@ -36,6 +36,14 @@ def test_text_keeps_all_but_its_secrets_and_once_is_enough(text, shown):
     assert SECRET not in redact(text)
 
 
+def test_a_source_is_a_data_set_of_mlflow_without_the_secrets_of_its_uri():
+    from mixgf.tracking.datasets import sources
+
+    (found,) = sources([{"uri": f"s3://bucket/token={SECRET}/a.h5ad", "species": "human", "name": "a", "layer": "X"}])
+    assert SECRET not in json.dumps(found)
+    assert json.loads(found["profile"])["layer"] == "X"
+
+
 def test_json_stays_json_and_secrets_of_the_environment_are_looked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "abc")  # too short: it stands in ordinary words

@@ -60,5 +60,5 @@ def _entity(
         "name": redact(name), "digest": digest, "source_type": "local" if local else scheme,
         "source": json.dumps({"uri": redact(uri)}), "context": context,
         "schema": json.dumps({"mlflow_colspec": columns}) if columns else None,
-        "profile": json.dumps({k: v for k, v in profile.items() if v is not None}, default=str)[:10000],
+        "profile": redact(json.dumps({k: v for k, v in profile.items() if v is not None}, default=str))[:10000],
     }  # fmt: skip
