@@ -64,6 +64,7 @@ _FILES = {
     ),
     "comparison": (
         r"encoders/[^/]+/.+",
+        *SCRATCH["classification"],
         *(rf"classify/(?:{one})" for one in (*_EVERY, *_CLASSIFICATION)),
         r"(transfer|failures|integration|maps|corresponding|pairs|shifts|together|conserved|conserved_summary|networks)\.parquet",
     ),
