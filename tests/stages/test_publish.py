@@ -178,14 +178,13 @@ def test_a_model_goes_through_the_registry_of_mlflow_and_mlflow_serves_it(run: s
     version = MlflowClient(place).get_model_version("islets", "1")
     assert "Licence: MIT" in str(version.description)
     cells("human", 3).write_h5ad(tmp_path / "three.h5ad")
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(place)
     try:
         said = mlflow.pyfunc.load_model("models:/islets/1").predict(
             pd.DataFrame({"path": [str(tmp_path / "three.h5ad")]})
         )
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(None)
     assert said["label"].isin(TYPES).all()
 
 

@@ -52,11 +52,10 @@ def run(tmp_path_factory, tracking_uri):
 
 @pytest.fixture
 def _tracker(tracking_uri, monkeypatch):
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(tracking_uri)
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     yield
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
 
 
 @pytest.mark.usefixtures("_tracker")
@@ -146,13 +145,12 @@ def test_a_live_server_has_runs_data_sets_and_a_registered_model_that_answers(ru
     (logged,) = client.search_logged_models([ident], f"source_run_id = '{output.info.run_id}'")
     assert str(logged.status) in ("READY", "LoggedModelStatus.READY")
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(server)
     try:
         file = str(Path(run.output).parent / "cells.h5ad")
         answer = mlflow.pyfunc.load_model("models:/live-islet/1").predict(pd.DataFrame({"path": [file]}))
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(None)
     assert answer["label"].tolist() == mg.load_classifier(there.output).annotate(file)["mixgf_label"].tolist()
 
 
