@@ -8,7 +8,7 @@ be used raises `UserError`.
 
 Part files in the work folder (Parquet, but for the .json): sources/I.json and sources/I (facts and columns of source I),
 row_order-I and row_order/I (column-major sources as rows), counts-I/A-B (packed counts of rows [A, B)), sums/R and metrics/R
-(counts by column, and cells, of row range R), group_metrics/K (cells of group K of sources), near/R (signatures of its cells), doublets/I-K (group K of calls of source I), mapping/K and
+(counts by column, and cells, of row range R), group_metrics/K (cells of group K of sources), facts/0 (facts of all sources), near/R (signatures of its cells), doublets/I-K (group K of calls of source I), mapping/K and
 genes-SPECIES/K (group K of sources), genes/SPECIES, sketch/N, done/N (information on shard N).
 """
 

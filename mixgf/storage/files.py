@@ -43,6 +43,7 @@ from mixgf.storage.s3 import (
     range_reader,
     read_whole,
     request,
+    require_length,
 )
 
 T = TypeVar("T")
@@ -376,10 +377,7 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 def _download(fs: Any, key: str, path: Path) -> None:
     fs.get_file(key, str(path))
-    found, wanted = path.stat().st_size, int(fs.size(key))
-    if found != wanted:  # the answer was cut short, without a sign of it
-        msg = f"the answer broke off after {found} of {wanted} bytes"
-        raise EOFError(msg)
+    require_length(path.stat().st_size, int(fs.size(key)))
 
 
 def remove(uri: str) -> None:

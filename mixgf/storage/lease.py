@@ -99,8 +99,7 @@ class Holder:
         """Whether the holder was a process of this machine that is not there any more."""
         if self.space != _space():
             return False
-        started = _started(self.pid)
-        return started is None or started != self.started
+        return _started(self.pid) != self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.host}, since {self.since}"

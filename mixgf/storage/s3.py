@@ -200,7 +200,7 @@ def read_whole(uri: str) -> bytes:
         with contextlib.closing(answer["Body"]) as body:
             data = cast("bytes", body.read())
         total = int(str(answer.get("ContentRange", len(data))).rpartition("/")[2])
-        require_length(data, min(total, WHOLE_BYTES) if "ContentRange" in answer else len(data))
+        require_length(len(data), min(total, WHOLE_BYTES) if "ContentRange" in answer else len(data))
         return data, total, answer.get("ETag", "")
 
     data, total, etag = with_retries(uri, get)
@@ -212,10 +212,10 @@ def read_whole(uri: str) -> bytes:
         return b"".join([data, *pool.map(lambda at: file.read_range(at, min(at + WHOLE_BYTES, total)), starts)])
 
 
-def require_length(data: bytes, wanted: int) -> None:
-    """Raise an `EOFError`, after which a request is repeated, if an answer has another length than it must have."""
-    if len(data) != wanted:
-        msg = f"the answer broke off after {len(data)} of {wanted} bytes"
+def require_length(found: int, wanted: int) -> None:
+    """Raise an `EOFError`, after which a request is repeated, if an answer has another number of bytes than it must have."""
+    if found != wanted:
+        msg = f"the answer broke off after {found} of {wanted} bytes"
         raise EOFError(msg)
 
 
@@ -277,7 +277,7 @@ class RangeFile(io.RawIOBase):
 
         def get() -> bytes:
             data = self.fetch(start, stop)
-            require_length(data, stop - start)
+            require_length(len(data), stop - start)
             return data
 
         return with_retries(self.uri, get)
