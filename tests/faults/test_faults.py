@@ -61,20 +61,21 @@ def report(ledger):
     assert not lost, text
 
 
+def try_for_a_minute(kinds_of_fault, folder, *, fewest):
+    ledger = Ledger(folder / "ledger.jsonl")
+    run(kinds_of_fault, ledger, seconds=SECONDS)
+    assert len(ledger.rows) >= fewest
+    report(ledger)
+
+
 @pytest.mark.timeout(400)
 def test_a_minute_of_faults_in_files_and_arguments_loses_nothing(files_and_words, tmp_path):
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    run(files_and_words, ledger, seconds=SECONDS)
-    assert len(ledger.rows) >= 30
-    report(ledger)
+    try_for_a_minute(files_and_words, tmp_path, fewest=30)
 
 
 @pytest.mark.timeout(900)
 def test_a_minute_of_faults_while_stages_run_loses_nothing(runs, tmp_path):
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    run(runs, ledger, seconds=SECONDS)
-    assert len(ledger.rows) >= 2
-    report(ledger)
+    try_for_a_minute(runs, tmp_path, fewest=2)
 
 
 @pytest.mark.slow

@@ -80,14 +80,7 @@ def losing(work):
 
 def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them(tmp_path, told):
     executor = Through(losing)
-    passes = SourcePasses(
-        stage="prepare",
-        sources=["a", "b", "c"],
-        strict=True,
-        executor=executor,
-        meter=Meter("prepare", "run0"),
-        work=str(tmp_path),
-    )
+    passes = source_passes(tmp_path, executor, strict=True)
     name = tmp_path.name
     with pytest.raises(
         UserError, match=rf"prepare: metrics: 1 of 3 tasks were lost, for instance b \(part {name}/y\): it ended"
@@ -98,15 +91,16 @@ def test_lost_tasks_are_named_after_the_others_and_no_source_is_refused_for_them
     assert told[-1] == {"waiting": 0, "done": 2, "failed": 1}
 
 
-def test_a_source_that_ends_its_worker_each_time_is_left_out_and_the_others_go_on(tmp_path):
-    passes = SourcePasses(
-        stage="prepare",
-        sources=["a", "b", "c"],
-        strict=False,
-        executor=Through(losing),
-        meter=Meter("prepare", "run0"),
-        work=str(tmp_path),
+def source_passes(folder, executor, *, strict=False):
+    """Passes over three sources, with the work in a folder."""
+    meter = Meter("prepare", "run0")
+    return SourcePasses(
+        stage="prepare", sources=["a", "b", "c"], strict=strict, executor=executor, meter=meter, work=str(folder)
     )
+
+
+def test_a_source_that_ends_its_worker_each_time_is_left_out_and_the_others_go_on(tmp_path):
+    passes = source_passes(tmp_path, Through(losing))
     passes.run("metrics", tasks(tmp_path, ["x", "y", "z"]))
     assert list(passes.refused) == [1]
     assert passes.refused[1].startswith("b: it ended its worker: damaged, or too large")
@@ -114,26 +108,12 @@ def test_a_source_that_ends_its_worker_each_time_is_left_out_and_the_others_go_o
 
 
 def test_a_source_with_an_error_is_refused_until_the_refused_ones_are_settled(tmp_path):
-    passes = SourcePasses(
-        stage="prepare",
-        sources=["a", "b", "c"],
-        strict=False,
-        executor=LocalExecutor(),
-        meter=Meter("prepare", "run0"),
-        work=str(tmp_path),
-    )
+    passes = source_passes(tmp_path, LocalExecutor())
     passes.run("metrics", tasks(tmp_path, ["a", "refused", "c"]))
     assert passes.refused == {1: f"{tmp_path}/refused: not usable"}
     passes.settled = True
     with pytest.raises(UserError, match="refused: not usable"):
         passes.run("sentences", tasks(tmp_path, ["refused"]))
-    strict = SourcePasses(
-        stage="prepare",
-        sources=["a", "b", "c"],
-        strict=True,
-        executor=LocalExecutor(),
-        meter=Meter("prepare", "run0"),
-        work=str(tmp_path),
-    )
+    strict = source_passes(tmp_path, LocalExecutor(), strict=True)
     with pytest.raises(UserError, match="refused: not usable"):
         strict.run("metrics", tasks(tmp_path, ["refused"]))
