@@ -92,6 +92,36 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "the lengths are checked once more",
     ("perturbation/screen", "_PROBE_ELEMENTS = 2 << 19"): "the number only bounds memory",
     ("perturbation/screen", "_PROBE_ELEMENTS = 1 << 20"): "the number only bounds memory",
+    (
+        "cells/qc",
+        "return np.abs(values - mean) >= times * sd * (1 + 1e-12) + 1e-15",
+    ): "no distance equals the bound, which has a margin for rounding",
+    ("cells/qc", "bits = max(1, kept // SORTED_CELLS).bit_length()"): "the groups only bound memory",
+    (
+        "classification/metrics",
+        "return ['unknown' if not np.isfinite(p) else 'tie' if p > SIGNIFICANT else 'win' if difference >= 0 else 'loss' for difference, p in zip(difference_T, p_T, strict=True)]",
+    ): "a difference of 0 is not significant",
+    ("perturbation/operations", "NO_GENE = -2"): "any negative number is no token",
+    (
+        "perturbation/screen",
+        "return F.normalize(x_KD.double(), eps=1e-300) @ goal_D",
+    ): "1 is the default",
+    (
+        "stats/rank_adjustment",
+        "if not np.isfinite(size_G[own_G]).all():",
+    ): "the fit has a value for every gene, or for none",
+    (
+        "training/batch_plan",
+        "num_shards, num_species = (len(self.starts) - 1, int(species.max(initial=1)) + 1)",
+    ): "a species without cells gets no visits and no share",
+    (
+        "training/views",
+        "inputs, at, number = (tokens_T.copy(), np.empty(len(tokens_T) + 2, dtype=np.int32), np.int64(0))",
+    ): "places behind the last one are not read",
+    (
+        "training/views",
+        "keep = (out_T > 0) | ~np.repeat(found, np.diff(offsets))",
+    ): "no sentence holds the padding, token 0",
     ("training/views", "if action <= 0.8:"): "no draw equals 0.8",
     ("training/views", "if action <= 0.9:"): "no draw equals 0.9",
     (

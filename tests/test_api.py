@@ -303,7 +303,7 @@ def test_a_run_a_checkpoint_and_a_folder_of_hugging_face_are_loaded(run, cells, 
     assert np.array_equal(again.embed(cells[:7]), expected)
 
 
-def test_published_weights_are_read_with_their_dictionary_and_medians(run, cells, encoder, tmp_path):
+def test_published_weights_are_read_with_their_dictionary_and_medians(run, cells, encoder, tmp_path, caplog):
     """Ids of a published model are its own: here a permutation of ours."""
     bert = Path(export.export(replace(run, output=run.output)))
     medians = f"{run.output}/vocabulary/vocabulary.parquet"
@@ -319,7 +319,11 @@ def test_published_weights_are_read_with_their_dictionary_and_medians(run, cells
     expected = encoder.embed(cells[:7])
     assert np.array_equal(mg.load(bert, medians=medians, cls=False, device="cpu").embed(cells[:7]), expected)
     ids = str(tmp_path / "ids.json")
+    caplog.clear()
     published = mg.load(shuffled, dictionary=ids, medians=medians, cls=False, device="cpu")
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("load: layer -1 is the last one here" in line for line in warned)
+    assert any("load: a cell is the mean over its genes" in line for line in warned)
     assert published.species == ("human", "mouse")
     assert np.array_equal(published.embed(cells[:7]), expected)
     assert mg.load(shuffled, dictionary=ids, medians=medians).tokens.cls  # as the dictionary has it

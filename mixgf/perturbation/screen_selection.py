@@ -118,7 +118,7 @@ def draw_similar(
         return np.empty(0, dtype=np.int64)
     stratum_K = np.full(len(features_KF), -1)
     places = [stats.rankdata(column) for column in features_KF[usable].T]
-    codes = [np.minimum((place - 0.5) * STRATA // len(usable), STRATA - 1).astype(np.int64) for place in places]
+    codes = [((place - 0.5) * STRATA // len(usable)).astype(np.int64) for place in places]
     stratum_K[usable] = np.ravel_multi_index(codes, (STRATA,) * len(codes))
     names, counts = np.unique(stratum_K[wanted][stratum_K[wanted] >= 0], return_counts=True)
     ends = np.round(np.cumsum(counts) / counts.sum() * num).astype(np.int64)  # rounded so that they add up to num

@@ -130,7 +130,7 @@ def cluster_means(
     num = np.bincount(pair_P, minlength=size).reshape(num_groups, num_clusters)
     total = np.bincount(pair_P, weights=values_P, minlength=size).reshape(num_groups, num_clusters)
     with np.errstate(invalid="ignore"):
-        return np.where(num > 0, total / num, np.nan), num
+        return total / num, num
 
 
 def means_by_group(values_P: NDArray[np.floating[Any]], group_P: Ints, num_groups: int) -> Float64s:
@@ -180,7 +180,7 @@ def subtract_background(mean_GC: Float64s, among_G: Bools | None = None) -> Floa
     measured_GC = np.isfinite(mean_GC) & (np.ones(len(mean_GC), dtype=bool) if among_G is None else among_G)[:, None]
     others_GC = measured_GC.sum(axis=0, keepdims=True) - measured_GC
     value_GC = np.where(measured_GC, mean_GC, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore"):
         background_GC = (value_GC.sum(axis=0, keepdims=True) - value_GC) / others_GC
     return np.where(others_GC >= MIN_BACKGROUND, mean_GC - background_GC, np.nan)
 

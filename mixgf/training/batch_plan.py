@@ -94,7 +94,7 @@ class BatchPlan:
         if not mix:
             return np.ones_like(totals_P), np.zeros_like(self._counts_SP)
         share_P = np.array([mix.get(p, 0.0) for p in range(len(totals_P))])
-        missing = [p for p in mix if p >= len(totals_P) or (mix[p] > 0 and totals_P[p] == 0)]
+        missing = [p for p in mix if p >= len(totals_P) or totals_P[p] == 0]
         if missing or share_P.sum() <= 0 or share_P.min() < 0:
             msg = f"train.species_mix = {mix}: must give shares above 0 to species that the corpus has"
             raise UserError(msg)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from scipy import sparse
@@ -10,6 +11,7 @@ from scipy import sparse
 from mixgf.cells import doublets, qc
 from mixgf.cells.doublets import scrublet
 from mixgf.config.data import QC
+from mixgf.jit import start_threads
 
 
 def measure(counts_NG, mito=None, candidate=None, key=None):
@@ -256,6 +258,27 @@ def test_calls_of_scrublet_are_bounded_and_see_every_cell_of_large_enough_sample
     whole = doublets.plan_calls([np.arange(100)])
     assert [call.tolist() for (call,) in whole] == [list(range(100))]
     assert doublets.plan_calls([np.arange(49)]) == []
+
+
+def test_a_call_of_scrublet_has_at_most_5000_cells():
+    groups = doublets.plan_calls([np.arange(5_000), np.arange(5_000, 10_001)])
+    assert [[len(call) for call in group] for group in groups] == [[5_000], [2_501, 2_500]]
+
+
+def test_scrublet_works_in_one_thread_of_numba_and_gives_the_others_back(monkeypatch):
+    """The threads are started before, in a way that leaves those of torch alone (`tests/test_jit.py`)."""
+    seen = []
+    monkeypatch.setattr(doublets, "start_threads", lambda: seen.append("started"))
+    monkeypatch.setattr(doublets, "_scrublet", lambda *_, **__: seen.append(numba.get_num_threads()))
+    start_threads()
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+        doublets.scrublet(np.ones(1), np.zeros(1, int), np.array([0, 1]), 1, rate=0.06, seed=0)
+        assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+    finally:
+        numba.set_num_threads(before)
+    assert seen == ["started", 1]
 
 
 SHARED = Path(os.environ.get("MIXGF_SHARED") or Path(__file__).parents[3] / "shared")

@@ -1,5 +1,7 @@
 """Laws of the statistics: equal to scipy and statsmodels, calibrated at donor level, powered where effects are planted."""
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -174,6 +176,9 @@ def test_background_leaves_the_gene_itself_out():
     assert np.isnan(subtract_background(means[:10])).all()  # nine others are no background
     means[2:, 2] = np.nan
     assert np.isnan(subtract_background(means)[:, 2]).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(subtract_background(means[:1])).all()  # no other gene
 
 
 def test_percentile_is_taken_among_similar_genes_only():

@@ -193,6 +193,19 @@ def test_ten_values_of_other_genes_are_enough_for_a_p_and_nine_are_not():
     assert rank_adjustment.null_p_values(np.array([9.0, 9, 9]), null) == pytest.approx([NAN, NAN, 2 / 11], nan_ok=True)
 
 
+def test_residuals_of_the_gene_that_equal_its_effect_do_not_count():
+    null = np.array([[-9.0] * 5, [1.0] * 5, [9.0] * 5])
+    found = rank_adjustment.null_p_values(np.array([-9.0, 1, 9]), null)
+    assert found == pytest.approx([2 / 11, 1, 2 / 11])
+
+
+def test_a_gene_whose_rank_few_earlier_ones_have_has_no_residual():
+    rng = np.random.default_rng(9)
+    rank = np.log(np.concatenate([np.linspace(10, 12, 60), np.linspace(1_000, 1_200, 60)]))  # two groups, far apart
+    found = rank_adjustment.scaled_residual(rng.normal(size=120), rank)
+    assert np.isnan(found).nonzero()[0].tolist() == [0, 1, 2, 3, 4, 60, 61, 62, 63, 64]
+
+
 def test_genes_exchange_in_blocks_of_about_the_window():
     rank, known = np.arange(100.0), np.ones((100, 1), dtype=bool)
     for window, blocks in ((10, 10), (33, 3), (101, 1), (60, 1)):

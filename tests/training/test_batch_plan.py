@@ -134,8 +134,12 @@ def test_species_mix_sets_the_ratio_and_repeats_cells_evenly():
 
 
 def test_a_mix_that_cannot_be_kept_is_refused():
+    for absent in (2, 5):
+        with pytest.raises(errors.UserError, match=r"train.species_mix.*corpus has"):
+            make(mix={0: 0.5, absent: 0.5})
+    species = np.array([0, 2, 0, 2], dtype=np.int8)  # a species of the vocabulary without cells
     with pytest.raises(errors.UserError, match=r"train.species_mix.*corpus has"):
-        make(mix={0: 0.5, 5: 0.5})
+        batch_plan.BatchPlan(np.ones(4, np.int32), species, [4], seed=0, batch_cells=2, species_mix={0: 0.5, 1: 0.5})
     with pytest.raises(errors.UserError, match=r"'rat': must be a species of the corpus: human, mouse"):
         batch_plan.shares_by_code({"rat": 0.5}, ("human", "mouse"))
     assert batch_plan.shares_by_code({"mouse": 0.5, "human": 1}, ("human", "mouse")) == {0: 1.0, 1: 0.5}
