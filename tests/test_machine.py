@@ -59,6 +59,8 @@ def test_a_limit_of_the_machine_is_one_line_and_costs_nothing(world, tmp_path, w
         assert done.returncode == 1, done.stderr
         assert len(told) == 1
         assert line in told[0]
+        if what == "size":
+            assert told[0].startswith(f"mixgf: {config.output}/")  # the file that could not be written
         assert "the same command continues" in told[0]
         assert "Traceback" not in done.stderr
     assert shards_of(prepare.run(config, executor=LocalExecutor())) == shards_of(whole)

@@ -217,7 +217,13 @@ def read_bytes(uri: str) -> bytes:
         return local_path(uri).read_bytes()
     if uri.startswith("s3://"):
         return read_whole(uri)
-    return cast("bytes", request(uri, lambda fs, key: fs.cat_file(key)))
+    return request(uri, _read_whole)
+
+
+def _read_whole(fs: Any, key: str) -> bytes:
+    data = cast("bytes", fs.cat_file(key))
+    require_length(len(data), int(fs.size(key)))
+    return data
 
 
 def open_read(uri: str, block_size: int = 4 << 20) -> BinaryIO:
@@ -262,11 +268,24 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that replaces it on success and is removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    with _naming(path, temporary):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Errors of the system name the file that was to be written: those of a full disk name none, others the temporary file."""
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        named = {error.filename, error.filename2} - {None}
+        if error.errno is not None and (not named or str(temporary) in named):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
@@ -311,8 +330,9 @@ def create_bytes(uri: str, data: bytes) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
-            temporary.write_bytes(data)
-            os.link(temporary, path)
+            with _naming(path, temporary):
+                temporary.write_bytes(data)
+                os.link(temporary, path)
         except FileExistsError:
             return False
         finally:

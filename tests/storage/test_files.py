@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mixgf.errors import UserError
-from mixgf.storage import files, tables
+from mixgf.errors import StorageError, UserError
+from mixgf.storage import files, retry, tables
 
 
 def test_what_is_written_is_read_listed_and_removed(root):
@@ -124,3 +124,26 @@ def test_small_reads_from_object_storage_run_together_in_order_and_not_far_ahead
     assert list(files.map_reads("/disk", lambda item: (item, threading.current_thread()), "ab")) == [
         (item, threading.main_thread()) for item in "ab"
     ]
+
+
+@pytest.mark.parametrize(("times", "asked"), [(0, 1), (2, 3), (9, 3)])
+def test_an_answer_of_any_object_store_that_is_cut_short_is_asked_for_again(monkeypatch, times, asked):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    whole, answers = MemoryFileSystem.cat_file, []
+
+    def short(self, path, **options):
+        data = whole(self, path, **options)
+        answers.append(data[: len(data) // 2] if len(answers) < times else data)
+        return answers[-1]
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", short)
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
+    uri = f"memory://cut/{times}.bin"
+    files.write_bytes(uri, b"0123456789")
+    if times < asked:
+        assert files.read_bytes(uri) == b"0123456789"
+    else:
+        with pytest.raises(StorageError, match=r"memory://cut/9\.bin: .*broke off after 5 of 10 bytes"):
+            files.read_bytes(uri)
+    assert len(answers) == asked
