@@ -468,10 +468,10 @@ def whole_figures(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Fig
 
 
 class _Watch:
-    """Largest resident memory of any one process below this one while it is open, in GB."""
+    """Largest memory of any one worker below this process while it is open, in GB: resident (`peak`), and without shared pages (`own`)."""
 
     def __enter__(self) -> Self:
-        self.peak, self._open = 0.0, True
+        self.peak, self.own, self._open = 0.0, 0.0, True
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
         return self
@@ -482,7 +482,8 @@ class _Watch:
                 try:
                     name = " ".join(process.cmdline()[:1])
                     if name.startswith(("ray::attempt", "ray::Read")) or "spawn_main" in " ".join(process.cmdline()):
-                        self.peak = max(self.peak, process.memory_info().rss / 1e9)
+                        used = process.memory_full_info()
+                        self.peak, self.own = max(self.peak, used.rss / 1e9), max(self.own, used.uss / 1e9)
                 except psutil.Error:
                     continue
             time.sleep(0.2)
@@ -512,6 +513,9 @@ def scale(folder: Path, num_cells: int, *, repeats: int) -> Iterator[Figure]:
             value=watched.peak,
             unit="GB",
             bar="0.5",
+        )
+        yield Figure(
+            figure="memory that no other process shares, of the largest worker, same run", value=watched.own, unit="GB"
         )
         work = str(folder / "work")
         source = config.sources[0]

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import h5py
 import numpy as np
-from scipy import sparse
 
 from mixgf.cells import hdf5, zarr_store
 from mixgf.cells.frames import Array, Group, is_array
@@ -133,6 +132,8 @@ def csr_blocks(uri: str, matrix: Group, start: int, stop: int, rows: int, num_co
 
 
 def _dense_blocks(matrix: Array, start: int, stop: int, rows: int) -> Iterator[RawBlock]:
+    from scipy import sparse  # noqa: PLC0415 (7 MB that workers with sparse matrices do not need)
+
     most = max(1, DENSE_BYTES // max(1, matrix.shape[1] * matrix.dtype.itemsize))  # chunks hold many rows
     for a in range(start, stop, most):
         values = matrix[a : min(a + most, stop)]

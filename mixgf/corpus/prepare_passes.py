@@ -368,6 +368,7 @@ class MetricsPlan:
 
 def read_counts(plan: MetricsPlan) -> Iterator[pa.Table]:
     """Pass 1, read: tables of counts, with the column `sample` if the source has samples."""
+    identify.forget_lookups()  # of `describe_source`; they would lie in the worker through all passes
     row_range = plan.row_range
     start, stop, whole = row_range.start, row_range.stop, {}
     with _open_source(plan.work, row_range.index, row_range.source) as reader:
@@ -599,7 +600,11 @@ def sketch_counts(tables: Iterator[pa.Table], plan: SketchPlan) -> Iterator[pa.T
             if plan.sampled:
                 ones, ends = np.ones(len(rows), np.int32), np.arange(len(rows) + 1)
                 filled.update(ones, np.zeros_like(ones), ends, gene_G=np.array([len(listed)], np.int32), **of)
-    yield _pack_sketch(filled.finish())
+    found = filled.finish()
+    del filled  # its lists are larger than the sketch
+    packed = _pack_sketch(found)
+    del found
+    yield packed
 
 
 def write_sketch_part(tables: Iterator[pa.Table], plan: SketchPlan) -> None:

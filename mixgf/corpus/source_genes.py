@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +58,7 @@ def report_group(
         columns = read_table(
             part_uri(work, "sources", i), ["name", "kind", "gene", "how", "spelling", "counted", "canonical"]
         )
-        own = next(identify.gene_lookup(row) for row in rows if row.name == species[i])
+        own = partial(identify.gene_lookup, next(row for row in rows if row.name == species[i]))
         others = (identify.gene_lookup(row) for row in rows if row.name != species[i])
         found.append({"source": i} | asdict(identify.report_mapping(columns, sums_G, others, own)))
     write_table(part_uri(work, "mapping", group), pa.Table.from_pylist(found, _REPORT))

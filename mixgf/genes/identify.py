@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -110,6 +110,12 @@ def gene_lookup(row: SpeciesRow) -> GeneLookup:
         by_letters[letters] = gene if by_letters.get(letters, gene) == gene else None
     symbols = {gene: symbol for gene, symbol in zip(genes, table["symbol"].to_pylist(), strict=True) if symbol}
     return GeneLookup(row, biotype, mito, tuple(maps), by_letters, symbols)
+
+
+def forget_lookups() -> None:
+    """Free the gene tables and lookups of this process, some 40 MB per species. They are read again where they are needed."""
+    gene_lookup.cache_clear()
+    species.gene_table.cache_clear()
 
 
 def _letters(name: str) -> str:
@@ -351,7 +357,7 @@ def is_first(columns: pa.Table) -> np.ndarray:
 
 
 def report_mapping(
-    columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneLookup], lookup: GeneLookup | None = None
+    columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneLookup], lookup: Callable[[], GeneLookup] | None = None
 ) -> MappingReport:
     """Summarise the gene mapping of one source.
 
@@ -359,9 +365,9 @@ def report_mapping(
         columns: from `identify_columns`.
         sums_G: sum of counts of each column that is a gene.
         others: the other species, to recognise a wrong one.
-        lookup: the species of the source, to recognise its names in other letters, and to give examples.
+        lookup: gives the species of the source, to recognise its names in other letters, and to give examples. It is not
+            called where all names are known as they stand.
     """
-    symbols = {} if lookup is None else lookup.symbols
     counted = columns["counted"].to_numpy()
     unknown = columns["gene"].is_null().to_numpy() & counted
     how = {row["values"]: row["counts"] for row in pc.value_counts(columns["how"]).to_pylist()}
@@ -371,6 +377,7 @@ def report_mapping(
     worst = [name for _, name in sorted(zip((-sums_G[unknown]).tolist(), named, strict=True))]
     spelled = columns.filter(pc.not_equal(columns["spelling"], "")).select(["name", "gene", "spelling"]).to_pylist()
     examples = {row["spelling"]: row for row in reversed(spelled)}
+    symbols = lookup().symbols if lookup is not None and examples else {}
     return MappingReport(
         columns=int(counted.sum()),
         mapped=int((counted & ~unknown).sum()),
@@ -379,7 +386,7 @@ def report_mapping(
         unmapped=int(unknown.sum()),
         counts_lost=lost,
         unmapped_names=worst[:10],
-        cause=likely_cause(worst, lookup, others) if lost > 0.1 else _dates(worst),
+        cause=likely_cause(worst, None if lookup is None else lookup(), others) if lost > 0.1 else _dates(worst),
         left_out=int((~counted).sum()),
         left_out_kinds=_kinds(columns),
         respelled=len(spelled),

@@ -15,6 +15,7 @@ from mixgf.config.data import QC, Prepare, Source, Tokens, Vocab
 from mixgf.corpus import prepare_passes
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor, Receipt, attempt
+from mixgf.genes import identify
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files, tables
@@ -308,6 +309,19 @@ def test_a_copy_of_the_counts_spares_two_reads_and_changes_no_byte(world, tmp_pa
         else:  # three times, but for row ranges without kept cells
             assert 2 * num < sum(rows) <= 3 * num
     assert bytes_of(found[True]) == bytes_of(found[False])
+
+
+def test_passes_over_cells_hold_no_lookup_of_gene_names(world, tmp_path, monkeypatch):
+    config, _ = world
+    held, read_rows = [], prepare_passes._read_rows
+
+    def watched(*args, **options):
+        held.append(identify.gene_lookup.cache_info().currsize)
+        return read_rows(*args, **options)
+
+    monkeypatch.setattr(prepare_passes, "_read_rows", watched)
+    made(config, tmp_path, "run")
+    assert held == [0] * 24  # eight row ranges, three passes
 
 
 def test_a_kept_copy_holds_the_counts_of_the_source(world, tmp_path):
