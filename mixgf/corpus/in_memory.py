@@ -31,6 +31,9 @@ from mixgf.genes import identify
 from mixgf.genes.vocabulary import SpeciesGenes, Vocabulary
 from mixgf.storage import artifacts
 
+FEW_GENES = 0.01
+"""Share of the names of a file. A file with fewer genes of its species is refused, if most of its names are those of another one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Genes:
@@ -77,16 +80,18 @@ def find_genes(
         best = max(found, key=_written)  # another column of var may say more
     else:
         best = _genes_of(reader, best.row, vocabulary, column=column, columns=best.columns)
-    if not len(best.measured) or not reader.num_rows:
-        shown = ", ".join(str(name) for name in names[:5])
-        lookups = [identify.gene_lookup(row) for row in rows]
-        swapped = any(are_swapped(reader, lookup) for lookup in lookups)
-        cause = SWAPPED if swapped else identify.likely_cause([str(name) for name in names], lookups[0], lookups[1:])
-        msg = (
-            f"{reader.uri}: {reader.num_rows} cells, none of {len(names)} genes is known to the model; names are like "
-            f"{shown}: {cause} ({reader.setting('genes', 'COLUMN')} names another column of var)"
-        )
-        raise UserError(msg)
+    number, texts = len(best.measured), [str(name) for name in names]
+    if number < FEW_GENES * len(names) or not reader.num_rows:
+        others = [identify.gene_lookup(row) for row in rows if row.name != best.row.name]
+        if not number or not reader.num_rows or identify.species_of(texts, others):
+            lookups = [identify.gene_lookup(best.row), *others]
+            swapped = any(are_swapped(reader, lookup) for lookup in lookups)
+            cause = SWAPPED if swapped else identify.likely_cause(texts, lookups[0], others)
+            msg = (
+                f"{reader.uri}: {reader.num_rows} cells, {number or 'none'} of {len(names)} genes is known to the model; names are like "
+                f"{', '.join(texts[:5])}: {cause} ({reader.setting('genes', 'COLUMN')} names another column of var)"
+            )
+            raise UserError(msg)
     return best
 
 

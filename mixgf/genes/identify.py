@@ -413,6 +413,15 @@ _MOST = 0.5
 """Share of the unknown names that a cause must explain."""
 
 
+def species_of(names: Sequence[str], lookups: Iterable[GeneLookup]) -> str:
+    """The first of several species that has more than half of the names, in its own spelling; empty = none."""
+    for lookup in lookups:
+        known = GeneNames(lookup)
+        if sum(known.exact(name).gene is not None for name in names) > _MOST * len(names):
+            return lookup.row.name
+    return ""
+
+
 def likely_cause(unknown: Sequence[str], lookup: GeneLookup | None, others: Iterable[GeneLookup]) -> str:
     """The likely reason why names are unknown, and what to do.
 
@@ -425,11 +434,9 @@ def likely_cause(unknown: Sequence[str], lookup: GeneLookup | None, others: Iter
     lower = {} if lookup is None else {name.lower(): name for name in lookup.names[0][1]}
     letters = [(name, lower[name.lower()]) for name in unknown if name.lower() in lower]
     case = f"only the case of their letters differs from the species' symbols ({letters[0][0]}: {letters[0][1]})" if letters else ""  # fmt: skip
-    for other in others:
-        known = GeneNames(other)
-        if sum(known.exact(name).gene is not None for name in unknown) > enough:
-            either = f", or {case}: spell them as the species does" if len(letters) > enough else ""
-            return f"they are {other.row.name} genes: wrong species?{either}"
+    if species := species_of(unknown, others):
+        either = f", or {case}: spell them as the species does" if len(letters) > enough else ""
+        return f"they are {species} genes: wrong species?{either}"
     if len(letters) > enough:
         return (
             f"{case}: spell them as the species does (adata.var_names = adata.var_names.str.upper()), or wrong species?"

@@ -447,6 +447,11 @@ def test_what_cannot_be_used_is_one_line(trained: Config, tmp_path: Path) -> Non
         annotate.run(
             model(trained), replace(source, species="rat"), str(tmp_path / "b.h5ad"), Config(), executor=LocalExecutor()
         )
+    for name, other in (("human", "mouse"), ("mouse", "human")):
+        cells(name, 3).write_h5ad(tmp_path / f"{name}.h5ad")
+        swapped = Source(uri=str(tmp_path / f"{name}.h5ad"), species=other)
+        with pytest.raises(UserError, match=rf"they are {name} genes: wrong species\?"):
+            annotate.run(model(trained), swapped, str(tmp_path / "b.h5ad"), Config(), executor=LocalExecutor())
     strange = anndata.AnnData(sparse.csr_matrix(np.ones((3, 4), dtype=np.int32)))
     strange.var_names = [f"x{i}" for i in range(4)]
     strange.write_h5ad(tmp_path / "x.h5ad")
