@@ -101,6 +101,30 @@ _EPILOG = """examples:
 A command reads its inputs under --output, or from --set inputs.corpus=URI and the like. A finished command does nothing when it is
 given again; a stopped one continues. `mixgf COMMAND --help` lists the command's settings.
 RAY_ADDRESS names a cluster, s3:// object storage, and MLFLOW_TRACKING_URI a tracking server; none of them is needed."""
+_EXAMPLES = {
+    "annotate": """examples:
+  mixgf annotate resource:pancreas_human_baron.h5ad --model pancreas --output labels.csv
+  mixgf annotate my.h5ad --model runs/mine/classify/classifiers/pancreas --majority
+  mixgf annotate mouse=my.h5ad --model runs/mine/classify/classifiers/pancreas --layer counts
+
+Columns of the output: mixgf_label, mixgf_probability, mixgf_second, mixgf_trusted, mixgf_doubt (why a label is doubted) and others. A
+doubted cell keeps its label. Where many cells are doubted, the file may be of another tissue, protocol or state than the training cells.
+A model knows only the types of its training cells: `pancreas` is for pancreas. `mixgf classify` makes one of your own labelled cells.""",
+    "classify": """example, after `mixgf prepare` and `mixgf pretrain` with the same --output:
+  mixgf classify --output runs/mine --set classify.label=cell_type --dry-run
+  mixgf classify --output runs/mine --set classify.label=cell_type
+  mixgf annotate new.h5ad --model runs/mine
+
+Every model is scored on the same splits. The best one by validation is kept for `mixgf annotate`, with an encoder or without.
+To keep one in minutes, leave out the slow ones: --set classify.models=genes_vote,genes_logreg,pca_knn,joint_pca""",
+    "perturb": """example, after `mixgf prepare` and `mixgf pretrain` with the same --output:
+  mixgf perturb --output runs/mine --set "perturb.start=cell_type == 'alpha cell'" \\
+    --set "perturb.goal=cell_type == 'beta cell'" --set perturb.genes=ARX,PAX4,MAFA --dry-run
+
+Cells are named by expressions over the columns of obs; `mixgf inspect runs/mine/corpus` lists them. Without perturb.genes all
+genes are tested, which is slow: perturb.screen=200 scores only those that a cheap estimate selects. A hit must repeat over donors.""",
+}
+"""What a newcomer types, before the settings of a command."""
 _COUNTS = "raw counts with their species, for example human=pbmc.h5ad: .h5ad, .zarr, 10x .h5, a 10x folder, a pattern, or s3://"
 _ARROW = "tokenised data with their species: a folder that save_to_disk wrote, .arrow files, a pattern, or s3://"
 
@@ -109,8 +133,10 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and that looks up the settings of a command when help is asked for."""
 
     def format_help(self) -> str:
-        """The help of a command, with its settings."""
-        self.epilog = self.epilog or _settings_text(self.prog.split()[-1])
+        """The help of a command, with its examples and settings."""
+        command = self.prog.split()[-1]
+        texts = (_EXAMPLES.get(command, ""), _settings_text(command))
+        self.epilog = self.epilog or "\n\n".join(filter(None, texts))
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
@@ -208,7 +234,7 @@ def _annotate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output", default="", metavar="FILE", help=".h5ad, .parquet or .csv (default: NAME.annotated.h5ad)"
     )
-    command.add_argument("--layer", default="X", help="where the counts are: X, raw, or a layer's name")
+    command.add_argument("--layer", default="X", help="where the counts are: X, raw, or a layer's name (default: X)")
     command.add_argument("--genes", default="", metavar="COLUMN", help="column of var with Ensembl ids or symbols")
     command.add_argument(
         "--majority", action="store_true", help="also label small clusters of cells by the majority of their cells"

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -51,6 +52,18 @@ def test_help_says_what_every_field_means():
     assert set(meanings()) == {(name, field) for name, part in sections.items() for field in part}
     said = " ".join(mixgf("perturb", "--help").stdout.split())
     assert "perturb.rank_share = 0.25 How far inhibit and activate move a gene, as a share of the sentence." in said
+
+
+@pytest.mark.parametrize("command", ["mixgf", *cli._EXAMPLES])
+def test_every_example_of_the_help_is_a_command_with_settings_that_exist(command):
+    text = cli._EPILOG if command == "mixgf" else cli._EXAMPLES[command]
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip().startswith("mixgf ")]
+    assert lines
+    for line in lines:
+        args = cli._parser().parse_args(shlex.split(line)[1:])
+        if args.command not in cli._OWN_ARGUMENTS:
+            cli._config(args)
+    assert text in mixgf(*[command] * (command != "mixgf"), "--help").stdout
 
 
 def test_printed_config_is_the_run_again(tmp_path, capsys):

@@ -139,8 +139,8 @@ class Classify:
     """Longest sentence that is read. 0: as in the corpus. The encoder reads at most `model.max_positions` tokens; the weights
     of `gene_weights` read all."""
     keep: bool = option(True, role="asked")
-    """Keep the best classifier of each group for `mixgf annotate`: lowest validation loss, seed 0 of the first split that
-    stays within groups."""
+    """Keep the best classifier of each group for `mixgf annotate`, chosen by macro F1 on training cells that are left out in turn.
+    Seed 0 of the first split that stays within groups."""
 
     def __post_init__(self) -> None:
         check(self, "classify")
