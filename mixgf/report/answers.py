@@ -13,6 +13,7 @@ import pandas as pd
 from mixgf.classification import registry
 from mixgf.perturbation import hits
 from mixgf.perturbation.reference_genes import LEVEL
+from mixgf.redact import redact
 from mixgf.report import score_tables, wording
 from mixgf.report.results import RunResults
 from mixgf.report.verdicts import TASK
@@ -41,6 +42,13 @@ def _labels(results: RunResults) -> list[Line]:
         text += f". By {_said(one['model'])}, the choice of validation among {wording.plural(len(one['candidates']), 'model')}."
         out.append(("good" if test["macro_f1"] >= 0.9 else "plain", text))
     return out
+
+
+def commands(results: RunResults) -> list[str]:
+    """The command that labels other cells, for each kept classifier."""
+    record = results.records.get("classify")
+    kept = record.details.get("classifiers", []) if record is not None else []
+    return [f"mixgf annotate my.h5ad --model {redact(one['uri'])}" for one in kept]
 
 
 def _across_species(results: RunResults) -> list[Line]:

@@ -6,7 +6,6 @@ import textwrap
 
 from mixgf.config.run import Config
 from mixgf.perturbation import hits
-from mixgf.redact import redact
 from mixgf.report import answers, wording
 from mixgf.report.load import load_results
 from mixgf.report.results import RunResults
@@ -50,12 +49,8 @@ def summary(config: Config) -> str:
 
 def _annotate(results: RunResults) -> list[str]:
     """The command that labels other cells, for each kept classifier; not wrapped, so that it can be copied."""
-    record = results.records.get("classify")
-    kept = record.details.get("classifiers", []) if record is not None else []
-    return [
-        "    your own cells:",
-        *(f"    mixgf annotate my.h5ad --model {redact(one['uri'])}" for one in kept),
-    ] * bool(kept)
+    commands = answers.commands(results)
+    return ["    your own cells:", *(f"    {command}" for command in commands)] * bool(commands)
 
 
 def _listed(told: list[tuple[str, str]]) -> list[str]:

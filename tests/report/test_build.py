@@ -585,3 +585,8 @@ def test_the_summary_has_the_command_for_other_cells_in_one_line(config, monkeyp
     found.records["classify"].details["classifiers"] = [kept]
     monkeypatch.setattr(run_text, "load_results", lambda *_, **__: found)
     assert f"    mixgf annotate my.h5ad --model {uri}\n" in run_text.summary(config)
+    texts = [block.text for block in summary.section(found).blocks]
+    assert f"Your own cells: `mixgf annotate my.h5ad --model {uri}`" in texts
+    first, last = (texts.index(title) for title in (summary._CAN_DO, summary._RUN))
+    assert first == 0
+    assert first < texts.index(f"Your own cells: `mixgf annotate my.h5ad --model {uri}`") < last

@@ -12,11 +12,24 @@ from mixgf.report import answers, score_tables, verdicts, wording
 from mixgf.report.elements import Section, Text
 from mixgf.report.results import RunResults
 
+_CAN_DO, _ADDS, _RUN = (
+    "What you can do with these cells",
+    "What the pretrained encoder adds",
+    "The run and its scores",
+)
+"""Headings of the summary."""
+
 
 def section(results: RunResults) -> Section:
     """Cells, classification against baselines, overlap with the pretraining cells, and perturbation, in sentences."""
-    blocks: list[Any] = [Text(text, tone) for tone, text in answers.answers(results)]
-    blocks += [Text(text[:1].upper() + text[1:], tone) for tone, text in answers.encoder_adds(results)]
+    blocks: list[Any] = []
+    if told := answers.answers(results):
+        blocks += [Text(_CAN_DO, "heading"), *(Text(text, tone) for tone, text in told)]
+        if commands := answers.commands(results):
+            blocks.append(Text(f"Your own cells: {'; '.join(f'`{command}`' for command in commands)}"))
+    if told := answers.encoder_adds(results):
+        blocks += [Text(_ADDS, "heading"), *(Text(text[:1].upper() + text[1:], tone) for tone, text in told)]
+    blocks += [Text(_RUN, "heading")] * bool(blocks)
     blocks.append(Text(_scope(results)))
     scores = results.tables.get("scores")
     if scores is not None and len(scores):
@@ -100,8 +113,6 @@ def tiles(results: RunResults) -> list[tuple[str, str]]:
     if cells is not None and len(cells):
         out.append((f"{cells['cells'].sum():,}", "cells, " + " + ".join(sorted(cells["species"].unique()))))
         out.append((f"{cells.loc[cells['type'] != '', 'type'].nunique()}", "labelled cell types"))
-    if history is not None and len(history):
-        out.append((f"{int(history['step'].max()):,}", "pretraining steps"))
     record = results.records.get("classify")
     kept = record.details.get("classifiers", []) if record is not None else []
     out += [
@@ -114,4 +125,6 @@ def tiles(results: RunResults) -> list[tuple[str, str]]:
         carried = means[(means["split"] == "species") & (means["model"] == model) & (means["metric"] == "macro_f1")]
         if len(carried):
             out.append((f"{carried['value'].mean():.2f}", f"macro F1 across species ({registry.label(model)})"))
+    if history is not None and len(history):
+        out.append((f"{int(history['step'].max()):,}", "pretraining steps"))
     return out
