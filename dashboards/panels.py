@@ -338,6 +338,22 @@ PERTURB = [
     *machines(),
 ]
 
+TUNE = [
+    *units("tune"),
+    Panel(
+        title="Score of each arm",
+        queries=((top("arm_score", "tune", "run, arm"), "{{arm}}"),),
+        text="Mean over seeds at the last rung that the arm has passed, on the cells that choose. An arm is named by its hyperparameters.",
+    ),
+    Panel(
+        title="Rungs passed",
+        queries=((top("arm_rungs", "tune", "run, arm"), "{{arm}}"),),
+        text="An arm that was stopped stays at its last rung. Not all arms are there before the first rung.",
+    ),
+    *money("tune"),
+    *machines(),
+]
+
 DASHBOARDS: dict[str, tuple[str, list[Panel]]] = {
     "overview": ("mixgf: overview and cost", OVERVIEW),
     "prepare": ("mixgf: prepare", PREPARE),
@@ -346,4 +362,5 @@ DASHBOARDS: dict[str, tuple[str, list[Panel]]] = {
     "classify": ("mixgf: classify", CLASSIFY),
     "finetune": ("mixgf: finetune", FINETUNE),
     "perturb": ("mixgf: perturb", PERTURB),
+    "tune": ("mixgf: tune", TUNE),
 }

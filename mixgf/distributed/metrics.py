@@ -65,6 +65,8 @@ METRICS = {
         Metric(name="mfu", kind="gauge", text="Share of the measured peak FLOP/s, 0 to 1."),
         Metric(name="data_wait_share", kind="gauge", text="Share of the time spent waiting for data, 0 to 1."),
         Metric(name="memory_gigabytes", kind="gauge", text="Largest memory of a worker: its GPU's, or its own."),
+        Metric(name="arm_score", kind="gauge", text="Score of an arm of a sweep, mean over seeds.", tags=("arm",)),
+        Metric(name="arm_rungs", kind="gauge", text="Rungs that an arm of a sweep has passed.", tags=("arm",)),
         Metric(name="nodes", kind="gauge", text="Nodes of the cluster, by type.", tags=("node_type",)),
         Metric(name="node_seconds", kind="gauge", text="Node-seconds of the run so far.", tags=("node_type",)),
         Metric(name="cost", kind="gauge", text="Cost of the run so far, in the price table's currency."),

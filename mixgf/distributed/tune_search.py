@@ -6,10 +6,12 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import pandas as pd
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
@@ -24,11 +26,26 @@ Space = Mapping[str, tuple[str, Sequence[Any]]]
 """Field to the name of its domain in Ray Tune and the arguments: numbers and words."""
 SCORE = "score"
 """The metric that trials report: the mean score of an arm over its seeds."""
+TABLE_SECONDS = 300.0
+"""Time between two tables of trials that have not all ended."""
+
+
+class Shown(Protocol):
+    """Shows trials, in the process that runs the sweep."""
+
+    def ended(self) -> None:
+        """Take note that a trial has ended."""
+
+    def scored(self, chosen: Mapping[str, Any], rung: int, score: float) -> None:
+        """Take note of the score of some hyperparameters after a number of rungs."""
+
+    def table(self, lines: Sequence[str]) -> None:
+        """Show a table of all trials (`trial_table`)."""
 
 
 def run_points(
     config: Config, space: Space, points: Sequence[Mapping[str, Any]], rungs: range, *,
-    advance: Callable[[Mapping[str, Any], int], float], ended: Callable[[], None], stop: bool,
+    advance: Callable[[Mapping[str, Any], int], float], shown: Shown, stop: bool,
 ) -> None:  # fmt: skip
     """Run the trials of known arms.
 
@@ -39,7 +56,7 @@ def run_points(
         rungs: Rungs of the sweep to pass, ascending.
         advance: Brings the arm of some hyperparameters to a rung, and returns its score there. It is called in the trial's
             process, so it must be serialisable.
-        ended: Called in this process whenever a trial has ended.
+        shown: Is told of the trials.
         stop: Whether the rule of `tune.stop` may end a trial before the last rung.
 
     Raises:
@@ -49,12 +66,12 @@ def run_points(
     run = tune.TuneConfig(
         search_alg=algorithm, num_samples=len(points), scheduler=_scheduler(config, len(rungs)) if stop else None
     )
-    _fit(config, space, run, _Trainable(advance, rungs, config.train.threads), ended)
+    _fit(config, space, run, _Trainable(advance, rungs, config.train.threads), shown)
 
 
 def run_optuna(
     config: Config, space: Space, known: Sequence[Mapping[str, Any]], rungs: range, *,
-    advance: Callable[[Mapping[str, Any], int], float], ended: Callable[[], None],
+    advance: Callable[[Mapping[str, Any], int], float], shown: Shown,
 ) -> None:  # fmt: skip
     """Run `tune.num_arms` trials whose hyperparameters Optuna's TPE chooses by the scores of those before.
 
@@ -64,7 +81,7 @@ def run_optuna(
         known: Hyperparameters of an earlier life of the sweep. They come first and count.
         rungs: As in `run_points`.
         advance: As in `run_points`.
-        ended: As in `run_points`.
+        shown: As in `run_points`.
 
     Raises:
         UserError: Optuna is not installed.
@@ -79,7 +96,7 @@ def run_optuna(
         search_alg=algorithm, num_samples=max(config.tune.num_arms, len(known)), scheduler=_scheduler(config, len(rungs)),
         max_concurrent_trials=config.tune.concurrent,
     )  # fmt: skip
-    _fit(config, space, run, _Trainable(advance, rungs, config.train.threads), ended)
+    _fit(config, space, run, _Trainable(advance, rungs, config.train.threads), shown)
 
 
 def _scheduler(config: Config, num_rungs: int) -> TrialScheduler | None:
@@ -119,13 +136,13 @@ def _resources(config: Config) -> dict[str, float]:
 
 
 def _fit(
-    config: Config, space: Space, run: tune.TuneConfig, trainable: _Trainable, ended: Callable[[], None]
+    config: Config, space: Space, run: tune.TuneConfig, trainable: _Trainable, shown: Shown
 ) -> None:  # fmt: skip
     require_gpus(config.compute.gpus_per_worker)
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the stage logs to MLflow
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # it prints a table at any verbosity
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one takes no reporter of ours
     run.metric, run.mode = SCORE, "max"
     scratch = tempfile.mkdtemp(prefix="mixgf-tune-")  # Ray's own bookkeeping; ours is in the output
 
@@ -140,7 +157,7 @@ def _fit(
         },
         tune_config=run,
         run_config=tune.RunConfig(
-            name="sweep", storage_path=scratch, verbose=0, callbacks=[_Ended(ended)],
+            name="sweep", storage_path=scratch, verbose=1, callbacks=[_Told(shown)], progress_reporter=_Table(space, shown),
             failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
         ),
     )  # fmt: skip
@@ -152,11 +169,46 @@ def _fit(
         raise found.errors[0]
 
 
-class _Ended(tune.Callback):  # type: ignore[misc]
-    """Calls a function whenever a trial has ended."""
+class _Told(tune.Callback):  # type: ignore[misc]
+    """Tells of scores and of trials that have ended."""
 
-    def __init__(self, ended: Callable[[], None]) -> None:
-        self._ended = ended
+    def __init__(self, shown: Shown) -> None:
+        self._shown = shown
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        self._shown.scored(trial.config, result["rung"], result[SCORE])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ended()
+        self._shown.ended()
+
+
+def trial_table(space: Space, trials: Sequence[Any]) -> list[str]:
+    """The lines of a table of trials, the best score first: state, score, rungs passed, and a column for each varied field."""
+    rows = [
+        {
+            "status": trial.status,
+            SCORE: trial.last_result.get(SCORE, float("nan")),
+            "rung": trial.last_result.get("rung", 0),
+        }
+        | {field: trial.config[field] for field in space}
+        for trial in trials
+    ]
+    frame = pd.DataFrame(rows, dtype=object).sort_values(SCORE, ascending=False, key=pd.to_numeric, kind="stable")
+    return frame.to_string(index=False, na_rep="", float_format="{:.4g}".format).splitlines()
+
+
+class _Table(tune.ProgressReporter):  # type: ignore[misc]
+    """Shows the trials every `TABLE_SECONDS`, and when all have ended."""
+
+    def __init__(self, space: Space, shown: Shown) -> None:
+        self._space, self._shown, self._last = space, shown, time.monotonic()
+
+    def should_report(self, trials: list[Any], done: bool = False) -> bool:  # noqa: FBT001 (Ray's signature)
+        return done or time.monotonic() - self._last >= TABLE_SECONDS
+
+    def report(self, trials: list[Any], done: bool, *sys_info: str) -> None:  # noqa: FBT001 (Ray's signature)
+        self._last = time.monotonic()
+        if trials:
+            self._shown.table(trial_table(self._space, trials))

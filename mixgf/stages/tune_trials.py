@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from mixgf.classification import labels
 from mixgf.config.parse import fingerprint, from_dict, to_dict
 from mixgf.config.run import Config
 from mixgf.config.tuning import Tune
-from mixgf.console import Progress
+from mixgf.console import Progress, say
 from mixgf.corpus.reader import Corpus
 from mixgf.distributed.metrics import Meter
 from mixgf.encoder.bert import MaskedModel
@@ -328,12 +328,12 @@ def advance_all(sweep: Sweep, arms: Sequence[Arm], rungs: range, *, stop: bool =
     """
     if not arms:
         return
-    shown = _Shown(len(arms), sweep.meter)
+    shown = _Shown(sweep, len(arms))
     try:
         if sweep.executor.local:
             for arm in arms:
                 for rung in rungs:
-                    advance(sweep, arm, rung)
+                    shown.arm(arm, rung + 1, advance(sweep, arm, rung))
                 shown.ended()
             return
         from mixgf.distributed import tune_search
@@ -341,7 +341,7 @@ def advance_all(sweep: Sweep, arms: Sequence[Arm], rungs: range, *, stop: bool =
         space = search_space.factors(sweep.config)
         points = [search_space.point(arm, list(space)) for arm in arms]
         work = functools.partial(_report, sweep)
-        tune_search.run_points(sweep.config, _plain(space), points, rungs, advance=work, ended=shown.ended, stop=stop)
+        tune_search.run_points(sweep.config, _plain(space), points, rungs, advance=work, shown=shown, stop=stop)
     finally:
         shown.close()
 
@@ -357,12 +357,12 @@ def explore(sweep: Sweep, rungs: range) -> None:
         raise UserError(msg)
     from mixgf.distributed import tune_search
 
-    shown = _Shown(sweep.config.tune.num_arms, sweep.meter)
+    shown = _Shown(sweep, sweep.config.tune.num_arms)
     space = search_space.factors(sweep.config)
     known = [note["chosen"] for note in sweep.noted()]
     try:
         work = functools.partial(_report, sweep)
-        tune_search.run_optuna(sweep.config, _plain(space), known, rungs, advance=work, ended=shown.ended)
+        tune_search.run_optuna(sweep.config, _plain(space), known, rungs, advance=work, shown=shown)
     finally:
         shown.close()
 
@@ -386,10 +386,15 @@ def _report(sweep: Sweep, chosen: Mapping[str, Any], rung: int) -> float:
 
 
 class _Shown:
-    """Progress of a sweep's trials."""
+    """Shows the trials of a sweep (`tune_search.Shown`): progress, the scores of arms as metrics, and tables.
 
-    def __init__(self, total: int, meter: Meter) -> None:
-        self._progress, self._total, self._done, self._meter = Progress("tune", total, "arms"), total, 0, meter
+    Args:
+        sweep: The sweep.
+        total: Its trials.
+    """
+
+    def __init__(self, sweep: Sweep, total: int) -> None:
+        self._sweep, self._progress, self._total, self._done = sweep, Progress("tune", total, "arms"), total, 0
 
     def close(self) -> None:
         self._progress.close()
@@ -397,4 +402,19 @@ class _Shown:
     def ended(self) -> None:
         self._done += 1
         self._progress.update(self._done)
-        self._meter.units(waiting=self._total - self._done, done=self._done)
+        self._sweep.meter.units(waiting=self._total - self._done, done=self._done)
+
+    def scored(self, chosen: Mapping[str, Any], rung: int, score: float) -> None:
+        with suppress(UserError):  # of what Optuna chooses not all can be made
+            self.arm(search_space.from_point(self._sweep.config, chosen), rung, score)
+
+    def arm(self, arm: Arm, rung: int, score: float) -> None:
+        """Take note of the score of an arm after a number of rungs."""
+        self._sweep.meter.set("arm_rungs", rung, arm=arm.name)
+        if np.isfinite(score):
+            self._sweep.meter.set("arm_score", score, arm=arm.name)
+
+    def table(self, lines: Sequence[str]) -> None:
+        self._progress.close()
+        for line in lines:
+            say(f"tune:   {line}")

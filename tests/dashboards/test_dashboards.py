@@ -25,7 +25,7 @@ from rules import alerts
 
 EXPORTED = {metric.exported for metric in METRICS.values()}
 VARIABLES = {"$__rate_interval": "1m", "$__range": "10m", "$run": ".*"}
-STAGES = {"overview", "prepare", "pretrain", "embed", "classify", "finetune", "perturb"}
+STAGES = {"overview", "prepare", "pretrain", "embed", "classify", "finetune", "perturb", "tune"}
 
 
 def plain(expr):
@@ -54,7 +54,7 @@ def test_files_are_what_the_generator_makes():
 def test_there_is_a_dashboard_for_every_stage():
     from mixgf.cli import STAGES as commands
 
-    assert set(DASHBOARDS) == STAGES == {"overview", "finetune", *(set(commands) - {"report"})}
+    assert set(DASHBOARDS) == STAGES == {"overview", "finetune", "tune", *(set(commands) - {"report"})}
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))
@@ -233,7 +233,7 @@ def work(meter, i):
     meter.add("shards_written")
     time.sleep(0.2)
 config = Config(tracking=Tracking(prices=folder + "-prices.json"))
-stages = ("prepare", "pretrain", "embed", "classify", "perturb", "finetune")
+stages = ("prepare", "pretrain", "embed", "classify", "perturb", "finetune", "tune")
 watches = [watch(config, stage, Tracked(), f"{folder}-out/{stage}", every=1.0) for stage in stages]
 watched = [w.__enter__() for w in watches]
 step = 0
@@ -244,6 +244,9 @@ while not os.path.exists(stop):
         w.meter.units(waiting=max(0, 1000 - step), running=2, done=step, failed=0)
         w.meter.set("actors", 2, state="up")
         w.meter.set("actors", 2, state="wanted")
+    for rung, arm in enumerate(("base", "lr=0.01, view=mask")):
+        watched[6].meter.set("arm_score", 0.3 + rung / 10, arm=arm)
+        watched[6].meter.set("arm_rungs", 1 + rung, arm=arm)
     for one in (1, 5):
         watched[one].meter.figures(step, {"loss": 9 / step, "mlm": 8 / step, "contrast": 1 / step, "lr": 1e-4, "grad_norm": 1.0,
             "cells_per_s": 50.0 + step, "tokens_per_s": 2e4, "mfu": 0.3, "wait_share": 0.02, "memory_gb": 1.5})

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import fake_cluster
@@ -23,7 +24,6 @@ from mixgf.config.data import Source, Tokens, Vocab
 from mixgf.config.run import Compute, Config, Inputs, Tracking
 from mixgf.config.training import Model, Train
 from mixgf.config.tuning import Tune
-from mixgf.console import Progress
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor
 from mixgf.report import build, load
@@ -498,8 +498,18 @@ def test_a_ladder_with_held_out_cells_has_their_loss_at_every_rung_and_its_curve
     assert page.index("Loss on held-out cells by optimizer steps") < page.index("Zero-shot macro F1 by optimizer steps")
 
 
-def test_progress_counts_trainings():
-    shown = tune_trials._Shown(2, tune_trials.Meter("tune", "run"))
+def test_progress_counts_arms_and_scores_are_metrics_by_the_names_of_arms():
+    """Hyperparameters that no arm can have, as Optuna may choose them, have no metric; a score that is not finite has none, too."""
+    found = {}
+    meter = SimpleNamespace(
+        set=lambda name, value, arm: found.update({(name, arm): value}), units=lambda **states: found.update(states)
+    )
+    shown = tune_trials._Shown(SimpleNamespace(config=Config(train=Train(lr=1e-3)), meter=meter), 2)
+    shown.scored({"objective.view": "mask", "train.lr": 1e-3}, 1, 0.25)
+    shown.scored({"objective.view": "dropout", "train.lr": 1e-3}, 2, float("nan"))
+    shown.scored({"model.num_heads": 3}, 1, 0.0)
     shown.ended()
-    assert isinstance(shown._progress, Progress)
     shown.close()
+    assert found == {
+        ("arm_rungs", "view=mask"): 1, ("arm_score", "view=mask"): 0.25, ("arm_rungs", "base"): 2, "waiting": 1, "done": 1,
+    }  # fmt: skip
