@@ -25,8 +25,9 @@ class ServedModel(PythonModel):
         kind = context.model_config["kind"]
         self._model: Any = api.load(folder) if kind == "encoder" else api.load_classifier(folder)
 
-    # MLflow takes a type of `model_input` for a schema of its own; the schema is in the model's signature
-    def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """One row per cell of every file, in order.
 
         Args:

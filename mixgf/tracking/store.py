@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
-for _text in ("An input example was not provided", "Add type hints to the `predict` method"):
-    # the signature of a model is given; here, because filters that a thread sets do not last
-    warnings.filterwarnings("ignore", f"(?s).*{_text}")
+# the signature of a model is given; here, because filters that a thread sets do not last
+warnings.filterwarnings("ignore", "(?s).*An input example was not provided")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the stage prints the one line that is useful
