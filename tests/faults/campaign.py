@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,19 +62,15 @@ class Ledger:
 
 
 def run(kinds: list[Kind], ledger: Ledger, *, seconds: float = float("inf")) -> None:
-    """Make the tries that the ledger lacks, of all kinds in turn, for at most so long."""
+    """Make the tries that the ledger lacks, for at most so long; the next one is of the kind that took the least time so far."""
     end = time.monotonic() + seconds
-    for kind, number in _in_turn(kinds):
-        if (kind.name, number) in ledger.made:
-            continue
-        if time.monotonic() > end:
-            return
+    left = {kind: [number for number in range(kind.wanted) if (kind.name, number) not in ledger.made] for kind in kinds}
+    took = dict.fromkeys(kinds, 0.0)
+    while (waiting := [kind for kind in kinds if left[kind]]) and time.monotonic() < end:
+        kind, began = min(waiting, key=took.__getitem__), time.monotonic()
+        number = left[kind].pop(0)
         ledger.add(kind.name, number, *kind.attempt(number))
-
-
-def _in_turn(kinds: list[Kind]) -> Iterator[tuple[Kind, int]]:
-    for number in range(max(kind.wanted for kind in kinds)):
-        yield from ((kind, number) for kind in kinds if number < kind.wanted)
+        took[kind] += time.monotonic() - began
 
 
 def table(ledger: Ledger) -> str:

@@ -8,6 +8,7 @@ forks one process for each line of JSON on its input.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ PATIENCE = 600
 """Seconds that a command may take on a busy machine."""
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 SMALL = Model(num_layers=1, dim=16, num_heads=2, ffn_dim=32, max_positions=48)
+UNTRACKED = Tracking(uri="off")
 LOSSES = ("loss", "mlm", "contrast", "grad_norm", "lr", "alignment", "uniformity", "val_loss", "val_accuracy")
 
 
@@ -81,24 +83,30 @@ STAGES = {
 """In the order in which the artifacts come to be."""
 
 
-def write_cells(folder: Path, each: int = 30) -> tuple[Source, ...]:
-    """`each` human and mouse cells of three types, of three donors each, as files of counts."""
-    for name in ("human", "mouse"):
+def write_cells(folder: Path, each: int = 30, genes: int = 3_000) -> tuple[Source, ...]:
+    """`each` human and mouse cells of three types, of three donors each, as files of counts of the genes that most cells have."""
+    sources = tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in ("human", "mouse"))
+    for name in (one.name for one in sources if not Path(one.uri).exists()):
         data = anndata.read_h5ad(files.local_path(f"resource:pancreas_{name}_baron.h5ad"))
         labels = data.obs["cell_type"].astype(str).to_numpy()
         rows = np.concatenate([np.flatnonzero(labels == kind)[:each] for kind in TYPES])
         x = sparse.csr_matrix(data.X[rows]).astype(np.int32)
-        obs, var = data.obs.iloc[rows][["cell_type", "organ"]].astype(str), data.var[["ensembl_id"]]
+        columns = np.sort(np.argsort(-x.getnnz(axis=0), kind="stable")[:genes])
+        obs, var = data.obs.iloc[rows][["cell_type", "organ"]].astype(str), data.var[["ensembl_id"]].iloc[columns]
         obs["donor"] = [f"{name}{i % 3}" for i in range(len(rows))]
-        anndata.AnnData(x, obs=obs, var=var).write_h5ad(folder / f"{name}.h5ad")
-    return tuple(Source(uri=str(folder / f"{name}.h5ad"), species=name, name=name) for name in ("human", "mouse"))
+        anndata.AnnData(x[:, columns], obs=obs, var=var).write_h5ad(folder / f"{name}.h5ad")
+    return sources
 
 
 def write_tokens(folder: Path) -> tuple[Source, Imports]:
     """Sixty invented sentences as a tokenised data set, with its dictionary."""
+    place, dictionary = folder / "tokens.dataset", folder / "tokens.tsv"
+    made = Source(uri=str(place), species="human", name="tokens"), Imports(dictionaries={"human": str(dictionary)})
+    if dictionary.exists():
+        return made
     genes = gene_table(HUMAN)["gene"].to_pylist()[:60]
-    rng, place = np.random.default_rng(0), folder / "tokens.dataset"
-    place.mkdir()
+    rng = np.random.default_rng(0)
+    place.mkdir(exist_ok=True)
     ids = [(rng.permutation(60)[: rng.integers(20, 50)] + 2).tolist() for _ in range(60)]
     table = pa.table({"input_ids": pa.array(ids, pa.list_(pa.int16())), "length": [len(one) for one in ids]})
     names = [f"data-{i:05d}-of-00003.arrow" for i in range(3)]
@@ -108,17 +116,15 @@ def write_tokens(folder: Path) -> tuple[Source, Imports]:
     (place / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
     (place / "dataset_info.json").write_text(json.dumps({"features": {}}))
     rows = "".join(f"{gene}\t{2 + i}\t{1 + i / 8}\n" for i, gene in enumerate(genes))
-    (folder / "tokens.tsv").write_text("gene\ttoken\tmedian\n<pad>\t0\t\n<mask>\t1\t\n" + rows)
-    return Source(uri=str(place), species="human", name="tokens"), Imports(
-        dictionaries={"human": str(folder / "tokens.tsv")}
-    )
+    dictionary.write_text("gene\ttoken\tmedian\n<pad>\t0\t\n<mask>\t1\t\n" + rows)
+    return made
 
 
 def make_config(folder: Path) -> Config:
     """The config of all stages; `of_stage` changes it for one."""
     return Config(
         output=str(folder / "run"), sources=write_cells(folder), model=SMALL, tokens=Tokens(max_len=48), vocab=Vocab(sharing="ortholog"),
-        prepare=Prepare(shard_cells=60, block_cells=60), tracking=Tracking(uri="off"), compute=Compute(num_workers=1),
+        prepare=Prepare(shard_cells=60, block_cells=60), tracking=UNTRACKED, compute=Compute(num_workers=1),
         train=Train(max_steps=40, batch_cells=16, micro_tokens=2048, lr=1e-3, warmup_steps=2, checkpoint_steps=4, log_steps=1),
         classify=Classify(
             group="source", splits=("random", "species"), models=("finetune", "probe", "knn", "majority", "hvg_logreg"), epochs=2,
@@ -249,13 +255,18 @@ class Server:
 
 
 class Chain:
-    """The stages, what they make undisturbed, and folders in which they are tried."""
+    """The stages, what they make undisturbed, and folders in which they are tried.
+
+    What stages made undisturbed is used again if the folder is; it must be of the same code. Several processes may use one folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.config = make_config(folder)
-        self.tokens, self.imports = write_tokens(folder)
+        self.holding = False
+        with self.alone():
+            self.config = make_config(folder)
+            self.tokens, self.imports = write_tokens(folder)
         self.server = Server()
         self.expected: dict[tuple[str, bool], dict[str, Any]] = {}
         self.seconds: dict[tuple[str, bool], float] = {}
@@ -265,16 +276,30 @@ class Chain:
     def close(self) -> None:
         self.server.close()
 
-    def words(self, name: str, output: str, *, tracker: str = "off") -> list[str]:
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process makes what is undisturbed meanwhile."""
+        if self.holding:
+            yield
+            return
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.holding = True
+            try:
+                yield
+            finally:
+                self.holding = False
+
+    def words(self, name: str, output: str, *, tracking: Tracking = UNTRACKED) -> list[str]:
         """The command of a stage in an output."""
         stage = STAGES[name]
         if name == "annotate":
             cells = f"human={self.config.sources[0].uri}"
             return ["annotate", cells, "--model", f"{output}/classify/classifiers/human", "--output", f"{output}/annotated.h5ad", "--workers", "1"]  # fmt: skip
-        config = replace(self.config, output=output, tracking=Tracking(uri=tracker), **stage.changes)
+        config = replace(self.config, output=output, tracking=tracking, **stage.changes)
         if name == "import":
             config = replace(config, sources=(self.tokens,), imports=self.imports, qc=QC(min_genes=5))
-        path = self.folder / f"config-{hashlib.sha256(f'{name} {output} {tracker}'.encode()).hexdigest()[:16]}.json"
+        path = self.folder / f"config-{hashlib.sha256(f'{name} {output} {tracking}'.encode()).hexdigest()[:16]}.json"
         path.write_text(json.dumps(parse.to_dict(config)))
         return [stage.command, "--config", str(path)]
 
@@ -287,11 +312,16 @@ class Chain:
         """The output in which a stage ran undisturbed; `expected` and `seconds` know it then."""
         output = self.folder / f"whole-{'ray' if ray else 'local'}-{name.replace(' ', '_')}"
         if (name, ray) not in self.expected:
-            shutil.rmtree(output, ignore_errors=True)
-            self.link(name, output)
-            ended = self.server.run(self.words(name, str(output)), output.with_suffix(".log"), env=self.env, ray=ray)
-            assert ended.code == 0, ended.said[-3000:]
-            self.expected[name, ray], self.seconds[name, ray] = contents(str(output)), ended.seconds
+            took = output.with_suffix(".seconds")
+            with self.alone():
+                if not took.exists():
+                    shutil.rmtree(output, ignore_errors=True)
+                    self.link(name, output)
+                    log = output.with_suffix(".log")
+                    ended = self.server.run(self.words(name, str(output)), log, env=self.env, ray=ray)
+                    assert ended.code == 0, ended.said[-3000:]
+                    took.write_text(str(ended.seconds))
+            self.expected[name, ray], self.seconds[name, ray] = contents(str(output)), float(took.read_text())
         return output
 
     def link(self, name: str, output: Path) -> None:
@@ -305,7 +335,7 @@ class Chain:
     @contextlib.contextmanager
     def output(self, name: str, number: int) -> Iterator[Path]:
         """A folder for a try of a stage, with what it starts from; removed after it."""
-        place = self.folder / f"try-{number}-{name.replace(' ', '_')}"
+        place = self.folder / f"try-{os.getpid()}-{number}-{name.replace(' ', '_')}"
         shutil.rmtree(place, ignore_errors=True)
         self.link(name, place)
         try:

@@ -2,6 +2,8 @@
 
 pytest -m faults tests/faults -s                                 # the whole campaign, hours
 MIXGF_FAULTS=ledger.jsonl pytest -m faults tests/faults -s       # the same; goes on after a stop
+MIXGF_FAULTS_SECONDS=800 ... pytest ... -k on_ray                # for so long, one part: files_and_words, runs or on_ray;
+                                                                 # several parts may run at the same time
 """
 
 import json
@@ -32,7 +34,8 @@ def files_and_words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    made = Chain(tmp_path_factory.mktemp("chain"))
+    kept = os.environ.get("MIXGF_FAULTS")
+    made = Chain(Path(f"{kept}.chain").absolute() if kept else tmp_path_factory.mktemp("chain"))
     yield made
     made.close()
 
@@ -50,7 +53,7 @@ def runs(chain, s3_server):
 @pytest.fixture(scope="module")
 def on_ray(chain):
     nodes = disturbed.Nodes(chain)
-    yield disturbed.kills_on_ray(chain, nodes, 88)
+    yield [disturbed.kills_on_ray(chain, nodes, 88)]
     nodes.close()
 
 
@@ -103,9 +106,11 @@ def test_every_file_that_a_stage_writes_is_listed_among_those_of_its_artifact(ch
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_the_whole_campaign_loses_nothing(files_and_words, runs, on_ray, tmp_path):
+@pytest.mark.parametrize("part", ["files_and_words", "runs", "on_ray"])
+def test_the_whole_campaign_loses_nothing(part, request, tmp_path):
     ledger = Ledger(Path(os.environ.get("MIXGF_FAULTS", tmp_path / "ledger.jsonl")))
-    run([*files_and_words, *runs, on_ray], ledger)
+    kinds_of_fault = request.getfixturevalue(part)
+    run(kinds_of_fault, ledger, seconds=float(os.environ.get("MIXGF_FAULTS_SECONDS", "inf")))
     report(ledger)
 
 

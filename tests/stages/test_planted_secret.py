@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 import boto3
 import pytest
-from processes import die_with_us, free_port
+from processes import mlflow_server
 
 from mixgf.config import recipes
 from mixgf.config.parse import override, to_dict
@@ -49,26 +47,9 @@ def test_every_form_of_the_secret_is_found():
 
 @pytest.fixture
 def tracker(tmp_path):
-    """A server of MLflow on loopback; its URL without a password."""
-    port = free_port()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow/mlflow.db",
-        "--artifacts-destination", f"{tmp_path}/mlflow/files", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-    ]  # fmt: skip
-    (tmp_path / "mlflow").mkdir()
-    with (tmp_path / "mlflow" / "server.log").open("w") as log:
-        server = subprocess.Popen(die_with_us(command), stdout=log, stderr=log)
-    give_up = time.monotonic() + 250
-    while time.monotonic() < give_up:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-            break
-        except OSError:
-            assert server.poll() is None
-            time.sleep(0.2)
-    yield f"127.0.0.1:{port}"
-    server.terminate()
-    server.wait()
+    """A server of MLflow on loopback; its address without a password."""
+    with mlflow_server(tmp_path / "mlflow") as url:
+        yield url.removeprefix("http://")
 
 
 @pytest.mark.ray

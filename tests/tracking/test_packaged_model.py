@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pandas as pd
 import pytest
 from invented import untrained_checkpoint
 from mlflow.tracking import MlflowClient
-from processes import die_with_us, free_port
+from processes import mlflow_server
 
 import mixgf as mg
 from mixgf.config.classification import Classify
@@ -101,26 +99,8 @@ def test_an_encoder_gives_the_vectors_of_embed_and_one_logging_is_enough(run, tr
 
 @pytest.fixture
 def server(tmp_path):
-    """URL of MLflow's own server: a process with SQLite, real HTTP on loopback."""
-    port = free_port()
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/artifacts"),
-    ]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(die_with_us(command), stdout=log, stderr=log)
-    url, give_up = f"http://127.0.0.1:{port}", time.monotonic() + 300
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/health")
-            break
-        except OSError:
-            assert process.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
-            assert time.monotonic() < give_up
-            time.sleep(0.2)
-    yield url
-    process.terminate()
-    process.wait()
+    with mlflow_server(tmp_path / "mlflow") as url:
+        yield url
 
 
 @pytest.mark.slow
