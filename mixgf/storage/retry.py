@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from mixgf import proxies
 from mixgf.errors import AccessError, StorageError
 
 T = TypeVar("T")
@@ -84,6 +85,11 @@ def error_code(error: BaseException) -> str:
     return str(response.get("Error", {}).get("Code", ""))
 
 
+def endpoint() -> str:
+    """URL of the S3 server that the environment names; empty for AWS itself."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
 def storage_error(uri: str, error: Exception) -> OSError | None:
     """The error with a one-line message that callers see; None for an error that is not of storage."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -92,13 +98,14 @@ def storage_error(uri: str, error: Exception) -> OSError | None:
         return AccessError(f"{uri}: {refusal[0]} ({text}); {refusal[1]}")
     if error_code(error) in ("404", "NoSuchKey", "NoSuchBucket"):
         return FileNotFoundError(f"{uri}: {text}")
-    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    where = endpoint() or "AWS"
     if not uri.startswith("s3://"):
         where = uri.partition("/")[0] + "//"
     if error_code(error) in ("412", "PreconditionFailed"):
         text = f"{uri}: was written again while it was read; start again"
     elif _of_botocore(error, "ConnectionError"):
-        text = f"{uri}: no connection to {where}; check AWS_ENDPOINT_URL and the network ({text})"
+        proxy = proxies.hint(endpoint() or "https://s3.amazonaws.com", "the host of the store")
+        text = f"{uri}: no connection to {where}; check AWS_ENDPOINT_URL and the network ({text}){proxy}"
     elif (
         isinstance(error, OSError | EOFError)
         or _of_botocore(error, "BotoCoreError", "ClientError")

@@ -19,7 +19,9 @@ from typing import Any, TypeVar, cast
 import fsspec
 import fsspec.config
 
+from mixgf import proxies
 from mixgf.errors import UserError, require_package
+from mixgf.storage import retry
 from mixgf.storage.retry import error_code, with_retries
 
 T = TypeVar("T")
@@ -57,7 +59,7 @@ def async_filesystem(uri: str) -> Any:
 def tiledb_options() -> dict[str, str]:
     """The settings of s3:// as options of TileDB, which reads keys and regions itself as any AWS client does."""
     fs, _ = filesystem_and_key("s3://")
-    endpoint = fs.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    endpoint = fs.endpoint_url or retry.endpoint()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
     options = {"vfs.s3.no_sign_request": "true"} if fs.anon else {}
     options |= {"vfs.s3.request_payer": "requester"} if fs.req_kw else {}
@@ -100,6 +102,9 @@ def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
 @cache
 def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...], *, asynchronous: bool = False) -> Any:
     # one per process, since connections do not survive a fork; no cached listings, since other workers write too
+    if protocol in ("http", "https"):
+        msg = f"{protocol}:// is not read: download the file first (curl -LO URL), and give its path"
+        raise UserError(msg)
     if protocol in PACKAGES:
         require_package(*PACKAGES[protocol])
     found: dict[str, dict[str, Any]] = {}
@@ -114,6 +119,8 @@ def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...], 
     except (ValueError, TypeError, ImportError) as error:
         msg = f"{protocol}:// is not a known storage: use a local path or {', '.join(f'{p}://' for p in PACKAGES)} ({error})"
         raise UserError(msg) from None
+    if protocol == "s3":
+        proxies.go_past(fs.endpoint_url or retry.endpoint())
     fs.retries = 1  # s3fs multiplies botocore's attempts by 5, and by 25 where it reads ranges
     return fs
 

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from mixgf import proxies
 from mixgf.console import warn
 from mixgf.redact import redact
-from mixgf.tracking import proxies
 
 Operation = dict[str, Any]
 """Plain JSON data: `do`, the name of a method of the store, and its arguments."""
@@ -106,12 +106,7 @@ class Delivery:
         if not self._told:
             self._told = True
             why = f"cannot be used ({self.why_down})" if self.why_down else "has not answered yet"
-            proxy = proxies.proxy_of(self._where)
-            way = (
-                f"; requests take the proxy {proxy}: set NO_PROXY to the tracker's host if it is in your own network"
-                if proxy
-                else ""
-            )
+            way = proxies.hint(self._where, "the tracker's host")
             warn(redact(f"MLflow at {self._where} {why}; {text}{way}"))
 
     def _queued(self, operation: Operation) -> bool:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from mixgf import proxies
 from mixgf.errors import UserError
 from mixgf.redact import is_redacted, redact
 from mixgf.storage import files
-from mixgf.tracking import packaged_model, proxies
+from mixgf.tracking import packaged_model
 from mixgf.tracking.delivery import Operation, Rejected
 
 if TYPE_CHECKING:

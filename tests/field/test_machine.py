@@ -168,7 +168,7 @@ def test_a_tracker_on_this_machine_is_reached_past_a_proxy(before, host, answeri
 
 
 def test_a_tracker_elsewhere_takes_the_proxy_and_the_warning_names_it(monkeypatch, caplog):
-    from mixgf.tracking import proxies
+    from mixgf import proxies
 
     for name in ("http_proxy", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)

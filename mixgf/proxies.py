@@ -1,7 +1,7 @@
-"""Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY) on the way to a tracker.
+"""Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY) on the way to a tracker or to object storage.
 
-MLflow sends its requests by `requests`, which takes a proxy for every host that NO_PROXY does not name, this machine included.
-Ray's own connections take none. Object storage does as its clients do (botocore, fsspec).
+The clients (requests, botocore) take a proxy for every host that NO_PROXY does not name, this machine included. Ray's own connections
+take none.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ def proxy_of(uri: str) -> str:
         return ""
     found = getproxies()
     return redact(found.get(parts.scheme) or found.get("all") or "")
+
+
+def hint(uri: str, host: str) -> str:
+    """What to say of a request to `uri` that got no answer: the proxy that it takes; empty where it takes none.
+
+    `host` is what the server is called for the user, such as "the tracker's host".
+    """
+    proxy = proxy_of(uri)
+    return f"; requests take the proxy {proxy}: set NO_PROXY to {host} if it is in your own network" if proxy else ""
 
 
 def _is_loopback(host: str) -> bool:
