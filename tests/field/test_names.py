@@ -2,6 +2,7 @@
 
 import html
 import importlib
+import logging
 import warnings
 
 import anndata as ad
@@ -58,14 +59,33 @@ def write(path):
     return a
 
 
-def run(output, command, *words, **settings):
-    """A command as a user writes it, in this process; double underscores stand for the dots in names of settings."""
-    chosen = [*SMALL, *(f"{name.replace('__', '.')}={value}" for name, value in settings.items())]
-    words = [command, *words, "--recipe", "laptop", "--output", str(output), *(w for s in chosen for w in ("--set", s))]
+def commands(path, output):
+    """The words of every command of a run, as a user writes them; double underscores stand for the dots in names of settings."""
+    start, goal = (f"{quoted(LABEL)} == {literal(label)}" for label in list(TYPES.values())[1:3])
+    of_each = {
+        "prepare": {}, "pretrain": {}, "classify": {"classify__label": LABEL, "classify__donor": "the `donor`"},
+        "perturb": {"perturb__start": start, "perturb__goal": goal, "perturb__donor": "the `donor`"}, "embed": {}, "report": {},
+    }  # fmt: skip
+    for command, settings in of_each.items():
+        chosen = [*SMALL, *(f"{name.replace('__', '.')}={value}" for name, value in settings.items())]
+        sources = [f"human=Spender 1 \u03b1={path}"] if command == "prepare" else []
+        yield [
+            command,
+            *sources,
+            "--recipe",
+            "laptop",
+            "--output",
+            str(output),
+            *(w for s in chosen for w in ("--set", s)),
+        ]
+
+
+def run(words):
+    """A command in this process."""
     config = with_absolute_paths(cli._config(cli._parser().parse_args(words)))
-    if command == "report":
-        return build.build_report(config, f"{output}/report.html")
-    return importlib.import_module(f"mixgf.stages.{command}").run(config, executor=LocalExecutor())
+    if words[0] == "report":
+        return build.build_report(config, f"{config.output}/report.html")
+    return importlib.import_module(f"mixgf.stages.{words[0]}").run(config, executor=LocalExecutor())
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +93,35 @@ def chain(tmp_path_factory):
     """The file, and a run of it through all stages."""
     folder = tmp_path_factory.mktemp("names")
     a, output = write(folder / "in.h5ad"), folder / "run \u03b1%20"
-    run(output, "prepare", f"human=Spender 1 \u03b1={folder / 'in.h5ad'}")
-    run(output, "pretrain")
-    run(output, "classify", classify__label=LABEL, classify__donor="the `donor`")
-    start, goal = (f"{quoted(LABEL)} == {literal(label)}" for label in list(TYPES.values())[1:3])
-    run(output, "perturb", perturb__start=start, perturb__goal=goal, perturb__donor="the `donor`")
-    run(output, "embed")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of a figure that has no room for a name
-        run(output, "report")
+        for words in commands(folder / "in.h5ad", output):
+            if words[0] == "report":
+                warnings.simplefilter("error", UserWarning)  # of a figure that has no room for a name
+            run(words)
     return a, folder, output
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_command_line_on_ray_gives_the_same_from_the_first_name_to_the_last(chain, ray_local, tmp_path):
+    _, folder, output = chain
+    again = tmp_path / "run '2' \u03b1"
+    log = logging.getLogger("mixgf")
+    before = log.handlers[:], log.level, log.propagate
+    for words in commands(folder / "in.h5ad", again):
+        assert cli.main(words) == 0, words
+    log.handlers[:], log.level, log.propagate = before
+    for name in (
+        "corpus/shards/00000.parquet",
+        "classify/predictions.parquet",
+        "perturb/genes.parquet",
+        "embed/shards/00000.parquet",
+    ):
+        one, two = (tables.read_table(f"{place}/{name}") for place in (output, again))
+        assert one.equals(two), name
+    page = (again / "report.html").read_text()
+    for label in TYPES.values():
+        assert html.escape(label, quote=False) in page, label
 
 
 @pytest.mark.slow
