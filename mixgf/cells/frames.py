@@ -120,7 +120,14 @@ def read_column(node: Group | Array, start: int, stop: int) -> np.ndarray:
         values = _read_array(node, start, stop)
         if isinstance(node, RecordField):
             return values if node.categories is None else _of_codes(node.categories, values)
-        return _of_codes(node.parent[node.attrs["categories"]], values) if "categories" in node.attrs else values
+        if "categories" in node.attrs:
+            return _of_codes(node.parent[node.attrs["categories"]], values)
+        store = f"__categories/{node.name.rpartition('/')[2]}"  # written without the reference
+        return (
+            _of_codes(child(node.parent, store), values)
+            if isinstance(node, h5py.Dataset) and store in node.parent
+            else values
+        )
     if "codes" in node:
         return _of_codes(child(node, "categories"), _read_array(child(node, "codes"), start, stop))
     if "values" not in node or "mask" not in node:
@@ -162,6 +169,9 @@ def _read_array(array: Array, start: int, stop: int) -> np.ndarray:
         return np.asarray([_text(v) for v in values], dtype=object)
     if values.dtype.kind not in "biuf":
         msg = f"values of type {values.dtype} are not read"
+        raise ValueError(msg)
+    if values.dtype == np.uint64 and len(values) and values.max() > np.iinfo(np.int64).max:
+        msg = f"{values.max()} is above 2**63 - 1, the largest whole number that a column can hold; write it as text"
         raise ValueError(msg)
     return values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from mixgf.cells.reader import OPTION, RawBlock, Reader
 
-COUNTS, NORMALISED, LOGGED, SCALED, FRACTIONS, NOT_NUMBERS = (
-    "counts", "normalised", "log-normalised", "scaled", "fractions of counts", "not finite",
+COUNTS, NORMALISED, LOGGED, SCALED, ROOTS, FRACTIONS, NOT_NUMBERS = (
+    "counts", "normalised", "log-normalised", "scaled", "square roots", "fractions of counts", "not finite",
 )  # fmt: skip
 """Kinds of a matrix."""
 SAMPLE_ROWS = 64
@@ -35,10 +35,16 @@ def of_rows(data: np.ndarray, indptr: np.ndarray) -> str:
         SCALED: np.count_nonzero(x < 0) > _FEW * len(x),
         COUNTS: np.count_nonzero(x != np.floor(x)) <= _FEW * len(x),
     }
-    whole = np.rint(np.nan_to_num(x))
-    tests[FRACTIONS] = np.count_nonzero((np.abs(x - whole) < _NOISE) & ((whole >= 1) | (x == 0))) >= (1 - _FEW) * len(x)
+    tests[FRACTIONS] = _are_whole(x)
+    tests[ROOTS] = _are_whole(np.square(x))
     plain = next((kind for kind, found in tests.items() if found), "")
     return plain or _normalised(x, indptr) or FRACTIONS
+
+
+def _are_whole(x: np.ndarray) -> bool:
+    """Whether nearly all values are 0, or whole numbers but for errors of rounding."""
+    whole = np.rint(np.nan_to_num(x))
+    return bool(np.count_nonzero((np.abs(x - whole) < _NOISE) & ((whole >= 1) | (x == 0))) >= (1 - _FEW) * len(x))
 
 
 SMALL_TYPES = {"uint8": 255, "int8": 127, "float16": 2048}
@@ -72,8 +78,8 @@ DOUBT_ROWS = 4096
 
 
 def is_normalised(data: np.ndarray, indptr: np.ndarray) -> bool:
-    """Whether values are normalised, or log-normalised: no rounding makes counts of them."""
-    return of_rows(data, indptr) in (NORMALISED, LOGGED)
+    """Whether values are normalised, logarithms or square roots: no rounding makes counts of them."""
+    return of_rows(data, indptr) in (NORMALISED, LOGGED, ROOTS)
 
 
 def _normalised(x: np.ndarray, indptr: np.ndarray) -> str:
@@ -133,7 +139,7 @@ def advise(reader: Reader, raw: RawBlock, row: int) -> str:
     matrix = _matrix(reader)
     if here == COUNTS:
         return f"the other values of {matrix} are raw counts, not scaled or normalised: changed or damaged there; get the file from its source again"
-    if raw.start + row >= _EARLIER:
+    if raw.start + row >= _EARLIER and (raw.start or raw.data[: raw.indptr[row]].any()):  # not empty cells alone
         what = f"earlier cells hold counts, and from here on they are {here}: files of two kinds were put together"
     else:
         what = f"{matrix} {_WORDS[here]}{_sums(raw, here)}"
@@ -164,6 +170,7 @@ _WORDS = {
     NORMALISED: "is already normalised",
     LOGGED: "is already log-normalised",
     SCALED: "is scaled",
+    ROOTS: "holds square roots of counts",
     FRACTIONS: "holds fractions of counts (after a correction of ambient RNA, or of reads of several genes?)",
     NOT_NUMBERS: "holds values that are no numbers",
 }

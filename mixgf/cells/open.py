@@ -206,31 +206,38 @@ def _names(uri: str) -> list[str]:
 
 
 @contextmanager
-def refusals(uri: str, what: str = "") -> Iterator[None]:
+def refusals(uri: str, what: str = "", *, option: str = OPTION) -> Iterator[None]:
     """Turn whatever the content of a file makes a library raise into a `UserError` of one line.
 
     Args:
         uri: Of the file.
         what: What is being read, for the message, with ": " at its end.
+        option: How the user gives a field of the source (`Reader.option`).
     """
+    keep = _KEEP_COLUMNS if what.startswith("obs") and option == OPTION else ""
     try:
         yield
     except (UserError, StorageError):
         raise  # a failure of storage is no fault of the file: the caller retries
     except UnicodeDecodeError as error:
-        way = _KEEP_COLUMNS if what.startswith("obs") else "write the file again"
+        way = keep or "write the file again"
         raise file_error(uri, f"{what}text that is not UTF-8 ({error.object[:40]!r}); {way}") from None
     except MemoryError as error:
         raise file_error(
             uri, f"{what}does not fit into memory ({_line(error)}): damaged, or larger than this machine can read"
         ) from None
     except (OSError, EOFError) as error:
+        if "unable to lock file" in str(error):
+            other = isinstance(error, BlockingIOError)
+            way = "another program writes to it: close it there (adata.file.close())" if other else _NO_LOCKS
+            raise file_error(uri, f"{way}, and give the command again") from None
         raise file_error(uri, f"{what}truncated or damaged ({_line(error)}); fetch it again") from None
     except Exception as error:
-        way = _KEEP_COLUMNS if what.startswith("obs") else "read it with anndata and write it again"
+        way = keep or "read it with anndata and write it again"
         raise file_error(uri, f"{what}cannot be read ({_line(error)}); {way}") from error
 
 
+_NO_LOCKS = "its file system has no locks: export HDF5_USE_FILE_LOCKING=FALSE"
 _KEEP_COLUMNS = "name the columns to keep: " + OPTION.format(field="obs", value="COLUMN,COLUMN")
 
 
@@ -245,7 +252,7 @@ def _guarded(reader: Reader) -> Reader:
 
     def call(what: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*args: Any) -> Any:
-            with refusals(uri, what(*args)):
+            with refusals(uri, what(*args), option=reader.option):
                 return function(*args)
 
         return guarded

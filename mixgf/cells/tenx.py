@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,6 +191,8 @@ def open_mtx(uri: str, folder: str, name: str, layer: str) -> Reader:
         found = _first(have, prefix, names)
         if found:
             return files.join(folder, found)
+        if "peaks.bed" in have:
+            raise file_error(uri, "peaks of ATAC-seq (peaks.bed), not genes; give the folder with the RNA counts")
         if "all_genes.csv" in have:
             raise file_error(uri, "the output of Parse Biosciences' pipeline; give the anndata.h5ad of the same folder")
         raise file_error(
@@ -240,8 +243,13 @@ def open_mtx(uri: str, folder: str, name: str, layer: str) -> Reader:
 
 
 def _without_header(lines: list[list[str]], expected: int) -> list[list[str]]:
-    """The lines without a first line of column names, where there is one line too many."""
-    return lines[1:] if len(lines) == expected + 1 and lines[0][0].strip().lower() in _HEADER_WORDS else lines
+    """The lines without comments (`#`) or a line of column names before them, where there are too many."""
+    more = len(lines) - expected
+    above = lines[: max(0, more)]
+    comments = all(line[0].startswith("#") for line in above)
+    return (
+        lines[more:] if above and (comments or (more == 1 and above[0][0].strip().lower() in _HEADER_WORDS)) else lines
+    )
 
 
 def _names(ids_and_symbols: list[np.ndarray], column: str) -> np.ndarray:
@@ -257,8 +265,13 @@ def _text(uri: str) -> Iterator[BinaryIO]:
         if not packed:
             yield raw
             return
-        with gzip.GzipFile(fileobj=raw) as stream:
-            yield cast("BinaryIO", stream)
+        try:
+            with gzip.GzipFile(fileobj=raw) as stream:
+                if stream.peek(2)[:2] == _GZIP:
+                    raise file_error(uri, f"packed with gzip twice; run: gunzip {uri.rpartition('/')[2]}")
+                yield cast("BinaryIO", stream)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise file_error(uri, f"truncated or damaged ({error}); fetch it again") from None
 
 
 def _lines(uri: str, *, empty: bool = False) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zipfile
 import zlib
 from typing import Any
@@ -65,6 +66,9 @@ _PACKED = f"a compressed file (bzip2, xz or zstd); unpack it, and {KNOWN}"
 _EXCEL = "an Excel table; " + _convert("read_excel('{name}', index_col=0)")
 _PICKLE = "a pickle of Python, which is not opened, because it can run code; write the AnnData in it: adata.write_h5ad('{stem}.h5ad')"
 _TAR = f"a tar archive; run: tar -xf {{name}}, and {KNOWN}"
+_UTF16 = f"a text in UTF-16, as a spreadsheet saves it; save it as CSV in UTF-8, or {KNOWN}"
+_READS = f"reads of a sequencer, not counts; count them first (Cell Ranger, STARsolo, alevin-fry, kb), and {KNOWN}"
+_PEAKS = "regions of a genome (fragments or peaks of ATAC-seq), not counts of genes; give the file with the RNA counts"
 _MARKS = (
     (b"version https://git-lfs", "a pointer of git-lfs, not the file itself; run: git lfs pull --include '*{name}'"),
     (b"<!doctype", "a web page, not the file itself: the download failed; fetch it again"),
@@ -76,8 +80,11 @@ _MARKS = (
     (b"PAR1", "a Parquet table; " + _convert("read_parquet('{name}')")),
     (b"ARROW1", "a Feather table; " + _convert("read_feather('{name}')")),
     (b"\x93NUMPY", f"an array of NumPy, without names of genes; {KNOWN}"),
-    (b"\x80\x04", _PICKLE),
-    (b"\x80\x05", _PICKLE),
+    *((b"\x80" + version, _PICKLE) for version in (b"\x02", b"\x03", b"\x04", b"\x05")),
+    (b"\xff\xfe", _UTF16),
+    (b"\xfe\xff", _UTF16),
+    (b"outs:\n", "a pointer of DVC, not the file itself; run: dvc pull"),
+    (b'{"', "a text of JSON, not the file itself, as a server sends it with an error; fetch the file again"),
     (b"\xd0\xcf\x11\xe0", _EXCEL),
     (b"%PDF", f"a PDF; {KNOWN}"),
 )
@@ -116,7 +123,7 @@ def _gunzipped(head: bytes) -> bytes:
 
 
 def _describe_text(head: bytes, name: str, stem: str) -> str:
-    """What a text, or R's binary format, is; "" for something else."""
+    """What a text, or a binary format that is packed with gzip, is; "" for something else."""
     if head[:5] in (b"RDX2\n", b"RDX3\n", b"RDA2\n", b"RDA3\n") or head[:2] in (b"X\n", b"A\n", b"B\n"):
         return _RDS
     if head.lower().startswith(b"%%matrixmarket"):
@@ -124,12 +131,22 @@ def _describe_text(head: bytes, name: str, stem: str) -> str:
             "a Matrix Market file alone; put it into a folder as matrix.mtx(.gz), with features.tsv(.gz) and barcodes.tsv(.gz), "
             "and give the folder"
         )
-    try:
-        line = head.decode().splitlines()[0]
-    except (UnicodeDecodeError, IndexError):
+    lines = head.decode("utf-8-sig", errors="replace").splitlines()
+    comments = next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)
+    first = lines[comments] if lines else ""
+    if head.startswith(b"BAM\x01") or (first.startswith("@") and len(lines) > 2 and lines[2].startswith("+")):
+        return _READS
+    if "\ufffd" in first or not all(c.isprintable() or c == "\t" for c in first):
         return ""
-    if not all(c.isprintable() or c == "\t" for c in line):
-        return ""
+    return _PEAKS if re.fullmatch(r"\w+\t\d+\t\d+(\t.*)?", first) else _describe_table(first, comments, name, stem)
+
+
+def _describe_table(line: str, comments: int, name: str, stem: str) -> str:
+    """What a text is by its first line after some lines of comments: a table, as a rule."""
+    if comments:
+        marks = {mark: line.count(mark) for mark in ",\t;"}
+        how = f"read_csv('{name}', comment='#', index_col=0, sep={max(marks, key=marks.__getitem__)!r})"
+        return f"a table below lines of comments ({comments}); {_convert(how)}"
     for mark, kind, call in (
         ("\t", "tab-separated", f"read_text('{name}', delimiter='\\t')"),
         (";", "semicolon-separated", f"read_csv('{name}', delimiter=';')"),
@@ -155,10 +172,17 @@ def describe_hdf5(uri: str, file: h5py.File) -> str:
         )
     if {"assays", "cell.names"} <= top:
         return f"an h5seurat file; convert it in R: SeuratDisk::Convert('{name}', dest = 'h5ad')"
+    return _describe_tables(file, top, name, stem)
+
+
+def _describe_tables(file: h5py.File, top: set[str], name: str, stem: str) -> str:
+    """What an HDF5 file of tables is, or of something else."""
     if {"barcode_idx", "umi"} <= top or {"barcode", "umi", "gem_group"} <= top:
         return (
             "the molecule table of Cell Ranger, not the matrix; give filtered_feature_bc_matrix.h5 of the same folder"
         )
+    if table := next((key for key in file if "pandas_type" in file[key].attrs), ""):
+        return "a table of pandas; " + _convert(f"read_hdf('{name}', {table!r})").replace("{stem}", stem)
     shown = ", ".join(sorted(top)[:6]) or "nothing"
     if top & {"obs", "var", "X"}:
         return f"AnnData without {' and '.join(sorted({'obs', 'var'} - top))} (it holds {shown}); write it again with anndata"
@@ -208,16 +232,54 @@ def describe_folder(uri: str, names: list[str]) -> str:
         return "a Zarr store without zarr.json or .zgroup: an incomplete copy, or not finished; copy it again"
     if matrices := [name for name in names if name.endswith((".mtx", ".mtx.gz"))]:
         return _describe_matrices(here, names, matrices)
+    return _describe_program(here, names) or _describe_several(here, names)
+
+
+def _describe_program(here: str, names: list[str]) -> str:
+    """What a folder is that a known program wrote; empty for another one."""
     outs = f"{here}/outs" if "outs" in names else here
     if found := [name for name in _TENX if files.exists(f"{outs}/{name}")]:
         return (
             f"a folder of Cell Ranger or Space Ranger, with several matrices; give the one of cells: {outs}/{found[0]}"
         )
+    if packed := [name for name in names if re.search(r"\.mtx\.(bz2|xz|zst|zip)$", name)]:
+        return f"the files of a matrix, packed in another way than gzip ({packed[0]}); unpack them"
+    if "quants_mat.gz" in names:
+        return "the binary matrix of alevin (salmon); load it in R with tximport, or count with alevin-fry, whose folder is read"
+    return ""
+
+
+def _describe_several(here: str, names: list[str]) -> str:
+    """What a folder of files or folders is."""
     for ending in (".h5ad", ".h5", ".zarr"):
         if any(name.endswith(ending) for name in names):
             return f"a folder of several files; give them by a pattern: {here}/*{ending}"
+    if deeper := _deeper(here, names):
+        more = f" ({len(deeper)} of them)" if len(deeper) > 1 else ""
+        return f"a folder in whose folders the matrices are{more}; give {' or '.join(deeper[:3])}"
     what = f"a folder of something else (it holds {', '.join(names[:4])})" if names else "an empty folder"
     return f"{what}; {KNOWN}"
+
+
+_LOOKED_AT = 60
+"""Folders that are listed to find matrices in them."""
+
+
+def _deeper(here: str, names: list[str]) -> list[str]:
+    """Folders and files with the matrices of cells in the folders of a folder; those of all barcodes only if there are no others."""
+    found: list[str] = []
+    waiting = [f"{here}/{name}" for name in names]
+    at = 0
+    while at < min(len(waiting), _LOOKED_AT):
+        place, at = waiting[at], at + 1
+        inside = files.list_dir(place)
+        if known := [name for name in _TENX if name in inside and name.endswith(".h5")]:
+            found.append(f"{place}/{known[0]}")
+        elif any(name in inside for name in ("matrix.mtx", "matrix.mtx.gz")):
+            found.append(place)
+        else:
+            waiting += [f"{place}/{name}" for name in inside]
+    return [place for place in found if "raw" not in place.removeprefix(here)] or found
 
 
 def _describe_matrices(here: str, names: list[str], matrices: list[str]) -> str:
