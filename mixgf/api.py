@@ -49,6 +49,8 @@ from mixgf.tracking import store
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from mixgf.cells.reader import Reader
+
     Cells: TypeAlias = AnnData | str | os.PathLike[str]
     Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -370,27 +372,11 @@ class CellEncoder:
         """
         console.setup_if_silent()
         target = _target(adata, inplace=inplace, copy=copy)
-        chosen = parse.from_dict(Embed, {"pooling": pooling or self.pooling, "layer": hidden_layer}, "embed")
-        bert.require_layer(self.model.sizes, chosen.layer, "hidden_layer")
-        if pooling == "cls" and not self.tokens.cls:
-            msg = "pooling = 'cls': this model was trained on sentences without <cls>; use 'mean' or 'first'"
-            raise UserError(msg)
-        rows = BLOCK_CELLS if self.device.type == "cpu" else GPU_BLOCK_CELLS
-        width = bert.vector_width(self.model.sizes, chosen.layer)
-        with anndata.open_cells(adata, layer) as reader, _torch_threads(threads):
-            found = in_memory.find_genes(reader, self.vocabulary, self._rows, species=species, column=genes)
-            out_ND = np.full((reader.num_rows, width), np.nan, dtype=np.float32)
-            empty = 0
-            with Progress("embed", reader.num_rows, "cells") as progress:
-                for block in in_memory.blocks(reader, found, self.tokens, 0, reader.num_rows, rows=rows):
-                    full = np.flatnonzero(block.genes_N)
-                    empty += len(block.genes_N) - len(full)
-                    out_ND[block.start + full] = embed_cells(
-                        self.model, block, full, chosen.pooling, chosen.layer, precision=precision
-                    )
-                    progress.update(block.start + len(block.genes_N))
-        if empty:
-            warn(f"embed: {empty:,} of {len(out_ND):,} cells hold no gene of the model: their vectors are NaN")
+        with anndata.open_cells(adata, layer) as reader:
+            out_ND = embed_reader(
+                self, reader, species=species, genes=genes, pooling=pooling, hidden_layer=hidden_layer, threads=threads,
+                precision=precision,
+            )  # fmt: skip
         if target is None:
             return out_ND
         target.obsm[key_added] = out_ND
@@ -473,6 +459,7 @@ class CellEncoder:
         )  # fmt: skip
         with anndata.open_cells(adata, layer) as reader:
             found = in_memory.find_genes(reader, self.vocabulary, self._rows, species=species, column=gene_column)
+            in_memory.tell(reader, found, self._rows)
             corpus = in_memory.MemoryCorpus(
                 reader, found, self.vocabulary, self.tokens, max_len=self.model.sizes.max_positions, source=source,
                 with_counts=bool(goal.strip()),
@@ -488,6 +475,36 @@ class CellEncoder:
 
 def _listed(texts: Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def embed_reader(
+    encoder: CellEncoder, reader: Reader, *, species: str = "", genes: str = "", pooling: str = "", hidden_layer: LayerChoice = -1,
+    threads: int = 1, precision: str = "fp32",
+) -> npt.NDArray[np.float32]:  # fmt: skip
+    """Vectors of all cells of an open table of counts; arguments and errors as of `CellEncoder.embed`."""
+    chosen = parse.from_dict(Embed, {"pooling": pooling or encoder.pooling, "layer": hidden_layer}, "embed")
+    bert.require_layer(encoder.model.sizes, chosen.layer, "hidden_layer")
+    if pooling == "cls" and not encoder.tokens.cls:
+        msg = "pooling = 'cls': this model was trained on sentences without <cls>; use 'mean' or 'first'"
+        raise UserError(msg)
+    rows = BLOCK_CELLS if encoder.device.type == "cpu" else GPU_BLOCK_CELLS
+    width = bert.vector_width(encoder.model.sizes, chosen.layer)
+    with _torch_threads(threads):
+        found = in_memory.find_genes(reader, encoder.vocabulary, encoder._rows, species=species, column=genes)
+        in_memory.tell(reader, found, encoder._rows)
+        out_ND = np.full((reader.num_rows, width), np.nan, dtype=np.float32)
+        empty = 0
+        with Progress("embed", reader.num_rows, "cells") as progress:
+            for block in in_memory.blocks(reader, found, encoder.tokens, 0, reader.num_rows, rows=rows):
+                full = np.flatnonzero(block.genes_N)
+                empty += len(block.genes_N) - len(full)
+                out_ND[block.start + full] = embed_cells(
+                    encoder.model, block, full, chosen.pooling, chosen.layer, precision=precision
+                )
+                progress.update(block.start + len(block.genes_N))
+    if empty:
+        warn(f"embed: {empty:,} of {len(out_ND):,} cells hold no gene of the model: their vectors are NaN")
+    return out_ND
 
 
 # Classifier
@@ -581,6 +598,7 @@ class CellClassifier:
         ids = extras.ids(self.kept)
         with anndata.open_cells(adata, layer) as reader, _torch_threads(threads):
             file, found = annotate.describe(reader, source, self.kept, self.vocabulary)
+            in_memory.tell(reader, found, annotate.species_rows(self.kept, self.vocabulary))
             kept = annotate.form_for(reader, found, file, self.kept, axes=majority)
             parts: list[pa.Table] = []
             with Progress("annotate", file.num_cells, "cells") as progress:

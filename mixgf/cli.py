@@ -257,6 +257,10 @@ def _audit_arguments(command: argparse.ArgumentParser) -> None:
         metavar="CORPUS",
         help="a corpus, a checkpoint beside its corpus, or a published model by name or folder",
     )
+    command.add_argument("--layer", default="X", help="with FILE: where the counts are: X, raw, or a layer's name")
+    command.add_argument(
+        "--genes", default="", metavar="COLUMN", help="with FILE: column of var with Ensembl ids or symbols"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object with every number")
 
 
@@ -501,7 +505,9 @@ def _audit(args: argparse.Namespace) -> int:
 
     theirs = overlap.training_cells(_model(args.corpus))
     species, uri = split_named(args.evaluation)
-    mine = overlap.evaluation_cells(f"{species}={absolute(uri)}" if species else absolute(uri), Config().species)
+    mine = overlap.evaluation_cells(
+        f"{species}={absolute(uri)}" if species else absolute(uri), Config().species, layer=args.layer, genes=args.genes
+    )
     found = overlap.compare_cells(mine, theirs)
     print(json.dumps(found.json()) if args.json else f"audit: {found.line}")
     return 0
@@ -552,7 +558,8 @@ def _check_tracker(config: Config) -> None:
 def _embed_file(args: argparse.Namespace) -> int:
     """Vectors of the cells of one file, by an encoder that is there already."""
     from mixgf import api
-    from mixgf.cells.open import open_reader
+    from mixgf.cells.open import open_source
+    from mixgf.cells.reader import FILE_OPTION
     from mixgf.corpus import h5ad
     from mixgf.storage import files
 
@@ -565,8 +572,8 @@ def _embed_file(args: argparse.Namespace) -> int:
         msg = f"--output {to}: is the input itself, which stays as it is; name another file"
         raise UserError(msg)
     encoder = api.load(_model(args.model))
-    vectors = encoder.embed(source.uri, species=species, layer=source.layer, genes=source.genes)
-    with open_reader(source.uri, source.layer) as reader:
+    with open_source(source, option=FILE_OPTION) as reader:
+        vectors = api.embed_reader(encoder, reader, species=species, genes=source.genes)
         names = [str(name) for name in reader.cell_names(0, reader.num_rows)]
     h5ad.write_copy(source, to, names, obsm={api.EMBEDDING: vectors}, uns={"mixgf_embed": {"model": encoder.uri}})
     print(f"embed: {to}: obsm[{api.EMBEDDING!r}], {vectors.shape[0]:,} cells x {vectors.shape[1]}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mixgf.cells.reader import Reader, file_error
 from mixgf.genes import identify
@@ -187,11 +188,54 @@ def identify_genes(
     return chosen, notes + _disagreements(reader, lookup, chosen, read, asked=bool(column))
 
 
-SWAPPED = "the names of the cells are genes: cells stand in columns; turn it round (adata.T)"
+_SWAPPED = "the names of the cells are genes: cells stand in columns; turn it round (adata.T)"
 _NAMES_TRIED = 1_000
+NAMES_SHOWN = 5
+"""Names of genes in a message about unknown ones."""
 
 
-def are_swapped(reader: Reader, lookup: GeneLookup) -> bool:
+def name_column(reader: Reader) -> str:
+    """What the user writes to name the column of var with the names of genes."""
+    return reader.setting("genes", "COLUMN")
+
+
+def require_cells(reader: Reader) -> None:
+    """Check that a file holds cells and genes.
+
+    Raises:
+        UserError: it is empty.
+    """
+    if reader.num_rows == 0 or reader.num_columns == 0:
+        raise file_error(
+            reader.uri,
+            f"empty ({reader.num_rows} cells x {reader.num_columns} genes); give a file with counts",
+        )
+
+
+def describe_unknown(
+    reader: Reader, columns: pa.Table, lookup: GeneLookup, others: Iterable[GeneLookup], *, known: str, asked: bool
+) -> str:  # fmt: skip
+    """Names of genes of a file of which too few are known, the likely reason, and what to do, for a refusal.
+
+    Args:
+        reader: Of the file.
+        columns: Of `identify.identify_columns`.
+        lookup: Genes of the species.
+        others: Those of the other species.
+        known: The reason where all names are known.
+        asked: Whether the user named the column with the names.
+    """
+    unknown = columns.filter(pc.and_(columns["counted"], pc.is_null(columns["gene"])))["name"].to_pylist()
+    if _are_swapped(reader, lookup):
+        cause = _SWAPPED
+    else:
+        cause = identify.likely_cause(unknown, lookup, others, way=name_column(reader)) if unknown else known
+    also = [name for name in reader.gene_columns if name in NAME_COLUMNS]
+    ways = f"; var has also {', '.join(also)} ({name_column(reader)})" if also and not asked else ""
+    return f"names are like {', '.join(map(str, columns['name'].to_pylist()[:NAMES_SHOWN]))}: {cause}{ways}"
+
+
+def _are_swapped(reader: Reader, lookup: GeneLookup) -> bool:
     """Whether the names of cells are names of genes, so that the matrix has genes in rows."""
     known = GeneNames(lookup)
     names = reader.cell_names(0, min(reader.num_rows, _NAMES_TRIED))

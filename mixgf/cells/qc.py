@@ -175,12 +175,15 @@ def equal_sums(metrics: Metrics) -> int:
     return int(float(f"{middle:.3g}")) if middle >= 1 / EQUAL_SUMS and high - low <= EQUAL_SUMS * middle else 0
 
 
-def doubt_counts(metrics: Metrics) -> str:
-    """What is to be said about the counts of all cells of a source: zeros, ones, or equal sums; empty where nothing is."""
-    total, genes = int(metrics.n_counts.sum()), int(metrics.n_genes.sum())
-    if not total:
+def doubt_counts(metrics: Metrics, candidate_counts: int) -> str:
+    """What is to be said about the counts of all cells of a source: zeros, ones, or equal sums; empty where nothing is.
+
+    `candidate_counts`: the sum of their counts on the genes of `Metrics.n_genes`.
+    """
+    genes = int(metrics.n_genes.sum())
+    if not metrics.n_counts.any():
         return "every count is 0: no molecules; give another layer, or the file with counts"
-    if total == genes and len(metrics.n_counts) >= FEW_CELLS and genes >= MANY_GENES * len(metrics.n_counts):
+    if candidate_counts == genes and len(metrics.n_counts) >= FEW_CELLS and genes >= MANY_GENES * len(metrics.n_counts):
         return "every count above 0 is 1: binarised (detected or not), or one read per gene? Ranks need raw counts"
     if found := equal_sums(metrics):
         return f"all cells have the same sum of counts ({found:,}): normalised and rounded, or drawn down to one depth? Raw counts differ from cell to cell"

@@ -12,6 +12,8 @@ from mixgf.errors import UserError
 
 OPTION = "--set sources.{field}={value}"
 """How the user of `mixgf prepare` gives a field of a source."""
+FILE_OPTION = "--{field} {value}"
+"""How the user of a command that reads one file (annotate, embed, audit) gives a field of it."""
 SCAN_ENTRIES = 4_000_000
 """Entries in memory at a time while a column-major file is scanned."""
 

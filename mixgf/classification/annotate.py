@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from mixgf.arrays import Bools, Ints
-from mixgf.cells.kinds import doubt_type
 from mixgf.cells.open import open_source
-from mixgf.cells.reader import Reader
+from mixgf.cells.reader import FILE_OPTION, Reader
 from mixgf.classification import clusters, kept_classifier, ontology
 from mixgf.classification.kept_classifier import DOUBTED, EMPTY, Kept
 from mixgf.classification.models.protocol import CellSet, Measured
@@ -37,8 +36,6 @@ from mixgf.execution import Pipeline
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.storage import files, tables
 
-OPTION = "--{field} {value}"
-"""How `mixgf annotate` takes a field of the source, for messages."""
 PREFIX = "mixgf_"
 """Prefix of the columns that are added to obs."""
 OBSM = "mixgf_probabilities"
@@ -70,8 +67,6 @@ class File:
     """Share of the tokens of training sentences (of this species, where the model saw it) whose genes the file measures."""
     genes: int
     """Number of genes of the species' vocabulary that it measures."""
-    notes: tuple[str, ...] = ()
-    """What is to be said about the names of its genes."""
 
 
 def species_rows(kept: Kept, vocabulary: Vocabulary) -> list[SpeciesRow]:
@@ -81,14 +76,17 @@ def species_rows(kept: Kept, vocabulary: Vocabulary) -> list[SpeciesRow]:
 
 
 def look(source: Source, kept: Kept, vocabulary: Vocabulary) -> File:
-    """Facts of a file. Where no species is given, it is the one that most of the gene names belong to.
+    """Facts of a file; prints what is doubted in it (`in_memory.tell`).
+
+    Where no species is given, it is the one that most of the gene names belong to.
 
     Raises:
         UserError: the file cannot be read, or knows none of the model's genes.
     """
-    with open_source(source, option=OPTION) as reader:
-        file, _ = describe(reader, source, kept, vocabulary)
-        return replace(file, notes=(*file.notes, *filter(None, [doubt_type(reader)])))
+    with open_source(source, option=FILE_OPTION) as reader:
+        file, genes = describe(reader, source, kept, vocabulary)
+        in_memory.tell(reader, genes, species_rows(kept, vocabulary))
+        return file
 
 
 def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary) -> tuple[File, in_memory.Genes]:
@@ -105,7 +103,7 @@ def describe(reader: Reader, source: Source, kept: Kept, vocabulary: Vocabulary)
     coverage = float(kept.share_V[genes.measured].sum()) / whole if whole > 0 else number / len(genes.of_species.tokens)
     file = File(
         source=replace(source, species=genes.row.name), row=genes.row, num_cells=reader.num_rows, coverage=coverage,
-        genes=number, notes=genes.notes,
+        genes=number,
     )  # fmt: skip
     return file, genes
 
@@ -211,7 +209,7 @@ def read_sentences(plan: LabelPlan) -> Iterator[pa.Table]:
     """
     kept, vocabulary = _loaded(plan.model, plan.version)
     tokens = parse.from_dict(data.Tokens, kept.about["tokens"])
-    with open_source(plan.file.source, option=OPTION) as reader:
+    with open_source(plan.file.source, option=FILE_OPTION) as reader:
         _, genes = describe(reader, plan.file.source, kept, vocabulary)
         _, pick = fit_to_file(kept, genes)
         blocks = in_memory.blocks(
@@ -262,7 +260,7 @@ label_cells = Pipeline(
 def write_form(model: str, file: File, to: str, *, axes: bool = False, device: str = "cpu") -> None:
     """Write the form of a classifier that fits a file (`form_for`) into a folder."""
     kept, vocabulary = kept_classifier.read(model, device)
-    with open_source(file.source, option=OPTION) as reader:
+    with open_source(file.source, option=FILE_OPTION) as reader:
         _, genes = describe(reader, file.source, kept, vocabulary)
         kept_classifier.save(to, form_for(reader, genes, file, kept, axes=axes), vocabulary)
 

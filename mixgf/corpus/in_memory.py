@@ -8,8 +8,9 @@ Shapes: N cells, T packed tokens, G columns of the table of counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,12 @@ import pandas as pd
 import pyarrow as pa
 from scipy import sparse
 
-from mixgf.cells import counts, qc
-from mixgf.cells.features import SWAPPED, are_swapped, identify_genes
-from mixgf.cells.reader import Reader
+from mixgf.cells import counts, kinds, qc
+from mixgf.cells.features import describe_unknown, identify_genes, name_column, require_cells
+from mixgf.cells.reader import Reader, file_error
 from mixgf.config.data import SpeciesRow, Tokens
 from mixgf.config.parse import to_dict
+from mixgf.console import say, warn
 from mixgf.corpus import rank_value
 from mixgf.corpus.packed import I32, I64, offsets_of
 from mixgf.corpus.reader import Corpus
@@ -72,6 +74,7 @@ def find_genes(
     if not asked:
         msg = f"{reader.uri}: species = {species!r}: the model reads {', '.join(row.name for row in rows)}"
         raise UserError(msg)
+    require_cells(reader)
     names = reader.gene_names(column)
     found = [_genes_of(reader, row, vocabulary, names=names) for row in asked]
     best = max(found, key=_written)
@@ -80,19 +83,54 @@ def find_genes(
         best = max(found, key=_written)  # another column of var may say more
     else:
         best = _genes_of(reader, best.row, vocabulary, column=column, columns=best.columns)
-    number, texts = len(best.measured), [str(name) for name in names]
-    if number < FEW_GENES * len(names) or not reader.num_rows:
+    number = len(best.measured)
+    if number < FEW_GENES * len(names):
         others = [identify.gene_lookup(row) for row in rows if row.name != best.row.name]
-        if not number or not reader.num_rows or identify.species_of(texts, others):
-            lookups = [identify.gene_lookup(best.row), *others]
-            swapped = any(are_swapped(reader, lookup) for lookup in lookups)
-            cause = SWAPPED if swapped else identify.likely_cause(texts, lookups[0], others)
-            msg = (
-                f"{reader.uri}: {reader.num_rows} cells, {number or 'none'} of {len(names)} genes is known to the model; names are like "
-                f"{', '.join(texts[:5])}: {cause} ({reader.setting('genes', 'COLUMN')} names another column of var)"
+        if not number or identify.species_of([str(name) for name in names], others):
+            told = describe_unknown(
+                reader, best.columns, identify.gene_lookup(best.row), others, asked=bool(column),
+                known="they are genes, but the model was trained without them",
+            )  # fmt: skip
+            raise file_error(
+                reader.uri,
+                f"{reader.num_rows} cells, {number or 'none'} of {len(names)} genes is known to the model; {told}",
             )
-            raise UserError(msg)
     return best
+
+
+TOLD_CELLS, TOLD_BLOCK = 1_000, 250
+"""Cells whose counts `tell` looks at, and those that it reads at a time."""
+
+
+def tell(reader: Reader, genes: Genes, rows: Iterable[SpeciesRow]) -> None:
+    """Print what is left out, renamed or doubted in a table of counts, as `mixgf prepare` does; of its first `TOLD_CELLS` cells.
+
+    Args:
+        reader: Of the counts.
+        genes: As `find_genes` found them in it.
+        rows: The species that the model reads.
+
+    Raises:
+        UserError: a value is no count.
+    """
+    num = min(reader.num_rows, TOLD_CELLS)
+    lookup, others = partial(identify.gene_lookup, genes.row), (row for row in rows if row.name != genes.row.name)
+    masks, sums_G = _masks(genes), np.zeros(genes.columns.num_rows, dtype=np.int64)
+    found = counts.read_blocks(reader, genes.columns, 0, num, rows=TOLD_BLOCK)
+    metrics = qc.Metrics.merge([qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G) for b in found])
+    report = identify.report_mapping(
+        genes.columns, sums_G, map(identify.gene_lookup, others), lookup, way=name_column(reader)
+    )
+    for text in genes.notes:
+        warn(f"{reader.uri}: {text}")
+    if told := report.describe(genes.row.name):
+        (warn if report.cause else say)(f"{reader.uri}: {told}")
+    for text in filter(None, (kinds.doubt_type(reader), qc.doubt_counts(metrics, report.candidate_counts))):
+        warn(f"{reader.uri}: {text}")
+
+
+def _masks(genes: Genes) -> dict[str, np.ndarray]:
+    return {f"{name}_G": genes.columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
 
 
 def _genes_of(
@@ -174,8 +212,7 @@ def blocks(
         with_counts: Keep the raw counts, too.
     """
     encode = rank_value.Encoder(rank_value.Ranks.of(genes.of_species, tokens.scaling), genes.position_G, tokens)
-    masks = {f"{name}_G": genes.columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
-    sums_G = np.zeros(genes.columns.num_rows, dtype=np.int64)
+    masks, sums_G = _masks(genes), np.zeros(genes.columns.num_rows, dtype=np.int64)
     for block in counts.read_blocks(reader, genes.columns, start, stop, rows=rows):
         num_cells = len(block.indptr) - 1
         row_E = np.repeat(np.arange(num_cells), np.diff(block.indptr))

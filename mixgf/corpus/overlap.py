@@ -22,10 +22,12 @@ import pyarrow as pa
 
 from mixgf.arrays import Names
 from mixgf.cells import counts, near_duplicates, qc
-from mixgf.cells.features import identify_genes
+from mixgf.cells.features import describe_unknown, identify_genes, name_column, require_cells
+from mixgf.cells.kinds import doubt_type
 from mixgf.cells.open import open_source
+from mixgf.cells.reader import FILE_OPTION, file_error
 from mixgf.config import checks
-from mixgf.config.data import Source, SpeciesRow
+from mixgf.config.data import QC, Source, SpeciesRow
 from mixgf.console import warn
 from mixgf.corpus import near_hashes
 from mixgf.corpus.held_out import held_out_cells
@@ -114,12 +116,14 @@ class AuditedCells:
         )
 
 
-def evaluation_cells(uri: str, rows: Sequence[SpeciesRow]) -> AuditedCells:
+def evaluation_cells(uri: str, rows: Sequence[SpeciesRow], *, layer: str = "X", genes: str = "") -> AuditedCells:
     """Cells of an evaluation.
 
     Args:
         uri: A corpus folder, or `SPECIES=FILE` for a file of raw counts.
         rows: Species that the config knows.
+        layer: Of the file, as `Source.layer`.
+        genes: Of the file, as `Source.genes`.
     """
     species, path = checks.split_named(uri)
     if not species and artifacts.find(path) is not None:
@@ -128,7 +132,8 @@ def evaluation_cells(uri: str, rows: Sequence[SpeciesRow]) -> AuditedCells:
     if row is None:
         msg = f"{uri}: neither a finished corpus nor SPECIES=FILE with one of {', '.join(r.name for r in rows)}"
         raise UserError(msg)
-    return file_cells(Source(uri=path, species=species), row)
+    others = [r for r in rows if r is not row]
+    return file_cells(Source(uri=path, species=species, layer=layer, genes=genes), row, others)
 
 
 def corpus_cells(uri: str) -> AuditedCells:
@@ -149,12 +154,25 @@ def corpus_cells(uri: str) -> AuditedCells:
     )
 
 
-def file_cells(source: Source, row: SpeciesRow) -> AuditedCells:
-    """Cells of a file of raw counts, read block by block."""
-    with open_source(source) as reader:
-        columns, notes = identify_genes(reader, identify.gene_lookup(row), source.genes)
-        for note in notes:
-            warn(f"{source.uri}: {note}")
+def file_cells(source: Source, row: SpeciesRow, others: Sequence[SpeciesRow] = ()) -> AuditedCells:
+    """Cells of a file of raw counts, read block by block; prints what is left out, renamed or doubted in it.
+
+    Args:
+        source: The file.
+        row: Its species.
+        others: The other species, to recognise a wrong one.
+
+    Raises:
+        UserError: The file cannot be read, or too few of its counts are on known genes for a comparison.
+    """
+    with open_source(source, option=FILE_OPTION) as reader:
+        require_cells(reader)
+        lookup, strangers = identify.gene_lookup(row), [identify.gene_lookup(other) for other in others]
+        every = tuple(sorted(set(lookup.biotype.values())))
+        columns, notes = identify_genes(reader, lookup, source.genes, biotypes=every)
+        if columns["gene"].null_count == columns.num_rows:
+            told = describe_unknown(reader, columns, lookup, strangers, known="", asked=bool(source.genes))
+            raise file_error(source.uri, f"none of {columns.num_rows} genes is a known {row.name} gene; {told}")
         masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
         sums_G = np.zeros(columns.num_rows, dtype=np.int64)
         found = counts.read_blocks(reader, columns, 0, reader.num_rows, rows=BLOCK_CELLS)
@@ -167,7 +185,15 @@ def file_cells(source: Source, row: SpeciesRow) -> AuditedCells:
         obs = pd.DataFrame(
             {c: reader.obs(c, 0, reader.num_rows) for c in COLUMNS if c in reader.obs_columns}, index=range(len(names))
         )
+        doubt = doubt_type(reader)
     metrics = qc.Metrics.merge(parts)
+    report = identify.report_mapping(columns, sums_G, strangers, lambda: lookup, way=name_column(reader))
+    if 1 - report.counts_lost < QC().min_mapped_fraction:
+        raise file_error(source.uri, f"{report.describe_lost(row.name)}: its cells cannot be compared by their counts")
+    for note in filter(
+        None, [*notes, report.describe(row.name), doubt, qc.doubt_counts(metrics, report.candidate_counts)]
+    ):
+        warn(f"{source.uri}: {note}")
     hashes = _pairs(metrics.hash_a, metrics.hash_b)
     return AuditedCells(hashes=hashes, names=names, obs=obs, near=lambda: iter(near))
 

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from mixgf.arrays import empty
 from mixgf.cells import counts, near_duplicates, packed_counts, qc, row_major
 from mixgf.cells.doublets import scrublet
-from mixgf.cells.features import NAME_COLUMNS, SWAPPED, are_swapped, identify_genes
+from mixgf.cells.features import describe_unknown, identify_genes, require_cells
 from mixgf.cells.kinds import doubt_type
 from mixgf.cells.open import Identity, open_source, source_files
 from mixgf.cells.reader import Reader
@@ -102,9 +102,7 @@ def describe_source(
     """
     with open_source(source) as reader:
         identity = Identity.of(source.uri)  # what changes from now on is noticed
-        if reader.num_rows == 0 or reader.num_columns == 0:
-            msg = f"{source.uri}: empty ({reader.num_rows} cells x {reader.num_columns} genes); give a file with counts"
-            raise UserError(msg)
+        require_cells(reader)
         vocabulary = frozenset(allowed[source.species]) if allowed and source.species in allowed else None
         known = identify.gene_lookup(row)
         columns, notes = identify_genes(reader, known, source.genes, biotypes=biotypes, vocabulary=vocabulary)
@@ -136,24 +134,13 @@ def _unknown_genes(
     *, num_known: int, least: int,
 ) -> UserError:  # fmt: skip
     """The refusal of a file of which too few genes are known."""
-    unknown = columns.filter(pc.and_(columns["counted"], pc.is_null(columns["gene"])))["name"].to_pylist()
     genes = sum(columns["counted"].to_pylist())
-    if are_swapped(reader, known):
-        cause = SWAPPED
-    elif unknown:
-        cause = identify.likely_cause(unknown, known, map(identify.gene_lookup, others))
-    elif num_known == genes:
-        cause = "the file has no others"
-    else:
-        cause = "the known ones are of other biotypes (vocab.biotypes)"
-    also = [name for name in reader.gene_columns if name in NAME_COLUMNS]
-    ways = (
-        f"; var has also {', '.join(also)} ({reader.setting('genes', 'COLUMN')})" if also and not source.genes else ""
-    )
-    msg = (
-        f"{source.uri}: species = {source.species!r}: only {num_known} of {genes} genes are known (qc.min_genes = {least}); "
-        f"names are like {', '.join(map(str, columns['name'].to_pylist()[:5]))}: {cause}{ways}"
-    )
+    known_all = num_known == genes
+    told = describe_unknown(
+        reader, columns, known, map(identify.gene_lookup, others), asked=bool(source.genes),
+        known="the file has no others" if known_all else "the known ones are of other biotypes (vocab.biotypes)",
+    )  # fmt: skip
+    msg = f"{source.uri}: species = {source.species!r}: only {num_known} of {genes} genes are known (qc.min_genes = {least}); {told}"
     return UserError(msg)
 
 

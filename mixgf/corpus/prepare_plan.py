@@ -91,7 +91,7 @@ def by_source(units: Iterable[RowRange]) -> dict[int, list[RowRange]]:
 def filter_cells(
     work: str, units: Sequence[RowRange], rules: QC, *, sources: Sequence[Source], seed: int, held: qc.Hashes | None,
     find_doublets: Callable[[Mapping[int, SourceCells]], None],
-    find_copies: Callable[[Mapping[int, Bools]], dict[int, near_hashes.Copies]],
+    find_copies: Callable[[Mapping[int, Bools]], dict[int, near_hashes.Copies]], candidate_counts: Mapping[int, int],
 ) -> dict[int, SourceCells]:  # fmt: skip
     """Cells of every source with the reason why they are dropped, or `qc.KEPT`.
 
@@ -104,10 +104,11 @@ def filter_cells(
         held: hashes of cells that are in the corpus already.
         find_doublets: runs the calls of `SourceCells.doublets` and notes the verdicts with `note_doublets`.
         find_copies: looks for cells that an earlier cell equals but for a gene filter, among the given ones (bool (rows,)).
+        candidate_counts: of each source, the counts of all its cells on genes that may enter the vocabulary.
     """
     groups = enumerate(group_ranges(units))
     cells: dict[int, SourceCells] = {}
-    for found in files.map_reads(work, lambda group: _read_group(work, *group, rules), groups):
+    for found in files.map_reads(work, lambda group: _read_group(work, *group, rules, candidate_counts), groups):
         cells |= found
     if rules.doublets != "off":
         for i, c in cells.items():
@@ -138,7 +139,7 @@ def filter_cells(
 
 
 def _read_group(
-    work: str, group: int, sources: Sequence[Sequence[RowRange]], rules: QC
+    work: str, group: int, sources: Sequence[Sequence[RowRange]], rules: QC, candidate_counts: Mapping[int, int]
 ) -> dict[int, SourceCells]:  # fmt: skip
     """Cells of the sources of a group, after the rules that concern one source."""
     return {
@@ -146,7 +147,7 @@ def _read_group(
             identity=metrics.identity,
             reason_N=qc.filter_cells(metrics, rules),
             hashes_N=metrics.hashes if rules.drop_duplicates else None,
-            doubt=qc.doubt_counts(metrics),
+            doubt=qc.doubt_counts(metrics, candidate_counts[mine[0].index]),
             samples_N=samples if rules.doublets != "off" or rules.max_cells_per_sample else None,
         )
         for mine, (metrics, samples) in zip(sources, read_group(work, group, sources), strict=True)

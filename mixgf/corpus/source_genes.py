@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mixgf.cells.reader import OPTION, setting
 from mixgf.config.data import SpeciesRow
 from mixgf.corpus.shards import part_uri
 from mixgf.genes import identify
@@ -28,6 +29,7 @@ _REPORT = pa.schema(
         ("unmapped", pa.int64()), ("counts_lost", pa.float64()), ("unmapped_names", pa.list_(pa.string())), ("cause", pa.string()),
         ("left_out", pa.int64()), ("left_out_kinds", pa.list_(pa.string())),
         ("respelled", pa.int64()), ("respelled_names", pa.list_(pa.string())),
+        ("candidate_counts", pa.int64()),
     ]
 )  # fmt: skip
 
@@ -56,11 +58,13 @@ def report_group(
     for i, ranges in numbers.items():
         sums_G = np.sum([read_table(part_uri(work, "sums", n))["sum"].to_numpy() for n in ranges], axis=0)
         columns = read_table(
-            part_uri(work, "sources", i), ["name", "kind", "gene", "how", "spelling", "counted", "canonical"]
+            part_uri(work, "sources", i),
+            ["name", "kind", "gene", "how", "spelling", "counted", "candidate", "canonical"],
         )
         own = partial(identify.gene_lookup, next(row for row in rows if row.name == species[i]))
         others = (identify.gene_lookup(row) for row in rows if row.name != species[i])
-        found.append({"source": i} | asdict(identify.report_mapping(columns, sums_G, others, own)))
+        way = setting(OPTION, "genes", "COLUMN")
+        found.append({"source": i} | asdict(identify.report_mapping(columns, sums_G, others, own, way=way)))
     write_table(part_uri(work, "mapping", group), pa.Table.from_pylist(found, _REPORT))
 
 

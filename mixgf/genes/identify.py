@@ -27,6 +27,7 @@ ID, SYMBOL, PREVIOUS, ALIAS, AMBIGUOUS, UNKNOWN, NOT_A_GENE = (
 )  # fmt: skip
 SPELLINGS = {
     "prefix": "without the name of the reference",
+    "word": "without the word before the name",
     "joined": "by the id within the name",
     "separators": "with dashes for dots",
     "unique": "without the ending of a repeated name",
@@ -38,8 +39,12 @@ SPELLINGS = {
 _MADE_UNIQUE = re.compile(r"^(.+)[-._]\d{1,2}$")
 _MISSING = re.compile(r"(na|nan|none|n/a|null|nil|-|<na>|#n/a)?([-._]\d+)?", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-_REFERENCE_NAME = r"(?:refdata[A-Za-z0-9\-]*?-)?(?:GRC[a-z]{1,2}\d+|hg\d{2}|mm\d{1,2}|rn\d{1,2}|T2T[-A-Za-z0-9]*|CHM13|mRatBN\d+|Rnor)(?:[.\-][A-Za-z0-9.\-]*)?(?:_pre-?m?rna)?"
+_REFERENCE_NAME = r"(?:refdata[A-Za-z0-9\-]*?-)?(?:GRC[a-z]{1,2}\d+|hg\d{2}|mm\d{1,2}|rn\d{1,2}|T2T[-A-Za-z0-9]*|CHM13|mRatBN\d+|Rnor|human|mouse|rat)(?:[.\-][A-Za-z0-9.\-]*)?(?:_pre-?m?rna)?"
 _REFERENCE = re.compile(rf"^({_REFERENCE_NAME})[_\-.]{{1,3}}(?=[A-Za-z0-9])", re.IGNORECASE)
+_SPECIES = ("human", "mouse", "rat")
+"""Species that a name begins with where cells of several were counted together."""
+_WORD = re.compile(r"^(gene|rna|gex)[-_:.]", re.IGNORECASE)
+"""What GFF files of NCBI and Ensembl, and Seurat, write before a name (`gene-CD4`, `gene:ENSG00000010610`, `rna_CD4`)."""
 _REFERENCE_AFTER = re.compile(rf"[_\-.]{{1,3}}({_REFERENCE_NAME})$", re.IGNORECASE)
 _DATE = re.compile(
     r"(\d{1,2}[-. /](mar|mrz|sept?|dec|dez|apr|oct|okt|feb|nov)|(mar|sept?|dec|apr|oct|feb|nov)-\d{1,2})([-/]\d{2,4})?"
@@ -48,6 +53,9 @@ _DATE = re.compile(
 )
 _TRANSCRIPT = re.compile(r"(ENS[A-Z]{0,4}T\d{6,}|[NX][MR]_\d+)(\.\d+)?([_|].*)?")
 _PROTEIN = re.compile(r"(ENS[A-Z]{0,4}P\d{6,}|[NX]P_\d+)(\.\d+)?")
+_USA = re.compile(r"[^-]+-[UA]")
+"""Unspliced and ambiguous counts beside the spliced ones of a gene, as alevin-fry names them in USA mode."""
+_DATABASE = re.compile(r"(HGNC|MGI|RGD|Entrez|NCBI|GeneID)[:_]\d+", re.IGNORECASE)
 _REGION = re.compile(r"(chr)?[A-Za-z0-9.]+[:_-]\d+[-_]\d+")
 _GENE_ID = re.compile(r"^(ENS[A-Z]*\d{6,}|[A-Z]{2,7}\d{6,})")
 
@@ -125,7 +133,7 @@ def _letters(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _id_pattern(prefix: str) -> re.Pattern[str]:
-    return re.compile(rf"^({re.escape(prefix)}\d+)(\.\d+)?(_PAR_Y)?$")
+    return re.compile(rf"^({re.escape(prefix)}\d+)(\.\d+(_\d+)?)?(_PAR_Y)?$")  # ENSG00000223972.5_2: GENCODE on GRCh37
 
 
 @lru_cache(maxsize=64)
@@ -200,9 +208,11 @@ class GeneNames:
         plain = name.strip().strip("\"'").strip()
         if plain != name and plain:
             yield self.exact(plain), "quotes"
-        bare = _REFERENCE_AFTER.sub("", _REFERENCE.sub("", plain))
+        bare = _without_reference(plain, self._lookup.row.name)
         if bare != plain:
             yield self.exact(bare), "prefix"
+        if word := _WORD.match(bare):
+            yield self.exact(bare[word.end() :]), "word"
         upper = self._pattern.match(bare.upper())
         if upper and upper.group(1) in self._lookup.biotype:
             yield Found(upper.group(1), ID), "case"
@@ -246,6 +256,15 @@ class GeneNames:
             del held[""]
             self._beside = held if len(held) > max(2, 0.5 * held.total()) else Counter()
         return self._beside
+
+
+def _without_reference(name: str, species_name: str) -> str:
+    """A name without the reference before or after it; the name of another species stays (`mouse_CD4` of a human file)."""
+    for pattern in (_REFERENCE, _REFERENCE_AFTER):
+        match = pattern.search(name)
+        if match and match.group(1).lower() not in set(_SPECIES) - {species_name}:
+            name = name[: match.start()] + name[match.end() :]
+    return name
 
 
 def _first_name(name: str) -> str:
@@ -328,6 +347,8 @@ class MappingReport:
     """Mapped in another spelling (`SPELLINGS`)."""
     respelled_names: list[str]
     """An example of each spelling: `with dashes for dots (MT.CO1 = MT-CO1)`."""
+    candidate_counts: int
+    """Counts on genes that may enter the vocabulary."""
 
     def describe(self, species: str) -> str:
         """What is left out, renamed or summed, as one line; empty where every column is the gene that it says."""
@@ -342,12 +363,17 @@ class MappingReport:
         if self.summed:
             parts.append(f"{self.summed:,} columns are added to another column of their gene")
         if self.unmapped:
-            shown = ", ".join(self.unmapped_names[:5])
+            shown = ", ".join(name or "no name" for name in self.unmapped_names[:5])
             cause = f"; {self.cause}" if self.cause else ""
             parts.append(
                 f"{self.unmapped:,} are no known {species} gene, with {self.counts_lost:.1%} of the counts ({shown}, ...){cause}"
             )
         return f"{self.mapped:,} of {self.columns:,} columns are known genes; " + "; ".join(parts) if parts else ""
+
+    def describe_lost(self, species: str, limit: str = "") -> str:
+        """Why a source of which too few counts are on known genes is refused; `limit` says how few are."""
+        names = ", ".join(self.unmapped_names[:5])
+        return f"only {1 - self.counts_lost:.1%} of the counts are on known {species} genes{limit}; commonest unknown: {names}; {self.cause}"
 
 
 def is_first(columns: pa.Table) -> np.ndarray:
@@ -357,7 +383,12 @@ def is_first(columns: pa.Table) -> np.ndarray:
 
 
 def report_mapping(
-    columns: pa.Table, sums_G: np.ndarray, others: Iterable[GeneLookup], lookup: Callable[[], GeneLookup] | None = None
+    columns: pa.Table,
+    sums_G: np.ndarray,
+    others: Iterable[GeneLookup],
+    lookup: Callable[[], GeneLookup] | None = None,
+    *,
+    way: str = "",
 ) -> MappingReport:
     """Summarise the gene mapping of one source.
 
@@ -367,6 +398,7 @@ def report_mapping(
         others: the other species, to recognise a wrong one.
         lookup: gives the species of the source, to recognise its names in other letters, and to give examples. It is not
             called where all names are known as they stand.
+        way: as in `likely_cause`.
     """
     counted = columns["counted"].to_numpy()
     unknown = columns["gene"].is_null().to_numpy() & counted
@@ -386,7 +418,9 @@ def report_mapping(
         unmapped=int(unknown.sum()),
         counts_lost=lost,
         unmapped_names=worst[:10],
-        cause=likely_cause(worst, None if lookup is None else lookup(), others) if lost > 0.1 else _dates(worst),
+        cause=likely_cause(worst, None if lookup is None else lookup(), others, way=way)
+        if lost > 0.1
+        else _dates(worst),
         left_out=int((~counted).sum()),
         left_out_kinds=_kinds(columns),
         respelled=len(spelled),
@@ -394,6 +428,7 @@ def report_mapping(
             f"{SPELLINGS[kind]} ({row['name']} = {symbols.get(row['gene'], row['gene'])})"
             for kind, row in sorted(examples.items())
         ],
+        candidate_counts=int(sums_G[columns["candidate"].to_numpy()].sum()),
     )
 
 
@@ -422,14 +457,18 @@ def species_of(names: Sequence[str], lookups: Iterable[GeneLookup]) -> str:
     return ""
 
 
-def likely_cause(unknown: Sequence[str], lookup: GeneLookup | None, others: Iterable[GeneLookup]) -> str:
+def likely_cause(
+    unknown: Sequence[str], lookup: GeneLookup | None, others: Iterable[GeneLookup], *, way: str = ""
+) -> str:
     """The likely reason why names are unknown, and what to do.
 
     Args:
         unknown: the names.
         lookup: the species that they were taken for; None = not known.
         others: the other species.
+        way: what the user writes to name another column of var.
     """
+    named = f" ({way})" if way else ""
     enough = _MOST * len(unknown)
     lower = {} if lookup is None else {name.lower(): name for name in lookup.names[0][1]}
     letters = [(name, lower[name.lower()]) for name in unknown if name.lower() in lower]
@@ -444,11 +483,13 @@ def likely_cause(unknown: Sequence[str], lookup: GeneLookup | None, others: Iter
     if sum((found := references(unknown)).values()) > enough:
         return f"they begin with the name of a reference ({', '.join(list(found)[:3])}): of another species?"
     patterns = (
+        (_USA, "they are the unspliced (-U) and ambiguous (-A) counts of alevin-fry: add the ambiguous ones to the spliced ones (pyroe.load_fry(FOLDER, output_format='scRNA') does)"),
         (_TRANSCRIPT, "they are ids of transcripts: give a matrix of genes, in which the transcripts of a gene are added"),
         (_PROTEIN, "they are ids of proteins: give a matrix of genes"),
         (_GENE_ID, "they are ids that the gene table does not have: another species, or retired ids?"),
-        (_NUMBER, "they are bare numbers (rows, or ids of NCBI Gene): name the column of var with Ensembl ids or symbols (sources[i].genes)"),
+        (_NUMBER, f"they are bare numbers (rows, or ids of NCBI Gene): name the column of var with Ensembl ids or symbols{named}"),
         (_REGION, "they are regions of a genome: peaks of ATAC-seq? Give the file with the RNA counts"),
+        (_DATABASE, f"they are ids of another database: name the column of var with Ensembl ids or symbols{named}"),
         (_DATE, f"they are dates: {_SPREADSHEET}"),
     )  # fmt: skip
     for pattern, cause in patterns:
@@ -464,7 +505,7 @@ def likely_cause(unknown: Sequence[str], lookup: GeneLookup | None, others: Iter
         text, number = ends
         if text and number > enough:
             return f"{number:,} of them {what} {text!r}: take that away"
-    return "they are neither Ensembl ids nor known symbols: spike-ins or repeats, or another column of var has the names (sources[i].genes)"
+    return f"they are neither Ensembl ids nor known symbols: spike-ins or repeats, or another column of var has the names{named}"
 
 
 def _dates(unknown: Sequence[str]) -> str:

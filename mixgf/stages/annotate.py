@@ -13,7 +13,6 @@ from mixgf.classification.annotate import Extras
 from mixgf.config import parse
 from mixgf.config.data import Source
 from mixgf.config.run import Config
-from mixgf.console import warn
 from mixgf.errors import UserError
 from mixgf.execution import Executor, LocalExecutor, Task
 from mixgf.stages.fan_out import fan_out, missing
@@ -48,8 +47,6 @@ def run(
     extras = extras or Extras()
     ids = extras.ids(kept)
     file = annotate.look(source, kept, vocabulary)
-    for note in file.notes:
-        warn(f"{source.uri}: {note}")
     key = parse.fingerprint(
         [
             record.fingerprint,

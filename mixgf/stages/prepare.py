@@ -163,7 +163,7 @@ class _Prepare:
         reports = self._reports(all_units)
         self.passes.settled = True
         all_units = [u for u in all_units if u.index not in self.passes.refused]
-        cells = self._filter_cells(all_units)
+        cells = self._filter_cells(all_units, reports)
         for i, of in cells.items():
             if of.doubt:
                 warn(f"{self.sources[i].name}: {of.doubt}")
@@ -267,11 +267,9 @@ class _Prepare:
         out = dict(source_genes.read_reports(self.work, groups))
         for i, found in out.items():
             if 1 - found.counts_lost < self.config.qc.min_mapped_fraction:
-                self.passes.refuse(i, (
-                    f"{self.sources[i].uri}: only {1 - found.counts_lost:.1%} of the counts are on known {self.sources[i].species} genes "
-                    f"(qc.min_mapped_fraction = {self.config.qc.min_mapped_fraction}); commonest unknown: "
-                    f"{', '.join(found.unmapped_names[:5])}; {found.cause}"
-                ))  # fmt: skip
+                limit = f" (qc.min_mapped_fraction = {self.config.qc.min_mapped_fraction})"
+                why = found.describe_lost(self.sources[i].species, limit)
+                self.passes.refuse(i, f"{self.sources[i].uri}: {why}")
         self._leave_out()
         self._say_mapping(out)
         return out
@@ -290,7 +288,9 @@ class _Prepare:
                 f"{len(lines) - MOST_LINES:,} more sources with names that are left out or renamed: mapping.parquet of the corpus"
             )
 
-    def _filter_cells(self, all_units: list[prepare_passes.RowRange]) -> dict[int, prepare_plan.SourceCells]:
+    def _filter_cells(
+        self, all_units: list[prepare_passes.RowRange], reports: Mapping[int, identify.MappingReport]
+    ) -> dict[int, prepare_plan.SourceCells]:
         """All cells, by source."""
         rules = self.config.qc
         groups = {
@@ -310,6 +310,7 @@ class _Prepare:
             self.work, all_units, rules, sources=self.sources, seed=self.config.seed,
             held=self.older.hashes() if self.older and rules.drop_duplicates else None,
             find_doublets=self._find_doublets, find_copies=lambda kept: self._find_copies(all_units, kept),
+            candidate_counts={i: report.candidate_counts for i, report in reports.items()},
         )  # fmt: skip
 
     def _find_doublets(self, cells: Mapping[int, prepare_plan.SourceCells]) -> None:

@@ -483,14 +483,17 @@ def test_samples_are_read_together_up_to_the_bound_by_hand(monkeypatch):
 
 
 def test_what_is_odd_about_counts_is_said_in_one_line_by_hand():
-    def said(depth, genes):
-        return qc.doubt_counts(metrics_of(depth, genes))
+    def said(depth, genes, of_genes=None):
+        return qc.doubt_counts(metrics_of(depth, genes), sum(depth if of_genes is None else of_genes))
 
     assert said([0] * 30, [0] * 30).startswith("every count is 0")
     assert said([20] * 20, [20] * 20).startswith("every count above 0 is 1")
     assert "is 1" not in said([19] * 20, [19] * 20)  # few genes may have one molecule each
     assert "is 1" not in said([20] * 19, [20] * 19)  # and so may few cells
     assert "is 1" not in said([21] + [20] * 19, [20] * 20)
+    assert said([25] * 20, [20] * 20, [20] * 20).startswith(
+        "every count above 0 is 1"
+    )  # others are on genes of other biotypes
     assert said([500] * 20, [100] * 20).startswith("all cells have the same sum of counts (500)")
     assert said(list(range(400, 440)), [100] * 40) == ""
 

@@ -47,12 +47,18 @@ SPELLED = {
     " CD4 ": ("CD4", "quotes"),
     "ensg00000010610": ("CD4", "case"),
     "X5S_rRNA": ("5S_rRNA", "digit"),
+    "human_CD4": ("CD4", "prefix"),
+    "gene-CD4": ("CD4", "word"),
+    "gene:ENSG00000010610.12": ("CD4", "word"),
+    "rna_HLA-A": ("HLA-A", "word"),
+    "ENSG00000010610.12_3": ("CD4", ""),
     "ENSG00000010610.12": ("CD4", ""),
     "T4": ("CD4", ""),
 }
 NO_GENE = (
     "NKX6.1", "cd4", "Cd4", "mm10___Cd4", "ADT_CD4", "CD4-ADT", "1-Mar", "Mar-01", "225", "3635", "0", "1.0", "NA", "nan", "N/A", "-", "",
-    "NA.3", "SNORD115.1", "ENSG00000010610-U", "ENSG00000000000", "ENSMUSG00000023274", "chr1:100-200", "ERCC-00002", "XYZ_CD4", "NKX6.1.1",
+    "NA.3", "SNORD115.1", "ENSG00000010610-U", "ENSG00000000000", "ENSMUSG00000023274", "chr1:100-200", "ERCC-00002", "XYZ_CD4", "NKX6.1.1", "mouse_CD4", "CD4_mouse", "gene-", "rna_cd4",
+    "generic-CD4", "HGNC:1678",
 )  # fmt: skip
 
 
@@ -116,6 +122,12 @@ def cause(names, row=HUMAN, other=MOUSE):
         (["ADT_CD4", "ADT_CD8A", "ADT_X"], "begin with 'ADT_'"),
         (["CD4_q", "CD8A_q", "X_q"], "end with '_q'"),
         (["mm10___Gm1", "mm10___Gm2"], r"name of a reference \(mm10\)"),
+        (["HGNC:1678", "MGI:88335"], "ids of another database"),
+        (
+            ["ENSG00000010610-U", "ENSG00000010610-A", "CD8A-U"],
+            r"unspliced \(-U\) and ambiguous \(-A\) counts of alevin-fry",
+        ),
+        (["mouse_Gm1", "mouse_Gm2"], r"name of a reference \(mouse\)"),
         (["foo", "bar"], "neither Ensembl ids nor known symbols"),
     ],
 )
@@ -192,6 +204,8 @@ def kind_of(change, rows=20, genes=80):
         (lambda x: (x - x.mean(0)) / x.std(0), kinds.SCALED),
         (lambda x: x * 0.95 + np.random.default_rng(1).random(x.shape) * 0.01, kinds.FRACTIONS),
         (lambda x: x / 3 * np.random.default_rng(1).random(x.shape), kinds.FRACTIONS),
+        (np.sqrt, kinds.ROOTS),
+        (lambda x: x + 1e-6, kinds.FRACTIONS),
         (lambda x: np.where(x == 3, np.nan, x), kinds.NOT_NUMBERS),
     ],
 )

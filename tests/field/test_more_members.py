@@ -5,8 +5,13 @@
 """
 
 import gzip
+import pickle
 import re
+import shlex
+import subprocess
+import sys
 import tarfile
+import warnings
 import zipfile
 
 import anndata as ad
@@ -122,6 +127,20 @@ def without_order(f):
         del f["obs"].attrs[key]
 
 
+def velocity(d):
+    a = make.cells()
+    a.layers["spliced"], a.layers["unspliced"] = a.X.copy(), a.X.copy()
+    a.X = None
+    return h5ad(a, d)
+
+
+def raw_of_all_genes(d):
+    a = make.cells()
+    b = a[:, :50].copy()
+    b.raw, b.X = a, make.logged(b)
+    return h5ad(b, d)
+
+
 def raw_cite(d):
     """Genes and antibodies in raw, whose own table does not tell them apart."""
     make.make(d, "citeseq-h5ad")
@@ -216,6 +235,107 @@ READ = {
 }  # fmt: skip
 
 
+def linked(d):
+    (d / "links").mkdir()
+    for path in mtx(d).iterdir():
+        (d / "links" / path.name).symlink_to(path)
+    return d / "links"
+
+
+def filtered(d, **options):
+    """Chunks of a size of their own, and filters that are not gzip alone."""
+
+    def change(f):
+        for name, type_ in (("data", "i4"), ("indices", "i4")):
+            values = f["X"][name][:].astype(type_)
+            del f["X"][name]
+            f["X"].create_dataset(name, data=values, chunks=(37,), **options)
+
+    return h5ad(make.cells(), d, change)
+
+
+def without_reference(f):
+    """Categories of anndata 0.7, whose columns do not point to them."""
+    g = f["obs"]
+    codes, names = g["cell_type/codes"][:], g["cell_type/categories"][:]
+    del g["cell_type"]
+    g["cell_type"], g.create_group("__categories")["cell_type"] = codes, names
+
+
+def table_of_ids(d):
+    ids = [str(1_000 + k) for k in range(300)]
+    return h5ad(named(ids, entrez=range(300), SYMBOL=NAMES), d)
+
+
+def quoted_tabs(d):
+    a = make.cells()
+    a.obs_names = [f"c\t{k}\n\u03b1" for k in range(60)]
+    return h5ad(a, d)
+
+
+SPELLED = "300 names are read in another spelling: "
+MORE_READ = {
+    "ids of GENCODE on GRCh37": (lambda d: h5ad(named([f"{i}.{3 + k % 9}_{1 + k % 4}" for k, i in enumerate(IDS)]), d), ""),
+    "names of NCBI's GFF": (lambda d: h5ad(named([f"gene-{n}" for n in NAMES]), d), SPELLED + r"without the word before the name \(gene-MT-CO1 = MT-CO1\)"),
+    "names of Ensembl's GFF": (lambda d: h5ad(named([f"gene:{i}.4" for i in IDS]), d), SPELLED + "without the word"),
+    "keys of Seurat": (lambda d: h5ad(named([f"rna_{n}" for n in NAMES]), d), SPELLED + "without the word"),
+    "the species before names": (lambda d: h5ad(named([f"human_{n}" for n in NAMES]), d), SPELLED + "without the name of the reference"),
+    "symbol and id in brackets": (lambda d: h5ad(named([f"{n} ({i})" for i, n in zip(IDS, NAMES, strict=True)]), d), SPELLED + "by the id within the name"),
+    "small letters of ids": (lambda d: h5ad(named([f"{i.lower()}.3" for i in IDS]), d), SPELLED + "with the capital letters"),
+    "ids of NCBI Gene beside symbols": (table_of_ids, r"read from var\['SYMBOL'\]"),
+    "symbols before ids": (lambda d: mtx(d, [f"{n}\t{i}\tGene Expression" for i, n in zip(IDS, NAMES, strict=True)]), ""),
+    "comments before features": (lambda d: mtx(d, ["#made by", "#gene_id\tname", *make.lines()]), ""),
+    "comments before barcodes": (lambda d: mtx(d, barcodes=["# made by", *(f"B{k}" for k in range(60))]), ""),
+    "unsigned integers": (lambda d: mtx(d, head=ROWS.replace("integer", "unsigned-integer")), ""),
+    "a folder of links": (linked, ""),
+    "a link to a folder": (lambda d: saved(d, "link", lambda to: to.symlink_to(mtx(d))), ""),
+    "fletcher32 and lzf": (lambda d: filtered(d, fletcher32=True, shuffle=True, compression="lzf"), ""),
+    "scaleoffset": (lambda d: filtered(d, scaleoffset=0), ""),
+    "categories without a reference": (lambda d: h5ad(make.cells(), d, without_reference), ""),
+    "log1p in uns, counts in X": (lambda d: h5ad(ad.AnnData(make.cells().X, obs=make.cells().obs, var=make.cells().var, uns={"log1p": {"base": 2.0}}), d), ""),
+    "tabs and line ends in names of cells": (quoted_tabs, ""),
+    "barcodes of two lanes": (lambda d: h5ad(make.cells(), d, lambda f: index(f, "obs", make.text([f"ACGT-{k % 2}" for k in range(60)]))), ""),
+    "kinds in small letters": (lambda d: tenx(d, types="gene expression"), ""),
+    "an h5ad with the ending .gz": (lambda d: h5ad(make.cells(), d).rename(d / "in.h5ad.gz"), ""),
+    "a URI of a file": (lambda d: FileUri(h5ad(make.cells(), d)), ""),
+}  # fmt: skip
+READ |= MORE_READ
+
+
+class FileUri:
+    """A path that is given as `file://...`."""
+
+    def __init__(self, path):
+        self.name, self._uri = path.name, f"file://{path}"
+
+    def __str__(self):
+        return self._uri
+
+    __fspath__ = __str__
+
+
+def usa_mode(d):
+    """Spliced, unspliced and ambiguous counts side by side."""
+    a = make.cells()
+    other = sparse.csr_matrix(np.floor(make.cells(seed=5).X.toarray() * 0.3))
+    x = sparse.hstack([a.X, other, other]).T.tocoo()  # genes x cells
+    rows = ["%%MatrixMarket matrix coordinate real general", f"60 900 {x.nnz}"]
+    rows += [f"{c + 1} {g + 1} {v:g}" for g, c, v in zip(x.row, x.col, x.data, strict=True)]
+    names = [f"{i}{end}" for end in ("", "-U", "-A") for i in IDS]
+    (d / "in").mkdir()
+    for name, lines in (("mtx", rows), ("cols.txt", names), ("rows.txt", [f"B{k}" for k in range(60)])):
+        (d / "in" / f"quants_mat{'.' if name == 'mtx' else '_'}{name}").write_text("\n".join(lines) + "\n")
+    return d / "in"
+
+
+def binarised_with_others(d):
+    """Ones on genes that may enter the vocabulary, and on 40 that may not."""
+    lookup = gene_lookup(HUMAN)
+    others = [g for g, kind in lookup.biotype.items() if kind == "lncRNA"][:40]
+    x = sparse.hstack([make.cells().X > 0, np.ones((60, 40))], format="csr").astype(np.float32)
+    return h5ad(ad.AnnData(x, obs=make.cells().obs, var=pd.DataFrame(index=[*IDS, *others])), d)
+
+
 DOUBTED = {
     # name: (maker, cells and counts, what is said)
     "uint8 cut at 255": (lambda d: h5ad(with_values(lambda v: np.minimum(40 * v, 255), np.uint8), d), (60, 971_105), r"stored as uint8, which ends at 255, and the largest is 255"),
@@ -227,8 +347,21 @@ DOUBTED = {
     "empty rows and columns": (lambda d: h5ad(with_empty(), d), (58, 24_342), r"$^|few_genes|depth"),
     "two species without prefixes": (lambda d: h5ad(barnyard("", ""), d), (60, 25_262), r"with 50\.0% of the counts .*they are mouse genes"),
     "an entry twice": (lambda d: mtx(d, change=lambda rows: [*rows[:-1], rows[0]]), (60, 25_266), ""),
+    "alevin-fry with unspliced counts": (usa_mode, (60, 30_974), r"600 are no known human gene, with 18\.4% .* unspliced \(-U\) and ambiguous \(-A\) counts of alevin-fry"),
+    "ones of all biotypes": (binarised_with_others, (60, 13_288), r"every count above 0 is 1: binarised"),
+    "counts per million as whole numbers": (lambda d: h5ad(with_sums(1e6, np.rint), d), (60, 60_000_046), r"same sum of counts \(1,000,000\)"),
+    "names without letters": (lambda d: h5ad(named(["", *NAMES[1:]]), d), (60, 25_262), r"1 are no known human gene, .* \(no name, \.\.\.\)"),
+    "codewords of Xenium": (lambda d: tenx(d, types=["Gene Expression"] * 280 + ["Deprecated Codeword"] * 10 + ["Genomic Control"] * 10), (60, 24_185), r"20 features are no genes and are left out: 10 Deprecated Codeword"),
     "guides and custom features": (lambda d: tenx(d, types=["Gene Expression"] * 290 + ["CRISPR Guide Capture"] * 5 + ["Custom"] * 5), (60, 24_797), r"10 features are no genes and are left out: 5 CRISPR Guide Capture"),
 }  # fmt: skip
+
+
+def with_sums(total, function):
+    a = make.cells()
+    x = sparse.csr_matrix(a.X.multiply(total / np.asarray(a.X.sum(1))))
+    x.data = function(x.data).astype(np.float32)
+    a.X = x
+    return a
 
 
 def with_empty():
@@ -333,6 +466,58 @@ def parse(d):
     return d / "in"
 
 
+def deeper(d, *folders):
+    for folder in folders:
+        make.mtx(d / "in" / folder, make.cells().X, make.lines())
+    return d / "in"
+
+
+def several_outs(d):
+    for sample in ("S1", "S2"):
+        folder = d / "in/outs/per_sample_outs" / sample / "count"
+        folder.mkdir(parents=True)
+        make.tenx(folder / "sample_filtered_feature_bc_matrix.h5", make.cells().X, IDS, NAMES)
+    return d / "in"
+
+
+def peaks(d):
+    folder = mtx(d)
+    (folder / "features.tsv.gz").rename(folder / "peaks.bed")
+    return folder
+
+
+def in_gzip_again(d):
+    folder = mtx(d)
+    for path in folder.iterdir():
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    return folder
+
+
+def in_bzip2(d):
+    folder = mtx(d)
+    (folder / "matrix.mtx.gz").rename(folder / "matrix.mtx.bz2")
+    return folder
+
+
+def alevin(d):
+    for name in ("quants_mat.gz", "quants_mat_rows.txt", "quants_mat_cols.txt"):
+        (d / "in").mkdir(exist_ok=True)
+        (d / "in" / name).write_bytes(gzip.compress(b"0"))
+    return d / "in"
+
+
+def pandas_hdf(d):
+    with h5py.File(d / "in.h5", "w") as f:  # as pandas writes it, with pytables
+        f.create_group("counts").attrs["pandas_type"] = np.bytes_("frame")
+    return d / "in.h5"
+
+
+def empty_then_logged():
+    a = make.cells(n=200)
+    a.X = sparse.vstack([sparse.csr_matrix((100, 300), dtype=np.float32), make.logged(a[100:])], format="csr")
+    return a
+
+
 def nested(d):
     zarr = pytest.importorskip("zarr")
     zarr.open_group(d / "outer.zarr", mode="w", zarr_format=2)
@@ -390,6 +575,32 @@ REFUSED = {
     "whole numbers but for errors": (lambda d: h5ad(with_values(lambda v: v + 1e-6, np.float64), d), r"fractions of counts .*--set sources\.round=true"),
     "Parse Biosciences": (parse, r"output of Parse Biosciences' pipeline; give the anndata\.h5ad"),
     "a single gene": (lambda d: h5ad(make.cells()[:, :1].copy(), d), r"only 1 of 1 genes are known .*: the file has no others"),
+    "a folder of Cell Ranger 2": (lambda d: deeper(d, "hg19"), r"give .*/in/hg19"),
+    "a run of STARsolo": (lambda d: deeper(d, "Solo.out/Gene/raw", "Solo.out/Gene/filtered"), r"; give .*/in/Solo\.out/Gene/filtered$"),
+    "several samples of Cell Ranger": (several_outs, r"\(2 of them\); give .*/S1/count/sample_filtered_feature_bc_matrix\.h5 or .*/S2/count/"),
+    "comments before a table": (lambda d: written(d, "S_RSEC_MolsPerCell.csv", b"## BD\n## v2\n" + table().to_csv().encode()), r"a table below lines of comments \(2\); convert it: .*comment='#'.*sep=','"),
+    "peaks in a folder": (peaks, r"peaks of ATAC-seq \(peaks\.bed\)"),
+    "peaks in an h5": (lambda d: tenx(d, types="Peaks"), r"no feature is of the kind Gene Expression \(feature_type: Peaks\)"),
+    "fragments": (lambda d: written(d, "fragments.tsv.gz", gzip.compress(b"# id=x\nchr1\t10\t90\tAAAC-1\t2\n")), r"regions of a genome \(fragments or peaks"),
+    "gzip twice": (in_gzip_again, r"features\.tsv\.gz: packed with gzip twice; run: gunzip features\.tsv\.gz"),
+    "bzip2": (in_bzip2, r"packed in another way than gzip \(matrix\.mtx\.bz2\); unpack"),
+    "alevin before alevin-fry": (alevin, r"the binary matrix of alevin"),
+    "a table of pandas in HDF5": (pandas_hdf, r"a table of pandas; convert it: .*read_hdf\('in\.h5', 'counts'\)"),
+    "BAM": (lambda d: written(d, "x.bam", gzip.compress(b"BAM\x01" + bytes(99))), r"reads of a sequencer, not counts"),
+    "FASTQ": (lambda d: written(d, "x.fastq.gz", gzip.compress(b"@r1\nACGT\n+\nFFFF\n")), r"reads of a sequencer, not counts"),
+    "an old pickle": (lambda d: written(d, "in.pkl", pickle.dumps({}, protocol=2)), r"a pickle of Python, which is not opened"),
+    "a pointer of DVC": (lambda d: written(d, "in.h5ad", b"outs:\n- md5: a304\n  path: in.h5ad\n"), r"a pointer of DVC.* dvc pull"),
+    "an answer of a server": (lambda d: written(d, "in.h5ad", b'{"message": "Not Found"}'), r"a text of JSON"),
+    "UTF-16": (lambda d: written(d, "in.csv", table().to_csv().encode("utf-16")), r"a text in UTF-16"),
+    "a dense Matrix Market file": (lambda d: mtx(d, head=ROWS.replace("coordinate", "array")), r"its first line must be '%%MatrixMarket matrix coordinate"),
+    "numbers above 2**63": (lambda d: h5ad(make.cells(), d, lambda f: obs_column(f, "hash", np.arange(60, dtype="u8") + np.uint64(2**63))), r"obs column 'hash': .* above 2\*\*63 - 1"),
+    "spliced and unspliced layers alone": (velocity, r"it has spliced, unspliced: --set sources\.layer=spliced"),
+    "logarithms in X, raw with more genes": (raw_of_all_genes, r"X is already log-normalised \(every cell sums to 10,000\); raw holds counts: --set sources\.layer=raw"),
+    "transcripts per million": (lambda d: h5ad(with_sums(1e6, lambda v: v), d), r"already normalised \(every cell sums to 1,000,000\)"),
+    "square roots": (lambda d: h5ad(with_values(np.sqrt), d), r"X holds square roots of counts: give raw counts"),
+    "empty cells, then logarithms": (lambda d: h5ad(empty_then_logged(), d), r"cell cell100 .* X is already log-normalised"),
+    "two species by their names": (lambda d: h5ad(barnyard("human_", "mouse_"), d), r"genes of 2 references \(human: 300, mouse: 300\)"),
+    "ids of HGNC": (lambda d: h5ad(named([f"HGNC:{1_000 + k}" for k in range(300)]), d), r"ids of another database: name the column of var .* \(--set sources\.genes=COLUMN\)"),
     "a Zarr group of samples": (nested, r"a Zarr group with AnnData in it; give .*/outer\.zarr/sample1"),
 }  # fmt: skip
 
@@ -448,6 +659,54 @@ def test_a_layer_is_named_in_the_spelling_of_the_command(option, way, tmp_path):
     path = layer_alone(tmp_path)
     with pytest.raises(UserError, match=re.escape(f"it has raw counts: {way}")), open_reader(str(path), option=option):
         pass
+
+
+CONVERTED = {
+    "comma": lambda d: saved(d, "in.csv", lambda to: table().to_csv(to)),
+    "semicolon": lambda d: saved(d, "in.csv", lambda to: table().to_csv(to, sep=";")),
+    "tab in gzip": lambda d: saved(d, "in.tsv.gz", lambda to: table().to_csv(to, sep="\t")),
+    "space": lambda d: saved(d, "in.txt", lambda to: table().to_csv(to, sep=" ")),
+    "comments": lambda d: written(d, "in.csv", b"## BD\n" + table().to_csv().encode()),
+    "R": lambda d: saved(d, "in.tsv", lambda to: to.write_text(table().to_csv(sep="\t").removeprefix("\t"))),
+    "Parquet": lambda d: saved(d, "in.parquet", lambda to: table().to_parquet(to)),
+    "Feather": lambda d: saved(d, "in.feather", lambda to: table().to_feather(to)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_the_command_of_a_refusal_makes_a_file_that_is_read(name, good, tmp_path, monkeypatch):
+    (tmp_path / "files").mkdir()
+    path = CONVERTED[name](tmp_path / "files")
+    line = run_prepare(tmp_path / "no", f"human={path}").error
+    monkeypatch.chdir(tmp_path / "files")
+    _, option, code = shlex.split(re.search(r'python -c "[^"]*"', line).group())
+    assert option == "-c"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, {})  # what the user is told to run
+    found = run_prepare(tmp_path / "run", f"human={tmp_path / 'files/in.h5ad'}")
+    assert (found.code, found.sums, found.sentences) == (0, GOOD, good.sentences), found.lines
+
+
+def test_a_file_that_another_program_writes_to_is_said_to_be_that(tmp_path):
+    path = h5ad(make.cells(), tmp_path)
+    code = f"import h5py, sys; f = h5py.File({str(path)!r}, 'r+'); print('open', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"open\n"
+    found = run_prepare(tmp_path / "run", f"human={path}")
+    other.communicate(b"")
+    assert "another program writes to it: close it there" in found.error
+    assert run_prepare(tmp_path / "again", f"human={path}").code == 0
+
+
+def test_a_web_address_is_downloaded_first(tmp_path):
+    found = run_prepare(tmp_path, "human=https://127.0.0.1:9/in.h5ad")
+    assert (found.code, found.error.endswith("download the file first (curl -LO URL), and give its path")) == (2, True)
+
+
+def test_no_rounding_makes_counts_of_square_roots(tmp_path):
+    path = h5ad(with_values(np.sqrt), tmp_path)
+    assert run_prepare(tmp_path / "run", f"human={path}", sources__round="true").code == 2
 
 
 def test_the_matrices_of_two_genomes_are_not_confused(tmp_path):
