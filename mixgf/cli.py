@@ -625,7 +625,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with termination.installed():
             return _dispatch(args)
-    except (KeyboardInterrupt, termination.Terminated) as stop:
+    except KeyboardInterrupt as stop:
         by, code = (" by SIGTERM", termination.EXIT_CODE) if isinstance(stop, termination.Terminated) else ("", 130)
         print(f"mixgf: stopped{by}; the same command continues where it stopped", file=sys.stderr)
         return code

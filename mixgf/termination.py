@@ -18,8 +18,11 @@ GRACE_SECONDS = 15.0
 EXIT_CODE = 128 + signal.SIGTERM
 
 
-class Terminated(BaseException):
-    """The process got SIGTERM. Not an `Exception`, so that nothing on the way handles it as an error of its own."""
+class Terminated(KeyboardInterrupt):
+    """The process got SIGTERM. Not an `Exception`, so that nothing on the way handles it as an error of its own.
+
+    Ray loses whatever else a signal raises while `ray.get` or `ray.wait` waits; from this it makes a plain `KeyboardInterrupt`.
+    """
 
 
 class _State:
@@ -43,6 +46,10 @@ def installed() -> Iterator[None]:
     _state.installed = True
     try:
         yield
+    except KeyboardInterrupt as stop:
+        if requested() and not isinstance(stop, Terminated):  # it went through Ray
+            raise Terminated from None
+        raise
     finally:
         _state.installed = False
         _state.requested.clear()

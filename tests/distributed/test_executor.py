@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mixgf import termination
 from mixgf.config.run import Compute, Config
 from mixgf.distributed.executor import ALL_CPUS, RayExecutor
 from mixgf.errors import StorageError, UserError
@@ -65,6 +68,21 @@ def test_a_shared_argument_is_sent_once(executor, tmp_path, ray_local, monkeypat
     monkeypatch.setattr(ray_local, "put", lambda value: (sent.append(value), put(value))[1])
     assert len(list(executor.run(tasks(tmp_path, "abcdef")))) == 6
     assert len(sent) == 1
+
+
+def test_sigterm_ends_the_wait_for_a_task_at_once(executor, tmp_path):
+    """Ray loses what a signal raises while it waits, unless it is a `KeyboardInterrupt`; the task here takes ten minutes."""
+
+    def run():
+        with termination.installed():
+            list(executor.run(tasks(tmp_path, ["long"])))
+
+    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+    begin = time.monotonic()
+    timer.start()
+    with pytest.raises(termination.Terminated):
+        run()
+    assert time.monotonic() - begin < 60
 
 
 def test_an_error_of_storage_is_tried_again(executor, tmp_path):
