@@ -3,7 +3,8 @@
 Training cells are divided into folds by data set if there are several, else by donor if there are several, else at random within
 types. Each fold is predicted by the model fitted to the others. So a model is evaluated as it will be used: on donors or data sets
 that it has not seen. Test cells take no part. No fold has more than `MOST_LEFT_OUT` of the cells, because the kept model is fitted
-to all of them, and other models do well with few cells.
+to all of them, and other models do well with few cells. Where each donor has types of its own, as with a cell line per donor, folds
+are of cells.
 
 A model that trains an encoder is fitted once. It is evaluated on the split's validation cells, and compared there with the chosen
 one of the other models (`choose`).
@@ -35,6 +36,8 @@ from mixgf.storage import tables
 MAX_FOLDS = 5
 MOST_LEFT_OUT = 0.4
 """Largest share of the training cells in a fold of donors or data sets; where one is larger, folds are of cells."""
+FEWEST_KNOWN = 0.5
+"""Least share of the training cells whose type is in another fold of donors or data sets, too; where fewer are, folds are of cells."""
 RESAMPLES = 200
 """Bootstrap resamples of the standard error of a difference."""
 FOLD, SPLIT = "fold", "validation"
@@ -93,10 +96,18 @@ def folds_of(datasets_N: Names, donors_N: Names, labels_N: Ints, seed: int) -> t
         for name in names[np.argsort(-sizes, kind="stable")].tolist():  # the largest first, into the smallest fold
             fold = int(load.argmin())
             fold_of[name], load[fold] = fold, load[fold] + (units_N == name).sum()
-        if load.max() > MOST_LEFT_OUT * len(units_N):
+        fold_N = np.array([fold_of[name] for name in units_N.tolist()], dtype=np.int64)
+        if load.max() > MOST_LEFT_OUT * len(units_N) or _share_known(labels_N, fold_N) < FEWEST_KNOWN:
             continue
-        return by, np.array([fold_of[name] for name in units_N.tolist()], dtype=np.int64)
+        return by, fold_N
     return "cell", linear_start.folds(labels_N, seed, MAX_FOLDS)
+
+
+def _share_known(labels_N: Ints, fold_N: Ints) -> float:
+    """Share of the cells whose type has cells in another fold: the others cannot be predicted when their fold is left out."""
+    has_CK = np.zeros((int(labels_N.max()) + 1, int(fold_N.max()) + 1), dtype=bool)
+    has_CK[labels_N, fold_N] = True
+    return float((has_CK.sum(axis=1) > 1)[labels_N].mean())
 
 
 def validate(

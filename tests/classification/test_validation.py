@@ -52,6 +52,19 @@ def test_a_donor_with_most_of_the_cells_is_not_left_out() -> None:
     assert validation.folds_of(np.full(60, "x"), unknown, LABELS, 0)[0] == "cell"
 
 
+def test_donors_with_types_of_their_own_are_not_left_out() -> None:
+    """A cell line per donor: no type of a left-out donor is known from the others, so nothing could be validated."""
+    same = np.full(60, "x")
+    lines = np.array([f"line {label}" for label in LABELS])
+    by, folds = validation.folds_of(same, lines, LABELS, 0)
+    assert by == "cell"
+    assert all(np.isin(LABELS[folds == fold], LABELS[folds != fold]).all() for fold in range(5))
+    four = np.arange(60) % 4
+    for shared, expected in ((24, "cell"), (36, "donor")):  # of 60 cells, so many have a type that other donors have
+        labels = np.where(np.arange(60) < shared, 0, 1 + four)
+        assert validation.folds_of(same, four.astype(str), labels, 0)[0] == expected
+
+
 def test_models_that_cannot_be_told_apart_are_chosen_by_order_and_others_by_score() -> None:
     near = {"pca_knn": said(3), "genes_vote": said(4, seed=1)}
     assert validation.choose(near, ["genes_vote", "pca_knn"], 0)[0] == "genes_vote"
