@@ -21,6 +21,8 @@ from mixgf.stats.donors import smallest_p
 
 Line = tuple[str, str]
 """Tone (good, plain, warn or bad) and sentence."""
+FEW = 6
+"""Most classifiers, and most tasks, that have a sentence each. More of them are summed up, and stand in a table of the page."""
 
 
 def answers(results: RunResults) -> list[Line]:
@@ -28,10 +30,24 @@ def answers(results: RunResults) -> list[Line]:
     return [*_labels(results), *_across_species(results), *_genes(results)]
 
 
-def _labels(results: RunResults) -> list[Line]:
+def kept_classifiers(results: RunResults) -> list[dict[str, Any]]:
+    """What is known of each kept classifier."""
     record = results.records.get("classify")
-    out = []
-    for one in record.details.get("classifiers", []) if record is not None else []:
+    return record.details.get("classifiers", []) if record is not None else []
+
+
+def _labels(results: RunResults) -> list[Line]:
+    kept, out = kept_classifiers(results), []
+    if len(kept) > FEW:
+        scores = np.sort([one["test"]["macro_f1"] for one in kept])
+        low, middle, high = (wording.score_text(value) for value in (scores[0], float(np.median(scores)), scores[-1]))
+        with_encoder = sum(not registry.is_baseline(one["model"]) for one in kept)
+        text = (
+            f"Label cells like those of {len(kept)} groups: macro F1 {low} to {high}, median {middle}, each by the model that validation "
+            f"chose; {with_encoder or 'none'} of the models {'uses' if with_encoder < 2 else 'use'} the encoder."
+        )
+        return [("good" if scores[0] >= 0.9 else "plain", text)]
+    for one in kept:
         test = one["test"]
         text = (
             f"Label cells like {one['group']}: macro F1 {wording.score_text(test['macro_f1'])}, accuracy "
@@ -45,10 +61,12 @@ def _labels(results: RunResults) -> list[Line]:
 
 
 def commands(results: RunResults) -> list[str]:
-    """The command that labels other cells, for each kept classifier."""
-    record = results.records.get("classify")
-    kept = record.details.get("classifiers", []) if record is not None else []
-    return [f"mixgf annotate my.h5ad --model {redact(one['uri'])}" for one in kept]
+    """The commands that label other cells: one for each kept classifier, or one in all if there are many in one folder."""
+    uris = [redact(one["uri"]) for one in kept_classifiers(results)]
+    folders = {uri.rpartition("/")[0] for uri in uris}
+    if len(uris) > FEW and len(folders) == 1:
+        uris = [f"{folders.pop()}/NAME"]
+    return [f"mixgf annotate my.h5ad --model {uri}" for uri in uris]
 
 
 def _across_species(results: RunResults) -> list[Line]:
@@ -76,8 +94,7 @@ def carrier(results: RunResults, means: pd.DataFrame) -> str:
         results: Of the run.
         means: Scores by model and split.
     """
-    record = results.records.get("classify")
-    kept = record.details.get("classifiers", []) if record is not None else []
+    kept = kept_classifiers(results)
     scored = set(means.loc[means["split"] == "species", "model"])
     wanted = [one.get("across", one["model"]) for one in kept] + [
         name for name in registry.PREFERRED if registry.parse(name).by_types
@@ -108,12 +125,17 @@ def _genes(results: RunResults) -> list[Line]:
 
 
 def encoder_adds(results: RunResults) -> list[Line]:
-    """What the pretrained encoder adds: one line per task, from the table `added`."""
+    """What the pretrained encoder adds, from the table `added`: in all, then one line per task.
+
+    Of more than `FEW` tasks, only those in which a difference can be told have a line.
+    """
     table = results.tables.get("added")
     if table is None or table.empty:
         return []
     table = table[table["metric"] == "macro_f1"].assign(direction=table["direction"].fillna(""))
     out: list[Line] = []
+    alike = 0
+    many = len(table[TASK].drop_duplicates()) > FEW
     for split in [s for s in wording.SPLITS if s in set(table["split"])]:
         for keys, task in table[table["split"] == split].groupby(TASK, sort=False):
             rows = task.to_dict("records")
@@ -122,8 +144,15 @@ def encoder_adds(results: RunResults) -> list[Line]:
             ] or rows  # with a control without encoder
             parts = [f"{_short(row['model'])} over {_control(row)} {_difference(row)}" for row in chosen]
             outcomes = {row["outcome"] for row in chosen}
-            tone = "bad" if "loss" in outcomes else "good" if outcomes == {"win"} else "warn"
+            if many and not outcomes & {"win", "loss"}:
+                alike += 1
+                continue
+            tone = "bad" if "loss" in outcomes else "good" if outcomes == {"win"} else "plain"
             out.append((tone, f"{wording.SPLIT_NAMES[split]}, {wording.task_label(*keys)}: {'; '.join(parts)}."))
+    if alike:
+        out.append(
+            ("plain", f"In {'the other ' * bool(out)}{wording.plural(alike, 'task')} no difference can be told.")
+        )
     rows = [row for row in table.to_dict("records") if registry.without_encoder(row["model"])]
     return [_verdict(rows or table.to_dict("records")), *out]
 

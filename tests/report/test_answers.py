@@ -9,6 +9,7 @@ import pytest
 from mixgf.config.run import Config
 from mixgf.report import answers
 from mixgf.report.results import RunResults
+from mixgf.report.sections import summary
 
 
 def row(model: str, baseline: str, difference: float, outcome: str, *, split: str = "random") -> dict:
@@ -83,6 +84,42 @@ def test_the_encoder_is_credited_with_paired_differences_only(outcomes: tuple[st
     assert "over PCA + logistic regression +0.020" in line
     assert "over random weights +0.020" in line
     assert "probe" not in line
+
+
+def test_many_groups_are_summed_up_and_stand_in_a_table() -> None:
+    """Twelve sentences, tiles and commands would hide what the page says first."""
+    number = answers.FEW + 1
+    test = {"accuracy": 0.9, "cells": 30, "doubted": 0.0}
+    kept = [
+        {"group": f"g{i}", "model": "probe" if i == 3 else "genes_vote", "candidates": [], "uri": f"runs/a/classifiers/g{i}",
+         "test": test | {"macro_f1": 0.8 + i / 100}}
+        for i in range(number)
+    ]  # fmt: skip
+    run = RunResults(config=Config(), uris={}, records={"classify": SimpleNamespace(details={"classifiers": kept})})
+    ((_, text),) = answers.answers(run)
+    assert text.startswith(f"Label cells like those of {number} groups: macro F1 0.800 to 0.860, median 0.830")
+    assert text.endswith("1 of the models uses the encoder.")
+    assert answers.commands(run) == ["mixgf annotate my.h5ad --model runs/a/classifiers/NAME"]
+    (table,) = summary._kept(run)
+    assert [row[0].text for row in table.rows] == [f"g{i}" for i in range(number)]
+    assert [row[3].text for row in table.rows] == [f"{0.8 + i / 100:.3f}" for i in range(number)]
+    assert summary.tiles(run) == [("0.83", f"macro F1, labels within a group: median of {number}")]
+    few = RunResults(config=Config(), uris={}, records={"classify": SimpleNamespace(details={"classifiers": kept[1:]})})
+    assert len(answers.commands(few)) == len(summary.tiles(few)) == len(answers.answers(few)) == answers.FEW
+    assert not summary._kept(few)
+
+
+def test_of_many_tasks_those_with_a_difference_have_a_line() -> None:
+    outcomes = ["tie"] * 6 + ["win", "loss"]
+    rows = [
+        row("encoder_pca", "pca_logreg", 0.02, one) | {"group": f"g{i}", "direction": None}
+        for i, one in enumerate(outcomes)
+    ]
+    _, *lines = answers.encoder_adds(results(added=pd.DataFrame(rows)))
+    assert [tone for tone, _ in lines] == ["good", "bad", "plain"]
+    assert "g6" in lines[0][1]
+    assert "g7" in lines[1][1]
+    assert lines[2][1] == "In the other 6 tasks no difference can be told."
 
 
 def test_the_matrix_has_every_model_once_and_marks_the_best_of_each_task() -> None:

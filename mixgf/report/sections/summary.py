@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mixgf.classification import registry
 from mixgf.perturbation import hits
+from mixgf.redact import redact
 from mixgf.report import answers, score_tables, verdicts, wording
-from mixgf.report.elements import Section, Text
+from mixgf.report.elements import Cell, Section, Table, Text, count_cell, number_cell
 from mixgf.report.results import RunResults
 
 _CAN_DO, _ADDS, _RUN = (
@@ -25,8 +27,8 @@ def section(results: RunResults) -> Section:
     blocks: list[Any] = []
     if told := answers.answers(results):
         blocks += [Text(_CAN_DO, "heading"), *(Text(text, tone) for tone, text in told)]
-        if commands := answers.commands(results):
-            blocks.append(Text(f"Your own cells: {'; '.join(f'`{command}`' for command in commands)}"))
+        blocks += [Text(f"Your own cells: `{command}`") for command in answers.commands(results)]
+        blocks += _kept(results)
     if told := answers.encoder_adds(results):
         blocks += [Text(_ADDS, "heading"), *(Text(text[:1].upper() + text[1:], tone) for tone, text in told)]
     blocks += [Text(_RUN, "heading")] * bool(blocks)
@@ -53,6 +55,23 @@ def section(results: RunResults) -> Section:
     if absent := [stage for key, stage in done.items() if key not in results.records]:
         blocks.append(Text(f"Not run yet: {', '.join(absent)}. Each section names the command.", "missing"))
     return Section("summary", "Summary", blocks)
+
+
+def _kept(results: RunResults) -> list[Table]:
+    """The kept classifiers as a table, if there are too many for a sentence each."""
+    kept = answers.kept_classifiers(results)
+    if len(kept) <= answers.FEW:
+        return []
+    rows = []
+    for one in kept:
+        test, name = one["test"], redact(one["uri"]).rpartition("/")[2]
+        scores = (test["macro_f1"], test["accuracy"], test["doubted"], test.get("accuracy_trusted", float("nan")))
+        rows.append([
+            Cell(name, name), Cell(registry.label(one["model"]), one["model"]), count_cell(test["cells"]),
+            *(number_cell(value, ".1%" if i == 2 else ".3f") for i, value in enumerate(scores)),
+        ])  # fmt: skip
+    head = ["NAME", "Model", "Test cells", "Macro F1", "Accuracy", "Doubted", "Accuracy of the others"]
+    return [Table("The kept classifiers. Scores are of test cells of the same group.", head, rows, sortable=True)]
 
 
 def _audit(results: RunResults) -> Text:
@@ -113,12 +132,15 @@ def tiles(results: RunResults) -> list[tuple[str, str]]:
     if cells is not None and len(cells):
         out.append((f"{cells['cells'].sum():,}", "cells, " + " + ".join(sorted(cells["species"].unique()))))
         out.append((f"{cells.loc[cells['type'] != '', 'type'].nunique()}", "labelled cell types"))
-    record = results.records.get("classify")
-    kept = record.details.get("classifiers", []) if record is not None else []
-    out += [
-        (f"{one['test']['macro_f1']:.2f}", f"macro F1, labels of {one['group']} ({registry.label(one['model'])})")
-        for one in kept
-    ]
+    kept = answers.kept_classifiers(results)
+    if len(kept) > answers.FEW:
+        middle = float(np.median([one["test"]["macro_f1"] for one in kept]))
+        out.append((f"{middle:.2f}", f"macro F1, labels within a group: median of {len(kept)}"))
+    else:
+        out += [
+            (f"{one['test']['macro_f1']:.2f}", f"macro F1, labels of {one['group']} ({registry.label(one['model'])})")
+            for one in kept
+        ]
     if scores is not None and len(scores):
         means = score_tables.mean_scores(scores)
         model = answers.carrier(results, means)
