@@ -65,12 +65,12 @@ def report_group(
         others = (identify.gene_lookup(row) for row in rows if row.name != species[i])
         way = setting(OPTION, "genes", "COLUMN")
         found.append({"source": i} | asdict(identify.report_mapping(columns, sums_G, others, own, way=way)))
-    write_table(part_uri(work, "mapping", group), pa.Table.from_pylist(found, _REPORT))
+    write_table(part_uri(work, "gene_reports", group), pa.Table.from_pylist(found, _REPORT))
 
 
 def read_reports(work: str, groups: Iterable[int]) -> Iterator[tuple[int, identify.MappingReport]]:
     """Source and its gene mapping, from the parts of `report_group`, in order."""
-    for part in files.map_reads(work, lambda group: read_table(part_uri(work, "mapping", group)), groups):
+    for part in files.map_reads(work, lambda group: read_table(part_uri(work, "gene_reports", group)), groups):
         for row in part.to_pylist():
             yield row.pop("source"), identify.MappingReport(**row)
 

@@ -255,7 +255,7 @@ class _Prepare:
         groups = source_genes.group_sources(self.facts)
         tasks = [
             Task(
-                part=shards.part_uri(self.work, "mapping", k), weight=len(mine), function=source_genes.report_group,
+                part=shards.part_uri(self.work, "gene_reports", k), weight=len(mine), function=source_genes.report_group,
                 args=(
                     self.work, k, {i: numbers[i] for i in mine}, {i: self.sources[i].species for i in mine},
                     tuple(self.rows.values()),

@@ -79,7 +79,7 @@ def test_prepare_from_and_to_s3_gives_the_bytes_of_local_disk_and_does_nothing_t
         for p in proxy.passed
         if (found := re.search(r"list-type=2.*prefix=plain%2Fcorpus%2Fwork%2F([^%&]+)", p.what))
     )
-    passes = {"sources", "metrics", "mapping", "doublets", "sketch", "done"}
+    passes = {"sources", "metrics", "gene_reports", "doublets", "sketch", "done"}
     assert {name: listed[name] for name in passes & set(listed)} == dict.fromkeys(
         passes - {"doublets"}, 1
     )  # no parts of doublets
