@@ -22,7 +22,8 @@ from mixgf.storage import files, retry, s3
 from tests.field import make_cases
 from tests.field.prepared import run_prepare
 
-STORE = "store.invalid"
+STORE = "minio.storage.svc.cluster.local"
+"""A name of Kubernetes: moto takes the first word of most others for a bucket."""
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
