@@ -3,17 +3,25 @@
 A batch has two cells with lengths of real cells. On a CPU: CPU seconds of one thread, both measured in turn in one process; memory
 in processes of their own. On a GPU: wall seconds.
 Run through `python jobs/bench.py train [--json] [--quick]`. Needs `transformers` (extra `test`).
+
+MIXGF_BENCH_AGAINST=FOLDER also measures the code of another checkout in turn, each in a process of its own; for an older commit,
+`git worktree add /tmp/older COMMIT && MIXGF_BENCH_AGAINST=/tmp/older python jobs/bench.py train`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
@@ -40,10 +48,11 @@ from mixgf.training.worker_group import GroupContext, LocalContext
 Step = Callable[[], object]
 
 
-def figures(*, quick: bool = False) -> list[Figure]:
+def figures(*, quick: bool = False) -> Iterator[Figure]:
     """All figures of this machine: of its GPU where there is one."""
     if torch.cuda.is_available():
-        return _on_gpu(quick=quick)
+        yield from _on_gpu(quick=quick)
+        return
     torch.set_num_threads(1)
     row = training.Model(num_layers=2, dim=64, ffn_dim=128) if quick else training.Model()
     with tempfile.TemporaryDirectory(prefix="mixgf-bench-") as folder:
@@ -51,9 +60,13 @@ def figures(*, quick: bool = False) -> list[Figure]:
         corpus = random_corpus(files.join(folder, "mix"), num_cells=2000, **sizes)
         longest = random_corpus(files.join(folder, "longest"), num_cells=8, full=True, **sizes)
         # processes are forked first, before this one has used any thread or memory
-        out = [*_memory(row, longest), *_workers(folder, quick=quick)]
-        out += [*_steps(row, corpus, quick=quick), *_loader(row, corpus), *_embeddings(row, corpus, quick=quick)]
-        return [*out, *_packing(corpus)]
+        yield from _memory(row, longest)
+        yield from _workers(folder, quick=quick)
+        yield from _steps(row, corpus, quick=quick)
+        yield from _loader(row, corpus)
+        yield from _embeddings(row, corpus, quick=quick)
+        yield from _beside_other_checkout(row, folder, sizes, quick=quick)
+        yield from _packing(corpus)
 
 
 def _steps(row: training.Model, corpus: Corpus, *, quick: bool) -> list[Figure]:
@@ -77,24 +90,24 @@ def _steps(row: training.Model, corpus: Corpus, *, quick: bool) -> list[Figure]:
     times = interleaved(works, repeats=1 if quick else 3, cpu=True)
     peaks = [measure_peak(torch.device("cpu"), "fp32", seconds=0.5) for _ in range(1 if quick else 3)]
 
-    def against(name: str, key: str, other: str) -> Figure:
-        return rate(name, "tokens/CPU-s", work.num_tokens, times=times, key=key, against=other)
+    def against(name: str, key: str, other: str, bar: str = "") -> Figure:
+        return rate(name, "tokens/CPU-s", work.num_tokens, times=times, key=key, against=other, bar=bar)
 
     out = [
-        against("train fp32 / published, equal dropout", "ours", "equal dropout"),
-        against("train fp32 / published as shipped", "ours", "as shipped"),
+        against("train fp32 / published, equal dropout", "ours", "equal dropout", "1.7x"),
+        against("train fp32 / published as shipped", "ours", "as shipped", "3.5x"),
         against("  last layer only where the losses look", "ours", "whole last layer"),
         against("  head at masked positions only", "whole last layer", "whole head"),
         against("  attention without dropout (published step)", "equal dropout", "as shipped"),
         rate("train fp32", "cells/CPU-s", work.num_cells, times=times, key="ours"),
         Figure(
-            figure="train fp32, useful MFU", unit="of GEMM peak",
+            figure="train fp32, useful MFU", unit="of GEMM peak", bar="0.55",
             value=work.flops / statistics.median(times["ours"]) / statistics.median(peaks),
         ),
         Figure(figure="GEMM peak, fp32, one thread", value=statistics.median(peaks) / 1e9, unit="GFLOP/s"),
     ]  # fmt: skip
     if "bf16" in works:
-        out.append(against("train bf16 / published as shipped", "bf16", "as shipped"))
+        out.append(against("train bf16 / published as shipped", "bf16", "as shipped", "6x"))
     return out
 
 
@@ -110,7 +123,7 @@ def _memory(row: training.Model, corpus: Corpus) -> list[Figure]:
     ours = forked([lambda: above_start(_ours(settings, corpus, 0))])[0]
     theirs = forked([lambda: above_start(published.step(settings, corpus, 0, attention_dropout=0.1))])[0]
     name = f"train memory, 2 x {corpus.lengths_N.max():,} tokens, published as shipped / ours"
-    return [Figure(figure=name, value=ours, unit="GB", baseline=theirs, ratio=theirs / ours)]
+    return [Figure(figure=name, value=ours, unit="GB", baseline=theirs, ratio=theirs / ours, bar="6x")]
 
 
 def _workers(folder: str, *, quick: bool) -> list[Figure]:
@@ -277,6 +290,7 @@ def _loader(row: training.Model, corpus: Corpus) -> list[Figure]:
             times=times,
             key="one view",
             against="published",
+            bar="30x",
         ),
         rate(
             "  two views and dropout keys / published",
@@ -313,6 +327,72 @@ def _embeddings(row: training.Model, corpus: Corpus, *, quick: bool) -> list[Fig
         for key, name in names.items()
         if key in works
     ]
+
+
+_SIDE = """
+import json, sys, time
+import numpy as np
+import torch
+import bench_train as bench
+from random_corpus import random_corpus
+from mixgf.config import training
+from mixgf.encoder.bert import MaskedModel
+from mixgf.encoder.embed import embed_cells
+from mixgf.training.pretraining import Pretraining
+
+torch.set_num_threads(1)
+folder, sizes, row = sys.argv[1], *map(json.loads, sys.argv[2:])
+row, corpus = training.Model(**row), random_corpus(folder, num_cells=2000, **sizes)
+task = Pretraining(bench._settings(row, batch_cells=2), corpus)
+step = min(range(task.steps_per_epoch), key=lambda s: abs(task.plan.lengths[task.plan.batch(s) % 2000].mean() - 1700))
+batches = Pretraining(bench._settings(row, batch_cells=8), corpus)
+encoder = MaskedModel(row, corpus.vocabulary.size).eval().encoder
+cells = np.argsort(corpus.lengths_N, kind="stable")[:: len(corpus.lengths_N) // 8]
+works = {
+    "step": (task.work(step, 0, 1).num_tokens, bench._ours(bench._settings(row, batch_cells=2), corpus, step)),
+    "batches": (8 * 50, lambda: [batches.work(s, 0, 1) for s in range(50)]),
+    "embeddings": (len(cells), lambda: embed_cells(encoder, corpus, cells, "mean", -2)),
+}
+for line in sys.stdin:
+    amount, work = works[line.strip()]
+    began = time.process_time()
+    work()
+    print(json.dumps([amount, time.process_time() - began]), flush=True)
+"""
+
+
+def _beside_other_checkout(row: training.Model, folder: str, sizes: dict[str, Any], *, quick: bool) -> list[Figure]:
+    """The same work by the code of another checkout (`MIXGF_BENCH_AGAINST`), in turn, each in a process of its own."""
+    other = os.environ.get("MIXGF_BENCH_AGAINST", "")
+    if not other:
+        return []
+    repeats = {"step": 1, "batches": 1, "embeddings": 1} if quick else {"step": 3, "batches": 9, "embeddings": 3}
+    units = {"step": "tokens/CPU-s", "batches": "cells/CPU-s", "embeddings": "cells/CPU-s"}
+    changed = {k: v for k, v in dataclasses.asdict(row).items() if v != getattr(training.Model(), k)}
+    out = []
+    with contextlib.ExitStack() as stack:
+        sides = {}
+        for name, tree in {"ours": str(Path(__file__).parent.parent), "theirs": other}.items():
+            paths = os.pathsep.join((tree, str(Path(tree) / "jobs")))
+            command = [sys.executable, "-c", _SIDE, files.join(folder, name), json.dumps(sizes), json.dumps(changed)]
+            environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+            side = Popen(command, text=True, cwd=tree, env=environment, stdin=PIPE, stdout=PIPE)
+            sides[name] = stack.enter_context(side)
+        for work, count in repeats.items():
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+            for _ in range(count + 1):
+                for name, side in sides.items():
+                    assert side.stdin is not None
+                    assert side.stdout is not None
+                    side.stdin.write(f"{work}\n")
+                    side.stdin.flush()
+                    found[name].append(json.loads(side.stdout.readline()))
+            rates = {name: [amount / spent for amount, spent in rows[1:]] for name, rows in found.items()}
+            ours, theirs = (statistics.median(rates[name]) for name in ("ours", "theirs"))
+            ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True))
+            name = f"{work} / those of the other checkout"
+            out.append(Figure(figure=name, value=ours, unit=units[work], baseline=theirs, ratio=ratio))
+    return out
 
 
 def _packing(corpus: Corpus) -> list[Figure]:
