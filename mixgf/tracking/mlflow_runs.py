@@ -405,7 +405,8 @@ def _deliver(delivery: Delivery, output: str, opened: list[Operation], quiet: fl
     if not kept:
         return
     to = files.join(output, FOLDER, f"{_UNSENT}{time.time_ns():020d}.json")
-    files.write_json(to, [*opened, *kept])
+    to_end = {one["key"] for one in kept if one["do"] == "end"}  # a run whose end has arrived is not opened again
+    files.write_json(to, [*(one for one in opened if one["key"] in to_end), *kept])
     delivery.tell(
         f"{len(kept)} records are kept in {files.join(output, FOLDER)} and sent by the next command for this output"
     )

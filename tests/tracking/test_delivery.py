@@ -151,6 +151,38 @@ def test_a_server_that_goes_away_amid_a_stage_ends_nothing_and_comes_back(tmp_pa
     assert not unsent(tmp_path)
 
 
+def test_all_runs_are_finished_after_the_next_stage_whatever_arrived_before_the_tracker_went_away(
+    tmp_path, tracking_uri, monkeypatch
+):
+    arrived, most = [], float("inf")
+    real = store.Store.apply
+
+    def apply(self, operation):
+        if len(arrived) >= most:
+            raise ConnectionError("planted")
+        arrived.append(operation["do"])
+        return real(self, operation)
+
+    monkeypatch.setattr(store.Store, "apply", apply)
+    monkeypatch.setattr(store.Store, "answers", lambda _: len(arrived) < most)
+    client = MlflowClient(tracking_uri)
+    work(configured(tmp_path / "whole", tracking_uri), 1)
+    assert arrived[-3:] == ["end", "tags", "end"]
+    for number in range(len(arrived)):
+        output = tmp_path / str(number)
+        arrived, most = [], number
+        monkeypatch.setattr(mlflow_runs, "_deliveries", {})
+        work(configured(output, tracking_uri), 1)
+        assert len(unsent(output)) == 1
+        most = float("inf")
+        monkeypatch.setattr(mlflow_runs, "_deliveries", {})
+        with mlflow_runs.stage(configured(output, tracking_uri), "embed", {}, "later"):
+            pass
+        runs = client.search_runs(["1"], f"tags.`mixgf.output` = '{output}'")
+        found = {run.info.run_name: run.info.status for run in runs}
+        assert found == dict.fromkeys(["pretrain", "embed", output.name], "FINISHED"), number
+
+
 def test_an_operation_that_the_tracker_refuses_is_left_out_and_told_once(tmp_path, tracking_uri, lines):
     with mlflow_runs.stage(configured(tmp_path, tracking_uri), "pretrain", {}, "refused") as run:
         for _ in range(3):
