@@ -48,6 +48,12 @@ def unsent(output):
     return [n for n in files.list_dir(f"{output}/tracking") if n.startswith("unsent-")]
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """A database that takes what was kept for a server puts files into `mlruns` of the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_a_server_that_is_down_is_told_once_and_gets_everything_once_from_the_next_stage(
     tmp_path, tracking_uri, lines, monkeypatch
 ):
