@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset() if kind == "break" else self._end()
         return None
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do
+    do_GET = do_PUT = do_POST = do_PATCH = do_HEAD = do_DELETE = do
 
     def _forward(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)

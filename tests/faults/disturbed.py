@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from fault_proxy import Proxy, Rule
 from s3_world import client
 
 from mixgf.config.run import Tracking
-from mixgf.storage import files
+from mixgf.storage import files, tables
+from mixgf.tracking import mlflow_runs, store
 from tests.faults.campaign import LOST, REFUSED, SURVIVED, Kind
 from tests.faults.chain import STAGES, Chain, Ended, stage_of
 
@@ -119,6 +121,10 @@ def kills(chain: Chain, wanted: int) -> Kind:
     return Kind("kills of a command", wanted, attempt)
 
 
+NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Titles of Ray's processes that do no work of a stage. A raylet ends with its agents, and a driver with the raylet of its node."""
+
+
 class Nodes:
     """A Ray cluster of a head without CPUs and two nodes of one, of which one can be lost."""
 
@@ -141,19 +147,21 @@ class Nodes:
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 title = " ".join(process.cmdline())
-                if title.startswith("ray::") and "ray::IDLE" not in title:
+                if title.startswith("ray::") and not title.startswith(NO_WORK):
                     found.append(process)
         return found
 
-    def lose_worker(self, draw: random.Random) -> bool:
-        if found := self.workers():
+    def strike(self, victim: str, draw: random.Random) -> bool:
+        """Kill a worker or a node; returns whether there was one. A driver is not killed here."""
+        if victim == "worker":
+            if not (found := self.workers()):
+                return False
             with contextlib.suppress(psutil.NoSuchProcess):
                 draw.choice(found).kill()
                 return True
-        return False
-
-    def lose_node(self, draw: random.Random) -> bool:
-        self.made.remove_node(self.nodes.pop(draw.randrange(2)), allow_graceful=False)
+            return False
+        if victim == "raylet":
+            self.made.remove_node(self.nodes.pop(draw.randrange(2)), allow_graceful=False)
         return True
 
     def close(self) -> None:
@@ -161,43 +169,55 @@ class Nodes:
 
 
 def kills_on_ray(chain: Chain, nodes: Nodes, wanted: int) -> Kind:
-    """SIGKILL to the driver, to a worker or to a raylet with all that it started, or SIGTERM to the driver, on two nodes."""
+    """On two nodes, once to three times: SIGKILL to a worker or to a raylet with all that it started, or a signal to the driver.
+
+    A command that ended so is given again, and disturbed again.
+    """
     stages = [name for name in STAGES if name not in ("report", "export")]  # these do not use Ray
     victims = ("worker", "raylet", "driver", "driver, SIGTERM")
 
     def attempt(number: int) -> Ending:
         draw, name = random.Random(number), stages[number % len(stages)]
         victim = victims[(number // len(stages) + number % len(stages)) % len(victims)]
+        which = signal.SIGTERM if "SIGTERM" in victim else signal.SIGKILL
         nodes.up()
         chain.undisturbed(name, ray=True)
         with chain.output(name, number) as output:
             words, log = chain.words(name, str(output)), Path(f"{output}.log")
-            seconds, hit = chain.seconds[name, True] * 0.95, False
-            which = signal.SIGTERM if "SIGTERM" in victim else signal.SIGKILL
+            seconds, hits = chain.seconds[name, True] * 0.95, 0
+            ended: Ended | None = None
+            by_signal = False
             chain.server.start(words, log, env=chain.env, ray=True)
-            ended = chain.server.ended(seconds * draw.uniform(0.15, 1.0))
-            while ended is None and not hit:
-                if victim == "worker":
-                    hit = nodes.lose_worker(draw)
-                elif victim == "raylet":
-                    hit = nodes.lose_node(draw)
-                else:
-                    hit = True
+            for _ in range(draw.randrange(1, 4)):
+                if by_signal:
+                    log.unlink()
+                    chain.server.start(words, log, env=chain.env, ray=True)
+                    by_signal = False
+                ended = chain.server.ended(seconds * draw.uniform(0.15, 1.0))
+                while ended is None and not nodes.strike(victim, draw):
+                    ended = chain.server.ended(0.02)
+                if ended is not None:
+                    break
+                hits += 1
+                nodes.up()
+                if "driver" in victim:
                     _signal(chain.server.pid, which)
-                ended = chain.server.ended(0.02) if not hit else None
-            nodes.up()
-            first = ended or chain.server.end()
-            if "driver" in victim and hit and first.code != 0 and (wrong := _stopped(first, which)):
-                return LOST, f"{name}, {victim}: {wrong}"
+                    ended = chain.server.end()
+                    if ended.code == 0:
+                        break  # it ended meanwhile
+                    if wrong := _stopped(ended, which):
+                        return LOST, f"{name}, {victim}: {wrong}"
+                    by_signal = True
+            last = ended or chain.server.end()
 
             def again(time_given: int) -> Ended:
-                if time_given == 0 and not ("driver" in victim and first.code):
-                    return first
+                if time_given == 0 and not by_signal:
+                    return last
                 log.unlink(missing_ok=True)
                 return chain.server.run(words, log, env=chain.env, ray=True)
 
             ending, line = _finished(chain, name, str(output), again, ray=True)
-            return ending, f"{name}, {victim}, {'hit' if hit else 'too late'}: {line}"
+            return ending, f"{name}, {victim}, {hits} kills: {line}"
 
     return Kind("kills on Ray", wanted, attempt)
 
@@ -360,6 +380,8 @@ def _with_tracker(chain: Chain, name: str, output: Path, tracking: Tracking, *, 
     told = ended.said.count("MLflow at ")
     if ended.code or ended.has_traceback:
         return LOST, f"{name}: exit {ended.code}: {ended.said[-300:]}", told
+    if re.search(r"MLflow: \w+ is left out", ended.said):
+        return LOST, f"{name}: {ended.said[-300:]}", told
     if told > 1:
         return LOST, f"{name}: said {told} times that MLflow is away: {ended.said[-500:]}", told
     without = chain.seconds[name, False]
@@ -368,3 +390,106 @@ def _with_tracker(chain: Chain, name: str, output: Path, tracking: Tracking, *, 
     if unequal := chain.unequal(name, str(output)):
         return LOST, f"{name}: other files: {unequal[:5]}", told
     return SURVIVED, f"{ended.seconds:.0f} s, {without:.0f} s without", told
+
+
+def slow_tracker(chain: Chain, server: str, wanted: int) -> Kind:
+    """MLflow answers each request seconds late, or stops to answer amid the stage; nothing is lost, no step of a training waits for it."""
+    undelayed: dict[str, tuple[dict[tuple[str, str], Any], int]] = {}
+    """By stage: what MLflow has of it when nothing is late, and the number of requests."""
+
+    def attempt(number: int) -> Ending:
+        draw, name = random.Random(number), TRACKED[number // 2 % len(TRACKED)]
+        address = server.removeprefix("http://")
+        if name not in undelayed:
+            with Proxy(address) as proxy:
+                ending, line, logged = _recorded(
+                    chain, name, number, server, url=proxy.url, experiment=f"whole {name} {number}", late=0.0
+                )
+            if ending == LOST:
+                return LOST, f"{name}, nothing late: {line}"
+            undelayed[name] = logged, len(proxy.passed)
+        whole, requests = undelayed[name]
+        late, begin = draw.uniform(0.2, 5.0), draw.randrange(requests)
+        hangs = number % 2 == 1
+        rule = Rule("hold", "", when=lambda i: i > begin) if hangs else Rule("delay", "", seconds=late)
+        how = f"no answer after {begin} of {requests} requests" if hangs else f"{late:.1f} s per request"
+        with Proxy(address, [rule]) as proxy:
+            try:
+                ending, line, logged = _recorded(
+                    chain, name, number, server, url=proxy.url, experiment=f"slow {number}", late=rule.seconds + 1.0
+                )
+            finally:
+                rule.go.set()
+        if ending == SURVIVED and (names := sorted(_unequal(logged, whole))):
+            ending, line = LOST, f"other records: {names[:5]}"
+        return ending, f"{name}, {how}, {rule.hits} met: {line}"
+
+    return Kind("slow MLflow", wanted, attempt)
+
+
+def _unequal(one: dict[Any, Any], other: dict[Any, Any]) -> list[Any]:
+    return [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+
+
+def _recorded(
+    chain: Chain, name: str, number: int, server: str, *, url: str, experiment: str, late: float
+) -> tuple[str, str, dict[tuple[str, str], Any]]:
+    """A stage with a tracker behind a URL; returns its ending, a line, and what MLflow has after the next stage of this output.
+
+    What is on its way to the server arrives after `late` seconds.
+    """
+    with chain.output(name, number) as output:
+        ending, line, told = _with_tracker(chain, name, output, Tracking(uri=url, experiment=experiment), most=240)
+        kept = [one for one in files.list_dir(f"{output}/tracking") if one.startswith("unsent-")]
+        before, took = _step_seconds(chain.undisturbed(name)), _step_seconds(output)
+        if ending == SURVIVED and kept and told != 1:
+            ending, line = LOST, f"{kept} kept, but nothing said"
+        if ending == SURVIVED and took > 2 * before + 5:
+            ending, line = LOST, f"the steps of a training took {took:.1f} s, {before:.1f} s without a tracker"
+        if ending == LOST:
+            return ending, line, {}
+        time.sleep(late)
+        config = replace(chain.config, output=str(output), tracking=Tracking(uri=server, experiment=experiment))
+        with mlflow_runs.stage(config, LATER, {}, "later"):
+            pass
+        if any(one.startswith("unsent-") for one in files.list_dir(f"{output}/tracking")):
+            return LOST, "the next stage did not send what was kept", {}
+        line = f"{line}; steps {took:.1f} s, {before:.1f} s without; {len(kept)} kept"
+        return ending, line, _logged(server, experiment, output)
+
+
+LATER = "a later stage"
+TIMED = ("system/", "speed/", "progress/")
+"""Metrics that depend on the time that the work takes."""
+
+
+def _logged(server: str, experiment: str, output: Path) -> dict[tuple[str, str], Any]:
+    """What MLflow has of the runs of an experiment, by run and name: status, parameters, figures, artifacts."""
+    client = store.client_of(server)
+    found: dict[tuple[str, str], Any] = {}
+    ident = client.get_experiment_by_name(experiment).experiment_id
+    for run in client.search_runs([ident], max_results=1000, order_by=["attributes.start_time ASC"]):
+        if (name := run.info.run_name) == LATER:
+            continue
+        name = "output" if name == output.name else name
+        while (name, "status") in found:
+            name += " again"
+        found[name, "status"] = run.info.status
+        found[name, "models"] = len(run.outputs.model_outputs) if run.outputs else 0
+        found[name, "inputs"] = sorted(one.dataset.digest for one in run.inputs.dataset_inputs) if run.inputs else []
+        found |= {
+            (name, f"param {key}"): value.replace(str(output), "OUTPUT") for key, value in run.data.params.items()
+        }
+        found |= {(name, f"artifact {one.path}"): one.is_dir for one in client.list_artifacts(run.info.run_id)}
+        for metric in run.data.metrics:
+            if not metric.startswith(TIMED):
+                rows = client.get_metric_history(run.info.run_id, metric)
+                exact = metric.startswith(("loss/", "heldout/", "vectors/", "optimizer/"))
+                found[name, metric] = sorted((row.step, row.value) for row in rows) if exact else len(rows)
+    return found
+
+
+def _step_seconds(output: Path) -> float:
+    """Seconds that the steps of all trainings of an output took, which have 16 cells each."""
+    histories = [tables.read_table(str(path)).to_pylist() for path in output.rglob("history.parquet")]
+    return sum(16 / row["value"] for rows in histories for row in rows if row["name"] == "cells_per_s")

@@ -2,7 +2,7 @@
 
 pytest -m faults tests/faults -s                                 # the whole campaign, hours
 MIXGF_FAULTS=ledger.jsonl pytest -m faults tests/faults -s       # the same; goes on after a stop
-MIXGF_FAULTS_SECONDS=800 ... pytest ... -k on_ray                # for so long, one part: files_and_words, runs or on_ray;
+MIXGF_FAULTS_SECONDS=800 ... pytest ... -k on_ray                # for so long, one part: files_and_words, runs, slow_tracker or on_ray;
                                                                  # several parts may run at the same time
 """
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import mlflow_server
 
 from mixgf.storage import artifacts, files, layout
 from tests.faults import disturbed, kinds
@@ -48,6 +49,12 @@ def runs(chain, s3_server):
         disturbed.kills(chain, 120), *disk, disturbed.s3_faults(chain, s3_server, 20, 36), disturbed.s3_faults(chain, s3_server, 5, 24),
         disturbed.dead_tracker(chain, 20),
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slow_tracker(chain, tmp_path_factory):
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as tracker:
+        yield [disturbed.slow_tracker(chain, tracker, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +113,7 @@ def test_every_file_that_a_stage_writes_is_listed_among_those_of_its_artifact(ch
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("part", ["files_and_words", "runs", "on_ray"])
+@pytest.mark.parametrize("part", ["files_and_words", "runs", "slow_tracker", "on_ray"])
 def test_the_whole_campaign_loses_nothing(part, request, tmp_path):
     ledger = Ledger(Path(os.environ.get("MIXGF_FAULTS", tmp_path / "ledger.jsonl")))
     kinds_of_fault = request.getfixturevalue(part)
