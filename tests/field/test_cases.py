@@ -7,7 +7,6 @@ import re
 
 import pytest
 
-from tests.field import make_cases
 from tests.field.prepared import run_prepare
 
 GOOD = (60, 25_262, 10_888, 0.0063, 300)
@@ -71,13 +70,6 @@ REFUSED = {
     "mtx-cell-out-of-range/in": r"an entry of cell 99 \(of 60\)",
     "mtx-that-pass/fractions": r"count 5\.125 of cell AAAC0+-1 \(row 0\), gene ENSG\d+ is not a whole number",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    out = tmp_path_factory.mktemp("cases")
-    make_cases.make(out)
-    return out
 
 
 def said_of(outcome):

@@ -41,13 +41,6 @@ DOUBTED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    out = tmp_path_factory.mktemp("cases")
-    make_cases.make(out)
-    return out
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _log_as_before():
     log = logging.getLogger("mixgf")
