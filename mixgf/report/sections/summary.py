@@ -65,10 +65,10 @@ def _kept(results: RunResults) -> list[Table]:
     rows = []
     for one in kept:
         test, name = one["test"], redact(one["uri"]).rpartition("/")[2]
-        scores = (test["macro_f1"], test["accuracy"], test["doubted"], test.get("accuracy_trusted", float("nan")))
         rows.append([
             Cell(name, name), Cell(registry.label(one["model"]), one["model"]), count_cell(test["cells"]),
-            *(number_cell(value, ".1%" if i == 2 else ".3f") for i, value in enumerate(scores)),
+            number_cell(test["macro_f1"], ".3f"), number_cell(test["accuracy"], ".3f"), number_cell(test["doubted"], ".1%"),
+            number_cell(test.get("accuracy_trusted", float("nan")), ".3f"),
         ])  # fmt: skip
     head = ["NAME", "Model", "Test cells", "Macro F1", "Accuracy", "Doubted", "Accuracy of the others"]
     return [Table("The kept classifiers. Scores are of test cells of the same group.", head, rows, sortable=True)]
