@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from mixgf.arrays import read_only
 from mixgf.config.data import QC
@@ -123,6 +124,11 @@ def _cell_metrics(  # noqa: PLR0917 (a compiled kernel)
             mito += count * ((flag & _MITO) >> 1)
             genes += ((flag & _CANDIDATE) >> 2) * (count != 0)
         n_counts[row], n_mito[row], n_genes[row], hash_a[row], hash_b[row] = depth, mito, genes, a, b
+
+
+def gene_masks(columns: pa.Table) -> dict[str, np.ndarray]:
+    """What `cell_metrics` takes of the columns of a matrix, from the table of `identify.identify_columns`."""
+    return {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
 
 
 def cell_metrics(

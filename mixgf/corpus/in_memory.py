@@ -115,7 +115,7 @@ def tell(reader: Reader, genes: Genes, rows: Iterable[SpeciesRow]) -> None:
     """
     num = min(reader.num_rows, TOLD_CELLS)
     lookup, others = partial(identify.gene_lookup, genes.row), (row for row in rows if row.name != genes.row.name)
-    masks, sums_G = _masks(genes), np.zeros(genes.columns.num_rows, dtype=np.int64)
+    masks, sums_G = qc.gene_masks(genes.columns), np.zeros(genes.columns.num_rows, dtype=np.int64)
     found = counts.read_blocks(reader, genes.columns, 0, num, rows=TOLD_BLOCK)
     metrics = qc.Metrics.merge([qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G) for b in found])
     report = identify.report_mapping(
@@ -127,10 +127,6 @@ def tell(reader: Reader, genes: Genes, rows: Iterable[SpeciesRow]) -> None:
         (warn if report.cause else say)(f"{reader.uri}: {told}")
     for text in filter(None, (kinds.doubt_type(reader), qc.doubt_counts(metrics, report.candidate_counts))):
         warn(f"{reader.uri}: {text}")
-
-
-def _masks(genes: Genes) -> dict[str, np.ndarray]:
-    return {f"{name}_G": genes.columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
 
 
 def _genes_of(
@@ -212,7 +208,7 @@ def blocks(
         with_counts: Keep the raw counts, too.
     """
     encode = rank_value.Encoder(rank_value.Ranks.of(genes.of_species, tokens.scaling), genes.position_G, tokens)
-    masks, sums_G = _masks(genes), np.zeros(genes.columns.num_rows, dtype=np.int64)
+    masks, sums_G = qc.gene_masks(genes.columns), np.zeros(genes.columns.num_rows, dtype=np.int64)
     for block in counts.read_blocks(reader, genes.columns, start, stop, rows=rows):
         num_cells = len(block.indptr) - 1
         row_E = np.repeat(np.arange(num_cells), np.diff(block.indptr))

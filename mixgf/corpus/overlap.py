@@ -167,13 +167,14 @@ def file_cells(source: Source, row: SpeciesRow, others: Sequence[SpeciesRow] = (
     """
     with open_source(source, option=FILE_OPTION) as reader:
         require_cells(reader)
-        lookup, strangers = identify.gene_lookup(row), [identify.gene_lookup(other) for other in others]
+        lookup = identify.gene_lookup(row)
+        strangers = map(identify.gene_lookup, others)  # read only where a reason is sought
         every = tuple(sorted(set(lookup.biotype.values())))
         columns, notes = identify_genes(reader, lookup, source.genes, biotypes=every)
         if columns["gene"].null_count == columns.num_rows:
             told = describe_unknown(reader, columns, lookup, strangers, known="", asked=bool(source.genes))
             raise file_error(source.uri, f"none of {columns.num_rows} genes is a known {row.name} gene; {told}")
-        masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
+        masks = qc.gene_masks(columns)
         sums_G = np.zeros(columns.num_rows, dtype=np.int64)
         found = counts.read_blocks(reader, columns, 0, reader.num_rows, rows=BLOCK_CELLS)
         key_G = masks["key_G"] * masks["counted_G"]

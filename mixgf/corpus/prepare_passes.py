@@ -8,8 +8,9 @@ be used raises `UserError`.
 
 Part files in the work folder (Parquet, but for the .json): sources/I.json and sources/I (facts and columns of source I),
 row_order-I and row_order/I (column-major sources as rows), counts-I/A-B (packed counts of rows [A, B)), sums/R and metrics/R
-(counts by column, and cells, of row range R), group_metrics/K (cells of group K of sources), facts/0 (facts of all sources), near/R (signatures of its cells), doublets/I-K (group K of calls of source I), mapping/K and
-genes-SPECIES/K (group K of sources), genes/SPECIES, sketch/N, done/N (information on shard N).
+(counts by column, and cells, of row range R), group_metrics/K (cells of group K of sources), facts/0 (facts of all sources), near/R
+(signatures of its cells), doublets/I-K (group K of calls of source I), gene_reports/K and genes-SPECIES/K (group K of sources),
+genes/SPECIES, sketch/N, done/N (information on shard N).
 """
 
 from __future__ import annotations
@@ -371,7 +372,7 @@ def measure_counts(tables: Iterator[pa.Table], plan: MetricsPlan) -> Iterator[pa
     The sum of counts by column over all tables is the list `sums` of the very last row.
     """
     columns = _gene_columns(plan.work, plan.row_range.index)
-    masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
+    masks = qc.gene_masks(columns)
     sums_G = np.zeros(columns.num_rows, dtype=np.int64)
     lists = pa.list_(pa.int64())
     before: pa.Table | None = None

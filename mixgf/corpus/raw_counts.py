@@ -100,7 +100,7 @@ def read_counts(
         to = np.array(
             [place.get(gene, -1) if one else -1 for gene, one in zip(columns["gene"].to_pylist(), first, strict=True)]
         )
-        masks = {f"{name}_G": columns[name].to_numpy() for name in ("counted", "mito", "candidate", "key")}
+        masks = qc.gene_masks(columns)
         rows_N = _rows_of(reader, source, wanted)
         order = np.argsort(rows_N, kind="stable")
         rows = rows_N[order]
