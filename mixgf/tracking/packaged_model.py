@@ -54,7 +54,7 @@ def published(folder: str, kind: str, card: str) -> dict[str, Any]:
 
 
 def log(client: MlflowClient, experiment: str, runs: Sequence[str], name: str, model: Mapping[str, Any]) -> str:
-    """Log a model as an output of runs, once; returns its id.
+    """Log a model as an output of runs, once; returns its id. One that was logged in part is completed.
 
     Its scores are metrics of the first run. The last one is its source: MLflow's page of runs shows a model in the row of its
     source only.
@@ -66,24 +66,32 @@ def log(client: MlflowClient, experiment: str, runs: Sequence[str], name: str, m
     record = artifacts.find(model["uri"])
     tags = {"mixgf.kind": model["kind"], "mixgf.fingerprint": record.fingerprint if record is not None else ""}
     found = client.search_logged_models([experiment], f"name = '{name}' AND source_run_id = '{source}'")
-    for there in found:
-        ready = str(there.status) in ("READY", "LoggedModelStatus.READY")
-        if ready and there.tags.get("mixgf.fingerprint") == tags["mixgf.fingerprint"]:
-            return str(there.model_id)
-    made = client.create_logged_model(
+    mine = [one for one in found if one.tags.get("mixgf.fingerprint") == tags["mixgf.fingerprint"]]
+    mine.sort(key=_is_ready, reverse=True)
+    made = mine[0] if mine else client.create_logged_model(
         experiment, name=name, source_run_id=source, model_type=f"mixgf {model['kind']}",
         tags=tags | {"mlflow.note.content": model["card"]},
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="mixgf-model-") as scratch:
-        folder = Path(scratch) / "model"
-        save(folder, model, Model(run_id=run_id, model_uuid=made.model_id, model_id=made.model_id))
-        client.log_model_artifacts(made.model_id, str(folder))
-    client.finalize_logged_model(made.model_id, "READY")
-    for name_, value in model["metrics"].items():
-        client.log_metric(run_id, name_, float(value), step=0, model_id=made.model_id)
+    ident, ready = str(made.model_id), _is_ready(made)
+    if not ready:
+        with tempfile.TemporaryDirectory(prefix="mixgf-model-") as scratch:
+            folder = Path(scratch) / "model"
+            save(folder, model, Model(run_id=run_id, model_uuid=ident, model_id=ident))
+            client.log_model_artifacts(ident, str(folder))
+    have = {metric.key for metric in made.metrics or () if metric.run_id == run_id}
+    for name_ in sorted(model["metrics"].keys() - have):
+        client.log_metric(run_id, name_, float(model["metrics"][name_]), step=0, model_id=ident)
     for one in runs:
-        client.log_outputs(one, [LoggedModelOutput(made.model_id, step=0)])
-    return str(made.model_id)
+        outputs = client.get_run(one).outputs
+        if ident not in [output.model_id for output in (outputs.model_outputs if outputs is not None else ())]:
+            client.log_outputs(one, [LoggedModelOutput(ident, step=0)])
+    if not ready:
+        client.finalize_logged_model(ident, "READY")  # last: a model that is ready is whole
+    return ident
+
+
+def _is_ready(model: Any) -> bool:
+    return str(model.status) in ("READY", "LoggedModelStatus.READY")
 
 
 def register(client: MlflowClient, name: str, model_id: str, *, run_id: str, card: str, server: bool) -> str:

@@ -97,6 +97,60 @@ def test_an_encoder_gives_the_vectors_of_embed_and_one_logging_is_enough(run, tr
     assert len(outputs) == 1
 
 
+class StopsAt:
+    """A client of MLflow that stops when a number of requests that change something are done; `after`: the last one counts."""
+
+    def __init__(self, client, number, *, after):
+        self.client, self.left, self.after = client, number, after
+
+    def __getattr__(self, name):
+        call = getattr(self.client, name)
+        if not name.startswith(("create", "log_", "finalize")):
+            return call
+
+        def counted(*args, **kwargs):
+            self.left -= 1
+            if self.left < 0 and not self.after:
+                raise KeyboardInterrupt
+            made = call(*args, **kwargs)
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return made
+
+        return counted
+
+
+def test_a_model_whose_logging_stopped_at_any_request_is_completed_by_the_next_and_is_one(
+    tracking_uri, tmp_path, monkeypatch
+):
+    client = MlflowClient(tracking_uri)
+    experiment = client.create_experiment("stopped logging", artifact_location=str(tmp_path))
+    scores = {"test/accuracy": 0.5, "test/macro_f1": 0.25}
+    described = packaged_model.classifier(str(tmp_path / "none"), "# Card", scores)
+    monkeypatch.setattr(
+        packaged_model, "save", lambda folder, *_: (folder.mkdir(), (folder / "MLmodel").write_text(""))
+    )
+    stops = 0
+    for after in (False, True):
+        for number in range(20):
+            runs = [client.create_run(experiment).info.run_id for _ in range(2)]
+            try:
+                packaged_model.log(StopsAt(client, number, after=after), experiment, runs, "one", described)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+            for _ in range(2):
+                ident = packaged_model.log(client, experiment, runs, "one", described)
+            (made,) = client.search_logged_models([experiment], f"source_run_id = '{runs[1]}'")
+            assert (made.model_id, str(made.status)) == (ident, "READY"), number
+            assert {metric.key: metric.value for metric in made.metrics} == scores, number
+            assert {key: len(client.get_metric_history(runs[0], key)) for key in scores} == dict.fromkeys(scores, 1)
+            for run_id in runs:
+                assert [one.model_id for one in client.get_run(run_id).outputs.model_outputs] == [ident], number
+            assert len(client.list_logged_model_artifacts(ident)) == 1
+    assert stops == 2 * 7, "create, files, two scores, two runs, ready"
+
+
 @pytest.fixture
 def server(tmp_path):
     with mlflow_server(tmp_path / "mlflow") as url:
