@@ -235,6 +235,13 @@ class Server:
         self.pid = 0
         return Ended(code, self.log.read_text(errors="replace"), time.monotonic() - self.began)
 
+    def ended_before(self, placed: int) -> Ended | None:
+        """Wait until the command has put so many files into their places; None = it has, and goes on."""
+        while Chain.placed(self.log) < placed:
+            if (ended := self.ended(0.001)) is not None:
+                return ended
+        return None
+
     def end(self) -> Ended:
         """Wait for the end of the command; one that does not come is killed, and counts as such."""
         ended = self.ended(PATIENCE)
@@ -323,6 +330,12 @@ class Chain:
                     took.write_text(str(ended.seconds))
             self.expected[name, ray], self.seconds[name, ray] = contents(str(output)), float(took.read_text())
         return output
+
+    @staticmethod
+    def placed(log: Path) -> int:
+        """Number of files that the command of a log has put into their places."""
+        written = Path(f"{log}.written")
+        return written.read_bytes().count(b"\n") if written.exists() else 0
 
     def link(self, name: str, output: Path) -> None:
         """Put the artifacts that a stage starts from into its output, as hard links; and a user's file beside them."""

@@ -30,6 +30,8 @@ from tests.faults.chain import STAGES, Chain, Ended, stage_of
 STOPPED = "mixgf: stopped by SIGTERM; the same command continues where it stopped"
 COMMANDS = 4
 """Most times that a command is given until it ends well."""
+GIVEN = 8
+"""Most times that a command is given in a new output until it is killed before it ends."""
 BUCKET = "faults"
 
 Ending = tuple[str, str]
@@ -82,41 +84,62 @@ def _signal(pid: int, which: signal.Signals) -> None:
 
 
 def kills(chain: Chain, wanted: int) -> Kind:
-    """SIGKILL or SIGTERM to a command that does all work itself, once to three times, then the command again."""
+    """SIGKILL or SIGTERM to a command that does all work itself, once to three times, then the command again.
+
+    The moment is a part of the time that the stage takes, or the file after which the signal is sent. A command that ended before
+    the first signal is given once more in a new output.
+    """
+
+    def struck(name: str, output: Path, draw: random.Random, told: list[str]) -> str:
+        """Give a command and kill it, and so on; returns what is wrong with its end. `told` gets a line for each signal."""
+        words, log = chain.words(name, str(output)), Path(f"{output}.log")
+        placed = chain.placed(chain.undisturbed(name).with_suffix(".log"))
+        for _ in range(draw.randrange(1, 4)):
+            which = draw.choice([signal.SIGKILL, signal.SIGTERM])
+            part, files_first = draw.random(), draw.randrange(1, placed) if draw.random() < 0.5 < placed - 1 else 0
+            log.unlink(missing_ok=True)
+            Path(f"{log}.written").unlink(missing_ok=True)
+            chain.server.start(words, log)
+            if files_first:
+                moment, ended = f"after file {files_first} of {placed}", chain.server.ended_before(files_first)
+            else:
+                moment, ended = f"at {part:.0%} of its time", chain.server.ended(chain.seconds[name, False] * part)
+            if ended is not None:
+                if not told:  # the time of a whole run
+                    chain.seconds[name, False] = min(ended.seconds, chain.seconds[name, False])
+                return f"went not on: {ended.said[-300:]}" if ended.code else ""
+            _signal(chain.server.pid, which)
+            sent = time.monotonic()
+            ended = chain.server.end()
+            if ended.code == 0:
+                return ""  # it ended meanwhile
+            told.append(f"{which.name} {moment}")
+            if wrong := _stopped(ended, which):
+                return wrong
+            if time.monotonic() - sent > 30:
+                return f"{time.monotonic() - sent:.0f} s until its end"
+        return ""
 
     def attempt(number: int) -> Ending:
         draw, name = random.Random(number), stage_of(number)
         chain.undisturbed(name)
-        with chain.output(name, number) as output:
-            words, log = chain.words(name, str(output)), Path(f"{output}.log")
-            seconds, hits = chain.seconds[name, False], 0
-            for _ in range(draw.randrange(1, 4)):
-                which = draw.choice([signal.SIGKILL, signal.SIGTERM])
-                log.unlink(missing_ok=True)
-                chain.server.start(words, log)
-                ended = chain.server.ended(seconds * draw.random())
-                if ended is None:
-                    _signal(chain.server.pid, which)
-                    sent = time.monotonic()
-                    ended = chain.server.end()
-                    if ended.code == 0:
-                        break  # it ended meanwhile
-                    hits += 1
-                    if wrong := _stopped(ended, which):
-                        return LOST, f"{name}: {wrong}"
-                    if time.monotonic() - sent > 30:
-                        return LOST, f"{name}: {time.monotonic() - sent:.0f} s until its end"
-                elif ended.code:
-                    return LOST, f"{name}: went not on: {ended.said[-300:]}"
-                else:
-                    break
-            log.unlink(missing_ok=True)
-            ending, line = _finished(chain, name, str(output), lambda _: chain.server.run(words, log))
-            return (
-                (LOST, f"{name}: refused after a kill: {line}")
-                if ending == REFUSED
-                else (ending, line or f"{name}: {hits} kills")
-            )
+        told: list[str] = []
+        for given in range(GIVEN):
+            with chain.output(name, number) as output:
+                wrong = struck(name, output, draw, told)
+                if not told and not wrong and given < GIVEN - 1:
+                    continue
+                how = f"{name}, {len(told)} kills, {', '.join(told)}"
+                if wrong:
+                    return LOST, f"{how}: {wrong}"
+                ending, line = _finished(chain, name, str(output), again(name, output))
+                return (LOST if ending == REFUSED else ending), f"{how}: {line}"
+        raise AssertionError
+
+    def again(name: str, output: Path) -> Callable[[int], Ended]:
+        words, log = chain.words(name, str(output)), Path(f"{output}.log")
+        log.unlink(missing_ok=True)
+        return lambda _: chain.server.run(words, log)
 
     return Kind("kills of a command", wanted, attempt)
 
@@ -171,7 +194,8 @@ class Nodes:
 def kills_on_ray(chain: Chain, nodes: Nodes, wanted: int) -> Kind:
     """On two nodes, once to three times: SIGKILL to a worker or to a raylet with all that it started, or a signal to the driver.
 
-    A command that ended so is given again, and disturbed again.
+    A command that ended so is given again, and disturbed again. One that ended before the first kill is given once more in a new
+    output.
     """
     stages = [name for name in STAGES if name not in ("report", "export")]  # these do not use Ray
     victims = ("worker", "raylet", "driver", "driver, SIGTERM")
@@ -179,45 +203,53 @@ def kills_on_ray(chain: Chain, nodes: Nodes, wanted: int) -> Kind:
     def attempt(number: int) -> Ending:
         draw, name = random.Random(number), stages[number % len(stages)]
         victim = victims[(number // len(stages) + number % len(stages)) % len(victims)]
-        which = signal.SIGTERM if "SIGTERM" in victim else signal.SIGKILL
         nodes.up()
         chain.undisturbed(name, ray=True)
-        with chain.output(name, number) as output:
-            words, log = chain.words(name, str(output)), Path(f"{output}.log")
-            seconds, hits = chain.seconds[name, True] * 0.95, 0
-            ended: Ended | None = None
-            by_signal = False
-            chain.server.start(words, log, env=chain.env, ray=True)
-            for _ in range(draw.randrange(1, 4)):
-                if by_signal:
-                    log.unlink()
-                    chain.server.start(words, log, env=chain.env, ray=True)
-                    by_signal = False
-                ended = chain.server.ended(seconds * draw.uniform(0.15, 1.0))
-                while ended is None and not nodes.strike(victim, draw):
-                    ended = chain.server.ended(0.02)
-                if ended is not None:
-                    break
-                hits += 1
-                nodes.up()
-                if "driver" in victim:
-                    _signal(chain.server.pid, which)
-                    ended = chain.server.end()
-                    if ended.code == 0:
-                        break  # it ended meanwhile
-                    if wrong := _stopped(ended, which):
-                        return LOST, f"{name}, {victim}: {wrong}"
-                    by_signal = True
-            last = ended or chain.server.end()
+        for _ in range(GIVEN):
+            with chain.output(name, number) as output:
+                hits, (ending, line) = tried(name, victim, output, draw)
+            if hits or ending == LOST:
+                break
+        return ending, f"{name}, {victim}, {hits} kills: {line}"
 
-            def again(time_given: int) -> Ended:
-                if time_given == 0 and not by_signal:
-                    return last
-                log.unlink(missing_ok=True)
-                return chain.server.run(words, log, env=chain.env, ray=True)
+    def tried(name: str, victim: str, output: Path, draw: random.Random) -> tuple[int, Ending]:
+        """Give the command, disturbed, until it ends; returns the number of kills, too."""
+        which = signal.SIGTERM if "SIGTERM" in victim else signal.SIGKILL
+        words, log = chain.words(name, str(output)), Path(f"{output}.log")
+        hits, by_signal = 0, False
+        ended: Ended | None = None
+        chain.server.start(words, log, env=chain.env, ray=True)
+        for _ in range(draw.randrange(1, 4)):
+            if by_signal:
+                log.unlink()
+                chain.server.start(words, log, env=chain.env, ray=True)
+                by_signal = False
+            ended = chain.server.ended(chain.seconds[name, True] * draw.uniform(0.1, 0.95))
+            while ended is None and not nodes.strike(victim, draw):
+                ended = chain.server.ended(0.02)
+            if ended is not None:
+                break
+            if "driver" in victim:
+                _signal(chain.server.pid, which)
+                ended = chain.server.end()
+                if ended.code == 0:
+                    break  # it ended meanwhile
+                if wrong := _stopped(ended, which):
+                    return hits, (LOST, wrong)
+                by_signal = True
+            hits += 1
+            nodes.up()
+        last = ended or chain.server.end()
+        if not hits and last.code == 0:  # the time of a whole run
+            chain.seconds[name, True] = min(last.seconds, chain.seconds[name, True])
 
-            ending, line = _finished(chain, name, str(output), again, ray=True)
-            return ending, f"{name}, {victim}, {hits} kills: {line}"
+        def again(time_given: int) -> Ended:
+            if time_given == 0 and not by_signal:
+                return last
+            log.unlink(missing_ok=True)
+            return chain.server.run(words, log, env=chain.env, ray=True)
+
+        return hits, _finished(chain, name, str(output), again, ray=True)
 
     return Kind("kills on Ray", wanted, attempt)
 
