@@ -13,9 +13,10 @@ stopped goes on where it was.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,3 +84,25 @@ def table(ledger: Ledger) -> str:
         lines.append(f"| {kind} | {of.total()} | {of[REFUSED]} | {of[SURVIVED]} | {of[LOST]} |")
     lost = [f"lost: {row['kind']} {row['number']}: {row['line']}" for row in ledger.rows if row["ending"] == LOST]
     return "\n".join([*lines, *lost])
+
+
+def by_stage(ledger: Ledger, stages: Iterable[str]) -> str:
+    """A Markdown table of tries by stage and kind, and a line of kills by victim. Lines of tries begin with the stage."""
+    longest_first = sorted(stages, key=len, reverse=True)
+    tries: dict[str, Counter[str]] = {}
+    kills: Counter[str] = Counter()
+    victims: Counter[str] = Counter()
+    for row in ledger.rows:
+        line = row["line"]
+        if (stage := next((name for name in longest_first if line.startswith(name)), None)) is None:
+            continue
+        tries.setdefault(row["kind"], Counter())[stage] += 1
+        if found := re.match(r"(?:, (?P<victim>[^:]+?))?, (?P<number>\d+) kills", line.removeprefix(stage)):
+            kills[stage] += int(found["number"])
+            signals = re.findall(r"SIGKILL|SIGTERM", line.removeprefix(stage)) if found["victim"] is None else ()
+            victims.update(f"command, {one}" for one in signals)
+            if found["victim"]:
+                victims[found["victim"]] += int(found["number"])
+    lines = [f"| stage | {' | '.join(tries)} | signals sent |", "|---" * (2 + len(tries)) + "|"]
+    lines += [f"| {name} | {' | '.join(str(of[name]) for of in tries.values())} | {kills[name]} |" for name in stages]
+    return "\n".join([*lines, "signals by victim: " + ", ".join(f"{name} {n}" for name, n in victims.most_common())])

@@ -16,7 +16,7 @@ from processes import mlflow_server
 
 from mixgf.storage import artifacts, files, layout
 from tests.faults import disturbed, kinds
-from tests.faults.campaign import LOST, SURVIVED, Kind, Ledger, run, table
+from tests.faults.campaign import LOST, REFUSED, SURVIVED, Kind, Ledger, by_stage, run, table
 from tests.faults.chain import STAGES, Chain
 
 SECONDS = 60
@@ -66,7 +66,7 @@ def on_ray(chain):
 
 def report(ledger):
     text = table(ledger)
-    sys.stdout.write(f"\n{text}\n")
+    sys.stdout.write(f"\n{text}\n\n{by_stage(ledger, STAGES)}\n")
     lost = [row for row in ledger.rows if row["ending"] == LOST]
     assert not lost, text
 
@@ -132,3 +132,16 @@ def test_a_stopped_campaign_goes_on_and_counts_every_try_once(tmp_path):
     run([kind], ledger)
     assert sorted(made) == [0, 2, 3, 4]
     assert "| k | 5 | 0 | 5 | 0 |" in table(ledger)
+
+
+def test_the_table_of_stages_counts_tries_and_signals(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.add("kills", 0, SURVIVED, "pretrain, 2 kills, SIGTERM at 4% of its time, SIGKILL after file 2 of 9: ")
+    ledger.add("kills", 1, SURVIVED, "pretrain on neighbours, 1 kills, SIGTERM at 4% of its time: ")
+    ledger.add("Ray", 0, SURVIVED, "pretrain, driver, SIGTERM, 3 kills: ")
+    ledger.add("disk", 0, REFUSED, "embed: mixgf: /a/2 kills: no space left")
+    told = by_stage(ledger, ["pretrain", "pretrain on neighbours", "embed"]).splitlines()
+    assert told[2:] == [
+        "| pretrain | 1 | 1 | 0 | 5 |", "| pretrain on neighbours | 1 | 0 | 0 | 1 |", "| embed | 0 | 0 | 1 | 0 |",
+        "signals by victim: driver, SIGTERM 3, command, SIGTERM 2, command, SIGKILL 1",
+    ]  # fmt: skip
