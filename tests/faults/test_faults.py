@@ -2,8 +2,8 @@
 
 pytest -m faults tests/faults -s                                 # the whole campaign, hours
 MIXGF_FAULTS=ledger.jsonl pytest -m faults tests/faults -s       # the same; goes on after a stop
-MIXGF_FAULTS_SECONDS=800 ... pytest ... -k on_ray                # for so long, one part: files_and_words, runs, slow_tracker or on_ray;
-                                                                 # several parts may run at the same time
+MIXGF_FAULTS_SECONDS=800 ... pytest ... -k on_ray                # for so long, one part: files_and_words, runs, s3, dead_tracker,
+                                                                 # slow_tracker or on_ray; several may run at the same time
 """
 
 import json
@@ -42,13 +42,20 @@ def chain(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(chain, s3_server):
+def runs(chain):
     """Faults while a stage runs, without Ray."""
     disk = [disturbed.full_disk(chain, 4 * len(STAGES))] if disturbed.can_mount() else []
-    return [
-        disturbed.kills(chain, 120), *disk, disturbed.s3_faults(chain, s3_server, 20, 36), disturbed.s3_faults(chain, s3_server, 5, 24),
-        disturbed.dead_tracker(chain, 20),
-    ]  # fmt: skip
+    return [disturbed.kills(chain, 120), *disk]
+
+
+@pytest.fixture(scope="module")
+def s3(chain, s3_server):
+    return [disturbed.s3_faults(chain, s3_server, 20, 36), disturbed.s3_faults(chain, s3_server, 5, 24)]
+
+
+@pytest.fixture(scope="module")
+def dead_tracker(chain):
+    return [disturbed.dead_tracker(chain, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +91,8 @@ def test_a_minute_of_faults_in_files_and_arguments_loses_nothing(files_and_words
 
 
 @pytest.mark.timeout(900)
-def test_a_minute_of_faults_while_stages_run_loses_nothing(runs, tmp_path):
-    try_for_a_minute(runs, tmp_path, fewest=2)
+def test_a_minute_of_faults_while_stages_run_loses_nothing(runs, s3, dead_tracker, tmp_path):
+    try_for_a_minute([*runs, *s3, *dead_tracker], tmp_path, fewest=2)
 
 
 @pytest.mark.slow
@@ -113,7 +120,7 @@ def test_every_file_that_a_stage_writes_is_listed_among_those_of_its_artifact(ch
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("part", ["files_and_words", "runs", "slow_tracker", "on_ray"])
+@pytest.mark.parametrize("part", ["files_and_words", "runs", "s3", "dead_tracker", "slow_tracker", "on_ray"])
 def test_the_whole_campaign_loses_nothing(part, request, tmp_path):
     ledger = Ledger(Path(os.environ.get("MIXGF_FAULTS", tmp_path / "ledger.jsonl")))
     kinds_of_fault = request.getfixturevalue(part)
