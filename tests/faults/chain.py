@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import queue
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -172,8 +174,32 @@ def contents(output: str) -> dict[str, Any]:
     for name in files.names_in(output):
         parts = name.split("/")
         if not {"cost", "tracking", "lease"} & set(parts) and not parts[0].startswith("mlflow"):
-            data = files.read_bytes(files.join(output, name)).replace(output.encode(), b"OUTPUT")
-            found[name] = hash_of(name, data)
+            data, place = files.read_bytes(files.join(output, name)), output.encode()
+            if name.endswith(".h5ad"):  # where things lie in the file depends on the length of the texts
+                found[name] = _parts_of(data, place)
+            else:
+                found[name] = hash_of(name, data.replace(place, b"OUTPUT"))
+    return found
+
+
+def _parts_of(data: bytes, output: bytes) -> dict[str, str]:
+    """Hashes of the attributes and values of all parts of an HDF5 file, by name."""
+    found = {}
+
+    def add(name: str, part: h5py.Group | h5py.Dataset) -> None:
+        values = [(key, np.asarray(value)) for key, value in sorted(part.attrs.items())]
+        if isinstance(part, h5py.Dataset):
+            values.append(("", np.asarray(part[()])))
+        digest = hashlib.sha256()
+        for key, value in values:
+            text = value.dtype.kind in "OSU"
+            plain = repr(value.tolist()).encode().replace(output, b"OUTPUT") if text else value.tobytes()
+            digest.update(f"{key} {'text' if text else value.dtype} {value.shape} ".encode() + plain)
+        found[name] = digest.hexdigest()
+
+    with h5py.File(io.BytesIO(data)) as file:
+        add("/", file)
+        file.visititems(add)
     return found
 
 
@@ -193,8 +219,10 @@ class Ended:
         return lines[-1] if lines else ""
 
     @property
-    def has_traceback(self) -> bool:
-        return "Traceback" in self.said
+    def traceback(self) -> str:
+        """What was said from the first traceback on, "" where there is none."""
+        _, found, rest = self.said.partition("Traceback")
+        return found + rest[:2_000]
 
 
 class Server:
@@ -377,7 +405,6 @@ def serve() -> None:
     import importlib
     import pkgutil
 
-    import h5py  # noqa: F401
     import mlflow.tracking  # noqa: F401
     import ray.data
     import ray.train

@@ -40,8 +40,8 @@ Ending = tuple[str, str]
 def _wrong(ended: Ended) -> str:
     """What is wrong with a command that ended with an error of its own; "" = it is one clear line."""
     lines = [line for line in ended.said.splitlines() if line.startswith("mixgf: ")]
-    if ended.has_traceback:
-        return "a traceback: " + ended.said[-300:].replace("\n", " | ")
+    if ended.traceback:
+        return f"exit {ended.code} and a traceback: {ended.traceback}"
     if len(lines) != 1 or "did not end" in ended.line:
         return f"exit {ended.code} with {len(lines)} lines: {ended.said[-300:]}".replace("\n", " | ")
     return "" if len(ended.line) <= 1_000 and "failed: " not in ended.line else f"not clear: {ended.line[:300]}"
@@ -53,8 +53,8 @@ def _finished(chain: Chain, name: str, output: str, again: Callable[[int], Ended
     for time_given in range(COMMANDS):
         ended = again(time_given)
         if ended.code == 0:
-            if ended.has_traceback:
-                return LOST, f"{name}: exit 0 and a traceback: {ended.said[-300:]}"
+            if ended.traceback:
+                return LOST, f"{name}: exit 0 and a traceback: {ended.traceback}"
             unequal = chain.unequal(name, output, ray=ray)
             return (
                 (LOST, f"{name}: other files: {unequal[:5]}")
@@ -73,7 +73,7 @@ def _stopped(ended: Ended, number: int) -> str:
         return "" if ended.code == -signal.SIGKILL else f"exit {ended.code} after SIGKILL"
     if ended.code == -signal.SIGTERM and not ended.said.strip():
         return ""  # before the command began
-    if ended.code != 143 or ended.line != STOPPED or ended.has_traceback:
+    if ended.code != 143 or ended.line != STOPPED or ended.traceback:
         return f"exit {ended.code} after SIGTERM: {ended.said[-300:]}".replace("\n", " | ")
     return ""
 
@@ -410,7 +410,7 @@ def _with_tracker(chain: Chain, name: str, output: Path, tracking: Tracking, *, 
     chain.undisturbed(name)
     ended = chain.server.run(chain.words(name, str(output), tracking=tracking), Path(f"{output}.log"))
     told = ended.said.count("MLflow at ")
-    if ended.code or ended.has_traceback:
+    if ended.code or ended.traceback:
         return LOST, f"{name}: exit {ended.code}: {ended.said[-300:]}", told
     if re.search(r"MLflow: \w+ is left out", ended.said):
         return LOST, f"{name}: {ended.said[-300:]}", told
