@@ -6,6 +6,7 @@ be sent is tried again, and what is left at the end of a stage is kept in a file
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -36,6 +37,20 @@ class Rejected(Exception):
     """The tracker answers, and refuses the operation: trying again would not help."""
 
 
+def finite(value: Any) -> Any:
+    """Plain data without numbers that are not finite, which JSON does not have: their keys, and lists that hold them, are left out."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items() if not _has_infinite(one)}
+    return [finite(one) for one in value if not _has_infinite(one)] if isinstance(value, list | tuple) else value
+
+
+def _has_infinite(value: Any) -> bool:
+    """Whether a value is a number that is not finite, or a list with such a number."""
+    if isinstance(value, list | tuple):
+        return any(isinstance(one, float) and not math.isfinite(one) for one in value)
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 class Delivery:
     """The queue to one tracker and the thread that empties it.
 
@@ -59,13 +74,14 @@ class Delivery:
         threading.Thread(target=self._work, name="mixgf-tracker", daemon=True).start()
 
     def put(self, *operations: Operation) -> None:
-        """Queue operations; does not wait."""
+        """Queue operations, without numbers that are not finite (`finite`); does not wait."""
         with self._changed:
-            self._queue.extend(operations)
+            self._queue.extend(finite(operation) for operation in operations)
             self._changed.notify_all()
 
     def ask(self, operation: Operation, seconds: float) -> Any | None:
         """Queue an operation and wait for its result; None if there is none after `seconds`, or it failed."""
+        operation = finite(operation)
         key = id(operation)
         with self._changed:
             if self.why_down:

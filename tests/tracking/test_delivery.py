@@ -88,6 +88,32 @@ def test_a_server_that_is_down_is_told_once_and_gets_everything_once_from_the_ne
     assert by_name[tmp_path.name].data.metrics["pretrain/cells"] == 3
 
 
+def test_figures_that_are_not_finite_neither_end_the_stage_nor_keep_the_others_from_arriving(
+    tmp_path, tracking_uri, monkeypatch
+):
+    figures = {"good": 1.0, "nan": float("nan"), "inf": float("inf")}
+    with mlflow_runs.stage(configured(tmp_path, f"http://127.0.0.1:{free_port()}"), "classify", {}, "down") as run:
+        run.log(figures, 1)
+        run.log_missing([(2, name, value) for name, value in figures.items()])
+        run.summary(figures)
+        run.child("a", "key", {"x": float("nan"), "y": 1}, figures)
+    assert len(unsent(tmp_path)) == 1
+    monkeypatch.setattr(mlflow_runs, "_deliveries", {})
+    with mlflow_runs.stage(configured(tmp_path, tracking_uri), "embed", {}, "later"):
+        pass
+    assert not unsent(tmp_path)
+    client = MlflowClient(tracking_uri)
+    runs = client.search_runs(["1"], f"tags.`mixgf.output` = '{tmp_path}'")
+    of = {run.info.run_name: run for run in runs}
+    named = {
+        name: {key for key in run.data.metrics if key.endswith(("good", "nan", "inf"))} for name, run in of.items()
+    }
+    assert named == {"classify": {"good"}, tmp_path.name: {"classify/good"}, "embed": set()}
+    assert sorted(row.step for row in client.get_metric_history(of["classify"].info.run_id, "good")) == [0, 1, 2]
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{of['classify'].info.run_id}'")
+    assert [run.data.metrics for run in children] == [{"good": 1.0}]
+
+
 def store_limit():
     """Seconds that a whole stage may lose to a server that refuses connections, on a busy machine."""
     return 60
