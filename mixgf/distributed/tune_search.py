@@ -18,6 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mixgf.config.run import Config
+from mixgf.console import warn
 from mixgf.distributed.executor import resources
 from mixgf.distributed.session import require_gpus
 from mixgf.errors import require_package
@@ -143,6 +144,7 @@ def _fit(
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the stage logs to MLflow
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one takes no reporter of ours
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a traceback of each, also where the trial starts again
     run.metric, run.mode = SCORE, "max"
     scratch = tempfile.mkdtemp(prefix="mixgf-tune-")  # Ray's own bookkeeping; ours is in the output
 
@@ -170,7 +172,7 @@ def _fit(
 
 
 class _Told(tune.Callback):  # type: ignore[misc]
-    """Tells of scores and of trials that have ended."""
+    """Tells of scores, of trials that have ended, and of those that start again."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown = shown
@@ -179,6 +181,9 @@ class _Told(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
         self._shown.scored(trial.config, result["rung"], result[SCORE])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        warn(f"tune: the process of an arm failed ({trial.num_failures} so far); the arm goes on from its last rung")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._shown.ended()

@@ -1,5 +1,13 @@
+import logging
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from mixgf.config.run import Compute, Config
+from mixgf.config.tuning import Tune
 from mixgf.distributed import tune_search
 
 SPACE = {"train.lr": ("loguniform", [1e-5, 1e-2]), "objective.view": ("choice", ["dropout", "mask"])}
@@ -39,3 +47,36 @@ def test_a_table_comes_at_the_end_and_before_it_only_after_a_while(monkeypatch):
     table.report(trials, False, "Result logdir: somewhere")
     assert shown == [tune_search.trial_table(SPACE, trials)]
     assert not table.should_report(trials)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_an_arm_whose_process_was_killed_goes_on_with_one_line_and_no_traceback(tmp_path, caplog, capfd):
+    caplog.set_level(logging.INFO, logger="mixgf")
+    scores, mark = [], tmp_path / "killed"
+
+    def advance(chosen, rung):
+        if rung == 1 and not Path(mark).exists():
+            Path(mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rung + chosen["train.lr"]
+
+    class Shown:
+        def ended(self):
+            pass
+
+        def scored(self, chosen, rung, score):
+            scores.append((rung, score))
+
+        def table(self, lines):
+            pass
+
+    config = Config(tune=Tune(), compute=Compute(num_workers=1))
+    space = {"train.lr": ("choice", [0.5])}
+    tune_search.run_points(config, space, [{"train.lr": 0.5}], range(2), advance=advance, shown=Shown(), stop=False)
+    assert mark.exists()
+    assert scores[-1] == (2, 1.5)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["tune: the process of an arm failed (1 so far); the arm goes on from its last rung"]
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err + "".join(told)
