@@ -161,8 +161,8 @@ def hash_of(name: str, data: bytes) -> Any:
         facts = json.loads(table.schema.metadata[b"mixgf"])
         assert facts.pop("seconds") > 0
         return facts, table.to_pylist()
-    if name.endswith(".json"):  # its seal covers places, too
-        return {key: value for key, value in json.loads(data).items() if key != "seal"}
+    if name.endswith(".json"):  # its seal covers places, too; a config names the tracker
+        return {key: value for key, value in json.loads(data).items() if key not in ("seal", "tracking")}
     if name.endswith("report.html"):
         return data.rstrip().endswith(b"</html>")
     return hashlib.sha256(data).hexdigest()
