@@ -10,15 +10,14 @@ order or partition of the cells nor on the processor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mixgf.arrays import read_only
-from mixgf.jit import jit, trailing_zeros
+from mixgf.jit import jit
 
 SKETCH_BITS = 8
 _LOWEST = 1023 - 20  # the exponent field of 2**-20: count 1 in a cell of 10**10 counts
@@ -90,87 +89,53 @@ def _append(  # noqa: PLR0917 (a compiled kernel)
     return used
 
 
-class _Histogram(NamedTuple):
-    """Counts of the buckets of one gene; all zeros between genes."""
-
-    counts: np.ndarray
-    """uint32 by bucket."""
-    filled: np.ndarray
-    """uint64 bit map: which buckets are not 0."""
-
-
-def _histogram() -> _Histogram:
-    return _Histogram(np.zeros(NUM_BUCKETS, np.uint32), np.zeros(NUM_BUCKETS // 64, np.uint64))
-
-
 @jit
-def _increase(histogram: _Histogram, bucket: Any, number: Any) -> None:
-    histogram.counts[bucket] += number
-    histogram.filled[bucket >> 6] |= np.uint64(1) << np.uint64(bucket & 63)
+def _collect(lists: _Lists, histogram: np.ndarray, keys: np.ndarray, counts: np.ndarray) -> int:
+    """Write the sketch of the lists' values; returns its number of keys.
 
-
-@jit
-def _move(histogram: _Histogram, gene: int, keys: np.ndarray, counts: np.ndarray, n: int) -> int:
-    """Move one gene's histogram behind the first n keys; returns the new number of keys."""
-    for i in range(histogram.filled.shape[0]):
-        left = histogram.filled[i]
-        histogram.filled[i] = 0
-        while left:
-            bucket = (i << 6) + trailing_zeros(left)
-            left &= left - np.uint64(1)
-            keys[n], counts[n] = gene * 9216 + bucket, histogram.counts[bucket]
-            histogram.counts[bucket] = 0
-            n += 1
-    return n
-
-
-@jit
-def _add(keys: np.ndarray, counts: np.ndarray, at: int, gene: int, histogram: _Histogram) -> int:
-    """Add one gene's part of a sketch, from position `at` on; returns its end."""
-    first, stop = np.int64(gene) * 9216, np.int64(gene + 1) * 9216
-    while at < keys.shape[0] and np.int64(keys[at]) < stop:
-        _increase(histogram, np.int64(keys[at]) - first, counts[at])
-        at += 1
-    return at
-
-
-@jit
-def _collect(  # noqa: PLR0917 (a compiled kernel)
-    lists: _Lists, old_keys: np.ndarray, old_counts: np.ndarray, histogram: _Histogram, keys: np.ndarray,
-    counts: np.ndarray,
-) -> int:  # fmt: skip
-    """Write the sketch of the lists' values and of an older sketch; returns its number of keys."""
-    n, old, one = 0, 0, np.uint32(1)
+    `histogram` (uint32 by bucket) is all zeros between genes. `keys` and `counts` have room for one entry more than there are values.
+    """
+    n: Any = 0
     for g in range(lists.end_G.shape[0]):
         page, last = g, lists.end_G[g] // _PAGE
+        low: Any = np.int64(histogram.shape[0])
+        high: Any = np.int64(-1)
         while True:
             stop = lists.end_G[g] if page == last else (page + 1) * _PAGE
             for i in range(page * _PAGE, stop):
-                _increase(histogram, np.int64(lists.bucket_T[i]), one)
+                bucket = np.int64(lists.bucket_T[i])
+                histogram[bucket] += np.uint32(1)
+                low, high = min(low, bucket), max(high, bucket)
             if page == last:
                 break
             page = lists.next_P[page]
-        old = _add(old_keys, old_counts, old, g, histogram)
-        n = _move(histogram, g, keys, counts, n)
+        for key in range(low, high + 1):  # without branches: an empty bucket is written, and then overwritten
+            keys[n], counts[n] = g * 9216 + key, histogram[key]
+            n += np.int64(histogram[key] != 0)
+        histogram[low : high + 1] = 0
     return n
 
 
 @jit
 def _merge(  # noqa: PLR0917 (a compiled kernel)
-    keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, histogram: _Histogram,
-    keys: np.ndarray, counts: np.ndarray,
+    keys_a: np.ndarray, counts_a: np.ndarray, keys_b: np.ndarray, counts_b: np.ndarray, keys: np.ndarray,
+    counts: np.ndarray,
 ) -> int:  # fmt: skip
     """Write the sum of two sketches; returns its number of keys."""
-    n, a, b = 0, 0, 0
-    while a < keys_a.shape[0] or b < keys_b.shape[0]:
-        gene: Any = 1 << 32
-        if a < keys_a.shape[0]:
-            gene = np.int64(keys_a[a]) // 9216
-        if b < keys_b.shape[0]:
-            gene = min(gene, np.int64(keys_b[b]) // 9216)
-        a = _add(keys_a, counts_a, a, gene, histogram)
-        b = _add(keys_b, counts_b, b, gene, histogram)
-        n = _move(histogram, gene, keys, counts, n)
+    n: Any = 0
+    a: Any = 0
+    b: Any = 0
+    while a < keys_a.shape[0] and b < keys_b.shape[0]:  # without branches: which key comes next cannot be predicted
+        in_a, in_b = keys_a[a] <= keys_b[b], keys_b[b] <= keys_a[a]
+        keys[n] = min(keys_a[a], keys_b[b])
+        counts[n] = counts_a[a] * np.uint32(in_a) + counts_b[b] * np.uint32(in_b)
+        a, b, n = a + np.int64(in_a), b + np.int64(in_b), n + 1
+    for i in range(a, keys_a.shape[0]):
+        keys[n], counts[n] = keys_a[i], counts_a[i]
+        n += 1
+    for i in range(b, keys_b.shape[0]):
+        keys[n], counts[n] = keys_b[i], counts_b[i]
+        n += 1
     return n
 
 
@@ -239,10 +204,9 @@ class SketchBuilder:
             first = stop
 
     def _flush(self) -> None:
-        most = self._num_values + len(self._total.keys)
-        keys, counts = np.empty(most, np.uint32), np.empty(most, np.uint32)
-        n = _collect(self._lists, self._total.keys, self._total.counts, _histogram(), keys, counts)
-        self._total = _cut(keys, counts, n)
+        keys, counts = np.empty(self._num_values + 1, np.uint32), np.empty(self._num_values + 1, np.uint32)
+        n = _collect(self._lists, np.zeros(NUM_BUCKETS, np.uint32), keys, counts)
+        self._total = merge_sketches([self._total, _cut(keys, counts, n)])
         self._clear()
 
     def finish(self) -> Sketch:
@@ -262,24 +226,23 @@ def merge_sketches(sketches: Iterable[Sketch]) -> Sketch:
     """Sketch of the cells of all sketches; neither order nor grouping changes it."""
     total = EMPTY
     for sketch in sketches:
-        if not len(total.keys):
-            total = sketch
+        if not len(total.keys) or not len(sketch.keys):
+            total = sketch if len(sketch.keys) else total
             continue
         most = len(total.keys) + len(sketch.keys)
         keys, counts = np.empty(most, np.uint32), np.empty(most, np.uint32)
-        n = _merge(total.keys, total.counts, sketch.keys, sketch.counts, _histogram(), keys, counts)
+        n = _merge(total.keys, total.counts, sketch.keys, sketch.counts, keys, counts)
         total = _cut(keys, counts, n)
     return total
 
 
 def median_by_gene(sketch: Sketch) -> dict[int, float]:
     """Median by gene number, for genes detected in at least one cell; relative error at most `RELATIVE_ERROR`."""
-    out = {}
-    for gene, bucket, ends in _by_gene(sketch):
-        n = int(ends[-1])
-        low, high = (_value(bucket, ends, rank) for rank in ((n - 1) // 2, n // 2))  # equal for odd n
-        out[gene] = (low + high) / 2
-    return out
+    values = _Values(sketch)
+    low_G, high_G = (
+        values.of_rank(rank_G) for rank_G in ((values.num_G - 1) // 2, values.num_G // 2)
+    )  # equal for odd n
+    return dict(zip(values.gene_G.tolist(), ((low_G + high_G) / 2).tolist(), strict=True))
 
 
 def standard_errors(sketch: Sketch, least: int = 30) -> dict[int, float]:
@@ -288,30 +251,53 @@ def standard_errors(sketch: Sketch, least: int = 30) -> dict[int, float]:
     The number of sampled values below the true median is binomial, with a standard deviation of sqrt(n) / 2. So two standard errors
     are half the distance of the values sqrt(n) ranks below and above the middle one. Genes with fewer than `least` values are left out.
     """
-    out = {}
-    for gene, bucket, ends in _by_gene(sketch):
-        n = int(ends[-1])
-        if n >= least:
-            away = np.sqrt(n)
-            low, middle, high = (_value(bucket, ends, round((n - 1) / 2 + d)) for d in (-away, 0.0, away))
-            out[gene] = (high - low) / 4 / middle
-    return out
+    values = _Values(sketch)
+    middle_G, away_G = (values.num_G - 1) / 2, np.sqrt(values.num_G)
+    ranks = (np.rint(middle_G + sign * away_G).astype(np.int64) for sign in (-1, 0, 1))
+    low_G, median_G, high_G = (values.of_rank(np.clip(rank_G, 0, values.num_G - 1)) for rank_G in ranks)
+    enough_G = values.num_G >= least
+    errors_G = (high_G - low_G) / 4 / median_G
+    return dict(zip(values.gene_G[enough_G].tolist(), errors_G[enough_G].tolist(), strict=True))
 
 
-def _by_gene(sketch: Sketch) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number, filled buckets and running numbers of values of each gene."""
-    genes = sketch.keys // NUM_BUCKETS
-    edges = np.concatenate([[0], np.flatnonzero(np.diff(genes)) + 1, [len(genes)]])
-    for lo, hi in pairwise(edges.tolist()):
-        if hi > lo:
-            yield int(genes[lo]), sketch.keys[lo:hi] % NUM_BUCKETS, np.cumsum(sketch.counts[lo:hi])
+class _Values:
+    """The sorted values of G genes, as a sketch has them; G are the genes with a value, ascending."""
+
+    def __init__(self, sketch: Sketch) -> None:
+        most = int(sketch.keys[-1]) // NUM_BUCKETS + 1 if len(sketch.keys) else 0
+        edges = np.searchsorted(sketch.keys, np.arange(most + 1, dtype=np.uint32) * np.uint32(NUM_BUCKETS))
+        self.gene_G = np.flatnonzero(np.diff(edges))
+        self._sketch, self._edges = sketch, edges
+        self.num_G = np.zeros(len(self.gene_G), np.int64)
+        """Number of values."""
+        _count_values(sketch.counts, self.gene_G, edges, self.num_G)
+
+    def of_rank(self, rank_G: np.ndarray) -> np.ndarray:
+        """float64: the value of each gene with a rank, 0 = the smallest."""
+        found_G = np.empty(len(rank_G))
+        _find_values(self._sketch.keys, self._sketch.counts, self.gene_G, self._edges, rank_G, found_G)
+        return found_G
 
 
-def _value(bucket: np.ndarray, ends: np.ndarray, rank: int) -> float:
-    """The value of a rank, 0 = the smallest."""
-    i = int(np.searchsorted(ends, rank, side="right"))
-    at, before = int(bucket[i]), int(ends[i - 1]) if i else 0
-    left = np.ldexp(1 + (at & 255) / 256, (at >> SKETCH_BITS) - 20)
-    width = np.ldexp(1 / 256, (at >> SKETCH_BITS) - 20)
-    within = (rank - before + 0.5) / (int(ends[i]) - before)
-    return float(left + width * within)
+@jit
+def _count_values(counts: np.ndarray, gene_G: np.ndarray, edges: np.ndarray, num_G: np.ndarray) -> None:
+    for k in range(gene_G.shape[0]):
+        for i in range(edges[gene_G[k]], edges[gene_G[k] + 1]):
+            num_G[k] += np.int64(counts[i])
+
+
+@jit
+def _find_values(  # noqa: PLR0917 (a compiled kernel)
+    keys: np.ndarray, counts: np.ndarray, gene_G: np.ndarray, edges: np.ndarray, rank_G: np.ndarray, found_G: np.ndarray
+) -> None:
+    """Fill the value of a rank of each gene; the values of a bucket are evenly spread in it."""
+    for k in range(gene_G.shape[0]):
+        i: Any = edges[gene_G[k]]
+        before: Any = np.int64(0)
+        while before + np.int64(counts[i]) <= rank_G[k]:
+            before += np.int64(counts[i])
+            i += 1
+        bucket = np.int64(keys[i]) % 9216
+        octave = 2.0 ** np.float64((bucket >> 8) - 20)
+        within = (rank_G[k] - before + 0.5) / np.int64(counts[i])
+        found_G[k] = (1 + (bucket & 255) / 256) * octave + octave / 256 * within
