@@ -377,8 +377,8 @@ files.range_reader, s3.RangeFile._bytes = counting, waiting(s3.RangeFile._bytes)
 if hasattr(s3, "ReadAhead"):
     s3.ReadAhead.read = waiting(s3.ReadAhead.read)
 
-def run(uri, name):
-    rules = ["qc.drop_duplicates=false", "qc.method=none", "tracking.uri=off"]
+def run(uri, name, *more):
+    rules = [*more, "qc.drop_duplicates=false", "qc.method=none", "tracking.uri=off"]
     if isinstance(QC().doublets, str):  # older code looks for doublets only where it is asked to
         rules.append("qc.doublets=off")
     if hasattr(QC(), "near_duplicates"):
@@ -393,7 +393,7 @@ def cpu():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
-run(small, "compile")
+run(small, "compile", "prepare.shard_cells=250")  # two parts, so that the merge of sketches is loaded, too
 before = cpu()
 run(small, "small")
 fixed = cpu() - before
