@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from itertools import chain, groupby
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -228,34 +228,29 @@ def _read_counts(work: str, row_range: RowRange, block_cells: int, reader: Reade
     Yields:
         Blocks with arrays of their own. Columns are uint16 if the source has at most 65,536.
     """
-    columns = _gene_columns(work, row_range.index)
-    copy = _copy_uri(work, row_range)
-    if (batches := _copied_batches(copy)) is not None:
-        start = row_range.start
-        for batch in batches:
-            yield counts.Block(start, *packed_counts.unpack(batch, columns.num_rows))
-            start += batch.num_rows
+    columns, start = _gene_columns(work, row_range.index), row_range.start
+    for batch in _copied_batches(_copy_uri(work, row_range)):
+        yield counts.Block(start, *packed_counts.unpack(batch, columns.num_rows))
+        start += batch.num_rows
+    if start == row_range.stop:
         return
     small = packed_counts.column_type(columns.num_rows)
     opened = nullcontext(reader) if reader else _open_source(work, row_range.index, row_range.source)
     with opened as source:
-        for b in counts.read_blocks(source, columns, row_range.start, row_range.stop, rows=block_cells):
+        for b in counts.read_blocks(source, columns, start, row_range.stop, rows=block_cells):
             data, indices = empty(len(b.data), np.int32), empty(len(b.indices), small)
             data[:], indices[:] = b.data, b.indices
             yield counts.Block(b.start, data, indices, b.indptr)
 
 
-def _copied_batches(copy: str) -> Iterator[pa.RecordBatch] | None:
-    """Batches of a packed copy; None where there is none, or it is damaged, so that the source is read instead."""
+def _copied_batches(copy: str) -> Iterator[pa.RecordBatch]:
+    """Batches of a packed copy, up to the first damaged one; none where there is no copy. The rows after them are read from the source."""
     if not files.exists(copy):
-        return None
-    batches = read_batches(copy)
+        return
     try:
-        first = next(batches, None)  # the whole file is checked before the first batch
+        yield from read_batches(copy)
     except UserError as error:
         warn(f"{error}. Its counts are read from the source")
-        return None
-    return iter(()) if first is None else chain([first], batches)
 
 
 def _copied_ranges(work: str, index: int, source: Source, start: int, stop: int) -> list[RowRange]:
@@ -288,25 +283,30 @@ def _read_rows(
         Tables with `row` (in the file), `columns` and `counts` (lists: a CSR row over the file's columns). Counts are int32,
         columns uint16 or int32.
     """
-    if wanted_N is not None and (batches := _copied_batches(_copy_uri(work, row_range))) is not None:
-        yield from _read_wanted(batches, row_range.start, _gene_columns(work, row_range.index).num_rows, wanted_N)
-        return
-    for b in _read_counts(work, row_range, block_cells, reader):
+    start = row_range.start
+    if wanted_N is not None:
+        num_columns = _gene_columns(work, row_range.index).num_rows
+        for batch in _copied_batches(_copy_uri(work, row_range)):
+            table = _wanted_rows(batch, start, num_columns, wanted_N[start - row_range.start :])
+            if table is not None:
+                yield table
+            start += batch.num_rows
+        if start == row_range.stop:
+            return
+    for b in _read_counts(work, replace(row_range, start=start), block_cells, reader):
         yield _rows_table(np.arange(b.start, b.start + len(b.indptr) - 1), b.data, b.indices, b.indptr)
 
 
-def _read_wanted(
-    batches: Iterable[pa.RecordBatch], start: int, num_columns: int, wanted_N: np.ndarray
-) -> Iterator[pa.Table]:
-    """Tables of `_read_rows` from packed counts whose first row is `start`: of batches with few wanted rows, these alone."""
-    first = 0
-    for batch in batches:
-        rows, num = np.flatnonzero(wanted_N[first : first + batch.num_rows]), batch.num_rows
-        if 2 * len(rows) > num:
-            yield _rows_table(np.arange(num) + first + start, *packed_counts.unpack(batch, num_columns))
-        elif len(rows):
-            yield _rows_table(rows + first + start, *packed_counts.unpack(batch.take(pa.array(rows)), num_columns))
-        first += num
+def _wanted_rows(batch: pa.RecordBatch, start: int, num_columns: int, wanted_N: np.ndarray) -> pa.Table | None:
+    """Table of `_read_rows` from a batch of packed counts whose first row is `start`; if few of its rows are wanted, of these alone."""
+    rows = np.flatnonzero(wanted_N[: batch.num_rows])
+    if not len(rows):
+        return None
+    if 2 * len(rows) > batch.num_rows:
+        rows = np.arange(batch.num_rows)
+    else:
+        batch = batch.take(pa.array(rows))
+    return _rows_table(rows + start, *packed_counts.unpack(batch, num_columns))
 
 
 def _rows_table(rows: np.ndarray, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> pa.Table:

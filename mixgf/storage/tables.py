@@ -1,9 +1,9 @@
 """Tables by URI, written atomically: Parquet with byte count and SHA-256, and Arrow IPC for what is soon read again.
 
 What is read is what was written. Pages of Parquet have checksums (CRC-32), which are verified. The footer and the length of a
-file are covered by a seal that lies before the footer (`_Seal`), where other readers of Parquet do not look. An Arrow IPC file ends
-with a CRC-32 of all of it. Files without seal or checksum, of other writers or earlier versions, are read without these checks.
-Nothing else in mixgf opens Parquet.
+file are covered by a seal that lies before the footer (`_Seal`), where other readers of Parquet do not look. Parquet without a seal,
+of other writers or earlier versions, is read without these checks. Nothing else in mixgf opens Parquet. An Arrow IPC stream is
+written in parts, one for each batch, and ends with a CRC-32 of each part.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from mixgf.storage.files import sha256 as file_sha256
 _MAGIC, _PARQUET = b"mixgfPQ1", b"PAR1"
 _TAIL_BYTES = 64 << 10
 """Read at once from the end of a Parquet file: footer and seal of most files."""
-_CHECKSUM, _CHECKED = struct.Struct("<8sIQ"), b"mixgfIP1"
-"""End of an Arrow IPC file: magic, CRC-32 of the bytes before, and their number."""
+_PART, _END, _CHECKED = struct.Struct("<QI"), struct.Struct("<8sIIQ"), b"mixgfIP2"
+"""After an Arrow IPC stream: number of bytes and CRC-32 of each part; then magic, CRC-32 and length of that list, and bytes of the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +152,10 @@ def is_whole(uri: str) -> bool:
                 _check_seal(uri, file)
         elif uri.endswith(".arrow"):
             with open_read(uri) as file:
-                total = file.seek(0, os.SEEK_END)
-                file.seek(max(0, total - _CHECKSUM.size))
-                return _CHECKED in (end := file.read()) and _CHECKSUM.unpack(end)[2] == total - _CHECKSUM.size
+                _read_parts(uri, file)
         elif uri.endswith(".json"):
             read_json(uri)
-    except (ValueError, OSError):
+    except (UserError, ValueError, OSError):
         return False
     return True
 
@@ -281,18 +279,28 @@ def write_tables(
 
 
 class _CheckedFile(_CountingFile):
-    """A file that computes the CRC-32 of what is written to it."""
+    """A file that computes the CRC-32 of each part of what is written to it."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
-        self.crc = 0
+        self.crc, self.parts = 0, list[tuple[int, int]]()
 
     def add(self, data: memoryview) -> None:
         self.crc = zlib.crc32(data, self.crc)
 
+    def end_part(self) -> None:
+        """What is written from now on belongs to another part."""
+        self.parts.append((self.num_bytes - sum(size for size, _ in self.parts), self.crc))
+        self.crc = 0
+
+    def write_parts(self) -> None:
+        """Write the list of parts, and where it begins."""
+        listed = b"".join(_PART.pack(*part) for part in self.parts)
+        self.file.write(listed + _END.pack(_CHECKED, zlib.crc32(listed), len(listed), self.num_bytes))
+
 
 def write_batches(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Write tables of one schema as one Arrow IPC file, with a CRC-32 at its end.
+    """Write tables of one schema as one Arrow IPC stream, with a CRC-32 of each batch at its end.
 
     On local disk it is not compressed, so that it costs little more than a copy in memory. For object storage it is (zstd), and
     is held in memory as a whole.
@@ -301,10 +309,14 @@ def write_batches(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
 
     def write(raw: Any) -> None:
         file = _CheckedFile(raw)
-        with pa.PythonFile(file, mode="w") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
-            for table in tables:
-                writer.write_table(table)
-        raw.write(_CHECKSUM.pack(_CHECKED, file.crc, file.num_bytes))
+        with pa.PythonFile(file, mode="w") as sink:
+            with pa.ipc.new_stream(sink, schema, options=options) as writer:
+                for table in tables:
+                    for batch in table.to_batches():
+                        writer.write_batch(batch)
+                        file.end_part()
+            file.end_part()
+        file.write_parts()
 
     if is_local(uri):
         with replacing(local_path(uri)) as temporary, temporary.open("wb", buffering=0) as raw:
@@ -316,37 +328,48 @@ def write_batches(uri: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
 
 
 def read_batches(uri: str) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow IPC file, one in memory at a time.
+    """Batches of an Arrow IPC stream, one in memory at a time. Each is checked before it is given, and read once.
 
     Raises:
-        UserError: The file is not what was written.
+        UserError: The file, or the next batch, is not what was written.
     """
-    options = pa.ipc.IpcReadOptions(use_threads=False)
     # not mapped into memory: the pages that were read would count as the worker's
     stream: BinaryIO = open_read(uri) if is_local(uri) else io.BytesIO(read_bytes(uri))
     with stream, _refusals(uri):
-        end = _checked_bytes(uri, stream)
-        batches = pa.ipc.open_file(stream, end, options=options)
-        for i in range(batches.num_record_batches):
-            yield batches.get_batch(i)
+        schema: pa.Schema | None = None
+        for size, crc in _read_parts(uri, stream):
+            data = stream.read(size)
+            if len(data) != size or zlib.crc32(data) != crc:
+                raise damaged(uri, "it has other bytes than were written")
+            part = pa.BufferReader(data)
+            schema = schema or pa.ipc.read_schema(part)
+            if (found := _read_batch(part, schema)) is not None:
+                yield found
 
 
-def _checked_bytes(uri: str, file: BinaryIO) -> int:
-    """Bytes of an Arrow IPC file without its checksum, which is verified; the position goes back to the start."""
+def _read_batch(part: pa.BufferReader, schema: pa.Schema) -> pa.RecordBatch | None:
+    """The batch of a part; None in the last one, which has the end of the stream."""
+    try:
+        return pa.ipc.read_record_batch(pa.ipc.read_message(part), schema)
+    except EOFError:
+        return None
+
+
+def _read_parts(uri: str, file: BinaryIO) -> list[tuple[int, int]]:
+    """Bytes and CRC-32 of each part of an Arrow IPC stream; the position goes back to the start.
+
+    Raises:
+        UserError: The end of the file is not what was written.
+    """
     total = file.seek(0, os.SEEK_END)
-    file.seek(max(0, total - _CHECKSUM.size))
+    file.seek(max(0, total - _END.size))
     end = file.read()
-    if not end.startswith(_CHECKED) or len(end) < _CHECKSUM.size:
-        if not end.endswith(b"ARROW1"):
-            raise damaged(uri, "cut off, or another file" if total else "empty")
-        file.seek(0)
-        return total
-    _, crc, num_bytes = _CHECKSUM.unpack(end)
+    if len(end) < _END.size or not end.startswith(_CHECKED):
+        raise damaged(uri, "cut off, or another file" if total else "empty")
+    _, crc, length, num_bytes = _END.unpack(end)
+    file.seek(max(0, total - _END.size - length))
+    listed = file.read(length)
     file.seek(0)
-    found, left = 0, total - _CHECKSUM.size
-    while left and (chunk := file.read(min(left, 1 << 20))):
-        found, left = zlib.crc32(chunk, found), left - len(chunk)
-    if num_bytes != total - _CHECKSUM.size or found != crc:
+    if num_bytes + length + _END.size != total or length % _PART.size or zlib.crc32(listed) != crc:
         raise damaged(uri, "it has other bytes than were written")
-    file.seek(0)
-    return int(num_bytes)
+    return list(_PART.iter_unpack(listed))

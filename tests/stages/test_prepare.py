@@ -1,6 +1,7 @@
 """Laws of prepare: one Ray worker gives what the loop gives, blocks and kills change no byte, kept + dropped == read."""
 
 import dataclasses
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -309,6 +310,30 @@ def test_a_copy_of_the_counts_spares_two_reads_and_changes_no_byte(world, tmp_pa
         else:  # three times, but for row ranges without kept cells
             assert 2 * num < sum(rows) <= 3 * num
     assert bytes_of(found[True]) == bytes_of(found[False])
+
+
+def test_a_copy_that_is_damaged_in_the_middle_changes_no_cell(world, tmp_path, monkeypatch, caplog):
+    config, _ = world
+    expected = made(config, tmp_path, "whole")
+    write_metrics, damaged = prepare_passes.write_metrics, []
+
+    def damaging(parts, plan):
+        write_metrics(parts, plan)
+        path = Path(prepare_passes._copy_uri(plan.work, plan.row_range))
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        good = []
+        with pytest.raises(UserError, match="other bytes than were written"):
+            good.extend(tables.read_batches(str(path)))
+        damaged.append(len(good))
+
+    measuring = dataclasses.replace(prepare_passes.measure_cells, write=damaging)
+    monkeypatch.setattr(prepare_passes, "measure_cells", measuring)
+    found = made(config, tmp_path, "damaged", prepare=dataclasses.replace(config.prepare, block_cells=3))
+    assert max(damaged) > 0  # some batches before the damage are good
+    assert "counts are read from the source" in caplog.text
+    assert bytes_of(found) == bytes_of(expected)
 
 
 def test_passes_over_cells_hold_no_lookup_of_gene_names(world, tmp_path, monkeypatch):
