@@ -67,7 +67,7 @@ def is_transient(error: Exception) -> bool:
     """Whether a retry may succeed: the answer broke off, or the server is busy."""
     if _of_botocore(error, "ConnectionError"):
         return False  # no connection: botocore has retried already
-    broken = isinstance(error, TimeoutError | ConnectionError | EOFError) or _of_clients(error, "aiohttp")
+    broken = isinstance(error, TimeoutError | ConnectionError | EOFError) or _of_clients(error, "aiohttp", "urllib3")
     if broken or (_of_clients(error) and _http_status(error) in (0, 408, 429, *range(500, 600))):
         return True
     if _of_botocore(error, "HTTPClientError", "IncompleteReadError"):
@@ -160,5 +160,9 @@ def _http_status(error: Exception) -> int:
 
 
 def _of_clients(error: Exception, *packages: str) -> bool:
-    """By their modules' names: aiohttp takes a third of a second to import, and raises only what it meets on the wire."""
-    return type(error).__module__.partition(".")[0] in (packages or ("aiohttp", "gcsfs", "google", "azure"))
+    """By their modules' names: aiohttp takes a third of a second to import.
+
+    aiohttp and urllib3 raise only what they meet on the wire. botocore lets errors of urllib3 pass that it meets while it reads the
+    text of an error, such as that of a missing file.
+    """
+    return type(error).__module__.partition(".")[0] in (packages or ("aiohttp", "urllib3", "gcsfs", "google", "azure"))

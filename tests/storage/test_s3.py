@@ -155,6 +155,25 @@ def test_faults_that_pass_change_no_byte(where, world, proxy, monkeypatch):
     assert all(rule.hits for rule in rules), [(r.kind, r.match, r.seen) for r in rules if not r.hits]
 
 
+@pytest.mark.parametrize("kind", ["break", "cut", "short"])
+def test_an_answer_of_xml_that_breaks_off_is_asked_for_again(kind, proxy, bucket, monkeypatch):
+    """An error with its code, and a listing: botocore reads these itself."""
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
+    root = f"s3://{s3_world.BUCKET}/xml-{kind}"
+    for name in ("a", "b"):
+        bucket.put_object(Bucket=s3_world.BUCKET, Key=f"xml-{kind}/{name}", Body=b"12345")
+    (rule,) = proxy.fresh(Rule(kind, "^(GET|POST) ", when=every(2)))
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            files.read_bytes(f"{root}/missing")
+        assert files.list_dir(root) == ["a", "b"]
+        assert files.sizes([f"{root}/a", f"{root}/b", f"{root}/c"]) == [5, 5, -1]
+        assert files.find(root) == {f"{root}/a": 5, f"{root}/b": 5}
+    assert rule.hits >= 4
+    files.remove(root)
+    assert files.find(root) == {}
+
+
 @pytest.mark.parametrize("kind", ["busy", "drop", "cut"])
 def test_a_fault_that_stays_is_one_line_and_no_work_is_lost(kind, world, proxy, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
