@@ -67,7 +67,8 @@ class Delivery:
         self._changed = threading.Condition()
         self._active: Operation | None = None
         self._beat, self._failures, self._hurry = time.monotonic(), 0, False
-        self._told = False
+        self._told, self._in_vain = False, 0.0
+        """`_in_vain`: longest wait in seconds that was for nothing since the tracker finished something. No shorter one follows."""
         self._left_out: set[tuple[str, str]] = set()
         self.why_down = ""
         """The error of the last try; empty while the tracker works."""
@@ -80,7 +81,10 @@ class Delivery:
             self._changed.notify_all()
 
     def ask(self, operation: Operation, seconds: float) -> Any | None:
-        """Queue an operation and wait for its result; None if there is none after `seconds`, or it failed."""
+        """Queue an operation and wait for its result; None if there is none after `seconds`, or it failed.
+
+        A tracker for which something waited so long in vain, and which has finished nothing since, is not waited for again.
+        """
         operation = finite(operation)
         key = id(operation)
         with self._changed:
@@ -89,13 +93,18 @@ class Delivery:
             self._results[key] = None
             self._queue.append(operation)
             self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: not self._queued(operation) or self._failures > 0, timeout=seconds if seconds > 0 else None
-            )
+            if not 0 < seconds <= self._in_vain:
+                done = self._changed.wait_for(
+                    lambda: not self._queued(operation) or self._failures > 0, timeout=seconds if seconds > 0 else None
+                )
+                self._in_vain = self._in_vain if done else seconds
             return self._results.pop(key, None)
 
     def settle(self, quiet: float = QUIET_SECONDS) -> bool:
-        """Wait until all is sent, or the tracker finishes nothing for `quiet` seconds; returns whether all is sent."""
+        """Wait until all is sent, or the tracker finishes nothing for `quiet` seconds; returns whether all is sent.
+
+        As in `ask`, the same wait is not repeated in vain.
+        """
         with self._changed:
             self._hurry, self._failures, self._beat = True, 0, time.monotonic()
             self._changed.notify_all()
@@ -103,7 +112,8 @@ class Delivery:
                 uploads = quiet == QUIET_SECONDS and self._active is not None and self._active["do"] in UPLOADS
                 limit = UPLOAD_SECONDS if uploads else quiet
                 left = self._beat + limit - time.monotonic()
-                if left <= 0:
+                if left <= 0 or limit <= self._in_vain:
+                    self._in_vain = max(limit, self._in_vain)
                     self.why_down = self.why_down or f"no answer in {limit:g} s"
                     break
                 self._changed.wait(timeout=left)
@@ -153,7 +163,7 @@ class Delivery:
                 result = None
             tries = 0
             with self._changed:
-                self.why_down, self._failures, self._active = "", 0, None
+                self.why_down, self._failures, self._active, self._in_vain = "", 0, None, 0.0
                 self._beat = time.monotonic()
                 if id(operation) in self._results:
                     self._results[id(operation)] = result

@@ -154,6 +154,24 @@ def test_a_server_that_never_answers_costs_a_bounded_wait_and_the_work_none(slow
     assert len(unsent(tmp_path)) == 1
 
 
+def test_a_server_that_never_answers_is_waited_for_once_however_many_stages_there_are(
+    slow_server, tmp_path, lines, monkeypatch
+):
+    """As the trainings of a sweep, each of which is a run of its own."""
+    monkeypatch.setattr(mlflow_runs, "OPEN_SECONDS", 1.0)
+    monkeypatch.setattr(mlflow_runs, "QUIET_SECONDS", 2.0)
+    config, waited = configured(tmp_path, f"http://127.0.0.1:{slow_server.server_port}"), []
+    for number in range(8):
+        began = time.monotonic()
+        with mlflow_runs.stage(config, "pretrain", {}, f"silent {number}") as run:
+            run.log({"loss/total": 1.0})
+        waited.append(time.monotonic() - began)
+    assert waited[0] >= 3
+    assert max(waited[1:]) < 0.5, waited
+    assert len(lines()) == 1
+    assert len(unsent(tmp_path)) == 8
+
+
 def test_a_server_that_goes_away_amid_a_stage_ends_nothing_and_comes_back(tmp_path, tracking_uri, lines, monkeypatch):
     """The store fails between two figures, as a lost connection does, and works again before the end of the stage."""
     down = threading.Event()
