@@ -69,6 +69,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
 
 def _run(context: ComparisonContext, executor: Executor) -> str:
     config, uri = context.config, context.uri
+    mlflow_runs.claim(config)
     for encoder_set in context.encoder_sets:
         if encoder_set.classification == files.join(encoder_set.config.output, "classify"):
             classify.run(encoder_set.config, executor=executor)

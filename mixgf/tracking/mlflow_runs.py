@@ -16,7 +16,7 @@ import shlex
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -394,27 +394,43 @@ def _openings(
 
 
 def _deliver(delivery: Delivery, output: str, opened: list[Operation], quiet: float) -> None:
-    """Send what is queued; keep in the output what cannot be sent to a tracker that finishes nothing for `quiet` seconds."""
+    """Send what is queued; keep in the output what cannot be sent to a tracker that finishes nothing for `quiet` seconds.
+
+    The queue may hold operations of stages that go on, such as the sweep of a training. What is kept can be sent by itself: it
+    opens the runs that it needs. An end is the last operation of a run, so a run that is opened there without its end is only made
+    if it is missing.
+    """
     if delivery.settle(quiet):
         return
     left = delivery.take()
-    for operation in left:
-        if operation["do"] == "metrics":  # some of them may have arrived
-            operation["do"] = "missing"
-    kept = [one for one in left if one["do"] not in ("children", "system", "sent", "open")]
-    if not kept:
-        return
-    to = files.join(output, FOLDER, f"{_UNSENT}{time.time_ns():020d}.json")
-    to_end = {one["key"] for one in kept if one["do"] == "end"}  # a run whose end has arrived is not opened again
-    files.write_json(to, [*(one for one in opened if one["key"] in to_end), *kept])
-    delivery.tell(
-        f"{len(kept)} records are kept in {files.join(output, FOLDER)} and sent by the next command for this output"
-    )
+    ended = {one["key"] for one in left if one["do"] == "end"}
+    waiting = [one for one in left if one["do"] == "open"]
+    go_on = [one for one in waiting if one["key"] not in ended]
+    # a run whose end has arrived is not opened again
+    before = [one for one in opened if one["key"] in ended - {one["key"] for one in waiting}]
+    kept = [_to_keep(one, ended) for one in left if one["do"] not in ("children", "system", "sent")]
+    if records := sum(one["do"] != "open" for one in kept):
+        folder = files.join(_home(output), FOLDER)
+        files.write_json(files.join(folder, f"{_UNSENT}{time.time_ns():020d}.json"), [*before, *kept])
+        delivery.tell(f"{records} records are kept in {folder} and sent by the next command for this output")
+    delivery.put(*go_on)
+    for one in left:
+        if one["do"] == "sent":  # a file of earlier commands, whose operations are in the new one
+            files.remove(one["uri"])
+
+
+def _to_keep(operation: Operation, ended: Collection[str]) -> Operation:
+    """An operation that is sent later; `ended`: keys of runs whose end is sent later, too."""
+    if operation["do"] == "metrics":  # some of them may have arrived
+        return operation | {"do": "missing"}
+    if operation["do"] == "open" and operation["key"] not in ended:
+        return operation | {"again": False}
+    return operation
 
 
 def _kept(output: str) -> list[Operation]:
     """Operations that earlier commands could not send, each file followed by its removal."""
-    folder = files.join(output, FOLDER)
+    folder = files.join(_home(output), FOLDER)
     found: list[Operation] = []
     for name in sorted(files.list_dir(folder)):
         if name.startswith(_UNSENT):
@@ -423,19 +439,29 @@ def _kept(output: str) -> list[Operation]:
     return found
 
 
-def _output_key(output: str) -> str:
-    """Key of an output's run: that of the folder, or of one above it, such as the run that a comparison belongs to."""
+def claim(config: Config) -> None:
+    """Give an output a run of its own, if it has none, before stages in folders inside it: their runs belong to it."""
+    if uri(config) != OFF:
+        _output_key(config.output)
+
+
+def _home(output: str) -> str:
+    """The folder with the run of an output: itself, or one above it, such as the run that a comparison belongs to."""
     folder = output.rstrip("/")
     for _ in range(4):
-        there = files.join(folder, FOLDER, "run.json")
-        if files.exists(there):
-            return str(files.read_json(there)["key"])
+        if files.exists(files.join(folder, FOLDER, "run.json")):
+            return folder
         folder = folder.rpartition("/")[0]
         if not folder or folder.endswith((":/", ":")):
             break
-    made = files.json_bytes({"key": uuid.uuid4().hex})
-    there = files.join(output, FOLDER, "run.json")
-    files.create_bytes(there, made)
+    return output
+
+
+def _output_key(output: str) -> str:
+    """Key of the run of an output's home."""
+    there = files.join(_home(output), FOLDER, "run.json")
+    if not files.exists(there):
+        files.create_bytes(there, files.json_bytes({"key": uuid.uuid4().hex}))
     return str(files.read_json(there)["key"])
 
 

@@ -209,9 +209,12 @@ class Store:
 
     def do_open(
         self, *, key: str, name: str, experiment: str, artifacts: str, parent: str, params: Mapping[str, Any],
-        tags: Mapping[str, str], note: str,
+        tags: Mapping[str, str], note: str, again: bool = True,
     ) -> list[str]:  # fmt: skip
-        """Make a run, or continue the one of this key; returns the ids of the experiment and of the run."""
+        """Make a run, or continue the one of this key; returns the ids of the experiment and of the run.
+
+        With `again` false, one that is there stays as it is.
+        """
         client = self.client
         found = client.get_experiment_by_name(experiment)
         if found is None:
@@ -228,6 +231,9 @@ class Store:
         runs = client.search_runs([ident], f"tags.`{KEY}` = '{key}'", max_results=1)
         if runs:
             run = runs[0]
+            if not again:
+                self._runs[key] = ident, run.info.run_id
+                return [ident, run.info.run_id]
             client.update_run(run.info.run_id, status="RUNNING")
         else:
             run = client.create_run(ident, run_name=name, tags={KEY: key, **tags, **above})

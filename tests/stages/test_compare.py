@@ -1,5 +1,6 @@
 """`mixgf compare` from end to end: on small invented cells of two species whose types and stimulus are alike, and on a few real ones."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from executors import Through, refusing
 from invented import NUM_GENES, species, untrained_checkpoint
+from processes import free_port
 from scipy import sparse
 
 from mixgf.comparison import encoder_sets, shift_selection, shift_tables
@@ -162,6 +164,22 @@ def test_again_does_nothing_and_a_classification_that_is_there_is_read(
     assert artifacts.find(f"{again.output}/compare/classify") is None
     mine, theirs = (table(r, "transfer") for r in (again, done))
     pd.testing.assert_frame_equal(mine, theirs[~theirs["model"].str.contains("shared")].reset_index(drop=True))
+
+
+def test_a_tracker_that_is_down_neither_ends_a_comparison_nor_leaves_files_in_it(
+    runs: tuple[Config, Config], tmp_path: Path
+) -> None:
+    """The output has no run yet: its stages were not tracked. What is kept for the tracker lies beside the comparison."""
+    own, _ = runs
+    for name in ("corpus", "pretrain"):
+        shutil.copytree(f"{own.output}/{name}", tmp_path / name)
+    few = replace(own.compare, controls=("majority",), models=("knn",), shifts=(), cells=100)
+    run = replace(
+        own, output=str(tmp_path), compare=few, tracking=Tracking(uri=f"http://127.0.0.1:{free_port()}")
+    )  # fmt: skip
+    compare.run(run, executor=LocalExecutor())
+    assert not list((tmp_path / "compare").rglob("tracking"))
+    assert {path.name.partition("-")[0] for path in (tmp_path / "tracking").iterdir()} == {"run.json", "unsent"}
 
 
 def test_the_report_shows_every_part(done: Config) -> None:

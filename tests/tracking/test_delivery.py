@@ -169,7 +169,48 @@ def test_a_server_that_never_answers_is_waited_for_once_however_many_stages_ther
     assert waited[0] >= 3
     assert max(waited[1:]) < 0.5, waited
     assert len(lines()) == 1
-    assert len(unsent(tmp_path)) == 8
+    (kept,) = unsent(tmp_path)
+    operations = files.read_json(f"{tmp_path}/tracking/{kept}")
+    assert sum(one["do"] == "missing" for one in operations) == 8, "each record is kept once"
+
+
+@pytest.mark.parametrize("back", ["after all", "after the first training"])
+def test_the_runs_of_a_sweep_arrive_whole_whenever_the_tracker_comes_back(back, tmp_path, tracking_uri, monkeypatch):
+    """Trainings are runs inside the run of their sweep; each keeps what it cannot send, and the sweep goes on."""
+    down = threading.Event()
+    down.set()
+    real = store.Store.apply
+
+    def apply(self, operation):
+        if down.is_set():
+            raise http.client.RemoteDisconnected("planted")
+        return real(self, operation)
+
+    monkeypatch.setattr(store.Store, "apply", apply)
+    monkeypatch.setattr(store.Store, "answers", lambda _: not down.is_set())
+    config, folder = configured(tmp_path, tracking_uri), str(tmp_path / "tune" / "trials")
+    with mlflow_runs.stage(config, "tune", {}, back) as sweep:
+        sweep.log({"before": 1.0})
+        for number in range(2):
+            inside = configured(f"{folder}/{number}", tracking_uri)
+            with mlflow_runs.stage(inside, "pretrain", {}, f"{back} {number}", parent=sweep.key) as run:
+                run.log({"loss/total": float(number)}, 1)
+            if back == "after the first training":
+                down.clear()
+        sweep.log({"after": 2.0})
+    down.clear()
+    for _ in range(2):
+        with mlflow_runs.stage(config, "embed", {}, f"{back} later"):
+            pass
+        assert not unsent(tmp_path)
+    assert not list((tmp_path / "tune").rglob("unsent-*"))
+    client = MlflowClient(tracking_uri)
+    mine = client.search_runs(["1"], f"tags.`mixgf.output` LIKE '{tmp_path}%'")
+    assert {run.info.status for run in mine} == {"FINISHED"}
+    (found,) = [run for run in mine if run.info.run_name == "tune"]
+    assert {"before", "after"} <= found.data.metrics.keys()
+    trained = [run for run in mine if run.data.tags.get("mlflow.parentRunId") == found.info.run_id]
+    assert sorted(run.data.metrics["loss/total"] for run in trained) == [0.0, 1.0]
 
 
 def test_a_server_that_goes_away_amid_a_stage_ends_nothing_and_comes_back(tmp_path, tracking_uri, lines, monkeypatch):
