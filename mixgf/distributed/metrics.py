@@ -14,6 +14,7 @@ import contextlib
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -144,10 +145,12 @@ class Meter:
 class Board:
     """What the workers of a training tell their driver: the latest figures, and an error that ends the training.
 
-    It lives in an actor, and in this module so that the actor does not import torch.
+    It lives in an actor, and in this module so that the actor does not import torch. An actor that is lost is started again, empty:
+    `born` is then another text.
     """
 
     def __init__(self) -> None:
+        self.born = uuid.uuid4().hex
         self.step, self.figures, self.error, self.stopping = 0, dict[str, float](), "", False
         self.recovered, self.committed = list[Any](), list[Any]()
 
@@ -167,13 +170,15 @@ class Board:
         """Whether the workers are to end."""
         return self.stopping
 
-    def commit(self, rows: list[Any]) -> None:
-        """Rows of the training's metrics, each once."""
+    def commit(self, rows: list[Any]) -> str:
+        """Rows of the training's metrics, each once; returns `born`."""
         self.committed += rows
+        return self.born
 
-    def recover(self, rows: list[Any]) -> None:
-        """Rows up to the checkpoint that the training goes on from; some may not have been committed."""
+    def recover(self, rows: list[Any]) -> str:
+        """Rows up to the checkpoint that the training goes on from; some may not have been committed. Returns `born`."""
         self.recovered += rows
+        return self.born
 
     def take(self) -> tuple[list[Any], list[Any]]:
         """Rows recovered and committed since the last call."""

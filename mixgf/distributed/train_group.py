@@ -54,6 +54,7 @@ class RayContext(GroupContext):
         super().__init__(device)
         self._board, self._run, self._stage = board, run, stage
         self._answer: Any = None
+        self._born = ""
         self._asked_at, self._looked_at, self._preemption = -math.inf, time.monotonic(), None
 
     def asked(self) -> Asked:
@@ -82,7 +83,9 @@ class RayContext(GroupContext):
         if not ray.wait([self._answer], timeout=0)[0]:
             return False
         answer, self._answer = self._answer, None
-        return bool(ray.get(answer))
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return bool(ray.get(answer))
+        return False
 
     def wrap(self, module: nn.Module) -> DistributedDataParallel:
         """The module in DistributedDataParallel, by Ray Train."""
@@ -99,11 +102,18 @@ class RayContext(GroupContext):
 
     def commit(self, rows: list[MetricRow]) -> None:
         """Give the driver what it is to log."""
-        ray.get(self._board.commit.remote(rows))
+        self._is_same_board(ray.get(self._board.commit.remote(rows)))
 
     def recover(self, rows: list[MetricRow]) -> None:
         """Give the driver what it is to log where that is missing."""
-        ray.get(self._board.recover.remote(rows))
+        self._is_same_board(ray.get(self._board.recover.remote(rows)))
+
+    def _is_same_board(self, born: str) -> None:
+        """Fail where the board was started again, with rows lost: the group then starts again, and gives those of its checkpoint."""
+        if self._born not in ("", born):
+            msg = "the process that gathers the figures of the training was lost"
+            raise RuntimeError(msg)
+        self._born = born
 
 
 def work(params: dict[str, Any]) -> None:
@@ -175,9 +185,8 @@ def run_group(
     require_gpus(compute.gpus_per_worker)
     gpu = compute.gpus_per_worker > 0
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(
-        Board
-    ).remote()  # lost with the driver, not with a worker's node
+    # lost with the driver, not with a worker's node; started again where it is lost alone
+    board = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1)(Board).remote()
     params = {
         "config": to_dict(replace(config, tracking=Tracking())), "board": board, "run": tracked.id, "stage": stage,
         "job": job,
@@ -203,15 +212,37 @@ def run_group(
     )  # fmt: skip
     try:
         with termination.listening(), _watch(board, stage, num_steps, tracked, seen):
-            trainer.fit()
+            _fit(trainer, compute.max_failures)
         if termination.requested():
             raise termination.Terminated
-        error = ray.get(board.read.remote())[2]
+        error = _asked(board.read)[2]
     finally:
         ray.kill(board)
         shutil.rmtree(scratch, ignore_errors=True)
     if error:
         raise UserError(error)
+
+
+def _fit(trainer: TorchTrainer, max_failures: int) -> None:
+    """Train. Where Ray's own controller of the group is lost, start it again: it ends the group, which goes on from its checkpoint."""
+    failures = 0
+    while True:
+        try:
+            trainer.fit()
+        except ray.exceptions.RayActorError:
+            failures += 1
+            if 0 <= max_failures < failures or termination.requested():
+                raise
+        else:
+            return
+
+
+def _asked(method: Any) -> Any:
+    """The answer of a method of the board, which may be starting again."""
+    while True:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return ray.get(method.remote())
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -224,13 +255,13 @@ def _watch(board: Any, stage: str, num_steps: int, tracked: mlflow_runs.Run, see
         while not ended.wait(0.5):
             if termination.requested():
                 board.stop.remote()
-            step, figures, _ = ray.get(board.read.remote())
+            step, figures, _ = _asked(board.read)
             if step:
                 seen(step, figures)
                 progress = progress or Progress(stage, num_steps, "steps", done=step)
                 progress.update(step, **{k: figures[k] for k in SHOWN if k in figures})
-            log_rows(tracked, *ray.get(board.take.remote()))
-        log_rows(tracked, *ray.get(board.take.remote()))
+            log_rows(tracked, *_asked(board.take))
+        log_rows(tracked, *_asked(board.take))
         if progress is not None:
             progress.close()
 

@@ -1,8 +1,12 @@
 """Where training computes, and GPUs that are not there."""
 
 import contextlib
+import json
+import os
+import time
 from types import SimpleNamespace
 
+import killing
 import pytest
 import torch
 
@@ -104,3 +108,46 @@ def test_tasks_that_need_no_gpu_run_and_a_cluster_may_still_grow(ray_local, monk
     session.require_gpus(0)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     session.require_gpus(1.0)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", ["ray::Board", "ray::TrainController"])
+@pytest.mark.usefixtures("ray_local")
+def test_a_training_outlives_the_loss_of_the_processes_that_lead_it_and_every_figure_arrives(victim, tmp_path, capfd):
+    """SIGKILL to the board, which gathers the figures, or to Ray's controller of the group; a file stands for the checkpoint."""
+    last, checkpoint, killed = 60, tmp_path / "checkpoint.json", []
+
+    def job(context):
+        kept = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
+        if kept:
+            context.recover([tuple(row) for row in kept])
+        for step in range(len(kept) + 1, last + 1):
+            kept.append((step, 0, "loss", float(step)))
+            checkpoint.write_text(json.dumps(kept))
+            context.report(step, {"loss": float(step)})
+            context.commit(kept[-1:])
+            time.sleep(0.1)
+
+    class Tracked:
+        id = "run"
+        new, missing = [], []
+
+        def log_many(self, rows):
+            self.new += rows
+            if rows and not killed:
+                killed.extend(killing.workers(os.getpid(), victim))
+                assert killed
+                killed[0].kill()
+
+        def log_missing(self, rows):
+            self.missing += rows
+
+    config, tracked = Config(compute=Compute(num_workers=1, max_failures=3)), Tracked()
+    train_group.run_group(job, config, stage="pretrain", num_steps=last, tracked=tracked)
+    assert killed
+    steps = [step for step, _, _ in tracked.new]
+    assert len(steps) == len(set(steps))
+    assert {*steps, *(step for step, _, _ in tracked.missing)} == set(range(1, last + 1))
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
