@@ -110,7 +110,6 @@ def _clocked() -> Iterator[_Clock]:
         for module in (tables, checkpoint, qc, sources):
             put(module, "hashlib", SimpleNamespace(**vars(hashlib) | {"sha256": clock.sha256}))
         put(tables, "zlib", SimpleNamespace(crc32=clock.timed(zlib.crc32)))
-        put(tables, "_checked_bytes", clock.timed(tables._checked_bytes))
         put(tables, "_check_seal", clock.opened)
         put(tables._HashingFile, "seal", seal)
         put(sealed, "fingerprint", clock.timed(fingerprint))
