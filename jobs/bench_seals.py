@@ -35,6 +35,7 @@ from mixgf.cells import qc
 from mixgf.config import recipes
 from mixgf.config.parse import fingerprint
 from mixgf.config.run import Config, Inputs, Tracking
+from mixgf.corpus import prepare_passes
 from mixgf.encoder import checkpoint
 from mixgf.execution import LocalExecutor
 from mixgf.stages import classify, compare, embed, finetune, perturb, prepare, pretrain, tune
@@ -110,6 +111,7 @@ def _clocked() -> Iterator[_Clock]:
         for module in (tables, checkpoint, qc, sources):
             put(module, "hashlib", SimpleNamespace(**vars(hashlib) | {"sha256": clock.sha256}))
         put(tables, "zlib", SimpleNamespace(crc32=clock.timed(zlib.crc32)))
+        put(prepare_passes, "_add_values", clock.timed(prepare_passes._add_values))
         put(tables, "_check_seal", clock.opened)
         put(tables._HashingFile, "seal", seal)
         put(sealed, "fingerprint", clock.timed(fingerprint))

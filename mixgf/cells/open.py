@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,37 +74,13 @@ def _source_size(uri: str) -> int:
     return sum(found.values()) if found else -1
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Tells whether a source is what it was."""
+def stamp_of(uri: str) -> str:
+    """SHA-256 of names, bytes and times of change of all files of a source (in object storage, of their ETags).
 
-    stamp: str
-    """Of bytes and times of all files: equal where nothing was written since."""
-    content: str
-    """SHA-256 of names and content of all files; in object storage, of their ETags."""
-
-    @classmethod
-    def of(cls, uri: str) -> Identity:
-        """The identity of a source, which is read once for it."""
-        return cls(_stamp(uri), _content(uri))
-
-    def is_of(self, uri: str) -> bool:
-        """Whether the source has this content. It is read only where it was written since."""
-        return _stamp(uri) == self.stamp or _content(uri) == self.content
-
-
-def _stamp(uri: str) -> str:
+    Equal where nothing was written since.
+    """
     found = files.stamps(source_files(uri))
-    return _digest(f"{name.removeprefix(uri)} {stamp}" for name, stamp in found.items())
-
-
-def _content(uri: str) -> str:
-    if not files.is_local(uri):
-        return _stamp(uri)
-    return _digest(f"{name.removeprefix(uri)} {files.sha256(name)}" for name in source_files(uri))
-
-
-def _digest(lines: Iterable[str]) -> str:
+    lines = (f"{name.removeprefix(uri)} {stamp}" for name, stamp in found.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

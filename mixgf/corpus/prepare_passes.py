@@ -15,11 +15,13 @@ genes/SPECIES, sketch/N, done/N (information on shard N).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +32,7 @@ from mixgf.cells import counts, near_duplicates, packed_counts, qc, row_major
 from mixgf.cells.doublets import scrublet
 from mixgf.cells.features import describe_unknown, identify_genes, require_cells
 from mixgf.cells.kinds import doubt_type
-from mixgf.cells.open import Identity, open_source, source_files
+from mixgf.cells.open import open_source, source_files, stamp_of
 from mixgf.cells.reader import Reader
 from mixgf.config.data import QC, Source, SpeciesRow, Tokens
 from mixgf.console import warn
@@ -102,7 +104,7 @@ def describe_source(
         UserError: the file cannot be read, is empty, lacks a column, or too few of its genes are known.
     """
     with open_source(source) as reader:
-        identity = Identity.of(source.uri)  # what changes from now on is noticed
+        stamp = stamp_of(source.uri)  # what is written from now on is noticed
         require_cells(reader)
         vocabulary = frozenset(allowed[source.species]) if allowed and source.species in allowed else None
         known = identify.gene_lookup(row)
@@ -118,13 +120,13 @@ def describe_source(
             notes.append("values are rounded to whole numbers (round)")
         if source.sample and source.sample not in reader.obs_columns:
             raise _no_column(reader, f"sources[{index}].sample", source.sample)
-        _check_obs(reader, obs.values())
+        cells = _digest_cells(reader, obs.values())
         kinds = {new: obs_kind(reader.obs(old, 0, 1)) for new, old in obs.items()}
         rows = reader.num_rows
         by_column = reader.scan is not None
     facts = {
         "rows": rows, "columns": columns.num_rows, "obs": obs, "kinds": kinds, "by_column": by_column, "notes": notes,
-        "size": sum(source_files(source.uri).values()), "identity": asdict(identity),
+        "size": sum(source_files(source.uri).values()), "stamp": stamp, "cells_sha256": cells,
     }  # fmt: skip
     write_sealed(facts_uri(work, index), facts)
     write_table(part_uri(work, "sources", index), columns)  # written last: it marks the source as done
@@ -149,22 +151,68 @@ OBS_ROWS = 1 << 16
 """Rows of obs that are checked at a time."""
 
 
-def _check_obs(reader: Reader, columns: Iterable[str]) -> None:
-    """Read names of cells and obs columns once, so that a damaged one is found before cells of other sources depend on it."""
+def _digest_cells(reader: Reader, columns: Iterable[str]) -> str:
+    """SHA-256 (hex) of the names of all cells and of obs columns, which are read once, so that a damaged one is found now.
+
+    Raises:
+        UserError: what cannot be read, before cells of other sources depend on it.
+    """
+    digest, columns = hashlib.sha256(), sorted(set(columns))
     for start in range(0, reader.num_rows, OBS_ROWS):
         stop = min(start + OBS_ROWS, reader.num_rows)
-        reader.cell_names(start, stop)
+        _add_values(digest, reader.cell_names(start, stop))
         for name in columns:
-            if (length := len(reader.obs(name, start, stop))) != stop - start:
-                msg = f"{reader.uri}: obs column {name!r} has {start + length:,} rows, and there are {reader.num_rows:,} cells: damaged"
+            values = reader.obs(name, start, stop)
+            if len(values) != stop - start:
+                msg = f"{reader.uri}: obs column {name!r} has {start + len(values):,} rows, and there are {reader.num_rows:,} cells: damaged"
                 raise UserError(msg)
+            _add_values(digest, values)
+    return digest.hexdigest()
 
 
-def require_unchanged(uri: str, known: Identity) -> None:
-    """Raise a `UserError` if a source is not what it was when its corpus was begun."""
-    if files.exists(uri) and not known.is_of(uri):
-        msg = f"{uri}: has changed since its cells were first read; put the file back, or prepare to another output"
-        raise UserError(msg)
+def _add_values(digest: hashlib._Hash, values: np.ndarray) -> None:
+    """Add numbers, or texts and their lengths (-1 = missing), to a hash."""
+    if values.dtype.kind in "OU":
+        texts = obs_array(values, "str", len(values))
+        digest.update(pc.fill_null(pc.binary_length(texts), -1).to_numpy().astype("<i4").tobytes())
+        digest.update(texts.buffers()[2] or b"")
+    else:
+        digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+
+
+def changed_error(uri: str) -> UserError:
+    """The refusal of a source that is not what it was."""
+    return UserError(
+        f"{uri}: has changed since its cells were first read; put the file back, or prepare to another output"
+    )
+
+
+def _require_same(work: str, row_range: RowRange, facts: Mapping[str, Any], block_cells: int) -> None:
+    """Raise a `UserError` if a source that was written to since has other content: names, obs, and counts of rows measured before.
+
+    Cells are compared by the facts of pass 1, so nothing needs to be read twice where nothing was written.
+    """
+    source, index = row_range.source, row_range.index
+    with open_source(source) as reader:
+        columns = _gene_columns(work, index)
+        names = columns["name"].to_pylist()
+        read = [source.genes] if source.genes else reader.gene_columns
+        same = (
+            (reader.num_rows, reader.num_columns) == (facts["rows"], facts["columns"])
+            and any(list(reader.gene_names(name)) == names for name in read)
+            and _digest_cells(reader, facts["obs"].values()) == facts["cells_sha256"]
+        )
+        if same and row_range.number >= 0 and files.exists(part_uri(work, "metrics", row_range.number)):
+            before, _ = read_metrics(work, [row_range.number])
+            blocks = counts.read_blocks(reader, columns, row_range.start, row_range.stop, rows=block_cells)
+            same = qc.Metrics.merge([_measure(b, columns) for b in blocks]).identity == before.identity
+        if not same:
+            raise changed_error(source.uri)
+
+
+def _measure(block: counts.Block, columns: pa.Table) -> qc.Metrics:
+    sums_G = np.zeros(columns.num_rows, dtype=np.int64)
+    return qc.cell_metrics(block.data, block.indices, block.indptr, **qc.gene_masks(columns), sums_G=sums_G)
 
 
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:
@@ -200,15 +248,16 @@ def _row_order_folder(work: str, index: int) -> str:
 
 
 @contextmanager
-def _open_source(work: str, index: int, source: Source) -> Iterator[Reader]:
-    """Open a source; a column-major one is read from its rows (`write_row_order`), where they exist.
+def _open_source(work: str, row_range: RowRange, block_cells: int) -> Iterator[Reader]:
+    """Open the source of a row range; a column-major one is read from its rows (`write_row_order`), where they exist.
 
     Raises:
-        UserError: the source is not what it was when its genes were read.
+        UserError: the source is not what it was when its genes, or these rows, were first read.
     """
-    known = read_sealed(facts_uri(work, index)).get("identity")
-    if known is not None:
-        require_unchanged(source.uri, Identity(**known))
+    source, index = row_range.source, row_range.index
+    facts = read_sealed(facts_uri(work, index))
+    if "stamp" in facts and files.exists(source.uri) and stamp_of(source.uri) != facts["stamp"]:
+        _require_same(work, row_range, facts, block_cells)
     with open_source(source) as reader:
         if reader.scan is not None and files.exists(part_uri(work, "row_order", index)):
             reader.read = partial(row_major.read_rows, _row_order_folder(work, index))
@@ -235,7 +284,7 @@ def _read_counts(work: str, row_range: RowRange, block_cells: int, reader: Reade
     if start == row_range.stop:
         return
     small = packed_counts.column_type(columns.num_rows)
-    opened = nullcontext(reader) if reader else _open_source(work, row_range.index, row_range.source)
+    opened = nullcontext(reader) if reader else _open_source(work, row_range, block_cells)
     with opened as source:
         for b in counts.read_blocks(source, columns, start, row_range.stop, rows=block_cells):
             data, indices = empty(len(b.data), np.int32), empty(len(b.indices), small)
@@ -359,7 +408,7 @@ def read_counts(plan: MetricsPlan) -> Iterator[pa.Table]:
     identify.forget_lookups()  # of `describe_source`; they would lie in the worker through all passes
     row_range = plan.row_range
     start, stop, whole = row_range.start, row_range.stop, {}
-    with _open_source(plan.work, row_range.index, row_range.source) as reader:
+    with _open_source(plan.work, row_range, plan.block_cells) as reader:
         if name := row_range.source.sample:
             whole["sample"] = obs_array(reader.obs(name, start, stop), "str", stop - start)
         for table in _read_rows(plan.work, row_range, plan.block_cells, reader):
@@ -675,7 +724,7 @@ def read_cells(plan: ShardPlan) -> Iterator[pa.Table]:
     row_range, source = plan.row_range, plan.row_range.source
     start, stop = row_range.start, row_range.stop
     held = read_sealed(facts_uri(plan.work, row_range.index))["obs"]
-    with _open_source(plan.work, row_range.index, source) as reader:
+    with _open_source(plan.work, row_range, plan.block_cells) as reader:
         names = pa.array(reader.cell_names(start, stop), pa.string())
         whole = {"cell": pc.binary_join_element_wise(source.name, names, ":")}
         for name, kind in plan.obs.items():

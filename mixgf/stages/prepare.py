@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.cells import doublets, qc
-from mixgf.cells.open import Identity, source_sizes
+from mixgf.cells.open import source_sizes, stamp_of
 from mixgf.cells.sources import expand_sources
 from mixgf.config.data import Source, SpeciesRow
 from mixgf.config.fields import content_of, sections_of
@@ -55,7 +55,7 @@ def run(config: Config, *, executor: Executor | None = None) -> str:
     older = extend.find_base_corpus(config, sources)
     vocabulary, record = _plans(config, sources, older)
     if not _begin(uri, record):
-        _require_unchanged(uri)
+        _require_unchanged(config, sources, uri, executor)
         layout.remove_own(uri, "corpus", scratch=True)
         return uri
     params = {name: record.config[name] for name in sections_of(Config, "prepare")}
@@ -87,12 +87,26 @@ def _with_scrublet(config: Config) -> Config:
     return replace(config, qc=replace(config.qc, doublets="off"))
 
 
-def _require_unchanged(uri: str) -> None:
-    """Raise a `UserError` if a source of a finished corpus has changed since."""
+def _require_unchanged(config: Config, sources: Sequence[Source], uri: str, executor: Executor) -> None:
+    """Raise a `UserError` if a source of a finished corpus has other cells since.
+
+    Sources that were written to since are read again, and compared with what the record says of their cells.
+    """
     done = artifacts.find(uri)
-    for source in done.details["sources"] if done is not None else ():
-        if "identity" in source:
-            prepare_passes.require_unchanged(source["uri"], Identity(**source["identity"]))
+    known = {(s["name"], s["uri"]): s for s in (done.details["sources"] if done is not None else ()) if "stamp" in s}
+    asked = [s for s in sources if (s.name, s.uri) in known and files.exists(s.uri)]
+    stamps = files.map_reads(asked[0].uri if asked else "", lambda s: stamp_of(s.uri), asked)
+    written = [s for s, now in zip(asked, stamps, strict=True) if now != known[s.name, s.uri]["stamp"]]
+    if not written:
+        return
+    layout.remove_own(uri, "corpus", scratch=True)  # parts of another comparison
+    config = replace(config, prepare=replace(config.prepare, strict=True, keep_counts=False))
+    with executor.session():
+        work = _Prepare(config, uri, tuple(written), None, executor, Meter("prepare", ""))
+        for i, now in work.measure_again().items():
+            before = known[written[i].name, written[i].uri]
+            if any(now[key] != before[key] for key in now):
+                raise prepare_passes.changed_error(written[i].uri)
 
 
 def _begin(uri: str, record: artifacts.Record) -> bool:
@@ -156,9 +170,7 @@ class _Prepare:
         allowed, given = self._given()
         self._describe(allowed)
         self._write_row_order()
-        all_units = prepare_passes.plan_row_ranges(
-            {i: (self.sources[i], f["rows"]) for i, f in self.facts.items()}, self.config.prepare.shard_cells
-        )
+        all_units = self._units()
         self._measure(all_units)
         reports = self._reports(all_units)
         self.passes.settled = True
@@ -183,7 +195,26 @@ class _Prepare:
         self._encode(made.hash, kept_units, keeps, cells)
         return self._publish(record, made, kept_units, cells, reports)
 
+    def measure_again(self) -> dict[int, dict[str, str]]:
+        """Hashes of names, obs and counts of every source, as the record of a corpus has them; nothing else is made."""
+        self._describe(None)
+        self._write_row_order()
+        units = self._units()
+        self._measure(units)
+        return {
+            i: {
+                "cells_sha256": self.facts[i]["cells_sha256"],
+                "counts_sha256": prepare_passes.read_metrics(self.work, [u.number for u in mine])[0].identity,
+            }
+            for i, mine in prepare_plan.by_source(units).items()
+        }
+
     # passes
+
+    def _units(self) -> list[prepare_passes.RowRange]:
+        return prepare_passes.plan_row_ranges(
+            {i: (self.sources[i], f["rows"]) for i, f in self.facts.items()}, self.config.prepare.shard_cells
+        )
 
     def _given(self) -> tuple[dict[str, list[str]] | None, dict[str, dict[str, float]] | None]:
         """Genes of a species that alone may enter the vocabulary, and imported medians, where the config gives them."""
@@ -534,7 +565,7 @@ class _Prepare:
             )
             near = sum(tables["near_duplicates"]["kept"].to_pylist())
         sources = [{"name": s.name, "uri": s.uri, "species": s.species, "cells_read": len(cells[i].reason_N), "cells_kept": cells[i].counts["kept"],
-                    "size": self.facts[i]["size"], "counts_sha256": cells[i].identity} | {k: v for k, v in self.facts[i].items() if k == "identity"} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
+                    "size": self.facts[i]["size"], "counts_sha256": cells[i].identity} | {k: v for k, v in self.facts[i].items() if k in {"stamp", "cells_sha256"}} for i, s in enumerate(self.sources) if i in self.facts]  # fmt: skip
         if self.older is not None:
             tables = {
                 name: pa.Table.from_pylist(self.older.table(name).to_pylist() + table.to_pylist())

@@ -1,6 +1,7 @@
 """Laws of prepare: one Ray worker gives what the loop gives, blocks and kills change no byte, kept + dropped == read."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import anndata
@@ -455,15 +456,66 @@ def test_a_source_that_changes_while_it_is_prepared_is_never_mixed_with_what_it_
         assert shards(uri).equals(shards(whole_corpus)), "all of it was read before"
 
 
-def test_a_finished_corpus_of_a_source_that_changed_is_not_up_to_date(world, tmp_path):
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("after", [4, 9, 18, 24])
+def test_a_source_that_is_written_again_with_the_same_content_changes_nothing(
+    world, whole_corpus, tmp_path, after, keep
+):
     config, _ = world
+    prepared = dataclasses.replace(config.prepare, keep_counts=keep)
+    config = dataclasses.replace(config, output=str(tmp_path / "run"), prepare=prepared)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.run(config, executor=dying(after, []))
+    for source in config.sources:
+        path = Path(files.local_path(source.uri))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000))
+    uri = prepare.run(config, executor=LocalExecutor())
+    assert artifacts.require(uri, "corpus").details["refused"] == []
+    assert shards(uri).equals(shards(whole_corpus))
+
+
+def renamed(cells):
+    cells.obs_names = [*cells.obs_names[:-1], "another"]
+
+
+def of_another_type(cells):
+    cells.obs["cell_type"] = [*cells.obs["cell_type"].astype(str)[:-1], "another"]
+
+
+def with_one_count_more(cells):
+    cells.X = sparse.csr_matrix(cells.X)
+    cells.X.data[-1] += 1
+
+
+def with_genes_swapped(cells):
+    cells.X = cells.X[:, [1, 0, *range(2, cells.n_vars)]]
+
+
+@pytest.mark.parametrize("column_major", [False, True])
+@pytest.mark.parametrize("change", [renamed, of_another_type, with_one_count_more, with_genes_swapped])
+def test_a_finished_corpus_of_a_source_that_changed_is_not_up_to_date(world, tmp_path, change, column_major):
+    config, _ = world
+    path = Path(files.local_path(config.sources[0].uri))
+    if column_major:
+        cells = anndata.read_h5ad(path)
+        cells.X = sparse.csc_matrix(cells.X)
+        cells.write_h5ad(path)
+    content = path.read_bytes() + b"\0" * 4096  # bytes behind the end of HDF5 are not read
+    path.write_bytes(content)
     uri = made(config, tmp_path, "run")
-    path = files.local_path(config.sources[0].uri)
-    content = path.read_bytes()
+    before = bytes_of(uri)
     path.write_bytes(content)  # written again, the same
     assert made(config, tmp_path, "run") == uri
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    path.write_bytes(content[:-1] + b"1")  # not what is read
+    assert made(config, tmp_path, "run") == uri
+    cells = anndata.read_h5ad(path)
+    change(cells)
+    cells.write_h5ad(path)
+    path.write_bytes(path.read_bytes().ljust(len(content), b"\0"))
+    assert path.stat().st_size == len(content), "another size is another plan"
     with pytest.raises(UserError, match="has changed since its cells were first read"):
         made(config, tmp_path, "run")
     path.write_bytes(content)
     assert made(config, tmp_path, "run") == uri
+    assert bytes_of(uri) == before
+    assert not files.exists(f"{uri}/work")
