@@ -75,6 +75,8 @@ class Pipeline:
     """Each is called with the tables of the step before it and the task's arguments."""
     write: Callable[..., Any]
     """Called with the tables of the last step and the task's arguments; writes the part. Its result is the task's."""
+    release: Callable[[], None] | None = None
+    """Called before each task in a process that Ray keeps for many: frees what tasks of other functions left there."""
 
     @property
     def __name__(self) -> str:

@@ -405,7 +405,6 @@ class MetricsPlan:
 
 def read_counts(plan: MetricsPlan) -> Iterator[pa.Table]:
     """Pass 1, read: tables of counts, with the column `sample` if the source has samples."""
-    identify.forget_lookups()  # of `describe_source`; they would lie in the worker through all passes
     row_range = plan.row_range
     start, stop, whole = row_range.start, row_range.stop, {}
     with _open_source(plan.work, row_range, plan.block_cells) as reader:
@@ -469,7 +468,12 @@ def write_metrics(tables: Iterator[pa.Table], plan: MetricsPlan) -> None:
 
 
 measure_cells = Pipeline(
-    name="measure_cells", source="Cells", read=read_counts, steps=(measure_counts,), write=write_metrics
+    name="measure_cells",
+    source="Cells",
+    read=read_counts,
+    steps=(measure_counts,),
+    write=write_metrics,
+    release=identify.forget_lookups,  # of `describe_source`; they would lie in the worker through all passes
 )
 """Pass 1: metrics of a row range's cells, their samples, and the sum of counts by column. Takes a `MetricsPlan`."""
 

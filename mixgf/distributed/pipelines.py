@@ -226,6 +226,8 @@ class _Read:
         pa.default_memory_pool().release_unused()  # what earlier tasks of this process freed
         pipeline, task = self._task.function, self._task
         assert isinstance(pipeline, Pipeline)
+        if pipeline.release is not None:
+            pipeline.release()
         out = _Outgoing(cloudpickle.dumps((self._number, task)))
         error = ""
         if _losses() > RETRIES:

@@ -1,6 +1,7 @@
 """Cells as Ray Data: every cell once with its values, and row passes with the bytes and errors of the local executor."""
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -399,6 +400,30 @@ def tasks(folder, names):
 @pytest.fixture
 def executor():
     return RayExecutor(Config(compute=Compute(num_workers=2)))
+
+
+@functools.lru_cache
+def remembered(number):
+    return number
+
+
+def read_remembered(folder):
+    yield pa.table({"held": [remembered.cache_info().currsize]})
+    remembered(1)
+
+
+def tell_remembered(tables, folder):
+    return [held for table in tables for held in table["held"].to_pylist()]
+
+
+def test_a_pass_releases_what_is_held_before_each_task_in_workers_of_ray(executor, tmp_path):
+    remembered.cache_clear()
+    told = Pipeline(
+        name="told", source="Held", read=read_remembered, write=tell_remembered, release=remembered.cache_clear
+    )
+    work = [Task(part=f"{tmp_path}/{n}", function=told, args=(str(tmp_path),)) for n in range(6)]
+    assert [receipt.result for receipt in executor.run(work)] == [[0]] * 6
+    assert [receipt.result for receipt in LocalExecutor().run(work)] == [[0], *[[1]] * 5]
 
 
 def test_receipts_of_a_pipeline_are_those_of_the_local_executor(executor, tmp_path):

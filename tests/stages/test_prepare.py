@@ -17,7 +17,7 @@ from mixgf.config.data import QC, Prepare, Source, Tokens, Vocab
 from mixgf.corpus import prepare_passes
 from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor, Receipt, attempt
-from mixgf.genes import identify
+from mixgf.genes import identify, species
 from mixgf.genes.vocabulary import Vocabulary
 from mixgf.stages import prepare
 from mixgf.storage import artifacts, files, tables
@@ -337,17 +337,13 @@ def test_a_copy_that_is_damaged_in_the_middle_changes_no_cell(world, tmp_path, m
     assert bytes_of(found) == bytes_of(expected)
 
 
-def test_passes_over_cells_hold_no_lookup_of_gene_names(world, tmp_path, monkeypatch):
+def test_workers_forget_the_gene_tables_before_they_measure_cells(world, tmp_path):
     config, _ = world
-    held, read_rows = [], prepare_passes._read_rows
-
-    def watched(*args, **options):
-        held.append(identify.gene_lookup.cache_info().currsize)
-        return read_rows(*args, **options)
-
-    monkeypatch.setattr(prepare_passes, "_read_rows", watched)
     made(config, tmp_path, "run")
-    assert held == [0] * 24  # eight row ranges, three passes
+    held = lambda: (identify.gene_lookup.cache_info().currsize, species.gene_table.cache_info().currsize)  # noqa: E731
+    assert min(held()) > 0  # a process that works alone keeps them for the next sources
+    prepare_passes.measure_cells.release()
+    assert held() == (0, 0)
 
 
 def test_a_kept_copy_holds_the_counts_of_the_source(world, tmp_path):
