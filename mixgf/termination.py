@@ -64,6 +64,11 @@ def renew() -> None:
         signal.signal(signal.SIGTERM, _handle)
 
 
+def is_installed() -> bool:
+    """Whether `installed` is open: SIGTERM is handled here."""
+    return _state.installed
+
+
 def requested() -> bool:
     """Whether the process got SIGTERM and is to stop soon."""
     return _state.requested.is_set()
@@ -77,6 +82,15 @@ def listening() -> Iterator[None]:
         yield
     finally:
         _state.listeners -= 1
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """While it is open, the first SIGTERM waits: `Terminated` is raised at its end, or after `GRACE_SECONDS`."""
+    with listening():
+        yield
+    if _state.installed and requested() and not _state.listeners:
+        raise Terminated
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

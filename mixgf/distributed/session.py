@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 from mixgf import termination
@@ -50,18 +50,34 @@ def session(config: Config) -> Iterator[None]:
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    if address := os.environ.get("RAY_ADDRESS"):
-        _connect(address)
-        say(f"ray: cluster at {ray.get_runtime_context().gcs_address}, {cpus():g} CPUs, {gpus():g} GPUs")
-    else:
-        # pools and training workers are sized by the config, so a laptop with fewer cores than workers still runs
-        wanted = max(os.cpu_count() or 1, int(config.compute.num_workers * config.compute.cpus_per_worker) + 1)
-        _start(wanted, config.train.threads)
-    termination.renew()
     try:
+        # amid its start, Ray cannot be ended: the process would abort in Ray's own code
+        with termination.deferred(), _without_handler_of_ray():
+            if address := os.environ.get("RAY_ADDRESS"):
+                _connect(address)
+                say(f"ray: cluster at {ray.get_runtime_context().gcs_address}, {cpus():g} CPUs, {gpus():g} GPUs")
+            else:
+                # pools and training workers are sized by the config, so a laptop with fewer cores than workers still runs
+                wanted = max(os.cpu_count() or 1, int(config.compute.num_workers * config.compute.cpus_per_worker) + 1)
+                _start(wanted, config.train.threads)
+        termination.renew()
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_handler_of_ray() -> Iterator[None]:
+    """`ray.init` begins with a handler of SIGTERM of its own; here it leaves that of a command, where there is one."""
+    if not termination.is_installed():
+        yield
+        return
+    theirs = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = theirs
 
 
 SOCKET_BYTES = 107 - len("/ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store")
