@@ -74,7 +74,7 @@ def _stopped(ended: Ended, number: int) -> str:
     if ended.code == -signal.SIGTERM and not ended.said.strip():
         return ""  # before the command began
     if ended.code != 143 or ended.line != STOPPED or ended.traceback:
-        return f"exit {ended.code} after SIGTERM: {ended.said[-300:]}".replace("\n", " | ")
+        return f"exit {ended.code} after SIGTERM: {ended.said[:1_000]}".replace("\n", " | ")
     return ""
 
 
