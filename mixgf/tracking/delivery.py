@@ -25,6 +25,8 @@ OPEN_SECONDS = 10.0
 """That a stage waits for a tracker before it begins its work."""
 QUIET_SECONDS, STOPPED_SECONDS = 15.0, 3.0
 """That the end of a stage waits for a tracker that finishes nothing; and the end of one that failed or was stopped."""
+LONGEST = 8
+"""The end of a stage waits at most so many times as long for a tracker that finishes something now and then."""
 UPLOAD_SECONDS = 900.0
 """The same while files are sent."""
 UPLOADS = ("model", "files")
@@ -103,8 +105,10 @@ class Delivery:
     def settle(self, quiet: float = QUIET_SECONDS) -> bool:
         """Wait until all is sent, or the tracker finishes nothing for `quiet` seconds; returns whether all is sent.
 
-        As in `ask`, the same wait is not repeated in vain.
+        A tracker that is slow is waited for `LONGEST` times `quiet` seconds in all, files not counted. As in `ask`, the same wait
+        is not repeated in vain.
         """
+        end = time.monotonic() + LONGEST * quiet
         with self._changed:
             self._hurry, self._failures, self._beat = True, 0, time.monotonic()
             self._changed.notify_all()
@@ -115,6 +119,11 @@ class Delivery:
                 if left <= 0 or limit <= self._in_vain:
                     self._in_vain = max(limit, self._in_vain)
                     self.why_down = self.why_down or f"no answer in {limit:g} s"
+                    break
+                if not uploads and (left := min(left, end - time.monotonic())) <= 0:
+                    self.why_down = (
+                        self.why_down or f"slow: {len(self._queue)} records left after {LONGEST * quiet:g} s"
+                    )
                     break
                 self._changed.wait(timeout=left)
             return not self._queue

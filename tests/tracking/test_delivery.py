@@ -13,7 +13,7 @@ from processes import free_port
 from mixgf.config import recipes
 from mixgf.config.parse import override
 from mixgf.storage import files
-from mixgf.tracking import mlflow_runs, store
+from mixgf.tracking import delivery, mlflow_runs, store
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +174,26 @@ def test_a_server_that_never_answers_is_waited_for_once_however_many_stages_ther
     assert sum(one["do"] == "missing" for one in operations) == 8, "each record is kept once"
 
 
+def test_a_tracker_that_answers_slowly_does_not_hold_the_end_of_a_stage():
+    """Each record takes less time than the wait for an answer, but there are many."""
+    sent = []
+
+    def apply(operation):
+        time.sleep(0.05)
+        sent.append(operation)
+
+    queue = delivery.Delivery("http://slow", apply, lambda: True)
+    queue.put(*({"do": "metrics", "number": number} for number in range(400)))
+    began = time.monotonic()
+    assert not queue.settle(0.3)
+    assert time.monotonic() - began < 10
+    assert "slow: " in queue.why_down
+    left = queue.take()
+    assert sent
+    assert left
+    assert {one["number"] for one in (*sent, *left)} == set(range(400))
+
+
 @pytest.mark.parametrize("back", ["after all", "after the first training"])
 def test_the_runs_of_a_sweep_arrive_whole_whenever_the_tracker_comes_back(back, tmp_path, tracking_uri, monkeypatch):
     """Trainings are runs inside the run of their sweep; each keeps what it cannot send, and the sweep goes on."""
@@ -229,11 +249,11 @@ def test_a_server_that_goes_away_amid_a_stage_ends_nothing_and_comes_back(tmp_pa
         run.log({"loss/total": 1.0}, 1)
         down.set()
         run.log({"loss/total": 2.0}, 2)
-        delivery = mlflow_runs._delivery(tracking_uri)
+        queue = mlflow_runs._delivery(tracking_uri)
         limit = time.monotonic() + 20
-        while not delivery.why_down and time.monotonic() < limit:
+        while not queue.why_down and time.monotonic() < limit:
             time.sleep(0.05)
-        assert "planted" in delivery.why_down
+        assert "planted" in queue.why_down
         down.clear()
         run.log({"loss/total": 3.0}, 3)
     history = MlflowClient(tracking_uri).get_metric_history(run.id, "loss/total")
