@@ -175,7 +175,7 @@ def kept(row: Row, folder: Path) -> tuple[np.ndarray, dict[str, str]]:
     mg.classify(recipe="demo", output=output, settings=settings | asked)
     classifier = mg.load_classifier(f"{output}/classify/classifiers/train")
     labels = classifier.annotate(str(paths["test"]), species=row.species[1])
-    facts = {"model": classifier.about["model"], "why": classifier.about["why"], "form": labels.attrs["form"],
+    facts = {"model": labels.attrs["form_model"], "why": classifier.about["why"], "form": labels.attrs["form"],
              "doubted": f"{(~labels['mixgf_trusted']).mean():.3f}"}  # fmt: skip
     return labels["mixgf_label"].astype(str).to_numpy(), facts
 

@@ -615,7 +615,7 @@ class CellClassifier:
             warn(f"annotate: do not trust without a check: {text}")
         added = annotate.columns(table).set_index(pd.Index(names) if target is None else target.obs_names)
         if target is None:
-            added.attrs |= {name: told[name] for name in ("verdicts", "form", "why")}
+            added.attrs |= {name: told[name] for name in ("verdicts", "form", "form_model", "why")}
             return added
         for column in added.columns:
             target.obs[column] = added[column].array  # by place: names of cells may repeat

@@ -485,7 +485,10 @@ def _annotation_lines(found: dict[str, Any]) -> list[str]:
         f"chosen of {len(found['candidates'])} models: {found['why']}",
         *(
             [
-                f"{found['form']} to this file: expression is read relative to the shift between its cells and the training cells"
+                (
+                    f"{found['form']} to this file, as {found['form_model']}: expression is read relative to the shift between "
+                    "its cells and the training cells"
+                )
             ]
             if found["form"] != "as trained"
             else []

@@ -390,14 +390,17 @@ def summary(uri: str, kept: Kept, file: File, table: pd.DataFrame) -> dict[str, 
         "coverage": file.coverage, "genes": file.genes, "trusted": int(trusted.sum()),
         "labels": {str(k): [int(n), int((trusted & (labels == k)).sum())] for k, n in labels[labels != ""].value_counts().items()},
         "doubts": {str(k): int(n) for k, n in table["doubt"].str.split("; ").explode().value_counts().items() if k},
-        "form": kept.about["form"], "why": kept.about["why"], "candidates": kept.about["candidates"],
+        "form": kept.about["form"], "form_model": kept.about.get("form_model", kept.about["model"]),
+        "why": kept.about["why"], "candidates": kept.about["candidates"],
         "test": kept.about["test"], "verdicts": verdicts(kept, file, table),
     }  # fmt: skip
 
 
 def facts(found: dict[str, Any]) -> dict[str, Any]:
     """The part of `summary` that is written with the labels, in `uns["mixgf_annotate"]`."""
-    named = {name: found[name] for name in ("model", "kind", "form", "why", "group", "species", "coverage")}
+    named = {
+        name: found[name] for name in ("model", "kind", "form", "form_model", "why", "group", "species", "coverage")
+    }
     return named | {"verdicts": found["verdicts"] or [""]}
 
 

@@ -401,9 +401,12 @@ def all_cells(workspace: Workspace, split: Split) -> Split:
 
 
 def model_across(chosen: str, names: Iterable[str]) -> str:
-    """The model for files of another species: the chosen one if it centres by types, else the preferred one of those that do."""
+    """The model for files of another species, or with other genes: the preferred one of those that centre by types, else the chosen one.
+
+    Validation says nothing of other species, as all training cells are of known studies.
+    """
     able = [name for name in registry.PREFERRED if name in names and registry.parse(name).by_types]
-    return chosen if registry.parse(chosen).by_types or not able else able[0]
+    return able[0] if able else chosen
 
 
 def assemble(
@@ -541,7 +544,7 @@ def save(uri: str, kept: Kept, vocabulary: Vocabulary, *, half: bool = False) ->
     for i, member in enumerate(kept.classifier.members):
         readings = [_flatten(r, f"members.{i}.readings.{j}.", arrays) for j, r in enumerate(member.readings)]
         head = {"kind": member.head.kind} | _flatten(member.head, f"members.{i}.head.", arrays)
-        members.append({"readings": readings, "head": head})
+        members.append({"readings": readings, "head": head, "weight": member.weight})
     facts = {name: getattr(kept, name) for name in _NUMBERS} | {
         "members": members, "limits": _flatten(kept.limits, "limits.", arrays),
         "limits_across": _flatten(kept.limits_across, "limits_across.", arrays), "places": _flatten(kept.places, "places.", arrays),
@@ -605,8 +608,8 @@ def _halved(value: torch.Tensor) -> torch.Tensor:
 
 
 def _stored(value: np.ndarray) -> np.ndarray:
-    """Numbers as they are stored: float32, and whole numbers as they are."""
-    return np.ascontiguousarray(value.astype(np.float32) if value.dtype.kind == "f" else value)
+    """Numbers as they are stored: float32, and whole numbers as they are. A copy: members may share an array, the file may not."""
+    return np.array(value, dtype=np.float32 if value.dtype.kind == "f" else value.dtype, order="C")
 
 
 def publish(uri: str, folder: str, parents: dict[str, str]) -> None:
@@ -707,7 +710,7 @@ def read(uri: str, device: torch.device | str = "cpu", expected: Any = None) -> 
     for i, one in enumerate(found["members"]):
         readings = [_restore(Reading, r, f"members.{i}.readings.{j}.", arrays) for j, r in enumerate(one["readings"])]
         head = _restore(_HEADS[one["head"]["kind"]], one["head"], f"members.{i}.head.", arrays)
-        members.append(Member(readings=tuple(readings), head=head))
+        members.append(Member(readings=tuple(readings), head=head, weight=one.get("weight", 1.0)))
     names = np.asarray(vocabulary.species_genes(found["gene_species"]).genes, dtype=np.str_)
     genes = names[arrays["genes"]] if "genes" in arrays else np.empty(0, dtype=np.str_)
     reference = _read_reference(files.join(uri, _CELLS)) if found["carries_cells"] else None

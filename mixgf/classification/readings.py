@@ -161,6 +161,8 @@ class Member:
 
     readings: tuple[Reading, ...]
     head: Head
+    weight: float = 1.0
+    """Of its probabilities in the mean of all members."""
 
     def __call__(self, cells: CellSet[Any]) -> Floats:
         """Class probabilities (M, C)."""
@@ -169,13 +171,14 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Classifier:
-    """Members whose probabilities are averaged; most have one. It is arrays and numbers only, so it can be stored."""
+    """Members whose probabilities are averaged by weight; most have one. It is arrays and numbers only, so it can be stored."""
 
     members: tuple[Member, ...]
 
     def __call__(self, cells: CellSet[Any]) -> Floats:
         """Class probabilities (M, C)."""
-        return np.asarray(np.mean([member(cells) for member in self.members], axis=0))
+        total = sum(member.weight for member in self.members)
+        return np.asarray(sum(member.weight * member(cells) for member in self.members) / total)
 
     def places(self, cells: CellSet[Any]) -> Floats | sparse.csr_matrix:
         """The vectors in which distances to types are measured: the first reading of the first member."""

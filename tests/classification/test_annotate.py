@@ -29,6 +29,7 @@ from mixgf.errors import UserError
 from mixgf.execution import LocalExecutor, Task
 from mixgf.stages import annotate, classify, prepare
 from mixgf.storage import artifacts, files, tables
+from mixgf.storage.sealed import write_sealed
 
 TYPES = ("beta cell", "alpha cell", "ductal cell")
 MODELS = ("probe", "finetune", "genes_vote", "joint_pca", "encoder_pca", "genes_ranks")
@@ -146,7 +147,31 @@ def test_every_model_labels_a_file_as_it_labelled_its_test_cells(name: str, trai
 def test_cells_of_another_species_are_aligned(trained: Config, tmp_path: Path) -> None:
     found, out = label(trained, cells("mouse", 40), tmp_path, name="mouse")
     assert found["form"] == kept_classifier.REFITTED
+    assert found["form_model"] == out.uns["mixgf_annotate"]["form_model"] == "genes_vote"
     assert (out.obs["mixgf_label"].astype(str) == out.obs["cell_type"]).mean() > 0.95
+
+
+@pytest.mark.parametrize("chosen", ["genes_logreg", "pca_knn", "encoder_pca"])
+def test_another_species_is_labelled_by_the_preferred_model_that_centres_by_types(chosen: str) -> None:
+    """Validation has no cell of another species, so its choice does not hold there."""
+    assert kept_classifier.model_across(chosen, [chosen, "genes_vote", "joint_pca"]) == "genes_vote"
+    assert kept_classifier.model_across("pca_knn", ["pca_knn", "joint_pca"]) == "pca_knn"
+
+
+def test_weights_of_the_members_are_stored(trained: Config, tmp_path: Path) -> None:
+    """A form fitted to a file has members of unequal weight. Classifiers of earlier versions have none stored: all are equal."""
+    kept, words, _ = kept_classifier.load(model(trained))
+    first = kept.classifier.members[0]
+    uneven = replace(kept, classifier=Classifier(members=(first, replace(first, weight=0.25))))
+    kept_classifier.save(str(tmp_path / "form"), uneven, words)
+    again, _ = kept_classifier.read(str(tmp_path / "form"))
+    assert [member.weight for member in again.classifier.members] == [1, 0.25]
+    facts = kept_classifier.facts(str(tmp_path / "form"))
+    for one in facts["members"]:
+        del one["weight"]
+    write_sealed(str(tmp_path / "form" / "classifier.json"), facts)
+    again, _ = kept_classifier.read(str(tmp_path / "form"))
+    assert [member.weight for member in again.classifier.members] == [1, 1]
 
 
 def test_a_file_of_one_type_keeps_its_label(trained: Config, tmp_path: Path) -> None:

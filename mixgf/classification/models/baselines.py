@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy import sparse
 
-from mixgf.arrays import Floats, Names
+from mixgf.arrays import Floats, Ints, Names
 from mixgf.classification import linear_start, simple_classifiers
+from mixgf.classification.adapted_centroids import adapted_centroids
 from mixgf.classification.features import Scale, log_normalise, principal_components, rank_scores, variable_genes
 from mixgf.classification.models.protocol import (
     CellSet,
@@ -174,7 +175,8 @@ class GenesVote(CountsModel):
     """Mean probability of `genes_logreg` and `pseudobulk`: they fail in different cells.
 
     The probabilities of `pseudobulk` are sharper here (`TEMPERATURE`), so that neither of the two decides alone. In both, a study
-    without training cells is centred by types (`study_shift`).
+    without training cells is centred by types (`study_shift`). For such a study, `pseudobulk` shares its half of the vote with two
+    nearest class means, on z-scored genes and on one scale. These moved towards the cells of the study (`adapted_centroids`).
     """
 
     TEMPERATURE: ClassVar[float] = 0.05
@@ -185,16 +187,38 @@ class GenesVote(CountsModel):
 
     def fit(self, problem: Problem[CountMatrix]) -> Fitted[CountMatrix]:
         problem = centred_by_types(problem)
-        several = [kind().fit(problem).classifier for kind in (GenesLogisticRegression, Pseudobulk)]
-        members = [member for each in several if each is not None for member in each.members]
-        made = Classifier(members=tuple(_sharper(member, self.TEMPERATURE) for member in members))
+        regression, bulk = (self._member(kind(), problem) for kind in (GenesLogisticRegression, Pseudobulk))
+        made = Classifier(members=(regression, bulk))
+        new_M = ~np.isin(problem.target.studies, problem.train.studies)
+        if align_of(problem) is Align.OWN_MEAN and new_M.any():
+            study = problem.target[new_M]
+            said_M = made(study).argmax(1)
+            centroids = (bulk, *(self._adapted(one.readings[0], problem, study, said_M) for one in (bulk, regression)))
+            shared = tuple(replace(member, weight=1 / len(centroids)) for member in centroids)
+            made = Classifier(members=(regression, *shared))
         return Fitted(predict=made, classifier=made)
 
+    def _member(self, model: CountsModel, problem: Problem[CountMatrix]) -> Member:
+        """The only member of a model, with the temperature of this one."""
+        fitted = model.fit(problem).classifier
+        assert fitted is not None, "a model to keep has arrays"
+        (member,) = fitted.members
+        head = member.head
+        return (
+            replace(member, head=replace(head, temperature=self.TEMPERATURE))
+            if isinstance(head, CentroidHead)
+            else member
+        )
 
-def _sharper(member: Member, temperature: float) -> Member:
-    """The member with this temperature of its cosines, if it has any."""
-    head = member.head
-    return replace(member, head=replace(head, temperature=temperature)) if isinstance(head, CentroidHead) else member
+    def _adapted(
+        self, reading: Reading, problem: Problem[CountMatrix], study: CellSet[CountMatrix], said_M: Ints
+    ) -> Member:
+        """Nearest class mean in a reading, with means that moved towards the cells of a study."""
+        train_NH, study_MH = np.asarray(reading(problem.train)), np.asarray(reading(study))
+        head = adapted_centroids(
+            train_NH, problem.labels, study_MH, said_M, problem.num_classes, temperature=self.TEMPERATURE
+        )
+        return Member(readings=(reading,), head=head)
 
 
 @dataclass(frozen=True)
