@@ -41,7 +41,7 @@ from mixgf.storage import artifacts, files, layout
 from mixgf.storage.artifacts import Record
 from mixgf.tracking import mlflow_runs, model_card, packaged_model
 
-SCHEMA = 3
+SCHEMA = 4
 EPOCH_COST = 3.0
 """Cost of a training epoch in forward passes over the same tokens."""
 WHOLE_SECONDS, START_SECONDS = 10.0, 40.0
