@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,14 @@ import mixgf
 from mixgf.storage import artifacts, files
 
 if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
     from mlflow.tracking import MlflowClient
 
 ENCODER, CLASSIFIER = "encoder", "classifier"
 """Kinds of models."""
+SENDERS = 8
+"""Files of a model that are sent to a server at a time: most of the time of a small request is waiting."""
 _CODE = Path(mixgf.__file__).parent
 _SERVED = _CODE / "served_model.py"
 _DATA = shutil.ignore_patterns("__pycache__", "*.h5ad")
@@ -77,7 +81,7 @@ def log(client: MlflowClient, experiment: str, runs: Sequence[str], name: str, m
         with tempfile.TemporaryDirectory(prefix="mixgf-model-") as scratch:
             folder = Path(scratch) / "model"
             save(folder, model, Model(run_id=run_id, model_uuid=ident, model_id=ident))
-            client.log_model_artifacts(ident, str(folder))
+            _send(client, made, folder)
     have = {metric.key for metric in made.metrics or () if metric.run_id == run_id}
     for name_ in sorted(model["metrics"].keys() - have):
         client.log_metric(run_id, name_, float(model["metrics"][name_]), step=0, model_id=ident)
@@ -88,6 +92,26 @@ def log(client: MlflowClient, experiment: str, runs: Sequence[str], name: str, m
     if not ready:
         client.finalize_logged_model(ident, "READY")  # last: a model that is ready is whole
     return ident
+
+
+def _send(client: MlflowClient, model: LoggedModel, folder: Path) -> None:
+    """Send the files of a model's folder. To a server each is a request, of which MLflow would send one at a time."""
+    if not model.artifact_location.startswith("mlflow-artifacts:"):
+        client.log_model_artifacts(model.model_id, str(folder))
+        return
+
+    def send(path: Path) -> None:
+        inside = path.relative_to(folder).parent.as_posix()
+        client.log_model_artifact(model.model_id, str(path), None if inside == "." else inside)
+
+    with ThreadPoolExecutor(SENDERS) as pool:
+        sent = [pool.submit(send, path) for path in sorted(folder.rglob("*")) if path.is_file()]
+        try:
+            for one in sent:
+                one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _is_ready(model: Any) -> bool:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 import pytest
+from fault_proxy import Proxy, Rule
 from invented import untrained_checkpoint
 from mlflow.tracking import MlflowClient
 from processes import mlflow_server
@@ -155,6 +157,31 @@ def test_a_model_whose_logging_stopped_at_any_request_is_completed_by_the_next_a
 def server(tmp_path):
     with mlflow_server(tmp_path / "mlflow") as url:
         yield url
+
+
+def test_a_slow_server_gets_several_files_of_a_model_at_a_time_and_all_of_them(server, tmp_path, monkeypatch):
+    def save(folder, *_):
+        for name in ("MLmodel", *(f"code/mixgf/{k}/{n}.py" for k in range(4) for n in range(10))):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name)
+
+    monkeypatch.setattr(packaged_model, "save", save)
+    late = 0.5
+    with Proxy(server.removeprefix("http://"), [Rule("delay", "^PUT ", seconds=late)]) as proxy:
+        client = MlflowClient(proxy.url)
+        experiment = client.create_experiment("slow server")
+        runs = [client.create_run(experiment).info.run_id]
+        began = time.monotonic()
+        described = packaged_model.classifier(str(tmp_path / "none"), "# Card", {})
+        ident = packaged_model.log(client, experiment, runs, "one", described)
+        took = time.monotonic() - began
+        sent = [one.what for one in proxy.passed if one.what.startswith("PUT ")]
+        assert len(sent) == 41
+        assert took < 41 * late / 2, "one at a time"
+    made = MlflowClient(server).get_logged_model(ident).artifact_location
+    found = Path(mlflow.artifacts.download_artifacts(made, tracking_uri=server))
+    assert (found / "code/mixgf/3/9.py").read_text() == "code/mixgf/3/9.py"
+    assert len(list(found.rglob("*.py"))) == 40
 
 
 @pytest.mark.slow
