@@ -544,7 +544,7 @@ from ray.data import DataContext
 from test_data import tasks
 from mixgf.distributed.pipelines import Needs, pipeline_dataset, run_pipeline
 
-ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 work, needs = tasks(Path(sys.argv[1]), ["deadly", *map(str, range(9))]), Needs(gpus=0.5, in_flight=2)
 plan = io.StringIO()
 with contextlib.redirect_stdout(plan):
@@ -564,7 +564,7 @@ def test_a_pass_with_gpus_runs_in_a_pool_of_actors_and_loses_only_the_task_that_
         env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    plan, found = json.loads(done.stdout.splitlines()[-1])
+    plan, found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
     assert "ActorPoolMapOperator[ReadNumbers->MapBatches(square)->MapBatches(write)]" in plan
     local = LocalExecutor().run(tasks(tmp_path / "here", ["0", *map(str, range(9))]))
     assert sorted(found[:-1]) == [[r.number, "", False, r.result] for r in local][1:]
