@@ -268,22 +268,14 @@ class _Values:
         edges = np.searchsorted(sketch.keys, np.arange(most + 1, dtype=np.uint32) * np.uint32(NUM_BUCKETS))
         self.gene_G = np.flatnonzero(np.diff(edges))
         self._sketch, self._edges = sketch, edges
-        self.num_G = np.zeros(len(self.gene_G), np.int64)
+        self.num_G: np.ndarray = np.add.reduceat(sketch.counts, edges[self.gene_G], dtype=np.int64)
         """Number of values."""
-        _count_values(sketch.counts, self.gene_G, edges, self.num_G)
 
     def of_rank(self, rank_G: np.ndarray) -> np.ndarray:
         """float64: the value of each gene with a rank, 0 = the smallest."""
         found_G = np.empty(len(rank_G))
         _find_values(self._sketch.keys, self._sketch.counts, self.gene_G, self._edges, rank_G, found_G)
         return found_G
-
-
-@jit
-def _count_values(counts: np.ndarray, gene_G: np.ndarray, edges: np.ndarray, num_G: np.ndarray) -> None:
-    for k in range(gene_G.shape[0]):
-        for i in range(edges[gene_G[k]], edges[gene_G[k] + 1]):
-            num_G[k] += np.int64(counts[i])
 
 
 @jit
