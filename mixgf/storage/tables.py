@@ -283,15 +283,15 @@ class _CheckedFile(_CountingFile):
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
-        self.crc, self.parts = 0, list[tuple[int, int]]()
+        self.crc, self.begin, self.parts = 0, 0, list[tuple[int, int]]()
 
     def add(self, data: memoryview) -> None:
         self.crc = zlib.crc32(data, self.crc)
 
     def end_part(self) -> None:
         """What is written from now on belongs to another part."""
-        self.parts.append((self.num_bytes - sum(size for size, _ in self.parts), self.crc))
-        self.crc = 0
+        self.parts.append((self.num_bytes - self.begin, self.crc))
+        self.crc, self.begin = 0, self.num_bytes
 
     def write_parts(self) -> None:
         """Write the list of parts, and where it begins."""
