@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixgf.arrays import read_only
+from mixgf.cells.counts import Block
 from mixgf.config.data import QC
 from mixgf.jit import jit
 
@@ -162,6 +163,18 @@ def cell_metrics(
         out.n_counts, out.n_genes, out.n_mito, out.hash_a, out.hash_b,
     )  # fmt: skip
     return out
+
+
+def measure_blocks(blocks: Iterable[Block], columns: pa.Table) -> tuple[Metrics, np.ndarray]:
+    """Metrics of all cells of the blocks of one source, and the sum of their counts by column (int64).
+
+    Args:
+        blocks: at least one.
+        columns: of the source, the table of `identify.identify_columns`.
+    """
+    masks, sums_G = gene_masks(columns), np.zeros(columns.num_rows, dtype=np.int64)
+    parts = [cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G) for b in blocks]
+    return Metrics.merge(parts), sums_G
 
 
 EQUAL_SUMS = 0.02

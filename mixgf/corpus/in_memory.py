@@ -115,9 +115,8 @@ def tell(reader: Reader, genes: Genes, rows: Iterable[SpeciesRow]) -> None:
     """
     num = min(reader.num_rows, TOLD_CELLS)
     lookup, others = partial(identify.gene_lookup, genes.row), (row for row in rows if row.name != genes.row.name)
-    masks, sums_G = qc.gene_masks(genes.columns), np.zeros(genes.columns.num_rows, dtype=np.int64)
     found = counts.read_blocks(reader, genes.columns, 0, num, rows=TOLD_BLOCK)
-    metrics = qc.Metrics.merge([qc.cell_metrics(b.data, b.indices, b.indptr, **masks, sums_G=sums_G) for b in found])
+    metrics, sums_G = qc.measure_blocks(found, genes.columns)
     report = identify.report_mapping(
         genes.columns, sums_G, map(identify.gene_lookup, others), lookup, way=name_column(reader)
     )

@@ -205,14 +205,9 @@ def _require_same(work: str, row_range: RowRange, facts: Mapping[str, Any], bloc
         if same and row_range.number >= 0 and files.exists(part_uri(work, "metrics", row_range.number)):
             before, _ = read_metrics(work, [row_range.number])
             blocks = counts.read_blocks(reader, columns, row_range.start, row_range.stop, rows=block_cells)
-            same = qc.Metrics.merge([_measure(b, columns) for b in blocks]).identity == before.identity
+            same = qc.measure_blocks(blocks, columns)[0].identity == before.identity
         if not same:
             raise changed_error(source.uri)
-
-
-def _measure(block: counts.Block, columns: pa.Table) -> qc.Metrics:
-    sums_G = np.zeros(columns.num_rows, dtype=np.int64)
-    return qc.cell_metrics(block.data, block.indices, block.indptr, **qc.gene_masks(columns), sums_G=sums_G)
 
 
 def _obs_names(reader: Reader, source: Source) -> dict[str, str]:
@@ -281,12 +276,18 @@ def _read_counts(work: str, row_range: RowRange, block_cells: int, reader: Reade
     for batch in _copied_batches(_copy_uri(work, row_range)):
         yield counts.Block(start, *packed_counts.unpack(batch, columns.num_rows))
         start += batch.num_rows
-    if start == row_range.stop:
-        return
+    if start < row_range.stop:
+        yield from _read_source(work, replace(row_range, start=start), columns, block_cells, reader)
+
+
+def _read_source(
+    work: str, row_range: RowRange, columns: pa.Table, block_cells: int, reader: Reader | None
+) -> Iterator[counts.Block]:
+    """What `_read_counts` yields, from the source, which has these columns."""
     small = packed_counts.column_type(columns.num_rows)
     opened = nullcontext(reader) if reader else _open_source(work, row_range, block_cells)
     with opened as source:
-        for b in counts.read_blocks(source, columns, start, row_range.stop, rows=block_cells):
+        for b in counts.read_blocks(source, columns, row_range.start, row_range.stop, rows=block_cells):
             data, indices = empty(len(b.data), np.int32), empty(len(b.indices), small)
             data[:], indices[:] = b.data, b.indices
             yield counts.Block(b.start, data, indices, b.indptr)
@@ -332,17 +333,19 @@ def _read_rows(
         Tables with `row` (in the file), `columns` and `counts` (lists: a CSR row over the file's columns). Counts are int32,
         columns uint16 or int32.
     """
-    start = row_range.start
     if wanted_N is not None:
-        num_columns = _gene_columns(work, row_range.index).num_rows
+        columns, start = _gene_columns(work, row_range.index), row_range.start
         for batch in _copied_batches(_copy_uri(work, row_range)):
-            table = _wanted_rows(batch, start, num_columns, wanted_N[start - row_range.start :])
+            table = _wanted_rows(batch, start, columns.num_rows, wanted_N[start - row_range.start :])
             if table is not None:
                 yield table
             start += batch.num_rows
         if start == row_range.stop:
             return
-    for b in _read_counts(work, replace(row_range, start=start), block_cells, reader):
+        blocks = _read_source(work, replace(row_range, start=start), columns, block_cells, reader)
+    else:
+        blocks = _read_counts(work, row_range, block_cells, reader)
+    for b in blocks:
         yield _rows_table(np.arange(b.start, b.start + len(b.indptr) - 1), b.data, b.indices, b.indptr)
 
 
